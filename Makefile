@@ -1,0 +1,74 @@
+# Every target works on a machine with make and a Python of at least 3.11, nothing else.
+#
+#   make demo    MODEL=<HF directory> DATA=<file>   fine-tune, generate, export
+#   make test                                       lint, types, tests
+#
+# PYTHON selects the interpreter and VENV the environment made with it, so that several
+# versions stand side by side:  make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_PEER ?= .venv-peer
+# Test processes. XLA compiles in the main thread, so one process a core pays.
+JOBS ?= 2
+# Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
+MODEL ?=
+DATA ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := qlora_jax pallas_kernels convert scripts tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit lint types format peer bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@echo "targets: demo test unit lint types format peer bench clean"
+
+# The stamp is written last: an interrupted installation starts over. A venv made by a
+# Python that has since gone is made anew.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qlora-jax needs Python 3.11 or newer; say which: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: lint types unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# torch stays out of the development environment: nothing the packages ship may need it.
+# The CPU build is enough, where the package index offers one.
+$(VENV_PEER)/.installed: pyproject.toml
+	@$(VENV_PEER)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_PEER)
+	$(VENV_PEER)/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV_PEER)/bin/python -m pip install --quiet peft bitsandbytes accelerate --editable '.[dev]'
+	@touch $@
+
+peer: $(VENV_PEER)/.installed
+	$(VENV_PEER)/bin/python -m pytest tests -m peer $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv312 .venv-peer

@@ -1,0 +1,1 @@
+"""Other people's files: HF, bitsandbytes and PEFT directories, in and out."""

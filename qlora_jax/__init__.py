@@ -1,0 +1,37 @@
+"""QLoRA fine-tuning of Llama models in JAX.
+
+This module is the table of contents: every public name, and the module it lives in.
+A name is imported when it is first used (PEP 562), so that `import qlora_jax` is cheap,
+opens no device, and lets `convert` use the core's data types without a circle.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_jax.errors import CheckpointError as CheckpointError
+    from qlora_jax.errors import UserError as UserError
+
+__version__ = "0.1.0"
+
+# Name -> module. The imports above say the same to type checkers; a test compares them.
+_CONTENTS = {
+    # --- Errors ---
+    "UserError": "qlora_jax.errors",
+    "CheckpointError": "qlora_jax.errors",
+}
+
+__all__ = ["__version__", *_CONTENTS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module on first use."""
+    if name not in _CONTENTS:
+        raise AttributeError(f"module `qlora_jax` has no attribute `{name}`")
+    value = getattr(importlib.import_module(_CONTENTS[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CONTENTS})
