@@ -60,6 +60,6 @@ def golden(shared: Path) -> Path:
 
 @pytest.fixture
 def getkey() -> Callable[[], jax.Array]:
-    """A function that gives a fresh PRNG key at each call, the same ones in each run."""
+    """A function that gives a fresh PRNG key at each call, the same in each run."""
     counter = itertools.count()
     return lambda: jax.random.fold_in(jax.random.key(0), next(counter))
