@@ -1,0 +1,320 @@
+"""The NF4 leaf: a quantized weight as one value in a parameter tree.
+
+`NF4Tensor` carries bitsandbytes' bytes unchanged, so a bitsandbytes file loads and is
+written back byte for byte. `quantize` runs on the host with exact IEEE arithmetic in
+numpy (all cores), which reproduces bitsandbytes' codes and scales; `dequantize` and the
+matrix product live in `pallas_kernels.nf4`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+from numpy.typing import NDArray
+
+from pallas_kernels.nf4 import NF4_CODE, Nested, nf4_dequantize, nf4_matmul
+from qlora_jax.errors import UserError
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+# Midpoints between neighbouring codes in float32. A weight takes the number of
+# midpoints strictly below it as its code: ties go to the lower code.
+_MIDPOINTS = ((NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2)).astype(np.float32)
+
+
+
+def _dynamic_map() -> NDArray[np.float32]:
+    """The signed 8-bit "dynamic" table that bitsandbytes codes block scales with.
+
+    Seven decades, decade i holding 2^i midpoints of an even grid on [0.1, 1], with both
+    signs, and 0 and 1. The grid is the one `torch.linspace` gives in float32: a fused
+    multiply-add from either end towards the middle, here carried out in float64, where
+    the product is exact, and rounded once.
+    """
+    values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    for decade in range(7):
+        points = 2**decade + 1
+        step = np.float64(np.float32(np.float32(1) - np.float32(0.1)) / (points - 1))
+        step = np.float64(np.float32(step))
+        index = np.arange(points)
+        from_start = np.float64(np.float32(0.1)) + step * index
+        from_end = 1.0 - step * (points - 1 - index)
+        grid = np.where(index < points // 2, from_start, from_end).astype(np.float32)
+        middle = (grid[:-1] + grid[1:]) / np.float32(2)
+        middle = np.float32(10.0 ** (decade - 6)) * middle
+        values += [middle, -middle]
+    return np.sort(np.concatenate(values))
+
+
+DYNAMIC_MAP = _dynamic_map()
+
+# Elements handled in one go: small enough for the float32 scratch to stay in cache.
+_CHUNK = 1 << 16
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "codes",
+        "absmax",
+        "nested_absmax",
+        "nested_offset",
+        "nested_quant_map",
+    ],
+    meta_fields=["shape", "dtype", "block_size", "nested_block_size"],
+)
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A weight [O, I] in 4 bits; every array may have leading (layer) axes.
+
+    Invariants, with G = I/64 blocks a row and N = ceil(O*I/64) blocks in all:
+      codes: uint8, [..., O, I/2] if I % 64 == 0 else [..., ceil(O*I/2)].
+      absmax: float32, or uint8 under double quantization, [..., O, G] or [..., N].
+      nested_absmax: float32 [..., ceil(N/256)], or None without double quantization.
+      nested_offset: float32 [...], likewise.
+      nested_quant_map: float32 [..., 256], likewise.
+      shape: (O, I), without the leading axes.
+      dtype: name of the dtype before quantization ("bfloat16").
+    """
+
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_offset: Any
+    nested_quant_map: Any
+    shape: tuple[int, int]
+    dtype: str
+    block_size: int = BLOCK_SIZE
+    nested_block_size: int = NESTED_BLOCK_SIZE
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the block scales are themselves quantized."""
+        return self.nested_absmax is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def __getitem__(self, index: Any) -> NF4Tensor:
+        """Returns the tensor(s) at `index` of the leading axes."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def nested(self) -> Nested | None:
+        """Returns the second level as the kernels take it."""
+        if not self.double_quant:
+            return None
+        return Nested(self.nested_absmax, self.nested_offset, self.nested_quant_map)
+
+
+def dequantize(tensor: NF4Tensor, dtype: DTypeLike = None) -> Float[Array, "*L O I"]:
+    """Returns the weight in `dtype` (default: the dtype before quantization).
+
+    Exact: table value times block scale in float32, rounded once to nearest even.
+    """
+    dtype = jnp.dtype(tensor.dtype if dtype is None else dtype)
+
+    def one(t: NF4Tensor) -> Array:
+        return nf4_dequantize(
+            t.codes,
+            t.absmax,
+            t.nested(),
+            shape=t.shape,
+            dtype=dtype,
+            block_size=t.block_size,
+            nested_block_size=t.nested_block_size,
+        )
+
+    leading = tensor.codes.ndim - (2 if is_aligned(tensor.shape) else 1)
+    for _ in range(leading):
+        one = jax.vmap(one)
+    return one(jax.tree.map(jnp.asarray, tensor))
+
+
+def matmul(x: Float[Array, "*B I"], tensor: NF4Tensor) -> Float[Array, "*B O"]:
+    """Computes `x @ W.T` in the dtype of `x`; differentiable in `x` alone."""
+    return nf4_matmul(
+        x,
+        tensor.codes,
+        tensor.absmax,
+        tensor.nested(),
+        shape=tensor.shape,
+        block_size=tensor.block_size,
+        nested_block_size=tensor.nested_block_size,
+    )
+
+
+def is_aligned(shape: tuple[int, int], block_size: int = BLOCK_SIZE) -> bool:
+    """Whether blocks lie within rows, so that codes are kept as [O, I/2]."""
+    return shape[1] % block_size == 0
+
+
+def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
+    """Quantizes one weight on the host, byte-equal to bitsandbytes.
+
+    Codes and float32 scales equal those of bitsandbytes on a CPU (and on a GPU, but
+    for values within one ulp of a threshold, where its division is approximate).
+    Under double quantization the 8-bit scales are the nearest table entries.
+
+    Args:
+      weight: [O, I], float32, bfloat16 or float16.
+      double_quant: whether to quantize the block scales too (0.516 instead of 0.5625
+        bytes a weight).
+
+    Returns:
+      An `NF4Tensor` of numpy arrays without leading axes.
+
+    Raises:
+      UserError: a weight that is not a finite, non-empty matrix.
+    """
+    weight = np.asarray(weight)
+    if weight.ndim != 2 or weight.size == 0:
+        raise UserError(
+            "`quantize`: expected a non-empty matrix [out_features, in_features], got "
+            f"shape {weight.shape}."
+        )
+    if weight.dtype.name not in ("float32", "bfloat16", "float16"):
+        raise UserError(
+            "`quantize`: expected float32, bfloat16 or float16, got "
+            f"{weight.dtype.name}."
+        )
+    size = weight.size
+    blocks = -(-size // BLOCK_SIZE)
+    flat = np.ascontiguousarray(weight).reshape(-1)
+    codes = np.empty(blocks * BLOCK_SIZE // 2, np.uint8)
+    absmax = np.empty(blocks, np.float32)
+    starts = range(0, size, _CHUNK)
+    if len(starts) == 1:
+        finite = [_quantize_chunk(flat, 0, codes, absmax)]
+    else:
+        finite = list(
+            _pool().map(lambda s: _quantize_chunk(flat, s, codes, absmax), starts)
+        )
+    if not all(finite):
+        raise UserError(
+            f"`quantize`: the weight of shape {weight.shape} contains NaN or infinity; "
+            "the checkpoint is damaged or its training diverged."
+        )
+    codes = codes[: -(-size // 2)]
+    out_features, in_features = weight.shape
+    nested_absmax = nested_offset = nested_quant_map = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = _quantize_absmax(absmax)
+        nested_quant_map = DYNAMIC_MAP
+    if is_aligned(weight.shape):
+        codes = codes.reshape(out_features, in_features // 2)
+        absmax = absmax.reshape(out_features, in_features // BLOCK_SIZE)
+    return NF4Tensor(
+        codes=codes,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        nested_offset=nested_offset,
+        nested_quant_map=nested_quant_map,
+        shape=(out_features, in_features),
+        dtype=weight.dtype.name,
+    )
+
+
+def abstract(
+    shape: tuple[int, int],
+    *,
+    double_quant: bool,
+    dtype: str,
+    leading: tuple[int, ...] = (),
+) -> NF4Tensor:
+    """Returns the shapes and dtypes `quantize` would give, with leading axes."""
+    blocks = -(-shape[0] * shape[1] // BLOCK_SIZE)
+    if is_aligned(shape):
+        code_shape: tuple[int, ...] = (shape[0], shape[1] // 2)
+        absmax_shape: tuple[int, ...] = (shape[0], shape[1] // BLOCK_SIZE)
+    else:
+        code_shape = (-(-shape[0] * shape[1] // 2),)
+        absmax_shape = (blocks,)
+
+    def array(s: tuple[int, ...], d: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leading, *s), d)
+
+    groups = (-(-blocks // NESTED_BLOCK_SIZE),)
+    return NF4Tensor(
+        codes=array(code_shape, jnp.uint8),
+        absmax=array(absmax_shape, jnp.uint8 if double_quant else jnp.float32),
+        nested_absmax=array(groups, jnp.float32) if double_quant else None,
+        nested_offset=array((), jnp.float32) if double_quant else None,
+        nested_quant_map=array((256,), jnp.float32) if double_quant else None,
+        shape=shape,
+        dtype=dtype,
+    )
+
+
+def _quantize_chunk(
+    flat: NDArray, start: int, codes: NDArray[np.uint8], absmax: NDArray[np.float32]
+) -> bool:
+    """Codes `flat[start:start + _CHUNK]` in place; returns whether all were finite."""
+    x = flat[start : start + _CHUNK].astype(np.float32)
+    first, full = start // BLOCK_SIZE, x.size // BLOCK_SIZE * BLOCK_SIZE
+    rows = x[:full].reshape(-1, BLOCK_SIZE)
+    largest = np.abs(rows).max(axis=1, initial=0.0)
+    absmax[first : first + rows.shape[0]] = largest
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        inverse = np.float32(1) / np.maximum(largest, np.float32(1e-38))
+        rows *= inverse[:, None]
+        finite = bool(np.isfinite(largest).all())
+        if full < x.size:
+            # The last, partial block of a tensor: bitsandbytes divides instead of
+            # multiplying by the reciprocal, and stores a zero block's scale as 1e-38.
+            rest = x[full:]
+            last = max(np.abs(rest).max(), np.float32(1e-38))
+            absmax[first + rows.shape[0]] = last
+            rest /= last
+            finite &= bool(np.isfinite(last))
+    if x.size % 2:
+        x = np.append(x, np.float32(0))
+    index = np.greater(x, _MIDPOINTS[0]).view(np.uint8)
+    above = np.empty(x.size, np.bool_)
+    for midpoint in _MIDPOINTS[1:]:
+        np.greater(x, midpoint, out=above)
+        index += above.view(np.uint8)
+    pairs = index.reshape(-1, 2)
+    codes[start // 2 : start // 2 + pairs.shape[0]] = pairs[:, 0] << 4 | pairs[:, 1]
+    return finite
+
+
+def _quantize_absmax(
+    absmax: NDArray[np.float32],
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Returns 8-bit scales, their scales for each 256, and the offset."""
+    offset = np.float32(absmax.mean(dtype=np.float64))
+    centred = absmax - offset
+    groups = -(-centred.size // NESTED_BLOCK_SIZE)
+    padded = np.zeros(groups * NESTED_BLOCK_SIZE, np.float32)
+    padded[: centred.size] = centred
+    rows = padded.reshape(groups, NESTED_BLOCK_SIZE)
+    scale = np.abs(rows).max(axis=1)
+    safe = np.maximum(scale, np.float32(1e-38))
+    normed = np.clip(rows * (np.float32(1) / safe)[:, None], -1, 1).reshape(-1)
+    middles = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)
+    codes = np.searchsorted(middles, normed[: centred.size], side="left")
+    return codes.astype(np.uint8), scale, np.asarray(offset)
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    # numpy releases the interpreter lock inside its loops, so threads use all cores.
+    return concurrent.futures.ThreadPoolExecutor(
+        max_workers=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        thread_name_prefix="nf4-quantize",
+    )
