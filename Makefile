@@ -23,7 +23,7 @@ SOURCES := qlora_jax pallas_kernels convert scripts tests
 .PHONY: help demo test unit lint types format peer bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 	@echo "targets: demo test unit lint types format peer bench clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a

@@ -9,13 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_jax.config import LlamaConfig as LlamaConfig
+    from qlora_jax.config import LoraConfig as LoraConfig
+    from qlora_jax.data import DataConfig as DataConfig
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
+    from qlora_jax.lora import init_adapters as init_adapters
+    from qlora_jax.nf4 import NF4Tensor as NF4Tensor
+    from qlora_jax.nf4 import dequantize as dequantize
+    from qlora_jax.nf4 import quantize as quantize
 
 __version__ = "0.1.0"
 
 # Name -> module. The imports above say the same to type checkers; a test compares them.
 _CONTENTS = {
+    # --- Configuration, in the words of HF and PEFT ---
+    "LlamaConfig": "qlora_jax.config",
+    "LoraConfig": "qlora_jax.config",
+    "DataConfig": "qlora_jax.data",
+    # --- Quantized weights ---
+    "NF4Tensor": "qlora_jax.nf4",
+    "quantize": "qlora_jax.nf4",
+    "dequantize": "qlora_jax.nf4",
+    # --- Adapters ---
+    "init_adapters": "qlora_jax.lora",
     # --- Errors ---
     "UserError": "qlora_jax.errors",
     "CheckpointError": "qlora_jax.errors",

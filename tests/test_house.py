@@ -30,15 +30,18 @@ ORDER = (
     "qlora_jax.attention",
     "qlora_jax.llama",
     "qlora_jax.loss",
+    "qlora_jax.rows",
     "qlora_jax.chat",
+    "qlora_jax.segments",
     "qlora_jax.packing",
     "qlora_jax.data",
+    "qlora_jax.batches",
     "qlora_jax.train",
     "qlora_jax.generate",
     "qlora_jax.memory",
     "convert",
     "qlora_jax.checkpoint",
-    "qlora_jax.load",
+    "qlora_jax.model",
     "qlora_jax.runner",
     "qlora_jax.cli",
     "scripts",
@@ -300,6 +303,13 @@ def test_every_listed_name_resolves_to_its_module():
         assert value.__module__ == module, f"`{name}` lives in `{value.__module__}`"
     assert set(contents()) <= set(dir(qlora_jax))
     assert set(qlora_jax.__all__) == {"__version__", *contents()}
+
+
+def test_no_public_name_is_also_a_module():
+    # Importing `qlora_jax.x` anywhere binds `x` on the package to the module, and hides
+    # a function of that name from then on.
+    both = {name for name in contents() if f"qlora_jax.{name}" in MODULES}
+    assert not both, f"rename the modules {both}: each hides the public name"
 
 
 def test_type_checkers_see_the_same_table():
