@@ -1,0 +1,306 @@
+"""bitsandbytes 4-bit tensors on disk <-> `NF4Tensor`.
+
+A quantized weight `P.weight` is several tensors: the codes (bytes, [n/2, 1], viewed as
+`bnb_4bit_quant_storage`), `.absmax`, `.quant_map`, under double quantization
+`.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`, a JSON
+text as bytes. The presence of that last one, not the configuration, says that a weight
+is quantized. Bytes are taken over and given back unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.files import DTYPES, Entry, Problems, TensorFiles
+from pallas_kernels.nf4 import NF4_CODE
+from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor, is_aligned
+
+_STATE = ".quant_state.bitsandbytes__"
+_STORAGES = ("uint8", "bfloat16", "float16", "float32")
+_SAFETENSORS_NAME = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16"}
+_SAFETENSORS_NAME["float32"] = "F32"
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What the JSON text of one quantized weight says."""
+
+    shape: tuple[int, int]
+    dtype: str
+    nested_offset: float | None
+    """float32 value; None without double quantization."""
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether block scales are 8-bit."""
+        return self.nested_offset is not None
+
+
+def packed_type(files: TensorFiles, key: str) -> str | None:
+    """Returns "nf4" or "fp4" if the weight `key` is stored in 4 bits, else None."""
+    for kind in ("nf4", "fp4"):
+        if f"{key}{_STATE}{kind}" in files:
+            return kind
+    return None
+
+
+def is_quantized(files: TensorFiles) -> bool:
+    """Whether any tensor is in bitsandbytes' 4-bit form."""
+    return any(_STATE in name for name in files)
+
+
+def part_names(key: str, double_quant: bool) -> list[str]:
+    """Names of all tensors that make up the quantized weight `key`."""
+    parts = ["", ".absmax", ".quant_map", f"{_STATE}nf4"]
+    if double_quant:
+        parts += [".nested_absmax", ".nested_quant_map"]
+    return [key + part for part in parts]
+
+
+def check(
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+) -> tuple[QuantState | None, list[str]]:
+    """Checks everything but the large arrays of the quantized weight `key`.
+
+    Returns:
+      Its state (None if there is a problem, which is noted), and the names of the
+      tensors that belong to it.
+    """
+    double = f"{key}.nested_absmax" in files or (
+        f"{key}.absmax" in files and files[f"{key}.absmax"].dtype == "U8"
+    )
+    names = part_names(key, double)
+    missing = [name for name in names if name not in files]
+    for name in missing:
+        problems.add("missing tensors", name)
+    if missing:
+        return None, names
+    try:
+        raw = json.loads(files.read(names[3]).tobytes())
+        state = _parse(raw, double)
+    except (ValueError, KeyError, TypeError) as error:
+        problems.add("unusable quantization states", f"{names[3]} ({error})")
+        return None, names
+    if state.shape != shape:
+        problems.add(
+            "tensors of another shape",
+            f"{key} {list(state.shape)} instead of {list(shape)}",
+        )
+        return None, names
+    blocks = -(-math.prod(shape) // BLOCK_SIZE)
+    wanted = {
+        f"{key}.absmax": ("U8" if double else "F32", blocks),
+        f"{key}.quant_map": ("F32", 16),
+    }
+    if double:
+        groups = -(-blocks // NESTED_BLOCK_SIZE)
+        wanted[f"{key}.nested_absmax"] = ("F32", groups)
+        wanted[f"{key}.nested_quant_map"] = ("F32", 256)
+    good = True
+    for name, (dtype, size) in wanted.items():
+        if files[name].dtype != dtype:
+            problems.add(
+                "tensors of another dtype",
+                f"{name} {files[name].dtype} instead of {dtype}",
+            )
+            good = False
+        elif math.prod(files[name].shape) != size:
+            problems.add(
+                "tensors of another shape",
+                f"{name} {list(files[name].shape)} instead of [{size}]",
+            )
+            good = False
+    info = files[key]
+    if info.dtype not in _SAFETENSORS_NAME.values():
+        problems.add("tensors of another dtype", f"{key} {info.dtype} instead of U8")
+        good = False
+    elif info.nbytes != -(-math.prod(shape) // 2):
+        problems.add(
+            "tensors of another shape",
+            f"{key} {info.nbytes} bytes instead of {-(-math.prod(shape) // 2)} (two "
+            "weights a byte)",
+        )
+        good = False
+    if good and files.read(f"{key}.quant_map").tobytes() != NF4_CODE.tobytes():
+        problems.add("tables of values that are not NF4's", f"{key}.quant_map")
+        good = False
+    return (state if good else None), names
+
+
+def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
+    """Reads the JSON text; raises ValueError with what is not supported."""
+    if raw["quant_type"] != "nf4":
+        raise ValueError(f"`quant_type` is {raw['quant_type']!r}; only 'nf4' is read")
+    if raw["blocksize"] != BLOCK_SIZE:
+        raise ValueError(
+            f"`blocksize` is {raw['blocksize']}; only {BLOCK_SIZE}, which transformers "
+            "writes, is read"
+        )
+    if raw["dtype"] not in _STORAGES[1:]:
+        raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
+    offset = None
+    if double:
+        offset = float(raw["nested_offset"])
+        if not math.isfinite(offset):
+            raise ValueError(f"`nested_offset` is {offset}")
+        if raw["nested_blocksize"] != NESTED_BLOCK_SIZE:
+            raise ValueError(
+                f"`nested_blocksize` is {raw['nested_blocksize']}; only "
+                f"{NESTED_BLOCK_SIZE} is read"
+            )
+        if raw["nested_dtype"] != "float32":
+            raise ValueError(f"`nested_dtype` is {raw['nested_dtype']!r}, not float32")
+    out_features, in_features = raw["shape"]
+    return QuantState((out_features, in_features), raw["dtype"], offset)
+
+
+def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
+    """Reads the quantized weight `key` into the arrays of `out` (one layer's views)."""
+    files.read_into(key, out.codes)
+    files.read_into(f"{key}.absmax", out.absmax)
+    if state.double_quant:
+        files.read_into(f"{key}.nested_absmax", out.nested_absmax)
+        files.read_into(f"{key}.nested_quant_map", out.nested_quant_map)
+        out.nested_offset[...] = np.float32(state.nested_offset)
+
+
+def read(files: TensorFiles, key: str, state: QuantState) -> NF4Tensor:
+    """Returns the quantized weight `key` as an `NF4Tensor` of numpy arrays."""
+    tensor = empty(state.shape, double_quant=state.double_quant, dtype=state.dtype)
+    read_into(files, key, state, tensor)
+    return tensor
+
+
+def empty(
+    shape: tuple[int, int],
+    *,
+    double_quant: bool,
+    dtype: str,
+    leading: tuple[int, ...] = (),
+) -> NF4Tensor:
+    """Makes an `NF4Tensor` of uninitialized numpy arrays."""
+    import jax
+
+    from qlora_jax.nf4 import abstract
+
+    return jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
+    )
+
+
+def state_text(tensor: NF4Tensor, shape: tuple[int, int]) -> bytes:
+    """The JSON text of one weight, character for character as bitsandbytes writes it."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": tensor.block_size,
+        "dtype": tensor.dtype,
+        "shape": list(shape),
+    }
+    if tensor.double_quant:
+        state["nested_blocksize"] = tensor.nested_block_size
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = float(np.asarray(tensor.nested_offset))
+    return json.dumps(state).encode()
+
+
+def entries(key: str, tensor: NF4Tensor, *, quant_storage: str) -> list[Entry]:
+    """The tensors that the weight `key` (one layer) becomes in a file.
+
+    `quant_storage` has been checked by `check_storage`.
+    """
+    blocks = -(-math.prod(tensor.shape) // tensor.block_size)
+    code_bytes = -(-math.prod(tensor.shape) // 2)
+    storage = DTYPES[_SAFETENSORS_NAME[quant_storage]]
+    absmax_dtype = np.dtype(np.uint8 if tensor.double_quant else np.float32)
+
+    def codes() -> NDArray:
+        return _bytes(tensor.codes).view(storage).reshape(-1, 1)
+
+    out = [
+        Entry(key, storage, (code_bytes // storage.itemsize, 1), codes),
+        Entry(
+            f"{key}.absmax",
+            absmax_dtype,
+            (blocks,),
+            lambda: np.asarray(tensor.absmax).reshape(-1),
+        ),
+        Entry.of(f"{key}.quant_map", NF4_CODE),
+        Entry.of(
+            f"{key}{_STATE}nf4",
+            np.frombuffer(state_text(tensor, tensor.shape), np.uint8),
+        ),
+    ]
+    if tensor.double_quant:
+        out += [
+            Entry.of(f"{key}.nested_absmax", np.asarray(tensor.nested_absmax)),
+            Entry.of(f"{key}.nested_quant_map", np.asarray(tensor.nested_quant_map)),
+        ]
+    return out
+
+
+def _bytes(array: Any) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8)
+
+
+def storage_problem(tensor: NF4Tensor, quant_storage: str) -> str | None:
+    """Says why the codes of `tensor` cannot be viewed as `quant_storage`, if so."""
+    if quant_storage not in _STORAGES:
+        return (
+            f"`quant_storage`={quant_storage!r} is not known; expected one of "
+            f"{', '.join(_STORAGES)}"
+        )
+    size = DTYPES[_SAFETENSORS_NAME[quant_storage]].itemsize
+    count = -(-math.prod(tensor.shape) // 2)
+    if count % size:
+        return (
+            f"{count} bytes of codes (shape {list(tensor.shape)}) are no whole number "
+            f"of {quant_storage}; use quant_storage='uint8'"
+        )
+    return None
+
+
+def quantization_config(
+    *,
+    compute_dtype: str,
+    quant_storage: str,
+    double_quant: bool,
+    skip: list[str] | None,
+) -> dict[str, Any]:
+    """The `quantization_config` that transformers writes for such a checkpoint."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": quant_storage,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skip,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+__all__ = [
+    "QuantState",
+    "check",
+    "empty",
+    "entries",
+    "is_aligned",
+    "is_quantized",
+    "packed_type",
+    "quantization_config",
+    "read",
+    "storage_problem",
+]
