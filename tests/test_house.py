@@ -47,10 +47,12 @@ ORDER = (
     "scripts",
 )
 DOORS = ORDER[ORDER.index("convert") + 1 : ORDER.index("scripts")]
-# Narrower than the order: the core's data types, never the model, the loss or training.
+# Narrower than the order: the byte formats and the core's data types, never the model,
+# the loss or training.
 ALLOWED = {
     "convert": {
         "convert",
+        "pallas_kernels",
         "qlora_jax.errors",
         "qlora_jax.config",
         "qlora_jax.nf4",
