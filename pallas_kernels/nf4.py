@@ -152,6 +152,7 @@ class _Meta(NamedTuple):
     """Everything static about a packed weight; hashable."""
 
     shape: tuple[int, int]
+    out_dtype: str
     block_size: int
     nested_block_size: int
 
@@ -163,12 +164,13 @@ def nf4_matmul(
     nested: Nested | None = None,
     *,
     shape: tuple[int, int],
+    dtype: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` with `W = nf4_dequantize(...)` in the dtype of `x`.
 
-    Sums are float32; the result has the dtype of `x`. The derivative exists for `x`
+    Sums are float32, rounded to `dtype` (default: that of `x`) at the end. The derivative exists for `x`
     alone (the packed weight is frozen) and keeps only the packed bytes.
 
     Args:
@@ -177,6 +179,7 @@ def nf4_matmul(
       absmax: as for `nf4_dequantize`.
       nested: as for `nf4_dequantize`.
       shape: (O, I) of the weight.
+      dtype: of the result; default that of `x`.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
 
@@ -188,9 +191,9 @@ def nf4_matmul(
             f"`nf4_matmul`: the weight takes {shape[1]} features, `x` has shape "
             f"{x.shape}."
         )
-    return _matmul(
-        _Meta(shape, block_size, nested_block_size), x, (codes, absmax, nested)
-    )
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    meta = _Meta(shape, dtype.name, block_size, nested_block_size)
+    return _matmul(meta, x, (codes, absmax, nested))
 
 
 def _weight(meta: _Meta, packed: tuple, dtype: DTypeLike) -> Array:
@@ -208,14 +211,17 @@ def _weight(meta: _Meta, packed: tuple, dtype: DTypeLike) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(meta: _Meta, x: Array, packed: tuple) -> Array:
-    return contract(x, _weight(meta, packed, x.dtype), 1)
+    return contract(x, _weight(meta, packed, x.dtype), 1, meta.out_dtype)
 
 
 def _matmul_fwd(meta: _Meta, x: Array, packed: tuple) -> tuple[Array, tuple]:
-    return _matmul(meta, x, packed), packed
+    # The empty array carries the dtype of `x`, which `dy` need not have.
+    return _matmul(meta, x, packed), (packed, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_bwd(meta: _Meta, packed: tuple, dy: Array) -> tuple[Array, None]:
+def _matmul_bwd(meta: _Meta, residuals: tuple, dy: Array) -> tuple[Array, None]:
+    packed, like = residuals
+    dy = dy.astype(like.dtype)
     return contract(dy, _weight(meta, packed, dy.dtype), 0), None
 
 

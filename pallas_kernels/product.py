@@ -7,6 +7,8 @@ multiplied in float32 (no tf32).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -45,26 +47,37 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense_matmul(
-    x: Float[Array, "*B I"], weight: Float[Array, "O I"]
+    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*B O"]:
-    """Computes `x @ weight.T` in the dtype of `x`.
+    """Computes `x @ weight.T`, multiplying in the dtype of `x`.
 
     `weight` may have another dtype (a float32 adapter under bf16 compute): it is cast
     for the product, and its gradient is summed and returned in its own dtype, never
     rounded to that of `x` on the way.
+
+    Args:
+      x: inputs, features last.
+      weight: [O, I].
+      dtype: of the result; default that of `x`.
     """
-    return contract(x, weight.astype(x.dtype), 1)
+    return contract(x, weight.astype(x.dtype), 1, dtype)
 
 
-def _dense_fwd(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return dense_matmul(x, weight), (x, weight)
+def _dense_fwd(
+    x: Array, weight: Array, dtype: DTypeLike | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return dense_matmul(x, weight, dtype), (x, weight)
 
 
-def _dense_bwd(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _dense_bwd(
+    dtype: DTypeLike | None, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    del dtype
     x, weight = residuals
-    dx = contract(dy, weight.astype(dy.dtype), 0)
+    dy = dy.astype(x.dtype)
+    dx = contract(dy, weight.astype(x.dtype), 0)
     rows = tuple(range(x.ndim - 1))
     dweight = jax.lax.dot_general(
         dy,

@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 from qlora_jax.errors import UserError
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-
 PROJECTIONS = (
     "q_proj",
     "k_proj",
@@ -95,7 +93,7 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     raw: Mapping[str, Any] = field(
-        default=_EMPTY, compare=False, hash=False, repr=False
+        default_factory=dict, compare=False, hash=False, repr=False
     )
 
     def __post_init__(self) -> None:
@@ -193,7 +191,7 @@ class LlamaConfig:
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
-            raw=MappingProxyType(dict(raw)),
+            raw=dict(raw),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -352,7 +350,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     """Where the base is found; written into adapter_config.json."""
     raw: Mapping[str, Any] = field(
-        default=_EMPTY, compare=False, hash=False, repr=False
+        default_factory=dict, compare=False, hash=False, repr=False
     )
 
     def __post_init__(self) -> None:
@@ -429,7 +427,7 @@ class LoraConfig:
             use_rslora=bool(raw.get("use_rslora", False)),
             init_lora_weights="gaussian" if init == "gaussian" else "default",
             base_model_name_or_path=raw.get("base_model_name_or_path"),
-            raw=MappingProxyType(dict(raw)),
+            raw=dict(raw),
         )
 
     def to_peft(self) -> dict[str, Any]:

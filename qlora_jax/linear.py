@@ -15,6 +15,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.product import dense_matmul
@@ -60,8 +62,9 @@ def linear(
     scaling: float = 1.0,
     dropout: float = 0.0,
     key: Array | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "*B O"]:
-    """Computes `W x + bias + scaling * B (A x)` in the dtype of `x`.
+    """Computes `W x + bias + scaling * B (A x)`.
 
     Args:
       x: inputs, features last.
@@ -71,18 +74,23 @@ def linear(
       scaling: factor of the adapter's update.
       dropout: of the adapter's input.
       key: PRNG key for the dropout.
+      dtype: of the result; default that of `x`. Products are those of the dtype of
+        `x` either way; float32 logits are thus not rounded to bf16 first.
 
     Returns:
-      [..., O] in the dtype of `x`.
+      [..., O] in `dtype`.
     """
+    dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, nf4.NF4Tensor):
-        y = nf4.matmul(x, weight)
+        y = nf4.matmul(x, weight, dtype)
     else:
-        y = dense_matmul(x, weight)
+        y = dense_matmul(x, weight, dtype)
+    y = checkpoint_name(y, "linear_out")
     if bias is not None:
         y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
     if adapter is not None:
-        y = y + lora_lib.delta(x, adapter, scaling, dropout=dropout, key=key)
+        update = lora_lib.delta(x, adapter, scaling, dropout=dropout, key=key)
+        y = y + update.astype(dtype)
     return y
 
 
@@ -100,8 +108,8 @@ class Linear(nn.Module):
     initializer_range: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., I] to [..., O]."""
+    def __call__(self, x: Array, dtype: DTypeLike | None = None) -> Array:
+        """Maps [..., I] to [..., O], in the dtype of `x` unless told otherwise."""
         # `self.param` compares shapes, which a packed leaf does not have.
         if self.has_variable("params", "weight"):
             weight = self.get_variable("params", "weight")
@@ -143,4 +151,5 @@ class Linear(nn.Module):
                 scaling=scaling,
                 dropout=dropout,
                 key=key,
+                dtype=dtype,
             )

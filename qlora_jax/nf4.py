@@ -143,14 +143,20 @@ def dequantize(tensor: NF4Tensor, dtype: DTypeLike = None) -> Float[Array, "*L O
     return one(jax.tree.map(jnp.asarray, tensor))
 
 
-def matmul(x: Float[Array, "*B I"], tensor: NF4Tensor) -> Float[Array, "*B O"]:
-    """Computes `x @ W.T` in the dtype of `x`; differentiable in `x` alone."""
+def matmul(
+    x: Float[Array, "*B I"], tensor: NF4Tensor, dtype: DTypeLike | None = None
+) -> Float[Array, "*B O"]:
+    """Computes `x @ W.T` in the dtype of `x`; differentiable in `x` alone.
+
+    The result is rounded to `dtype`, by default that of `x`.
+    """
     return nf4_matmul(
         x,
         tensor.codes,
         tensor.absmax,
         tensor.nested(),
         shape=tensor.shape,
+        dtype=dtype,
         block_size=tensor.block_size,
         nested_block_size=tensor.nested_block_size,
     )

@@ -1,0 +1,294 @@
+"""Causal self-attention, three ways that compute the same thing.
+
+  eager  the textbook formula, scores [T, S] in memory; also decodes with a cache.
+  xla    blockwise with a running softmax (Dao 2023, https://arxiv.org/abs/2307.08691)
+         in plain XLA: memory linear in length, blocks above the diagonal skipped,
+         forward and backward.
+  cudnn  NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
+
+What a query may see is said once, for all of them: keys at its own or an earlier index
+whose segment id equals its own. Padding is segment 0, documents of a packed row are
+1, 2, ...; a padding mask is thus the case of a single document.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.product import precision
+from qlora_jax.errors import UserError
+
+# Large and negative but finite: a row with nothing to see stays finite. The running
+# maximum starts lower still, so a block of nothing but masked scores never wins.
+_MASKED = -1e30
+
+# Tokens a block: square blocks of 256 scores are wide enough for full matrix-product
+# speed and keep the work above the diagonal small.
+_BLOCK = 256
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Computes `softmax(q k^T / sqrt(H) + mask) v`, causal, for grouped heads.
+
+    Query head n reads key/value head n // (N // K). The softmax is float32.
+
+    Args:
+      q: queries.
+      k: keys; S == T.
+      v: values.
+      segment_ids: 0 = padding, equal ids see each other; None = one document.
+      implementation: "eager", "xla", "cudnn", or "auto": cudnn where it runs this
+        case, xla elsewhere.
+
+    Returns:
+      The attention output in the dtype of `q`.
+
+    Raises:
+      UserError: an implementation that cannot compute this here, with the reason.
+    """
+    if implementation == "auto":
+        implementation = (
+            "cudnn" if _cudnn_refusal(q, segment_ids) is None else "xla"
+        )
+    if implementation == "eager":
+        seen = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
+        out = masked_attention(q, k, v, seen)
+    elif implementation == "xla":
+        out = _blockwise(q, k, v, segment_ids)
+    elif implementation == "cudnn":
+        refusal = _cudnn_refusal(q, segment_ids)
+        if refusal is not None:
+            raise UserError(
+                f"attention='cudnn' cannot be used here: {refusal} Use 'auto' or 'xla'."
+            )
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation="cudnn"
+        )
+    else:
+        raise UserError(
+            f"attention={implementation!r} does not exist. Choose from 'auto', "
+            "'eager', 'xla', 'cudnn'."
+        )
+    return checkpoint_name(out, "attention_out")
+
+
+def causal_mask(
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    queries: int,
+    keys: int,
+    start: Int[Array, ""] | int,
+) -> Array:
+    """Says which keys each query sees, [B or 1, T, S] of bool.
+
+    Query t stands at index `start + t` of the keys.
+    """
+    index = start + jnp.arange(queries)
+    seen = (index[:, None] >= jnp.arange(keys)[None, :])[None]
+    if query_segments is not None and key_segments is not None:
+        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+    return seen
+
+
+def masked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    seen: Array,
+) -> Float[Array, "B T N H"]:
+    """The plain formula under a mask [B or 1, T, S]; scores are held in memory."""
+    batch, queries, heads, width = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, queries, groups, heads // groups, width)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q,
+        k,
+        precision=precision(q.dtype),
+        preferred_element_type=jnp.float32,
+    ) * (1.0 / math.sqrt(width))
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights,
+        v,
+        precision=precision(v.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(batch, queries, heads, width).astype(q.dtype)
+
+
+def _cudnn_refusal(q: Array, segment_ids: Array | None) -> str | None:
+    """Says why cuDNN cannot compute this, or None."""
+    if jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU and this process runs on another backend."
+    if segment_ids is not None:
+        return "it takes neither segment ids nor padding masks."
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {q.dtype}."
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"head_dim={q.shape[-1]} is no multiple of 8 up to 128."
+    return None
+
+
+def _blockwise(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    block = min(_BLOCK, -(-length // 8) * 8)
+    pad = -length % block
+    if segment_ids is None and pad == 0:
+        segments = None
+    else:
+        if segment_ids is None:
+            segment_ids = jnp.ones((batch, length), jnp.int32)
+        segments = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    if pad:
+        q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
+    padded = length + pad
+    q = q.reshape(batch, padded, groups, heads // groups, width)
+    q = q.transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out = _flash(block, q, k, v, segments)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)
+    return out[:, :length]
+
+
+def _slice(a: Array, i: Array | int, block: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
+
+
+def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
+    return jnp.einsum(
+        equation,
+        a,
+        b,
+        precision=precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _scores(
+    q: Array, k: Array, segments: Array | None, i: Array, j: Array, block: int
+) -> Float32[Array, "B K G t s"]:
+    """Masked scores of query block i against key block j."""
+    scores = _product("bkgth,bksh->bkgts", q, _slice(k, j, block, 2))
+    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
+    rows = i * block + jnp.arange(block)
+    columns = j * block + jnp.arange(block)
+    seen = (rows[:, None] >= columns[None, :])[None]
+    if segments is not None:
+        q_segments = _slice(segments, i, block, 1)
+        k_segments = _slice(segments, j, block, 1)
+        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
+    return jnp.where(seen[:, None, None], scores, _MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> Float[Array, "B K G T H"]:
+    return _flash_fwd(block, q, k, v, segments)[0]
+
+
+def _flash_fwd(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> tuple[Array, tuple]:
+    """Running softmax over key blocks j <= i for each query block i."""
+    batch, groups, per_group, length, width = q.shape
+
+    def query_block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
+        q_i = _slice(q, i, block, 3)
+
+        def key_block(j: Array, carry: tuple) -> tuple:
+            top, total, acc = carry
+            scores = _scores(q_i, k, segments, i, j, block)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            shrink = jnp.exp(top - new_top)
+            weights = jnp.exp(scores - new_top[..., None])
+            acc = acc * shrink[..., None] + _product(
+                "bkgts,bksh->bkgth", weights.astype(v.dtype), _slice(v, j, block, 2)
+            )
+            return new_top, total * shrink + weights.sum(axis=-1), acc
+
+        rows = (batch, groups, per_group, block)
+        start = (
+            jnp.full(rows, 2 * _MASKED, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros((*rows, width), jnp.float32),
+        )
+        top, total, acc = jax.lax.fori_loop(0, i + 1, key_block, start)
+        out = (acc / total[..., None]).astype(q.dtype)
+        return None, (out, top + jnp.log(total))
+
+    _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(length // block))
+    out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
+    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, segments, out, lse)
+
+
+def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
+    """Recomputes each block's weights from the saved log-sum-exp."""
+    q, k, v, segments, out, lse = residuals
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+
+    def query_block(carry: tuple, i: Array) -> tuple[tuple, Array]:
+        q_i, dout_i = _slice(q, i, block, 3), _slice(dout, i, block, 3)
+        lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
+
+        def key_block(j: Array, state: tuple) -> tuple:
+            dq, dk, dv = state
+            weights = jnp.exp(
+                _scores(q_i, k, segments, i, j, block) - lse_i[..., None]
+            )
+            dweights = _product(
+                "bkgth,bksh->bkgts", dout_i, _slice(v, j, block, 2)
+            )
+            dscores = (weights * (dweights - inner_i[..., None]) * scale).astype(
+                q.dtype
+            )
+            dv_j = _product("bkgts,bkgth->bksh", weights.astype(q.dtype), dout_i)
+            dk_j = _product("bkgts,bkgth->bksh", dscores, q_i)
+            dq = dq + _product("bkgts,bksh->bkgth", dscores, _slice(k, j, block, 2))
+            add = functools.partial(_add_block, j=j, block=block)
+            return dq, add(dk, dk_j), add(dv, dv_j)
+
+        dq = jnp.zeros(q_i.shape, jnp.float32)
+        dq, dk, dv = jax.lax.fori_loop(0, i + 1, key_block, (dq, *carry))
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    blocks = jnp.arange(q.shape[3] // block)
+    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), blocks)
+    dq = jnp.moveaxis(dq, 0, 3).reshape(q.shape)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _add_block(total: Array, part: Array, j: Array, block: int) -> Array:
+    start = (0, 0, j * block, 0)
+    old = jax.lax.dynamic_slice(total, start, part.shape)
+    return jax.lax.dynamic_update_slice(total, old + part, start)
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)

@@ -1,0 +1,469 @@
+"""The Llama model (Touvron et al. 2023, https://arxiv.org/abs/2307.09288) in Flax.
+
+Thin Linen modules over the functions of `linear` and `attention`; the mathematics is
+that of Hugging Face's `LlamaForCausalLM`, to rounding. Parameters carry its names and
+orientation; the layers are one scanned module, so every leaf under `model.layers` has a
+leading layer axis and neither compile time nor the program grows with depth.
+
+    logits = Llama(config).apply({"params": base, "lora": adapters}, tokens)
+
+`apply` takes what it needs and changes nothing: dropout is active exactly when a
+"dropout" key is given, the key/value cache goes in and comes out.
+
+Read in order: Llama -> LlamaModel -> Block -> Attention, MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.product import contract
+from qlora_jax import attention as attention_lib
+from qlora_jax.config import LlamaConfig
+from qlora_jax.linear import Compute, Linear
+
+
+class Cache(NamedTuple):
+    """Keys and values of tokens already seen, for all layers."""
+
+    k: Array
+    """[L, B, S, K, H]."""
+    v: Array
+    """[L, B, S, K, H]."""
+    segment_ids: Int[Array, "B S"]
+    """1 where a slot holds a real token, 0 for padding and empty slots."""
+    length: Int[Array, ""]
+    """Slots in use."""
+
+
+class Llama(nn.Module):
+    """A causal language model; see the module's text.
+
+    `attention_cls` and `mlp_cls` put modules of yours into every layer; they are built
+    as `cls(config=config, compute=compute)` and called as `Attention` and `MLP` are.
+    """
+
+    config: LlamaConfig
+    compute: Compute = Compute()
+    attention_cls: Callable[..., nn.Module] | None = None
+    mlp_cls: Callable[..., nn.Module] | None = None
+
+    def setup(self) -> None:
+        """Builds `model` and, unless embeddings are tied, `lm_head`."""
+        self.model = LlamaModel(
+            self.config, self.compute, self.attention_cls, self.mlp_cls
+        )
+        if not self.config.tie_word_embeddings:
+            self.lm_head = Linear(
+                self.config.vocab_size,
+                self.compute,
+                initializer_range=self.config.initializer_range,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        attention_mask: Int[Array, "B T"] | Bool[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float32[Array, "B T V"]:
+        """Computes logits.
+
+        Args:
+          tokens: token ids.
+          attention_mask: 1 = token, 0 = padding, on either side.
+          positions: for the rotary embedding; default 0, 1, 2, ... in every row.
+          segment_ids: documents of packed rows, 1, 2, ...; 0 = padding.
+
+        Returns:
+          float32 logits. They are meaningless at padded positions.
+        """
+        hidden = self.hidden_states(
+            tokens,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        return self.head(hidden)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Computes the normed output of the last layer; arguments as `__call__`."""
+        segments = _segments(attention_mask, segment_ids)
+        return self.model(tokens, positions, segments, None)[0]
+
+    def head(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Maps hidden states to float32 logits."""
+        with jax.named_scope("head"):
+            if self.config.tie_word_embeddings:
+                return self.model.embed_tokens.attend(hidden)
+            return self.lm_head(hidden, dtype=jnp.float32)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        attention_mask: Array,
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float32[Array, "B V"], Cache]:
+        """Appends tokens to the cache; returns the logits after the last one.
+
+        The first call on an empty cache takes whole prompts (the prefill, T > 1, all
+        of them padded on the left to one length); later calls take T == 1.
+
+        Args:
+          tokens: new tokens.
+          cache: from `empty_cache` or an earlier call.
+          attention_mask: 1 = token, 0 = padding.
+          positions: for the rotary embedding.
+
+        Returns:
+          float32 logits after the last token, and the longer cache.
+        """
+        hidden, cache = self.model(
+            tokens, positions, attention_mask.astype(jnp.int32), cache
+        )
+        return self.head(hidden[:, -1]), cache
+
+
+class LlamaModel(nn.Module):
+    """Embedding, scanned layers, final norm."""
+
+    config: LlamaConfig
+    compute: Compute
+    attention_cls: Callable[..., nn.Module] | None = None
+    mlp_cls: Callable[..., nn.Module] | None = None
+
+    def setup(self) -> None:
+        """Builds `embed_tokens`, `layers` and `norm`."""
+        self.embed_tokens = Embed(
+            self.config.vocab_size,
+            self.config.hidden_size,
+            self.compute,
+            self.config.initializer_range,
+        )
+        block = Block
+        if self.compute.remat != "none":
+            # Inside a scan the forward and backward bodies are separate programs, so
+            # merging equal expressions within the backward one is wanted: recomputation
+            # and input gradient then share one dequantization of each weight.
+            block = nn.remat(
+                Block, prevent_cse=False, policy=_POLICIES[self.compute.remat]
+            )
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            length=self.config.num_hidden_layers,
+        )(self.config, self.compute, self.attention_cls, self.mlp_cls)
+        self.norm = RMSNorm(self.config.rms_norm_eps)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segments: Int[Array, "B T"] | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Returns normed hidden states, and the longer cache if one was given."""
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        rope = rope_table(positions, self.config)
+        x = self.embed_tokens(tokens)
+        if cache is None:
+            x, _ = self.layers(x, rope, segments, None, None)
+            return self.norm(x), None
+        assert segments is not None
+        all_segments = jax.lax.dynamic_update_slice(
+            cache.segment_ids, segments, (0, cache.length)
+        )
+        x, (k, v) = self.layers(
+            x, rope, segments, (cache.k, cache.v), (all_segments, cache.length)
+        )
+        length = cache.length + tokens.shape[1]
+        return self.norm(x), Cache(k, v, all_segments, length)
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: LlamaConfig
+    compute: Compute
+    attention_cls: Callable[..., nn.Module] | None = None
+    mlp_cls: Callable[..., nn.Module] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments: Array | None,
+        kv: tuple[Array, Array] | None,
+        cached: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Returns the new residual stream and this layer's keys and values."""
+        attention = self.attention_cls or Attention
+        mlp = self.mlp_cls or MLP
+        eps = self.config.rms_norm_eps
+        h = RMSNorm(eps, name="input_layernorm")(x)
+        h, kv = attention(config=self.config, compute=self.compute, name="self_attn")(
+            h, rope, segments, kv, cached
+        )
+        x = x + h
+        h = RMSNorm(eps, name="post_attention_layernorm")(x)
+        h = mlp(config=self.config, compute=self.compute, name="mlp")(h)
+        return x + h, kv
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments: Int[Array, "B T"] | None,
+        kv: tuple[Array, Array] | None = None,
+        cached: tuple[Array, Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Attends within `x`, or to the cache as well.
+
+        Args:
+          x: normed residual stream.
+          rope: cos and sin of `rope_table`.
+          segments: segment ids of `x`.
+          kv: this layer's cached keys and values [B, S, K, H].
+          cached: segment ids [B, S] of the cache including `x`, and slots in use
+            before `x`.
+
+        Returns:
+          The output, and the cache with the keys and values of `x` written in.
+        """
+        c = self.config
+        q = self.project("q_proj", x, c.num_attention_heads)
+        k = self.project("k_proj", x, c.num_key_value_heads)
+        v = self.project("v_proj", x, c.num_key_value_heads)
+        q, k = rotate(q, rope), rotate(k, rope)
+        with jax.named_scope("attention"):
+            if kv is not None and cached is not None:
+                all_segments, start = cached
+                kv = (
+                    jax.lax.dynamic_update_slice(kv[0], k, (0, start, 0, 0)),
+                    jax.lax.dynamic_update_slice(kv[1], v, (0, start, 0, 0)),
+                )
+            if kv is None or x.shape[1] > 1:
+                # A prefill starts on an empty cache: it sees nothing but itself.
+                out = attention_lib.attention(
+                    q,
+                    k,
+                    v,
+                    segment_ids=segments,
+                    implementation=self.compute.attention,
+                )
+            else:
+                seen = attention_lib.causal_mask(
+                    segments, all_segments, 1, kv[0].shape[1], start
+                )
+                out = attention_lib.masked_attention(q, *kv, seen)
+        out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
+        out = Linear(
+            c.hidden_size,
+            self.compute,
+            use_bias=c.attention_bias,
+            initializer_range=c.initializer_range,
+            name="o_proj",
+        )(out)
+        return out, kv
+
+    def project(
+        self, name: str, x: Float[Array, "B T D"], heads: int
+    ) -> Float[Array, "B T N H"]:
+        """Applies the projection `name` and splits its output into heads."""
+        c = self.config
+        y = Linear(
+            heads * c.head_dim,
+            self.compute,
+            use_bias=c.attention_bias,
+            initializer_range=c.initializer_range,
+            name=name,
+        )(x)
+        return y.reshape(*x.shape[:2], heads, c.head_dim)
+
+
+class MLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Maps the normed residual stream to this layer's update."""
+        c = self.config
+
+        def projection(name: str, features: int) -> Linear:
+            return Linear(
+                features,
+                self.compute,
+                use_bias=c.mlp_bias,
+                initializer_range=c.initializer_range,
+                name=name,
+            )
+
+        gate = projection("gate_proj", c.intermediate_size)(x)
+        up = projection("up_proj", c.intermediate_size)(x)
+        # The exponential in float32: bf16 exp is less accurate and no faster.
+        h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return projection("down_proj", c.hidden_size)(h.astype(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, normalized in float32 (arXiv:1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalizes the last axis."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1))
+        return (wide * scale).astype(x.dtype) * weight
+
+
+class Embed(nn.Module):
+    """Token embedding; its transpose is the head of a model with tied embeddings."""
+
+    num_embeddings: int
+    features: int
+    compute: Compute
+    initializer_range: float = 0.02
+
+    def setup(self) -> None:
+        """Declares `weight` [V, D]."""
+        self.weight = self.param(
+            "weight",
+            nn.initializers.normal(self.initializer_range),
+            (self.num_embeddings, self.features),
+            jnp.float32,
+        )
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks token ids up."""
+        return jnp.take(self.weight, tokens, axis=0).astype(self.compute.dtype)
+
+    def attend(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Computes float32 logits against every embedding."""
+        weight = self.weight.astype(hidden.dtype)
+        return contract(hidden, weight, 1, jnp.float32)
+
+
+def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
+    """Computes the rotary frequencies, a function of the configuration alone.
+
+    Plain: `rope_theta ** (-2i / head_dim)`. "linear" divides them by `factor`.
+    "llama3" (as in Llama 3.1) divides those whose wavelength exceeds the original
+    context over `low_freq_factor`, keeps those below it over `high_freq_factor`, and
+    interpolates between.
+
+    Returns:
+      float32 [head_dim / 2].
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    original = scaling.original_max_position_embeddings
+    wavelength = 2.0 * math.pi / frequency
+    smooth = (original / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
+    stretched = jnp.where(
+        wavelength > original / scaling.low_freq_factor,
+        frequency / scaling.factor,
+        between,
+    )
+    return jnp.where(
+        wavelength < original / scaling.high_freq_factor, frequency, stretched
+    )
+
+
+def rope_table(
+    positions: Int[Array, "B T"], config: LlamaConfig
+) -> tuple[Float32[Array, "B T 1 H2"], Float32[Array, "B T 1 H2"]]:
+    """Computes cos and sin of position times frequency, in float32."""
+    frequency = inverse_frequencies(config)
+    angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    angle = angle[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], rope: tuple[Array, Array]
+) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (i, i + H/2) of each head, Hugging Face's layout."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return out.astype(x.dtype)
+
+
+def empty_cache(
+    config: LlamaConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16
+) -> Cache:
+    """Makes a cache for `slots` tokens in each of `batch` rows."""
+    shape = (
+        config.num_hidden_layers,
+        batch,
+        slots,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    return Cache(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros((batch, slots), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array | None:
+    if attention_mask is None:
+        return segment_ids
+    mask = attention_mask.astype(jnp.int32)
+    return mask if segment_ids is None else mask * segment_ids
+
+
+_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,
+    "save_matmuls": jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_lse", "linear_out"
+    ),
+}
