@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -35,6 +35,7 @@ Batch = dict[str, Int32[np.ndarray, "..."]]
 _ROUND = 64
 
 
+@runtime_checkable
 class Indexed(Protocol):
     """Anything `prefetch` can read: batches by index, and their number."""
 
@@ -141,7 +142,7 @@ class Batches:
         pad_token_id: int,
         accumulation_steps: int = 1,
         steps: int | None = None,
-        epochs: float | None = None,
+        epochs: int | float | None = None,
     ):
         sizes = {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
         for name, value in sizes.items():

@@ -71,7 +71,7 @@ def _first_line_is_object(content: str) -> bool:
         return False
 
 
-def _json_list(path: Path, content: str) -> list[Row]:
+def _json_list(path: Path, content: str) -> list[tuple[str, Any]]:
     try:
         rows = json.loads(content)
     except ValueError as error:
@@ -80,7 +80,7 @@ def _json_list(path: Path, content: str) -> list[Row]:
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _json_lines(path: Path, content: str) -> list[Row]:
+def _json_lines(path: Path, content: str) -> list[tuple[str, Any]]:
     rows = []
     # Not `splitlines`: JSON strings may hold U+2028 and other characters it splits at.
     for number, line in enumerate(content.split("\n"), 1):
@@ -96,7 +96,7 @@ def _json_lines(path: Path, content: str) -> list[Row]:
     return rows
 
 
-def check_template(name: str, template: str) -> None:
+def check_template(name: str, template: object) -> None:
     """Refuses a format string that cannot be filled from a row (UserError)."""
     if not isinstance(template, str):
         raise UserError(f"`data.{name}` must be text, got {template!r}.")

@@ -1,0 +1,342 @@
+"""Batches by index: order, epochs, packing, prefetching, evaluation."""
+
+import json
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from qlora_jax.batches import Batches, eval_batches, prefetch
+from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.errors import UserError
+from qlora_jax.segments import IGNORE
+
+PAD = 7
+
+
+def make(tmp_path, lengths, **config):
+    """Examples whose tokens are all different, so that each can be traced."""
+    path = tmp_path / "rows.jsonl"
+    start, lines = 1000, []
+    for length in lengths:
+        ids = list(range(start, start + length))
+        lines.append(json.dumps({"input_ids": ids}))
+        start += length
+    path.write_text("\n".join(lines))
+    config = DataConfig(path=str(path), format="tokens", train_on="all", **config)
+    return load_examples(config, None, vocab_size=start), config
+
+
+def batches_of(tmp_path, lengths, batch_size=2, accumulation_steps=1, **config):
+    ends = {key: config.pop(key) for key in ("steps", "epochs") if key in config}
+    examples, config = make(tmp_path, lengths, **config)
+    return Batches(
+        examples,
+        config,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        pad_token_id=PAD,
+        **ends,
+    )
+
+
+def first_tokens(batch):
+    return batch["tokens"][..., 0].ravel().tolist()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+LENGTHS = np.random.default_rng(0).integers(2, 60, 37).tolist()
+
+
+# --- order ---
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_depends_on_its_index_alone(tmp_path, packing):
+    config = dict(packing=packing, max_length=64, seed=3)
+    straight = batches_of(tmp_path, LENGTHS, 3, 2, steps=40, **config)
+    expected = list(straight)
+    assert len(expected) == len(straight) == 40
+    resumed = batches_of(tmp_path, LENGTHS, 3, 2, **config)
+    for index in np.random.default_rng(1).permutation(40).tolist():
+        assert same(resumed[index], expected[index])
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 1), (5, 3), (2, 7)])
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_epoch_sees_every_row_once(
+    tmp_path, batch_size, accumulation_steps, packing
+):
+    batches = batches_of(
+        tmp_path,
+        LENGTHS,
+        batch_size,
+        accumulation_steps,
+        packing=packing,
+        max_length=64,
+    )
+    count, size = batches.rows_per_epoch, batch_size * accumulation_steps
+    assert count == 37 or packing
+    stream = [t for i in range(-(-4 * count // size)) for t in first_tokens(batches[i])]
+    epochs = [stream[e * count : (e + 1) * count] for e in range(4)]
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+    assert len(set(epochs[0])) == count
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # each in its own order
+
+
+def test_without_shuffling_the_files_order_is_kept(tmp_path):
+    batches = batches_of(tmp_path, [2, 3, 4], 2, shuffle=False)
+    assert [first_tokens(batches[i]) for i in range(3)] == [
+        [1000, 1002],
+        [1005, 1000],
+        [1002, 1005],
+    ]
+
+
+def test_the_seed_chooses_the_order(tmp_path):
+    orders = {
+        tuple(first_tokens(batches_of(tmp_path, LENGTHS, 37, seed=seed)[0]))
+        for seed in (0, 1, 2**64 - 1)
+    }
+    assert len(orders) == 3
+
+
+def test_the_order_of_a_seed_never_changes(tmp_path):
+    """A run must continue in the same order under every numpy."""
+    batches = batches_of(tmp_path, [2] * 8, 8, seed=5)
+    orders = [[(t - 1000) // 2 for t in first_tokens(batches[i])] for i in (0, 1)]
+    assert orders == [[2, 4, 3, 1, 5, 0, 6, 7], [7, 4, 5, 1, 6, 0, 2, 3]]
+
+
+def test_fewer_rows_than_a_batch_repeat(tmp_path):
+    batches = batches_of(tmp_path, [2, 3], 5, 2, epochs=3)
+    assert batches.steps_per_epoch == 0.2 and len(batches) == 1
+    seen = Counter(first_tokens(batches[0]))
+    assert seen == {1000: 5, 1002: 5}
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 19), (0.5, 5), (0.01, 1)])
+def test_epochs_are_rounded_up_to_a_whole_batch(tmp_path, epochs, steps):
+    batches = batches_of(tmp_path, LENGTHS, 2, 2, epochs=epochs)
+    assert batches.steps_per_epoch == 9.25
+    assert len(batches) == steps
+
+
+def test_the_end(tmp_path):
+    batches = batches_of(tmp_path, [2, 3], steps=2)
+    with pytest.raises(IndexError, match="batch 2 of 2"):
+        batches[2]
+    endless = batches_of(tmp_path, [2, 3])
+    endless[10_000]
+    with pytest.raises(TypeError, match="no end; give `steps` or `epochs`"):
+        len(endless)
+    with pytest.raises(IndexError, match="batch -1 of endlessly many"):
+        endless[-1]
+
+
+# --- contents ---
+
+
+@pytest.mark.parametrize(
+    ("longest", "max_length", "expected"),
+    [(10, 1024, 64), (64, 1024, 64), (65, 1024, 128), (65, 100, 100), (40, 40, 40)],
+)
+def test_rows_are_as_long_as_the_longest_example_needs(
+    tmp_path, longest, max_length, expected
+):
+    batches = batches_of(tmp_path, [2, longest, 3], max_length=max_length)
+    assert batches.sequence_length == expected
+    assert {batches[i]["tokens"].shape for i in range(5)} == {(1, 2, expected)}
+
+
+def test_an_unpacked_row_is_its_example_and_padding(tmp_path):
+    batches = batches_of(tmp_path, [3, 5], 1, 2, max_length=8, shuffle=False)
+    batch = batches[0]
+    assert batch.keys() == {"tokens", "labels"}
+    assert all(array.dtype == np.int32 for array in batch.values())
+    assert batch["tokens"].tolist() == [
+        [[1000, 1001, 1002, 7, 7, 7, 7, 7]],
+        [[1003, 1004, 1005, 1006, 1007, 7, 7, 7]],
+    ]
+    assert batch["labels"].tolist() == [
+        [[-100, 1001, 1002, *[-100] * 5]],
+        [[-100, 1004, 1005, 1006, 1007, *[-100] * 3]],
+    ]
+
+
+def test_a_packed_row_restarts_positions_and_labels_in_every_example(tmp_path):
+    batches = batches_of(tmp_path, [2, 5], 1, max_length=8, packing=True, shuffle=False)
+    batch = {key: array[0, 0].tolist() for key, array in batches[0].items()}
+    assert batch == {
+        "tokens": [1002, 1003, 1004, 1005, 1006, 1000, 1001, 7],
+        "labels": [-100, 1003, 1004, 1005, 1006, -100, 1001, -100],
+        "positions": [0, 1, 2, 3, 4, 0, 1, 0],
+        "segment_ids": [1, 1, 1, 1, 1, 2, 2, 0],
+    }
+    assert batches.sequence_length == 8 and batches.rows_per_epoch == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_loses_and_doubles_no_token(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 100, 300).tolist()
+    examples, config = make(tmp_path, lengths, packing=True, max_length=100, seed=seed)
+    packed = Batches(examples, config, batch_size=1, pad_token_id=PAD, epochs=1)
+    tokens, supervised = [], 0
+    for batch in packed:
+        row = {key: array[0, 0] for key, array in batch.items()}
+        supervised += (row["labels"] != IGNORE).sum()
+        documents = int(row["segment_ids"].max())
+        for segment in range(1, documents + 1):
+            inside = np.flatnonzero(row["segment_ids"] == segment)
+            assert (np.diff(inside) == 1).all()
+            assert row["positions"][inside].tolist() == list(range(len(inside)))
+            assert row["labels"][inside[0]] == IGNORE
+            tokens.append(row["tokens"][inside].tolist())
+        padding = row["segment_ids"] == 0
+        assert (row["tokens"][padding] == PAD).all()
+        assert (row["labels"][padding] == IGNORE).all()
+        assert (row["positions"][padding] == 0).all()
+    expected = [examples[i][0].tolist() for i in range(len(examples))]
+    assert sorted(tokens) == expected
+    assert supervised == examples.report.supervised_tokens == sum(lengths) - 300
+    assert len(packed) == examples.report.packed_rows
+
+
+# --- prefetch ---
+
+
+def threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_prefetch_gives_the_same_batches_in_order(tmp_path):
+    batches = batches_of(tmp_path, LENGTHS, steps=20)
+    for start, stop in ((0, 20), (7, 20), (19, 20), (5, 5)):
+        ahead = list(prefetch(batches, start, stop))
+        assert len(ahead) == stop - start
+        assert all(same(a, batches[i]) for i, a in enumerate(ahead, start))
+    assert not threads()
+
+
+def test_prefetch_works_ahead_by_its_depth():
+    made = []
+
+    class Source:
+        def __getitem__(self, index):
+            made.append(index)
+            return {"tokens": np.array([index], np.int32)}
+
+    stream = prefetch(Source(), 0, 100, depth=3)
+    assert made == []  # nothing runs before the first batch is asked for
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2, 3]
+    stream.close()
+
+
+def test_prefetch_raises_where_the_batch_is_due():
+    class Source:
+        def __getitem__(self, index):
+            if index == 3:
+                raise UserError("row 3 is bad")
+            return {"tokens": np.array([index], np.int32)}
+
+    seen = []
+    with pytest.raises(UserError, match="row 3 is bad"):
+        for batch in prefetch(Source(), 0, 10):
+            seen.append(int(batch["tokens"][0]))
+    assert seen == [0, 1, 2]
+    assert not threads()
+
+
+def test_prefetch_ends_when_the_consumer_stops(tmp_path):
+    batches = batches_of(tmp_path, LENGTHS)
+    stream = prefetch(batches, 0, 10**9)
+    assert same(next(stream), batches[0])
+    assert threads()
+    stream.close()
+    assert not threads()
+
+
+def test_prefetch_needs_a_depth(tmp_path):
+    with pytest.raises(UserError, match="`depth` must be a positive integer, got 0"):
+        prefetch(batches_of(tmp_path, [2]), 0, 1, depth=0)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_evaluation_sees_every_example_once_in_order(tmp_path, packing, batch_size):
+    examples, config = make(tmp_path, LENGTHS, max_length=64, packing=packing)
+    batches = list(
+        eval_batches(examples, config, batch_size=batch_size, pad_token_id=PAD)
+    )
+    assert {b["tokens"].shape for b in batches} == {(batch_size, 64)}
+    labels = np.concatenate([b["labels"] for b in batches])
+    tokens = np.concatenate([b["tokens"] for b in batches])
+    assert (labels != IGNORE).sum() == examples.report.supervised_tokens
+    real = np.sort(tokens[tokens >= 1000])
+    assert real.tolist() == examples.tokens.tolist()
+    filled = (labels != IGNORE).any(axis=1)
+    assert filled.tolist() == sorted(filled.tolist(), reverse=True)
+    assert (tokens[~filled] == PAD).all()
+    if packing:
+        segments = np.concatenate([b["segment_ids"] for b in batches])
+        assert (segments[~filled] == 0).all()
+    else:
+        assert filled.sum() == 37
+        assert tokens[filled, 0].tolist() == [examples[i][0][0] for i in range(37)]
+
+
+def test_evaluation_can_take_the_training_length(tmp_path):
+    examples, config = make(tmp_path, [2, 3])
+    (batch,) = eval_batches(
+        examples, config, batch_size=2, pad_token_id=PAD, sequence_length=256
+    )
+    assert batch["tokens"].shape == (2, 256)
+    with pytest.raises(UserError, match="rows of 2 tokens cannot hold .* 3 tokens"):
+        eval_batches(
+            examples, config, batch_size=2, pad_token_id=PAD, sequence_length=2
+        )
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
+        ({"accumulation_steps": 0}, "`accumulation_steps` must be a positive integer"),
+        ({"steps": 0}, "`steps` must be a positive integer, got 0"),
+        ({"epochs": 0}, "`epochs` must be a positive number, got 0"),
+        ({"epochs": float("inf")}, "`epochs` must be a positive number, got inf"),
+        ({"steps": 1, "epochs": 1}, r"`steps` \(= 1\) or `epochs` \(= 1\), not both"),
+        ({"pad_token_id": -1}, "`pad_token_id` must be a token id, got -1. Any id"),
+    ],
+)
+def test_bad_sizes_are_refused(tmp_path, arguments, message):
+    examples, config = make(tmp_path, [2, 3])
+    arguments = {"batch_size": 1, "pad_token_id": 0} | arguments
+    with pytest.raises(UserError, match=message):
+        Batches(examples, config, **arguments)
+    with pytest.raises(UserError, match="`batch_size` must be a positive integer"):
+        eval_batches(examples, config, batch_size=-1, pad_token_id=0)
+
+
+def test_a_config_with_shorter_rows_than_the_examples_is_refused(tmp_path):
+    examples, config = make(tmp_path, [2, 30])
+    shorter = DataConfig(path=config.path, format="tokens", max_length=16)
+    with pytest.raises(UserError, match="rows of 16 tokens cannot hold .* 30 tokens"):
+        Batches(examples, shorter, batch_size=1, pad_token_id=0)

@@ -1,0 +1,258 @@
+"""Assistant spans, against the text, the tokens and HF's `{% generation %}` masks."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_jax.chat import ChatRenderer, to_messages
+from qlora_jax.errors import UserError
+from qlora_jax.segments import IGNORE, Segmented, tokenize
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The shapes of the common families, cut down to what matters for the spans.
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "llama-3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}"
+        "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
+        "\n\n{% endif %}",
+        "<|eot_id|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "[INST] {{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+        "{{ m.content }}</s>{% else %}{{ raise_exception('no such role') }}{% endif %}"
+        "{% endfor %}",
+        "</s>",
+    ),
+    # No special token ends a turn here; the newline does.
+    "plain": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "\n",
+    ),
+}
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+CONVERSATION = [
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Grüß dich 🙂"},
+    {"role": "user", "content": "assistant: say <x>"},
+    {"role": "assistant", "content": "  two  spaces"},
+]
+
+
+def byte_tokenizer(template=None):
+    """One token a byte, and the special tokens: every text survives a round trip."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = template
+    return wrapped
+
+
+def supervised_texts(text, spans):
+    return [text[start:end] for start, end in spans]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(name):
+    template, end = TEMPLATES[name]
+    text, spans = ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+    second = CONVERSATION[3]["content"]
+    second = second.strip() if name == "llama-3" else second  # it trims contents
+    expected = [CONVERSATION[1]["content"] + end, second + end]
+    assert supervised_texts(text, spans) == expected
+
+
+def test_labels_agree_with_generation_marks():
+    tokenizer = byte_tokenizer(CHATML)
+    text, spans = ChatRenderer(tokenizer).spans(CONVERSATION)
+    (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
+    hf = tokenizer.apply_chat_template(
+        CONVERSATION, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert encoded.tokens.tolist() == hf["input_ids"]
+    assert (encoded.labels != IGNORE).astype(int).tolist() == hf["assistant_masks"]
+    assert 0 < sum(hf["assistant_masks"]) < len(hf["assistant_masks"])
+
+
+def test_a_conversation_without_assistant_has_no_span():
+    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(CONVERSATION[:1])
+    assert text == "<|im_start|>user\nHi there<|im_end|>\n" and spans == []
+
+
+def test_an_empty_answer_supervises_its_end_of_turn():
+    turns = [CONVERSATION[0], {"role": "assistant", "content": ""}]
+    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(turns)
+    assert supervised_texts(text, spans) == ["<|im_end|>"]
+
+
+def test_the_template_file_takes_the_place_of_the_tokenizers(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEMPLATES["plain"][0])
+    tokenizer = byte_tokenizer("{{ raise_exception('not this one') }}")
+    text = ChatRenderer(tokenizer, str(path)).text(CONVERSATION[:1])
+    assert text == "user: Hi there\n"
+
+
+def test_dated_templates_give_the_same_text_every_day():
+    llama32 = (
+        "{% if not date_string is defined %}"
+        "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
+        "Today: {{ date_string }}"
+    )
+    text = ChatRenderer(byte_tokenizer(llama32)).text(CONVERSATION)
+    assert text == "Today: 26 Jul 2024"
+
+
+def test_tools_and_tool_calls_reach_the_template():
+    template = "{{ tools[0].name }}{{ messages[0].tool_calls[0] }}"
+    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": ["call"]}]}
+    renderer = ChatRenderer(byte_tokenizer(template))
+    text = renderer.text(to_messages(row, "r"), tools=[{"name": "t"}])
+    assert text == "tcall"
+
+
+# --- templates that cannot be labelled ---
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    strips = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [dict(turn) for turn in CONVERSATION]
+    turns[1]["content"] = "hmm</think>yes"
+    with pytest.raises(UserError, match=r"f:3: .* turn 2 differently once other turns"):
+        ChatRenderer(byte_tokenizer(strips)).spans(turns, where="f:3")
+
+
+def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused():
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"generation prompt \('.*<think>'\) is not"):
+        ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+
+
+def test_a_refusal_of_the_template_names_the_row():
+    renderer = ChatRenderer(byte_tokenizer(TEMPLATES["mistral"][0]))
+    turns = [{"role": "system", "content": "x"}]
+    with pytest.raises(UserError, match=r"f:7: .* \(system\): no such role"):
+        renderer.text(turns, where="f:7")
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_without_a_template_the_error_says_where_to_get_one(template):
+    with pytest.raises(UserError, match=r"no chat template.*`chat_template\.jinja`"):
+        ChatRenderer(byte_tokenizer(template))
+
+
+def test_a_template_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
+        ChatRenderer(byte_tokenizer(CHATML), str(tmp_path / "absent.jinja"))
+
+
+# --- rows to messages ---
+
+
+def test_sharegpt_becomes_messages():
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "a"},
+            {"from": "observation", "value": "o"},
+        ],
+    }
+    assert to_messages(row, "r") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "tool", "content": "o"},
+    ]
+
+
+def test_messages_are_kept_as_they_are():
+    assert to_messages({"messages": CONVERSATION}, "r") == CONVERSATION
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 1, "id": 2}, r"f:1: expected `messages` .* has `text`, `id`"),
+        ({}, r"the row has no fields"),
+        ({"messages": []}, r"`messages` must be a non-empty list .* an empty list"),
+        ({"messages": {}}, r"`messages` must be a non-empty list .* got dict"),
+        ({"messages": ["hi"]}, r"turn 1 of `messages` must be an object, got str"),
+        ({"messages": [{"content": "x"}]}, r"needs a text `role` .* `content`"),
+        ({"messages": [{"role": "user"}]}, r"needs a text `content` .* got NoneType"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"turn 1 of `messages` \(user\) needs a text `content` .* got list",
+        ),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            r"turn 1 of `conversations` is `from` 'alien'; known speakers are system",
+        ),
+        (
+            {"conversations": [{"from": "human", "text": "x"}]},
+            r"needs a text `content` \(ShareGPT: `value`\), got NoneType",
+        ),
+    ],
+)
+def test_bad_rows_are_refused(row, message):
+    with pytest.raises(UserError, match=message):
+        to_messages(row, "f:1")
+
+
+# --- real text ---
+
+
+@pytest.mark.real
+def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(shared_data):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        shared_data / "tokenizers" / "mistral-v1-32000"
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    rows = json.loads(
+        (shared_data / "text/fastchat-dummy/dummy_conversation.json").read_text()
+    )
+    renderer = ChatRenderer(tokenizer)
+    conversations = [to_messages(row, "r") for row in rows]
+    pieces = [Segmented(*renderer.spans(turns)) for turns in conversations]
+    answers = 0
+    for turns, encoded in zip(conversations, tokenize(tokenizer, pieces), strict=True):
+        mask = encoded.labels != IGNORE
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+        runs = [
+            tokenizer.decode(encoded.labels[start:end])
+            for start, end in edges.reshape(-1, 2)
+        ]
+        expected = [t["content"] + "</s>" for t in turns if t["role"] == "assistant"]
+        assert runs == expected
+        assert encoded.tokens.tolist().count(tokenizer.bos_token_id) == 1
+        assert not encoded.straddles
+        answers += len(runs)
+    assert answers > 500
