@@ -15,12 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, Entry, Problems, TensorFiles
+from convert.files import DTYPES, Problems, TensorFiles
+from convert.output import Entry
 from pallas_kernels.nf4 import NF4_CODE
-from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor, is_aligned
+from qlora_jax import nf4
+from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor, abstract
 
 _STATE = ".quant_state.bitsandbytes__"
 _STORAGES = ("uint8", "bfloat16", "float16", "float32")
@@ -186,35 +189,46 @@ def empty(
     leading: tuple[int, ...] = (),
 ) -> NF4Tensor:
     """Makes an `NF4Tensor` of uninitialized numpy arrays."""
-    import jax
-
-    from qlora_jax.nf4 import abstract
-
     return jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
         abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
     )
 
 
-def state_text(tensor: NF4Tensor, shape: tuple[int, int]) -> bytes:
-    """The JSON text of one weight, character for character as bitsandbytes writes it."""
+def dequantize(tensor: NF4Tensor) -> NDArray:
+    """Dequantizes on the CPU, even where there is an accelerator, to its own dtype."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = None
+    with jax.default_device(device):
+        return np.asarray(_dequantize(tensor))
+
+
+_dequantize = jax.jit(nf4.dequantize)
+
+
+def _state_text(tensor: NF4Tensor, layer: int | None) -> bytes:
+    """The JSON text of one weight, to the character as bitsandbytes writes it."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": tensor.block_size,
         "dtype": tensor.dtype,
-        "shape": list(shape),
+        "shape": list(tensor.shape),
     }
     if tensor.double_quant:
         state["nested_blocksize"] = tensor.nested_block_size
         state["nested_dtype"] = "float32"
-        state["nested_offset"] = float(np.asarray(tensor.nested_offset))
+        state["nested_offset"] = _host(tensor.nested_offset, layer).item()
     return json.dumps(state).encode()
 
 
-def entries(key: str, tensor: NF4Tensor, *, quant_storage: str) -> list[Entry]:
-    """The tensors that the weight `key` (one layer) becomes in a file.
+def entries(
+    key: str, tensor: NF4Tensor, layer: int | None, *, quant_storage: str
+) -> list[Entry]:
+    """The tensors that the weight `key`, layer `layer` of `tensor`, becomes in a file.
 
-    `quant_storage` has been checked by `check_storage`.
+    `quant_storage` has been checked with `storage_problem`.
     """
     blocks = -(-math.prod(tensor.shape) // tensor.block_size)
     code_bytes = -(-math.prod(tensor.shape) // 2)
@@ -222,32 +236,29 @@ def entries(key: str, tensor: NF4Tensor, *, quant_storage: str) -> list[Entry]:
     absmax_dtype = np.dtype(np.uint8 if tensor.double_quant else np.float32)
 
     def codes() -> NDArray:
-        return _bytes(tensor.codes).view(storage).reshape(-1, 1)
+        return _host(tensor.codes, layer).reshape(-1).view(storage).reshape(-1, 1)
 
+    def absmax() -> NDArray:
+        return _host(tensor.absmax, layer).reshape(-1)
+
+    text = np.frombuffer(_state_text(tensor, layer), np.uint8)
     out = [
         Entry(key, storage, (code_bytes // storage.itemsize, 1), codes),
-        Entry(
-            f"{key}.absmax",
-            absmax_dtype,
-            (blocks,),
-            lambda: np.asarray(tensor.absmax).reshape(-1),
-        ),
+        Entry(f"{key}.absmax", absmax_dtype, (blocks,), absmax),
         Entry.of(f"{key}.quant_map", NF4_CODE),
-        Entry.of(
-            f"{key}{_STATE}nf4",
-            np.frombuffer(state_text(tensor, tensor.shape), np.uint8),
-        ),
+        Entry.of(f"{key}{_STATE}nf4", text),
     ]
     if tensor.double_quant:
         out += [
-            Entry.of(f"{key}.nested_absmax", np.asarray(tensor.nested_absmax)),
-            Entry.of(f"{key}.nested_quant_map", np.asarray(tensor.nested_quant_map)),
+            Entry.of(f"{key}.{name}", _host(getattr(tensor, name), layer))
+            for name in ("nested_absmax", "nested_quant_map")
         ]
     return out
 
 
-def _bytes(array: Any) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8)
+def _host(array: Any, layer: int | None) -> NDArray:
+    """One layer of an array, on the host; a view where it is there already."""
+    return np.ascontiguousarray(np.asarray(array if layer is None else array[layer]))
 
 
 def storage_problem(tensor: NF4Tensor, quant_storage: str) -> str | None:
@@ -267,7 +278,7 @@ def storage_problem(tensor: NF4Tensor, quant_storage: str) -> str | None:
     return None
 
 
-def quantization_config(
+def new_quantization_config(
     *,
     compute_dtype: str,
     quant_storage: str,
@@ -290,17 +301,3 @@ def quantization_config(
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-
-
-__all__ = [
-    "QuantState",
-    "check",
-    "empty",
-    "entries",
-    "is_aligned",
-    "is_quantized",
-    "packed_type",
-    "quantization_config",
-    "read",
-    "storage_problem",
-]

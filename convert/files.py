@@ -1,4 +1,4 @@
-"""safetensors on disk: strict reading, streamed writing, directories that appear whole.
+"""safetensors on disk, read strictly.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}
 and the tensors' bytes (https://huggingface.co/docs/safetensors). The safetensors
@@ -10,15 +10,10 @@ file that shrinks under us is an error and not a bus error.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import math
 import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,7 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError
 
 # safetensors' names <-> numpy dtypes. Others (F8_E5M2, ...) exist; no file that this
 # project reads may have them, and the checks of keys and dtypes say so by name.
@@ -43,7 +38,6 @@ DTYPES: Mapping[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -304,175 +298,6 @@ class Problems:
             rest = f" and {more} more" if more > 0 else ""
             parts.append(f"{len(items)} {kind}: {shown}{rest}")
         raise CheckpointError(f"{self.subject}. {'; '.join(parts)}. {hint}".rstrip())
-
-
-# --- Writing ---
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to be written; `read` is called when its turn comes."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], NDArray] = field(repr=False)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, name: str, array: NDArray) -> Entry:
-        """An entry for an array at hand."""
-        return cls(name, array.dtype, array.shape, lambda: array)
-
-
-def write_safetensors(
-    path: Path,
-    entries: Sequence[Entry],
-    metadata: Mapping[str, str],
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Writes one file, tensor by tensor, in the library's own layout.
-
-    That layout (wide dtypes first, then by name; header padded with spaces to a multiple
-    of 8) makes the same tensors give the same file, whoever writes it.
-    """
-    ordered = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for e in ordered:
-        header[e.name] = {
-            "dtype": _NAMES[e.dtype],
-            "shape": list(e.shape),
-            "data_offsets": [offset, offset + e.nbytes],
-        }
-        offset += e.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for e in ordered:
-            array = e.read()
-            if array.shape != e.shape or array.dtype != e.dtype:
-                raise AssertionError(f"`{e.name}`: {array.dtype}{array.shape} != {e}")
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            del array
-            file.write(memoryview(data))
-            on_bytes(e.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_model_files(
-    directory: Path,
-    entries: Sequence[Entry],
-    *,
-    max_shard_bytes: int,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Writes model.safetensors, or shards of at most `max_shard_bytes` and the index.
-
-    Entries keep their order from shard to shard; a tensor larger than a shard gets one
-    of its own.
-    """
-    if max_shard_bytes < 1:
-        raise UserError(f"`max_shard_bytes` must be positive, got {max_shard_bytes}.")
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.nbytes
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        write_safetensors(directory / SINGLE, entries, metadata, on_bytes)
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / name, shard, metadata, on_bytes)
-        weight_map.update({entry.name: name for entry in shard})
-    index = {
-        "metadata": {
-            "total_parameters": sum(math.prod(e.shape) for e in entries),
-            "total_size": sum(e.nbytes for e in entries),
-        },
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_json(directory / INDEX, index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as transformers and PEFT do: indented, keys sorted."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-# Disk full, quota reached, file size limit: the user's to mend.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a directory to fill beside `path`, which takes its name at the end.
-
-    After an error nothing is left behind, and what was at `path` is as before.
-
-    Raises:
-      UserError: `path` exists and is not an empty directory (unless `overwrite`), or
-        the disk is full or not writable.
-    """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_dir():
-        raise UserError(f"Cannot write the directory `{path}`: a file is there.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"`{path}` exists and is not empty; nothing was written. Give a new "
-            "directory, or remove this one."
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            # mkdtemp makes it private; give it the mode any new directory gets.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(stat.S_IMODE(0o777 & ~mask))
-            _sync(temporary)
-            if overwrite and path.is_dir() and any(path.iterdir()):
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-                os.rename(path, aside)
-                os.rename(temporary, path)
-                shutil.rmtree(aside)
-            else:
-                os.rename(temporary, path)
-            _sync(path.parent)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise UserError(
-            f"Cannot write `{path}`: {error.strerror}. Nothing was left behind."
-        ) from error
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_finite(array: NDArray, name: str) -> None:

@@ -1,178 +1,49 @@
 """Hugging Face Llama directories <-> our parameter tree, streamed tensor by tensor.
 
-Everything about a directory is checked from headers before the first weight is read;
-then each tensor goes from the file into its place in the stacked output. Host memory
-peaks at the output plus the tensor in hand and the scratch of its quantization.
+Everything about a directory is checked before the first weight is read; then each
+tensor goes from the file into its place in the stacked output. Host memory peaks at the
+output plus the tensor in hand and the scratch of its quantization. Writing goes the
+same way: one layer of one tensor at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb, names
-from convert.files import (
-    DTYPES,
-    Problems,
-    TensorFiles,
-    check_finite,
-    check_model_directory,
-    open_model,
-    read_json,
+from convert.checkpoint import FLOAT_NAMES, FLOATS, Checkpoint, open_checkpoint
+from convert.files import DTYPES, Problems, check_finite
+from convert.output import (
+    Entry,
+    copy_file,
+    new_directory,
+    progress_bar,
+    write_json,
+    write_model_files,
 )
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.nf4 import NF4Tensor, quantize
 
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOAT_NAMES = {v: k for k, v in FLOATS.items()}
-
-# Computed from the configuration; files of old transformers versions carry it.
-_DERIVED = ".self_attn.rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model directory whose headers have been checked against its config.json."""
-
-    path: Path
-    config: LlamaConfig
-    files: TensorFiles
-    packed: Mapping[str, bnb.QuantState] = field(repr=False)
-    """Key of each weight stored in 4 bits -> its state."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether this is a bitsandbytes-4bit directory."""
-        return bool(self.packed)
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Llama directory and checks all names, shapes and dtypes.
-
-    Raises:
-      CheckpointError: anything missing, unknown, duplicate, mis-shaped or of another
-        dtype, all in one message; or a directory that is something else.
-      UserError: a config.json of another architecture.
-    """
-    path = Path(path)
-    check_model_directory(path)
-    config = LlamaConfig.from_hf(read_json(path / "config.json"))
-    files = open_model(path)
-    problems = Problems(f"`{path}` does not fit its config.json")
-    packed: dict[str, bnb.QuantState] = {}
-    known: set[str] = set()
-    shapes = names.shapes(config)
-    for key, (where, _) in names.keys(config).items():
-        kind = bnb.packed_type(files, key)
-        if kind == "fp4":
-            problems.add("weights in FP4, which is not supported (only NF4 is)", key)
-            known.update(n for n in files if n.startswith(f"{key}."))
-            known.add(key)
-        elif kind is not None and not names.is_projection(where):
-            problems.add(
-                "quantized tensors that have to stay 16-bit (keep them out with "
-                "`llm_int8_skip_modules`)",
-                key,
-            )
-            known.update(bnb.part_names(key, double_quant=True))
-        elif kind is not None:
-            state, parts = bnb.check(files, key, shapes[where], problems)
-            known.update(parts)
-            if state is not None:
-                packed[key] = state
-        else:
-            known.add(key)
-            _check_dense(files, key, shapes[where], problems)
-    _check_head(config, files, known, problems)
-    for key in files:
-        if key not in known and not key.endswith(_DERIVED):
-            problems.add("tensors that this model does not have", key)
-    _check_stacks(config, packed, files, problems)
-    problems.check()
-    return Checkpoint(path, config, files, packed)
-
-
-def _check_dense(
-    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
-) -> None:
-    if key not in files:
-        problems.add("missing tensors", key)
-        return
-    info = files[key]
-    if info.dtype not in _FLOAT_NAMES:
-        problems.add(
-            "tensors of another dtype",
-            f"{key} {info.dtype} instead of {', '.join(_FLOAT_NAMES)}",
-        )
-    if info.shape != shape:
-        problems.add(
-            "tensors of another shape",
-            f"{key} {list(info.shape)} instead of {list(shape)}",
-        )
-
-
-def _check_head(
-    config: LlamaConfig, files: TensorFiles, known: set[str], problems: Problems
-) -> None:
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.tie_word_embeddings or head not in files:
-        return
-    known.add(head)
-    if embedding not in files:
-        return
-    same = (files[head].dtype, files[head].shape) == (
-        files[embedding].dtype,
-        files[embedding].shape,
-    ) and np.array_equal(_raw(files, head), _raw(files, embedding))
-    if not same:
-        problems.add(
-            "output heads that differ from the embeddings although config.json ties "
-            "them (set `tie_word_embeddings` to false to use this head, or remove it "
-            "from the file)",
-            head,
-        )
-
-
-def _raw(files: TensorFiles, key: str) -> NDArray[np.uint8]:
-    out = np.empty(files[key].nbytes, np.uint8)
-    files.read_into(key, out)
-    return out
-
-
-def _check_stacks(
-    config: LlamaConfig,
-    packed: Mapping[str, bnb.QuantState],
-    files: TensorFiles,
-    problems: Problems,
-) -> None:
-    """All layers of a projection share one representation, as they share one array."""
-    for path in names.shapes(config):
-        if not names.is_projection(path) or not packed:
-            continue
-        spelled = [names.hf_key(path, i) for i in names.layers_of(path, config)]
-        states = [packed[k] for k in spelled if k in packed]
-        dense = [k for k in spelled if k in files and not bnb.packed_type(files, k)]
-        if states and dense:
-            for key in dense:
-                problems.add(
-                    "weights in 16 bit where other layers have 4 bit (all layers of a "
-                    "projection must agree; quantize from the original checkpoint)",
-                    key,
-                )
-        if len({(s.dtype, s.double_quant) for s in states}) > 1:
-            problems.add(
-                "projections whose layers differ in `dtype` or double quantization",
-                ".".join(path),
-            )
+# What belongs to a model beside its weights and config.json; copied as it is.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def load_llama(
@@ -218,7 +89,7 @@ def load_llama(
         quantization = None
     base: dict[str, Any] = {}
     fill: dict[str, Callable[[], None]] = {}
-    problems = Problems(f"`{path}` mixes dtypes within a projection's layers")
+    problems = Problems(f"`{path}` mixes dtypes among the layers of one tensor")
     for where, shape in names.shapes(config).items():
         layers = names.layers_of(where, config)
         spelled = [names.hf_key(where, i) for i in layers]
@@ -233,25 +104,24 @@ def load_llama(
                 leading=leading,
             )
         else:
-            found = {_FLOAT_NAMES[files[k].dtype] for k in spelled}
+            found = sorted({FLOAT_NAMES[files[k].dtype] for k in spelled})
             if len(found) > 1 and dtype is None:
-                problems.add("projections", f"{'.'.join(where)} ({sorted(found)})")
-            own = dtype or min(found)
+                problems.add("stacks of layers", f"{'.'.join(where)} ({found})")
+                continue
+            own = found[0] if len(found) == 1 else dtype
             if quantized:
                 leaf = bnb.empty(
                     (shape[0], shape[1]),
                     double_quant=quantization == "nf4_dq",
-                    dtype=own if len(found) > 1 else min(found),
+                    dtype=own,
                     leading=leading,
                 )
             else:
-                leaf = np.empty((*leading, *shape), DTYPES[FLOATS[own]])
+                leaf = np.empty((*leading, *shape), DTYPES[FLOATS[dtype or own]])
         names.put(base, where, leaf)
         for i, key in zip(layers, spelled, strict=True):
-            place = (
-                leaf if i is None else jax.tree.map(lambda a, i=i: a[i : i + 1], leaf)
-            )
-            fill[key] = _filler(checkpoint, key, place)
+            slot = slice(None) if i is None else slice(i, i + 1)
+            fill[key] = _filler(checkpoint, key, leaf[slot])
     problems.check(hint="Say with `dtype` which one is wanted.")
     order = files.in_file_order(list(fill))
     with progress_bar(
@@ -339,29 +209,153 @@ def check_dtype(dtype: str | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def progress_bar(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes just done; draws a bar if `show`."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
+def save_llama(
+    directory: str | os.PathLike[str],
+    config: LlamaConfig,
+    base: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    quant_storage: str | None = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> None:
+    """Writes a Hugging Face directory; NF4 leaves become bitsandbytes-4bit tensors.
+
+    The directory appears complete or not at all. What `load_llama` read is written
+    with the same bytes for every tensor.
+
+    Args:
+      directory: to be created; must not exist or be empty.
+      config: written as config.json, with every field of the file it came from.
+      base: parameter tree, as `load_llama` returns it (numpy or jax arrays).
+      dtype: "float32", "bfloat16" or "float16" for the dense tensors; None keeps them.
+      max_shard_bytes: size above which the weights are split over several files.
+      quant_storage: dtype that the packed bytes are stored as; None is what the
+        file had that `config` came from, else "uint8".
+      tokenizer_from: directory whose tokenizer and generation_config.json are copied.
+      progress: show a progress bar on stderr.
+
+    Raises:
+      UserError: a tree that does not fit `config`, an unusable argument, or a
+        directory that cannot be written.
+      CheckpointError: NaN or infinity in a tensor that is cast.
+    """
+    check_dtype(dtype)
+    own = config.quantization_config or {}
+    storage = quant_storage or own.get("bnb_4bit_quant_storage") or "uint8"
+    leaves = check_tree(config, base)
+    packed = {p: v for p, v in leaves.items() if isinstance(v, NF4Tensor)}
+    for path, tensor in packed.items():
+        reason = bnb.storage_problem(tensor, storage)
+        if reason is not None:
+            raise UserError(f"`{'.'.join(path)}`: {reason}.")
+    entries: list[Entry] = []
+    for key, (path, layer) in names.keys(config).items():
+        leaf = leaves[path]
+        if path in packed:
+            entries += bnb.entries(key, leaf, layer, quant_storage=storage)
+        else:
+            entries.append(_dense_entry(key, leaf, layer, dtype))
+    kept = [p[-2] for p in leaves if names.is_projection(p) and p not in packed]
+    written = names.leaf_dtype(leaves["model", "embed_tokens", "weight"])
+    raw = config_json(config, dtype or written)
+    raw.pop("quantization_config", None)
+    if packed:
+        fresh = bnb.new_quantization_config(
+            compute_dtype=dtype or written,
+            quant_storage=storage,
+            double_quant=any(t.double_quant for t in packed.values()),
+            # None stands for the output head alone; a list has to name it too.
+            skip=["lm_head", *kept] if kept else None,
+        )
+        raw["quantization_config"] = {
+            **fresh,
+            **own,
+            "bnb_4bit_quant_storage": storage,
+            "bnb_4bit_use_double_quant": fresh["bnb_4bit_use_double_quant"],
+        }
+    write_directory(
+        directory,
+        raw,
+        entries,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_from=tokenizer_from,
+        progress=progress,
     )
 
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+
+def _dense_entry(key: str, leaf: Any, layer: int | None, dtype: str | None) -> Entry:
+    target = DTYPES[FLOATS[dtype or names.leaf_dtype(leaf)]]
+
+    def read() -> NDArray:
+        array = np.asarray(leaf if layer is None else leaf[layer])
+        return array if dtype is None else cast(array, target, key)
+
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    return Entry(key, target, tuple(shape), read)
+
+
+def check_tree(config: LlamaConfig, base: Mapping[str, Any]) -> dict[names.Path, Any]:
+    """Lists the leaves of a parameter tree, checked against the configuration."""
+    leaves = dict(names.walk(base))
+    shapes = names.shapes(config)
+    problems = Problems("The parameter tree does not fit the configuration")
+    for path, shape in shapes.items():
+        name = ".".join(path)
+        leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
+        if path not in leaves:
+            problems.add("missing arrays", name)
+        elif isinstance(leaf := leaves[path], NF4Tensor):
+            if not names.is_projection(path):
+                problems.add("quantized arrays that have to stay 16-bit", name)
+            elif (leaf.shape, leaf.codes.shape[:1]) != (shape, leading):
+                problems.add("arrays of another shape", f"{name} {leaf.shape}")
+        elif tuple(leaf.shape) != (*leading, *shape):
+            problems.add(
+                "arrays of another shape",
+                f"{name} {list(leaf.shape)} instead of {[*leading, *shape]}",
+            )
+        elif names.leaf_dtype(leaf) not in FLOATS:
+            problems.add("arrays of another dtype", f"{name} {names.leaf_dtype(leaf)}")
+    for path in leaves:
+        if path not in shapes:
+            problems.add("unexpected arrays", ".".join(path))
+    problems.check()
+    return leaves
+
+
+def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a checkpoint whose dense tensors are of `dtype`."""
+    raw = config.to_hf()
+    # transformers 5 calls it `dtype`, transformers 4 `torch_dtype`; both read the
+    # older one.
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+    return raw
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    entries: Sequence[Entry],
+    *,
+    max_shard_bytes: int,
+    tokenizer_from: str | os.PathLike[str] | None,
+    progress: bool,
+) -> None:
+    """Writes config.json, weights and companions as one new directory."""
+    source = None if tokenizer_from is None else Path(tokenizer_from)
+    if source is not None and not source.is_dir():
+        raise UserError(f"`tokenizer_from`: `{source}` is no directory.")
+    total = sum(e.nbytes for e in entries)
+    with (
+        new_directory(Path(directory)) as new,
+        progress_bar("Writing", total, progress) as advance,
+    ):
+        write_json(new / "config.json", config)
+        write_model_files(
+            new, entries, max_shard_bytes=max_shard_bytes, on_bytes=advance
+        )
+        for name in _COMPANIONS if source is not None else ():
+            if (source / name).is_file():
+                copy_file(source / name, new / name)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlora_jax.config import PROJECTIONS, LlamaConfig
 
@@ -106,7 +107,7 @@ def layers_of(path: Path, config: LlamaConfig) -> list[int | None]:
 
 
 def keys(config: LlamaConfig) -> dict[str, tuple[Path, int | None]]:
-    """Every Hugging Face key of a dense checkpoint, layer by layer, as HF orders them."""
+    """Every Hugging Face key of a dense checkpoint, layer by layer."""
     table = list(shapes(config))
     stacked = [p for p in table if is_stacked(p)]
     first = table.index(stacked[0])
@@ -129,6 +130,11 @@ def abstract_base(config: LlamaConfig) -> dict[str, Any]:
         leading = (config.num_hidden_layers,) if is_stacked(path) else ()
         put(tree, path, jax.ShapeDtypeStruct((*leading, *shape), jnp.float32))
     return tree
+
+
+def leaf_dtype(leaf: Any) -> str:
+    """Name of an array's dtype ("bfloat16"), be it numpy's or jax's."""
+    return np.dtype(leaf.dtype).name
 
 
 def put(tree: dict[str, Any], path: Path, leaf: Any) -> None:

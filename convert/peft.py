@@ -19,16 +19,13 @@ import numpy as np
 from convert import names
 from convert.files import (
     DTYPES,
-    Entry,
     Problems,
     TensorFiles,
     check_finite,
-    new_directory,
     read_header,
     read_json,
-    write_json,
-    write_safetensors,
 )
+from convert.output import Entry, new_directory, write_json, write_safetensors
 from qlora_jax.config import LlamaConfig, LoraConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora import targeted_modules, unmatched_targets
@@ -64,9 +61,9 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise CheckpointError(
-                f"`{path}` holds its weights in adapter_model.bin, a pickle file, which "
-                "can run any code when it is opened and is therefore not read. Load it "
-                "once with PEFT and save it again; PEFT writes safetensors."
+                f"`{path}` holds its weights in adapter_model.bin, a pickle file, "
+                "which can run any code when it is opened and is therefore not read. "
+                "Load it once with PEFT and save it again; PEFT writes safetensors."
             )
         raise CheckpointError(f"`{path}` has no {WEIGHTS}.")
     return lora, TensorFiles(path, read_header(path / WEIGHTS)[0])

@@ -1,0 +1,167 @@
+"""A model directory, checked against its config.json before any weight is read.
+
+Names, shapes, dtypes and quantization states come from headers and small tensors, so a
+wrong download fails in milliseconds, and the message says everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert import bnb, names
+from convert.files import (
+    Problems,
+    TensorFiles,
+    check_model_directory,
+    open_model,
+    read_json,
+)
+from qlora_jax.config import LlamaConfig
+
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOAT_NAMES = {v: k for k, v in FLOATS.items()}
+
+# Computed from the configuration; files of old transformers versions carry it.
+_DERIVED = ".self_attn.rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose headers have been checked against its config.json."""
+
+    path: Path
+    config: LlamaConfig
+    files: TensorFiles
+    packed: Mapping[str, bnb.QuantState] = field(repr=False)
+    """Key of each weight stored in 4 bits -> its state."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether this is a bitsandbytes-4bit directory."""
+        return bool(self.packed)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a Llama directory and checks all names, shapes and dtypes.
+
+    Raises:
+      CheckpointError: anything missing, unknown, duplicate, mis-shaped or of another
+        dtype, all in one message; or a directory that is something else.
+      UserError: a config.json of another architecture.
+    """
+    path = Path(path)
+    check_model_directory(path)
+    config = LlamaConfig.from_hf(read_json(path / "config.json"))
+    files = open_model(path)
+    problems = Problems(f"`{path}` does not fit its config.json")
+    packed: dict[str, bnb.QuantState] = {}
+    known: set[str] = set()
+    shapes = names.shapes(config)
+    for key, (where, _) in names.keys(config).items():
+        kind = bnb.packed_type(files, key)
+        if kind == "fp4":
+            problems.add("weights in FP4, which is not supported (only NF4 is)", key)
+            known.update(n for n in files if n.startswith(f"{key}."))
+            known.add(key)
+        elif kind is not None and not names.is_projection(where):
+            problems.add(
+                "quantized tensors that have to stay 16-bit (keep them out with "
+                "`llm_int8_skip_modules`)",
+                key,
+            )
+            known.update(bnb.part_names(key, double_quant=True))
+        elif kind is not None:
+            state, parts = bnb.check(files, key, shapes[where], problems)
+            known.update(parts)
+            if state is not None:
+                packed[key] = state
+        else:
+            known.add(key)
+            _check_dense(files, key, shapes[where], problems)
+    _check_head(config, files, known, problems)
+    for key in files:
+        if key not in known and not key.endswith(_DERIVED):
+            problems.add("tensors that this model does not have", key)
+    _check_stacks(config, packed, files, problems)
+    problems.check()
+    return Checkpoint(path, config, files, packed)
+
+
+def _check_dense(
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+) -> None:
+    if key not in files:
+        problems.add("missing tensors", key)
+        return
+    info = files[key]
+    if info.dtype not in FLOAT_NAMES:
+        problems.add(
+            "tensors of another dtype",
+            f"{key} {info.dtype} instead of {', '.join(FLOAT_NAMES)}",
+        )
+    if info.shape != shape:
+        problems.add(
+            "tensors of another shape",
+            f"{key} {list(info.shape)} instead of {list(shape)}",
+        )
+
+
+def _check_head(
+    config: LlamaConfig, files: TensorFiles, known: set[str], problems: Problems
+) -> None:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.tie_word_embeddings or head not in files:
+        return
+    known.add(head)
+    if embedding not in files:
+        return
+    same = (files[head].dtype, files[head].shape) == (
+        files[embedding].dtype,
+        files[embedding].shape,
+    ) and np.array_equal(_raw(files, head), _raw(files, embedding))
+    if not same:
+        problems.add(
+            "output heads that differ from the embeddings although config.json ties "
+            "them (set `tie_word_embeddings` to false to use this head, or remove it "
+            "from the file)",
+            head,
+        )
+
+
+def _raw(files: TensorFiles, key: str) -> NDArray[np.uint8]:
+    out = np.empty(files[key].nbytes, np.uint8)
+    files.read_into(key, out)
+    return out
+
+
+def _check_stacks(
+    config: LlamaConfig,
+    packed: Mapping[str, bnb.QuantState],
+    files: TensorFiles,
+    problems: Problems,
+) -> None:
+    """All layers of a projection share one representation, as they share one array."""
+    for path in names.shapes(config):
+        if not names.is_projection(path) or not packed:
+            continue
+        spelled = [names.hf_key(path, i) for i in names.layers_of(path, config)]
+        states = [packed[k] for k in spelled if k in packed]
+        dense = [k for k in spelled if k in files and not bnb.packed_type(files, k)]
+        if states and dense:
+            for key in dense:
+                problems.add(
+                    "weights in 16 bit where other layers have 4 bit (all layers of a "
+                    "projection must agree; quantize from the original checkpoint)",
+                    key,
+                )
+        if len({(s.dtype, s.double_quant) for s in states}) > 1:
+            problems.add(
+                "projections whose layers differ in `dtype` or double quantization",
+                ".".join(path),
+            )
