@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from qlora_jax.data import DataConfig as DataConfig
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
+    from qlora_jax.llama import Llama as Llama
     from qlora_jax.lora import init_adapters as init_adapters
     from qlora_jax.nf4 import NF4Tensor as NF4Tensor
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
+    from qlora_jax.train import TrainConfig as TrainConfig
+    from qlora_jax.train import TrainState as TrainState
+    from qlora_jax.train import init_state as init_state
+    from qlora_jax.train import make_optimizer as make_optimizer
+    from qlora_jax.train import train_step as train_step
 
 __version__ = "0.1.0"
 
@@ -27,12 +33,20 @@ _CONTENTS = {
     "LlamaConfig": "qlora_jax.config",
     "LoraConfig": "qlora_jax.config",
     "DataConfig": "qlora_jax.data",
+    "TrainConfig": "qlora_jax.train",
+    # --- The model ---
+    "Llama": "qlora_jax.llama",
     # --- Quantized weights ---
     "NF4Tensor": "qlora_jax.nf4",
     "quantize": "qlora_jax.nf4",
     "dequantize": "qlora_jax.nf4",
     # --- Adapters ---
     "init_adapters": "qlora_jax.lora",
+    # --- Training ---
+    "TrainState": "qlora_jax.train",
+    "init_state": "qlora_jax.train",
+    "make_optimizer": "qlora_jax.train",
+    "train_step": "qlora_jax.train",
     # --- Errors ---
     "UserError": "qlora_jax.errors",
     "CheckpointError": "qlora_jax.errors",

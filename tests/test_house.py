@@ -25,6 +25,7 @@ ORDER = (
     "qlora_jax.errors",
     "qlora_jax.config",
     "qlora_jax.nf4",
+    "qlora_jax.fingerprint",
     "qlora_jax.lora",
     "qlora_jax.linear",
     "qlora_jax.attention",
