@@ -20,6 +20,10 @@ from qlora_jax.rows import fields_of
 # given the date those templates fall back to themselves.
 _DATE = "26 Jul 2024"
 
+# What Python raises inside a template when a row has not the shape it expects, e.g.
+# `content` null where text is joined to it.
+_DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -66,7 +70,7 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             raise UserError(f"{at} must be an object, got {type(turn).__name__}.")
         if "role" not in turn and "from" in turn:
             speaker = turn["from"]
-            if speaker not in _SHAREGPT_ROLES:
+            if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
                 raise UserError(
                     f"{at} is `from` {speaker!r}; known speakers are "
                     f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or write the row with "
@@ -124,7 +128,7 @@ class ChatRenderer:
                 "`data.chat_template`; or write the rows as format="
                 "'prompt_completion'."
             )
-        specials = set(getattr(tokenizer, "all_special_tokens", ()))
+        specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         specials.update(str(token) for token in added.values())
         self._specials = tuple(s for s in specials if s.strip())
@@ -153,7 +157,7 @@ class ChatRenderer:
                 tokenize=False,
                 date_string=_DATE,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(
                 f"{where}: the chat template refuses the turns ({roles}): {error}"

@@ -364,7 +364,7 @@ def _encoder(
             suffix = [int(eos)]
 
     def encode(rows: list[Row]) -> list[Encoded | str]:
-        pieces = [segment(where, row) for where, row in rows]
+        pieces = [_encodable(segment(where, row), where) for where, row in rows]
         texts = [piece for piece in pieces if isinstance(piece, Segmented)]
         encoded = tokenize(tokenizer, texts)
         return [
@@ -383,11 +383,25 @@ def _encoder(
     return encode
 
 
+def _encodable(piece: Segmented | str, where: str) -> Segmented | str:
+    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        if isinstance(piece, Segmented):
+            piece.text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: character {error.start} of the text is half of a surrogate pair "
+            f"({ascii(error.object[error.start])}), which is no valid text. Repair or "
+            "remove it."
+        ) from error
+    return piece
+
+
 class _Collector:
     """Fits encoded rows to `max_length`, counts, and builds the `Examples`."""
 
     def __init__(self, config: DataConfig, vocab_size: int, cut: bool):
-        self.vocab_size = vocab_size
+        self._vocab_size = vocab_size
         self._config = config
         self._cut = cut and config.format == "text"
         self._dropped: Counter[str] = Counter()
@@ -404,11 +418,11 @@ class _Collector:
             self._dropped["no tokens"] += 1
             return
         largest = int(tokens.max())
-        if largest >= self.vocab_size:
+        if largest >= self._vocab_size:
             raise UserError(
                 f"{where}: the tokenizer gives token id {largest}, but the model has "
-                f"`vocab_size` = {self.vocab_size}. Is this the model's own tokenizer? "
-                "If tokens were added to it, the embeddings must be resized first."
+                f"`vocab_size` = {self._vocab_size}. Is this the model's own "
+                "tokenizer? If tokens were added to it, the embeddings must be resized first."
             )
         self._longest = max(self._longest, len(tokens))
         limit = self._config.max_length

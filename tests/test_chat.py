@@ -159,6 +159,13 @@ def test_a_refusal_of_the_template_names_the_row():
         renderer.text(turns, where="f:7")
 
 
+def test_a_row_the_template_cannot_print_names_the_row():
+    renderer = ChatRenderer(byte_tokenizer("{{ 'a' + messages[0].tool_calls[0] }}"))
+    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}
+    with pytest.raises(UserError, match=r"f:7: .* \(assistant\): can only concatenate"):
+        renderer.text(to_messages(row, "f:7"), where="f:7")
+
+
 @pytest.mark.parametrize("template", [None, ""])
 def test_without_a_template_the_error_says_where_to_get_one(template):
     with pytest.raises(UserError, match=r"no chat template.*`chat_template\.jinja`"):
@@ -212,6 +219,7 @@ def test_messages_are_kept_as_they_are():
             {"conversations": [{"from": "alien", "value": "x"}]},
             r"turn 1 of `conversations` is `from` 'alien'; known speakers are system",
         ),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"is `from` \['gpt'\]"),
         (
             {"conversations": [{"from": "human", "text": "x"}]},
             r"needs a text `content` \(ShareGPT: `value`\), got NoneType",

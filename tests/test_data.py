@@ -401,6 +401,11 @@ def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
         ('[{"text": "a"}, {}]', {}, r"d\.jsonl row 2: no field `text`; .* no fields"),
         ('{"text": null}', {}, r"d\.jsonl:1: field `text` is null"),
         ('{"text": 3}', {}, r"d\.jsonl:1: field `text` must be text, got int"),
+        (
+            '{"text": "ab\\ud83dc"}',
+            {},
+            r":1: character 2 .* surrogate pair \('\\ud83d'",
+        ),
         ('["a"]', {}, r"row 1: a row must be a JSON object, got str"),
         ("3", {}, r":1: a row must be a JSON object, got int"),
         ("", {}, r"d\.jsonl is empty"),
