@@ -42,7 +42,7 @@ ORDER = (
     "qlora_jax.memory",
     "convert",
     "qlora_jax.checkpoint",
-    "qlora_jax.model",
+    "qlora_jax.model",  # not `load`: the public function of that name would be hidden
     "qlora_jax.runner",
     "qlora_jax.cli",
     "scripts",
