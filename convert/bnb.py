@@ -86,7 +86,7 @@ def check(
     if missing:
         return None, names
     try:
-        raw = json.loads(files.read(names[3]).tobytes())
+        raw = json.loads(files.read_bytes(names[3]).tobytes())
         state = _parse(raw, double)
     except (ValueError, KeyError, TypeError) as error:
         problems.add("unusable quantization states", f"{names[3]} ({error})")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.files import (
@@ -28,7 +27,7 @@ FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOAT_NAMES = {v: k for k, v in FLOATS.items()}
 
 # Computed from the configuration; files of old transformers versions carry it.
-_DERIVED = ".self_attn.rotary_emb.inv_freq"
+_DERIVED = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _check_head(
     same = (files[head].dtype, files[head].shape) == (
         files[embedding].dtype,
         files[embedding].shape,
-    ) and np.array_equal(_raw(files, head), _raw(files, embedding))
+    ) and np.array_equal(files.read_bytes(head), files.read_bytes(embedding))
     if not same:
         problems.add(
             "output heads that differ from the embeddings although config.json ties "
@@ -132,12 +131,6 @@ def _check_head(
             "from the file)",
             head,
         )
-
-
-def _raw(files: TensorFiles, key: str) -> NDArray[np.uint8]:
-    out = np.empty(files[key].nbytes, np.uint8)
-    files.read_into(key, out)
-    return out
 
 
 def _check_stacks(

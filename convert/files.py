@@ -86,6 +86,12 @@ class TensorFiles:
         self.read_into(name, out)
         return out
 
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """Returns the bytes of one tensor, whatever its dtype."""
+        out = np.empty(self[name].nbytes, np.uint8)
+        self.read_into(name, out)
+        return out
+
     def read_into(self, name: str, out: NDArray) -> None:
         """Reads the bytes of one tensor into `out`, which has as many, contiguous."""
         info = self[name]
