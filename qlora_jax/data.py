@@ -422,7 +422,8 @@ class _Collector:
             raise UserError(
                 f"{where}: the tokenizer gives token id {largest}, but the model has "
                 f"`vocab_size` = {self._vocab_size}. Is this the model's own "
-                "tokenizer? If tokens were added to it, the embeddings must be resized first."
+                "tokenizer? If tokens were added to it, the embeddings must be resized "
+                "first."
             )
         self._longest = max(self._longest, len(tokens))
         limit = self._config.max_length

@@ -358,6 +358,13 @@ def test_packed_documents_are_cut_and_unpacked_rows_truncated(tmp_path):
     assert unpacked.report.packed_rows is unpacked.report.packing_efficiency is None
 
 
+def test_a_long_answer_is_truncated_in_packed_rows_too(tmp_path):
+    path = write(tmp_path, [{"prompt": "ab", "completion": "cdefgh"}])
+    config = dict(format="prompt_completion", max_length=6, packing=True)
+    report = load(path, **config).report
+    assert (report.examples, report.truncated, report.documents_cut) == (1, 1, 0)
+
+
 # --- files ---
 
 
