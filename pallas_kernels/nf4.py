@@ -83,8 +83,10 @@ def dequantize_absmax(
     values = nested.quant_map[absmax.reshape(-1).astype(jnp.int32)]
     pad = -values.size % nested_block_size
     groups = jnp.pad(values, (0, pad)).reshape(-1, nested_block_size)
-    # The barrier keeps a compiler from contracting the two roundings into one fma.
-    scaled = jax.lax.optimization_barrier(groups * nested.absmax[:, None])
+    # A maximum that changes nothing finite keeps a compiler from contracting product
+    # and sum into one rounding; jax 0.10 drops an optimization barrier on CPU first.
+    lowest = jnp.finfo(jnp.float32).min
+    scaled = jnp.maximum(groups * nested.absmax[:, None], lowest)
     flat = scaled.reshape(-1)[: values.size] + nested.offset
     return flat.reshape(absmax.shape)
 
@@ -143,8 +145,11 @@ def nf4_dequantize(
         return (grouped * scales).reshape(shape).astype(dtype)
     flat = values.reshape(-1)[:size]
     flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
-    return (flat * absmax.reshape(blocks, 1)).reshape(-1)[:size].reshape(shape).astype(
-        dtype
+    return (
+        (flat * absmax.reshape(blocks, 1))
+        .reshape(-1)[:size]
+        .reshape(shape)
+        .astype(dtype)
     )
 
 
@@ -170,8 +175,9 @@ def nf4_matmul(
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` with `W = nf4_dequantize(...)` in the dtype of `x`.
 
-    Sums are float32, rounded to `dtype` (default: that of `x`) at the end. The derivative exists for `x`
-    alone (the packed weight is frozen) and keeps only the packed bytes.
+    Sums are float32, rounded to `dtype` (default: that of `x`) at the end. The
+    derivative exists for `x` alone (the packed weight is frozen) and keeps only the
+    packed bytes.
 
     Args:
       x: inputs, features last.
