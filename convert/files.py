@@ -24,19 +24,19 @@ from numpy.typing import NDArray
 
 from qlora_jax.errors import CheckpointError
 
-# safetensors' names <-> numpy dtypes. Others (F8_E5M2, ...) exist; no file that this
-# project reads may have them, and the checks of keys and dtypes say so by name.
+# safetensors' names -> numpy dtypes, in the library's order. Others (F8_E5M2, ...)
+# exist; no file that this project reads may have them, and the checks say so by name.
 DTYPES: Mapping[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
 }
 
 SINGLE = "model.safetensors"

@@ -8,7 +8,6 @@ name beside its final one, synced, and renamed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from convert.files import DTYPES, INDEX, SINGLE
 from qlora_jax.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def write_safetensors(
     That layout (wide dtypes first, then by name; header padded with spaces to a
     multiple of 8) makes the same tensors give the same file, whoever writes it.
     """
-    ordered = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))
+    ordered = sorted(entries, key=lambda e: (-_RANK[e.dtype], e.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for e in ordered:
@@ -144,10 +144,6 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
-# Disk full, quota reached, file size limit: the user's to mend.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-
-
 @contextlib.contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a directory to fill beside `path`, which takes its name at the end.
@@ -156,7 +152,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
       UserError: `path` exists and is not an empty directory (unless `overwrite`), or
-        the disk is full or not writable.
+        it cannot be written (disk full, no permission).
     """
     path = Path(os.path.abspath(path))
     if path.exists() and not path.is_dir():
@@ -179,7 +175,11 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if overwrite and path.is_dir() and any(path.iterdir()):
                 aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
                 os.rename(path, aside)
-                os.rename(temporary, path)
+                try:
+                    os.rename(temporary, path)
+                except OSError:
+                    os.rename(aside, path)
+                    raise
                 shutil.rmtree(aside)
             else:
                 os.rename(temporary, path)
@@ -188,10 +188,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if temporary.exists():
                 shutil.rmtree(temporary)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
         raise UserError(
-            f"Cannot write `{path}`: {error.strerror}. Nothing was left behind."
+            f"Cannot write `{path}`: {error.strerror or error}. Nothing was left "
+            "behind."
         ) from error
 
 

@@ -1,0 +1,389 @@
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from convert.files import (
+    Problems,
+    TensorFiles,
+    check_finite,
+    open_model,
+    read_header,
+    read_json,
+)
+from convert.output import (
+    Entry,
+    new_directory,
+    write_model_files,
+    write_safetensors,
+)
+from qlora_jax.errors import CheckpointError, UserError
+
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8, np.int64)
+
+
+def tensors(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    out = {}
+    for i in range(rng.integers(1, 12)):
+        shape = tuple(rng.integers(1, 5, size=rng.integers(0, 4)).tolist())
+        dtype = np.dtype(DTYPES[rng.integers(len(DTYPES))])
+        data = rng.integers(0, 256, size=int(np.prod(shape)) * dtype.itemsize)
+        name = "".join(rng.choice(list('abz.é"_'), size=5)) + str(i)
+        out[name] = data.astype(np.uint8).view(dtype).reshape(shape)
+    return out
+
+
+def entries(arrays: dict[str, np.ndarray]) -> list[Entry]:
+    return [Entry.of(name, array) for name, array in arrays.items()]
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    files = TensorFiles(path.parent, read_header(path)[0])
+    return {name: files.read(name) for name in files}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(
+        (a[k].dtype, a[k].shape, a[k].tobytes())
+        == (b[k].dtype, b[k].shape, b[k].tobytes())
+        for k in a
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_writer_and_reader_agree_with_the_library(tmp_path, seed):
+    arrays = tensors(seed)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    write_safetensors(ours, entries(arrays), {"format": "pt"})
+    safetensors.numpy.save_file(arrays, theirs, {"format": "pt"})
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert same(read_all(ours), arrays)
+    assert read_header(ours)[1] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1000, 10**9])
+def test_shards_hold_everything_once_and_keep_the_limit(tmp_path, limit):
+    arrays = {f"t{i:02d}": np.full((i + 1, 7), i, np.float32) for i in range(12)}
+    write_model_files(tmp_path, entries(arrays), max_shard_bytes=limit)
+    assert same(
+        {k: v for k, v in _read_model(tmp_path).items()},
+        arrays,
+    )
+    files = sorted(tmp_path.glob("*.safetensors"))
+    for file in files:
+        inside = read_header(file)[0]
+        assert len(inside) == 1 or sum(i.nbytes for i in inside.values()) <= limit
+    if limit == 10**9:
+        assert [f.name for f in files] == ["model.safetensors"]
+    else:
+        index = read_json(tmp_path / "model.safetensors.index.json")
+        assert index["metadata"] == {
+            "total_parameters": 7 * 78,
+            "total_size": 4 * 7 * 78,
+        }
+        assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+
+
+def _read_model(path: Path) -> dict[str, np.ndarray]:
+    files = open_model(path)
+    return {name: files.read(name) for name in files}
+
+
+def test_shard_size_must_be_positive(tmp_path):
+    with pytest.raises(UserError, match="`max_shard_bytes` must be positive, got 0"):
+        write_model_files(tmp_path, [], max_shard_bytes=0)
+
+
+# --- Damaged files ---
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, [Entry.of("x", np.arange(64, dtype=np.float32))], {})
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 40, -1, -100])
+def test_truncated_file_is_named(good, keep):
+    data = good.read_bytes()
+    good.write_bytes(data[:keep])
+    with pytest.raises(CheckpointError, match="model.safetensors` is truncated or dam"):
+        read_header(good)
+
+
+def test_trailing_bytes_are_refused(good):
+    good.write_bytes(good.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(good)
+
+
+def test_the_same_name_twice_in_one_header_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    entry = '"x":{"dtype":"U8","shape":[4],"data_offsets":[%d,%d]}'
+    header = ("{" + entry % (0, 4) + "," + entry % (4, 8) + "}").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["version https://git-lfs.github.com/spec/v1\noid sha256:0", "<!DOCTYPE html>"],
+)
+def test_pointer_or_web_page_is_called_that(tmp_path, text):
+    path = tmp_path / "model.safetensors"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="Git LFS pointer or a web page"):
+        read_header(path)
+
+
+def test_file_that_shrinks_while_open_is_an_error(good):
+    infos, _ = read_header(good)
+    good.write_bytes(good.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="ended in the middle of tensor `x`"):
+        TensorFiles(good.parent, infos).read("x")
+
+
+def test_file_that_vanishes_is_an_error(good):
+    infos, _ = read_header(good)
+    good.unlink()
+    with pytest.raises(CheckpointError, match="Cannot read tensor `x` from"):
+        TensorFiles(good.parent, infos).read("x")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_header(tmp_path / "no.safetensors")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_json(tmp_path / "no.json")
+
+
+@pytest.mark.parametrize(
+    "text, match", [("{", "is not valid JSON"), ("[]", "must hold a JSON object")]
+)
+def test_bad_json(tmp_path, text, match):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=match):
+        read_json(path)
+
+
+# --- Sharded directories ---
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    path = tmp_path / "sharded"
+    path.mkdir()
+    arrays = {f"t{i}": np.full(8, i, np.float32) for i in range(4)}
+    write_model_files(path, entries(arrays), max_shard_bytes=64)
+    return path
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def change_index(path: Path, change) -> None:
+    index = read_json(path / INDEX)
+    change(index["weight_map"])
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 missing files: model-00002-of-00002"):
+        open_model(sharded)
+
+
+def test_index_that_names_an_absent_tensor_or_leaves_one_out(sharded):
+    def change(weight_map):
+        del weight_map["t0"]
+        weight_map["nowhere"] = "model-00001-of-00002.safetensors"
+        weight_map["t2"] = "model-00001-of-00002.safetensors"
+
+    change_index(sharded, change)
+    with pytest.raises(CheckpointError) as caught:
+        open_model(sharded)
+    message = str(caught.value)
+    assert "1 tensors that the index does not name: t0" in message
+    assert "1 tensors that their shard lacks: nowhere" in message
+    assert "1 tensors in another shard than the index says: t2" in message
+
+
+def test_the_same_tensor_in_two_shards(sharded):
+    arrays = {"t2": np.zeros(8, np.float32), "t0": np.zeros(8, np.float32)}
+    arrays["t3"] = arrays["t2"]
+    second = sharded / "model-00002-of-00002.safetensors"
+    write_safetensors(second, entries(arrays), {})
+    with pytest.raises(CheckpointError, match=r"1 tensors in two shards: t0 \(model-"):
+        open_model(sharded)
+
+
+@pytest.mark.parametrize("value", ["../x.safetensors", 3])
+def test_index_that_leads_out_of_the_directory(sharded, value):
+    change_index(sharded, lambda m: m.update(t0=value))
+    with pytest.raises(CheckpointError, match="has no `weight_map` of tensor names to"):
+        open_model(sharded)
+
+
+def test_index_without_weight_map(sharded):
+    (sharded / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="has no `weight_map`"):
+        open_model(sharded)
+
+
+def test_both_single_file_and_index(sharded, good):
+    os.rename(good, sharded / "model.safetensors")
+    with pytest.raises(CheckpointError, match="Remove the stale one"):
+        open_model(sharded)
+
+
+def test_shards_without_index(sharded):
+    (sharded / INDEX).unlink()
+    with pytest.raises(CheckpointError, match="download the index file too"):
+        open_model(sharded)
+
+
+def test_no_weights_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match="has no weights"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "a.pt"])
+def test_pickle_weights_are_refused_with_the_way_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="can run any code.*save_pretrained"):
+        open_model(tmp_path)
+
+
+# --- Values ---
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_found_anywhere(dtype, bad):
+    array = np.random.default_rng(0).standard_normal((3, 1 << 19)).astype(dtype)
+    array[0, 0] = np.finfo(np.float16).max
+    check_finite(array, "w")
+    for place in ((0, 1), (2, -1)):
+        broken = array.copy()
+        broken[place] = bad
+        with pytest.raises(CheckpointError, match="Tensor `w` contains NaN or inf"):
+            check_finite(broken, "w")
+
+
+def test_long_lists_of_problems_are_cut_and_counted():
+    problems = Problems("Bad")
+    problems.check()
+    for i in range(13):
+        problems.add("missing tensors", f"t{i}")
+    problems.add("extra tensors", "u")
+    with pytest.raises(CheckpointError) as caught:
+        problems.check(hint="Do this.")
+    assert str(caught.value) == (
+        "Bad. 13 missing tensors: t0, t1, t2, t3, t4, t5, t6, t7, t8, t9 and 3 more; "
+        "1 extra tensors: u. Do this."
+    )
+
+
+# --- Directories that appear whole ---
+
+
+def test_directory_appears_at_the_end_and_with_the_usual_mode(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with new_directory(target) as new:
+        (new / "x").write_text("1")
+        assert not target.exists()
+    assert (target / "x").read_text() == "1"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert target.stat().st_mode == plain.stat().st_mode
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_empty_directory_is_filled(tmp_path):
+    with new_directory(tmp_path / "out"):
+        pass
+    with new_directory(tmp_path / "out") as new:
+        (new / "x").write_text("1")
+    assert (tmp_path / "out" / "x").exists()
+
+
+def test_directory_with_content_is_left_alone(tmp_path):
+    (tmp_path / "x").write_text("1")
+    with pytest.raises(UserError, match="exists and is not empty; nothing was written"):
+        with new_directory(tmp_path):
+            raise AssertionError("not reached")
+    assert (tmp_path / "x").read_text() == "1"
+
+
+def test_file_in_the_way(tmp_path):
+    (tmp_path / "x").write_text("1")
+    with pytest.raises(UserError, match="a file is there"):
+        with new_directory(tmp_path / "x"):
+            raise AssertionError("not reached")
+
+
+def test_overwrite_replaces_everything(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    with new_directory(out, overwrite=True) as new:
+        (new / "new").write_text("2")
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_error_leaves_nothing_behind(tmp_path, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "old").write_text("1")
+    with pytest.raises(KeyError):
+        with new_directory(out, overwrite=overwrite) as new:
+            (new / "x").write_text("1")
+            raise KeyError
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == (
+        ["out", "out/old"] if overwrite else []
+    )
+
+
+def test_parent_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write `.*out`: File exists"):
+        with new_directory(tmp_path / "file" / "out"):
+            raise AssertionError("not reached")
+
+
+def test_full_disk_is_said_and_leaves_nothing(tmp_path):
+    # A file size limit stands in for a full disk: the write fails half-way. In a
+    # process of its own, because the limit cannot be raised again.
+    code = f"""
+import resource, numpy as np
+from convert.output import Entry, new_directory, write_safetensors
+from qlora_jax.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with new_directory(__import__("pathlib").Path({str(tmp_path / "out")!r})) as new:
+        big = Entry.of("x", np.zeros(100_000, np.float32))
+        write_safetensors(new / "x.safetensors", [big], {{}})
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert re.search("Cannot write `.*out`: File too large. Nothing was", done.stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
