@@ -60,18 +60,7 @@ def write_safetensors(
     That layout (wide dtypes first, then by name; header padded with spaces to a
     multiple of 8) makes the same tensors give the same file, whoever writes it.
     """
-    ordered = sorted(entries, key=lambda e: (-_RANK[e.dtype], e.name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for e in ordered:
-        header[e.name] = {
-            "dtype": _NAMES[e.dtype],
-            "shape": list(e.shape),
-            "data_offsets": [offset, offset + e.nbytes],
-        }
-        offset += e.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    ordered, text = _layout(entries, metadata)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -85,6 +74,30 @@ def write_safetensors(
             on_bytes(e.nbytes)
         file.flush()
         os.fsync(file.fileno())
+
+
+def safetensors_bytes(entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
+    """Size of the file that `write_safetensors` would write, to the byte."""
+    return 8 + len(_layout(entries, metadata)[1]) + sum(e.nbytes for e in entries)
+
+
+def _layout(
+    entries: Sequence[Entry], metadata: Mapping[str, str]
+) -> tuple[list[Entry], bytes]:
+    """The entries in file order, and the padded header."""
+    ordered = sorted(entries, key=lambda e: (-_RANK[e.dtype], e.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for e in ordered:
+        header[e.name] = {
+            "dtype": _NAMES[e.dtype],
+            "shape": list(e.shape),
+            "data_offsets": [offset, offset + e.nbytes],
+        }
+        offset += e.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return ordered, text
 
 
 def write_model_files(

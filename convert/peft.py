@@ -25,7 +25,13 @@ from convert.files import (
     read_header,
     read_json,
 )
-from convert.output import Entry, new_directory, write_json, write_safetensors
+from convert.output import (
+    Entry,
+    new_directory,
+    safetensors_bytes,
+    write_json,
+    write_safetensors,
+)
 from qlora_jax.config import LlamaConfig, LoraConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora import targeted_modules, unmatched_targets
@@ -191,6 +197,16 @@ def save_adapter(
     with new_directory(Path(directory), overwrite=overwrite) as new:
         write_safetensors(new / WEIGHTS, entries, {"format": "pt"})
         write_json(new / CONFIG, raw)
+
+
+def adapter_bytes(config: LlamaConfig, lora: LoraConfig) -> int:
+    """Size of the adapter_model.safetensors that `save_adapter` writes, to the byte."""
+    nothing = np.zeros(0, np.float32)
+    entries = [
+        Entry(key, nothing.dtype, shape, lambda: nothing)
+        for key, (_, _, shape) in _keys(config, lora).items()
+    ]
+    return safetensors_bytes(entries, {"format": "pt"})
 
 
 def _keys(

@@ -60,9 +60,7 @@ def attention(
       UserError: an implementation that cannot compute this here, with the reason.
     """
     if implementation == "auto":
-        implementation = (
-            "cudnn" if _cudnn_refusal(q, segment_ids) is None else "xla"
-        )
+        implementation = "cudnn" if _cudnn_refusal(q, segment_ids) is None else "xla"
     if implementation == "eager":
         seen = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
         out = masked_attention(q, k, v, seen)
@@ -259,12 +257,8 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
 
         def key_block(j: Array, state: tuple) -> tuple:
             dq, dk, dv = state
-            weights = jnp.exp(
-                _scores(q_i, k, segments, i, j, block) - lse_i[..., None]
-            )
-            dweights = _product(
-                "bkgth,bksh->bkgts", dout_i, _slice(v, j, block, 2)
-            )
+            weights = jnp.exp(_scores(q_i, k, segments, i, j, block) - lse_i[..., None])
+            dweights = _product("bkgth,bksh->bkgts", dout_i, _slice(v, j, block, 2))
             dscores = (weights * (dweights - inner_i[..., None]) * scale).astype(
                 q.dtype
             )

@@ -349,9 +349,8 @@ class LoraConfig:
     """How A starts (B starts at zero): Kaiming-uniform as PEFT, or N(0, 1/r^2)."""
     base_model_name_or_path: str | None = None
     """Where the base is found; written into adapter_config.json."""
-    raw: Mapping[str, Any] = field(
-        default_factory=dict, compare=False, hash=False, repr=False
-    )
+    revision: str | None = None
+    """Revision of the base, where its name is one of a hub."""
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -364,7 +363,12 @@ class LoraConfig:
             )
         targets = self.target_modules
         if not isinstance(targets, str):
-            object.__setattr__(self, "target_modules", tuple(targets))
+            targets = tuple(targets)
+            # A command line gives a list of one; no module name looks like these two.
+            alone = targets[0] if len(targets) == 1 else ""
+            if alone == "all-linear" or set(alone) & set("*+?[](){}|\\^$"):
+                targets = alone
+            object.__setattr__(self, "target_modules", targets)
         if len(self.target_modules) == 0:
             raise UserError(
                 "lora: `target_modules` is empty. Name modules such as 'q_proj', or "
@@ -427,16 +431,15 @@ class LoraConfig:
             use_rslora=bool(raw.get("use_rslora", False)),
             init_lora_weights="gaussian" if init == "gaussian" else "default",
             base_model_name_or_path=raw.get("base_model_name_or_path"),
-            raw=dict(raw),
+            revision=raw.get("revision"),
         )
 
     def to_peft(self) -> dict[str, Any]:
         """Returns the content of an `adapter_config.json` that PEFT reads."""
-        out: dict[str, Any] = {name: off for name, off in _PEFT_OFF.items()}
-        out.update(self.raw)
+        out: dict[str, Any] = dict(_PEFT_OFF)
         out.update(
             peft_type="LORA",
-            task_type=self.raw.get("task_type") or "CAUSAL_LM",
+            task_type="CAUSAL_LM",
             inference_mode=True,
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -446,6 +449,7 @@ class LoraConfig:
                 "gaussian" if self.init_lora_weights == "gaussian" else True
             ),
             base_model_name_or_path=self.base_model_name_or_path,
+            revision=self.revision,
             target_modules=(
                 self.target_modules
                 if isinstance(self.target_modules, str)

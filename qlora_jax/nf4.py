@@ -33,7 +33,6 @@ NESTED_BLOCK_SIZE = 256
 _MIDPOINTS = ((NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2)).astype(np.float32)
 
 
-
 def _dynamic_map() -> NDArray[np.float32]:
     """The signed 8-bit "dynamic" table that bitsandbytes codes block scales with.
 

@@ -1,0 +1,426 @@
+"""`qlora-jax`: train, evaluate, generate, inspect and quantize on the command line.
+
+Exit status: 0 done, 1 a failure the user can mend (one paragraph on stderr), 2 wrong
+usage, 130 interrupted. What a command reports goes to stdout, as a table or, with
+`--json`, as one JSON object; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import jax
+import rich.console
+import rich.markup
+import rich.table
+import tyro
+
+import convert
+from convert.checkpoint import open_checkpoint
+from convert.files import read_json
+from convert.peft import adapter_bytes, open_adapter
+from qlora_jax.batches import eval_batches
+from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.errors import UserError
+from qlora_jax.memory import parameter_report
+from qlora_jax.model import ADAPTER_CONFIG, adapter_directory, find_base, load
+from qlora_jax.runner import RunConfig, run
+from qlora_jax.train import eval_step
+
+_Quantization = Literal["nf4", "nf4_dq", "none"]
+_Dtype = Literal["bfloat16", "float16", "float32"]
+_Attention = Literal["auto", "eager", "xla", "cudnn"]
+
+
+def _place(name: str) -> Any:
+    return tyro.conf.arg(metavar=name)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure loss and perplexity of a model on a data file."""
+
+    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
+    """Model directory, adapter directory or run directory."""
+    data: DataConfig
+    base: str | None = None
+    """Base of an adapter directory, where its configuration does not lead to it."""
+    quantization: _Quantization = "nf4_dq"
+    """Of the base's linear layers."""
+    dtype: _Dtype = "bfloat16"
+    """Of activations and dense tensors."""
+    attention: _Attention = "auto"
+    """Attention implementation."""
+    batch_size: int = 8
+    """Rows at a time."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report."""
+        model = _load(self)
+        examples = load_examples(
+            self.data, model.tokenizer, vocab_size=model.config.vocab_size
+        )
+        step = jax.jit(partial(eval_step, model=model.module))
+        total, count = 0.0, 0
+        for batch in eval_batches(
+            examples,
+            self.data,
+            batch_size=self.batch_size,
+            pad_token_id=model.config.pad_token_id or 0,
+        ):
+            loss, tokens = step(model.adapters or {}, model.base, batch)
+            total += float(loss)
+            count += int(tokens)
+        loss = total / count
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "supervised_tokens": count,
+            "rows": len(examples),
+        }
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue prompts; prompt and continuation go to stdout."""
+
+    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
+    """Model directory, adapter directory or run directory."""
+    prompt: tuple[str, ...]
+    """Texts to continue, as one batch."""
+    base: str | None = None
+    """Base of an adapter directory, where its configuration does not lead to it."""
+    max_new_tokens: int = 128
+    """Tokens to add at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher is more varied."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    top_k: int | None = None
+    """Sample among this many of the likeliest tokens."""
+    seed: int = 0
+    """Of the sampling."""
+    quantization: _Quantization = "nf4_dq"
+    """Of the base's linear layers."""
+    dtype: _Dtype = "bfloat16"
+    """Of activations and dense tensors."""
+    attention: _Attention = "auto"
+    """Attention implementation."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report."""
+        texts = _load(self).generate(
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+        return {"texts": texts}
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Count what a run would train and store; reads configurations, loads nothing."""
+
+    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
+    """Model directory or its config.json; or an adapter or run directory, whose own
+    LoRA configuration is then the one counted."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    base: str | None = None
+    """Base of an adapter directory, where its configuration does not lead to it."""
+    quantization: _Quantization = "nf4_dq"
+    """Of the base's linear layers."""
+    dtype: _Dtype = "bfloat16"
+    """Of dense tensors."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report."""
+        path, lora = Path(self.path), self.lora
+        adapter = adapter_directory(path)
+        if adapter is not None:
+            lora = open_adapter(adapter)[0]
+            path = find_base(adapter, self.base)
+        if path.is_dir():
+            path = path / "config.json"
+        config = LlamaConfig.from_hf(read_json(path))
+        report = parameter_report(
+            config,
+            lora,
+            quantization=None if self.quantization == "none" else self.quantization,
+            dtype=self.dtype,
+        )
+        return {
+            "trainable_parameters": report.trainable_parameters,
+            "groups": dict(report.groups),
+            "adapter_bytes": adapter_bytes(config, lora),
+            "optimizer_bytes": report.optimizer_bytes,
+            "base_parameters": report.base_parameters,
+            "base_bytes": report.base_bytes,
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "scaling": lora.scaling,
+            "target_modules": lora.target_modules,
+        }
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a checkpoint to a bitsandbytes-4bit directory (NF4)."""
+
+    input: Annotated[tyro.conf.Positional[str], _place("IN")]
+    """Hugging Face directory of 16- or 32-bit weights."""
+    output: Annotated[tyro.conf.Positional[str], _place("OUT")]
+    """Directory to create."""
+    quantization: Literal["nf4", "nf4_dq"] = "nf4_dq"
+    """NF4, or NF4 with double quantization."""
+    dtype: _Dtype | None = None
+    """Of the tensors that stay dense; default as in the file."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report."""
+        source = open_checkpoint(self.input)
+        if source.quantized:
+            raise UserError(
+                f"`{self.input}` is quantized already; its packed weights would be "
+                "written as they are. Give the original 16-bit checkpoint."
+            )
+        before = sum(source.files[name].nbytes for name in source.files)
+        config, base = convert.load_llama(
+            self.input, quantization=self.quantization, dtype=self.dtype, progress=True
+        )
+        convert.save_llama(
+            self.output, config, base, tokenizer_from=self.input, progress=True
+        )
+        after = sum(p.stat().st_size for p in Path(self.output).glob("*.safetensors"))
+        return {
+            "output": self.output,
+            "bytes_before": before,
+            "bytes_after": after,
+            "ratio": after / before,
+        }
+
+
+_COMMANDS: dict[str, tuple[Any, str]] = {
+    "train": (RunConfig, "Fine-tune a model, or continue a run."),
+    "eval": (Eval, "Loss and perplexity on a data file."),
+    "generate": (Generate, "Continue prompts."),
+    "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
+    "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
+}
+_USAGE = "usage: qlora-jax COMMAND ...\n\ncommands:\n" + "".join(
+    f"  {name:<10}{text}\n" for name, (_, text) in _COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE + "\n`qlora-jax COMMAND --help` says what each takes.")
+        return 0 if args else 2
+    if args[0] not in _COMMANDS:
+        print(f"qlora-jax: no command {args[0]!r}.\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return _run(args[0], args[1:])
+    except UserError as error:
+        print(f"qlora-jax {args[0]}: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as error:  # how tyro ends, for --help and for wrong usage
+        return error.code if isinstance(error.code, int) else 2
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"qlora-jax {args[0]}: interrupted."
+            + (
+                " The same command continues from the newest checkpoint."
+                if args[0] == "train"
+                else ""
+            ),
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _run(name: str, args: list[str]) -> int:
+    command = _COMMANDS[name][0]
+    if name == "train":
+        _train(args)
+        return 0
+    chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}")
+    report = chosen.run()
+    if chosen.json:
+        print(json.dumps(report))
+    elif name == "generate":
+        print("\n\n".join(report["texts"]))
+    else:
+        print_report(report)
+    return 0
+
+
+def _train(args: list[str]) -> None:
+    """`train CONFIG.toml [--section.key value ...]`."""
+    default: Any = tyro.MISSING
+    if args and not args[0].startswith("-"):
+        default = read_config(Path(args.pop(0)))
+    config = tyro.cli(
+        RunConfig,
+        args=args,
+        default=default,
+        prog="qlora-jax train [CONFIG.toml]",
+        description="Fine-tune a model, or continue a run: the same command on the "
+        "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
+        "options by section; options given here win.",
+    )
+    report = run(config)
+    print_report(
+        {
+            "run directory": config.output_dir,
+            "adapter": str(Path(config.output_dir) / "adapter"),
+            **{
+                k: report[k]
+                for k in ("steps", "final_loss", "trainable_parameters", "groups")
+            },
+            "adapter_bytes": report["adapter_bytes"],
+        }
+    )
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads a TOML run file strictly: unknown keys and wrong types are errors.
+
+    Raises:
+      UserError: no such file, no TOML, or a key that is unknown, of a wrong type, or
+        missing; the message names it.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
+    return _build(RunConfig, content, f"{path}: ")
+
+
+def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
+    """Makes a dataclass of a TOML table."""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            raise UserError(
+                f"{where}`{key}` is no option here"
+                + (f"; did you mean `{near[0]}`?" if near else ".")
+                + f" Options: {', '.join(fields)}."
+            )
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}`{key}` must be a table, got {value!r}.")
+            values[key] = _build(hint, value, f"{where}[{key}] ")
+        else:
+            values[key] = _coerce(hint, value, f"{where}`{key}`")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}missing {', '.join(f'`{m}`' for m in missing)}.")
+    return kind(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Checks a TOML value against a field's type."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        kinds = [h for h in get_args(hint) if h is not type(None)]
+        for kind in kinds[:-1]:
+            try:
+                return _coerce(kind, value, where)
+            except UserError:
+                continue
+        return _coerce(kinds[-1], value, where)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        known = ", ".join(repr(a) for a in get_args(hint))
+        raise UserError(f"{where} must be one of {known}, got {value!r}.")
+    if origin is tuple:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise UserError(f"{where} must be a list of strings, got {value!r}.")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(f"{where} must be {hint.__name__}, got {value!r}.")
+
+
+def _load(command: Eval | Generate) -> Any:
+    return load(
+        command.path,
+        base=command.base,
+        quantization=None if command.quantization == "none" else command.quantization,
+        dtype=command.dtype,
+        attention=command.attention,
+        progress=True,
+    )
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Prints a report as a two-column table; nested entries are indented."""
+    table = rich.table.Table(box=None, show_header=False, pad_edge=False)
+    for key, value in report.items():
+        if isinstance(value, Mapping):
+            table.add_row(key, "")
+            for inner, item in value.items():
+                table.add_row(f"  {inner}", _text(item))
+        else:
+            table.add_row(key, _text(value))
+    rich.console.Console(soft_wrap=True).print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return rich.markup.escape(str(value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The front door: a directory in, a model that can be asked and trained out.
+
+    model = load("path/to/hf-llama")          # quantized to NF4 on the way in
+    model = load("path/to/peft-adapter")      # its base is found, its adapter attached
+
+`Model` holds plain data (configuration, two trees, tokenizer) and keeps no other state:
+two models in one process are two values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+import convert
+from convert.peft import open_adapter
+from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.generate import generate_tokens
+from qlora_jax.linear import Compute
+from qlora_jax.llama import Llama
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: plain data, and two questions one can ask of it."""
+
+    config: LlamaConfig
+    base: Mapping[str, Any]
+    """Frozen parameters, on the device."""
+    adapters: Mapping[str, Any] | None
+    """LoRA tree (float32), or None."""
+    lora_config: LoraConfig | None
+    tokenizer: Any
+    """The directory's transformers tokenizer, or None where it has none."""
+    compute: Compute
+    path: Path
+    """Directory of the base."""
+
+    @property
+    def module(self) -> Llama:
+        """The Flax module that `base` and `adapters` belong to."""
+        return Llama(
+            self.config, dataclasses.replace(self.compute, lora=self.lora_config)
+        )
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes."""
+        if self.adapters is None:
+            return {"params": self.base}
+        return {"params": self.base, "lora": self.adapters}
+
+    def logits(
+        self,
+        tokens: Any,
+        *,
+        attention_mask: Any = None,
+        positions: Any = None,
+        segment_ids: Any = None,
+    ) -> Float32[Array, "B T V"]:
+        """Computes logits; arguments as `Llama.__call__`, arrays or nested lists."""
+        optional = {
+            "attention_mask": attention_mask,
+            "positions": positions,
+            "segment_ids": segment_ids,
+        }
+        arrays = {
+            name: jnp.asarray(value, jnp.int32)
+            for name, value in optional.items()
+            if value is not None
+        }
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return _logits(self.module, self.variables, tokens, arrays)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues texts; returns prompt and continuation of each.
+
+        Args:
+          prompts: texts; each gets the tokens it would get alone.
+          max_new_tokens: tokens to add at most.
+          temperature: 0 = greedy.
+          top_p: probability mass of the tokens sampled from.
+          top_k: number of tokens sampled from.
+          seed: of the sampling.
+
+        Raises:
+          UserError: no tokenizer, or an unusable prompt or setting.
+        """
+        if isinstance(prompts, str):
+            raise UserError("`prompts` must be a list of texts, got one text.")
+        if self.tokenizer is None:
+            raise UserError(
+                f"`{self.path}` has no tokenizer. Put its tokenizer.json and "
+                "tokenizer_config.json there, or use `generate_tokens` with token ids."
+            )
+        rows = generate_tokens(
+            self.module,
+            self.variables,
+            [self.tokenizer(prompt)["input_ids"] for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            eos_token_ids=end_tokens(self.config, self.tokenizer),
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(
+    module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
+) -> Array:
+    return module.apply(variables, tokens, **arrays)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto",
+    progress: bool = False,
+) -> Model:
+    """Loads a model, and an adapter if there is one, onto the default device.
+
+    Args:
+      path: Hugging Face directory, bitsandbytes-4bit directory (its packed weights are
+        kept as they are, whatever `quantization` says), PEFT adapter directory, or a
+        run directory of `qlora-jax train`.
+      adapter: PEFT directory to attach.
+      base: the base of an adapter directory, where adapter_config.json does not lead
+        to it.
+      quantization: of the linear layers: NF4, NF4 with double quantization, or none.
+      dtype: of activations and of the tensors that stay dense.
+      attention: implementation.
+      progress: show a progress bar on stderr.
+
+    Raises:
+      CheckpointError: files that are missing, damaged, or of another model.
+      UserError: an argument that cannot be used.
+    """
+    path = Path(path)
+    own = adapter_directory(path)
+    if own is not None:
+        if adapter is not None:
+            raise UserError(
+                f"`{path}` is an adapter itself; `adapter`={os.fspath(adapter)!r} "
+                "cannot be attached to it. Give the base as `path`."
+            )
+        adapter, path = own, find_base(own, base)
+    elif base is not None:
+        raise UserError(
+            f"`base` names the base of an adapter directory, and `{path}` is none."
+        )
+    if quantization not in ("nf4", "nf4_dq", None):
+        raise UserError(
+            f"`quantization` must be 'nf4', 'nf4_dq' or None, got {quantization!r}."
+        )
+    compute = Compute(dtype=dtype, attention=attention)
+    config, tree = convert.load_llama(
+        path, quantization=quantization, dtype=dtype, progress=progress
+    )
+    lora_config = adapters = None
+    if adapter is not None:
+        lora_config, adapters = convert.load_adapter(adapter, config)
+        adapters = jax.tree.map(jnp.asarray, adapters)
+    return Model(
+        config=config,
+        base=jax.tree.map(jnp.asarray, tree),
+        adapters=adapters,
+        lora_config=lora_config,
+        tokenizer=load_tokenizer(path),
+        compute=compute,
+        path=path,
+    )
+
+
+def adapter_directory(path: Path) -> Path | None:
+    """The PEFT directory that `path` is, or holds as a run directory; else None."""
+    for place in (path, path / "adapter"):
+        if (place / ADAPTER_CONFIG).is_file():
+            return place
+    return None
+
+
+def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path:
+    """Finds the base of a PEFT directory on this machine.
+
+    Looks at `base`, then at `base_model_name_or_path` as a path: as it stands, beside
+    the adapter directory, and beside its parent. The network is never asked.
+
+    Raises:
+      CheckpointError: no such directory.
+    """
+    if base is not None:
+        if not Path(base).is_dir():
+            raise CheckpointError(f"The base `{base}` is no directory.")
+        return Path(base)
+    name = open_adapter(adapter)[0].base_model_name_or_path
+    if not name:
+        raise CheckpointError(
+            f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
+            f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
+        )
+    here = adapter.resolve()
+    tried = [Path(name), here / name, here.parent / name, here.parent.parent / name]
+    for place in tried:
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(
+        f"The base of `{adapter}` is {name!r}, which is no directory here (looked at "
+        f"{', '.join(f'`{p}`' for p in tried)}). Give it with `base=` (--base)."
+    )
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Loads a directory's tokenizer through transformers; None if it has none.
+
+    Raises:
+      CheckpointError: tokenizer files that cannot be read.
+    """
+    path = Path(path)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((path / name).is_file() for name in files):
+        return None
+    # At import transformers remarks that PyTorch is missing; nothing here needs it.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise CheckpointError(
+            f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
+            "files of the original model there again."
+        ) from error
+
+
+def end_tokens(config: LlamaConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end a text: the model's and the tokenizer's."""
+    ids = set(config.eos_token_ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
