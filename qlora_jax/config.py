@@ -336,7 +336,7 @@ class LoraConfig:
 
     r: int = 16
     """Rank of every update."""
-    lora_alpha: float = 16
+    lora_alpha: int | float = 16
     """Numerator of the scaling."""
     target_modules: tuple[str, ...] | str = PROJECTIONS
     """Module names (matched as path suffixes), "all-linear", or a regular expression
