@@ -16,6 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types of the three packages are checked while the tests run. An int may
+# stand where a float is asked for (PEP 484). Here and not as an option of the command
+# line, because jaxtyping's option cannot take both an argument and several packages.
+install_import_hook(
+    ("qlora_jax", "pallas_kernels", "convert"),
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
