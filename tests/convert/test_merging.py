@@ -1,0 +1,222 @@
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import convert
+from convert import bnb, names
+from convert.files import open_model
+from convert.merging import fingerprint, write_dense
+from qlora_jax.config import LlamaConfig
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.nf4 import quantize
+
+BF16 = ml_dtypes.bfloat16
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    files = open_model(path)
+    return {k: files.read(k) for k in files}
+
+
+def delta(adapter: Path, key: str) -> np.ndarray | None:
+    """scaling * B @ A in float64, or None where `key` is not adapted."""
+    raw = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+    module = f"base_model.model.{key.removesuffix('.weight')}"
+    if f"{module}.lora_A.weight" not in tensors:
+        return None
+    a, b = (tensors[f"{module}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+    scale = np.sqrt(raw["r"]) if raw.get("use_rslora") else raw["r"]
+    return b @ a * (raw["lora_alpha"] / scale)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["plain", "rslora"])
+def test_merged_tensors_are_those_of_peft(golden, tmp_path, name):
+    base, adapter = golden / "llama32/fp32", golden / "adapters/llama32" / name
+    report = convert.merge(base, adapter, tmp_path / "out")
+    merged, original = read_all(tmp_path / "out"), read_all(base)
+    expected = safetensors.numpy.load_file(adapter / "merged_changed.safetensors")
+    for key, value in expected.items():
+        # float32 sums of a different order: a few ulp of the largest weight.
+        np.testing.assert_allclose(
+            merged[key], value, rtol=1e-6, atol=1e-6 * np.abs(value).max()
+        )
+    assert merged.keys() == original.keys()
+    changed = {k for k in merged if merged[k].tobytes() != original[k].tobytes()}
+    assert changed == {k for k in original if delta(adapter, k) is not None}
+    assert report["tensors_changed"] == len(changed)
+    assert report["tensors"] == len(original)
+    assert report["max_abs_change"] == pytest.approx(
+        max(np.abs(merged[k] - original[k]).max() for k in changed)
+    )
+    assert report["base_sha256"] == fingerprint(base)
+    assert report["onto"] == "original"
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (base / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("own", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_update_is_added_in_float32_and_rounded_once(
+    tiny, make_tensors, save_model, make_adapter, tmp_path, own, dtype, shards
+):
+    tensors = make_tensors(tiny, own)
+    base, adapter = save_model(tiny, tensors, shards=shards), make_adapter(tiny)
+    out = tmp_path / "out"
+    convert.merge(base, adapter, out, dtype=dtype, max_shard_bytes=9000)
+    merged = read_all(out)
+    target = np.dtype(own if dtype is None else dtype)
+    for key, value in tensors.items():
+        update = delta(adapter, key)
+        assert merged[key].dtype == target
+        if update is None:
+            assert merged[key].tobytes() == value.astype(target).tobytes()
+        else:
+            exact = value.astype(np.float64) + update
+            # Half an ulp of the result's dtype, and the float32 sums before it.
+            half = float(ml_dtypes.finfo(target).eps) / 2
+            bound = half * np.abs(exact) + 4e-6
+            assert (np.abs(merged[key].astype(np.float64) - exact) <= bound).all()
+    raw = json.loads((out / "config.json").read_text())
+    assert raw["torch_dtype"] == target.name
+
+
+@pytest.mark.golden
+def test_onto_the_dequantized_weights_of_a_4bit_directory(golden, tmp_path):
+    base = golden / "llama32/nf4_dq"
+    adapter = golden / "adapters/llama32/qlora_plain"
+    out = tmp_path / "out"
+    report = convert.merge(base, adapter, out, onto="dequantized")
+    config, tree = convert.load_llama(base)
+    leaves, merged = dict(names.walk(tree)), read_all(out)
+    assert set(merged) == set(names.keys(config))
+    for key, (path, layer) in names.keys(config).items():
+        leaf = leaves[path] if layer is None else leaves[path][layer]
+        dense = bnb.dequantize(leaf) if names.is_projection(path) else leaf
+        update = delta(adapter, key)
+        if update is None:
+            assert merged[key].tobytes() == np.asarray(dense).tobytes()
+        else:
+            np.testing.assert_allclose(merged[key], dense + update, rtol=0, atol=1e-6)
+    raw = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in raw
+    assert LlamaConfig.from_hf(raw) == config
+    assert report["onto"] == "dequantized"
+    assert 0 < report["tensors_changed"] < report["tensors"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
+def test_onto_what_quantization_makes_of_a_dense_base(
+    tiny, make_tensors, save_model, make_adapter, tmp_path, quantization
+):
+    tensors = make_tensors(tiny, BF16)
+    base, adapter = save_model(tiny, tensors), make_adapter(tiny)
+    convert.merge(
+        base, adapter, tmp_path / "a", onto="dequantized", quantization=quantization
+    )
+    # The same as through a 4-bit directory on disk.
+    packed = tmp_path / "packed"
+    convert.save_llama(packed, *convert.load_llama(base, quantization=quantization))
+    convert.merge(packed, adapter, tmp_path / "b", onto="dequantized")
+    one, two = (tmp_path / d / "model.safetensors" for d in "ab")
+    assert one.read_bytes() == two.read_bytes()
+    key = "model.layers.0.self_attn.v_proj.weight"  # not adapted, yet quantized
+    expected = bnb.dequantize(
+        quantize(tensors[key], double_quant=quantization == "nf4_dq")
+    )
+    assert read_all(tmp_path / "a")[key].tobytes() == expected.tobytes()
+
+
+def test_run_directories_are_not_changed(tiny_model, tiny, make_adapter, tmp_path):
+    adapter = make_adapter(tiny)
+    before = fingerprint(tiny_model)
+    convert.merge(tiny_model, adapter, tmp_path / "out")
+    assert fingerprint(tiny_model) == before
+    assert fingerprint(tmp_path / "out") != before
+
+
+@pytest.mark.golden
+def test_dense_copy_of_a_4bit_directory(golden, tmp_path):
+    source = golden / "llama2/nf4"
+    count = write_dense(source, tmp_path / "out", dtype="bfloat16", max_shard_bytes=1)
+    config, tree = convert.load_llama(source)
+    _, copy = convert.load_llama(tmp_path / "out", quantization=None)
+    assert count == len(names.keys(config))
+    for path, leaf in names.walk(tree):
+        got = dict(names.walk(copy))[path]
+        dense = bnb.dequantize(leaf) if names.is_projection(path) else leaf
+        assert got.tobytes() == dense.astype(BF16).tobytes()
+
+
+# --- What is refused, and how it is said ---
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path) -> Path:
+    out = tmp_path / "packed"
+    convert.save_llama(out, *convert.load_llama(tiny_model))
+    return out
+
+
+def test_which_weights_are_meant_has_to_fit(
+    tiny, tiny_model, packed, make_adapter, tmp_path
+):
+    adapter, out = make_adapter(tiny), tmp_path / "out"
+    with pytest.raises(UserError, match="no original to merge onto.*'dequantized'"):
+        convert.merge(packed, adapter, out)
+    with pytest.raises(UserError, match="is not quantized. Say with `quantization`"):
+        convert.merge(tiny_model, adapter, out, onto="dequantized")
+    with pytest.raises(UserError, match="`quantization`='nf4' goes with onto='deq"):
+        convert.merge(tiny_model, adapter, out, quantization="nf4")
+    with pytest.raises(UserError, match="is quantized already; leave `quantization`"):
+        convert.merge(packed, adapter, out, onto="dequantized", quantization="nf4")
+    with pytest.raises(UserError, match="`dtype`='int8' is not supported"):
+        convert.merge(tiny_model, adapter, out, dtype="int8")
+    assert not out.exists()
+
+
+def test_unknown_onto(tiny, tiny_model, make_adapter, tmp_path):
+    import inspect
+
+    unchecked = inspect.unwrap(convert.merge)
+    with pytest.raises(UserError, match="`onto`='base' is not known; expected"):
+        unchecked(tiny_model, make_adapter(tiny), tmp_path / "out", onto="base")
+
+
+def test_adapter_of_another_model(tiny, tiny_model, make_adapter, tmp_path):
+    adapter = make_adapter({**tiny, "hidden_size": 32})
+    with pytest.raises(CheckpointError, match=r"\[3, 32\] instead of \[3, 64\]"):
+        convert.merge(tiny_model, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_with_content_is_left_alone(tiny, tiny_model, make_adapter):
+    before = fingerprint(tiny_model)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        convert.merge(tiny_model, make_adapter(tiny), tiny_model)
+    assert fingerprint(tiny_model) == before
+
+
+def test_overflow_in_the_sum_is_named(
+    tiny, make_tensors, save_model, make_adapter, tmp_path, edit_tensors
+):
+    base = save_model(tiny, make_tensors(tiny, np.float16))
+    adapter = make_adapter(tiny)
+
+    def change(tensors):
+        for key in tensors:
+            tensors[key] = np.full_like(tensors[key], 300)
+
+    edit_tensors(adapter / "adapter_model.safetensors", change)
+    with pytest.raises(
+        CheckpointError, match="_proj.weight` has values beyond float16"
+    ):
+        convert.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
