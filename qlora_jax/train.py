@@ -289,7 +289,7 @@ def train_step(
             jax.tree.map(jnp.zeros_like, state.adapters),
         )
         (loss, grads), _ = jax.lax.scan(add, zero, (dict(batch), jnp.arange(micro)))
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     # optax mixes Python floats with int32 counts, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
