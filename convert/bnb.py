@@ -21,9 +21,14 @@ from numpy.typing import NDArray
 
 from convert.files import DTYPES, Problems, TensorFiles
 from convert.output import Entry
-from pallas_kernels.nf4 import NF4_CODE
 from qlora_jax import nf4
-from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Tensor, abstract
+from qlora_jax.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4_CODE,
+    NF4Tensor,
+    abstract,
+)
 
 _STATE = ".quant_state.bitsandbytes__"
 _STORAGES = ("uint8", "bfloat16", "float16", "float32")

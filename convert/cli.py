@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.json:
             print(json.dumps(report.to_json(), indent=2))
         else:
-            _print_comparison(report, str(command.a), str(command.b))
+            _print_comparison(report)
         return 0 if report.equal else 1
     if command.json:
         print(json.dumps(report, indent=2))
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_comparison(report: Comparison, a: str, b: str) -> None:
+def _print_comparison(report: Comparison) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -247,7 +247,7 @@ def _print_comparison(report: Comparison, a: str, b: str) -> None:
         "a",
         "b",
         "max |a - b|",
-        title=f"a = {a}, b = {b}",
+        title=title,
     )
     for name, values in report.config.items():
         table.add_row(name, *map(str, values), "")

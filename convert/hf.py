@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.checkpoint import FLOAT_NAMES, FLOATS, Checkpoint, open_checkpoint
-from convert.files import DTYPES, Problems, check_finite
+from convert.files import DTYPES, Problems, TensorFiles, check_finite
 from convert.output import (
     Entry,
     copy_file,
@@ -108,7 +109,7 @@ def load_llama(
             if len(found) > 1 and dtype is None:
                 problems.add("stacks of layers", f"{'.'.join(where)} ({found})")
                 continue
-            own = found[0] if len(found) == 1 else dtype
+            own = found[0] if len(found) == 1 or dtype is None else dtype
             if quantized:
                 leaf = bnb.empty(
                     (shape[0], shape[1]),
@@ -135,43 +136,34 @@ def load_llama(
     return config, base
 
 
-def _filler(
-    checkpoint: Checkpoint, key: str, place: NDArray | NF4Tensor
-) -> Callable[[], None]:
+def _filler(checkpoint: Checkpoint, key: str, place: Any) -> Callable[[], None]:
     """Returns what reads `key` into `place`, views of its slot in the output."""
-    files = checkpoint.files
-
-    def packed() -> None:
-        bnb.read_into(files, key, checkpoint.packed[key], place)
-        for scale in (place.absmax, place.nested_absmax):
-            if scale is not None and scale.dtype == np.float32:
-                check_finite(scale, key)
-
-    def quantized() -> None:
-        one = quantize_tensor(
-            files.read(key), key, double_quant=place.nested_absmax is not None
-        )
-
-        def put(target: NDArray, value: NDArray) -> None:
-            target[...] = np.asarray(value).reshape(target.shape)
-
-        for name in ("codes", "absmax", *_NESTED):
-            if getattr(place, name) is not None:
-                put(getattr(place, name), getattr(one, name))
-
-    def dense() -> None:
-        if place.dtype == DTYPES[files[key].dtype]:
-            files.read_into(key, place)
-            check_finite(place, key)
-        else:
-            place[...] = cast(files.read(key), place.dtype, key).reshape(place.shape)
-
     if key in checkpoint.packed:
-        return packed
-    return quantized if isinstance(place, NF4Tensor) else dense
+        return lambda: _fill_packed(checkpoint, key, place)
+    if isinstance(place, NF4Tensor):
+        return lambda: _fill_quantized(checkpoint.files, key, place)
+    return lambda: _fill_dense(checkpoint.files, key, place)
 
 
-_NESTED = ("nested_absmax", "nested_offset", "nested_quant_map")
+def _fill_packed(checkpoint: Checkpoint, key: str, place: NF4Tensor) -> None:
+    bnb.read_into(checkpoint.files, key, checkpoint.packed[key], place)
+    for scale in (place.absmax, place.nested_absmax):
+        if scale is not None and scale.dtype == np.float32:
+            check_finite(scale, key)
+
+
+def _fill_quantized(files: TensorFiles, key: str, place: NF4Tensor) -> None:
+    one = quantize_tensor(files.read(key), key, double_quant=place.double_quant)
+    for target, value in zip(jax.tree.leaves(place), jax.tree.leaves(one), strict=True):
+        target[...] = value.reshape(target.shape)
+
+
+def _fill_dense(files: TensorFiles, key: str, place: NDArray) -> None:
+    if place.dtype == DTYPES[files[key].dtype]:
+        files.read_into(key, place)
+        check_finite(place, key)
+    else:
+        place[...] = cast(files.read(key), place.dtype, key).reshape(place.shape)
 
 
 def quantize_tensor(weight: NDArray, key: str, *, double_quant: bool) -> NF4Tensor:
@@ -356,6 +348,7 @@ def write_directory(
         write_model_files(
             new, entries, max_shard_bytes=max_shard_bytes, on_bytes=advance
         )
-        for name in _COMPANIONS if source is not None else ():
-            if (source / name).is_file():
-                copy_file(source / name, new / name)
+        if source is not None:
+            for name in _COMPANIONS:
+                if (source / name).is_file():
+                    copy_file(source / name, new / name)

@@ -224,10 +224,12 @@ class _Stream:
         b = self.adapters[*path[:-1], "lora_B"][index]
         total = b @ a
         total *= np.float32(self.lora.scaling)
-        total += weight.astype(np.float32)
+        # Widened in passing, without a float32 copy of the weight.
+        np.add(total, weight, out=total, dtype=np.float32)
         merged = cast(total, target, key)
-        difference = np.abs(np.subtract(merged, weight, dtype=np.float32))
-        largest = float(difference.max())
+        del total
+        difference = np.subtract(merged, weight, dtype=np.float32)
+        largest = float(np.abs(difference, out=difference).max())
         self.changed += largest > 0
         self.max_abs_change = max(self.max_abs_change, largest)
         return merged

@@ -192,6 +192,9 @@ def save_adapter(
         check_finite(array, key)
         entries.append(Entry.of(key, array))
     raw = lora_config.to_peft()
+    if raw["target_modules"] == "all-linear":
+        # Spelled out, as PEFT does: not every reader knows the word.
+        raw["target_modules"] = sorted({path[-2] for path in paths})
     if base_model_name_or_path is not None:
         raw["base_model_name_or_path"] = base_model_name_or_path
     with new_directory(Path(directory), overwrite=overwrite) as new:

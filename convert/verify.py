@@ -24,7 +24,7 @@ from convert.files import (
     read_json,
 )
 from convert.peft import CONFIG, open_adapter
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig, LoraConfig, RopeScaling
 from qlora_jax.errors import UserError
 
 # What two adapters may differ in and still compute the same.
@@ -47,6 +47,9 @@ class Difference:
 class Comparison:
     """What `compare` found."""
 
+    a: str
+    """The first directory."""
+    b: str
     kind: Literal["adapter", "model"]
     tensors: int
     """How many names both have."""
@@ -89,6 +92,8 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         if (found := _difference(files_a, files_b, name)) is not None
     ]
     return Comparison(
+        a=str(a),
+        b=str(b),
         kind=kind_a,
         tensors=len(common),
         missing=sorted(name for name in files_a if name not in files_b),
@@ -123,11 +128,11 @@ def adapter_directory(path: Path) -> Path:
 
 def _difference(a: TensorFiles, b: TensorFiles, name: str) -> Difference | None:
     one, two = a[name], b[name]
-    described = [f"{info.dtype} {list(info.shape)}" for info in (one, two)]
+    a_is, b_is = (f"{info.dtype} {list(info.shape)}" for info in (one, two))
     if one.shape != two.shape:
-        return Difference(name, *described, None)
+        return Difference(name, a_is, b_is, None)
     if one.dtype not in DTYPES or two.dtype not in DTYPES:
-        raise UserError(f"`{name}`: dtypes {described} cannot be compared.")
+        raise UserError(f"`{name}`: {a_is} and {b_is} cannot be compared.")
     x, y = a.read(name), b.read(name)
     if one.dtype == two.dtype and x.tobytes() == y.tobytes():
         return None
@@ -140,9 +145,9 @@ def _difference(a: TensorFiles, b: TensorFiles, name: str) -> Difference | None:
         )
         # A NaN on either side is a difference that no number states.
         if np.isnan(chunk).any():
-            return Difference(name, *described, None)
+            return Difference(name, a_is, b_is, None)
         largest = max(largest, float(chunk.max()))
-    return Difference(name, *described, largest)
+    return Difference(name, a_is, b_is, largest)
 
 
 def _config_differences(
@@ -158,7 +163,7 @@ def _config_differences(
             values = [v if isinstance(v, str) else sorted(v) for v in values]
         if values[0] != values[1]:
             out[f.name] = [
-                dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v
+                dataclasses.asdict(v) if isinstance(v, RopeScaling) else v
                 for v in values
             ]
     return out

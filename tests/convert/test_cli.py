@@ -79,6 +79,8 @@ def test_verify(capsys, tiny_model, packed):
     assert status == 0
     assert json.loads(out) == {
         "equal": True,
+        "a": str(packed),
+        "b": str(packed),
         "kind": "model",
         "tensors": 63,
         "missing": [],

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -220,3 +223,54 @@ def test_overflow_in_the_sum_is_named(
     ):
         convert.merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+_MEASURE = """
+import re, sys
+import convert
+
+def read(field):
+    with open("/proc/self/status") as status:
+        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
+
+base, adapter, out, small, small_adapter = sys.argv[1:]
+onto = dict(onto="dequantized", quantization="nf4")
+convert.merge(small, small_adapter, out + "/small", **onto)  # starts threads
+before = read("VmRSS")
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")  # resets the peak
+convert.merge(base, adapter, out + "/original")
+print(read("VmHWM") - before)
+with open("/proc/self/clear_refs", "w") as clear:
+    clear.write("5")
+convert.merge(base, adapter, out + "/dequantized", **onto)
+print(read("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
+)
+def test_merging_holds_the_adapter_and_one_tensor(
+    tiny, tiny_model, big_model, make_adapter, tmp_path
+):
+    raw = json.loads((big_model / "config.json").read_text())
+    adapters = (
+        make_adapter(raw, ("q_proj", "down_proj"), 8, name="big"),
+        make_adapter(tiny, name="small"),
+    )
+    args = (big_model, adapters[0], tmp_path / "out", tiny_model, adapters[1])
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *args],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    original, dequantized = map(int, done.stdout.split())
+    size = sum(f.stat().st_size for f in big_model.glob("*.safetensors"))
+    largest = 8192 * 2048 * 4
+    # In units of the largest tensor in float32. Original: the tensor and the result in
+    # bfloat16 (1/2 each) and their difference (1); the adapter and its update are the
+    # rest. Dequantized: besides, codes and what the compiler needs to unpack them.
+    assert original <= 2.5 * largest < size / 2
+    assert dequantized <= 4 * largest

@@ -12,7 +12,7 @@ import safetensors.numpy
 import convert
 from convert import names
 from convert.files import read_json
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import PROJECTIONS, LlamaConfig, LoraConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora import init_adapters
 
@@ -89,7 +89,7 @@ def test_fresh_adapters_on_a_device_are_saved_and_loaded(config, tmp_path):
     )
     raw = read_json(tmp_path / "out" / "adapter_config.json")
     assert raw["base_model_name_or_path"] == "the/base"
-    assert raw["target_modules"] == "all-linear"
+    assert raw["target_modules"] == sorted(PROJECTIONS)
     lora2, loaded = convert.load_adapter(tmp_path / "out", config)
     assert lora2.r == 4
     assert jax.tree.structure(loaded) == jax.tree.structure(adapters)
