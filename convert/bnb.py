@@ -59,11 +59,6 @@ def packed_type(files: TensorFiles, key: str) -> str | None:
     return None
 
 
-def is_quantized(files: TensorFiles) -> bool:
-    """Whether any tensor is in bitsandbytes' 4-bit form."""
-    return any(_STATE in name for name in files)
-
-
 def part_names(key: str, double_quant: bool) -> list[str]:
     """Names of all tensors that make up the quantized weight `key`."""
     parts = ["", ".absmax", ".quant_map", f"{_STATE}nf4"]

@@ -28,7 +28,6 @@ Shape = tuple[int, ...]
 
 LAYERS: Path = ("model", "layers")
 PEFT_PREFIX = "base_model.model."
-LORA = ("lora_A", "lora_B")
 
 _LAYER_KEY = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 
