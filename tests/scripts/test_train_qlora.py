@@ -1,0 +1,125 @@
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from qlora_jax.config import LlamaConfig
+from qlora_jax.linear import Compute
+from qlora_jax.llama import Llama
+from qlora_jax.model import load
+
+SCRIPT = "scripts/train_qlora.py"
+
+
+@pytest.fixture
+def train(repository, monkeypatch, capsys):
+    """Runs the script in this process; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        script = repository / SCRIPT
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """A random Llama without a tokenizer, in Hugging Face form."""
+    config = LlamaConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+    )
+    model = Llama(config, Compute(dtype="float32"))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    convert.save_llama(tmp_path / "tiny", config, jax.device_get(params))
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def counting(tmp_path) -> Path:
+    """Rows of token ids that count upwards: what comes next is always certain."""
+    rows = [list(range(start, start + 16)) for start in range(32)]
+    path = tmp_path / "counting.jsonl"
+    path.write_text(
+        "".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in rows)
+    )
+    return path
+
+
+def losses(output: str) -> list[float]:
+    return [float(x) for x in re.findall(r"^step \d+/\d+  loss (\S+) ", output, re.M)]
+
+
+def test_the_loss_falls_and_the_adapter_is_what_was_trained(
+    train, tiny, counting, tmp_path
+):
+    out = tmp_path / "adapter"
+    output = train(
+        *("--model", str(tiny), "--data", str(counting), "--format", "tokens"),
+        *("--output", str(out), "--steps", "40", "--batch-size", "4", "--r", "8"),
+        *("--accumulation", "2", "--learning-rate", "1e-2", "--dtype", "float32"),
+    )
+    found = losses(output)
+    assert len(found) == 5  # steps 1, 10, 20, 30, 40
+    # The base is random: ln(64) = 4.16 nats at first, whatever the adapter can take
+    # off without embeddings or output head afterwards.
+    assert found[0] == pytest.approx(np.log(64), abs=0.1)
+    assert found[-1] < 0.75 * found[0]
+    # 2 layers, r=8 times in + out: q, o 128; k, v 96; gate, up, down 192 each.
+    assert "training 16,384 parameters\n" in output
+    assert re.search(r"[1-9][\d,]* tokens/s", output)
+
+    config = convert.load_llama(tiny)[0]
+    lora, adapters = convert.load_adapter(out, config)
+    assert lora.r == 8
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adapters))
+    # The directory finds its base by itself, and answers as it was trained to.
+    model = load(out, quantization="nf4_dq", dtype="float32")
+    row = jnp.arange(8, 24)[None]
+    loss = -jax.nn.log_softmax(model.logits(row))[0, jnp.arange(15), row[0, 1:]].mean()
+    assert loss < 0.75 * found[0]
+
+
+def test_an_output_that_exists_is_refused(train, tiny, counting, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train("--model", str(tiny), "--data", str(counting), "--output", str(tmp_path))
+    assert stopped.value.code == 2
+    assert "exists; give a new directory as --output" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_stories260k_learns_shakespeare(train, shared_data, tmp_path):
+    text = (shared_data / "text/tinyshakespeare/input.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:20_000])
+    model = shared_data / "stories260K"
+    output = train(
+        *("--model", str(model), "--data", str(tmp_path / "text.txt")),
+        *("--output", str(tmp_path / "adapter"), "--steps", "20", "--batch-size", "4"),
+        *("--max-length", "64", "--learning-rate", "5e-3", "--dtype", "float32"),
+    )
+    found = losses(output)
+    assert found[-1] < found[0] - 1.0
+    lora, _ = convert.load_adapter(
+        tmp_path / "adapter", convert.load_llama(model, quantization=None)[0]
+    )
+    assert lora.base_model_name_or_path == str(model.resolve())
+
+
+def test_it_stays_short_enough_to_read(repository):
+    assert len((repository / SCRIPT).read_text().splitlines()) < 150
