@@ -247,7 +247,7 @@ def _print_comparison(report: Comparison) -> None:
         "a",
         "b",
         "max |a - b|",
-        title=title,
+        title=f"a = {report.a}, b = {report.b}",
     )
     for name, values in report.config.items():
         table.add_row(name, *map(str, values), "")

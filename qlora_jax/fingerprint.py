@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,9 +19,12 @@ import numpy as np
 
 from qlora_jax.nf4 import NF4Tensor
 
+# Bytes hashed in one go: large enough to keep threads busy, and several to a leaf.
+_PIECE = 1 << 25
+
 
 def fingerprint_tree(tree: Any) -> str:
-    """Computes BLAKE2b-256 over every leaf's path, dtype, shape and bytes.
+    """Computes SHA-256 over every leaf's path, dtype, shape and bytes.
 
     Args:
       tree: arrays and `NF4Tensor`s, on the host or on devices.
@@ -28,33 +32,36 @@ def fingerprint_tree(tree: Any) -> str:
     Returns:
       64 hexadecimal digits.
     """
-    whole = hashlib.blake2b(digest_size=32)
+    whole = hashlib.sha256()
+    # hashlib releases the interpreter lock, so threads use all cores; leaf after leaf
+    # keeps one host copy of a device array alive.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, leaf in _leaves(tree):
+            if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+                whole.update(f"{name}={leaf!r}\n".encode())
+                continue
+            array = np.asarray(leaf)
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            pieces = [data[i : i + _PIECE] for i in range(0, data.size, _PIECE)]
+            digests = b"".join(pool.map(_digest, pieces)).hex()
+            shape = list(array.shape)
+            whole.update(f"{name} {array.dtype.name} {shape} {digests}\n".encode())
+    return whole.hexdigest()
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields every array with its path, and the static fields of NF4 tensors."""
     flat, _ = jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, NF4Tensor)
     )
-    leaves: list[tuple[str, Any]] = []
     for path, leaf in flat:
         name = jax.tree_util.keystr(path)
         if isinstance(leaf, NF4Tensor):
             for f in dataclasses.fields(leaf):
-                value = getattr(leaf, f.name)
-                if isinstance(value, np.ndarray | jax.Array):
-                    leaves.append((f"{name}.{f.name}", value))
-                else:
-                    whole.update(f"{name}.{f.name}={value!r}\n".encode())
+                yield f"{name}.{f.name}", getattr(leaf, f.name)
         else:
-            leaves.append((name, leaf))
-    # hashlib releases the interpreter lock, so threads use all cores; one leaf a
-    # thread keeps few host copies of device arrays alive.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for line in pool.map(_leaf_line, leaves):
-            whole.update(line)
-    return whole.hexdigest()
+            yield name, leaf
 
 
-def _leaf_line(item: tuple[str, Any]) -> bytes:
-    name, leaf = item
-    array = np.ascontiguousarray(np.asarray(leaf))
-    data = hashlib.blake2b(array.reshape(-1).view(np.uint8), digest_size=32)
-    shape = list(np.shape(leaf))  # ascontiguousarray makes a scalar one-dimensional
-    return f"{name} {array.dtype.name} {shape} {data.hexdigest()}\n".encode()
+def _digest(piece: np.ndarray) -> bytes:
+    return hashlib.sha256(piece).digest()

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qlora_jax import fingerprint
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.nf4 import quantize
 
@@ -30,6 +31,15 @@ def test_is_the_same_each_time_and_on_devices():
 
 def change_value(t):
     t["a"]["weight"][3, 5] += 1
+
+
+def test_last_byte_of_several_pieces_is_seen(monkeypatch):
+    monkeypatch.setattr(fingerprint, "_PIECE", 1000)
+    one = fingerprint_tree(tree())
+    changed = tree()
+    changed["a"]["weight"].view(np.uint8)[-1, -1] ^= 1
+    assert fingerprint_tree(changed) != one
+    assert fingerprint_tree(tree()) == one
 
 
 def change_name(t):
