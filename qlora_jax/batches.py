@@ -73,9 +73,17 @@ class _Rows:
             )
         self.length = sequence_length
         self._packing = pack(examples.lengths, self.length) if config.packing else None
+        self._tokens = examples.lengths
+        if self._packing is not None:
+            packed = examples.lengths[self._packing.order]
+            self._tokens = np.add.reduceat(packed, self._packing.starts[:-1])
 
     def __len__(self) -> int:
         return len(self._examples if self._packing is None else self._packing)
+
+    def tokens(self, rows: list[int]) -> int:
+        """Tokens in the given rows that are not padding."""
+        return int(self._tokens[rows].sum())
 
     def assemble(self, rows: list[int], size: int) -> Batch:
         """The given rows, then fully masked ones up to `size`: arrays [size, T]."""
@@ -199,6 +207,15 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         """Batch `index` of the run, from 0: arrays [A, B, T]."""
+        rows = self._rows_of(index)
+        batch = self._rows.assemble(rows, len(rows))
+        return {k: v.reshape(*self._shape, -1) for k, v in batch.items()}
+
+    def tokens(self, index: int) -> int:
+        """Tokens of batch `index` that are not padding, supervised or not."""
+        return self._rows.tokens(self._rows_of(index))
+
+    def _rows_of(self, index: int) -> list[int]:
         if index < 0 or (self._steps is not None and index >= self._steps):
             raise IndexError(f"batch {index} of {self._steps or 'endlessly many'}")
         size = math.prod(self._shape)
@@ -206,8 +223,7 @@ class Batches:
         for place in range(index * size, (index + 1) * size):
             epoch, at = divmod(place, len(self._rows))
             rows.append(int(self._order(epoch)[at]))
-        batch = self._rows.assemble(rows, size)
-        return {k: v.reshape(*self._shape, -1) for k, v in batch.items()}
+        return rows
 
 
 def prefetch(

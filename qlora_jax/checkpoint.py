@@ -10,45 +10,28 @@ temporary directory that it renames when complete, and keeps the newest few.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.runfile import CheckpointConfig
 from qlora_jax.train import TrainState
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """The `[checkpoint]` section of a run file."""
-
-    every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """How many of the newest checkpoints are kept."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"checkpoint: `{name}` must be at least 1, got "
-                    f"{getattr(self, name)}."
-                )
 
 
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits at the end."""
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        """Opens (and creates, if need be) the directory."""
+        """Opens (and creates, if need be) the directory.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
@@ -58,20 +41,24 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, *rest: Any) -> None:
         """Waits for a save under way and closes."""
-        with _disk_errors(self.directory):
-            self._manager.close()
+        try:
+            with disk_errors(self.directory):
+                self._manager.close()
+        except CheckpointError:
+            if kind is None:  # else the error on its way out came first
+                raise
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest step that is complete or being saved, or None."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> Path:
@@ -88,7 +75,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -99,7 +86,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save under way is complete on disk."""
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory):
             self._manager.wait_until_finished()
 
     def record(self, step: int) -> dict[str, Any]:
@@ -156,28 +143,6 @@ def compare_records(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def tree_fingerprint(tree: Any) -> str:
-    """Hashes every leaf of a tree: path, dtype, shape and bytes.
-
-    Leaves are hashed side by side on all cores (blake2b, 32 hex digits).
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-
-    def one(item: tuple[Any, Any]) -> bytes:
-        path, leaf = item
-        array = np.ascontiguousarray(leaf)
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(
-            f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
-        )
-        digest.update(array.reshape(-1).view(np.uint8))
-        return digest.digest()
-
-    with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(one, leaves))
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
-
-
 def _saveable(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
@@ -202,24 +167,41 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+# What libraries that hide the errno say, in the words of strerror or of their own.
+_DISK_WORDS = (
+    "No space left",
+    "RESOURCE_EXHAUSTED",
+    "File too large",
+    "quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "Input/output error",
+)
+
+
 @contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Turns a failure to write below `directory` into one that says what to do.
+
+    Raises:
+      CheckpointError: the disk is full, a quota is used up, no permission.
+    """
     try:
         yield
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # tensorstore says ValueError, Orbax what it likes
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        else:
+            reasons = [words for words in _DISK_WORDS if words in str(error)]
+            if not reasons:
+                raise
+            reason = reasons[0]
         raise CheckpointError(
-            f"The checkpoint cannot be written to `{directory}`: "
-            f"{error.strerror or error}. Earlier checkpoints there are intact; free "
-            "some space or mend the directory, and give the same command to continue."
-        ) from error
-    except ValueError as error:
-        # tensorstore, which Orbax writes through, reports a full disk as ValueError.
-        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise CheckpointError(
-            f"The checkpoint cannot be written to `{directory}`: no space left on the "
-            "device. Earlier checkpoints there are intact; free some space, and give "
-            "the same command to continue."
+            f"`{directory}` cannot be written: {reason}. The checkpoints there are "
+            "intact; free some space or mend the directory, and give the same command "
+            "to continue."
         ) from error
 
 

@@ -8,18 +8,15 @@ usage, 130 interrupted. What a command reports goes to stdout, as a table or, wi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
-import tomllib
-import types
-import typing
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import jax
 import rich.console
@@ -36,12 +33,13 @@ from qlora_jax.config import LlamaConfig, LoraConfig
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.memory import parameter_report
-from qlora_jax.model import ADAPTER_CONFIG, adapter_directory, find_base, load
-from qlora_jax.runner import RunConfig, run
+from qlora_jax.model import adapter_directory, find_base, load
+from qlora_jax.runfile import RunConfig, read_config
 from qlora_jax.train import eval_step
 
 _Quantization = Literal["nf4", "nf4_dq", "none"]
 _Dtype = Literal["bfloat16", "float16", "float32"]
+_Auto = Literal["auto"]
 _Attention = Literal["auto", "eager", "xla", "cudnn"]
 
 
@@ -58,10 +56,12 @@ class Eval:
     data: DataConfig
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
-    quantization: _Quantization = "nf4_dq"
-    """Of the base's linear layers."""
-    dtype: _Dtype = "bfloat16"
-    """Of activations and dense tensors."""
+    quantization: _Auto | _Quantization = "auto"
+    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
+    """
+    dtype: _Auto | _Dtype = "auto"
+    """Of activations and dense tensors; auto = as a run directory was trained, else
+    bfloat16."""
     attention: _Attention = "auto"
     """Attention implementation."""
     batch_size: int = 8
@@ -115,10 +115,12 @@ class Generate:
     """Sample among this many of the likeliest tokens."""
     seed: int = 0
     """Of the sampling."""
-    quantization: _Quantization = "nf4_dq"
-    """Of the base's linear layers."""
-    dtype: _Dtype = "bfloat16"
-    """Of activations and dense tensors."""
+    quantization: _Auto | _Quantization = "auto"
+    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
+    """
+    dtype: _Auto | _Dtype = "auto"
+    """Of activations and dense tensors; auto = as a run directory was trained, else
+    bfloat16."""
     attention: _Attention = "auto"
     """Attention implementation."""
     json: bool = False
@@ -258,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"qlora-jax {args[0]}: interrupted."
             + (
-                " The same command continues from the newest checkpoint."
+                " The same command continues from the newest checkpoint, if there is "
+                "one."
                 if args[0] == "train"
                 else ""
             ),
@@ -297,101 +300,34 @@ def _train(args: list[str]) -> None:
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
-    report = run(config)
+    # The other commands have no use for the libraries that a run needs.
+    from qlora_jax.runner import run
+    from qlora_jax.watch import process_seconds
+
+    report = run(config, began=time.perf_counter() - process_seconds())
+    shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
     print_report(
         {
             "run directory": config.output_dir,
             "adapter": str(Path(config.output_dir) / "adapter"),
-            **{
-                k: report[k]
-                for k in ("steps", "final_loss", "trainable_parameters", "groups")
-            },
-            "adapter_bytes": report["adapter_bytes"],
+            **{name: report[name] for name in shown},
         }
     )
 
 
-def read_config(path: Path) -> RunConfig:
-    """Reads a TOML run file strictly: unknown keys and wrong types are errors.
-
-    Raises:
-      UserError: no such file, no TOML, or a key that is unknown, of a wrong type, or
-        missing; the message names it.
-    """
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
-    return _build(RunConfig, content, f"{path}: ")
-
-
-def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    """Makes a dataclass of a TOML table."""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    values = {}
-    for key, value in content.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            raise UserError(
-                f"{where}`{key}` is no option here"
-                + (f"; did you mean `{near[0]}`?" if near else ".")
-                + f" Options: {', '.join(fields)}."
-            )
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}`{key}` must be a table, got {value!r}.")
-            values[key] = _build(hint, value, f"{where}[{key}] ")
-        else:
-            values[key] = _coerce(hint, value, f"{where}`{key}`")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where}missing {', '.join(f'`{m}`' for m in missing)}.")
-    return kind(**values)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Checks a TOML value against a field's type."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        kinds = [h for h in get_args(hint) if h is not type(None)]
-        for kind in kinds[:-1]:
-            try:
-                return _coerce(kind, value, where)
-            except UserError:
-                continue
-        return _coerce(kinds[-1], value, where)
-    if origin is Literal:
-        if value in get_args(hint):
-            return value
-        known = ", ".join(repr(a) for a in get_args(hint))
-        raise UserError(f"{where} must be one of {known}, got {value!r}.")
-    if origin is tuple:
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise UserError(f"{where} must be a list of strings, got {value!r}.")
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is hint:
-        return value
-    raise UserError(f"{where} must be {hint.__name__}, got {value!r}.")
-
-
 def _load(command: Eval | Generate) -> Any:
+    settings = Path(command.path) / "config.toml"
+    quantization, dtype = "nf4_dq", "bfloat16"
+    if settings.is_file():
+        trained = read_config(settings).model
+        quantization, dtype = trained.quantization, trained.dtype
+    if command.quantization != "auto":
+        quantization = command.quantization
     return load(
         command.path,
         base=command.base,
-        quantization=None if command.quantization == "none" else command.quantization,
-        dtype=command.dtype,
+        quantization=None if quantization == "none" else quantization,
+        dtype=dtype if command.dtype == "auto" else command.dtype,
         attention=command.attention,
         progress=True,
     )

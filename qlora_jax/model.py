@@ -9,10 +9,11 @@ two models in one process are two values.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,7 +134,8 @@ class Model:
 def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
-    return module.apply(variables, tokens, **arrays)
+    apply: Any = module.apply  # typed for mutable collections, which this has none of
+    return apply(variables, tokens, **arrays)
 
 
 def load(
@@ -248,9 +250,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     if not any((path / name).is_file() for name in files):
         return None
-    # At import transformers remarks that PyTorch is missing; nothing here needs it.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoTokenizer
+    with _quiet():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -259,6 +260,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
             "files of the original model there again."
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes remarks while transformers is imported.
+
+    It remarks that PyTorch is missing, which nothing here needs, and sets up its
+    loggers itself, so that no level set before would last.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def end_tokens(config: LlamaConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -15,18 +15,21 @@ it continues from the newest checkpoint, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +37,22 @@ import numpy as np
 
 import convert
 from convert.checkpoint import open_checkpoint
+from convert.files import read_json
 from convert.peft import open_adapter
 from qlora_jax.batches import Batches, prefetch
-from qlora_jax.checkpoint import (
-    CheckpointConfig,
-    Checkpoints,
-    compare_records,
-    tree_fingerprint,
-)
-from qlora_jax.config import LlamaConfig, LoraConfig
-from qlora_jax.data import DataConfig, Examples, load_examples
+from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
+from qlora_jax.config import LlamaConfig
+from qlora_jax.data import Examples, load_examples
 from qlora_jax.errors import UserError
+from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.model import load_tokenizer
 from qlora_jax.lora import init_adapters, unmatched_targets
 from qlora_jax.memory import trainable_groups, tree_bytes, tree_size
+from qlora_jax.model import load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.train import (
-    TrainConfig,
     TrainState,
     init_state,
     make_optimizer,
@@ -61,67 +61,130 @@ from qlora_jax.train import (
 )
 from qlora_jax.watch import Watch, draw_loss
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The `[model]` section: the base and how it is computed."""
-
-    path: str
-    """Hugging Face directory, or a bitsandbytes-4bit one (kept as it is packed)."""
-    quantization: Literal["nf4", "nf4_dq", "none"] = "nf4_dq"
-    """Of the linear layers: NF4, NF4 with double quantization, or none."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of activations, matrix products and the tensors that stay dense."""
-    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
-    """Attention implementation."""
-    remat: Literal["none", "full", "save_matmuls"] = "full"
-    """What the backward pass recomputes."""
+SETTINGS, ADAPTER, REPORT = "config.toml", "adapter", "report.json"
 
 
-@dataclass(frozen=True)
-class LogConfig:
-    """The `[log]` section."""
-
-    every: int = 10
-    """Steps between lines of progress where stderr is no terminal."""
-    plot: bool = True
-    """Draw loss.png (needs matplotlib)."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """A whole run; what a TOML run file holds."""
-
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    output_dir: str = "run"
-    """The run directory; given again, the run continues."""
-
-
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
     """Trains, or continues, a run; returns what report.json holds.
+
+    Args:
+      config: the run.
+      began: `time.perf_counter()` when the user's command started; default now.
 
     Raises:
       UserError: input that cannot be used, a directory of something else, a run whose
         base, data or arithmetic has changed, or a loss that is not finite.
+      CheckpointError: model, tokenizer or checkpoint files that are missing or
+        damaged, or a run directory that cannot be written.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     directory = Path(config.output_dir)
     _check_directory(directory)
     if config.train.adapter_init is not None:
         config = _with_initial_adapter(config)
     architecture = open_checkpoint(config.model.path).config
-    tokenizer = load_tokenizer(config.model.path)
-    if tokenizer is None and config.data.format != "tokens":
-        raise UserError(
-            f"`{config.model.path}` has no tokenizer, and data.format="
-            f"{config.data.format!r} needs one. Put the model's tokenizer files there, "
-            "or give token ids (data.format = 'tokens')."
-        )
+    examples, batches = _data(config, architecture)
+    steps = len(batches)
+
+    quantization = config.model.quantization
+    architecture, base = convert.load_llama(
+        config.model.path,
+        quantization=None if quantization == "none" else quantization,
+        dtype=config.model.dtype,
+        progress=True,
+    )
+    fingerprint = fingerprint_tree(base)
+    base = jax.tree.map(jnp.asarray, base)
+    model = Llama(
+        architecture,
+        Compute(
+            dtype=config.model.dtype,
+            attention=config.model.attention,
+            remat=config.model.remat,
+            lora=config.lora,
+        ),
+    )
+    optimizer = make_optimizer(config.train, steps)
+    state = _first_state(config, architecture, base, optimizer)
+    groups = trainable_groups(state.adapters)
+    _say(
+        f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
+        + ", ".join(f"{name} {count:,}" for name, count in groups.items())
+        + "."
+    )
+    record = _record(config, fingerprint, examples)
+
+    with _alone(directory), disk_errors(directory):
+        if not (directory / SETTINGS).is_file():
+            _write_text(directory / SETTINGS, to_toml(config))
+        with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
+            state, start = _continue(checkpoints, state, record, steps)
+            # Not before: a refused run keeps the settings it was started with.
+            _write_text(directory / SETTINGS, to_toml(config))
+            finished = _finished_report(directory, start, steps)
+            if finished is not None:
+                _say(
+                    f"This run is finished (step {start} of {steps}); nothing was "
+                    "changed. More `steps` or `epochs` continue it."
+                )
+                return finished
+            step = jax.jit(
+                partial(train_step, model=model, optimizer=optimizer), donate_argnums=0
+            )
+            with Watch(
+                directory,
+                start=start,
+                steps=steps,
+                schedule=schedule(config.train, steps),
+                every=config.log.every,
+                began=began,
+            ) as watch:
+                state = _Loop(
+                    config,
+                    architecture,
+                    base,
+                    batches,
+                    step,
+                    watch,
+                    checkpoints,
+                    record,
+                ).take(state, start)
+        report = {
+            "steps": steps,
+            "final_loss": watch.last_loss,
+            "trainable_parameters": sum(groups.values()),
+            "groups": groups,
+            "base_parameters": tree_parameters(base),
+            "base_bytes": tree_bytes(base),
+            "adapter_bytes": (directory / ADAPTER / "adapter_model.safetensors")
+            .stat()
+            .st_size,
+            "optimizer_bytes": tree_bytes(state.opt_state),
+            "base_fingerprint": fingerprint,
+            "data": dataclasses.asdict(examples.report),
+            "versions": versions(),
+            "device": jax.devices()[0].device_kind,
+            "seconds_to_first_step": watch.seconds_to_first_step,
+            "peak_memory_bytes": watch.peak_memory,
+        }
+        if config.log.plot:
+            draw_loss(directory)
+        # Last: it says that the run is complete.
+        _write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batches]:
+    """Loads the examples and lays them out in batches."""
+    tokenizer = None
+    if config.data.format != "tokens":
+        tokenizer = load_tokenizer(config.model.path)
+        if tokenizer is None:
+            raise UserError(
+                f"`{config.model.path}` has no tokenizer, and data.format="
+                f"{config.data.format!r} needs one. Put the model's tokenizer files "
+                "there, or give token ids (data.format = 'tokens')."
+            )
     examples = load_examples(
         config.data, tokenizer, vocab_size=architecture.vocab_size, progress=True
     )
@@ -135,209 +198,190 @@ def run(config: RunConfig) -> dict[str, Any]:
         steps=config.train.steps,
         epochs=config.train.epochs,
     )
-    steps = len(batches)
-    if config.train.warmup_steps > steps:
+    if config.train.warmup_steps > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.warmup_steps} exceeds the "
-            f"{steps} steps of this run."
+            f"{len(batches)} steps of this run."
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.toml").write_text(to_toml(config))
+    return examples, batches
 
-    quantization = config.model.quantization
-    architecture, base = convert.load_llama(
-        config.model.path,
-        quantization=None if quantization == "none" else quantization,
-        dtype=config.model.dtype,
-        progress=True,
-    )
-    fingerprint = tree_fingerprint(base)
-    base = jax.tree.map(jnp.asarray, base)
-    model = Llama(
-        architecture,
-        Compute(
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            remat=config.model.remat,
-            lora=config.lora,
-        ),
-    )
-    optimizer = make_optimizer(config.train, steps)
-    key = jax.random.key(config.train.seed)
-    init_key, run_key = jax.random.split(key)
+
+def _first_state(
+    config: RunConfig, architecture: LlamaConfig, base: Any, optimizer: Any
+) -> TrainState:
+    """The state before the first step: fresh adapters, or those to start from."""
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     if config.train.adapter_init is None:
         adapters = init_adapters(init_key, base, config.lora)
     else:
         adapters = convert.load_adapter(config.train.adapter_init, architecture)[1]
         adapters = jax.tree.map(jnp.asarray, adapters)
-    groups = trainable_groups(adapters)
-    _say(
-        f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
-        + ", ".join(f"{name} {count:,}" for name, count in groups.items())
-        + "."
-    )
     for name in unmatched_targets(base, config.lora):
         _say(f"Note: target module {name!r} selects nothing in this model.")
-    state = init_state(adapters, optimizer, run_key)
-    record = _record(config, fingerprint, examples)
+    return init_state(adapters, optimizer, run_key)
 
-    with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
-        start = 0
-        newest = checkpoints.latest()
+
+def _continue(
+    checkpoints: Checkpoints, state: TrainState, record: Mapping[str, Any], steps: int
+) -> tuple[TrainState, int]:
+    """The newest saved state and its number of steps; else the given one and 0."""
+    newest = checkpoints.latest()
+    if newest is None:
+        return state, 0
+    saved = checkpoints.record(newest)
+    start, length = saved.pop("batches"), saved.pop("steps")
+    compare_records(saved, record)
+    if start > steps:
+        raise UserError(
+            f"This run has taken {start} steps already, and is now to end after "
+            f"{steps}. Raise `steps` or `epochs`, or give another --output-dir."
+        )
+    if length != steps:
+        _say(
+            f"Note: the run was to take {length} steps and now takes {steps}; from "
+            f"here the learning rate is that of a run of {steps} steps."
+        )
+    if start < steps:
+        _say(f"Continuing from step {start} of {steps}.")
+    return checkpoints.restore(newest, state), start
+
+
+def _finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
+    """The report of a run that has nothing left to do; None if something is left."""
+    path = directory / REPORT
+    if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
+        return None
+    report = read_json(path)
+    return report if report.get("steps") == steps else None
+
+
+@dataclass
+class _Loop:
+    """The steps of a run, with what is done around them."""
+
+    config: RunConfig
+    architecture: LlamaConfig
+    base: Any
+    batches: Batches
+    step: Callable[..., Any]
+    watch: Watch
+    checkpoints: Checkpoints
+    record: Mapping[str, Any]
+
+    def take(self, state: TrainState, start: int) -> TrainState:
+        """Steps from batch `start` to the end; saves on the way."""
+        steps = len(self.batches)
+        pending: tuple[int, Any, Any] | None = None
+        for index, batch in enumerate(prefetch(self.batches, start, steps), start):
+            state, metrics = self.step(state, self.base, batch)
+            # The numbers of the step before are read while this one computes.
+            if pending is not None:
+                self.note(*pending)
+            pending = (index, metrics, batch)
+            done = index + 1
+            if done % self.config.checkpoint.every == 0 or done == steps:
+                self.note(*pending)
+                pending = None
+                self.save(state, done)
+        self.checkpoints.wait()
+        if start == steps:  # stopped between the last checkpoint and the report
+            self.export(state)
+        return state
+
+    def save(self, state: TrainState, done: int) -> None:
+        """Saves the state after `done` steps, and its adapter."""
+        self.watch.sync()
+        self.checkpoints.save(
+            state, {**self.record, "batches": done, "steps": len(self.batches)}
+        )
+        self.export(state)
+
+    def export(self, state: TrainState) -> None:
+        """Writes adapter/."""
+        convert.save_adapter(
+            Path(self.config.output_dir) / ADAPTER,
+            self.config.lora,
+            jax.device_get(state.adapters),
+            self.architecture,
+            base_model_name_or_path=self.config.model.path,
+            overwrite=True,
+        )
+
+    def note(
+        self, index: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]
+    ) -> None:
+        """Writes a step's numbers down; stops the run if they are not finite."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if values.pop("finite"):
+            self.watch.step(index + 1, values, self.batches.tokens(index))
+            return
+        directory = Path(self.config.output_dir)
+        place = directory / f"nonfinite_step_{index + 1}.npz"
+        np.savez(place, allow_pickle=False, **batch)
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest()
+        good = "there is no checkpoint yet"
         if newest is not None:
-            saved = checkpoints.record(newest)
-            start = saved.pop("batches")
-            compare_records(saved, record)
-            state = checkpoints.restore(newest, state)
-            _say(f"Continuing from step {newest} of {steps}.")
-        step = jax.jit(
-            partial(train_step, model=model, optimizer=optimizer), donate_argnums=0
-        )
-        with Watch(
-            directory,
-            start=start,
-            steps=steps,
-            schedule=schedule(config.train, steps),
-            every=config.log.every,
-            began=began,
-        ) as watch:
-            state = _loop(
-                config,
-                state,
-                base,
-                batches,
-                start,
-                step,
-                watch,
-                checkpoints,
-                record,
-                partial(_export, directory, config, architecture),
+            good = (
+                f"the last good checkpoint is `{self.checkpoints.path(newest)}`, and "
+                f"a new run can start from its adapter (`train.adapter_init` = "
+                f"{str(directory / ADAPTER)!r})"
             )
-    report = {
-        "steps": steps,
-        "final_loss": watch.last_loss,
-        "trainable_parameters": sum(groups.values()),
-        "groups": groups,
-        "base_parameters": tree_parameters(base),
-        "base_bytes": tree_bytes(base),
-        "adapter_bytes": (directory / "adapter" / "adapter_model.safetensors")
-        .stat()
-        .st_size,
-        "optimizer_bytes": tree_bytes(state.opt_state),
-        "base_fingerprint": fingerprint,
-        "data": dataclasses.asdict(examples.report),
-        "versions": versions(),
-        "device": jax.devices()[0].device_kind,
-        "seconds_to_first_step": watch.seconds_to_first_step,
-        "peak_memory_bytes": watch.peak_memory,
-    }
-    _write_text(directory / "report.json", json.dumps(report, indent=2) + "\n")
-    if config.log.plot:
-        draw_loss(directory)
-    return report
-
-
-def _loop(
-    config: RunConfig,
-    state: TrainState,
-    base: Any,
-    batches: Batches,
-    start: int,
-    step: Any,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    record: Mapping[str, Any],
-    export: Any,
-) -> TrainState:
-    """Steps from batch `start` to the end; saves and exports on the way."""
-    steps = len(batches)
-
-    def save(index: int) -> None:
-        checkpoints.save(state, {**record, "batches": index})
-        export(state.adapters)
-
-    pending: tuple[int, Any, Any] | None = None
-    for index, batch in enumerate(prefetch(batches, start, steps), start):
-        state, metrics = step(state, base, batch)
-        # The numbers of the step before are read while this one computes.
-        if pending is not None:
-            _note(config, watch, checkpoints, *pending)
-        pending = (index, metrics, batch)
-        done = index + 1
-        if done % config.checkpoint.every == 0 or done == steps:
-            _note(config, watch, checkpoints, *pending)
-            pending = None
-            save(done)
-    checkpoints.wait()
-    if start == steps:
-        export(state.adapters)
-    return state
-
-
-def _note(
-    config: RunConfig,
-    watch: Watch,
-    checkpoints: Checkpoints,
-    index: int,
-    metrics: Mapping[str, Any],
-    batch: Mapping[str, np.ndarray],
-) -> None:
-    """Writes a step's numbers down; stops the run if they are not finite."""
-    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    if not values.pop("finite"):
-        place = Path(config.output_dir) / f"nonfinite_step_{index + 1}.npz"
-        np.savez(place, **batch)
-        newest = checkpoints.latest()
-        good = (
-            "There is no checkpoint yet"
-            if newest is None
-            else f"The last good checkpoint is `{checkpoints.path(newest)}`"
-        )
         raise UserError(
             f"Step {index + 1} is not finite: loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}. Its batch (number {index}) is saved as "
-            f"`{place}`; the adapters were not changed by it. {good}. A lower "
-            "learning rate, a longer warm-up or dtype = 'bfloat16' or 'float32' "
-            "usually helps."
+            f"`{place}`; the adapters were not changed by it; {good}. A lower learning "
+            "rate, a longer warm-up or dtype = 'bfloat16' or 'float32' usually helps; "
+            "the same command tries again from the checkpoint."
         )
-    watch.step(index + 1, values, real_tokens(batch))
-
-
-def real_tokens(batch: Mapping[str, np.ndarray]) -> int:
-    """Counts the tokens of a batch that are not padding.
-
-    In rows without segment ids these are the tokens up to the last supervised one.
-    """
-    if "segment_ids" in batch:
-        return int((batch["segment_ids"] > 0).sum())
-    supervised = batch["labels"] != -100
-    last = supervised.shape[-1] - np.argmax(supervised[..., ::-1], axis=-1)
-    return int(np.where(supervised.any(axis=-1), last, 0).sum())
-
-
-def _export(
-    directory: Path, config: RunConfig, architecture: LlamaConfig, adapters: Any
-) -> None:
-    convert.save_adapter(
-        directory / "adapter",
-        config.lora,
-        jax.device_get(adapters),
-        architecture,
-        base_model_name_or_path=config.model.path,
-        overwrite=True,
-    )
 
 
 def _check_directory(directory: Path) -> None:
-    if not directory.exists():
+    """Refuses, before any work is done, what cannot become a run directory."""
+    above = next(p for p in [directory, *directory.absolute().parents] if p.exists())
+    if not above.is_dir():
+        raise UserError(f"The output directory `{directory}`: `{above}` is a file.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"The output directory `{directory}` cannot be written: no permission to "
+            f"write in `{above}`."
+        )
+    if not directory.is_dir() or (directory / SETTINGS).is_file():
         return
-    if not directory.is_dir():
-        raise UserError(f"The output directory `{directory}` is a file.")
-    if any(directory.iterdir()) and not (directory / "config.toml").is_file():
+    if any(directory.iterdir()):
         raise UserError(
             f"The output directory `{directory}` is not empty and holds no run "
-            "(config.toml). Give an empty or new directory."
+            f"({SETTINGS}). Give an empty or new directory."
         )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Makes the run directory and keeps other processes from training in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(
+            f"The output directory `{directory}` cannot be made: {error.strerror}."
+        ) from error
+    try:
+        # The system gives the lock back when the process ends, however it ends.
+        # Some network file systems have no locks; there the user has to know.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"Another process is training in `{directory}`. Wait until it "
+                    "ends, or give another --output-dir."
+                ) from None
+        # What a killed process left of an adapter half-written.
+        for left in directory.glob(f".{ADAPTER}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _with_initial_adapter(config: RunConfig) -> RunConfig:
@@ -362,21 +406,24 @@ def _with_initial_adapter(config: RunConfig) -> RunConfig:
 def _record(config: RunConfig, fingerprint: str, examples: Examples) -> dict[str, Any]:
     """What has to stay the same for a run to be continued."""
     train = dataclasses.asdict(config.train)
+    # The length may change: batches are a function of their index alone.
+    del train["steps"], train["epochs"]
     lora = dataclasses.asdict(config.lora)
     del lora["base_model_name_or_path"], lora["revision"]
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
+    # Where the file lies may change; what is in it is in the fingerprint.
+    data = dataclasses.asdict(config.data)
+    del data["path"], data["chat_template"]
     return {
-        "base": fingerprint,
-        "data": {
-            "fingerprint": examples.report.fingerprint,
-            "shuffle": config.data.shuffle,
-            "seed": config.data.seed,
-            "packing": config.data.packing,
-        },
+        "base_fingerprint": fingerprint,
+        "data": {"fingerprint": examples.report.fingerprint, **data},
         "lora": lora,
         "train": train,
-        "model": {"dtype": config.model.dtype},
+        "model": {
+            "dtype": config.model.dtype,
+            "quantization": config.model.quantization,
+        },
     }
 
 
@@ -404,33 +451,12 @@ def tree_parameters(base: Any) -> int:
     return total
 
 
-def to_toml(config: Any) -> str:
-    """Writes a run configuration as TOML; absent values are left out."""
-    top, sections = [], []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            lines = [f"[{f.name}]"]
-            for inner in dataclasses.fields(value):
-                item = getattr(value, inner.name)
-                if item is not None:
-                    lines.append(f"{inner.name} = {_toml_value(item)}")
-            sections.append("\n".join(lines) + "\n")
-        elif value is not None:
-            top.append(f"{f.name} = {_toml_value(value)}\n")
-    return "".join(top) + "\n" + "\n".join(sections)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    # JSON's strings, booleans and numbers are TOML's, but for one escape (DEL).
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -1,7 +1,12 @@
-"""What a person sees of a run: a progress line, metrics.jsonl, loss.png."""
+"""What a person sees of a run: a progress line, metrics.jsonl, loss.png.
+
+metrics.jsonl is the record that the others are drawn from: one JSON object a step,
+written as the step is done, each step once however often the run was interrupted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -49,8 +54,9 @@ class Watch:
         """
         self._path = directory / METRICS
         self._start, self._steps, self._every = start, steps, every
-        self._schedule, self._began = schedule, began
-        self._last = began
+        # All at once: a rate asked of the device for each step would wait for the step.
+        self._rates = np.asarray(schedule(np.arange(start, steps))).tolist()
+        self._began = self._first = self._last = began
         self.last_loss: float | None = None
         self.seconds_to_first_step: float | None = None
         self.peak_memory: int | None = None
@@ -82,10 +88,17 @@ class Watch:
         self._last = time.perf_counter()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, *rest: Any) -> None:
         """Closes file and bar."""
         self._bar.stop()
-        self._file.close()
+        # On a full disk closing fails again, and the first failure says more.
+        with contextlib.suppress(*[OSError] if kind else []):
+            self._file.close()
+
+    def sync(self) -> None:
+        """Makes sure that what was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def step(self, step: int, values: Mapping[str, Any], tokens: int) -> None:
         """Notes the numbers of step `step` (from 1), which used `tokens` tokens."""
@@ -93,13 +106,14 @@ class Watch:
         seconds, self._last = now - self._last, now
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = now - self._began
+            self._first = now
         self.peak_memory = peak_memory_bytes()
         self.last_loss = values["loss"]
         row = {
             "step": step,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": self._rates[step - 1 - self._start],
             "supervised_tokens": values["supervised_tokens"],
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
@@ -110,13 +124,27 @@ class Watch:
         numbers = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, numbers=numbers)
         if self._plain and (step % self._every == 0 or step == self._steps):
-            left = (now - self._began) / (step - self._start) * (self._steps - step)
+            # Of the steps after the first, which waited for the compiler.
+            taken = step - self._start - 1
+            left = (now - self._first) / taken * (self._steps - step) if taken else None
             print(
-                f"step {step}/{self._steps}  {numbers}  "
-                f"lr {row['learning_rate']:.2e}  {left:,.0f} s left",
+                f"step {step}/{self._steps}  {numbers}  lr {row['learning_rate']:.2e}"
+                + ("" if left is None else f"  {left:,.0f} s left"),
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, imports included."""
+    try:
+        # The 22nd field, in clock ticks since the system started; names of programs
+        # may hold spaces, so count from behind their parenthesis.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):  # another system than Linux
+        return 0.0
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -125,7 +153,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

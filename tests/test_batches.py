@@ -127,6 +127,15 @@ def test_epochs_are_rounded_up_to_a_whole_batch(tmp_path, epochs, steps):
     assert len(batches) == steps
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_tokens_of_a_batch_are_those_that_are_no_padding(tmp_path, packing):
+    batches = batches_of(
+        tmp_path, LENGTHS, 3, 2, packing=packing, max_length=64, epochs=2
+    )
+    for index in range(len(batches)):
+        assert batches.tokens(index) == (batches[index]["tokens"] != PAD).sum()
+
+
 def test_the_end(tmp_path):
     batches = batches_of(tmp_path, [2, 3], steps=2)
     with pytest.raises(IndexError, match="batch 2 of 2"):

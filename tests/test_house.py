@@ -41,8 +41,10 @@ ORDER = (
     "qlora_jax.generate",
     "qlora_jax.memory",
     "convert",
+    "qlora_jax.runfile",
     "qlora_jax.checkpoint",
     "qlora_jax.model",  # not `load`: the public function of that name would be hidden
+    "qlora_jax.watch",
     "qlora_jax.runner",
     "qlora_jax.cli",
     "scripts",

@@ -1,0 +1,212 @@
+"""The settings of a run, and the TOML file that holds them.
+
+    read_config(path)     TOML -> RunConfig; unknown keys and wrong types are errors
+    to_toml(config)       RunConfig -> TOML; read again it gives the same RunConfig
+
+TOML has no null. A setting that may be absent is left out, or, where leaving it out
+means something else, written as "none".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from qlora_jax.config import LoraConfig
+from qlora_jax.data import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.train import TrainConfig
+
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The `[model]` section: the base and how it is computed."""
+
+    path: str
+    """Hugging Face directory, or a bitsandbytes-4bit one (kept as it is packed)."""
+    quantization: Literal["nf4", "nf4_dq", "none"] = "nf4_dq"
+    """Of the linear layers: NF4, NF4 with double quantization, or none."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of activations, matrix products and the tensors that stay dense."""
+    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
+    """Attention implementation."""
+    remat: Literal["none", "full", "save_matmuls"] = "full"
+    """What the backward pass recomputes."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The `[checkpoint]` section of a run file."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"checkpoint: `{name}` must be at least 1, got "
+                    f"{getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The `[log]` section."""
+
+    every: int = 10
+    """Steps between lines of progress where stderr is no terminal."""
+    plot: bool = True
+    """Draw loss.png (needs matplotlib)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"log: `every` must be at least 1, got {self.every}.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run; what a TOML run file holds."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    output_dir: str = "run"
+    """The run directory; given again, the run continues."""
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads a TOML run file strictly: unknown keys and wrong types are errors.
+
+    Raises:
+      UserError: no such file, no TOML, or a key that is unknown, of a wrong type, or
+        missing; the message names it.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
+    return _build(RunConfig, content, f"{path}: ")
+
+
+def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
+    """Makes a dataclass of a TOML table."""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            raise UserError(
+                f"{where}`{key}` is no option here"
+                + (f"; did you mean `{near[0]}`?" if near else ".")
+                + f" Options: {', '.join(fields)}."
+            )
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}`{key}` must be a table, got {value!r}.")
+            values[key] = _build(hint, value, f"{where}[{key}] ")
+        else:
+            values[key] = _coerce(hint, value, f"{where}`{key}`")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        tables = [m for m in missing if dataclasses.is_dataclass(hints[m])]
+        raise UserError(
+            f"{where}missing {', '.join(f'`{m}`' for m in missing)}."
+            + (f" Write a table [{tables[0]}]." if tables else "")
+        )
+    return kind(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Checks a TOML value against a field's type."""
+    kinds = _kinds(hint)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            if any(
+                value is a or (type(a) is str and value == a) for a in get_args(kind)
+            ):
+                return value
+        elif get_origin(kind) is tuple:
+            if isinstance(value, list) and all(isinstance(v, str) for v in value):
+                return tuple(value)
+        elif kind is type(None):
+            if value == _NONE and str not in kinds:
+                return None
+        elif type(value) is kind:
+            return value
+        elif kind is float and type(value) is int:
+            return float(value)
+    expected = " or ".join(_expected(kind) for kind in kinds if kind is not type(None))
+    raise UserError(f"{where} must be {expected}, got {value!r}.")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of strings"
+    return {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+    }[kind]
+
+
+def to_toml(config: RunConfig) -> str:
+    """Writes a run configuration as TOML, every setting that has a value."""
+    top, sections = [], []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            sections.append("\n".join([f"[{f.name}]", *_lines(value)]) + "\n")
+        else:
+            top.append(f"{f.name} = {_toml_value(value)}\n")
+    return "".join(top) + "\n" + "\n".join(sections)
+
+
+def _lines(section: Any) -> list[str]:
+    lines = []
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if value is not None:
+            lines.append(f"{f.name} = {_toml_value(value)}")
+        elif f.default is not None:  # left out, it would get its default
+            lines.append(f'{f.name} = "{_NONE}"')
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    # JSON's strings, booleans and numbers are TOML's, but for one escape (DEL).
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
