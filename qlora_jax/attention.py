@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
@@ -65,7 +65,8 @@ def attention(
         seen = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
         out = masked_attention(q, k, v, seen)
     elif implementation == "xla":
-        out = _blockwise(q, k, v, segment_ids)
+        # Names what its derivative keeps itself.
+        return _blockwise(q, k, v, segment_ids)
     elif implementation == "cudnn":
         refusal = _cudnn_refusal(q, segment_ids)
         if refusal is not None:
@@ -184,20 +185,18 @@ def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
     )
 
 
-def _scores(
-    q: Array, k: Array, segments: Array | None, i: Array, j: Array, block: int
-) -> Float32[Array, "B K G t s"]:
-    """Masked scores of query block i against key block j."""
-    scores = _product("bkgth,bksh->bkgts", q, _slice(k, j, block, 2))
-    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
+def _visible(
+    segments: Array | None, i: Array, j: Array, block: int
+) -> Bool[Array, "B t s"]:
+    """Which keys of block j each query of block i sees; [1, t, s] without segments."""
     rows = i * block + jnp.arange(block)
     columns = j * block + jnp.arange(block)
     seen = (rows[:, None] >= columns[None, :])[None]
-    if segments is not None:
-        q_segments = _slice(segments, i, block, 1)
-        k_segments = _slice(segments, j, block, 1)
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
-    return jnp.where(seen[:, None, None], scores, _MASKED)
+    if segments is None:
+        return seen
+    q_segments = _slice(segments, i, block, 1)
+    k_segments = _slice(segments, j, block, 1)
+    return seen & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -212,13 +211,16 @@ def _flash_fwd(
 ) -> tuple[Array, tuple]:
     """Running softmax over key blocks j <= i for each query block i."""
     batch, groups, per_group, length, width = q.shape
+    scale = 1.0 / math.sqrt(width)
 
     def query_block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
         q_i = _slice(q, i, block, 3)
 
         def key_block(j: Array, carry: tuple) -> tuple:
             top, total, acc = carry
-            scores = _scores(q_i, k, segments, i, j, block)
+            scores = _product("bkgth,bksh->bkgts", q_i, _slice(k, j, block, 2)) * scale
+            seen = _visible(segments, i, j, block)
+            scores = jnp.where(seen[:, None, None], scores, _MASKED)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             shrink = jnp.exp(top - new_top)
             weights = jnp.exp(scores - new_top[..., None])
@@ -257,14 +259,19 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
 
         def key_block(j: Array, state: tuple) -> tuple:
             dq, dk, dv = state
-            weights = jnp.exp(_scores(q_i, k, segments, i, j, block) - lse_i[..., None])
-            dweights = _product("bkgth,bksh->bkgts", dout_i, _slice(v, j, block, 2))
-            dscores = (weights * (dweights - inner_i[..., None]) * scale).astype(
+            k_j, v_j = _slice(k, j, block, 2), _slice(v, j, block, 2)
+            # Scores as [key, query]: two of the three products that follow then read
+            # their operands in the order they lie in, and only the third transposes.
+            scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
+            seen = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
+            weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse_i[:, :, None])
+            dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
+            dscores = (weights * (dweights - inner_i[:, :, None]) * scale).astype(
                 q.dtype
             )
-            dv_j = _product("bkgts,bkgth->bksh", weights.astype(q.dtype), dout_i)
-            dk_j = _product("bkgts,bkgth->bksh", dscores, q_i)
-            dq = dq + _product("bkgts,bksh->bkgth", dscores, _slice(k, j, block, 2))
+            dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
+            dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
+            dq = dq + _product("bksgt,bksh->bkgth", dscores, k_j)
             add = functools.partial(_add_block, j=j, block=block)
             return dq, add(dk, dk_j), add(dv, dv_j)
 

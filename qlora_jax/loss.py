@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-# Float32 logits held at a time: 2^26 of them are 268 MB. At a vocabulary of 128k that
-# is 512 tokens, wide enough for full matrix-product speed.
-_CHUNK_LOGITS = 1 << 26
+# Float32 logits held at a time: 2^24 of them are 67 MB, small enough to be reused from
+# cache and page tables (on a CPU larger chunks are slower). Never fewer than 512 tokens,
+# which a GPU needs for full matrix-product speed.
+_CHUNK_LOGITS = 1 << 24
+_MIN_CHUNK = 512
 
 IGNORE = -100
 """The label of a token that is not supervised, as in Hugging Face."""
@@ -62,7 +64,7 @@ def cross_entropy_sum(
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets = shift_labels(labels).reshape(-1)
     if chunk is None:
-        chunk = max(_CHUNK_LOGITS // vocab_size, 64)
+        chunk = max(_CHUNK_LOGITS // vocab_size, _MIN_CHUNK)
     # Equal chunks: 2,048 tokens at a limit of 2,000 become two of 1,024, not one of
     # 2,000 and one of padding.
     chunks = -(-flat.shape[0] // chunk)
