@@ -65,8 +65,8 @@ $(VENV_PEER)/.installed: pyproject.toml
 peer: $(VENV_PEER)/.installed
 	$(VENV_PEER)/bin/python -m pytest tests -m peer $(ARGS)
 
-bench: $(VENV)/.installed
-	$(BIN)/python scripts/bench.py $(ARGS)
+bench: $(VENV)/.installed $(VENV_PEER)/.installed
+	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
