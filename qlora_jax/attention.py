@@ -135,6 +135,13 @@ def _cudnn_refusal(q: Array, segment_ids: Array | None) -> str | None:
     """Says why cuDNN cannot compute this, or None."""
     if jax.default_backend() != "gpu":
         return "it needs an NVIDIA GPU and this process runs on another backend."
+    # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if not capability[:1].isdigit() or float(capability) < 8.0:
+        return (
+            "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this one "
+            f"has {capability or 'none'}."
+        )
     if segment_ids is not None:
         return "it takes neither segment ids nor padding masks."
     if q.dtype not in (jnp.bfloat16, jnp.float16):
