@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,7 +284,6 @@ def new_quantization_config(
     compute_dtype: str,
     quant_storage: str,
     double_quant: bool,
-    skip: list[str] | None,
 ) -> dict[str, Any]:
     """The `quantization_config` that transformers writes for such a checkpoint."""
     return {
@@ -295,9 +295,39 @@ def new_quantization_config(
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip,
+        "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def skip_modules(
+    own: Sequence[str] | None, *, dense: Sequence[str], packed: Sequence[str]
+) -> list[str] | None:
+    """The `llm_int8_skip_modules` for such dense and packed linear modules.
+
+    It is `own`, the list of the file the model came from, as far as that holds: without
+    entries that select a packed module, and with the projections whose dense modules it
+    does not all select. None stands for the output head alone, so a list has to name
+    that too.
+    """
+    entries = None
+    if own is not None:
+        entries = [e for e in own if not any(_selects(e, m) for m in packed)]
+    missing = [m for m in dense if not any(_selects(e, m) for e in entries or ())]
+    if not missing:
+        return entries
+    projections = dict.fromkeys(module.rpartition(".")[2] for module in missing)
+    return [*(["lm_head"] if entries is None else entries), *projections]
+
+
+def _selects(entry: str, module: str) -> bool:
+    """Whether transformers leaves `module` in 16 bit for this entry of the list."""
+    if module.endswith(entry):
+        return True
+    try:
+        return bool(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module))
+    except re.error:
+        return False

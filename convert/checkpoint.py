@@ -45,6 +45,30 @@ class Checkpoint:
         """Whether this is a bitsandbytes-4bit directory."""
         return bool(self.packed)
 
+    @property
+    def mixed(self) -> tuple[names.Path, ...]:
+        """The projections whose layers are not all stored in one form.
+
+        Some layers are in 4 bit and others are not (`llm_int8_skip_modules` named
+        single layers), or they differ in double quantization or in the dtype before
+        quantization.
+        """
+        found = []
+        for path in filter(names.is_projection, names.shapes(self.config)):
+            states = (
+                self.packed.get(names.hf_key(path, layer))
+                for layer in names.layers_of(path, self.config)
+            )
+            if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
+                found.append(path)
+        return tuple(found)
+
+    def dtype(self, key: str) -> str:
+        """Name of the dtype of a weight, of a packed one that before quantization."""
+        if key in self.packed:
+            return self.packed[key].dtype
+        return FLOAT_NAMES[self.files[key].dtype]
+
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Llama directory and checks all names, shapes and dtypes.
@@ -87,7 +111,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for key in files:
         if key not in known and not key.endswith(_DERIVED):
             problems.add("tensors that this model does not have", key)
-    _check_stacks(config, packed, files, problems)
     problems.check()
     return Checkpoint(path, config, files, packed)
 
@@ -131,30 +154,3 @@ def _check_head(
             "from the file)",
             head,
         )
-
-
-def _check_stacks(
-    config: LlamaConfig,
-    packed: Mapping[str, bnb.QuantState],
-    files: TensorFiles,
-    problems: Problems,
-) -> None:
-    """All layers of a projection share one representation, as they share one array."""
-    for path in names.shapes(config):
-        if not names.is_projection(path) or not packed:
-            continue
-        spelled = [names.hf_key(path, i) for i in names.layers_of(path, config)]
-        states = [packed[k] for k in spelled if k in packed]
-        dense = [k for k in spelled if k in files and not bnb.packed_type(files, k)]
-        if states and dense:
-            for key in dense:
-                problems.add(
-                    "weights in 16 bit where other layers have 4 bit (all layers of a "
-                    "projection must agree; quantize from the original checkpoint)",
-                    key,
-                )
-        if len({(s.dtype, s.double_quant) for s in states}) > 1:
-            problems.add(
-                "projections whose layers differ in `dtype` or double quantization",
-                ".".join(path),
-            )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from convert import names
 from convert.checkpoint import open_checkpoint
 from convert.hf import load_llama, save_llama
 from convert.merging import merge, write_dense
@@ -117,7 +118,8 @@ class Model:
     """Directory to create."""
     quantization: Literal["nf4", "nf4_dq", "none"] = "none"
     """nf4 or nf4_dq (double quantization) write a bitsandbytes-4bit directory; none
-    leaves every weight as it is."""
+    leaves every weight as it is, but for a projection that IN has in 4 bit in some
+    layers only: it becomes dense in all."""
     dequantize: bool = False
     """Write the 4-bit weights of IN as dense ones, in the dtype they were quantized
     from."""
@@ -132,7 +134,8 @@ class Model:
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        quantized = open_checkpoint(self.input).quantized
+        checkpoint = open_checkpoint(self.input)
+        quantized = checkpoint.quantized
         wanted = None if self.quantization == "none" else self.quantization
         show = sys.stderr.isatty()
         if self.dequantize and (wanted is not None or not quantized):
@@ -148,6 +151,12 @@ class Model:
                 "precision twice. Start from the original checkpoint, or leave out "
                 "--quantization to keep the weights as they are."
             )
+        made_dense = [] if self.dequantize else list(checkpoint.mixed)
+        packed = {names.parse_key(key)[0] for key in checkpoint.packed}
+        if self.quant_storage is not None and not (
+            wanted is not None or not self.dequantize and packed - set(made_dense)
+        ):
+            raise UserError("--quant-storage goes with 4-bit output only.")
         if quantized and not self.dequantize or wanted is not None:
             config, base = load_llama(
                 self.input, quantization=wanted, dtype=self.dtype, progress=show
@@ -162,8 +171,6 @@ class Model:
                 progress=show,
             )
         else:
-            if self.quant_storage is not None:
-                raise UserError("--quant-storage goes with 4-bit output only.")
             write_dense(
                 self.input,
                 self.output,
@@ -177,6 +184,7 @@ class Model:
             "output": str(self.output),
             "quantization": wanted,
             "dequantized": self.dequantize,
+            "made_dense": [".".join(path[:-1]) for path in made_dense],
             "files": len(written),
             "bytes": sum(f.stat().st_size for f in written),
         }

@@ -9,6 +9,7 @@ same way: one layer of one tensor at a time.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb, names
-from convert.checkpoint import FLOAT_NAMES, FLOATS, Checkpoint, open_checkpoint
+from convert.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from convert.files import DTYPES, Problems, TensorFiles, check_finite
 from convert.output import (
     Entry,
@@ -60,6 +61,13 @@ def load_llama(
     whatever `quantization` says ("nf4" on a double-quantized file keeps the double
     quantization, None keeps the packed bytes), and those that are dense stay dense.
 
+    A projection is one array for all its layers. Where a file has some of them in 4 bit
+    and others not (or differing in double quantization or dtype), all become dense: the
+    packed ones are dequantized to the dtype they were quantized from, the values that
+    bitsandbytes computes with. That costs memory, 2 bytes a 16-bit weight instead of
+    about 0.5, in every layer of that projection. `open_checkpoint(path).mixed` of
+    `convert.checkpoint` lists such projections; `progress` says it on stderr.
+
     Args:
       path: directory with config.json and safetensors (fp32, bf16 or fp16; sharded or
         not; or bitsandbytes NF4).
@@ -68,7 +76,7 @@ def load_llama(
         output head are never quantized.
       dtype: "float32", "bfloat16" or "float16" for the tensors that stay dense; None
         keeps each file's own. Weights are quantized from the file's precision.
-      progress: show a progress bar on stderr.
+      progress: show a progress bar on stderr, and what had to be made dense.
 
     Returns:
       (config, base): `base` has Hugging Face's names and [out, in] orientation, each
@@ -88,6 +96,7 @@ def load_llama(
     config, files = checkpoint.config, checkpoint.files
     if checkpoint.quantized:
         quantization = None
+    mixed = checkpoint.mixed
     base: dict[str, Any] = {}
     fill: dict[str, Callable[[], None]] = {}
     problems = Problems(f"`{path}` mixes dtypes among the layers of one tensor")
@@ -96,7 +105,7 @@ def load_llama(
         spelled = [names.hf_key(where, i) for i in layers]
         leading = (len(layers),) if names.is_stacked(where) else ()
         quantized = quantization is not None and names.is_projection(where)
-        if spelled[0] in checkpoint.packed:
+        if spelled[0] in checkpoint.packed and where not in mixed:
             state = checkpoint.packed[spelled[0]]
             leaf = bnb.empty(
                 state.shape,
@@ -105,7 +114,7 @@ def load_llama(
                 leading=leading,
             )
         else:
-            found = sorted({FLOAT_NAMES[files[k].dtype] for k in spelled})
+            found = sorted({checkpoint.dtype(k) for k in spelled})
             if len(found) > 1 and dtype is None:
                 problems.add("stacks of layers", f"{'.'.join(where)} ({found})")
                 continue
@@ -124,6 +133,8 @@ def load_llama(
             slot = slice(None) if i is None else slice(i, i + 1)
             fill[key] = _filler(checkpoint, key, leaf[slot])
     problems.check(hint="Say with `dtype` which one is wanted.")
+    if mixed and progress:
+        print(_made_dense(checkpoint, base), file=sys.stderr)
     order = files.in_file_order(list(fill))
     with progress_bar(
         "Loading", sum(files[k].nbytes for k in order), progress
@@ -138,8 +149,10 @@ def load_llama(
 
 def _filler(checkpoint: Checkpoint, key: str, place: Any) -> Callable[[], None]:
     """Returns what reads `key` into `place`, views of its slot in the output."""
-    if key in checkpoint.packed:
+    if key in checkpoint.packed and isinstance(place, NF4Tensor):
         return lambda: _fill_packed(checkpoint, key, place)
+    if key in checkpoint.packed:
+        return lambda: _fill_dequantized(checkpoint, key, place)
     if isinstance(place, NF4Tensor):
         return lambda: _fill_quantized(checkpoint.files, key, place)
     return lambda: _fill_dense(checkpoint.files, key, place)
@@ -150,6 +163,29 @@ def _fill_packed(checkpoint: Checkpoint, key: str, place: NF4Tensor) -> None:
     for scale in (place.absmax, place.nested_absmax):
         if scale is not None and scale.dtype == np.float32:
             check_finite(scale, key)
+
+
+def _fill_dequantized(checkpoint: Checkpoint, key: str, place: NDArray) -> None:
+    weight = bnb.dequantize(bnb.read(checkpoint.files, key, checkpoint.packed[key]))
+    place[...] = cast(weight, place.dtype, key).reshape(place.shape)
+
+
+def _made_dense(checkpoint: Checkpoint, base: Mapping[str, Any]) -> str:
+    """Says which projections `load_llama` makes dense, and what that costs."""
+    leaves, config = dict(names.walk(base)), checkpoint.config
+    stored = 0
+    for path in checkpoint.mixed:
+        for layer in names.layers_of(path, config):
+            key = names.hf_key(path, layer)
+            state = checkpoint.packed.get(key)
+            parts = bnb.part_names(key, state.double_quant) if state else [key]
+            stored += sum(checkpoint.files[part].nbytes for part in parts)
+    held = sum(leaves[path].nbytes for path in checkpoint.mixed)
+    return (
+        f"Dense in every layer, because not all layers are stored alike in "
+        f"`{checkpoint.path}`: {', '.join(path[-2] for path in checkpoint.mixed)} "
+        f"({held / 1e9:.2f} GB in memory, {stored / 1e9:.2f} GB in the file)."
+    )
 
 
 def _fill_quantized(files: TensorFiles, key: str, place: NF4Tensor) -> None:
@@ -215,7 +251,8 @@ def save_llama(
     """Writes a Hugging Face directory; NF4 leaves become bitsandbytes-4bit tensors.
 
     The directory appears complete or not at all. What `load_llama` read is written
-    with the same bytes for every tensor.
+    with the same bytes for every tensor, but for projections that it had to make dense
+    (see there), which are written dense.
 
     Args:
       directory: to be created; must not exist or be empty.
@@ -235,6 +272,7 @@ def save_llama(
     """
     check_dtype(dtype)
     own = config.quantization_config or {}
+    skip = own.get("llm_int8_skip_modules")
     storage = quant_storage or own.get("bnb_4bit_quant_storage") or "uint8"
     leaves = check_tree(config, base)
     packed = {p: v for p, v in leaves.items() if isinstance(v, NF4Tensor)}
@@ -249,7 +287,6 @@ def save_llama(
             entries += bnb.entries(key, leaf, layer, quant_storage=storage)
         else:
             entries.append(_dense_entry(key, leaf, layer, dtype))
-    kept = [p[-2] for p in leaves if names.is_projection(p) and p not in packed]
     written = names.leaf_dtype(leaves["model", "embed_tokens", "weight"])
     raw = config_json(config, dtype or written)
     raw.pop("quantization_config", None)
@@ -258,14 +295,17 @@ def save_llama(
             compute_dtype=dtype or written,
             quant_storage=storage,
             double_quant=any(t.double_quant for t in packed.values()),
-            # None stands for the output head alone; a list has to name it too.
-            skip=["lm_head", *kept] if kept else None,
         )
         raw["quantization_config"] = {
             **fresh,
             **own,
             "bnb_4bit_quant_storage": storage,
             "bnb_4bit_use_double_quant": fresh["bnb_4bit_use_double_quant"],
+            "llm_int8_skip_modules": bnb.skip_modules(
+                skip if isinstance(skip, list) else None,
+                dense=_modules(config, lambda path: path not in packed),
+                packed=_modules(config, lambda path: path in packed),
+            ),
         }
     write_directory(
         directory,
@@ -275,6 +315,15 @@ def save_llama(
         tokenizer_from=tokenizer_from,
         progress=progress,
     )
+
+
+def _modules(config: LlamaConfig, wanted: Callable[[names.Path], bool]) -> list[str]:
+    """Hugging Face names of the projections, layer by layer, whose path is wanted."""
+    return [
+        key.removesuffix(".weight")
+        for key, (path, _) in names.keys(config).items()
+        if names.is_projection(path) and wanted(path)
+    ]
 
 
 def _dense_entry(key: str, leaf: Any, layer: int | None, dtype: str | None) -> Entry:

@@ -181,13 +181,8 @@ class _Stream:
         )
 
     def _entry(self, key: str, path: names.Path, layer: int | None) -> Entry:
-        files, packed = self.checkpoint.files, self.checkpoint.packed
-        if key in packed:
-            shape: tuple[int, ...] = packed[key].shape
-            own = DTYPES[FLOATS[packed[key].dtype]]
-        else:
-            shape, own = files[key].shape, DTYPES[files[key].dtype]
-        target = own if self.dtype is None else DTYPES[FLOATS[self.dtype]]
+        shape = names.shapes(self.checkpoint.config)[path]
+        target = DTYPES[FLOATS[self.dtype or self.checkpoint.dtype(key)]]
 
         def read() -> NDArray:
             weight = self._weight(key, path)

@@ -286,19 +286,6 @@ def test_modules_left_in_16_bit_stay_so(packed, edit_tensors, tmp_path, quantiza
     ).read_bytes()
 
 
-def test_single_layer_left_in_16_bit_is_refused(packed, edit_tensors):
-    unpack(packed, edit_tensors, [Q])
-    with pytest.raises(CheckpointError, match=f"other layers have 4 bit.*: {Q}"):
-        convert.load_llama(packed)
-
-
-def test_layers_with_different_states_are_refused(packed, edit_tensors):
-    set_state(packed, edit_tensors, dtype="bfloat16")
-    match = "differ in `dtype` or double quantization: model.layers.self_attn.q_proj"
-    with pytest.raises(CheckpointError, match=match):
-        convert.load_llama(packed)
-
-
 def test_new_config_names_what_was_left_dense(tiny_model, tmp_path):
     config, base = convert.load_llama(tiny_model)
     _, dense = convert.load_llama(tiny_model, quantization=None)
