@@ -10,6 +10,8 @@ temporary directory that it renames when complete, and keeps the newest few.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ import orbax.checkpoint as ocp
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runfile import CheckpointConfig
 from qlora_jax.train import TrainState
+
+
+# Bytes that a checkpoint may need beside its arrays.
+_SLACK = 1 << 20
 
 
 class Checkpoints:
@@ -75,14 +81,34 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        tree = _saveable(state)
         with disk_errors(self.directory):
+            self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_saveable(state)),
+                    state=ocp.args.StandardSave(tree),
                     record=ocp.args.JsonSave(dict(record)),
                 ),
             )
+
+    def _check_space(self, nbytes: int) -> None:
+        """Reserves the bytes for a moment; `OSError` where they are not to be had.
+
+        Orbax would notice in its background threads, which say it in many words and at
+        the next save.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            return
+        probe = self.directory / ".space"
+        try:
+            with open(probe, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, nbytes + _SLACK)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise  # else: a file system that cannot reserve
+        finally:
+            probe.unlink(missing_ok=True)
 
     def wait(self) -> None:
         """Returns when the save under way is complete on disk."""

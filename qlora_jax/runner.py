@@ -91,7 +91,7 @@ def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
         config.model.path,
         quantization=None if quantization == "none" else quantization,
         dtype=config.model.dtype,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     fingerprint = fingerprint_tree(base)
     base = jax.tree.map(jnp.asarray, base)
@@ -186,7 +186,10 @@ def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batch
                 "there, or give token ids (data.format = 'tokens')."
             )
     examples = load_examples(
-        config.data, tokenizer, vocab_size=architecture.vocab_size, progress=True
+        config.data,
+        tokenizer,
+        vocab_size=architecture.vocab_size,
+        progress=sys.stderr.isatty(),
     )
     _say(examples.report.summary())
     batches = Batches(
@@ -320,19 +323,19 @@ class _Loop:
         np.savez(place, allow_pickle=False, **batch)
         self.checkpoints.wait()
         newest = self.checkpoints.latest()
-        good = "there is no checkpoint yet"
-        if newest is not None:
+        if newest is None:
+            good = "There is no checkpoint yet; the same command starts over."
+        else:
             good = (
-                f"the last good checkpoint is `{self.checkpoints.path(newest)}`, and "
-                f"a new run can start from its adapter (`train.adapter_init` = "
-                f"{str(directory / ADAPTER)!r})"
+                f"The last good checkpoint is `{self.checkpoints.path(newest)}`: the "
+                "same command tries again from there, and a new run can start from "
+                f"its adapter (`train.adapter_init` = {str(directory / ADAPTER)!r})."
             )
         raise UserError(
             f"Step {index + 1} is not finite: loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}. Its batch (number {index}) is saved as "
-            f"`{place}`; the adapters were not changed by it; {good}. A lower learning "
-            "rate, a longer warm-up or dtype = 'bfloat16' or 'float32' usually helps; "
-            "the same command tries again from the checkpoint."
+            f"`{place}`; the adapters were not changed by it. {good} A lower learning "
+            "rate, a longer warm-up or dtype = 'bfloat16' or 'float32' usually helps."
         )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
@@ -55,7 +56,7 @@ class Watch:
         self._path = directory / METRICS
         self._start, self._steps, self._every = start, steps, every
         # All at once: a rate asked of the device for each step would wait for the step.
-        self._rates = np.asarray(schedule(np.arange(start, steps))).tolist()
+        self._rates = np.asarray(schedule(jnp.arange(start, steps))).tolist()
         self._began = self._first = self._last = began
         self.last_loss: float | None = None
         self.seconds_to_first_step: float | None = None

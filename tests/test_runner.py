@@ -1,0 +1,575 @@
+"""A run as a directory: stopped anywhere, continued, it ends as if it had not been.
+
+Kills are real: a process of its own, which a few lines before the command kill at a
+given step, or between writing a checkpoint and giving it its name.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import convert
+from qlora_jax.batches import Batches
+from qlora_jax.checkpoint import Checkpoints
+from qlora_jax.config import LoraConfig
+from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.lora import init_adapters
+from qlora_jax.runfile import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    RunConfig,
+    read_config,
+    to_toml,
+)
+from qlora_jax.runner import run, tree_parameters
+from qlora_jax.train import TrainConfig, init_state, make_optimizer
+
+STEPS = 20
+# Packed rows, two micro-batches, dropout, shuffled; 24 rows make about 6 packed ones,
+# so that 20 steps of 2 x 2 rows cross many epochs.
+EVERYTHING = {
+    "data": {"packing": True, "seed": 3},
+    "train": {
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 3,
+        "lr_scheduler": "cosine",
+    },
+    "lora": {"lora_dropout": 0.2},
+}
+
+
+def configure(llama_dir, rows_file, output_dir, **sections) -> RunConfig:
+    """A run's configuration, with some fields of some sections changed."""
+
+    def section(kind, name, **defaults):
+        return kind(**defaults | sections.get(name, {}))
+
+    return RunConfig(
+        model=section(ModelConfig, "model", path=str(llama_dir), dtype="float32"),
+        data=section(
+            DataConfig, "data", path=str(rows_file), format="tokens", max_length=64
+        ),
+        # With a constant rate runs of any length are the same program.
+        train=section(
+            TrainConfig,
+            "train",
+            steps=STEPS,
+            batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler="constant",
+        ),
+        lora=section(
+            LoraConfig,
+            "lora",
+            r=4,
+            lora_alpha=8,
+            target_modules=("q_proj", "down_proj"),
+        ),
+        checkpoint=section(CheckpointConfig, "checkpoint", every=4),
+        log=section(LogConfig, "log", plot=False),
+        output_dir=str(output_dir),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_each_program_once(tmp_path_factory):
+    """Many runs here are the same program. Processes started here compile it anew."""
+    jax.config.update(
+        "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache"))
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session")
+def make(llama_dir, rows_file):
+    """A function: directory, sections to change -> a run's configuration."""
+    return functools.partial(configure, llama_dir, rows_file)
+
+
+def losses(directory: Path) -> list[tuple[int, float, float]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def final_state(directory: Path, config: RunConfig):
+    """The newest saved state, read without the runner."""
+    architecture, base = convert.load_llama(config.model.path, quantization=None)
+    adapters = init_adapters(jax.random.key(9), base, config.lora)
+    like = init_state(adapters, make_optimizer(config.train, STEPS), jax.random.key(9))
+    with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
+        newest = checkpoints.latest()
+        assert newest is not None
+        state = checkpoints.restore(newest, like)
+    return dataclasses.replace(state, key=jax.random.key_data(state.key))
+
+
+def assert_same_trees(one, two) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_same_runs(one: Path, two: Path, config: RunConfig) -> None:
+    assert losses(one) == losses(two)
+    assert [step for step, _, _ in losses(one)] == list(range(1, STEPS + 1))
+    weights = Path("adapter/adapter_model.safetensors")
+    assert (one / weights).read_bytes() == (two / weights).read_bytes()
+    first, second = (final_state(d, config) for d in (one, two))
+    assert int(first.step) == STEPS
+    assert_same_trees(first, second)
+    leftovers = {p.name for p in two.iterdir()} - {p.name for p in one.iterdir()}
+    assert not leftovers
+    assert {p.name for p in (two / "checkpoints").iterdir()} == {"step_16", "step_20"}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, make):
+    """A function: name of a setting -> directory of an uninterrupted run."""
+    done = {}
+
+    def straight(name):
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp(name) / "run"
+            run(make(done[name], **SETTINGS[name]))
+        return done[name]
+
+    return straight
+
+
+SETTINGS = {
+    "plain": {"model": {"quantization": "none", "remat": "none"}},
+    "everything": EVERYTHING,
+}
+
+# Steps here are faster than the writing of a checkpoint in the background.
+AT_STEP = """
+import os, signal, time
+from qlora_jax.watch import Watch
+noted = Watch.step
+def step(self, number, *rest):
+    noted(self, number, *rest)
+    if number == {number}:
+        newest = self._path.parent / "checkpoints" / "step_{saved}"
+        while {saved} and not newest.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.{signal})
+Watch.step = step
+"""
+# Audit hooks see a rename before it happens.
+AT_RENAME = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("step_{number}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def at_step(number: int, signal: str, saved: int) -> str:
+    """Lines that signal the process after a step, once a checkpoint is complete."""
+    return AT_STEP.format(number=number, signal=signal, saved=saved)
+
+
+def command(config: RunConfig, tmp_path: Path, before: str = ""):
+    """Runs `qlora-jax train FILE` in a process of its own."""
+    file = tmp_path / "settings.toml"
+    file.write_text(to_toml(config))
+    program = f"{before}\nimport sys\nfrom qlora_jax.cli import main\n"
+    program += f"sys.exit(main(['train', {str(file)!r}]))"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "newest"),
+    [
+        ("plain", at_step(10, "SIGTERM", 8), "step_8"),
+        ("everything", at_step(14, "SIGKILL", 12), "step_12"),
+        ("everything", AT_RENAME.format(number=12), "step_8"),
+        ("everything", at_step(3, "SIGKILL", 0), None),
+        ("everything", AT_RENAME.format(number=20), "step_16"),
+    ],
+    ids=["terminated", "everything", "in a checkpoint", "before any", "in the last"],
+)
+def test_killed_and_continued_equals_uninterrupted(
+    tmp_path, make, straight, setting, before, newest
+):
+    config = make(tmp_path / "run", **SETTINGS[setting])
+    killed = command(config, tmp_path, before)
+    assert killed.returncode in (-signal.SIGKILL, -signal.SIGTERM), killed.stderr
+    complete = [
+        p.name
+        for p in (tmp_path / "run" / "checkpoints").iterdir()
+        if p.name.removeprefix("step_").isdigit()
+    ]
+    assert max(complete, key=lambda n: int(n[5:]), default=None) == newest
+    run(config)
+    assert_same_runs(straight(setting), tmp_path / "run", config)
+
+
+def test_interrupted_says_one_line_and_continues(tmp_path, make, straight):
+    config = make(tmp_path / "run", **EVERYTHING)
+    done = command(config, tmp_path, at_step(9, "SIGINT", 8))
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == (
+        "qlora-jax train: interrupted. The same command continues from the newest "
+        "checkpoint, if there is one."
+    )
+    assert "Traceback" not in done.stderr
+    run(config)
+    assert_same_runs(straight("everything"), tmp_path / "run", config)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(p.relative_to(directory)): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tmp_path, make, capsys):
+    config = make(tmp_path / "run", train={"steps": 3})
+    first = run(config)
+    before = snapshot(tmp_path / "run")
+    capsys.readouterr()
+    assert run(config) == first
+    assert "finished (step 3 of 3); nothing was changed" in capsys.readouterr().err
+    after = snapshot(tmp_path / "run")
+    assert before.pop("config.toml")[1] == after.pop("config.toml")[1]
+    assert before == after
+
+
+def test_killed_before_the_report_the_run_is_completed(tmp_path, make):
+    config = make(tmp_path / "run", train={"steps": 3})
+    first = run(config)
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    (tmp_path / "run" / "report.json").unlink()
+    weights.unlink()
+    # What a kill in the middle of writing the adapter leaves.
+    (tmp_path / "run" / ".adapter.abc").mkdir()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    second = run(config)
+    assert weights.read_bytes() == content
+    assert not (tmp_path / "run" / ".adapter.abc").exists()
+    assert second["final_loss"] == first["final_loss"]
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_a_longer_run_continues_with_a_note(tmp_path, make, capsys):
+    run(make(tmp_path / "run", train={"steps": 3}))
+    report = run(make(tmp_path / "run", train={"steps": 5}))
+    assert report["steps"] == 5
+    said = capsys.readouterr().err
+    assert "was to take 3 steps and now takes 5; from here the learning rate" in said
+    assert "Continuing from step 3 of 5." in said
+    assert len(losses(tmp_path / "run")) == 5
+    assert read_config(tmp_path / "run" / "config.toml").train.steps == 5
+    with pytest.raises(UserError, match="has taken 5 steps already, and is now to end"):
+        run(make(tmp_path / "run", train={"steps": 4}))
+
+
+# --- what must not change ---
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, make):
+    """A run of two steps, to be continued with something changed."""
+    directory = tmp_path_factory.mktemp("started") / "run"
+    run(make(directory, train={"steps": 2}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("sections", "difference"),
+    [
+        ({"lora": {"r": 8}}, r"lora\.r: 4 -> 8"),
+        ({"lora": {"target_modules": "all-linear"}}, r"lora\.target_modules: \["),
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate: 0\.01 -> 0\.5"),
+        ({"train": {"batch_size": 1}}, r"train\.batch_size: 2 -> 1"),
+        ({"train": {"seed": 5}}, r"train\.seed: 0 -> 5"),
+        ({"model": {"dtype": "bfloat16"}}, r"model\.dtype: 'float32' -> 'bfloat16'"),
+        ({"model": {"quantization": "nf4"}}, r"quantization: 'nf4_dq' -> 'nf4'"),
+        ({"data": {"shuffle": False}}, r"data\.shuffle: True -> False"),
+        ({"data": {"max_length": 63}}, r"data\.max_length: 64 -> 63"),
+    ],
+)
+def test_a_changed_setting_is_refused_and_nothing_is_written(
+    started, make, sections, difference
+):
+    before = snapshot(started)
+    sections["train"] = {"steps": 4, **sections.get("train", {})}
+    with pytest.raises(UserError, match=f"cannot be continued: .*{difference}"):
+        run(make(started, **sections))
+    assert snapshot(started) == before
+
+
+def test_one_changed_byte_of_the_base_is_noticed(started, make, llama_dir, tmp_path):
+    for file in llama_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = bytearray((tmp_path / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    before = snapshot(started)
+    changed = make(started, model={"path": str(tmp_path)}, train={"steps": 4})
+    with pytest.raises(UserError, match=r"base_fingerprint: '\w{64}' -> '\w{64}'\. "):
+        run(changed)
+    assert snapshot(started) == before
+
+
+def test_changed_data_is_noticed_and_moved_data_is_not(
+    started, make, rows_file, tmp_path
+):
+    moved = tmp_path / "moved.jsonl"
+    lines = rows_file.read_text().splitlines()
+    moved.write_text("\n".join(lines[1:]))
+    before = snapshot(started)
+    with pytest.raises(UserError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
+        run(make(started, data={"path": str(moved)}, train={"steps": 4}))
+    assert snapshot(started) == before
+    moved.write_text("\n".join(lines))
+    run(make(started, data={"path": str(moved)}, train={"steps": 2}))
+
+
+# --- the steps ---
+
+
+def test_a_run_compiles_its_step_once(tmp_path, make, caplog):
+    with caplog.at_level(logging.DEBUG, "jax._src.interpreters.pxla"):
+        run(make(tmp_path / "run", train={"steps": 3}, checkpoint={"every": 2}))
+        run(make(tmp_path / "run", train={"steps": 9}, checkpoint={"every": 2}))
+    compiled = [
+        record.getMessage()
+        for record in caplog.records
+        if record.getMessage().startswith("Compiling")
+        and "train_step" in record.getMessage()
+    ]
+    assert len(compiled) == 2, "once in each process"
+
+
+def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir, rows_file):
+    config = make(
+        tmp_path / "run",
+        data={"packing": True},
+        train={"steps": 4, "gradient_accumulation_steps": 2, "lr_scheduler": "linear"},
+        log={"plot": True},
+    )
+    report = run(config)
+    directory = tmp_path / "run"
+    assert json.loads((directory / "report.json").read_text()) == report
+
+    # metrics.jsonl: the fields, and tokens counted from the batches themselves.
+    rows = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
+    examples = load_examples(config.data, None, vocab_size=32)
+    batches = Batches(
+        examples,
+        config.data,
+        batch_size=2,
+        accumulation_steps=2,
+        pad_token_id=0,
+        steps=4,
+    )
+    for index, row in enumerate(rows):
+        assert set(row) == {
+            *("step", "loss", "grad_norm", "learning_rate", "supervised_tokens"),
+            *("tokens_per_second", "seconds", "peak_memory_bytes"),
+        }
+        batch = batches[index]
+        assert row["step"] == index + 1
+        assert row["supervised_tokens"] == (batch["labels"][..., 1:] != -100).sum()
+        tokens = row["tokens_per_second"] * row["seconds"]
+        np.testing.assert_allclose(tokens, (batch["segment_ids"] > 0).sum(), rtol=1e-9)
+        np.testing.assert_allclose(row["learning_rate"], 1e-2 * (4 - index) / 4, 1e-6)
+        assert row["peak_memory_bytes"] > 0
+    assert report["final_loss"] == rows[-1]["loss"]
+
+    # adapter/: what the newest checkpoint holds.
+    architecture, base = convert.load_llama(llama_dir, quantization="nf4_dq")
+    lora, adapters = convert.load_adapter(directory / "adapter", architecture)
+    assert (lora.r, lora.lora_alpha) == (4, 8)
+    assert lora.base_model_name_or_path == str(llama_dir)
+    state = final_state(directory, config)
+    assert_same_trees(state.adapters, adapters)
+
+    # report.json: the numbers, counted from the arrays.
+    trained = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert report["trainable_parameters"] == trained
+    assert sum(report["groups"].values()) == trained
+    weights = directory / "adapter" / "adapter_model.safetensors"
+    assert report["adapter_bytes"] == weights.stat().st_size
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    assert report["optimizer_bytes"] == nbytes == trained * 8 + 8
+    assert report["base_parameters"] == tree_parameters(base)
+    dense = safetensors.numpy.load_file(llama_dir / "model.safetensors").values()
+    assert report["base_parameters"] == sum(tensor.size for tensor in dense)
+    assert report["versions"]["jax"] == jax.__version__
+    assert report["data"]["fingerprint"] == examples.report.fingerprint
+    assert report["seconds_to_first_step"] > 0
+
+    # config.toml: read again it is the configuration.
+    assert read_config(directory / "config.toml") == config
+    picture = (directory / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_a_run_can_start_from_an_adapter(tmp_path, make, capsys):
+    run(make(tmp_path / "one", train={"steps": 2}))
+    adapter = tmp_path / "one" / "adapter"
+    # r and lora_alpha are the adapter's, whatever the section says.
+    config = make(
+        tmp_path / "two",
+        lora={"r": 9},
+        train={"steps": 1, "learning_rate": 0.0, "adapter_init": str(adapter)},
+    )
+    run(config)
+    assert "Starting from the adapter" in capsys.readouterr().err
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "two" / weights).read_bytes() == (
+        tmp_path / "one" / weights
+    ).read_bytes()
+    assert read_config(tmp_path / "two" / "config.toml").lora.r == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
+    from qlora_jax import runner
+
+    real = runner.train_step
+
+    def step(state, base, batch, *, model, optimizer):
+        new, metrics = real(state, base, batch, model=model, optimizer=optimizer)
+        return new, {**metrics, "finite": state.step != 6}
+
+    config = make(tmp_path / "run", train={"steps": 8})
+    run(make(tmp_path / "good", train={"steps": 8}))
+    monkeypatch.setattr(runner, "train_step", step)
+    with pytest.raises(UserError, match="Step 7 is not finite: loss ") as stopped:
+        run(config)
+    message = str(stopped.value)
+    place = tmp_path / "run" / "nonfinite_step_7.npz"
+    assert str(place) in message and "(number 6)" in message
+    assert str(tmp_path / "run" / "checkpoints" / "step_4") in message
+    batch = np.load(place)
+    assert batch["tokens"].shape == batch["labels"].shape == (1, 2, 64)
+    # Whatever it was is over: the same command goes on.
+    monkeypatch.undo()
+    run(config)
+    assert losses(tmp_path / "run") == losses(tmp_path / "good")
+
+
+def test_a_learning_rate_far_too_high_stops_the_run(tmp_path, make):
+    config = make(
+        tmp_path / "run", train={"learning_rate": 1e38}, checkpoint={"every": 50}
+    )
+    with pytest.raises(UserError, match=r"Step \d+ is not finite.*no checkpoint yet"):
+        run(config)
+
+
+# --- the directory ---
+
+
+def test_the_output_directory_has_to_be_a_run_or_empty(tmp_path, make):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="`.*file` is a file"):
+        run(make(tmp_path / "file"))
+    with pytest.raises(UserError, match="`.*/file` is a file"):
+        run(make(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="not empty and holds no run"):
+        run(make(tmp_path))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(
+    tmp_path, make, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="no permission to write in"):
+        run(make(tmp_path / "run"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="`/proc/run` cannot be made"):
+        run(make("/proc/run"))
+
+
+def test_two_processes_do_not_train_in_one_directory(tmp_path, make):
+    import fcntl
+
+    config = make(tmp_path / "run", train={"steps": 1})
+    (tmp_path / "run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another process is training in"):
+            run(config)
+    finally:
+        os.close(handle)
+    run(config)
+
+
+# Once a checkpoint is complete, no file may grow beyond a size. The space is looked
+# for before Orbax starts writing; without that Orbax itself runs into the limit.
+FULL = """
+import resource, time
+from qlora_jax.checkpoint import Checkpoints
+from qlora_jax.watch import Watch
+noted = Watch.step
+def step(self, number, *rest):
+    noted(self, number, *rest)
+    if number == 5:
+        while not (self._path.parent / "checkpoints" / "step_4").exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+Watch.step = step
+"""
+UNFORESEEN = FULL + "Checkpoints._check_space = lambda *_: None\n"
+
+
+@pytest.mark.parametrize("before", [FULL, UNFORESEEN], ids=["foreseen", "unforeseen"])
+def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, before):
+    config = make(tmp_path / "run", **EVERYTHING)
+    full = command(config, tmp_path, before)
+    assert full.returncode == 1, full.stderr
+    rows, training, nothing, last = full.stderr.splitlines()
+    assert last.startswith("qlora-jax train: ") and "cannot be written" in last
+    assert "File too large" in last and "give the same command to continue" in last
+    assert (tmp_path / "run" / "checkpoints" / "step_4").is_dir()
+    run(config)
+    assert_same_runs(straight("everything"), tmp_path / "run", config)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, make):
+    config = make(tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2})
+    run(config)
+    saved = tmp_path / "run" / "checkpoints" / "step_4" / "state"
+    for file in saved.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"step_4` cannot be read .*delete that"):
+        run(make(tmp_path / "run", train={"steps": 6}))
