@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_PEER ?= .venv-peer
+VENV_GPU ?= .venv-gpu
 # Test processes. XLA compiles in the main thread, so one process a core pays.
 JOBS ?= 2
 # Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
@@ -20,11 +21,11 @@ BIN := $(VENV)/bin
 SOURCES := qlora_jax pallas_kernels convert scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types format peer bench clean
+.PHONY: help demo test unit lint types format peer compile bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
-	@echo "targets: demo test unit lint types format peer bench clean"
+	@echo "targets: demo test unit lint types format peer compile bench clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew.
@@ -65,10 +66,24 @@ $(VENV_PEER)/.installed: pyproject.toml
 peer: $(VENV_PEER)/.installed
 	$(VENV_PEER)/bin/python -m pytest tests -m peer $(ARGS)
 
+# The GPU compiler that goes with this jax, and of the CUDA libraries those it needs (all
+# of them, `jax[cuda13]`, are 4 GB). It compiles for a device that need not be there.
+$(VENV_GPU)/.installed: pyproject.toml
+	@$(VENV_GPU)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_GPU)
+	$(VENV_GPU)/bin/python -m pip install --quiet --editable '.[dev]'
+	jax=$$($(VENV_GPU)/bin/python -c 'import jax; print(jax.__version__)') && \
+	  $(VENV_GPU)/bin/python -m pip install --quiet --no-deps \
+	    "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" nvidia-cudnn-cu13 \
+	    nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
+	@touch $@
+
+compile: $(VENV_GPU)/.installed
+	$(VENV_GPU)/bin/python -m pytest tests -m compile $(ARGS)
+
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .venv .venv312 .venv-peer
+	rm -rf .venv .venv312 .venv-peer .venv-gpu
