@@ -1,6 +1,7 @@
 # Every target works on a machine with make and a Python of at least 3.11, nothing else.
 #
-#   make demo    MODEL=<HF directory> DATA=<file>   fine-tune, generate, export
+#   make demo                                       make a model, fine-tune, export
+#   make demo    MODEL=<HF directory> DATA=<file>   the same on a model of yours
 #   make test                                       lint, types, tests
 #
 # PYTHON selects the interpreter and VENV the environment made with it, so that several
@@ -24,7 +25,7 @@ SOURCES := qlora_jax pallas_kernels convert scripts tests
 .PHONY: help demo test unit lint types format peer compile bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 	@echo "targets: demo test unit lint types format peer compile bench clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
