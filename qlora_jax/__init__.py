@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_jax.errors import UserError as UserError
     from qlora_jax.llama import Llama as Llama
     from qlora_jax.lora import init_adapters as init_adapters
+    from qlora_jax.model import load as load
     from qlora_jax.nf4 import NF4Tensor as NF4Tensor
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
@@ -29,6 +30,8 @@ __version__ = "0.1.0"
 
 # Name -> module. The imports above say the same to type checkers; a test compares them.
 _CONTENTS = {
+    # --- The front door: a directory in, a model to ask and train out ---
+    "load": "qlora_jax.model",
     # --- Configuration, in the words of HF and PEFT ---
     "LlamaConfig": "qlora_jax.config",
     "LoraConfig": "qlora_jax.config",
