@@ -24,7 +24,6 @@ from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runfile import CheckpointConfig
 from qlora_jax.train import TrainState
 
-
 # Bytes that a checkpoint may need beside its arrays.
 _SLACK = 1 << 20
 

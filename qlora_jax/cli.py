@@ -7,14 +7,13 @@ usage, 130 interrupted. What a command reports goes to stdout, as a table or, wi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -248,9 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in _COMMANDS:
         print(f"qlora-jax: no command {args[0]!r}.\n\n{_USAGE}", file=sys.stderr)
         return 2
+    # Orbax logs, thread by thread, the errors that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with _quiet():
-            return _run(args[0], args[1:])
+        return _run(args[0], args[1:])
     except UserError as error:
         print(f"qlora-jax {args[0]}: {error}", file=sys.stderr)
         return 1
@@ -271,29 +271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes what libraries say on stderr about errors that they raise as well.
-
-    When a disk is full Orbax logs a traceback from each of its threads, and then
-    tensorstore, which calls back into loops that are closed by then, prints more.
-    """
-
-    def hook(kind: Any, error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook_before(kind, error, trace)
-
-    logger = logging.getLogger("absl")
-    level, hook_before = logger.level, sys.excepthook
-    logger.setLevel(logging.CRITICAL)
-    sys.excepthook = hook
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.excepthook = hook_before
 
 
 def _run(name: str, args: list[str]) -> int:

@@ -91,7 +91,8 @@ class Watch:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         """Closes file and bar."""
-        self._bar.stop()
+        if not self._plain:
+            self._bar.stop()
         # On a full disk closing fails again, and the first failure says more.
         with contextlib.suppress(*[OSError] if kind else []):
             self._file.close()

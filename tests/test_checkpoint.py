@@ -1,0 +1,163 @@
+"""Checkpoints: what goes in comes out, the newest are kept, differences are named."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.runfile import CheckpointConfig
+from qlora_jax.train import TrainState, init_state
+
+RECORD = {"batches": 3, "lora": {"r": 4, "target_modules": ["q_proj"]}}
+
+
+def state_at(step: int, seed: int = 0) -> TrainState:
+    """A small state, with AdamW's moments and a key that a step has changed."""
+    key = jax.random.key(seed)
+    adapters = {"model": {"a": jax.random.normal(key, (3, 5))}}
+    optimizer = optax.adamw(0.1)
+    state = init_state(adapters, optimizer, jax.random.fold_in(key, 1))
+    with jax.numpy_dtype_promotion("standard"):
+        _, moments = optimizer.update(adapters, state.opt_state, adapters)
+    return TrainState(
+        step=jnp.int32(step), adapters=adapters, opt_state=moments, key=state.key
+    )
+
+
+def assert_equal(one: TrainState, two: TrainState) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = state_at(3)
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(state, RECORD)
+        checkpoints.wait()
+        assert checkpoints.path(3).is_dir()
+        checkpoints.save(state, RECORD)  # the same step again is no second save
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert checkpoints.record(3) == RECORD
+        assert_equal(checkpoints.restore(3, state_at(0, seed=1)), state)
+
+
+def test_a_step_may_take_the_arrays_before_they_are_on_the_disk(tmp_path):
+    states = {step: state_at(step, seed=step) for step in (1, 2, 3)}
+    take = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
+        for step in states:
+            copy = state_at(step, seed=step)
+            checkpoints.save(copy, RECORD)
+            take((copy.adapters, copy.opt_state))
+    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
+        for step, state in states.items():
+            assert_equal(checkpoints.restore(step, state_at(0)), state)
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(state_at(step), RECORD)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_4", "step_6"}
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+    half = tmp_path / "step_4.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_text("half")
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 2
+    assert not half.exists()
+
+
+def test_another_structure_is_refused(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+        checkpoints.wait()
+        other = init_state(
+            {"model": {"b": jnp.zeros((3, 5))}}, optax.adamw(0.1), jax.random.key(0)
+        )
+        with pytest.raises(CheckpointError, match="step_2` cannot be read"):
+            checkpoints.restore(2, other)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO], ids=os.strerror
+)
+def test_a_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path, monkeypatch, number):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+
+        def full(handle, offset, length):
+            assert length > 3 * 3 * 5 * 4  # adapters and two moments
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(CheckpointError, match=os.strerror(number)):
+                checkpoints.save(state_at(4), RECORD)
+        checkpoints.save(state_at(4), RECORD)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
+
+
+def test_a_file_system_that_cannot_reserve_is_written_to_all_the_same(
+    tmp_path, monkeypatch
+):
+    def unsupported(handle, offset, length):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+    monkeypatch.delattr(os, "posix_fallocate")
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(4), RECORD)
+        assert checkpoints.latest() == 4
+
+
+def test_errors_of_the_disk_are_told_from_defects(tmp_path):
+    said = r"cannot be written: No space left.* same command to continue"
+    with pytest.raises(CheckpointError, match=said), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=said), disk_errors(tmp_path):
+        raise ValueError("OUT_OF_RANGE: Failed writing: No space left on device [28]")
+    with pytest.raises(ValueError, match="a defect"), disk_errors(tmp_path):
+        raise ValueError("a defect")
+    with pytest.raises(CheckpointError, match="^mine$"), disk_errors(tmp_path):
+        raise CheckpointError("mine")
+
+
+def test_the_first_error_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    close = checkpoints._manager.close
+
+    def failing():
+        close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "close", failing)
+    with pytest.raises(UserError, match="first"), checkpoints:
+        raise UserError("first")
+
+
+def test_differences_are_named_with_both_values():
+    now = {"base": "x", "lora": {"r": 8, "target_modules": ("q_proj",)}, "new": 1}
+    saved = {"base": "x", "lora": {"r": 4, "target_modules": ["q_proj"]}}
+    with pytest.raises(UserError) as refused:
+        compare_records(saved, now)
+    assert "has changed: lora.r: 4 -> 8; new: None -> 1. Undo" in str(refused.value)
+    compare_records(saved, {"base": "x", "lora": dict(saved["lora"])})
