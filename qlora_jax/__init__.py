@@ -9,19 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_jax.batches import Batches as Batches
+    from qlora_jax.batches import prefetch as prefetch
     from qlora_jax.config import LlamaConfig as LlamaConfig
     from qlora_jax.config import LoraConfig as LoraConfig
     from qlora_jax.data import DataConfig as DataConfig
+    from qlora_jax.data import load_examples as load_examples
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
+    from qlora_jax.generate import generate_tokens as generate_tokens
+    from qlora_jax.linear import Compute as Compute
     from qlora_jax.llama import Llama as Llama
     from qlora_jax.lora import init_adapters as init_adapters
+    from qlora_jax.loss import cross_entropy_sum as cross_entropy_sum
+    from qlora_jax.memory import parameter_report as parameter_report
+    from qlora_jax.model import Model as Model
     from qlora_jax.model import load as load
     from qlora_jax.nf4 import NF4Tensor as NF4Tensor
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
+    from qlora_jax.runfile import RunConfig as RunConfig
+    from qlora_jax.runner import run as run
     from qlora_jax.train import TrainConfig as TrainConfig
     from qlora_jax.train import TrainState as TrainState
+    from qlora_jax.train import eval_step as eval_step
     from qlora_jax.train import init_state as init_state
     from qlora_jax.train import make_optimizer as make_optimizer
     from qlora_jax.train import train_step as train_step
@@ -30,26 +41,39 @@ __version__ = "0.1.0"
 
 # Name -> module. The imports above say the same to type checkers; a test compares them.
 _CONTENTS = {
-    # --- The front door: a directory in, a model to ask and train out ---
+    # --- The front door ---
     "load": "qlora_jax.model",
+    "Model": "qlora_jax.model",
     # --- Configuration, in the words of HF and PEFT ---
     "LlamaConfig": "qlora_jax.config",
     "LoraConfig": "qlora_jax.config",
     "DataConfig": "qlora_jax.data",
     "TrainConfig": "qlora_jax.train",
+    "RunConfig": "qlora_jax.runfile",
     # --- The model ---
     "Llama": "qlora_jax.llama",
+    "Compute": "qlora_jax.linear",
     # --- Quantized weights ---
     "NF4Tensor": "qlora_jax.nf4",
     "quantize": "qlora_jax.nf4",
     "dequantize": "qlora_jax.nf4",
     # --- Adapters ---
     "init_adapters": "qlora_jax.lora",
+    # --- Data ---
+    "load_examples": "qlora_jax.data",
+    "Batches": "qlora_jax.batches",
+    "prefetch": "qlora_jax.batches",
     # --- Training ---
     "TrainState": "qlora_jax.train",
     "init_state": "qlora_jax.train",
     "make_optimizer": "qlora_jax.train",
     "train_step": "qlora_jax.train",
+    "eval_step": "qlora_jax.train",
+    "cross_entropy_sum": "qlora_jax.loss",
+    "run": "qlora_jax.runner",
+    # --- Use ---
+    "generate_tokens": "qlora_jax.generate",
+    "parameter_report": "qlora_jax.memory",
     # --- Errors ---
     "UserError": "qlora_jax.errors",
     "CheckpointError": "qlora_jax.errors",

@@ -64,9 +64,10 @@ def generate_tokens(
                 f"prompt {row} is empty: a model without a BOS token needs at least "
                 "one token to start from."
             )
-        if min(prompt) < 0 or max(prompt) >= vocab:
+        outside = [token for token in prompt if not 0 <= token < vocab]
+        if outside:
             raise UserError(
-                f"prompt {row} has token {max(prompt)} outside the vocabulary of "
+                f"prompt {row} has token {outside[0]} outside the vocabulary of "
                 f"{vocab}; does the tokenizer belong to this model?"
             )
     if not prompts:

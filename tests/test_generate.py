@@ -1,0 +1,156 @@
+"""Generation: greedy as Hugging Face, a batch as its rows alone, sampling as told."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from qlora_jax.errors import UserError
+from qlora_jax.generate import _filter, generate_tokens
+from qlora_jax.linear import Compute
+from qlora_jax.llama import Llama
+
+
+@pytest.fixture(scope="module")
+def tiny(llama_dir):
+    """The two-layer model in float32, and its variables."""
+    config, base = convert.load_llama(llama_dir, quantization=None)
+    base = jax.tree.map(jnp.asarray, base)
+    return Llama(config, Compute(dtype="float32")), {"params": base}
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-char105"])
+def test_greedy_tokens_are_those_of_hugging_face(shared_data, name):
+    config, base = convert.load_llama(shared_data / name, quantization=None)
+    variables = {"params": jax.tree.map(jnp.asarray, base)}
+    stored = json.loads((shared_data / name / "greedy.json").read_text())
+    rows = generate_tokens(
+        Llama(config, Compute(dtype="float32")),
+        variables,
+        [row["input_ids"] for row in stored],
+        max_new_tokens=60,
+    )
+    assert rows == [row["output_ids"] for row in stored]
+
+
+def test_a_row_gets_what_it_gets_alone(tiny):
+    together = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert row[: len(prompt)] == prompt and len(row) == len(prompt) + 12
+        assert generate_tokens(*tiny, [prompt], max_new_tokens=12) == [row]
+
+
+def test_greedy_is_the_argmax_of_the_logits(tiny):
+    model, variables = tiny
+    (row,) = generate_tokens(model, variables, [[1, 2, 3]], max_new_tokens=8)
+    logits = model.apply(variables, jnp.asarray([row]))[0]
+    assert row[3:] == jnp.argmax(logits[2:-1], axis=-1).tolist()
+
+
+def test_lengths_around_the_rounding_of_the_cache(tiny):
+    """Prompts of 31, 32 and 33 tokens, whose caches are rounded up differently."""
+    prompts = [[1 + i % 30 for i in range(length)] for length in (31, 32, 33)]
+    long = generate_tokens(*tiny, prompts, max_new_tokens=33)
+    for prompt, row in zip(prompts, long, strict=True):
+        (short,) = generate_tokens(*tiny, [prompt], max_new_tokens=1)
+        assert short == row[: len(prompt) + 1]
+
+
+def test_sampling_is_a_function_of_the_seed(tiny):
+    settings = {"max_new_tokens": 10, "temperature": 1.0}
+    first = generate_tokens(*tiny, PROMPTS, seed=1, **settings)
+    assert generate_tokens(*tiny, PROMPTS, seed=1, **settings) == first
+    assert generate_tokens(*tiny, PROMPTS, seed=2, **settings) != first
+    # Equal prompts in one batch draw from streams of their own.
+    one, two = generate_tokens(*tiny, [[1, 2], [1, 2]], seed=1, **settings)
+    assert one != two
+
+
+def test_limits_that_leave_one_token_are_greedy(tiny):
+    greedy = generate_tokens(*tiny, PROMPTS, max_new_tokens=6)
+    for limit in ({"top_k": 1}, {"top_p": 1e-6}):
+        rows = generate_tokens(
+            *tiny, PROMPTS, max_new_tokens=6, temperature=2.0, **limit
+        )
+        assert rows == greedy
+
+
+def kept(probabilities, top_p, top_k):
+    logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
+    top_p = None if top_p is None else jnp.float32(top_p)
+    return np.flatnonzero(np.isfinite(_filter(logits, top_p, top_k)[0])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "expected"),
+    [
+        (None, 1, [2]),
+        (None, 3, [0, 2, 3]),
+        (None, 5, [0, 1, 2, 3, 4]),
+        # The smallest set of the likeliest that holds top_p: 0.4, 0.7, 0.9, ...
+        (0.39, None, [2]),
+        (0.41, None, [0, 2]),
+        (0.69, None, [0, 2]),
+        (0.71, None, [0, 2, 3]),
+        (0.99, None, [0, 1, 2, 3, 4]),
+        # First top_k; the nucleus is that of what is left, 0.4 / 0.7 and 0.3 / 0.7.
+        (0.5, 2, [2]),
+        (0.6, 2, [0, 2]),
+    ],
+)
+def test_what_is_sampled_from(top_p, top_k, expected):
+    assert kept([0.3, 0.06, 0.4, 0.2, 0.04], top_p, top_k) == expected
+
+
+def test_sampling_follows_the_distribution(tiny):
+    """The first token of 2,000 equal prompts, against the softmax of the logits."""
+    model, variables = tiny
+    rows = generate_tokens(
+        model, variables, [[1, 2, 3]] * 2000, max_new_tokens=1, temperature=0.7
+    )
+    logits = model.apply(variables, jnp.asarray([[1, 2, 3]]))[0, -1]
+    expected = np.asarray(jax.nn.softmax(logits / 0.7))
+    found = np.bincount([row[-1] for row in rows], minlength=32) / 2000
+    # Five standard errors of a share.
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 2000) + 1e-3).all()
+
+
+def test_a_row_ends_at_an_end_token_and_the_others_go_on(tiny):
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
+    end = rows[0][len(PROMPTS[0]) + 4]
+    ended = generate_tokens(*tiny, PROMPTS, max_new_tokens=12, eos_token_ids=(end, 99))
+    for prompt, row, cut in zip(PROMPTS, rows, ended, strict=True):
+        added = row[len(prompt) :]
+        length = added.index(end) + 1 if end in added else len(added)
+        assert cut == prompt + added[:length]
+    assert ended[0][-1] == end and len(ended[0]) < len(rows[0])
+
+
+def test_no_prompts_give_no_rows(tiny):
+    assert generate_tokens(*tiny, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 32]], {}, "prompt 0 has token 32 outside the vocabulary of 32"),
+        ([[-1, 3]], {}, "prompt 0 has token -1 outside"),
+        ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ([[1]], {"temperature": -0.5}, "`temperature` must be >= 0, got -0.5"),
+        ([[1]], {"temperature": float("nan")}, "`temperature` must be >= 0, got nan"),
+        ([[1]], {"top_p": 0.0}, r"`top_p` must lie in \(0, 1\], got 0.0"),
+        ([[1]], {"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
+        ([[1]], {"top_k": 0}, "`top_k` must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tiny, prompts, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate_tokens(*tiny, prompts, **{"max_new_tokens": 3} | settings)
