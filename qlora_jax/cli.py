@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import rich.console
-import rich.markup
-import rich.table
 import tyro
 
 import convert
@@ -337,16 +334,17 @@ def _load(command: Eval | Generate) -> Any:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Prints a report as a two-column table; nested entries are indented."""
-    table = rich.table.Table(box=None, show_header=False, pad_edge=False)
+    """Prints a report in two columns; nested entries are indented."""
+    lines: list[tuple[str, str]] = []
     for key, value in report.items():
         if isinstance(value, Mapping):
-            table.add_row(key, "")
-            for inner, item in value.items():
-                table.add_row(f"  {inner}", _text(item))
+            lines.append((key, ""))
+            lines += [(f"  {inner}", _text(item)) for inner, item in value.items()]
         else:
-            table.add_row(key, _text(value))
-    rich.console.Console(soft_wrap=True).print(table)
+            lines.append((key, _text(value)))
+    width = max(len(key) for key, _ in lines)
+    for key, text in lines:
+        print(f"{key:<{width}}  {text}".rstrip())
 
 
 def _text(value: Any) -> str:
@@ -358,7 +356,7 @@ def _text(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return rich.markup.escape(str(value))
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,353 @@
+"""The commands as users call them: what they print, what they return, how they fail.
+
+A failure is one paragraph on stderr that names what is wrong, and status 1; wrong usage
+is status 2.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import convert
+from qlora_jax.batches import eval_batches
+from qlora_jax.cli import main
+from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.model import load
+from qlora_jax.runfile import read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cli(capsys):
+    """A function: arguments -> (status, stdout, stderr)."""
+
+    def cli(*args):
+        status = main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return cli
+
+
+@pytest.fixture
+def model_dir(llama_dir, tmp_path):
+    """A copy of the small model, to be damaged."""
+    return Path(shutil.copytree(llama_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def settings(tmp_path, model_dir, rows_file):
+    """A run file for `model_dir`; sections of TOML can be added."""
+
+    def write(more="", data="", path=None, rows=None):
+        file = tmp_path / "settings.toml"
+        file.write_text(
+            f'output_dir = "{tmp_path / "run"}"\n'
+            f'[model]\npath = "{path or model_dir}"\ndtype = "float32"\n'
+            f'[data]\npath = "{rows or rows_file}"\nformat = "tokens"\n'
+            f"max_length = 64\n{data}\n"
+            f"[train]\nsteps = 2\nbatch_size = 2\n{more}\n"
+        )
+        return file
+
+    return write
+
+
+def paragraph(err: str, command: str) -> str:
+    """The failure: the last line of stderr, and no traceback before it."""
+    assert "Traceback" not in err and "PyTorch" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"qlora-jax {command}: ")
+    return last
+
+
+# --- usage ---
+
+
+def test_help_says_what_there_is(cli):
+    status, out, err = cli("--help")
+    assert status == 0 and err == ""
+    for command in ("train", "eval", "generate", "inspect", "quantize"):
+        assert f"\n  {command} " in out
+        status, text, _ = cli(command, "--help")
+        assert status == 0 and "--help" in text
+    assert cli()[0] == 2
+    status, _, err = cli("tain")
+    assert status == 2 and "no command 'tain'" in err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", "--model.path", "x"],
+        ["inspect"],
+        ["inspect", "x", "--lora.rank", "3"],
+        ["inspect", "x", "--lora.r", "three"],
+        ["inspect", "x", "--lora.r", "0"],
+        ["inspect", "x", "--dtype", "float64"],
+    ],
+)
+def test_wrong_usage_is_status_2(cli, args):
+    status, out, err = cli(*args)
+    assert status == 2 and out == "" and err and "Traceback" not in err
+
+
+def test_an_option_of_the_command_line_wins(cli, settings, tmp_path):
+    file = settings("learning_rate = 0.5")
+    options = ["--train.learning-rate", "0.25", "--lora.target-modules", "all-linear"]
+    assert cli("train", file, *options, "--output-dir", tmp_path / "r")[0] == 0
+    config = read_config(tmp_path / "r" / "config.toml")
+    assert config.train.learning_rate == 0.25
+    assert config.lora.target_modules == "all-linear"
+
+
+# --- train and what comes after ---
+
+
+def test_train_then_ask_about_the_run(cli, settings, tmp_path, model_dir, rows_file):
+    status, out, err = cli("train", settings("learning_rate = 0.01"))
+    assert status == 0 and "step 2/2" in err
+    assert f"{tmp_path / 'run' / 'adapter'}" in out and "trainable_parameters" in out
+    run = tmp_path / "run"
+    report = json.loads((run / "report.json").read_text())
+
+    # inspect: the same counts, from the configuration alone.
+    status, out, _ = cli("inspect", run, "--dtype", "float32", "--json")
+    counted = json.loads(out)
+    for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
+        assert counted[name] == report[name]
+    assert counted["base_bytes"] == report["base_bytes"]
+    status, out, _ = cli("inspect", run)
+    assert status == 0 and f"{report['trainable_parameters']:,}" in out
+
+    # eval: the base as it was trained (nf4_dq, float32), against a plain computation.
+    data = ["--data.path", rows_file, "--data.format", "tokens"]
+    status, out, _ = cli("eval", run, *data, "--json", "--batch-size", "5")
+    result = json.loads(out)
+    model = load(run, quantization="nf4_dq", dtype="float32")
+    config = DataConfig(path=str(rows_file), format="tokens")
+    examples = load_examples(config, None, vocab_size=32)
+    total = count = 0
+    for batch in eval_batches(examples, config, batch_size=24, pad_token_id=0):
+        logits = np.asarray(model.logits(batch["tokens"]), np.float64)[:, :-1]
+        labels = batch["labels"][:, 1:]
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        picked = np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0]
+        total -= picked[labels != -100].sum()
+        count += int((labels != -100).sum())
+    assert result["supervised_tokens"] == count == report["data"]["supervised_tokens"]
+    assert result["rows"] == 24
+    assert result["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+    # Without its tokenizer a run cannot be asked for text, and says so.
+    status, _, err = cli("generate", run, "--prompt", "Once")
+    assert status == 1 and "has no tokenizer" in paragraph(err, "generate")
+
+
+@pytest.mark.real
+def test_generate_prints_prompt_and_continuation(cli, shared_data):
+    path = shared_data / "stories260K"
+    stored = json.loads((path / "greedy.json").read_text())[:2]
+    prompts = [row["prompt"] for row in stored]
+    exact = ["--quantization", "none", "--dtype", "float32", "--max-new-tokens", "60"]
+    status, out, err = cli("generate", path, *exact, "--prompt", *prompts)
+    assert status == 0 and err == ""
+    assert out == "\n\n".join(row["text"] for row in stored) + "\n"
+    status, out, _ = cli("generate", path, *exact, "--json", "--prompt", *prompts)
+    assert json.loads(out) == {"texts": [row["text"] for row in stored]}
+
+
+def test_quantize_writes_what_loads(cli, model_dir, tmp_path):
+    status, out, _ = cli("quantize", model_dir, tmp_path / "q", "--json")
+    report = json.loads(out)
+    assert status == 0 and report["ratio"] < 0.6
+    packed = convert.load_llama(tmp_path / "q", quantization=None)[1]
+    direct = convert.load_llama(model_dir, quantization="nf4_dq")[1]
+    jax.tree.map(np.testing.assert_array_equal, packed, direct)
+    status, _, err = cli("quantize", tmp_path / "q", tmp_path / "twice")
+    assert status == 1 and "is quantized already" in paragraph(err, "quantize")
+    assert not (tmp_path / "twice").exists()
+
+
+# --- what users get wrong ---
+
+
+def damage(model_dir: Path, how: str) -> None:
+    weights, config = model_dir / "model.safetensors", model_dir / "config.json"
+    if how == "missing":
+        weights.unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "corrupt":
+        weights.write_bytes(b"\xff" * 5000)
+    elif how == "pickle":
+        weights.rename(model_dir / "pytorch_model.bin")
+    elif how == "nan":
+        tensors = dict(safetensors.numpy.load_file(weights))
+        tensors["model.norm.weight"][3] = np.nan
+        safetensors.numpy.save_file(tensors, weights)
+    elif how == "shard":
+        tensors = safetensors.numpy.load_file(weights)
+        weights.unlink()
+        index = {
+            "weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+        }
+        (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "architecture":
+        raw = json.loads(config.read_text())
+        raw |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+        config.write_text(json.dumps(raw))
+    else:
+        config.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "has no weights"),
+        ("truncated", "is truncated or damaged"),
+        ("corrupt", "is truncated or damaged"),
+        ("pickle", "holds its weights in pickle files (pytorch_model.bin)"),
+        ("nan", "`model.norm.weight` contains NaN or infinity"),
+        ("shard", "1 missing files: model-00001-of-00002.safetensors"),
+        ("architecture", "This is no Llama causal language model"),
+        ("config", "has no config.json"),
+    ],
+)
+def test_a_damaged_model_is_named_and_no_run_is_begun(
+    cli, settings, model_dir, tmp_path, how, message
+):
+    damage(model_dir, how)
+    status, out, err = cli("train", settings())
+    assert status == 1 and out == ""
+    assert message in paragraph(err, "train")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ('{"input_ids": [1, 2]}\n{"input_ids": [1,', ":2: malformed JSON"),
+        ('{"input_ids": [1, 2]}\n\n[1]', ":3: a row must be a JSON object"),
+        ('{"text": "x"}', ":1: "),
+        ('{"input_ids": [1, 2, 99], "labels": [1, 2, 99]}', "99"),
+        ('{"input_ids": [1, 2], "labels": [-100, -100]}', "labels"),
+        (None, "there is no file"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named_with_its_line(
+    cli, settings, tmp_path, content, message
+):
+    rows = tmp_path / "mine.jsonl"
+    if content is not None:
+        rows.write_text(content)
+    status, out, err = cli("train", settings(rows=rows))
+    assert status == 1 and out == ""
+    assert message in paragraph(err, "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_too_long_are_counted(cli, settings, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    lengths = [5, 70, 90, 8]
+    rows.write_text(
+        "\n".join(
+            json.dumps({"input_ids": [1] * n, "labels": [1] * n}) for n in lengths
+        )
+    )
+    status, _, err = cli("train", settings(rows=rows))
+    assert status == 0 and "2 rows truncated (32 tokens lost)" in err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["data"]["truncated"] == 2 and report["data"]["longest_row"] == 90
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("learning_rat = 1", "`learning_rat` is no option here; did you mean"),
+        ("batch_size = 3", "no valid TOML"),  # given twice
+        ("warmup_steps = 3", "`warmup_steps`=3 exceeds `steps`=2"),
+        ("[lora]\ntarget_modules = ['query']", "matches no linear module"),
+        ("[lora]\nr = '8'", "`r` must be an integer, got '8'"),
+        ("adapter_init = 'nowhere'", "`nowhere` does not exist"),
+    ],
+)
+def test_settings_that_cannot_be_used(cli, settings, tmp_path, more, message):
+    status, out, err = cli("train", settings(more))
+    assert status == 1 and out == ""
+    assert message in paragraph(err, "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_needs_a_tokenizer(cli, settings, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time.")
+    status, _, err = cli(
+        "train", settings(rows=tmp_path / "text.txt"), "--data.format", "text"
+    )
+    assert status == 1 and "has no tokenizer" in paragraph(err, "train")
+
+
+def test_the_output_directory_is_not_taken_from_anyone(cli, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("mine")
+    status, _, err = cli("train", settings())
+    assert status == 1 and "is not empty and holds no run" in paragraph(err, "train")
+    status, _, err = cli("train", settings(), "--output-dir", tmp_path / "run" / "mine")
+    assert status == 1 and "mine` is a file" in paragraph(err, "train")
+    status, _, err = cli("train", settings(), "--output-dir", "/proc/run")
+    assert status == 1 and "`/proc/run` cannot be made" in paragraph(err, "train")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "quantize"])
+def test_a_path_that_is_not_there(cli, command, tmp_path):
+    more = {
+        "eval": ["--data.path", "x"],
+        "generate": ["--prompt", "x"],
+        "inspect": [],
+        "quantize": [tmp_path / "out"],
+    }[command]
+    status, out, err = cli(command, tmp_path / "nowhere", *more)
+    assert status == 1 and out == ""
+    assert "nowhere` does not exist" in paragraph(err, command)
+
+
+@pytest.mark.real
+def test_a_damaged_tokenizer_through_the_command(shared_data, tmp_path):
+    """In a process of its own, where transformers is imported for the first time."""
+    model = Path(shutil.copytree(shared_data / "stories260K", tmp_path / "model"))
+    os.chmod(model, 0o755)
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").write_text(text[:1000])
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_jax.cli", "generate", model, "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "The tokenizer in" in paragraph(done.stderr, "generate")
+
+
+def test_a_reader_that_goes_away_is_no_error(model_dir):
+    command = f"{sys.executable} -m qlora_jax.cli inspect {model_dir} | head -c 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert "Traceback" not in done.stderr
