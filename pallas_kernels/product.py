@@ -20,8 +20,10 @@ def contract(
 ) -> Array:
     """Sums over the last axis of `a` and axis `axis` (0 or 1) of the matrix `b`.
 
-    Sums are float32 also for bf16 operands: what a GPU's tensor cores do anyway, and
-    on a CPU with bf16 instructions twice as fast as asking for a bf16 result.
+    Sums are float32 also for bf16 operands. Where the rounding happens is the
+    platform's affair: a GPU rounds as it writes (asked for float32 it would write twice
+    the bytes, read them again to round, and could not add to an earlier result in
+    place); a CPU with bf16 instructions is twice as fast when asked for float32.
 
     Args:
       a: left operand, any leading axes.
@@ -32,14 +34,22 @@ def contract(
     Returns:
       The product [*B, N] with N the other axis of `b`.
     """
-    out = jax.lax.dot_general(
-        a,
-        b,
-        (((a.ndim - 1,), (axis,)), ((), ())),
+    dtype = a.dtype if dtype is None else jnp.dtype(dtype)
+    product = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((a.ndim - 1,), (axis,)), ((), ())),
         precision=precision(a.dtype),
-        preferred_element_type=jnp.float32,
     )
-    return out.astype(a.dtype if dtype is None else dtype)
+
+    def rounded_after(a: Array, b: Array) -> Array:
+        return product(a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+    def rounded_within(a: Array, b: Array) -> Array:
+        return product(a, b, preferred_element_type=dtype)
+
+    if dtype == jnp.float32:
+        return rounded_within(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=rounded_after, default=rounded_within)
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
@@ -27,10 +29,6 @@ from qlora_jax.errors import UserError
 # Large and negative but finite: a row with nothing to see stays finite. The running
 # maximum starts lower still, so a block of nothing but masked scores never wins.
 _MASKED = -1e30
-
-# Tokens a block: square blocks of 256 scores are wide enough for full matrix-product
-# speed and keep the work above the diagonal small.
-_BLOCK = 256
 
 
 def attention(
@@ -60,28 +58,28 @@ def attention(
       UserError: an implementation that cannot compute this here, with the reason.
     """
     if implementation == "auto":
-        implementation = "cudnn" if _cudnn_refusal(q, segment_ids) is None else "xla"
+        if _cudnn_refusal(q, k, v, segment_ids) is not None:
+            return _blockwise(q, k, v, segment_ids)
+        # Chosen when the program is compiled, for the device it is compiled for.
+        return jax.lax.platform_dependent(
+            q, k, v, cuda=_cudnn, default=lambda q, k, v: _blockwise(q, k, v, None)
+        )
     if implementation == "eager":
         seen = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
-        out = masked_attention(q, k, v, seen)
-    elif implementation == "xla":
-        # Names what its derivative keeps itself.
+        return checkpoint_name(masked_attention(q, k, v, seen), "attention_out")
+    if implementation == "xla":
         return _blockwise(q, k, v, segment_ids)
-    elif implementation == "cudnn":
-        refusal = _cudnn_refusal(q, segment_ids)
+    if implementation == "cudnn":
+        refusal = _cudnn_refusal(q, k, v, segment_ids)
         if refusal is not None:
             raise UserError(
                 f"attention='cudnn' cannot be used here: {refusal} Use 'auto' or 'xla'."
             )
-        out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn"
-        )
-    else:
-        raise UserError(
-            f"attention={implementation!r} does not exist. Choose from 'auto', "
-            "'eager', 'xla', 'cudnn'."
-        )
-    return checkpoint_name(out, "attention_out")
+        return _cudnn(q, k, v)
+    raise UserError(
+        f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
+        "'xla', 'cudnn'."
+    )
 
 
 def causal_mask(
@@ -131,23 +129,32 @@ def masked_attention(
     return out.reshape(batch, queries, heads, width).astype(q.dtype)
 
 
-def _cudnn_refusal(q: Array, segment_ids: Array | None) -> str | None:
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_refusal(
+    q: Array, k: Array, v: Array, segment_ids: Array | None
+) -> str | None:
     """Says why cuDNN cannot compute this, or None."""
-    if jax.default_backend() != "gpu":
-        return "it needs an NVIDIA GPU and this process runs on another backend."
-    # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if not capability[:1].isdigit() or float(capability) < 8.0:
-        return (
-            "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this one "
-            f"has {capability or 'none'}."
-        )
     if segment_ids is not None:
         return "it takes neither segment ids nor padding masks."
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16, not {q.dtype}."
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"head_dim={q.shape[-1]} is no multiple of 8 up to 128."
+    if jax.default_backend() == "gpu":
+        # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+        if not capability[:1].isdigit() or float(capability) < 8.0:
+            return (
+                "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this "
+                f"one has {capability or 'none'}."
+            )
+    try:
+        jax.eval_shape(_cudnn, q, k, v)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"it needs an NVIDIA GPU and cuDNN ({error})."
     return None
 
 
@@ -157,17 +164,40 @@ def _blockwise(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
+    """Attention block by block, in blocks that suit the platform."""
+    optional = () if segment_ids is None else (segment_ids,)
+
+    def with_block(block: int) -> Callable[..., Array]:
+        return lambda q, k, v, *rest: _in_blocks(
+            block, q, k, v, rest[0] if rest else None
+        )
+
+    # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
+    # large steps, a CPU blocks that stay in its cache.
+    side = math.isqrt(2**25 // (q.shape[0] * q.shape[2]))
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        *optional,
+        cpu=with_block(256),
+        default=with_block(min(max(1 << side.bit_length() - 1, 128), 1024)),
+    )
+
+
+def _in_blocks(
+    block: int, q: Array, k: Array, v: Array, segment_ids: Array | None
+) -> Array:
+    """Pads to whole blocks, and brings heads before tokens."""
     batch, length, heads, width = q.shape
     groups = k.shape[2]
-    block = min(_BLOCK, -(-length // 8) * 8)
+    block = min(block, -(-length // 8) * 8)
     pad = -length % block
-    if segment_ids is None and pad == 0:
-        segments = None
-    else:
-        if segment_ids is None:
-            segment_ids = jnp.ones((batch, length), jnp.int32)
-        segments = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    segments = segment_ids
     if pad:
+        if segments is None:
+            segments = jnp.ones((batch, length), jnp.int32)
+        segments = jnp.pad(segments, ((0, 0), (0, pad)))
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
     padded = length + pad
     q = q.reshape(batch, padded, groups, heads // groups, width)
@@ -213,42 +243,59 @@ def _flash(
     return _flash_fwd(block, q, k, v, segments)[0]
 
 
+def _pairs(blocks: int) -> tuple[Array, Array]:
+    """Query and key block of every pair on or below the diagonal, row by row.
+
+    One loop over a known number of pairs: with a trip count that depends on the row, a
+    GPU would have to ask the host after every one.
+    """
+    i, j = np.tril_indices(blocks)
+    return jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+
+
 def _flash_fwd(
     block: int, q: Array, k: Array, v: Array, segments: Array | None
 ) -> tuple[Array, tuple]:
     """Running softmax over key blocks j <= i for each query block i."""
-    batch, groups, per_group, length, width = q.shape
-    scale = 1.0 / math.sqrt(width)
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    rows = (*q.shape[:3], block)
 
-    def query_block(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
-        q_i = _slice(q, i, block, 3)
-
-        def key_block(j: Array, carry: tuple) -> tuple:
-            top, total, acc = carry
-            scores = _product("bkgth,bksh->bkgts", q_i, _slice(k, j, block, 2)) * scale
-            seen = _visible(segments, i, j, block)
-            scores = jnp.where(seen[:, None, None], scores, _MASKED)
-            new_top = jnp.maximum(top, scores.max(axis=-1))
-            shrink = jnp.exp(top - new_top)
-            weights = jnp.exp(scores - new_top[..., None])
-            acc = acc * shrink[..., None] + _product(
-                "bkgts,bksh->bkgth", weights.astype(v.dtype), _slice(v, j, block, 2)
-            )
-            return new_top, total * shrink + weights.sum(axis=-1), acc
-
-        rows = (batch, groups, per_group, block)
-        start = (
-            jnp.full(rows, 2 * _MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros((*rows, width), jnp.float32),
+    def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
+        top, total, acc, out, lse = carry
+        i, j = ij
+        fresh = j == 0
+        top = jnp.where(fresh, 2 * _MASKED, top)
+        total = jnp.where(fresh, 0.0, total)
+        acc = jnp.where(fresh, 0.0, acc)
+        q_i, k_j, v_j = (
+            _slice(q, i, block, 3),
+            _slice(k, j, block, 2),
+            _slice(v, j, block, 2),
         )
-        top, total, acc = jax.lax.fori_loop(0, i + 1, key_block, start)
-        out = (acc / total[..., None]).astype(q.dtype)
-        return None, (out, top + jnp.log(total))
+        scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
+        seen = _visible(segments, i, j, block)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(scores - new_top[..., None])
+        total = total * shrink + weights.sum(axis=-1)
+        acc = acc * shrink[..., None] + _product(
+            "bkgts,bksh->bkgth", weights.astype(v.dtype), v_j
+        )
+        # Written after every pair; what stays is the row's last, on the diagonal.
+        out = _write(out, (acc / total[..., None]).astype(q.dtype), i * block, 3)
+        lse = _write(lse, new_top + jnp.log(total), i * block, 3)
+        return (new_top, total, acc, out, lse), None
 
-    _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(length // block))
-    out = jnp.moveaxis(out, 0, 3).reshape(q.shape)
-    lse = jnp.moveaxis(lse, 0, 3).reshape(q.shape[:-1])
+    start = (
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, q.shape[-1]), jnp.float32),
+        jnp.zeros(q.shape, q.dtype),
+        jnp.zeros(q.shape[:-1], jnp.float32),
+    )
+    pairs = _pairs(q.shape[3] // block)
+    (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segments, out, lse)
@@ -260,43 +307,36 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
     scale = 1.0 / math.sqrt(q.shape[-1])
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
-    def query_block(carry: tuple, i: Array) -> tuple[tuple, Array]:
+    def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
+        dq, dk, dv = carry
+        i, j = ij
         q_i, dout_i = _slice(q, i, block, 3), _slice(dout, i, block, 3)
         lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
+        k_j, v_j = _slice(k, j, block, 2), _slice(v, j, block, 2)
+        # Scores as [key, query]: two of the three products that follow then read
+        # their operands in the order they lie in, and only the third transposes.
+        scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
+        seen = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
+        weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse_i[:, :, None])
+        dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
+        dscores = weights * (dweights - inner_i[:, :, None]) * scale
+        dscores = dscores.astype(q.dtype)
+        dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
+        dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
+        dq_i = _product("bksgt,bksh->bkgth", dscores, k_j)
+        return (
+            _write(dq, _slice(dq, i, block, 3) + dq_i, i * block, 3),
+            _write(dk, _slice(dk, j, block, 2) + dk_j, j * block, 2),
+            _write(dv, _slice(dv, j, block, 2) + dv_j, j * block, 2),
+        ), None
 
-        def key_block(j: Array, state: tuple) -> tuple:
-            dq, dk, dv = state
-            k_j, v_j = _slice(k, j, block, 2), _slice(v, j, block, 2)
-            # Scores as [key, query]: two of the three products that follow then read
-            # their operands in the order they lie in, and only the third transposes.
-            scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
-            seen = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
-            weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse_i[:, :, None])
-            dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
-            dscores = (weights * (dweights - inner_i[:, :, None]) * scale).astype(
-                q.dtype
-            )
-            dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
-            dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
-            dq = dq + _product("bksgt,bksh->bkgth", dscores, k_j)
-            add = functools.partial(_add_block, j=j, block=block)
-            return dq, add(dk, dk_j), add(dv, dv_j)
-
-        dq = jnp.zeros(q_i.shape, jnp.float32)
-        dq, dk, dv = jax.lax.fori_loop(0, i + 1, key_block, (dq, *carry))
-        return (dk, dv), dq.astype(q.dtype)
-
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    blocks = jnp.arange(q.shape[3] // block)
-    (dk, dv), dq = jax.lax.scan(query_block, (zeros, zeros), blocks)
-    dq = jnp.moveaxis(dq, 0, 3).reshape(q.shape)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
+    (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[3] // block))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-def _add_block(total: Array, part: Array, j: Array, block: int) -> Array:
-    start = (0, 0, j * block, 0)
-    old = jax.lax.dynamic_slice(total, start, part.shape)
-    return jax.lax.dynamic_update_slice(total, old + part, start)
+def _write(total: Array, part: Array, at: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(total, part, at, axis)
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -85,13 +85,12 @@ def linear(
         y = nf4.matmul(x, weight, dtype)
     else:
         y = dense_matmul(x, weight, dtype)
-    y = checkpoint_name(y, "linear_out")
     if bias is not None:
         y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
     if adapter is not None:
         update = lora_lib.delta(x, adapter, scaling, dropout=dropout, key=key)
         y = y + update.astype(dtype)
-    return y
+    return checkpoint_name(y, "linear_out")
 
 
 class Linear(nn.Module):

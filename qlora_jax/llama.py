@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pallas_kernels.product import contract
+from pallas_kernels.product import dense_matmul
 from qlora_jax import attention as attention_lib
 from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute, Linear
@@ -375,8 +375,7 @@ class Embed(nn.Module):
 
     def attend(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Computes float32 logits against every embedding."""
-        weight = self.weight.astype(hidden.dtype)
-        return contract(hidden, weight, 1, jnp.float32)
+        return dense_matmul(hidden, self.weight, jnp.float32)
 
 
 def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
@@ -463,7 +462,13 @@ def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array 
 
 _POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": None,
-    "save_matmuls": jax.checkpoint_policies.save_only_these_names(
-        "attention_out", "attention_lse", "linear_out"
+    "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(
+            "attention_out", "attention_lse", "linear_out", "lora_inner"
+        ),
+        # cuDNN's output with its log-sum-exp, which has no name.
+        lambda primitive, *_, **__: primitive.name.startswith(
+            "dot_product_attention_fwd"
+        ),
     ),
 }

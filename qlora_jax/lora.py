@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.product import dense_matmul
@@ -130,8 +131,8 @@ def init_adapters(
 ) -> dict[str, Any]:
     """Makes fresh adapters: B = 0, so the adapted model equals the base exactly.
 
-    A is Kaiming-uniform with a=sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)), or N(0, 1/r^2)
-    for "gaussian", as in PEFT. Every module draws from its own key, derived from its
+    A is Kaiming-uniform with a=sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)), or, for
+    "gaussian", N(0, 1/r^2), as in PEFT. Every module draws from its own key, derived from its
     path, so that adding a target does not change the others.
 
     Args:
@@ -194,7 +195,7 @@ def delta(
     if dropout > 0.0 and key is not None:
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
-    inner = dense_matmul(x, adapter["lora_A"])
+    inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
     return dense_matmul(inner * scaling, adapter["lora_B"])
 
 

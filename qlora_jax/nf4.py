@@ -9,7 +9,6 @@ matrix product live in `pallas_kernels.nf4`.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import functools
 import os
 from dataclasses import dataclass

@@ -102,18 +102,10 @@ def test_the_state_is_updated_in_place_and_the_base_is_packed(full):
     )
 
 
-@pytest.mark.xfail(
-    reason="`contract` asks for float32 results, which are written and then rounded",
-    strict=True,
-)
 def test_full_remat_keeps_the_input_of_each_layer(full):
     assert full.memory["temporaries"] <= budget(LLAMA_8B, kept=2 * 4096)
 
 
-@pytest.mark.xfail(
-    reason="float32 results; an adapter's update is no part of what is saved",
-    strict=True,
-)
 def test_save_matmuls_keeps_the_results_of_products_and_attention(save_matmuls):
     # Input, q, k, v, attention and its log-sum-exp, o, gate, up, and the rank-wide
     # product of each adapter. The result of down is never needed again.
@@ -138,10 +130,6 @@ def test_a_weight_is_dequantized_once_forward_and_once_backward(full, save_matmu
         assert dequantized(program.loop(BACKWARD)) == weights(LLAMA_8B)
 
 
-@pytest.mark.xfail(
-    reason="`contract` asks for float32 results, which are written and then rounded",
-    strict=True,
-)
 def test_products_are_written_in_bf16_and_added_to_where_they_lie(full):
     for loop, adapted in ((FORWARD, 7), (BACKWARD, 13)):
         products = [k for k in full.loop(loop) if "__cublas" in k.text]
@@ -161,10 +149,6 @@ def test_auto_runs_cudnn(full):
     assert calls(backward, "__cudnn$fmhaSoftmaxBackward") == 1
 
 
-@pytest.mark.xfail(
-    reason="the policy saves cuDNN's output by name, and its log-sum-exp has none",
-    strict=True,
-)
 def test_save_matmuls_runs_attention_once(save_matmuls):
     backward = save_matmuls.loop(BACKWARD)
     assert calls(backward, "__cudnn$fmhaSoftmaxBackward") == 1
@@ -178,10 +162,6 @@ def test_packed_rows_run_blockwise_attention(compile_step):
     assert not [s for s in program.shapes() if s[1][-2:] == (2048, 2048)]
 
 
-@pytest.mark.xfail(
-    reason="`Embed.attend` multiplies a float32 gradient with a float32 copy of [V, D]",
-    strict=True,
-)
 def test_a_tied_head_is_never_copied_to_float32(compile_step):
     program = compile_step(LLAMA_1B)
     assert ("f32", (128256, 2048)) not in program.shapes()
