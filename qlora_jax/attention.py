@@ -243,14 +243,19 @@ def _flash(
     return _flash_fwd(block, q, k, v, segments)[0]
 
 
-def _pairs(blocks: int) -> tuple[Array, Array]:
+def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
     """Query and key block of every pair on or below the diagonal, row by row.
 
     One loop over a known number of pairs: with a trip count that depends on the row, a
     GPU would have to ask the host after every one.
+
+    The barrier ties the indices to `q`. Without it they are constants to the derivative
+    of a scan over layers, which then computes the masks of all pairs ahead of the loop
+    and holds them: memory that grows with the square of the length.
     """
     i, j = np.tril_indices(blocks)
-    return jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+    pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+    return jax.lax.optimization_barrier((pairs, q))[0]
 
 
 def _flash_fwd(
@@ -294,7 +299,7 @@ def _flash_fwd(
         jnp.zeros(q.shape, q.dtype),
         jnp.zeros(q.shape[:-1], jnp.float32),
     )
-    pairs = _pairs(q.shape[3] // block)
+    pairs = _pairs(q.shape[3] // block, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
@@ -331,7 +336,7 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         ), None
 
     start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[3] // block))
+    (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[3] // block, q))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
