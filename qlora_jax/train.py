@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32
 
 from qlora_jax.errors import UserError
 from qlora_jax.llama import Llama
@@ -112,17 +112,17 @@ class TrainConfig:
 class TrainState:
     """Everything that changes in training; a pytree."""
 
-    step: Int[Array, ""]
-    """Optimizer steps taken."""
+    step: Any
+    """Optimizer steps taken, int32 []."""
     adapters: Any
     """The trained tree, float32."""
     opt_state: Any
     """Moments of exactly the trained leaves."""
-    key: Array
+    key: Any
     """PRNG key of the run; each step folds its number into it."""
 
 
-def schedule(config: TrainConfig, steps: int) -> Callable[[Array], Array]:
+def schedule(config: TrainConfig, steps: int) -> Callable[[Any], Array]:
     """Returns step -> learning rate, as the Hugging Face schedules define it.
 
     Step s (from 0) of warm-up w and total n: rising s / w, then 1, (n - s) / (n - w) or
@@ -131,7 +131,7 @@ def schedule(config: TrainConfig, steps: int) -> Callable[[Array], Array]:
     warmup = config.warmup_steps
     rest = max(steps - warmup, 1)
 
-    def rate(step: Array) -> Array:
+    def rate(step: Any) -> Array:
         step = jnp.asarray(step, jnp.float32)
         done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
         if config.lr_scheduler == "linear":
@@ -197,7 +197,7 @@ def loss_sum(
       key: PRNG key for dropout; None = no dropout.
     """
     variables = {"params": base, "lora": adapters}
-    hidden = model.apply(
+    hidden: Any = model.apply(
         variables,
         batch["tokens"],
         attention_mask=batch.get("attention_mask"),
@@ -231,7 +231,8 @@ def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]
 
 
 def _apply_head(model: Llama, variables: Any, hidden: Array) -> Array:
-    return model.apply(variables, hidden, method="head")
+    logits: Any = model.apply(variables, hidden, method="head")
+    return logits
 
 
 def train_step(
