@@ -203,7 +203,7 @@ def _in_blocks(
     q = q.reshape(batch, padded, groups, heads // groups, width)
     q = q.transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out = _flash(block, q, k, v, segments)
+    out: Array = _flash(block, q, k, v, segments)  # pyright: ignore[reportAssignmentType]
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)
     return out[:, :length]
 

@@ -81,6 +81,7 @@ def linear(
       [..., O] in `dtype`.
     """
     dtype = x.dtype if dtype is None else dtype
+    y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
         y = nf4.matmul(x, weight, dtype)
     else:

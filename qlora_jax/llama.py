@@ -135,10 +135,11 @@ class Llama(nn.Module):
         Returns:
           float32 logits after the last token, and the longer cache.
         """
-        hidden, cache = self.model(
+        hidden, longer = self.model(
             tokens, positions, attention_mask.astype(jnp.int32), cache
         )
-        return self.head(hidden[:, -1]), cache
+        assert longer is not None
+        return self.head(hidden[:, -1]), longer
 
 
 class LlamaModel(nn.Module):
@@ -169,7 +170,7 @@ class LlamaModel(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
         )(self.config, self.compute, self.attention_cls, self.mlp_cls)
         self.norm = RMSNorm(self.config.rms_norm_eps)
@@ -193,11 +194,12 @@ class LlamaModel(nn.Module):
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
-        x, (k, v) = self.layers(
+        x, kv = self.layers(
             x, rope, segments, (cache.k, cache.v), (all_segments, cache.length)
         )
+        assert kv is not None
         length = cache.length + tokens.shape[1]
-        return self.norm(x), Cache(k, v, all_segments, length)
+        return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
 
 class Block(nn.Module):

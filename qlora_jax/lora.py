@@ -132,8 +132,8 @@ def init_adapters(
     """Makes fresh adapters: B = 0, so the adapted model equals the base exactly.
 
     A is Kaiming-uniform with a=sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)), or, for
-    "gaussian", N(0, 1/r^2), as in PEFT. Every module draws from its own key, derived from its
-    path, so that adding a target does not change the others.
+    "gaussian", N(0, 1/r^2), as in PEFT. Every module draws from its own key, derived
+    from its path, so that adding a target does not change the others.
 
     Args:
       key: PRNG key.

@@ -117,7 +117,9 @@ class NF4Tensor:
         return Nested(self.nested_absmax, self.nested_offset, self.nested_quant_map)
 
 
-def dequantize(tensor: NF4Tensor, dtype: DTypeLike = None) -> Float[Array, "*L O I"]:
+def dequantize(
+    tensor: NF4Tensor, dtype: DTypeLike | None = None
+) -> Float[Array, "*L O I"]:
     """Returns the weight in `dtype` (default: the dtype before quantization).
 
     Exact: table value times block scale in float32, rounded once to nearest even.
@@ -198,13 +200,13 @@ def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
     blocks = -(-size // BLOCK_SIZE)
     flat = np.ascontiguousarray(weight).reshape(-1)
     codes = np.empty(blocks * BLOCK_SIZE // 2, np.uint8)
-    absmax = np.empty(blocks, np.float32)
+    scales = np.empty(blocks, np.float32)
     starts = range(0, size, _CHUNK)
     if len(starts) == 1:
-        finite = [_quantize_chunk(flat, 0, codes, absmax)]
+        finite = [_quantize_chunk(flat, 0, codes, scales)]
     else:
         finite = list(
-            _pool().map(lambda s: _quantize_chunk(flat, s, codes, absmax), starts)
+            _pool().map(lambda s: _quantize_chunk(flat, s, codes, scales), starts)
         )
     if not all(finite):
         raise UserError(
@@ -213,9 +215,10 @@ def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
         )
     codes = codes[: -(-size // 2)]
     out_features, in_features = weight.shape
+    absmax: NDArray = scales
     nested_absmax = nested_offset = nested_quant_map = None
     if double_quant:
-        absmax, nested_absmax, nested_offset = _quantize_absmax(absmax)
+        absmax, nested_absmax, nested_offset = _quantize_absmax(scales)
         nested_quant_map = DYNAMIC_MAP
     if is_aligned(weight.shape):
         codes = codes.reshape(out_features, in_features // 2)

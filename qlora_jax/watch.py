@@ -196,11 +196,13 @@ def draw_loss(directory: Path) -> Path | None:
     axes = figure.subplots()
     axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
     if len(rows) >= 10:
-        # A running mean over 5 % of the run, each point over what came before it.
-        width = max(len(rows) // 20, 3)
+        # A mean over 5 % of the run, centred: it does not lag behind a fall. Towards
+        # both ends its window shrinks, evenly on both sides.
+        count, width = len(rows), max(len(rows) // 40, 1) * 2 + 1
+        here = np.arange(count)
+        half = np.minimum(np.minimum(here, count - 1 - here), width // 2)
         sums = np.cumsum(np.concatenate([[0.0], loss]))
-        first = np.maximum(np.arange(1, len(rows) + 1) - width, 0)
-        mean = (sums[1:] - sums[first]) / (np.arange(1, len(rows) + 1) - first)
+        mean = (sums[here + half + 1] - sums[here - half]) / (2 * half + 1)
         axes.plot(
             steps, mean, color="tab:blue", linewidth=2, label=f"mean of {width} steps"
         )
@@ -208,9 +210,17 @@ def draw_loss(directory: Path) -> Path | None:
     axes.set_ylabel("loss (nats per supervised token)")
     axes.grid(alpha=0.3)
     right = axes.twinx()
-    right.plot(steps, rate, color="tab:orange", linewidth=1, label="learning rate")
+    right.plot(
+        steps,
+        rate,
+        color="tab:orange",
+        linewidth=1,
+        alpha=0.7,
+        linestyle="--",
+        label="learning rate",
+    )
     right.set_ylabel("learning rate")
-    right.set_ylim(bottom=0)
+    right.set_ylim(bottom=0, top=max(rate.max(), 1e-12) * 1.3)
     lines = [*axes.get_lines(), *right.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
     path = directory / "loss.png"

@@ -88,7 +88,7 @@ def random_base(shapes: Any, dtype: str, rng: np.random.Generator) -> Any:
 def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     """Builds the model and takes `args.steps` steps; returns times and memory."""
     before = status_mib("VmRSS")
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
+    dtype: Any = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
     config = LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -130,7 +130,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         losses.append(float(metrics["loss"]))
     cpu = (time.process_time() - cpu) / (args.steps + 1)
-    plan = step.memory_analysis()
+    plan: Any = step.memory_analysis()
     peak = status_mib("VmHWM")
     return {
         "step_s": [round(s, 4) for s in seconds[1:]],
@@ -277,7 +277,7 @@ def machine() -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("command", choices=("compare", "scaling", "ours"))
     p.add_argument("--hidden", type=int, default=512, help="width")
     p.add_argument("--ffn", type=int, default=1408, help="MLP width")
