@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +115,41 @@ def test_a_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path, monkeypatch, 
                 checkpoints.save(state_at(4), RECORD)
         checkpoints.save(state_at(4), RECORD)
     assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
+
+
+UNFORESEEN = """
+import pathlib, resource, sys
+import test_checkpoint as here
+from qlora_jax.checkpoint import CheckpointError, Checkpoints
+from qlora_jax.runfile import CheckpointConfig
+
+Checkpoints._check_space = lambda *_: None
+try:
+    with Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig()) as checkpoints:
+        checkpoints.save(here.state_at(2), here.RECORD)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        checkpoints.save(here.state_at(4), here.RECORD)
+        checkpoints.wait()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_space_that_goes_while_orbax_writes_is_an_error_all_the_same(tmp_path):
+    """Where the reservation said yes; Orbax's threads say more than one line then."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFORESEEN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}."},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written: File too large. The checkpoints there" in done.stdout
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert_equal(checkpoints.restore(2, state_at(0)), state_at(2))
 
 
 def test_a_file_system_that_cannot_reserve_is_written_to_all_the_same(

@@ -84,15 +84,14 @@ def configure(llama_dir, rows_file, output_dir, **sections) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module", name="cache", autouse=True)
 def compile_each_program_once(tmp_path_factory):
-    """Many runs here are the same program. Processes started here compile it anew."""
-    jax.config.update(
-        "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache"))
-    )
+    """Many runs here are the same program; see also `command`."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_enable_compilation_cache", True)
-    yield
+    yield cache
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -189,17 +188,24 @@ def at_step(number: int, signal: str, saved: int) -> str:
     return AT_STEP.format(number=number, signal=signal, saved=saved)
 
 
-def command(config: RunConfig, tmp_path: Path, before: str = ""):
-    """Runs `qlora-jax train FILE` in a process of its own."""
+def command(
+    config: RunConfig, tmp_path: Path, before: str = "", cache: str | None = None
+):
+    """Runs `qlora-jax train FILE` in a process of its own.
+
+    It compiles its program itself, as a user's does, unless told where to find it.
+    """
     file = tmp_path / "settings.toml"
     file.write_text(to_toml(config))
     program = f"{before}\nimport sys\nfrom qlora_jax.cli import main\n"
     program += f"sys.exit(main(['train', {str(file)!r}]))"
+    found = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
     return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
+        env=os.environ | found,
         timeout=300,
     )
 
@@ -216,10 +222,11 @@ def command(config: RunConfig, tmp_path: Path, before: str = ""):
     ids=["terminated", "everything", "in a checkpoint", "before any", "in the last"],
 )
 def test_killed_and_continued_equals_uninterrupted(
-    tmp_path, make, straight, setting, before, newest
+    tmp_path, make, straight, cache, setting, before, newest, request
 ):
     config = make(tmp_path / "run", **SETTINGS[setting])
-    killed = command(config, tmp_path, before)
+    anew = request.node.callspec.id in ("terminated", "everything")
+    killed = command(config, tmp_path, before, None if anew else cache)
     assert killed.returncode in (-signal.SIGKILL, -signal.SIGTERM), killed.stderr
     complete = [
         p.name
@@ -231,9 +238,9 @@ def test_killed_and_continued_equals_uninterrupted(
     assert_same_runs(straight(setting), tmp_path / "run", config)
 
 
-def test_interrupted_says_one_line_and_continues(tmp_path, make, straight):
+def test_interrupted_says_one_line_and_continues(tmp_path, make, straight, cache):
     config = make(tmp_path / "run", **EVERYTHING)
-    done = command(config, tmp_path, at_step(9, "SIGINT", 8))
+    done = command(config, tmp_path, at_step(9, "SIGINT", 8), cache)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == (
         "qlora-jax train: interrupted. The same command continues from the newest "
@@ -533,11 +540,9 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path, make):
     run(config)
 
 
-# Once a checkpoint is complete, no file may grow beyond a size. The space is looked
-# for before Orbax starts writing; without that Orbax itself runs into the limit.
+# Once a checkpoint is complete, no file may grow beyond a size.
 FULL = """
 import resource, time
-from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.watch import Watch
 noted = Watch.step
 def step(self, number, *rest):
@@ -548,20 +553,16 @@ def step(self, number, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 Watch.step = step
 """
-UNFORESEEN = FULL + "Checkpoints._check_space = lambda *_: None\n"
 
 
-@pytest.mark.parametrize("before", [FULL, UNFORESEEN], ids=["foreseen", "unforeseen"])
-def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, before):
+def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, cache):
     config = make(tmp_path / "run", **EVERYTHING)
-    full = command(config, tmp_path, before)
+    full = command(config, tmp_path, FULL, cache)
     assert full.returncode == 1, full.stderr
-    lines = full.stderr.splitlines()
-    (said,) = [line for line in lines if line.startswith("qlora-jax train: ")]
+    _data, _parameters, said = full.stderr.splitlines()
+    assert said.startswith("qlora-jax train: ")
     assert "cannot be written: File too large. The checkpoints there are" in said
     assert "give the same command to continue" in said
-    if before == FULL:
-        assert len(lines) == 3, "data, parameters, and the one paragraph"
     assert (tmp_path / "run" / "checkpoints" / "step_4").is_dir()
     run(config)
     assert_same_runs(straight("everything"), tmp_path / "run", config)
