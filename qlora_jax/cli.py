@@ -288,7 +288,8 @@ def _run(name: str, args: list[str]) -> int:
 
 def _train(args: list[str]) -> None:
     """`train CONFIG.toml [--section.key value ...]`."""
-    default: Any = tyro.MISSING
+    # With this one, options that are not given keep the defaults of their fields.
+    default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
         default = read_config(Path(args.pop(0)))
     config = tyro.cli(

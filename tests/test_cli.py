@@ -89,6 +89,7 @@ def test_help_says_what_there_is(cli):
     "args",
     [
         ["train", "--model.path", "x"],
+        ["train", "--frobnicate"],
         ["inspect"],
         ["inspect", "x", "--lora.rank", "3"],
         ["inspect", "x", "--lora.r", "three"],
@@ -108,6 +109,22 @@ def test_an_option_of_the_command_line_wins(cli, settings, tmp_path):
     config = read_config(tmp_path / "r" / "config.toml")
     assert config.train.learning_rate == 0.25
     assert config.lora.target_modules == "all-linear"
+
+
+def test_a_run_needs_no_file(cli, tmp_path, model_dir, rows_file):
+    options = {
+        "output-dir": tmp_path / "run",
+        "model.path": model_dir,
+        "data.path": rows_file,
+        "data.format": "tokens",
+        "train.steps": 1,
+    }
+    args = [
+        str(part) for name, value in options.items() for part in (f"--{name}", value)
+    ]
+    assert cli("train", *args)[0] == 0
+    config = read_config(tmp_path / "run" / "config.toml")
+    assert config.model.quantization == "nf4_dq" and config.train.steps == 1
 
 
 # --- train and what comes after ---
