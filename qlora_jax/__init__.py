@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_jax.batches import Batches as Batches
-    from qlora_jax.batches import prefetch as prefetch
     from qlora_jax.config import LlamaConfig as LlamaConfig
     from qlora_jax.config import LoraConfig as LoraConfig
-    from qlora_jax.data import DataConfig as DataConfig
-    from qlora_jax.data import load_examples as load_examples
+    from qlora_jax.data.batches import Batches as Batches
+    from qlora_jax.data.batches import prefetch as prefetch
+    from qlora_jax.data.examples import DataConfig as DataConfig
+    from qlora_jax.data.examples import load_examples as load_examples
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
     from qlora_jax.generate import generate_tokens as generate_tokens
@@ -47,7 +47,7 @@ _CONTENTS = {
     # --- Configuration, in the words of HF and PEFT ---
     "LlamaConfig": "qlora_jax.config",
     "LoraConfig": "qlora_jax.config",
-    "DataConfig": "qlora_jax.data",
+    "DataConfig": "qlora_jax.data.examples",
     "TrainConfig": "qlora_jax.train",
     "RunConfig": "qlora_jax.runfile",
     # --- The model ---
@@ -60,9 +60,9 @@ _CONTENTS = {
     # --- Adapters ---
     "init_adapters": "qlora_jax.lora",
     # --- Data ---
-    "load_examples": "qlora_jax.data",
-    "Batches": "qlora_jax.batches",
-    "prefetch": "qlora_jax.batches",
+    "load_examples": "qlora_jax.data.examples",
+    "Batches": "qlora_jax.data.batches",
+    "prefetch": "qlora_jax.data.batches",
     # --- Training ---
     "TrainState": "qlora_jax.train",
     "init_state": "qlora_jax.train",

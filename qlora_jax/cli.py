@@ -26,9 +26,8 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.peft import adapter_bytes, open_adapter
-from qlora_jax.batches import eval_batches
 from qlora_jax.config import LlamaConfig, LoraConfig
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.memory import parameter_report
 from qlora_jax.model import adapter_directory, find_base, load

@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from qlora_jax.errors import UserError
 
+IGNORE = -100
+"""The label of a token that is not supervised, as in Hugging Face."""
+
 PROJECTIONS = (
     "q_proj",
     "k_proj",

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from qlora_jax.config import IGNORE
+
 # Float32 logits held at a time: 2^24 of them are 67 MB, small enough to be reused from
 # cache and page tables (on a CPU larger chunks are slower). Never fewer than 512
 # tokens, which a GPU needs for full matrix-product speed.
 _CHUNK_LOGITS = 1 << 24
 _MIN_CHUNK = 512
-
-IGNORE = -100
-"""The label of a token that is not supervised, as in Hugging Face."""
 
 
 def shift_labels(labels: Int[Array, "*B T"]) -> Int[Array, "*B T"]:

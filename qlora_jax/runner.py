@@ -39,10 +39,9 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.peft import open_adapter
-from qlora_jax.batches import Batches, prefetch
 from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
 from qlora_jax.config import LlamaConfig
-from qlora_jax.data import Examples, load_examples
+from qlora_jax.data import Batches, Examples, load_examples, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute

@@ -29,8 +29,7 @@ from qlora_jax import (
     make_optimizer,
     train_step,
 )
-from qlora_jax.batches import Batches, prefetch
-from qlora_jax.data import load_examples
+from qlora_jax.data import Batches, load_examples, prefetch
 from qlora_jax.linear import Compute
 from qlora_jax.model import load_tokenizer
 

@@ -18,9 +18,9 @@ import pytest
 import safetensors.numpy
 
 import convert
-from qlora_jax.batches import eval_batches
 from qlora_jax.cli import main
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.model import load
 from qlora_jax.runfile import read_config
 

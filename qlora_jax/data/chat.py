@@ -12,8 +12,8 @@ earlier turns is refused instead of being labelled wrongly.
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.rows import fields_of
 from qlora_jax.errors import UserError
-from qlora_jax.rows import fields_of
 
 # Templates of the Llama 3 family print today's date unless they are given one. Tokens
 # must not change between the day a run starts and the day it continues, so they are

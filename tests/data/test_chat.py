@@ -7,9 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.chat import ChatRenderer, to_messages
+from qlora_jax.config import IGNORE
+from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.segments import Segmented, tokenize
 from qlora_jax.errors import UserError
-from qlora_jax.segments import IGNORE, Segmented, tokenize
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"

@@ -3,8 +3,8 @@ import time
 import numpy as np
 import pytest
 
+from qlora_jax.data.packing import pack
 from qlora_jax.errors import UserError
-from qlora_jax.packing import pack
 
 
 def naive_row_count(lengths, capacity):

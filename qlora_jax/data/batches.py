@@ -23,10 +23,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data import DataConfig, Examples
+from qlora_jax.config import IGNORE
+from qlora_jax.data.examples import DataConfig, Examples
+from qlora_jax.data.packing import pack
 from qlora_jax.errors import UserError
-from qlora_jax.packing import pack
-from qlora_jax.segments import IGNORE
 
 Batch = dict[str, Int32[np.ndarray, "..."]]
 """`tokens` and `labels`, packed also `positions` and `segment_ids`."""

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.config import IGNORE
+from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.errors import UserError
-from qlora_jax.segments import IGNORE
 
 VOCAB = 300
 

@@ -1,10 +1,10 @@
 """From a file of rows to token and label arrays.
 
 The one idea: every text format becomes one string and the character spans of it that
-are supervised (`qlora_jax.segments` labels the tokens, `qlora_jax.chat` marks the spans
-of a conversation), and nothing that happens to a row after that goes uncounted.
+are supervised (`segments` labels the tokens, `chat` marks the spans of a conversation),
+and nothing that happens to a row after that goes uncounted.
 
-`qlora_jax.packing` puts examples side by side, `qlora_jax.batches` makes batches.
+`packing` puts examples side by side, `batches` makes batches.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from qlora_jax.chat import ChatRenderer, to_messages
-from qlora_jax.errors import UserError
-from qlora_jax.packing import pack
-from qlora_jax.rows import Row, check_template, read_rows, text_of
-from qlora_jax.segments import (
-    IGNORE,
+from qlora_jax.config import IGNORE
+from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.packing import pack
+from qlora_jax.data.rows import Row, check_template, read_rows, text_of
+from qlora_jax.data.segments import (
     Encoded,
     Segmented,
     given_tokens,
     text_prefix,
     tokenize,
 )
+from qlora_jax.errors import UserError
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant"]

@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from qlora_jax.config import IGNORE
+from qlora_jax.data.rows import Fields, fields_of
 from qlora_jax.errors import UserError
-from qlora_jax.rows import Fields, fields_of
-
-IGNORE = -100
-"""The label of a position that is not supervised (the HF convention)."""
 
 
 @dataclasses.dataclass(frozen=True)
