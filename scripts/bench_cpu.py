@@ -2,6 +2,7 @@
 
     python scripts/bench_cpu.py compare --peer-python .venv-peer/bin/python
     python scripts/bench_cpu.py scaling
+    python scripts/bench_cpu.py table        # benchmarks/cpu.md from the results there
 
 `compare` runs the same QLoRA step (same architecture, rank, batch, NF4 base with double
 quantization, AdamW) in processes of their own, ours and transformers + PEFT +
@@ -213,13 +214,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 }
             )
             print(f"{dtype} {remat}: done", file=sys.stderr, flush=True)
-    table = rich.table.Table(title="QLoRA step on a CPU, ours against the peer")
+    shown = rich.table.Table(title="QLoRA step on a CPU, ours against the peer")
     for head in ("compute", "ours / peer", "tokens/s", "peer", "ratio", "MiB", "peer"):
-        table.add_column(head)
-    table.add_column("ratio")
+        shown.add_column(head)
+    shown.add_column("ratio")
     for row in rows:
         mode = "ckpt" if row["peer_gradient_checkpointing"] else "no ckpt"
-        table.add_row(
+        shown.add_row(
             row["dtype"],
             f"{row['remat']} / {mode}",
             f"{row['tokens_per_s']:,.0f}",
@@ -229,7 +230,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             f"{row['peer_growth_mib']:,.0f}",
             f"{row['memory_ratio']:.2f}",
         )
-    rich.console.Console().print(table)
+    rich.console.Console().print(shown)
     return {"rows": rows}
 
 
@@ -242,19 +243,71 @@ def scaling(args: argparse.Namespace) -> dict[str, Any]:
         )
         rows.append({"layers": layers, "tokens": seq, **run})
         print(f"{layers} layers, {seq} tokens: done", file=sys.stderr, flush=True)
-    table = rich.table.Table(title="Growth with layers and tokens (fp32, batch 1)")
+    shown = rich.table.Table(title="Growth with layers and tokens (fp32, batch 1)")
     for head in ("layers", "tokens", "step s", "compile s", "planned temporary MiB"):
-        table.add_column(head)
+        shown.add_column(head)
     for row in rows:
-        table.add_row(
+        shown.add_row(
             str(row["layers"]),
             str(row["tokens"]),
             f"{row['step_min_s']:.3f}",
             f"{row['compile_s']:.1f}",
             f"{row['planned_temp_mib']:,.0f}",
         )
-    rich.console.Console().print(table)
+    rich.console.Console().print(shown)
     return {"rows": rows}
+
+
+def table(folder: Path) -> str:
+    """Renders the committed results as Markdown."""
+    compared = json.loads((folder / "cpu_compare.json").read_text())
+    grown = json.loads((folder / "cpu_scaling.json").read_text())
+    where, shape = compared["machine"], compared["options"]
+    peer_versions = compared["rows"][0]["peer_runs"][0]["versions"]
+    lines = [
+        "# Training step on a CPU",
+        "",
+        "Made by `scripts/bench_cpu.py`; do not edit. Machine: "
+        f"{where['cpu']}, {where['cores']} cores, {', '.join(where['instructions'])}. "
+        f"Ours: Python {where['python']}, jax {where['jax']}, flax {where['flax']}. "
+        "Peer: "
+        + ", ".join(f"{name} {version}" for name, version in peer_versions.items())
+        + ".",
+        "",
+        f"Hidden {shape['hidden']}, {shape['layers']} layers, MLP {shape['ffn']}, "
+        f"{shape['heads']}/{shape['kv_heads']} heads, vocabulary {shape['vocab']}, "
+        f"r={shape['rank']} on 7 linears, batch {shape['batch']} x {shape['seq']} "
+        "tokens, NF4 base with double quantization. Best step of two alternating runs "
+        f"of {shape['steps']}; memory is peak resident memory during the steps less "
+        "that before the model was built. Ratio of speed: ours / peer, higher is "
+        "better; of memory: ours / peer, lower is better.",
+        "",
+        "| compute | ours (`remat`) | peer | tokens/s | peer | ratio | MiB | peer "
+        "| ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in compared["rows"]:
+        mode = "checkpointing" if row["peer_gradient_checkpointing"] else "none"
+        lines.append(
+            f"| {row['dtype']} | {row['remat']} | {mode} "
+            f"| {row['tokens_per_s']:,.0f} | {row['peer_tokens_per_s']:,.0f} "
+            f"| {row['speed_ratio']:.2f} | {row['growth_mib']:,.0f} "
+            f"| {row['peer_growth_mib']:,.0f} | {row['memory_ratio']:.2f} |"
+        )
+    lines += [
+        "",
+        "Growth with layers and tokens (fp32, batch 1, `remat` full, otherwise as "
+        "above):",
+        "",
+        "| layers | tokens | step (s) | compile (s) | planned temporaries (MiB) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in grown["rows"]:
+        lines.append(
+            f"| {row['layers']} | {row['tokens']} | {row['step_min_s']:.3f} "
+            f"| {row['compile_s']:.1f} | {row['planned_temp_mib']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, Any]:
@@ -278,7 +331,7 @@ def machine() -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("command", choices=("compare", "scaling", "ours"))
+    p.add_argument("command", choices=("compare", "scaling", "table", "ours"))
     p.add_argument("--hidden", type=int, default=512, help="width")
     p.add_argument("--ffn", type=int, default=1408, help="MLP width")
     p.add_argument("--layers", type=int, default=8)
@@ -304,6 +357,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     if args.command == "ours":
         print(json.dumps(measure_ours(args)))
+        return
+    if args.command == "table":
+        folder = Path(__file__).resolve().parents[1] / "benchmarks"
+        (folder / "cpu.md").write_text(table(folder))
         return
     at_start = machine()
     result = {"compare": compare, "scaling": scaling}[args.command](args)
