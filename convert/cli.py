@@ -242,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
+_ROWS = 40
+
+
 def _print_comparison(report: Comparison) -> None:
     from rich.console import Console
     from rich.table import Column, Table
@@ -257,16 +261,17 @@ def _print_comparison(report: Comparison) -> None:
         "max |a - b|",
         title=f"a = {report.a}, b = {report.b}",
     )
-    for name, values in report.config.items():
-        table.add_row(name, *map(str, values), "")
-    for name in report.missing:
-        table.add_row(name, "present", "missing", "")
-    for name in report.extra:
-        table.add_row(name, "missing", "present", "")
+    rows = [(name, *map(str, values), "") for name, values in report.config.items()]
     for d in report.different:
         largest = d.max_abs_difference
-        table.add_row(d.name, d.a, d.b, "" if largest is None else f"{largest:.3g}")
+        rows.append((d.name, d.a, d.b, "" if largest is None else f"{largest:.3g}"))
+    rows += [(name, "present", "missing", "") for name in report.missing]
+    rows += [(name, "missing", "present", "") for name in report.extra]
+    for row in rows[:_ROWS]:
+        table.add_row(*row)
     console.print(table)
+    if len(rows) > _ROWS:
+        console.print(f"... and {len(rows) - _ROWS:,} more (--json lists all).")
     console.print(
         f"Different: {len(report.different)} of {report.tensors} tensors; "
         f"{len(report.missing)} missing, {len(report.extra)} extra, "

@@ -157,6 +157,21 @@ def copy_file(source: Path, target: Path) -> None:
         os.fsync(new.fileno())
 
 
+def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
+    """Refuses a place that `new_directory` would refuse; ask before long work.
+
+    Raises:
+      UserError: `path` is a file, or a directory with something in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Cannot write the directory `{path}`: a file is there.")
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"`{path}` exists and is not empty; nothing was written. Give a new "
+            "directory, or remove this one."
+        )
+
+
 @contextlib.contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a directory to fill beside `path`, which takes its name at the end.
@@ -168,13 +183,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         it cannot be written (disk full, no permission).
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not path.is_dir():
-        raise UserError(f"Cannot write the directory `{path}`: a file is there.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"`{path}` exists and is not empty; nothing was written. Give a new "
-            "directory, or remove this one."
-        )
+    check_new_directory(path, overwrite=overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

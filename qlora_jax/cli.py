@@ -25,12 +25,13 @@ import tyro
 import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
+from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import LlamaConfig, LoraConfig
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.memory import parameter_report
-from qlora_jax.model import adapter_directory, find_base, load
+from qlora_jax.model import adapter_directory, find_base, load, run_settings
 from qlora_jax.runfile import RunConfig, read_config
 from qlora_jax.train import eval_step
 
@@ -146,16 +147,23 @@ class Inspect:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
-    quantization: _Quantization = "nf4_dq"
-    """Of the base's linear layers."""
-    dtype: _Dtype = "bfloat16"
-    """Of dense tensors."""
+    quantization: _Auto | _Quantization = "auto"
+    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
+    """
+    dtype: _Auto | _Dtype = "auto"
+    """Of dense tensors; auto = as a run directory was trained, else bfloat16."""
     json: bool = False
     """Print a JSON object."""
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
         path, lora = Path(self.path), self.lora
+        trained = run_settings(path)
+        quantization, dtype = self.quantization, self.dtype
+        if quantization == "auto":
+            quantization = "nf4_dq" if trained is None else trained.model.quantization
+        if dtype == "auto":
+            dtype = "bfloat16" if trained is None else trained.model.dtype
         adapter = adapter_directory(path)
         if adapter is not None:
             lora = open_adapter(adapter)[0]
@@ -166,8 +174,8 @@ class Inspect:
         report = parameter_report(
             config,
             lora,
-            quantization=None if self.quantization == "none" else self.quantization,
-            dtype=self.dtype,
+            quantization=None if quantization == "none" else quantization,
+            dtype=dtype,
         )
         return {
             "trainable_parameters": report.trainable_parameters,
@@ -176,6 +184,8 @@ class Inspect:
             "optimizer_bytes": report.optimizer_bytes,
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
+            "quantization": quantization,
+            "dtype": dtype,
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
@@ -206,6 +216,7 @@ class Quantize:
                 f"`{self.input}` is quantized already; its packed weights would be "
                 "written as they are. Give the original 16-bit checkpoint."
             )
+        check_new_directory(Path(self.output))
         before = sum(source.files[name].nbytes for name in source.files)
         config, base = convert.load_llama(
             self.input, quantization=self.quantization, dtype=self.dtype, progress=True
@@ -274,7 +285,12 @@ def _run(name: str, args: list[str]) -> int:
     if name == "train":
         _train(args)
         return 0
-    chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}")
+    options: dict[str, Any] = {}
+    if name == "eval" and args and not args[0].startswith("-"):
+        trained = run_settings(Path(args[0]))
+        if trained is not None:  # rows are read as the run read them, unless told
+            options["default"] = Eval(path=args[0], data=trained.data)
+    chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
     report = chosen.run()
     if chosen.json:
         print(json.dumps(report))
@@ -316,21 +332,18 @@ def _train(args: list[str]) -> None:
 
 
 def _load(command: Eval | Generate) -> Any:
-    settings = Path(command.path) / "config.toml"
-    quantization, dtype = "nf4_dq", "bfloat16"
-    if settings.is_file():
-        trained = read_config(settings).model
-        quantization, dtype = trained.quantization, trained.dtype
-    if command.quantization != "auto":
-        quantization = command.quantization
-    return load(
+    model = load(
         command.path,
         base=command.base,
-        quantization=None if quantization == "none" else quantization,
-        dtype=dtype if command.dtype == "auto" else command.dtype,
+        quantization=command.quantization,
+        dtype=command.dtype,
         attention=command.attention,
         progress=sys.stderr.isatty(),
     )
+    # A dense checkpoint is quantized on the way in unless told otherwise; whoever
+    # compares two losses has to know.
+    print(model.description, file=sys.stderr)
+    return model
 
 
 def print_report(report: Mapping[str, Any]) -> None:

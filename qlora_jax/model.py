@@ -30,6 +30,8 @@ from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.generate import generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
+from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.runfile import RunConfig, read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -56,6 +58,18 @@ class Model:
         return Llama(
             self.config, dataclasses.replace(self.compute, lora=self.lora_config)
         )
+
+    @property
+    def description(self) -> str:
+        """One line: where the base is, how it is held, how it is computed."""
+        leaves = jax.tree.leaves(
+            self.base, is_leaf=lambda leaf: isinstance(leaf, NF4Tensor)
+        )
+        packed = [leaf for leaf in leaves if isinstance(leaf, NF4Tensor)]
+        held = "dense"
+        if packed:
+            held = "NF4, double-quantized" if packed[0].double_quant else "NF4"
+        return f"`{self.path}`: linear layers {held}; computed in {self.compute.dtype}."
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -143,8 +157,8 @@ def load(
     *,
     adapter: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
-    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto",
     progress: bool = False,
 ) -> Model:
@@ -157,8 +171,11 @@ def load(
       adapter: PEFT directory to attach.
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
-      quantization: of the linear layers: NF4, NF4 with double quantization, or none.
-      dtype: of activations and of the tensors that stay dense.
+      quantization: of the linear layers: NF4, NF4 with double quantization, or none
+        (None says the same). "auto" is what a run directory was trained with, and
+        "nf4_dq" elsewhere.
+      dtype: of activations and of the tensors that stay dense. "auto" is what a run
+        directory was trained with, and "bfloat16" elsewhere.
       attention: implementation.
       progress: show a progress bar on stderr.
 
@@ -167,6 +184,13 @@ def load(
       UserError: an argument that cannot be used.
     """
     path = Path(path)
+    trained = run_settings(path)
+    if quantization == "auto":
+        quantization = "nf4_dq" if trained is None else trained.model.quantization
+    if quantization == "none":
+        quantization = None
+    if dtype == "auto":
+        dtype = "bfloat16" if trained is None else trained.model.dtype
     own = adapter_directory(path)
     if own is not None:
         if adapter is not None:
@@ -181,7 +205,8 @@ def load(
         )
     if quantization not in ("nf4", "nf4_dq", None):
         raise UserError(
-            f"`quantization` must be 'nf4', 'nf4_dq' or None, got {quantization!r}."
+            "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
+            f"{quantization!r}."
         )
     compute = Compute(dtype=dtype, attention=attention)
     config, tree = convert.load_llama(
@@ -200,6 +225,12 @@ def load(
         compute=compute,
         path=path,
     )
+
+
+def run_settings(path: Path) -> RunConfig | None:
+    """The settings of the run directory `path`; None if it is something else."""
+    settings = path / "config.toml"
+    return read_config(settings) if settings.is_file() else None
 
 
 def adapter_directory(path: Path) -> Path | None:

@@ -138,7 +138,7 @@ def test_train_then_ask_about_the_run(cli, settings, tmp_path, model_dir, rows_f
     report = json.loads((run / "report.json").read_text())
 
     # inspect: the same counts, from the configuration alone.
-    status, out, _ = cli("inspect", run, "--dtype", "float32", "--json")
+    status, out, _ = cli("inspect", run, "--json")
     counted = json.loads(out)
     for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
         assert counted[name] == report[name]
@@ -161,6 +161,11 @@ def test_train_then_ask_about_the_run(cli, settings, tmp_path, model_dir, rows_f
         picked = np.take_along_axis(logs, np.maximum(labels, 0)[..., None], -1)[..., 0]
         total -= picked[labels != -100].sum()
         count += int((labels != -100).sum())
+    # Unless told otherwise the run's own data settings and computation are taken.
+    assert load(run).compute == model.compute
+    assert load(run).description == model.description
+    status, out, err = cli("eval", run, "--json", "--batch-size", "5")
+    assert json.loads(out) == result and "NF4, double-quantized" in err
     assert result["supervised_tokens"] == count == report["data"]["supervised_tokens"]
     assert result["rows"] == 24
     assert result["loss"] == pytest.approx(total / count, abs=1e-5)
@@ -178,7 +183,8 @@ def test_generate_prints_prompt_and_continuation(cli, shared_data):
     prompts = [row["prompt"] for row in stored]
     exact = ["--quantization", "none", "--dtype", "float32", "--max-new-tokens", "60"]
     status, out, err = cli("generate", path, *exact, "--prompt", *prompts)
-    assert status == 0 and err == ""
+    assert status == 0
+    assert err == f"`{path}`: linear layers dense; computed in float32.\n"
     assert out == "\n\n".join(row["text"] for row in stored) + "\n"
     status, out, _ = cli("generate", path, *exact, "--json", "--prompt", *prompts)
     assert json.loads(out) == {"texts": [row["text"] for row in stored]}
@@ -191,6 +197,8 @@ def test_quantize_writes_what_loads(cli, model_dir, tmp_path):
     packed = convert.load_llama(tmp_path / "q", quantization=None)[1]
     direct = convert.load_llama(model_dir, quantization="nf4_dq")[1]
     jax.tree.map(np.testing.assert_array_equal, packed, direct)
+    status, _, err = cli("quantize", model_dir, tmp_path / "q")
+    assert status == 1 and "is not empty" in paragraph(err, "quantize")
     status, _, err = cli("quantize", tmp_path / "q", tmp_path / "twice")
     assert status == 1 and "is quantized already" in paragraph(err, "quantize")
     assert not (tmp_path / "twice").exists()

@@ -76,7 +76,8 @@ class DataConfig:
     assistant's turns of `messages`, all of `text`, the labels given with `tokens`."""
     prompt: str | None = None
     """Prompt of `prompt_completion` as a Python format string over the row's fields,
-    e.g. "{question}\\n". Default: the field `prompt`."""
+    e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
+    the field `prompt`."""
     completion: str | None = None
     """Completion of `prompt_completion` as a format string, e.g. "{answer}". Default:
     the field `completion`."""

@@ -72,6 +72,7 @@ def test_verify(capsys, tiny_model, packed):
     status, out, _ = run(capsys, "verify", tiny_model, packed)
     assert status == 1
     assert "Different: 14 of 21 tensors; 0 missing, 42 extra" in out
+    assert "... and 16 more (--json lists all)." in out
     status, out, _ = run(capsys, "verify", tiny_model, packed, "--json")
     assert status == 1
     assert json.loads(out)["equal"] is False
