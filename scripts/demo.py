@@ -359,7 +359,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--model (MODEL=) and --data (DATA=) go together: give both")
     own = args.model is not None
     for name, its, users in (
-        ("steps", 200, 60),
+        ("steps", 500, 60),
         ("batch_size", 16, 4),
         ("learning_rate", 5e-3, 2e-4),
     ):

@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a story model and questions.")
     add = parser.add_argument
     add("--output", type=Path, required=True, help="directory to put three things in")
-    add("--steps", type=int, default=500, help="training of the base (steps)")
+    add("--steps", type=int, default=800, help="training of the base (steps)")
     add("--questions", type=int, default=3000, help="in train.jsonl (rows)")
     add("--held-out", type=int, default=100, help="in held_out.jsonl (rows)")
     args = parser.parse_args()
