@@ -31,7 +31,13 @@ from qlora_jax.config import LlamaConfig, LoraConfig
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.memory import parameter_report
-from qlora_jax.model import adapter_directory, find_base, load, run_settings
+from qlora_jax.model import (
+    adapter_directory,
+    find_base,
+    load,
+    resolve_auto,
+    run_settings,
+)
 from qlora_jax.runfile import RunConfig, read_config
 from qlora_jax.train import eval_step
 
@@ -158,12 +164,7 @@ class Inspect:
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
         path, lora = Path(self.path), self.lora
-        trained = run_settings(path)
-        quantization, dtype = self.quantization, self.dtype
-        if quantization == "auto":
-            quantization = "nf4_dq" if trained is None else trained.model.quantization
-        if dtype == "auto":
-            dtype = "bfloat16" if trained is None else trained.model.dtype
+        quantization, dtype = resolve_auto(path, self.quantization, self.dtype)
         adapter = adapter_directory(path)
         if adapter is not None:
             lora = open_adapter(adapter)[0]
@@ -174,7 +175,7 @@ class Inspect:
         report = parameter_report(
             config,
             lora,
-            quantization=None if quantization == "none" else quantization,
+            quantization=quantization,
             dtype=dtype,
         )
         return {
@@ -184,7 +185,7 @@ class Inspect:
             "optimizer_bytes": report.optimizer_bytes,
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
-            "quantization": quantization,
+            "quantization": quantization or "none",
             "dtype": dtype,
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,

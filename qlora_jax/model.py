@@ -184,13 +184,7 @@ def load(
       UserError: an argument that cannot be used.
     """
     path = Path(path)
-    trained = run_settings(path)
-    if quantization == "auto":
-        quantization = "nf4_dq" if trained is None else trained.model.quantization
-    if quantization == "none":
-        quantization = None
-    if dtype == "auto":
-        dtype = "bfloat16" if trained is None else trained.model.dtype
+    quantization, settled = resolve_auto(path, quantization, dtype)
     own = adapter_directory(path)
     if own is not None:
         if adapter is not None:
@@ -208,9 +202,9 @@ def load(
             "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
             f"{quantization!r}."
         )
-    compute = Compute(dtype=dtype, attention=attention)
+    compute = Compute(dtype=settled, attention=attention)
     config, tree = convert.load_llama(
-        path, quantization=quantization, dtype=dtype, progress=progress
+        path, quantization=quantization, dtype=settled, progress=progress
     )
     lora_config = adapters = None
     if adapter is not None:
@@ -225,6 +219,20 @@ def load(
         compute=compute,
         path=path,
     )
+
+
+def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
+    """Settles "auto": as the run directory `path` was trained, else nf4_dq, bfloat16.
+
+    Returns:
+      Quantization, with None for "none", and dtype.
+    """
+    trained = run_settings(path)
+    if quantization == "auto":
+        quantization = "nf4_dq" if trained is None else trained.model.quantization
+    if dtype == "auto":
+        dtype = "bfloat16" if trained is None else trained.model.dtype
+    return None if quantization == "none" else quantization, dtype
 
 
 def run_settings(path: Path) -> RunConfig | None:
