@@ -30,8 +30,8 @@ from convert.hf import (
 )
 from convert.output import Entry
 from convert.peft import load_adapter
-from qlora_jax.config import LoraConfig
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 
 def merge(

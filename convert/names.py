@@ -48,11 +48,6 @@ def parse_key(key: str) -> tuple[Path, int | None]:
     return (*LAYERS, *found[2].split(".")), int(found[1])
 
 
-def peft_key(module: Path, layer: int | None, part: str) -> str:
-    """Spells the `lora_A` or `lora_B` of a module as PEFT does."""
-    return f"{PEFT_PREFIX}{hf_key((*module, part), layer)}.weight"
-
-
 def is_stacked(path: Path) -> bool:
     """Whether the tensor at `path` has a leading layer axis."""
     return path[: len(LAYERS)] == LAYERS
@@ -66,8 +61,8 @@ def is_projection(path: Path) -> bool:
 def shapes(config: LlamaConfig) -> dict[Path, Shape]:
     """Lists every tensor of a model and its shape in the file (one layer's).
 
-    Order: embeddings, the parts of a layer, final norm, output head. A tied model has
-    no head of its own.
+    Order: embeddings, the parts of a layer, final norm, output head, tensors of modules
+    that no Llama has (`config.extra_tensors`). A tied model has no head of its own.
     """
     d, f = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
@@ -97,6 +92,8 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
     out["model", "norm", "weight"] = (d,)
     if not config.tie_word_embeddings:
         out["lm_head", "weight"] = (config.vocab_size, d)
+    for name, shape in config.extra_tensors.items():
+        out[tuple(name.split("."))] = tuple(shape)
     return out
 
 

@@ -141,10 +141,10 @@ def write_model_files(
     write_json(directory / INDEX, index)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Writes JSON as transformers and PEFT do: indented, keys sorted."""
     with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.write(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

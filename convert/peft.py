@@ -1,20 +1,32 @@
 """PEFT adapter directories <-> our adapter tree, strictly and byte for byte.
 
-A PEFT directory is adapter_config.json and adapter_model.safetensors with one
-`lora_A` [r, in] and one `lora_B` [out, r] for each adapted linear of each layer. What
-has to be in the file follows from `target_modules` and the model; a file that has
-more, less or something of another shape is refused, where PEFT itself would load what
-fits and leave the rest at its initial value.
+A PEFT directory is adapter_config.json and adapter_model.safetensors. What has to be in
+the file follows from the configuration and the model (`qlora_jax.targets`), tensor by
+tensor; a file that has more, less or something of another shape is refused, where PEFT
+itself would load what fits and leave the rest at its initial value.
+
+    base_model.model. <module>  .lora_A.weight [r, in], .lora_B.weight [out, r]
+                                .lora_B.bias, .lora_magnitude_vector [out]
+                                .lora_embedding_A [r, rows], .lora_embedding_B
+                                .token_adapter.trainable_tokens_delta [n, features]
+                                .base_layer.bias of an adapted module, .bias of others
+                                .weight of a module trained whole
+
+PEFT adds copies: `.base_layer.weight` of an adapted embedding or head is the table of
+the base itself, and a tied head that follows the embedding has its tensors again. They
+are compared with what they are copies of.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convert import names
 from convert.files import (
@@ -32,13 +44,50 @@ from convert.output import (
     write_json,
     write_safetensors,
 )
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora import targeted_modules, unmatched_targets
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import EMBEDDING, HEAD, Selection, select
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _READABLE = ("F32", "BF16", "F16")
+# Where the file says which base the adapter was trained on.
+_FINGERPRINT = "qlora_jax_base_fingerprint"
+
+# Name of an array in our tree -> what PEFT's key has behind the module.
+_SUFFIX = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One tensor of an adapter file, and its place in our tree."""
+
+    path: names.Path
+    """Of the array."""
+    layer: int | None
+    rank: int | None
+    """Ranks used, where the array may have more."""
+    shape: tuple[int, ...]
+    """In the file."""
+    copy: Literal["", "equal", "transposed"] = ""
+    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
+
+    def view(self, array: Any) -> Any:
+        """The part of the array that the file holds."""
+        if self.layer is not None:
+            array = array[self.layer]
+        if self.rank is not None:
+            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
+            array = array[: self.rank] if in_rows else array[:, : self.rank]
+        return array.T if self.copy == "transposed" else array
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
@@ -48,6 +97,12 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]
       CheckpointError: a path that is no PEFT directory, or damaged files.
       UserError: a configuration that uses what is not supported.
     """
+    return _open(path, strict=True, skipped=[])
+
+
+def _open(
+    path: str | os.PathLike[str], *, strict: bool, skipped: list[str]
+) -> tuple[LoraConfig, TensorFiles]:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(
@@ -63,7 +118,8 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]
         inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
         raise CheckpointError(f"`{path}` is {what}: it has no {CONFIG}.{hint}")
-    lora = LoraConfig.from_peft(read_json(path / CONFIG))
+    raw = read_json(path / CONFIG)
+    lora = LoraConfig.from_peft(raw, strict=strict, skipped=skipped)
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise CheckpointError(
@@ -72,22 +128,36 @@ def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]
                 "Load it once with PEFT and save it again; PEFT writes safetensors."
             )
         raise CheckpointError(f"`{path}` has no {WEIGHTS}.")
-    return lora, TensorFiles(path, read_header(path / WEIGHTS)[0])
+    infos, metadata = read_header(path / WEIGHTS)
+    found = metadata.get(_FINGERPRINT)
+    return replace(lora, base_fingerprint=found), TensorFiles(path, infos)
 
 
 def load_adapter(
-    path: str | os.PathLike[str], config: LlamaConfig
+    path: str | os.PathLike[str],
+    model: LlamaConfig | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    skipped: list[str] | None = None,
 ) -> tuple[LoraConfig, dict[str, Any]]:
-    """Loads a PEFT LoRA directory for a model of this configuration.
+    """Loads a PEFT LoRA directory for a model.
+
+    A float32 file is read straight into the result, so that an adapter is held once.
+    float16 and bfloat16 files are widened.
 
     Args:
       path: directory with adapter_config.json and adapter_model.safetensors.
-      config: the base model's.
+      model: the base's configuration, or its parameter tree. With the tree, copies of
+        base tables in the file (`base_layer.weight`) are compared with the base.
+      strict: raise if anything is missing, unexpected or of another shape. Otherwise
+        what does not fit is left out, an update with a missing part as a whole.
+      skipped: where to note, item by item, what was not used and why.
 
     Returns:
-      (lora, adapters): float32 numpy arrays, `lora_A` [L, r, in] and `lora_B`
-      [L, out, r] under the same module paths as the base tree. float16 and bfloat16
-      files are widened.
+      (lora, adapters): float32 numpy arrays under the module paths of the base tree,
+      as `qlora_jax.lora` lists them. `lora.unmatched` targets are not an error. Tables
+      of embeddings that the file holds though its configuration does not name them (of
+      a resized vocabulary) are added to `modules_to_save`.
 
     Raises:
       CheckpointError: tensors missing, unknown, of another shape, rank or dtype, or
@@ -95,47 +165,237 @@ def load_adapter(
       UserError: an adapter_config.json that uses what is not supported, or targets
         that are not in this model.
     """
-    lora, files = open_adapter(path)
-    wanted = _keys(config, lora)
+    notes: list[str] = [] if skipped is None else skipped
+    lora, files = _open(path, strict=strict, skipped=notes)
+    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    lora = _with_tables(lora, files)
+    selection = select(base, lora)
+    shapes = selection.shapes()
+    wanted = _slots(selection, lora)
+    wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
+    copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
         f"(`r`={lora.r}, `target_modules`={lora.target_modules!r}) describes for this "
         "base model"
     )
-    for key, (_, _, shape) in wanted.items():
-        if key not in files:
-            problems.add("missing tensors", key)
-        elif files[key].dtype not in _READABLE:
-            problems.add("tensors of another dtype", f"{key} {files[key].dtype}")
-        elif files[key].shape != shape:
-            problems.add(
-                "tensors of another shape",
-                f"{key} {list(files[key].shape)} instead of {list(shape)}",
-            )
+    bad: set[str] = set()
+    for key, slot in wanted.items():
+        problem = _problem(key, slot, files)
+        if problem is not None:
+            bad.add(key)
+            problems.add(*problem)
     for key in files:
-        if key not in wanted:
+        if key not in wanted and key not in copies:
+            bad.add(key)
             problems.add("unexpected tensors", key)
-    problems.check(hint=_hint(files, wanted))
+    if strict:
+        problems.check(hint=_hint(files, wanted, lora))
+    else:
+        _check_can_skip(bad, wanted, problems)
+        notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
+    adapters = _read(wanted, files, shapes, bad)
+    _compare_copies(list(copies), files, base, strict, notes)
+    return lora, adapters
+
+
+def _read(
+    wanted: Mapping[str, _Slot],
+    files: TensorFiles,
+    shapes: Mapping[names.Path, tuple[int, ...]],
+    bad: set[str],
+) -> dict[str, Any]:
+    """Fills the tree; updates of modules with a bad part stay zero."""
     adapters: dict[str, Any] = {}
-    leaves: dict[names.Path, np.ndarray] = {}
-    for path_, layer, shape in wanted.values():
-        if path_ not in leaves:
-            leading = () if layer is None else (config.num_hidden_layers,)
-            leaves[path_] = np.empty((*leading, *shape), np.float32)
-            names.put(adapters, path_, leaves[path_])
-    for key in files.in_file_order(list(wanted)):
-        where, layer, _ = wanted[key]
+    leaves: dict[names.Path, NDArray[np.float32]] = {}
+    for where, shape in shapes.items():
+        leaves[where] = np.zeros(shape, np.float32)
+        names.put(adapters, where, leaves[where])
+    broken = {(wanted[k].path[:-1], wanted[k].layer) for k in bad if k in wanted}
+    copies = []
+    for key in files.in_file_order([k for k in wanted if k in files]):
+        slot = wanted[key]
+        if (slot.path[:-1], slot.layer) in broken:
+            continue
+        if slot.copy:
+            copies.append(key)
+            continue
+        place = slot.view(leaves[slot.path])
+        if files[key].dtype == "F32" and place.flags.c_contiguous:
+            files.read_into(key, place)
+            check_finite(place, key)
+        else:
+            array = files.read(key)
+            check_finite(array, key)
+            place[...] = array
+    for key in copies:
         array = files.read(key)
         check_finite(array, key)
-        leaves[where][() if layer is None else layer] = array.astype(np.float32)
-    return lora, adapters
+        if not np.array_equal(array, wanted[key].view(leaves[wanted[key].path])):
+            raise CheckpointError(
+                f"`{key}` and `{'.'.join(wanted[key].path)}` are tied "
+                "(`ensure_weight_tying`), and differ in the file. Which one was meant "
+                "cannot be told; save the adapter again with PEFT."
+            )
+    return adapters
+
+
+def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | None:
+    if key not in files:
+        return "missing tensors", key
+    info = files[key]
+    if info.dtype not in _READABLE:
+        return "tensors of another dtype", f"{key} {info.dtype}"
+    if info.shape != slot.shape:
+        return (
+            "tensors of another shape",
+            f"{key} {list(info.shape)} instead of {list(slot.shape)}",
+        )
+    return None
+
+
+def _check_can_skip(
+    bad: set[str], wanted: Mapping[str, _Slot], problems: Problems
+) -> None:
+    """An update that is left out is zero; other tensors have no such value."""
+    for key in bad:
+        name = wanted[key].path[-1] if key in wanted else "lora_A"
+        if not name.startswith("lora_") or name == "lora_magnitude_vector":
+            problems.check(
+                hint=f"`{key}` cannot be left out: nothing says what it would be."
+            )
+
+
+def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
+    """Adds the embedding tables of a file to `modules_to_save`.
+
+    PEFT saves them unasked where the vocabulary was resized.
+    """
+    saved = lora.modules_to_save or ()
+    found = tuple(
+        path[-1]
+        for path in (EMBEDDING, HEAD)
+        if f"{names.PEFT_PREFIX}{'.'.join(path)}.weight" in files
+        and not any(".".join(path).endswith(name) for name in saved)
+        and not (saved and lora.ensure_weight_tying)
+    )
+    return replace(lora, modules_to_save=(*saved, *found)) if found else lora
+
+
+def _slots(selection: Selection, lora: LoraConfig) -> dict[str, _Slot]:
+    """Every key the adapter file has to have."""
+    out: dict[str, _Slot] = {}
+
+    def key(module: names.Path, layer: int | None, suffix: str) -> str:
+        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
+
+    adapted = set()
+    for a in selection.adapted:
+        for index, rank in enumerate(a.ranks):
+            if not rank:
+                continue
+            layer = None if a.layers is None else index
+            adapted.add((a.path, layer))
+            for name, shape in a.parts_of(rank).items():
+                ranked = name.endswith(("_A", "_B"))
+                out[key(a.path, layer, _SUFFIX[name])] = _Slot(
+                    (*a.path, name), layer, rank if ranked else None, shape
+                )
+            if a.follows is not None:
+                rows, columns = a.shape
+                for name, other, shape in (
+                    ("lora_A", "lora_embedding_B", (rank, columns)),
+                    ("lora_B", "lora_embedding_A", (rows, rank)),
+                ):
+                    out[key(a.path, layer, _SUFFIX[name])] = _Slot(
+                        (*a.follows, other), None, rank, shape, "transposed"
+                    )
+    for w in selection.whole:
+        for index, chosen in enumerate(w.chosen):
+            if chosen:
+                layer = None if w.layers is None else index
+                module, name = w.path[:-1], w.path[-1]
+                inside = "base_layer." if (module, layer) in adapted else ""
+                out[key(module, layer, inside + name)] = _Slot(
+                    w.follows or w.path,
+                    layer,
+                    None,
+                    w.shape,
+                    "equal" if w.follows else "",
+                )
+    for r in selection.rows:
+        if r.follows is None:
+            name = "trainable_tokens_delta"
+            out[key(r.path, None, f"token_adapter.{name}")] = _Slot(
+                (*r.path, name), None, None, (len(r.indices), r.features)
+            )
+    return out
+
+
+def _spelled(key: str, files: TensorFiles) -> str:
+    """The key as this file spells it: some PEFT versions add `.weight`."""
+    longer = f"{key}.weight"
+    if key.endswith("lora_magnitude_vector") and key not in files and longer in files:
+        return longer
+    return key
+
+
+def _base_copies(selection: Selection) -> list[str]:
+    """Keys under which PEFT may have saved tables of the base."""
+    return [
+        f"{names.PEFT_PREFIX}{'.'.join(a.path)}.base_layer.weight"
+        for a in selection.adapted
+        if a.path in (EMBEDDING, HEAD)
+    ]
+
+
+def _compare_copies(
+    keys: list[str],
+    files: TensorFiles,
+    base: Mapping[str, Any],
+    strict: bool,
+    notes: list[str],
+) -> None:
+    """Compares tables that PEFT saved with those of the base they were trained on."""
+    for key in keys:
+        module = key.removeprefix(names.PEFT_PREFIX).removesuffix(".base_layer.weight")
+        node: Any = base
+        path = module.split(".")
+        if module == HEAD[-1] and HEAD[-1] not in base:
+            path = list(EMBEDDING)
+        for part in path:
+            node = node[part]
+        table = node["weight"]
+        if not hasattr(table, "__array__"):
+            notes.append(f"{key}: not compared, no weights of the base were given")
+            continue
+        if _same_table(files, key, np.asarray(table)):
+            continue
+        message = (
+            f"`{key}` is not the table of this base, so the adapter was trained on "
+            "another one (or on one of another vocabulary). Give that base"
+        )
+        if strict:
+            raise CheckpointError(
+                f"{message}, or load with strict=False to use the adapter on this one."
+            )
+        notes.append(f"{key}: differs from the base's own, which is used")
+
+
+def _same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+    if files[key].dtype not in _READABLE or files[key].shape != table.shape:
+        return False
+    saved = files.read(key)
+    # In the narrower of the two dtypes: one may be a rounded form of the other.
+    narrow = min(saved.dtype, table.dtype, key=lambda d: d.itemsize)
+    return np.array_equal(saved.astype(narrow), table.astype(narrow))
 
 
 def save_adapter(
     directory: str | os.PathLike[str],
     lora_config: LoraConfig,
     adapters: Mapping[str, Any],
-    config: LlamaConfig,
+    model: LlamaConfig | Mapping[str, Any],
     *,
     base_model_name_or_path: str | None = None,
     overwrite: bool = False,
@@ -143,108 +403,119 @@ def save_adapter(
     """Writes a PEFT directory that PEFT, vLLM and Unsloth load.
 
     The directory appears complete or not at all. The same adapter gives the same
-    bytes.
+    bytes. Tables of the base are not copied into it; PEFT does not need them.
 
     Args:
       directory: to be created; must not exist or be empty.
       lora_config: what the adapter is.
-      adapters: tree of `lora_A` [L, r, in] and `lora_B` [L, out, r]; written as
-        float32.
-      config: the base model's.
+      adapters: trained tree, as `qlora_jax.lora` lists it; written as float32.
+      model: the base's configuration, or its parameter tree.
       base_model_name_or_path: what adapter_config.json shall name as the base (default:
         what `lora_config` names).
       overwrite: whether a directory that is there is replaced.
 
     Raises:
       UserError: a tree that is not the one `lora_config` describes for this model,
-        NaN or infinity in it, or a directory that cannot be written.
+        NaN or infinity in it, an adapter of a changed base (see `absorb`), or a
+        directory that cannot be written.
     """
-    wanted = _keys(config, lora_config)
+    if lora_config.changes_base:
+        raise UserError(
+            f"`init_lora_weights`={lora_config.init_lora_weights!r}: this adapter "
+            "belongs to a changed base and would be another one on the original. Save "
+            "what `qlora_jax.absorb(lora_config, adapters, base)` returns."
+        )
+    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    selection = select(base, lora_config)
+    shapes = selection.shapes()
     arrays = dict(names.walk(adapters))
     problems = Problems(
         f"The adapter tree is not the one that `r`={lora_config.r}, `target_modules`="
         f"{lora_config.target_modules!r} describes for this model"
     )
-    paths = {path: (layer, shape) for path, layer, shape in wanted.values()}
-    for path, (layer, shape) in paths.items():
-        leading = () if layer is None else (config.num_hidden_layers,)
+    for path, shape in shapes.items():
         if path not in arrays:
             problems.add("missing arrays", ".".join(path))
-        elif tuple(arrays[path].shape) != (*leading, *shape):
+        elif tuple(arrays[path].shape) != shape:
             problems.add(
                 "arrays of another shape",
-                f"{'.'.join(path)} {list(arrays[path].shape)} instead of "
-                f"{[*leading, *shape]}",
+                f"{'.'.join(path)} {list(arrays[path].shape)} instead of {list(shape)}",
             )
         elif np.dtype(arrays[path].dtype) not in [DTYPES[n] for n in _READABLE]:
             problems.add(
                 "arrays of another dtype", f"{'.'.join(path)} {arrays[path].dtype}"
             )
     for path in arrays:
-        if path not in paths:
+        if path not in shapes:
             problems.add("unexpected arrays", ".".join(path))
     problems.check()
     host = {path: np.asarray(array) for path, array in arrays.items()}
     entries = []
-    for key, (path, layer, _) in wanted.items():
-        one = host[path] if layer is None else host[path][layer]
-        array = np.ascontiguousarray(one.astype(np.float32))
-        check_finite(array, key)
-        entries.append(Entry.of(key, array))
+    for key, slot in _slots(selection, lora_config).items():
+        check_finite(np.ascontiguousarray(slot.view(host[slot.path])), key)
+        entries.append(_entry(key, slot, host))
     raw = lora_config.to_peft()
     if raw["target_modules"] == "all-linear":
         # Spelled out, as PEFT does: not every reader knows the word.
-        raw["target_modules"] = sorted({path[-2] for path in paths})
+        raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
     if base_model_name_or_path is not None:
         raw["base_model_name_or_path"] = base_model_name_or_path
     with new_directory(Path(directory), overwrite=overwrite) as new:
-        write_safetensors(new / WEIGHTS, entries, {"format": "pt"})
-        write_json(new / CONFIG, raw)
+        write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
+        # The order within patterns has a meaning: the first that matches holds.
+        write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
 
 
-def adapter_bytes(config: LlamaConfig, lora: LoraConfig) -> int:
-    """Size of the adapter_model.safetensors that `save_adapter` writes, to the byte."""
-    nothing = np.zeros(0, np.float32)
-    entries = [
-        Entry(key, nothing.dtype, shape, lambda: nothing)
-        for key, (_, _, shape) in _keys(config, lora).items()
-    ]
-    return safetensors_bytes(entries, {"format": "pt"})
+def _entry(key: str, slot: _Slot, host: Mapping[names.Path, NDArray]) -> Entry:
+    """A tensor that is cut out and widened when its turn comes."""
+
+    def read() -> NDArray:
+        view = slot.view(host[slot.path])
+        return np.ascontiguousarray(view.astype(np.float32, copy=False))
+
+    return Entry(key, np.dtype(np.float32), slot.shape, read)
 
 
-def _keys(
-    config: LlamaConfig, lora: LoraConfig
-) -> dict[str, tuple[names.Path, int | None, tuple[int, int]]]:
-    """Every key the adapter file has to have: (path in our tree, layer, shape)."""
-    base = names.abstract_base(config)
-    unmatched = unmatched_targets(base, lora)
-    modules = targeted_modules(base, lora)
-    if unmatched:
-        raise UserError(
-            f"`target_modules` names {', '.join(repr(n) for n in unmatched)}, which "
-            "selects no linear module of this model. Linear modules here: "
-            f"{', '.join(_linear_names(config))}."
-        )
-    out = {}
-    for module, (out_features, in_features, layers) in modules.items():
-        shapes = {"lora_A": (lora.r, in_features), "lora_B": (out_features, lora.r)}
-        for layer in [None] if layers is None else range(layers):
-            for part, shape in shapes.items():
-                key = names.peft_key(module, layer, part)
-                out[key] = ((*module, part), layer, shape)
+def _metadata(lora: LoraConfig) -> dict[str, str]:
+    out = {"format": "pt"}
+    if lora.base_fingerprint is not None:
+        out[_FINGERPRINT] = lora.base_fingerprint
     return out
 
 
-def _linear_names(config: LlamaConfig) -> list[str]:
-    linears = [p[-2] for p in names.shapes(config) if names.is_projection(p)]
-    return linears + ([] if config.tie_word_embeddings else ["lm_head"])
+def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
+    """Size of the adapter_model.safetensors that `save_adapter` writes, to the byte."""
+    nothing = np.zeros(0, np.float32)
+    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    entries = [
+        Entry(key, nothing.dtype, slot.shape, lambda: nothing)
+        for key, slot in _slots(select(base, lora), lora).items()
+    ]
+    return safetensors_bytes(entries, _metadata(lora))
 
 
-def _hint(files: TensorFiles, wanted: Mapping[str, Any]) -> str:
+def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> str:
     """Says what usually causes the disagreement, where the names tell."""
-    if any(k.startswith(names.PEFT_PREFIX) for k in files):
-        if any(".lora_A.default." in k for k in files):
-            return "The keys carry an adapter name; save the adapter with PEFT."
-        return "Is it the adapter of another model or rank?"
-    example = next(iter(wanted))
-    return f"PEFT's keys look like {example}; save the adapter with PEFT."
+    if not any(k.startswith(names.PEFT_PREFIX) for k in files):
+        example = next(iter(wanted))
+        return f"PEFT's keys look like {example}; save the adapter with PEFT."
+    if any(".lora_A.default." in k for k in files):
+        return "The keys carry an adapter name; save the adapter with PEFT."
+    others = {
+        k.split(".lora_")[0].rpartition(".")[2]
+        for k in files
+        if k not in wanted and ".lora_" in k
+    }
+    if others and all(k in files for k in wanted):
+        return (
+            f"The file also adapts {', '.join(sorted(others))}, which `target_modules` "
+            "does not select: the configuration is not the one of this file."
+        )
+    ranks = {
+        files[k].shape[0]
+        for k, slot in wanted.items()
+        if k in files and slot.path[-1] == "lora_A" and files[k].shape
+    }
+    if len(ranks) == 1 and ranks != {lora.r}:
+        return f"The tensors are of rank {ranks.pop()}."
+    return "Is it the adapter of another model?"

@@ -24,8 +24,9 @@ from convert.files import (
     read_json,
 )
 from convert.peft import CONFIG, open_adapter
-from qlora_jax.config import LlamaConfig, LoraConfig, RopeScaling
+from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 # What two adapters may differ in and still compute the same.
 _NOT_COMPUTED = ("raw", "base_model_name_or_path", "lora_dropout", "init_lora_weights")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlora_jax.config import LlamaConfig as LlamaConfig
-    from qlora_jax.config import LoraConfig as LoraConfig
     from qlora_jax.data.batches import Batches as Batches
     from qlora_jax.data.batches import prefetch as prefetch
     from qlora_jax.data.examples import DataConfig as DataConfig
@@ -20,7 +19,11 @@ if TYPE_CHECKING:
     from qlora_jax.generate import generate_tokens as generate_tokens
     from qlora_jax.linear import Compute as Compute
     from qlora_jax.llama import Llama as Llama
-    from qlora_jax.lora import init_adapters as init_adapters
+    from qlora_jax.lora import bind as bind
+    from qlora_jax.lora_config import LoraConfig as LoraConfig
+    from qlora_jax.lora_init import absorb as absorb
+    from qlora_jax.lora_init import factor_out as factor_out
+    from qlora_jax.lora_init import init_adapters as init_adapters
     from qlora_jax.loss import cross_entropy_sum as cross_entropy_sum
     from qlora_jax.memory import parameter_report as parameter_report
     from qlora_jax.model import Model as Model
@@ -46,7 +49,7 @@ _CONTENTS = {
     "Model": "qlora_jax.model",
     # --- Configuration, in the words of HF and PEFT ---
     "LlamaConfig": "qlora_jax.config",
-    "LoraConfig": "qlora_jax.config",
+    "LoraConfig": "qlora_jax.lora_config",
     "DataConfig": "qlora_jax.data.examples",
     "TrainConfig": "qlora_jax.train",
     "RunConfig": "qlora_jax.runfile",
@@ -58,7 +61,10 @@ _CONTENTS = {
     "quantize": "qlora_jax.nf4",
     "dequantize": "qlora_jax.nf4",
     # --- Adapters ---
-    "init_adapters": "qlora_jax.lora",
+    "init_adapters": "qlora_jax.lora_init",
+    "bind": "qlora_jax.lora",
+    "factor_out": "qlora_jax.lora_init",
+    "absorb": "qlora_jax.lora_init",
     # --- Data ---
     "load_examples": "qlora_jax.data.examples",
     "Batches": "qlora_jax.data.batches",

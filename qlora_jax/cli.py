@@ -27,9 +27,10 @@ from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import parameter_report
 from qlora_jax.model import (
     adapter_directory,
@@ -80,6 +81,7 @@ class Eval:
             self.data, model.tokenizer, vocab_size=model.config.vocab_size
         )
         step = jax.jit(partial(eval_step, model=model.module))
+        adapters = model.variables.get("lora", {})
         total, count = 0.0, 0
         for batch in eval_batches(
             examples,
@@ -87,7 +89,7 @@ class Eval:
             batch_size=self.batch_size,
             pad_token_id=model.config.pad_token_id or 0,
         ):
-            loss, tokens = step(model.adapters or {}, model.base, batch)
+            loss, tokens = step(adapters, model.base, batch)
             total += float(loss)
             count += int(tokens)
         loss = total / count

@@ -1,10 +1,10 @@
-"""Model and adapter configuration, in the words of Hugging Face and PEFT.
+"""Model configuration, in the words of Hugging Face.
 
-`LlamaConfig` holds what the computation needs from a `config.json`; `LoraConfig` what
-it needs from an `adapter_config.json`. Both refuse at construction what the model
-cannot honour, so that nothing downstream has to check again. Field names are the
-files' own. The Hugging Face file exists in two generations (transformers 4 writes
-`rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`); both are read.
+`LlamaConfig` holds what the computation needs from a `config.json`. It refuses at
+construction what the model cannot honour, so that nothing downstream has to check
+again. Field names are the file's own. The file exists in two generations (transformers
+4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`); both are
+read.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qlora_jax.errors import UserError
 
@@ -30,6 +29,28 @@ PROJECTIONS = (
     "up_proj",
     "down_proj",
 )
+
+
+_V = TypeVar("_V")
+
+
+class FrozenDict(dict[str, _V]):
+    """A dict that keeps its order in comparisons, cannot be changed, and hashes."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and list(self.items()) == list(other.items())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a FrozenDict cannot be changed")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = _refuse
+    setdefault = update = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,9 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    extra_tensors: Mapping[str, tuple[int, ...]] = FrozenDict()
+    """Tensors of modules that no Llama has, yours: dotted path (of a layer's module
+    without the layer's number, `model.layers.self_attn.gate.weight`) -> shape."""
     raw: Mapping[str, Any] = field(
         default_factory=dict, compare=False, hash=False, repr=False
     )
@@ -120,6 +144,9 @@ class LlamaConfig:
                 f"config: `num_attention_heads`={self.num_attention_heads} must be a "
                 f"multiple of `num_key_value_heads`={self.num_key_value_heads}."
             )
+        object.__setattr__(
+            self, "extra_tensors", _read_extra_tensors(self.extra_tensors)
+        )
         if self.head_dim % 2:
             raise UserError(
                 f"config: `head_dim` must be even for rotary embeddings, "
@@ -194,6 +221,7 @@ class LlamaConfig:
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
+            extra_tensors=raw.get("extra_tensors") or {},
             raw=dict(raw),
         )
 
@@ -211,6 +239,8 @@ class LlamaConfig:
             if f.name in ("raw", "rope_theta", "rope_scaling"):
                 continue
             value = getattr(self, f.name)
+            if f.name == "extra_tensors":
+                value = {name: list(shape) for name, shape in value.items()} or None
             if value is None and f.name not in out:
                 continue
             out[f.name] = list(value) if isinstance(value, tuple) else value
@@ -222,6 +252,21 @@ class LlamaConfig:
             out["rope_theta"] = self.rope_theta
             out["rope_scaling"] = scaling
         return out
+
+
+def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
+    fits = isinstance(table, Mapping) and all(
+        isinstance(shape, (list, tuple))
+        and all(type(n) is int and n > 0 for n in shape)
+        and name.replace(".", "").replace("_", "").isalnum()
+        for name, shape in table.items()
+    )
+    if not fits:
+        raise UserError(
+            "config: `extra_tensors` must map dotted names to shapes (lists of "
+            f"positive integers), got {table!r:.80}."
+        )
+    return FrozenDict({name: tuple(shape) for name, shape in table.items()})
 
 
 def _refuse_other_architectures(raw: Mapping[str, Any]) -> None:
@@ -293,170 +338,3 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"{', '.join(f'`{m}`' for m in missing)}."
         )
     return theta, RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
-
-
-# Fields of PEFT's adapter_config.json that change what an adapter computes and that
-# this project does not compute. The value listed is the one that switches each off.
-_PEFT_OFF: Mapping[str, Any] = MappingProxyType(
-    {
-        "bias": "none",
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "exclude_modules": None,
-        "use_dora": False,
-        "lora_bias": False,
-        "fan_in_fan_out": False,
-        "trainable_token_indices": None,
-        "layer_replication": None,
-        "target_parameters": None,
-        "alora_invocation_tokens": None,
-        "use_qalora": False,
-        "use_bdlora": None,
-        "arrow_config": None,
-        "kasa_config": None,
-        "velora_config": None,
-        "monteclora_config": None,
-        "corda_config": None,
-        "eva_config": None,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "ensure_weight_tying": False,
-    }
-)
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What is adapted and how; field names and meanings are PEFT's `LoraConfig`.
-
-    The update of a linear layer is `scaling * B @ A` (Hu et al. 2021,
-    https://arxiv.org/abs/2106.09685) with `scaling = lora_alpha / r`, or
-    `lora_alpha / sqrt(r)` under `use_rslora` (https://arxiv.org/abs/2312.03732).
-    """
-
-    r: int = 16
-    """Rank of every update."""
-    lora_alpha: int | float = 16
-    """Numerator of the scaling."""
-    target_modules: tuple[str, ...] | str = PROJECTIONS
-    """Module names (matched as path suffixes), "all-linear", or a regular expression
-    that has to match whole module paths."""
-    lora_dropout: float = 0.0
-    """Probability of dropping an input element of the adapter while training."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
-    init_lora_weights: Literal["default", "gaussian"] = "default"
-    """How A starts (B starts at zero): Kaiming-uniform as PEFT, or N(0, 1/r^2)."""
-    base_model_name_or_path: str | None = None
-    """Where the base is found; written into adapter_config.json."""
-    revision: str | None = None
-    """Revision of the base, where its name is one of a hub."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise UserError(f"lora: `r` must be a positive integer, got {self.r!r}.")
-        if not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
-            raise UserError(f"lora: `lora_alpha` must be > 0, got {self.lora_alpha!r}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise UserError(
-                f"lora: `lora_dropout` must lie in [0, 1), got {self.lora_dropout!r}."
-            )
-        targets = self.target_modules
-        if not isinstance(targets, str):
-            targets = tuple(targets)
-            # A command line gives a list of one; no module name looks like these two.
-            alone = targets[0] if len(targets) == 1 else ""
-            if alone == "all-linear" or set(alone) & set("*+?[](){}|\\^$"):
-                targets = alone
-            object.__setattr__(self, "target_modules", targets)
-        if len(self.target_modules) == 0:
-            raise UserError(
-                "lora: `target_modules` is empty. Name modules such as 'q_proj', or "
-                "give 'all-linear'."
-            )
-        if self.init_lora_weights not in ("default", "gaussian"):
-            raise UserError(
-                f"lora: `init_lora_weights`={self.init_lora_weights!r} is not "
-                "supported. Supported: 'default', 'gaussian'."
-            )
-
-    @property
-    def scaling(self) -> float:
-        """The factor of `B @ A`."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @classmethod
-    def from_peft(cls, raw: Mapping[str, Any]) -> LoraConfig:
-        """Reads the content of PEFT's `adapter_config.json`.
-
-        PEFT's own defaults apply to absent fields (r=8, lora_alpha=8, q_proj and
-        v_proj as targets of a Llama).
-
-        Raises:
-          UserError: another method than LoRA, or a LoRA feature that is not computed
-            here, named with its value.
-        """
-        if raw.get("peft_type") != "LORA":
-            raise UserError(
-                f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r}; only "
-                "'LORA' adapters are supported."
-            )
-        refused = [
-            f"`{name}`={raw[name]!r}"
-            for name, off in _PEFT_OFF.items()
-            if name in raw and raw[name] not in (off, None, False, [], {})
-        ]
-        init = raw.get("init_lora_weights", True)
-        if init not in (True, False, "gaussian"):
-            # Those initializations change the base weights; the adapter alone, on the
-            # original base, would compute something else.
-            refused.append(f"`init_lora_weights`={init!r}")
-        if raw.get("runtime_config"):
-            refused.append("`runtime_config`")
-        if refused:
-            raise UserError(
-                "adapter_config.json uses LoRA features that are not supported: "
-                f"{', '.join(refused)}."
-            )
-        targets = raw.get("target_modules")
-        if targets is None:
-            targets = ("q_proj", "v_proj")
-        return cls(
-            r=raw.get("r", 8),
-            lora_alpha=raw.get("lora_alpha", 8),
-            target_modules=(
-                targets if isinstance(targets, str) else tuple(sorted(targets))
-            ),
-            lora_dropout=float(raw.get("lora_dropout", 0.0) or 0.0),
-            use_rslora=bool(raw.get("use_rslora", False)),
-            init_lora_weights="gaussian" if init == "gaussian" else "default",
-            base_model_name_or_path=raw.get("base_model_name_or_path"),
-            revision=raw.get("revision"),
-        )
-
-    def to_peft(self) -> dict[str, Any]:
-        """Returns the content of an `adapter_config.json` that PEFT reads."""
-        out: dict[str, Any] = dict(_PEFT_OFF)
-        out.update(
-            peft_type="LORA",
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            init_lora_weights=(
-                "gaussian" if self.init_lora_weights == "gaussian" else True
-            ),
-            base_model_name_or_path=self.base_model_name_or_path,
-            revision=self.revision,
-            target_modules=(
-                self.target_modules
-                if isinstance(self.target_modules, str)
-                else sorted(self.target_modules)
-            ),
-        )
-        return out

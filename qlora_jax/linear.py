@@ -1,9 +1,14 @@
-"""The linear layer: the one place where a weight, packed or dense, meets an adapter.
+"""Layers with weights: the one place where a weight, packed or dense, meets an adapter.
 
-`linear` is the computation, `Linear` the thin Flax module that finds its weight in the
-"params" collection and its adapter, if it has one, in the "lora" collection under the
-same path. A layer of yours that builds its projections with `Linear` can be adapted by
-naming them in `target_modules`; no list of accepted modules exists.
+`linear` and `embed` are the computations; `Linear`, `Embed` and `RMSNorm` the thin Flax
+modules that find their weight in the "params" collection and what is trained, if
+anything is, in the "lora" collection under the same path. A layer of yours that is
+built of them can be adapted by naming its parts in `target_modules` or
+`modules_to_save`; no list of accepted modules exists.
+
+The "lora" collection holds what `qlora_jax.lora.bind` returns. A trained tree that
+needs no constants of its own (one rank and scaling for all) can be given as it is; the
+scaling is then that of `Compute.lora`.
 """
 
 from __future__ import annotations
@@ -17,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.product import dense_matmul
 from qlora_jax import lora as lora_lib
 from qlora_jax import nf4
-from qlora_jax.config import LoraConfig
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Compute:
     """What the backward pass recomputes: nothing, each layer from its input, or each
     layer but for the results of its matrix products and its attention."""
     lora: LoraConfig | None = None
-    """Scaling and dropout of the adapters in the "lora" collection."""
+    """Of the adapters in the "lora" collection: their dropout, what training binds them
+    with, and the scaling of a tree that is not bound."""
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -59,19 +65,28 @@ def linear(
     bias: Float[Array, " O"] | None = None,
     adapter: Mapping[str, Array] | None = None,
     *,
-    scaling: float = 1.0,
+    scaling: float | Array = 1.0,
+    residual: tuple[Array, Array] | None = None,
     dropout: float = 0.0,
     key: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*B O"]:
-    """Computes `W x + bias + scaling * B (A x)`.
+    """Computes `W x + bias + scaling * B (A x)`, or its DoRA.
+
+    With a magnitude m in the adapter, `g (W x + scaling * B (A x)) + bias` with
+    `g = m / |W + scaling * B A|` row by row (arXiv:2402.09353). Dropout acts on the
+    low-rank branch alone; PEFT drops the input of `(g - 1) W x` as well, which takes a
+    second product with W.
 
     Args:
       x: inputs, features last.
       weight: [O, I] array or `NF4Tensor`.
       bias: [O], optional.
-      adapter: {"lora_A": [R, I], "lora_B": [O, R]}, optional.
+      adapter: arrays as `qlora_jax.lora` lists them; lora_A and lora_B, optional
+        lora_bias, lora_magnitude_vector and rows, and the pair trainable_tokens_delta
+        and token_indices, which may also be alone.
       scaling: factor of the adapter's update.
+      residual: (A [R, I], B [O, R]) taken out of the weight: `(W - B A) x`.
       dropout: of the adapter's input.
       key: PRNG key for the dropout.
       dtype: of the result; default that of `x`. Products are those of the dtype of
@@ -81,25 +96,148 @@ def linear(
       [..., O] in `dtype`.
     """
     dtype = x.dtype if dtype is None else dtype
+    adapter = adapter or {}
     y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
         y = nf4.matmul(x, weight, dtype)
     else:
         y = dense_matmul(x, weight, dtype)
-    if bias is not None:
-        y = y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
-    if adapter is not None:
+    if residual is not None:
+        inner: Any = dense_matmul(x, residual[0])
+        y = y - dense_matmul(inner, residual[1], dtype)
+    magnitude = adapter.get("lora_magnitude_vector")
+    if bias is not None and magnitude is None:
+        y = y + _row(bias, y)
+    if "lora_A" in adapter:
         update = lora_lib.delta(x, adapter, scaling, dropout=dropout, key=key)
         y = y + update.astype(dtype)
-    return checkpoint_name(y, "linear_out")
+    if magnitude is None:
+        y = checkpoint_name(y, "linear_out")
+    else:
+        # What is kept is what the rescaling's derivative needs.
+        y = checkpoint_name(y, "linear_out")
+        norms = lora_lib.row_norms(
+            weight, adapter["lora_A"], adapter["lora_B"], scaling, dtype=x.dtype
+        )
+        y = _scale(y, lora_lib.rescale(magnitude, norms, scaling))
+        if bias is not None:
+            y = y + _row(bias, y)
+    if "trainable_tokens_delta" in adapter:
+        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
+        y = lora_lib.replace_columns(y, x, rows, indices)
+    return y
 
 
-class Linear(nn.Module):
+def embed(
+    tokens: Int[Array, "*B"],
+    weight: Float[Array, "V D"],
+    adapter: Mapping[str, Array] | None = None,
+    *,
+    scaling: float | Array = 1.0,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*B D"]:
+    """Looks tokens up in `E + scaling * (B A)^T`, or its DoRA, with rows replaced.
+
+    With a magnitude, columns are rescaled: `g = m / |E + scaling * (B A)^T|`, norms
+    over the vocabulary, as PEFT has it.
+
+    Args:
+      tokens: token ids.
+      weight: E.
+      adapter: lora_embedding_A and lora_embedding_B, optional lora_magnitude_vector and
+        rows; the pair trainable_tokens_delta and token_indices.
+      scaling: factor of the update.
+      dtype: of the result; default that of `weight`.
+    """
+    dtype = weight.dtype if dtype is None else dtype
+    adapter = adapter or {}
+    x = jnp.take(weight, tokens, axis=0).astype(dtype)
+    if "trainable_tokens_delta" in adapter:
+        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
+        slots = jnp.full(weight.shape[0], -1, jnp.int32)
+        slots = slots.at[indices].set(jnp.arange(indices.size, dtype=jnp.int32))
+        slot = slots[tokens]
+        own = rows[jnp.maximum(slot, 0)].astype(dtype)
+        x = jnp.where(jnp.expand_dims(slot >= 0, -1), own, x)
+    if "lora_embedding_A" not in adapter:
+        return x
+    a, b = adapter["lora_embedding_A"], adapter["lora_embedding_B"]
+    if "rows" in adapter:
+        rows, factors = adapter["rows"], jnp.asarray(scaling)
+        factor = jnp.where(rows < 0, 0.0, factors[rows])[:, None, None]
+        inner = jax.vmap(lambda row, t: jnp.take(a[row], t, axis=1).T)(rows, tokens)
+        update = jnp.einsum("btr,bdr->btd", inner * factor, b[rows])
+    else:
+        inner = jnp.moveaxis(jnp.take(a, tokens, axis=1), 0, -1)
+        inner = inner * jnp.asarray(scaling, jnp.float32).reshape((1,) * inner.ndim)
+        update: Any = dense_matmul(inner, b)
+    x = x + update.astype(dtype)
+    if "lora_magnitude_vector" in adapter:
+        norms = lora_lib.row_norms(weight.T, b, a.T, scaling)  # as [D, V]
+        x = _scale(
+            x, lora_lib.rescale(adapter["lora_magnitude_vector"], norms, scaling)
+        )
+    return x
+
+
+def _row(bias: Array, like: Array) -> Array:
+    return jnp.expand_dims(bias.astype(like.dtype), range(like.ndim - 1))
+
+
+def _scale(y: Array, factor: Float32[Array, " O"]) -> Array:
+    factor = jnp.expand_dims(factor, range(y.ndim - 1))
+    return (y.astype(jnp.float32) * factor).astype(y.dtype)
+
+
+class _Adaptable(nn.Module):
+    """Finds the parameters of a module, frozen or trained, and its adapter."""
+
+    def trained(self, name: str) -> Any:
+        """A value of the "lora" collection at this path; None if it has none."""
+        if self.has_variable("lora", name):
+            return self.get_variable("lora", name)
+        return None
+
+    def parameter(self, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+        """A tensor of the base, or what is trained in its place."""
+        value = self.trained(name)
+        chosen = self.trained(f"{name}_trained")
+        if value is not None and chosen is None:
+            return value
+        # `self.param` compares shapes, which a packed leaf does not have.
+        if self.has_variable("params", name):
+            frozen = self.get_variable("params", name)
+        else:
+            frozen = self.param(name, init, shape, jnp.float32)
+        if value is None:
+            return frozen
+        return jnp.where(chosen, value, frozen.astype(value.dtype))
+
+    def adapter(
+        self, compute: Compute, names: tuple[str, ...]
+    ) -> tuple[dict[str, Array], float | Array]:
+        """What `linear` and `embed` take of the "lora" collection, and the scaling."""
+        found = {n: v for n in names if (v := self.trained(n)) is not None}
+        scaling: Any = self.trained("scaling")
+        if scaling is not None or not any(n.endswith("_A") for n in found):
+            return found, 1.0 if scaling is None else scaling
+        config = compute.lora
+        if config is None or not config.uniform:
+            raise UserError(
+                f"`{'.'.join(self.path)}` has an adapter whose scaling is not known. "
+                "Give the model `qlora_jax.bind(adapters, base, lora_config)` as its "
+                '"lora" collection, or, where one scaling holds for all modules, '
+                "build it with `Compute(lora=lora_config)`."
+            )
+        return found, config.scaling
+
+
+class Linear(_Adaptable):
     """A linear layer with optional bias and optional adapter.
 
-    Collections: "params" {weight: [O, I] or NF4Tensor, bias: [O]}, "lora" {lora_A:
-    [R, I], lora_B: [O, R]}. Dropout acts on the adapter's input when a "dropout" PRNG
-    key is given to `apply`.
+    Collections: "params" {weight: [O, I] or NF4Tensor, bias: [O]; perhaps residual_A
+    and residual_B}, "lora" as `qlora_jax.lora` lists it. Dropout acts on the adapter's
+    input when a "dropout" PRNG key is given to `apply`.
     """
 
     features: int
@@ -108,40 +246,50 @@ class Linear(nn.Module):
     initializer_range: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Array, dtype: DTypeLike | None = None) -> Array:
-        """Maps [..., I] to [..., O], in the dtype of `x` unless told otherwise."""
-        # `self.param` compares shapes, which a packed leaf does not have.
-        if self.has_variable("params", "weight"):
-            weight = self.get_variable("params", "weight")
-        else:
-            weight = self.param(
+    def __call__(
+        self, x: Array, dtype: DTypeLike | None = None, weight: Any = None
+    ) -> Array:
+        """Maps [..., I] to [..., O].
+
+        Args:
+          x: inputs.
+          dtype: of the result; default that of `x`.
+          weight: of another module, used in place of an own one (tied embeddings).
+        """
+        if weight is None or self.trained("weight") is not None:
+            weight = self.parameter(
                 "weight",
                 nn.initializers.normal(self.initializer_range),
                 (self.features, x.shape[-1]),
-                jnp.float32,
             )
         bias = (
-            self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            self.parameter("bias", nn.initializers.zeros, (self.features,))
             if self.use_bias
             else None
         )
-        adapter = None
-        scaling = dropout = 0.0
-        key = None
-        if self.has_variable("lora", "lora_A"):
-            config = self.compute.lora
-            if config is None:
-                raise UserError(
-                    f"`{'.'.join(self.path)}` has an adapter, but the model was built "
-                    "without a LoRA configuration. Build it with "
-                    "`Compute(lora=lora_config)`, which states the scaling."
-                )
-            adapter = {
-                name: self.get_variable("lora", name) for name in ("lora_A", "lora_B")
-            }
-            scaling, dropout = config.scaling, config.lora_dropout
-            if dropout > 0.0 and self.has_rng("dropout"):
-                key = self.make_rng("dropout")
+        adapter, scaling = self.adapter(
+            self.compute,
+            (
+                "lora_A",
+                "lora_B",
+                "lora_bias",
+                "lora_magnitude_vector",
+                "rows",
+                "trainable_tokens_delta",
+                "token_indices",
+            ),
+        )
+        residual = None
+        if self.has_variable("params", "residual_A"):
+            residual = (
+                self.get_variable("params", "residual_A"),
+                self.get_variable("params", "residual_B"),
+            )
+        dropout, key = 0.0, None
+        config = self.compute.lora
+        if "lora_A" in adapter and config is not None and config.lora_dropout > 0.0:
+            dropout = config.lora_dropout
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
         with jax.named_scope(self.name or "linear"):
             return linear(
                 x,
@@ -149,7 +297,56 @@ class Linear(nn.Module):
                 bias,
                 adapter,
                 scaling=scaling,
+                residual=residual,
                 dropout=dropout,
                 key=key,
                 dtype=dtype,
             )
+
+
+class Embed(_Adaptable):
+    """Token embedding with optional adapter."""
+
+    num_embeddings: int
+    features: int
+    compute: Compute = Compute()
+    initializer_range: float = 0.02
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Looks token ids up."""
+        weight = self.parameter(
+            "weight",
+            nn.initializers.normal(self.initializer_range),
+            (self.num_embeddings, self.features),
+        )
+        adapter, scaling = self.adapter(
+            self.compute,
+            (
+                "lora_embedding_A",
+                "lora_embedding_B",
+                "lora_magnitude_vector",
+                "rows",
+                "trainable_tokens_delta",
+                "token_indices",
+            ),
+        )
+        return embed(tokens, weight, adapter, scaling=scaling, dtype=self.compute.dtype)
+
+    def table(self) -> Float[Array, "V D"]:
+        """The base's weight, for an output head that is tied to it."""
+        return self.get_variable("params", "weight")
+
+
+class RMSNorm(_Adaptable):
+    """x / sqrt(mean(x^2) + eps) * weight, normalized in float32 (arXiv:1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalizes the last axis."""
+        weight = self.parameter("weight", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype) * _row(weight, x)

@@ -24,10 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pallas_kernels.product import dense_matmul
 from qlora_jax import attention as attention_lib
 from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute, Linear
+from qlora_jax.linear import Compute, Embed, Linear, RMSNorm
 
 
 class Cache(NamedTuple):
@@ -56,16 +55,15 @@ class Llama(nn.Module):
     mlp_cls: Callable[..., nn.Module] | None = None
 
     def setup(self) -> None:
-        """Builds `model` and, unless embeddings are tied, `lm_head`."""
+        """Builds `model` and `lm_head`, which has no weight where it is tied."""
         self.model = LlamaModel(
             self.config, self.compute, self.attention_cls, self.mlp_cls
         )
-        if not self.config.tie_word_embeddings:
-            self.lm_head = Linear(
-                self.config.vocab_size,
-                self.compute,
-                initializer_range=self.config.initializer_range,
-            )
+        self.lm_head = Linear(
+            self.config.vocab_size,
+            self.compute,
+            initializer_range=self.config.initializer_range,
+        )
 
     def __call__(
         self,
@@ -109,9 +107,9 @@ class Llama(nn.Module):
     def head(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Maps hidden states to float32 logits."""
         with jax.named_scope("head"):
-            if self.config.tie_word_embeddings:
-                return self.model.embed_tokens.attend(hidden)
-            return self.lm_head(hidden, dtype=jnp.float32)
+            tied = self.config.tie_word_embeddings
+            table = self.model.embed_tokens.table() if tied else None
+            return self.lm_head(hidden, dtype=jnp.float32, weight=table)
 
     def decode(
         self,
@@ -339,47 +337,6 @@ class MLP(nn.Module):
         return projection("down_proj", c.hidden_size)(h.astype(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, normalized in float32 (arXiv:1910.07467)."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalizes the last axis."""
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        weight = jnp.expand_dims(weight.astype(x.dtype), range(x.ndim - 1))
-        return (wide * scale).astype(x.dtype) * weight
-
-
-class Embed(nn.Module):
-    """Token embedding; its transpose is the head of a model with tied embeddings."""
-
-    num_embeddings: int
-    features: int
-    compute: Compute
-    initializer_range: float = 0.02
-
-    def setup(self) -> None:
-        """Declares `weight` [V, D]."""
-        self.weight = self.param(
-            "weight",
-            nn.initializers.normal(self.initializer_range),
-            (self.num_embeddings, self.features),
-            jnp.float32,
-        )
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks token ids up."""
-        return jnp.take(self.weight, tokens, axis=0).astype(self.compute.dtype)
-
-    def attend(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Computes float32 logits against every embedding."""
-        return dense_matmul(hidden, self.weight, jnp.float32)
-
-
 def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
     """Computes the rotary frequencies, a function of the configuration alone.
 
@@ -463,10 +420,11 @@ def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array 
 
 
 _POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,
+    # DoRA's norms take a product with the whole weight, and a few numbers to keep.
+    "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
     "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(
-            "attention_out", "attention_lse", "linear_out", "lora_inner"
+            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
         ),
         # cuDNN's output with its log-sum-exp, which has no name.
         lambda primitive, *_, **__: primitive.name.startswith(

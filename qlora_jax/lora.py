@@ -1,191 +1,116 @@
-"""LoRA as pure functions on trees: which modules are adapted, how adapters start.
+"""LoRA as pure functions on trees and arrays.
 
 Adapters are a second tree beside the base, with the same module paths; the tree itself
-decides what is adapted. A linear layer `y = W x` with adapter {lora_A, lora_B} becomes
+decides what is adapted. A linear layer `y = W x` with {lora_A, lora_B} becomes
 `y = W x + scaling * B (A x)` (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     base      {"model": {"layers": {"self_attn": {"q_proj": {"weight": [L, O, I]}}}}}
     adapters  {"model": {"layers": {"self_attn": {"q_proj": {"lora_A": [L, R, I],
                                                              "lora_B": [L, O, R]}}}}}
 
-Layers are stacked on a leading axis L. Module paths in configurations and messages are
-those of Hugging Face, `model.layers.3.self_attn.q_proj`.
+Arrays of a module (layers are stacked on a leading axis L; float32; PEFT's names):
+
+    linear      lora_A [R, I], lora_B [O, R]; lora_bias [O]; lora_magnitude_vector [O]
+    embedding   lora_embedding_A [R, V], lora_embedding_B [D, R];
+                lora_magnitude_vector [D]
+    some rows   trainable_tokens_delta [n, D], which replace the rows (PEFT's name)
+    whole       weight or bias, which replace the base's
+
+`bind` makes of the trained tree what the model takes: it adds the constants (scalings,
+which layers, which rows) and lets a tied head share what it shares. It is called where
+the gradient is taken, so that shared arrays get the sum of their gradients.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.product import dense_matmul
-from qlora_jax.config import LoraConfig
+from qlora_jax import nf4
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-
-Path = tuple[str, ...]
-
-# The scanned stack of layers: below it every leaf has a leading layer axis.
-LAYERS: Path = ("model", "layers")
-# Modules with a two-dimensional weight that are no linear layers.
-_EMBEDDINGS = ("embed_tokens",)
-_HEAD = "lm_head"
+from qlora_jax.targets import Path, select
 
 
-def matches(module_path: str, target_modules: tuple[str, ...] | str) -> bool:
-    """Whether PEFT's rules select a linear module of this dotted path.
-
-    A tuple matches by equality or as a path suffix; "all-linear" matches everything but
-    the output head; any other string is a regular expression for the whole path.
-    """
-    if target_modules == "all-linear":
-        return module_path.rpartition(".")[2] != _HEAD
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, module_path) is not None
-    return any(
-        module_path == name or module_path.endswith(f".{name}")
-        for name in target_modules
-    )
-
-
-def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | None]]:
-    """Lists the linear modules of a base tree: path -> (out, in, layers or None).
-
-    Works on abstract trees too. `layers` is the length of the leading axis where the
-    module belongs to the scanned stack.
-    """
-    found: dict[Path, tuple[int, int, int | None]] = {}
-    for path, weight in _weights(base, ()):
-        if path[-1] in _EMBEDDINGS:
-            continue
-        stacked = path[: len(LAYERS)] == LAYERS
-        if isinstance(weight, NF4Tensor):
-            layers = weight.codes.shape[0] if stacked else None
-            found[path] = (*weight.shape, layers)
-        elif len(weight.shape) == 2 + stacked:
-            found[path] = (*weight.shape[-2:], weight.shape[0] if stacked else None)
-    return found
-
-
-def targeted_modules(
-    base: Mapping[str, Any], lora: LoraConfig
-) -> dict[Path, tuple[int, int, int | None]]:
-    """Selects the linear modules that `lora.target_modules` names.
-
-    Raises:
-      UserError: nothing matches (near matches are listed), or a stacked module matches
-        in some layers only.
-    """
-    modules = linear_modules(base)
-    chosen: dict[Path, tuple[int, int, int | None]] = {}
-    for path, shape in modules.items():
-        hits = [matches(p, lora.target_modules) for p in dotted(path, shape[2])]
-        if all(hits):
-            chosen[path] = shape
-        elif any(hits):
-            raise UserError(
-                f"`target_modules`={lora.target_modules!r} selects {path[-1]!r} in "
-                f"{sum(hits)} of {len(hits)} layers; every layer of a projection has "
-                "to be adapted, or none."
-            )
-    if not chosen:
-        names = sorted({path[-1] for path in modules})
-        wanted = lora.target_modules
-        wanted = (wanted,) if isinstance(wanted, str) else wanted
-        near = sorted(
-            {n for w in wanted for n in difflib.get_close_matches(w, names, n=3)}
-        )
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise UserError(
-            f"`target_modules`={lora.target_modules!r} matches no linear module of "
-            f"this model.{hint} Linear modules here: {', '.join(names)}."
-        )
-    return chosen
-
-
-def unmatched_targets(base: Mapping[str, Any], lora: LoraConfig) -> tuple[str, ...]:
-    """Returns the entries of a `target_modules` list that select nothing."""
-    if isinstance(lora.target_modules, str):
-        return ()
-    paths = [
-        p
-        for path, shape in linear_modules(base).items()
-        for p in dotted(path, shape[2])
-    ]
-    return tuple(
-        name
-        for name in lora.target_modules
-        if not any(matches(p, (name,)) for p in paths)
-    )
-
-
-def init_adapters(
-    key: Array, base: Mapping[str, Any], lora: LoraConfig
+def bind(
+    adapters: Mapping[str, Any], base: Mapping[str, Any], lora: LoraConfig
 ) -> dict[str, Any]:
-    """Makes fresh adapters: B = 0, so the adapted model equals the base exactly.
+    """Completes a trained tree to the "lora" collection that the model takes.
 
-    A is Kaiming-uniform with a=sqrt(5), that is U(-1/sqrt(I), 1/sqrt(I)), or, for
-    "gaussian", N(0, 1/r^2), as in PEFT. Every module draws from its own key, derived
-    from its path, so that adding a target does not change the others.
+    Adds, under the module they belong to: `scaling` ([L], or [] outside the stack),
+    `weight_trained` and `bias_trained` (bool [L]) where a tensor is trained in some
+    layers only, `token_indices` [n] of rows that are trained alone; and, where the
+    output head is tied to the embedding, the head's share of what trains both. Nothing
+    is computed but transposes, so it costs nothing inside a jitted step.
 
     Args:
-      key: PRNG key.
-      base: parameter tree (arrays, NF4 leaves, or their shapes).
-      lora: what to adapt, rank and initialization.
-
-    Returns:
-      float32 tree of {lora_A: [(L,) R, I], lora_B: [(L,) O, R]}.
+      adapters: from `init_adapters` or `convert.load_adapter`.
+      base: parameter tree, arrays or shapes; only its structure matters.
+      lora: the configuration the adapters belong to.
 
     Raises:
-      UserError: as `targeted_modules`.
+      UserError: arrays that `lora` does not describe for this base, or lack of some.
     """
-    adapters: dict[str, Any] = {}
-    for path, (out_features, in_features, layers) in targeted_modules(
-        base, lora
-    ).items():
-        leading = () if layers is None else (layers,)
-        module_key = key
-        for byte in ".".join(path).encode():
-            module_key = jax.random.fold_in(module_key, byte)
-        shape = (*leading, lora.r, in_features)
-        if lora.init_lora_weights == "gaussian":
-            a = jax.random.normal(module_key, shape, jnp.float32) / lora.r
-        else:
-            bound = 1.0 / math.sqrt(in_features)
-            a = jax.random.uniform(
-                module_key, shape, jnp.float32, minval=-bound, maxval=bound
-            )
-        node = adapters
-        for part in path:
-            node = node.setdefault(part, {})
-        node["lora_A"] = a
-        node["lora_B"] = jnp.zeros((*leading, out_features, lora.r), jnp.float32)
-    return adapters
+    selection = select(base, lora)
+    _check(adapters, selection.shapes())
+    bound = _copy(adapters)
+    for a in selection.adapted:
+        node = _node(bound, a.path)
+        if a.follows is not None:
+            other = _node(bound, a.follows)
+            node["lora_A"] = jnp.transpose(other["lora_embedding_B"])
+            node["lora_B"] = jnp.transpose(other["lora_embedding_A"])
+        scalings = np.asarray(a.scalings, np.float32)
+        node["scaling"] = jnp.asarray(scalings if a.layers else scalings[0])
+    for w in selection.whole:
+        node = _node(bound, w.path[:-1])
+        if w.follows is not None:
+            node[w.path[-1]] = _node(bound, w.follows[:-1])[w.follows[-1]]
+        elif not all(w.chosen):
+            node[f"{w.path[-1]}_trained"] = jnp.asarray(np.asarray(w.chosen))
+    for r in selection.rows:
+        node = _node(bound, r.path)
+        if r.follows is not None:
+            other = _node(bound, r.follows)
+            node["trainable_tokens_delta"] = other["trainable_tokens_delta"]
+        node["token_indices"] = jnp.asarray(np.asarray(r.indices, np.int32))
+    return bound
+
+
+def abstract_adapters(base: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
+    """Returns the shapes of the trained tree that `lora` describes for this base."""
+    tree: dict[str, Any] = {}
+    for path, shape in select(base, lora).shapes().items():
+        _node(tree, path[:-1])[path[-1]] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return tree
 
 
 def delta(
     x: Float[Array, "*B I"],
     adapter: Mapping[str, Array],
-    scaling: float,
+    scaling: float | Array,
     *,
     dropout: float = 0.0,
     key: Array | None = None,
 ) -> Float[Array, "*B O"]:
-    """Computes `scaling * B (A dropout(x))` in the dtype of `x`.
+    """Computes `scaling * (B (A dropout(x)) + lora_bias)` in the dtype of `x`.
 
     The scale is applied to the rank-wide product, the smallest tensor on the way.
 
     Args:
       x: inputs, features last.
-      adapter: {"lora_A": [R, I], "lora_B": [O, R]}.
-      scaling: factor of the update.
+      adapter: {"lora_A": [R, I], "lora_B": [O, R]}, perhaps "lora_bias" [O]; or, with
+        "rows" (int32 [B], an adapter's number for each row of `x`, -1 = none), all of
+        them with a leading axis of adapters.
+      scaling: factor of the update; with "rows" [N].
       dropout: probability of dropping an input element; 0 or no key = none.
       key: PRNG key for the dropout mask.
 
@@ -195,22 +120,127 @@ def delta(
     if dropout > 0.0 and key is not None:
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
+    if "rows" in adapter:
+        return _mixed(x, adapter, jnp.asarray(scaling))
     inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
-    return dense_matmul(inner * scaling, adapter["lora_B"])
+    y: Any = dense_matmul(_scaled(inner, scaling), adapter["lora_B"])
+    if "lora_bias" in adapter:
+        bias = _scaled(adapter["lora_bias"], scaling).astype(y.dtype)
+        y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+    return y
 
 
-def dotted(path: Path, layers: int | None) -> list[str]:
-    """Spells a module path as Hugging Face does, once for each layer."""
-    if layers is None:
-        return [".".join(path)]
-    cut = len(LAYERS)
-    head, tail = ".".join(path[:cut]), ".".join(path[cut:])
-    return [f"{head}.{i}.{tail}" for i in range(layers)]
+def _scaled(x: Array, scaling: float | Array) -> Array:
+    """In float32: a factor rounded to bf16 would be off by up to 0.4 %."""
+    factor = jnp.asarray(scaling, jnp.float32)
+    factor = jnp.expand_dims(factor, range(x.ndim)) if factor.ndim == 0 else factor
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _weights(node: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, Any]]:
-    for name, child in node.items():
-        if isinstance(child, Mapping):
-            yield from _weights(child, (*path, name))
-        elif name == "weight":
-            yield path, child
+def _mixed(x: Array, adapter: Mapping[str, Array], scaling: Array) -> Array:
+    """The update with an adapter of its own for each row of the batch."""
+    rows: Array = adapter["rows"]
+    squeeze = x.ndim == 2  # [B, I]: the head in generation
+    x = x[:, None] if squeeze else x
+    a, b = adapter["lora_A"][rows], adapter["lora_B"][rows]
+    factor = jnp.where(rows < 0, 0.0, scaling[rows])[:, None, None]
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    inner = jnp.einsum("bti,bri->btr", x, a.astype(x.dtype), precision=precision)
+    inner = (inner.astype(jnp.float32) * factor).astype(x.dtype)
+    y = jnp.einsum("btr,bor->bto", inner, b.astype(x.dtype), precision=precision)
+    if "lora_bias" in adapter:
+        bias = adapter["lora_bias"][rows][:, None, :] * factor
+        y = y + bias.astype(y.dtype)
+    return y[:, 0] if squeeze else y
+
+
+def row_norms(
+    weight: Float[Array, "O I"] | NF4Tensor,
+    a: Float32[Array, "R I"] | None = None,
+    b: Float32[Array, "O R"] | None = None,
+    scaling: float | Array = 1.0,
+    *,
+    dtype: Any = jnp.float32,
+) -> Float32[Array, " O"]:
+    """Computes the 2-norm of each row of `W + scaling * B A` without forming it.
+
+    `|W + sBA|^2 = |W|^2 + 2s (W A^T) . B + s^2 (B (A A^T)) . B`, row by row: one
+    product of W with the R rows of A, where forming B A would write another W. No
+    gradient flows through it, as DoRA has it (arXiv:2402.09353, section 4.3).
+
+    Args:
+      weight: array, or NF4 tensor.
+      a: lora_A; None = the norms of W alone.
+      b: lora_B.
+      scaling: factor of `B A`.
+      dtype: in which W is dequantized and multiplied.
+    """
+    if isinstance(weight, NF4Tensor):
+        dense = nf4.dequantize(weight, dtype)
+    else:
+        dense = weight.astype(dtype)
+    dense = jax.lax.stop_gradient(dense)
+    wide = dense.astype(jnp.float32)
+    square = jnp.sum(wide * wide, axis=1)
+    if a is not None and b is not None:
+        a, b = jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)
+        s = jnp.asarray(scaling, jnp.float32)
+        cross: Any = dense_matmul(a.astype(dtype), dense, jnp.float32)  # [R, O]
+        gram: Any = dense_matmul(a, a)
+        both: Any = dense_matmul(b, gram)
+        square = square + jnp.sum((2.0 * s * cross.T + s * s * both) * b, axis=1)
+    # Rounding may leave a tiny negative number where the row is zero.
+    return jnp.sqrt(jnp.maximum(square, 0.0))
+
+
+def rescale(
+    magnitude: Float32[Array, " O"],
+    norms: Float32[Array, " O"],
+    scaling: float | Array,
+) -> Float32[Array, " O"]:
+    """DoRA's factor of each output, 1 in a layer that is not adapted (scaling 0)."""
+    norms = checkpoint_name(jax.lax.stop_gradient(norms), "dora_norm")
+    # A zero row stays zero, whatever its magnitude.
+    factor = magnitude / jnp.where(norms > 0.0, norms, 1.0)
+    return jnp.where(jnp.asarray(scaling) > 0.0, factor, 1.0)
+
+
+def replace_columns(
+    y: Float[Array, "*B V"],
+    x: Float[Array, "*B D"],
+    rows: Float32[Array, "n D"],
+    indices: Int[Array, " n"],
+) -> Float[Array, "*B V"]:
+    """The product `x W^T` after some rows of W were replaced."""
+    own: Any = dense_matmul(x, rows, y.dtype)
+    return y.at[..., indices].set(own, unique_indices=True)
+
+
+def _check(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:
+    found = {
+        tuple(k.key for k in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(adapters)
+    }
+    problems = [f"no {'.'.join(p)}" for p in wanted if p not in found]
+    problems += [f"unexpected {'.'.join(p)}" for p in found if p not in wanted]
+    problems += [
+        f"{'.'.join(p)} {list(found[p])} instead of {list(shape)}"
+        for p, shape in wanted.items()
+        if p in found and found[p] != tuple(shape)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            "The adapter tree is not the one its LoRA configuration describes for "
+            f"this model: {'; '.join(problems[:5])}{more}."
+        )
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _node(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    for part in path:
+        tree = tree.setdefault(part, {})
+    return tree

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import nf4
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters, linear_modules
+from qlora_jax.lora import abstract_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import linear_modules, select
 from qlora_jax.train import TrainConfig, make_optimizer
 
 
@@ -88,9 +90,8 @@ def parameter_report(
     groups: dict[str, int] = {}
     optimizer_bytes = 0
     if lora is not None:
-        make = partial(init_adapters, base=dense, lora=lora)
-        adapters = jax.eval_shape(make, jax.random.key(0))
-        groups = trainable_groups(adapters)
+        groups = select(dense, lora).groups()
+        adapters = abstract_adapters(dense, lora)
         optimizer = make_optimizer(TrainConfig(steps=1), 1)
         optimizer_bytes = tree_bytes(jax.eval_shape(optimizer.init, adapters))
     return ParameterReport(
@@ -100,15 +101,6 @@ def parameter_report(
         groups=groups,
         optimizer_bytes=optimizer_bytes,
     )
-
-
-def trainable_groups(adapters: Any) -> dict[str, int]:
-    """Counts the parameters of an adapter tree by the name of the adapted module."""
-    groups: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
-        name = path[-2].key
-        groups[name] = groups.get(name, 0) + math.prod(leaf.shape)
-    return groups
 
 
 def tree_size(tree: Any) -> int:

@@ -10,26 +10,28 @@ two models in one process are two values.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
 from convert.peft import open_adapter
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.generate import generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
+from qlora_jax.lora import bind
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runfile import RunConfig, read_config
 
@@ -51,13 +53,17 @@ class Model:
     compute: Compute
     path: Path
     """Directory of the base."""
+    attention_cls: Callable[..., nn.Module] | None = None
+    """Attention modules of yours, as `Llama` takes them."""
+    mlp_cls: Callable[..., nn.Module] | None = None
+    """MLP modules of yours."""
 
     @property
     def module(self) -> Llama:
-        """The Flax module that `base` and `adapters` belong to."""
-        return Llama(
-            self.config, dataclasses.replace(self.compute, lora=self.lora_config)
-        )
+        """The Flax module that takes `variables`."""
+        # Scalings come with the variables, not with the module: adapters of equal
+        # shapes can be exchanged without compiling anything again.
+        return Llama(self.config, self.compute, self.attention_cls, self.mlp_cls)
 
     @property
     def description(self) -> str:
@@ -74,9 +80,10 @@ class Model:
     @property
     def variables(self) -> dict[str, Any]:
         """What `module.apply` takes."""
-        if self.adapters is None:
+        if self.adapters is None or self.lora_config is None:
             return {"params": self.base}
-        return {"params": self.base, "lora": self.adapters}
+        bound = bind(self.adapters, self.base, self.lora_config)
+        return {"params": self.base, "lora": bound}
 
     def logits(
         self,
@@ -208,7 +215,7 @@ def load(
     )
     lora_config = adapters = None
     if adapter is not None:
-        lora_config, adapters = convert.load_adapter(adapter, config)
+        lora_config, adapters = convert.load_adapter(adapter, tree)
         adapters = jax.tree.map(jnp.asarray, adapters)
     return Model(
         config=config,

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from qlora_jax.config import LoraConfig
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.train import TrainConfig
 
 _NONE = "none"

@@ -46,11 +46,12 @@ from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters, unmatched_targets
-from qlora_jax.memory import trainable_groups, tree_bytes, tree_size
+from qlora_jax.lora_init import init_adapters
+from qlora_jax.memory import tree_bytes, tree_size
 from qlora_jax.model import load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runfile import RunConfig, to_toml
+from qlora_jax.targets import select
 from qlora_jax.train import (
     TrainState,
     init_state,
@@ -105,7 +106,7 @@ def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
     )
     optimizer = make_optimizer(config.train, steps)
     state = _first_state(config, architecture, base, optimizer)
-    groups = trainable_groups(state.adapters)
+    groups = select(base, config.lora).groups()
     _say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
@@ -216,9 +217,9 @@ def _first_state(
     if config.train.adapter_init is None:
         adapters = init_adapters(init_key, base, config.lora)
     else:
-        adapters = convert.load_adapter(config.train.adapter_init, architecture)[1]
+        adapters = convert.load_adapter(config.train.adapter_init, base)[1]
         adapters = jax.tree.map(jnp.asarray, adapters)
-    for name in unmatched_targets(base, config.lora):
+    for name in select(base, config.lora).unmatched:
         _say(f"Note: target module {name!r} selects nothing in this model.")
     return init_state(adapters, optimizer, run_key)
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float32
 
 from qlora_jax.errors import UserError
 from qlora_jax.llama import Llama
+from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens
 
 Batch = Mapping[str, Array]
@@ -189,14 +190,16 @@ def loss_sum(
     """Sums the loss over the supervised tokens of one micro-batch.
 
     Args:
-      adapters: trained tree.
+      adapters: trained tree; bound already where `model.compute.lora` is None.
       base: frozen tree.
       batch: tokens, labels [B, T] and optionally positions, segment_ids,
         attention_mask [B, T].
       model: the architecture.
       key: PRNG key for dropout; None = no dropout.
     """
-    variables = {"params": base, "lora": adapters}
+    lora = model.compute.lora
+    bound = adapters if lora is None else bind(adapters, base, lora)
+    variables = {"params": base, "lora": bound}
     hidden: Any = model.apply(
         variables,
         batch["tokens"],
@@ -217,16 +220,12 @@ def loss_sum(
 
 def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]:
     """Picks the part of the variables that the output head reads."""
-    tied = model.config.tie_word_embeddings
     picked: dict[str, Any] = {}
     for collection, tree in variables.items():
-        if not tied:
-            part = {"lm_head": tree["lm_head"]} if "lm_head" in tree else {}
-        elif "embed_tokens" in tree.get("model", {}):
-            part = {"model": {"embed_tokens": tree["model"]["embed_tokens"]}}
-        else:
-            part = {}
-        picked[collection] = part
+        picked[collection] = {k: tree[k] for k in ("lm_head",) if k in tree}
+    if model.config.tie_word_embeddings:
+        table = variables["params"]["model"]["embed_tokens"]
+        picked["params"]["model"] = {"embed_tokens": table}
     return picked
 
 

@@ -38,10 +38,11 @@ import numpy as np
 import rich.console
 import rich.table
 
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base
 from qlora_jax.nf4 import NF4Tensor, quantize
 from qlora_jax.runner import versions

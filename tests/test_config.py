@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from qlora_jax.config import PROJECTIONS, LlamaConfig, LoraConfig, RopeScaling
+from qlora_jax.config import PROJECTIONS, LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 TINY = {
     "model_type": "llama",

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Block, Llama, inverse_frequencies, rope_table
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.train import (
     TrainConfig,
     eval_step,

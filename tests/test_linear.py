@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from qlora_jax import lora, nf4
-from qlora_jax.config import LoraConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute, Linear, linear
+from qlora_jax.lora_config import LoraConfig
 
 OUT, IN = 24, 64
 

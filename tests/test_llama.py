@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import nf4
-from qlora_jax.config import LlamaConfig, LoraConfig, RopeScaling
+from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.linear import Compute, Linear
 from qlora_jax.llama import (
     Attention,
@@ -19,7 +19,8 @@ from qlora_jax.llama import (
     rope_table,
     rotate,
 )
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 
 CONFIG = LlamaConfig(
     vocab_size=61,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from qlora_jax import lora, nf4
-from qlora_jax.config import PROJECTIONS, LoraConfig
+from qlora_jax.config import PROJECTIONS
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 L, D, F, V = 3, 64, 96, 50
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]

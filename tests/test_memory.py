@@ -10,9 +10,10 @@ import pytest
 
 import convert
 from convert.peft import adapter_bytes
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import (
     abstract_base,
     parameter_report,

@@ -16,8 +16,8 @@ import pytest
 import convert
 from convert.cli import main as convert_main
 from qlora_jax.cli import main as jax_main
-from qlora_jax.config import LoraConfig
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.runfile import read_config
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import LoraConfig
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.runfile import (
     CheckpointConfig,
     LogConfig,

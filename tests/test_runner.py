@@ -21,11 +21,11 @@ import safetensors.numpy
 
 import convert
 from qlora_jax.checkpoint import Checkpoints
-from qlora_jax.config import LoraConfig
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.runfile import (
     CheckpointConfig,
     LogConfig,

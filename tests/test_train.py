@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from qlora_jax import nf4
-from qlora_jax.config import IGNORE, LlamaConfig, LoraConfig
+from qlora_jax.config import IGNORE, LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.train import (
     TrainConfig,
     TrainState,

@@ -30,10 +30,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qlora_jax.config import LlamaConfig, LoraConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base
 from qlora_jax.train import (
     TrainConfig,

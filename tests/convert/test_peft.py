@@ -12,9 +12,10 @@ import safetensors.numpy
 import convert
 from convert import names
 from convert.files import read_json
-from qlora_jax.config import PROJECTIONS, LlamaConfig, LoraConfig
+from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 
 REAL = (
     ("golden/llama32/fp32", "golden/adapters/llama32/plain"),

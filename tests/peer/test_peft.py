@@ -18,10 +18,10 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import open_model
 from convert.merging import write_dense
-from qlora_jax.config import LoraConfig
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
-from qlora_jax.lora import init_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
 pytestmark = [
