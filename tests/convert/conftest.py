@@ -112,7 +112,8 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         ):
             for layer in range(config.num_hidden_layers):
                 for part, shape in (("lora_A", (r, inner)), ("lora_B", (out, r))):
-                    key = names.peft_key(path[:-1], layer, part)
+                    module = f"{names.PEFT_PREFIX}{names.hf_key(path[:-1], layer)}"
+                    key = f"{module}.{part}.weight"
                     tensors[key] = rng.standard_normal(shape, np.float32).astype(dtype)
         path = tmp_path / name
         path.mkdir()
