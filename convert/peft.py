@@ -129,8 +129,9 @@ def _open(
             )
         raise CheckpointError(f"`{path}` has no {WEIGHTS}.")
     infos, metadata = read_header(path / WEIGHTS)
-    found = metadata.get(_FINGERPRINT)
-    return replace(lora, base_fingerprint=found), TensorFiles(path, infos)
+    files = TensorFiles(path, infos)
+    lora = replace(lora, base_fingerprint=metadata.get(_FINGERPRINT))
+    return _with_tables(lora, files), files
 
 
 def load_adapter(
@@ -168,7 +169,6 @@ def load_adapter(
     notes: list[str] = [] if skipped is None else skipped
     lora, files = _open(path, strict=strict, skipped=notes)
     base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
-    lora = _with_tables(lora, files)
     selection = select(base, lora)
     shapes = selection.shapes()
     wanted = _slots(selection, lora)

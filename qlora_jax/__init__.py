@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora_jax.generate import generate_tokens as generate_tokens
     from qlora_jax.linear import Compute as Compute
     from qlora_jax.llama import Llama as Llama
+    from qlora_jax.llama import add_parameters as add_parameters
     from qlora_jax.lora import bind as bind
     from qlora_jax.lora_config import LoraConfig as LoraConfig
     from qlora_jax.lora_init import absorb as absorb
@@ -55,6 +56,7 @@ _CONTENTS = {
     "RunConfig": "qlora_jax.runfile",
     # --- The model ---
     "Llama": "qlora_jax.llama",
+    "add_parameters": "qlora_jax.llama",
     "Compute": "qlora_jax.linear",
     # --- Quantized weights ---
     "NF4Tensor": "qlora_jax.nf4",

@@ -31,7 +31,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import parameter_report
+from qlora_jax.memory import parameter_report, warnings
 from qlora_jax.model import (
     adapter_directory,
     find_base,
@@ -193,6 +193,7 @@ class Inspect:
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
+            "warnings": warnings(config, lora),
         }
 
 
@@ -371,7 +372,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
+        return ", ".join(map(str, value)) or "none"
     return str(value)
 
 

@@ -15,8 +15,9 @@ Read in order: Llama -> LlamaModel -> Block -> Attention, MLP.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from qlora_jax import attention as attention_lib
 from qlora_jax.config import LlamaConfig
+from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute, Embed, Linear, RMSNorm
 
 
@@ -335,6 +337,90 @@ class MLP(nn.Module):
         # The exponential in float32: bf16 exp is less accurate and no faster.
         h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
         return projection("down_proj", c.hidden_size)(h.astype(x.dtype))
+
+
+def add_parameters(
+    model: Llama, base: Mapping[str, Any], key: Array
+) -> tuple[Llama, dict[str, Any]]:
+    """Makes the parameters of your modules that a Llama checkpoint does not have.
+
+    Args:
+      model: with your `attention_cls` or `mlp_cls`.
+      base: parameter tree, loaded from a checkpoint.
+      key: PRNG key of what is drawn, with your modules' own initializers.
+
+    Returns:
+      The model, whose configuration now lists them (`extra_tensors`), and the base with
+      them, in the dtype of the embeddings. With nothing to add, what was given.
+
+    Raises:
+      UserError: the base lacks tensors that every Llama has, has yours in another
+        shape, or has others that your modules do not use.
+    """
+    known = model.config.extra_tensors
+    if model.attention_cls is None and model.mlp_cls is None and not known:
+        return model, _copied(base)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def shapes(one: Llama) -> dict[tuple[str, ...], Any]:
+        tree = jax.eval_shape(one.init, jax.random.key(0), tokens)["params"]
+        return dict(_leaves(tree, ()))
+
+    plain = shapes(Llama(model.config))
+    wanted, found = shapes(model), dict(_leaves(base, ()))
+    lacking = [".".join(p) for p in wanted if p in plain and p not in found]
+    if lacking:
+        raise UserError(
+            f"The base lacks {', '.join(lacking[:5])}, which every Llama of this "
+            "configuration has. Load it with `convert.load_llama`."
+        )
+    extra = {p: leaf for p, leaf in wanted.items() if p not in plain}
+    unused = sorted(set(known) - {".".join(p) for p in extra})
+    if unused:
+        raise UserError(
+            f"This checkpoint has {', '.join(unused[:5])}, of modules that this model "
+            "does not have. Give the classes that use them (`attention_cls`, `mlp_cls`)."
+        )
+    wrong = [
+        f"{'.'.join(p)} {list(found[p].shape)} instead of {list(leaf.shape)}"
+        for p, leaf in extra.items()
+        if p in found and tuple(found[p].shape) != leaf.shape
+    ]
+    if wrong:
+        raise UserError(f"The base does not fit your modules: {'; '.join(wrong[:5])}.")
+    missing = [p for p in extra if p not in found]
+    out = _copied(base)
+    if missing:
+
+        @jax.jit  # what is not asked for is never computed
+        def draw(key: Array) -> list[Array]:
+            leaves = dict(_leaves(model.init(key, tokens)["params"], ()))
+            return [leaves[p] for p in missing]
+
+        dtype = base["model"]["embed_tokens"]["weight"].dtype
+        for path, value in zip(missing, draw(key), strict=True):
+            node = out
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = value.astype(dtype)
+    listed = {
+        ".".join(p): leaf.shape[1:] if p[:2] == ("model", "layers") else leaf.shape
+        for p, leaf in extra.items()
+    }
+    config = dataclasses.replace(model.config, extra_tensors=listed)
+    return model.clone(config=config), out
+
+
+def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _leaves(child, (*path, name))
+        else:
+            yield (*path, name), child
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
 def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:

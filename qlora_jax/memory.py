@@ -20,7 +20,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import linear_modules, select
+from qlora_jax.targets import EMBEDDING, HEAD, linear_modules, select
 from qlora_jax.train import TrainConfig, make_optimizer
 
 
@@ -101,6 +101,48 @@ def parameter_report(
         groups=groups,
         optimizer_bytes=optimizer_bytes,
     )
+
+
+def warnings(config: LlamaConfig, lora: LoraConfig) -> list[str]:
+    """What a user may not expect of these settings, with figures.
+
+    Raises:
+      UserError: as `parameter_report`.
+    """
+    selection = select(abstract_base(config), lora)
+    groups = selection.groups()
+    total = sum(groups.values())
+    out = []
+    tables = {
+        w.path[-2]: math.prod(w.shape)
+        for w in selection.whole
+        if w.path[:-1] in (EMBEDDING, HEAD) and w.follows is None
+    }
+    if 2 * sum(tables.values()) > total:
+        names = " and ".join(tables)
+        count = sum(tables.values())
+        out.append(
+            f"{names}, trained whole, make {count:,} of {total:,} trained parameters "
+            f"({count / total:.0%}): {4 * count / 1e9:.2f} GB of the adapter file and "
+            f"{8 * count / 1e9:.2f} GB of AdamW's state. `trainable_token_indices` "
+            "trains single rows."
+        )
+    held = sum(map(math.prod, selection.shapes().values()))
+    if held > 1.1 * total:
+        out.append(
+            f"ranks differ among layers, so the arrays in memory hold {held:,} numbers "
+            f"for {total:,} trained parameters ({12 * (held - total) / 1e6:,.0f} MB "
+            "more with AdamW's state); the adapter file holds the trained ones alone."
+        )
+    if config.tie_word_embeddings and len(tables) == 1 and not lora.ensure_weight_tying:
+        name, other = ("embed_tokens", "lm_head")
+        if "lm_head" in tables:
+            name, other = other, name
+        out.append(
+            f"this model ties embed_tokens and lm_head; {name} is trained apart, and "
+            f"{other} keeps the base's table. `ensure_weight_tying` trains both as one."
+        )
+    return out
 
 
 def tree_size(tree: Any) -> int:

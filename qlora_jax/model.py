@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,15 @@ import convert
 from convert.peft import open_adapter
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.generate import generate_tokens
 from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
+from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runfile import RunConfig, read_config
+from qlora_jax.targets import select
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -167,6 +170,9 @@ def load(
     quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto",
+    attention_cls: Callable[..., nn.Module] | None = None,
+    mlp_cls: Callable[..., nn.Module] | None = None,
+    strict: bool = True,
     progress: bool = False,
 ) -> Model:
     """Loads a model, and an adapter if there is one, onto the default device.
@@ -184,6 +190,12 @@ def load(
       dtype: of activations and of the tensors that stay dense. "auto" is what a run
         directory was trained with, and "bfloat16" elsewhere.
       attention: implementation.
+      attention_cls: attention modules of yours, as `Llama` takes them. Their tensors
+        come from the directory (`LlamaConfig.extra_tensors`) or from an adapter that
+        holds them whole (`modules_to_save`).
+      mlp_cls: MLP modules of yours.
+      strict: refuse an adapter that does not fit to the letter; otherwise what was not
+        used is said on stderr.
       progress: show a progress bar on stderr.
 
     Raises:
@@ -213,10 +225,21 @@ def load(
     config, tree = convert.load_llama(
         path, quantization=quantization, dtype=settled, progress=progress
     )
+    custom = Llama(config, compute, attention_cls, mlp_cls)
+    complete, tree = add_parameters(custom, tree, jax.random.key(0))
+    drawn = set(complete.config.extra_tensors) - set(config.extra_tensors)
+    config = complete.config
     lora_config = adapters = None
     if adapter is not None:
-        lora_config, adapters = convert.load_adapter(adapter, tree)
+        skipped: list[str] = []
+        lora_config, adapters = convert.load_adapter(
+            adapter, tree, strict=strict, skipped=skipped
+        )
+        for note in skipped:
+            print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
         adapters = jax.tree.map(jnp.asarray, adapters)
+        _note_other_base(adapter, lora_config, tree)
+    check_weights(drawn, tree, lora_config, path)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),
@@ -225,7 +248,48 @@ def load(
         tokenizer=load_tokenizer(path),
         compute=compute,
         path=path,
+        attention_cls=attention_cls,
+        mlp_cls=mlp_cls,
     )
+
+
+def check_weights(
+    drawn: Collection[str], base: Any, lora: LoraConfig | None, path: Path
+) -> None:
+    """Refuses modules of the user's whose weights are not anywhere.
+
+    Args:
+      drawn: names of the tensors that were drawn, not loaded.
+      base: parameter tree.
+      lora: configuration of the adapter; what it holds whole is not lost.
+      path: directory of the base, for the message.
+
+    Raises:
+      UserError: tensors that neither the directory nor the adapter holds.
+    """
+    whole = () if lora is None else select(base, lora).whole
+    kept = {".".join(w.path) for w in whole if all(w.chosen)}
+    lost = sorted(set(drawn) - kept)
+    if lost:
+        raise UserError(
+            f"`{path}` has no {', '.join(lost)}, which your modules need. Train them "
+            "whole, so that the adapter holds them (`modules_to_save`), or save a base "
+            "that has them: `model, base = add_parameters(model, base, key)`, then "
+            "`convert.save_llama(directory, model.config, base)`."
+        )
+
+
+def _note_other_base(
+    adapter: str | os.PathLike[str], lora: LoraConfig, base: Mapping[str, Any]
+) -> None:
+    """Says so where an adapter was trained on other weights than these."""
+    known = lora.base_fingerprint
+    if known is not None and known != fingerprint_tree(base):
+        print(
+            f"Note: `{adapter}` was trained on a base with other weights (or another "
+            "quantization or dtype) than this one.",
+            file=sys.stderr,
+        )
 
 
 def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:

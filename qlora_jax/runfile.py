@@ -152,8 +152,13 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             ):
                 return value
         elif get_origin(kind) is tuple:
-            if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            one = get_args(kind)[0]
+            if isinstance(value, list) and all(type(v) is one for v in value):
                 return tuple(value)
+        elif get_origin(kind) is Mapping:
+            one = get_args(kind)[1]
+            if isinstance(value, dict):
+                return {k: _coerce(one, v, f"{where}.{k}") for k, v in value.items()}
         elif kind is type(None):
             if value == _NONE and str not in kinds:
                 return None
@@ -173,7 +178,9 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(a) for a in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of strings"
+        return "a list of " + ("strings" if get_args(kind)[0] is str else "integers")
+    if get_origin(kind) is Mapping:
+        return "a table"
     return {
         int: "an integer",
         float: "a number",
@@ -208,5 +215,8 @@ def _lines(section: Any) -> list[str]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        rows = [f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()]
+        return "{ " + ", ".join(rows) + " }" if rows else "{}"
     # JSON's strings, booleans and numbers are TOML's, but for one escape (DEL).
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -9,6 +9,7 @@ it continues from the newest checkpoint, bit for bit.
     RUN/metrics.jsonl   one object a step
     RUN/checkpoints/    Orbax
     RUN/adapter/        the adapter of the newest checkpoint, as a PEFT directory
+    RUN/initial_adapter/  with pissa or olora, what was taken out of the base
     RUN/loss.png        drawn from metrics.jsonl
     RUN/report.json     what was trained, on what, with which versions
 """
@@ -31,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,10 +47,10 @@ from qlora_jax.data import Batches, Examples, load_examples, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.memory import tree_bytes, tree_size
-from qlora_jax.model import load_tokenizer
+from qlora_jax.llama import Llama, add_parameters
+from qlora_jax.lora_init import absorb, factor_out, init_adapters
+from qlora_jax.memory import tree_bytes, tree_size, warnings
+from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import select
@@ -61,14 +63,23 @@ from qlora_jax.train import (
 )
 from qlora_jax.watch import Watch, draw_loss
 
-SETTINGS, ADAPTER, REPORT = "config.toml", "adapter", "report.json"
+SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
+REPORT = "report.json"
 
 
-def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    *,
+    attention_cls: Callable[..., nn.Module] | None = None,
+    mlp_cls: Callable[..., nn.Module] | None = None,
+    began: float | None = None,
+) -> dict[str, Any]:
     """Trains, or continues, a run; returns what report.json holds.
 
     Args:
       config: the run.
+      attention_cls: attention modules of yours, as `Llama` takes them.
+      mlp_cls: MLP modules of yours.
       began: `time.perf_counter()` when the user's command started; default now.
 
     Raises:
@@ -94,29 +105,39 @@ def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
         progress=sys.stderr.isatty(),
     )
     fingerprint = fingerprint_tree(base)
-    base = jax.tree.map(jnp.asarray, base)
-    model = Llama(
-        architecture,
-        Compute(
-            dtype=config.model.dtype,
-            attention=config.model.attention,
-            remat=config.model.remat,
-            lora=config.lora,
-        ),
+    compute = Compute(
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        lora=config.lora,
     )
+    model, base = add_parameters(
+        Llama(architecture, compute, attention_cls, mlp_cls),
+        base,
+        jax.random.key(config.train.seed),
+    )
+    drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
+    architecture = model.config
+    base = jax.tree.map(jnp.asarray, base)
     optimizer = make_optimizer(config.train, steps)
-    state = _first_state(config, architecture, base, optimizer)
-    groups = select(base, config.lora).groups()
+    selection = select(base, config.lora)
+    for name in selection.unmatched:
+        _say(f"Note: target module {name!r} selects nothing in this model.")
+    check_weights(drawn, base, config.lora, Path(config.model.path))
+    groups = selection.groups()
     _say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
+    for warning in warnings(architecture, config.lora):
+        _say(f"Note: {warning}")
     record = _record(config, fingerprint, examples)
 
     with _alone(directory), disk_errors(directory):
         if not (directory / SETTINGS).is_file():
             _write_text(directory / SETTINGS, to_toml(config))
+        state, base = _first_state(config, base, optimizer)
         with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
             state, start = _continue(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
@@ -148,6 +169,7 @@ def run(config: RunConfig, *, began: float | None = None) -> dict[str, Any]:
                     watch,
                     checkpoints,
                     record,
+                    fingerprint,
                 ).take(state, start)
         report = {
             "steps": steps,
@@ -210,18 +232,34 @@ def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batch
 
 
 def _first_state(
-    config: RunConfig, architecture: LlamaConfig, base: Any, optimizer: Any
-) -> TrainState:
-    """The state before the first step: fresh adapters, or those to start from."""
+    config: RunConfig, base: Any, optimizer: Any
+) -> tuple[TrainState, Any]:
+    """The state before the first step, and the base it trains on.
+
+    Adapters are fresh, or those to start from. What pissa and olora take out of the
+    base is kept in the run directory, as a PEFT adapter: a decomposition need not give
+    the same bits on the machine where the run is continued.
+    """
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
-    if config.train.adapter_init is None:
-        adapters = init_adapters(init_key, base, config.lora)
-    else:
+    lora = config.lora
+    start = Path(config.output_dir) / START
+    if config.train.adapter_init is not None:
         adapters = convert.load_adapter(config.train.adapter_init, base)[1]
-        adapters = jax.tree.map(jnp.asarray, adapters)
-    for name in select(base, config.lora).unmatched:
-        _say(f"Note: target module {name!r} selects nothing in this model.")
-    return init_state(adapters, optimizer, run_key)
+    elif lora.changes_base and (start / "adapter_config.json").is_file():
+        adapters = convert.load_adapter(start, base)[1]
+    else:
+        original = None
+        if lora.init_lora_weights == "loftq":
+            checkpoint = open_checkpoint(config.model.path)
+            original = None if checkpoint.quantized else checkpoint.files.read
+        adapters = init_adapters(init_key, base, lora, original=original)
+        if lora.changes_base:
+            plain = dataclasses.replace(lora, init_lora_weights="default")
+            convert.save_adapter(start, plain, jax.device_get(adapters), base)
+    adapters = jax.tree.map(jnp.asarray, adapters)
+    if lora.changes_base:
+        base = factor_out(base, adapters, lora)
+    return init_state(adapters, optimizer, run_key), base
 
 
 def _continue(
@@ -270,6 +308,7 @@ class _Loop:
     watch: Watch
     checkpoints: Checkpoints
     record: Mapping[str, Any]
+    fingerprint: str
 
     def take(self, state: TrainState, start: int) -> TrainState:
         """Steps from batch `start` to the end; saves on the way."""
@@ -300,11 +339,14 @@ class _Loop:
         self.export(state)
 
     def export(self, state: TrainState) -> None:
-        """Writes adapter/."""
+        """Writes adapter/, for the base as it was loaded."""
+        lora, adapters = absorb(
+            self.config.lora, jax.device_get(state.adapters), self.base
+        )
         convert.save_adapter(
             Path(self.config.output_dir) / ADAPTER,
-            self.config.lora,
-            jax.device_get(state.adapters),
+            dataclasses.replace(lora, base_fingerprint=self.fingerprint),
+            adapters,
             self.architecture,
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
@@ -380,8 +422,9 @@ def _alone(directory: Path) -> Iterator[None]:
                     "ends, or give another --output-dir."
                 ) from None
         # What a killed process left of an adapter half-written.
-        for left in directory.glob(f".{ADAPTER}.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for name in (ADAPTER, START):
+            for left in directory.glob(f".{name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         os.close(handle)
@@ -391,12 +434,14 @@ def _with_initial_adapter(config: RunConfig) -> RunConfig:
     """Takes rank, scaling and targets from the adapter that the run starts from."""
     assert config.train.adapter_init is not None
     found = open_adapter(config.train.adapter_init)[0]
+    # All that was trained is trained again.
     lora = dataclasses.replace(
-        config.lora,
-        r=found.r,
-        lora_alpha=found.lora_alpha,
-        target_modules=found.target_modules,
-        use_rslora=found.use_rslora,
+        found,
+        lora_dropout=config.lora.lora_dropout,
+        init_lora_weights="default",
+        base_model_name_or_path=config.lora.base_model_name_or_path,
+        revision=config.lora.revision,
+        base_fingerprint=None,
     )
     _say(
         f"Starting from the adapter `{config.train.adapter_init}` (r={lora.r}, "
@@ -412,7 +457,7 @@ def _record(config: RunConfig, fingerprint: str, examples: Examples) -> dict[str
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
     lora = dataclasses.asdict(config.lora)
-    del lora["base_model_name_or_path"], lora["revision"]
+    del lora["base_model_name_or_path"], lora["revision"], lora["base_fingerprint"]
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
     # Where the file lies may change; what is in it is in the fingerprint.
