@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported, and inherited by the processes a test starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,6 +35,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +123,130 @@ def getkey() -> Callable[[], jax.Array]:
     """A function that gives a fresh PRNG key at each call, the same in each run."""
     counter = itertools.count()
     return lambda: jax.random.fold_in(jax.random.key(0), next(counter))
+
+
+# --- Small checkpoints and adapters, made by the safetensors library ---
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """The config.json of a two-layer Llama; change it at will."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 24,
+        "hidden_size": 64,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+
+
+@pytest.fixture
+def make_tensors() -> Callable[..., Tensors]:
+    """Makes the tensors of a dense checkpoint, seeded."""
+
+    def make(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
+        from convert import names
+        from qlora_jax.config import LlamaConfig
+
+        config = LlamaConfig.from_hf(raw)
+        shapes = names.shapes(config)
+        rng = np.random.default_rng(seed)
+        return {
+            key: rng.standard_normal(shapes[path], np.float32).astype(dtype)
+            for key, (path, _) in names.keys(config).items()
+        }
+
+    return make
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> Callable[..., Path]:
+    """Writes config.json and weights; `shards` splits them over so many files."""
+
+    def save(
+        raw: dict[str, Any], tensors: Tensors, name: str = "model", shards: int = 1
+    ) -> Path:
+        path = tmp_path / name
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(raw))
+        if shards == 1:
+            safetensors.numpy.save_file(
+                tensors, path / "model.safetensors", {"format": "pt"}
+            )
+            return path
+        keys = sorted(tensors)
+        weight_map = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            part = {k: tensors[k] for k in keys[i::shards]}
+            safetensors.numpy.save_file(part, path / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
+        return path
+
+    return save
+
+
+@pytest.fixture
+def tiny_model(
+    tiny: dict[str, Any], make_tensors: Callable[..., Tensors], save_model: Any
+) -> Path:
+    """A dense float32 checkpoint on disk."""
+    return save_model(tiny, make_tensors(tiny))
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a PEFT directory for a configuration, seeded."""
+
+    def make(
+        raw: dict[str, Any],
+        targets: tuple[str, ...] = ("q_proj", "down_proj"),
+        r: int = 3,
+        dtype: Any = np.float32,
+        name: str = "adapter",
+        seed: int = 1,
+        **fields: Any,
+    ) -> Path:
+        from convert import names
+        from qlora_jax.config import LlamaConfig
+
+        config = LlamaConfig.from_hf(raw)
+        rng = np.random.default_rng(seed)
+        tensors = {}
+        for path, (out, inner) in (
+            (p, s) for p, s in names.shapes(config).items() if p[-2] in targets
+        ):
+            for layer in range(config.num_hidden_layers):
+                for part, shape in (("lora_A", (r, inner)), ("lora_B", (out, r))):
+                    module = f"{names.PEFT_PREFIX}{names.hf_key(path[:-1], layer)}"
+                    key = f"{module}.{part}.weight"
+                    tensors[key] = rng.standard_normal(shape, np.float32).astype(dtype)
+        path = tmp_path / name
+        path.mkdir()
+        safetensors.numpy.save_file(
+            tensors, path / "adapter_model.safetensors", {"format": "pt"}
+        )
+        (path / "adapter_config.json").write_text(
+            json.dumps(
+                {
+                    "peft_type": "LORA",
+                    "r": r,
+                    "lora_alpha": 6,
+                    "target_modules": list(targets),
+                    "base_model_name_or_path": "some/base",
+                    **fields,
+                }
+            )
+        )
+        return path
+
+    return make

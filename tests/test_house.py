@@ -27,7 +27,10 @@ ORDER = (
     "qlora_jax.config",
     "qlora_jax.nf4",
     "qlora_jax.fingerprint",
+    "qlora_jax.lora_config",
+    "qlora_jax.targets",
     "qlora_jax.lora",
+    "qlora_jax.lora_init",
     "qlora_jax.linear",
     "qlora_jax.attention",
     "qlora_jax.llama",
@@ -49,6 +52,7 @@ ORDER = (
     "qlora_jax.watch",
     "qlora_jax.runner",
     "qlora_jax.cli",
+    "qlora_jax.convert_cli",
     "scripts",
 )
 DOORS = ORDER[ORDER.index("convert") + 1 : ORDER.index("scripts")]
@@ -61,6 +65,8 @@ ALLOWED = {
         "qlora_jax.errors",
         "qlora_jax.config",
         "qlora_jax.nf4",
+        "qlora_jax.lora_config",
+        "qlora_jax.targets",
         "qlora_jax.lora",
     },
 }
@@ -71,7 +77,7 @@ LAZY_EXCEPTIONS: dict[tuple[str, str], str] = {}
 OUTSIDE = {
     "pallas_kernels": {"jax", "jaxtyping", "numpy"},
     "convert": {
-        *("jax", "jaxtyping", "ml_dtypes", "numpy", "rich", "safetensors", "tyro"),
+        *("jax", "jaxtyping", "ml_dtypes", "numpy", "rich", "safetensors"),
     },
     "qlora_jax": {
         *("flax", "jax", "jaxtyping", "jinja2", "ml_dtypes", "numpy", "optax"),

@@ -14,8 +14,8 @@ import jax
 import pytest
 
 import convert
-from convert.cli import main as convert_main
 from qlora_jax.cli import main as jax_main
+from qlora_jax.convert_cli import main as convert_main
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.runfile import read_config

@@ -19,11 +19,11 @@ import safetensors.numpy
 import convert
 from convert import bnb, names
 from convert.checkpoint import open_checkpoint
-from convert.cli import main
 from convert.hf import write_directory
 from convert.merging import write_dense
 from convert.output import Entry
 from convert.verify import compare
+from qlora_jax.convert_cli import main
 from qlora_jax.errors import CheckpointError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import convert
-from convert.cli import main
 from convert.verify import compare
+from qlora_jax.convert_cli import main
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -59,7 +59,14 @@ def test_expected_failure_is_one_paragraph_and_1(capsys, tmp_path):
 
 def test_as_a_program(tiny_model, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "convert.cli", "verify", tiny_model, tiny_model],
+        [
+            sys.executable,
+            "-m",
+            "qlora_jax.convert_cli",
+            "verify",
+            tiny_model,
+            tiny_model,
+        ],
         capture_output=True,
         text=True,
     )
