@@ -10,12 +10,15 @@ file that shrinks under us is an error and not a bus error.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -41,6 +44,9 @@ DTYPES: Mapping[str, np.dtype] = {
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+MAX_JSON_BYTES = 8_000_000
+"""The longest JSON that is read; the header of a 405B model in 4 bits has a tenth."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +88,27 @@ class TensorFiles:
     def read(self, name: str) -> NDArray:
         """Returns one tensor as a new array."""
         info = self[name]
-        out = np.empty(info.shape, DTYPES[info.dtype])
+        out = _new_array(name, info.shape, DTYPES[info.dtype])
         self.read_into(name, out)
         return out
 
     def read_bytes(self, name: str) -> NDArray[np.uint8]:
         """Returns the bytes of one tensor, whatever its dtype."""
-        out = np.empty(self[name].nbytes, np.uint8)
+        out = _new_array(name, (self[name].nbytes,), np.dtype(np.uint8))
         self.read_into(name, out)
         return out
 
     def read_into(self, name: str, out: NDArray) -> None:
         """Reads the bytes of one tensor into `out`, which has as many, contiguous."""
         info = self[name]
+        if out.nbytes == info.nbytes == 0:
+            return
         flat = out.reshape(-1).view(np.uint8)
         if flat.size != info.nbytes or not np.may_share_memory(out, flat):
             raise AssertionError(f"`{name}`: no place for {info.nbytes} bytes")
         target = memoryview(flat)
         try:
-            with open(info.file, "rb", buffering=0) as file:
+            with _open_file(info.file) as file:
                 file.seek(info.start)
                 done = 0
                 while done < info.nbytes:
@@ -126,6 +134,16 @@ class TensorFiles:
                 )
 
 
+def _new_array(name: str, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError:
+        size = math.prod(shape) * dtype.itemsize
+        raise CheckpointError(
+            f"Tensor `{name}` of {size:,} bytes does not fit in memory."
+        ) from None
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Opens one safetensors file; returns its tensors and its metadata.
 
@@ -133,56 +151,172 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
       CheckpointError: missing, truncated or malformed file.
     """
     try:
-        with open(path, "rb") as file:
+        with _open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start.startswith((b"version ", b"<!DOCTYP", b"<html")):
                 raise CheckpointError(
                     f"`{path}` is a Git LFS pointer or a web page, not the file "
                     "itself; download the checkpoint again (`git lfs pull`)."
                 )
+            length = int.from_bytes(start, "little")
+            if MAX_JSON_BYTES < length <= size:
+                raise CheckpointError(
+                    f"`{path}` has a header of {length:,} bytes, and at most "
+                    f"{MAX_JSON_BYTES:,} are read. No checkpoint of a Llama has as "
+                    "many; is it one?"
+                )
             # The library's checks: header length, JSON, offsets without gap or overlap
             # that end where the file ends.
             with safetensors.safe_open(path, framework="np"):
                 pass
-            length = int.from_bytes(start, "little")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
+        # What is handed out is checked here as well: the library lets pass what other
+        # readers of the header would stumble over.
+        return _read_entries(header, path, data=8 + length, size=size)
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` does not exist.") from None
     except OSError as error:
         raise CheckpointError(f"Cannot read `{path}`: {error.strerror}.") from error
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
-            f"`{path}` is truncated or damaged ({error}); download or copy it again."
+            f"`{path}` is truncated or damaged ({_short(error)}); download or copy it "
+            "again."
         ) from error
-    metadata = header.pop("__metadata__", {})
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("the same name twice in the header")
+    return out
+
+
+def _read_entries(
+    header: Any, path: Path, *, data: int, size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads a parsed header of a file of `size` bytes, whose tensors start at `data`.
+
+    Raises:
+      ValueError: anything in it is not as it has to be.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise ValueError("the metadata is no table of texts")
     infos = {}
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        infos[name] = TensorInfo(
-            file=path,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            start=8 + length + begin,
-            nbytes=end - begin,
-        )
+        if not is_name(name):
+            raise ValueError(f"a tensor with the name {name[:100]!r}")
+        if not isinstance(entry, dict):
+            raise ValueError(f"`{name}` is described by no JSON object")
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not (isinstance(dtype, str) and _is_shape(shape)):
+            raise ValueError(f"`{name}` has no dtype and shape")
+        offsets = entry.get("data_offsets")
+        if not (_is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+            raise ValueError(f"`{name}` has no offsets of its begin and end")
+        begin, end = offsets
+        # numpy's own bounds, which hold for an array without elements too.
+        itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 1
+        if math.prod(max(n, 1) for n in shape) * itemsize >= 1 << 63:
+            raise ValueError(f"`{name}` has a shape that no array can have")
+        if dtype in DTYPES and math.prod(shape) * itemsize != end - begin:
+            raise ValueError(f"`{name}` has another size than its shape says")
+        infos[name] = TensorInfo(path, dtype, tuple(shape), data + begin, end - begin)
+    place = data
+    for info in sorted(infos.values(), key=lambda i: (i.start, i.nbytes)):
+        if info.start != place:
+            raise ValueError("tensors overlap, or there is a gap between them")
+        place += info.nbytes
+    if place != size:
+        raise ValueError("the tensors end elsewhere than the file")
     return infos, metadata
+
+
+def is_name(text: str) -> bool:
+    """Whether this may be the name of a tensor, and stand in a message as it is."""
+    return 0 < len(text) <= 500 and text.isprintable()
+
+
+def _is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of numbers >= 0, no longer than a numpy shape."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )
 
 
 def read_json(path: Path) -> Any:
     """Reads a JSON object; a malformed file is named."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with _open_file(path) as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"`{path}` is larger than {MAX_JSON_BYTES:,} bytes, the most that is "
+                "read. Is it the right file?"
+            )
+        value = json.loads(text.decode())
+        if _is_deep(value):
+            raise RecursionError
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` does not exist.") from None
     except OSError as error:
         raise CheckpointError(f"Cannot read `{path}`: {error.strerror}.") from error
+    except RecursionError:
+        raise CheckpointError(
+            f"`{path}` is nested too deeply. Is it the right file?"
+        ) from None
     except ValueError as error:
-        raise CheckpointError(f"`{path}` is not valid JSON ({error}).") from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"`{path}` is not valid JSON ({_short(error)})."
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
             f"`{path}` must hold a JSON object, got {type(value).__name__}."
         )
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value has more than 50 levels, too many to print or compare it."""
+    level = [value]
+    for _ in range(50):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)
+
+
+def _short(error: Exception) -> str:
+    """The text of an error, which may quote the file: one line, and not the whole."""
+    text = str(error) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
+
+
+def _open_file(path: Path) -> io.BufferedReader:
+    """Opens for reading what is a file, not what blocks (a pipe) or never ends."""
+    file = open(path, "rb", opener=_open_now)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"`{path}` is no file but a pipe or a device.")
+    return file
+
+
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_model_directory(path: Path) -> None:
@@ -229,7 +363,8 @@ def open_model(path: Path) -> TensorFiles:
         raise CheckpointError(_no_weights(path))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(f, str) and f == os.path.basename(f) for f in weight_map.values()
+        is_name(key) and isinstance(f, str) and is_name(f) and f == os.path.basename(f)
+        for key, f in weight_map.items()
     ):
         raise CheckpointError(
             f"`{index}` has no `weight_map` of tensor names to file names in the same "

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from convert.files import (
@@ -136,6 +138,162 @@ def test_the_same_name_twice_in_one_header_is_refused(tmp_path):
         read_header(path)
 
 
+def write_header(path: Path, header: str | bytes, data: bytes = bytes(4)) -> Path:
+    text = header.encode() if isinstance(header, str) else header
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(dtype: str = '"F32"', shape: str = "[1]", offsets: str = "[0,4]") -> str:
+    return f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
+
+
+def header(*pairs: str) -> str:
+    return "{" + ",".join(pairs) + "}"
+
+
+X = f'"x":{entry()}'
+
+
+def test_empty_metadata_and_unknown_fields_of_an_entry_do_no_harm(tmp_path):
+    text = header('"__metadata__":null', X[:-1] + ',"more":1}')
+    infos, metadata = read_header(write_header(tmp_path / "x.safetensors", text))
+    assert (infos["x"].shape, metadata) == ((1,), {})
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("", "invalid JSON in header"),
+        ("[]", "invalid JSON in header"),
+        ("null", "invalid JSON in header"),
+        ("{" * 100_000, "invalid JSON in header"),
+        ('{"x":' * 100_000, "invalid JSON in header"),
+        (header(X)[:-1], "invalid JSON in header"),
+        (b'{"\xff":1}', "invalid UTF-8 in header"),
+        (header(X).encode("utf-16"), "invalid"),
+        (header(f'"\\ud800":{entry()}'), "invalid JSON in header"),
+        (header(f"1:{entry()}"), "invalid JSON in header"),
+        (header('"x":["F32",[1],[0,4]]'), "`x` is described by no JSON object"),
+        (header('"x":' + entry(dtype='{"F32":null}')), "`x` has no dtype and shape"),
+        (header(X, f'"\\u0078":{entry()}'), "the same name twice in the header"),
+        (header(X, X), "the same name twice in the header"),
+        (header(f'"x\\n":{entry()}'), r"a tensor with the name 'x\\n'"),
+        (header(f'"\\u001b[2J":{entry()}'), r"a tensor with the name '.x1b\[2J'"),
+        (header(f'"":{entry()}'), r"a tensor with the name ''"),
+        (header(f'"{"x" * 501}":{entry()}'), r"a tensor with the name 'x{100}'\)"),
+        (header('"__metadata__":{"a":1}', X), "invalid JSON in header"),
+        (header('"x":' + entry(dtype='"F99"')), "invalid JSON in header"),
+        (header('"x":' + entry(shape="[-1]")), "invalid JSON in header"),
+        (header('"x":' + entry(shape="[1.0]")), "invalid JSON in header"),
+        (header('"x":' + entry(shape=f"[{'9' * 5000}]")), "invalid JSON in header"),
+        (header('"x":' + entry(shape="[2]")), "invalid shape"),
+        (header('"x":' + entry(shape=f"[{'1,' * 64}1]")), "`x` has no dtype and shape"),
+        (header('"x":' + entry(offsets="[4,0]")), "invalid offset for tensor"),
+        (header('"x":' + entry(offsets="[0,4,4]")), "invalid JSON in header"),
+        (header('"x":' + entry(offsets="[-4,0]")), "invalid JSON in header"),
+        (header('"x":' + entry(offsets="[0,8]")), "invalid shape"),
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path, text, match):
+    path = write_header(tmp_path / "x.safetensors", text)
+    with pytest.raises(
+        CheckpointError, match=f"truncated or damaged .*{match}"
+    ) as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_shape_without_elements_must_still_be_one_that_an_array_can_have(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def of(a: int, b: int) -> Path:
+        text = header('"x":' + entry(shape=f"[0,{a},{b}]", offsets="[0,0]"))
+        return write_header(path, text, b"")
+
+    infos, _ = read_header(of(7, 2**40))
+    assert TensorFiles(tmp_path, infos).read("x").shape == (0, 7, 2**40)
+    with pytest.raises(CheckpointError, match="`x` has a shape that no array can have"):
+        read_header(of(2**40, 2**40))
+    with pytest.raises(CheckpointError, match="`x` has no dtype and shape"):
+        read_header(of(2**64 - 1, 1))
+
+
+def test_a_header_longer_than_any_is_not_read(tmp_path):
+    path = write_header(tmp_path / "x.safetensors", "{" + " " * 8_000_000 + "}", b"")
+    with pytest.raises(CheckpointError, match="header of 8,000,002 bytes, and at most"):
+        read_header(path)
+    path.write_bytes((99_000_000).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("[]", "the header is no JSON object"),
+        (header(X, X), "the same name twice"),
+        (header('"__metadata__":{"a":1}'), "the metadata is no table of texts"),
+        (header(X, f'"y":{entry()}'), "tensors overlap, or there is a gap"),
+        (header(X, '"y":' + entry(offsets="[8,12]")), "tensors overlap, or there is a"),
+        (
+            header(X, '"y":' + entry(offsets="[4,8]")),
+            "the tensors end elsewhere than t",
+        ),
+        (
+            header('"x":' + entry(offsets="[0,3]")),
+            "`x` has another size than its shape",
+        ),
+        (
+            header('"x":' + entry(offsets="[4,0]")),
+            "`x` has no offsets of its begin and",
+        ),
+        (
+            header('"x":' + entry(offsets="[4]")),
+            "`x` has no offsets of its begin and en",
+        ),
+        (header('"x":' + entry(shape="[true]")), "`x` has no dtype and shape"),
+    ],
+)
+def test_our_checks_stand_on_their_own(tmp_path, monkeypatch, text, match):
+    # Between the library's look at the file and ours, another may be put in its place.
+    nothing = contextlib.nullcontext()
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: nothing)
+    with pytest.raises(CheckpointError, match=match):
+        read_header(write_header(tmp_path / "x.safetensors", text))
+
+
+@pytest.mark.parametrize("read", [read_header, read_json])
+def test_what_is_no_file_is_said_and_does_not_block(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        CheckpointError, match="pipe` is no file but a pipe or a device"
+    ):
+        read(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="no file but a pipe or a device"):
+        read(Path("/dev/zero"))
+    with pytest.raises(CheckpointError, match="Cannot read .*: Is a directory"):
+        read(tmp_path)
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(CheckpointError, match="Cannot read .*symbolic links"):
+        read(tmp_path / "link")
+
+
+def test_a_tensor_larger_than_memory_is_said(good, monkeypatch):
+    files = TensorFiles(good.parent, read_header(good)[0])
+
+    def refuse(shape, dtype):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", refuse)
+    for read in (files.read, files.read_bytes):
+        with pytest.raises(
+            CheckpointError, match="`x` of 256 bytes does not fit in mem"
+        ):
+            read("x")
+
+
 @pytest.mark.parametrize(
     "text",
     ["version https://git-lfs.github.com/spec/v1\noid sha256:0", "<!DOCTYPE html>"],
@@ -169,13 +327,32 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, match", [("{", "is not valid JSON"), ("[]", "must hold a JSON object")]
+    "text, match",
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[]", "must hold a JSON object, got list"),
+        (b"NaN", "must hold a JSON object, got float"),
+        (b'{"a": "\xff"}', "is not valid JSON"),
+        (b'\xef\xbb\xbf{"a": 1}', "is not valid JSON .*BOM"),
+        ('{"a": 1}'.encode("utf-16"), "is not valid JSON"),
+        (b'{"a": %s}' % (b"9" * 5000), "is not valid JSON .*4300 digits"),
+        (b'{"a": %s}' % (b"[" * 100_000), "is nested too deeply"),
+        (b'{"a": %s%s}' % (b"[" * 60, b"]" * 60), "is nested too deeply"),
+        (b"{" + b" " * 8_000_000 + b"}", "is larger than 8,000,000 bytes"),
+    ],
 )
 def test_bad_json(tmp_path, text, match):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(CheckpointError, match=match):
         read_json(path)
+
+
+def test_json_of_some_depth_is_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": ' + "[" * 40 + "]" * 40 + ', "b": {}}')
+    assert read_json(path)["b"] == {}
 
 
 # --- Sharded directories ---
@@ -229,9 +406,18 @@ def test_the_same_tensor_in_two_shards(sharded):
         open_model(sharded)
 
 
-@pytest.mark.parametrize("value", ["../x.safetensors", 3])
-def test_index_that_leads_out_of_the_directory(sharded, value):
-    change_index(sharded, lambda m: m.update(t0=value))
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("t0", "../x.safetensors"),
+        ("t0", 3),
+        ("t0", ""),
+        ("t0", "a\nb"),
+        ("\x1b[2J", "model-00001-of-00002.safetensors"),
+    ],
+)
+def test_index_with_what_are_no_names(sharded, name, file):
+    change_index(sharded, lambda m: m.update({name: file}))
     with pytest.raises(CheckpointError, match="has no `weight_map` of tensor names to"):
         open_model(sharded)
 
