@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from qlora_jax.config import PROJECTIONS, FrozenDict
 from qlora_jax.errors import UserError
-from qlora_jax.patterns import check_pattern
+from qlora_jax.patterns import check_pattern, check_patterns
 
 # Fields of adapter_config.json that change what an adapter computes and that this
 # project does not compute. The value listed is the one that switches each off.
@@ -61,7 +62,14 @@ _INIT = re.compile(
     r"default|gaussian|orthogonal|pissa|pissa_niter_[1-9]\d?|olora|loftq"
 )
 
-_V = TypeVar("_V")
+# PEFT puts what a file says into these expressions. A name in `modules_to_save` is one
+# of them as well, where it keeps a module from being adapted.
+AT_END = r"(.*\.)?({})$"
+WITHIN = r"(^|.*\.){}($|\..*)"
+BEFORE_NUMBER = r"(?:^|.*?\.){}\.(\d+)\."
+
+# Compiled patterns and what they stand for, in order.
+_Table = list[tuple[re.Pattern[str], Any]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ class LoraConfig:
     layers_to_transform: int | tuple[int, ...] | None = None
     """Numbers of the layers to adapt; goes with a list of target_modules."""
     layers_pattern: tuple[str, ...] | str | None = None
-    """What the list of layers is called, "layers" in a Llama."""
+    """What the list of layers is called, "layers" in a Llama: regular expressions, of
+    which the first that matches holds."""
     rank_pattern: Mapping[str, int] = FrozenDict()
     """Ranks by module: a regular expression that has to match the end of the module's
     path, starting at a dot -> rank. The first that matches holds."""
@@ -135,10 +144,15 @@ class LoraConfig:
                 raise UserError(
                     f"lora: `{name}` must be a table of patterns, got {table!r}."
                 )
+            if not all(isinstance(pattern, str) for pattern in table):
+                raise UserError(
+                    f"lora: the patterns of `{name}` must be texts, got "
+                    f"{list(table)!r:.80}."
+                )
+            check_patterns(table, inside=AT_END)
             check = _check_rank if name == "rank_pattern" else _check_alpha
             for pattern, value in table.items():
-                check_pattern(pattern)
-                check(f"{name}[{pattern!r}]", value)
+                check(f"{name}[{pattern!r:.80}]", value)
             put(name, FrozenDict(table))
         dropout = self.lora_dropout
         if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
@@ -157,13 +171,19 @@ class LoraConfig:
                 "lora: `target_modules` is empty. Name modules such as 'q_proj', or "
                 "give 'all-linear'."
             )
-        for name in ("exclude_modules", "layers_pattern"):
+        excluded = self.exclude_modules
+        put(
+            "exclude_modules",
+            _modules("exclude_modules", excluded) if excluded else None,
+        )
+        for name, inside in (
+            ("layers_pattern", BEFORE_NUMBER),
+            ("modules_to_save", WITHIN),
+        ):
             value = getattr(self, name)
-            put(name, _modules(name, value) if value else None)
-        saved = self.modules_to_save
-        if saved is not None:
-            saved = _names("modules_to_save", saved)
-            put("modules_to_save", saved or None)
+            names = () if value is None else _names(name, value)
+            check_patterns(names, inside=inside)
+            put(name, names or None)
         put("layers_to_transform", _layers(self.layers_to_transform))
         put("trainable_token_indices", _tokens(self.trainable_token_indices))
         if self.bias not in ("none", "lora_only", "all"):
@@ -235,9 +255,19 @@ class LoraConfig:
 
     def rank_and_scaling(self, module_path: str) -> tuple[int, float]:
         """The rank and the factor of `B @ A` of a module, by its dotted path."""
-        r = _first_match(self.rank_pattern, module_path, self.r)
-        alpha = _first_match(self.alpha_pattern, module_path, self.lora_alpha)
+        ranks, alphas = self._compiled
+        r = _first_match(ranks, module_path, self.r)
+        alpha = _first_match(alphas, module_path, self.lora_alpha)
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[_Table, _Table]:
+        """Both tables of patterns; `re` itself keeps 512, and a file may have more."""
+        ranks, alphas = (
+            [(re.compile(AT_END.replace("{}", key)), v) for key, v in table.items()]
+            for table in (self.rank_pattern, self.alpha_pattern)
+        )
+        return ranks, alphas
 
     @classmethod
     def from_peft(
@@ -345,11 +375,8 @@ class LoraConfig:
         return out
 
 
-def _first_match(table: Mapping[str, _V], path: str, default: _V) -> _V:
-    for pattern, value in table.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+def _first_match(table: _Table, path: str, default: Any) -> Any:
+    return next((value for found, value in table if found.match(path)), default)
 
 
 def _off(value: Any, off: Any) -> bool:
