@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.nf4 import NF4Tensor
 
 Path = tuple[str, ...]
@@ -37,6 +37,7 @@ Shape = tuple[int, ...]
 LAYERS: Path = ("model", "layers")
 EMBEDDING: Path = ("model", "embed_tokens")
 HEAD: Path = ("lm_head",)
+_TABLES = (EMBEDDING[-1], HEAD[-1])
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,21 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
     share = tied and lora.ensure_weight_tying
 
     whole = _whole(tensors, modules, lora, tied)
-    taken = {w.path[:-1] for w in whole if w.path[-1] == "weight"}
+    taken = {w.path[:-1]: w.chosen for w in whole if w.path[-1] == "weight"}
     chosen = {
-        path: _ranks(path, layers, lora)
+        path: _ranks(path, layers, lora, taken.get(path))
         for path, (_, layers) in modules.items()
-        if path not in taken
     }
     chosen = {path: ranks for path, ranks in chosen.items() if any(r for r, _ in ranks)}
     follows = {}
-    if share and (HEAD in chosen or EMBEDDING in chosen):
-        # PEFT adapts the embedding, and the head with its transpose.
+    if share and EMBEDDING not in taken and HEAD not in taken and _names_table(lora):
+        # PEFT adapts the embedding, and the head with its transpose, whatever
+        # `layers_to_transform` says.
+        if _named(".".join(EMBEDDING), lora.exclude_modules or ()):
+            raise UserError(
+                "`ensure_weight_tying` adapts embed_tokens with its head, and "
+                "`exclude_modules` takes embed_tokens away; give one of the two."
+            )
         rank, _ = lora.rank_and_scaling(".".join(EMBEDDING))
         for path in (EMBEDDING, HEAD):
             chosen[path] = [(rank, lora.rank_and_scaling(".".join(path))[1])]
@@ -213,11 +219,12 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
                 follows=follows.get(path),
             )
         )
-    whole += _biases(tensors, chosen, {w.path for w in whole}, lora)
+    rows = _token_rows(modules, lora, tied)
+    _check_rows(rows, {a.path: a for a in adapted}, taken)
     return Selection(
         tuple(adapted),
-        tuple(whole),
-        tuple(_token_rows(modules, lora, tied)),
+        tuple(_with_biases(whole, tensors, chosen, lora)),
+        tuple(rows),
         _unmatched(modules, lora),
     )
 
@@ -232,7 +239,7 @@ def matches(module_path: str, lora: LoraConfig) -> bool:
     if _named(module_path, lora.exclude_modules or ()):
         return False
     if any(
-        re.match(rf"(^|.*\.){name}($|\..*)", module_path)
+        re.match(WITHIN.replace("{}", name), module_path)
         for name in lora.modules_to_save or ()
     ):
         return False
@@ -245,6 +252,17 @@ def matches(module_path: str, lora: LoraConfig) -> bool:
     return _named(module_path, targets) and _in_layers(module_path, lora)
 
 
+def _names_table(lora: LoraConfig) -> bool:
+    """Whether the targets name embed_tokens or lm_head.
+
+    As PEFT reads them: the last part of a name, or an expression that matches the word.
+    """
+    targets = lora.target_modules
+    if isinstance(targets, str):
+        return any(_named(word, targets) for word in _TABLES)
+    return any(name.rpartition(".")[2] in _TABLES for name in targets)
+
+
 def _named(module_path: str, names: tuple[str, ...] | str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module_path) is not None
@@ -255,15 +273,9 @@ def _in_layers(module_path: str, lora: LoraConfig) -> bool:
     wanted = lora.layers_to_transform
     if wanted is None:
         return True
-    patterns = lora.layers_pattern or ()
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    found = None
-    for pattern in [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [
-        r".*?\.[^.]*\.(\d+)\."
-    ]:
-        found = re.match(pattern, module_path)
-        if found is not None:
-            break
+    patterns = [BEFORE_NUMBER.replace("{}", p) for p in lora.layers_pattern or ()]
+    tried = (re.match(p, module_path) for p in patterns or [r".*?\.[^.]*\.(\d+)\."])
+    found = next((match for match in tried if match is not None), None)
     if found is None:
         return False
     return int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted)
@@ -311,10 +323,14 @@ def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | 
     }
 
 
-def _ranks(path: Path, layers: int | None, lora: LoraConfig) -> list[tuple[int, float]]:
+def _ranks(
+    path: Path, layers: int | None, lora: LoraConfig, taken: tuple[bool, ...] | None
+) -> list[tuple[int, float]]:
+    """Rank and scaling of each layer; a weight that is trained whole has none."""
+    names = dotted(path, layers)
     return [
-        lora.rank_and_scaling(name) if matches(name, lora) else (0, 0.0)
-        for name in dotted(path, layers)
+        lora.rank_and_scaling(name) if not whole and matches(name, lora) else (0, 0.0)
+        for name, whole in zip(names, taken or (False,) * len(names), strict=True)
     ]
 
 
@@ -352,7 +368,8 @@ def _whole(
             f"{', '.join(sorted({p[-2] for p in everything}))}."
         )
     heads = {(*EMBEDDING, "weight"), (*HEAD, "weight")}
-    if tied and lora.ensure_weight_tying and any(w.path in heads for w in out):
+    named = any(name.rpartition(".")[2] in _TABLES for name in names)
+    if tied and lora.ensure_weight_tying and named:
         # One tensor for both, wherever it was named.
         out = [w for w in out if w.path not in heads]
         shape = tensors[*EMBEDDING, "weight"][0]
@@ -362,23 +379,27 @@ def _whole(
     return out
 
 
-def _biases(
+def _with_biases(
+    whole: list[Whole],
     tensors: Mapping[Path, tuple[Shape, int | None]],
     adapted: Mapping[Path, list[tuple[int, float]]],
-    already: set[Path],
     lora: LoraConfig,
 ) -> list[Whole]:
-    out = []
+    """Adds what `bias` trains; some layers of a bias may be trained already."""
+    out = {w.path: w for w in whole}
     for path, (shape, layers) in tensors.items():
-        if path[-1] != "bias" or path in already or lora.bias == "none":
+        if path[-1] != "bias" or lora.bias == "none":
             continue
         if lora.bias == "all":
-            chosen = (True,) * (layers or 1)
+            chosen = [True] * (layers or 1)
         else:
-            chosen = tuple(r > 0 for r, _ in adapted.get(path[:-1], ()))
+            chosen = [r > 0 for r, _ in adapted.get(path[:-1], ())]
+        if path in out and chosen:
+            before = out[path].chosen
+            chosen = [one or two for one, two in zip(before, chosen, strict=True)]
         if any(chosen):
-            out.append(Whole(path, shape, layers, chosen))
-    return out
+            out[path] = Whole(path, shape, layers, tuple(chosen))
+    return list(out.values())
 
 
 def _token_rows(
@@ -406,25 +427,44 @@ def _token_rows(
                     f"`trainable_token_indices` has {outside[0]}, and {name!r} has "
                     f"{rows} rows (0 to {rows - 1})."
                 )
-            whole = lora.modules_to_save or ()
-            if any(".".join(path).endswith(n) for n in whole):
-                raise UserError(
-                    f"`trainable_token_indices` names rows of {name!r}, which "
-                    "`modules_to_save` trains whole; give one of the two."
-                )
             out[path] = Rows(path, indices, features)
-    if tied:
-        embedding, head = out.get(EMBEDDING), out.get(HEAD)
-        # One table, one set of rows, unless two different ones are asked for.
-        if embedding is None and head is not None:
-            out[EMBEDDING] = embedding = Rows(EMBEDDING, head.indices, head.features)
-        if embedding is not None and (
-            head is None or head.indices == embedding.indices
-        ):
+    embedding, head = out.get(EMBEDDING), out.get(HEAD)
+    if tied and embedding is not None:
+        # A tied head has the rows of the embedding, unless it was given others.
+        if head is None or head.indices == embedding.indices:
             out[HEAD] = Rows(
                 HEAD, embedding.indices, embedding.features, follows=EMBEDDING
             )
+        elif lora.ensure_weight_tying:
+            raise UserError(
+                "`trainable_token_indices` gives embed_tokens and lm_head different "
+                "rows, and `ensure_weight_tying` wants them to be one; give one of the "
+                "two."
+            )
     return list(out.values())
+
+
+def _check_rows(
+    rows: list[Rows], adapted: Mapping[Path, Adapted], taken: Mapping[Path, Any]
+) -> None:
+    """Refuses rows of what is trained in another way, as PEFT does."""
+    for r in rows:
+        name = f"`trainable_token_indices` trains rows of {r.path[-1]!r}"
+        if r.path in taken:
+            raise UserError(
+                f"{name}, which `modules_to_save` trains whole; give one of the two."
+            )
+        if r.path not in adapted:
+            continue
+        if r.follows is None:
+            raise UserError(
+                f"{name}, which `target_modules` adapts; give one of the two."
+            )
+        if adapted[r.path].dora:
+            raise UserError(
+                f"{name}, which is tied to the embedding and adapted with `use_dora`; "
+                "rows and norms of rows cannot be trained at once."
+            )
 
 
 def _unmatched(modules: Mapping[Path, Any], lora: LoraConfig) -> tuple[str, ...]:
