@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora import row_norms
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import Adapted, Path, dotted, select
+from qlora_jax.targets import EMBEDDING, HEAD, Adapted, Path, dotted, select
 
 # Steps of PiSSA's randomized decomposition draw from their own stream.
 _OVERSAMPLE = 8
@@ -54,7 +54,8 @@ def init_adapters(
 
     Every module draws from its own key, derived from its path, so that adding a target
     does not change the others. Tensors trained whole start as copies of the base's,
-    DoRA's magnitudes as the norms of the rows of W.
+    DoRA's magnitudes as the norms of the rows of W. What stands for a layer that is not
+    trained is zero, and stays zero.
 
     Args:
       key: PRNG key.
@@ -82,7 +83,8 @@ def init_adapters(
         if a.lora_bias:
             node["lora_bias"] = _zeros(a, a.parts["lora_bias"])
         if a.dora:
-            node["lora_magnitude_vector"] = _magnitude(a, weight)
+            used = [rank > 0 for rank in a.ranks]
+            node["lora_magnitude_vector"] = _only(_magnitude(a, weight), used)
     for w in selection.whole:
         if w.follows is not None:
             continue
@@ -93,7 +95,8 @@ def init_adapters(
                 "is packed in 4 bits. Load the base with quantization='none', or adapt "
                 "that module with LoRA."
             )
-        _node(adapters, w.path[:-1])[w.path[-1]] = jnp.array(leaf, jnp.float32)
+        value = _only(jnp.array(leaf, jnp.float32), w.chosen)
+        _node(adapters, w.path[:-1])[w.path[-1]] = value
     for r in selection.rows:
         if r.follows is None:
             table = _weight(base, r.path)
@@ -121,7 +124,7 @@ def factor_out(
     """
     out = _copy(base)
     for a in select(base, lora).adapted:
-        if a.kind == "linear":
+        if _from_weight(a):
             node, own = _node(out, a.path), _node(adapters, a.path)
             scaling = np.asarray(a.scalings, np.float32)
             scaling = scaling[:, None, None] if a.layers else scaling[0]
@@ -148,9 +151,15 @@ def absorb(
         return lora, _copy(adapters)
     out = _copy(adapters)
     for a in select(base, lora).adapted:
-        if a.kind != "linear":
+        if a.follows is not None:
             continue
         node, frozen = _node(out, a.path), _node(base, a.path)
+        if not _from_weight(a):
+            for name in ("lora_embedding_A", "lora_embedding_B"):
+                zeros = np.zeros_like(np.asarray(node[name]))
+                axis = 0 if name.endswith("A") else 1
+                node[name] = np.concatenate([np.asarray(node[name]), zeros], axis)
+            continue
         scaling = np.asarray(a.scalings, np.float32)
         scaling = np.where(scaling > 0, scaling, 1.0)
         scaling = scaling[:, None, None] if a.layers else scaling[0]
@@ -175,6 +184,11 @@ def absorb(
         ),
         out,
     )
+
+
+def _from_weight(a: Adapted) -> bool:
+    """Whether the factors start from the weight; those of an embedding do not."""
+    return a.kind == "linear" and a.follows is None
 
 
 def _compact(a: Adapted, both_a: NDArray, both_b: NDArray) -> tuple[NDArray, NDArray]:
@@ -234,7 +248,7 @@ def _start(
         if kind == "orthogonal":
             one = _orthogonal(layer_key, rank, a.shape)
         else:
-            if kind != "olora" and rank > min(rows, columns):
+            if rank > min(rows, columns):
                 raise UserError(
                     f"lora: {kind!r} needs a rank of at most {min(rows, columns)} in "
                     f"`{names[layer]}`, got {rank}."
@@ -269,7 +283,6 @@ def _decompose(
     """The part of a weight that A and B start from: scaling * B A."""
     if kind == "olora":
         q, r = np.linalg.qr(weight)
-        rank = min(rank, q.shape[1])
         return r[:rank], q[:, :rank]
     if kind.startswith("pissa_niter_"):
         u, s, vt = _randomized_svd(key, weight, rank, int(kind.rpartition("_")[2]))
@@ -333,6 +346,14 @@ def _magnitude(a: Adapted, weight: Any) -> Float32[Array, "..."]:
     return jax.lax.map(row_norms, jax.tree.map(jnp.asarray, weight))
 
 
+def _only(stacked: Array, chosen: Sequence[bool]) -> Array:
+    """Zeros in the layers that are not trained."""
+    if all(chosen):
+        return stacked
+    shape = (len(chosen), *[1] * (stacked.ndim - 1))
+    return jnp.where(np.asarray(chosen).reshape(shape), stacked, 0.0)
+
+
 def _zeros(a: Adapted, shape: tuple[int, ...]) -> Array:
     leading = () if a.layers is None else (a.layers,)
     return jnp.zeros((*leading, *shape), jnp.float32)
@@ -340,14 +361,12 @@ def _zeros(a: Adapted, shape: tuple[int, ...]) -> Array:
 
 def _weight(base: Mapping[str, Any], module: Path) -> Any:
     """The weight of a module; a tied head's is the embedding's."""
-    if module == ("lm_head",) and "lm_head" not in base:
-        module = ("model", "embed_tokens")
     return _leaf(base, (*module, "weight"))
 
 
 def _leaf(base: Mapping[str, Any], path: Path) -> Any:
-    if path == ("lm_head", "weight") and "lm_head" not in base:
-        path = ("model", "embed_tokens", "weight")
+    if path == (*HEAD, "weight") and "weight" not in base.get(HEAD[-1], {}):
+        path = (*EMBEDDING, "weight")
     node: Any = base
     for part in path:
         node = node[part]
