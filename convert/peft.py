@@ -205,20 +205,25 @@ def _read(
     shapes: Mapping[names.Path, tuple[int, ...]],
     bad: set[str],
 ) -> dict[str, Any]:
-    """Fills the tree; updates of modules with a bad part stay zero."""
+    """Fills the tree; updates of modules with a bad part stay zero.
+
+    A copy is of use for nothing but comparison.
+    """
     adapters: dict[str, Any] = {}
     leaves: dict[names.Path, NDArray[np.float32]] = {}
     for where, shape in shapes.items():
         leaves[where] = np.zeros(shape, np.float32)
         names.put(adapters, where, leaves[where])
-    broken = {(wanted[k].path[:-1], wanted[k].layer) for k in bad if k in wanted}
+    slots = [wanted[key] for key in bad if key in wanted]
+    broken = {(slot.path[:-1], slot.layer) for slot in slots if not slot.copy}
     copies = []
     for key in files.in_file_order([k for k in wanted if k in files]):
         slot = wanted[key]
-        if (slot.path[:-1], slot.layer) in broken:
+        update = slot.path[-1].startswith("lora_")
+        if update and (slot.path[:-1], slot.layer) in broken:
             continue
         if slot.copy:
-            copies.append(key)
+            copies += [key] * (key not in bad)
             continue
         place = slot.view(leaves[slot.path])
         if files[key].dtype == "F32" and place.flags.c_contiguous:
@@ -257,10 +262,21 @@ def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | Non
 def _check_can_skip(
     bad: set[str], wanted: Mapping[str, _Slot], problems: Problems
 ) -> None:
-    """An update that is left out is zero; other tensors have no such value."""
-    for key in bad:
-        name = wanted[key].path[-1] if key in wanted else "lora_A"
-        if not name.startswith("lora_") or name == "lora_magnitude_vector":
+    """An update that is left out is zero; other tensors have no such value.
+
+    Nor has DoRA: its magnitude without the update is not the base.
+    """
+    dora = {
+        (slot.path[:-1], slot.layer)
+        for slot in wanted.values()
+        if slot.path[-1] == "lora_magnitude_vector"
+    }
+    for key in sorted(bad & set(wanted)):
+        slot = wanted[key]
+        if slot.copy:
+            continue  # it is held elsewhere in the file
+        whole = not slot.path[-1].startswith("lora_")
+        if whole or (slot.path[:-1], slot.layer) in dora:
             problems.check(
                 hint=f"`{key}` cannot be left out: nothing says what it would be."
             )
@@ -272,12 +288,14 @@ def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
     PEFT saves them unasked where the vocabulary was resized.
     """
     saved = lora.modules_to_save or ()
+    tables = (EMBEDDING[-1], HEAD[-1])
+    named = any(name.rpartition(".")[2] in tables for name in saved)
     found = tuple(
         path[-1]
         for path in (EMBEDDING, HEAD)
         if f"{names.PEFT_PREFIX}{'.'.join(path)}.weight" in files
         and not any(".".join(path).endswith(name) for name in saved)
-        and not (saved and lora.ensure_weight_tying)
+        and not (named and lora.ensure_weight_tying)
     )
     return replace(lora, modules_to_save=(*saved, *found)) if found else lora
 
@@ -361,7 +379,7 @@ def _compare_copies(
         module = key.removeprefix(names.PEFT_PREFIX).removesuffix(".base_layer.weight")
         node: Any = base
         path = module.split(".")
-        if module == HEAD[-1] and HEAD[-1] not in base:
+        if module == HEAD[-1] and "weight" not in base.get(HEAD[-1], {}):
             path = list(EMBEDDING)
         for part in path:
             node = node[part]
