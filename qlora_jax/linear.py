@@ -105,6 +105,10 @@ def linear(
     if residual is not None:
         inner: Any = dense_matmul(x, residual[0])
         y = y - dense_matmul(inner, residual[1], dtype)
+    if "trainable_tokens_delta" in adapter:
+        # They are rows of the weight: an update is added to them as to the others.
+        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
+        y = lora_lib.replace_columns(y, x, rows, indices)
     magnitude = adapter.get("lora_magnitude_vector")
     if bias is not None and magnitude is None:
         y = y + _row(bias, y)
@@ -122,9 +126,6 @@ def linear(
         y = _scale(y, lora_lib.rescale(magnitude, norms, scaling))
         if bias is not None:
             y = y + _row(bias, y)
-    if "trainable_tokens_delta" in adapter:
-        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
-        y = lora_lib.replace_columns(y, x, rows, indices)
     return y
 
 
@@ -173,7 +174,7 @@ def embed(
         update: Any = dense_matmul(inner, b)
     x = x + update.astype(dtype)
     if "lora_magnitude_vector" in adapter:
-        norms = lora_lib.row_norms(weight.T, b, a.T, scaling)  # as [D, V]
+        norms = lora_lib.row_norms(weight.T, a, b, scaling)  # of the columns
         x = _scale(
             x, lora_lib.rescale(adapter["lora_magnitude_vector"], norms, scaling)
         )
@@ -211,6 +212,8 @@ class _Adaptable(nn.Module):
             frozen = self.param(name, init, shape, jnp.float32)
         if value is None:
             return frozen
+        if isinstance(frozen, nf4.NF4Tensor):
+            frozen = nf4.dequantize(frozen)
         return jnp.where(chosen, value, frozen.astype(value.dtype))
 
     def adapter(
