@@ -10,11 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.files import (
+    DTYPES,
     Problems,
     TensorFiles,
     check_model_directory,
@@ -22,6 +25,7 @@ from convert.files import (
     read_json,
 )
 from qlora_jax.config import LlamaConfig
+from qlora_jax.targets import EMBEDDING, HEAD
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOAT_NAMES = {v: k for k, v in FLOATS.items()}
@@ -113,6 +117,38 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             problems.add("tensors that this model does not have", key)
     problems.check()
     return Checkpoint(path, config, files, packed)
+
+
+class StoredTensor:
+    """A tensor of a directory, read when its values are asked for."""
+
+    def __init__(self, files: TensorFiles, key: str):
+        self._files, self._key = files, key
+        self.shape = files[key].shape
+        self.dtype = DTYPES[files[key].dtype]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        array = self._files.read(self._key)
+        return array if dtype is None else array.astype(dtype)
+
+
+def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
+    """The parameter tree as shapes, with embedding and head that can be read.
+
+    With it `load_adapter` compares the copies of these tables that an adapter file may
+    have, and reads no table for a file that has none.
+
+    Args:
+      config: of the model.
+      files: its tensors; None gives the shapes alone.
+    """
+    tree = names.abstract_base(config)
+    for path in (EMBEDDING, HEAD):
+        key = ".".join((*path, "weight"))
+        if files is not None and key in files and files[key].dtype in FLOAT_NAMES:
+            if path != HEAD or not config.tie_word_embeddings:
+                names.put(tree, (*path, "weight"), StoredTensor(files, key))
+    return tree
 
 
 def _check_dense(

@@ -383,8 +383,12 @@ def write_directory(
     max_shard_bytes: int,
     tokenizer_from: str | os.PathLike[str] | None,
     progress: bool,
+    finish: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Writes config.json, weights and companions as one new directory."""
+    """Writes config.json, weights and companions as one new directory.
+
+    `finish` is called with it when all that is written, before it takes its name.
+    """
     source = None if tokenizer_from is None else Path(tokenizer_from)
     if source is not None and not source.is_dir():
         raise UserError(f"`tokenizer_from`: `{source}` is no directory.")
@@ -401,3 +405,4 @@ def write_directory(
             for name in _COMPANIONS:
                 if (source / name).is_file():
                     copy_file(source / name, new / name)
+        finish(new)

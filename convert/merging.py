@@ -1,25 +1,28 @@
-"""Dense Hugging Face checkpoints out of others: cast, dequantized, with LoRA merged in.
+"""Hugging Face checkpoints out of others: cast, dequantized, with an adapter merged in.
 
-One stream serves all three: each tensor is read, dequantized if it is packed, given its
-update `scaling * B @ A` in float32, rounded once to its dtype and written. Nothing but
-the adapter and the tensor in hand is in memory, and a tensor that is not changed keeps
-its bytes.
+One stream serves all: each tensor is read, dequantized if it is packed, given what the
+adapter does to it in float32 (`convert.effective`), rounded once to its dtype and
+written. Nothing but the adapter and the tensor in hand is in memory, and a tensor that
+is not changed keeps its bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb, names
-from convert.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from convert.checkpoint import FLOATS, Checkpoint, lazy_base, open_checkpoint
+from convert.effective import Folded, fold
 from convert.files import DTYPES
 from convert.hf import (
     cast,
@@ -28,10 +31,13 @@ from convert.hf import (
     quantize_tensor,
     write_directory,
 )
-from convert.output import Entry
-from convert.peft import load_adapter
+from convert.output import Entry, check_new_directory, progress_bar, write_json
+from convert.peft import CONFIG, WEIGHTS, load_adapter
+from qlora_jax import __version__
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
+
+REPORT = "merge_report.json"
+_QUANTIZATIONS = ("nf4", "nf4_dq")
 
 
 def merge(
@@ -41,14 +47,21 @@ def merge(
     *,
     onto: Literal["original", "dequantized"] = "original",
     quantization: Literal["nf4", "nf4_dq"] | None = None,
+    requantize: Literal["nf4", "nf4_dq"] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Merges a LoRA adapter into its base: a dense checkpoint that needs no PEFT.
+    """Merges an adapter into its base: a checkpoint that needs no PEFT.
 
-    `W + scaling * B @ A` is computed in float32 and rounded to the tensor's dtype.
-    Which weights W are meant is said, never guessed:
+    Everything an adapter can hold is merged: LoRA and DoRA with their ranks and
+    scalings layer by layer, biases, modules trained whole, embeddings, single rows. It
+    is computed in float32 and rounded to the tensor's dtype. Where the base has no
+    place for it, the result gets one, and its config.json says so: biases
+    (`attention_bias`, `mlp_bias`; zero where nothing was trained), and a head of its
+    own where embedding and head of a tied model come apart.
+
+    Which weights the adapter is added to is said, never guessed:
 
     - "original": the 16 or 32-bit base, though the adapter may have been trained on
       its quantized form.
@@ -62,25 +75,87 @@ def merge(
       output_dir: to be created; must not exist or be empty.
       onto: see above.
       quantization: "nf4" or "nf4_dq", for "dequantized" on a dense base only.
-      dtype: dtype of all tensors of the result; None keeps each tensor's own.
+      requantize: quantize the merged projections again, and write a
+        bitsandbytes-4bit directory. This loses precision, and the report says how much.
+      dtype: dtype of all dense tensors of the result, and of what is quantized; None
+        keeps each tensor's own.
       max_shard_bytes: size above which the weights are split over several files.
       progress: show a progress bar on stderr.
 
     Returns:
-      A report: "base", "adapter", "output", "onto", "quantization", "base_sha256"
-      (over the base's files), "tensors", "tensors_changed" and "max_abs_change"
-      (against W).
+      A report, which is also written into the directory as merge_report.json: "base",
+      "base_sha256" (over the base's files), "adapter", "adapter_sha256",
+      "adapter_base_fingerprint" (of the base it was trained on, as it was loaded for
+      that; null if the adapter does not say), "output", "onto", "quantization",
+      "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
+      base has not), "config_changes" (field -> [before, after]), "max_abs_change"
+      (against the weights merged onto), "requantization_error" (null, or projection ->
+      {"max_abs", "relative"}, the latter as a ratio of Frobenius norms) and
+      "qlora_jax_version".
 
     Raises:
       CheckpointError: a directory, file or tensor that is not as it should be.
-      UserError: `onto` that does not fit the base, or a directory that cannot be
-        written.
+      UserError: `onto` that does not fit the base, a trained bias that has no place in
+        a Llama, or a directory that cannot be written.
     """
+    checkpoint = open_checkpoint(base_path)
+    _check_choice(checkpoint, onto, quantization, requantize)
+    check_dtype(dtype)
+    output = Path(output_dir)
+    check_new_directory(output)
+    lora, adapters = load_adapter(
+        adapter_path, lazy_base(checkpoint.config, checkpoint.files)
+    )
+    folded = fold(checkpoint.config, lora, adapters)
+    stream = _Stream(checkpoint, folded, dtype, quantization, requantize)
+    report: dict[str, Any] = {}
+
+    def finish(directory: Path) -> None:
+        report.update(
+            {
+                "base": str(base_path),
+                "base_sha256": fingerprint(base_path),
+                "adapter": str(adapter_path),
+                "adapter_sha256": _sha256(
+                    Path(adapter_path) / name for name in (CONFIG, WEIGHTS)
+                ),
+                "adapter_base_fingerprint": lora.base_fingerprint,
+                "output": str(output_dir),
+                "onto": onto,
+                "quantization": quantization,
+                "requantize": requantize,
+                "dtype": dtype,
+                "tensors": stream.written,
+                "tensors_changed": stream.changed,
+                "tensors_added": len(folded.sources),
+                "config_changes": _config_changes(checkpoint, folded),
+                "max_abs_change": stream.max_abs_change,
+                "requantization_error": stream.errors(),
+                "qlora_jax_version": __version__,
+            }
+        )
+        write_json(directory / REPORT, report, sort_keys=False)
+
+    stream.write(
+        output, max_shard_bytes=max_shard_bytes, progress=progress, finish=finish
+    )
+    return report
+
+
+def _check_choice(
+    checkpoint: Checkpoint, onto: Any, quantization: Any, requantize: Any
+) -> None:
+    """Refuses weights to merge onto that are not there, or not said."""
+    base_path = checkpoint.path
     if onto not in ("original", "dequantized"):
         raise UserError(
             f"`onto`={onto!r} is not known; expected 'original' or 'dequantized'."
         )
-    checkpoint = open_checkpoint(base_path)
+    for name, value in (("quantization", quantization), ("requantize", requantize)):
+        if value not in (*_QUANTIZATIONS, None):
+            raise UserError(
+                f"`{name}`={value!r} is not known; expected 'nf4', 'nf4_dq' or None."
+            )
     if onto == "original" and checkpoint.quantized:
         raise UserError(
             f"`{base_path}` holds 4-bit weights, so there is no original to merge "
@@ -88,7 +163,8 @@ def merge(
         )
     if onto == "original" and quantization is not None:
         raise UserError(
-            f"`quantization`={quantization!r} goes with onto='dequantized' only."
+            f"`quantization`={quantization!r} goes with onto='dequantized' only. "
+            "`requantize` quantizes what was merged."
         )
     if onto == "dequantized" and checkpoint.quantized and quantization is not None:
         raise UserError(
@@ -100,20 +176,6 @@ def merge(
             f"`{base_path}` is not quantized. Say with `quantization` ('nf4' or "
             "'nf4_dq') what the adapter was trained on, or choose onto='original'."
         )
-    lora, adapters = load_adapter(adapter_path, checkpoint.config)
-    stream = _Stream(checkpoint, dtype, quantization, lora, dict(names.walk(adapters)))
-    stream.write(output_dir, max_shard_bytes=max_shard_bytes, progress=progress)
-    return {
-        "base": str(base_path),
-        "adapter": str(adapter_path),
-        "output": str(output_dir),
-        "onto": onto,
-        "quantization": quantization,
-        "base_sha256": fingerprint(base_path),
-        "tensors": stream.written,
-        "tensors_changed": stream.changed,
-        "max_abs_change": stream.max_abs_change,
-    }
 
 
 def write_dense(
@@ -130,70 +192,231 @@ def write_dense(
       CheckpointError: a directory, file or tensor that is not as it should be.
       UserError: a directory that cannot be written.
     """
-    stream = _Stream(open_checkpoint(path), dtype)
-    stream.write(output_dir, max_shard_bytes=max_shard_bytes, progress=progress)
+    check_dtype(dtype)
+    checkpoint = open_checkpoint(path)
+    stream = _Stream(checkpoint, Folded(checkpoint.config, {}, {}), dtype)
+    stream.write(Path(output_dir), max_shard_bytes=max_shard_bytes, progress=progress)
     return stream.written
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """SHA-256 over the names and bytes of config.json and the weight files."""
+    return _sha256(
+        file
+        for file in sorted(Path(path).iterdir())
+        if file.name == "config.json"
+        or file.name.endswith((".safetensors", ".safetensors.index.json"))
+    )
+
+
+def _sha256(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        if file.name == "config.json" or file.name.endswith(
-            (".safetensors", ".safetensors.index.json")
-        ):
-            with open(file, "rb") as opened:
-                one = hashlib.file_digest(opened, "sha256").hexdigest()
-            digest.update(f"{file.name} {one}\n".encode())
+    for file in files:
+        with open(file, "rb") as opened:
+            one = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.name} {one}\n".encode())
     return digest.hexdigest()
+
+
+def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> None:
+    """Replaces the report in a merged directory, which has one at every moment.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    place = Path(directory) / REPORT
+    temporary = place.with_name(f".{REPORT}.new")
+    try:
+        write_json(temporary, report, sort_keys=False)
+        os.replace(temporary, place)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"Cannot write `{place}`: {error.strerror or error}."
+        ) from error
+
+
+def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[bool]]:
+    fields = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    pairs = {
+        name: [getattr(c, name) for c in (checkpoint.config, folded.config)]
+        for name in fields
+    }
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+class _Spool:
+    """Tensors in a nameless file beside the output, until their turn comes."""
+
+    def __init__(self, output: Path):
+        self._output = output
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, entry: Entry) -> Entry:
+        """Writes a tensor down; returns one that reads it again."""
+        try:
+            if self._file is None:
+                parent = self._output.absolute().parent
+                parent.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=parent)
+            start = self._file.seek(0, os.SEEK_END)
+            data = np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8)
+            self._file.write(memoryview(data))
+        except OSError as error:
+            raise UserError(
+                f"Cannot write beside `{self._output}`: {error.strerror or error}. "
+                "Nothing was left behind."
+            ) from error
+        return replace(entry, read=lambda: self._take(entry, start))
+
+    def _take(self, entry: Entry, start: int) -> NDArray:
+        assert self._file is not None
+        self._file.seek(start)
+        data = np.frombuffer(self._file.read(entry.nbytes), entry.dtype)
+        return data.reshape(entry.shape)
+
+
+@dataclass
+class _Error:
+    """What quantizing some weights lost, summed up."""
+
+    max_abs: float = 0.0
+    square: float = 0.0
+    of_square: float = 0.0
+
+    def add(self, weight: NDArray, quantized: NDArray) -> None:
+        """Adds one weight, in slices that bound the scratch."""
+        one, two = weight.reshape(-1), quantized.reshape(-1)
+        for start in range(0, one.size, 1 << 20):
+            wide = one[start : start + (1 << 20)].astype(np.float32)
+            gap = wide - two[start : start + (1 << 20)].astype(np.float32)
+            self.max_abs = max(self.max_abs, float(np.abs(gap).max()))
+            self.square += float(np.vdot(gap, gap))
+            self.of_square += float(np.vdot(wide, wide))
+
+    def to_json(self) -> dict[str, float]:
+        """The largest error, and the ratio of Frobenius norms."""
+        relative = math.sqrt(self.square / self.of_square) if self.of_square else 0.0
+        return {"max_abs": self.max_abs, "relative": relative}
 
 
 @dataclass
 class _Stream:
-    """A checkpoint on its way to a dense one, and what was counted on the way."""
+    """A checkpoint on its way to another, and what was counted on the way."""
 
     checkpoint: Checkpoint
+    folded: Folded
     dtype: str | None
     quantization: str | None = None
-    lora: LoraConfig | None = None
-    adapters: Mapping[names.Path, NDArray[np.float32]] = field(default_factory=dict)
+    requantize: str | None = None
     written: int = 0
     changed: int = 0
     max_abs_change: float = 0.0
+    _errors: dict[str, _Error] = field(default_factory=dict)
 
-    def write(self, output_dir: Any, *, max_shard_bytes: int, progress: bool) -> None:
-        """Writes the dense directory."""
-        check_dtype(self.dtype)
-        config = self.checkpoint.config
-        entries = [
-            self._entry(key, path, layer)
-            for key, (path, layer) in names.keys(config).items()
-        ]
-        raw = config_json(config, entries[0].dtype.name)
+    def write(self, output: Path, *, progress: bool, **options: Any) -> None:
+        """Writes the directory; `options` as `write_directory`."""
+        table = names.keys(self.folded.config)
+        raw = config_json(self.folded.config, self._dtype(next(iter(table))).name)
         raw.pop("quantization_config", None)
-        write_directory(
-            output_dir,
-            raw,
-            entries,
-            max_shard_bytes=max_shard_bytes,
-            tokenizer_from=self.checkpoint.path,
-            progress=progress,
-        )
+        with _Spool(output) as spool:
+            packed: dict[str, list[Entry]] = {}
+            if self.requantize is not None:
+                packed = self._quantize(table, spool, progress)
+                own = self.checkpoint.config.quantization_config or {}
+                raw["quantization_config"] = bnb.new_quantization_config(
+                    compute_dtype=own.get(
+                        "bnb_4bit_compute_dtype", self._dtype(next(iter(packed))).name
+                    ),
+                    quant_storage="uint8",
+                    double_quant=self.requantize == "nf4_dq",
+                )
+            entries = [
+                entry
+                for key, (path, _) in table.items()
+                for entry in packed.get(key) or [self._entry(key, path)]
+            ]
+            write_directory(
+                output,
+                raw,
+                entries,
+                tokenizer_from=self.checkpoint.path,
+                progress=progress,
+                **options,
+            )
 
-    def _entry(self, key: str, path: names.Path, layer: int | None) -> Entry:
-        shape = names.shapes(self.checkpoint.config)[path]
-        target = DTYPES[FLOATS[self.dtype or self.checkpoint.dtype(key)]]
+    def errors(self) -> dict[str, dict[str, float]] | None:
+        """What quantizing lost, by projection."""
+        if self.requantize is None:
+            return None
+        return {name: error.to_json() for name, error in self._errors.items()}
 
-        def read() -> NDArray:
-            weight = self._weight(key, path)
-            self.written += 1
-            if (*path[:-1], "lora_A") in self.adapters and path[-1] == "weight":
-                return self._merged(weight, key, path, layer, target)
-            return cast(weight, target, key)
+    def _quantize(
+        self, table: dict[str, Any], spool: _Spool, progress: bool
+    ) -> dict[str, list[Entry]]:
+        """Merges and quantizes the projections, into a file beside the output.
 
-        return Entry(key, target, shape, read)
+        How long the texts that describe them are is known only then, and a file says
+        at its beginning how long everything in it is.
+        """
+        out: dict[str, list[Entry]] = {}
+        keys = [key for key, (path, _) in table.items() if names.is_projection(path)]
+        shapes = names.shapes(self.folded.config)
+        sizes = {key: math.prod(shapes[table[key][0]]) for key in keys}
+        with progress_bar("Quantizing", sum(sizes.values()), progress) as advance:
+            for key in keys:
+                path = table[key][0]
+                weight = self._tensor(key, path)
+                packed = quantize_tensor(
+                    weight, key, double_quant=self.requantize == "nf4_dq"
+                )
+                error = self._errors.setdefault(path[-2], _Error())
+                error.add(weight, bnb.dequantize(packed))
+                out[key] = [
+                    spool.keep(entry)
+                    for entry in bnb.entries(key, packed, None, quant_storage="uint8")
+                ]
+                advance(sizes[key])
+        return out
 
-    def _weight(self, key: str, path: names.Path) -> NDArray:
+    def _entry(self, key: str, path: names.Path) -> Entry:
+        shape = names.shapes(self.folded.config)[path]
+        return Entry(key, self._dtype(key), shape, lambda: self._tensor(key, path))
+
+    def _dtype(self, key: str) -> np.dtype:
+        """The dtype of a tensor of the result, of a packed one before quantization."""
+        if self.dtype is not None:
+            return DTYPES[FLOATS[self.dtype]]
+        if key in self.folded.sources:
+            # A bias is of its weight's dtype.
+            source = self.folded.sources[key] or f"{key.removesuffix('.bias')}.weight"
+            key = source
+        return DTYPES[FLOATS[self.checkpoint.dtype(key)]]
+
+    def _tensor(self, key: str, path: names.Path) -> NDArray:
+        """One tensor of the result."""
+        dtype, update = self._dtype(key), self.folded.updates.get(key)
+        source = self.folded.sources.get(key, key)
+        if source is None:
+            tensor = np.zeros(names.shapes(self.folded.config)[path], dtype)
+        else:
+            tensor = self._read(source, path)
+        self.written += 1
+        if update is None:
+            return cast(tensor, dtype, key)
+        merged, largest = update.apply(tensor, dtype, key)
+        self.changed += largest > 0
+        self.max_abs_change = max(self.max_abs_change, largest)
+        return merged
+
+    def _read(self, key: str, path: names.Path) -> NDArray:
         files = self.checkpoint.files
         if key in self.checkpoint.packed:
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
@@ -204,27 +427,3 @@ class _Stream:
             )
             return bnb.dequantize(packed)
         return weight
-
-    def _merged(
-        self,
-        weight: NDArray,
-        key: str,
-        path: names.Path,
-        layer: int | None,
-        target: np.dtype,
-    ) -> NDArray:
-        assert self.lora is not None
-        index = () if layer is None else layer
-        a = self.adapters[*path[:-1], "lora_A"][index]
-        b = self.adapters[*path[:-1], "lora_B"][index]
-        total = b @ a
-        total *= np.float32(self.lora.scaling)
-        # Widened in passing, without a float32 copy of the weight.
-        np.add(total, weight, out=total, dtype=np.float32)
-        merged = cast(total, target, key)
-        del total
-        difference = np.subtract(merged, weight, dtype=np.float32)
-        largest = float(np.abs(difference, out=difference).max())
-        self.changed += largest > 0
-        self.max_abs_change = max(self.max_abs_change, largest)
-        return merged
