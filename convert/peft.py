@@ -176,8 +176,8 @@ def load_adapter(
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
-        f"(`r`={lora.r}, `target_modules`={lora.target_modules!r}) describes for this "
-        "base model"
+        f"(`r`={lora.r}, `target_modules`={lora.target_modules!r:.200}) describes for "
+        "this base model"
     )
     bad: set[str] = set()
     for key, slot in wanted.items():
@@ -449,7 +449,7 @@ def save_adapter(
     arrays = dict(names.walk(adapters))
     problems = Problems(
         f"The adapter tree is not the one that `r`={lora_config.r}, `target_modules`="
-        f"{lora_config.target_modules!r} describes for this model"
+        f"{lora_config.target_modules!r:.200} describes for this model"
     )
     for path, shape in shapes.items():
         if path not in arrays:

@@ -221,7 +221,7 @@ class LlamaConfig:
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
-            extra_tensors=raw.get("extra_tensors") or {},
+            extra_tensors=_read_extra_tensors(raw.get("extra_tensors") or {}),
             raw=dict(raw),
         )
 

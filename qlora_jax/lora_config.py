@@ -142,7 +142,7 @@ class LoraConfig:
             table = getattr(self, name)
             if not isinstance(table, Mapping):
                 raise UserError(
-                    f"lora: `{name}` must be a table of patterns, got {table!r}."
+                    f"lora: `{name}` must be a table of patterns, got {table!r:.80}."
                 )
             if not all(isinstance(pattern, str) for pattern in table):
                 raise UserError(
@@ -157,7 +157,7 @@ class LoraConfig:
         dropout = self.lora_dropout
         if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
             raise UserError(
-                f"lora: `lora_dropout` must lie in [0, 1), got {dropout!r}."
+                f"lora: `lora_dropout` must lie in [0, 1), got {dropout!r:.80}."
             )
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             value = getattr(self, name)
@@ -188,19 +188,20 @@ class LoraConfig:
         put("trainable_token_indices", _tokens(self.trainable_token_indices))
         if self.bias not in ("none", "lora_only", "all"):
             raise UserError(
-                f"lora: `bias` must be 'none', 'lora_only' or 'all', got {self.bias!r}."
+                "lora: `bias` must be 'none', 'lora_only' or 'all', got "
+                f"{self.bias!r:.80}."
             )
         init = self.init_lora_weights
         if not (isinstance(init, str) and _INIT.fullmatch(init)):
             raise UserError(
-                f"lora: `init_lora_weights`={init!r} is not supported. Supported: "
+                f"lora: `init_lora_weights`={init!r:.80} is not supported. Supported: "
                 "'default', 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
                 "'olora', 'loftq'."
             )
         for name in ("base_model_name_or_path", "revision", "base_fingerprint"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise UserError(f"lora: `{name}` must be a text, got {value!r}.")
+                raise UserError(f"lora: `{name}` must be a text, got {value!r:.80}.")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -324,14 +325,16 @@ class LoraConfig:
         ]
         unknown = [name for name in unknown if name not in _REFUSED]
         if unknown and strict:
+            shown = ", ".join(f"{n!r:.80}" for n in unknown[:10])
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UserError(
                 "adapter_config.json has fields that are not known here and may change "
-                f"what the adapter computes: {', '.join(f'`{n}`' for n in unknown)}."
+                f"what the adapter computes: {shown}{more}."
                 + (f" Did you mean `{near[0]}`?" if near else "")
             )
         if skipped is not None:
-            skipped += [f"{name} of adapter_config.json" for name in unknown]
+            skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
         values = {name: raw[name] for name in known if raw.get(name) is not None}
         values.setdefault("r", 8)
         values.setdefault("lora_alpha", 8)
@@ -342,7 +345,12 @@ class LoraConfig:
         values["init_lora_weights"] = (
             init if init in ("gaussian", "orthogonal") else "default"
         )
-        return cls(**values)
+        # Values of any type come from a file: all of them meet `__post_init__`.
+        out = cls()
+        for name, value in values.items():
+            object.__setattr__(out, name, value)
+        out.__post_init__()
+        return out
 
     def to_peft(self) -> dict[str, Any]:
         """Returns the content of an `adapter_config.json` that PEFT reads."""

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import nf4
-from qlora_jax.config import LlamaConfig
+from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import EMBEDDING, HEAD, linear_modules, select
+from qlora_jax.targets import EMBEDDING, HEAD, LAYERS, linear_modules, select
 from qlora_jax.train import TrainConfig, make_optimizer
 
 
@@ -56,11 +56,19 @@ def abstract_base(
     tree = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree
     )
+    for name, shape in config.extra_tensors.items():
+        path = name.split(".")
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        if tuple(path[:2]) == LAYERS:
+            shape = (config.num_hidden_layers, *shape)
+        node[path[-1]] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     if quantization is None:
         return tree
     for path, (out_features, in_features, layers) in linear_modules(tree).items():
-        if layers is None:
-            continue  # the head stays dense
+        if layers is None or path[-1] not in PROJECTIONS:
+            continue  # the head and modules that no Llama has stay dense
         node = tree
         for part in path:
             node = node[part]

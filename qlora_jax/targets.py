@@ -416,8 +416,8 @@ def _token_rows(
         hits = [p for p in hits if ".".join(p).endswith(name)]
         if not hits:
             raise UserError(
-                f"`trainable_token_indices` names {name!r}, which is no embedding and "
-                f"no head of this model.{_near([name], {p[-1] for p in modules})}"
+                f"`trainable_token_indices` names {name!r:.80}, which is no embedding "
+                f"and no head of this model.{_near([name], {p[-1] for p in modules})}"
             )
         for path in hits:
             rows, features = modules[path][0]
@@ -488,10 +488,10 @@ def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
         "layers_pattern": lora.layers_pattern,
         "modules_to_save": lora.modules_to_save,
     }
-    given = [f"`{k}`={v!r}" for k, v in limits.items() if v is not None]
+    given = [f"`{k}`={v!r:.200}" for k, v in limits.items() if v is not None]
     return UserError(
-        f"`target_modules`={targets!r} matches no linear module and no embedding of "
-        f"this model{' under ' + ', '.join(given) if given else ''}."
+        f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
+        f"of this model{' under ' + ', '.join(given) if given else ''}."
         f"{_near(wanted, names)} Modules here: {', '.join(sorted(names))}."
     )
 

@@ -2,6 +2,7 @@
 
     python scripts/bench_cpu.py compare --peer-python .venv-peer/bin/python
     python scripts/bench_cpu.py scaling
+    python scripts/bench_cpu.py dora --peer-python .venv-peer/bin/python
     python scripts/bench_cpu.py table        # benchmarks/cpu.md from the results there
 
 `compare` runs the same QLoRA step (same architecture, rank, batch, NF4 base with double
@@ -10,7 +11,8 @@ bitsandbytes (scripts/peer_step.py) alternately, so that both see the same machi
 prints tokens/s and the growth of resident memory as ratios. The peer runs with and
 without gradient checkpointing; ours with the matching `remat` policy: "full"
 recomputes each layer as gradient checkpointing does, "save_matmuls" keeps the results
-of the matrix products. `scaling` shows step time, compile time and planned memory as
+of the matrix products. `dora` runs both with LoRA and with DoRA and shows what DoRA
+costs either. `scaling` shows step time, compile time and planned memory as
 layers and tokens grow.
 
 Results are written as JSON (`--output`) with versions, machine and method. Times are
@@ -103,7 +105,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(args.seed)
     shapes = abstract_base(config, quantization="nf4_dq", dtype=dtype)
     base = random_base(shapes, dtype, rng)
-    lora = LoraConfig(r=args.rank, lora_alpha=args.rank)
+    lora = LoraConfig(r=args.rank, lora_alpha=args.rank, use_dora=bool(args.dora))
     model = Llama(config, Compute(dtype=dtype, remat=args.remat, lora=lora))
     optimizer = make_optimizer(
         TrainConfig(steps=args.steps, learning_rate=1e-4, lr_scheduler="constant"),
@@ -168,10 +170,12 @@ def ours(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     return child(command)
 
 
-def peer(args: argparse.Namespace, dtype: str, checkpointing: str) -> dict[str, Any]:
+def peer(
+    args: argparse.Namespace, dtype: str, checkpointing: str, **changes: Any
+) -> dict[str, Any]:
     """Runs scripts/peer_step.py under the peer's Python."""
     command = [args.peer_python, str(Path(__file__).with_name("peer_step.py"))]
-    for name, value in shape_options(args).items():
+    for name, value in {**shape_options(args), **changes}.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     command += ["--dtype", dtype, "--gradient-checkpointing", checkpointing]
     return child(command)
@@ -235,6 +239,44 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def dora(args: argparse.Namespace) -> dict[str, Any]:
+    """Shows the step of DoRA over that of LoRA, ours and the peer's."""
+    rows = []
+    for dtype in ("fp32", "bf16"):
+        for checkpointing, remat in PAIRS.items():
+            best: dict[str, list[float]] = {"ours": [], "peer": []}
+            runs = []
+            for kind in (0, 1):
+                us, them = [], []
+                for _ in range(args.repeats):
+                    us.append(ours(args, dtype=dtype, remat=remat, dora=kind))
+                    them.append(peer(args, dtype, checkpointing, dora=kind))
+                best["ours"].append(min(run["step_min_s"] for run in us))
+                best["peer"].append(min(run["step_min_s"] for run in them))
+                runs.append({"dora": bool(kind), "runs": us, "peer_runs": them})
+            row = {"dtype": dtype, "remat": remat, "runs": runs}
+            for side, (lora_s, dora_s) in best.items():
+                row[side] = {
+                    "lora_s": lora_s,
+                    "dora_s": dora_s,
+                    "ratio": dora_s / lora_s,
+                }
+            rows.append(row)
+            print(f"{dtype} {remat}: done", file=sys.stderr, flush=True)
+    shown = rich.table.Table(title="Step of DoRA / step of LoRA, on a CPU")
+    heads = ("compute", "remat", "LoRA s", "DoRA s", "ratio", "peer LoRA s", "DoRA s")
+    for head in (*heads, "peer ratio"):
+        shown.add_column(head)
+    for row in rows:
+        cells = [row["dtype"], row["remat"]]
+        for side in ("ours", "peer"):
+            cells += [f"{row[side][k]:.3f}" for k in ("lora_s", "dora_s")]
+            cells.append(f"{row[side]['ratio']:.2f}")
+        shown.add_row(*cells)
+    rich.console.Console().print(shown)
+    return {"rows": rows}
+
+
 def scaling(args: argparse.Namespace) -> dict[str, Any]:
     """Shows how time and memory grow with layers and with tokens."""
     rows = []
@@ -263,6 +305,7 @@ def table(folder: Path) -> str:
     """Renders the committed results as Markdown."""
     compared = json.loads((folder / "cpu_compare.json").read_text())
     grown = json.loads((folder / "cpu_scaling.json").read_text())
+    doras = json.loads((folder / "cpu_dora.json").read_text())
     where, shape = compared["machine"], compared["options"]
     peer_versions = compared["rows"][0]["peer_runs"][0]["versions"]
     lines = [
@@ -308,6 +351,22 @@ def table(folder: Path) -> str:
             f"| {row['layers']} | {row['tokens']} | {row['step_min_s']:.3f} "
             f"| {row['compile_s']:.1f} | {row['planned_temp_mib']:,.0f} |"
         )
+    lines += [
+        "",
+        "DoRA: its step over that of LoRA, same shape and setup, alternating runs "
+        f"(Python {doras['machine']['python']}, jax {doras['machine']['jax']}):",
+        "",
+        "| compute | `remat` | LoRA (s) | DoRA (s) | ratio | peer LoRA (s) "
+        "| peer DoRA (s) | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in doras["rows"]:
+        us, them = row["ours"], row["peer"]
+        lines.append(
+            f"| {row['dtype']} | {row['remat']} | {us['lora_s']:.2f} "
+            f"| {us['dora_s']:.2f} | {us['ratio']:.2f} | {them['lora_s']:.2f} "
+            f"| {them['dora_s']:.2f} | {them['ratio']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -332,7 +391,7 @@ def machine() -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("command", choices=("compare", "scaling", "table", "ours"))
+    p.add_argument("command", choices=("compare", "dora", "scaling", "table", "ours"))
     p.add_argument("--hidden", type=int, default=512, help="width")
     p.add_argument("--ffn", type=int, default=1408, help="MLP width")
     p.add_argument("--layers", type=int, default=8)
@@ -340,6 +399,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kv-heads", type=int, default=4)
     p.add_argument("--vocab", type=int, default=32000)
     p.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    p.add_argument("--dora", type=int, choices=(0, 1), default=0, help="0 or 1")
     p.add_argument("--batch", type=int, default=4, help="rows")
     p.add_argument("--seq", type=int, default=512, help="tokens a row")
     p.add_argument("--steps", type=int, default=5, help="timed steps")
@@ -364,7 +424,7 @@ def main() -> None:
         (folder / "cpu.md").write_text(table(folder))
         return
     at_start = machine()
-    result = {"compare": compare, "scaling": scaling}[args.command](args)
+    result = {"compare": compare, "dora": dora, "scaling": scaling}[args.command](args)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(

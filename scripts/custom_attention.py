@@ -4,7 +4,7 @@ An extra linear layer gates the output of attention. Its class is all that is wr
 for it: LoRA reaches it by its name, with a rank and alpha of its own, and what is
 trained is saved under its path, loaded again, and merged.
 
-    python scripts/custom_attention.py --model path/to/hf-llama --data text.txt --output OUT
+    python scripts/custom_attention.py --model HF_LLAMA --data text.txt --output OUT
 
 prints what the layer costs: parameters, and the time of a step beside that of the same
 model without it.

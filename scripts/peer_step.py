@@ -77,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     size.add_argument(
         "--rank", type=int, default=16, help="LoRA rank; alpha is set to 16"
     )
+    size.add_argument("--dora", type=int, choices=(0, 1), default=0, help="0 or 1")
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=4, help="sequences per step")
     step.add_argument("--seq", type=int, default=512, help="tokens per sequence")
@@ -203,6 +204,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         lora_alpha=16,
         lora_dropout=0.0,
         target_modules=list(PROJECTIONS),
+        use_dora=bool(args.dora),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
