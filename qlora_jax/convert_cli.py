@@ -250,7 +250,8 @@ def _print_comparison(report: Comparison) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console()
+    # Names of tensors are no markup: one that holds "[/b]" is printed as it is.
+    console = Console(markup=False, emoji=False)
     if report.equal:
         console.print(f"The same: {report.tensors} tensors, byte for byte.")
         return
