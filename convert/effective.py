@@ -32,7 +32,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.targets import EMBEDDING, HEAD, Adapted, Rows, Selection, Whole, select
 
 # Elements worked on in one go: small against a tensor, large enough for the products.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 21
 
 _BIASED = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 

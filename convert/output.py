@@ -71,6 +71,7 @@ def write_safetensors(
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             file.write(memoryview(data))
+            del data  # not beside the next one
             on_bytes(e.nbytes)
         file.flush()
         os.fsync(file.fileno())
