@@ -56,7 +56,7 @@ _INERT = (
 )
 # Initializations of PEFT that leave the base weights as they are, so that a trained
 # adapter is complete in itself.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _INIT = re.compile(
     r"default|gaussian|orthogonal|pissa|pissa_niter_[1-9]\d?|olora|loftq"
@@ -253,6 +253,24 @@ class LoraConfig:
     def changes_base(self) -> bool:
         """Whether the start of A and B is taken out of the base weights."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
+
+    @property
+    def absorbed(self) -> LoraConfig:
+        """What states its adapters on the original base; see `lora_init.absorb`."""
+        if not self.changes_base:
+            return self
+        # lora_alpha / r, or / sqrt(r), has to stay what it was.
+        grown = math.sqrt(2.0) if self.use_rslora else 2
+        ranks = {k: 2 * v for k, v in self.rank_pattern.items()}
+        alphas = {k: v * grown for k, v in self.alpha_pattern.items()}
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=self.lora_alpha * grown,
+            rank_pattern=FrozenDict(ranks),
+            alpha_pattern=FrozenDict(alphas),
+            init_lora_weights="default",
+        )
 
     def rank_and_scaling(self, module_path: str) -> tuple[int, float]:
         """The rank and the factor of `B @ A` of a module, by its dotted path."""

@@ -12,7 +12,6 @@ starts from what quantization lost, and leaves the quantized base as it is.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,6 @@ from jaxtyping import Array, Float32
 from numpy.typing import NDArray
 
 from qlora_jax import nf4
-from qlora_jax.config import FrozenDict
 from qlora_jax.errors import UserError
 from qlora_jax.lora import row_norms
 from qlora_jax.lora_config import LoraConfig
@@ -169,21 +167,7 @@ def absorb(
         merged_a = np.concatenate(both_a, axis=-2)
         merged_b = np.concatenate(both_b, axis=-1)
         node["lora_A"], node["lora_B"] = _compact(a, merged_a, merged_b)
-    # lora_alpha / r, or / sqrt(r), has to stay what it was.
-    grown = math.sqrt(2.0) if lora.use_rslora else 2
-    return (
-        dataclasses.replace(
-            lora,
-            r=2 * lora.r,
-            lora_alpha=lora.lora_alpha * grown,
-            rank_pattern=FrozenDict({k: 2 * v for k, v in lora.rank_pattern.items()}),
-            alpha_pattern=FrozenDict(
-                {k: v * grown for k, v in lora.alpha_pattern.items()}
-            ),
-            init_lora_weights="default",
-        ),
-        out,
-    )
+    return lora.absorbed, out
 
 
 def _from_weight(a: Adapted) -> bool:

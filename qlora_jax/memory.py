@@ -127,19 +127,19 @@ def warnings(config: LlamaConfig, lora: LoraConfig) -> list[str]:
         if w.path[:-1] in (EMBEDDING, HEAD) and w.follows is None
     }
     if 2 * sum(tables.values()) > total:
-        names = " and ".join(tables)
+        names = " and ".join(sorted(tables))
         count = sum(tables.values())
         out.append(
             f"{names}, trained whole, make {count:,} of {total:,} trained parameters "
-            f"({count / total:.0%}): {4 * count / 1e9:.2f} GB of the adapter file and "
-            f"{8 * count / 1e9:.2f} GB of AdamW's state. `trainable_token_indices` "
+            f"({count / total:.0%}): {_size(4 * count)} of the adapter file and "
+            f"{_size(8 * count)} of AdamW's state. `trainable_token_indices` "
             "trains single rows."
         )
     held = sum(map(math.prod, selection.shapes().values()))
     if held > 1.1 * total:
         out.append(
             f"ranks differ among layers, so the arrays in memory hold {held:,} numbers "
-            f"for {total:,} trained parameters ({12 * (held - total) / 1e6:,.0f} MB "
+            f"for {total:,} trained parameters ({_size(12 * (held - total))} "
             "more with AdamW's state); the adapter file holds the trained ones alone."
         )
     if config.tie_word_embeddings and len(tables) == 1 and not lora.ensure_weight_tying:
@@ -151,6 +151,10 @@ def warnings(config: LlamaConfig, lora: LoraConfig) -> list[str]:
             f"{other} keeps the base's table. `ensure_weight_tying` trains both as one."
         )
     return out
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def tree_size(tree: Any) -> int:

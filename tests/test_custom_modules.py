@@ -1,4 +1,4 @@
-"""Modules that no list foresaw: adapted, trained, saved, reloaded and merged by name."""
+"""Modules that no list foresaw: adapted, trained, saved, reloaded, merged by name."""
 
 import dataclasses
 from functools import partial

@@ -1,0 +1,216 @@
+"""A run directory with every kind of adapter: trained, saved, loaded, continued."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from convert.peft import adapter_bytes, open_adapter
+from qlora_jax.cli import main
+from qlora_jax.config import LlamaConfig
+from qlora_jax.data import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.model import load
+from qlora_jax.runfile import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    RunConfig,
+    read_config,
+)
+from qlora_jax.runner import run
+from qlora_jax.targets import select
+from qlora_jax.train import TrainConfig
+
+TOKENS = [[3, 5, 7, 9, 11, 2, 4, 6]]
+KINDS = {
+    "dora": {"use_dora": True, "lora_dropout": 0.1},
+    "patterns": {
+        "target_modules": ("q_proj", "up_proj"),
+        "layers_to_transform": (1,),
+        "rank_pattern": {"up_proj": 3},
+        "alpha_pattern": {"q_proj": 1.5},
+        "use_rslora": True,
+    },
+    "tables": {
+        "target_modules": ("q_proj",),
+        "modules_to_save": ("embed_tokens", "lm_head", "norm"),
+    },
+    "rows": {
+        "target_modules": ("q_proj", "lm_head"),
+        "trainable_token_indices": (1, 30),
+        "lora_bias": True,
+    },
+    "embeddings": {"target_modules": ("embed_tokens", "lm_head", "v_proj")},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
+    "olora": {"init_lora_weights": "olora"},
+    "loftq": {"init_lora_weights": "loftq"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_each_program_once(tmp_path_factory):
+    """Many runs here are the same program."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("c")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def make(llama_dir, rows_file):
+    """A function: directory, LoRA settings -> a run's configuration."""
+
+    def make(directory: Path, lora: dict, **train) -> RunConfig:
+        settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, **train}
+        return RunConfig(
+            model=ModelConfig(path=str(llama_dir), dtype="float32"),
+            data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
+            train=TrainConfig(lr_scheduler="constant", **settings),
+            lora=LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}),
+            checkpoint=CheckpointConfig(every=2),
+            log=LogConfig(plot=False),
+            output_dir=str(directory),
+        )
+
+    return make
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_directory_holds_it(kind, make, tmp_path, llama_dir, capsys):
+    config = make(tmp_path / "run", KINDS[kind], steps=2)
+    report = run(config)
+    architecture = LlamaConfig.from_hf(
+        json.loads((llama_dir / "config.json").read_text())
+    )
+    base = convert.load_llama(llama_dir, quantization="nf4_dq")[1]
+    selection = select(base, config.lora)
+    assert report["groups"] == selection.groups()
+    assert report["trainable_parameters"] == sum(selection.groups().values())
+
+    # What was predicted from the configuration alone, to the byte.
+    lora, _ = open_adapter(tmp_path / "run" / "adapter")
+    assert lora.base_fingerprint == report["base_fingerprint"]
+    assert report["adapter_bytes"] == adapter_bytes(architecture, lora)
+    saved = dataclasses.replace(config.lora.absorbed, base_fingerprint="0" * 64)
+    assert report["adapter_bytes"] == adapter_bytes(architecture, saved)
+
+    # Trained, it is another model; loaded on its base, it is a note less.
+    capsys.readouterr()
+    tuned = load(tmp_path / "run")
+    assert "other weights" not in capsys.readouterr().err
+    plain = load(llama_dir, dtype="float32")
+    logits = tuned.logits(TOKENS)
+    assert np.isfinite(logits).all()
+    assert float(jnp.abs(logits - plain.logits(TOKENS)).max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dora", "tables", "pissa"])
+def test_stopped_and_continued_it_is_the_same(kind, make, tmp_path):
+    run(make(tmp_path / "straight", KINDS[kind], steps=4))
+    run(make(tmp_path / "parts", KINDS[kind], steps=2))
+    run(make(tmp_path / "parts", KINDS[kind], steps=4))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "straight")
+
+
+def test_what_pissa_took_out_is_kept(make, tmp_path, monkeypatch):
+    """A decomposition of another machine may differ; the run goes on with the first."""
+    from qlora_jax import runner
+
+    run(make(tmp_path / "straight", KINDS["pissa"], steps=4))
+    run(make(tmp_path / "run", KINDS["pissa"], steps=2))
+    lora, _ = open_adapter(tmp_path / "run" / "initial_adapter")
+    assert lora.r == 4 and open_adapter(tmp_path / "run" / "adapter")[0].r == 8
+
+    def never(*args, **kwargs):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(runner, "init_adapters", never)
+    run(make(tmp_path / "run", KINDS["pissa"], steps=4))
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+def test_pissa_starts_as_the_base(make, tmp_path, llama_dir):
+    run(make(tmp_path / "run", KINDS["pissa"], steps=1, learning_rate=0.0))
+    plain = load(llama_dir, dtype="float32").logits(TOKENS)
+    np.testing.assert_allclose(load(tmp_path / "run").logits(TOKENS), plain, atol=2e-5)
+
+
+def test_loftq_needs_what_was_quantized(make, tmp_path, llama_dir):
+    config = make(tmp_path / "run", KINDS["loftq"])
+    model = dataclasses.replace(config.model, quantization="none")
+    with pytest.raises(UserError, match="not quantized"):
+        run(dataclasses.replace(config, model=model))
+
+
+def test_all_that_was_trained_is_trained_again(make, tmp_path, capsys):
+    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}}
+    first = run(make(tmp_path / "one", kind, steps=2))
+    adapter = str(tmp_path / "one" / "adapter")
+    second = run(make(tmp_path / "two", {"r": 7}, steps=2, adapter_init=adapter))
+    assert second["groups"] == first["groups"]
+    lora = read_config(tmp_path / "two" / "config.toml").lora
+    assert lora.modules_to_save == ("embed_tokens", "lm_head", "norm")
+    assert lora.rank_pattern == {"q_proj": 2}
+    assert weights(tmp_path / "two") != weights(tmp_path / "one")
+
+
+def test_tables_that_dominate_are_said_with_the_figure(make, tmp_path, capsys):
+    run(make(tmp_path / "run", KINDS["tables"], steps=1))
+    err = capsys.readouterr().err
+    # 2 tables of 32 x 64; besides, 5 norms of 64 and q_proj's 2 x 4 x 128.
+    assert "make 4,096 of 5,440 trained parameters (75%): 0.02 MB" in " ".join(err.split())
+
+
+def test_an_adapter_of_other_weights_is_noted(make, tmp_path, llama_dir, capsys):
+    run(make(tmp_path / "run", {}, steps=1))
+    other = convert.load_llama(llama_dir, quantization=None)
+    other[1]["model"]["norm"]["weight"] *= np.float32(1.5)
+    convert.save_llama(tmp_path / "other", *other)
+    capsys.readouterr()
+    load(tmp_path / "other", adapter=tmp_path / "run" / "adapter", dtype="float32")
+    assert "was trained on a base with other weights" in capsys.readouterr().err
+
+
+def test_inspect_predicts_what_a_run_writes(make, tmp_path, llama_dir, capsys):
+    report = run(make(tmp_path / "run", KINDS["tables"], steps=1))
+    capsys.readouterr()
+    options = ["--lora.r", "4", "--lora.target-modules", "q_proj"]
+    options += ["--lora.modules-to-save", "embed_tokens", "lm_head", "norm"]
+    assert main(["inspect", str(llama_dir / "config.json"), *options, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
+        assert counted[name] == report[name], name
+    assert "embed_tokens and lm_head, trained whole" in counted["warnings"][0]
+
+
+def test_hot_swap(make, tmp_path, llama_dir):
+    """Another adapter of the same shapes: no new program, and the right logits."""
+    run(make(tmp_path / "one", {}, steps=1))
+    run(make(tmp_path / "two", {"lora_alpha": 32}, steps=2))
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    expected = two.logits(TOKENS)
+    one.logits(TOKENS)
+    from qlora_jax import model
+
+    before = model._logits._cache_size()
+    swapped = dataclasses.replace(
+        one, adapters=two.adapters, lora_config=two.lora_config
+    )
+    np.testing.assert_array_equal(swapped.logits(TOKENS), expected)
+    assert model._logits._cache_size() == before
+    assert jax.tree.structure(one.adapters) == jax.tree.structure(two.adapters)
