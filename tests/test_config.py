@@ -1,12 +1,13 @@
+import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 
-from qlora_jax.config import PROJECTIONS, LlamaConfig, RopeScaling
+from qlora_jax.config import FrozenDict, LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
 
 TINY = {
     "model_type": "llama",
@@ -24,9 +25,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-# --- LlamaConfig ---
 
 
 def test_absent_fields_have_the_defaults_of_transformers():
@@ -217,119 +215,66 @@ def test_every_published_llama_config_loads_and_every_other_is_refused(shared_da
     assert llamas == 6
 
 
-# --- LoraConfig ---
-
-
-@pytest.mark.parametrize(
-    "r, alpha, rslora, scaling",
-    [
-        (16, 16, False, 1.0),
-        (8, 16, False, 2.0),
-        (16, 8, True, 2.0),
-        (3, 1, False, 1 / 3),
-    ],
-)
-def test_scaling(r, alpha, rslora, scaling):
-    config = LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora)
-    assert config.scaling == pytest.approx(scaling, rel=1e-15)
-
-
-@pytest.mark.parametrize(
-    "field, value, message",
-    [
-        ("r", 0, "`r` must be a positive integer, got 0"),
-        ("r", True, "`r` must be a positive integer, got True"),
-        ("lora_alpha", 0.0, "`lora_alpha` must be > 0"),
-        ("lora_alpha", math.nan, "`lora_alpha` must be > 0, got nan"),
-        ("lora_alpha", math.inf, "`lora_alpha` must be > 0, got inf"),
-        ("lora_dropout", 1.0, r"must lie in \[0, 1\), got 1.0"),
-        ("lora_dropout", -0.1, r"must lie in \[0, 1\), got -0.1"),
-        ("target_modules", (), "`target_modules` is empty"),
-        ("target_modules", "", "`target_modules` is empty"),
-    ],
-)
-def test_a_value_that_cannot_be_is_refused(field, value, message):
-    with pytest.raises(UserError, match=message):
-        LoraConfig(**{field: value})
-
-
-def test_it_adapts_all_projections_by_default_and_is_hashable():
-    assert LoraConfig().target_modules == PROJECTIONS
-    assert hash(LoraConfig()) == hash(LoraConfig(target_modules=PROJECTIONS))
-
-
-def test_a_list_of_one_from_a_command_line_may_mean_a_pattern():
-    assert LoraConfig(target_modules=("all-linear",)).target_modules == "all-linear"
-    pattern = r".*\.(q|v)_proj"
-    assert LoraConfig(target_modules=(pattern,)).target_modules == pattern
-    assert LoraConfig(target_modules=("q_proj",)).target_modules == ("q_proj",)
-
-
-def test_a_small_peft_file_has_peft_defaults():
-    config = LoraConfig.from_peft({"peft_type": "LORA"})
-    assert (config.r, config.lora_alpha, config.scaling) == (8, 8, 1.0)
-    assert config.target_modules == ("q_proj", "v_proj")
-    assert (config.lora_dropout, config.use_rslora) == (0.0, False)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(),
-        LoraConfig(r=4, lora_alpha=6, use_rslora=True, lora_dropout=0.1),
-        LoraConfig(target_modules="all-linear", init_lora_weights="gaussian"),
-        LoraConfig(target_modules=r".*\.q_proj", base_model_name_or_path="a/b"),
-        LoraConfig(target_modules=("v_proj", "q_proj"), revision="main"),
-    ],
-)
-def test_peft_files_are_written_and_read_alike(config):
-    written = config.to_peft()
-    json.dumps(written, allow_nan=False)
-    again = LoraConfig.from_peft(written)
-    targets = config.target_modules
-    if not isinstance(targets, str):  # a set to PEFT: written in sorted order
-        targets = tuple(sorted(targets))
-    assert again == dataclasses.replace(config, target_modules=targets)
-    assert (written["peft_type"], written["task_type"]) == ("LORA", "CAUSAL_LM")
-    assert written["inference_mode"] is True
-    assert isinstance(written["lora_alpha"], int)
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_initializations_that_leave_the_base_alone_are_read(init):
-    config = LoraConfig.from_peft({"peft_type": "LORA", "init_lora_weights": init})
-    want = "gaussian" if init == "gaussian" else "default"
-    assert config.init_lora_weights == want
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"peft_type": "IA3"}, "`peft_type` is 'IA3'; only 'LORA'"),
-        ({"peft_type": None}, "`peft_type` is None"),
-        ({"use_dora": True}, "not supported: `use_dora`=True"),
-        ({"bias": "all"}, "`bias`='all'"),
-        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save`=\['lm_head'\]"),
-        ({"rank_pattern": {"q_proj": 4}}, "`rank_pattern`="),
-        ({"alpha_pattern": {"q_proj": 4}}, "`alpha_pattern`="),
-        ({"layers_to_transform": [0]}, r"`layers_to_transform`=\[0\]"),
-        ({"init_lora_weights": "pissa"}, "`init_lora_weights`='pissa'"),
-        ({"trainable_token_indices": [1]}, "`trainable_token_indices`"),
-        ({"runtime_config": {"a": 1}}, "`runtime_config`"),
-        ({"use_dora": True, "bias": "lora_only"}, "`bias`='lora_only', `use_dora`=Tr"),
-    ],
-)
-def test_lora_features_that_are_not_computed_are_refused_by_name(change, message):
-    with pytest.raises(UserError, match=message):
-        LoraConfig.from_peft({"peft_type": "LORA", **change})
-
-
-def test_a_switched_off_feature_is_no_reason_to_refuse():
-    raw = LoraConfig().to_peft() | {"rank_pattern": None, "modules_to_save": []}
-    assert LoraConfig.from_peft(raw).r == 16
-
-
 @pytest.mark.parametrize("factor", [math.inf, math.nan, -1.0])
 def test_rope_factors_are_positive_numbers(factor):
     with pytest.raises(UserError, match="`rope_scaling.factor` must be > 0"):
         RopeScaling("linear", factor)
+
+
+# --- Tensors of modules of one's own ---
+
+GATE = "model.layers.self_attn.gate.weight"
+
+
+def test_tensors_of_ones_own_are_kept_through_the_file():
+    raw = {**TINY, "extra_tensors": {GATE: [4, 64], "model.scale": []}}
+    config = LlamaConfig.from_hf(raw)
+    assert dict(config.extra_tensors) == {GATE: (4, 64), "model.scale": ()}
+    written = json.loads(json.dumps(config.to_hf()))
+    assert written["extra_tensors"] == {GATE: [4, 64], "model.scale": []}
+    assert LlamaConfig.from_hf(written) == config
+    plain = LlamaConfig.from_hf(TINY)
+    assert plain.extra_tensors == {} and "extra_tensors" not in plain.to_hf()
+    assert hash(config) != hash(plain) and config != plain
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [GATE],
+        {GATE: 4},
+        {GATE: [4, 0]},
+        {GATE: [True]},
+        {GATE: [4.0]},
+        {GATE: "64"},
+        {"a b": [1]},
+        {"../x": [1]},
+        {"": [1]},
+    ],
+)
+def test_tensors_of_ones_own_have_names_and_shapes(table):
+    with pytest.raises(UserError, match="`extra_tensors` must map dotted names to sha"):
+        LlamaConfig.from_hf({**TINY, "extra_tensors": table})
+
+
+# --- FrozenDict ---
+
+
+def test_a_frozen_dict_compares_and_hashes_in_its_order_and_cannot_be_changed():
+    one, two = FrozenDict(a=1, b=2), FrozenDict(b=2, a=1)
+    assert one == {"a": 1, "b": 2} and hash(one) == hash(FrozenDict(a=1, b=2))
+    assert one != two and dict(one) == dict(two)
+    for change in (
+        lambda: one.__setitem__("c", 3),
+        lambda: one.__delitem__("a"),
+        lambda: one.update(c=3),
+        lambda: one.setdefault("c", 3),
+        lambda: one.pop("a"),
+        one.popitem,
+        one.clear,
+    ):
+        with pytest.raises(TypeError, match="a FrozenDict cannot be changed"):
+            change()
+    assert one == {"a": 1, "b": 2}
+    for same in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
+        assert same == one and type(same) is FrozenDict
