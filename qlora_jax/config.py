@@ -46,6 +46,10 @@ class FrozenDict(dict[str, _V]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    def __reduce__(self) -> Any:
+        # A dict is pickled and copied by setting its items one by one.
+        return FrozenDict, (dict(self),)
+
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a FrozenDict cannot be changed")
 
