@@ -6,22 +6,36 @@ paragraph on stderr) or a difference found, 2 wrong usage.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from convert import names
-from convert.checkpoint import open_checkpoint
+from convert.checkpoint import lazy_base, open_checkpoint
+from convert.files import INDEX, SINGLE, check_model_directory, open_model, read_json
 from convert.hf import load_llama, save_llama
-from convert.merging import merge, write_dense
-from convert.peft import load_adapter, save_adapter
+from convert.merging import add_to_report, merge, write_dense
+from convert.peft import load_adapter, open_adapter, save_adapter
 from convert.verify import Comparison, adapter_directory, compare
+from qlora_jax.compare import (
+    check_plain,
+    compare_logits,
+    load_exact,
+    probe_text,
+    probe_tokens,
+    trained_form,
+)
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
+from qlora_jax.lora_config import LoraConfig
 
 _Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -30,30 +44,44 @@ def _place(name: str) -> Any:
     return tyro.conf.arg(metavar=name)
 
 
+def _say(note: str) -> None:
+    print(f"Note: {note}.", file=sys.stderr)
+
+
+def _config(path: Path) -> LlamaConfig:
+    check_model_directory(path)
+    return LlamaConfig.from_hf(read_json(path / "config.json"))
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """Check a LoRA adapter against its base model and write a clean PEFT directory."""
+    """Check an adapter against its base model and write a clean PEFT directory."""
 
     input: Annotated[tyro.conf.Positional[Path], _place("IN")]
     """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
     output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
     """Directory to create."""
     base: Path
-    """The base model's directory; only its config.json is read."""
+    """The base model's directory; its config.json is read, and its embedding and head
+    where IN has copies of them to compare."""
     base_name: str | None = None
     """What the new adapter_config.json names as its base (default: as before)."""
+    strict: bool = True
+    """Refuse an IN that does not fit to the letter; otherwise what does not fit is left
+    out, and named on stderr."""
     json: bool = False
     """Print a report as JSON."""
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        from convert.files import check_model_directory, read_json
-        from qlora_jax.config import LlamaConfig
-
-        check_model_directory(self.base)
-        config = LlamaConfig.from_hf(read_json(self.base / "config.json"))
+        config = _config(self.base)
+        has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
+        files = open_model(self.base) if has_weights else None
         source = adapter_directory(self.input)
-        lora, adapters = load_adapter(source, config)
+        skipped: list[str] = []
+        lora, adapters = load_adapter(
+            source, lazy_base(config, files), strict=self.strict, skipped=skipped
+        )
         save_adapter(
             self.output,
             lora,
@@ -61,6 +89,8 @@ class Adapter:
             config,
             base_model_name_or_path=self.base_name,
         )
+        for note in skipped:
+            _say(f"not taken from `{source}`: {note}")
         return {
             "input": str(source),
             "output": str(self.output),
@@ -68,13 +98,18 @@ class Adapter:
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
+            "base_fingerprint": lora.base_fingerprint,
+            "skipped": skipped,
             "bytes": (self.output / "adapter_model.safetensors").stat().st_size,
         }
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge a LoRA adapter into its base: a dense checkpoint that needs no PEFT."""
+    """Merge an adapter into its base: a checkpoint that needs no PEFT.
+
+    The report is also written into OUT, as merge_report.json.
+    """
 
     base: Annotated[tyro.conf.Positional[Path], _place("BASE")]
     """The base model's directory."""
@@ -87,25 +122,86 @@ class Merge:
     adapter was trained on, dequantized."""
     quantization: Literal["nf4", "nf4_dq"] | None = None
     """With --onto dequantized and a BASE that is not 4-bit: as in its training."""
+    requantize: Literal["nf4", "nf4_dq"] | None = None
+    """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
+    loses precision; the report says how much."""
     dtype: _Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
+    check: bool = True
+    """Load the model before and after, compare their logits, and find out whether BASE
+    is what ADAPTER was trained on."""
+    probe: str | None = None
+    """Text to compare logits on (default: 128 fixed token ids)."""
     max_shard_bytes: int = 5_000_000_000
     """Size above which the weights are split over several files."""
     json: bool = False
-    """Print a report as JSON."""
+    """Print the report as JSON."""
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        return merge(
+        source = adapter_directory(self.adapter)
+        config = _config(self.base)
+        lora = open_adapter(source)[0]
+        tokens = _probe(self.base, config, self.probe, [lora])
+        report = merge(
             self.base,
-            adapter_directory(self.adapter),
+            source,
             self.output,
             onto=self.onto,
             quantization=self.quantization,
+            requantize=self.requantize,
             dtype=self.dtype,
             max_shard_bytes=self.max_shard_bytes,
             progress=sys.stderr.isatty(),
         )
+        if not self.check:
+            return report
+        here = report["trained_on_this_base"] = _trained_here(self.base, lora)
+        if here is False:
+            _say(_elsewhere(source, self.base))
+        report["logits"] = None
+        try:
+            check_plain(config, self.base)
+        except UserError as error:
+            _say(f"logits were not compared: {error}")
+        else:
+            report["logits"] = compare_logits(
+                partial(
+                    load_exact,
+                    self.base,
+                    adapter=source,
+                    quantization=self.quantization,
+                ),
+                partial(load_exact, self.output),
+                tokens,
+            )
+        add_to_report(self.output, report)
+        return report
+
+
+def _probe(
+    path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
+) -> np.ndarray:
+    """What models are asked: a text, or fixed ids with those that were trained."""
+    if text is not None:
+        return probe_text(path, config, text)
+    trained: set[int] = set()
+    for lora in loras:
+        rows = lora.trainable_token_indices or ()
+        for indices in rows.values() if isinstance(rows, Mapping) else (rows,):
+            trained.update(i for i in indices if i < config.vocab_size)
+    return probe_tokens(config, trained)
+
+
+def _trained_here(base: Path, lora: LoraConfig) -> bool | None:
+    """Whether an adapter was trained on this base; None if it does not say."""
+    if lora.base_fingerprint is None:
+        return None
+    return trained_form(base, lora.base_fingerprint) is not None
+
+
+def _elsewhere(adapter: Path, base: Path) -> str:
+    return f"`{adapter}` was trained on another base than `{base}`"
 
 
 @dataclass(frozen=True)
@@ -198,12 +294,52 @@ class Verify:
     """PEFT, Hugging Face or run directory."""
     b: Annotated[tyro.conf.Positional[Path], _place("B")]
     """Another of the same kind."""
+    base: Path | None = None
+    """The base of two adapters: compare what they select in it, and the logits that
+    they give it, and find out whether it is what they were trained on."""
+    logits: bool = False
+    """Compare the logits of two checkpoints as well."""
+    probe: str | None = None
+    """Text to compare logits on (default: 128 fixed token ids)."""
     json: bool = False
     """Print a report as JSON."""
 
     def run(self) -> Comparison:
         """Does it; returns what was found."""
-        return compare(self.a, self.b)
+        base = None if self.base is None else _config(self.base)
+        found = compare(self.a, self.b, base=base)
+        if self.base is not None and base is not None:
+            a, b = adapter_directory(self.a), adapter_directory(self.b)
+            loras = {path: open_adapter(path)[0] for path in (a, b)}
+            tokens = _probe(self.base, base, self.probe, list(loras.values()))
+            found.notes.extend(
+                _elsewhere(path, self.base)
+                for path, lora in loras.items()
+                if _trained_here(self.base, lora) is False
+            )
+            one, two = _on_one_base(self.base, a, b)
+        elif found.kind == "model" and (self.logits or self.probe is not None):
+            tokens = _probe(self.a, _config(self.a), self.probe)
+            one, two = partial(load_exact, self.a), partial(load_exact, self.b)
+        elif self.logits or self.probe is not None:
+            raise UserError(
+                "The logits of two adapters are compared on their base; give it with "
+                "--base."
+            )
+        else:
+            return found
+        return dataclasses.replace(found, logits=compare_logits(one, two, tokens))
+
+
+def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
+    """Loaders of two adapters that share one base in memory."""
+    model = load_exact(base)
+
+    def with_adapter(path: Path) -> Any:
+        lora, adapters = load_adapter(path, model.base)
+        return dataclasses.replace(model, lora_config=lora, adapters=adapters)
+
+    return partial(with_adapter, a), partial(with_adapter, b)
 
 
 _Command = (
@@ -237,9 +373,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.json:
         print(json.dumps(report, indent=2))
     else:
-        for name, value in report.items():
+        for name, value in _flat(report):
             print(f"{name}: {value}")
     return 0
+
+
+def _flat(report: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """The lines of a report; those of tables in it are named `table.line`."""
+    for name, value in report.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", value
 
 
 # Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
@@ -248,13 +393,28 @@ _ROWS = 40
 
 def _print_comparison(report: Comparison) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
 
     # Names of tensors are no markup: one that holds "[/b]" is printed as it is.
     console = Console(markup=False, emoji=False)
     if report.equal:
         console.print(f"The same: {report.tensors} tensors, byte for byte.")
-        return
+    else:
+        _print_differences(report, console)
+    for note in report.notes:
+        console.print(f"Note: {note}.")
+    if report.logits is not None:
+        console.print(
+            "Logits on {probe_tokens} tokens: max |a - b| {max_abs_difference:.3g} "
+            "(largest logit {max_abs_logit:.3g}), KL(a || b) {mean_kl:.3g} on average "
+            "and {max_kl:.3g} at most, same top token {same_top_token:.1%}.".format(
+                **report.logits
+            )
+        )
+
+
+def _print_differences(report: Comparison, console: Any) -> None:
+    from rich.table import Column, Table
+
     table = Table(
         Column("what", overflow="fold"),
         "a",
