@@ -164,11 +164,16 @@ def embed(
         return x
     a, b = adapter["lora_embedding_A"], adapter["lora_embedding_B"]
     if "rows" in adapter:
-        rows, factors = adapter["rows"], jnp.asarray(scaling)
-        factor = jnp.where(rows < 0, 0.0, factors[rows])[:, None, None]
-        inner = jax.vmap(lambda row, t: jnp.take(a[row], t, axis=1).T)(rows, tokens)
-        update = jnp.einsum("btr,bdr->btd", inner * factor, b[rows])
+        number, chosen = lora_lib.pick_rows(adapter["rows"], tokens)
+        # [B, T, R]: columns are picked one by one, no adapter is copied for a row.
+        inner = a[jnp.expand_dims(number, 1), :, tokens]
+        inner = inner * jnp.expand_dims(jnp.asarray(scaling)[number], (1, 2))
+        update = jnp.einsum(
+            "btr,bdr->btd", inner, b[number], precision=jax.lax.Precision.HIGHEST
+        )
+        update = jnp.where(chosen, update, 0.0)
     else:
+        lora_lib.refuse_stack(a)
         inner = jnp.moveaxis(jnp.take(a, tokens, axis=1), 0, -1)
         inner = inner * jnp.asarray(scaling, jnp.float32).reshape((1,) * inner.ndim)
         update: Any = dense_matmul(inner, b)

@@ -24,15 +24,16 @@ the gradient is taken, so that shared arrays get the sum of their gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pallas_kernels.product import dense_matmul
+from pallas_kernels.product import dense_matmul, precision
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
@@ -116,12 +117,16 @@ def delta(
 
     Returns:
       The update [..., O].
+
+    Raises:
+      UserError: a leading axis of adapters without "rows", or "rows" of another batch.
     """
     if dropout > 0.0 and key is not None:
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
     if "rows" in adapter:
         return _mixed(x, adapter, jnp.asarray(scaling))
+    refuse_stack(adapter["lora_A"])
     inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
     y: Any = dense_matmul(_scaled(inner, scaling), adapter["lora_B"])
     if "lora_bias" in adapter:
@@ -138,20 +143,52 @@ def _scaled(x: Array, scaling: float | Array) -> Array:
 
 
 def _mixed(x: Array, adapter: Mapping[str, Array], scaling: Array) -> Array:
-    """The update with an adapter of its own for each row of the batch."""
-    rows: Array = adapter["rows"]
-    squeeze = x.ndim == 2  # [B, I]: the head in generation
-    x = x[:, None] if squeeze else x
-    a, b = adapter["lora_A"][rows], adapter["lora_B"][rows]
-    factor = jnp.where(rows < 0, 0.0, scaling[rows])[:, None, None]
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    inner = jnp.einsum("bti,bri->btr", x, a.astype(x.dtype), precision=precision)
+    """The update with an adapter of its own for each row of the batch.
+
+    Reads, in every layer, a copy of A and B for each row.
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])  # the head in generation has no T
+    number, chosen = pick_rows(adapter["rows"], x)
+    a, b = adapter["lora_A"][number], adapter["lora_B"][number]
+    factor = jnp.expand_dims(scaling[number], (1, 2))
+    product = partial(jnp.einsum, precision=precision(x.dtype))
+    inner = product("bti,bri->btr", flat, a.astype(x.dtype))
     inner = (inner.astype(jnp.float32) * factor).astype(x.dtype)
-    y = jnp.einsum("btr,bor->bto", inner, b.astype(x.dtype), precision=precision)
+    y = product("btr,bor->bto", inner, b.astype(x.dtype))
     if "lora_bias" in adapter:
-        bias = adapter["lora_bias"][rows][:, None, :] * factor
+        bias = jnp.expand_dims(adapter["lora_bias"][number], 1) * factor
         y = y + bias.astype(y.dtype)
-    return y[:, 0] if squeeze else y
+    y = jnp.where(chosen, y, jnp.zeros((), y.dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def pick_rows(
+    rows: Int[Array, " B"], x: Array
+) -> tuple[Int[Array, " B"], Bool[Array, "B 1 1"]]:
+    """Which adapter each row reads, and whether it has one at all.
+
+    Raises:
+      UserError: a batch that `rows` was not made for.
+    """
+    if x.shape[0] != rows.shape[0]:
+        raise UserError(
+            f"`rows` names the adapters of {rows.shape[0]} rows, and the batch is of "
+            f"shape {list(x.shape)}. Give `with_rows` one number for each row of it."
+        )
+    return jnp.maximum(rows, 0), jnp.expand_dims(rows >= 0, (1, 2))
+
+
+def refuse_stack(array: Array) -> None:
+    """Refuses adapters in a stack where nothing says which row has which.
+
+    Raises:
+      UserError: a factor with an axis of adapters.
+    """
+    if array.ndim == 3:
+        raise UserError(
+            f"This is a stack of {array.shape[0]} adapters, and nothing says which row "
+            "of the batch has which. Give the model `with_rows(stack, rows)`."
+        )
 
 
 def row_norms(
