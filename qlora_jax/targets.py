@@ -278,7 +278,8 @@ def _in_layers(module_path: str, lora: LoraConfig) -> bool:
     found = next((match for match in tried if match is not None), None)
     if found is None:
         return False
-    return int(found[1]) in ((wanted,) if isinstance(wanted, int) else wanted)
+    number = found[found.re.groups]  # a pattern may have groups of its own
+    return int(number) in ((wanted,) if isinstance(wanted, int) else wanted)
 
 
 def dotted(path: Path, layers: int | None) -> list[str]:
