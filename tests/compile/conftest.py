@@ -105,7 +105,7 @@ def compile_step(
 
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
         wanted = {"config": config, "batch": 4, "length": 2048, "packed": False}
-        wanted |= {"attention": "auto", "remat": "full"} | settings
+        wanted |= {"attention": "auto", "remat": "full", "lora": {}} | settings
         request = json.dumps(wanted, sort_keys=True)
         if request not in made:
             folder = tmp_path_factory.mktemp("program")

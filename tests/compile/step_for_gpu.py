@@ -33,8 +33,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
+from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base
 from qlora_jax.train import (
     TrainConfig,
@@ -87,18 +87,17 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     device = NamedSharding(mesh, PartitionSpec())
 
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    settings = {"target_modules": "all-linear", **wanted["lora"]}
+    lora = LoraConfig(r=16, lora_alpha=32, **settings)
     compute = Compute(attention=wanted["attention"], remat=wanted["remat"], lora=lora)
     config = LlamaConfig.from_hf(wanted["config"])
     base = abstract_base(config, quantization="nf4_dq")
     optimizer = make_optimizer(TrainConfig(steps=1000), 1000)
 
-    def start(key: jax.Array) -> TrainState:
-        adapter_key, run_key = jax.random.split(key)
-        adapters = init_adapters(adapter_key, base, lora)
-        return init_state(adapters, optimizer, run_key)
+    def start(adapters: Any, key: jax.Array) -> TrainState:
+        return init_state(adapters, optimizer, key)
 
-    state = jax.eval_shape(start, jax.random.key(0))
+    state = jax.eval_shape(start, abstract_adapters(base, lora), jax.random.key(0))
     rows = jax.ShapeDtypeStruct((1, wanted["batch"], wanted["length"]), jnp.int32)
     batch = {"tokens": rows, "labels": rows}
     if wanted["packed"]:

@@ -172,3 +172,31 @@ def test_the_program_is_that_of_an_h200(full):
     # What the rules above read is the scheduled program of the GPU compiler.
     assert re.search(r"is_scheduled=true", full.text)
     assert calls(full.loop(FORWARD), "__cublas$lt$matmul") > 0
+
+
+def test_dora_dequantizes_and_multiplies_nothing_twice(compile_step, full):
+    program = compile_step(LLAMA_8B, lora={"use_dora": True})
+    # The rows' norms come from the same dequantized weight, once: they are kept.
+    assert dequantized(program.loop(FORWARD)) == weights(LLAMA_8B)
+    assert dequantized(program.loop(BACKWARD)) == weights(LLAMA_8B)
+    products = [
+        sum("__cublas" in k.text for k in p.loop(FORWARD)) for p in (full, program)
+    ]
+    assert products[1] == products[0] + 7  # W A^T
+    # B A is never formed: no float32 [out, in].
+    shapes = program.shapes()
+    assert not [s for s in shapes if s[0] == "f32" and s[1] in linears(LLAMA_8B)]
+    # What is rescaled is kept while its layer's derivatives are taken: two more bf16
+    # [tokens, intermediate].
+    more = 4 * TOKENS * LLAMA_8B["intermediate_size"]
+    assert program.memory["temporaries"] <= full.memory["temporaries"] + more
+
+
+def test_tables_trained_whole_cost_their_gradients(compile_step, full):
+    tables = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    program = compile_step(LLAMA_8B, lora=tables)
+    both = 2 * 4 * LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
+    # Weights, moments: updated in place.
+    grown = program.memory["aliased"] - full.memory["aliased"]
+    assert grown == pytest.approx(3 * both, rel=1e-6)
+    assert program.memory["temporaries"] <= full.memory["temporaries"] + both
