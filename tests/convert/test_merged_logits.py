@@ -1,0 +1,190 @@
+"""The law of merging: the merged checkpoint's logits are those of base and adapter.
+
+float32 throughout, within the spread of the reference between float32 and float64.
+"""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from convert import names
+from qlora_jax.config import LlamaConfig
+from qlora_jax.linear import Compute, Linear
+from qlora_jax.llama import Attention, Llama
+from qlora_jax.lora import bind
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import select
+
+LOGITS = 3e-5
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 12)), jnp.int32)
+
+
+class Gated(Attention):
+    """An attention with a linear layer, with bias, that no Llama has."""
+
+    @nn.compact
+    def __call__(self, x, rope, segments, kv=None, cached=None):
+        out, kv = super().__call__(x, rope, segments, kv, cached)
+        linear = Linear(x.shape[-1], self.compute, use_bias=True, name="gate")
+        return out * (1 + jnp.tanh(linear(x))), kv
+
+
+def logits(directory, tokens, adapter=None):
+    """Of a directory; with an adapter, un-merged."""
+    config, base = convert.load_llama(directory, quantization=None)
+    base = jax.tree.map(jnp.asarray, base)
+    variables = {"params": base}
+    if adapter is not None:
+        lora, adapters = convert.load_adapter(adapter, base)
+        variables["lora"] = bind(jax.tree.map(jnp.asarray, adapters), base, lora)
+    compute = Compute(dtype="float32", remat="none")
+    model = Llama(config, compute, Gated if config.extra_tensors else None)
+    return np.asarray(model.apply(variables, tokens))
+
+
+# --- What PEFT made ---
+
+GOLDEN = (
+    *(f"llama32/{name}" for name in ("plain", "rslora", "dora", "rank_alpha_pattern")),
+    *(f"llama32/{name}" for name in ("mts_embed_head", "emb_lora", "regex_targets")),
+    *("llama32/layers_to_transform", "llama32/trainable_tokens"),
+    *("llama32/qlora_plain", "llamabias/bias_lora_only"),
+)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_adapters(golden, tmp_path, name):
+    adapter = golden / "adapters" / name
+    raw = json.loads((adapter / "adapter_config.json").read_text())
+    base = golden / raw["base_model_name_or_path"]
+    onto = "dequantized" if "nf4" in base.name else "original"
+    report = convert.merge(base, adapter, tmp_path / "out", onto=onto)
+    stored = np.load(adapter / "logits.npz")
+    tokens = jnp.asarray(stored["ids"], jnp.int32)
+    merged = logits(tmp_path / "out", tokens)
+    # `logits` are PEFT's un-merged ones; its merged ones are wrong where an embedding
+    # is adapted, or the base is in 4 bit.
+    assert np.abs(merged - stored["logits"]).max() <= LOGITS
+    untied = name in ("llama32/mts_embed_head", "llama32/emb_lora")
+    assert report["config_changes"] == (
+        {"tie_word_embeddings": [True, False]} if untied else {}
+    )
+    assert report["tensors_added"] == untied
+    assert (tmp_path / "out" / "merge_report.json").is_file()
+
+
+# --- What can be asked for, at random ---
+
+BASES = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention biases": {"attention_bias": True, "tie_word_embeddings": True},
+    "custom": {
+        "extra_tensors": {
+            "model.layers.self_attn.gate.weight": [64, 64],
+            "model.layers.self_attn.gate.bias": [64],
+        }
+    },
+}
+PROJECTIONS = tuple(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+def draw(rng, kind):
+    """A configuration that some base of this kind takes; ValueError where none does."""
+    pick = lambda values: values[rng.integers(len(values))]  # noqa: E731
+    chance = lambda p: bool(rng.random() < p)  # noqa: E731
+    tables = ("embed_tokens", "lm_head")
+    extra = ("gate",) if kind == "custom" else ()
+    targets = [p for p in (*PROJECTIONS, *extra) if chance(0.4)] or ["q_proj"]
+    targets += [t for t in tables if chance(0.35)]
+    fields = dict(
+        r=int(rng.integers(1, 5)),
+        lora_alpha=int(rng.integers(1, 9)),
+        target_modules=pick(
+            [tuple(targets), tuple(targets), "all-linear", r".*\.[01]\..*(q|up)_proj"]
+        ),
+        use_rslora=chance(0.3),
+        use_dora=chance(0.3),
+        bias=pick(["none", "none", "all", "lora_only"]),
+        ensure_weight_tying=chance(0.3),
+    )
+    fields["lora_bias"] = not fields["use_dora"] and chance(0.3)
+    if chance(0.3):
+        fields["rank_pattern"] = {"q_proj": 6, r"layers\.1\.mlp\.up_proj": 1}
+        fields["alpha_pattern"] = {"lm_head": 5, r"layers\.0\..*": 7}
+    if chance(0.2) and not isinstance(fields["target_modules"], str):
+        fields["layers_to_transform"] = (1,)
+    if chance(0.3):
+        fields["modules_to_save"] = pick(
+            [
+                *[("embed_tokens",), ("lm_head",), tables, ("norm",)],
+                *[("layers.0.mlp",), ("model.norm", "k_proj"), extra or ("o_proj",)],
+            ]
+        )
+    if chance(0.3):
+        fields["trainable_token_indices"] = pick(
+            [(3, 17, 5), {"lm_head": (4, 2)}, {"embed_tokens": (1,), "lm_head": (2,)}]
+        )
+    if chance(0.2):
+        fields["exclude_modules"] = (pick(PROJECTIONS),)
+    return fields
+
+
+def make(config, seed):
+    """A configuration, and an adapter of it without zeros but for lower ranks."""
+    rng = np.random.default_rng(seed)
+    base = names.abstract_base(config)
+    kind = list(BASES)[seed % len(BASES)]
+    while True:
+        try:
+            fields = draw(rng, kind)
+            lora = LoraConfig(**fields)
+            selection = select(base, lora)
+        except ValueError:
+            continue  # settings that do not go together; tests of theirs say which
+        if any(a.lora_bias and a.path[-1] == "lm_head" for a in selection.adapted):
+            continue
+        break
+    print(kind, fields)
+    shapes = selection.shapes()
+    adapters: dict = {}
+    for path, shape in shapes.items():
+        value = rng.standard_normal(shape).astype(np.float32) * 0.2
+        if path[-1] == "lora_magnitude_vector":
+            value = np.abs(value) + 3
+        names.put(adapters, path, value)
+    for a in selection.adapted:  # what lies beyond a lower rank is zero
+        for layer, rank in enumerate(a.ranks):
+            for name in ("lora_A", "lora_B"):
+                if (*a.path, name) in shapes and a.layers is not None:
+                    array = dict(names.walk(adapters))[*a.path, name][layer]
+                    (array if name == "lora_A" else array.T)[rank:] = 0
+    return lora, adapters
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_configurations(tiny, make_tensors, save_model, tmp_path, seed):
+    kind = list(BASES)[seed % len(BASES)]
+    raw = {**tiny, **BASES[kind]}
+    tensors = {k: v * 0.2 for k, v in make_tensors(raw).items()}
+    base = save_model(raw, tensors)
+    config = LlamaConfig.from_hf(raw)
+    lora, adapters = make(config, seed)
+    convert.save_adapter(tmp_path / "adapter", lora, adapters, config)
+    report = convert.merge(base, tmp_path / "adapter", tmp_path / "out")
+    with jax.disable_jit():  # each configuration would be compiled for itself
+        unmerged = logits(base, TOKENS, tmp_path / "adapter")
+        merged = logits(tmp_path / "out", TOKENS)
+    assert report["tensors_changed"] > 0
+    assert np.abs(merged - unmerged).max() <= LOGITS
+    assert (
+        report["tensors"]
+        == len(names.keys(LlamaConfig.from_hf(raw))) + (report["tensors_added"])
+    )
