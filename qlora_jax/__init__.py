@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_jax.adapters import combine_adapters as combine_adapters
+    from qlora_jax.adapters import stack_adapters as stack_adapters
+    from qlora_jax.adapters import with_rows as with_rows
     from qlora_jax.config import LlamaConfig as LlamaConfig
     from qlora_jax.data.batches import Batches as Batches
     from qlora_jax.data.batches import prefetch as prefetch
@@ -40,6 +43,10 @@ if TYPE_CHECKING:
     from qlora_jax.train import init_state as init_state
     from qlora_jax.train import make_optimizer as make_optimizer
     from qlora_jax.train import train_step as train_step
+    from qlora_jax.vocabulary import add_tokens as add_tokens
+    from qlora_jax.vocabulary import repair_rows as repair_rows
+    from qlora_jax.vocabulary import report_untrained as report_untrained
+    from qlora_jax.vocabulary import untrained_rows as untrained_rows
 
 __version__ = "0.1.0"
 
@@ -67,6 +74,14 @@ _CONTENTS = {
     "bind": "qlora_jax.lora",
     "factor_out": "qlora_jax.lora_init",
     "absorb": "qlora_jax.lora_init",
+    "combine_adapters": "qlora_jax.adapters",
+    "stack_adapters": "qlora_jax.adapters",
+    "with_rows": "qlora_jax.adapters",
+    # --- Vocabulary ---
+    "untrained_rows": "qlora_jax.vocabulary",
+    "report_untrained": "qlora_jax.vocabulary",
+    "repair_rows": "qlora_jax.vocabulary",
+    "add_tokens": "qlora_jax.vocabulary",
     # --- Data ---
     "load_examples": "qlora_jax.data.examples",
     "Batches": "qlora_jax.data.batches",

@@ -1,0 +1,503 @@
+"""Several adapters: their weighted sum as one, or side by side in one batch.
+
+Adapters are values, a configuration and a tree. Two things are made of several:
+
+    lora, adapters = combine_adapters([(lora1, a1, 0.7), (lora2, a2, -0.3)], base)
+    stack = stack_adapters([(lora1, a1), (lora2, a2)], base)
+    logits = model.apply({"params": base, "lora": with_rows(stack, [0, 1, -1])}, tokens)
+
+The sum of low-rank updates is a low-rank update: with all factors side by side,
+A = [A1; A2] and B = [w1 s1 B1, w2 s2 B2], `B A` is `w1 s1 B1 A1 + w2 s2 B2 A2`. That is
+what PEFT's `add_weighted_adapter` calls "cat". Its "linear" adds the As and the Bs one
+by one, which is another update, with cross terms, and is not offered here.
+
+Only updates that are added to a weight have a sum. DoRA rescales a weight, tensors and
+token rows that are trained whole replace one; what cannot be expressed is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+from numpy.typing import NDArray
+
+from qlora_jax.describe import describe
+from qlora_jax.errors import UserError
+from qlora_jax.lora import bind
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    Adapted,
+    Path,
+    Selection,
+    dotted,
+    select,
+)
+
+
+def combine_adapters(
+    parts: Sequence[tuple[LoraConfig, Mapping[str, Any], float]],
+    base: Mapping[str, Any],
+    *,
+    method: Literal["cat", "svd"] = "cat",
+    r: int | None = None,
+    errors: dict[str, float] | None = None,
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """Makes one adapter of the weighted sum of several: `sum_i w_i s_i B_i A_i`.
+
+    - "cat": the sum itself, to rounding. Ranks add up.
+    - "svd": the best approximation of it of rank `r` (Eckart and Young 1936), module by
+      module and layer by layer, from QR decompositions of the stacked factors; nothing
+      of the size of a weight is formed.
+
+    The adapters may differ in rank, scaling, targets and layers; a module that one of
+    them lacks counts as zero there. Scalings and weights are folded into B, so every
+    scaling of the result is 1 (`lora_alpha` = `r`); where ranks differ, `rank_pattern`
+    and `alpha_pattern` say so.
+
+    Args:
+      parts: (configuration, trained tree, weight) of each adapter. Weights may be
+        negative; an adapter of weight 0 is left out.
+      base: parameter tree of the model, of arrays or shapes; only its structure
+        matters.
+      method: see above.
+      r: rank of the result for "svd"; default the largest rank among the adapters.
+      errors: where to note what "svd" lost, `|sum - result| / |sum|` in the Frobenius
+        norm: by module over all its layers, and of everything under "total". Zeros for
+        "cat".
+
+    Returns:
+      (lora, adapters): float32 tree. `convert.save_adapter` writes it as a directory
+      that PEFT computes the same with.
+
+    Raises:
+      UserError: no adapters or weights, an adapter that does not fit the base, or one
+        with parts that have no sum: DoRA; tensors or token rows that are trained
+        whole, unless all adapters have equal ones; `lora_bias` together with an adapted
+        embedding, which PEFT does not know; an adapter of a changed base.
+    """
+    if method not in ("cat", "svd"):
+        raise UserError(f"`method` must be 'cat' or 'svd', got {method!r}.")
+    if r is not None and method == "cat":
+        raise UserError(
+            "`r` goes with method='svd'; 'cat' has the sum of the ranks, which makes "
+            "it exact."
+        )
+    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise UserError(f"`r` must be a positive integer, got {r!r}.")
+    read = [_read(i, *part, base) for i, part in enumerate(parts) if _weight(i, part)]
+    if not read:
+        raise UserError(
+            f"There is nothing to combine: {len(parts)} adapters, none with a weight "
+            "other than 0."
+        )
+    replaced = _replaced(read)
+    if method == "svd" and r is None:
+        r = max(a.rank for one in read for a in one.selection.adapted)
+
+    modules = _union(read)
+    shared = _shared(read)
+    if shared:
+        modules.pop(HEAD, None)  # it follows the embedding in the result too
+    biased = any(one.lora.lora_bias for one in read)
+    if biased and any(found[0][1].kind == "embedding" for found in modules.values()):
+        raise UserError(
+            "One adapter has `lora_bias` and one adapts the embedding. PEFT has no "
+            "configuration for both in one adapter, so they cannot be combined."
+        )
+    ranks: dict[str, int] = {}
+    tree: dict[str, Any] = {}
+    squares: dict[str, tuple[float, float]] = {}
+    for path, found in modules.items():
+        one = _sum(found, r)
+        node = _node(tree, path)
+        node.update(one.arrays)
+        if biased:
+            node["lora_bias"] = _sum_biases(found)
+        squares[".".join(path)] = (one.lost, one.whole)
+        for name, rank in zip(dotted(path, found[0][1].layers), one.ranks, strict=True):
+            if rank:
+                ranks[name] = rank
+                if shared and path == EMBEDDING:
+                    ranks[".".join(HEAD)] = rank
+    if errors is not None:
+        errors.update({name: _ratio(*pair) for name, pair in squares.items()})
+        lost, whole = (sum(column) for column in zip(*squares.values(), strict=True))
+        errors["total"] = _ratio(lost, whole)
+
+    first = read[0]
+    tied = any(w.follows is not None for w in first.selection.whole)
+    lora = describe(
+        ranks,
+        base,
+        lora_dropout=_common(read, "lora_dropout") or 0.0,
+        lora_bias=biased,
+        bias=first.lora.bias if first.selection.whole else "none",
+        modules_to_save=first.lora.modules_to_save,
+        trainable_token_indices=first.lora.trainable_token_indices,
+        ensure_weight_tying=shared or tied,
+        base_model_name_or_path=_common(read, "base_model_name_or_path"),
+        revision=_common(read, "revision"),
+        base_fingerprint=_common(read, "base_fingerprint"),
+    )
+    selection = select(base, lora)
+    if selection.whole != first.selection.whole:
+        raise UserError(
+            f"`bias`={lora.bias!r} trains other biases in the adapters than in their "
+            "sum, which adapts the modules of all of them; train with bias='none'."
+        )
+    for where, array in replaced.items():
+        _node(tree, where[:-1])[where[-1]] = array
+    return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+
+
+def stack_adapters(
+    parts: Sequence[tuple[LoraConfig, Mapping[str, Any]]], base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Puts N adapters side by side, so that each row of a batch can have its own.
+
+    The adapters may differ in rank, scaling, targets and layers: ranks are padded with
+    zeros to the largest, and a module that an adapter lacks has zeros there. Arrays get
+    an axis of adapters (lora_A [L, N, R, I], `scaling` [L, N]; without L outside the
+    layers). A stack of equal shapes takes the place of another without compiling
+    anything again.
+
+    Args:
+      parts: (configuration, trained tree) of each adapter; its number is its place.
+      base: parameter tree of the model, of arrays or shapes; only its structure
+        matters.
+
+    Returns:
+      What `with_rows` takes.
+
+    Raises:
+      UserError: no adapters, one that does not fit the base, or one that does more than
+        add to weights: DoRA, tensors or token rows trained whole, a changed base.
+    """
+    if not parts:
+        raise UserError("A stack needs at least one adapter, got none.")
+    read = [_read(i, lora, tree, 1.0, base) for i, (lora, tree) in enumerate(parts)]
+    for one in read:
+        for where in one.replaced:
+            raise UserError(
+                f"adapter {one.number}: `{'.'.join(where)}` replaces what the base "
+                "has, for all rows of a batch. Only updates of low rank can differ "
+                "from row to row; adapt that module with LoRA."
+            )
+    stacked: dict[str, Any] = {}
+    for path, found in _union(read).items():
+        first = found[0][1]
+        leading = () if first.layers is None else (first.layers,)
+        scaling = np.zeros((*leading, len(read)), np.float32)
+        arrays: dict[str, NDArray[np.float32]] = {}
+        wide = max(_rank(a, node) for _, a, node in found)
+        for one, a, node in found:
+            scaling[..., one.number] = a.scalings if a.layers else a.scalings[0]
+            for name in [n for n in node if n.startswith("lora_")]:
+                array = np.asarray(node[name], np.float32)
+                shape, place = list(array.shape[len(leading) :]), [slice(None)]
+                if name.endswith("_A"):
+                    shape[0], place = wide, [slice(shape[0]), slice(None)]
+                elif name.endswith("_B"):
+                    shape[1], place = wide, [slice(None), slice(shape[1])]
+                if name not in arrays:
+                    full = (*leading, len(read), *shape)
+                    arrays[name] = np.zeros(full, np.float32)
+                arrays[name][..., one.number, *place] = array
+        _node(stacked, path).update(
+            {name: jnp.asarray(array) for name, array in arrays.items()},
+            scaling=jnp.asarray(scaling),
+        )
+    return stacked
+
+
+def with_rows(
+    stack: Mapping[str, Any], rows: Int[Array, " B"] | Sequence[int] | NDArray
+) -> dict[str, Any]:
+    """Says which adapter of a stack each row of the batch has.
+
+    The result is the "lora" collection for `Llama.apply` and `generate_tokens`. Each
+    layer reads the factors of every row, `B (O + I) R` numbers a module, beside the
+    weight that all rows share.
+
+    Args:
+      stack: from `stack_adapters`.
+      rows: int [B], an adapter's number for each row; -1 = the base alone. May be
+        traced: what is compiled does not depend on the numbers.
+
+    Raises:
+      UserError: a tree that is no stack; numbers that are no integers, or of no adapter
+        (as far as they are known when this is called).
+    """
+    known = None if isinstance(rows, Tracer) else np.asarray(rows)
+    own = jnp.asarray(rows)
+    if own.ndim != 1 or not jnp.issubdtype(own.dtype, jnp.integer):
+        raise UserError(
+            "`rows` must be a list of integers, one for each row of the batch, got "
+            f"{own.dtype} of shape {list(own.shape)}."
+        )
+    own = own.astype(jnp.int32)
+    out = _copy(stack)
+    for path, node in _adapted_nodes(out, ()):
+        in_layers = path[: len(LAYERS)] == LAYERS
+        scaling = node["scaling"]
+        if scaling.ndim != 1 + in_layers:
+            raise UserError(
+                f"`{'.'.join(path)}` holds one adapter and no stack of them. Give "
+                "what `stack_adapters` returns."
+            )
+        count = scaling.shape[-1]
+        if known is not None and known.size:
+            low, high = int(known.min()), int(known.max())
+            if low < -1 or high >= count:
+                raise UserError(
+                    f"`rows` has {low if low < -1 else high}, and the stack has "
+                    f"{count} adapters (0 to {count - 1}; -1 for none)."
+                )
+        shape = (scaling.shape[0], *own.shape) if in_layers else own.shape
+        node["rows"] = jnp.broadcast_to(own, shape)
+    return out
+
+
+# --- What is read of one adapter ---
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An adapter, checked, with the tied parts written out."""
+
+    number: int
+    lora: LoraConfig
+    weight: float
+    selection: Selection
+    bound: Mapping[str, Any]
+
+    @property
+    def replaced(self) -> dict[Path, Any]:
+        """What it puts in the place of base values, instead of adding to them."""
+        where = [w.path for w in self.selection.whole if w.follows is None]
+        where += [
+            (*rows.path, "trainable_tokens_delta")
+            for rows in self.selection.rows
+            if rows.follows is None
+        ]
+        return {path: _leaf(self.bound, path) for path in where}
+
+
+# Of one module: the adapter, what it does there, its arrays.
+_Found = list[tuple[_Read, Adapted, Mapping[str, Any]]]
+
+
+def _read(
+    number: int,
+    lora: LoraConfig,
+    tree: Mapping[str, Any],
+    weight: float,
+    base: Mapping[str, Any],
+) -> _Read:
+    if lora.changes_base:
+        raise UserError(
+            f"adapter {number}: `init_lora_weights`={lora.init_lora_weights!r}, so it "
+            "belongs to a changed base. Give what `qlora_jax.absorb(lora_config, "
+            "adapters, base)` returns, which is stated on the original one."
+        )
+    if lora.use_dora:
+        raise UserError(
+            f"adapter {number}: `use_dora` rescales the weight it is added to, so its "
+            "update cannot be added to others. Merge it into the base first, or train "
+            "without DoRA."
+        )
+    return _Read(number, lora, weight, select(base, lora), bind(tree, base, lora))
+
+
+def _weight(number: int, part: tuple[LoraConfig, Mapping[str, Any], float]) -> float:
+    weight = part[2]
+    if isinstance(weight, bool) or not math.isfinite(weight):
+        raise UserError(
+            f"adapter {number}: its weight must be a finite number, got {weight!r}."
+        )
+    return weight
+
+
+def _replaced(read: Sequence[_Read]) -> dict[Path, Any]:
+    """Tensors and rows that all adapters replace alike."""
+    first = read[0]
+    for one in read[1:]:
+        alike = (
+            one.selection.whole == first.selection.whole
+            and one.selection.rows == first.selection.rows
+            and one.lora.modules_to_save == first.lora.modules_to_save
+        )
+        for where in {**first.replaced, **one.replaced}:
+            mine, its = first.replaced.get(where), one.replaced.get(where)
+            if alike and np.array_equal(np.asarray(mine), np.asarray(its)):
+                continue
+            raise UserError(
+                f"`{'.'.join(where)}` is trained whole, not as an update of low rank, "
+                f"and adapters {first.number} and {one.number} do not agree on it. "
+                "What replaces a tensor has no sum; it may only be the same in all."
+            )
+    return first.replaced
+
+
+def _shared(read: Sequence[_Read]) -> bool:
+    """Whether the head follows the embedding wherever one of them is adapted."""
+    tables = [
+        {a.path: a for a in one.selection.adapted if a.path in (EMBEDDING, HEAD)}
+        for one in read
+    ]
+    used = [table for table in tables if table]
+    return bool(used) and all(
+        len(table) == 2
+        and table[HEAD].follows == EMBEDDING
+        and table[HEAD].scalings == table[EMBEDDING].scalings
+        for table in used
+    )
+
+
+def _union(read: Sequence[_Read]) -> dict[Path, _Found]:
+    """Every module that some adapter adapts."""
+    out: dict[Path, _Found] = {}
+    for one in read:
+        for a in one.selection.adapted:
+            out.setdefault(a.path, []).append((one, a, _leaf(one.bound, a.path)))
+    return out
+
+
+# --- Sums ---
+
+
+@dataclass(frozen=True)
+class _Sum:
+    arrays: dict[str, NDArray[np.float32]]
+    ranks: tuple[int, ...]
+    lost: float
+    """Square of the norm of what was left out."""
+    whole: float
+    """Square of the norm of the sum."""
+
+
+def _names(a: Adapted) -> tuple[str, str]:
+    middle = "embedding_" if a.kind == "embedding" else ""
+    return f"lora_{middle}A", f"lora_{middle}B"
+
+
+def _rank(a: Adapted, node: Mapping[str, Any]) -> int:
+    return node[_names(a)[0]].shape[-2]
+
+
+def _sum(found: _Found, r: int | None) -> _Sum:
+    """The factors of the sum in one module: all of them, or the best `r`."""
+    first = found[0][1]
+    names = _names(first)
+    host = [
+        [np.asarray(node[name], np.float32) for name in names] for *_, node in found
+    ]
+    factors, lost, whole = [], 0.0, 0.0
+    for layer in range(first.layers or 1):
+        where = () if first.layers is None else (layer,)
+        some_a, some_b = [], []
+        for (one, a, _), (all_a, all_b) in zip(found, host, strict=True):
+            rank, factor = a.ranks[layer], one.weight * a.scalings[layer]
+            some_a.append(all_a[where][:rank])
+            some_b.append(all_b[where][:, :rank] * np.float32(factor))
+        both = np.concatenate(some_a), np.concatenate(some_b, axis=1)
+        if r is not None and len(both[0]):
+            *both, left_out, everything = _truncate(*both, r)
+            lost, whole = lost + left_out, whole + everything
+        factors.append(both)
+    ranks = tuple(len(a) for a, _ in factors)
+    pads = [(0, max(ranks) - rank) for rank in ranks]
+    sums = (
+        np.stack(
+            [np.pad(a, (p, (0, 0))) for (a, _), p in zip(factors, pads, strict=True)]
+        ),
+        np.stack(
+            [np.pad(b, ((0, 0), p)) for (_, b), p in zip(factors, pads, strict=True)]
+        ),
+    )
+    if first.layers is None:
+        sums = sums[0][0], sums[1][0]
+    return _Sum(dict(zip(names, sums, strict=True)), ranks, lost, whole)
+
+
+def _truncate(a: NDArray, b: NDArray, r: int) -> tuple[NDArray, NDArray, float, float]:
+    """The `r` leading singular triplets of `b @ a`, and squared norms: lost, whole.
+
+    With B = Qb Rb and A^T = Qa Ra, `B A = Qb (Rb Ra^T) Qa^T`: the small matrix in the
+    middle has the singular values.
+    """
+    left, small_b = np.linalg.qr(b.astype(np.float64))
+    right, small_a = np.linalg.qr(a.T.astype(np.float64))
+    u, s, vt = np.linalg.svd(small_b @ small_a.T)
+    root = np.sqrt(s[:r])
+    out_a, out_b = np.zeros((r, a.shape[1])), np.zeros((b.shape[0], r))
+    out_a[: len(root)] = root[:, None] * (vt[:r] @ right.T)
+    out_b[:, : len(root)] = left @ u[:, :r] * root
+    return (
+        out_a.astype(np.float32),
+        out_b.astype(np.float32),
+        float(np.sum(s[r:] ** 2)),
+        float(np.sum(s**2)),
+    )
+
+
+def _sum_biases(found: _Found) -> NDArray[np.float32]:
+    first = found[0][1]
+    leading = () if first.layers is None else (first.layers,)
+    out = np.zeros((*leading, first.shape[0]), np.float32)
+    for one, a, node in found:
+        if "lora_bias" in node:
+            scaling = np.asarray(a.scalings if a.layers else a.scalings[0], np.float32)
+            factor = np.float32(one.weight) * np.expand_dims(scaling, -1)
+            out += factor * np.asarray(node["lora_bias"])
+    return out
+
+
+def _common(read: Sequence[_Read], name: str) -> Any:
+    """What all configurations say, None where they differ."""
+    values = {getattr(one.lora, name) for one in read}
+    return values.pop() if len(values) == 1 else None
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+# --- Trees ---
+
+
+def _adapted_nodes(
+    node: dict[str, Any], path: Path
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if "scaling" in node:
+        yield path, node
+    for name, child in node.items():
+        if isinstance(child, dict):
+            yield from _adapted_nodes(child, (*path, name))
+
+
+def _leaf(tree: Mapping[str, Any], path: Path) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _node(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    for part in path:
+        tree = tree.setdefault(part, {})
+    return tree
