@@ -32,8 +32,10 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.targets import EMBEDDING, HEAD
 
+TokenIds = Iterable[int] | NDArray[np.integer] | jax.Array
+
+# Rows that are looked at at a time.
 _CHUNK = 1024
-"""Rows that are looked at at a time."""
 
 
 def untrained_rows(
@@ -125,7 +127,7 @@ class UntrainedReport:
 
 
 def report_untrained(
-    base: Mapping[str, Any], used_token_ids: Iterable[int], **rule: Any
+    base: Mapping[str, Any], used_token_ids: TokenIds, **rule: Any
 ) -> UntrainedReport:
     """Lists the untrained rows that the data or the chat template use.
 
@@ -149,7 +151,7 @@ def report_untrained(
 
 def repair_rows(
     base: Mapping[str, Any],
-    ids: Iterable[int] | Mapping[str, Iterable[int]],
+    ids: TokenIds | Mapping[str, TokenIds],
     how: Literal["mean"] | int = "mean",
 ) -> dict[str, Any]:
     """Sets rows of the tables to something that training can start from.
@@ -169,6 +171,7 @@ def repair_rows(
     Raises:
       UserError: a token or table that the model does not have, or no trained row.
     """
+    _check_how(how, ("mean",))
     tables = _tables(base)
     by_table = ids if isinstance(ids, Mapping) else dict.fromkeys(tables, _ids(ids))
     out = base
@@ -232,6 +235,7 @@ def add_tokens(
             raise UserError(
                 f"`{name}` must be an integer of at least {least}, got {value!r}."
             )
+    _check_how(how, ("mean", "zero"))
     special = [("bos_token_id", config.bos_token_id)]
     special += [("eos_token_id", token) for token in config.eos_token_ids]
     special += [("pad_token_id", config.pad_token_id)]
@@ -284,16 +288,14 @@ def _chunks(table: Any) -> Iterator[tuple[int, NDArray]]:
 
 
 def _start(
-    table: Any, how: str | int, name: str, *, excluded: NDArray[np.int64]
+    table: Any, how: Any, name: str, *, excluded: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """The row [D] that `how` means; the mean is that of trained rows not `excluded`."""
     if how == "zero":
         return np.zeros(table.shape[1], np.float32)
-    if isinstance(how, int) and not isinstance(how, bool):
+    if how != "mean":
         _check_ids(np.asarray([how]), table, name)
         return np.asarray(table[how], np.float32)
-    if how != "mean":
-        raise UserError(f"`how` must be 'mean' or a token id, got {how!r}.")
     trained = ~untrained_rows(table)
     trained[excluded[excluded < len(trained)]] = False
     if not trained.any():
@@ -324,12 +326,19 @@ def _replace(base: Mapping[str, Any], name: str, table: Any) -> dict[str, Any]:
     return {**base, "model": {**model, name: {**model[name], "weight": table}}}
 
 
-def _ids(ids: Iterable[int]) -> NDArray[np.int64]:
+def _ids(ids: TokenIds) -> NDArray[np.int64]:
     """Distinct token ids, from a list or an array of any shape."""
-    array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+    array = np.asarray(ids if isinstance(ids, (np.ndarray, jax.Array)) else list(ids))
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"Token ids must be integers, got {array.dtype}.")
     return np.unique(array.astype(np.int64))
+
+
+def _check_how(how: Any, named: tuple[str, ...]) -> None:
+    if how in named or (isinstance(how, int) and not isinstance(how, bool)):
+        return
+    words = ", ".join(repr(name) for name in named)
+    raise UserError(f"`how` must be {words} or a token id, got {how!r}.")
 
 
 def _check_ids(ids: NDArray[np.int64], table: Any, name: str) -> None:
