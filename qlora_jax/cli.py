@@ -40,6 +40,7 @@ from qlora_jax.model import (
     run_settings,
 )
 from qlora_jax.runfile import RunConfig, read_config
+from qlora_jax.tokens import Tokens
 from qlora_jax.train import eval_step
 
 _Quantization = Literal["nf4", "nf4_dq", "none"]
@@ -247,6 +248,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "generate": (Generate, "Continue prompts."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
+    "tokens": (Tokens, "Vocabulary rows never trained: find, repair, add."),
 }
 _USAGE = "usage: qlora-jax COMMAND ...\n\ncommands:\n" + "".join(
     f"  {name:<10}{text}\n" for name, (_, text) in _COMMANDS.items()

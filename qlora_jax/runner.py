@@ -53,7 +53,7 @@ from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runfile import RunConfig, to_toml
-from qlora_jax.targets import select
+from qlora_jax.targets import Selection, select
 from qlora_jax.train import (
     TrainState,
     init_state,
@@ -61,6 +61,7 @@ from qlora_jax.train import (
     schedule,
     train_step,
 )
+from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, draw_loss
 
 SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
@@ -132,6 +133,7 @@ def run(
     )
     for warning in warnings(architecture, config.lora):
         _say(f"Note: {warning}")
+    _note_untrained(base, selection, np.unique(examples.tokens))
     record = _record(config, fingerprint, examples)
 
     with _alone(directory), disk_errors(directory):
@@ -260,6 +262,21 @@ def _first_state(
     if lora.changes_base:
         base = factor_out(base, adapters, lora)
     return init_state(adapters, optimizer, run_key), base
+
+
+def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
+    """Says so where the data use tokens whose rows no training has ever touched."""
+    covered = {r.path[-1]: set(r.indices) for r in selection.rows}
+    whole = {w.path[-2] for w in selection.whole}
+    for name, ids in report_untrained(base, used.tolist()).rows.items():
+        left = sorted(set(ids) - covered.get(name, set()))
+        if left and name not in whole:
+            _say(
+                f"Note: the data use {len(left)} tokens whose rows of {name} were "
+                f"never trained ({', '.join(map(str, left[:10]))}), so they mean "
+                "nothing to the model. `qlora-jax tokens --repair` writes a base where "
+                "they start from the mean; `lora.trainable_token_indices` trains them."
+            )
 
 
 def _continue(

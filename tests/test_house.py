@@ -54,6 +54,7 @@ ORDER = (
     "qlora_jax.model",  # not `load`: the public function of that name would be hidden
     "qlora_jax.watch",
     "qlora_jax.runner",
+    "qlora_jax.tokens",
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
