@@ -52,6 +52,7 @@ ORDER = (
     "qlora_jax.runfile",
     "qlora_jax.checkpoint",
     "qlora_jax.model",  # not `load`: the public function of that name would be hidden
+    "qlora_jax.compare",
     "qlora_jax.watch",
     "qlora_jax.runner",
     "qlora_jax.tokens",
