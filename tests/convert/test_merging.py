@@ -283,9 +283,8 @@ def test_what_the_base_has_not_is_added(
     lora = LoraConfig(r=2, target_modules=("q_proj",), lora_bias=True)
     tree = abstract_ones(config, lora)
     convert.save_adapter(tmp_path / "biased", lora, tree, config)
-    report = convert.merge(
-        base, tmp_path / "biased", tmp_path / "with", dtype="float16"
-    )
+    out = tmp_path / "with"
+    report = convert.merge(base, tmp_path / "biased", out, dtype="float16")
     merged = read_all(out)
     for layer in range(2):
         for name in "qkvo":
