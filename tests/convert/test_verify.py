@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 import convert
+from convert import names
 from convert.verify import compare
+from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import select
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 
@@ -70,6 +74,169 @@ def test_adapters(tiny, make_adapter):
     found = compare(a, make_adapter(tiny, ("q_proj",), name="fewer"))
     assert len(found.missing) == 4
     assert found.config == {"target_modules": [["down_proj", "q_proj"], ["q_proj"]]}
+
+
+def save(tmp_path, tiny, name, fingerprint=None, value=1.0, config=None, **fields):
+    """An adapter whose numbers follow from its names and shapes alone."""
+    config = LlamaConfig.from_hf({**tiny, **(config or {})})
+    fields = {"r": 2, "lora_alpha": 4, "base_fingerprint": fingerprint, **fields}
+    lora = LoraConfig(**fields)
+    tree: dict = {}
+    for path, shape in select(names.abstract_base(config), lora).shapes().items():
+        leaf = np.linspace(0, value, int(np.prod(shape)), dtype=np.float32)
+        names.put(tree, path, leaf.reshape(shape))
+    convert.save_adapter(tmp_path / name, lora, tree, config)
+    return tmp_path / name
+
+
+SAME = {
+    "names in another order": (
+        {"target_modules": ("q_proj", "up_proj")},
+        {"target_modules": ("up_proj", "q_proj")},
+    ),
+    "a list and an expression": (
+        {"target_modules": ("q_proj", "v_proj")},
+        {"target_modules": r".*\.[qv]_proj"},
+    ),
+    "a list and all-linear": (
+        {"target_modules": PROJECTIONS},
+        {"target_modules": "all-linear"},
+    ),
+    "a name that is excluded again": (
+        {"target_modules": ("q_proj",)},
+        {"target_modules": ("q_proj", "k_proj"), "exclude_modules": ("k_proj",)},
+    ),
+    "alpha by pattern": (
+        {"lora_alpha": 8},
+        {"lora_alpha": 3, "alpha_pattern": {".*": 8}},
+    ),
+    "rank by pattern": (
+        {"r": 2, "lora_alpha": 4},
+        {"r": 1, "lora_alpha": 4, "rank_pattern": {"proj": 5, r".*_proj": 2}},
+    ),
+    "layers and paths": (
+        {"target_modules": ("q_proj",), "layers_to_transform": 1},
+        {"target_modules": ("model.layers.1.self_attn.q_proj",)},
+    ),
+    "one factor of r=4": (
+        {"r": 4, "lora_alpha": 6, "use_rslora": True},
+        {"r": 4, "lora_alpha": 12},
+    ),
+    "rows of a named table": (
+        {"trainable_token_indices": (3, 1)},
+        {"trainable_token_indices": {"model.embed_tokens": (3, 1)}},
+    ),
+    "what is saved whole": (
+        {"modules_to_save": ("norm",), "target_modules": ("q_proj",)},
+        {
+            "modules_to_save": (
+                *("model.norm", "input_layernorm", "post_attention_layernorm"),
+            ),
+            "target_modules": ("q_proj",),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_spelling_makes_no_difference(tiny, tmp_path, name):
+    directories, texts = [], []
+    for which, fields in zip("ab", SAME[name], strict=True):
+        path = save(tmp_path, tiny, which, **fields)
+        raw = json.loads((path / "adapter_config.json").read_text())
+        # Our writer spells some of them out.
+        raw["target_modules"] = fields.get("target_modules", raw["target_modules"])
+        texts.append(json.dumps(raw))
+        (path / "adapter_config.json").write_text(texts[-1])
+        directories.append(path)
+    assert texts[0] != texts[1]
+    assert compare(*directories).equal
+    assert compare(*directories, base=LlamaConfig.from_hf(tiny)).equal
+
+
+def test_what_is_selected_differs(tiny, tmp_path):
+    config = LlamaConfig.from_hf(tiny)
+    fields = {"target_modules": ("q_proj", "v_proj")}
+    a = save(tmp_path, tiny, "a", **fields)
+    b = save(tmp_path, tiny, "b", alpha_pattern={"layers.1.*q_proj": 7}, **fields)
+    found = compare(a, b)
+    assert found.config == {"alpha_pattern": [{}, {"layers.1.*q_proj": 7}]}
+    assert compare(a, b, base=config).config == {
+        **found.config,
+        "model.layers.self_attn.q_proj": [
+            "r 2, scaling 2.0",
+            "r 2, scaling [2.0, 3.5]",
+        ],
+    }
+    assert not found.different
+    c = save(
+        tmp_path,
+        tiny,
+        "c",
+        target_modules=("q_proj",),
+        modules_to_save=("layers.0.self_attn.v_proj",),
+        trainable_token_indices=(4, 2),
+        use_dora=True,
+    )
+    found = compare(a, c, base=config)
+    assert found.config["model.layers.self_attn.q_proj"][1] == "r 2, scaling 2.0, DoRA"
+    assert found.config["model.layers.self_attn.v_proj"] == ["r 2, scaling 2.0", None]
+    assert found.config["model.layers.self_attn.v_proj.weight"] == [
+        None,
+        "trained whole in layers [0]",
+    ]
+    assert found.config["model.embed_tokens"] == [None, "rows [4, 2]"]
+    assert found.config["use_dora"] == [False, True]
+    assert found.missing and found.extra
+    d = save(tmp_path, tiny, "d", trainable_token_indices=(2, 4), **fields)
+    e = save(tmp_path, tiny, "e", trainable_token_indices=(4, 2), **fields)
+    assert compare(d, e).config == {"trainable_token_indices": [(2, 4), (4, 2)]}
+    assert json.loads(json.dumps(compare(d, e).to_json()))
+
+
+def test_bases_they_were_trained_on(tiny, tmp_path):
+    a = save(tmp_path, tiny, "a", fingerprint="a" * 64)
+    b = save(tmp_path, tiny, "b", fingerprint="b" * 64)
+    nowhere = save(tmp_path, tiny, "nowhere")
+    found = compare(a, b)
+    assert found.equal
+    assert found.notes == [
+        "they were trained on different bases (or on different quantizations or dtypes "
+        "of one), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
+    ]
+    assert compare(a, a).notes == compare(a, nowhere).notes == []
+
+
+def test_copies_of_tensors_of_the_base_are_no_part_of_an_adapter(
+    tiny, tmp_path, edit_tensors
+):
+    a = save(tmp_path, tiny, "a", target_modules=("embed_tokens",), use_dora=True)
+    b = save(tmp_path, tiny, "b", target_modules=("embed_tokens",), use_dora=True)
+    module = "base_model.model.model.embed_tokens"
+    copy = f"{module}.base_layer.weight"
+    table = np.ones((24, 64), np.float32)
+
+    def change(tensors):
+        tensors[copy] = table
+        # As other versions of PEFT spell it.
+        magnitude = f"{module}.lora_magnitude_vector"
+        tensors[f"{magnitude}.weight"] = tensors.pop(magnitude)
+
+    edit_tensors(b / "adapter_model.safetensors", change)
+    for one, two in ((a, b), (b, a)):
+        found = compare(one, two)
+        assert found.equal
+        assert found.notes == [f"`{b}` also holds copies of the base's tensors: {copy}"]
+    table = table * 2
+    edit_tensors(
+        a / "adapter_model.safetensors", lambda tensors: tensors.update({copy: table})
+    )
+    assert [d.name for d in compare(a, b).different] == [copy]
+
+
+def test_a_base_goes_with_adapters(tiny, tiny_model):
+    with pytest.raises(UserError, match="A base goes with two adapters"):
+        compare(tiny_model, tiny_model, base=LlamaConfig.from_hf(tiny))
 
 
 def test_run_directory_stands_for_its_adapter(tiny, make_adapter, tmp_path):
