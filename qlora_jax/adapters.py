@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -84,7 +84,7 @@ def combine_adapters(
       UserError: no adapters or weights, an adapter that does not fit the base, or one
         with parts that have no sum: DoRA; tensors or token rows that are trained
         whole, unless all adapters have equal ones; `lora_bias` together with an adapted
-        embedding, which PEFT does not know; an adapter of a changed base.
+        embedding, which PEFT does not know; an adapter of a changed base; NaN.
     """
     if method not in ("cat", "svd"):
         raise UserError(f"`method` must be 'cat' or 'svd', got {method!r}.")
@@ -142,7 +142,6 @@ def combine_adapters(
         base,
         lora_dropout=_common(read, "lora_dropout") or 0.0,
         lora_bias=biased,
-        bias=first.lora.bias if first.selection.whole else "none",
         modules_to_save=first.lora.modules_to_save,
         trainable_token_indices=first.lora.trainable_token_indices,
         ensure_weight_tying=shared or tied,
@@ -150,12 +149,9 @@ def combine_adapters(
         revision=_common(read, "revision"),
         base_fingerprint=_common(read, "base_fingerprint"),
     )
-    selection = select(base, lora)
-    if selection.whole != first.selection.whole:
-        raise UserError(
-            f"`bias`={lora.bias!r} trains other biases in the adapters than in their "
-            "sum, which adapts the modules of all of them; train with bias='none'."
-        )
+    settings = (replace(lora, bias=bias) for bias in ("none", "lora_only", "all"))
+    # Adapters that agree on their biases do so under one setting of the three.
+    lora = next(x for x in settings if select(base, x).whole == first.selection.whole)
     for where, array in replaced.items():
         _node(tree, where[:-1])[where[-1]] = array
     return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
@@ -409,8 +405,14 @@ def _sum(found: _Found, r: int | None) -> _Sum:
         some_a, some_b = [], []
         for (one, a, _), (all_a, all_b) in zip(found, host, strict=True):
             rank, factor = a.ranks[layer], one.weight * a.scalings[layer]
-            some_a.append(all_a[where][:rank])
-            some_b.append(all_b[where][:, :rank] * np.float32(factor))
+            one_a, one_b = all_a[where][:rank], all_b[where][:, :rank]
+            if not (np.isfinite(one_a).all() and np.isfinite(one_b).all()):
+                raise UserError(
+                    f"adapter {one.number}: `{dotted(a.path, a.layers)[layer]}` has "
+                    "NaN or infinity; a sum with it would be no number either."
+                )
+            some_a.append(one_a)
+            some_b.append(one_b * np.float32(factor))
         both = np.concatenate(some_a), np.concatenate(some_b, axis=1)
         if r is not None and len(both[0]):
             *both, left_out, everything = _truncate(*both, r)

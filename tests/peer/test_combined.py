@@ -83,9 +83,7 @@ def draw(base, lora, seed):
 @pytest.mark.parametrize("model", ["llama32/fp32", "llama2/fp32_sharded"])
 @pytest.mark.parametrize("names", SUMS.values(), ids=SUMS)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:.*`ensure_weight_tying`")
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but")
-@pytest.mark.filterwarnings("ignore:.*none of the .* are tied")
 def test_peft_computes_the_sum(
     golden, peft, theirs, their_logits, tokens, tmp_path, names, model, method
 ):
