@@ -88,6 +88,28 @@ class Model:
         bound = bind(self.adapters, self.base, self.lora_config)
         return {"params": self.base, "lora": bound}
 
+    def attach(
+        self, adapter: str | os.PathLike[str] | None, *, strict: bool = True
+    ) -> Model:
+        """Returns this model with another adapter, or (None) without one.
+
+        The base is shared, and where the new adapter has the shapes of the old one,
+        nothing is compiled again.
+
+        Args:
+          adapter: PEFT directory, or a run directory.
+          strict: as for `load`.
+
+        Raises:
+          CheckpointError: an adapter that cannot be read or does not fit.
+          UserError: one that uses what is not supported.
+        """
+        if adapter is None:
+            return dataclasses.replace(self, adapters=None, lora_config=None)
+        place = adapter_directory(Path(adapter)) or Path(adapter)
+        lora_config, adapters = _attach(place, self.base, strict=strict)
+        return dataclasses.replace(self, adapters=adapters, lora_config=lora_config)
+
     def logits(
         self,
         tokens: Any,
@@ -231,14 +253,7 @@ def load(
     config = complete.config
     lora_config = adapters = None
     if adapter is not None:
-        skipped: list[str] = []
-        lora_config, adapters = convert.load_adapter(
-            adapter, tree, strict=strict, skipped=skipped
-        )
-        for note in skipped:
-            print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
-        adapters = jax.tree.map(jnp.asarray, adapters)
-        _note_other_base(adapter, lora_config, tree)
+        lora_config, adapters = _attach(adapter, tree, strict=strict)
     check_weights(drawn, tree, lora_config, path)
     return Model(
         config=config,
@@ -251,6 +266,24 @@ def load(
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
     )
+
+
+def _attach(
+    adapter: str | os.PathLike[str], base: Mapping[str, Any], *, strict: bool
+) -> tuple[LoraConfig, Any]:
+    """Loads an adapter for a base; says what was not used, and if it is another's."""
+    skipped: list[str] = []
+    lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
+    for note in skipped:
+        print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
+    known = lora.base_fingerprint
+    if known is not None and known != fingerprint_tree(base):
+        print(
+            f"Note: `{adapter}` was trained on a base with other weights (or another "
+            "quantization or dtype) than this one.",
+            file=sys.stderr,
+        )
+    return lora, jax.tree.map(jnp.asarray, adapters)
 
 
 def check_weights(
@@ -276,19 +309,6 @@ def check_weights(
             "whole, so that the adapter holds them (`modules_to_save`), or save a base "
             "that has them: `model, base = add_parameters(model, base, key)`, then "
             "`convert.save_llama(directory, model.config, base)`."
-        )
-
-
-def _note_other_base(
-    adapter: str | os.PathLike[str], lora: LoraConfig, base: Mapping[str, Any]
-) -> None:
-    """Says so where an adapter was trained on other weights than these."""
-    known = lora.base_fingerprint
-    if known is not None and known != fingerprint_tree(base):
-        print(
-            f"Note: `{adapter}` was trained on a base with other weights (or another "
-            "quantization or dtype) than this one.",
-            file=sys.stderr,
         )
 
 

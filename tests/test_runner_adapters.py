@@ -173,7 +173,9 @@ def test_tables_that_dominate_are_said_with_the_figure(make, tmp_path, capsys):
     run(make(tmp_path / "run", KINDS["tables"], steps=1))
     err = capsys.readouterr().err
     # 2 tables of 32 x 64; besides, 5 norms of 64 and q_proj's 2 x 4 x 128.
-    assert "make 4,096 of 5,440 trained parameters (75%): 0.02 MB" in " ".join(err.split())
+    assert "make 4,096 of 5,440 trained parameters (75%): 0.02 MB" in " ".join(
+        err.split()
+    )
 
 
 def test_an_adapter_of_other_weights_is_noted(make, tmp_path, llama_dir, capsys):
@@ -213,4 +215,9 @@ def test_hot_swap(make, tmp_path, llama_dir):
     )
     np.testing.assert_array_equal(swapped.logits(TOKENS), expected)
     assert model._logits._cache_size() == before
+    attached = one.attach(tmp_path / "two")
+    np.testing.assert_array_equal(attached.logits(TOKENS), expected)
+    assert model._logits._cache_size() == before
+    bare = one.attach(None)
+    assert bare.adapters is None and bare.base is one.base
     assert jax.tree.structure(one.adapters) == jax.tree.structure(two.adapters)
