@@ -250,3 +250,15 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def edit_tensors() -> Callable[[Path, Callable[[Tensors], Any]], None]:
+    """Rewrites a safetensors file after a change to its tensors."""
+
+    def edit(file: Path, change: Callable[[Tensors], Any]) -> None:
+        tensors = dict(safetensors.numpy.load_file(file))
+        change(tensors)
+        safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+
+    return edit

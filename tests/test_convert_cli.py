@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -6,7 +9,9 @@ import pytest
 
 import convert
 from convert.verify import compare
+from qlora_jax.config import LlamaConfig
 from qlora_jax.convert_cli import main
+from qlora_jax.fingerprint import fingerprint_tree
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
@@ -95,6 +100,8 @@ def test_verify(capsys, tiny_model, packed):
         "extra": [],
         "different": [],
         "config": {},
+        "notes": [],
+        "logits": None,
     }
 
 
@@ -131,6 +138,66 @@ def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     assert raw["base_model_name_or_path"] == "n"
 
 
+def test_adapter_that_does_not_fit_to_the_letter(
+    capsys, tiny, tiny_model, make_adapter, tmp_path, edit_tensors
+):
+    source = make_adapter(tiny)
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    edit_tensors(
+        source / "adapter_model.safetensors",
+        lambda tensors: tensors.pop(f"{module}.lora_A.weight"),
+    )
+    args = ("adapter", source, tmp_path / "o", "--base", tiny_model)
+    status, _, err = run(capsys, *args)
+    assert status == 1
+    assert f"1 missing tensors: {module}.lora_A.weight" in err
+    assert not (tmp_path / "o").exists()
+    status, text, err = run(capsys, *args, "--no-strict", "--json")
+    assert status == 0
+    skipped = f"{module}.lora_A.weight: missing tensors"
+    assert err == f"Note: not taken from `{source}`: {skipped}.\n"
+    assert json.loads(text)["skipped"] == [skipped]
+    _, adapters = convert.load_adapter(tmp_path / "o", LlamaConfig.from_hf(tiny))
+    part = adapters["model"]["layers"]["self_attn"]["q_proj"]
+    assert part["lora_B"][0].any() and not part["lora_B"][1].any()
+
+
+@pytest.mark.golden
+def test_adapter_with_copies_of_its_base(capsys, golden, tmp_path, edit_tensors):
+    source = golden / "adapters/llama32/emb_lora"
+    base = shutil.copytree(golden / "llama32/fp32", tmp_path / "base")
+    assert run(capsys, "adapter", source, tmp_path / "a", "--base", base)[0] == 0
+    args = ("verify", source, tmp_path / "a", "--base", base, "--json")
+    status, text, _ = run(capsys, *args)
+    assert status == 0
+    assert json.loads(text)["logits"]["max_abs_difference"] == 0
+    key = "model.embed_tokens.weight"
+    edit_tensors(
+        base / "model.safetensors", lambda found: found.update({key: 2 * found[key]})
+    )
+    status, _, err = run(capsys, "adapter", source, tmp_path / "b", "--base", base)
+    assert status == 1
+    assert "is not the table of this base" in err
+    # Its configuration alone: nothing to compare with, and that is said.
+    (base / "model.safetensors").unlink()
+    status, _, err = run(capsys, "adapter", source, tmp_path / "c", "--base", base)
+    assert status == 0
+    assert "not compared, no weights of the base were given" in err
+
+
+@pytest.mark.golden
+def test_every_adapter_written_again_is_the_same_file(capsys, golden, tmp_path):
+    for adapter in sorted((golden / "adapters").glob("*/*")):
+        raw = json.loads((adapter / "adapter_config.json").read_text())
+        base = golden / raw["base_model_name_or_path"]
+        one, two = (tmp_path / f"{adapter.name}-{n}" for n in (1, 2))
+        assert run(capsys, "adapter", adapter, one, "--base", base)[0] == 0
+        assert run(capsys, "adapter", one, two, "--base", base)[0] == 0
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+        assert compare(adapter, two).equal
+
+
 def test_adapter_is_checked_against_its_base(
     capsys, tiny, tiny_model, make_adapter, tmp_path
 ):
@@ -147,15 +214,158 @@ def test_merge(capsys, tiny, tiny_model, packed, make_adapter, tmp_path):
     args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto", "original")
     status, text, err = run(capsys, *args, "--json")
     assert (status, err) == (0, "")
-    assert json.loads(text)["tensors_changed"] == 4
+    report = json.loads(text)
+    assert report["tensors_changed"] == 4
+    assert report["logits"]["probe_tokens"] == 64  # its context is 32
+    assert (
+        report["logits"]["max_abs_difference"]
+        < 1e-4 * (report["logits"]["max_abs_logit"])
+    )
+    assert report["logits"]["mean_kl"] < 1e-7
+    assert report["trained_on_this_base"] is None
+    assert json.loads((tmp_path / "o/merge_report.json").read_text()) == report
     convert.merge(tiny_model, adapter, tmp_path / "p")
     assert compare(tmp_path / "o", tmp_path / "p").equal
     args = ("merge", packed, adapter, tmp_path / "q", "--onto", "dequantized")
-    assert run(capsys, *args, "--dtype", "bfloat16")[0] == 0
+    status, text, _ = run(capsys, *args, "--dtype", "bfloat16", "--no-check")
+    assert status == 0
+    assert "logits" not in text
+    assert "config_changes: {}" in text
     assert (
         run(capsys, "merge", packed, adapter, tmp_path / "r", "--onto", "original")[0]
         == 1
     )
+
+
+def test_merge_quantized_and_again(capsys, tiny, tiny_model, make_adapter, tmp_path):
+    adapter = make_adapter(tiny, seed=3)
+    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto", "dequantized")
+    args = (*args, "--quantization", "nf4_dq", "--requantize", "nf4")
+    status, text, _ = run(capsys, *args)
+    assert status == 0
+    lines = dict(line.split(": ", 1) for line in text.splitlines())
+    report = json.loads((tmp_path / "o" / "merge_report.json").read_text())
+    error = report["requantization_error"]["q_proj"]
+    assert lines["requantization_error.q_proj.relative"] == str(error["relative"])
+    assert lines["logits.max_kl"] == str(report["logits"]["max_kl"])
+    # The check is of what was written: here 4-bit weights.
+    assert report["logits"]["max_kl"] > 1e-4
+    config = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
+
+
+def noted(tiny, make_adapter, tmp_path, name, fingerprint):
+    """An adapter that says what it was trained on."""
+    config = LlamaConfig.from_hf(tiny)
+    lora, adapters = convert.load_adapter(make_adapter(tiny, name=f"{name}-"), config)
+    lora = dataclasses.replace(lora, base_fingerprint=fingerprint)
+    convert.save_adapter(tmp_path / name, lora, adapters, config)
+    return tmp_path / name
+
+
+def test_the_base_that_was_trained_on(capsys, tiny, tiny_model, make_adapter, tmp_path):
+    _, base = convert.load_llama(tiny_model, quantization="nf4", dtype="bfloat16")
+    known = noted(tiny, make_adapter, tmp_path, "known", fingerprint_tree(base))
+    other = noted(tiny, make_adapter, tmp_path, "other", "0" * 64)
+    for adapter, here in ((known, True), (other, False)):
+        out = tmp_path / f"merged-{adapter.name}"
+        args = ("merge", tiny_model, adapter, out, "--onto", "original", "--json")
+        status, text, err = run(capsys, *args)
+        assert status == 0
+        assert json.loads(text)["trained_on_this_base"] is here
+        note = f"Note: `{adapter}` was trained on another base than `{tiny_model}`.\n"
+        assert err == ("" if here else note)
+    status, text, _ = run(capsys, "verify", known, other)
+    assert status == 0
+    assert "Note: they were trained on different bases" in text
+    args = ("verify", known, other, "--base", tiny_model, "--json")
+    status, text, _ = run(capsys, *args)
+    assert status == 0
+    found = json.loads(text)
+    assert len(found["notes"]) == 2
+    assert f"`{other}` was trained on another base" in found["notes"][1]
+    # It stays with an adapter that is written again.
+    again = tmp_path / "again"
+    status, text, _ = run(capsys, "adapter", known, again, "--base", tiny_model)
+    assert f"base_fingerprint: {fingerprint_tree(base)}" in text
+    files = [d / "adapter_model.safetensors" for d in (known, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.real
+def test_a_probe_text(capsys, shared_data, tmp_path):
+    base = shared_data / "stories260K"
+    adapter = shared_data / "adapters" / "stories260K-lora-r8-shakespeare"
+    args = ("merge", base, adapter, tmp_path / "o", "--onto", "original")
+    status, text, _ = run(capsys, *args, "--probe", "Once upon a time", "--json")
+    assert status == 0
+    assert 2 < json.loads(text)["logits"]["probe_tokens"] < 20
+    args = ("verify", base, tmp_path / "o", "--probe", "Once upon a time")
+    status, text, _ = run(capsys, *args)
+    assert status == 1
+    assert re.search(r"Logits on \d+ tokens: max [|]a - b[|] [1-9]", text)
+
+
+def test_a_probe_text_without_a_tokenizer(
+    capsys, tiny, tiny_model, make_adapter, tmp_path
+):
+    args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o")
+    status, _, err = run(capsys, *args, "--onto", "original", "--probe", "text")
+    assert status == 1
+    assert "has no tokenizer to read a probe text with" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_merge_of_modules_of_ones_own(
+    capsys, tiny, make_tensors, save_model, make_adapter, tmp_path
+):
+    own = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
+    base, out = save_model(own, make_tensors(own)), tmp_path / "o"
+    adapter = make_adapter(own, ("q_proj", "gate"))
+    status, text, err = run(
+        capsys, "merge", base, adapter, out, "--onto", "original", "--json"
+    )
+    assert status == 0
+    assert json.loads(text)["logits"] is None
+    assert json.loads(text)["tensors_changed"] == 4
+    assert err.startswith("Note: logits were not compared: `")
+    assert "self_attn.gate.weight" in err
+
+
+def test_verify_compares_logits(capsys, tiny, tiny_model, make_adapter, tmp_path):
+    a, b = make_adapter(tiny, name="a"), make_adapter(tiny, name="b", seed=2)
+    args = ("verify", a, b, "--base", tiny_model)
+    status, text, _ = run(capsys, *args, "--json")
+    found = json.loads(text)
+    assert (status, found["equal"], len(found["different"])) == (1, False, 8)
+    assert found["logits"]["max_kl"] > 0.01
+    status, text, _ = run(capsys, "verify", a, a, "--base", tiny_model)
+    assert status == 0
+    assert "The same: 8 tensors, byte for byte." in text
+    assert "Logits on 64 tokens: max |a - b| 0 " in text
+    # The adapters by their merged checkpoints, in place of their base.
+    for adapter in (a, b):
+        out = tmp_path / f"merged-{adapter.name}"
+        args = ("merge", tiny_model, adapter, out, "--onto", "original", "--no-check")
+        assert run(capsys, *args)[0] == 0
+    args = ("verify", tmp_path / "merged-a", tmp_path / "merged-b", "--logits")
+    status, text, _ = run(capsys, *args, "--json")
+    merged = json.loads(text)["logits"]
+    assert status == 1
+    for name in ("mean_kl", "max_abs_difference", "max_abs_logit"):
+        assert merged[name] == pytest.approx(found["logits"][name], rel=1e-3)
+
+
+def test_verify_options_that_do_not_fit(capsys, tiny, tiny_model, make_adapter):
+    adapter = make_adapter(tiny)
+    for args, message in (
+        ((adapter, adapter, "--logits"), "are compared on their base; give it with"),
+        ((tiny_model, tiny_model, "--base", tiny_model), "A base goes with two adap"),
+        ((adapter, adapter, "--base", adapter), "is a PEFT adapter, not a model"),
+    ):
+        status, _, err = run(capsys, "verify", *args)
+        assert status == 1
+        assert message in err
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])

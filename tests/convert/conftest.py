@@ -1,9 +1,7 @@
-"""A file edited in place, and a checkpoint large enough to measure memory with."""
+"""A checkpoint large enough to measure memory with."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,20 +10,6 @@ import safetensors.numpy
 
 from convert import names
 from qlora_jax.config import LlamaConfig
-
-Tensors = dict[str, np.ndarray]
-
-
-@pytest.fixture
-def edit_tensors() -> Callable[[Path, Callable[[Tensors], Any]], None]:
-    """Rewrites a safetensors file after a change to its tensors."""
-
-    def edit(file: Path, change: Callable[[Tensors], Any]) -> None:
-        tensors = dict(safetensors.numpy.load_file(file))
-        change(tensors)
-        safetensors.numpy.save_file(tensors, file, {"format": "pt"})
-
-    return edit
 
 
 @pytest.fixture(scope="session")
