@@ -71,18 +71,20 @@ def init_adapters(
     selection = select(base, lora)
     adapters: dict[str, Any] = {}
     for a in selection.adapted:
-        node = _node(adapters, a.path)
+        own: dict[str, Array] = {}
         module_key = key
         for byte in ".".join(a.path).encode():
             module_key = jax.random.fold_in(module_key, byte)
         weight = _weight(base, a.path)
         if a.follows is None:
-            node.update(_start(module_key, a, weight, lora, original))
-        if a.lora_bias:
-            node["lora_bias"] = _zeros(a, a.parts["lora_bias"])
+            own = _start(module_key, a, weight, lora, original)
+        if "lora_bias" in a.parts:
+            own["lora_bias"] = _zeros(a, a.parts["lora_bias"])
         if a.dora:
             used = [rank > 0 for rank in a.ranks]
-            node["lora_magnitude_vector"] = _only(_magnitude(a, weight), used)
+            own["lora_magnitude_vector"] = _only(_magnitude(a, weight), used)
+        if own:  # a head that follows the embedding may have nothing
+            _node(adapters, a.path).update(own)
     for w in selection.whole:
         if w.follows is not None:
             continue
@@ -99,8 +101,8 @@ def init_adapters(
         if r.follows is None:
             table = _weight(base, r.path)
             rows = jnp.asarray(table)[np.asarray(r.indices)]
-            own = _node(adapters, r.path)
-            own["trainable_tokens_delta"] = rows.astype(jnp.float32)
+            node = _node(adapters, r.path)
+            node["trainable_tokens_delta"] = rows.astype(jnp.float32)
     return adapters
 
 
