@@ -10,6 +10,7 @@ two models in one process are two values.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys

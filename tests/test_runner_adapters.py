@@ -172,7 +172,7 @@ def test_all_that_was_trained_is_trained_again(make, tmp_path, capsys):
 def test_tables_that_dominate_are_said_with_the_figure(make, tmp_path, capsys):
     run(make(tmp_path / "run", KINDS["tables"], steps=1))
     err = capsys.readouterr().err
-    # 2 tables of 32 x 64; besides, 5 norms of 64 and q_proj's 2 x 4 x 128.
+    # 2 tables of 32 x 64, 5 norms of 64, and of q_proj 2 x 4 x 128.
     assert "make 4,096 of 5,440 trained parameters (75%): 0.02 MB" in " ".join(
         err.split()
     )
