@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from qlora_jax.config import FrozenDict
+from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.targets import HEAD, LAYERS, Path, dotted
 
@@ -30,6 +31,9 @@ def describe(
       ranks: Hugging Face module path -> rank, for every adapted module.
       base: parameter tree of the model, of arrays or shapes.
       others: further fields of the configuration, which leave the selection as it is.
+
+    Raises:
+      UserError: as `shortest_ends`.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     patterns: dict[str, int] = {}
@@ -49,13 +53,26 @@ def describe(
 
 
 def shortest_ends(names: Iterable[str], *, among: Iterable[str]) -> list[str]:
-    """Finds the shortest ends of `names` that are ends of no other name of `among`."""
+    """Finds the shortest ends of `names` that are ends of no other name of `among`.
+
+    Raises:
+      UserError: a name that is an end of another as a whole.
+    """
     wanted = set(names)
     meant: dict[str, set[str]] = {}
     for name in {*among, *wanted}:
         for end in _ends(name):
             meant.setdefault(end, set()).add(name)
-    return sorted({next(e for e in _ends(n) if meant[e] <= wanted) for n in wanted})
+    found = {}
+    for name in wanted:
+        found[name] = next((e for e in _ends(name) if meant[e] <= wanted), None)
+        if found[name] is None:
+            other = min(meant[name] - wanted)
+            raise UserError(
+                f"`{name}` cannot be named alone: `{other}` ends alike, and PEFT's "
+                "lists of modules mean both. Give one of your modules another name."
+            )
+    return sorted(set(found.values()))
 
 
 def _ends(name: str) -> list[str]:
