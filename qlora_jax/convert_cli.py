@@ -25,6 +25,7 @@ from convert.hf import load_llama, save_llama
 from convert.merging import add_to_report, merge, write_dense
 from convert.peft import load_adapter, open_adapter, save_adapter
 from convert.verify import Comparison, adapter_directory, compare
+from qlora_jax.adapters import combine_adapters
 from qlora_jax.compare import (
     check_plain,
     compare_logits,
@@ -342,8 +343,66 @@ def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     return partial(with_adapter, a), partial(with_adapter, b)
 
 
+@dataclass(frozen=True)
+class Combine:
+    """Make one adapter of the weighted sum of several."""
+
+    output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
+    """Directory to create."""
+    base: Path
+    """The base model's directory; only its config.json is read."""
+    adapters: tuple[Path, ...]
+    """PEFT directories, or run directories of qlora-jax."""
+    weights: tuple[float, ...] | None = None
+    """One for each adapter (default: 1 each)."""
+    method: Literal["cat", "svd"] = "cat"
+    """cat: the sum itself, ranks add up. svd: the best approximation of rank --r."""
+    r: int | None = None
+    """With --method svd (default: the largest rank among the adapters)."""
+    json: bool = False
+    """Print a report as JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report."""
+        config = _config(self.base)
+        weights = self.weights or (1.0,) * len(self.adapters)
+        if len(weights) != len(self.adapters):
+            raise UserError(
+                f"--weights has {len(weights)} numbers for {len(self.adapters)} "
+                "adapters."
+            )
+        base = lazy_base(config, None)
+        sources = [adapter_directory(path) for path in self.adapters]
+        loaded = [load_adapter(path, base) for path in sources]
+        errors: dict[str, float] = {}
+        lora, adapters = combine_adapters(
+            [(*one, w) for one, w in zip(loaded, weights, strict=True)],
+            base,
+            method=self.method,
+            r=self.r,
+            errors=errors,
+        )
+        names = {one.base_model_name_or_path for one, _ in loaded}
+        save_adapter(
+            self.output,
+            lora,
+            adapters,
+            config,
+            base_model_name_or_path=names.pop() if len(names) == 1 else None,
+        )
+        return {
+            "output": str(self.output),
+            "adapters": [str(path) for path in sources],
+            "weights": list(weights),
+            "method": self.method,
+            "r": lora.r,
+            "relative_error": errors,
+        }
+
+
 _Command = (
     Annotated[Adapter, tyro.conf.subcommand("adapter")]
+    | Annotated[Combine, tyro.conf.subcommand("combine")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Model, tyro.conf.subcommand("model")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]

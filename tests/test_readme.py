@@ -72,22 +72,53 @@ def directories(repository, tmp_path) -> tuple[Path, Path]:
     return tmp_path / "base", tmp_path / "adapter"
 
 
-def test_the_python_example_runs(directories):
-    (example,) = blocks("python")
-    model, adapter = directories
-    for written, real in (
-        ("path/to/hf-llama", model),
-        ("path/to/peft-adapter", adapter),
+def printed_by(example: str, directories) -> list[str]:
+    """Lines that an example prints, run on directories that are here."""
+    for written, real in zip(
+        ("path/to/hf-llama", "path/to/peft-adapter"), directories, strict=True
     ):
-        assert example.count(f'"{written}"') == 1
-        example = example.replace(written, str(real))
+        example = example.replace(f'"{written}"', repr(str(real)))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {})
-    lines = printed.getvalue().splitlines()
+    return printed.getvalue().splitlines()
+
+
+def test_the_first_python_example(directories):
+    lines = printed_by(blocks("python")[0], directories)
     assert int(lines[0]) > 0
     assert lines[1].startswith("Once upon a time")
     assert lines[-1].startswith("(1, ")
+
+
+def test_the_python_example_of_a_layer_of_ones_own(directories):
+    (example,) = (block for block in blocks("python") if "GatedAttention" in block)
+    (line,) = printed_by(example, directories)
+    assert ", 4, " in line  # the rank that `rank_pattern` gives it
+
+
+def test_the_python_example_of_several_adapters(directories):
+    (example,) = (block for block in blocks("python") if "stack_adapters" in block)
+    (line,) = printed_by(example, directories)
+    rank, _, shape = line.partition(" ")
+    assert int(rank) in (8, 16) and shape.startswith("(3, ")
+
+
+@pytest.mark.peer
+def test_the_python_example_with_peft(directories, tmp_path, monkeypatch, capsys):
+    """Our run, continued from an adapter of PEFT, loaded by PEFT."""
+    (example,) = (block for block in blocks("python") if "import PeftModel" in block)
+    model, adapter = directories
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories260K").symlink_to(model)
+    text = "ROMEO: what is it that you say?\n" * 400
+    (tmp_path / "shakespeare.txt").write_text(text)
+    (settings,) = (b for b in blocks("toml") if "adapter_init" in b)
+    settings = settings.replace('"peft-adapter"', repr(str(adapter)))
+    (tmp_path / "more.toml").write_text(settings)
+    assert jax_main(["train", "more.toml", "--train.steps", "2"]) == 0
+    lines = printed_by(example, directories)
+    assert float(lines[-1]) < 3e-5
 
 
 def test_every_command_is_shown():
@@ -95,7 +126,9 @@ def test_every_command_is_shown():
     assert shown >= {
         *(("qlora-jax", name) for name in ("train", "eval", "generate", "inspect")),
         ("qlora-jax", "quantize"),
+        ("qlora-jax", "tokens"),
         *(("qlora-convert", name) for name in ("adapter", "merge", "model", "verify")),
+        ("qlora-convert", "combine"),
     }
 
 
@@ -114,8 +147,8 @@ def test_every_command_and_option_exists(words, capsys):
     assert used <= known
 
 
-def test_the_run_file_is_read(tmp_path):
-    (text,) = blocks("toml")
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_a_run_file_is_read(text, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(text)
     config = read_config(path)
