@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
@@ -27,7 +28,6 @@ from convert.peft import load_adapter, open_adapter, save_adapter
 from convert.verify import Comparison, adapter_directory, compare
 from qlora_jax.adapters import combine_adapters
 from qlora_jax.compare import (
-    check_plain,
     compare_logits,
     load_exact,
     probe_text,
@@ -157,27 +157,40 @@ class Merge:
         )
         if not self.check:
             return report
-        here = report["trained_on_this_base"] = _trained_here(self.base, lora)
-        if here is False:
-            _say(_elsewhere(source, self.base))
-        report["logits"] = None
         try:
-            check_plain(config, self.base)
-        except UserError as error:
-            _say(f"logits were not compared: {error}")
-        else:
-            report["logits"] = compare_logits(
-                partial(
-                    load_exact,
-                    self.base,
-                    adapter=source,
-                    quantization=self.quantization,
-                ),
-                partial(load_exact, self.output),
-                tokens,
-            )
+            report.update(self._checked(config, source, lora, tokens))
+        except (MemoryError, UserError, jax.errors.JaxRuntimeError) as error:
+            raise UserError(
+                f"`{self.output}` was written, and could not be checked: {error} "
+                "With --no-check nothing is loaded after merging."
+            ) from error
         add_to_report(self.output, report)
         return report
+
+    def _checked(
+        self, config: LlamaConfig, source: Path, lora: LoraConfig, tokens: np.ndarray
+    ) -> dict[str, Any]:
+        """What the report gets from loading the models."""
+        form = _trained_form(self.base, lora)
+        if form is False:
+            _say(_elsewhere(source, self.base))
+        out: dict[str, Any] = {
+            "trained_on_this_base": form if form is None else form is not False,
+            "trained_form": form or None,
+            "logits": None,
+        }
+        if config.extra_tensors:
+            _say(
+                f"logits were not compared: `{self.base}` has modules of its own, and "
+                "a directory does not say how they compute"
+            )
+            return out
+        before = partial(
+            load_exact, self.base, adapter=source, quantization=self.quantization
+        )
+        after = partial(load_exact, self.output)
+        out["logits"] = compare_logits(before, after, tokens)
+        return out
 
 
 def _probe(
@@ -194,11 +207,11 @@ def _probe(
     return probe_tokens(config, trained)
 
 
-def _trained_here(base: Path, lora: LoraConfig) -> bool | None:
-    """Whether an adapter was trained on this base; None if it does not say."""
+def _trained_form(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
+    """In which form of this base an adapter was trained; None if it does not say."""
     if lora.base_fingerprint is None:
         return None
-    return trained_form(base, lora.base_fingerprint) is not None
+    return trained_form(base, lora.base_fingerprint) or False
 
 
 def _elsewhere(adapter: Path, base: Path) -> str:
@@ -316,7 +329,7 @@ class Verify:
             found.notes.extend(
                 _elsewhere(path, self.base)
                 for path, lora in loras.items()
-                if _trained_here(self.base, lora) is False
+                if _trained_form(self.base, lora) is False
             )
             one, two = _on_one_base(self.base, a, b)
         elif found.kind == "model" and (self.logits or self.probe is not None):

@@ -1,10 +1,13 @@
 import dataclasses
+import errno
 import inspect
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
+from convert import bnb, merging, names
 from convert.files import open_model
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
 from qlora_jax.config import LlamaConfig
@@ -389,6 +392,25 @@ def test_output_with_content_is_left_alone(tiny, tiny_model, make_adapter):
     with pytest.raises(UserError, match="exists and is not empty"):
         convert.merge(tiny_model, make_adapter(tiny), tiny_model)
     assert fingerprint(tiny_model) == before
+
+
+@pytest.mark.parametrize("when", ["open", "write"])
+def test_a_full_disk_leaves_nothing_behind(
+    monkeypatch, tiny, tiny_model, make_adapter, tmp_path, when
+):
+    adapter, folder = make_adapter(tiny), tmp_path / "folder"
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(io.BytesIO):
+        write = full
+
+    spool = full if when == "open" else lambda **options: Full()
+    monkeypatch.setattr(tempfile, "TemporaryFile", spool)
+    with pytest.raises(UserError, match="Cannot write beside `.*out`: No space left"):
+        convert.merge(tiny_model, adapter, folder / "out", requantize="nf4")
+    assert not list(folder.iterdir())
 
 
 def test_overflow_in_the_sum_is_named(
