@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, merging, names
+from convert import bnb, names
 from convert.files import open_model
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
 from qlora_jax.config import LlamaConfig
