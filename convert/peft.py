@@ -20,6 +20,7 @@ are compared with what they are copies of.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,9 @@ from qlora_jax.targets import EMBEDDING, HEAD, Selection, select
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _READABLE = ("F32", "BF16", "F16")
+# With bias="all" PEFT saves the biases of modules trained whole twice more, under names
+# that it does not look for when it loads.
+_STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 # Where the file says which base the adapter was trained on.
 _FINGERPRINT = "qlora_jax_base_fingerprint"
 
@@ -186,7 +190,9 @@ def load_adapter(
             bad.add(key)
             problems.add(*problem)
     for key in files:
-        if key not in wanted and key not in copies:
+        if lora.bias == "all" and _STRAY_BIAS.search(key):
+            notes.append(f"{key}: a stray copy that PEFT writes and does not read")
+        elif key not in wanted and key not in copies:
             bad.add(key)
             problems.add("unexpected tensors", key)
     if strict:

@@ -349,6 +349,7 @@ def _whole(
     if tied:
         everything[*HEAD, "weight"] = tensors[*EMBEDDING, "weight"]
     found: set[str] = set()
+    saved: set[str] = set()
     out = []
     for path, (shape, layers) in everything.items():
         chosen = []
@@ -356,8 +357,9 @@ def _whole(
             # A module is saved with all that is in it. PEFT compares ends of paths.
             parts = name.split(".")
             above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-            hits = {n for n in names if any(a.endswith(n) for a in above)}
-            found |= hits
+            hits = {n: a for n in names for a in above if a.endswith(n)}
+            found |= hits.keys()
+            saved |= set(hits.values())
             chosen.append(bool(hits))
         if any(chosen):
             out.append(Whole(path, shape, layers, tuple(chosen)))
@@ -368,6 +370,15 @@ def _whole(
             f"have.{_near(missing, {p[-2] for p in everything})} Modules here: "
             f"{', '.join(sorted({p[-2] for p in everything}))}."
         )
+    for inner in sorted(saved):
+        outer = inner.rpartition(".")[0]
+        while outer and outer not in saved:
+            outer = outer.rpartition(".")[0]
+        if outer:
+            raise UserError(
+                f"`modules_to_save` selects `{inner}`, and `{outer}` that holds it, "
+                "which PEFT could not load. Name one of the two."
+            )
     heads = {(*EMBEDDING, "weight"), (*HEAD, "weight")}
     named = any(name.rpartition(".")[2] in _TABLES for name in names)
     if tied and lora.ensure_weight_tying and named:

@@ -221,3 +221,9 @@ def test_hot_swap(make, tmp_path, llama_dir):
     bare = one.attach(None)
     assert bare.adapters is None and bare.base is one.base
     assert jax.tree.structure(one.adapters) == jax.tree.structure(two.adapters)
+
+
+def test_a_module_inside_another_that_is_saved_is_refused(make, tmp_path):
+    kind = {"target_modules": ("q_proj",), "modules_to_save": ("mlp", "up_proj")}
+    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that holds it"):
+        run(make(tmp_path / "run", kind))
