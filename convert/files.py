@@ -45,8 +45,8 @@ DTYPES: Mapping[str, np.dtype] = {
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-MAX_JSON_BYTES = 8_000_000
-"""The longest JSON that is read; the header of a 405B model in 4 bits has a tenth."""
+MAX_JSON_BYTES = 4_000_000
+"""The longest JSON that is read; the header of a 405B model in 4 bits has a fifth."""
 
 
 @dataclass(frozen=True)

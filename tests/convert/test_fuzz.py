@@ -1,0 +1,985 @@
+"""Damaged and hostile adapter directories: one clear error, or a correct load.
+
+Every case is a sound adapter with one to three mutations, made from a seed. The law
+(`judge`) knows nothing of what a loader supports: whatever it does, it ends in time and
+memory, with a `UserError` in one paragraph or with arrays that are those of the file
+and that survive being saved and loaded. Nothing is written but the directory asked for.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import convert
+from convert import names
+from qlora_jax.config import LlamaConfig
+from qlora_jax.convert_cli import main
+from qlora_jax.errors import UserError
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 6,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_bias": True,
+}
+TIED = {**MODEL, "tie_word_embeddings": True}
+R = 2
+# The bounds of a case; the worst takes a second, or 100 MB (a long JSON of "[]").
+SECONDS = 10
+BYTES = 300_000_000
+MESSAGE = 20_000  # characters
+CASES = 10_000
+PIECES = 10
+
+Rng = np.random.Generator
+Tensors = dict[str, np.ndarray]
+
+
+# --- Sound adapters, as PEFT writes them ---
+
+FIELDS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": "some/base",
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 4,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": R,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["down_proj", "q_proj"],
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+
+
+def layer_parts(module: str, layer: int, rank: int = R) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the update of one linear layer."""
+    block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    shapes = names.shapes(LlamaConfig.from_hf(MODEL))
+    out, inner = shapes["model", "layers", block, module, "weight"]
+    prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+    return {
+        f"{prefix}.lora_A.weight": (rank, inner),
+        f"{prefix}.lora_B.weight": (out, rank),
+    }
+
+
+def linears(*modules: str, layers: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    found: dict[str, tuple[int, ...]] = {}
+    for layer in layers:
+        for module in modules:
+            found |= layer_parts(module, layer)
+    return found
+
+
+def beside_b(ending: str) -> dict[str, tuple[int, ...]]:
+    """For q_proj and down_proj: keys with another ending, of the output's length."""
+    return {
+        key.replace("lora_B.weight", ending): shape[:1]
+        for key, shape in PLAIN.items()
+        if key.endswith("lora_B.weight")
+    }
+
+
+PLAIN = linears("q_proj", "down_proj")
+EMBED = "base_model.model.model.embed_tokens"
+HEAD = "base_model.model.lm_head"
+ALL_LINEAR = linears("q_proj", "k_proj", "v_proj", "o_proj") | linears(
+    "gate_proj", "up_proj", "down_proj"
+)
+# name -> (fields that differ, shapes of the file).
+STARTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "plain": ({}, PLAIN),
+    "all linear": ({"target_modules": "all-linear"}, ALL_LINEAR),
+    "expression": (
+        {"target_modules": r".*\.layers\.(0|1)\..*(q_proj|down_proj)"},
+        PLAIN,
+    ),
+    "excluded": (
+        {"target_modules": ["q_proj", "down_proj", "k_proj"]}
+        | {"exclude_modules": r".*\.k_proj"},
+        PLAIN,
+    ),
+    "patterns": (
+        {"rank_pattern": {r"layers\.[1-9]\.mlp\.down_proj": 3}}
+        | {"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, "down_proj": 40}},
+        linears("q_proj")
+        | layer_parts("down_proj", 0)
+        | layer_parts("down_proj", 1, 3),
+    ),
+    "some layers": (
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        linears("q_proj", "down_proj", layers=(1,)),
+    ),
+    "rslora": ({"use_rslora": True}, PLAIN),
+    "dora": ({"use_dora": True}, PLAIN | beside_b("lora_magnitude_vector")),
+    "lora bias": ({"lora_bias": True}, PLAIN | beside_b("lora_B.bias")),
+    "bias": (
+        {"bias": "lora_only", "target_modules": ["q_proj"]},
+        linears("q_proj")
+        | {
+            f"base_model.model.model.layers.{i}.self_attn.q_proj.base_layer.bias": (8,)
+            for i in (0, 1)
+        },
+    ),
+    "whole": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        PLAIN | {f"{EMBED}.weight": (6, 8), f"{HEAD}.weight": (6, 8)},
+    ),
+    "embedding": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        linears("q_proj")
+        | {f"{EMBED}.lora_embedding_A": (R, 6), f"{EMBED}.lora_embedding_B": (8, R)}
+        | {f"{EMBED}.base_layer.weight": (6, 8)},
+    ),
+    "tokens": (
+        {"trainable_token_indices": [1, 5]},
+        PLAIN | {f"{EMBED}.token_adapter.trainable_tokens_delta": (2, 8)},
+    ),
+}
+
+
+@dataclass
+class Case:
+    """An adapter on its way to a damaged directory."""
+
+    fields: dict[str, Any]
+    tensors: Tensors
+    model: dict[str, Any]
+    config: bytes = b""
+    weights: bytes = b""
+    special: list[Callable[[Path], None]] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    strict: bool = True
+    by_tree: bool = False
+    """Whether the model is given by its parameters instead of its configuration."""
+
+    def finish_config(self) -> None:
+        self.config = json.dumps(self.fields, indent=2).encode()
+
+    def finish_weights(self) -> None:
+        self.weights = safetensors.numpy.save(self.tensors, {"format": "pt"})
+
+    def write(self, path: Path) -> None:
+        path.mkdir()
+        (path / "adapter_config.json").write_bytes(self.config)
+        (path / "adapter_model.safetensors").write_bytes(self.weights)
+        for change in self.special:
+            change(path)
+
+
+def sound(rng: Rng, name: str) -> Case:
+    fields, shapes = STARTS[name]
+    dtype = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16)[rng.integers(4)]
+    tensors = {
+        key: rng.standard_normal(shape, np.float32).astype(dtype)
+        for key, shape in shapes.items()
+    }
+    model = TIED if rng.random() < 0.2 else MODEL
+    return Case(json.loads(json.dumps(FIELDS | fields)), tensors, model)
+
+
+# --- Mutations: of fields, of tensors, of a header, of bytes, of places ---
+
+
+def pick(rng: Rng, choices: Any) -> Any:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+# fmt: off
+SLOW = [
+    "(a+)+$", r"(\w+)+$", "(.*)*x", r"(.|[a-z_]+|\w)*?!", ".*" * 30 + "x",
+    ".?" * 40 + "." * 30, "(?=(.+)+x).*", "(?:){1000000}", r"model\.layers\.1\.(.+)+x",
+]
+TEXTS = [
+    *SLOW, "", " ", "x", "q_proj", "lm_head", "all-linear", "ALL-LINEAR", "default",
+    "true", "none", "all", "lora_only", "gaussian", "orthogonal", "pissa", "eva",
+    "LORA", "IA3", "loftq", "pissa_niter_" + "9" * 5000, "0", "-1", "1e999", "nan",
+    "(", ")", "[", "*", "a)|(b", "(?i)q_proj", "(?P<a>", r"\1", "(?x)q#", "[[a]", "\\",
+    ".*", ".*proj", "(.*)", "(q|v)_proj", r".*\.(q|down)_proj", "(" * 3000, "[^x]*" * 9,
+    "../../etc/passwd", "/etc/passwd", "a\0b", "\n\n", "\x1b[31m", "{}", "{0}", "%s",
+    "\ud800", "\udfff\ud800", "\u2028", "\U0001f600", "é", "a" * 100_000, "[/red]",
+]
+NUMBERS = [
+    0, 1, 2, 3, -1, -2, 5, 6, 7, 99, 2**16, 2**20 - 1, 2**31, 2**63 - 1, 2**63, 2**64,
+    10**30, -(10**30),
+    10**400, -(10**4000), 0.0, -0.0, 0.5, 1.0, 2.0, 1.5, 1e-320, 1e308, -1e308,
+    float("nan"), float("inf"), float("-inf"), True, False, None,
+]
+TABLES = [
+    [], {}, [[]], [{}], {"": {}}, [None], [True], [0], [1], [-1], [0, 0], [0, 1],
+    [5, 1], [6], [1.0], ["0"], [10**30], ["q_proj"], ["q_proj", 1], ["q_proj"] * 2,
+    [""], ["down_proj", "q_proj", "nothing"], ["(", "[a-"], ["(.+)+x"], ["proj"],
+    ["layers"], ["model.layers.0.self_attn.q_proj"], ["norm"], ["embed_tokens"],
+    ["lm_head"], {"q_proj": 1}, {"q_proj": 3}, {"q_proj": "8"}, {"q_proj": True},
+    {"q_proj": None}, {"q_proj": 2**70},
+    {"q_proj": [0]}, {"q_proj": -1}, {"q_proj": 10**30}, {"q_proj": 2.5}, {"": 1},
+    {"(": 1}, {"(.+)+x": 1}, {"a)|(b": 2}, {"(?i)q_proj": 2}, {".*" * 20 + "x": 2},
+    {"embed_tokens": [0, 1]}, {"lm_head": [1, 5]}, {"": [0]}, {"embed_tokens": "1"},
+    {f"k{i}": 1 for i in range(1500)}, {f"k{i}.*x": 1 for i in range(1500)},
+    list(range(3000)), ["x" * 50] * 3000, [json.loads(deep(45))],
+]
+MATTERING = [
+    "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "bias",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "use_dora", "lora_bias",
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "use_rslora",
+    "init_lora_weights", "peft_type", "lora_dropout", "revision",
+    "base_model_name_or_path",
+]
+PATTERNED = [
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "layers_pattern", "modules_to_save",
+]
+RENAMES = [
+    *TEXTS, lambda key: f"../{key}", lambda key: f"/{key}", lambda key: f"{key}\0",
+    lambda key: f"{key}\n\n", lambda key: f"{key}\x1b]0;x\a", lambda key: key.upper(),
+    lambda key: key.replace("layers.0", "layers.00"), lambda key: key + ".weight",
+    lambda key: key.replace("layers.1", "layers.2"), lambda key: "a" * 2000 + key,
+    lambda key: key.replace("layers.1", f"layers.{10**30}"), lambda key: key[5:],
+    lambda key: key.replace("layers.1", "layers.-1"), lambda key: key[:-7],
+    lambda key: key.replace("lora_A", "lora_A.default"),
+    lambda key: key.replace("lora_B", "lora_A"),
+]
+SHAPES = [
+    lambda a: np.ascontiguousarray(a.T), lambda a: a.reshape(-1), lambda a: a[None],
+    lambda a: a[..., None], lambda a: a[:0], lambda a: a[:1], lambda a: a[..., :-1],
+    lambda a: np.concatenate([a, a]), lambda a: np.zeros((), a.dtype),
+    lambda a: a.reshape((1,) * 20 + a.shape), lambda a: np.zeros((0, 2**40), a.dtype),
+]
+KINDS = [
+    np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.bool_, np.uint8,
+    np.int64, np.int32, np.uint64, ml_dtypes.float8_e4m3fn,
+]
+# What no JSON writer would write, in the place of a value.
+FRAGMENTS = [
+    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" * 4200, deep(60),
+    deep(900), deep(100_000), '{"a":' * 2000, "0x10", "01", "+1", "1.", ".5", "'a'",
+    "undefined", "tru", '"\\ud800"', '"\\x"', '"a', "", "-", "1e", '"\x01"', "1e-999",
+    "[1,]", "{,}", "// x\n1", "\ufeff1", '"' + "a" * 300_000 + '"', "{}" * 3,
+    "[" + "0," * 100_000 + "0]",
+]
+CONTENTS = [
+    b"", b" ", b"{}", b"[]", b"null", b"1", b'"x"', b"NaN", b"{", b"\0" * 100,
+    deep(100_000).encode(), deep(900).encode(), b'{"a":' * 50_000, b"<!DOCTYPE html>",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+]
+FULL = [b'{"r": [' + b"[]," * 1_330_000 + b"1]}", b'{"r": {' + b'"":1,' * 790_000 + b"}}"]
+NAMES = [
+    '"a"', '"\\u0061"', '"\\ud800"', '"\\u0000"', "1", "null", "[1]", '""', "a",
+    '"../../x"', '"/etc/x"', '"__metadata__"', '"\ud800"', '"\x01"', '"[/b]"',
+    json.dumps("x" * 200_000), json.dumps("\n\n# x"), json.dumps("\x1b[2J"),
+]
+DTYPES = [
+    '"F64"', '"I8"', '"F8_E4M3"', '"F4"', '"C64"', '"Q3"', '"f32"', '""', "0", "null",
+    '{"F32":null}', '["F32"]', '"BF16"', '"F16"', '"F32"', '"BOOL"',
+]
+COUNTS = [
+    "-1", "1.0", "1e3", "18446744073709551615", "18446744073709551616", "-0", "1e999",
+    "9223372036854775807", "9" * 4000, "9" * 5000, "NaN", "null", '"8"', "true", "[]",
+    "{}", "4294967296", "0", "1", "2", "8", "00", "",
+]
+ENTRIES = ["null", "1", "[]", deep(300), "{}", '"x"']
+METADATA = [
+    "", "null", "1", "[]", '{"a":1}', '{"a":null}', '{"a":{"b":"c"}}', deep(200),
+    '{"a":"b","a":"c"}', '{"\\ud800":"x"}', '{"format":"pt"},"__metadata__":{}',
+    '{"a":"' + "b" * 300_000 + '"}',
+    '{"qlora_jax_base_fingerprint":"\\u001b[2J\\n\\n"}',
+]
+# fmt: on
+
+
+def hostile(rng: Rng) -> Any:
+    kind = pick(rng, (TEXTS, NUMBERS, TABLES))
+    value = pick(rng, kind)
+    wrap = rng.random()
+    if wrap < 0.1:
+        return [value]
+    if wrap < 0.15:
+        return {"q_proj": value}
+    if wrap < 0.2 and isinstance(value, str):
+        return {value: pick(rng, NUMBERS)}
+    return value
+
+
+def set_field(rng: Rng, case: Case) -> None:
+    case.fields[pick(rng, list(FIELDS))] = hostile(rng)
+
+
+def set_a_field_that_matters(rng: Rng, case: Case) -> None:
+    case.fields[pick(rng, MATTERING)] = hostile(rng)
+
+
+def set_a_pattern(rng: Rng, case: Case) -> None:
+    """A regular expression, in every field that takes one."""
+    text = pick(rng, [*SLOW, *TEXTS])
+    name = pick(rng, PATTERNED)
+    if name.endswith("_pattern") and name != "layers_pattern":
+        case.fields[name] = {text: pick(rng, (1, 2, 3))}
+    else:
+        case.fields[name] = pick(rng, (text, [text], ["q_proj", text]))
+    if name == "layers_pattern":
+        case.fields["layers_to_transform"] = pick(rng, ([0], [1], [0, 1]))
+
+
+def change_a_value(rng: Rng, case: Case) -> None:
+    """Another value of the same type."""
+    name = pick(rng, list(FIELDS))
+    value = case.fields.get(name)
+    if isinstance(value, bool):
+        case.fields[name] = not value
+    elif isinstance(value, int):
+        case.fields[name] = value + int(rng.integers(-3, 4))
+    elif isinstance(value, str):
+        place = int(rng.integers(len(value) + 1))
+        case.fields[name] = value[:place] + pick(rng, TEXTS) + value[place:]
+    elif isinstance(value, list):
+        value.insert(int(rng.integers(len(value) + 1)), hostile(rng))
+    elif isinstance(value, dict):
+        value[pick(rng, TEXTS)] = hostile(rng)
+    else:
+        case.fields[name] = hostile(rng)
+
+
+def delete_field(rng: Rng, case: Case) -> None:
+    case.fields.pop(pick(rng, list(FIELDS)), None)
+
+
+def add_field(rng: Rng, case: Case) -> None:
+    case.fields[pick(rng, TEXTS)] = hostile(rng)
+
+
+def set_fields_of_another(rng: Rng, case: Case) -> None:
+    """Claims to be another kind of adapter than the tensors are."""
+    case.fields |= STARTS[pick(rng, list(STARTS))][0]
+
+
+def drop_tensor(rng: Rng, case: Case) -> None:
+    case.tensors.pop(pick(rng, list(case.tensors) or [""]), None)
+
+
+def rename_tensor(rng: Rng, case: Case) -> None:
+    if case.tensors:
+        key = pick(rng, list(case.tensors))
+        trick = pick(rng, RENAMES)
+        new = trick(key) if callable(trick) else trick
+        case.tensors[new.encode(errors="replace").decode()] = case.tensors.pop(key)
+
+
+def add_tensor(rng: Rng, case: Case) -> None:
+    keys = [key for _, shapes in STARTS.values() for key in shapes]
+    shape = tuple(rng.integers(0, 4, size=rng.integers(0, 4)).tolist())
+    for _ in range(pick(rng, (1, 1, 1, 40))):
+        key = pick(rng, [*keys, f"x{rng.integers(10**9)}", "model.norm.weight"])
+        case.tensors[key] = np.ones(shape, np.float32)
+
+
+def reshape_tensor(rng: Rng, case: Case) -> None:
+    if case.tensors:
+        key = pick(rng, list(case.tensors))
+        a = case.tensors[key] = pick(rng, SHAPES)(np.atleast_1d(case.tensors[key]))
+        assert isinstance(a, np.ndarray)
+
+
+def retype_tensor(rng: Rng, case: Case) -> None:
+    for key in case.tensors:
+        if rng.random() < 0.5:
+            array = np.nan_to_num(case.tensors[key].astype(np.float32), nan=1)
+            case.tensors[key] = np.asarray(array.clip(0, 9)).astype(pick(rng, KINDS))
+
+
+def spoil_values(rng: Rng, case: Case) -> None:
+    if case.tensors:
+        key = pick(rng, list(case.tensors))
+        array = case.tensors[key].copy()
+        if array.size and array.dtype.name in ("float32", "float16", "bfloat16"):
+            bad = pick(rng, (np.nan, -np.nan, np.inf, -np.inf, 3e38, -0.0, 1e-45))
+            with np.errstate(all="ignore"):
+                array.reshape(-1)[int(rng.integers(array.size))] = np.float32(bad)
+            case.tensors[key] = array
+
+
+# fmt: off
+FIELD_MUTATIONS = [
+    set_field, set_a_field_that_matters, set_a_field_that_matters, set_a_pattern,
+    change_a_value, delete_field, add_field, set_fields_of_another,
+]
+TENSOR_MUTATIONS = [
+    drop_tensor, rename_tensor, add_tensor, reshape_tensor, retype_tensor, spoil_values,
+]
+# fmt: on
+
+
+def replace_in_text(rng: Rng, data: bytes) -> bytes:
+    """Puts a raw fragment in the place of a value: what no JSON writer would write."""
+    places = [i for i, byte in enumerate(data) if byte == ord(":")]
+    if not places:
+        return pick(rng, FRAGMENTS).encode()
+    place = pick(rng, places) + 1
+    end = place
+    while end < len(data) and data[end] not in b",}\n":
+        end += 1
+    return data[:place] + pick(rng, FRAGMENTS).encode() + data[end:]
+
+
+def change_the_text(rng: Rng, data: bytes) -> bytes:
+    kind = int(rng.integers(20))
+    text = data.decode(errors="replace")
+    changed = {
+        0: lambda: data * 2,
+        1: lambda: b"\xef\xbb\xbf" + data,
+        2: lambda: text.encode("utf-16"),
+        3: lambda: text.encode("utf-32"),
+        4: lambda: data + b"\0",
+        5: lambda: b"\xff" + data,
+        6: lambda: data + b"}",
+        7: lambda: data.replace(b'"', b"'"),
+        8: lambda: data.replace(b'"', b'"\xed\xa0\x80', 1),
+        9: lambda: data[:1] + b'"r": 2, "r": 3, "peft_type": "LORA",' + data[1:],
+        10: lambda: data[:1] + b'"__proto__": {"r": 1}, "\\ud800": 1,' + data[1:],
+        11: lambda: data[:1] + b" " * pick(rng, (10, 3_990_000, 4_000_000)) + data[1:],
+    }.get(kind)
+    if changed is None:
+        return pick(rng, FULL if rng.random() < 0.03 else CONTENTS)
+    return changed()
+
+
+def change_bytes(rng: Rng, data: bytes) -> bytes:
+    """Bit flips, insertions, deletions, copies and cuts, as a bad disk makes them."""
+    out = bytearray(data)
+    for _ in range(pick(rng, (1, 1, 1, 2, 5, 50))):
+        # The header is where it hurts; the tensors are most of the bytes.
+        end = len(out) if rng.random() < 0.5 else min(len(out), 400)
+        place = int(rng.integers(end + 1))
+        length = pick(rng, (1, 1, 2, 8, 64))
+        kind = int(rng.integers(7))
+        if kind <= 1 and place < len(out):
+            out[place] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            out[place:place] = rng.bytes(length)
+        elif kind == 3:
+            del out[place : place + length]
+        elif kind == 4:
+            out[place : place + length] = (
+                pick(rng, (b"\0", b"\xff", b'"', b"9")) * length
+            )
+        elif kind == 5:
+            out[place:place] = out[place : place + length]
+        elif rng.random() < 0.3:
+            del out[place:]
+    return bytes(out)
+
+
+Fragments = list[list[str]]
+
+
+def split(data: bytes) -> tuple[Fragments, bytes]:
+    """A safetensors file as raw JSON fragments [name, dtype, shape, offsets], data."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return [
+        [
+            json.dumps(name),
+            *(json.dumps(e[k]) for k in ("dtype", "shape", "data_offsets")),
+        ]
+        for name, e in header.items()
+    ], data[8 + length :]
+
+
+def joined(
+    fragments: Fragments, data: bytes, metadata: str = '{"format":"pt"}'
+) -> bytes:
+    parts = [f'"__metadata__":{metadata}'] if metadata else []
+    for name, dtype, shape, offsets in fragments:
+        entry = f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
+        parts.append(f"{name}:{entry if dtype else shape}")
+    header = ("{" + ",".join(parts) + "}").encode(errors="surrogatepass")
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def lists(rng: Rng, text: str) -> str:
+    """A list of numbers, changed."""
+    items = text.strip("[]").split(", ") if text.strip("[]") else []
+    kind = rng.random()
+    if kind < 0.5 and items:
+        items[int(rng.integers(len(items)))] = pick(rng, COUNTS)
+    elif kind < 0.6:
+        items = [pick(rng, COUNTS) for _ in range(pick(rng, (0, 1, 2, 3, 70)))]
+    elif kind < 0.7:
+        items = items[::-1]
+    elif kind < 0.75:
+        items = ["0", *["18446744073709551615"] * 3]
+    elif kind < 0.8:
+        items = ["4294967296"] * 40
+    elif kind < 0.85:
+        return pick(rng, ("null", "0", '"[1]"', "{}", deep(200), deep(100_000)))
+    elif kind < 0.95 and items:
+        number = items[-1] if items[-1].isdigit() else "0"
+        items[-1] = str(int(number[:20]) + int(rng.integers(-8, 9)))
+    else:
+        items.append("1")
+    return f"[{', '.join(items)}]"
+
+
+def change_header(rng: Rng, data: bytes) -> bytes:
+    """A header whose JSON, lengths, names, shapes or offsets are not what they were."""
+    if len(data) < 10 or int.from_bytes(data[:8], "little") > len(data):
+        return data
+    try:
+        fragments, rest = split(data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return data
+    metadata = '{"format":"pt"}'
+    entry = pick(rng, fragments) if fragments else ['"a"', '"F32"', "[0]", "[0, 0]"]
+    kind = int(rng.integers(15))
+    if kind == 0:
+        entry[0] = pick(rng, NAMES)
+    elif kind == 1:
+        entry[1] = pick(rng, DTYPES)
+    elif kind in (2, 3):
+        entry[2] = lists(rng, entry[2])
+    elif kind in (4, 5):
+        entry[3] = lists(rng, entry[3])
+    elif kind == 6:  # the same name twice, or the same bytes twice
+        fragments.append([pick(rng, (entry[0], '"x"', "\ud800")), *entry[1:]])
+    elif kind == 7:  # no object, or the right values in a list
+        entry[1:3] = "", pick(rng, [*ENTRIES, f"[{', '.join(entry[1:])}]"])
+    elif kind == 8:
+        metadata = pick(rng, METADATA)
+    elif kind == 9:  # a claim about the header's own length
+        lengths = (0, 1, 7, 99_999_999, 100_000_001, 2**31, 2**53, 2**63, 2**64 - 1)
+        real = int.from_bytes(data[:8], "little")
+        lengths += (real - 1, real + 1, len(data) - 8, len(data), len(data) - 7)
+        return max(pick(rng, lengths), 0).to_bytes(8, "little") + data[8:]
+    elif kind == 10:  # a long header
+        space = b" " * pick(rng, (1, 7, 3_900_000, 4_000_000))
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")] + space
+        return len(header).to_bytes(8, "little") + header + rest
+    elif kind == 11:  # many tensors without a byte
+        fragments += [[f'"t{i}"', '"F32"', "[0]", "[0, 0]"] for i in range(3000)]
+    elif kind == 12:
+        rest = pick(rng, (rest + b"\0", rest[:-1], rest * 2, b"", b"\0" + rest))
+    elif kind == 13 and len(fragments) > 1:  # two tensors in each other's place
+        other = pick(rng, fragments)
+        entry[3], other[3] = other[3], entry[3]
+    elif kind == 14:
+        header = change_the_text(rng, data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return len(header).to_bytes(8, "little") + header + rest
+    return joined(fragments, rest, metadata)
+
+
+CONFIG_BYTES = [replace_in_text, replace_in_text, change_the_text, change_bytes]
+WEIGHT_BYTES = [change_header, change_header, change_header, change_bytes, change_bytes]
+
+
+def misplace(rng: Rng, case: Case) -> None:
+    """Something else than a file, in a file's place."""
+    name = pick(rng, ("adapter_config.json", "adapter_model.safetensors"))
+
+    def change(path: Path) -> None:
+        place = path / name
+        content = place.read_bytes()
+        place.unlink()
+        if kind == "directory":
+            place.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(place)
+        elif kind == "socket":
+            here = os.getcwd()
+            os.chdir(path)  # the path of a socket is short
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(name)
+            os.chdir(here)
+        elif kind == "pickle":
+            (path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+        elif kind == "file behind a link":
+            (path / "content").write_bytes(content)
+            place.symlink_to("content")
+        elif kind != "nothing":
+            place.symlink_to(kind)
+
+    kinds = ("directory", "pipe", "socket", "pickle", "file behind a link", "nothing")
+    kind = pick(
+        rng, (*kinds, name, "nowhere", "/dev/zero", "/dev/tty", "..", "/proc/self")
+    )
+    case.special.append(change)
+
+
+def make_case(seed: int) -> Case:
+    """The case of a seed: of its weights, its configuration, or both."""
+    rng = np.random.default_rng([20_261_121, seed])
+    scope = ("weights", "config", "both")[seed % 3]
+    case = sound(rng, pick(rng, list(STARTS)))
+    case.strict = rng.random() < 0.8
+    case.by_tree = rng.random() < 0.2
+
+    def mutate(mutations: list[Any], *args: Any) -> Any:
+        mutation = pick(rng, mutations)
+        case.done.append(mutation.__name__)
+        return mutation(rng, *args)
+
+    for _ in range(pick(rng, (1, 1, 1, 2, 3))):
+        if scope != "weights" and rng.random() < 0.7:
+            mutate(FIELD_MUTATIONS, case)
+        if scope != "config" and rng.random() < 0.5:
+            mutate(TENSOR_MUTATIONS, case)
+    case.finish_config()
+    case.finish_weights()
+    if scope != "weights" and rng.random() < 0.4 or not case.done and scope == "config":
+        case.config = mutate(CONFIG_BYTES, case.config)
+    if scope != "config" and rng.random() < 0.6 or not case.done:
+        case.weights = mutate(WEIGHT_BYTES, case.weights)
+    if rng.random() < 0.02:
+        mutate([misplace], case)
+    return case
+
+
+# --- The law ---
+
+
+class Hang(BaseException):
+    """A case took too long."""
+
+
+def _ring(number: int, frame: Any) -> None:
+    raise Hang(f"no end after {SECONDS} seconds")
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Ends what takes too long or too much memory, by an exception in its midst."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGALRM, _ring)
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# What was written since the watch began; None while nobody watches. A hook of the
+# interpreter sees every file that Python opens or makes, and cannot be taken off.
+_written: list[str] | None = None
+_MAKES = ("os.mkdir", "os.rename", "os.symlink", "os.link", "os.truncate", "os.remove")
+
+
+def _see(event: str, args: tuple[Any, ...]) -> None:
+    if _written is None:
+        return
+    if event == "open":
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        if isinstance(args[2], int) and args[2] & writes:
+            _written.append(str(args[0]))
+    elif event in _MAKES:
+        _written.extend(
+            str(a) for a in args if isinstance(a, str | bytes | os.PathLike)
+        )
+    elif event in ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
+        _written.append(f"{event} {args!r}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_users_run_it() -> Iterator[None]:
+    """Watches files; types are not checked, so that wrong ones reach the code."""
+    sys.addaudithook(_see)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextlib.contextmanager
+def watched(allowed: Path) -> Iterator[None]:
+    """Fails where something was written outside of `allowed`."""
+    global _written
+    _written = []
+    try:
+        yield
+    finally:
+        written, _written = _written, None
+    outside = [
+        path
+        for path in written
+        if not f"{path}{os.sep}".startswith(f"{allowed}{os.sep}")
+        and "__pycache__" not in path
+    ]
+    assert not outside, f"written outside: {outside}"
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, where there is one: the cases write 100,000 files."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=memory if usable else tmp_path) as path:
+        yield Path(path)
+
+
+def check_message(message: str) -> None:
+    start = repr(message[:60])
+    assert 20 < len(message) < MESSAGE, f"a message of another length: {start}"
+    assert message.isprintable(), f"a message with control characters: {start}"
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in names.walk(tree)}
+
+
+def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
+    """Loads; returns how it ended. Anything that breaks the law is raised."""
+    try:
+        lora, adapters = convert.load_adapter(directory, model, strict=strict)
+    except UserError as error:
+        check_message(str(error))
+        return "refused"
+    arrays = flat(adapters)
+    assert all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays.values())
+    convert.save_adapter(out, lora, adapters, model)
+    again = flat(convert.load_adapter(out, model)[1])
+    assert again.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, again[path], err_msg=".".join(path))
+    if not strict:
+        return "loaded"
+    # The library reads both files; what has the same name is the same.
+    first = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
+    second = safetensors.numpy.load_file(out / "adapter_model.safetensors")
+    for key in first.keys() & second.keys():
+        np.testing.assert_array_equal(first[key].astype(np.float32), second[key], key)
+    return "loaded"
+
+
+def base_of(config: LlamaConfig) -> dict[str, Any]:
+    """The parameters of a model, all ones."""
+    tree: dict[str, Any] = {}
+    for path, shape in names.shapes(config).items():
+        leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
+        names.put(tree, path, np.ones((*leading, *shape), np.float32))
+    return tree
+
+
+def kind_of(error: BaseException) -> str:
+    """Where an error came from: what is the same for all cases of one cause."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).partition("\n")[0][:120]
+    return (
+        f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {text!r}"
+    )
+
+
+def try_cases(cases: Iterator[tuple[int, Case]], sandbox: Path) -> Counter[str]:
+    """Judges cases; fails at the end with all that broke the law."""
+    source, saved = sandbox / "adapter", sandbox / "saved"
+    ended: Counter[str] = Counter()
+    broken: dict[str, list[int]] = {}
+    with bounded():
+        for seed, case in cases:
+            case.write(source)
+            saved.mkdir()
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            try:
+                config = LlamaConfig.from_hf(case.model)
+                model = base_of(config) if case.by_tree else config
+                with watched(saved):
+                    end = judge(source, model, saved / "out", strict=case.strict)
+                assert os.listdir(saved) == (["out"] if end == "loaded" else [])
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                end = "broken"
+                broken.setdefault(kind_of(error), []).append(seed)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            ended[end] += 1
+            shutil.rmtree(source)
+            shutil.rmtree(saved)
+    report = "\n".join(
+        f"{len(seeds)} times, first in make_case({seeds[0]}): {kind}"
+        for kind, seeds in broken.items()
+    )
+    assert not broken, f"{ended['broken']} of {ended.total()} broke the law:\n{report}"
+    return ended
+
+
+# --- Tests ---
+
+
+def test_the_bounds_bind(sandbox):
+    with bounded(), pytest.raises(MemoryError):
+        np.ones(2 * BYTES, np.uint8)
+    with bounded(), pytest.raises(Hang):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        re.fullmatch("(.*)*x", "a" * 50)
+    for write in (Path.touch, Path.mkdir, lambda path: path.symlink_to("x")):
+        with pytest.raises(AssertionError, match="written outside"):
+            with watched(sandbox / "saved"):
+                write(sandbox / f"{write.__name__}_elsewhere")
+    for text in ("short", "x" * MESSAGE, "a line, \nand another one", "\ud800" * 30):
+        with pytest.raises(AssertionError, match="a message "):
+            check_message(text)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_adapters_to_start_from_are_sound(name, sandbox):
+    case = sound(np.random.default_rng(0), name)
+    case.model = MODEL
+    case.finish_config()
+    case.finish_weights()
+    assert try_cases(iter([(0, case)]), sandbox) == {"loaded": 1}
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_a_mutated_adapter_is_refused_clearly_or_loaded_correctly(piece, sandbox):
+    seeds = range(piece, CASES, PIECES)
+    ended = try_cases(((seed, make_case(seed)) for seed in seeds), sandbox)
+    # Both ends are met: the mutations are neither all harmless nor all crude.
+    assert ended["loaded"] > len(seeds) // 100
+    assert ended["refused"] > len(seeds) // 2
+
+
+def test_cases_are_functions_of_their_seed():
+    for seed in range(100):
+        one, two = make_case(seed), make_case(seed)
+        assert (one.config, one.weights) == (two.config, two.weights)
+        assert one.done == two.done
+
+
+@pytest.mark.golden
+def test_mutated_adapters_of_peft(golden, sandbox):
+    folder = golden / "adapters" / "llama32"
+    starts = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+    raw = json.loads((golden / "llama32/fp32/config.json").read_text())
+
+    def mutated(seed: int) -> Case:
+        rng = np.random.default_rng([1, seed])
+        start = pick(rng, starts)
+        case = Case(json.loads((start / "adapter_config.json").read_text()), {}, raw)
+        case.weights = (start / "adapter_model.safetensors").read_bytes()
+        if seed % 2:
+            pick(rng, FIELD_MUTATIONS)(rng, case)
+        else:
+            case.weights = pick(rng, WEIGHT_BYTES)(rng, case.weights)
+        case.finish_config()
+        return case
+
+    ended = try_cases(((seed, mutated(seed)) for seed in range(150)), sandbox)
+    assert ended["loaded"] > 5 and ended["refused"] > 50
+
+
+def run_main(arguments: list[str]) -> tuple[int, str, str]:
+    """Runs `qlora-convert`; its streams are those of a terminal that speaks UTF-8."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())
+    return status, *texts
+
+
+def check_command(sandbox: Path, *arguments: str) -> None:
+    """Runs a command in the sandbox, and holds what it says and leaves to the law."""
+    saved = sandbox / "saved"
+    saved.mkdir()
+    with bounded(), watched(saved):
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        status, out, err = run_main([a.replace("@", str(sandbox)) for a in arguments])
+    assert status in (0, 1)
+    if err:
+        assert status == 1 and not out
+        assert err.startswith("qlora-convert: ") and err[-2:] in (".\n", "?\n"), err
+        assert err.count("\n") == 1 and "Traceback" not in err, err
+        check_message(err.strip())
+    else:
+        assert out
+    done = status == 0 and arguments[0] == "adapter"
+    assert os.listdir(saved) == (["out"] if done else [])
+    shutil.rmtree(saved)
+
+
+def test_the_command_line_says_it_in_one_paragraph(sandbox):
+    (sandbox / "base").mkdir()
+    good = sound(np.random.default_rng(0), "plain")
+    good.finish_config()
+    good.finish_weights()
+    good.write(sandbox / "good")
+    cases = [make_case(seed) for seed in range(CASES, CASES + 40)]
+    for text in TEXTS:
+        if text.isprintable() and text and len(text) < 200:
+            # Names that mean something to whatever prints them.
+            case = sound(np.random.default_rng(0), "plain")
+            case.tensors[text] = np.ones((2, 2), np.float32)
+            case.finish_config()
+            case.finish_weights()
+            cases.append(case)
+    for case in cases:
+        (sandbox / "base" / "config.json").write_text(json.dumps(case.model))
+        case.write(sandbox / "adapter")
+        check_command(
+            sandbox, "adapter", "@/adapter", "@/saved/out", "--base", "@/base"
+        )
+        check_command(sandbox, "verify", "@/adapter", "@/good")
+        check_command(sandbox, "verify", "@/good", "@/adapter", "--json")
+        shutil.rmtree(sandbox / "adapter")
