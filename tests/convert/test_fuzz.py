@@ -322,7 +322,9 @@ CONTENTS = [
     deep(100_000).encode(), deep(900).encode(), b'{"a":' * 50_000, b"<!DOCTYPE html>",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
 ]
-FULL = [b'{"r": [' + b"[]," * 1_330_000 + b"1]}", b'{"r": {' + b'"":1,' * 790_000 + b"}}"]
+FULL = [
+    b'{"r": [' + b"[]," * 1_330_000 + b"1]}", b'{"r": {' + b'"":1,' * 790_000 + b"}}",
+]
 NAMES = [
     '"a"', '"\\u0061"', '"\\ud800"', '"\\u0000"', "1", "null", "[1]", '""', "a",
     '"../../x"', '"/etc/x"', '"__metadata__"', '"\ud800"', '"\x01"', '"[/b]"',
