@@ -75,8 +75,9 @@ def merge(
       output_dir: to be created; must not exist or be empty.
       onto: see above.
       quantization: "nf4" or "nf4_dq", for "dequantized" on a dense base only.
-      requantize: quantize the merged projections again, and write a
-        bitsandbytes-4bit directory. This loses precision, and the report says how much.
+      requantize: quantize the merged weights again, all projections of all layers, and
+        write a bitsandbytes-4bit directory. This loses precision, and the report says
+        how much.
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
         keeps each tensor's own.
       max_shard_bytes: size above which the weights are split over several files.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_jax.adapters import combine_adapters as combine_adapters
     from qlora_jax.adapters import stack_adapters as stack_adapters
     from qlora_jax.adapters import with_rows as with_rows
+    from qlora_jax.compare import compare_logits as compare_logits
     from qlora_jax.config import LlamaConfig as LlamaConfig
     from qlora_jax.data.batches import Batches as Batches
     from qlora_jax.data.batches import prefetch as prefetch
@@ -97,6 +98,7 @@ _CONTENTS = {
     # --- Use ---
     "generate_tokens": "qlora_jax.generate",
     "parameter_report": "qlora_jax.memory",
+    "compare_logits": "qlora_jax.compare",
     # --- Errors ---
     "UserError": "qlora_jax.errors",
     "CheckpointError": "qlora_jax.errors",

@@ -40,14 +40,14 @@ _LARGEST_ID = 1 << 31
 def compare_logits(
     first: Model | Callable[[], Model],
     second: Model | Callable[[], Model],
-    tokens: Int[np.ndarray, "B T"],
+    tokens: Any,
 ) -> dict[str, Any]:
     """Compares the logits of two models on the same tokens.
 
     Args:
       first: a model, or what loads it; then it is let go before the second is loaded.
       second: likewise.
-      tokens: token ids, e.g. from `probe_tokens`.
+      tokens: token ids [B, T], an array or nested lists; e.g. from `probe_tokens`.
 
     Returns:
       "probe_tokens" (how many), "max_abs_logit" (the largest of the first),
@@ -58,6 +58,7 @@ def compare_logits(
     Raises:
       UserError: vocabularies of different sizes.
     """
+    tokens = np.asarray(tokens, np.int32)
     one = _logits(first, tokens)
     two = _logits(second, tokens)
     if one.shape != two.shape:
@@ -177,7 +178,7 @@ def check_plain(config: LlamaConfig, path: Path) -> None:
         raise UserError(
             f"`{path}` has modules of its own ({some}), and a directory does not say "
             "how they compute; its logits can be compared in Python alone, with "
-            "`qlora_jax.compare.compare_logits`."
+            "`qlora_jax.compare_logits`."
         )
 
 
