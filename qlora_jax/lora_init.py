@@ -146,6 +146,9 @@ def absorb(
     Returns:
       A configuration of twice the rank and the same scalings, and its adapters: with
       A = [A; A0] and B = [B, -B0], `scaling * B A` is the sum of both parts.
+
+    Raises:
+      UserError: a base that is not from `factor_out`.
     """
     if not lora.changes_base:
         return lora, _copy(adapters)
@@ -160,6 +163,12 @@ def absorb(
                 axis = 0 if name.endswith("A") else 1
                 node[name] = np.concatenate([np.asarray(node[name]), zeros], axis)
             continue
+        if "residual_A" not in frozen:
+            raise UserError(
+                f"`{'.'.join(a.path)}` of this base has nothing factored out. Give "
+                "the base that the adapters were trained on, `factor_out(base, "
+                "adapters, lora_config)` with the adapters as they started."
+            )
         scaling = np.asarray(a.scalings, np.float32)
         scaling = np.where(scaling > 0, scaling, 1.0)
         scaling = scaling[:, None, None] if a.layers else scaling[0]
