@@ -1,6 +1,8 @@
 """Counts from a configuration alone, against published numbers and written files."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -17,9 +19,9 @@ from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import (
     abstract_base,
     parameter_report,
-    trainable_groups,
     tree_bytes,
     tree_size,
+    warnings,
 )
 from qlora_jax.train import TrainConfig, make_optimizer
 
@@ -55,6 +57,70 @@ def test_published_counts(shared_data, name, unit, parameters):
     assert report.base_parameters == parameters
 
 
+def test_a_70b_model_is_counted_from_its_configuration():
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    report = parameter_report(config, LoraConfig(r=16, target_modules="all-linear"))
+    assert report.trainable_parameters == 16 * 12_943_360
+    assert report.base_parameters == 70_553_706_496
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "fields", "count"),
+    [
+        # LoRA on all projections, and two tables of 128,256 x 4,096 and their likes.
+        (
+            "llama-3.1-8b",
+            dict(r=64, modules_to_save=("embed_tokens", "lm_head")),
+            167_772_160 + 2 * 128_256 * 4096,
+        ),
+        (
+            "llama-3.1-8b",
+            dict(r=64, modules_to_save=("embed_tokens",), ensure_weight_tying=True),
+            167_772_160 + 128_256 * 4096,  # not tied: nothing to ensure
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, modules_to_save=("embed_tokens", "lm_head")),
+            8 * 704_512 + 2 * 128_256 * 2048,
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, modules_to_save=("lm_head",), ensure_weight_tying=True),
+            8 * 704_512 + 128_256 * 2048,
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, trainable_token_indices=(128_254, 128_255)),
+            8 * 704_512 + 2 * 2048,
+        ),
+        # Magnitudes of the outputs of 16 layers: q, o, down; k, v; gate, up.
+        (
+            "llama-3.2-1b",
+            dict(r=8, use_dora=True),
+            8 * 704_512 + 16 * (3 * 2048 + 2 * 512 + 2 * 8192),
+        ),
+        ("llama-3.2-1b", dict(r=8, modules_to_save=("norm",)), 8 * 704_512 + 33 * 2048),
+    ],
+)
+def test_counts_of_everything_that_can_be_trained(shared_data, name, fields, count):
+    lora = LoraConfig(target_modules="all-linear", **fields)
+    report = parameter_report(config_of(shared_data, name), lora)
+    assert report.trainable_parameters == count
+    # Two float32 moments for each, and two counts of steps.
+    assert report.optimizer_bytes == 8 * count + 8
+    if "lm_head" in fields.get("modules_to_save", ()) and name == "llama-3.1-8b":
+        assert count == 1_218_445_312
+
+
 @pytest.mark.real
 def test_llama_8b_at_rank_64_has_167_million(shared_data):
     config = config_of(shared_data, "llama-3.1-8b")
@@ -86,20 +152,83 @@ def test_the_abstract_base_is_the_one_that_is_loaded(llama_dir, quantization, dt
     assert report.trainable_parameters == report.optimizer_bytes == 0
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])
-def test_counts_are_those_of_the_arrays_and_the_file(llama_dir, tmp_path, targets):
-    lora = LoraConfig(r=3, target_modules=targets)
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(r=3, target_modules="all-linear"),
+        LoraConfig(r=3, target_modules=("q_proj", "lm_head", "embed_tokens")),
+        LoraConfig(r=4, use_dora=True, modules_to_save=("norm", "lm_head")),
+    ],
+)
+def test_counts_are_those_of_the_arrays_and_the_file(llama_dir, tmp_path, lora):
     config, base = convert.load_llama(llama_dir)
     adapters = init_adapters(jax.random.key(0), base, lora)
     state = make_optimizer(TrainConfig(steps=5), 5).init(adapters)
     report = parameter_report(config, lora)
     assert report.trainable_parameters == tree_size(adapters)
-    assert report.groups == trainable_groups(adapters)
+    assert sum(report.groups.values()) == report.trainable_parameters
     assert report.optimizer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert report.optimizer_bytes == tree_bytes(state)
     convert.save_adapter(tmp_path / "a", lora, jax.device_get(adapters), config)
     written = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert adapter_bytes(config, lora) == written
+
+
+def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
+    config, base = convert.load_llama(llama_dir)
+    lora = LoraConfig(
+        r=2, target_modules=("up_proj",), rank_pattern={"layers.1.mlp.up_proj": 8}
+    )
+    report = parameter_report(config, lora)
+    assert report.trainable_parameters == (2 + 8) * (64 + 128)
+    held = tree_size(init_adapters(jax.random.key(0), base, lora))
+    assert held == 2 * 8 * (64 + 128)
+    assert report.optimizer_bytes == 8 * held + 8
+
+
+# --- Warnings ---
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields", "said"),
+    [
+        (False, {}, []),
+        (
+            False,
+            dict(modules_to_save=("embed_tokens", "lm_head"), r=1),
+            [
+                r"embed_tokens and lm_head, trained whole, make 4,096 of 6,144 trained "
+                r"parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB of Adam"
+                "W's state. `trainable_token_indices` trains single rows."
+            ],
+        ),
+        (
+            True,
+            dict(modules_to_save=("lm_head",), target_modules=("q_proj",), r=1),
+            [
+                "^lm_head, trained whole, make",
+                "this model ties .*; lm_head is trained apart, and embed_tokens keeps",
+            ],
+        ),
+        (True, dict(modules_to_save=("lm_head",), ensure_weight_tying=True), []),
+        (
+            False,
+            dict(rank_pattern={"layers.1.mlp.up_proj": 8}, target_modules=("up_proj",)),
+            [
+                "ranks differ among layers, so the arrays in memory hold 3,072 numbers "
+                "for 1,920 trained parameters"
+            ],
+        ),
+    ],
+)
+def test_what_a_user_may_not_expect_is_said(llama_dir, tied, fields, said):
+    config, _ = convert.load_llama(llama_dir)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields})
+    found = warnings(config, lora)
+    assert len(found) == len(said), found
+    for text, pattern in zip(found, said, strict=True):
+        assert re.search(pattern, text), text
 
 
 def test_targets_that_are_not_there_are_refused(llama_dir):

@@ -56,16 +56,39 @@ def test_number_with_leading_zero_is_no_layer():
     assert names.parse_key("model.layers.03.mlp.up_proj.weight")[1] is None
 
 
-def test_peft_key_is_peft_spelling():
+def test_module_names_of_peft_have_a_prefix_and_are_those_of_hf_behind_it():
     module = ("model", "layers", "self_attn", "q_proj")
-    assert (
-        names.peft_key(module, 3, "lora_A")
-        == "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
-    )
-    assert (
-        names.peft_key(("lm_head",), None, "lora_B")
-        == "base_model.model.lm_head.lora_B.weight"
-    )
+    key = f"{names.PEFT_PREFIX}{names.hf_key(module, 3)}"
+    assert key == "base_model.model.model.layers.3.self_attn.q_proj"
+    head = f"{names.PEFT_PREFIX}{names.hf_key(('lm_head',))}"
+    assert head == "base_model.model.lm_head"
+    assert names.parse_key(key.removeprefix(names.PEFT_PREFIX)) == (module, 3)
+
+
+def test_tensors_of_ones_own_modules_are_in_the_table_and_in_the_tree():
+    extra = {"model.layers.self_attn.gate.weight": (4, 8), "model.scale": ()}
+    c = config(extra_tensors=extra)
+    gate = ("model", "layers", "self_attn", "gate", "weight")
+    assert names.shapes(c)[gate] == (4, 8)
+    table = names.keys(c)
+    for layer in range(3):
+        key = f"model.layers.{layer}.self_attn.gate.weight"
+        assert table[key] == (gate, layer) == names.parse_key(key)
+    assert table["model.scale"] == (("model", "scale"), None)
+    assert len(table) == len(names.keys(config())) + 4
+    tree = names.abstract_base(c)
+    assert tree["model"]["layers"]["self_attn"]["gate"]["weight"].shape == (3, 4, 8)
+    assert tree["model"]["scale"].shape == ()
+
+
+def test_the_abstract_tree_has_the_shapes_of_the_table():
+    c = config(attention_bias=True)
+    leaves = dict(names.walk(names.abstract_base(c)))
+    assert {
+        path: leaf.shape[names.is_stacked(path) :] for path, leaf in leaves.items()
+    } == names.shapes(c)
+    stacked = [leaf for path, leaf in leaves.items() if names.is_stacked(path)]
+    assert {leaf.shape[0] for leaf in stacked} == {3}
 
 
 def test_grouped_heads_and_explicit_head_dim_give_the_shapes():
