@@ -25,6 +25,12 @@ MAX_LENGTH = 100_000
 MAX_STEPS = 50_000
 """Steps for one module path, a millisecond; that longest list takes 10,000."""
 
+MAX_STEPS_TOGETHER = 1_000_000
+"""Of several; one with ".*" for each linear module of that model takes 600,000."""
+
+MAX_PATTERNS = 1_500
+"""Expressions at once; that model has 1,137 modules."""
+
 # The module paths of a Llama; "#" stands for any digit and "?" for q, k, v or o.
 _ANY = {"#": "0123456789", "?": "qkvo"}
 _LAYER = (
@@ -46,8 +52,8 @@ _SAME = {
 def check_pattern(pattern: str, inside: str = "{}") -> None:
     """Refuses a regular expression that cannot be matched, or not in bounded time.
 
-    What passes may be matched against the module paths of a Llama, from their beginning
-    or from behind a dot.
+    What passes may be matched against the module paths of a Llama: from their beginning
+    or from behind a dot, or inside the larger expression from their beginning.
 
     Args:
       pattern: the expression.
@@ -63,7 +69,14 @@ def check_pattern(pattern: str, inside: str = "{}") -> None:
 
 def check_patterns(patterns: Iterable[str], inside: str = "{}") -> None:
     """As `check_pattern`; all of them together must not take too long either."""
-    steps = dict.fromkeys(_PATHS, 0)
+    patterns = tuple(patterns)
+    if len(patterns) > MAX_PATTERNS:
+        raise UserError(
+            f"{len(patterns):,} names or regular expressions are more than a Llama has "
+            f"modules; at most {MAX_PATTERNS:,} are matched. The first is "
+            f"{_shown(patterns[0])}."
+        )
+    left = dict.fromkeys(_PATHS, MAX_STEPS_TOGETHER)
     for pattern in patterns:
         try:
             parts = _parse(pattern, pattern)
@@ -72,7 +85,7 @@ def check_patterns(patterns: Iterable[str], inside: str = "{}") -> None:
             if not set(pattern) & set("*+?{|"):
                 continue  # one way at most: a name, as most of them are
             for path in _PATHS:
-                steps[path] += _Counter(path, MAX_STEPS - steps[path]).total(parts)
+                left[path] -= _Counter(path, MAX_STEPS).total(parts, inside == "{}")
         except _TooManySteps:
             raise UserError(
                 f"The regular expression {_shown(pattern)} takes too long to match "
@@ -84,6 +97,13 @@ def check_patterns(patterns: Iterable[str], inside: str = "{}") -> None:
             raise UserError(
                 f"The regular expression {_shown(pattern)} is nested too deeply."
             ) from None
+        if min(left.values()) < 0:
+            raise UserError(
+                f"{len(patterns):,} regular expressions, such as {_shown(pattern)}, "
+                "together take too long to match (more than "
+                f"{MAX_STEPS_TOGETHER:,} steps for one module path). Say them more "
+                "simply, or use fewer."
+            )
 
 
 def _shown(pattern: str) -> str:
@@ -248,10 +268,15 @@ class _Counter:
         self.limit = limit
         self.known: dict[tuple[int, int], tuple[Ends, int]] = {}
 
-    def total(self, parts: Parts) -> int:
-        """Steps from the beginning of the path and from behind every dot."""
-        starts = [0, *(i + 1 for i, c in enumerate(self.path) if c == ".")]
-        return sum(self.sequence(parts, start)[1] for start in starts)
+    def total(self, parts: Parts, behind_dots: bool) -> int:
+        """Steps from the beginning of the path, and from behind every dot."""
+        starts = [0]
+        if behind_dots:
+            starts += [i + 1 for i, c in enumerate(self.path) if c == "."]
+        steps = sum(self.sequence(parts, start)[1] for start in starts)
+        if steps > self.limit:
+            raise _TooManySteps
+        return steps
 
     def sequence(self, parts: Parts, start: int) -> tuple[Ends, int]:
         """Where `parts` can end if they begin at `start`, and the steps this takes."""
