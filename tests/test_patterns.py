@@ -95,8 +95,8 @@ def test_what_would_hang_is_refused_at_once(pattern):
 
 
 def test_many_expressions_share_one_bound(monkeypatch):
-    check_patterns([f"layers.{i}.mlp.up_proj" for i in range(882)], IN_KEYS)
-    check_patterns([rf".*\.layers\.{i}\.mlp\.up_proj" for i in range(50)], IN_KEYS)
+    check_patterns([f"layers.{i}.mlp.up_proj" for i in range(300)], IN_KEYS)
+    check_patterns([rf".*\.layers\.{i}\.mlp\.up_proj" for i in range(20)], IN_KEYS)
     with pytest.raises(UserError, match="1,501 names or regular expressions are more"):
         check_patterns(["q_proj"] * 1501)
     monkeypatch.setattr(patterns, "MAX_STEPS_TOGETHER", 50_000)
@@ -157,11 +157,11 @@ def random_pattern(rng: random.Random, depth: int) -> str:
     return f"({parts[0]}){rng.choice(repeats)}"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_what_is_accepted_is_matched_in_bounded_time(seed):
     rng = random.Random(seed)
     accepted = refused = 0
-    for _ in range(150):
+    for _ in range(120):
         pattern = random_pattern(rng, rng.randint(2, 7)) + rng.choice(["", "x", "!"])
         try:
             check_pattern(pattern)
@@ -177,4 +177,4 @@ def test_what_is_accepted_is_matched_in_bounded_time(seed):
             inside.match(path)
         # 2 x 57 matches; the bound is one of hundreds of steps for each microsecond.
         assert time.perf_counter() - start < 2, pattern
-    assert accepted > 100 and refused > 5
+    assert accepted > 80 and refused > 5
