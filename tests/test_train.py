@@ -447,9 +447,76 @@ def test_the_head_reads_its_own_part_of_the_variables():
     picked = head_variables(variables, llama())
     assert picked == {"params": {"lm_head": base()["lm_head"]}, "lora": {}}
     tied = llama(config=dataclasses.replace(CONFIG, tie_word_embeddings=True))
-    picked = head_variables(variables, tied)
+    without = {"model": base()["model"]}
+    picked = head_variables({"params": without, "lora": adapters()}, tied)
     embedding = base()["model"]["embed_tokens"]
     assert picked == {"params": {"model": {"embed_tokens": embedding}}, "lora": {}}
+    # What a tied head has of its own goes with it.
+    residual, own = {"residual_A": jnp.ones((1, 64))}, {"scaling": jnp.ones(())}
+    picked = head_variables(
+        {"params": {**without, "lm_head": residual}, "lora": {"lm_head": own}}, tied
+    )
+    assert picked["params"]["lm_head"] is residual and picked["lora"] == {
+        "lm_head": own
+    }
+
+
+# --- What stays ---
+
+
+def test_what_is_not_trained_stays_as_it_was_under_weight_decay():
+    lora = LoraConfig(
+        r=4,
+        target_modules=("q_proj", "layers.0.mlp.up_proj"),
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        use_dora=True,
+        modules_to_save=("layers.1.input_layernorm",),
+        trainable_token_indices=(3, 9),
+    )
+    # Which part of each array is trained, by the configuration above.
+    q, up = np.zeros((2, 2, 4), bool), np.zeros((2, 2, 4), bool)
+    q[:, 0], q[:, 1, :2], up[:, 0] = True, True, True
+    used = {
+        "q_proj": {
+            "lora_A": q[0][..., None],
+            "lora_B": q[1][:, None],
+            "lora_magnitude_vector": np.asarray([[True], [True]]),
+        },
+        "up_proj": {
+            "lora_A": up[0][..., None],
+            "lora_B": up[1][:, None],
+            "lora_magnitude_vector": np.asarray([[True], [False]]),
+        },
+        "input_layernorm": {"weight": np.asarray([[False], [True]])},
+        "embed_tokens": {"trainable_tokens_delta": np.asarray([[True], [True]])},
+    }
+    settings = TrainConfig(steps=6, learning_rate=1e-2, weight_decay=0.3)
+    optimizer = make_optimizer(settings, 6)
+    step = step_of(llama(lora), optimizer)
+    start = init_adapters(jax.random.key(1), base(), lora)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
+    state, losses = begin(optimizer, start), []
+    batch = window(1, 4)
+    batch["tokens"] = batch["tokens"].at[:, :, :2].set(jnp.asarray([3, 9]))
+    for _ in range(6):
+        state, metrics = step(state, base(), batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.01
+    count = 0
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(state.adapters),
+        jax.tree.leaves(start),
+        strict=True,
+    ):
+        names = [key.key for key in path]
+        mask = np.broadcast_to(used[names[-2]][names[-1]], new.shape)
+        new, old = np.asarray(new), np.asarray(old)
+        assert not new[~mask].any() and not old[~mask].any(), names
+        assert (new != old)[mask].mean() > 0.95, names
+        count += 1
+    assert count == 8
+    for old, new in zip(before, jax.tree.leaves(base()), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 # --- Schedule and optimizer ---
