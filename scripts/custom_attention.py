@@ -129,7 +129,7 @@ def main(args: Args) -> dict[str, Any]:
         dtype="float32",
         attention_cls=GatedAttention,
     )
-    tokens = batches[0]["tokens"][0]
+    tokens = jnp.asarray(batches[0]["tokens"][0])
     trained = {"params": base, "lora": qj.bind(with_gate["adapters"], base, lora)}
     logits = gated.apply(trained, tokens)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import convert
@@ -437,3 +438,31 @@ def test_model_settings_that_contradict(capsys, tiny_model, packed, tmp_path):
         assert status == 1
         assert message in err
     assert not out.exists()
+
+
+def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
+    one = make_adapter(tiny, name="one", seed=1)
+    two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
+    both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
+    status, text, _ = run(capsys, "combine", tmp_path / "sum", *both, "--json")
+    assert status == 0
+    report = json.loads(text)
+    assert report["relative_error"]["total"] == 0.0 and report["weights"] == [0.5, 2.0]
+
+    def update(path) -> np.ndarray:
+        lora, adapters = convert.load_adapter(path, LlamaConfig.from_hf(tiny))
+        node = adapters["model"]["layers"]["self_attn"]["q_proj"]
+        return lora.rank_and_scaling("q_proj")[1] * node["lora_B"] @ node["lora_A"]
+
+    expected = 0.5 * update(one) + 2.0 * update(two)
+    np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
+    raw = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == "some/base"
+
+    status, text, _ = run(
+        capsys, "combine", tmp_path / "svd", *both, "--method", "svd", "--r", 4
+    )
+    assert status == 0 and "r: 4" in text
+    status, _, err = run(capsys, "combine", tmp_path / "x", *both[:-1])
+    assert status == 1 and "1 numbers for 2 adapters" in err
+    assert not (tmp_path / "x").exists()
