@@ -19,6 +19,7 @@ from qlora_jax.llama import (
     rope_table,
     rotate,
 )
+from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 
@@ -521,6 +522,29 @@ def test_an_adapter_equals_the_weight_it_stands_for():
     model = Llama(CONFIG, Compute("float32", lora=lora))
     got = logits(model, {"params": base(), "lora": adapters}, prompt())
     close(got, numpy_llama(tree, prompt(), CONFIG))
+
+
+def test_adapters_of_equal_shapes_take_turns_without_compiling():
+    # Scalings, layers and rows are in the bound tree, not in the model.
+    model = Llama(CONFIG, FLOAT32)
+    seen, before = [], logits._cache_size()
+    for fields in (
+        dict(r=2),
+        dict(r=2, lora_alpha=7, use_rslora=True),
+        dict(r=2, alpha_pattern={"layers.1.self_attn.q_proj": 3}),
+        dict(r=2, layers_to_transform=(1,)),
+        dict(r=1, rank_pattern={"layers.0.self_attn.q_proj": 2}),
+    ):
+        lora = LoraConfig(target_modules=("q_proj",), **fields)
+        adapters = init_adapters(jax.random.key(0), base(), lora)
+        part = adapters["model"]["layers"]["self_attn"]["q_proj"]
+        part["lora_B"] = jnp.ones_like(part["lora_B"])
+        bound = bind(adapters, base(), lora)
+        seen.append(logits(model, {"params": base(), "lora": bound}, prompt()))
+    assert logits._cache_size() == before + 1
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert np.abs(one - other).max() > 1e-3
 
 
 class ShowMasks(nn.Module):
