@@ -179,6 +179,7 @@ class LlamaConfig:
           UserError: another architecture, a missing field, or a feature (rope type,
             activation, quantization method) that this model does not compute.
         """
+        _check_types(raw)
         _refuse_other_architectures(raw)
         needed = (
             "vocab_size",
@@ -195,9 +196,9 @@ class LlamaConfig:
             )
         heads = raw["num_attention_heads"]
         for name in needed:
-            if isinstance(raw[name], bool) or not isinstance(raw[name], int):
+            if not _is_integer(raw[name]):
                 raise UserError(
-                    f"config.json: `{name}` must be an integer, got {raw[name]!r}."
+                    f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
                 )
         if raw.get("head_dim") is None and raw["hidden_size"] % max(heads, 1):
             raise UserError(
@@ -271,6 +272,67 @@ def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
             f"positive integers), got {table!r:.80}."
         )
     return FrozenDict({name: tuple(shape) for name, shape in table.items()})
+
+
+_INTEGERS = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "bos_token_id",
+    "pad_token_id",
+)
+_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _check_types(raw: Mapping[str, Any]) -> None:
+    """Refuses values of another type than these fields have, where they are given."""
+
+    def wrong(name: str, what: str, value: Any) -> UserError:
+        return UserError(f"config.json: `{name}` must be {what}, got {value!r:.80}.")
+
+    for name in _INTEGERS:
+        value = raw.get(name)
+        if value is not None and not _is_integer(value):
+            raise wrong(name, "an integer", value)
+    for name in _NUMBERS:
+        if name in raw and not _is_number(raw[name]):
+            if name == "rope_theta" and raw[name] is None:
+                continue  # stands in `rope_parameters`
+            raise wrong(name, "a number", raw[name])
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        value = raw.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise wrong(name, "an object", value)
+    for name in ("rope_scaling", "rope_parameters"):
+        for inner in _ROPE_NUMBERS:
+            value = (raw.get(name) or {}).get(inner)
+            if value is not None and not _is_number(value):
+                raise wrong(f"{name}.{inner}", "a number", value)
+    names = raw.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise wrong("architectures", "a list of names", names)
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(map(_is_integer, ids)):
+        raise wrong("eos_token_id", "an integer, or a list of them", eos)
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    # False for NaN, and for integers that floats cannot hold.
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _refuse_other_architectures(raw: Mapping[str, Any]) -> None:

@@ -514,4 +514,6 @@ def _near(wanted: Iterable[str], names: Iterable[str]) -> str:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(n) for n in names)
+    names = list(names)
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(f"{n!r:.80}" for n in names[:10]) + more

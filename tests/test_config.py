@@ -278,3 +278,38 @@ def test_a_frozen_dict_compares_and_hashes_in_its_order_and_cannot_be_changed():
     assert one == {"a": 1, "b": 2}
     for same in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
         assert same == one and type(same) is FrozenDict
+
+
+@pytest.mark.parametrize(
+    "name, value, what",
+    [
+        ("architectures", 1, "a list of names"),
+        ("architectures", [3], "a list of names"),
+        ("rms_norm_eps", None, "a number"),
+        ("rms_norm_eps", 10**400, "a number"),
+        ("rms_norm_eps", True, "a number"),
+        ("initializer_range", float("nan"), "a number"),
+        ("rope_theta", [], "a number"),
+        ("rope_scaling", "x", "an object"),
+        ("rope_parameters", 0, "an object"),
+        ("rope_scaling", {"rope_type": "linear", "factor": "x"}, "a number"),
+        ("quantization_config", "", "an object"),
+        ("bos_token_id", [], "an integer"),
+        ("pad_token_id", {}, "an integer"),
+        ("eos_token_id", [[]], "an integer, or a list"),
+        ("vocab_size", 10**30, "an integer"),
+        ("num_key_value_heads", "4", "an integer"),
+        ("extra_tensors", {"a": ["x"]}, "shapes"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(name, value, what):
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    with pytest.raises(UserError, match=f"`{name}.*{what}"):
+        LlamaConfig.from_hf({**raw, name: value})
