@@ -94,7 +94,7 @@ def targets(rng):
         return pick(rng, ["all-linear", "all-linear", "ALL-LINEAR"])
     if kind == "list":
         names = [name(rng) for _ in range(rng.integers(1, 5))]
-        if rng.random() < 0.4:
+        if rng.random() < 0.5:
             ends = ["lm_head", "embed_tokens", "model.embed_tokens"]
             names += some(rng, ends, 2)
         if rng.random() < 0.1:
@@ -145,7 +145,7 @@ def draw(rng):
         use_rslora=bool(rng.random() < 0.3),
         use_dora=bool(rng.random() < 0.35),
         bias=str(rng.choice(["none", "lora_only", "all"], p=[0.6, 0.2, 0.2])),
-        ensure_weight_tying=bool(rng.random() < 0.4),
+        ensure_weight_tying=bool(rng.random() < 0.5),
         init_lora_weights=pick(rng, [True, True, False, "gaussian"]),
         lora_dropout=pick(rng, [0.0, 0.25]),  # nothing without training
     )
@@ -173,10 +173,12 @@ def draw(rng):
         alphas = [pick(rng, [1, 2, 4, 0.5]) for _ in range(rng.integers(1, 4))]
         a["alpha_pattern"] = {pattern(rng): alpha for alpha in alphas}
     if rng.random() < 0.45:
-        whole = ["norm", "model.norm", "input_layernorm", "layernorm", "lm_head"]
-        whole += ["embed_tokens", "mlp", "layers.1.mlp", "self_attn.q_proj", "k_proj"]
-        whole += ["layers.2.self_attn", "layers.0", "1.post_attention_layernorm"]
-        a["modules_to_save"] = some(rng, whole, 2)
+        whole = ["norm", "model.norm", "input_layernorm", "layernorm", "mlp"]
+        whole += ["layers.1.mlp", "self_attn.q_proj", "k_proj", "layers.2.self_attn"]
+        whole += ["layers.0", "1.post_attention_layernorm"]
+        tables = ["embed_tokens", "lm_head", "model.embed_tokens"]
+        a["modules_to_save"] = pick(rng, [[], some(rng, tables, 2)])
+        a["modules_to_save"] += some(rng, whole, 2)[: rng.integers(3)]
     if rng.random() < 0.3:
         first, second = rng.permutation(VOCAB)[:4].tolist(), [3, 1]
         a["trainable_token_indices"] = pick(
@@ -344,7 +346,7 @@ def tensors(path):
     return safetensors.numpy.load_file(path / "adapter_model.safetensors")
 
 
-KINDS = list(BASES)
+KINDS = ["tied", "untied", "tied", "biases"]  # most can go wrong with tied tables
 SEEDS = range(200)
 
 
@@ -384,7 +386,7 @@ def close(got, want, plain):
 def test_we_load_what_peft_saves(
     bases, build, reload, logits, ours, our_logits, tmp_path, seed
 ):
-    kind = KINDS[seed % 3]
+    kind = KINDS[seed % 4]
     _, model = build(seed, kind)
     model.save_pretrained(tmp_path)
     want = logits(model)
@@ -421,7 +423,7 @@ COPY = re.compile(
 def test_peft_loads_what_we_save(
     peft, bases, build, reload, logits, ours, our_logits, tmp_path, seed
 ):
-    kind = KINDS[seed % 3]
+    kind = KINDS[seed % 4]
     arguments, _ = build(1000 + seed, kind, ordered=False)
     config, base = ours[kind]
     lora = LoraConfig.from_peft({"peft_type": "LORA", **arguments})
