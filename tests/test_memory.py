@@ -157,7 +157,12 @@ def test_the_abstract_base_is_the_one_that_is_loaded(llama_dir, quantization, dt
     [
         LoraConfig(r=3, target_modules="all-linear"),
         LoraConfig(r=3, target_modules=("q_proj", "lm_head", "embed_tokens")),
-        LoraConfig(r=4, use_dora=True, modules_to_save=("norm", "lm_head")),
+        LoraConfig(
+            r=4,
+            target_modules=("q_proj", "up_proj"),
+            use_dora=True,
+            modules_to_save=("norm", "lm_head"),
+        ),
     ],
 )
 def test_counts_are_those_of_the_arrays_and_the_file(llama_dir, tmp_path, lora):
