@@ -376,8 +376,8 @@ def _whole(
             outer = outer.rpartition(".")[0]
         if outer:
             raise UserError(
-                f"`modules_to_save` selects `{inner}`, and `{outer}` that holds it, "
-                "which PEFT could not load. Name one of the two."
+                f"`modules_to_save` selects `{inner}`, and `{outer}` that holds it; "
+                "PEFT loads few of such adapters. Name one of the two."
             )
     heads = {(*EMBEDDING, "weight"), (*HEAD, "weight")}
     named = any(name.rpartition(".")[2] in _TABLES for name in names)
