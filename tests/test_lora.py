@@ -936,7 +936,12 @@ def test_a_fresh_adapter_is_the_base(name, dtype):
     got = run({"params": base_of(case), "lora": bound}, tokens)
     want = run({"params": base_of(case)}, tokens)
     if not case.lora.use_dora:
-        np.testing.assert_array_equal(got, want)
+        # Rows of the head that are trained alone are multiplied in a product of their
+        # own, which may sum in another order.
+        rows = np.asarray(case.rows[1], int)
+        np.testing.assert_allclose(got[..., rows], want[..., rows], atol=1e-6)
+        others = np.setdiff1d(np.arange(V), rows)
+        np.testing.assert_array_equal(got[..., others], want[..., others])
         return
     # DoRA multiplies by m / |W|, a quotient of two roundings of the same number: off
     # by an ulp. In bf16 |W| is that of the rounded weight, which is what is multiplied.
