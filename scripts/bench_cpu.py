@@ -353,7 +353,7 @@ def table(folder: Path) -> str:
         )
     lines += [
         "",
-        "DoRA: its step over that of LoRA, same shape and setup, alternating runs "
+        "DoRA: its step over that of LoRA, same shape and setup, one run each in turn "
         f"(Python {doras['machine']['python']}, jax {doras['machine']['jax']}):",
         "",
         "| compute | `remat` | LoRA (s) | DoRA (s) | ratio | peer LoRA (s) "
