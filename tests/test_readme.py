@@ -105,6 +105,7 @@ def test_the_python_example_of_several_adapters(directories):
 
 
 @pytest.mark.peer
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers', of itself
 def test_the_python_example_with_peft(directories, tmp_path, monkeypatch, capsys):
     """Our run, continued from an adapter of PEFT, loaded by PEFT."""
     (example,) = (block for block in blocks("python") if "import PeftModel" in block)
