@@ -14,7 +14,6 @@ configuration has; everything that is read or written is checked against it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.tree import put as put
+from qlora_jax.tree import walk as walk
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -131,19 +132,3 @@ def abstract_base(config: LlamaConfig) -> dict[str, Any]:
 def leaf_dtype(leaf: Any) -> str:
     """Name of an array's dtype ("bfloat16"), be it numpy's or jax's."""
     return np.dtype(leaf.dtype).name
-
-
-def put(tree: dict[str, Any], path: Path, leaf: Any) -> None:
-    """Sets `leaf` at `path` of a nested dict."""
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
-
-
-def walk(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, leaf) of a nested dict; an NF4 tensor is one leaf."""
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from walk(child, (*path, name))
-        else:
-            yield (*path, name), child

@@ -29,6 +29,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
+from qlora_jax import tree as trees
 from qlora_jax.describe import describe
 from qlora_jax.errors import UserError
 from qlora_jax.lora import bind
@@ -120,7 +121,7 @@ def combine_adapters(
     squares: dict[str, tuple[float, float]] = {}
     for path, found in modules.items():
         one = _sum(found, r)
-        node = _node(tree, path)
+        node = trees.node(tree, path)
         node.update(one.arrays)
         if biased:
             node["lora_bias"] = _sum_biases(found)
@@ -153,7 +154,7 @@ def combine_adapters(
     # Adapters that agree on their biases do so under one setting of the three.
     lora = next(x for x in settings if select(base, x).whole == first.selection.whole)
     for where, array in replaced.items():
-        _node(tree, where[:-1])[where[-1]] = array
+        trees.put(tree, where, array)
     return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
@@ -210,7 +211,7 @@ def stack_adapters(
                     full = (*leading, len(read), *shape)
                     arrays[name] = np.zeros(full, np.float32)
                 arrays[name][..., one.number, *place] = array
-        _node(stacked, path).update(
+        trees.node(stacked, path).update(
             {name: jnp.asarray(array) for name, array in arrays.items()},
             scaling=jnp.asarray(scaling),
         )
@@ -243,7 +244,7 @@ def with_rows(
             f"{own.dtype} of shape {list(own.shape)}."
         )
     own = own.astype(jnp.int32)
-    out = _copy(stack)
+    out = trees.copy(stack)
     for path, node in _adapted_nodes(out, ()):
         in_layers = path[: len(LAYERS)] == LAYERS
         scaling = node["scaling"]
@@ -287,7 +288,7 @@ class _Read:
             for rows in self.selection.rows
             if rows.follows is None
         ]
-        return {path: _leaf(self.bound, path) for path in where}
+        return {path: trees.at(self.bound, path) for path in where}
 
 
 # Of one module: the adapter, what it does there, its arrays.
@@ -366,7 +367,7 @@ def _union(read: Sequence[_Read]) -> dict[Path, _Found]:
     out: dict[Path, _Found] = {}
     for one in read:
         for a in one.selection.adapted:
-            out.setdefault(a.path, []).append((one, a, _leaf(one.bound, a.path)))
+            out.setdefault(a.path, []).append((one, a, trees.at(one.bound, a.path)))
     return out
 
 
@@ -487,19 +488,3 @@ def _adapted_nodes(
     for name, child in node.items():
         if isinstance(child, dict):
             yield from _adapted_nodes(child, (*path, name))
-
-
-def _leaf(tree: Mapping[str, Any], path: Path) -> Any:
-    for part in path:
-        tree = tree[part]
-    return tree
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-
-
-def _node(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    for part in path:
-        tree = tree.setdefault(part, {})
-    return tree

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from qlora_jax import attention as attention_lib
+from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute, Embed, Linear, RMSNorm
@@ -359,15 +360,15 @@ def add_parameters(
     """
     known = model.config.extra_tensors
     if model.attention_cls is None and model.mlp_cls is None and not known:
-        return model, _copied(base)
+        return model, trees.copy(base)
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def shapes(one: Llama) -> dict[tuple[str, ...], Any]:
         tree = jax.eval_shape(one.init, jax.random.key(0), tokens)["params"]
-        return dict(_leaves(tree, ()))
+        return dict(trees.walk(tree))
 
     plain = shapes(Llama(model.config))
-    wanted, found = shapes(model), dict(_leaves(base, ()))
+    wanted, found = shapes(model), dict(trees.walk(base))
     lacking = [".".join(p) for p in wanted if p in plain and p not in found]
     if lacking:
         raise UserError(
@@ -390,38 +391,23 @@ def add_parameters(
     if wrong:
         raise UserError(f"The base does not fit your modules: {'; '.join(wrong[:5])}.")
     missing = [p for p in extra if p not in found]
-    out = _copied(base)
+    out = trees.copy(base)
     if missing:
 
         @jax.jit  # what is not asked for is never computed
         def draw(key: Array) -> list[Array]:
-            leaves = dict(_leaves(model.init(key, tokens)["params"], ()))
+            leaves = dict(trees.walk(model.init(key, tokens)["params"]))
             return [leaves[p] for p in missing]
 
         dtype = base["model"]["embed_tokens"]["weight"].dtype
         for path, value in zip(missing, draw(key), strict=True):
-            node = out
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-            node[path[-1]] = value.astype(dtype)
+            trees.put(out, path, value.astype(dtype))
     listed = {
         ".".join(p): leaf.shape[1:] if p[:2] == ("model", "layers") else leaf.shape
         for p, leaf in extra.items()
     }
     config = dataclasses.replace(model.config, extra_tensors=listed)
     return model.clone(config=config), out
-
-
-def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _leaves(child, (*path, name))
-        else:
-            yield (*path, name), child
-
-
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
 def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:

@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.product import dense_matmul, precision
 from qlora_jax import nf4
+from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
@@ -62,25 +63,25 @@ def bind(
     """
     selection = select(base, lora)
     _check(adapters, selection.shapes())
-    bound = _copy(adapters)
+    bound = trees.copy(adapters)
     for a in selection.adapted:
-        node = _node(bound, a.path)
+        node = trees.node(bound, a.path)
         if a.follows is not None:
-            other = _node(bound, a.follows)
+            other = trees.node(bound, a.follows)
             node["lora_A"] = jnp.transpose(other["lora_embedding_B"])
             node["lora_B"] = jnp.transpose(other["lora_embedding_A"])
         scalings = np.asarray(a.scalings, np.float32)
         node["scaling"] = jnp.asarray(scalings if a.layers else scalings[0])
     for w in selection.whole:
-        node = _node(bound, w.path[:-1])
+        node = trees.node(bound, w.path[:-1])
         if w.follows is not None:
-            node[w.path[-1]] = _node(bound, w.follows[:-1])[w.follows[-1]]
+            node[w.path[-1]] = trees.node(bound, w.follows[:-1])[w.follows[-1]]
         elif not all(w.chosen):
             node[f"{w.path[-1]}_trained"] = jnp.asarray(np.asarray(w.chosen))
     for r in selection.rows:
-        node = _node(bound, r.path)
+        node = trees.node(bound, r.path)
         if r.follows is not None:
-            other = _node(bound, r.follows)
+            other = trees.node(bound, r.follows)
             node["trainable_tokens_delta"] = other["trainable_tokens_delta"]
         node["token_indices"] = jnp.asarray(np.asarray(r.indices, np.int32))
     return bound
@@ -90,7 +91,7 @@ def abstract_adapters(base: Mapping[str, Any], lora: LoraConfig) -> dict[str, An
     """Returns the shapes of the trained tree that `lora` describes for this base."""
     tree: dict[str, Any] = {}
     for path, shape in select(base, lora).shapes().items():
-        _node(tree, path[:-1])[path[-1]] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        trees.put(tree, path, jax.ShapeDtypeStruct(shape, jnp.float32))
     return tree
 
 
@@ -271,13 +272,3 @@ def _check(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, ...]]) 
             "The adapter tree is not the one its LoRA configuration describes for "
             f"this model: {'; '.join(problems[:5])}{more}."
         )
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-
-
-def _node(tree: dict[str, Any], path: Path) -> dict[str, Any]:
-    for part in path:
-        tree = tree.setdefault(part, {})
-    return tree

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float32
 from numpy.typing import NDArray
 
 from qlora_jax import nf4
+from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora import row_norms
 from qlora_jax.lora_config import LoraConfig
@@ -84,7 +85,7 @@ def init_adapters(
             used = [rank > 0 for rank in a.ranks]
             own["lora_magnitude_vector"] = _only(_magnitude(a, weight), used)
         if own:  # a head that follows the embedding may have nothing
-            _node(adapters, a.path).update(own)
+            trees.node(adapters, a.path).update(own)
     for w in selection.whole:
         if w.follows is not None:
             continue
@@ -96,12 +97,12 @@ def init_adapters(
                 "that module with LoRA."
             )
         value = _only(jnp.array(leaf, jnp.float32), w.chosen)
-        _node(adapters, w.path[:-1])[w.path[-1]] = value
+        trees.put(adapters, w.path, value)
     for r in selection.rows:
         if r.follows is None:
             table = _weight(base, r.path)
             rows = jnp.asarray(table)[np.asarray(r.indices)]
-            node = _node(adapters, r.path)
+            node = trees.node(adapters, r.path)
             node["trainable_tokens_delta"] = rows.astype(jnp.float32)
     return adapters
 
@@ -122,10 +123,10 @@ def factor_out(
     Returns:
       A base that shares its arrays with the given one.
     """
-    out = _copy(base)
+    out = trees.copy(base)
     for a in select(base, lora).adapted:
         if _from_weight(a):
-            node, own = _node(out, a.path), _node(adapters, a.path)
+            node, own = trees.node(out, a.path), trees.node(adapters, a.path)
             scaling = np.asarray(a.scalings, np.float32)
             scaling = scaling[:, None, None] if a.layers else scaling[0]
             node["residual_A"] = jnp.array(own["lora_A"])
@@ -151,12 +152,12 @@ def absorb(
       UserError: a base that is not from `factor_out`.
     """
     if not lora.changes_base:
-        return lora, _copy(adapters)
-    out = _copy(adapters)
+        return lora, trees.copy(adapters)
+    out = trees.copy(adapters)
     for a in select(base, lora).adapted:
         if a.follows is not None:
             continue
-        node, frozen = _node(out, a.path), _node(base, a.path)
+        node, frozen = trees.node(out, a.path), trees.node(base, a.path)
         if not _from_weight(a):
             for name in ("lora_embedding_A", "lora_embedding_B"):
                 zeros = np.zeros_like(np.asarray(node[name]))
@@ -362,17 +363,4 @@ def _weight(base: Mapping[str, Any], module: Path) -> Any:
 def _leaf(base: Mapping[str, Any], path: Path) -> Any:
     if path == (*HEAD, "weight") and "weight" not in base.get(HEAD[-1], {}):
         path = (*EMBEDDING, "weight")
-    node: Any = base
-    for part in path:
-        node = node[part]
-    return node
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-
-
-def _node(tree: Any, path: Path) -> Any:
-    for part in path:
-        tree = tree.setdefault(part, {})
-    return tree
+    return trees.at(base, path)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import nf4
+from qlora_jax import tree as trees
 from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
@@ -57,13 +58,10 @@ def abstract_base(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree
     )
     for name, shape in config.extra_tensors.items():
-        path = name.split(".")
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        if tuple(path[:2]) == LAYERS:
+        path = tuple(name.split("."))
+        if path[:2] == LAYERS:
             shape = (config.num_hidden_layers, *shape)
-        node[path[-1]] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        trees.put(tree, path, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
     if quantization is None:
         return tree
     for path, (out_features, in_features, layers) in linear_modules(tree).items():

@@ -301,6 +301,8 @@ def check_weights(
     Raises:
       UserError: tensors that neither the directory nor the adapter holds.
     """
+    if not drawn:
+        return
     whole = () if lora is None else select(base, lora).whole
     kept = {".".join(w.path) for w in whole if all(w.chosen)}
     lost = sorted(set(drawn) - kept)

@@ -22,10 +22,11 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.nf4 import NF4Tensor
@@ -294,7 +295,7 @@ def dotted(path: Path, layers: int | None) -> list[str]:
 def _tensors(base: Mapping[str, Any]) -> dict[Path, tuple[Shape, int | None]]:
     """Every tensor of a base: path -> (shape in one layer, layers)."""
     out = {}
-    for path, leaf in _walk(base, ()):
+    for path, leaf in trees.walk(base):
         if path[-1].startswith("residual_"):  # what `factor_out` put there
             continue
         stacked = path[: len(LAYERS)] == LAYERS
@@ -305,14 +306,6 @@ def _tensors(base: Mapping[str, Any]) -> dict[Path, tuple[Shape, int | None]]:
             shape = tuple(leaf.shape)
             out[path] = (shape[1:], shape[0]) if stacked else (shape, None)
     return out
-
-
-def _walk(node: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, Any]]:
-    for name, child in node.items():
-        if isinstance(child, Mapping):
-            yield from _walk(child, (*path, name))
-        else:
-            yield (*path, name), child
 
 
 def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | None]]:

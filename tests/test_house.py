@@ -23,6 +23,7 @@ PACKAGES = ("pallas_kernels", "qlora_jax", "convert")
 ORDER = (
     "pallas_kernels",
     "qlora_jax.errors",
+    "qlora_jax.tree",
     "qlora_jax.patterns",
     "qlora_jax.config",
     "qlora_jax.nf4",
@@ -68,6 +69,7 @@ ALLOWED = {
         "convert",
         "pallas_kernels",
         "qlora_jax.errors",
+        "qlora_jax.tree",
         "qlora_jax.config",
         "qlora_jax.nf4",
         "qlora_jax.lora_config",
