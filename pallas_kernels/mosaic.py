@@ -1,0 +1,455 @@
+"""What Mosaic GPU lacks for table-coded weights: five small operations on registers.
+
+Pallas arrays live spread over the threads of a warpgroup. Mosaic's array operations
+cover everything a dequantization does but these: reading four bytes as one word,
+looking values up in shared memory, putting arrays side by side within a thread, and
+multiplying a coded tile on the tensor cores. Each is an `inline_mgpu` function of a few
+instructions, and beside it stands what it means on ordinary arrays, which is what the
+interpreter runs (it cannot run inline code): the rest of a kernel, its indexing, its
+loops and its synchronization, is the same program in both.
+
+Uses the internals of `jax.experimental.mosaic` that `inline_mgpu` hands out; checked
+with jax 0.11.2 and 0.12.0; 0.10 cannot interpret them. Imported only when a kernel is
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
+
+LANES = 32
+"""Threads of a warp; tables in shared memory are kept once for each."""
+WARPGROUP = 128
+"""Threads that share a Pallas array."""
+ROWS = 64
+"""Rows of a coded tile: four warps of 16."""
+BLOCK = 64
+"""Weights of a row that share a scale."""
+
+
+def strided(shape: tuple[int, ...], each: int = 1) -> Any:
+    """The layout in which a thread holds `each` neighbours of the row-major order."""
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=each)
+
+
+def load(ref: Any, each: int) -> jax.Array:
+    """Loads an array, `each` neighbouring elements a thread and access."""
+    return plgpu.layout_cast(ref[...], strided(ref.shape, each))
+
+
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Counts along an axis, int32 in the layout `strided(shape)`."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=strided(shape))
+
+
+def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Reads each four bytes as one little-endian int32.
+
+    Args:
+      x: uint8 [4 n] in the layout `strided((4 n,), 4)`.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      int32 [n] in the layout `strided((n,))`.
+    """
+    size = x.shape[0] // 4
+    if interpret:
+        return jax.lax.bitcast_convert_type(x.reshape(size, 4), jnp.int32)
+    layout = strided((size,))
+
+    @plgpu.inline_mgpu(
+        arg_types=(strided((4 * size,), 4),),
+        return_type=plgpu.ShapeDtypeStruct((size,), jnp.int32, layout=layout),
+    )
+    def words(ctx: Any, x: Any) -> Any:
+        del ctx
+        word = ir.VectorType.get((1,), _i32())
+        return _array(x, layout, lambda r: vector.bitcast(word, r), signed=True)
+
+    return words(x)
+
+
+def gather(
+    ref: Any, index: jax.Array, dtype: DTypeLike, *, interpret: bool, copies: int = 1
+) -> jax.Array:
+    """Looks up `ref[index]`, one element a thread and access.
+
+    Args:
+      ref: vector in shared or global memory. With `copies`, every value stands that
+        many times in a row, and each thread reads the copy of its own lane: 32 copies
+        of 4 bytes put lane i on bank i, so no two lanes ever wait for each other.
+      index: int32 of any shape, in the layout `strided(shape)`.
+      dtype: of the result: that of `ref`, or int32 for a `ref` of uint8.
+      interpret: whether the interpreter runs the kernel.
+      copies: of each value in `ref`, 1 or 32.
+
+    Returns:
+      The values, in the shape and layout of `index`.
+    """
+    if interpret:
+        return ref[...].reshape(-1, copies)[:, 0][index].astype(dtype)
+    layout = strided(index.shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), layout),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, dtype, layout=layout),
+    )
+    def look_up(ctx: Any, ref: Any, index: Any) -> Any:
+        del ctx
+        lane = _lane() if copies > 1 else None
+
+        def one(register: Any) -> Any:
+            at = _first(register)
+            if lane is not None:
+                at = arith.addi(arith.muli(at, _const(copies)), lane)
+            value = memref.load(ref, [_as_index(at)])
+            if value.type == ir.IntegerType.get_signless(8):
+                value = arith.extui(_i32(), value)
+            return vector.broadcast(ir.VectorType.get((1,), value.type), value)
+
+        integer = jnp.issubdtype(dtype, jnp.integer)
+        return _array(index, layout, one, signed=True if integer else None)
+
+    return look_up(ref, index)
+
+
+def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
+    """Puts arrays side by side: element i of part j becomes element `i * k + j`.
+
+    Costs nothing: the k values of a thread stay in its registers, as one vector.
+
+    Args:
+      parts: k float32 arrays [n] in the layout `strided((n,))`.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      float32 [n k] in the layout `strided((n k,), k)`.
+    """
+    if interpret:
+        return jnp.stack(parts, axis=-1).reshape(-1)
+    count, (size,) = len(parts), parts[0].shape
+    layout = strided((count * size,), count)
+
+    @plgpu.inline_mgpu(
+        arg_types=tuple(strided((size,)) for _ in parts),
+        return_type=plgpu.ShapeDtypeStruct((count * size,), jnp.float32, layout=layout),
+    )
+    def side_by_side(ctx: Any, *parts: Any) -> Any:
+        del ctx
+
+        def one(*registers: Any) -> Any:
+            joined = llvm.mlir_undef(ir.VectorType.get((count,), ir.F32Type.get()))
+            for j, register in enumerate(registers):
+                joined = vector.insert(
+                    _first(register), joined, dynamic_position=[], static_position=[j]
+                )
+            return joined
+
+        return _array(parts[0], layout, one, *parts[1:], signed=None)
+
+    return side_by_side(*parts)
+
+
+def prefetch(ref: Any, *, interpret: bool) -> None:
+    """Asks for the rows of a matrix of bytes in global memory to be brought to L2.
+
+    Args:
+      ref: uint8 [rows, bytes].
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        return
+    rows, width = ref.shape
+    line = 128
+    lines = -(-width // line)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def ask(ctx: Any, ref: Any) -> None:
+        del ctx
+        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        for start in range(0, rows * lines, WARPGROUP):
+            at = arith.minui(
+                arith.addi(thread, _const(start)), _const(rows * lines - 1)
+            )
+            row, column = arith.divui(at, _const(lines)), arith.remui(at, _const(lines))
+            column = arith.muli(column, _const(line))
+            pointer = _pointer(ref, row, column)
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [pointer],
+                "prefetch.global.L2 [$0];",
+                "l",
+                has_side_effects=True,
+            )
+
+    ask(ref)
+
+
+def accumulator(rows: int) -> Any:
+    """The layout of the sums [64, rows] of a coded tile."""
+    tiling = plgpu.Tiling(((ROWS, 8), (16, 8), (8, 8), (2,)))
+    layout = mgpu.TiledLayout(
+        tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1, _check_canonical=False
+    )
+    layout = layout.canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    )
+
+
+def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
+    """Stores an array in any layout; ready when the next barrier is passed.
+
+    An assignment would refuse layouts whose stores meet bank conflicts, which do not
+    matter for a few sums.
+
+    Args:
+      ref: in shared memory, of the shape of `x`.
+      x: array.
+      layout: that of `x`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        x.store_untiled(ref, optimized=False)
+
+    write(ref, x)
+
+
+def coded_product(
+    sums: jax.Array,
+    codes: Any,
+    x: Any,
+    scales: Any,
+    table: Any,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Adds `(table[codes] * scales) @ x.T` for a tile of 64 rows of the weight.
+
+    Every byte of codes is looked up as the pair of values it stands for, which is one
+    register of the left operand of `mma.m16n8k16`. The tensor core sums over a block of
+    64 weights, whose sum is then scaled once, in float32: the scale is never rounded,
+    the table's values are (to the dtype of `x`).
+
+    The order of the terms of a sum is free as long as both operands agree on it, and
+    is chosen so that a thread reads 8 neighbouring bytes of codes and 16 neighbouring
+    values of x. Within a block, thread q of the four that share a row holds weights
+    16 q to 16 q + 15; step s of four takes 16 q + 4 s + (0, 1) as the operand's columns
+    2 q and 2 q + 1, and 16 q + 4 s + (2, 3) as its columns 2 q + 8 and 2 q + 9.
+
+    Args:
+      sums: float32 [64, M] in the layout `accumulator(M)`.
+      codes: uint8 [64, 32 n] in global memory: n blocks of 64 rows.
+      x: bfloat16 or float16 [M, 64 n] in global memory, M a multiple of 8.
+      scales: float32 [64, n] in shared memory, one a row and block.
+      table: int32 [256 * 32] in shared memory: the pair for each byte, the first
+        value in the low half; 32 copies of each.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      The sums, in the same layout.
+    """
+    rows, width = x.shape
+    blocks = width // BLOCK
+    if interpret:
+        pairs = table[...].reshape(-1, LANES)[:, 0][codes[...].astype(jnp.int32)]
+        weight = jax.lax.bitcast_convert_type(pairs, x.dtype)  # [64, 32 n, 2]
+        weight = weight.reshape(ROWS, blocks, BLOCK).astype(jnp.float32)
+        inputs = x[...].reshape(rows, blocks, BLOCK).astype(jnp.float32)
+        parts = jnp.einsum("rbk,mbk->brm", weight, inputs)
+        return sums + (parts * scales[...].T[:, :, None]).sum(axis=0)
+    layout = accumulator(rows)
+    kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(x.dtype).name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, *(plgpu.RefType(),) * 4),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layout),
+    )
+    def product(ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any) -> Any:
+        del ctx
+        lane = _lane()
+        group = arith.divui(lane, _const(4))  # row of the left, column of the result
+        quad = arith.remui(lane, _const(4))
+        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        row = arith.addi(
+            arith.muli(arith.divui(thread, _const(LANES)), _const(16)), group
+        )
+        below = arith.addi(row, _const(8))
+
+        def bytes_at(row: Any, block: int) -> list[Any]:
+            column = arith.addi(arith.muli(quad, _const(8)), _const(32 * block))
+            return _load_words(codes, row, column, 2)
+
+        def inputs_at(tile: int, block: int) -> list[Any]:
+            column = arith.addi(arith.muli(quad, _const(16)), _const(64 * block))
+            at = arith.addi(group, _const(8 * tile))
+            return [
+                *_load_words(x, at, column, 4),
+                *_load_words(x, at, arith.addi(column, _const(8)), 4),
+            ]
+
+        # All that comes from far away is asked for before anything is waited for.
+        held = [(bytes_at(row, b), bytes_at(below, b)) for b in range(blocks)]
+        tiles = rows // 8
+        out = [[_elements(r) for r in pair] for pair in _pairs(sums.registers)]
+        for block, (upper, lower) in enumerate(held):
+            left = []
+            for step in range(4):
+                shift = 16 * (step % 2)
+                first = (upper[step // 2], lower[step // 2])
+                left.append(
+                    [
+                        _pair(table, word, shift + 8 * half, lane)
+                        for half in range(2)
+                        for word in first
+                    ]
+                )
+            scale = [
+                memref.load(scales, [_as_index(r), _as_index(_const(block))])
+                for r in (row, below)
+            ]
+            for tile in range(tiles):
+                right = inputs_at(tile, block)
+                part = [_zero()] * 4
+                for step in range(4):
+                    part = _mma(kind, part, left[step], right[2 * step : 2 * step + 2])
+                for half in range(2):
+                    out[tile][half] = [
+                        _fma(part[2 * half + i], scale[half], out[tile][half][i])
+                        for i in range(2)
+                    ]
+        flat = [_vector(elements) for pair in out for elements in pair]
+        registers = np.empty(len(flat), object)
+        registers[:] = flat
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(sums.registers.shape),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return product(sums, codes, x, scales, table)
+
+
+def _array(
+    like: Any,
+    layout: Any,
+    one: Callable[..., Any],
+    *others: Any,
+    signed: bool | None,
+) -> Any:
+    """Applies `one` to corresponding registers."""
+    registers = np.empty(like.registers.shape, object)
+    for i in np.ndindex(registers.shape):
+        registers[i] = one(like.registers[i], *(o.registers[i] for o in others))
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=layout.to_mgpu(), _is_signed=signed
+    )
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _const(value: int) -> Any:
+    return arith.constant(_i32(), value)
+
+
+def _zero() -> Any:
+    return arith.constant(ir.F32Type.get(), 0.0)
+
+
+def _as_index(value: Any) -> Any:
+    return arith.index_castui(ir.IndexType.get(), value)
+
+
+def _lane() -> Any:
+    return arith.remui(mgpu.utils.thread_idx(), _const(LANES))
+
+
+def _first(register: Any) -> Any:
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+def _elements(register: Any) -> list[Any]:
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i])
+        for i in range(2)
+    ]
+
+
+def _vector(elements: list[Any]) -> Any:
+    joined = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
+    for i, element in enumerate(elements):
+        joined = vector.insert(
+            element, joined, dynamic_position=[], static_position=[i]
+        )
+    return joined
+
+
+def _pairs(registers: Any) -> list[tuple[Any, Any]]:
+    """The upper and the lower register of each tile of 8 columns."""
+    flat = registers.reshape(-1)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _pointer(ref: Any, row: Any, column: Any) -> Any:
+    """A global pointer to an element of a matrix, computed in 64 bits."""
+    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    element = ir.MemRefType(ref.type).element_type
+    wide = ir.IntegerType.get_signless(64)
+    at = arith.addi(
+        arith.muli(arith.extui(wide, row), arith.constant(wide, strides[0])),
+        arith.extui(wide, column),
+    )
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], element)
+
+
+def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:
+    """Loads `count` neighbouring 32-bit words as one access."""
+    kind = ir.VectorType.get((count,), _i32())
+    loaded = llvm.load(kind, _pointer(ref, row, column), alignment=4 * count)
+    return [
+        vector.extract(loaded, dynamic_position=[], static_position=[i])
+        for i in range(count)
+    ]
+
+
+def _pair(table: Any, word: Any, shift: int, lane: Any) -> Any:
+    """The two values of byte `shift / 8` of a word, from the lane's own copy."""
+    byte = arith.andi(arith.shrui(word, _const(shift)), _const(0xFF))
+    at = arith.addi(arith.muli(byte, _const(LANES)), lane)
+    return memref.load(table, [_as_index(at)])
+
+
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    return arith.addf(c, arith.mulf(a, b))
+
+
+def _mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:
+    """One `mma.sync.m16n8k16`: 4 sums, 4 registers of the left, 2 of the right."""
+    f32 = ir.F32Type.get()
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*left, *right, *sums],
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        has_side_effects=False,
+    )
+    return [llvm.extractvalue(f32, result, [i]) for i in range(4)]

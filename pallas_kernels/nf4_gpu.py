@@ -1,0 +1,368 @@
+"""The NF4 kernels for NVIDIA GPUs, in Pallas (Mosaic GPU).
+
+`dequantize` writes a weight out, `product` multiplies a few rows with it without ever
+writing it. Both read the packed bytes of one layer where they lie in the stack of all
+layers, and both decode the 8-bit block scales of double quantization on the way.
+docs/nf4_kernels.md explains them with pictures and counts.
+
+What they share: a packed byte is decoded by looking it up in shared memory, where the
+table is kept once for each of the 32 lanes of a warp, so that no two lanes ever ask one
+bank. (Choosing among 16 values by comparing takes some 19 integer instructions a
+weight, twice the time that the memory traffic takes; a lookup takes three.)
+
+These are the bodies; `pallas_kernels.nf4` chooses, checks and differentiates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import BLOCK, LANES, ROWS, WARPGROUP
+from pallas_kernels.nf4 import NF4_CODE as _CODE
+
+
+class Packed(NamedTuple):
+    """A stack of packed weights; L is 1 for one that stands alone."""
+
+    codes: jax.Array
+    """uint8 [L, ...], N/2 bytes a layer."""
+    absmax: jax.Array
+    """float32 or uint8 [L, ...], N/64 a layer."""
+    nested: tuple[jax.Array, jax.Array, jax.Array] | None
+    """Of double quantization: scales [L, ceil(N/16384)], offset [L], table [L, 256]."""
+    layer: jax.Array
+    """int32 [1]: the layer that is meant."""
+
+    def operands(self, *codes_shape: int) -> list[jax.Array]:
+        """The arrays as a kernel takes them, codes in the given shape a layer."""
+        layers = self.codes.shape[0]
+        out = [self.layer, self.codes.reshape(layers, *codes_shape)]
+        out.append(self.absmax.reshape(layers, -1))
+        if self.nested is not None:
+            scales, offset, table = self.nested
+            out += [scales, offset.reshape(layers), table]
+        return out
+
+
+def dequantize_refusal(size: int, words: int | None = None) -> str | None:
+    """Says why `dequantize` cannot do a weight of so many elements, or None."""
+    unit = 8 * WARPGROUP * (words or 1)
+    if size % unit:
+        return f"it needs a multiple of {unit} weights, and this one has {size}."
+    return None
+
+
+def dequantize(
+    packed: Packed,
+    *,
+    shape: tuple[int, int],
+    dtype: DTypeLike,
+    words: int | None = None,
+    steps: int | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Writes one layer's weight.
+
+    A block of threads goes over `steps` tiles; in each, a thread reads `words` times 4
+    bytes of codes, 8 weights, and writes 16 bytes of them at a time (bf16), so that
+    every access of a warp covers neighbouring memory. The next tile's codes are asked
+    for before this tile is decoded.
+
+    Args:
+      packed: the stack.
+      shape: (O, I).
+      dtype: of the result.
+      words: 32-bit words of codes a thread and tile: 1, 2, 4 or 8.
+      steps: tiles a block of threads; any number.
+      interpret: False, or what `plgpu.kernel` takes.
+
+    Returns:
+      The weight [O, I].
+    """
+    size = math.prod(shape)
+    if words is None:
+        words = next(w for w in (4, 2, 1) if size % (8 * WARPGROUP * w) == 0)
+    tile = 8 * WARPGROUP * words
+    tiles = size // tile
+    if steps is None:
+        steps = 8
+    steps = next(s for s in range(min(steps, tiles), 0, -1) if tiles % s == 0)
+    nested = packed.nested is not None
+    table = np.repeat(_CODE, LANES)
+
+    def body(layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
+        rest = list(rest)
+        levels = [rest.pop(0) for _ in range(3)] if nested else []
+        table, out, table_s, *quant_map_s = rest
+        number = layer[0]
+        first = jax.lax.axis_index("block") * steps
+        table_s[...] = mosaic.load(table, 4)
+        if nested:
+            quant_map_s[0][...] = mosaic.load(levels[2].at[number], 2)
+
+        def fetch(step: Any) -> tuple[jax.Array, jax.Array]:
+            at = (first + step) * (tile // 2)
+            raw = mosaic.load(codes.at[number, pl.ds(at, tile // 2)], 4)
+            word = (first + step) * (tile // 8) + mosaic.iota((tile // 8,), 0)
+            kind = jnp.int32 if nested else jnp.float32
+            # Eight words hold the 64 weights that share a scale.
+            scale = mosaic.gather(
+                absmax.at[number], word >> 3, kind, interpret=bool(interpret)
+            )
+            return mosaic.as_words(raw, interpret=bool(interpret)), scale
+
+        def step(i: Any, fetched: tuple[jax.Array, jax.Array]) -> Any:
+            # Past the end the last tile is fetched again, and not used.
+            following = fetch(jnp.minimum(i + 1, steps - 1))
+            word, scale = fetched
+            if nested:
+                # A tile never straddles two groups: both are powers of two.
+                group = (first + i) * (tile // BLOCK) // 256
+                scale = mosaic.gather(
+                    quant_map_s[0], scale, jnp.float32, interpret=bool(interpret)
+                )
+                scale = _absmax(scale, levels[0][number, group], levels[1][number])
+            values = []
+            for k in range(8):
+                # Byte k // 2 of a little-endian word, the high nibble first.
+                shift = 8 * (k // 2) + (0 if k % 2 else 4)
+                code = (word >> shift) & 0xF
+                value = mosaic.gather(
+                    table_s,
+                    code,
+                    jnp.float32,
+                    interpret=bool(interpret),
+                    copies=LANES,
+                )
+                values.append(value * scale)
+            weights = mosaic.interleave(values, interpret=bool(interpret))
+            out[pl.ds((first + i) * tile, tile)] = weights.astype(out.dtype)
+            return following
+
+        jax.lax.fori_loop(0, steps, step, fetch(0))
+
+    scratch = [plgpu.SMEM((16 * LANES,), jnp.float32)]
+    if nested:
+        scratch.append(plgpu.SMEM((256,), jnp.float32))
+    run = _kernel(
+        body,
+        jax.ShapeDtypeStruct((size,), dtype),
+        scratch,
+        grid={"block": tiles // steps},
+        interpret=interpret,
+    )
+    return run(*packed.operands(size // 2), table).reshape(shape)
+
+
+class Split(NamedTuple):
+    """How a product's sums are shared out."""
+
+    groups: int
+    """Warpgroups of a block of threads; each sums over its share of in_features."""
+    parts: int
+    """Blocks of threads that share the sums of the same 64 out_features."""
+    chunk: int
+    """Blocks of 64 weights whose codes a thread asks for at once."""
+
+
+def split_for(shape: tuple[int, int], rows: int) -> Split | None:
+    """Shares out the sums of a product; None where the kernel cannot do the shape.
+
+    Enough warps to keep the memory busy (at least 16 for each of 132 multiprocessors,
+    where the weight is large enough), few enough registers to let them run.
+    """
+    out_features, in_features = shape
+    blocks = in_features // BLOCK
+    if out_features % ROWS or in_features % BLOCK:
+        return None
+    most = 8 if rows <= 16 else 4
+    for groups in (8, 4, 2, 1):
+        if groups > most or blocks % (2 * groups):
+            continue
+        tiles, parts = out_features // ROWS, 1
+        while (
+            tiles * parts * groups < 4 * 132
+            and parts < 16
+            and blocks % (4 * groups * parts) == 0
+        ):
+            parts *= 2
+        each = blocks // groups // parts
+        # Of 1,024 threads each has 64 registers; two blocks' codes and inputs fit.
+        most = 2 if groups == 8 else 4
+        chunk = next(c for c in range(most, 0, -1) if each % c == 0)
+        return Split(groups, parts, chunk)
+    return None
+
+
+def product(
+    x: jax.Array,
+    packed: Packed,
+    *,
+    shape: tuple[int, int],
+    split: Split,
+    interpret: Any = False,
+) -> jax.Array:
+    """Computes `x @ W.T` for a few rows, from the packed bytes.
+
+    The weight is the left operand of the tensor cores' `mma` and the rows of x, padded
+    to a multiple of 8, the right one. A block of threads takes 64 out_features; its
+    warpgroups share in_features and add up at the end through shared memory.
+
+    Args:
+      x: [M, I], bfloat16 or float16, M a multiple of 8 up to 64.
+      packed: the stack.
+      shape: (O, I).
+      split: see there.
+      interpret: False, or what `plgpu.kernel` takes.
+
+    Returns:
+      float32 [parts, O, M]: sums over parts of in_features, yet to be added up.
+    """
+    out_features, in_features = shape
+    rows = x.shape[0]
+    groups, parts, chunk = split
+    blocks = in_features // BLOCK
+    each = blocks // groups // parts
+    nested = packed.nested is not None
+    share = 256 * LANES // groups
+
+    def body(x: Any, layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
+        rest = list(rest)
+        levels = [rest.pop(0) for _ in range(3)] if nested else []
+        table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = rest
+        number = layer[0]
+        tile = jax.lax.axis_index("tile")
+        part = jax.lax.axis_index("part")
+        group = jax.lax.axis_index("group")
+        # In blocks of 64 weights, along in_features.
+        first = (part * groups + group) * each
+
+        def weights(block: Any, count: int) -> Any:
+            return codes.at[
+                number, pl.ds(tile * ROWS, ROWS), pl.ds(block * 32, count * 32)
+            ]
+
+        mosaic.prefetch(weights(first, each), interpret=bool(interpret))
+        mine = pl.ds(group * share, share)
+        table_s[mine] = mosaic.load(table.at[mine], 4)
+        if nested:
+            quant_map_s[0][group] = mosaic.load(levels[2].at[number], 2)
+        where = (ROWS, each)
+        index = (tile * ROWS + mosaic.iota(where, 0)) * blocks
+        index = index + (first + mosaic.iota(where, 1))
+        if nested:
+            code = mosaic.gather(
+                absmax.at[number], index, jnp.int32, interpret=bool(interpret)
+            )
+            scale = mosaic.gather(
+                quant_map_s[0].at[group],
+                code,
+                jnp.float32,
+                interpret=bool(interpret),
+            )
+            above = mosaic.gather(
+                levels[0].at[number], index >> 8, jnp.float32, interpret=bool(interpret)
+            )
+            scale = _absmax(scale, above, levels[1][number])
+        else:
+            scale = mosaic.gather(
+                absmax.at[number], index, jnp.float32, interpret=bool(interpret)
+            )
+        scales_s[group] = scale
+        plgpu.barrier_arrive(ready)
+        plgpu.barrier_wait(ready)
+
+        def step(i: Any, sums: jax.Array) -> jax.Array:
+            return mosaic.coded_product(
+                sums,
+                weights(first + i * chunk, chunk),
+                x.at[:, pl.ds((first + i * chunk) * BLOCK, chunk * BLOCK)],
+                scales_s.at[group, :, pl.ds(i * chunk, chunk)],
+                table_s,
+                interpret=bool(interpret),
+            )
+
+        layout = mosaic.accumulator(rows)
+        sums = plgpu.layout_cast(jnp.zeros((ROWS, rows), jnp.float32), layout)
+        sums = jax.lax.fori_loop(0, each // chunk, step, sums)
+        mosaic.store(sums_s.at[group], sums, layout, interpret=bool(interpret))
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+        @pl.when(group == 0)
+        def _() -> None:
+            total = mosaic.load(sums_s.at[0], 4)
+            for other in range(1, groups):
+                total = total + mosaic.load(sums_s.at[other], 4)
+            out[part, pl.ds(tile * ROWS, ROWS)] = total
+
+    scratch = [
+        plgpu.SMEM((256 * LANES,), jnp.int32),
+        plgpu.SMEM((groups, ROWS, each), jnp.float32),
+        plgpu.SMEM((groups, ROWS, rows), jnp.float32),
+        plgpu.Barrier(num_arrivals=groups),
+        plgpu.Barrier(num_arrivals=groups),
+    ]
+    if nested:
+        scratch.append(plgpu.SMEM((groups, 256), jnp.float32))
+    run = _kernel(
+        body,
+        jax.ShapeDtypeStruct((parts, out_features, rows), jnp.float32),
+        scratch,
+        grid={"tile": out_features // ROWS, "part": parts},
+        threads=groups,
+        interpret=interpret,
+    )
+    table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
+    return run(x, *packed.operands(out_features, in_features // 2), table)
+
+
+def _kernel(
+    body: Any,
+    out: Any,
+    scratch: list[Any],
+    *,
+    grid: dict[str, int],
+    interpret: Any,
+    threads: int | None = None,
+) -> Any:
+    settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    if threads is not None:
+        settings |= {"num_threads": threads, "thread_name": "group"}
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=tuple(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=mgpu.LoweringSemantics.Lane
+        ),
+        **settings,
+    )
+
+
+def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
+    # As in `nf4.dequantize_absmax`: a maximum that changes nothing finite keeps
+    # product and sum from being contracted into one rounding.
+    lowest = float(np.finfo(np.float32).min)
+    return jnp.maximum(value * scale, lowest) + offset
+
+
+@functools.cache
+def _pair_table(dtype: str) -> np.ndarray:
+    """The two values of each byte in 16 bits, as int32, the first in the low half."""
+    values = _CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
+    byte = np.arange(256)
+    return (values[byte >> 4] | values[byte & 0xF] << 16).view(np.int32)
