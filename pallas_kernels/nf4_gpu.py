@@ -32,6 +32,10 @@ from pallas_kernels.mosaic import BLOCK, LANES, ROWS, WARPGROUP
 from pallas_kernels.nf4 import NF4_CODE as _CODE
 
 
+MOST_ROWS = 64
+"""Rows that `product` takes at most."""
+
+
 class Packed(NamedTuple):
     """A stack of packed weights; L is 1 for one that stands alone."""
 
@@ -184,7 +188,7 @@ def split_for(shape: tuple[int, int], rows: int) -> Split | None:
     """
     out_features, in_features = shape
     blocks = in_features // BLOCK
-    if out_features % ROWS or in_features % BLOCK:
+    if out_features % ROWS or in_features % BLOCK or rows > MOST_ROWS:
         return None
     most = 8 if rows <= 16 else 4
     for groups in (8, 4, 2, 1):
@@ -210,7 +214,7 @@ def product(
     packed: Packed,
     *,
     shape: tuple[int, int],
-    split: Split,
+    split: Split | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Computes `x @ W.T` for a few rows, from the packed bytes.
@@ -220,16 +224,20 @@ def product(
     warpgroups share in_features and add up at the end through shared memory.
 
     Args:
-      x: [M, I], bfloat16 or float16, M a multiple of 8 up to 64.
+      x: [M, I], bfloat16 or float16, M up to `MOST_ROWS`.
       packed: the stack.
       shape: (O, I).
-      split: see there.
+      split: how the sums are shared out; default `split_for`.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
-      float32 [parts, O, M]: sums over parts of in_features, yet to be added up.
+      float32 [M, O].
     """
     out_features, in_features = shape
+    count = x.shape[0]
+    split = split_for(shape, count) if split is None else split
+    assert split is not None
+    x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     rows = x.shape[0]
     groups, parts, chunk = split
     blocks = in_features // BLOCK
@@ -325,7 +333,13 @@ def product(
         interpret=interpret,
     )
     table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
-    return run(x, *packed.operands(out_features, in_features // 2), table)
+    sums = run(x, *packed.operands(out_features, in_features // 2), table)
+    return sums.sum(axis=0)[:, :count].T
+
+
+def interpreter() -> Any:
+    """What makes Pallas interpret a kernel, on any device, looking for races."""
+    return plgpu.InterpretGPUParams(detect_races=True)
 
 
 def _kernel(
