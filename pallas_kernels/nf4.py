@@ -12,9 +12,9 @@ Layouts, for a weight of shape [O, I] (out_features, in_features) flattened row 
 Under double quantization `absmax` is itself 8-bit: index into a 256-entry table, times
 a scale for each 256 blocks, plus one offset for the tensor (`Nested`).
 
-Stacked layers: with `layer`, codes, absmax and the arrays of `nested` have one more axis
-in front and the weight is that layer's. A kernel reads it where it lies; cut out of the
-stack first, it would be copied.
+Stacked layers: with `layer`, codes, absmax and the arrays of `nested` have one more
+axis in front and the weight is that layer's. A kernel reads it where it lies; cut out
+of the stack first, it would be copied.
 
 The one idea of `nf4_matmul`: its derivative keeps the packed bytes as the only residual
 of the weight and dequantizes once more, so training holds no 16-bit copy of a layer
@@ -27,7 +27,7 @@ import functools
 import importlib.resources
 import json
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ FUSED_ROWS = 32
 """Rows that "pallas" multiplies without writing the weight out, where none were
 measured: bitsandbytes' own table for an H100 has 4 to 32."""
 
-Implementation = Literal["xla", "pallas", "interpret"]
+IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 """What computes: plain XLA; the kernels of `nf4_gpu`; or those run by Pallas's
 interpreter, slowly and anywhere, for tests."""
 
@@ -117,7 +117,7 @@ def nf4_dequantize(
     block_size: int = 64,
     nested_block_size: int = 256,
     layer: Int32[Array, ""] | int | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "O I"]:
     """Computes `NF4_CODE[codes] * absmax[block]`, rounded once to `dtype`.
 
@@ -159,7 +159,7 @@ def nf4_matmul(
     block_size: int = 64,
     nested_block_size: int = 256,
     layer: Int32[Array, ""] | int | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` with `W = nf4_dequantize(...)` in the dtype of `x`.
 
@@ -215,7 +215,7 @@ def device_kind() -> str:
 
 @functools.cache
 def tuned(kind: str) -> dict[str, Any]:
-    """What `scripts/bench_kernels.py` measured on a kind of device; empty if nothing."""
+    """What was measured on a kind of device (scripts/bench_kernels.py); may be empty."""
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".json"
     file = importlib.resources.files("pallas_kernels") / "tuned" / name
     return json.loads(file.read_text()) if file.is_file() else {}
@@ -228,7 +228,7 @@ class _Meta(NamedTuple):
     out_dtype: str | None
     block_size: int
     nested_block_size: int
-    implementation: Implementation | None
+    implementation: str | None
 
     @property
     def name(self) -> str:
@@ -246,11 +246,11 @@ class _Packed(NamedTuple):
         if self.layer is None:
             return self
         arrays = (self.codes, self.absmax, self.nested)
-        cut = jax.tree.map(
+        codes, absmax, nested = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False),
             arrays,
         )
-        return _Packed(*cut, None)
+        return _Packed(codes, absmax, nested, None)
 
 
 def _packed(
@@ -300,7 +300,7 @@ def _check(
             f"{absmax.size}."
         )
     chosen = meta.implementation
-    if chosen not in (None, "xla", "pallas", "interpret"):
+    if chosen is not None and chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`{caller}`: implementation={chosen!r} does not exist. Choose 'xla', "
             "'pallas', or None for what is known to be fastest here."
@@ -317,7 +317,9 @@ def _check(
 def _kernel_refusal(meta: _Meta) -> str | None:
     """Says why the kernels cannot do this weight on this device, or None."""
     if tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11):
-        return f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
+        return (
+            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
+        )
     if meta.block_size != 64 or meta.nested_block_size != 256:
         return (
             "they know blocks of 64 weights and 256 scales, not "
