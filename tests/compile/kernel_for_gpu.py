@@ -2,12 +2,12 @@
 
     python kernel_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' OUT
 
-For request number n, OUT/n holds what Mosaic GPU writes: the kernel's PTX, what ptxas
-says of it, and the host code (LLVM) that launches it; and memory.json, the buffers of
-the whole program. A request names the arguments of `pallas_kernels.nf4_gpu`, and how
-many layers the stack has that is passed.
+For request number n, OUT/n holds what Mosaic GPU writes: kernel.ptx, kernel.ptxas (what
+ptxas says of it) and kernel.ll (the host code that launches it); and memory.json, the
+buffers of the whole program. A request names the arguments of `pallas_kernels.nf4_gpu`,
+and how many layers the stack has that is passed.
 
-A process of its own: the environment has to stand before jax is imported.
+A process of its own: the environment has to stand before jax starts.
 """
 
 import json
@@ -16,14 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from step_for_gpu import H200
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from step_for_gpu import H200
 
 from pallas_kernels import nf4_gpu
+
+KEPT = ("ptx", "ptxas", "ll")
 
 
 def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
@@ -78,10 +81,21 @@ def main(requests: list[dict[str, Any]], out: Path) -> None:
     for number, wanted in enumerate(requests):
         folder = out / str(number)
         folder.mkdir()
-        for what in ("PTX", "PTXAS", "HOST_LLVM"):
-            os.environ[f"MOSAIC_GPU_DUMP_{what}"] = "1"
-        os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+        os.environ |= {
+            "MOSAIC_GPU_DUMP_TO": str(folder),
+            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+        }
         memory = lower(wanted, device).compile().memory_analysis()
+        for kind in KEPT:
+            made = list(folder.glob(f"*.{kind}"))
+            if len(made) != 1:
+                raise SystemExit(
+                    f"{len(made)} files .{kind} for {wanted}: each request must make "
+                    "one kernel, and none that an earlier one made."
+                )
+            made[0].rename(folder / f"kernel.{kind}")
+        for other in folder.glob("*.log"):
+            other.unlink()
         sizes = {"temporaries": memory.temp_size_in_bytes}
         (folder / "memory.json").write_text(json.dumps(sizes))
 

@@ -121,7 +121,9 @@ def read_launch(host: str) -> Launch:
     loads = re.findall(rf"{number} = load ptr, ptr {number}", host)
     values = {name: places[source] for name, source in loads}
     slots = dict(
-        re.findall(rf"{number} = getelementptr {{.*}}, ptr %\d+, i32 0, i32 (\d+)", host)
+        re.findall(
+            rf"{number} = getelementptr {{.*}}, ptr %\d+, i32 0, i32 (\d+)", host
+        )
     )
     parameters = {
         int(slots[slot]): values[value]
@@ -214,7 +216,9 @@ def _operand(text: str, named: Callable[[str], str]) -> tuple:
     if text[0] == "{":
         return "vec", [_operand(t.strip(), named) for t in text[1:-1].split(",")]
     if text[0] == "[":
-        base, offset = re.fullmatch(r"\[([^+\s]+)\s*(?:\+\s*(-?\d+))?\s*\]", text).groups()
+        base, offset = re.fullmatch(
+            r"\[([^+\s]+)\s*(?:\+\s*(-?\d+))?\s*\]", text
+        ).groups()
         return "mem", _operand(base, named), int(offset or 0)
     if "|" in text:
         return "vec", [_operand(t, named) for t in text.split("|")]
@@ -305,7 +309,9 @@ class _Memory:
         self.output = arrays[-1]
         self.written = np.zeros(len(self.bytes[-1]), np.int32)
 
-    def locate(self, address: np.ndarray, width: int, text: str) -> tuple[int, np.ndarray]:
+    def locate(
+        self, address: np.ndarray, width: int, text: str
+    ) -> tuple[int, np.ndarray]:
         """Array and offsets of addresses, which must all lie in one."""
         (array,) = set((address >> np.uint64(_REGION)).tolist()) or {0}
         array -= 1
@@ -342,7 +348,12 @@ class _Block:
         block: tuple[int, ...],
     ):
         n = launch.threads
-        self.program, self.launch, self.memory, self.trace = program, launch, memory, trace
+        self.program, self.launch, self.memory, self.trace = (
+            program,
+            launch,
+            memory,
+            trace,
+        )
         self.n = n
         self.thread = np.arange(n)
         self.warp = self.thread // WARP
@@ -351,7 +362,10 @@ class _Block:
         constants |= {"%tid.x": self.thread, "%warpid": self.warp, "%ntid.x": n}
         for axis, at, size in zip("xyz", block, launch.grid, strict=True):
             constants |= {f"%ctaid.{axis}": at, f"%nctaid.{axis}": size}
-        constants |= {"__dynamic_shmem__": SHARED_BASE, "__dynamic_shmem__0": SHARED_BASE}
+        constants |= {
+            "__dynamic_shmem__": SHARED_BASE,
+            "__dynamic_shmem__0": SHARED_BASE,
+        }
         self.r: dict[str, np.ndarray] = {
             k: np.broadcast_to(np.asarray(v, np.uint64), (n,))
             for k, v in constants.items()
@@ -378,7 +392,9 @@ class _Block:
             runnable = ~(self.done | self.blocked)
             if not runnable.any():
                 at = np.unique(self.at[self.blocked] - 1).tolist()
-                raise Fault(f"threads wait for ever: {[instructions[i].text for i in at]}")
+                raise Fault(
+                    f"threads wait for ever: {[instructions[i].text for i in at]}"
+                )
             here = self.at[runnable].min()
             mask = runnable & (self.at == here)
             while True:
@@ -402,7 +418,11 @@ class _Block:
                         raise Unsupported(f"unknown instruction: {i.text}")
                     handler(i)
                 here += 1
-                if here in labels or self.blocked.any() or i.op[0] in ("bar", "mbarrier"):
+                if (
+                    here in labels
+                    or self.blocked.any()
+                    or i.op[0] in ("bar", "mbarrier")
+                ):
                     break
 
     # Values.
@@ -452,7 +472,9 @@ class _Block:
         out, value = i.operands
         if value[0] == "vec":
             each = bits // len(value[1])
-            parts = [self.u(v, each) << np.uint64(k * each) for k, v in enumerate(value[1])]
+            parts = [
+                self.u(v, each) << np.uint64(k * each) for k, v in enumerate(value[1])
+            ]
             self.put(out, np.bitwise_or.reduce(parts), bits)
         elif out[0] == "vec":
             each = bits // len(out[1])
@@ -497,11 +519,13 @@ class _Block:
     def _product(self, i: Instruction) -> tuple[np.ndarray, int]:
         _, part, kind = i.op
         bits = _bits(kind)
-        if part not in ("lo", "wide"):
+        if part not in ("lo", "wide", "hi") or (bits == 64 and part != "lo"):
             raise Unsupported(i.text)
         pick = self.s if kind[0] == "s" else self.u
         product = pick(i.operands[1], bits) * pick(i.operands[2], bits)
-        return product.view(np.uint64), bits if part == "lo" else 2 * bits
+        if part == "hi":
+            product = product >> product.dtype.type(bits)
+        return product.view(np.uint64), 2 * bits if part == "wide" else bits
 
     def _fma(self, i: Instruction) -> None:
         if i.op != ("fma", "rn", "f32"):
@@ -574,7 +598,10 @@ class _Block:
         if i.op != ("bfe", "u32"):
             raise Unsupported(i.text)
         a, at, count = (self.u(o, 32) for o in i.operands[1:])
-        at, count = at & np.uint64(255), np.minimum(count & np.uint64(255), np.uint64(32))
+        at, count = (
+            at & np.uint64(255),
+            np.minimum(count & np.uint64(255), np.uint64(32)),
+        )
         value = np.where(at < 32, a >> np.minimum(at, np.uint64(31)), np.uint64(0))
         self.put(i.operands[0], value & ((np.uint64(1) << count) - np.uint64(1)), 32)
 
@@ -615,7 +642,9 @@ class _Block:
         wide = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
         if how == ["rn"] and of == "f32" and to in narrow:
             parts = [narrow[to](self.f(o)).astype(np.uint64) for o in i.operands[1:]]
-            value = parts[0] << np.uint64(16) | parts[1] if len(parts) == 2 else parts[0]
+            value = (
+                parts[0] << np.uint64(16) | parts[1] if len(parts) == 2 else parts[0]
+            )
             self.put(i.operands[0], value, 16 * len(parts))
         elif not how and to == "f32" and of in wide:
             value = self.u(i.operands[1], 16).astype(np.uint16).view(wide[of])
@@ -692,7 +721,12 @@ class _Block:
         return offset // 4
 
     def _ordered(
-        self, i: Instruction, first: np.ndarray, count: int, threads: np.ndarray, load: bool
+        self,
+        i: Instruction,
+        first: np.ndarray,
+        count: int,
+        threads: np.ndarray,
+        load: bool,
     ) -> None:
         """Faults on an access that no barrier orders after an earlier one."""
         warps = self.warp[threads]
@@ -721,7 +755,12 @@ class _Block:
                 raise Fault(f"two threads store to one word: {i.text}")
 
     def _sectors(
-        self, i: Instruction, array: int, offset: np.ndarray, width: int, threads: np.ndarray
+        self,
+        i: Instruction,
+        array: int,
+        offset: np.ndarray,
+        width: int,
+        threads: np.ndarray,
     ) -> None:
         keys = self.warp[threads] << 40
         sectors = np.unique(keys | offset >> 5) >> 40
@@ -733,7 +772,9 @@ class _Block:
 
     def _access(self, i: Instruction, array: int | None, width: int) -> Access:
         key = (self.here, array)
-        return self.trace.accesses.setdefault(key, Access(i.text, i.op[0], array, width))
+        return self.trace.accesses.setdefault(
+            key, Access(i.text, i.op[0], array, width)
+        )
 
     def _prefetch(self, i: Instruction) -> None:
         if i.op != ("prefetch", "global", "L2"):
@@ -745,7 +786,8 @@ class _Block:
     # Warps and barriers.
 
     def _whole_warps(self, i: Instruction) -> None:
-        if not (self.active.reshape(-1, WARP).all(1) | ~self.active.reshape(-1, WARP).any(1)).all():
+        count = np.count_nonzero(self.active.reshape(-1, WARP), axis=1)
+        if not np.isin(count, (0, WARP)).all():
             raise Fault(f"not all lanes of a warp arrive: {i.text}")
 
     def _elect(self, i: Instruction) -> None:
@@ -893,7 +935,12 @@ class _Block:
 _NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 _COMPARE |= {"gt": np.greater, "ge": np.greater_equal}
-_COMPARE |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+_COMPARE |= {
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 
 
 def _bits(kind: str) -> int:
