@@ -25,7 +25,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
 LANES = 32
 """Threads of a warp; tables in shared memory are kept once for each."""
@@ -106,13 +106,14 @@ def gather(
     )
     def look_up(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
-        lane = _lane() if copies > 1 else None
+        own = _own(ref) if copies > 1 else None
 
         def one(register: Any) -> Any:
             at = _first(register)
-            if lane is not None:
-                at = arith.addi(arith.muli(at, _const(copies)), lane)
-            value = memref.load(ref, [_as_index(at)])
+            if own is not None:
+                value = own(at)
+            else:
+                value = memref.load(ref, [_as_index(at)])
             if value.type == ir.IntegerType.get_signless(8):
                 value = arith.extui(_i32(), value)
             return vector.broadcast(ir.VectorType.get((1,), value.type), value)
@@ -312,6 +313,7 @@ def coded_product(
 
         # All that comes from far away is asked for before anything is waited for.
         held = [(bytes_at(row, b), bytes_at(below, b)) for b in range(blocks)]
+        own = _own(table)
         tiles = rows // 8
         out = [[_elements(r) for r in pair] for pair in _pairs(sums.registers)]
         for block, (upper, lower) in enumerate(held):
@@ -321,7 +323,7 @@ def coded_product(
                 first = (upper[step // 2], lower[step // 2])
                 left.append(
                     [
-                        _pair(table, word, shift + 8 * half, lane)
+                        _pair(own, word, shift + 8 * half)
                         for half in range(2)
                         for word in first
                     ]
@@ -445,15 +447,33 @@ def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:
     ]
 
 
-def _pair(table: Any, word: Any, shift: int, lane: Any) -> Any:
-    """The two values of byte `shift / 8` of a word, from the lane's own copy."""
-    byte = arith.andi(arith.shrui(word, _const(shift)), _const(0xFF))
-    at = arith.addi(arith.muli(byte, _const(LANES)), lane)
-    return memref.load(table, [_as_index(at)])
+def _own(table: Any) -> Callable[[Any], Any]:
+    """Looks up values of 4 bytes in the lane's own of 32 copies.
+
+    Three instructions: shift, select and join in one, load. For that, the address is
+    computed in bytes, and the lane is read from its register: of `thread % 32` the
+    compiler would join the remainder instead, which takes one more for every lookup.
+    """
+    element = ir.MemRefType(table.type).element_type
+    byte = ir.IntegerType.get_signless(8)
+    lane = arith.muli(nvvm.read_ptx_sreg_laneid(), _const(4))
+    start = mgpu.utils.memref_ptr(table)
+
+    def look_up(index: Any) -> Any:
+        at = arith.ori(arith.muli(index, _const(4 * LANES)), lane)
+        at = arith.extui(ir.IntegerType.get_signless(64), at)
+        return llvm.load(element, mgpu.utils.getelementptr(start, [at], byte))
+
+    return look_up
+
+
+def _pair(own: Callable[[Any], Any], word: Any, shift: int) -> Any:
+    """The two values of byte `shift / 8` of a word."""
+    return own(arith.andi(arith.shrui(word, _const(shift)), _const(0xFF)))
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    return arith.addf(c, arith.mulf(a, b))
+    return llvm.intr_fma(a, b, c)
 
 
 def _mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:

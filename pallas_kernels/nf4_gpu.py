@@ -208,9 +208,9 @@ def split_for(
         ):
             parts *= 2
         each = blocks // groups // parts
-        # Of 1,024 threads each has 64 registers; two blocks' codes and inputs fit.
-        most = 2 if groups == 8 else 4
-        chunk = next(c for c in range(most, 0, -1) if each % c == 0)
+        # What fits in the registers of a thread, 64 of 1,024 threads or 128 of 512;
+        # ptxas spills where one more block's codes and inputs are asked for.
+        chunk = 2 if rows <= 32 and each % 2 == 0 else 1
         return Split(groups, parts, chunk)
     return None
 

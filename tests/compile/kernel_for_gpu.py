@@ -1,0 +1,104 @@
+"""Compiles NF4 kernels for an H200 on a machine without a GPU, and keeps their PTX.
+
+    python kernel_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' OUT
+
+For request number n, OUT/n holds what Mosaic GPU writes: kernel.ptx, kernel.ptxas (what
+ptxas says of it) and kernel.ll (the host code that launches it); and memory.json, the
+buffers of the whole program. A request names the arguments of `pallas_kernels.nf4_gpu`,
+and how many layers the stack has that is passed.
+
+A process of its own: the environment has to stand before jax starts.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from step_for_gpu import H200
+
+from pallas_kernels import nf4_gpu
+
+KEPT = ("ptx", "ptxas", "ll")
+
+
+def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
+    """Traces one kernel for packed weights that are yet to come."""
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    rows, columns = shape = tuple(wanted["shape"])
+    layers, size = wanted["layers"], rows * columns
+    nested = None
+    if wanted["nested"]:
+        nested = (
+            array((layers, -(-size // 16384)), jnp.float32),
+            array((layers,), jnp.float32),
+            array((layers, 256), jnp.float32),
+        )
+    packed = nf4_gpu.Packed(
+        codes=array((layers, rows, columns // 2), jnp.uint8),
+        absmax=array(
+            (layers, rows, columns // 64),
+            jnp.float32 if nested is None else jnp.uint8,
+        ),
+        nested=nested,
+        layer=array((1,), jnp.int32),
+    )
+    dtype = jnp.dtype(wanted["dtype"])
+    options = wanted["options"]
+    if wanted["kernel"] == "dequantize":
+
+        def dequantize(packed: Any) -> jax.Array:
+            return nf4_gpu.dequantize(packed, shape=shape, dtype=dtype, **options)
+
+        return jax.jit(dequantize).lower(packed)
+
+    rows = wanted["rows"]
+    split = options.get("split")
+    split = nf4_gpu.Split(*split) if split else nf4_gpu.split_for(shape, rows)
+
+    def product(x: jax.Array, packed: Any) -> jax.Array:
+        return nf4_gpu.product(x, packed, shape=shape, split=split)
+
+    return jax.jit(product).lower(array((rows, columns), dtype), packed)
+
+
+def main(requests: list[dict[str, Any]], out: Path) -> None:
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+    device = NamedSharding(mesh, PartitionSpec())
+    for number, wanted in enumerate(requests):
+        folder = out / str(number)
+        folder.mkdir()
+        os.environ |= {
+            "MOSAIC_GPU_DUMP_TO": str(folder),
+            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+        }
+        memory = lower(wanted, device).compile().memory_analysis()
+        for kind in KEPT:
+            made = list(folder.glob(f"*.{kind}"))
+            if len(made) != 1:
+                raise SystemExit(
+                    f"{len(made)} files .{kind} for {wanted}: each request must make "
+                    "one kernel, and none that an earlier one made."
+                )
+            made[0].rename(folder / f"kernel.{kind}")
+        for other in folder.glob("*.log"):
+            other.unlink()
+        sizes = {"temporaries": memory.temp_size_in_bytes}
+        (folder / "memory.json").write_text(json.dumps(sizes))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
