@@ -434,7 +434,11 @@ def _pointer(ref: Any, row: Any, column: Any) -> Any:
         arith.muli(arith.extui(wide, row), arith.constant(wide, strides[0])),
         arith.extui(wide, column),
     )
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], element)
+    # Said to be global: of a pointer of any kind the hardware finds out at each access.
+    base = llvm.addrspacecast(
+        ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref)
+    )
+    return mgpu.utils.getelementptr(base, [at], element)
 
 
 def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:

@@ -215,7 +215,7 @@ def device_kind() -> str:
 
 @functools.cache
 def tuned(kind: str) -> dict[str, Any]:
-    """What was measured on a kind of device (scripts/bench_kernels.py); may be empty."""
+    """What scripts/bench_kernels.py measured on a kind of device; may be empty."""
     name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".json"
     file = importlib.resources.files("pallas_kernels") / "tuned" / name
     return json.loads(file.read_text()) if file.is_file() else {}
