@@ -435,9 +435,7 @@ def _pointer(ref: Any, row: Any, column: Any) -> Any:
         arith.extui(wide, column),
     )
     # Said to be global: of a pointer of any kind the hardware finds out at each access.
-    base = llvm.addrspacecast(
-        ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref)
-    )
+    base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
     return mgpu.utils.getelementptr(base, [at], element)
 
 

@@ -15,12 +15,18 @@ from pallas_kernels.nf4 import FUSED_ROWS, tuned
 
 NEW_JAX = tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
-kernels = pytest.mark.skipif(
-    not NEW_JAX, reason="the kernels need jax 0.11, which Python 3.11 cannot have"
-)
+OLD = "the kernels need jax 0.11, which Python 3.11 cannot have"
+
+
+def kernels(test):
+    """Marks what runs the kernels in the interpreter."""
+    return pytest.mark.interpret(pytest.mark.skipif(not NEW_JAX, reason=OLD)(test))
+
+
+INTERPRETED = [pytest.mark.interpret, pytest.mark.skipif(not NEW_JAX, reason=OLD)]
 IMPLEMENTATIONS = [
     "xla",
-    pytest.param("interpret", marks=kernels),
+    pytest.param("interpret", marks=INTERPRETED),
     pytest.param("pallas", marks=pytest.mark.gpu),
 ]
 LAYERS = 3
@@ -233,7 +239,7 @@ def test_gradient_is_the_product_with_the_dequantized_weight(implementation, row
 
 
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("interpret", marks=kernels)]
+    "implementation", ["xla", pytest.param("interpret", marks=INTERPRETED)]
 )
 def test_a_scan_over_layers_keeps_packed_bytes_only(implementation):
     shape = (64, 64 * 4)
