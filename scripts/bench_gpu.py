@@ -45,6 +45,7 @@ from pallas_kernels import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
+from qlora_jax.errors import UserError
 from qlora_jax.generate import generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -123,7 +124,9 @@ def read_bytes(config: LlamaConfig, batch: int, context: int, rank: int) -> dict
         config.num_key_value_heads,
         config.head_dim,
     ).projections
-    packed = sum(p.layers * shapes.packed_bytes(p.shape, double_quant=True) for p in layer)
+    packed = sum(
+        p.layers * shapes.packed_bytes(p.shape, double_quant=True) for p in layer
+    )
     head = 2 * config.vocab_size * config.hidden_size
     heads = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     return {
@@ -281,10 +284,35 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=128, help="decode: new tokens timed")
     p.add_argument("--repeats", type=int, default=3, help="decode: generations timed")
     p.add_argument("--length", type=int, default=2048, help="train: tokens a row")
-    p.add_argument("--steps", type=int, default=24, help="train: steps, the first apart")
+    p.add_argument(
+        "--steps", type=int, default=24, help="train: steps, the first apart"
+    )
     p.add_argument("--remat", choices=("full", "save_matmuls", "none"), default="full")
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
     return p
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes or loads the model and measures it."""
+    if args.checkpoint:
+        config, base = convert.load_llama(args.checkpoint, quantization="nf4_dq")
+        base = jax.tree.map(jnp.asarray, base)
+    else:
+        config = config_of(args.size)
+        base = random_base(config)
+    if args.command == "decode":
+        names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
+        return decode(config, base, **{name: getattr(args, name) for name in names})
+    if args.checkpoint:
+        text = (ROOT / "README.md").read_text()
+        tokens = text_batches(args.checkpoint, text, 4, args.batch, args.length)
+    else:
+        rng = np.random.default_rng(0)
+        size = (2, args.batch, args.length)
+        tokens = rng.integers(0, config.vocab_size, size).astype(np.int32)
+    names = ("kernels", "remat", "steps", "rank")
+    named = {name: getattr(args, name) for name in names}
+    return train(config, base, tokens, **named)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -302,26 +330,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    if args.checkpoint:
-        config, base = convert.load_llama(args.checkpoint, quantization="nf4_dq")
-        base = jax.tree.map(jnp.asarray, base)
-    else:
-        config = config_of(args.size)
-        base = random_base(config)
-    if args.command == "decode":
-        names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
-        found = decode(config, base, **{name: getattr(args, name) for name in names})
-    else:
-        if args.checkpoint:
-            text = (ROOT / "README.md").read_text()
-            tokens = text_batches(args.checkpoint, text, 4, args.batch, args.length)
-        else:
-            rng = np.random.default_rng(0)
-            size = (2, args.batch, args.length)
-            tokens = rng.integers(0, config.vocab_size, size).astype(np.int32)
-        names = ("kernels", "remat", "steps", "rank")
-        named = {name: getattr(args, name) for name in names}
-        found = train(config, base, tokens, **named)
+    try:
+        found = run(args)
+    except (ValueError, UserError) as error:
+        if args.kernels != "pallas":
+            raise
+        found = {"unavailable": str(error)[:1000]}
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     found = {"device": device.device_kind, "options": options, **found}
     print(json.dumps(found | {"versions": versions()}))

@@ -28,6 +28,7 @@ DEVICE.json to pallas_kernels/tuned/. Without a GPU it writes nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -243,11 +244,13 @@ class Worker:
 
         def read() -> None:
             assert process.stdout is not None
-            for line in process.stdout:
-                lines.put(line)
+            with process.stdout:
+                for line in process.stdout:
+                    lines.put(line)
             lines.put("")
 
-        threading.Thread(target=read, daemon=True).start()
+        self.reader = threading.Thread(target=read, daemon=True)
+        self.reader.start()
         self.lines = lines
         found = self.receive(LONGEST_ROW)
         return {"error": found["failed"]} if "failed" in found else found
@@ -262,7 +265,7 @@ class Worker:
         if not line:
             last = (self.log.read_text().strip().splitlines() or ["no message"])[-1]
             code = self.process.wait() if self.process else None
-            self.process = None
+            self.close()
             return {"failed": f"process ended with status {code}: {last}"[:1000]}
         return json.loads(line)
 
@@ -286,6 +289,9 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
+            self.reader.join()
             self.process = None
 
 
@@ -446,6 +452,10 @@ def table(result: dict[str, Any]) -> str:
     for name, found in (
         ("Failed", [f"{k}: {v}" for k, v in result["failures"].items()]),
         (
+            "bitsandbytes failed",
+            [f"{k}: {v}" for k, v in result["peer_failures"].items()],
+        ),
+        (
             "Not available",
             [f"{why} ({len(t)} rows)" for why, t in result["unavailable"].items()],
         ),
@@ -516,11 +526,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {**ask.described, "method": METHOD, "complete": False}
         result |= {"options": {"models": models, "kinds": kinds, "quick": args.quick}}
         result |= {"rows": [], "failures": {}, "unavailable": {}, "left_out": []}
-        result["peer"] = "not asked for"
+        result |= {"peer": "not asked for", "peer_failures": {}}
         name = f"kernels_{slug(result['device'])}"
 
         def save() -> None:
             write(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
+            write(args.output / f"{name}.md", table(result))
 
         try:
             found = ask({"do": "ceilings"})
@@ -543,20 +554,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for task in tasks(models, kinds, quick=True)
                     if task.implementation == "xla" and task.shape
                 ]
-                run_tasks(theirs, peer, result, budget, save=save, say=say)
+                beside = {**result, "failures": result["peer_failures"]}
+                run_tasks(theirs, peer, beside, budget, save=save, say=say)
             peer.close()
             say(f"bitsandbytes: {result['peer']}")
     result["complete"] = True
     save()
-    write(args.output / f"{name}.md", table(result))
     chosen = choices(result)
     if chosen["fused_rows"] or chosen["dequantize"]:
         path = args.tuned / f"{slug(result['device'])}.json"
         write(path, json.dumps(chosen, indent=1) + "\n")
-    say(f"{args.output / name}.json, .md: {len(result['rows'])} rows, ")
     say(
+        f"{args.output / name}.json, .md: {len(result['rows'])} rows, "
         f"{len(result['failures'])} failures, {len(result['left_out'])} left out for "
-        f"want of time"
+        "want of time"
     )
     return 1 if result["failures"] else 0
 
