@@ -413,9 +413,65 @@ def test_a_lost_process_costs_one_row(bench, tmp_path, monkeypatch):
     assert ask.process is None
 
 
+def test_the_timing_process_answers_line_by_line(bench, repository, tmp_path):
+    # As it runs on a GPU, but for the question whether there is one.
+    script = str(repository / "scripts/time_kernels.py")
+    program = (
+        f"import os, runpy\nnames = runpy.run_path({script!r})\n"
+        "main = names['main']\n"
+        "main.__globals__['describe'] = lambda: {'device': 'none', 'machine': {}}\n"
+        "main.__globals__['ceilings'] = lambda: print('aside') or os.system('echo x')\n"
+        "main()\n"
+    )
+    ask = bench.Worker([sys.executable, "-c", program], tmp_path / "log")
+    assert ask.described == {"device": "none", "machine": {}}
+    assert ask({"do": "ceilings"}) == {"ceilings": 0}
+    request = bench.Task("dequantize", "xla", (64, 64)).request(1) | {"copies": 2}
+    assert ask(request)["timing"]["device_us"] > 0
+    ask.close()
+
+
 def test_a_python_that_is_not_there_is_said(bench, tmp_path):
     ask = bench.Worker([str(tmp_path / "none")], tmp_path / "log")
     assert "No such file" in ask.described["error"]
+
+
+class Fake:
+    """In place of a process with a GPU: pallas takes half the time of xla."""
+
+    def __init__(self, command, log):
+        self.peer = "peer_gpu.py" in command[1]
+        self.described = {"device": "Fake GPU 1", "machine": {"jax": "0.0"}}
+        if self.peer:
+            self.described = {"error": "ModuleNotFoundError: bitsandbytes"}
+
+    def __call__(self, request):
+        if request["do"] == "ceilings":
+            return {"ceilings": CEILING}
+        if request["kind"] == "backward":
+            return {"failed": "differs from xla: all"}
+        return {"timing": timing(50.0 if request["implementation"] == "xla" else 25.0)}
+
+    def close(self):
+        pass
+
+
+def test_a_run_writes_results_table_and_choices(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.main.__globals__, "Worker", Fake)
+    options = ["--output", str(tmp_path), "--tuned", str(tmp_path / "tuned")]
+    options += ["--peer-python", "python-of-the-peer"]
+    assert bench.main([*options, "--quick"]) == 1  # the backward pass failed
+    result = json.loads((tmp_path / "kernels_fake-gpu-1.json").read_text())
+    assert result["complete"] and len(result["failures"]) == 8
+    assert len(result["rows"]) + 8 == len(bench.tasks(("8b",), quick=True))
+    assert "bitsandbytes: was not there: ModuleNotFoundError" in capsys.readouterr().out
+    text = (tmp_path / "kernels_fake-gpu-1.md").read_text()
+    assert text == bench.table(result)
+    tuned = json.loads((tmp_path / "tuned/fake-gpu-1.json").read_text())
+    assert tuned["fused_rows"]["1024x4096"] == 16
+    assert tuned["dequantize"]["4096x14336"] == "pallas"
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert bench.main([*options, "--only", "dequantize"]) == 0
 
 
 def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
