@@ -51,29 +51,36 @@ def busy(events: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def device_events(folder: Path) -> list[tuple[float, float]]:
-    """Reads (start, duration) in ns of what ran on the GPU from a profiler's trace."""
-    found = []
-    for file in folder.rglob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                # Other lines sum these up, gaps included.
-                if line.name.startswith("Stream"):
-                    found += [(e.start_ns, e.duration_ns) for e in line.events]
+def profile(run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
+    """Runs under the profiler; returns "plane: line" -> (start, duration) in ns.
+
+    Only devices' lines have their events read; those of the host are named.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 1
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+                for line in plane.lines:
+                    events = line.events if plane.name.startswith("/device:") else ()
+                    kept = found.setdefault(f"{plane.name}: {line.name}", [])
+                    kept += [(e.start_ns, e.duration_ns) for e in events]
     return found
 
 
 def traced(run: Callable[[], Any]) -> float:
-    """Runs under the profiler; returns the seconds the GPU was busy, 0 if unknown."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 1
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            run()
-        return busy(device_events(Path(folder))) / 1e9
+    """Returns the seconds that the GPU was busy while `run` ran, 0 if unknown."""
+    # Lines other than the streams sum these up, gaps included.
+    return 1e-9 * busy(
+        event
+        for name, events in profile(run).items()
+        if name.startswith("/device:GPU") and ": Stream" in name
+        for event in events
+    )
 
 
 def measure(
@@ -143,11 +150,14 @@ def ceilings(size: int = 2 << 30, width: int = 8192, **how: Any) -> dict[str, An
     a, b = (jax.random.normal(_key(i), (width, width), jnp.bfloat16) for i in (1, 2))
     dot = jax.jit(jnp.dot)
     product = measure(lambda _: dot(a, b), keep=2, **how)
+    lines = profile(lambda: dot(a, b).block_until_ready())
     return {
         "copy_gb_s": 2 * size / copy["device_us"] / 1e3,
         "copy": copy | {"bytes": 2 * size},
         "matmul_tflop_s": 2 * width**3 / product["device_us"] / 1e6,
         "matmul": product | {"width": width},
+        # What a trace consists of here, should the times come from the clock.
+        "trace": {name: len(events) for name, events in lines.items()},
     }
 
 

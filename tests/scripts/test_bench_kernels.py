@@ -284,6 +284,7 @@ def test_ceilings_are_a_copy_and_a_product(worker):
     )["ceilings"]
     assert found["copy_gb_s"] > 0 and found["matmul_tflop_s"] > 0
     assert found["copy"]["bytes"] == 2 << 16
+    assert any(name.startswith("/host") for name in found["trace"])
 
 
 # --- From answers to files ---
