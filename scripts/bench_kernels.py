@@ -6,10 +6,12 @@
     python scripts/bench_kernels.py --dry-run             # what would run, in its order
 
 Measured: `nf4_dequantize` to bf16 (8-bit and float32 block scales, of one weight and of
-a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient dX, for
-the implementations "xla" and "pallas"; all projections of all layers in one program
-("pass"); and two ceilings, a device copy and a large bf16 product. With `--peer-python`
-(torch and bitsandbytes on the same GPU) bitsandbytes beside them.
+a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient dX; all
+projections of all layers in one program ("pass"); and two ceilings, a device copy and a
+large bf16 product. Each by "xla" and by the kernels, which multiply in two ways: here
+"pallas" is to write the weight out and leave the product to XLA, "fused" (few rows) is
+never to write it. With `--peer-python` (torch and bitsandbytes on the same GPU)
+bitsandbytes beside them.
 
 How a time is taken: scripts/time_kernels.py, which does it in a process of its own. A
 kernel that takes its process down, or does not end, costs its own row. GB/s counts the
@@ -17,9 +19,9 @@ bytes that must move (packed weight, `x` and result, once each) whatever an
 implementation moves; the floor of a row is the longer of its bytes and its operations
 at the two ceilings.
 
-"pallas" is compared with "xla" first: weights, and products with one-hot rows, must be
-equal; other products agree within rounding. What differs is a failure (exit status 1)
-and is not timed.
+The kernels are compared with "xla" first: weights must be equal, bit for bit; products
+agree with those in float32, and with one-hot rows show each weight. What differs is a
+failure (exit status 1) and is not timed.
 
 Writes kernels_DEVICE.json and .md to benchmarks/ and, for choosing an implementation,
 DEVICE.json to pallas_kernels/tuned/. Without a GPU it writes nothing.
@@ -35,6 +37,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,7 +55,8 @@ from pallas_kernels.shapes import MODELS, ROWS, distinct, packed_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("dequantize", "matmul", "backward")
-IMPLEMENTATIONS = ("xla", "pallas")
+# A product of at most so many rows may be computed from the packed bytes.
+FEW_ROWS = 64
 # Weights and results of the calls in turn: several times the cache of any GPU.
 ROTATED_BYTES = 512 << 20
 # One implementation is faster than another if by more than this: less is noise.
@@ -76,6 +80,7 @@ class Task:
     kind: str
     """Of `KINDS`."""
     implementation: str
+    """"xla", "pallas", "fused" or, of the peer, "bitsandbytes"."""
     shape: tuple[int, int] | None
     """(O, I); None = a pass, all projections of all layers of `model`."""
     rows: int = 0
@@ -139,10 +144,13 @@ def tasks(
     """Lists what there is to time, the most important first."""
     out: dict[Task, int] = {}
 
-    def add(rank: int, kind: str, *arguments: Any, **named: Any) -> None:
-        for one in IMPLEMENTATIONS:
+    def add(rank: int, kind: str, shape: Any, rows: int = 0, **named: Any) -> None:
+        few = 0 < rows <= FEW_ROWS
+        for one in ("xla", "fused" if few else "pallas"):
             if kind in kinds:
-                out.setdefault(Task(kind, one, *arguments, **named), rank)
+                out.setdefault(Task(kind, one, shape, rows, **named), rank)
+        if few and not quick and kind in kinds and shape:
+            out.setdefault(Task(kind, "pallas", shape, rows, **named), 7)
 
     for model in models:
         add(0, "dequantize", None, model=model)
@@ -156,7 +164,7 @@ def tasks(
         if quick:
             continue
         for rows in ROWS:
-            add(6 if rows <= 64 else 8, "matmul", shape, rows)
+            add(6 if rows <= FEW_ROWS else 8, "matmul", shape, rows)
         add(7, "dequantize", shape, stacked=False)
         add(9, "dequantize", shape, double_quant=False)
         for rows in BACKWARD_ROWS:
@@ -173,12 +181,15 @@ def tunable_tasks(models: Sequence[str], kinds: Sequence[str]) -> list[Task]:
     return [
         Task(
             kind,
-            "pallas",
+            one,
             shape,
             rows,
             tuning=tuple(zip(tunables, values, strict=True)),
         )
-        for kind, rows in (("dequantize", 0), *(("matmul", r) for r in TUNED_ROWS))
+        for kind, one, rows in (
+            ("dequantize", "pallas", 0),
+            *(("matmul", "fused", rows) for rows in TUNED_ROWS),
+        )
         if kind in kinds and tunables
         for shape in distinct(tuple(models))
         for values in itertools.product(*tunables.values())
@@ -360,8 +371,8 @@ def choices(result: dict[str, Any]) -> dict[str, Any]:
     """Derives the data of pallas_kernels/tuned from measured rows.
 
     Returns:
-      device, jax; fused_rows: "OxI" -> the most rows for which "pallas" was faster
-      than "xla" at every measured number of rows up to it, 0 if not at the fewest;
+      device, jax; fused_rows: "OxI" -> the most rows for which "fused" was the fastest
+      at every measured number of rows up to it, 0 if not at the fewest;
       dequantize: "OxI" -> the faster implementation ("xla" where the difference is
       noise); tuning: "kind OxI rows" -> the fastest candidate, where there were any.
     """
@@ -385,14 +396,13 @@ def choices(result: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"fused_rows": {}, "dequantize": {}}
     lost = set()
     for (kind, shape, rows), both in sorted(times.items()):
-        if not set(IMPLEMENTATIONS) <= set(both):
-            continue
-        wins = both["pallas"] * MARGIN < both["xla"]
-        if kind == "dequantize":
+        if kind == "dequantize" and {"xla", "pallas"} <= set(both):
+            wins = both["pallas"] * MARGIN < both["xla"]
             out["dequantize"][shape] = "pallas" if wins else "xla"
-        elif kind == "matmul":
+        elif kind == "matmul" and {"xla", "fused"} <= set(both):
             out["fused_rows"].setdefault(shape, 0)
-            if not wins:
+            others = min(us for name, us in both.items() if name != "fused")
+            if both["fused"] * MARGIN >= others:
                 lost.add(shape)
             elif shape not in lost:
                 out["fused_rows"][shape] = rows
@@ -445,8 +455,8 @@ def table(result: dict[str, Any]) -> str:
             )
     chosen = choices(result)
     if chosen["fused_rows"]:
-        lines += ["", "Rows up to which the fused product is faster, at every number "]
-        lines[-1] += "of rows measured: " + ", ".join(
+        lines += ["", "Rows up to which the fused product is the fastest: "]
+        lines[-1] += ", ".join(
             f"{shape} {rows}" for shape, rows in chosen["fused_rows"].items()
         )
     for name, found in (
@@ -469,7 +479,7 @@ def table(result: dict[str, Any]) -> str:
 
 def slug(device: str) -> str:
     """A file name for a device."""
-    return "-".join(device.lower().split())
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write(path: Path, text: str) -> None:

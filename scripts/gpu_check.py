@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -431,7 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "parts": {},
         "complete": False,
     }
-    name = f"gpu_check_{'-'.join(result['device'].lower().split())}"
+    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    name = f"gpu_check_{slug}"
 
     def save() -> None:
         write(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")

@@ -67,6 +67,8 @@ def test_the_important_tasks_come_first_and_none_twice(bench):
         "dequantize 8b pass xla",
         "dequantize 8b pass pallas",
     ]
+    assert not any(t.implementation == "fused" for t in todo if t.rows > 64)
+    assert not any(t.implementation == "fused" for t in todo if t.kind != "matmul")
     for implementation in ("xla", "pallas"):
         rows = {
             t.rows
@@ -351,8 +353,9 @@ def test_what_was_left_out_is_said(bench):
 def test_choices_follow_the_measured_times(bench):
     result = empty()
 
-    def add(kind, shape, rows, xla, pallas, **named):
-        for one, us in (("xla", xla), ("pallas", pallas)):
+    def add(kind, shape, rows, xla, ours, **named):
+        name = "fused" if kind == "matmul" and rows <= 64 else "pallas"
+        for one, us in (("xla", xla), (name, ours)):
             if us is not None:
                 task = bench.Task(kind, one, shape, rows, **named)
                 result["rows"].append(bench.row(task, timing(us), CEILING))
@@ -362,6 +365,12 @@ def test_choices_follow_the_measured_times(bench):
         add("matmul", small, rows, xla, pallas)
     add("matmul", wide, 1, 9, 9)
     add("matmul", wide, 2, 9, 1)
+    # Faster than xla, but not than dequantizing with the kernel first.
+    add("matmul", (4096, 4096), 1, 9, 5)
+    add("matmul", (4096, 4096), 2, 9, 6)
+    task = bench.Task("matmul", "pallas", (4096, 4096), 2)
+    result["rows"].append(bench.row(task, timing(5), CEILING))
+    add("matmul", small, 128, 9, 1)  # many rows: not fused
     add("matmul", (64, 64), 1, 9, None)  # nothing to compare with
     add("dequantize", small, 0, 10, 9)
     add("dequantize", wide, 0, 10, 9.95)  # noise
@@ -376,11 +385,11 @@ def test_choices_follow_the_measured_times(bench):
     assert bench.choices(result) == {
         "device": "NVIDIA H200",
         "jax": "0.0",
-        "fused_rows": {"1024x4096": 2, "14336x4096": 0},
+        "fused_rows": {"1024x4096": 2, "14336x4096": 0, "4096x4096": 1},
         "dequantize": {"1024x4096": "pallas", "14336x4096": "xla"},
         "tuning": {"dequantize 1024x4096 0": {"tile": 8}},
     }
-    assert "1024x4096 2, 14336x4096 0" in bench.table(result)
+    assert "1024x4096 2, 14336x4096 0, 4096x4096 1" in bench.table(result)
 
 
 # --- The processes ---
