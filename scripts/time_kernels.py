@@ -318,8 +318,8 @@ def mismatch(request: Request) -> str | None:
     """Compares with "xla" and with float32; returns what differs, None if nothing.
 
     Weights must be equal bit for bit. A product with a row of a single 1 is one weight,
-    where a kernel may have rounded the table's value instead of it: within two
-    roundings, while another table value is further than that. Other products are sums,
+    where a kernel may have rounded the table's value instead of it: a relative 1/128
+    at most, and neighbouring table values are over 1/5 apart. Other products are sums,
     in an order that is the implementation's affair.
     """
     differing = []
@@ -337,7 +337,7 @@ def mismatch(request: Request) -> str | None:
         got, want = this(layer, exact, packed), reference(layer, exact, packed)
         if request["rows"]:
             got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-            wrong = int(jnp.sum(~(jnp.abs(got - want) <= jnp.abs(want) / 128)))
+            wrong = int(jnp.sum(~(jnp.abs(got - want) <= jnp.abs(want) / 64)))
         else:
             wrong = int(jnp.sum(got != want))
         if wrong:
@@ -352,10 +352,11 @@ def mismatch(request: Request) -> str | None:
         wide = jnp.dot(
             x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST
         )
-        # Results have 8 bits; where large terms cancel, the rounding of the sums
-        # counts against the size of a typical result.
+        # Results have 8 bits. Table values of 8 bits add an error that does not shrink
+        # where terms cancel: of 65,536 products the largest is 1/115 of the typical
+        # size, and there are up to 10^8.
         size = jnp.sqrt(jnp.mean(wide * wide))
-        bound = jnp.abs(wide) / 256 + size / 128
+        bound = jnp.abs(wide) / 256 + size / 64
         for name, function in (("this", this), ("xla", reference)):
             error = jnp.abs(function(layer, x, packed).astype(jnp.float32) - wide)
             wrong = int(jnp.sum(~(error <= bound)))

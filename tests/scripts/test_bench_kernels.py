@@ -262,6 +262,27 @@ def test_one_wrong_weight_is_found_and_not_timed(bench, worker, monkeypatch):
     assert "1 of this beyond rounding" in found
 
 
+def test_the_two_ways_of_a_product_are_told_apart(bench, worker, monkeypatch):
+    names, seen = worker.operation.__globals__, []
+    before = names["kernels"].tuned
+
+    def spy(x, *arguments, implementation, shape, **named):
+        seen.append((implementation, names["kernels"].tuned("any")["fused_rows"]))
+        return jnp.zeros((x.shape[0], shape[0]), x.dtype)
+
+    monkeypatch.setitem(names, "nf4_matmul", spy)
+    for one in ("xla", "pallas", "fused"):
+        request = bench.Task("matmul", one, (64, 128), 4).request(1)
+        x = worker.operand(request, (64, 128))
+        worker.operation(request, (64, 128))(0, x, (None, None, None))
+    assert seen == [
+        ("xla", {"64x128": 0}),
+        ("pallas", {"64x128": 0}),
+        ("pallas", {"64x128": 4}),
+    ]
+    assert names["kernels"].tuned is before
+
+
 def test_a_refused_implementation_is_not_a_failure(bench, worker, monkeypatch):
     names = worker.operation.__globals__
 
