@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_PEER ?= .venv-peer
 VENV_GPU ?= .venv-gpu
+VENV_CUDA ?= .venv-cuda
 # Test processes. XLA compiles in the main thread, so one process a core pays.
 JOBS ?= 2
 # Given on the command line: MODEL and DATA for the demo, ARGS for pytest or a script.
@@ -22,11 +23,11 @@ BIN := $(VENV)/bin
 SOURCES := qlora_jax pallas_kernels convert scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types format peer compile bench clean
+.PHONY: help demo test unit lint types format peer compile bench gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test unit lint types format peer compile bench clean"
+	@echo "targets: demo test unit lint types format peer compile bench gpu clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew.
@@ -86,7 +87,16 @@ compile: $(VENV_GPU)/.installed
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
+# On a machine with an NVIDIA GPU: its tests and benchmarks, in an environment with CUDA.
+$(VENV_CUDA)/.installed: pyproject.toml
+	@$(VENV_CUDA)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_CUDA)
+	$(VENV_CUDA)/bin/python -m pip install --quiet --editable '.[dev,cuda]'
+	@touch $@
+
+gpu: $(VENV_CUDA)/.installed
+	$(VENV_CUDA)/bin/python scripts/gpu_check.py $(ARGS)
+
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .venv .venv312 .venv-peer .venv-gpu
+	rm -rf .venv .venv312 .venv-peer .venv-gpu .venv-cuda

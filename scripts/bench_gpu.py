@@ -1,0 +1,346 @@
+"""Decoding and training speed of a QLoRA model on this machine's GPU.
+
+    python scripts/bench_gpu.py decode --size 8b --batch 1 --context 1024
+    python scripts/bench_gpu.py train --size 8b --batch 4 --length 2048 --remat full
+    python scripts/bench_gpu.py train --checkpoint path/to/hf-llama --length 512
+
+Random weights of a real model's sizes are made on the device (`--size`; NF4 with double
+quantization, LoRA on every projection), so no checkpoint is needed; `--checkpoint`
+trains a real one on the README's text. One JSON object is the last line of output.
+
+`decode`: tokens/s after the prefill, as the time of a generation of 1 + `--tokens` new
+tokens less that of one; best of `--repeats`. The floor is the packed weights and the
+output head read once a step at the bandwidth of `COPY`.
+
+`train`: the jitted `train_step`; the median step after the first. MFU counts what the
+mathematics needs: 4 operations a frozen weight and token (no gradient of it is taken),
+6 a trained one, attention forward 1 and backward 2.5 times; recomputation counts as
+time, not as work.
+
+Without a GPU it says so and ends with 1: these figures mean nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import convert
+from pallas_kernels import shapes
+from qlora_jax import nf4
+from qlora_jax import tree as trees
+from qlora_jax.config import LlamaConfig
+from qlora_jax.errors import UserError
+from qlora_jax.generate import generate_tokens
+from qlora_jax.linear import Compute
+from qlora_jax.llama import Llama
+from qlora_jax.lora import bind
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
+from qlora_jax.memory import abstract_base, tree_bytes, tree_size
+from qlora_jax.model import load_tokenizer
+from qlora_jax.runner import versions
+from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+# Device -> bytes/s that a large copy reaches, read and written.
+COPY = {"NVIDIA H200": 4.3e12}
+# Device -> bf16 operations/s of the data sheet, dense.
+PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
+
+
+def config_of(size: str) -> LlamaConfig:
+    """The configuration of a model in `shapes.MODELS`."""
+    model = shapes.MODELS[size]
+    fields = {f.name for f in dataclasses.fields(LlamaConfig)}
+    sizes = {k: v for k, v in dataclasses.asdict(model).items() if k in fields}
+    return LlamaConfig(**sizes, max_position_embeddings=131072, rope_theta=500000.0)
+
+
+def random_base(config: LlamaConfig, seed: int = 0) -> Any:
+    """Makes a base on the device, projections in NF4 with weights around 0.03."""
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 64)
+    out: dict[str, Any] = {}
+    dtype = "bfloat16"
+    for i, (path, leaf) in enumerate(
+        trees.walk(abstract_base(config, quantization="nf4_dq", dtype=dtype))
+    ):
+        first, second = jax.random.split(keys[i])
+        if isinstance(leaf, nf4.NF4Tensor):
+            value: Any = dataclasses.replace(
+                leaf,
+                codes=jax.random.bits(first, leaf.codes.shape, jnp.uint8),
+                absmax=jax.random.bits(second, leaf.absmax.shape, jnp.uint8),
+                nested_absmax=jnp.full(leaf.nested_absmax.shape, 0.01, jnp.float32),
+                nested_offset=jnp.full(leaf.nested_offset.shape, 0.05, jnp.float32),
+                nested_quant_map=jnp.broadcast_to(
+                    jnp.asarray(nf4.DYNAMIC_MAP), leaf.nested_quant_map.shape
+                ),
+            )
+        elif "norm" in path[-2]:
+            value = jnp.ones(leaf.shape, dtype)
+        else:
+            value = jax.random.normal(first, leaf.shape, jnp.bfloat16)
+            value = value * jnp.bfloat16(0.02)
+        trees.put(out, path, value)
+    return out
+
+
+def adapters_for(base: Any, rank: int) -> tuple[LoraConfig, Any]:
+    """LoRA on every projection, with an update that is not zero."""
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+    adapters = init_adapters(jax.random.key(1), base, lora)
+    return lora, jax.tree.map(lambda a: a + jnp.float32(1e-3), adapters)
+
+
+def read_bytes(config: LlamaConfig, batch: int, context: int, rank: int) -> dict:
+    """Counts the bytes that decoding one token in each row reads.
+
+    Returns:
+      weights: packed projections and the bf16 head; adapters: float32 LoRA factors;
+      cache: bf16 keys and values of `context` tokens in `batch` rows.
+    """
+    layer = shapes.Model(
+        "",
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    ).projections
+    packed = sum(
+        p.layers * shapes.packed_bytes(p.shape, double_quant=True) for p in layer
+    )
+    head = 2 * config.vocab_size * config.hidden_size
+    heads = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return {
+        "weights": packed + head,
+        "adapters": sum(4 * rank * sum(p.shape) * p.layers for p in layer),
+        "cache": 2 * 2 * heads * context * batch,
+    }
+
+
+def step_flops(config: LlamaConfig, base: Any, adapters: Any, length: int) -> float:
+    """Counts the operations of a training step for one token; see the module's text."""
+    leaves = jax.tree.leaves(
+        base["model"]["layers"], is_leaf=lambda x: isinstance(x, nf4.NF4Tensor)
+    )
+    frozen = sum(
+        leaf.codes.shape[0] * math.prod(leaf.shape)
+        for leaf in leaves
+        if isinstance(leaf, nf4.NF4Tensor)
+    )
+    frozen += config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * config.head_dim
+    attention = 2.0 * length * width * config.num_hidden_layers  # causal: half
+    return 4.0 * frozen + 6.0 * tree_size(adapters) + 3.5 * attention
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process has used on the device, where it says."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def decode(
+    config: LlamaConfig,
+    base: Any,
+    *,
+    kernels: Any,
+    batch: int,
+    context: int,
+    tokens: int,
+    repeats: int = 3,
+    rank: int = 16,
+    dtype: Any = "bfloat16",
+) -> dict[str, Any]:
+    """Times `generate_tokens` on random prompts of `context` tokens."""
+    lora, adapters = adapters_for(base, rank)
+    variables = {"params": base, "lora": bind(adapters, base, lora)}
+    model = Llama(config, Compute(dtype=dtype, kernels=kernels))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.vocab_size, (batch, context)).tolist()
+    seconds: dict[int, list[float]] = {}
+    generated = []
+    for new in (1, 1 + tokens):
+        for _ in range(1 + repeats):
+            started = time.perf_counter()
+            generated = generate_tokens(model, variables, prompts, max_new_tokens=new)
+            seconds.setdefault(new, []).append(time.perf_counter() - started)
+    prefill, whole = (min(times[1:]) for times in seconds.values())
+    assert all(len(row) == context + 1 + tokens for row in generated)
+    reads = read_bytes(config, batch, context, rank)
+    device = jax.devices()[0].device_kind
+    floor = None
+    if device in COPY:
+        floor = batch * COPY[device] / reads["weights"]
+    return {
+        "tokens_per_s": batch * tokens / (whole - prefill),
+        "ms_per_step": 1e3 * (whole - prefill) / tokens,
+        "prefill_ms": 1e3 * prefill,
+        "prefill_tokens_per_s": batch * context / prefill,
+        "compile_s": [times[0] - min(times[1:]) for times in seconds.values()],
+        "seconds": list(seconds.values()),
+        "read_bytes": reads,
+        "floor_tokens_per_s": floor,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def train(
+    config: LlamaConfig,
+    base: Any,
+    tokens: np.ndarray,
+    *,
+    kernels: Any,
+    remat: Any,
+    steps: int,
+    rank: int = 16,
+    learning_rate: float = 1e-4,
+    dtype: Any = "bfloat16",
+) -> dict[str, Any]:
+    """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn."""
+    lora, adapters = adapters_for(base, rank)
+    compute = Compute(dtype=dtype, remat=remat, lora=lora, kernels=kernels)
+    settings = TrainConfig(
+        steps=steps, learning_rate=learning_rate, lr_scheduler="constant"
+    )
+    optimizer = make_optimizer(settings, steps)
+    flops = step_flops(config, base, adapters, tokens.shape[-1])
+    state = init_state(adapters, optimizer, jax.random.key(2))
+    # The state's buffers are given away, and two of its leaves may share one.
+    state = jax.tree.map(jnp.array, state)
+    del adapters
+    batches = [
+        {"tokens": one[None], "labels": one[None]} for one in jnp.asarray(tokens)
+    ]
+    step = jax.jit(
+        partial(train_step, model=Llama(config, compute), optimizer=optimizer),
+        donate_argnums=0,
+    )
+    started = time.perf_counter()
+    compiled = step.lower(state, base, batches[0]).compile()
+    compile_s = time.perf_counter() - started
+    seconds, losses = [], []
+    for i in range(steps):
+        started = time.perf_counter()
+        state, metrics = compiled(state, base, batches[i % len(batches)])
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - started)
+    middle = statistics.median(seconds[1:])
+    per_second = math.prod(tokens.shape[1:]) / middle
+    peak = PEAK.get(jax.devices()[0].device_kind)
+    plan: Any = compiled.memory_analysis()
+    return {
+        "tokens_per_s": per_second,
+        "step_s": middle,
+        "seconds": seconds,
+        "losses": losses,
+        "finite": bool(np.isfinite(losses).all()),
+        "compile_s": compile_s,
+        "flops_per_token": flops,
+        "mfu": per_second * flops / peak if peak else None,
+        "peak_bytes": peak_bytes(),
+        "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes,
+        "base_bytes": tree_bytes(base),
+    }
+
+
+def text_batches(
+    directory: Path, text: str, batches: int, batch: int, length: int
+) -> np.ndarray:
+    """Tokens of a text under a checkpoint's tokenizer, repeated to [N, B, T]."""
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise SystemExit(f"bench_gpu: `{directory}` has no tokenizer")
+    ids = np.asarray(tokenizer(text)["input_ids"], np.int32)
+    return np.resize(ids, (batches, batch, length))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Builds the command line."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("command", choices=("decode", "train"))
+    p.add_argument("--size", choices=tuple(shapes.MODELS), default="8b")
+    p.add_argument("--checkpoint", type=Path, help="HF directory, in place of --size")
+    p.add_argument("--kernels", choices=("auto", "xla", "pallas"), default="auto")
+    p.add_argument("--batch", type=int, default=1, help="rows")
+    p.add_argument("--context", type=int, default=1024, help="decode: prompt (tokens)")
+    p.add_argument("--tokens", type=int, default=128, help="decode: new tokens timed")
+    p.add_argument("--repeats", type=int, default=3, help="decode: generations timed")
+    p.add_argument("--length", type=int, default=2048, help="train: tokens a row")
+    p.add_argument(
+        "--steps", type=int, default=24, help="train: steps, the first apart"
+    )
+    p.add_argument("--remat", choices=("full", "save_matmuls", "none"), default="full")
+    p.add_argument("--rank", type=int, default=16, help="of the adapters")
+    return p
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes or loads the model and measures it."""
+    if args.checkpoint:
+        config, base = convert.load_llama(args.checkpoint, quantization="nf4_dq")
+        base = jax.tree.map(jnp.asarray, base)
+    else:
+        config = config_of(args.size)
+        base = random_base(config)
+    if args.command == "decode":
+        names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
+        return decode(config, base, **{name: getattr(args, name) for name in names})
+    if args.checkpoint:
+        text = (ROOT / "README.md").read_text()
+        tokens = text_batches(args.checkpoint, text, 4, args.batch, args.length)
+    else:
+        rng = np.random.default_rng(0)
+        size = (2, args.batch, args.length)
+        tokens = rng.integers(0, config.vocab_size, size).astype(np.int32)
+    names = ("kernels", "remat", "steps", "rank")
+    named = {name: getattr(args, name) for name in names}
+    return train(config, base, tokens, **named)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one measurement and prints it."""
+    args = parser().parse_args(argv)
+    try:
+        device = jax.devices()[0]
+        missing = "" if device.platform == "gpu" else f"only {device.platform}"
+    except Exception as error:  # jax raises as many kinds as there are drivers
+        device, missing = None, repr(error)
+    if missing or device is None:
+        print(
+            f"bench_gpu: jax finds no GPU ({missing}). It measures on a GPU and has "
+            "nothing to say without one.",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        found = run(args)
+    except (ValueError, UserError) as error:
+        if args.kernels != "pallas":
+            raise
+        found = {"unavailable": str(error)[:1000]}
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    found = {"device": device.device_kind, "options": options, **found}
+    print(json.dumps(found | {"versions": versions()}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

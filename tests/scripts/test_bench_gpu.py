@@ -1,0 +1,136 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from qlora_jax.config import LlamaConfig
+from qlora_jax.lora import abstract_adapters
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.memory import abstract_base, tree_bytes
+
+SMALL = LlamaConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,  # down_proj is stored flat
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+@pytest.fixture(scope="module")
+def bench(repository) -> SimpleNamespace:
+    """The names of bench_gpu.py."""
+    path = repository / "scripts/bench_gpu.py"
+    return SimpleNamespace(**runpy.run_path(str(path), run_name="bench_gpu"))
+
+
+@pytest.fixture(scope="module")
+def base(bench):
+    return bench.random_base(SMALL)
+
+
+def test_a_random_base_is_one_as_it_is_loaded(base):
+    want = abstract_base(SMALL, quantization="nf4_dq")
+    assert jax.tree.structure(base) == jax.tree.structure(want)
+    got = jax.tree.map(lambda a: (a.shape, a.dtype), base)
+    assert got == jax.tree.map(lambda a: (a.shape, a.dtype), want)
+    codes = base["model"]["layers"]["mlp"]["gate_proj"]["weight"].codes
+    assert len(np.unique(np.asarray(codes))) == 256
+
+
+def test_decoding_is_timed(bench, base):
+    found = bench.decode(
+        SMALL, base, kernels="xla", batch=2, context=20, tokens=4, repeats=1
+    )
+    assert len(found["seconds"]) == 2 and len(found["seconds"][0]) == 2
+    assert found["prefill_ms"] > 0 and found["floor_tokens_per_s"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_training_is_timed_and_learns(bench, base):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SMALL.vocab_size, (1, 2, 16)).astype(np.int32)
+    found = bench.train(
+        SMALL,
+        base,
+        tokens,
+        kernels="auto",
+        remat="full",
+        steps=8,
+        learning_rate=1e-2,
+        dtype="float32",
+    )
+    assert found["finite"] and found["losses"][-1] < found["losses"][0]
+    assert len(found["seconds"]) == 8 and found["tokens_per_s"] > 0
+    assert found["base_bytes"] == tree_bytes(base) and found["mfu"] is None
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_figures_of_the_8b_are_the_known_ones(bench):
+    config = bench.config_of("8b")
+    reads = bench.read_bytes(config, 1, 1024, 16)
+    floor = bench.COPY["NVIDIA H200"] / reads["weights"]
+    assert floor == pytest.approx(925, rel=1e-3)
+    base = abstract_base(config, quantization="nf4_dq")
+    adapters = abstract_adapters(base, LoraConfig(r=16, target_modules="all-linear"))
+    assert reads["adapters"] == tree_bytes(adapters)
+    assert reads["cache"] == 2 * 2 * 32 * 8 * 128 * 1024
+    # 4 x (6.98 + 0.53) G, 6 x 42 M, attention 3.5 x 2 x 2048 x 4096 x 32.
+    flops = bench.step_flops(config, base, adapters, 2048)
+    assert flops == pytest.approx(32.15e9, rel=1e-3)
+
+
+@pytest.mark.real
+def test_a_checkpoint_is_trained_on_the_text_given(bench, shared_data, repository):
+    directory = shared_data / "stories260K"
+    text = "Once upon a time there was a dog. " * 40
+    tokens = bench.text_batches(directory, text, 3, 2, 24)
+    assert tokens.shape == (3, 2, 24) and tokens.dtype == np.int32
+    config, base = convert.load_llama(directory, quantization="nf4_dq")
+    found = bench.train(
+        config,
+        jax.tree.map(jnp.asarray, base),
+        tokens,
+        kernels="auto",
+        remat="save_matmuls",
+        steps=6,
+        learning_rate=1e-3,
+    )
+    assert found["losses"][-1] < found["losses"][0] < 8
+
+
+def test_kernels_that_are_refused_are_said_to_be(bench, monkeypatch, capsys):
+    names = bench.main.__globals__
+
+    def refuse(args):
+        raise ValueError("`nf4_matmul`: not on this device")
+
+    monkeypatch.setitem(names, "run", refuse)
+    fake = SimpleNamespace(platform="gpu", device_kind="Fake GPU 1")
+    monkeypatch.setattr(jax, "devices", lambda: [fake])
+    assert bench.main(["train", "--kernels", "pallas"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["unavailable"] == "`nf4_matmul`: not on this device"
+    with pytest.raises(ValueError, match="not on this device"):
+        bench.main(["train", "--kernels", "xla"])
+
+
+def test_without_a_gpu_nothing_is_said(repository):
+    done = subprocess.run(
+        [sys.executable, str(repository / "scripts/bench_gpu.py"), "decode"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "jax finds no GPU (only cpu)" in done.stderr

@@ -1,0 +1,233 @@
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def check(repository) -> SimpleNamespace:
+    """The names of gpu_check.py."""
+    path = repository / "scripts/gpu_check.py"
+    return SimpleNamespace(**runpy.run_path(str(path), run_name="gpu_check"))
+
+
+DECODE = {
+    "tokens_per_s": 400.0,
+    "ms_per_step": 2.5,
+    "prefill_ms": 60.0,
+    "floor_tokens_per_s": 925.0,
+}
+TRAIN = {
+    "tokens_per_s": 10_000.0,
+    "step_s": 0.8192,
+    "flops_per_token": 32e9,
+    "mfu": 0.3236,
+    "peak_bytes": 14e9,
+    "losses": [12.5, 12.0],
+}
+KERNELS = {"ceilings": {"copy_gb_s": 4300.0, "matmul_tflop_s": 800.0}, "rows": []}
+
+
+def fake_gpu(command, seconds):
+    """What the parts would say on a machine with a GPU."""
+    text = " ".join(command)
+    if "pytest" in text:
+        return 1, "...F\nFAILED tests/x.py::test_y\n1 failed, 3 passed in 2.0s\n"
+    if "bench_kernels" in text:
+        folder = Path(command[command.index("--output") + 1])
+        (folder / "kernels_fake.json").write_text(json.dumps(KERNELS))
+        (folder / "kernels_fake.md").write_text("# NF4 kernels\n\n## matmul\n\nrows\n")
+        return 0, "said\n"
+    if "--kernels pallas" in text and "decode" in text:
+        return 0, "a remark\n" + json.dumps({"unavailable": "no Hopper"}) + "\n"
+    if "peer_gpu" in text:
+        return 0, json.dumps(
+            DECODE | {"tokens_per_s": 30.0, "floor_tokens_per_s": None}
+        )
+    if "decode" in text:
+        return 0, json.dumps(DECODE)
+    if "save_matmuls" in text:
+        return None, "compiling"
+    return 0, json.dumps(TRAIN)
+
+
+def options(check, *arguments):
+    return check.parser().parse_args(arguments)
+
+
+def fresh():
+    return {"device": "Fake GPU 1", "machine": {"jax": "0.0"}, "parts": {}}
+
+
+def test_parts_come_in_order_of_importance(check):
+    names = [part.name for part in check.parts(options(check))]
+    assert names[:4] == ["tests", "kernels", "decode 1 xla", "decode 1 pallas"]
+    assert len(names) == len(set(names))
+    assert not any("transformers" in name or "checkpoint" in name for name in names)
+    more = options(check, "--model", "m", "--peer-python", "p", "--budget", "3000")
+    more = {part.name: part for part in check.parts(more)}
+    assert {"train checkpoint", "decode 16 transformers"} < set(more)
+    assert "--quick" not in more["kernels"].command
+    assert more["kernels"].limit == 1200
+
+
+def test_the_test_files_are_those_with_a_gpu_test(check, repository):
+    files = check.gpu_tests()
+    assert str(repository / "tests/scripts/test_bench_kernels.py") in files
+    assert str(repository / "tests/test_cli.py") not in files
+
+
+def test_each_part_is_reported_and_the_next_still_runs(check):
+    todo = check.parts(options(check, "--peer-python", "p"))
+    result, said = fresh(), []
+    check.run_parts(todo, result, 1e4, execute=fake_gpu, say=said.append)
+    outcome = {name: record["status"] for name, record in result["parts"].items()}
+    assert outcome == {
+        "tests": "failed",
+        "kernels": "ok",
+        "decode 1 xla": "ok",
+        "decode 1 pallas": "not available",
+        "train full xla": "ok",
+        "train full pallas": "ok",
+        "decode 16 xla": "ok",
+        "decode 16 pallas": "not available",
+        "train save_matmuls xla": "out of time",
+        "decode 1 transformers": "ok",
+        "decode 16 transformers": "ok",
+    }
+    assert result["parts"]["kernels"]["result"] == KERNELS
+    assert "1 failed, 3 passed" in said[1]
+    result = json.loads(json.dumps(result))  # as it is written and read
+    text = check.table(result)
+    assert "| tests | failed: 1 failed, 3 passed in 2.0s |" in text
+    assert "| 1 | xla | 400.0 | 2.50 | 60.0 | 925 | 43% |" in text
+    assert "| 1 | transformers | 30.0 | 2.50 | 60.0 | 925 | 3% |" in text
+    assert (
+        "| full xla | 10,000 | 819.2 | 32.4% | 40% | 14.0 | 12.500 to 12.000 |" in text
+    )
+    assert "    no Hopper" in text and "    compiling" in text
+    assert "\n## NF4 kernels\n\n### matmul\n" in text
+
+
+def test_what_does_not_fit_is_left_out(check):
+    now = [0.0]
+
+    def execute(command, seconds):
+        now[0] += 100
+        return fake_gpu(command, seconds)
+
+    todo = check.parts(options(check))
+    result = fresh()
+    check.run_parts(todo, result, 250.0, execute=execute, clock=lambda: now[0])
+    ran = [n for n, r in result["parts"].items() if r["status"] != "left out"]
+    assert ran == ["tests", "kernels", "decode 1 xla"]
+    assert len(result["parts"]) == len(todo)
+    assert "| train full xla | left out | 0 |" in check.table(result)
+
+
+def test_no_tests_is_no_failure(check):
+    part = check.parts(options(check))[0]
+    record = check.run_part(part, 60, execute=lambda *a: (5, "no tests ran in 1s"))
+    assert record["status"] == "no tests"
+
+
+def test_a_benchmark_gets_less_time_than_its_part(check):
+    part = check.parts(options(check))[1]
+    seen = []
+
+    def execute(command, seconds):
+        seen.append(float(command[command.index("--budget") + 1]))
+        return 1, "boom"
+
+    check.run_part(part, 200, execute=execute)
+    record = check.run_part(part, 40, execute=execute)
+    assert seen == [155, 20]
+    assert record["status"] == "failed" and record["result"] is None
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(check, tmp_path):
+    mark = tmp_path / "pid"
+    program = (
+        "import os, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(sleep)\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
+        "print('started', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program]
+    status, output = check.run_child(command, 5, os.environ)
+    assert status is None and output == "started\n"
+    pid = int(mark.read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child of the part is still there")
+    status, output = check.run_child([sys.executable, "-c", "1/0"], 20, os.environ)
+    assert status == 1 and "ZeroDivisionError" in output
+    assert check.run_child([str(tmp_path / "none")], 5, os.environ)[0] == 127
+
+
+def test_a_run_writes_one_result_and_a_table(check, tmp_path, monkeypatch, capsys):
+    probe = {"platform": "gpu", "device": "Fake GPU 1", "jax": "0.0"}
+
+    def child(command, seconds, environment):
+        if command[1] == "-c":
+            return 0, json.dumps(probe)
+        return fake_gpu(command, seconds)
+
+    monkeypatch.setitem(check.main.__globals__, "run_child", child)
+    arguments = ["--output", str(tmp_path), "--only", "decode 1 xla", "--only", "tests"]
+    assert check.main(arguments) == 1  # a test failed
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "gpu_check_fake-gpu-1.json",
+        "gpu_check_fake-gpu-1.md",
+    ]
+    result = json.loads((tmp_path / "gpu_check_fake-gpu-1.json").read_text())
+    assert result["complete"] and result["device"] == "Fake GPU 1"
+    assert result["machine"] == {"jax": "0.0"}
+    assert list(result["parts"]) == ["tests", "decode 1 xla"]
+    assert (tmp_path / "gpu_check_fake-gpu-1.md").read_text() == check.table(result)
+    assert "decode 1 xla: ok" in capsys.readouterr().out
+    assert check.main([*arguments[:2], "--only", "decode 1 xla"]) == 0
+    assert check.main(["--only", "decode"]) == 2
+    assert "no part decode; there are tests, kernels" in capsys.readouterr().err
+
+
+def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, str(repository / "scripts/gpu_check.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(repository, tmp_path):
+    import jax
+
+    if "gpu" in os.environ.get("JAX_PLATFORMS", "") or jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU")
+    out = tmp_path / "out"
+    done = run(repository, "--output", str(out))
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "gpu_check: jax finds no GPU here" in done.stderr
+    assert not out.exists()
+
+
+def test_the_list_needs_no_gpu(repository):
+    done = run(repository, "--list")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tests ")
+    assert "train full pallas" in done.stdout
