@@ -200,7 +200,11 @@ def accumulator(rows: int) -> Any:
     """The layout of the sums [64, rows] of a coded tile."""
     tiling = plgpu.Tiling(((ROWS, 8), (16, 8), (8, 8), (2,)))
     layout = mgpu.TiledLayout(
-        tiling, warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1, _check_canonical=False
+        tiling,
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
     )
     layout = layout.canonicalize()
     return plgpu.Layout.TILED(
@@ -209,13 +213,14 @@ def accumulator(rows: int) -> Any:
 
 
 def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
-    """Stores an array in any layout; ready when the next barrier is passed.
+    """Stores an array in any layout, and waits for nobody.
 
-    An assignment would refuse layouts whose stores meet bank conflicts, which do not
-    matter for a few sums.
+    An assignment would put a barrier before and one after, and would refuse layouts
+    whose stores meet bank conflicts, which do not matter for a few sums. In shared
+    memory the values are ready when the next barrier is passed.
 
     Args:
-      ref: in shared memory, of the shape of `x`.
+      ref: in shared or global memory, of the shape of `x`.
       x: array.
       layout: that of `x`.
       interpret: whether the interpreter runs the kernel.
@@ -282,7 +287,9 @@ def coded_product(
         arg_types=(layout, *(plgpu.RefType(),) * 4),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layout),
     )
-    def product(ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any) -> Any:
+    def product(
+        ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any
+    ) -> Any:
         del ctx
         lane = _lane()
         group = arith.divui(lane, _const(4))  # row of the left, column of the result

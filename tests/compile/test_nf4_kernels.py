@@ -361,6 +361,8 @@ def test_dequantize_at_real_sizes(wanted, kernels):
     # loads, the store and the block scale. Four of the seven are addresses, of which
     # ptxas makes two instructions: 6.8 a weight in its code, if lanes are read (below).
     assert len(loop) <= 10.5 * 8 * 4
+    inside = [kernel.program.instructions[i].op[0] for i in loop]
+    assert "bar" not in inside, "warps wait for each other in every tile"
     assert_lanes_are_read(kernel)
 
 
