@@ -78,8 +78,10 @@ $(VENV_GPU)/.installed: pyproject.toml
 	    nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
 	@touch $@
 
+# The kernels want jax 0.11, so Python 3.12:  make compile PYTHON=python3.12
 compile: $(VENV_GPU)/.installed
-	$(VENV_GPU)/bin/python -m pytest tests -m compile $(ARGS)
+	$(VENV_GPU)/bin/python -m pytest tests -n $(JOBS) --dist loadfile \
+	  -m "compile or interpret" $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)

@@ -67,9 +67,9 @@ def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
         return jax.lax.bitcast_convert_type(x.reshape(size, 4), jnp.int32)
     layout = strided((size,))
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(strided((4 * size,), 4),),
-        return_type=plgpu.ShapeDtypeStruct((size,), jnp.int32, layout=layout),
+        return_type=_result((size,), jnp.int32, layout),
     )
     def words(ctx: Any, x: Any) -> Any:
         del ctx
@@ -100,9 +100,9 @@ def gather(
         return ref[...].reshape(-1, copies)[:, 0][index].astype(dtype)
     layout = strided(index.shape)
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(plgpu.RefType(), layout),
-        return_type=plgpu.ShapeDtypeStruct(index.shape, dtype, layout=layout),
+        return_type=_result(index.shape, dtype, layout),
     )
     def look_up(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
@@ -141,9 +141,9 @@ def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
     count, (size,) = len(parts), parts[0].shape
     layout = strided((count * size,), count)
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=tuple(strided((size,)) for _ in parts),
-        return_type=plgpu.ShapeDtypeStruct((count * size,), jnp.float32, layout=layout),
+        return_type=_result((count * size,), jnp.float32, layout),
     )
     def side_by_side(ctx: Any, *parts: Any) -> Any:
         del ctx
@@ -174,7 +174,7 @@ def prefetch(ref: Any, *, interpret: bool) -> None:
     line = 128
     lines = -(-width // line)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    @_inline(arg_types=(plgpu.RefType(),))
     def ask(ctx: Any, ref: Any) -> None:
         del ctx
         thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
@@ -229,7 +229,7 @@ def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
         ref[...] = x
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
+    @_inline(arg_types=(plgpu.RefType(), layout))
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
         x.store_untiled(ref, optimized=False)
@@ -283,9 +283,9 @@ def coded_product(
     layout = accumulator(rows)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(x.dtype).name]
 
-    @plgpu.inline_mgpu(
+    @_inline(
         arg_types=(layout, *(plgpu.RefType(),) * 4),
-        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=layout),
+        return_type=_result(sums.shape, jnp.float32, layout),
     )
     def product(
         ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any
@@ -353,6 +353,15 @@ def coded_product(
         )
 
     return product(sums, codes, x, scales, table)
+
+
+def _inline(**types: Any) -> Any:
+    """`inline_mgpu`, whose decorated functions lose their first argument."""
+    return plgpu.inline_mgpu(**types)
+
+
+def _result(shape: tuple[int, ...], dtype: DTypeLike, layout: Any) -> Any:
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
 
 
 def _array(
@@ -426,7 +435,9 @@ def _pointer(ref: Any, row: Any, column: Any) -> Any:
         arith.muli(arith.extui(wide, row), arith.constant(wide, strides[0])),
         arith.extui(wide, column),
     )
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], element)
+    # Said to be global: of a pointer of any kind the hardware finds out at each access.
+    base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
+    return mgpu.utils.getelementptr(base, [at], element)
 
 
 def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:
@@ -471,7 +482,7 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
 def _mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:
     """One `mma.sync.m16n8k16`: 4 sums, 4 registers of the left, 2 of the right."""
     f32 = ir.F32Type.get()
-    result = llvm.inline_asm(
+    result: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*left, *right, *sums],
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "

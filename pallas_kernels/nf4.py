@@ -12,6 +12,10 @@ Layouts, for a weight of shape [O, I] (out_features, in_features) flattened row 
 Under double quantization `absmax` is itself 8-bit: index into a 256-entry table, times
 a scale for each 256 blocks, plus one offset for the tensor (`Nested`).
 
+Stacked layers: with `layer`, codes, absmax and the arrays of `nested` have one more
+axis in front and the weight is that layer's. A kernel reads it where it lies; cut out
+of the stack first, it would be copied.
+
 The one idea of `nf4_matmul`: its derivative keeps the packed bytes as the only residual
 of the weight and dequantizes once more, so training holds no 16-bit copy of a layer
 beyond the layer being computed.
@@ -20,13 +24,16 @@ beyond the layer being computed.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import importlib.resources
+import json
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.product import contract
 
@@ -91,8 +98,17 @@ def dequantize_absmax(
     return flat.reshape(absmax.shape)
 
 
+FUSED_ROWS = 32
+"""Rows that "pallas" multiplies without writing the weight out, where none were
+measured: bitsandbytes' own table for an H100 has 4 to 32."""
+
+IMPLEMENTATIONS = ("xla", "pallas", "interpret")
+"""What computes: plain XLA; the kernels of `nf4_gpu`; or those run by Pallas's
+interpreter, slowly and anywhere, for tests."""
+
+
 def nf4_dequantize(
-    codes: UInt8[Array, "..."],
+    codes: Array,
     absmax: Array,
     nested: Nested | None = None,
     *,
@@ -100,71 +116,41 @@ def nf4_dequantize(
     dtype: DTypeLike,
     block_size: int = 64,
     nested_block_size: int = 256,
+    layer: Int32[Array, ""] | int | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "O I"]:
     """Computes `NF4_CODE[codes] * absmax[block]`, rounded once to `dtype`.
 
+    All implementations give the same bits.
+
     Args:
-      codes: packed 4-bit indices, aligned or flat (see the module's text).
+      codes: uint8, packed 4-bit indices, aligned or flat (see the module's text).
       absmax: block scales in the matching layout; float32, or uint8 with `nested`.
       nested: the second level, exactly when `absmax` is uint8.
       shape: (O, I) of the weight.
       dtype: of the result; the product is float32 and rounded to nearest even.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
+      layer: which of the stacked layers, where the arrays are stacks.
+      implementation: None = what is known to be fastest here.
 
     Returns:
       The weight [O, I].
 
     Raises:
-      ValueError: codes or absmax whose size does not fit `shape`, or `nested` that
-        does not go with the type of `absmax`.
+      ValueError: arrays whose size or dtype does not fit, or an implementation that
+        cannot do this here, with the reason. A NaN among the scales is not looked for
+        (values are not known when a program is traced): it gives NaN weights.
     """
-    out_features, in_features = shape
-    size = out_features * in_features
-    blocks = -(-size // block_size)
-    if codes.size != -(-size // 2) or absmax.size != blocks:
-        raise ValueError(
-            f"`nf4_dequantize`: a weight of shape {shape} has {-(-size // 2)} code "
-            f"bytes and {blocks} block scales, got {codes.size} and {absmax.size}."
-        )
-    if (absmax.dtype == jnp.uint8) != (nested is not None):
-        raise ValueError(
-            "`nf4_dequantize`: `nested` goes with 8-bit `absmax` and only with it, got "
-            f"absmax of {absmax.dtype} and nested={'given' if nested else None}."
-        )
-    if nested is not None:
-        absmax = dequantize_absmax(absmax, nested, nested_block_size=nested_block_size)
-    aligned = in_features % block_size == 0
-    if aligned:
-        codes = codes.reshape(out_features, in_features // 2)
-    indices = jnp.stack([codes >> 4, codes & 0xF], axis=-1)
-    values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
-    if aligned:
-        grouped = values.reshape(out_features, in_features // block_size, block_size)
-        scales = absmax.reshape(out_features, in_features // block_size, 1)
-        return (grouped * scales).reshape(shape).astype(dtype)
-    flat = values.reshape(-1)[:size]
-    flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
-    return (
-        (flat * absmax.reshape(blocks, 1))
-        .reshape(-1)[:size]
-        .reshape(shape)
-        .astype(dtype)
-    )
-
-
-class _Meta(NamedTuple):
-    """Everything static about a packed weight; hashable."""
-
-    shape: tuple[int, int]
-    out_dtype: str
-    block_size: int
-    nested_block_size: int
+    meta = _Meta(shape, None, block_size, nested_block_size, implementation)
+    _check("nf4_dequantize", meta, codes, absmax, nested, layer)
+    dtype = jnp.dtype(dtype)
+    return _weight(meta, _packed(codes, absmax, nested, layer), dtype)
 
 
 def nf4_matmul(
     x: Float[Array, "*B I"],
-    codes: UInt8[Array, "..."],
+    codes: Array,
     absmax: Array,
     nested: Nested | None = None,
     *,
@@ -172,12 +158,19 @@ def nf4_matmul(
     dtype: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
+    layer: Int32[Array, ""] | int | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` with `W = nf4_dequantize(...)` in the dtype of `x`.
 
     Sums are float32, rounded to `dtype` (default: that of `x`) at the end. The
     derivative exists for `x` alone (the packed weight is frozen) and keeps only the
     packed bytes.
+
+    "pallas" multiplies few rows of bfloat16 or float16 straight from the packed bytes,
+    which rounds the 16 table values instead of the weights, and dequantizes with its
+    kernel for more. How many are few was measured for each shape and kind of device
+    (`tuned`); without a measurement it is `FUSED_ROWS`.
 
     Args:
       x: inputs, features last.
@@ -188,39 +181,266 @@ def nf4_matmul(
       dtype: of the result; default that of `x`.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
+      layer: as for `nf4_dequantize`.
+      implementation: as for `nf4_dequantize`.
 
     Returns:
       The product [..., O].
+
+    Raises:
+      ValueError: as for `nf4_dequantize`, and an `x` of other features.
     """
     if x.shape[-1] != shape[1]:
         raise ValueError(
             f"`nf4_matmul`: the weight takes {shape[1]} features, `x` has shape "
             f"{x.shape}."
         )
-    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    meta = _Meta(shape, dtype.name, block_size, nested_block_size)
-    return _matmul(meta, x, (codes, absmax, nested))
+    name = jnp.dtype(x.dtype if dtype is None else dtype).name
+    meta = _Meta(shape, name, block_size, nested_block_size, implementation)
+    _check("nf4_matmul", meta, codes, absmax, nested, layer)
+    return _matmul(meta, x, _packed(codes, absmax, nested, layer))
 
 
-def _weight(meta: _Meta, packed: tuple, dtype: DTypeLike) -> Array:
-    codes, absmax, nested = packed
-    return nf4_dequantize(
-        codes,
-        absmax,
-        nested,
+def device_kind() -> str:
+    """The kind of device that programs are being traced for, as JAX names it.
+
+    An abstract mesh in effect (`jax.sharding.use_abstract_mesh`) says what a program
+    is compiled for without having it.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    return jax.devices()[0].device_kind
+
+
+@functools.cache
+def tuned(kind: str) -> dict[str, Any]:
+    """What scripts/bench_kernels.py measured on a kind of device; may be empty."""
+    name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".json"
+    file = importlib.resources.files("pallas_kernels") / "tuned" / name
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+class _Meta(NamedTuple):
+    """Everything static about a packed weight and its use; hashable."""
+
+    shape: tuple[int, int]
+    out_dtype: str | None
+    block_size: int
+    nested_block_size: int
+    implementation: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}"
+
+
+class _Packed(NamedTuple):
+    codes: Array
+    absmax: Array
+    nested: Nested | None
+    layer: Array | None
+
+    def cut(self) -> _Packed:
+        """The one layer that is meant, without the axis of layers."""
+        if self.layer is None:
+            return self
+        arrays = (self.codes, self.absmax, self.nested)
+        codes, absmax, nested = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False),
+            arrays,
+        )
+        return _Packed(codes, absmax, nested, None)
+
+
+def _packed(
+    codes: Array, absmax: Array, nested: Nested | None, layer: Array | int | None
+) -> _Packed:
+    number = None if layer is None else jnp.asarray(layer, jnp.int32)
+    return _Packed(codes, absmax, nested, number)
+
+
+def _check(
+    caller: str,
+    meta: _Meta,
+    codes: Array,
+    absmax: Array,
+    nested: Nested | None,
+    layer: Array | int | None,
+) -> None:
+    out_features, in_features = meta.shape
+    size = out_features * in_features
+    blocks = -(-size // meta.block_size)
+    if min(meta.shape) < 1:
+        raise ValueError(
+            f"`{caller}`: a weight of shape {meta.shape} is empty; give (out_features, "
+            "in_features), both at least 1."
+        )
+    if size >= 2**31:
+        raise ValueError(
+            f"`{caller}`: a weight of shape {meta.shape} has {size} elements and "
+            "indices are 32 bits wide; split it along out_features."
+        )
+    if codes.dtype != jnp.uint8 or absmax.dtype not in (jnp.uint8, jnp.float32):
+        raise ValueError(
+            f"`{caller}`: expected codes of uint8 and absmax of float32 or uint8, got "
+            f"{codes.dtype} and {absmax.dtype}."
+        )
+    if (absmax.dtype == jnp.uint8) != (nested is not None):
+        raise ValueError(
+            f"`{caller}`: `nested` goes with 8-bit `absmax` and only with it, got "
+            f"absmax of {absmax.dtype} and nested={'given' if nested else None}."
+        )
+    layers = 1 if layer is None else codes.shape[0]
+    if codes.size != layers * -(-size // 2) or absmax.size != layers * blocks:
+        stacked = "" if layer is None else f" and layer, times {layers} layers"
+        raise ValueError(
+            f"`{caller}`: a weight of shape {meta.shape} has {-(-size // 2)} code "
+            f"bytes and {blocks} block scales{stacked}, got {codes.size} and "
+            f"{absmax.size}."
+        )
+    chosen = meta.implementation
+    if chosen is not None and chosen not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`{caller}`: implementation={chosen!r} does not exist. Choose 'xla', "
+            "'pallas', or None for what is known to be fastest here."
+        )
+    if chosen in ("pallas", "interpret"):
+        refusal = _kernel_refusal(meta)
+        if refusal is not None:
+            raise ValueError(
+                f"`{caller}`: implementation={chosen!r} cannot be used here: {refusal} "
+                "Use 'xla', or None for the best that can."
+            )
+
+
+def _kernel_refusal(meta: _Meta) -> str | None:
+    """Says why the kernels cannot do this weight on this device, or None."""
+    if tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11):
+        return (
+            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
+        )
+    if meta.block_size != 64 or meta.nested_block_size != 256:
+        return (
+            "they know blocks of 64 weights and 256 scales, not "
+            f"{meta.block_size} and {meta.nested_block_size}."
+        )
+    if meta.implementation == "pallas":
+        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        device = jax.devices()[0] if device is None else device
+        if device.platform not in ("gpu", "cuda"):
+            return f"they need an NVIDIA GPU, and this is a {device.platform}."
+        # An abstract device does not say; it is compiled for knowingly.
+        capability = str(getattr(device, "compute_capability", "9.0"))
+        if not capability[:1].isdigit() or float(capability) < 8.0:
+            return (
+                "they need an NVIDIA GPU of compute capability 8.0 or newer, and this "
+                f"one has {capability or 'none'}."
+            )
+    from pallas_kernels import nf4_gpu
+
+    return nf4_gpu.dequantize_refusal(meta.shape[0] * meta.shape[1])
+
+
+def _measured(meta: _Meta, use: str) -> Any:
+    """What was measured for this shape on the GPU at hand, where kernels may run."""
+    if meta.implementation is None and (
+        jax.default_backend() != "gpu"
+        or _kernel_refusal(meta._replace(implementation="pallas")) is not None
+    ):
+        return None
+    return tuned(device_kind()).get(use, {}).get(meta.name)
+
+
+def _fused(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
+    """Whether a product of so many rows is computed from the packed bytes."""
+    if meta.implementation == "xla" or dtype.itemsize != 2 or rows == 0:
+        return False
+    limit = _measured(meta, "fused_rows")
+    if limit is None:
+        limit = 0 if meta.implementation is None else FUSED_ROWS
+    if rows > limit:
+        return False
+    from pallas_kernels import nf4_gpu
+
+    return nf4_gpu.split_for(meta.shape, rows) is not None
+
+
+def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
+    chosen = meta.implementation or _measured(meta, "dequantize") or "xla"
+    if chosen == "xla":
+        return _dequantize(meta, packed.cut(), dtype)
+    from pallas_kernels import nf4_gpu
+
+    return nf4_gpu.dequantize(
+        _stacked(packed),
         shape=meta.shape,
         dtype=dtype,
-        block_size=meta.block_size,
-        nested_block_size=meta.nested_block_size,
+        interpret=_interpreter(meta),
     )
 
 
+def _interpreter(meta: _Meta) -> Any:
+    from pallas_kernels import nf4_gpu
+
+    return nf4_gpu.interpreter() if meta.implementation == "interpret" else False
+
+
+def _stacked(packed: _Packed) -> Any:
+    """The weight as the kernels take it: a stack of at least one layer."""
+    from pallas_kernels import nf4_gpu
+
+    if packed.layer is None:
+        arrays = (packed.codes, packed.absmax, packed.nested)
+        codes, absmax, nested = jax.tree.map(lambda a: a[None], arrays)
+        return nf4_gpu.Packed(codes, absmax, nested, jnp.zeros(1, jnp.int32))
+    return nf4_gpu.Packed(
+        packed.codes, packed.absmax, packed.nested, packed.layer.reshape(1)
+    )
+
+
+def _dequantize(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
+    """The reference, and the "xla" implementation."""
+    codes, absmax, nested, _ = packed
+    out_features, in_features = shape = meta.shape
+    size, block_size = out_features * in_features, meta.block_size
+    if nested is not None:
+        absmax = dequantize_absmax(
+            absmax, nested, nested_block_size=meta.nested_block_size
+        )
+    aligned = in_features % block_size == 0
+    if aligned:
+        codes = codes.reshape(out_features, in_features // 2)
+    indices = jnp.stack([codes >> 4, codes & 0xF], axis=-1)
+    values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
+    if aligned:
+        grouped = values.reshape(out_features, in_features // block_size, block_size)
+        scales = absmax.reshape(out_features, in_features // block_size, 1)
+        return (grouped * scales).reshape(shape).astype(dtype)
+    blocks = absmax.size
+    flat = values.reshape(-1)[:size]
+    flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
+    scaled = (flat * absmax.reshape(blocks, 1)).reshape(-1)[:size]
+    return scaled.reshape(shape).astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(meta: _Meta, x: Array, packed: tuple) -> Array:
+def _matmul(meta: _Meta, x: Array, packed: _Packed) -> Array:
+    rows = x.size // x.shape[-1]
+    if _fused(meta, rows, x.dtype):
+        from pallas_kernels import nf4_gpu
+
+        y = nf4_gpu.product(
+            x.reshape(rows, -1),
+            _stacked(packed),
+            shape=meta.shape,
+            interpret=_interpreter(meta),
+        )
+        return y.astype(meta.out_dtype).reshape(*x.shape[:-1], meta.shape[0])
     return contract(x, _weight(meta, packed, x.dtype), 1, meta.out_dtype)
 
 
-def _matmul_fwd(meta: _Meta, x: Array, packed: tuple) -> tuple[Array, tuple]:
+def _matmul_fwd(meta: _Meta, x: Array, packed: _Packed) -> tuple[Array, tuple]:
     # The empty array carries the dtype of `x`, which `dy` need not have.
     return _matmul(meta, x, packed), (packed, jnp.zeros((0,), x.dtype))
 

@@ -31,6 +31,9 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import BLOCK, LANES, ROWS, WARPGROUP
 from pallas_kernels.nf4 import NF4_CODE as _CODE
 
+MOST_ROWS = 64
+"""Rows that `product` takes at most."""
+
 
 class Packed(NamedTuple):
     """A stack of packed weights; L is 1 for one that stands alone."""
@@ -102,8 +105,8 @@ def dequantize(
     table = np.repeat(_CODE, LANES)
 
     def body(layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
-        rest = list(rest)
-        levels = [rest.pop(0) for _ in range(3)] if nested else []
+        levels: Any = rest[:3] if nested else ()
+        rest = rest[len(levels) :]
         table, out, table_s, *quant_map_s = rest
         number = layer[0]
         first = jax.lax.axis_index("block") * steps
@@ -182,19 +185,26 @@ class Split(NamedTuple):
     """Blocks of 64 weights whose codes a thread asks for at once."""
 
 
-def split_for(shape: tuple[int, int], rows: int) -> Split | None:
+def split_for(
+    shape: tuple[int, int], rows: int, *, most_groups: int = 8
+) -> Split | None:
     """Shares out the sums of a product; None where the kernel cannot do the shape.
 
     Enough warps to keep the memory busy (at least 16 for each of 132 multiprocessors,
     where the weight is large enough), few enough registers to let them run.
+
+    Args:
+      shape: (O, I).
+      rows: of x.
+      most_groups: warpgroups of a block of threads at most.
     """
     out_features, in_features = shape
     blocks = in_features // BLOCK
-    if out_features % ROWS or in_features % BLOCK:
+    if out_features % ROWS or in_features % BLOCK or rows > MOST_ROWS:
         return None
-    most = 8 if rows <= 16 else 4
+    most_groups = min(most_groups, 8 if rows <= 16 else 4)
     for groups in (8, 4, 2, 1):
-        if groups > most or blocks % (2 * groups):
+        if groups > most_groups or blocks % (2 * groups):
             continue
         tiles, parts = out_features // ROWS, 1
         while (
@@ -216,7 +226,7 @@ def product(
     packed: Packed,
     *,
     shape: tuple[int, int],
-    split: Split,
+    split: Split | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """Computes `x @ W.T` for a few rows, from the packed bytes.
@@ -226,16 +236,22 @@ def product(
     warpgroups share in_features and add up at the end through shared memory.
 
     Args:
-      x: [M, I], bfloat16 or float16, M a multiple of 8 up to 64.
+      x: [M, I], bfloat16 or float16, M up to `MOST_ROWS`.
       packed: the stack.
       shape: (O, I).
-      split: see there.
+      split: how the sums are shared out; default `split_for`.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
-      float32 [parts, O, M]: sums over parts of in_features, yet to be added up.
+      float32 [M, O].
     """
     out_features, in_features = shape
+    count = x.shape[0]
+    if split is None:
+        # The interpreter needs a CPU thread for each warpgroup, or waits for ever.
+        split = split_for(shape, count, most_groups=2 if interpret else 8)
+    assert split is not None
+    x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     rows = x.shape[0]
     groups, parts, chunk = split
     blocks = in_features // BLOCK
@@ -244,8 +260,8 @@ def product(
     share = 256 * LANES // groups
 
     def body(x: Any, layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
-        rest = list(rest)
-        levels = [rest.pop(0) for _ in range(3)] if nested else []
+        levels: Any = rest[:3] if nested else ()
+        rest = rest[len(levels) :]
         table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = rest
         number = layer[0]
         tile = jax.lax.axis_index("tile")
@@ -331,7 +347,14 @@ def product(
         interpret=interpret,
     )
     table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
-    return run(x, *packed.operands(out_features, in_features // 2), table)
+    sums = run(x, *packed.operands(out_features, in_features // 2), table)
+    return sums.sum(axis=0)[:, :count].T
+
+
+def interpreter() -> Any:
+    """What makes Pallas interpret a kernel, on any device, looking for races."""
+    params: Any = plgpu  # jax 0.10, which has no kernels, does not have it there
+    return params.InterpretGPUParams(detect_races=True)
 
 
 def _kernel(
