@@ -68,7 +68,7 @@ PRODUCT = [
     product((64, 512), 8, "bfloat16", nested=True, split=(1, 1, 4)),
     product((64, 512), 16, "float16", nested=False, split=(2, 2, 1)),
     product((64, 1024), 8, "float16", nested=True, split=(8, 1, 1)),
-    product((64, 768), 8, "bfloat16", nested=True, split=(1, 2, 3)),
+    product((64, 768), 5, "bfloat16", nested=True, split=(1, 2, 3)),
     product((64, 1536), 64, "bfloat16", nested=False, split=(4, 1, 3)),
     product((128, 2048), 8, "bfloat16", nested=False, split=(8, 2, 1)),
     product((128, 1024), 16, "bfloat16", nested=True, split=(8, 1, 2)),
@@ -246,12 +246,11 @@ def test_the_compiled_product_equals_x_times_the_weight(wanted, kernels, interpr
     rng = np.random.default_rng(1)
     dtype = jnp.dtype(wanted["dtype"])
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32)).astype(dtype)
-    sums, trace = interpreted(
+    got, trace = interpreted(
         kernels(wanted),
         lambda: nf4_gpu.product(x, weights, shape=shape, split=split),
     )
-    assert sums.shape == (split.parts, shape[0], rows)
-    got = sums.astype(np.float64).sum(0).T
+    assert got.shape == (rows, shape[0]) and got.dtype == np.float32
     x = np.asarray(x).astype(np.float64)
     weight = reference(weights, shape, jnp.float32).astype(np.float64)
     # The values of the table are rounded to the dtype of x (8 or 11 bits): at most so
@@ -350,6 +349,14 @@ def test_no_sum_of_a_rounded_product_may_be_contracted(wanted, kernels):
         assert any(i.op[:2] == ("max", "NaN") for i in kernel.program.instructions)
 
 
+@pytest.mark.parametrize("wanted", ALL, ids=name)
+def test_every_access_says_which_memory_it_means(wanted, kernels):
+    # Of an address that may be of any kind, the hardware finds out each time.
+    for i in kernels(wanted).program.instructions:
+        if i.op[0] in ("ld", "st"):
+            assert i.op[1] in ("global", "shared", "param"), i.text
+
+
 @pytest.mark.parametrize("wanted", REAL_DEQUANTIZE, ids=name)
 def test_dequantize_at_real_sizes(wanted, kernels):
     kernel = kernels(wanted)
@@ -383,7 +390,9 @@ def test_product_at_real_sizes(wanted, kernels):
     assert kernel.registers * kernel.launch.threads <= 65536
     # Shared memory of a block on request, CUDA C++ Programming Guide.
     assert kernel.launch.shared <= 232448
-    assert kernel.temporaries == 0, "a slice of the stack is copied"
+    # The sums of each part, and no slice of the stack.
+    sums = 4 * kernel.launch.grid[0] * wanted["shape"][0] * wanted["rows"]
+    assert kernel.temporaries <= sums
     assert_lanes_are_read(kernel)
     instructions = kernel.program.instructions
     for loop in kernel.program.loops():
@@ -391,4 +400,4 @@ def test_product_at_real_sizes(wanted, kernels):
         # 32 weights a thread, six for a lookup of two; for each 8 rows of x two loads,
         # four products of the tensor cores and four scaled sums.
         weights = 32 * blocks(inside, wanted["rows"])
-        assert len(inside) / weights <= 3.5 + 0.35 * wanted["rows"] / 8
+        assert len(inside) / weights <= 3.6 + 0.35 * wanted["rows"] / 8
