@@ -213,13 +213,14 @@ def accumulator(rows: int) -> Any:
 
 
 def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
-    """Stores an array in any layout; ready when the next barrier is passed.
+    """Stores an array in any layout, and waits for nobody.
 
-    An assignment would refuse layouts whose stores meet bank conflicts, which do not
-    matter for a few sums.
+    An assignment would put a barrier before and one after, and would refuse layouts
+    whose stores meet bank conflicts, which do not matter for a few sums. In shared
+    memory the values are ready when the next barrier is passed.
 
     Args:
-      ref: in shared memory, of the shape of `x`.
+      ref: in shared or global memory, of the shape of `x`.
       x: array.
       layout: that of `x`.
       interpret: whether the interpreter runs the kernel.

@@ -150,7 +150,13 @@ def dequantize(
                 )
                 values.append(value * scale)
             weights = mosaic.interleave(values, interpret=bool(interpret))
-            out[pl.ds((first + i) * tile, tile)] = weights.astype(out.dtype)
+            # An assignment would have the threads wait for each other, twice a tile.
+            mosaic.store(
+                out.at[pl.ds((first + i) * tile, tile)],
+                weights.astype(out.dtype),
+                mosaic.strided((tile,), 8),
+                interpret=bool(interpret),
+            )
             return following
 
         jax.lax.fori_loop(0, steps, step, fetch(0))
