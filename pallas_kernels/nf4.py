@@ -131,7 +131,8 @@ def nf4_dequantize(
       dtype: of the result; the product is float32 and rounded to nearest even.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
-      layer: which of the stacked layers, where the arrays are stacks.
+      layer: which of the stacked layers, where the arrays are stacks; one that does
+        not exist is the nearest that does, as in all of jax's slicing.
       implementation: None = what is known to be fastest here.
 
     Returns:
@@ -256,7 +257,10 @@ class _Packed(NamedTuple):
 def _packed(
     codes: Array, absmax: Array, nested: Nested | None, layer: Array | int | None
 ) -> _Packed:
-    number = None if layer is None else jnp.asarray(layer, jnp.int32)
+    number = None
+    if layer is not None:
+        # As slicing does, so that every implementation means the same layer.
+        number = jnp.clip(jnp.asarray(layer, jnp.int32), 0, codes.shape[0] - 1)
     return _Packed(codes, absmax, nested, number)
 
 

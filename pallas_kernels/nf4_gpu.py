@@ -256,6 +256,12 @@ def product(
     groups, parts, chunk = split
     blocks = in_features // BLOCK
     each = blocks // groups // parts
+    if each * groups * parts != blocks or each % chunk or each % 2:
+        raise ValueError(
+            f"`product`: {split} does not divide the {blocks} blocks of 64 weights of "
+            f"in_features={in_features} into even shares of whole chunks; `split_for` "
+            "gives one that does."
+        )
     nested = packed.nested is not None
     share = 256 * LANES // groups
 

@@ -82,7 +82,7 @@ LAZY_EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # What each package may import from outside, at module level and inside functions.
 OUTSIDE = {
-    "pallas_kernels": {"jax", "jaxtyping", "numpy"},
+    "pallas_kernels": {"jax", "jaxlib", "jaxtyping", "numpy"},
     "convert": {
         *("jax", "jaxtyping", "ml_dtypes", "numpy", "rich", "safetensors"),
     },

@@ -191,6 +191,34 @@ def test_any_split_of_the_sums_gives_the_product(groups, parts, chunk, no_races)
 
 
 @kernels
+@pytest.mark.parametrize("split", [(3, 1, 1), (1, 1, 3), (2, 4, 1)])
+def test_a_split_that_does_not_divide_is_refused(split):
+    from pallas_kernels import nf4_gpu
+
+    shape = (64, 512)  # 8 blocks of 64 weights
+    with pytest.raises(ValueError, match="does not divide the 8 blocks"):
+        nf4_gpu.product(
+            jnp.ones((8, 512), jnp.bfloat16),
+            nf4_gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
+            shape=shape,
+            split=nf4_gpu.Split(*split),
+            interpret=nf4_gpu.interpreter(),
+        )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_that_does_not_exist_is_the_nearest_that_does(implementation):
+    shape = (16, 64)
+    packed = stacks(shape, nested=False)
+    asked = {"shape": shape, "dtype": "float32", "implementation": implementation}
+    for layer, nearest in ((LAYERS, LAYERS - 1), (-1, 0)):
+        np.testing.assert_array_equal(
+            nf4_dequantize(*packed, layer=layer, **asked),
+            nf4_dequantize(*packed, layer=nearest, **asked),
+        )
+
+
+@kernels
 def test_the_detector_sees_a_missing_barrier(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
