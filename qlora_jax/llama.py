@@ -36,9 +36,9 @@ class Cache(NamedTuple):
     """Keys and values of tokens already seen, for all layers."""
 
     k: Array
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]: a head's keys lie together, as the products read them."""
     v: Array
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]."""
     segment_ids: Int[Array, "B S"]
     """1 where a slot holds a real token, 0 for padding and empty slots."""
     length: Int[Array, ""]
@@ -189,16 +189,23 @@ class LlamaModel(nn.Module):
         rope = rope_table(positions, self.config)
         x = self.embed_tokens(tokens)
         if cache is None:
-            x, _ = self.layers(x, rope, segments, None, None)
+            (x, _), _ = self.layers((x, None), rope, segments, None, None)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
-        x, kv = self.layers(
-            x, rope, segments, (cache.k, cache.v), (all_segments, cache.length)
+        # The stacks of all layers are carried, and each layer writes its new tokens
+        # where they belong. As inputs and outputs of the scan they would be copied
+        # layer by layer, and whole: with every token.
+        layers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        (x, kv), _ = self.layers(
+            (x, (cache.k, cache.v)),
+            rope,
+            segments,
+            layers,
+            (all_segments, cache.length),
         )
-        assert kv is not None
         length = cache.length + tokens.shape[1]
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
@@ -214,24 +221,25 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        carry: tuple[Array, tuple[Array, Array] | None],
         rope: tuple[Array, Array],
         segments: Array | None,
-        kv: tuple[Array, Array] | None,
+        layer: Int[Array, ""] | None,
         cached: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Returns the new residual stream and this layer's keys and values."""
+    ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
+        """Returns the new residual stream, and the cache with this layer's tokens."""
+        x, kv = carry
         attention = self.attention_cls or Attention
         mlp = self.mlp_cls or MLP
         eps = self.config.rms_norm_eps
         h = RMSNorm(eps, name="input_layernorm")(x)
         h, kv = attention(config=self.config, compute=self.compute, name="self_attn")(
-            h, rope, segments, kv, cached
+            h, rope, segments, kv, None if cached is None else (*cached, layer)
         )
         x = x + h
         h = RMSNorm(eps, name="post_attention_layernorm")(x)
         h = mlp(config=self.config, compute=self.compute, name="mlp")(h)
-        return x + h, kv
+        return (x + h, kv), None
 
 
 class Attention(nn.Module):
@@ -247,7 +255,7 @@ class Attention(nn.Module):
         rope: tuple[Array, Array],
         segments: Int[Array, "B T"] | None,
         kv: tuple[Array, Array] | None = None,
-        cached: tuple[Array, Array] | None = None,
+        cached: tuple[Array, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Attends within `x`, or to the cache as well.
 
@@ -255,12 +263,13 @@ class Attention(nn.Module):
           x: normed residual stream.
           rope: cos and sin of `rope_table`.
           segments: segment ids of `x`.
-          kv: this layer's cached keys and values [B, S, K, H].
-          cached: segment ids [B, S] of the cache including `x`, and slots in use
-            before `x`.
+          kv: keys and values of all layers, [L, B, K, S, H]; None in training.
+          cached: segment ids [B, S] of the cache including `x`, slots in use before
+            `x`, and the number of this layer.
 
         Returns:
-          The output, and the cache with the keys and values of `x` written in.
+          The output, and `kv` with this layer's keys and values of `x` written in.
+          A class of yours that calls this one hands `kv` and `cached` on as they are.
         """
         c = self.config
         q = self.project("q_proj", x, c.num_attention_heads)
@@ -269,11 +278,15 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
-                all_segments, start = cached
-                kv = (
-                    jax.lax.dynamic_update_slice(kv[0], k, (0, start, 0, 0)),
-                    jax.lax.dynamic_update_slice(kv[1], v, (0, start, 0, 0)),
+                all_segments, start, layer = cached
+                place = (layer, 0, 0, start, 0)
+                keys, values = (
+                    jax.lax.dynamic_update_slice(
+                        stack, jnp.swapaxes(new, 1, 2)[None], place
+                    )
+                    for stack, new in zip(kv, (k, v), strict=True)
                 )
+                kv = keys, values
             if kv is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache: it sees nothing but itself.
                 out = attention_lib.attention(
@@ -284,10 +297,13 @@ class Attention(nn.Module):
                     implementation=self.compute.attention,
                 )
             else:
-                seen = attention_lib.causal_mask(
-                    segments, all_segments, 1, kv[0].shape[1], start
+                keys, values = (
+                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, 0, False), 1, 2) for stack in kv
                 )
-                out = attention_lib.masked_attention(q, *kv, seen)
+                seen = attention_lib.causal_mask(
+                    segments, all_segments, 1, keys.shape[1], start
+                )
+                out = attention_lib.masked_attention(q, keys, values, seen)
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         out = Linear(
             c.hidden_size,
@@ -473,8 +489,8 @@ def empty_cache(
     shape = (
         config.num_hidden_layers,
         batch,
-        slots,
         config.num_key_value_heads,
+        slots,
         config.head_dim,
     )
     return Cache(
