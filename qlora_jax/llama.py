@@ -280,13 +280,11 @@ class Attention(nn.Module):
             if kv is not None and cached is not None:
                 all_segments, start, layer = cached
                 place = (layer, 0, 0, start, 0)
-                keys, values = (
-                    jax.lax.dynamic_update_slice(
-                        stack, jnp.swapaxes(new, 1, 2)[None], place
-                    )
-                    for stack, new in zip(kv, (k, v), strict=True)
+                new_k, new_v = (a.swapaxes(1, 2)[None] for a in (k, v))
+                kv = (
+                    jax.lax.dynamic_update_slice(kv[0], new_k, place),
+                    jax.lax.dynamic_update_slice(kv[1], new_v, place),
                 )
-                kv = keys, values
             if kv is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache: it sees nothing but itself.
                 out = attention_lib.attention(
@@ -297,13 +295,11 @@ class Attention(nn.Module):
                     implementation=self.compute.attention,
                 )
             else:
-                keys, values = (
-                    jnp.swapaxes(jax.lax.dynamic_index_in_dim(stack, layer, 0, False), 1, 2) for stack in kv
-                )
+                slots = kv[0].shape[3]
                 seen = attention_lib.causal_mask(
-                    segments, all_segments, 1, keys.shape[1], start
+                    segments, all_segments, 1, slots, start
                 )
-                out = attention_lib.masked_attention(q, keys, values, seen)
+                out = attention_lib.decode_attention(q, *kv, layer, seen[:, 0])
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         out = Linear(
             c.hidden_size,
