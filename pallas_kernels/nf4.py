@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels.product import contract
 
@@ -100,6 +100,8 @@ def nf4_dequantize(
     dtype: DTypeLike,
     block_size: int = 64,
     nested_block_size: int = 256,
+    layer: Int32[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "O I"]:
     """Computes `NF4_CODE[codes] * absmax[block]`, rounded once to `dtype`.
 
@@ -111,14 +113,22 @@ def nf4_dequantize(
       dtype: of the result; the product is float32 and rounded to nearest even.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
+      layer: given, all arrays have one leading axis and the weight is this layer's.
+      implementation: "xla", "pallas", or None: the best known for the device.
 
     Returns:
       The weight [O, I].
 
     Raises:
-      ValueError: codes or absmax whose size does not fit `shape`, or `nested` that
-        does not go with the type of `absmax`.
+      ValueError: codes or absmax whose size does not fit `shape`, `nested` that does
+        not go with the type of `absmax`, or an implementation that cannot be had.
     """
+    _check_implementation(implementation)
+    if layer is not None:
+        codes, absmax, nested = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False),
+            (codes, absmax, nested),
+        )
     out_features, in_features = shape
     size = out_features * in_features
     blocks = -(-size // block_size)
@@ -153,6 +163,16 @@ def nf4_dequantize(
     )
 
 
+def _check_implementation(implementation: str | None) -> None:
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(
+            "`implementation` must be 'xla', 'pallas' or None, got "
+            f"{implementation!r}."
+        )
+    if implementation == "pallas":
+        raise ValueError("implementation='pallas' cannot be used: not written yet.")
+
+
 class _Meta(NamedTuple):
     """Everything static about a packed weight; hashable."""
 
@@ -160,6 +180,7 @@ class _Meta(NamedTuple):
     out_dtype: str
     block_size: int
     nested_block_size: int
+    implementation: str | None
 
 
 def nf4_matmul(
@@ -172,6 +193,8 @@ def nf4_matmul(
     dtype: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
+    layer: Int32[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` with `W = nf4_dequantize(...)` in the dtype of `x`.
 
@@ -188,22 +211,25 @@ def nf4_matmul(
       dtype: of the result; default that of `x`.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
+      layer: as for `nf4_dequantize`.
+      implementation: as for `nf4_dequantize`.
 
     Returns:
       The product [..., O].
     """
+    _check_implementation(implementation)
     if x.shape[-1] != shape[1]:
         raise ValueError(
             f"`nf4_matmul`: the weight takes {shape[1]} features, `x` has shape "
             f"{x.shape}."
         )
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    meta = _Meta(shape, dtype.name, block_size, nested_block_size)
-    return _matmul(meta, x, (codes, absmax, nested))
+    meta = _Meta(shape, dtype.name, block_size, nested_block_size, implementation)
+    return _matmul(meta, x, (codes, absmax, nested, layer))
 
 
 def _weight(meta: _Meta, packed: tuple, dtype: DTypeLike) -> Array:
-    codes, absmax, nested = packed
+    codes, absmax, nested, layer = packed
     return nf4_dequantize(
         codes,
         absmax,
@@ -212,6 +238,8 @@ def _weight(meta: _Meta, packed: tuple, dtype: DTypeLike) -> Array:
         dtype=dtype,
         block_size=meta.block_size,
         nested_block_size=meta.nested_block_size,
+        layer=layer,
+        implementation=meta.implementation,
     )
 
 

@@ -139,6 +139,7 @@ def _generate(
     nucleus: bool,
     eos: tuple[int, ...],
 ) -> Int32[Array, "B new"]:
+    variables = model.compute.place(variables)
     rows = tokens.shape[0]
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 

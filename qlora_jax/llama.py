@@ -170,6 +170,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
+            variable_broadcast="stacks",  # the layer's number is in "params"
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,

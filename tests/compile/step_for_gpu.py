@@ -104,6 +104,7 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
         )
 
     if wanted["generate"]:
+        # The adapters as they are trained: one rank and scaling for all.
         variables = {"params": base, "lora": adapters}
         rows = jax.ShapeDtypeStruct((wanted["batch"], wanted["length"]), jnp.int32)
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
