@@ -167,17 +167,19 @@ def decode_attention(
         .astype(jnp.float32)
         for stack in (keys, values)
     )
-    q_wide = q.reshape(batch, groups, 1, 1, heads // groups, width).astype(jnp.float32)
-    # The heads of a group read a key one after the other: it comes from memory once.
-    scores = (k[:, :, :, :, None] * q_wide).sum(axis=-1).swapaxes(3, 4)
+    per_group = heads // groups
+    queries = q.reshape(batch, groups, 1, 1, per_group, width).astype(jnp.float32)
+    # Head by head: in one expression, a product for each head would be written first.
+    scores = jnp.stack(
+        [(k * queries[:, :, :, :, head]).sum(axis=-1) for head in range(per_group)],
+        axis=3,
+    )
     seen = seen.reshape(batch, 1, slots // block, 1, block)
     scores = jnp.where(seen, scores * (1.0 / math.sqrt(width)), _MASKED)
     top = scores.max(axis=-1, keepdims=True)  # [B, K, blocks, heads of a group, 1]
     weights = jnp.exp(scores - top)
-    # Head by head: in one expression, a value for each head would be written first.
     parts = [
-        (weights[:, :, :, head, :, None] * v).sum(axis=3)
-        for head in range(heads // groups)
+        (weights[:, :, :, head, :, None] * v).sum(axis=3) for head in range(per_group)
     ]
     share = jnp.exp(top - top.max(axis=2, keepdims=True))
     out = (share * jnp.stack(parts, axis=3)).sum(axis=2)
