@@ -166,8 +166,7 @@ def nf4_dequantize(
 def _check_implementation(implementation: str | None) -> None:
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(
-            "`implementation` must be 'xla', 'pallas' or None, got "
-            f"{implementation!r}."
+            f"`implementation` must be 'xla', 'pallas' or None, got {implementation!r}."
         )
     if implementation == "pallas":
         raise ValueError("implementation='pallas' cannot be used: not written yet.")

@@ -195,8 +195,8 @@ def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """Takes the packed stacks of scanned layers out of a parameter tree.
 
     A scan hands its body a slice of every array it scans over. An XLA computation reads
-    through the slice; a kernel is given a copy. Lifted, the stack reaches the body whole
-    and the kernel reads the layer it is told:
+    through the slice; a kernel is given a copy. Lifted, the stack reaches the body
+    whole and the kernel reads the layer it is told:
 
         params  {... "weight": NF4Tensor(no arrays, layer=[0, ..., L-1])}
         stacks  {... "weight": NF4Tensor([L, ...])}

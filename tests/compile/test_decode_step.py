@@ -44,9 +44,7 @@ FREE = ("", "parameter", "get-tuple-element", "tuple", "bitcast", "while")
 def case(request, compile_step: Callable):
     name, rows = request.param
     config = MODELS[name]
-    program = compile_step(
-        config, batch=rows, length=2048, generate=512, remat="none"
-    )
+    program = compile_step(config, batch=rows, length=2048, generate=512, remat="none")
     return config, rows, program
 
 
