@@ -207,6 +207,7 @@ class LlamaModel(nn.Module):
             layers,
             (all_segments, cache.length),
         )
+        assert kv is not None
         length = cache.length + tokens.shape[1]
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
@@ -226,16 +227,18 @@ class Block(nn.Module):
         rope: tuple[Array, Array],
         segments: Array | None,
         layer: Int[Array, ""] | None,
-        cached: tuple[Array, Array] | None,
+        cached: tuple[Array, ...] | None,
     ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
         """Returns the new residual stream, and the cache with this layer's tokens."""
         x, kv = carry
         attention = self.attention_cls or Attention
         mlp = self.mlp_cls or MLP
         eps = self.config.rms_norm_eps
+        if cached is not None and layer is not None:
+            cached = (*cached, layer)
         h = RMSNorm(eps, name="input_layernorm")(x)
         h, kv = attention(config=self.config, compute=self.compute, name="self_attn")(
-            h, rope, segments, kv, None if cached is None else (*cached, layer)
+            h, rope, segments, kv, cached
         )
         x = x + h
         h = RMSNorm(eps, name="post_attention_layernorm")(x)
