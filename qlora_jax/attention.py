@@ -1,6 +1,6 @@
 """Causal self-attention, three ways that compute the same thing.
 
-  eager  the textbook formula, scores [T, S] in memory; also decodes with a cache.
+  eager  the textbook formula, scores [T, S] in memory.
   xla    blockwise with a running softmax (Dao 2023, https://arxiv.org/abs/2307.08691)
          in plain XLA: memory linear in length, blocks above the diagonal skipped,
          forward and backward.
@@ -9,6 +9,9 @@
 What a query may see is said once, for all of them: keys at its own or an earlier index
 whose segment id equals its own. Padding is segment 0, documents of a packed row are
 1, 2, ...; a padding mask is thus the case of a single document.
+
+One token at a time against a cache is `decode_attention`, whichever of them computed
+the prompt.
 """
 
 from __future__ import annotations
@@ -127,6 +130,61 @@ def masked_attention(
         preferred_element_type=jnp.float32,
     )
     return out.reshape(batch, queries, heads, width).astype(q.dtype)
+
+
+def decode_attention(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "L B K S H"],
+    values: Float[Array, "L B K S H"],
+    layer: Int[Array, ""],
+    seen: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """Attends from one token of each row to what a cache holds for a layer.
+
+    The formula of `masked_attention`, block by block of slots (softmax within each, the
+    blocks weighted at the end), with sums in place of matrix products: a library's
+    product would be handed a copy of the layer's keys and values with every token,
+    where a sum reads them in place. No more can be had, since reading them is what the
+    time goes to.
+
+    Args:
+      q: queries.
+      keys: of all layers.
+      values: of all layers.
+      layer: which of them to read.
+      seen: the slots that hold something to see, at least one in each row.
+
+    Returns:
+      The attention output in the dtype of `q`.
+    """
+    batch, _, heads, width = q.shape
+    groups, slots = keys.shape[2:4]
+    block = math.gcd(slots, 128)
+    blocks = (batch, groups, slots // block, block, width)
+    k, v = (
+        jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+        .reshape(blocks)
+        .astype(jnp.float32)
+        for stack in (keys, values)
+    )
+    per_group = heads // groups
+    queries = q.reshape(batch, groups, 1, 1, per_group, width).astype(jnp.float32)
+    # Head by head: in one expression, a product for each head would be written first.
+    scores = jnp.stack(
+        [(k * queries[:, :, :, :, head]).sum(axis=-1) for head in range(per_group)],
+        axis=3,
+    )
+    seen = seen.reshape(batch, 1, slots // block, 1, block)
+    scores = jnp.where(seen, scores * (1.0 / math.sqrt(width)), _MASKED)
+    top = scores.max(axis=-1, keepdims=True)  # [B, K, blocks, heads of a group, 1]
+    weights = jnp.exp(scores - top)
+    parts = [
+        (weights[:, :, :, head, :, None] * v).sum(axis=3) for head in range(per_group)
+    ]
+    share = jnp.exp(top - top.max(axis=2, keepdims=True))
+    out = (share * jnp.stack(parts, axis=3)).sum(axis=2)
+    total = (share * weights.sum(axis=-1, keepdims=True)).sum(axis=2)
+    return (out / total).reshape(q.shape).astype(q.dtype)
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:

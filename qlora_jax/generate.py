@@ -1,6 +1,7 @@
 """Text generation: a prefill, then one token at a time against a key/value cache.
 
-The whole loop is one jitted program on the device. Rows are padded on the left to one
+The whole loop is one jitted program on the device, and the cache one pair of arrays
+that every layer writes its new token into. Rows are padded on the left to one
 length; a row's padding is masked and its positions start at its first token, so a row
 in a batch gets the tokens it gets alone.
 """
@@ -139,6 +140,7 @@ def _generate(
     nucleus: bool,
     eos: tuple[int, ...],
 ) -> Int32[Array, "B new"]:
+    variables = model.compute.place(variables)
     rows = tokens.shape[0]
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
 

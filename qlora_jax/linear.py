@@ -42,6 +42,9 @@ class Compute:
     remat: Literal["none", "full", "save_matmuls"] = "full"
     """What the backward pass recomputes: nothing, each layer from its input, or each
     layer but for the results of its matrix products and its attention."""
+    kernels: Literal["auto", "xla", "pallas"] = "auto"
+    """Of products with packed weights: XLA's, kernels of our own for GPUs, or the best
+    known for the device; see `pallas_kernels.nf4`."""
     lora: LoraConfig | None = None
     """Of the adapters in the "lora" collection: their dropout, what training binds them
     with, and the scaling of a tree that is not bound."""
@@ -51,12 +54,33 @@ class Compute:
             ("dtype", ("bfloat16", "float16", "float32")),
             ("attention", ("auto", "eager", "xla", "cudnn")),
             ("remat", ("none", "full", "save_matmuls")),
+            ("kernels", ("auto", "xla", "pallas")),
         ):
             if getattr(self, name) not in accepted:
                 raise UserError(
                     f"`{name}` must be one of {', '.join(accepted)}, got "
                     f"{getattr(self, name)!r}."
                 )
+
+    @property
+    def implementation(self) -> str | None:
+        """`kernels` as `pallas_kernels` takes it."""
+        return None if self.kernels == "auto" else self.kernels
+
+    def place(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Arranges variables as the chosen kernels read them best.
+
+        To be called inside the jitted function that calls `apply`. What comes back
+        means the same to every module; with our kernels, the packed stacks of the
+        layers are in a collection of their own (`nf4.lift_stacks`).
+
+        Args:
+          variables: {"params": base, "lora": adapters}.
+        """
+        if self.kernels != "pallas" or "stacks" in variables:
+            return dict(variables)
+        params, stacks = nf4.lift_stacks(variables["params"])
+        return {**variables, "params": params, "stacks": stacks}
 
 
 def linear(
@@ -70,6 +94,7 @@ def linear(
     dropout: float = 0.0,
     key: Array | None = None,
     dtype: DTypeLike | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """Computes `W x + bias + scaling * B (A x)`, or its DoRA.
 
@@ -91,6 +116,7 @@ def linear(
       key: PRNG key for the dropout.
       dtype: of the result; default that of `x`. Products are those of the dtype of
         `x` either way; float32 logits are thus not rounded to bf16 first.
+      implementation: of the product with an `NF4Tensor`; see `pallas_kernels.nf4`.
 
     Returns:
       [..., O] in `dtype`.
@@ -99,7 +125,7 @@ def linear(
     adapter = adapter or {}
     y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
-        y = nf4.matmul(x, weight, dtype)
+        y = nf4.matmul(x, weight, dtype, implementation=implementation)
     else:
         y = dense_matmul(x, weight, dtype)
     if residual is not None:
@@ -215,6 +241,8 @@ class _Adaptable(nn.Module):
             frozen = self.get_variable("params", name)
         else:
             frozen = self.param(name, init, shape, jnp.float32)
+        if isinstance(frozen, nf4.NF4Tensor) and frozen.codes is None:
+            frozen = nf4.with_stack(frozen, self.get_variable("stacks", name))
         if value is None:
             return frozen
         if isinstance(frozen, nf4.NF4Tensor):
@@ -244,7 +272,8 @@ class Linear(_Adaptable):
     """A linear layer with optional bias and optional adapter.
 
     Collections: "params" {weight: [O, I] or NF4Tensor, bias: [O]; perhaps residual_A
-    and residual_B}, "lora" as `qlora_jax.lora` lists it. Dropout acts on the adapter's
+    and residual_B}, "stacks" {weight} where `Compute.place` put it there, "lora" as
+    `qlora_jax.lora` lists it. Dropout acts on the adapter's
     input when a "dropout" PRNG key is given to `apply`.
     """
 
@@ -309,6 +338,7 @@ class Linear(_Adaptable):
                 dropout=dropout,
                 key=key,
                 dtype=dtype,
+                implementation=self.compute.implementation,
             )
 
 

@@ -36,9 +36,9 @@ class Cache(NamedTuple):
     """Keys and values of tokens already seen, for all layers."""
 
     k: Array
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]: a head's keys lie together, as the products read them."""
     v: Array
-    """[L, B, S, K, H]."""
+    """[L, B, K, S, H]."""
     segment_ids: Int[Array, "B S"]
     """1 where a slot holds a real token, 0 for padding and empty slots."""
     length: Int[Array, ""]
@@ -170,6 +170,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
+            variable_broadcast="stacks",  # the layer's number is in "params"
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
@@ -189,14 +190,22 @@ class LlamaModel(nn.Module):
         rope = rope_table(positions, self.config)
         x = self.embed_tokens(tokens)
         if cache is None:
-            x, _ = self.layers(x, rope, segments, None, None)
+            (x, _), _ = self.layers((x, None), rope, segments, None, None)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
-        x, kv = self.layers(
-            x, rope, segments, (cache.k, cache.v), (all_segments, cache.length)
+        # The stacks of all layers are carried, and each layer writes its new tokens
+        # where they belong. As inputs and outputs of the scan they would be copied
+        # layer by layer, and whole: with every token.
+        layers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        (x, kv), _ = self.layers(
+            (x, (cache.k, cache.v)),
+            rope,
+            segments,
+            layers,
+            (all_segments, cache.length),
         )
         assert kv is not None
         length = cache.length + tokens.shape[1]
@@ -214,16 +223,19 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        carry: tuple[Array, tuple[Array, Array] | None],
         rope: tuple[Array, Array],
         segments: Array | None,
-        kv: tuple[Array, Array] | None,
-        cached: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Returns the new residual stream and this layer's keys and values."""
+        layer: Int[Array, ""] | None,
+        cached: tuple[Array, ...] | None,
+    ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
+        """Returns the new residual stream, and the cache with this layer's tokens."""
+        x, kv = carry
         attention = self.attention_cls or Attention
         mlp = self.mlp_cls or MLP
         eps = self.config.rms_norm_eps
+        if cached is not None and layer is not None:
+            cached = (*cached, layer)
         h = RMSNorm(eps, name="input_layernorm")(x)
         h, kv = attention(config=self.config, compute=self.compute, name="self_attn")(
             h, rope, segments, kv, cached
@@ -231,7 +243,7 @@ class Block(nn.Module):
         x = x + h
         h = RMSNorm(eps, name="post_attention_layernorm")(x)
         h = mlp(config=self.config, compute=self.compute, name="mlp")(h)
-        return x + h, kv
+        return (x + h, kv), None
 
 
 class Attention(nn.Module):
@@ -247,7 +259,7 @@ class Attention(nn.Module):
         rope: tuple[Array, Array],
         segments: Int[Array, "B T"] | None,
         kv: tuple[Array, Array] | None = None,
-        cached: tuple[Array, Array] | None = None,
+        cached: tuple[Array, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Attends within `x`, or to the cache as well.
 
@@ -255,12 +267,13 @@ class Attention(nn.Module):
           x: normed residual stream.
           rope: cos and sin of `rope_table`.
           segments: segment ids of `x`.
-          kv: this layer's cached keys and values [B, S, K, H].
-          cached: segment ids [B, S] of the cache including `x`, and slots in use
-            before `x`.
+          kv: keys and values of all layers, [L, B, K, S, H]; None in training.
+          cached: segment ids [B, S] of the cache including `x`, slots in use before
+            `x`, and the number of this layer.
 
         Returns:
-          The output, and the cache with the keys and values of `x` written in.
+          The output, and `kv` with this layer's keys and values of `x` written in.
+          A class of yours that calls this one hands `kv` and `cached` on as they are.
         """
         c = self.config
         q = self.project("q_proj", x, c.num_attention_heads)
@@ -269,10 +282,12 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
-                all_segments, start = cached
+                all_segments, start, layer = cached
+                place = (layer, 0, 0, start, 0)
+                new_k, new_v = (a.swapaxes(1, 2)[None] for a in (k, v))
                 kv = (
-                    jax.lax.dynamic_update_slice(kv[0], k, (0, start, 0, 0)),
-                    jax.lax.dynamic_update_slice(kv[1], v, (0, start, 0, 0)),
+                    jax.lax.dynamic_update_slice(kv[0], new_k, place),
+                    jax.lax.dynamic_update_slice(kv[1], new_v, place),
                 )
             if kv is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache: it sees nothing but itself.
@@ -284,10 +299,11 @@ class Attention(nn.Module):
                     implementation=self.compute.attention,
                 )
             else:
+                slots = kv[0].shape[3]
                 seen = attention_lib.causal_mask(
-                    segments, all_segments, 1, kv[0].shape[1], start
+                    segments, all_segments, 1, slots, start
                 )
-                out = attention_lib.masked_attention(q, *kv, seen)
+                out = attention_lib.decode_attention(q, *kv, layer, seen[:, 0])
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         out = Linear(
             c.hidden_size,
@@ -473,8 +489,8 @@ def empty_cache(
     shape = (
         config.num_hidden_layers,
         batch,
-        slots,
         config.num_key_value_heads,
+        slots,
         config.head_dim,
     )
     return Cache(

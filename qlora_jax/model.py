@@ -182,7 +182,7 @@ def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
     apply: Any = module.apply  # typed for mutable collections, which this has none of
-    return apply(variables, tokens, **arrays)
+    return apply(module.compute.place(variables), tokens, **arrays)
 
 
 def load(
@@ -193,6 +193,7 @@ def load(
     quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto",
+    kernels: Literal["auto", "xla", "pallas"] = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
     strict: bool = True,
@@ -213,6 +214,7 @@ def load(
       dtype: of activations and of the tensors that stay dense. "auto" is what a run
         directory was trained with, and "bfloat16" elsewhere.
       attention: implementation.
+      kernels: of products with packed weights, as `Compute` takes them.
       attention_cls: attention modules of yours, as `Llama` takes them. Their tensors
         come from the directory (`LlamaConfig.extra_tensors`) or from an adapter that
         holds them whole (`modules_to_save`).
@@ -244,7 +246,7 @@ def load(
             "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
             f"{quantization!r}."
         )
-    compute = Compute(dtype=settled, attention=attention)
+    compute = Compute(dtype=settled, attention=attention, kernels=kernels)
     config, tree = convert.load_llama(
         path, quantization=quantization, dtype=settled, progress=progress
     )

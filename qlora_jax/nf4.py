@@ -11,7 +11,8 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -69,6 +70,7 @@ _CHUNK = 1 << 16
         "nested_absmax",
         "nested_offset",
         "nested_quant_map",
+        "layer",
     ],
     meta_fields=["shape", "dtype", "block_size", "nested_block_size"],
 )
@@ -84,6 +86,8 @@ class NF4Tensor:
       nested_quant_map: float32 [..., 256], likewise.
       shape: (O, I), without the leading axes.
       dtype: name of the dtype before quantization ("bfloat16").
+      layer: None, or an int32 scalar: the arrays then have one leading axis, and the
+        tensor is that layer of them (`lift_stacks`).
     """
 
     codes: Any
@@ -95,6 +99,7 @@ class NF4Tensor:
     dtype: str
     block_size: int = BLOCK_SIZE
     nested_block_size: int = NESTED_BLOCK_SIZE
+    layer: Any = None
 
     @property
     def double_quant(self) -> bool:
@@ -135,31 +140,106 @@ def dequantize(
             dtype=dtype,
             block_size=t.block_size,
             nested_block_size=t.nested_block_size,
+            layer=t.layer,
         )
 
-    leading = tensor.codes.ndim - (2 if is_aligned(tensor.shape) else 1)
-    for _ in range(leading):
-        one = jax.vmap(one)
+    if tensor.layer is None:
+        for _ in range(_leading(tensor)):
+            one = jax.vmap(one)
     return one(jax.tree.map(jnp.asarray, tensor))
 
 
 def matmul(
-    x: Float[Array, "*B I"], tensor: NF4Tensor, dtype: DTypeLike | None = None
+    x: Float[Array, "*B I"],
+    tensor: NF4Tensor,
+    dtype: DTypeLike | None = None,
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
     """Computes `x @ W.T` in the dtype of `x`; differentiable in `x` alone.
 
-    The result is rounded to `dtype`, by default that of `x`.
+    Args:
+      x: inputs, features last.
+      tensor: the weight [O, I].
+      dtype: what the result is rounded to; default that of `x`.
+      implementation: as `pallas_kernels.nf4.nf4_matmul` takes it.
+
+    Returns:
+      The product [..., O].
+
+    Raises:
+      UserError: implementation="pallas" where it cannot be had, with the reason.
     """
-    return nf4_matmul(
-        x,
-        tensor.codes,
-        tensor.absmax,
-        tensor.nested(),
-        shape=tensor.shape,
-        dtype=dtype,
-        block_size=tensor.block_size,
-        nested_block_size=tensor.nested_block_size,
-    )
+    try:
+        return nf4_matmul(
+            x,
+            tensor.codes,
+            tensor.absmax,
+            tensor.nested(),
+            shape=tensor.shape,
+            dtype=dtype,
+            block_size=tensor.block_size,
+            nested_block_size=tensor.nested_block_size,
+            layer=tensor.layer,
+            implementation=implementation,
+        )
+    except ValueError as error:
+        if implementation != "pallas":
+            raise
+        raise UserError(
+            f"kernels='pallas' cannot be used here: {error} Use 'auto' or 'xla'."
+        ) from error
+
+
+def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Takes the packed stacks of scanned layers out of a parameter tree.
+
+    A scan hands its body a slice of every array it scans over. An XLA computation reads
+    through the slice; a kernel is given a copy. Lifted, the stack reaches the body
+    whole and the kernel reads the layer it is told:
+
+        params  {... "weight": NF4Tensor(no arrays, layer=[0, ..., L-1])}
+        stacks  {... "weight": NF4Tensor([L, ...])}
+
+    The scan slices `layer` to a number, and `with_stack` puts the two together. Inside
+    a jitted function this costs nothing.
+
+    Args:
+      params: parameter tree; tensors with one leading axis are lifted, all others stay.
+
+    Returns:
+      The tree without the stacks, and the tree of the stacks alone.
+    """
+    left: dict[str, Any] = {}
+    stacks: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            left[name], inner = lift_stacks(value)
+            if inner:
+                stacks[name] = inner
+        elif isinstance(value, NF4Tensor) and _leading(value) == 1:
+            layers = jnp.arange(value.codes.shape[0], dtype=jnp.int32)
+            left[name] = replace(_without_arrays(value), layer=layers)
+            stacks[name] = value
+        else:
+            left[name] = value
+    return left, stacks
+
+
+def with_stack(tensor: NF4Tensor, stack: NF4Tensor) -> NF4Tensor:
+    """One layer of a stack that `lift_stacks` took out of its place."""
+    return replace(stack, layer=tensor.layer)
+
+
+def _without_arrays(tensor: NF4Tensor) -> NF4Tensor:
+    return jax.tree.map(lambda _: None, tensor)
+
+
+def _leading(tensor: NF4Tensor) -> int:
+    """Number of leading axes; 0 without arrays."""
+    if tensor.codes is None:
+        return 0
+    return tensor.codes.ndim - (2 if is_aligned(tensor.shape) else 1)
 
 
 def is_aligned(shape: tuple[int, int], block_size: int = BLOCK_SIZE) -> bool:

@@ -42,6 +42,8 @@ class ModelConfig:
     """Attention implementation."""
     remat: Literal["none", "full", "save_matmuls"] = "full"
     """What the backward pass recomputes."""
+    kernels: Literal["auto", "xla", "pallas"] = "auto"
+    """Of products with packed weights: XLA's, our own for GPUs, or the best known."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def run(
         dtype=config.model.dtype,
         attention=config.model.attention,
         remat=config.model.remat,
+        kernels=config.model.kernels,
         lora=config.lora,
     )
     model, base = add_parameters(

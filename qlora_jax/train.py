@@ -199,7 +199,7 @@ def loss_sum(
     """
     lora = model.compute.lora
     bound = adapters if lora is None else bind(adapters, base, lora)
-    variables = {"params": base, "lora": bound}
+    variables = model.compute.place({"params": base, "lora": bound})
     hidden: Any = model.apply(
         variables,
         batch["tokens"],

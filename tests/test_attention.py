@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.attention import attention, causal_mask, masked_attention
+from qlora_jax.attention import (
+    attention,
+    causal_mask,
+    decode_attention,
+    masked_attention,
+)
 from qlora_jax.errors import UserError
 
 IMPLEMENTATIONS = ("eager", "xla")
@@ -279,3 +284,30 @@ def test_one_query_against_a_cache_is_the_last_row_of_the_whole():
     seen = causal_mask(None, None, 1, 13, 8)
     got = masked_attention(q[:, -1:], k, v, seen)
     np.testing.assert_allclose(got, want, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("length, slots", [(9, 13), (1, 32), (200, 256), (300, 416)])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
+def test_a_token_reads_its_layer_of_the_cache(heads, groups, length, slots):
+    q, k, v, dout = inputs(length, heads=heads, groups=groups)
+    segments = jnp.ones((2, length), jnp.int32).at[1, : length // 3].set(0)
+    want = numpy_attention(q, k, v, dout, segments)[0][:, -1:]
+    pad = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+
+    def cache(a):  # in the second of three layers; what must not be seen is large
+        a = jnp.pad(jnp.swapaxes(a, 1, 2), pad, constant_values=1e3)
+        return jnp.stack([jnp.full_like(a, 1e3), a, jnp.full_like(a, 1e3)])
+
+    seen = jnp.pad(segments == 1, ((0, 0), (0, slots - length)))
+    for dtype, tolerance in (("float32", FLOAT32), ("bfloat16", 0.02)):
+        got = jax.jit(decode_attention)(
+            q[:, -1:].astype(dtype),
+            cache(k).astype(dtype),
+            cache(v).astype(dtype),
+            jnp.int32(1),
+            seen,
+        )
+        assert got.dtype == dtype
+        # bfloat16: inputs and result rounded to 2^-9 of values of order one.
+        worst = np.abs(np.asarray(got, np.float64) - want).max()
+        assert worst <= tolerance * max(1.0, np.abs(want).max())

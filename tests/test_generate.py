@@ -1,6 +1,7 @@
 """Generation: greedy as Hugging Face, a batch as its rows alone, sampling as told."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,13 @@ import pytest
 
 import convert
 from qlora_jax.errors import UserError
-from qlora_jax.generate import _filter, generate_tokens
+from qlora_jax.generate import _filter, _generate, generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
+from qlora_jax.lora import bind
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
+from qlora_jax.nf4 import lift_stacks
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,70 @@ def test_lengths_around_the_rounding_of_the_cache(tiny):
     for prompt, row in zip(prompts, long, strict=True):
         (short,) = generate_tokens(*tiny, [prompt], max_new_tokens=1)
         assert short == row[: len(prompt) + 1]
+
+
+@pytest.fixture(scope="module")
+def packed(llama_dir):
+    """The two-layer model in NF4 with adapters that do something."""
+    config, base = convert.load_llama(llama_dir, quantization="nf4_dq")
+    base = jax.tree.map(jnp.asarray, base)
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    adapters = jax.tree.map(lambda a: a + 0.05, adapters)
+    return Llama(config, Compute(dtype="float32")), {
+        "params": base,
+        "lora": bind(adapters, base, lora),
+    }
+
+
+def test_packed_weights_with_adapters_generate_as_their_logits_say(packed):
+    model, variables = packed
+    rows = generate_tokens(model, variables, PROMPTS, max_new_tokens=12)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        logits = model.apply(variables, jnp.asarray([row]))[0]
+        said = jnp.argmax(logits[len(prompt) - 1 : -1], axis=-1)
+        assert row[len(prompt) :] == said.tolist()
+
+
+def test_lifted_stacks_generate_the_same(packed, monkeypatch):
+    model, variables = packed
+    rows = generate_tokens(model, variables, PROMPTS, max_new_tokens=12)
+
+    def lift(self, variables):
+        params, stacks = lift_stacks(variables["params"])
+        return {**variables, "params": params, "stacks": stacks}
+
+    # Another model to `jit`, as that of our own kernels is.
+    model = model.clone(compute=Compute(dtype="float32", kernels="xla"))
+    monkeypatch.setattr(Compute, "place", lift)
+    assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
+
+
+def test_a_token_is_written_into_the_cache_where_it_lies(packed):
+    """By the compiled program: nothing of the size of a cache is copied in a loop."""
+    model, variables = packed
+    c = model.config
+    program = _generate.lower(
+        model,
+        variables,
+        np.ones((3, 32), np.int32),
+        np.ones((3, 32), np.int32),
+        jax.random.key(0),
+        jnp.float32(0),
+        jnp.float32(1),
+        slots=96,
+        max_new_tokens=64,
+        greedy=True,
+        top_k=None,
+        nucleus=False,
+        eos=(),
+    )
+    layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
+    text = program.compile().as_text()
+    assert f"f32[2,{layer}" in text
+    loops = re.split(r"\nENTRY ", text)[0]
+    copies = re.findall(r"= (\S+) copy\(", loops)
+    assert not [shape for shape in copies if layer in shape]
 
 
 def test_sampling_is_a_function_of_the_seed(tiny):

@@ -429,13 +429,54 @@ def test_gradients_of_an_embedding_are_those_of_the_table(form):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("dtype", "float64"), ("attention", "flash"), ("remat", "some")]
+    "field, value",
+    [
+        ("dtype", "float64"),
+        ("attention", "flash"),
+        ("remat", "some"),
+        ("kernels", "triton"),
+    ],
 )
 def test_a_way_of_computing_that_does_not_exist_is_refused(field, value):
     compute = Compute()
     object.__setattr__(compute, field, value)  # past the type checks of the tests
     with pytest.raises(UserError, match=rf"`{field}` must be one of .*, got '{value}'"):
         compute.__post_init__()
+
+
+def test_a_layer_finds_its_weight_in_a_stack_that_was_lifted():
+    x = draw(3, IN)
+    stack = jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), a]), PACKED)
+    params, stacks = nf4.lift_stacks({"weight": stack})
+    variables = {"params": jax.tree.map(lambda a: a[1], params), "stacks": stacks}
+    for adapter in ({}, {**ADAPTER, "scaling": jnp.float32(0.5)}, {**FORMS["dora"]}):
+        module = Linear(OUT, Compute("float32", lora=LoraConfig(r=4)))
+        np.testing.assert_array_equal(
+            module.apply({**variables, "lora": adapter}, x),
+            module.apply({"params": {"weight": PACKED}, "lora": adapter}, x),
+        )
+
+
+def test_stacks_are_placed_apart_for_our_own_kernels_alone():
+    stack = jax.tree.map(lambda a: a[None], PACKED)
+    variables = {"params": {"q_proj": {"weight": stack}}, "lora": {}}
+    for kernels in ("auto", "xla"):
+        assert Compute(kernels=kernels).place(variables) == variables
+    placed = Compute(kernels="pallas").place(variables)
+    assert placed["stacks"] == variables["params"] and placed["lora"] == {}
+    assert placed["params"]["q_proj"]["weight"].codes is None
+    assert Compute(kernels="pallas").place(placed) == placed
+
+
+def test_kernels_that_cannot_be_had_are_refused_with_the_reason():
+    # 13 features do not fill a block, which no kernel takes on any device.
+    odd = nf4.quantize(np.ones((4, 13), np.float32), double_quant=False)
+    params = {"weight": jax.tree.map(jnp.asarray, odd)}
+    module = Linear(4, Compute("float32", kernels="pallas"))
+    with pytest.raises(
+        UserError, match="kernels='pallas' cannot be used here: .*'xla'"
+    ):
+        module.apply({"params": params}, draw(3, 13))
 
 
 def test_compute_is_a_static_argument():

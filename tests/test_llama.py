@@ -412,7 +412,7 @@ def test_steps_of_one_shape_are_compiled_once():
 
 def test_the_cache_holds_keys_and_values_of_the_dtype_asked_for():
     cache = empty_cache(CONFIG, 3, 10)
-    assert cache.k.shape == cache.v.shape == (2, 3, 10, 2, 16)
+    assert cache.k.shape == cache.v.shape == (2, 3, 2, 10, 16)
     assert cache.k.dtype == jnp.bfloat16
     model = Llama(CONFIG, Compute("bfloat16"))
     tokens = prompt(3, 4)
@@ -593,10 +593,10 @@ def test_dropout_differs_between_layers_projections_and_keys(remat):
 
     @jax.jit
     def masks(key):
-        stream, _ = model.apply(
+        (stream, _), _ = model.apply(
             {"params": tree, "lora": adapters},
             rngs={"dropout": key},
-            method=lambda m: m.model.layers(x, rope, None, None, None),
+            method=lambda m: m.model.layers((x, None), rope, None, None, None),
         )
         return stream
 

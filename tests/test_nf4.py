@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -385,6 +386,49 @@ def test_it_goes_through_jit_scan_vmap_and_grad(double_quant):
     mapped = jax.jit(jax.vmap(nf4.matmul, (None, 0)))(x, stack)
     for y, part in zip(mapped, parts, strict=True):
         close(y, nf4.matmul(x, jax.tree.map(jnp.asarray, part)))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(24, 64), (6, 40)])
+def test_a_layer_of_a_stack_is_that_tensor(shape, double_quant):
+    stack, parts = stacked(3, shape, double_quant=double_quant)
+    stack = jax.tree.map(jnp.asarray, stack)
+    x = jnp.asarray(random_weight((2, shape[1]), seed=9))
+    dx = jax.jit(jax.grad(lambda x, t: (nf4.matmul(x, t) ** 2).sum()))
+    for i, part in enumerate(parts):
+        one = dataclasses.replace(stack, layer=jnp.int32(i))
+        part = jax.tree.map(jnp.asarray, part)
+        np.testing.assert_array_equal(dequantize(one), dequantize(part))
+        np.testing.assert_array_equal(nf4.matmul(x, one), nf4.matmul(x, part))
+        np.testing.assert_array_equal(dx(x, one), dx(x, part))
+
+
+def test_stacks_are_lifted_out_of_a_tree_and_the_rest_stays():
+    stack, parts = stacked(3, (24, 64), double_quant=True)
+    stack = jax.tree.map(jnp.asarray, stack)
+    single = jax.tree.map(jnp.asarray, parts[0])
+    norm = jnp.ones((3, 64))
+    tree = {
+        "layers": {"q_proj": {"weight": stack}, "norm": {"weight": norm}},
+        "head": {"weight": single},
+    }
+    left, stacks = nf4.lift_stacks(tree)
+    assert jax.tree.structure(stacks) == jax.tree.structure(
+        {"layers": {"q_proj": {"weight": stack}}}
+    )
+    assert stacks["layers"]["q_proj"]["weight"] is stack
+    assert left["layers"]["norm"]["weight"] is norm
+    assert left["head"]["weight"] is single
+    mark = left["layers"]["q_proj"]["weight"]
+    assert mark.layer.tolist() == [0, 1, 2] and mark.layer.dtype == jnp.int32
+    assert jax.tree.leaves(mark) == [mark.layer] and mark.shape == (24, 64)
+    # What a scan makes of it, put together again.
+    one = nf4.with_stack(jax.tree.map(lambda a: a[1], mark), stack)
+    np.testing.assert_array_equal(
+        dequantize(one), dequantize(jax.tree.map(jnp.asarray, parts[1]))
+    )
+    assert nf4.lift_stacks(left) == (left, {})
+    assert tree["layers"]["q_proj"]["weight"] is stack  # what was given is unchanged
 
 
 def test_it_may_be_an_argument_of_a_gradient_and_gets_none():

@@ -260,6 +260,61 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
     np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)  # float32
 
 
+def lift(self, variables):
+    """What `Compute.place` does for our own kernels, here with XLA's."""
+    params, stacks = nf4.lift_stacks(variables["params"])
+    return {**variables, "params": params, "stacks": stacks}
+
+
+def loops(jaxpr):
+    """Every scan in a jaxpr, the inner ones as well."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in jax.tree.leaves(dict(equation.params)):
+            inner = getattr(value, "jaxpr", value)  # closed or not
+            if hasattr(inner, "eqns"):
+                yield from loops(inner)
+
+
+@pytest.mark.parametrize(
+    "more, remat",
+    [
+        ({}, "none"),
+        ({}, "full"),
+        ({}, "save_matmuls"),
+        ({"use_dora": True}, "full"),
+        ({"lora_dropout": 0.3}, "none"),
+    ],
+)
+def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypatch):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **more)
+    model, batch = llama(lora, remat=remat), window(2, 1)
+    state = begin(tree=adapters(lora))
+    temporaries, results = [], []
+    for lifted in (False, True):
+        if lifted:
+            monkeypatch.setattr(Compute, "place", lift)
+        step = functools.partial(train_step, model=model, optimizer=SGD)
+        lowered = jax.jit(step).lower(state, base(), batch)
+        compiled = lowered.compile(compiler_options=QUICK)
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        after, metrics = compiled(state, base(), batch)
+        results.append((after.adapters, metrics))
+        written = [
+            v.aval
+            for loop in loops(jax.make_jaxpr(step)(state, base(), batch).jaxpr)
+            for v in loop.outvars
+        ]
+        assert written
+        # No packed stack leaves a loop, nor a weight of all layers dequantized.
+        assert not [a for a in written if a.dtype == jnp.uint8]
+        assert not [a for a in written if a.shape[:1] == (2,) and a.size >= 2 * 64 * 32]
+    all_equal(*results)
+    # The numbers of the layers, and what aligns their buffers.
+    assert temporaries[1] <= temporaries[0] + 4096
+
+
 def test_packed_documents_train_as_separate_ones():
     lengths = [7, 5, 4]
     parts = [rows(1, n, seed=n) for n in lengths]

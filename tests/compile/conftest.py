@@ -39,7 +39,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Program:
-    """What the GPU compiler made of one training step."""
+    """What the GPU compiler made of one program."""
 
     memory: dict[str, int]
     text: str
@@ -98,14 +98,15 @@ def _read(folder: Path) -> Program:
 def compile_step(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Program]:
-    """Compiles a training step for an H200; equal requests are compiled once."""
+    """Compiles a training step, or generation, for an H200; equal requests once."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
     made: dict[str, Program] = {}
 
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
         wanted = {"config": config, "batch": 4, "length": 2048, "packed": False}
-        wanted |= {"attention": "auto", "remat": "full", "lora": {}} | settings
+        wanted |= {"attention": "auto", "remat": "full", "lora": {}, "generate": 0}
+        wanted |= settings
         request = json.dumps(wanted, sort_keys=True)
         if request not in made:
             folder = tmp_path_factory.mktemp("program")

@@ -1,6 +1,9 @@
-"""Compiles a QLoRA training step for an H200 on a machine without a GPU.
+"""Compiles a training step, or generation, for an H200 on a machine without a GPU.
 
     python step_for_gpu.py '{"config": {...}, "batch": 4, "length": 2048, ...}' OUT
+
+With "generate": N in the request, that is generation of N tokens after prompts of that
+length, greedily.
 
 XLA's CUDA compiler needs a description of the device, not the device. What it makes is
 what would run: the buffers of the whole step and its scheduled program, written to
@@ -31,6 +34,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.config import LlamaConfig
+from qlora_jax.generate import _generate
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
@@ -80,7 +84,7 @@ device_description_str: "NVIDIA H200"
 
 
 def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
-    """Traces one training step of the wanted model, everything on one H200."""
+    """Traces the wanted program of the wanted model, everything on one H200."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H200, topology="1x1x1"
     )
@@ -92,21 +96,41 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
     compute = Compute(attention=wanted["attention"], remat=wanted["remat"], lora=lora)
     config = LlamaConfig.from_hf(wanted["config"])
     base = abstract_base(config, quantization="nf4_dq")
+    adapters = abstract_adapters(base, lora)
+
+    def on_device(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), tree
+        )
+
+    if wanted["generate"]:
+        # The adapters as they are trained: one rank and scaling for all.
+        variables = {"params": base, "lora": adapters}
+        rows = jax.ShapeDtypeStruct((wanted["batch"], wanted["length"]), jnp.int32)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return _generate.lower(
+            Llama(config, compute),
+            *on_device((variables, rows, rows, key, scalar, scalar)),
+            slots=wanted["length"] + wanted["generate"],
+            max_new_tokens=wanted["generate"],
+            greedy=True,
+            top_k=None,
+            nucleus=False,
+            eos=(2,),
+        )
     optimizer = make_optimizer(TrainConfig(steps=1000), 1000)
 
     def start(adapters: Any, key: jax.Array) -> TrainState:
         return init_state(adapters, optimizer, key)
 
-    state = jax.eval_shape(start, abstract_adapters(base, lora), jax.random.key(0))
+    state = jax.eval_shape(start, adapters, jax.random.key(0))
     rows = jax.ShapeDtypeStruct((1, wanted["batch"], wanted["length"]), jnp.int32)
     batch = {"tokens": rows, "labels": rows}
     if wanted["packed"]:
         batch |= {"positions": rows, "segment_ids": rows}
     step = partial(train_step, model=Llama(config, compute), optimizer=optimizer)
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-        (state, base, batch),
-    )
+    arguments = on_device((state, base, batch))
     return jax.jit(step, donate_argnums=0).lower(*arguments)
 
 

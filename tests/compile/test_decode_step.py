@@ -1,0 +1,109 @@
+"""One token of generation as an H200 would run it: what it reads, and copies nothing.
+
+Compiled without a GPU (`make compile`). The cache holds 4 rows of 2,560 tokens, the
+weights are packed, and every linear layer has an adapter.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = pytest.mark.compile
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+}
+MODELS = {
+    "8b": LLAMA_8B,
+    "1b": LLAMA_8B
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "tie_word_embeddings": True,
+    },
+    # A key/value head for each query head, as in Llama 2.
+    "7b": LLAMA_8B | {"num_key_value_heads": 32, "vocab_size": 32000},
+}
+TOKEN = "jit(_generate)/while"
+LAYER = "jit(_generate)/while/body/Llama.decode/model/while"
+# What hands arrays on, or reads them inside another kernel, and writes nothing.
+FREE = ("", "parameter", "get-tuple-element", "tuple", "bitcast", "while")
+
+
+@pytest.fixture(scope="module", params=[("8b", 4), ("8b", 1), ("1b", 4), ("7b", 1)])
+def case(request, compile_step: Callable):
+    name, rows = request.param
+    config = MODELS[name]
+    program = compile_step(config, batch=rows, length=2048, generate=512, remat="none")
+    return config, rows, program
+
+
+def cache_of_a_layer(config: dict, rows: int) -> int:
+    """Elements of a layer's keys, or of its values."""
+    width = config["hidden_size"] // config["num_attention_heads"]
+    return rows * 2560 * config["num_key_value_heads"] * width
+
+
+def written(kernels: list) -> list:
+    """(kernel, dtype, elements) of everything that kernels write."""
+    return [
+        (k, dtype, math.prod(shape))
+        for k in kernels
+        if k.operation not in FREE
+        for dtype, shape in k.results
+    ]
+
+
+def test_a_token_is_written_into_the_cache_where_it_lies(case):
+    config, rows, program = case
+    one = cache_of_a_layer(config, rows)
+    whole = config["num_hidden_layers"] * one
+    layer, token = program.loop(LAYER), program.loop(TOKEN)
+    updates = [k for k, _, size in written(layer) if size == whole]
+    assert len(updates) == 2  # keys, values
+    for k in updates:
+        assert k.operation == "fusion" and "dynamic-update-slice(" in k.fused
+    # Nor is the cache, or a layer of it, written between layers or between tokens.
+    assert not [k.text for k, _, size in written(token) if size in (one, whole)]
+    copies = [k for k in token + layer if "copy" in k.operation]
+    assert not [k.text for k, _, size in written(copies) if size >= one]
+
+
+def test_keys_and_values_of_a_layer_are_read_in_place(case):
+    config, rows, program = case
+    # No slice, conversion or product of the size of a layer's cache is written.
+    heads = config["num_attention_heads"] // config["num_key_value_heads"]
+    one = cache_of_a_layer(config, rows)
+    assert not [
+        k.text
+        for k, dtype, size in written(program.loop(LAYER))
+        if size in (one, heads * one) and dtype in ("bf16", "f32")
+    ]
+
+
+def test_packed_weights_are_read_in_place(case):
+    # Codes and 8-bit scales: a copy of them would be an array of bytes.
+    _, _, program = case
+    kernels = program.loop(TOKEN) + program.loop(LAYER)
+    assert not [k.text for k, dtype, size in written(kernels) if dtype == "u8"]
+
+
+def test_no_weights_of_all_layers_are_ever_dequantized(case):
+    config, _, program = case
+    d, f = config["hidden_size"], config["intermediate_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    layers = config["num_hidden_layers"]
+    stacked = {layers * size for size in (d * d, d * kv, d * f)}
+    found = [s for s in program.shapes() if s[1][:1] == (layers,)]
+    assert found  # the packed stacks
+    assert not [s for s in found if s[0] != "u8" and math.prod(s[1]) in stacked]
