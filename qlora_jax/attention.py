@@ -141,11 +141,11 @@ def decode_attention(
 ) -> Float[Array, "B 1 N H"]:
     """Attends from one token of each row to what a cache holds for a layer.
 
-    The formula of `masked_attention`, block by block of slots (softmax within each, the
-    blocks weighted at the end), with sums in place of matrix products: a library's
-    product would be handed a copy of the layer's keys and values with every token,
-    where a sum reads them in place. No more can be had, since reading them is what the
-    time goes to.
+    The formula of `masked_attention`. On a GPU block by block of slots (softmax within
+    each, the blocks weighted at the end), with sums in place of matrix products: a
+    library's product would be handed a copy of the layer's keys and values with every
+    token, where a sum reads them in place. No more can be had, since reading them is
+    what the time goes to. On a CPU products are faster than sums.
 
     Args:
       q: queries.
@@ -157,6 +157,28 @@ def decode_attention(
     Returns:
       The attention output in the dtype of `q`.
     """
+    return jax.lax.platform_dependent(
+        q, keys, values, layer, seen, cpu=_decode_by_products, default=_decode_by_sums
+    )
+
+
+def _decode_by_products(
+    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+) -> Array:
+    # In float32: XLA's CPU backend has no product of bf16 in every arrangement.
+    k, v = (
+        jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+        .swapaxes(1, 2)
+        .astype(jnp.float32)
+        for stack in (keys, values)
+    )
+    out = masked_attention(q.astype(jnp.float32), k, v, seen[:, None])
+    return out.astype(q.dtype)
+
+
+def _decode_by_sums(
+    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+) -> Array:
     batch, _, heads, width = q.shape
     groups, slots = keys.shape[2:4]
     block = math.gcd(slots, 128)

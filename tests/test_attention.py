@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.attention import (
+    _decode_by_sums,
     attention,
     causal_mask,
     decode_attention,
@@ -288,7 +289,8 @@ def test_one_query_against_a_cache_is_the_last_row_of_the_whole():
 
 @pytest.mark.parametrize("length, slots", [(9, 13), (1, 32), (200, 256), (300, 416)])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
-def test_a_token_reads_its_layer_of_the_cache(heads, groups, length, slots):
+@pytest.mark.parametrize("compute", [decode_attention, _decode_by_sums])
+def test_a_token_reads_its_layer_of_the_cache(compute, heads, groups, length, slots):
     q, k, v, dout = inputs(length, heads=heads, groups=groups)
     segments = jnp.ones((2, length), jnp.int32).at[1, : length // 3].set(0)
     want = numpy_attention(q, k, v, dout, segments)[0][:, -1:]
@@ -300,7 +302,7 @@ def test_a_token_reads_its_layer_of_the_cache(heads, groups, length, slots):
 
     seen = jnp.pad(segments == 1, ((0, 0), (0, slots - length)))
     for dtype, tolerance in (("float32", FLOAT32), ("bfloat16", 0.02)):
-        got = jax.jit(decode_attention)(
+        got = jax.jit(compute)(
             q[:, -1:].astype(dtype),
             cache(k).astype(dtype),
             cache(v).astype(dtype),
