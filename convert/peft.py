@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -171,10 +171,56 @@ def load_adapter(
         that are not in this model.
     """
     notes: list[str] = [] if skipped is None else skipped
-    lora, files = _open(path, strict=strict, skipped=notes)
     base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    found = _match(path, base, strict=strict, notes=notes)
+    adapters = _read(found.wanted, found.files, found.selection.shapes(), found.bad)
+    _compare_copies(list(found.copies), found.files, base, strict, notes)
+    return found.lora, adapters
+
+
+def check_adapter(
+    path: str | os.PathLike[str], model: LlamaConfig | Mapping[str, Any]
+) -> LoraConfig:
+    """Checks that a PEFT directory fits a model; reads no tensor.
+
+    Args:
+      path: directory with adapter_config.json and adapter_model.safetensors.
+      model: the base's configuration, or its parameter tree, of arrays or shapes.
+
+    Returns:
+      What the adapter is.
+
+    Raises:
+      CheckpointError: as `load_adapter`, but for what only the tensors' values tell.
+      UserError: as `load_adapter`.
+    """
+    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    return _match(path, base, strict=True, notes=[]).lora
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An adapter file beside what a model wants of it."""
+
+    lora: LoraConfig
+    files: TensorFiles
+    selection: Selection
+    wanted: Mapping[str, _Slot]
+    copies: Mapping[str, Any]
+    """Tables of the base in the file."""
+    bad: set[str]
+    """Keys that are missing, unexpected or of another shape or dtype."""
+
+
+def _match(
+    path: str | os.PathLike[str],
+    base: Mapping[str, Any],
+    *,
+    strict: bool,
+    notes: list[str],
+) -> _Match:
+    lora, files = _open(path, strict=strict, skipped=notes)
     selection = select(base, lora)
-    shapes = selection.shapes()
     wanted = _slots(selection, lora)
     wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
@@ -200,9 +246,7 @@ def load_adapter(
     else:
         _check_can_skip(bad, wanted, problems)
         notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
-    adapters = _read(wanted, files, shapes, bad)
-    _compare_copies(list(copies), files, base, strict, notes)
-    return lora, adapters
+    return _Match(lora, files, selection, wanted, copies, bad)
 
 
 def _read(
@@ -286,6 +330,21 @@ def _check_can_skip(
             problems.check(
                 hint=f"`{key}` cannot be left out: nothing says what it would be."
             )
+    # Of an update all parts or none are taken; other tensors are parts of their own.
+    parts = {
+        key: (slot.path[:-1], slot.layer) if slot.path[-1].startswith("lora_") else key
+        for key, slot in wanted.items()
+        if not slot.copy
+    }
+    if set(parts.values()) <= {parts[key] for key in bad if key in parts}:
+        # What is left would be the base, under the name of an adapter.
+        problems.check(hint="None of its tensors could be used.")
+
+
+def in_short(notes: Sequence[str], *, shown: int = 10) -> list[str]:
+    """The first of many notes, and how many more there are."""
+    more = len(notes) - shown
+    return [*notes[:shown], *([f"{more:,} more like these"] if more > 0 else [])]
 
 
 def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
@@ -401,7 +460,8 @@ def _compare_copies(
         )
         if strict:
             raise CheckpointError(
-                f"{message}, or load with strict=False to use the adapter on this one."
+                f"{message}, or let it be used on this one (`strict`=False, "
+                "--no-strict)."
             )
         notes.append(f"{key}: differs from the base's own, which is used")
 
@@ -422,6 +482,7 @@ def save_adapter(
     model: LlamaConfig | Mapping[str, Any],
     *,
     base_model_name_or_path: str | None = None,
+    base_fingerprint: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a PEFT directory that PEFT, vLLM and Unsloth load.
@@ -436,6 +497,9 @@ def save_adapter(
       model: the base's configuration, or its parameter tree.
       base_model_name_or_path: what adapter_config.json shall name as the base (default:
         what `lora_config` names).
+      base_fingerprint: of the base it was trained on, as it was loaded for that:
+        `qlora_jax.fingerprint_tree(base)`. Kept in the file, it lets whoever loads the
+        adapter notice another base (default: what `lora_config` has).
       overwrite: whether a directory that is there is replaced.
 
     Raises:
@@ -484,6 +548,8 @@ def save_adapter(
         raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
     if base_model_name_or_path is not None:
         raw["base_model_name_or_path"] = base_model_name_or_path
+    if base_fingerprint is not None:
+        lora_config = replace(lora_config, base_fingerprint=base_fingerprint)
     with new_directory(Path(directory), overwrite=overwrite) as new:
         write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
         # The order within patterns has a meaning: the first that matches holds.
@@ -530,10 +596,12 @@ def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> 
         for k in files
         if k not in wanted and ".lora_" in k
     }
-    if others and all(k in files for k in wanted):
+    selected = {slot.path[-2] for slot in wanted.values()}
+    if others - selected and all(k in files for k in wanted):
         return (
-            f"The file also adapts {', '.join(sorted(others))}, which `target_modules` "
-            "does not select: the configuration is not the one of this file."
+            f"The file also adapts {', '.join(sorted(others - selected))}, which "
+            "`target_modules` does not select: the configuration is not the one of "
+            "this file."
         )
     ranks = {
         files[k].shape[0]
@@ -542,4 +610,16 @@ def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> 
     }
     if len(ranks) == 1 and ranks != {lora.r}:
         return f"The tensors are of rank {ranks.pop()}."
+    layers, here = _layers(files), _layers(wanted)
+    if layers > here > 0:
+        return (
+            f"Is it the adapter of another model? The file has layers 0 to {layers - 1}"
+            f", this model 0 to {here - 1}."
+        )
     return "Is it the adapter of another model?"
+
+
+def _layers(keys: Iterable[str]) -> int:
+    """One more than the highest number of a layer in the names of tensors."""
+    found = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in keys)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

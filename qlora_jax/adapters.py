@@ -91,8 +91,8 @@ def combine_adapters(
         raise UserError(f"`method` must be 'cat' or 'svd', got {method!r}.")
     if r is not None and method == "cat":
         raise UserError(
-            "`r` goes with method='svd'; 'cat' has the sum of the ranks, which makes "
-            "it exact."
+            "`r` goes with the method 'svd' (`method`, --method); 'cat' has the sum of "
+            "the ranks, which makes it exact."
         )
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise UserError(f"`r` must be a positive integer, got {r!r}.")
