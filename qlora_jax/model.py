@@ -23,10 +23,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float32
 
 import convert
 from convert.peft import in_short, open_adapter
+from qlora_jax.bases import base_places
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
@@ -184,7 +186,7 @@ class Model:
 
 def _check_tokens(tokens: Array, vocab_size: int) -> None:
     """Refuses ids that have no row, where they are known; they would give NaN."""
-    if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+    if isinstance(tokens, Tracer) or not tokens.size:
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
@@ -379,8 +381,7 @@ def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
             f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
-    here = adapter.resolve()
-    tried = [Path(name), here / name, here.parent / name, here.parent.parent / name]
+    tried = base_places(adapter, name)
     for place in tried:
         if (place / "config.json").is_file():
             return place

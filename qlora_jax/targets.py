@@ -513,10 +513,8 @@ def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
 
 def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
     """Numbers of `layers_to_transform` that a model of so many layers does not have."""
-    wanted = lora.layers_to_transform
-    numbers = (
-        wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
-    )
+    numbers = lora.layers_to_transform or ()
+    numbers = (numbers,) if isinstance(numbers, int) else numbers
     return tuple(n for n in numbers if n >= count)
 
 

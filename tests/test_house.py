@@ -32,6 +32,7 @@ ORDER = (
     "qlora_jax.targets",
     "qlora_jax.describe",
     "qlora_jax.continued",
+    "qlora_jax.bases",
     "qlora_jax.vocabulary",
     "qlora_jax.lora",
     "qlora_jax.lora_init",
