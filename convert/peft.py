@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ from convert.output import (
     write_json,
     write_safetensors,
 )
+from convert.slots import Slot, slots
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
@@ -58,40 +59,6 @@ _READABLE = ("F32", "BF16", "F16")
 _STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 # Where the file says which base the adapter was trained on.
 _FINGERPRINT = "qlora_jax_base_fingerprint"
-
-# Name of an array in our tree -> what PEFT's key has behind the module.
-_SUFFIX = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_bias": "lora_B.bias",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-}
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One tensor of an adapter file, and its place in our tree."""
-
-    path: names.Path
-    """Of the array."""
-    layer: int | None
-    rank: int | None
-    """Ranks used, where the array may have more."""
-    shape: tuple[int, ...]
-    """In the file."""
-    copy: Literal["", "equal", "transposed"] = ""
-    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
-
-    def view(self, array: Any) -> Any:
-        """The part of the array that the file holds."""
-        if self.layer is not None:
-            array = array[self.layer]
-        if self.rank is not None:
-            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
-            array = array[: self.rank] if in_rows else array[:, : self.rank]
-        return array.T if self.copy == "transposed" else array
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
@@ -205,7 +172,7 @@ class _Match:
     lora: LoraConfig
     files: TensorFiles
     selection: Selection
-    wanted: Mapping[str, _Slot]
+    wanted: Mapping[str, Slot]
     copies: Mapping[str, Any]
     """Tables of the base in the file."""
     bad: set[str]
@@ -221,7 +188,7 @@ def _match(
 ) -> _Match:
     lora, files = _open(path, strict=strict, skipped=notes)
     selection = select(base, lora)
-    wanted = _slots(selection, lora)
+    wanted = slots(selection, lora)
     wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
@@ -250,7 +217,7 @@ def _match(
 
 
 def _read(
-    wanted: Mapping[str, _Slot],
+    wanted: Mapping[str, Slot],
     files: TensorFiles,
     shapes: Mapping[names.Path, tuple[int, ...]],
     bad: set[str],
@@ -264,8 +231,8 @@ def _read(
     for where, shape in shapes.items():
         leaves[where] = np.zeros(shape, np.float32)
         names.put(adapters, where, leaves[where])
-    slots = [wanted[key] for key in bad if key in wanted]
-    broken = {(slot.path[:-1], slot.layer) for slot in slots if not slot.copy}
+    hurt = [wanted[key] for key in bad if key in wanted]
+    broken = {(slot.path[:-1], slot.layer) for slot in hurt if not slot.copy}
     copies = []
     for key in files.in_file_order([k for k in wanted if k in files]):
         slot = wanted[key]
@@ -295,7 +262,7 @@ def _read(
     return adapters
 
 
-def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | None:
+def _problem(key: str, slot: Slot, files: TensorFiles) -> tuple[str, str] | None:
     if key not in files:
         return "missing tensors", key
     info = files[key]
@@ -310,7 +277,7 @@ def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | Non
 
 
 def _check_can_skip(
-    bad: set[str], wanted: Mapping[str, _Slot], problems: Problems
+    bad: set[str], wanted: Mapping[str, Slot], problems: Problems
 ) -> None:
     """An update that is left out is zero; other tensors have no such value.
 
@@ -363,56 +330,6 @@ def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
         and not (named and lora.ensure_weight_tying)
     )
     return replace(lora, modules_to_save=(*saved, *found)) if found else lora
-
-
-def _slots(selection: Selection, lora: LoraConfig) -> dict[str, _Slot]:
-    """Every key the adapter file has to have."""
-    out: dict[str, _Slot] = {}
-
-    def key(module: names.Path, layer: int | None, suffix: str) -> str:
-        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
-
-    adapted = set()
-    for a in selection.adapted:
-        for index, rank in enumerate(a.ranks):
-            if not rank:
-                continue
-            layer = None if a.layers is None else index
-            adapted.add((a.path, layer))
-            for name, shape in a.parts_of(rank).items():
-                ranked = name.endswith(("_A", "_B"))
-                out[key(a.path, layer, _SUFFIX[name])] = _Slot(
-                    (*a.path, name), layer, rank if ranked else None, shape
-                )
-            if a.follows is not None:
-                rows, columns = a.shape
-                for name, other, shape in (
-                    ("lora_A", "lora_embedding_B", (rank, columns)),
-                    ("lora_B", "lora_embedding_A", (rows, rank)),
-                ):
-                    out[key(a.path, layer, _SUFFIX[name])] = _Slot(
-                        (*a.follows, other), None, rank, shape, "transposed"
-                    )
-    for w in selection.whole:
-        for index, chosen in enumerate(w.chosen):
-            if chosen:
-                layer = None if w.layers is None else index
-                module, name = w.path[:-1], w.path[-1]
-                inside = "base_layer." if (module, layer) in adapted else ""
-                out[key(module, layer, inside + name)] = _Slot(
-                    w.follows or w.path,
-                    layer,
-                    None,
-                    w.shape,
-                    "equal" if w.follows else "",
-                )
-    for r in selection.rows:
-        if r.follows is None:
-            name = "trainable_tokens_delta"
-            out[key(r.path, None, f"token_adapter.{name}")] = _Slot(
-                (*r.path, name), None, None, (len(r.indices), r.features)
-            )
-    return out
 
 
 def _spelled(key: str, files: TensorFiles) -> str:
@@ -539,7 +456,7 @@ def save_adapter(
     problems.check()
     host = {path: np.asarray(array) for path, array in arrays.items()}
     entries = []
-    for key, slot in _slots(selection, lora_config).items():
+    for key, slot in slots(selection, lora_config).items():
         check_finite(np.ascontiguousarray(slot.view(host[slot.path])), key)
         entries.append(_entry(key, slot, host))
     raw = lora_config.to_peft()
@@ -556,7 +473,7 @@ def save_adapter(
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
 
 
-def _entry(key: str, slot: _Slot, host: Mapping[names.Path, NDArray]) -> Entry:
+def _entry(key: str, slot: Slot, host: Mapping[names.Path, NDArray]) -> Entry:
     """A tensor that is cut out and widened when its turn comes."""
 
     def read() -> NDArray:
@@ -579,12 +496,12 @@ def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> i
     base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
     entries = [
         Entry(key, nothing.dtype, slot.shape, lambda: nothing)
-        for key, slot in _slots(select(base, lora), lora).items()
+        for key, slot in slots(select(base, lora), lora).items()
     ]
     return safetensors_bytes(entries, _metadata(lora))
 
 
-def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> str:
+def _hint(files: TensorFiles, wanted: Mapping[str, Slot], lora: LoraConfig) -> str:
     """Says what usually causes the disagreement, where the names tell."""
     if not any(k.startswith(names.PEFT_PREFIX) for k in files):
         example = next(iter(wanted))
