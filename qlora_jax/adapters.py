@@ -47,7 +47,7 @@ from qlora_jax.targets import (
 
 
 def combine_adapters(
-    parts: Sequence[Any],
+    parts: Any,
     base: Mapping[str, Any],
     *,
     method: Literal["cat", "svd"] = "cat",
@@ -163,7 +163,7 @@ def combine_adapters(
     return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
-def stack_adapters(parts: Sequence[Any], base: Mapping[str, Any]) -> dict[str, Any]:
+def stack_adapters(parts: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     """Puts N adapters side by side, so that each row of a batch can have its own.
 
     The adapters may differ in rank, scaling, targets and layers: ranks are padded with

@@ -37,7 +37,9 @@ def name_from(
     found = _first(base_places(source, name))
     if found is None:
         return name
-    kept = _first(base_places(output, name)[1:])
+    # Without "..", which leads nowhere from a directory that does not exist yet.
+    places = [Path(os.path.normpath(p)) for p in base_places(output, name)[1:]]
+    kept = _first(places)
     if kept is not None and kept.samefile(found):
         return name
     same = base is not None and base.samefile(found)

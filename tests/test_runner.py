@@ -159,9 +159,10 @@ SETTINGS = {
     "everything": EVERYTHING,
 }
 
-# Steps here are faster than the writing of a checkpoint in the background.
+# Steps here are faster than the writing of a checkpoint in the background. The signal
+# is raised in this thread: sent to the process, it may come when the run is over.
 AT_STEP = """
-import os, signal, time
+import signal, time
 from qlora_jax.watch import Watch
 noted = Watch.step
 def step(self, number, *rest):
@@ -170,7 +171,7 @@ def step(self, number, *rest):
         newest = self._path.parent / "checkpoints" / "step_{saved}"
         while {saved} and not newest.exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.{signal})
+        signal.raise_signal(signal.{signal})
 Watch.step = step
 """
 # Audit hooks see a rename before it happens.
