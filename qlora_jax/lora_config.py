@@ -124,7 +124,7 @@ class LoraConfig:
     """Rows of embed_tokens to train (a tied head follows), or rows by module."""
     ensure_weight_tying: bool = False
     """With tied embeddings: what trains embed_tokens or lm_head trains both as one."""
-    init_lora_weights: str | Literal[True] = "default"
+    init_lora_weights: Literal[True] | str = "default"
     """How A and B start: default (A Kaiming-uniform, B zero; PEFT says true), gaussian,
     orthogonal, pissa, pissa_niter_N, olora, or loftq (NF4 base)."""
     task_type: str = "CAUSAL_LM"

@@ -103,6 +103,9 @@ def run(
     plan = Llama(architecture, Compute(), attention_cls, mlp_cls)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     abstract = jax.eval_shape(plan.init, jax.random.key(0), tokens)["params"]
+    if attention_cls is None and mlp_cls is None:
+        # With nothing to draw it refuses a checkpoint that has modules of its own.
+        add_parameters(plan, abstract, jax.random.key(0))
     if config.train.adapter_init is not None:
         given = given_fields(config.lora) if given is None else given
         config = _with_initial_adapter(config, given, abstract)

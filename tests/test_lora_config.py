@@ -321,7 +321,7 @@ def test_it_is_frozen_and_adapts_all_projections_by_default():
 
 
 def test_the_words_of_peft_for_the_default():
-    class TaskType(str, enum.Enum):  # PEFT's own is such a one
+    class TaskType(str, enum.Enum):  # noqa: UP042 (as PEFT has it)
         CAUSAL_LM = "CAUSAL_LM"
 
     idiom = LoraConfig(init_lora_weights=True, task_type=TaskType.CAUSAL_LM)

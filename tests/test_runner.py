@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -516,6 +517,23 @@ def test_a_start_that_fails_leaves_nothing_behind(
     with pytest.raises(TypeError):
         run(make(tmp_path / "new" / "run", train={"steps": 1}))
     assert not (tmp_path / "new").exists()
+
+
+def test_modules_of_the_base_need_their_classes(tmp_path, make, llama_dir):
+    base = shutil.copytree(llama_dir, tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    raw["extra_tensors"] = {"model.layers.self_attn.gate.weight": [4, 64]}
+    (base / "config.json").write_text(json.dumps(raw))
+    file = base / "model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(file))
+    for layer in range(2):
+        key = f"model.layers.{layer}.self_attn.gate.weight"
+        tensors[key] = np.ones((4, 64), np.float32)
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    more = {"model": {"path": str(base)}, "lora": {"target_modules": ("gate",)}}
+    with pytest.raises(UserError, match="in Python .*the command line takes none"):
+        run(make(tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_the_same_rows_however_they_are_given(tmp_path, make, capsys):
