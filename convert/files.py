@@ -336,8 +336,8 @@ def check_model_directory(path: Path) -> None:
         return
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"`{path}` is a PEFT adapter, not a model. Give its base model here, and "
-            "this directory as the adapter."
+            f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
+            "model here."
         )
     raise CheckpointError(
         f"`{path}` has no config.json, so it is no Hugging Face model directory."

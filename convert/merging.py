@@ -150,7 +150,7 @@ def _check_choice(
     base_path = checkpoint.path
     if onto not in ("original", "dequantized"):
         raise UserError(
-            f"`onto`={onto!r} is not known; expected 'original' or 'dequantized'."
+            f"`onto` {onto!r} is not known; expected 'original' or 'dequantized'."
         )
     for name, value in (("quantization", quantization), ("requantize", requantize)):
         if value not in (*_QUANTIZATIONS, None):
@@ -160,12 +160,13 @@ def _check_choice(
     if onto == "original" and checkpoint.quantized:
         raise UserError(
             f"`{base_path}` holds 4-bit weights, so there is no original to merge "
-            "onto. Give the unquantized base model, or choose onto='dequantized'."
+            "onto. Give the unquantized base model, or choose 'dequantized' (`onto`, "
+            "--onto)."
         )
     if onto == "original" and quantization is not None:
         raise UserError(
-            f"`quantization`={quantization!r} goes with onto='dequantized' only. "
-            "`requantize` quantizes what was merged."
+            f"`quantization` {quantization!r} goes with 'dequantized' (`onto`, --onto) "
+            "only. `requantize` quantizes what was merged."
         )
     if onto == "dequantized" and checkpoint.quantized and quantization is not None:
         raise UserError(
@@ -175,7 +176,8 @@ def _check_choice(
     if onto == "dequantized" and not checkpoint.quantized and quantization is None:
         raise UserError(
             f"`{base_path}` is not quantized. Say with `quantization` ('nf4' or "
-            "'nf4_dq') what the adapter was trained on, or choose onto='original'."
+            "'nf4_dq') what the adapter was trained on, or choose 'original' (`onto`, "
+            "--onto)."
         )
 
 

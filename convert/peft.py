@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ from convert.output import (
     write_json,
     write_safetensors,
 )
+from convert.slots import Slot, slots
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
@@ -58,40 +59,6 @@ _READABLE = ("F32", "BF16", "F16")
 _STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 # Where the file says which base the adapter was trained on.
 _FINGERPRINT = "qlora_jax_base_fingerprint"
-
-# Name of an array in our tree -> what PEFT's key has behind the module.
-_SUFFIX = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "lora_bias": "lora_B.bias",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "lora_embedding_A": "lora_embedding_A",
-    "lora_embedding_B": "lora_embedding_B",
-}
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One tensor of an adapter file, and its place in our tree."""
-
-    path: names.Path
-    """Of the array."""
-    layer: int | None
-    rank: int | None
-    """Ranks used, where the array may have more."""
-    shape: tuple[int, ...]
-    """In the file."""
-    copy: Literal["", "equal", "transposed"] = ""
-    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
-
-    def view(self, array: Any) -> Any:
-        """The part of the array that the file holds."""
-        if self.layer is not None:
-            array = array[self.layer]
-        if self.rank is not None:
-            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
-            array = array[: self.rank] if in_rows else array[:, : self.rank]
-        return array.T if self.copy == "transposed" else array
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
@@ -171,11 +138,57 @@ def load_adapter(
         that are not in this model.
     """
     notes: list[str] = [] if skipped is None else skipped
-    lora, files = _open(path, strict=strict, skipped=notes)
     base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    found = _match(path, base, strict=strict, notes=notes)
+    adapters = _read(found.wanted, found.files, found.selection.shapes(), found.bad)
+    _compare_copies(list(found.copies), found.files, base, strict, notes)
+    return found.lora, adapters
+
+
+def check_adapter(
+    path: str | os.PathLike[str], model: LlamaConfig | Mapping[str, Any]
+) -> LoraConfig:
+    """Checks that a PEFT directory fits a model; reads no tensor.
+
+    Args:
+      path: directory with adapter_config.json and adapter_model.safetensors.
+      model: the base's configuration, or its parameter tree, of arrays or shapes.
+
+    Returns:
+      What the adapter is.
+
+    Raises:
+      CheckpointError: as `load_adapter`, but for what only the tensors' values tell.
+      UserError: as `load_adapter`.
+    """
+    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    return _match(path, base, strict=True, notes=[]).lora
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An adapter file beside what a model wants of it."""
+
+    lora: LoraConfig
+    files: TensorFiles
+    selection: Selection
+    wanted: Mapping[str, Slot]
+    copies: Mapping[str, Any]
+    """Tables of the base in the file."""
+    bad: set[str]
+    """Keys that are missing, unexpected or of another shape or dtype."""
+
+
+def _match(
+    path: str | os.PathLike[str],
+    base: Mapping[str, Any],
+    *,
+    strict: bool,
+    notes: list[str],
+) -> _Match:
+    lora, files = _open(path, strict=strict, skipped=notes)
     selection = select(base, lora)
-    shapes = selection.shapes()
-    wanted = _slots(selection, lora)
+    wanted = slots(selection, lora)
     wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
@@ -200,13 +213,11 @@ def load_adapter(
     else:
         _check_can_skip(bad, wanted, problems)
         notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
-    adapters = _read(wanted, files, shapes, bad)
-    _compare_copies(list(copies), files, base, strict, notes)
-    return lora, adapters
+    return _Match(lora, files, selection, wanted, copies, bad)
 
 
 def _read(
-    wanted: Mapping[str, _Slot],
+    wanted: Mapping[str, Slot],
     files: TensorFiles,
     shapes: Mapping[names.Path, tuple[int, ...]],
     bad: set[str],
@@ -220,8 +231,8 @@ def _read(
     for where, shape in shapes.items():
         leaves[where] = np.zeros(shape, np.float32)
         names.put(adapters, where, leaves[where])
-    slots = [wanted[key] for key in bad if key in wanted]
-    broken = {(slot.path[:-1], slot.layer) for slot in slots if not slot.copy}
+    hurt = [wanted[key] for key in bad if key in wanted]
+    broken = {(slot.path[:-1], slot.layer) for slot in hurt if not slot.copy}
     copies = []
     for key in files.in_file_order([k for k in wanted if k in files]):
         slot = wanted[key]
@@ -251,7 +262,7 @@ def _read(
     return adapters
 
 
-def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | None:
+def _problem(key: str, slot: Slot, files: TensorFiles) -> tuple[str, str] | None:
     if key not in files:
         return "missing tensors", key
     info = files[key]
@@ -266,7 +277,7 @@ def _problem(key: str, slot: _Slot, files: TensorFiles) -> tuple[str, str] | Non
 
 
 def _check_can_skip(
-    bad: set[str], wanted: Mapping[str, _Slot], problems: Problems
+    bad: set[str], wanted: Mapping[str, Slot], problems: Problems
 ) -> None:
     """An update that is left out is zero; other tensors have no such value.
 
@@ -286,6 +297,21 @@ def _check_can_skip(
             problems.check(
                 hint=f"`{key}` cannot be left out: nothing says what it would be."
             )
+    # Of an update all parts or none are taken; other tensors are parts of their own.
+    parts = {
+        key: (slot.path[:-1], slot.layer) if slot.path[-1].startswith("lora_") else key
+        for key, slot in wanted.items()
+        if not slot.copy
+    }
+    if set(parts.values()) <= {parts[key] for key in bad if key in parts}:
+        # What is left would be the base, under the name of an adapter.
+        problems.check(hint="None of its tensors could be used.")
+
+
+def in_short(notes: Sequence[str], *, shown: int = 10) -> list[str]:
+    """The first of many notes, and how many more there are."""
+    more = len(notes) - shown
+    return [*notes[:shown], *([f"{more:,} more like these"] if more > 0 else [])]
 
 
 def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
@@ -304,56 +330,6 @@ def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
         and not (named and lora.ensure_weight_tying)
     )
     return replace(lora, modules_to_save=(*saved, *found)) if found else lora
-
-
-def _slots(selection: Selection, lora: LoraConfig) -> dict[str, _Slot]:
-    """Every key the adapter file has to have."""
-    out: dict[str, _Slot] = {}
-
-    def key(module: names.Path, layer: int | None, suffix: str) -> str:
-        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
-
-    adapted = set()
-    for a in selection.adapted:
-        for index, rank in enumerate(a.ranks):
-            if not rank:
-                continue
-            layer = None if a.layers is None else index
-            adapted.add((a.path, layer))
-            for name, shape in a.parts_of(rank).items():
-                ranked = name.endswith(("_A", "_B"))
-                out[key(a.path, layer, _SUFFIX[name])] = _Slot(
-                    (*a.path, name), layer, rank if ranked else None, shape
-                )
-            if a.follows is not None:
-                rows, columns = a.shape
-                for name, other, shape in (
-                    ("lora_A", "lora_embedding_B", (rank, columns)),
-                    ("lora_B", "lora_embedding_A", (rows, rank)),
-                ):
-                    out[key(a.path, layer, _SUFFIX[name])] = _Slot(
-                        (*a.follows, other), None, rank, shape, "transposed"
-                    )
-    for w in selection.whole:
-        for index, chosen in enumerate(w.chosen):
-            if chosen:
-                layer = None if w.layers is None else index
-                module, name = w.path[:-1], w.path[-1]
-                inside = "base_layer." if (module, layer) in adapted else ""
-                out[key(module, layer, inside + name)] = _Slot(
-                    w.follows or w.path,
-                    layer,
-                    None,
-                    w.shape,
-                    "equal" if w.follows else "",
-                )
-    for r in selection.rows:
-        if r.follows is None:
-            name = "trainable_tokens_delta"
-            out[key(r.path, None, f"token_adapter.{name}")] = _Slot(
-                (*r.path, name), None, None, (len(r.indices), r.features)
-            )
-    return out
 
 
 def _spelled(key: str, files: TensorFiles) -> str:
@@ -401,7 +377,8 @@ def _compare_copies(
         )
         if strict:
             raise CheckpointError(
-                f"{message}, or load with strict=False to use the adapter on this one."
+                f"{message}, or let it be used on this one (`strict`=False, "
+                "--no-strict)."
             )
         notes.append(f"{key}: differs from the base's own, which is used")
 
@@ -422,6 +399,7 @@ def save_adapter(
     model: LlamaConfig | Mapping[str, Any],
     *,
     base_model_name_or_path: str | None = None,
+    base_fingerprint: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a PEFT directory that PEFT, vLLM and Unsloth load.
@@ -436,6 +414,9 @@ def save_adapter(
       model: the base's configuration, or its parameter tree.
       base_model_name_or_path: what adapter_config.json shall name as the base (default:
         what `lora_config` names).
+      base_fingerprint: of the base it was trained on, as it was loaded for that:
+        `qlora_jax.fingerprint_tree(base)`. Kept in the file, it lets whoever loads the
+        adapter notice another base (default: what `lora_config` has).
       overwrite: whether a directory that is there is replaced.
 
     Raises:
@@ -475,7 +456,7 @@ def save_adapter(
     problems.check()
     host = {path: np.asarray(array) for path, array in arrays.items()}
     entries = []
-    for key, slot in _slots(selection, lora_config).items():
+    for key, slot in slots(selection, lora_config).items():
         check_finite(np.ascontiguousarray(slot.view(host[slot.path])), key)
         entries.append(_entry(key, slot, host))
     raw = lora_config.to_peft()
@@ -484,13 +465,15 @@ def save_adapter(
         raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
     if base_model_name_or_path is not None:
         raw["base_model_name_or_path"] = base_model_name_or_path
+    if base_fingerprint is not None:
+        lora_config = replace(lora_config, base_fingerprint=base_fingerprint)
     with new_directory(Path(directory), overwrite=overwrite) as new:
         write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
         # The order within patterns has a meaning: the first that matches holds.
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
 
 
-def _entry(key: str, slot: _Slot, host: Mapping[names.Path, NDArray]) -> Entry:
+def _entry(key: str, slot: Slot, host: Mapping[names.Path, NDArray]) -> Entry:
     """A tensor that is cut out and widened when its turn comes."""
 
     def read() -> NDArray:
@@ -513,12 +496,12 @@ def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> i
     base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
     entries = [
         Entry(key, nothing.dtype, slot.shape, lambda: nothing)
-        for key, slot in _slots(select(base, lora), lora).items()
+        for key, slot in slots(select(base, lora), lora).items()
     ]
     return safetensors_bytes(entries, _metadata(lora))
 
 
-def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> str:
+def _hint(files: TensorFiles, wanted: Mapping[str, Slot], lora: LoraConfig) -> str:
     """Says what usually causes the disagreement, where the names tell."""
     if not any(k.startswith(names.PEFT_PREFIX) for k in files):
         example = next(iter(wanted))
@@ -530,10 +513,12 @@ def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> 
         for k in files
         if k not in wanted and ".lora_" in k
     }
-    if others and all(k in files for k in wanted):
+    selected = {slot.path[-2] for slot in wanted.values()}
+    if others - selected and all(k in files for k in wanted):
         return (
-            f"The file also adapts {', '.join(sorted(others))}, which `target_modules` "
-            "does not select: the configuration is not the one of this file."
+            f"The file also adapts {', '.join(sorted(others - selected))}, which "
+            "`target_modules` does not select: the configuration is not the one of "
+            "this file."
         )
     ranks = {
         files[k].shape[0]
@@ -542,4 +527,16 @@ def _hint(files: TensorFiles, wanted: Mapping[str, _Slot], lora: LoraConfig) -> 
     }
     if len(ranks) == 1 and ranks != {lora.r}:
         return f"The tensors are of rank {ranks.pop()}."
+    layers, here = _layers(files), _layers(wanted)
+    if layers > here > 0:
+        return (
+            f"Is it the adapter of another model? The file has layers 0 to {layers - 1}"
+            f", this model 0 to {here - 1}."
+        )
     return "Is it the adapter of another model?"
+
+
+def _layers(keys: Iterable[str]) -> int:
+    """One more than the highest number of a layer in the names of tensors."""
+    found = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in keys)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -265,7 +264,7 @@ def _same_factors(keys: list[str], a: LoraConfig, b: LoraConfig) -> bool:
 
     Ranks are in the shapes; which modules, in the names.
     """
-    if _token_rows(a) != _token_rows(b):
+    if a.token_rows != b.token_rows:
         return False
     modules = {
         key.removeprefix(names.PEFT_PREFIX).partition(".lora_")[0]
@@ -273,12 +272,6 @@ def _same_factors(keys: list[str], a: LoraConfig, b: LoraConfig) -> bool:
         if ".lora_" in key
     }
     return all(a.rank_and_scaling(m)[1] == b.rank_and_scaling(m)[1] for m in modules)
-
-
-def _token_rows(lora: LoraConfig) -> dict[str, tuple[int, ...]]:
-    rows = lora.trainable_token_indices or {}
-    rows = rows if isinstance(rows, Mapping) else {"embed_tokens": rows}
-    return {name.rpartition(".")[2]: indices for name, indices in rows.items()}
 
 
 def _selected_differences(

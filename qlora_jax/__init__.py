@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_jax.data.examples import load_examples as load_examples
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
+    from qlora_jax.fingerprint import fingerprint_tree as fingerprint_tree
     from qlora_jax.generate import generate_tokens as generate_tokens
     from qlora_jax.linear import Compute as Compute
     from qlora_jax.llama import Llama as Llama
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from qlora_jax.nf4 import NF4Tensor as NF4Tensor
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
+    from qlora_jax.runfile import CheckpointConfig as CheckpointConfig
+    from qlora_jax.runfile import LogConfig as LogConfig
+    from qlora_jax.runfile import ModelConfig as ModelConfig
     from qlora_jax.runfile import RunConfig as RunConfig
     from qlora_jax.runner import run as run
     from qlora_jax.train import TrainConfig as TrainConfig
@@ -62,6 +66,9 @@ _CONTENTS = {
     "DataConfig": "qlora_jax.data.examples",
     "TrainConfig": "qlora_jax.train",
     "RunConfig": "qlora_jax.runfile",
+    "ModelConfig": "qlora_jax.runfile",
+    "CheckpointConfig": "qlora_jax.runfile",
+    "LogConfig": "qlora_jax.runfile",
     # --- The model ---
     "Llama": "qlora_jax.llama",
     "add_parameters": "qlora_jax.llama",
@@ -99,6 +106,7 @@ _CONTENTS = {
     "generate_tokens": "qlora_jax.generate",
     "parameter_report": "qlora_jax.memory",
     "compare_logits": "qlora_jax.compare",
+    "fingerprint_tree": "qlora_jax.fingerprint",
     # --- Errors ---
     "UserError": "qlora_jax.errors",
     "CheckpointError": "qlora_jax.errors",

@@ -47,7 +47,7 @@ from qlora_jax.targets import (
 
 
 def combine_adapters(
-    parts: Sequence[tuple[LoraConfig, Mapping[str, Any], float]],
+    parts: Any,
     base: Mapping[str, Any],
     *,
     method: Literal["cat", "svd"] = "cat",
@@ -91,12 +91,17 @@ def combine_adapters(
         raise UserError(f"`method` must be 'cat' or 'svd', got {method!r}.")
     if r is not None and method == "cat":
         raise UserError(
-            "`r` goes with method='svd'; 'cat' has the sum of the ranks, which makes "
-            "it exact."
+            "`r` goes with the method 'svd' (`method`, --method); 'cat' has the sum of "
+            "the ranks, which makes it exact."
         )
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise UserError(f"`r` must be a positive integer, got {r!r}.")
-    read = [_read(i, *part, base) for i, part in enumerate(parts) if _weight(i, part)]
+    _check_parts(parts, weighted=True)
+    read = [
+        _read(i, lora, tree, weight, base)
+        for i, (lora, tree, weight) in enumerate(parts)
+        if _weight(i, weight)
+    ]
     if not read:
         raise UserError(
             f"There is nothing to combine: {len(parts)} adapters, none with a weight "
@@ -158,9 +163,7 @@ def combine_adapters(
     return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
 
-def stack_adapters(
-    parts: Sequence[tuple[LoraConfig, Mapping[str, Any]]], base: Mapping[str, Any]
-) -> dict[str, Any]:
+def stack_adapters(parts: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     """Puts N adapters side by side, so that each row of a batch can have its own.
 
     The adapters may differ in rank, scaling, targets and layers: ranks are padded with
@@ -181,6 +184,7 @@ def stack_adapters(
       UserError: no adapters, one that does not fit the base, or one that does more than
         add to weights: DoRA, tensors or token rows trained whole, a changed base.
     """
+    _check_parts(parts, weighted=False)
     if not parts:
         raise UserError("A stack needs at least one adapter, got none.")
     read = [_read(i, lora, tree, 1.0, base) for i, (lora, tree) in enumerate(parts)]
@@ -317,9 +321,38 @@ def _read(
     return _Read(number, lora, weight, select(base, lora), bind(tree, base, lora))
 
 
-def _weight(number: int, part: tuple[LoraConfig, Mapping[str, Any], float]) -> float:
-    weight = part[2]
-    if isinstance(weight, bool) or not math.isfinite(weight):
+def _check_parts(parts: Any, *, weighted: bool) -> None:
+    """Refuses what does not have the form of `parts`, as soon as it is told."""
+    form = "(configuration, trained tree" + (", weight)" if weighted else ")")
+    if isinstance(parts, (Mapping, LoraConfig)) or not isinstance(parts, Sequence):
+        raise UserError(f"`parts` must be a list of {form}, got {_kind(parts)}.")
+    for number, part in enumerate(parts):
+        fits = isinstance(part, (tuple, list)) and len(part) == 2 + weighted
+        if fits and isinstance(part[0], LoraConfig) and isinstance(part[1], Mapping):
+            continue
+        got = _kind(part)
+        if isinstance(part, (tuple, list)):
+            got = f"({', '.join(map(_kind, part))})"
+        raise UserError(
+            f"adapter {number}: `parts` must be a list of {form}, in this order, got "
+            f"{got}."
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, LoraConfig):
+        return "configuration"
+    if isinstance(value, Mapping):
+        return "tree"
+    return type(value).__name__
+
+
+def _weight(number: int, weight: Any) -> float:
+    try:
+        finite = math.isfinite(weight) and not isinstance(weight, bool)
+    except TypeError:
+        finite = False
+    if not finite:
         raise UserError(
             f"adapter {number}: its weight must be a finite number, got {weight!r}."
         )

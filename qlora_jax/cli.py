@@ -11,9 +11,10 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,12 @@ from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
-from qlora_jax.config import LlamaConfig
+from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.continued import continued
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import parameter_report, warnings
+from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.model import (
     adapter_directory,
     find_base,
@@ -39,7 +41,7 @@ from qlora_jax.model import (
     resolve_auto,
     run_settings,
 )
-from qlora_jax.runfile import RunConfig, read_config
+from qlora_jax.runfile import RunConfig, given_lora, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train import eval_step
 
@@ -164,17 +166,30 @@ class Inspect:
     json: bool = False
     """Print a JSON object."""
 
-    def run(self) -> dict[str, Any]:
-        """Does it; returns the report."""
+    def run(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Does it; returns the report.
+
+        Args:
+          given: names of the fields of `lora` that were given; those of an adapter
+            cannot be changed.
+        """
         path, lora = Path(self.path), self.lora
         quantization, dtype = resolve_auto(path, self.quantization, self.dtype)
         adapter = adapter_directory(path)
         if adapter is not None:
-            lora = open_adapter(adapter)[0]
             path = find_base(adapter, self.base)
         if path.is_dir():
             path = path / "config.json"
         config = LlamaConfig.from_hf(read_json(path))
+        if adapter is not None:
+            lora, _ = continued(
+                open_adapter(adapter)[0],
+                self.lora,
+                given,
+                abstract_base(config),
+                name=str(adapter),
+                changeable=(),
+            )
         saved = lora.absorbed
         if saved.base_fingerprint is None and adapter is None:
             # A run writes one; its digits do not matter, their number does.
@@ -301,7 +316,10 @@ def _run(name: str, args: list[str]) -> int:
         if trained is not None:  # rows are read as the run read them, unless told
             options["default"] = Eval(path=args[0], data=trained.data)
     chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
-    report = chosen.run()
+    if isinstance(chosen, Inspect):
+        report = chosen.run(_given_lora(args))
+    else:
+        report = chosen.run()
     if chosen.json:
         print(json.dumps(report))
     elif name == "generate":
@@ -315,8 +333,21 @@ def _train(args: list[str]) -> None:
     """`train CONFIG.toml [--section.key value ...]`."""
     # With this one, options that are not given keep the defaults of their fields.
     default: Any = tyro.MISSING_NONPROP
+    given = _given_lora(args)
+    patterns: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
-        default = read_config(Path(args.pop(0)))
+        file = Path(args.pop(0))
+        default = read_config(file)
+        # A table with entries would make an option of each, and take no others.
+        patterns = {
+            name: getattr(default.lora, name)
+            for name in ("rank_pattern", "alpha_pattern")
+            if name not in given
+        }
+        empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
+        lora = dataclasses.replace(default.lora, **empty)
+        default = dataclasses.replace(default, lora=lora)
+        given |= given_lora(file)
     config = tyro.cli(
         RunConfig,
         args=args,
@@ -326,11 +357,14 @@ def _train(args: list[str]) -> None:
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
+    if patterns:
+        lora = dataclasses.replace(config.lora, **patterns)
+        config = dataclasses.replace(config, lora=lora)
     # The other commands have no use for the libraries that a run needs.
     from qlora_jax.runner import run
     from qlora_jax.watch import process_seconds
 
-    report = run(config, began=time.perf_counter() - process_seconds())
+    report = run(config, given=given, began=time.perf_counter() - process_seconds())
     shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
     print_report(
         {
@@ -339,6 +373,12 @@ def _train(args: list[str]) -> None:
             **{name: report[name] for name in shown},
         }
     )
+
+
+def _given_lora(args: Sequence[str]) -> set[str]:
+    """Names of the LoRA settings among the options of a command line."""
+    found = (re.match(r"--lora\.(?:no[-_])?([a-z_-]+)", arg) for arg in args)
+    return {match[1].replace("-", "_") for match in found if match}
 
 
 def _load(command: Eval | Generate) -> Any:

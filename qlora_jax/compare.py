@@ -191,6 +191,29 @@ def _common_dtype(path: Path) -> str | None:
     return "float32" if any(len(dtypes) > 1 for dtypes in found.values()) else None
 
 
+def dense_dtypes(path: Path) -> set[str]:
+    """Names of the dtypes of a model's tensors beside its 4-bit projections.
+
+    Those of a dense model are the ones beside all its projections.
+
+    Args:
+      path: Hugging Face directory.
+    """
+    common = _common_dtype(path)
+    if common is not None:
+        return {common}
+    checkpoint = open_checkpoint(path)
+    table = names.keys(checkpoint.config)
+    packed = {table[key][0] for key in checkpoint.packed} - set(checkpoint.mixed)
+    if not checkpoint.quantized:
+        packed = {where for where, _ in table.values() if names.is_projection(where)}
+    return {
+        checkpoint.dtype(key)
+        for key, (where, _) in table.items()
+        if where not in packed
+    }
+
+
 def trained_form(path: Path, fingerprint: str) -> str | None:
     """Says how a base was loaded for the training that noted this fingerprint.
 

@@ -1,7 +1,7 @@
 """`qlora-convert`: adapters and checkpoints between formats, on the command line.
 
-Exit status: 0 done (and, for `verify`, the same), 1 a failure the user can mend (one
-paragraph on stderr) or a difference found, 2 wrong usage.
+Exit status: 0 done, 1 a failure the user can mend (one paragraph on stderr), 2 wrong
+usage. Of `verify`, as of diff: 0 the same, 1 a difference found, 2 a failure.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from convert.checkpoint import lazy_base, open_checkpoint
 from convert.files import INDEX, SINGLE, check_model_directory, open_model, read_json
 from convert.hf import load_llama, save_llama
 from convert.merging import add_to_report, merge, write_dense
-from convert.peft import load_adapter, open_adapter, save_adapter
+from convert.peft import in_short, load_adapter, open_adapter, save_adapter
 from convert.verify import Comparison, adapter_directory, compare
 from qlora_jax.adapters import combine_adapters
+from qlora_jax.bases import leads_nowhere, name_from
 from qlora_jax.compare import (
     compare_logits,
+    dense_dtypes,
     load_exact,
     probe_text,
     probe_tokens,
@@ -66,10 +68,11 @@ class Adapter:
     """The base model's directory; its config.json is read, and its embedding and head
     where IN has copies of them to compare."""
     base_name: str | None = None
-    """What the new adapter_config.json names as its base (default: as before)."""
+    """What the new adapter_config.json names as its base. Default: as before, but a
+    relative path that would not lead there from OUT becomes an absolute one."""
     strict: bool = True
-    """Refuse an IN that does not fit to the letter; otherwise what does not fit is left
-    out, and named on stderr."""
+    """Take what fits of an IN that does not fit to the letter, and name on stderr what
+    is left out (default: such an IN is refused)."""
     json: bool = False
     """Print a report as JSON."""
 
@@ -83,14 +86,23 @@ class Adapter:
         lora, adapters = load_adapter(
             source, lazy_base(config, files), strict=self.strict, skipped=skipped
         )
+        base_name = self.base_name
+        if base_name is None:
+            before = lora.base_model_name_or_path
+            base_name = name_from(before, source, self.output, self.base)
+            if leads_nowhere(before, source):
+                _say(
+                    f"`{before}`, the base of `{source}`, is no model directory; "
+                    "--base-name names another"
+                )
         save_adapter(
             self.output,
             lora,
             adapters,
             config,
-            base_model_name_or_path=self.base_name,
+            base_model_name_or_path=base_name,
         )
-        for note in skipped:
+        for note in in_short(skipped):
             _say(f"not taken from `{source}`: {note}")
         return {
             "input": str(source),
@@ -99,6 +111,7 @@ class Adapter:
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
+            "base_model_name_or_path": base_name,
             "base_fingerprint": lora.base_fingerprint,
             "skipped": skipped,
             "bytes": (self.output / "adapter_model.safetensors").stat().st_size,
@@ -129,8 +142,9 @@ class Merge:
     dtype: _Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
-    """Load the model before and after, compare their logits, and find out whether BASE
-    is what ADAPTER was trained on."""
+    """Load nothing after merging (default: the model is loaded before and after, their
+    logits are compared, and it is found out whether BASE, in the form that is merged
+    onto, is what ADAPTER was trained on)."""
     probe: str | None = None
     """Text to compare logits on (default: 128 fixed token ids)."""
     max_shard_bytes: int = 5_000_000_000
@@ -172,18 +186,26 @@ class Merge:
     ) -> dict[str, Any]:
         """What the report gets from loading the models."""
         form = _trained_form(self.base, lora)
+        here: bool | None = None
         if form is False:
+            here = False
             _say(_elsewhere(source, self.base))
+        elif form is not None:
+            # The original weights were asked for by name, whatever was trained on.
+            onto = form if self.onto == "original" else self._form()
+            here = form == onto
+            if not here:
+                _say(
+                    f"`{source}` was trained on `{self.base}` as {form}, and was "
+                    f"merged onto {onto}"
+                )
         out: dict[str, Any] = {
-            "trained_on_this_base": form if form is None else form is not False,
+            "trained_on_this_base": here,
             "trained_form": form or None,
             "logits": None,
         }
         if config.extra_tensors:
-            _say(
-                f"logits were not compared: `{self.base}` has modules of its own, and "
-                "a directory does not say how they compute"
-            )
+            _say(_own_modules(self.base))
             return out
         before = partial(
             load_exact, self.base, adapter=source, quantization=self.quantization
@@ -191,6 +213,12 @@ class Merge:
         after = partial(load_exact, self.output)
         out["logits"] = compare_logits(before, after, tokens)
         return out
+
+    def _form(self) -> str:
+        """How the 4-bit weights merged onto are called, in words of `trained_form`."""
+        # Tensors that stay dense are cast to the dtype of the result.
+        dense = self.dtype or ", ".join(sorted(dense_dtypes(self.base)))
+        return f"{self.quantization or '4-bit'}, {dense}"
 
 
 def _probe(
@@ -212,6 +240,13 @@ def _trained_form(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
     if lora.base_fingerprint is None:
         return None
     return trained_form(base, lora.base_fingerprint) or False
+
+
+def _own_modules(base: Path | None) -> str:
+    return (
+        f"logits were not compared: `{base}` has modules of its own, and a directory "
+        "does not say how they compute"
+    )
 
 
 def _elsewhere(adapter: Path, base: Path) -> str:
@@ -302,7 +337,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare two adapters or two checkpoints tensor by tensor."""
+    """Compare two adapters or two checkpoints tensor by tensor.
+
+    Exit status, as of diff: 0 the same, 1 different, 2 a failure.
+    """
 
     a: Annotated[tyro.conf.Positional[Path], _place("A")]
     """PEFT, Hugging Face or run directory."""
@@ -322,6 +360,9 @@ class Verify:
         """Does it; returns what was found."""
         base = None if self.base is None else _config(self.base)
         found = compare(self.a, self.b, base=base)
+        if base is not None and base.extra_tensors:
+            found.notes.append(_own_modules(self.base))
+            return found
         if self.base is not None and base is not None:
             a, b = adapter_directory(self.a), adapter_directory(self.b)
             loras = {path: open_adapter(path)[0] for path in (a, b)}
@@ -395,7 +436,10 @@ class Combine:
             r=self.r,
             errors=errors,
         )
-        names = {one.base_model_name_or_path for one, _ in loaded}
+        names = {
+            name_from(one.base_model_name_or_path, place, self.output, self.base)
+            for place, (one, _) in zip(sources, loaded, strict=True)
+        }
         save_adapter(
             self.output,
             lora,
@@ -435,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = command.run()
     except UserError as error:
         print(f"qlora-convert: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(command, Verify) else 1
     if isinstance(report, Comparison):
         if command.json:
             print(json.dumps(report.to_json(), indent=2))
@@ -446,7 +490,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(report, indent=2))
     else:
         for name, value in _flat(report):
-            print(f"{name}: {value}")
+            # They were named on stderr.
+            print(f"{name}: {len(value) if name == 'skipped' else value}")
     return 0
 
 

@@ -396,8 +396,8 @@ def add_parameters(
     if unused:
         raise UserError(
             f"This checkpoint has {', '.join(unused[:5])}, of modules that this model "
-            "does not have. Give the classes that use them (`attention_cls`, "
-            "`mlp_cls`)."
+            "does not have. Give the classes that use them, in Python "
+            "(`attention_cls`, `mlp_cls`); the command line takes none."
         )
     wrong = [
         f"{'.'.join(p)} {list(found[p].shape)} instead of {list(leaf.shape)}"

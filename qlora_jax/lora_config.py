@@ -124,9 +124,11 @@ class LoraConfig:
     """Rows of embed_tokens to train (a tied head follows), or rows by module."""
     ensure_weight_tying: bool = False
     """With tied embeddings: what trains embed_tokens or lm_head trains both as one."""
-    init_lora_weights: str = "default"
-    """How A and B start: default (A Kaiming-uniform, B zero), gaussian, orthogonal,
-    pissa, pissa_niter_N, olora, or loftq (NF4 base)."""
+    init_lora_weights: Literal[True] | str = "default"
+    """How A and B start: default (A Kaiming-uniform, B zero; PEFT says true), gaussian,
+    orthogonal, pissa, pissa_niter_N, olora, or loftq (NF4 base)."""
+    task_type: str = "CAUSAL_LM"
+    """PEFT's word for what the model does; there is one here."""
     base_model_name_or_path: str | None = None
     """Where the base is found; written into adapter_config.json."""
     revision: str | None = None
@@ -191,12 +193,21 @@ class LoraConfig:
                 "lora: `bias` must be 'none', 'lora_only' or 'all', got "
                 f"{self.bias!r:.80}."
             )
+        if self.task_type != "CAUSAL_LM":
+            raise UserError(
+                f"lora: `task_type`={self.task_type!r:.80} is not supported; a Llama "
+                "here is a language model, 'CAUSAL_LM'."
+            )
+        # A text, and no member of PEFT's enumeration.
+        put("task_type", "CAUSAL_LM")
+        if self.init_lora_weights is True:
+            put("init_lora_weights", "default")
         init = self.init_lora_weights
         if not (isinstance(init, str) and _INIT.fullmatch(init)):
             raise UserError(
                 f"lora: `init_lora_weights`={init!r:.80} is not supported. Supported: "
-                "'default', 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', "
-                "'olora', 'loftq'."
+                "'default' (or true), 'gaussian', 'orthogonal', 'pissa', "
+                "'pissa_niter_N', 'olora', 'loftq'."
             )
         for name in ("base_model_name_or_path", "revision", "base_fingerprint"):
             value = getattr(self, name)
@@ -252,7 +263,14 @@ class LoraConfig:
     @property
     def changes_base(self) -> bool:
         """Whether the start of A and B is taken out of the base weights."""
-        return self.init_lora_weights.startswith(("pissa", "olora"))
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def token_rows(self) -> dict[str, tuple[int, ...]]:
+        """`trainable_token_indices` as rows by module, whichever way it was given."""
+        rows = self.trainable_token_indices or {}
+        rows = rows if isinstance(rows, Mapping) else {"embed_tokens": rows}
+        return {name.rpartition(".")[2]: indices for name, indices in rows.items()}
 
     @property
     def absorbed(self) -> LoraConfig:
@@ -317,11 +335,7 @@ class LoraConfig:
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "
                 "only 'LORA' adapters are supported."
             )
-        refused = [
-            f"`{name}`={raw[name]!r:.80}"
-            for name, off in _REFUSED.items()
-            if not _off(raw.get(name), off)
-        ]
+        refused = refused_features(raw)
         init = raw.get("init_lora_weights", True)
         if not any(init is start or init == start for start in _PLAIN_STARTS):
             # The adapter alone, on the original base, would compute something else.
@@ -335,7 +349,8 @@ class LoraConfig:
                 "adapter_config.json uses LoRA features that are not supported: "
                 f"{', '.join(refused)}."
             )
-        known = {f.name for f in dataclasses.fields(cls)} - {"base_fingerprint"}
+        known = {f.name for f in dataclasses.fields(cls)}
+        known -= {"base_fingerprint", *_INERT}
         unknown = [
             name
             for name, value in raw.items()
@@ -389,7 +404,6 @@ class LoraConfig:
             out["target_modules"] = sorted(self.target_modules)
         out.update(
             peft_type="LORA",
-            task_type="CAUSAL_LM",
             inference_mode=True,
             # Whatever they started from, what is saved is the whole of A and B.
             init_lora_weights=(
@@ -399,6 +413,22 @@ class LoraConfig:
             ),
         )
         return out
+
+
+def refused_features(raw: Mapping[str, Any]) -> list[str]:
+    """Lists the fields of PEFT that are set here and not computed by this project."""
+    return [
+        f"`{name}`={raw[name]!r:.80}"
+        for name, off in _REFUSED.items()
+        if not _off(raw.get(name), off)
+    ]
+
+
+def off_features(raw: Mapping[str, Any]) -> list[str]:
+    """Lists the fields of PEFT that are named here, not computed, and switched off."""
+    return [
+        name for name, off in _REFUSED.items() if name in raw and _off(raw[name], off)
+    ]
 
 
 def _first_match(table: _Table, path: str, default: Any) -> Any:

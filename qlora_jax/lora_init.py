@@ -214,7 +214,7 @@ def _start(
             "lora_embedding_A": jnp.zeros(a.parts["lora_embedding_A"], jnp.float32),
             "lora_embedding_B": b,
         }
-    kind = lora.init_lora_weights
+    kind = str(lora.init_lora_weights)
     if kind in ("default", "gaussian"):
         leading = () if a.layers is None else (a.layers,)
         shape = (*leading, *a.parts["lora_A"])

@@ -6,6 +6,7 @@ nothing is loaded.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import EMBEDDING, HEAD, LAYERS, linear_modules, select
+from qlora_jax.targets import (
+    EMBEDDING,
+    HEAD,
+    LAYERS,
+    absent_layers,
+    linear_modules,
+    select,
+)
 from qlora_jax.train import TrainConfig, make_optimizer
 
 
@@ -109,16 +117,37 @@ def parameter_report(
     )
 
 
-def warnings(config: LlamaConfig, lora: LoraConfig) -> list[str]:
+def warnings(
+    config: LlamaConfig, lora: LoraConfig, base: Mapping[str, Any] | None = None
+) -> list[str]:
     """What a user may not expect of these settings, with figures.
+
+    Args:
+      config: architecture.
+      lora: what is to be trained.
+      base: parameter tree of the model, of arrays or shapes, where it has modules that
+        `config` does not list.
 
     Raises:
       UserError: as `parameter_report`.
     """
-    selection = select(abstract_base(config), lora)
+    base = abstract_base(config) if base is None else base
+    selection = select(base, lora)
     groups = selection.groups()
     total = sum(groups.values())
-    out = []
+    out = [_unmatched(name, base) for name in selection.unmatched]
+    absent = absent_layers(lora, config.num_hidden_layers)
+    if absent:
+        out.append(
+            f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
+            f"has layers 0 to {config.num_hidden_layers - 1}."
+        )
+    biases = [w for w in selection.whole if w.path[-1] == "bias"]
+    if lora.bias != "none" and not biases:
+        whose = "this model has no biases"
+        if lora.bias == "lora_only":
+            whose = "no adapted module of this model has one"
+        out.append(f"`bias`={lora.bias!r} trains nothing: {whose}.")
     tables = {
         w.path[-2]: math.prod(w.shape)
         for w in selection.whole
@@ -149,6 +178,14 @@ def warnings(config: LlamaConfig, lora: LoraConfig) -> list[str]:
             f"{other} keeps the base's table. `ensure_weight_tying` trains both as one."
         )
     return out
+
+
+def _unmatched(name: str, base: Mapping[str, Any]) -> str:
+    modules = {path[-2] for path, _ in trees.walk(base)}
+    near = difflib.get_close_matches(name, modules, n=1)
+    return f"target module {name!r} selects nothing in this model" + (
+        f"; did you mean {near[0]!r}?" if near else "."
+    )
 
 
 def _size(nbytes: int) -> str:

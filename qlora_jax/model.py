@@ -23,10 +23,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float32
 
 import convert
-from convert.peft import open_adapter
+from convert.peft import in_short, open_adapter
+from qlora_jax.bases import base_places
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
@@ -119,7 +121,11 @@ class Model:
         positions: Any = None,
         segment_ids: Any = None,
     ) -> Float32[Array, "B T V"]:
-        """Computes logits; arguments as `Llama.__call__`, arrays or nested lists."""
+        """Computes logits; arguments as `Llama.__call__`, arrays or nested lists.
+
+        Raises:
+          UserError: token ids that the model does not have (unless they are traced).
+        """
         optional = {
             "attention_mask": attention_mask,
             "positions": positions,
@@ -131,6 +137,7 @@ class Model:
             if value is not None
         }
         tokens = jnp.asarray(tokens, jnp.int32)
+        _check_tokens(tokens, self.config.vocab_size)
         return _logits(self.module, self.variables, tokens, arrays)
 
     def generate(
@@ -175,6 +182,18 @@ class Model:
             eos_token_ids=end_tokens(self.config, self.tokenizer),
         )
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def _check_tokens(tokens: Array, vocab_size: int) -> None:
+    """Refuses ids that have no row, where they are known; they would give NaN."""
+    if isinstance(tokens, Tracer) or not tokens.size:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"`tokens` has {low if low < 0 else high}, and the model has {vocab_size} "
+            f"tokens (0 to {vocab_size - 1}). Is it the tokenizer of another model?"
+        )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -233,7 +252,7 @@ def load(
     if own is not None:
         if adapter is not None:
             raise UserError(
-                f"`{path}` is an adapter itself; `adapter`={os.fspath(adapter)!r} "
+                f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
                 "cannot be attached to it. Give the base as `path`."
             )
         adapter, path = own, find_base(own, base)
@@ -277,7 +296,7 @@ def _attach(
     """Loads an adapter for a base; says what was not used, and if it is another's."""
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
-    for note in skipped:
+    for note in in_short(skipped):
         print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
     known = lora.base_fingerprint
     if known is not None and known != fingerprint_tree(base):
@@ -364,8 +383,7 @@ def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
             f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
-    here = adapter.resolve()
-    tried = [Path(name), here / name, here.parent / name, here.parent.parent / name]
+    tried = base_places(adapter, name)
     for place in tried:
         if (place / "config.json").is_file():
             return place

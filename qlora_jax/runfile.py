@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_config import LoraConfig, off_features, refused_features
 from qlora_jax.train import TrainConfig
 
 _NONE = "none"
@@ -108,11 +108,25 @@ def read_config(path: Path) -> RunConfig:
     return _build(RunConfig, content, f"{path}: ")
 
 
+def given_lora(path: Path) -> set[str]:
+    """The settings that the [lora] section of a readable TOML run file has."""
+    return set(tomllib.loads(path.read_text(encoding="utf-8")).get("lora", {}))
+
+
 def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
     """Makes a dataclass of a TOML table."""
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
+    if kind is LoraConfig:
+        refused = refused_features(content)
+        if refused:
+            raise UserError(
+                f"{where}LoRA features that are not supported: {', '.join(refused)}."
+            )
+        # As in a file of PEFT's, which lists what it does not use.
+        unused = off_features(content)
+        content = {k: v for k, v in content.items() if k not in unused}
     for key, value in content.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)

@@ -26,7 +26,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ import numpy as np
 import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
-from convert.peft import open_adapter
 from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
 from qlora_jax.config import LlamaConfig
+from qlora_jax.continued import continued, given_fields
 from qlora_jax.data import Batches, Examples, load_examples, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
@@ -66,6 +66,8 @@ from qlora_jax.watch import Watch, draw_loss
 
 SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
 REPORT = "report.json"
+# Fields of a LoraConfig that say where its base is found, and which it was.
+_OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
 
 
 def run(
@@ -73,6 +75,7 @@ def run(
     *,
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
+    given: Collection[str] | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, a run; returns what report.json holds.
@@ -81,6 +84,9 @@ def run(
       config: the run.
       attention_cls: attention modules of yours, as `Llama` takes them.
       mlp_cls: MLP modules of yours.
+      given: names of the fields of `config.lora` that someone gave; default those that
+        are not at their defaults. They matter beside `train.adapter_init`, whose
+        adapter has settings of its own.
       began: `time.perf_counter()` when the user's command started; default now.
 
     Raises:
@@ -92,9 +98,19 @@ def run(
     began = time.perf_counter() if began is None else began
     directory = Path(config.output_dir)
     _check_directory(directory)
-    if config.train.adapter_init is not None:
-        config = _with_initial_adapter(config)
     architecture = open_checkpoint(config.model.path).config
+    # What is adapted is settled on shapes, before anything large is read.
+    plan = Llama(architecture, Compute(), attention_cls, mlp_cls)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    abstract = jax.eval_shape(plan.init, jax.random.key(0), tokens)["params"]
+    if attention_cls is None and mlp_cls is None:
+        # With nothing to draw it refuses a checkpoint that has modules of its own.
+        add_parameters(plan, abstract, jax.random.key(0))
+    if config.train.adapter_init is not None:
+        given = given_fields(config.lora) if given is None else given
+        config = _with_initial_adapter(config, given, abstract)
+    for warning in warnings(architecture, config.lora, abstract):
+        _say(f"Note: {warning}")
     examples, batches = _data(config, architecture)
     steps = len(batches)
 
@@ -123,24 +139,21 @@ def run(
     base = jax.tree.map(jnp.asarray, base)
     optimizer = make_optimizer(config.train, steps)
     selection = select(base, config.lora)
-    for name in selection.unmatched:
-        _say(f"Note: target module {name!r} selects nothing in this model.")
     check_weights(drawn, base, config.lora, Path(config.model.path))
+    initial = None
+    if config.train.adapter_init is not None:
+        initial = convert.load_adapter(config.train.adapter_init, base)[1]
     groups = selection.groups()
     _say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
-    for warning in warnings(architecture, config.lora):
-        _say(f"Note: {warning}")
     _note_untrained(base, selection, np.unique(examples.tokens))
     record = _record(config, fingerprint, examples)
 
     with _alone(directory), disk_errors(directory):
-        if not (directory / SETTINGS).is_file():
-            _write_text(directory / SETTINGS, to_toml(config))
-        state, base = _first_state(config, base, optimizer)
+        state, base = _first_state(config, base, optimizer, initial)
         with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
             state, start = _continue(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
@@ -235,19 +248,20 @@ def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batch
 
 
 def _first_state(
-    config: RunConfig, base: Any, optimizer: Any
+    config: RunConfig, base: Any, optimizer: Any, initial: Any
 ) -> tuple[TrainState, Any]:
     """The state before the first step, and the base it trains on.
 
-    Adapters are fresh, or those to start from. What pissa and olora take out of the
+    Adapters are fresh, or `initial`, those to start from. From here on the directory is
+    a run, which its settings say. What pissa and olora take out of the
     base is kept in the run directory, as a PEFT adapter: a decomposition need not give
     the same bits on the machine where the run is continued.
     """
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     lora = config.lora
-    start = Path(config.output_dir) / START
-    if config.train.adapter_init is not None:
-        adapters = convert.load_adapter(config.train.adapter_init, base)[1]
+    start, fresh = Path(config.output_dir) / START, False
+    if initial is not None:
+        adapters = initial
     elif lora.changes_base and (start / "adapter_config.json").is_file():
         adapters = convert.load_adapter(start, base)[1]
     else:
@@ -255,10 +269,13 @@ def _first_state(
         if lora.init_lora_weights == "loftq":
             checkpoint = open_checkpoint(config.model.path)
             original = None if checkpoint.quantized else checkpoint.files.read
-        adapters = init_adapters(init_key, base, lora, original=original)
-        if lora.changes_base:
-            plain = dataclasses.replace(lora, init_lora_weights="default")
-            convert.save_adapter(start, plain, jax.device_get(adapters), base)
+        adapters, fresh = init_adapters(init_key, base, lora, original=original), True
+    settings = start.with_name(SETTINGS)
+    if not settings.is_file():
+        _write_text(settings, to_toml(config))
+    if fresh and lora.changes_base:
+        plain = dataclasses.replace(lora, init_lora_weights="default")
+        convert.save_adapter(start, plain, jax.device_get(adapters), base)
     adapters = jax.tree.map(jnp.asarray, adapters)
     if lora.changes_base:
         base = factor_out(base, adapters, lora)
@@ -420,7 +437,12 @@ def _check_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Makes the run directory and keeps other processes from training in it."""
+    """Makes the run directory and keeps other processes from training in it.
+
+    A start that fails before anything was written leaves no empty directory behind.
+    """
+    places = [directory, *directory.parents]
+    made = [place for place in places if not place.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
@@ -446,25 +468,35 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # one that holds something stays
+            for place in made:
+                place.rmdir()
 
 
-def _with_initial_adapter(config: RunConfig) -> RunConfig:
-    """Takes rank, scaling and targets from the adapter that the run starts from."""
-    assert config.train.adapter_init is not None
-    found = open_adapter(config.train.adapter_init)[0]
+def _with_initial_adapter(
+    config: RunConfig, given: Collection[str], base: Any
+) -> RunConfig:
+    """Takes the settings of the adapter that the run starts from, but for those given.
+
+    Its file is checked against the base as well, on shapes.
+    """
+    place = config.train.adapter_init
+    assert place is not None
+    own = convert.check_adapter(place, base)
     # All that was trained is trained again.
+    lora, changes = continued(own, config.lora, given, base, name=place)
     lora = dataclasses.replace(
-        found,
-        lora_dropout=config.lora.lora_dropout,
+        lora,
         init_lora_weights="default",
         base_model_name_or_path=config.lora.base_model_name_or_path,
         revision=config.lora.revision,
         base_fingerprint=None,
     )
     _say(
-        f"Starting from the adapter `{config.train.adapter_init}` (r={lora.r}, "
-        f"lora_alpha={lora.lora_alpha}); it carries no optimizer state, so AdamW "
-        "starts afresh."
+        f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
+        f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}); it carries no "
+        "optimizer state, so AdamW starts afresh."
+        + (f" Changed: {', '.join(changes)}." if changes else "")
     )
     return dataclasses.replace(config, lora=lora)
 
@@ -475,7 +507,9 @@ def _record(config: RunConfig, fingerprint: str, examples: Examples) -> dict[str
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
     lora = dataclasses.asdict(config.lora)
-    del lora["base_model_name_or_path"], lora["revision"], lora["base_fingerprint"]
+    for name in (*_OF_THE_BASE, "task_type"):
+        del lora[name]
+    lora["trainable_token_indices"] = config.lora.token_rows
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
     # Where the file lies may change; what is in it is in the fingerprint.

@@ -203,6 +203,13 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
         follows[HEAD] = EMBEDDING
     if not chosen:
         raise _nothing(lora, modules)
+    embeddings = [path[-1] for path in chosen if is_embedding(path)]
+    if lora.lora_bias and embeddings:
+        raise UserError(
+            f"`lora_bias` does not go with an adapted embedding ({embeddings[0]}): "
+            "PEFT has no place for such a bias. Take the embedding out of "
+            "`target_modules`, or leave `lora_bias` out."
+        )
     adapted = []
     for path in [p for p in modules if p in chosen]:
         (rows, columns), layers = modules[path]
@@ -216,7 +223,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
                 ranks=ranks,
                 scalings=scalings,
                 dora=lora.use_dora,
-                lora_bias=lora.lora_bias and not is_embedding(path),
+                lora_bias=lora.lora_bias,
                 follows=follows.get(path),
             )
         )
@@ -494,11 +501,21 @@ def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
         "modules_to_save": lora.modules_to_save,
     }
     given = [f"`{k}`={v!r:.200}" for k, v in limits.items() if v is not None]
+    count = max((n for _, n in modules.values() if n is not None), default=0)
+    absent = absent_layers(lora, count)
     return UserError(
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
         f"of this model{' under ' + ', '.join(given) if given else ''}."
-        f"{_near(wanted, names)} Modules here: {', '.join(sorted(names))}."
+        + (f" Layers here: 0 to {count - 1}." if absent else "")
+        + f"{_near(wanted, names)} Modules here: {', '.join(sorted(names))}."
     )
+
+
+def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
+    """Numbers of `layers_to_transform` that a model of so many layers does not have."""
+    numbers = lora.layers_to_transform or ()
+    numbers = (numbers,) if isinstance(numbers, int) else numbers
+    return tuple(n for n in numbers if n >= count)
 
 
 def _near(wanted: Iterable[str], names: Iterable[str]) -> str:

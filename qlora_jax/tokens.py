@@ -37,7 +37,8 @@ class Tokens:
     """Model directory."""
     data: DataConfig = field(default_factory=lambda: DataConfig(path=_NO_DATA))
     repair: Literal["none", "mean"] = "none"
-    """Set the untrained rows that are used to the mean of the trained ones."""
+    """Set the untrained rows that are used to the mean of the trained ones; where there
+    are none, the model is written as it is, with a note."""
     add: tuple[str, ...] = ()
     """New tokens, added to the tokenizer and, as rows of that mean, to the tables."""
     output_dir: str | None = None
@@ -71,6 +72,13 @@ class Tokens:
         }
         if self.output_dir is None:
             return report
+        if self.repair != "none" and not any(untrained.rows.values()):
+            print(
+                "Note: no token that is used has an untrained row, so --repair has "
+                f"nothing to do; `{self.output_dir}` gets "
+                + ("the new tokens alone." if self.add else "the model as it is."),
+                file=sys.stderr,
+            )
         first = 0 if tokenizer is None else len(tokenizer)
         if self.repair != "none":
             base = repair_rows(base, untrained.rows, self.repair)

@@ -60,7 +60,10 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     adapter_init: str | None = None
-    """PEFT directory whose adapter the run starts from, instead of a fresh one."""
+    """PEFT directory whose adapter the run starts from, instead of a fresh one.
+    `[lora]` is then the adapter's own; of what is given there, `lora_alpha`,
+    `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and anything
+    else that does is an error."""
     seed: int = 0
     """Of the adapters' initialization and of dropout."""
 

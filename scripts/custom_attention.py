@@ -13,6 +13,7 @@ model without it.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ import tyro
 
 import convert
 import qlora_jax as qj
+from convert.output import check_new_directory
 from qlora_jax.linear import Linear
 from qlora_jax.llama import Attention
 from qlora_jax.targets import select
@@ -66,7 +68,17 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Runs all of it; returns what it printed."""
+    """Runs all of it; returns what it printed.
+
+    Raises:
+      UserError: arguments that cannot be used; before any training.
+    """
+    check_new_directory(args.output)
+    if args.steps < 2:
+        raise qj.UserError(
+            f"--steps must be at least 2, one to compile and one to time, got "
+            f"{args.steps}."
+        )
     # --- 2. Load the standard part; draw what the checkpoint does not have -----------
     loaded = qj.load(args.model, dtype="float32")
     lora = qj.LoraConfig(
@@ -113,6 +125,7 @@ def main(args: Args) -> dict[str, Any]:
         dataclasses.replace(lora, base_model_name_or_path="../base"),
         jax.device_get(with_gate["adapters"]),
         gated.config,
+        base_fingerprint=qj.fingerprint_tree(base),
     )
     convert.merge(
         args.output / "base",
@@ -181,4 +194,7 @@ def _difference(a: Any, b: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except qj.UserError as error:
+        sys.exit(f"custom_attention.py: {error}")

@@ -24,6 +24,7 @@ from qlora_jax import (
     Llama,
     LoraConfig,
     TrainConfig,
+    fingerprint_tree,
     init_adapters,
     init_state,
     make_optimizer,
@@ -137,5 +138,6 @@ convert.save_adapter(
     jax.device_get(state.adapters),
     config,
     base_model_name_or_path=str(Path(args.model).resolve()),
+    base_fingerprint=fingerprint_tree(base),
 )
 print(f"adapter: {args.output}")

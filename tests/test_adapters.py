@@ -475,6 +475,25 @@ def test_what_has_no_sum_is_refused(models):
         combine_adapters([(LORAS["rslora"], good[1], 1.0)], base)
 
 
+def test_parts_of_another_form_are_refused(models):
+    base = models[False][1]
+    lora = LORAS["one layer"]
+    tree = draw(base, lora)
+    pairs, triples = r"\(configuration, trained tree\)", "trained tree, weight"
+    with pytest.raises(UserError, match=rf"{pairs}.* got \(tree, configuration\)"):
+        stack_adapters([(tree, lora)], base)
+    with pytest.raises(UserError, match=rf"{pairs}, got tree"):
+        stack_adapters(tree, base)
+    with pytest.raises(UserError, match="adapter 1: .* got configuration"):
+        stack_adapters([(lora, tree), lora], base)
+    with pytest.raises(UserError, match=rf"{triples}.*\(configuration, tree\)"):
+        combine_adapters([(lora, tree)], base)
+    with pytest.raises(UserError, match=rf"{triples}.*\(float, configuration, tree"):
+        combine_adapters([(0.5, lora, tree)], base)
+    with pytest.raises(UserError, match="must be a list of .*got configuration"):
+        combine_adapters(lora, base)
+
+
 def test_an_absorbed_adapter_can_be_combined(models):
     config, base = models[False]
     lora = LoraConfig(r=2, init_lora_weights="olora", target_modules=("q_proj",))
@@ -491,7 +510,8 @@ def test_an_absorbed_adapter_can_be_combined(models):
     "weights, options, message",
     [
         ((1.0,), {"method": "linear"}, "`method` must be 'cat' or 'svd', got 'linear'"),
-        ((1.0,), {"r": 4}, "`r` goes with method='svd'"),
+        ((1.0,), {"r": 4}, "`r` goes with the method 'svd' .*--method"),
+        (("one",), {}, "adapter 0: its weight must be a finite number, got 'one'"),
         ((1.0,), {"method": "svd", "r": 0}, "`r` must be a positive integer, got 0"),
         ((float("nan"),), {}, "adapter 0: its weight must be a finite number, got nan"),
         ((0.0, 0), {}, "nothing to combine: 2 adapters, none with a weight"),

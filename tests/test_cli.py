@@ -21,6 +21,8 @@ import convert
 from qlora_jax.cli import main
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
 from qlora_jax.model import load
 from qlora_jax.runfile import read_config
 
@@ -313,6 +315,82 @@ def test_settings_that_cannot_be_used(cli, settings, tmp_path, more, message):
     assert status == 1 and out == ""
     assert message in paragraph(err, "train")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def adapter(model_dir, tmp_path):
+    """A PEFT directory of rank 4 for `model_dir`."""
+    config, base = convert.load_llama(model_dir)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1)
+    adapters = jax.device_get(init_adapters(jax.random.key(0), base, lora))
+    convert.save_adapter(
+        tmp_path / "adapter", lora, adapters, config, base_model_name_or_path="../model"
+    )
+    return tmp_path / "adapter"
+
+
+def test_settings_given_beside_an_adapter(cli, settings, tmp_path, adapter):
+    """A default that someone wrote down counts as well as any other value."""
+    init = f"adapter_init = '{adapter}'"
+    for text, options in (
+        (f"{init}\n[lora]\nr = 16\nuse_dora = false", []),
+        (init, ["--lora.r", "16", "--lora.no-use-dora"]),
+        (init, ["--lora.r=16"]),
+    ):
+        status, out, err = cli("train", settings(text), *options)
+        assert status == 1 and out == ""
+        assert "`r`=16 (the adapter's: 4). Leave" in paragraph(err, "train")
+        assert not (tmp_path / "run").exists()
+    alpha = f"{init}\n[lora]\nlora_alpha = 16\nrank_pattern = {{'q_proj' = 4}}"
+    status, _, err = cli("train", settings(alpha))
+    assert status == 0 and "Changed: lora_alpha 8 -> 16." in err
+    lora = read_config(tmp_path / "run" / "config.toml").lora
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (4, 16, 0.1)
+
+
+def test_the_help_says_whose_settings_hold(cli):
+    status, text, _ = cli("train", "--help")
+    text = " ".join(text.replace("│", " ").split())
+    assert status == 0 and "`[lora]` is then the adapter's own" in text
+
+
+def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):
+    status, out, _ = cli("inspect", adapter, "--lora.r", "4", "--json")
+    assert status == 0 and json.loads(out)["r"] == 4
+    status, out, err = cli("inspect", adapter, "--lora.lora-alpha", "16", "--lora.r=2")
+    assert status == 1 and out == ""
+    said = paragraph(err, "inspect")
+    assert "`r`=2 (the adapter's: 4), `lora_alpha`=16 (the adapter's: 8)." in said
+
+
+def test_inspect_warns_as_a_run_does(cli, model_dir):
+    options = ["--lora.target-modules", "q_prj", "v_proj", "--lora.bias", "all"]
+    options += ["--lora.layers-to-transform", "1", "7"]
+    status, out, _ = cli("inspect", model_dir, *options, "--json")
+    assert status == 0
+    assert json.loads(out)["warnings"][:3] == [
+        "target module 'q_prj' selects nothing in this model; did you mean 'q_proj'?",
+        "`layers_to_transform` names 7; this model has layers 0 to 1.",
+        "`bias`='all' trains nothing: this model has no biases.",
+    ]
+
+
+def test_an_option_replaces_the_patterns_of_the_file(cli, settings, tmp_path):
+    lora = "[lora]\ntarget_modules = ['q_proj', 'v_proj']\n"
+    patterns = "rank_pattern = {'v_proj' = 2}\nalpha_pattern = {'[qv]_proj' = 3}\n"
+    for options, want in (
+        ([], ({"v_proj": 2}, {"[qv]_proj": 3})),
+        (["--lora.rank-pattern", "q_proj", "4"], ({"q_proj": 4}, {"[qv]_proj": 3})),
+        (
+            ["--lora.alpha_pattern", "q_proj", "4", "v_proj", "1.5"],
+            ({"v_proj": 2}, {"q_proj": 4, "v_proj": 1.5}),
+        ),
+    ):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        options = [*options, "--output-dir", out, "--train.steps", "1"]
+        assert cli("train", settings(lora + patterns), *options)[0] == 0
+        found = read_config(out / "config.toml").lora
+        assert (found.rank_pattern, found.alpha_pattern) == want
 
 
 def test_text_needs_a_tokenizer(cli, settings, tmp_path):

@@ -57,9 +57,13 @@ def test_wrong_usage_exits_with_2(capsys, args):
     assert "Traceback" not in captured.err
 
 
-def test_expected_failure_is_one_paragraph_and_1(capsys, tmp_path):
-    status, out, err = run(capsys, "verify", tmp_path / "a", tmp_path / "b")
-    assert (status, out) == (1, "")
+@pytest.mark.parametrize(
+    "command, failure", [("verify", 2), ("model", 1)], ids=["verify", "model"]
+)
+def test_expected_failure_is_one_paragraph(capsys, tmp_path, command, failure):
+    """Of `verify` as of diff: 1 is a difference, 2 a failure."""
+    status, out, err = run(capsys, command, tmp_path / "a", tmp_path / "b")
+    assert (status, out) == (failure, "")
     assert err.startswith("qlora-convert: `")
     assert err.count("\n") == 1
 
@@ -162,6 +166,78 @@ def test_adapter_that_does_not_fit_to_the_letter(
     _, adapters = convert.load_adapter(tmp_path / "o", LlamaConfig.from_hf(tiny))
     part = adapters["model"]["layers"]["self_attn"]["q_proj"]
     assert part["lora_B"][0].any() and not part["lora_B"][1].any()
+
+
+def test_an_adapter_of_which_little_or_nothing_fits(
+    capsys, tiny, tiny_model, make_adapter, tmp_path
+):
+    source = make_adapter({**tiny, "intermediate_size": 48}, ("down_proj",))
+    out = tmp_path / "o"
+    args = ("adapter", source, out, "--base", tiny_model, "--no-strict")
+    status, text, err = run(capsys, *args)
+    assert (status, text) == (1, "") and not out.exists()
+    assert "None of its tensors could be used." in err and err.count("\n") == 1
+    # Of very many notes the first; they stand there once.
+    deep = make_adapter({**tiny, "num_hidden_layers": 9}, ("q_proj",), name="deep")
+    status, text, err = run(capsys, "adapter", deep, *args[2:])
+    assert status == 0
+    assert err.count("Note: not taken from") == 11 and "4 more like these" in err
+    assert "skipped: 14\n" in text
+
+
+def test_the_base_is_found_from_the_copy(
+    capsys, tiny, tiny_model, make_adapter, tmp_path, monkeypatch
+):
+    """By the path it had, where that leads there; else by an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def named(name, out, base=tiny_model):
+        source = make_adapter(
+            tiny, name=f"a{len(list(tmp_path.iterdir()))}", base_model_name_or_path=name
+        )
+        status, _, err = run(capsys, "adapter", source, out, "--base", base)
+        assert status == 0
+        raw = json.loads((out / "adapter_config.json").read_text())
+        return raw["base_model_name_or_path"], err
+
+    far = tmp_path / "elsewhere" / "deep" / "deeper"
+    assert named("../model", tmp_path / "near") == ("../model", "")
+    assert named("../model", far / "a") == (str(tiny_model), "")
+    assert named("model", far / "b") == (str(tiny_model), "")
+    assert named("some/base", far / "c") == ("some/base", "")
+    name, err = named("../nowhere", far / "d")
+    assert name == "../nowhere"
+    assert "`../nowhere`, the base of" in err and "--base-name names another" in err
+    # The same directory by the path that was given, a link perhaps.
+    (tmp_path / "link").symlink_to(tiny_model)
+    assert named("../model", far / "e", tmp_path / "link")[0] == str(tmp_path / "link")
+    one, two = far / "a", tmp_path / "near"
+    args = ("combine", far / "f", "--base", tiny_model, "--adapters", one, two)
+    assert run(capsys, *args)[0] == 0
+    raw = json.loads((far / "f" / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == str(tiny_model)
+
+
+@pytest.mark.parametrize("command, option", [("adapter", "strict"), ("merge", "check")])
+def test_the_help_of_a_flag_says_what_the_flag_does(capsys, command, option):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    said = text.split(f"--no-{option} ")[-1]
+    assert said.startswith(("Take what fits", "Load nothing after merging"))
+
+
+@pytest.mark.parametrize("command", ["model", "merge"])
+def test_an_adapter_in_the_place_of_a_model(
+    capsys, tiny, make_adapter, tmp_path, command
+):
+    adapter = make_adapter(tiny)
+    more = ["--onto", "original"] if command == "merge" else []
+    places = [adapter, adapter] if command == "merge" else [adapter]
+    status, _, err = run(capsys, command, *places, tmp_path / "o", *more)
+    assert status == 1
+    assert err.endswith("not a model. Give the directory of its base model here.\n")
 
 
 @pytest.mark.golden
@@ -279,6 +355,23 @@ def test_the_base_that_was_trained_on(capsys, tiny, tiny_model, make_adapter, tm
         assert report["trained_form"] == ("nf4, bfloat16" if here else None)
         note = f"Note: `{adapter}` was trained on another base than `{tiny_model}`.\n"
         assert err == ("" if here else note)
+    # Merged onto what was not trained on; the dtype of what stays dense counts too.
+    for quantization, dtype, here in (
+        ("nf4_dq", "bfloat16", False),
+        ("nf4", "float32", False),
+        ("nf4", "bfloat16", True),
+    ):
+        out = tmp_path / f"onto-{quantization}-{dtype}"
+        args = ("merge", tiny_model, known, out, "--onto", "dequantized", "--json")
+        args = (*args, "--quantization", quantization, "--dtype", dtype)
+        status, text, err = run(capsys, *args)
+        assert status == 0
+        assert json.loads(text)["trained_on_this_base"] is here
+        note = (
+            f"Note: `{known}` was trained on `{tiny_model}` as nf4, bfloat16, and was "
+            f"merged onto {quantization}, {dtype}.\n"
+        )
+        assert err == ("" if here else note)
     status, text, _ = run(capsys, "verify", known, other)
     assert status == 0
     assert "Note: they were trained on different bases" in text
@@ -374,6 +467,22 @@ def test_verify_compares_logits(capsys, tiny, tiny_model, make_adapter, tmp_path
         assert merged[name] == pytest.approx(found["logits"][name], rel=1e-3)
 
 
+def test_verify_of_modules_of_ones_own(
+    capsys, tiny, make_tensors, save_model, make_adapter
+):
+    own = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
+    base = save_model(own, make_tensors(own))
+    a = make_adapter(own, ("q_proj", "gate"), name="a")
+    b = make_adapter(own, ("q_proj", "gate"), name="b", seed=2)
+    for other, same in ((a, True), (b, False)):
+        status, text, err = run(capsys, "verify", a, other, "--base", base, "--json")
+        assert (status, err) == (0 if same else 1, "")
+        found = json.loads(text)
+        assert found["equal"] is same and found["logits"] is None
+        (note,) = found["notes"]
+        assert note.startswith(f"logits were not compared: `{base}` has modules of its")
+
+
 def test_verify_options_that_do_not_fit(capsys, tiny, tiny_model, make_adapter):
     adapter = make_adapter(tiny)
     for args, message in (
@@ -382,7 +491,7 @@ def test_verify_options_that_do_not_fit(capsys, tiny, tiny_model, make_adapter):
         ((adapter, adapter, "--base", adapter), "is a PEFT adapter, not a model"),
     ):
         status, _, err = run(capsys, "verify", *args)
-        assert status == 1
+        assert status == 2
         assert message in err
 
 

@@ -31,6 +31,8 @@ ORDER = (
     "qlora_jax.lora_config",
     "qlora_jax.targets",
     "qlora_jax.describe",
+    "qlora_jax.continued",
+    "qlora_jax.bases",
     "qlora_jax.vocabulary",
     "qlora_jax.lora",
     "qlora_jax.lora_init",

@@ -1,6 +1,7 @@
 """LoraConfig: what it refuses, and how it goes through PEFT's adapter_config.json."""
 
 import dataclasses
+import enum
 import json
 import math
 import pickle
@@ -206,8 +207,17 @@ BIG = 10**400
         ),
         *(
             ("init_lora_weights", bad, "`init_lora_weights`=.* is not supported. Suppo")
-            for bad in ("eva", "pissa_niter_0", "pissa_niter_", "", True, None, "Pissa")
+            for bad in (
+                "eva",
+                "pissa_niter_0",
+                "pissa_niter_",
+                "",
+                False,
+                None,
+                "Pissa",
+            )
         ),
+        ("task_type", "SEQ_CLS", "`task_type`='SEQ_CLS' is not supported"),
         *(
             (field, 5, f"`{field}` must be a text, got 5")
             for field in ("base_model_name_or_path", "revision", "base_fingerprint")
@@ -310,6 +320,26 @@ def test_it_is_frozen_and_adapts_all_projections_by_default():
     assert config.rank_pattern == {"q_proj": 2}
 
 
+def test_the_words_of_peft_for_the_default():
+    class TaskType(str, enum.Enum):  # noqa: UP042 (as PEFT has it)
+        CAUSAL_LM = "CAUSAL_LM"
+
+    idiom = LoraConfig(init_lora_weights=True, task_type=TaskType.CAUSAL_LM)
+    assert idiom == LoraConfig() and type(idiom.task_type) is str
+    assert idiom.to_peft()["task_type"] == "CAUSAL_LM"
+    assert idiom.to_peft()["init_lora_weights"] is True
+    # What a file says of its task changes nothing that is computed.
+    raw = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION"}
+    assert LoraConfig.from_peft(raw).task_type == "CAUSAL_LM"
+
+
+def test_rows_are_the_same_however_they_are_given():
+    for rows in ((5, 6), {"embed_tokens": (5, 6)}, {"model.embed_tokens": (5, 6)}):
+        lora = LoraConfig(trainable_token_indices=rows)
+        assert lora.token_rows == {"embed_tokens": (5, 6)}
+    assert LoraConfig().token_rows == {}
+
+
 def test_every_field_counts_in_a_comparison():
     default = LoraConfig()
     others = dict(
@@ -334,7 +364,8 @@ def test_every_field_counts_in_a_comparison():
         revision="main",
         base_fingerprint="f",
     )
-    assert set(others) == {f.name for f in dataclasses.fields(LoraConfig)}
+    fields = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert set(others) == fields - {"task_type"}  # it has one value
     seen = {default}
     for name, value in others.items():
         needed = {"layers_to_transform": 1} if name == "layers_pattern" else {}

@@ -171,8 +171,20 @@ def test_arguments_that_cannot_be_used(
         load(llama_dir, **arguments)
 
 
+def test_token_ids_that_the_model_does_not_have_are_refused(llama_dir):
+    model = load(llama_dir, dtype="float32")
+    for tokens, named in (([[1, 32]], "32"), ([[-1, 3]], "-1")):
+        with pytest.raises(UserError, match=rf"has {named}, .* 32 tokens .0 to 31."):
+            model.logits(tokens)
+    with pytest.raises(UserError, match="`tokens` has 40"):
+        model.logits(jax.numpy.asarray([[40, 0]]))
+    # What is traced is not known.
+    shape = jax.eval_shape(model.logits, jax.ShapeDtypeStruct((1, 3), np.int32)).shape
+    assert shape == (1, 3, 32)
+
+
 def test_an_adapter_takes_no_second_one(adapter_dir):
-    with pytest.raises(UserError, match="is an adapter itself; `adapter`='x'"):
+    with pytest.raises(UserError, match="is an adapter itself; the adapter `x` cannot"):
         load(adapter_dir, adapter="x")
 
 

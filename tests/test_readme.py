@@ -2,6 +2,7 @@
 options, targets and files exist."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import convert
 from qlora_jax.cli import main as jax_main
 from qlora_jax.convert_cli import main as convert_main
+from qlora_jax.linear import Embed, Linear, RMSNorm
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.runfile import read_config
@@ -95,6 +97,31 @@ def test_the_python_example_of_a_layer_of_ones_own(directories):
     (example,) = (block for block in blocks("python") if "GatedAttention" in block)
     (line,) = printed_by(example, directories)
     assert ", 4, " in line  # the rank that `rank_pattern` gives it
+
+
+def test_the_python_example_of_a_run(directories, tmp_path, monkeypatch):
+    (example,) = (block for block in blocks("python") if "RunConfig" in block)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a dog.\n" * 40)
+    (line,) = printed_by(example, directories)
+    assert line.startswith("2 ")
+    one, two = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("python-run/adapter", "python-adapter")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("module", [Linear, Embed, RMSNorm])
+def test_the_modules_to_build_with_are_as_shown(module):
+    (shown,) = re.findall(rf"^\| `{module.__name__}\((.*)\)` \|", README, re.M)
+    parameters = list(inspect.signature(module).parameters.values())
+    own = parameters[: [p.name for p in parameters].index("parent")]
+    for parameter, text in zip(own, shown.split(", "), strict=True):
+        name, _, default = text.partition("=")
+        assert parameter.name == name
+        if default:
+            assert repr(parameter.default) == default
 
 
 def test_the_python_example_of_several_adapters(directories):

@@ -56,6 +56,21 @@ def test_values_are_taken_as_they_are(tmp_path):
     assert config.log.plot is False and config.output_dir == "out"
 
 
+def test_the_words_of_peft(tmp_path):
+    lora = "[lora]\ninit_lora_weights = true\ntask_type = 'CAUSAL_LM'\n"
+    lora += "fan_in_fan_out = false\nlayer_replication = []\n"
+    assert read(tmp_path, SMALLEST + lora).lora == LoraConfig()
+    for line, named in (
+        ("layer_replication = [[0, 2]]", r"`layer_replication`=\[\[0, 2\]\]"),
+        ("target_parameters = ['a.b']", r"`target_parameters`=\['a.b'\]"),
+        ("use_qalora = true\nfan_in_fan_out = true", "`fan_in.*, `use_qalora`=True"),
+    ):
+        with pytest.raises(UserError, match=f"features .* not supported: {named}"):
+            read(tmp_path, f"{SMALLEST}[lora]\n{line}")
+    with pytest.raises(UserError, match="`task_type`='SEQ_CLS' is not supported"):
+        read(tmp_path, f"{SMALLEST}[lora]\ntask_type = 'SEQ_CLS'")
+
+
 ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,9 +160,10 @@ SETTINGS = {
     "everything": EVERYTHING,
 }
 
-# Steps here are faster than the writing of a checkpoint in the background.
+# Steps here are faster than the writing of a checkpoint in the background. The signal
+# is raised in this thread: sent to the process, it may come when the run is over.
 AT_STEP = """
-import os, signal, time
+import signal, time
 from qlora_jax.watch import Watch
 noted = Watch.step
 def step(self, number, *rest):
@@ -170,7 +172,7 @@ def step(self, number, *rest):
         newest = self._path.parent / "checkpoints" / "step_{saved}"
         while {saved} and not newest.exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.{signal})
+        signal.raise_signal(signal.{signal})
 Watch.step = step
 """
 # Audit hooks see a rename before it happens.
@@ -451,12 +453,8 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir, rows_file):
 def test_a_run_can_start_from_an_adapter(tmp_path, make, capsys):
     run(make(tmp_path / "one", train={"steps": 2}))
     adapter = tmp_path / "one" / "adapter"
-    # r and lora_alpha are the adapter's, whatever the section says.
-    config = make(
-        tmp_path / "two",
-        lora={"r": 9},
-        train={"steps": 1, "learning_rate": 0.0, "adapter_init": str(adapter)},
-    )
+    train = {"steps": 1, "learning_rate": 0.0, "adapter_init": str(adapter)}
+    config = make(tmp_path / "two", train=train)
     run(config)
     assert "Starting from the adapter" in capsys.readouterr().err
     weights = "adapter/adapter_model.safetensors"
@@ -464,6 +462,86 @@ def test_a_run_can_start_from_an_adapter(tmp_path, make, capsys):
         tmp_path / "one" / weights
     ).read_bytes()
     assert read_config(tmp_path / "two" / "config.toml").lora.r == 4
+    # Its rank is its own; the factor and the dropout may change, and stay changed.
+    with pytest.raises(UserError, match=r"`r`=9 \(the adapter's: 4\)"):
+        run(make(tmp_path / "three" / "run", lora={"r": 9}, train=train))
+    assert not (tmp_path / "three").exists()
+    capsys.readouterr()
+    run(make(tmp_path / "three", lora={"lora_alpha": 24}, train=train))
+    err = capsys.readouterr().err
+    assert "(r=4, lora_alpha=24, lora_dropout=0.0)" in err
+    assert "Changed: lora_alpha 8 -> 24." in err
+    run(read_config(tmp_path / "three" / "config.toml"))
+    assert "This run is finished" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_nothing_behind(
+    tmp_path, make, capsys, monkeypatch, edit_tensors
+):
+    from qlora_jax import runner
+
+    source = tmp_path / "adapter"
+    base = convert.load_llama(make("x").model.path, quantization=None)[1]
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=("q_proj",))
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    convert.save_adapter(source, lora, jax.device_get(adapters), base)
+    config = make(
+        tmp_path / "new" / "run",
+        lora={"target_modules": ("q_proj",), "lora_alpha": 16},
+        train={"steps": 1, "adapter_init": str(source)},
+    )
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+
+    def widen(tensors):
+        tensors[key] = np.pad(tensors[key], ((0, 8), (0, 0)))
+
+    def spoil(tensors):
+        tensors[key] = np.full((64, 4), np.nan, np.float32)
+
+    # Of another base: said before anything is read.
+    monkeypatch.setattr(runner, "load_examples", None)
+    edit_tensors(source / "adapter_model.safetensors", widen)
+    with pytest.raises(CheckpointError, match=r"\[72, 4\] instead of \[64, 4\]"):
+        run(config)
+    # So are targets that the model does not have.
+    with pytest.raises(UserError, match="Did you mean .*q_proj"):
+        run(make(tmp_path / "new" / "run", lora={"target_modules": ("q_prj",)}))
+    monkeypatch.undo()
+    # What only the values tell comes before the run begins.
+    edit_tensors(source / "adapter_model.safetensors", spoil)
+    with pytest.raises(CheckpointError, match="contains NaN"):
+        run(config)
+    assert "Training" not in capsys.readouterr().err
+    # And where the directory was made already, it goes again.
+    monkeypatch.setattr(runner, "init_adapters", widen)
+    with pytest.raises(TypeError):
+        run(make(tmp_path / "new" / "run", train={"steps": 1}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_modules_of_the_base_need_their_classes(tmp_path, make, llama_dir):
+    base = shutil.copytree(llama_dir, tmp_path / "base")
+    raw = json.loads((base / "config.json").read_text())
+    raw["extra_tensors"] = {"model.layers.self_attn.gate.weight": [4, 64]}
+    (base / "config.json").write_text(json.dumps(raw))
+    file = base / "model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(file))
+    for layer in range(2):
+        key = f"model.layers.{layer}.self_attn.gate.weight"
+        tensors[key] = np.ones((4, 64), np.float32)
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    more = {"model": {"path": str(base)}, "lora": {"target_modules": ("gate",)}}
+    with pytest.raises(UserError, match="in Python .*the command line takes none"):
+        run(make(tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_the_same_rows_however_they_are_given(tmp_path, make, capsys):
+    rows = {"target_modules": ("q_proj",), "trainable_token_indices": (5, 6)}
+    run(make(tmp_path / "run", lora=rows, train={"steps": 1}))
+    rows["trainable_token_indices"] = {"embed_tokens": (5, 6)}
+    run(make(tmp_path / "run", lora=rows, train={"steps": 1}))
+    assert "This run is finished" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):

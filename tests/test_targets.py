@@ -366,12 +366,10 @@ def test_ranks_and_scalings_of_single_layers():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dora, lora_bias", [(0, 0), (1, 0), (0, 1)])
 def test_the_arrays_of_every_kind_of_module(tied, dora, lora_bias):
-    lora = config(
-        *("down_proj", "embed_tokens", "lm_head"),
-        r=4,
-        use_dora=bool(dora),
-        lora_bias=bool(lora_bias),
-    )
+    targets = ["down_proj", "lm_head"]
+    if not lora_bias:  # which an embedding cannot have
+        targets.append("embed_tokens")
+    lora = config(*targets, r=4, use_dora=bool(dora), lora_bias=bool(lora_bias))
     down = ("model", "layers", "mlp", "down_proj")
     table = ("model", "embed_tokens")
     want = {
@@ -388,7 +386,33 @@ def test_the_arrays_of_every_kind_of_module(tied, dora, lora_bias):
         want["lm_head", name] = (V,)
     if dora:  # of an embedding the columns
         want[*table, name] = (D,)
+    if lora_bias:
+        want = {path: shape for path, shape in want.items() if path[:2] != table}
     assert select(base(tied=tied), lora).shapes() == want
+
+
+def test_an_embedding_takes_no_lora_bias():
+    """As in PEFT: "lora_bias=True is not supported for Embedding."."""
+    for targets, more in (
+        (("q_proj", "embed_tokens"), {}),
+        ((r".*embed_tokens",), {}),
+        (("lm_head",), {"ensure_weight_tying": True}),
+    ):
+        lora = config(*targets, lora_bias=True, **more)
+        with pytest.raises(UserError, match="`lora_bias` .* embedding .embed_tokens."):
+            select(base(tied=True), lora)
+    select(base(), config("lm_head", lora_bias=True))
+
+
+def test_layers_that_are_not_there_are_said():
+    lora = config("q_proj", layers_to_transform=7)
+    with pytest.raises(
+        UserError, match=r"`layers_to_transform`=7. Layers here: 0 to 2"
+    ):
+        select(base(), lora)
+    with pytest.raises(UserError) as caught:
+        select(base(), config("query", layers_to_transform=1))
+    assert "Layers here" not in str(caught.value)
 
 
 def test_paths_are_spelled_as_hugging_face_does():

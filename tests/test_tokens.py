@@ -55,6 +55,18 @@ def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, cap
     np.testing.assert_allclose(after[bad], trained, atol=1e-6)
 
 
+def test_with_nothing_to_repair_the_model_is_written_as_it_is(
+    shared_data, tmp_path, capsys
+):
+    source, out = shared_data / "stories260K", tmp_path / "out"
+    args = ["tokens", source, "--repair", "mean", "--output-dir", out]
+    assert main([str(a) for a in args]) == 0
+    err = capsys.readouterr().err
+    assert "Note: no token that is used has an untrained row" in err
+    one, two = (d / "model.safetensors" for d in (source, out))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_new_tokens_get_rows_and_names(shared_data, tmp_path, capsys):
     source, out = shared_data / "stories260K", tmp_path / "grown"
     added = report(capsys, source, "--add", "<ask>", "<answer>", "--output-dir", out)

@@ -363,7 +363,7 @@ def test_which_weights_are_meant_has_to_fit(
         convert.merge(packed, adapter, out)
     with pytest.raises(UserError, match="is not quantized. Say with `quantization`"):
         convert.merge(tiny_model, adapter, out, onto="dequantized")
-    with pytest.raises(UserError, match="`quantization`='nf4' goes with onto='deq"):
+    with pytest.raises(UserError, match="`quantization` 'nf4' goes with 'dequantized'"):
         convert.merge(tiny_model, adapter, out, quantization="nf4")
     with pytest.raises(UserError, match="is quantized already; leave `quantization`"):
         convert.merge(packed, adapter, out, onto="dequantized", quantization="nf4")
@@ -376,7 +376,7 @@ def test_which_weights_are_meant_has_to_fit(
 
 def test_unknown_onto(tiny, tiny_model, make_adapter, tmp_path):
     unchecked = inspect.unwrap(convert.merge)
-    with pytest.raises(UserError, match="`onto`='base' is not known; expected"):
+    with pytest.raises(UserError, match="`onto` 'base' is not known; expected"):
         unchecked(tiny_model, make_adapter(tiny), tmp_path / "out", onto="base")
 
 

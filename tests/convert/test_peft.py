@@ -620,6 +620,47 @@ def test_targets_that_are_not_in_the_model(tiny, config, make_adapter):
         convert.load_adapter(path, config)
 
 
+def test_the_adapter_of_a_deeper_and_wider_model(tiny, make_adapter):
+    """What `target_modules` selects is not said to be left out by it."""
+    source = make_adapter({**tiny, "num_hidden_layers": 5})
+    config = LlamaConfig.from_hf(tiny)
+    with pytest.raises(CheckpointError) as caught:
+        convert.load_adapter(source, config)
+    text = str(caught.value)
+    assert "does not select" not in text
+    assert (
+        "adapter of another model? The file has layers 0 to 4, this model 0 to 1."
+        in (text)
+    )
+    wide = make_adapter({**tiny, "intermediate_size": 48}, name="wide")
+    with pytest.raises(CheckpointError) as caught:
+        convert.load_adapter(wide, config)
+    assert "mlp.down_proj.lora_A.weight [3, 48] instead of [3, 40]" in str(caught.value)
+    assert str(caught.value).endswith("Is it the adapter of another model?")
+
+
+def test_a_check_reads_no_tensor(tiny, config, make_adapter, monkeypatch):
+    source = make_adapter(tiny)
+    monkeypatch.setattr("convert.files.TensorFiles.read_into", None)
+    assert convert.check_adapter(source, config) == open_adapter(source)[0]
+    with pytest.raises(CheckpointError, match="of another shape"):
+        other = {**tiny, "intermediate_size": 48}
+        convert.check_adapter(source, LlamaConfig.from_hf(other))
+
+
+def test_an_adapter_of_which_nothing_fits_is_refused(tiny, make_adapter):
+    wide = make_adapter({**tiny, "intermediate_size": 48}, ("down_proj",))
+    with pytest.raises(CheckpointError, match="None of its tensors could be used"):
+        convert.load_adapter(wide, LlamaConfig.from_hf(tiny), strict=False)
+
+
+def test_a_fingerprint_is_kept_in_the_file(tiny, config, make_adapter, tmp_path):
+    lora, adapters = convert.load_adapter(make_adapter(tiny), config)
+    out = tmp_path / "out"
+    convert.save_adapter(out, lora, adapters, config, base_fingerprint="ab" * 32)
+    assert open_adapter(out)[0].base_fingerprint == "ab" * 32
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_nan_is_reported_with_its_tensor(
     tiny, config, make_adapter, edit_tensors, tmp_path, value
@@ -783,7 +824,7 @@ def test_copies_of_another_base_are_refused(with_tables, tied, edit_tensors):
     _, base, path = with_tables(tied, scale=1.5)
     key = f"{PREFIX}{EMBED}.base_layer.weight"
     match = r"\.base_layer\.weight` is not the table of this base, so the adapter was"
-    with pytest.raises(CheckpointError, match=f"{match}.*or load with strict=False"):
+    with pytest.raises(CheckpointError, match=f"{match}.*`strict`=False, --no"):
         convert.load_adapter(path, base)
     notes = []
     convert.load_adapter(path, base, strict=False, skipped=notes)

@@ -1,8 +1,36 @@
 import runpy
+import sys
 
 import pytest
 
 TEXT = "Once upon a time there was a little dog who liked to run. " * 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "."}, "exists and is not empty"),
+        ({"model": "nowhere"}, "`nowhere` does not exist"),
+        ({"steps": "0"}, "--steps must be at least 2"),
+        ({"data": "nowhere.txt"}, "no file"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(
+    repository, llama_dir, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = {"model": llama_dir, "data": "text.txt", "output": "out", **change}
+    words = [str(w) for name, value in given.items() for w in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["custom_attention.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(
+            str(repository / "scripts/custom_attention.py"), None, "__main__"
+        )
+    said = str(stopped.value.code)  # printed on stderr, with status 1
+    assert said.startswith("custom_attention.py: ") and "\n" not in said
+    assert message in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

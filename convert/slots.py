@@ -1,0 +1,98 @@
+"""Every tensor of a PEFT adapter file, and its place in our tree.
+
+What has to be in the file follows from what the configuration selects in the model
+(`qlora_jax.targets`): one key for each array of each adapted layer, as PEFT spells it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from convert import names
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.targets import Selection
+
+# Name of an array in our tree -> what PEFT's key has behind the module.
+_SUFFIX = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter file, and its place in our tree."""
+
+    path: names.Path
+    """Of the array."""
+    layer: int | None
+    rank: int | None
+    """Ranks used, where the array may have more."""
+    shape: tuple[int, ...]
+    """In the file."""
+    copy: Literal["", "equal", "transposed"] = ""
+    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
+
+    def view(self, array: Any) -> Any:
+        """The part of the array that the file holds."""
+        if self.layer is not None:
+            array = array[self.layer]
+        if self.rank is not None:
+            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
+            array = array[: self.rank] if in_rows else array[:, : self.rank]
+        return array.T if self.copy == "transposed" else array
+
+
+def slots(selection: Selection, lora: LoraConfig) -> dict[str, Slot]:
+    """Every key the adapter file has to have."""
+    out: dict[str, Slot] = {}
+
+    def key(module: names.Path, layer: int | None, suffix: str) -> str:
+        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
+
+    adapted = set()
+    for a in selection.adapted:
+        for index, rank in enumerate(a.ranks):
+            if not rank:
+                continue
+            layer = None if a.layers is None else index
+            adapted.add((a.path, layer))
+            for name, shape in a.parts_of(rank).items():
+                ranked = name.endswith(("_A", "_B"))
+                out[key(a.path, layer, _SUFFIX[name])] = Slot(
+                    (*a.path, name), layer, rank if ranked else None, shape
+                )
+            if a.follows is not None:
+                rows, columns = a.shape
+                for name, other, shape in (
+                    ("lora_A", "lora_embedding_B", (rank, columns)),
+                    ("lora_B", "lora_embedding_A", (rows, rank)),
+                ):
+                    out[key(a.path, layer, _SUFFIX[name])] = Slot(
+                        (*a.follows, other), None, rank, shape, "transposed"
+                    )
+    for w in selection.whole:
+        for index, chosen in enumerate(w.chosen):
+            if chosen:
+                layer = None if w.layers is None else index
+                module, name = w.path[:-1], w.path[-1]
+                inside = "base_layer." if (module, layer) in adapted else ""
+                out[key(module, layer, inside + name)] = Slot(
+                    w.follows or w.path,
+                    layer,
+                    None,
+                    w.shape,
+                    "equal" if w.follows else "",
+                )
+    for r in selection.rows:
+        if r.follows is None:
+            name = "trainable_tokens_delta"
+            out[key(r.path, None, f"token_adapter.{name}")] = Slot(
+                (*r.path, name), None, None, (len(r.indices), r.features)
+            )
+    return out
