@@ -202,6 +202,11 @@ def nf4_matmul(
     return _matmul(meta, x, _packed(codes, absmax, nested, layer))
 
 
+def measured() -> bool:
+    """Whether kernels were measured on this device, and may be chosen for it."""
+    return jax.default_backend() == "gpu" and bool(tuned(device_kind()))
+
+
 def device_kind() -> str:
     """The kind of device that programs are being traced for, as JAX names it.
 
@@ -349,7 +354,7 @@ def _kernel_refusal(meta: _Meta) -> str | None:
 def _measured(meta: _Meta, use: str) -> Any:
     """What was measured for this shape on the GPU at hand, where kernels may run."""
     if meta.implementation is None and (
-        jax.default_backend() != "gpu"
+        not measured()
         or _kernel_refusal(meta._replace(implementation="pallas")) is not None
     ):
         return None

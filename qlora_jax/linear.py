@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels.nf4 import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import lora as lora_lib
 from qlora_jax import nf4
@@ -71,13 +72,14 @@ class Compute:
         """Arranges variables as the chosen kernels read them best.
 
         To be called inside the jitted function that calls `apply`. What comes back
-        means the same to every module; with our kernels, the packed stacks of the
-        layers are in a collection of their own (`nf4.lift_stacks`).
+        means the same to every module; where our kernels may be chosen, the packed
+        stacks of the layers are in a collection of their own (`nf4.lift_stacks`).
 
         Args:
           variables: {"params": base, "lora": adapters}.
         """
-        if self.kernels != "pallas" or "stacks" in variables:
+        ours = self.kernels == "pallas" or (self.kernels == "auto" and measured())
+        if not ours or "stacks" in variables:
             return dict(variables)
         params, stacks = nf4.lift_stacks(variables["params"])
         return {**variables, "params": params, "stacks": stacks}

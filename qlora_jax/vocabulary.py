@@ -294,7 +294,8 @@ def _start(
     if how == "zero":
         return np.zeros(table.shape[1], np.float32)
     if how != "mean":
-        _check_ids(np.asarray([how]), table, name)
+        ids: Any = np.asarray([how])
+        _check_ids(ids, table, name)
         return np.asarray(table[how], np.float32)
     trained = ~untrained_rows(table)
     trained[excluded[excluded < len(trained)]] = False
