@@ -252,9 +252,9 @@ class _Packed(NamedTuple):
         if self.layer is None:
             return self
         arrays = (self.codes, self.absmax, self.nested)
+        layer = jnp.clip(self.layer, 0, self.codes.shape[0] - 1)
         codes, absmax, nested = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, self.layer, keepdims=False),
-            arrays,
+            lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), arrays
         )
         return _Packed(codes, absmax, nested, None)
 
@@ -262,10 +262,7 @@ class _Packed(NamedTuple):
 def _packed(
     codes: Array, absmax: Array, nested: Nested | None, layer: Array | int | None
 ) -> _Packed:
-    number = None
-    if layer is not None:
-        # As slicing does, so that every implementation means the same layer.
-        number = jnp.clip(jnp.asarray(layer, jnp.int32), 0, codes.shape[0] - 1)
+    number = None if layer is None else jnp.asarray(layer, jnp.int32)
     return _Packed(codes, absmax, nested, number)
 
 

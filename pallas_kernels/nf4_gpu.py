@@ -108,7 +108,7 @@ def dequantize(
         levels: Any = rest[:3] if nested else ()
         rest = rest[len(levels) :]
         table, out, table_s, *quant_map_s = rest
-        number = layer[0]
+        number = _existing(layer[0], codes.shape[0])
         first = jax.lax.axis_index("block") * steps
         table_s[...] = mosaic.load(table, 4)
         if nested:
@@ -269,7 +269,7 @@ def product(
         levels: Any = rest[:3] if nested else ()
         rest = rest[len(levels) :]
         table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = rest
-        number = layer[0]
+        number = _existing(layer[0], codes.shape[0])
         tile = jax.lax.axis_index("tile")
         part = jax.lax.axis_index("part")
         group = jax.lax.axis_index("group")
@@ -386,6 +386,11 @@ def _kernel(
         ),
         **settings,
     )
+
+
+def _existing(layer: Any, layers: int) -> Any:
+    # In the kernel: outside, a kernel of its own would clip one number.
+    return jnp.minimum(jnp.maximum(layer, 0), layers - 1)
 
 
 def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:

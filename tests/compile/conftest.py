@@ -105,8 +105,8 @@ def compile_step(
 
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
         wanted = {"config": config, "batch": 4, "length": 2048, "packed": False}
-        wanted |= {"attention": "auto", "remat": "full", "lora": {}, "generate": 0}
-        wanted |= settings
+        wanted |= {"attention": "auto", "remat": "full", "kernels": "xla"}
+        wanted |= {"lora": {}, "generate": 0} | settings
         request = json.dumps(wanted, sort_keys=True)
         if request not in made:
             folder = tmp_path_factory.mktemp("program")

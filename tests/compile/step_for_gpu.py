@@ -13,6 +13,7 @@ A process of its own for each compilation: the environment has to stand before j
 imported, and a failed compilation may abort the process.
 """
 
+import functools
 import json
 import os
 import sys
@@ -83,17 +84,27 @@ device_description_str: "NVIDIA H200"
 """
 
 
-def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
-    """Traces the wanted program of the wanted model, everything on one H200."""
+@functools.cache
+def h200() -> jax.sharding.Mesh:
+    """One H200 that is not there."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H200, topology="1x1x1"
     )
-    mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
-    device = NamedSharding(mesh, PartitionSpec())
+    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+
+
+def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
+    """Traces the wanted program of the wanted model, everything on one H200."""
+    device = NamedSharding(h200(), PartitionSpec())
 
     settings = {"target_modules": "all-linear", **wanted["lora"]}
     lora = LoraConfig(r=16, lora_alpha=32, **settings)
-    compute = Compute(attention=wanted["attention"], remat=wanted["remat"], lora=lora)
+    compute = Compute(
+        attention=wanted["attention"],
+        remat=wanted["remat"],
+        kernels=wanted["kernels"],
+        lora=lora,
+    )
     config = LlamaConfig.from_hf(wanted["config"])
     base = abstract_base(config, quantization="nf4_dq")
     adapters = abstract_adapters(base, lora)
@@ -135,7 +146,9 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
 
 
 def main(wanted: dict[str, Any], out: Path) -> None:
-    compiled = lower(wanted).compile()
+    with jax.sharding.use_abstract_mesh(h200().abstract_mesh):  # for whom to trace
+        lowered = lower(wanted)
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,

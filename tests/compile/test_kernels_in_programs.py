@@ -1,0 +1,67 @@
+"""Whole programs with our kernels in them, as an H200 would run them.
+
+Compiled without a GPU (`make compile`).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import pytest
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(
+        tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11),
+        reason="the kernels need jax 0.11",
+    ),
+]
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+}
+LAYER = "jit(_generate)/while/body/Llama.decode/model/while"
+PACKED = ("u8",)
+
+
+def kernels_of_ours(kernels: list) -> list:
+    return [k for k in kernels if 'custom_call_target="mosaic_gpu' in k.text]
+
+
+def test_training_dequantizes_each_weight_once_a_pass(compile_step: Callable):
+    """Forward and backward; the same memory as XLA's own dequantization."""
+    ours = compile_step(LLAMA_8B, kernels="pallas")
+    assert ours.text.count('custom_call_target="mosaic_gpu') == 14
+    assert ours.memory["arguments"] == compile_step(LLAMA_8B).memory["arguments"]
+    # A number of a layer for each kernel; a copied stack of codes would be 0.9 GB.
+    more = ours.memory["temporaries"] - compile_step(LLAMA_8B).memory["temporaries"]
+    assert more < 2**16
+
+
+def test_a_token_multiplies_with_packed_weights(compile_step: Callable):
+    program = compile_step(
+        LLAMA_8B, batch=1, length=2048, generate=512, remat="none", kernels="pallas"
+    )
+    layer = program.loop(LAYER)
+    assert len(kernels_of_ours(layer)) == 7
+    largest = max(
+        math.prod(shape) for k in kernels_of_ours(layer) for _, shape in k.results
+    )
+    # Sums of a few parts and 8 rows; a weight written out would be millions.
+    assert largest <= 8 * 16 * LLAMA_8B["intermediate_size"]
+    copied = [
+        k.text
+        for k in layer
+        if k.operation not in ("parameter", "get-tuple-element", "tuple", "bitcast")
+        for dtype, shape in k.results
+        if dtype in PACKED and math.prod(shape) > 2**16
+    ]
+    assert copied == []
