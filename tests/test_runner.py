@@ -161,9 +161,11 @@ SETTINGS = {
 }
 
 # Steps here are faster than the writing of a checkpoint in the background. The signal
-# is raised in this thread: sent to the process, it may come when the run is over.
+# is raised in this thread: sent to the process, it may come when the run is over. Tests
+# that a shell runs in the background inherit from it that SIGINT is ignored.
 AT_STEP = """
 import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_jax.watch import Watch
 noted = Watch.step
 def step(self, number, *rest):
