@@ -154,7 +154,7 @@ def test_hidden_states(golden, read, name):
     rope = rope_table(jnp.arange(tokens.shape[1])[None], config)
     first = jax.tree.map(lambda a: a[0], base["model"]["layers"])
     block = jax.jit(Block(config, compute).apply)
-    x, _ = block({"params": first}, x, rope, None, None, None)
+    (x, _), _ = block({"params": first}, (x, None), rope, None, None, None)
     # Of the size of the logits, made by fewer operations.
     close(x, stored["hidden_after_layer0"], LOGITS)
     whole = functools.partial(Llama(config, compute).apply, method="hidden_states")
