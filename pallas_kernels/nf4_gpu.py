@@ -203,16 +203,25 @@ def split_for(
     if out_features % ROWS or in_features % BLOCK or rows > MOST_ROWS:
         return None
     most_groups = min(most_groups, 8 if rows <= 16 else 4)
+    # Of a block of threads: what every device since Ampere has, and for many rows what
+    # those for data centers have.
+    limit = 99 * 1024 if rows <= 32 else 163 * 1024
     for groups in (8, 4, 2, 1):
         if groups > most_groups or blocks % (2 * groups):
             continue
         tiles, parts = out_features // ROWS, 1
-        while (
-            tiles * parts * groups < 4 * 132
-            and parts < 16
-            and blocks % (4 * groups * parts) == 0
+
+        def shared(parts: int, groups: int = groups) -> int:
+            table, maps = 256 * LANES, groups * 256
+            scales, sums = ROWS * blocks // parts, groups * ROWS * -(-rows // 8) * 8
+            return 4 * (table + maps + scales + sums)
+
+        while blocks % (4 * groups * parts) == 0 and (
+            (tiles * parts * groups < 4 * 132 and parts < 16) or shared(parts) > limit
         ):
             parts *= 2
+        if shared(parts) > limit:
+            continue
         each = blocks // groups // parts
         # What fits in the registers of a thread, 64 of 1,024 threads or 128 of 512;
         # ptxas spills where one more block's codes and inputs are asked for.

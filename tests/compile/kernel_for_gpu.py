@@ -1,6 +1,7 @@
-"""Compiles NF4 kernels for an H200 on a machine without a GPU, and keeps their PTX.
+"""Compiles NF4 kernels for a GPU on a machine without one, and keeps their PTX.
 
-    python kernel_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' OUT
+    python kernel_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' \
+        OUT [h200|a100|b200]
 
 For request number n, OUT/n holds what Mosaic GPU writes: kernel.ptx, kernel.ptxas (what
 ptxas says of it) and kernel.ll (the host code that launches it); and memory.json, the
@@ -21,12 +22,44 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.sharding import NamedSharding, PartitionSpec
 from step_for_gpu import H200
 
 from pallas_kernels import nf4_gpu
 
 KEPT = ("ptx", "ptxas", "ll")
+
+# What differs from the H200, from NVIDIA's data sheets and the CUDA C++ Programming
+# Guide (compute capabilities 8.0 and 10.0): the numbers that a kernel can notice.
+A100 = (
+    ("major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 0"),
+    ("core_count: 132", "core_count: 108"),
+    ("shared_memory_per_block_optin: 232448", "shared_memory_per_block_optin: 166912"),
+    ("shared_memory_per_core: 233472", "shared_memory_per_core: 167936"),
+    ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"),
+)
+B200 = (
+    ("major: 9 minor: 0", "major: 10 minor: 0"),
+    ("core_count: 132", "core_count: 148"),
+    ("NVIDIA H200", "NVIDIA B200"),
+)
+TARGETS = {"h200": ((9, 0), ()), "a100": ((8, 0), A100), "b200": ((10, 0), B200)}
+
+
+def target(device: str) -> str:
+    """Describes a device to XLA, and to Mosaic, which would take any to be an H100."""
+    capability, differences = TARGETS[device]
+    description = H200
+    for old, new in differences:
+        assert old in description
+        description = description.replace(old, new)
+    # Mosaic asks the GPU at hand, and without one is told nothing else.
+    asked = mosaic_gpu.utils._infer_arch
+    for module in list(sys.modules.values()):
+        if getattr(module, "_infer_arch", None) is asked:
+            module._infer_arch = lambda *_, **__: capability
+    return description
 
 
 def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
@@ -72,9 +105,9 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     return jax.jit(product).lower(array((rows, columns), dtype), packed)
 
 
-def main(requests: list[dict[str, Any]], out: Path) -> None:
+def main(requests: list[dict[str, Any]], out: Path, device_name: str) -> None:
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology="1x1x1"
+        platform="cuda", target_config=target(device_name), topology="1x1x1"
     )
     mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
     device = NamedSharding(mesh, PartitionSpec())
@@ -101,4 +134,4 @@ def main(requests: list[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]), (*sys.argv, "h200")[3])

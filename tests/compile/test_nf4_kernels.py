@@ -114,33 +114,46 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict], Kernel]:
-    """All kernels of this module, compiled by one process."""
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[list[dict], str], list[Kernel]]:
+    """Compiles kernels for a device, all of them by one process."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
-    folder = tmp_path_factory.mktemp("kernels")
-    child = subprocess.run(
-        [sys.executable, str(HERE / "kernel_for_gpu.py"), json.dumps(ALL), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if child.returncode != 0:
-        pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}", pytrace=False)
 
-    def kernel(wanted: dict) -> Kernel:
-        place = folder / str(ALL.index(wanted))
-        report = (place / "kernel.ptxas").read_text()
-        return Kernel(
-            ptx.parse((place / "kernel.ptx").read_text()),
-            ptx.read_launch((place / "kernel.ll").read_text()),
-            int(re.search(r"Used (\d+) registers", report)[1]),
-            int(re.search(r"(\d+) bytes spill stores", report)[1]),
-            json.loads((place / "memory.json").read_text())["temporaries"],
+    def compile_for(requests: list[dict], device: str) -> list[Kernel]:
+        folder = tmp_path_factory.mktemp("kernels")
+        script, arguments = HERE / "kernel_for_gpu.py", (json.dumps(requests), folder)
+        child = subprocess.run(
+            [sys.executable, str(script), *map(str, arguments), device],
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
+        if child.returncode != 0:
+            pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}", pytrace=False)
+        return [read(folder / str(number)) for number in range(len(requests))]
 
-    return kernel
+    return compile_for
+
+
+def read(place: Path) -> Kernel:
+    report = (place / "kernel.ptxas").read_text()
+    return Kernel(
+        ptx.parse((place / "kernel.ptx").read_text()),
+        ptx.read_launch((place / "kernel.ll").read_text()),
+        int(re.search(r"Used (\d+) registers", report)[1]),
+        int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        json.loads((place / "memory.json").read_text())["temporaries"],
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled: Callable) -> Callable[[dict], Kernel]:
+    """The kernels of this module, for an H200."""
+    made = compiled(ALL, "h200")
+    return lambda wanted: made[ALL.index(wanted)]
 
 
 @pytest.fixture
@@ -401,3 +414,24 @@ def test_product_at_real_sizes(wanted, kernels):
         # four products of the tensor cores and four scaled sums.
         weights = 32 * blocks(inside, wanted["rows"])
         assert len(inside) / weights <= 3.6 + 0.35 * wanted["rows"] / 8
+
+
+@pytest.mark.parametrize("device, shared", [("a100", 166912), ("b200", 232448)])
+def test_other_devices_compile_them_without_spills(device, shared, compiled):
+    large = (8192, 28672)  # the down projection of 70B: the most block scales
+    requests = [
+        REAL_DEQUANTIZE[0],
+        *(product(large, rows, nested=True, layers=2) for rows in (8, 64)),
+        *(product((4096, 4096), rows, nested=True, layers=2) for rows in (16, 32)),
+    ]
+    for kernel in compiled(requests, device):
+        assert kernel.spilled == 0
+        assert kernel.launch.shared <= shared
+
+
+def test_the_same_kernels_compute_on_an_older_device(compiled, interpreted):
+    wanted = PRODUCT[0]
+    (kernel,) = compiled([wanted], "a100")
+    test_the_compiled_product_equals_x_times_the_weight(
+        wanted, lambda _: kernel, interpreted
+    )
