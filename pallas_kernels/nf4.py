@@ -358,6 +358,19 @@ def _measured(meta: _Meta, use: str) -> Any:
     return tuned(device_kind()).get(use, {}).get(meta.name)
 
 
+def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
+    """The kernel's fastest settings that were measured for the shape, or none.
+
+    For as many rows, or for the next larger number that was measured.
+    """
+    found = {}
+    for key, choice in tuned(device_kind()).get("tuning", {}).items():
+        measured_kind, name, count = key.split()
+        if (measured_kind, name) == (kind, meta.name) and int(count) >= rows:
+            found[int(count)] = choice
+    return found[min(found)] if found else {}
+
+
 def _fused(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
     """Whether a product of so many rows is computed from the packed bytes."""
     if meta.implementation == "xla" or dtype.itemsize != 2 or rows == 0:
@@ -383,6 +396,7 @@ def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
         shape=meta.shape,
         dtype=dtype,
         interpret=_interpreter(meta),
+        **_tuning(meta, "dequantize", 0),
     )
 
 
@@ -436,10 +450,12 @@ def _matmul(meta: _Meta, x: Array, packed: _Packed) -> Array:
     if _fused(meta, rows, x.dtype):
         from pallas_kernels import nf4_gpu
 
+        choice = _tuning(meta, "matmul", rows)
         y = nf4_gpu.product(
             x.reshape(rows, -1),
             _stacked(packed),
             shape=meta.shape,
+            split=nf4_gpu.Split(**choice) if choice else None,
             interpret=_interpreter(meta),
         )
         return y.astype(meta.out_dtype).reshape(*x.shape[:-1], meta.shape[0])

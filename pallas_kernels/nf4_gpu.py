@@ -203,24 +203,17 @@ def split_for(
     if out_features % ROWS or in_features % BLOCK or rows > MOST_ROWS:
         return None
     most_groups = min(most_groups, 8 if rows <= 16 else 4)
-    # Of a block of threads: what every device since Ampere has, and for many rows what
-    # those for data centers have.
-    limit = 99 * 1024 if rows <= 32 else 163 * 1024
+    limit = _shared_limit(rows)
     for groups in (8, 4, 2, 1):
         if groups > most_groups or blocks % (2 * groups):
             continue
         tiles, parts = out_features // ROWS, 1
-
-        def shared(parts: int, groups: int = groups) -> int:
-            table, maps = 256 * LANES, groups * 256
-            scales, sums = ROWS * blocks // parts, groups * ROWS * -(-rows // 8) * 8
-            return 4 * (table + maps + scales + sums)
-
         while blocks % (4 * groups * parts) == 0 and (
-            (tiles * parts * groups < 4 * 132 and parts < 16) or shared(parts) > limit
+            (tiles * parts * groups < 4 * 132 and parts < 16)
+            or _shared(blocks, rows, groups, parts) > limit
         ):
             parts *= 2
-        if shared(parts) > limit:
+        if _shared(blocks, rows, groups, parts) > limit:
             continue
         each = blocks // groups // parts
         # What fits in the registers of a thread, 64 of 1,024 threads or 128 of 512;
@@ -228,6 +221,52 @@ def split_for(
         chunk = 2 if rows <= 32 and each % 2 == 0 else 1
         return Split(groups, parts, chunk)
     return None
+
+
+def _shared(blocks: int, rows: int, groups: int, parts: int) -> int:
+    """Bytes of shared memory that a block of threads of `product` takes."""
+    table, maps = 256 * LANES, groups * 256
+    scales, sums = ROWS * blocks // parts, groups * ROWS * -(-rows // 8) * 8
+    return 4 * (table + maps + scales + sums)
+
+
+def _shared_limit(rows: int) -> int:
+    # What every device since Ampere has, and for many rows what those for data centers
+    # have.
+    return 99 * 1024 if rows <= 32 else 163 * 1024
+
+
+def candidates(kind: str, shape: tuple[int, int], rows: int = 0) -> list[dict]:
+    """Lists the choices that can be tried for a shape, for a measurement to decide.
+
+    Args:
+      kind: "dequantize" or "matmul".
+      shape: (O, I).
+      rows: of x, for "matmul".
+
+    Returns:
+      Arguments of `dequantize` (words, steps), or of a `Split`.
+    """
+    out_features, in_features = shape
+    size, blocks = out_features * in_features, in_features // BLOCK
+    if kind == "dequantize":
+        return [
+            {"words": words, "steps": steps}
+            for words in (1, 2, 4, 8)
+            for steps in (1, 4, 16, 64)
+            if size % (8 * WARPGROUP * words * steps) == 0
+        ]
+    if split_for(shape, rows) is None:
+        return []
+    return [
+        {"groups": groups, "parts": parts, "chunk": chunk}
+        for groups in (2, 4, 8)
+        for parts in (1, 2, 4, 8)
+        for chunk in (1, 2, 4)
+        if blocks % (2 * groups * parts) == 0
+        and blocks // groups // parts % chunk == 0
+        and _shared(blocks, rows, groups, parts) <= _shared_limit(rows)
+    ]
 
 
 def product(

@@ -31,9 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
-import itertools
 import json
 import os
 import queue
@@ -173,26 +170,20 @@ def tasks(
 
 
 def tunable_tasks(models: Sequence[str], kinds: Sequence[str]) -> list[Task]:
-    """Lists the candidates of the kernels' tunables, where the kernels name any."""
-    if importlib.util.find_spec("pallas_kernels.nf4_gpu") is None:
+    """Lists the settings of the kernels that can be tried."""
+    try:
+        from pallas_kernels.nf4_gpu import candidates
+    except ImportError:  # jax without the Pallas that the kernels need
         return []
-    module = importlib.import_module("pallas_kernels.nf4_gpu")
-    tunables: dict[str, tuple] = getattr(module, "TUNABLES", {})
     return [
-        Task(
-            kind,
-            one,
-            shape,
-            rows,
-            tuning=tuple(zip(tunables, values, strict=True)),
-        )
+        Task(kind, one, shape, rows, tuning=tuple(choice.items()))
         for kind, one, rows in (
             ("dequantize", "pallas", 0),
             *(("matmul", "fused", rows) for rows in TUNED_ROWS),
         )
-        if kind in kinds and tunables
+        if kind in kinds
         for shape in distinct(tuple(models))
-        for values in itertools.product(*tunables.values())
+        for choice in candidates(kind, shape, rows)
     ]
 
 

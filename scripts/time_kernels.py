@@ -206,14 +206,18 @@ def random_weight(
 
 
 @contextlib.contextmanager
-def fused_up_to(shape: Shape, rows: int) -> Iterator[None]:
-    """Says, while a program is traced, up to how many rows "pallas" is to be fused.
+def as_if_measured(
+    kind: str, shape: Shape, fused: int, rows: int, tuning: dict[str, int] | None
+) -> Iterator[None]:
+    """Says, while a program is traced, what "pallas" is to choose for a shape.
 
-    Which is what is to be measured here, whatever was measured before.
+    Up to how many rows it is fused, and with which settings: which is what is to be
+    measured here, whatever was measured before.
     """
     before = kernels.tuned
     name = f"{shape[0]}x{shape[1]}"
-    kernels.tuned = lambda kind: {"fused_rows": {name: rows}}
+    choices = {f"{kind} {name} {rows}": tuning} if tuning else {}
+    kernels.tuned = lambda _: {"fused_rows": {name: fused}, "tuning": choices}
     try:
         yield
     finally:
@@ -230,21 +234,23 @@ def operation(
         "shape": shape,
         "implementation": "pallas" if one == "fused" else one,
     }
-    if request.get("tuning"):
-        named["tuning"] = request["tuning"]
+    tuning = request.get("tuning")
 
     def dequantize(layer: Any, operand: Any, packed: Any) -> jax.Array:
         del operand
-        return nf4_dequantize(*packed, dtype=jnp.bfloat16, layer=layer, **named)
+        with as_if_measured("dequantize", shape, 0, 0, tuning):
+            return nf4_dequantize(*packed, dtype=jnp.bfloat16, layer=layer, **named)
 
     def matmul(layer: Any, x: Any, packed: Any) -> jax.Array:
-        with fused_up_to(shape, x.shape[0] if one == "fused" else 0):
+        rows = x.shape[0]
+        fused = rows if one == "fused" else 0
+        with as_if_measured("matmul", shape, fused, rows, tuning):
             return nf4_matmul(x, *packed, layer=layer, **named)
 
     def backward(layer: Any, dy: Any, packed: Any) -> jax.Array:
         # Linear in x: the forward product is not needed, and not computed.
         x = jnp.zeros((dy.shape[0], shape[1]), dy.dtype)
-        with fused_up_to(shape, 0):
+        with as_if_measured("backward", shape, 0, 0, None):
             (dx,) = jax.vjp(lambda x: matmul(layer, x, packed), x)[1](dy)
         return dx
 

@@ -299,6 +299,61 @@ def test_nothing_measured_means_xla():
     assert tuned("A device that nobody has measured") == {}
 
 
+@kernels
+def test_measured_settings_are_used(monkeypatch):
+    from pallas_kernels import nf4, nf4_gpu
+
+    shape = (64, 256)
+    packed = stacks(shape, nested=False)
+    table = {
+        "fused_rows": {"64x256": 8},
+        "tuning": {
+            "dequantize 64x256 0": {"words": 2, "steps": 4},
+            "matmul 64x256 1": {"groups": 1, "parts": 1, "chunk": 1},
+            "matmul 64x256 8": {"groups": 1, "parts": 2, "chunk": 2},
+            "matmul 64x512 2": {"groups": 9, "parts": 9, "chunk": 9},
+        },
+    }
+    monkeypatch.setattr(nf4, "tuned", lambda kind: table)
+    used = []
+    for name in ("dequantize", "product"):
+        whole = getattr(nf4_gpu, name)
+
+        def watched(*args, whole=whole, name=name, **settings):
+            kept = ("words", "steps", "split")
+            used.append((name, {k: v for k, v in settings.items() if k in kept}))
+            return whole(*args, **settings)
+
+        monkeypatch.setattr(nf4_gpu, name, watched)
+    asked = {"shape": shape, "layer": 1, "implementation": "interpret"}
+    nf4_dequantize(*packed, dtype="bfloat16", **asked)
+    for rows in (1, 2, 9):
+        nf4_matmul(jnp.ones((rows, 256), jnp.bfloat16), *packed, **asked)
+    assert used == [
+        ("dequantize", {"words": 2, "steps": 4}),
+        ("product", {"split": (1, 1, 1)}),
+        ("product", {"split": (1, 2, 2)}),
+        ("dequantize", {"words": 2, "steps": 4}),
+    ]
+
+
+@kernels
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096)])
+def test_every_candidate_divides_its_shape(shape):
+    from pallas_kernels import nf4_gpu
+
+    found = nf4_gpu.candidates("dequantize", shape)
+    assert {"words": 4, "steps": 4} in found
+    assert all(nf4_gpu.dequantize_refusal(4096**2, c["words"]) is None for c in found)
+    for rows in (1, 16, 64):
+        found = nf4_gpu.candidates("matmul", shape, rows)
+        blocks = shape[1] // 64
+        assert nf4_gpu.split_for(shape, rows)._asdict() in found
+        for one in found:
+            share = blocks / one["groups"] / one["parts"]
+            assert share % 2 == 0 and share % one["chunk"] == 0
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nan_in_a_scale_is_seen_in_its_block_alone(implementation):
     shape = (16, 64)

@@ -115,24 +115,16 @@ def test_weights_in_turn_exceed_the_cache(bench):
         assert json.loads(json.dumps(request)) is not None
 
 
-def test_candidates_of_tunables_are_tried_where_the_kernels_name_any(
-    bench, monkeypatch
-):
-    module = SimpleNamespace(TUNABLES={"tile": (64, 128), "stages": (2,)})
-    finder = SimpleNamespace(find_spec=lambda name: object())
-    assembled = bench.tunable_tasks.__globals__
-    monkeypatch.setitem(
-        assembled,
-        "importlib",
-        SimpleNamespace(util=finder, import_module=lambda name: module),
+def test_settings_of_the_kernels_are_tried_one_by_one(bench):
+    found = bench.tunable_tasks(("8b",), ("dequantize", "matmul"))
+    assert {task.kind for task in found} == {"dequantize", "matmul"}
+    assert len({(task.kind, task.shape, task.rows, task.tuning) for task in found}) == (
+        len(found)
     )
-    found = bench.tunable_tasks(("8b",), ("dequantize",))
-    assert len(found) == 4 * 2
-    assert found[0].tuning == (("tile", 64), ("stages", 2))
-    assert found[0].name.endswith("tile=64 stages=2 pallas")
-    assert found[0].request(1)["tuning"] == {"tile": 64, "stages": 2}
-    module.TUNABLES = {}
-    assert bench.tunable_tasks(("8b",), ("dequantize",)) == []
+    first = next(task for task in found if task.kind == "dequantize")
+    assert first.tuning == (("words", 1), ("steps", 1))
+    assert first.name.endswith("words=1 steps=1 pallas")
+    assert first.request(1)["tuning"] == {"words": 1, "steps": 1}
 
 
 # --- Time ---
