@@ -142,6 +142,16 @@ def write_model_files(
     write_json(directory / INDEX, index)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that appears complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Writes JSON as transformers and PEFT do: indented, keys sorted."""
     with open(path, "w", encoding="utf-8") as file:

@@ -213,17 +213,29 @@ def device_kind() -> str:
     An abstract mesh in effect (`jax.sharding.use_abstract_mesh`) says what a program
     is compiled for without having it.
     """
+    return _device().device_kind
+
+
+def device_slug(kind: str) -> str:
+    """A kind of device as a part of file names, those of `tuned` among them."""
+    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+
+
+def jax_has_kernels() -> bool:
+    """Whether this jax has the Pallas that the kernels are written in."""
+    return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
+
+
+def _device() -> Any:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        return device.device_kind
-    return jax.devices()[0].device_kind
+    return jax.devices()[0] if device is None else device
 
 
 @functools.cache
 def tuned(kind: str) -> dict[str, Any]:
     """What scripts/bench_kernels.py measured on a kind of device; may be empty."""
-    name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-") + ".json"
-    file = importlib.resources.files("pallas_kernels") / "tuned" / name
+    folder = importlib.resources.files("pallas_kernels") / "tuned"
+    file = folder / f"{device_slug(kind)}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -322,7 +334,7 @@ def _check(
 
 def _kernel_refusal(meta: _Meta) -> str | None:
     """Says why the kernels cannot do this weight on this device, or None."""
-    if tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11):
+    if not jax_has_kernels():
         return (
             f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
         )
@@ -332,8 +344,7 @@ def _kernel_refusal(meta: _Meta) -> str | None:
             f"{meta.block_size} and {meta.nested_block_size}."
         )
     if meta.implementation == "pallas":
-        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-        device = jax.devices()[0] if device is None else device
+        device = _device()
         if device.platform not in ("gpu", "cuda"):
             return f"they need an NVIDIA GPU, and this is a {device.platform}."
         # An abstract device does not say; it is compiled for knowingly.

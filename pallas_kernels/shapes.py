@@ -7,8 +7,8 @@ must get right all the same, or refuse; the `*_ROWS` how many rows `x` has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 
 class Projection(NamedTuple):
@@ -35,6 +35,13 @@ class Model:
     head_dim: int
     vocab_size: int = 128256
     tie_word_embeddings: bool = False
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """Its `config.json`, without the scaling of the rotary embedding."""
+        sizes = {k: v for k, v in asdict(self).items() if k != "name"}
+        context = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
+        return {"model_type": "llama", **sizes, **context}
 
     @property
     def projections(self) -> tuple[Projection, ...]:

@@ -40,6 +40,7 @@ import numpy as np
 import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
+from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
 from qlora_jax.config import LlamaConfig
 from qlora_jax.continued import continued, given_fields
@@ -157,7 +158,7 @@ def run(
         with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
             state, start = _continue(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
-            _write_text(directory / SETTINGS, to_toml(config))
+            write_text(directory / SETTINGS, to_toml(config))
             finished = _finished_report(directory, start, steps)
             if finished is not None:
                 _say(
@@ -208,7 +209,7 @@ def run(
         if config.log.plot:
             draw_loss(directory)
         # Last: it says that the run is complete.
-        _write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+        write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -272,7 +273,7 @@ def _first_state(
         adapters, fresh = init_adapters(init_key, base, lora, original=original), True
     settings = start.with_name(SETTINGS)
     if not settings.is_file():
-        _write_text(settings, to_toml(config))
+        write_text(settings, to_toml(config))
     if fresh and lora.changes_base:
         plain = dataclasses.replace(lora, init_lora_weights="default")
         convert.save_adapter(start, plain, jax.device_get(adapters), base)
@@ -549,15 +550,6 @@ def tree_parameters(base: Any) -> int:
         else:
             total += tree_size(leaf)
     return total
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _say(text: str) -> None:

@@ -66,10 +66,7 @@ PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
 def config_of(size: str) -> LlamaConfig:
     """The configuration of a model in `shapes.MODELS`."""
-    model = shapes.MODELS[size]
-    fields = {f.name for f in dataclasses.fields(LlamaConfig)}
-    sizes = {k: v for k, v in dataclasses.asdict(model).items() if k in fields}
-    return LlamaConfig(**sizes, max_position_embeddings=131072, rope_theta=500000.0)
+    return LlamaConfig.from_hf(shapes.MODELS[size].hf_config)
 
 
 def random_base(config: LlamaConfig, seed: int = 0) -> Any:

@@ -34,7 +34,6 @@ import contextlib
 import json
 import os
 import queue
-import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +47,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
+from convert.output import write_text
+from pallas_kernels.nf4 import device_slug
 from pallas_kernels.shapes import MODELS, ROWS, distinct, packed_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -468,22 +469,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def slug(device: str) -> str:
-    """A file name for a device."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -528,11 +513,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         result |= {"options": {"models": models, "kinds": kinds, "quick": args.quick}}
         result |= {"rows": [], "failures": {}, "unavailable": {}, "left_out": []}
         result |= {"peer": "not asked for", "peer_failures": {}}
-        name = f"kernels_{slug(result['device'])}"
+        name = f"kernels_{device_slug(result['device'])}"
 
         def save() -> None:
-            write(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            write(args.output / f"{name}.md", table(result))
+            args.output.mkdir(parents=True, exist_ok=True)
+            rows = json.dumps(result, indent=1) + "\n"
+            write_text(args.output / f"{name}.json", rows)
+            write_text(args.output / f"{name}.md", table(result))
 
         try:
             found = ask({"do": "ceilings"})
@@ -563,8 +550,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     save()
     chosen = choices(result)
     if chosen["fused_rows"] or chosen["dequantize"]:
-        path = args.tuned / f"{slug(result['device'])}.json"
-        write(path, json.dumps(chosen, indent=1) + "\n")
+        args.tuned.mkdir(parents=True, exist_ok=True)
+        path = args.tuned / f"{device_slug(result['device'])}.json"
+        write_text(path, json.dumps(chosen, indent=1) + "\n")
     say(
         f"{args.output / name}.json, .md: {len(result['rows'])} rows, "
         f"{len(result['failures'])} failures, {len(result['left_out'])} left out for "

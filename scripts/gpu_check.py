@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -35,6 +34,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
+
+from convert.output import write_text
+from pallas_kernels.nf4 import device_slug
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -369,17 +373,6 @@ def _train_lines(found: Mapping[str, Any], product: float | None) -> list[str]:
     return lines
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -432,12 +425,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "parts": {},
         "complete": False,
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    name = f"gpu_check_{slug}"
+    name = f"gpu_check_{device_slug(result['device'])}"
 
     def save() -> None:
-        write(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        write(args.output / f"{name}.md", table(result))
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_text(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        write_text(args.output / f"{name}.md", table(result))
 
     run_parts(
         todo,

@@ -9,28 +9,14 @@ from collections.abc import Callable
 
 import pytest
 
+from pallas_kernels.shapes import MODELS
+
 pytestmark = pytest.mark.compile
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
-MODELS = {
+LLAMA_8B = MODELS["8b"].hf_config
+CONFIGS = {
     "8b": LLAMA_8B,
-    "1b": LLAMA_8B
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "tie_word_embeddings": True,
-    },
+    "1b": MODELS["1b"].hf_config,
     # A key/value head for each query head, as in Llama 2.
     "7b": LLAMA_8B | {"num_key_value_heads": 32, "vocab_size": 32000},
 }
@@ -43,7 +29,7 @@ FREE = ("", "parameter", "get-tuple-element", "tuple", "bitcast", "while")
 @pytest.fixture(scope="module", params=[("8b", 4), ("8b", 1), ("1b", 4), ("7b", 1)])
 def case(request, compile_step: Callable):
     name, rows = request.param
-    config = MODELS[name]
+    config = CONFIGS[name]
     program = compile_step(config, batch=rows, length=2048, generate=512, remat="none")
     return config, rows, program
 

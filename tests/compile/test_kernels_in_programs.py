@@ -6,28 +6,17 @@ Compiled without a GPU (`make compile`).
 import math
 from collections.abc import Callable
 
-import jax
 import pytest
+
+from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.shapes import MODELS
 
 pytestmark = [
     pytest.mark.compile,
-    pytest.mark.skipif(
-        tuple(int(n) for n in jax.__version__.split(".")[:2]) < (0, 11),
-        reason="the kernels need jax 0.11",
-    ),
+    pytest.mark.skipif(not jax_has_kernels(), reason="the kernels need jax 0.11"),
 ]
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
+LLAMA_8B = MODELS["8b"].hf_config
 LAYER = "jit(_generate)/while/body/Llama.decode/model/while"
 PACKED = ("u8",)
 

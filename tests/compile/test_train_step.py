@@ -10,25 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
+from pallas_kernels.shapes import MODELS
+
 pytestmark = pytest.mark.compile
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
-LLAMA_1B = LLAMA_8B | {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "tie_word_embeddings": True,
-}
+LLAMA_8B = MODELS["8b"].hf_config
+LLAMA_1B = MODELS["1b"].hf_config
 TOKENS = 4 * 2048
 RANK = 16
 

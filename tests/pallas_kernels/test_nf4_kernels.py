@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
-from pallas_kernels.nf4 import FUSED_ROWS, tuned
+from pallas_kernels.nf4 import FUSED_ROWS, jax_has_kernels, tuned
 
-NEW_JAX = tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
+NEW_JAX = jax_has_kernels()
 
 OLD = "the kernels need jax 0.11, which Python 3.11 cannot have"
 
