@@ -35,6 +35,8 @@ ROWS = 64
 """Rows of a coded tile: four warps of 16."""
 BLOCK = 64
 """Weights of a row that share a scale."""
+PAIR_COPIES = 16
+"""Of pairs of 8 bytes, which half a warp reads at once."""
 
 
 def strided(shape: tuple[int, ...], each: int = 1) -> Any:
@@ -355,6 +357,130 @@ def coded_product(
     return product(sums, codes, x, scales, table)
 
 
+def operand_order(x: jax.Array) -> jax.Array:
+    """Puts in_features in the order of a `decoded` tile, for either operand.
+
+    Within a block, column 16 s + 8 h + 2 q + e is weight 16 q + 4 s + 2 h + e: thread q
+    of the four that share a row holds 8 neighbouring bytes of it. As a transposition,
+    which XLA fuses with what computes `x`.
+
+    Args:
+      x: [M, 64 n].
+
+    Returns:
+      `x` with its columns rearranged.
+    """
+    rows, width = x.shape
+    x = x.reshape(rows, width // BLOCK, 4, 4, 2, 2)
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(rows, width)
+
+
+def decoded(
+    codes: Any, scales: Any, table: Any, dtype: DTypeLike, *, interpret: bool
+) -> jax.Array:
+    """Decodes a tile of 64 rows and one block as the left operand of `wgmma`.
+
+    Every byte of codes is looked up as the pair of values it stands for, multiplied
+    with the scale of its row and rounded once. The columns come in `operand_order`,
+    which the right operand has to follow.
+
+    Args:
+      codes: uint8 [64, 32] in shared memory.
+      scales: float32 [64] in shared memory, the rows' scales of this block.
+      table: float32 [256 * 16 * 2] in shared memory: the pair for each byte, 16 copies
+        of each.
+      dtype: of the result, bfloat16 or float16.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      The weights [64, 64] in the layout `plgpu.Layout.WGMMA`.
+    """
+    if interpret:
+        pairs = table[...].reshape(256, PAIR_COPIES, 2)[:, 0]
+        weight = pairs[codes[...].astype(jnp.int32)].reshape(ROWS, BLOCK)
+        return operand_order((weight * scales[...][:, None]).astype(dtype))
+    layout = plgpu.Layout.WGMMA
+
+    @_inline(
+        arg_types=(plgpu.RefType(),) * 3,
+        return_type=_result((ROWS, BLOCK), dtype, layout),
+    )
+    def decode(ctx: Any, codes: Any, scales: Any, table: Any) -> Any:
+        del ctx
+        lane = _lane()
+        quad = arith.remui(lane, _const(4))
+        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        row = arith.addi(
+            arith.muli(arith.divui(thread, _const(LANES)), _const(16)),
+            arith.divui(lane, _const(4)),
+        )
+        rows = [row, arith.addi(row, _const(8))]
+        column = arith.muli(quad, _const(8))
+        words = [_load_words(codes, r, column, 2, shared=True) for r in rows]
+        scale = [memref.load(scales, [_as_index(r)]) for r in rows]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        own = _own(table, pair)
+        kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        flat = []
+        for byte in range(8):
+            for half in range(2):
+                found = _elements(_pair(own, words[half][byte // 4], 8 * (byte % 4)))
+                value = _vector([arith.mulf(v, scale[half]) for v in found])
+                flat.append(arith.truncf(kind, value))
+        registers = np.empty(len(flat), object)
+        registers[:] = flat
+        whole = mgpu.FragmentedArray.splat(
+            arith.constant(kind.element_type, 0.0), (ROWS, BLOCK), layout.to_mgpu()
+        )
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(whole.registers.shape),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return decode(codes, scales, table)
+
+
+def store_transposed(ref: Any, x: jax.Array, *, interpret: bool) -> None:
+    """Stores the accumulator of `wgmma` as its transpose, and waits for nobody.
+
+    Each access of a warp covers 8 neighbouring elements in 4 rows: in 32 bits, whole
+    sectors of memory.
+
+    Args:
+      ref: [n, 64] in global memory.
+      x: float32 [64, n] in the layout `plgpu.Layout.WGMMA`; rounded to the dtype of
+        `ref`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        ref[...] = x.T.astype(ref.dtype)
+        return
+    name = jnp.dtype(ref.dtype)
+
+    @_inline(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        lane = _lane()
+        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        row = arith.addi(
+            arith.muli(arith.divui(thread, _const(LANES)), _const(16)),
+            arith.divui(lane, _const(4)),
+        )
+        column = arith.muli(arith.remui(lane, _const(4)), _const(2))
+        kind = mgpu.utils.dtype_to_ir_type(name)
+        for tile, pair in enumerate(_pairs(x.registers)):
+            for half, register in enumerate(pair):
+                for i, value in enumerate(_elements(register)):
+                    if name.itemsize == 2:
+                        value = arith.truncf(kind, value)
+                    at = arith.addi(column, _const(8 * tile + i))
+                    to = arith.addi(row, _const(8 * half))
+                    llvm.store(value, _pointer(ref, at, to), alignment=name.itemsize)
+
+    write(ref, x)
+
+
 def _inline(**types: Any) -> Any:
     """`inline_mgpu`, whose decorated functions lose their first argument."""
     return plgpu.inline_mgpu(**types)
@@ -440,32 +566,44 @@ def _pointer(ref: Any, row: Any, column: Any) -> Any:
     return mgpu.utils.getelementptr(base, [at], element)
 
 
-def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:
+def _load_words(
+    ref: Any, row: Any, column: Any, count: int, *, shared: bool = False
+) -> list[Any]:
     """Loads `count` neighbouring 32-bit words as one access."""
     kind = ir.VectorType.get((count,), _i32())
-    loaded = llvm.load(kind, _pointer(ref, row, column), alignment=4 * count)
+    if shared:
+        strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+        at = arith.addi(arith.muli(row, _const(strides[0])), column)
+        byte = ir.IntegerType.get_signless(8)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], byte)
+    else:
+        pointer = _pointer(ref, row, column)
+    loaded = llvm.load(kind, pointer, alignment=4 * count)
     return [
         vector.extract(loaded, dynamic_position=[], static_position=[i])
         for i in range(count)
     ]
 
 
-def _own(table: Any) -> Callable[[Any], Any]:
-    """Looks up values of 4 bytes in the lane's own of 32 copies.
+def _own(table: Any, kind: Any = None) -> Callable[[Any], Any]:
+    """Looks up values of 4 bytes in the lane's own of 32 copies, of 8 in one of 16.
 
     Three instructions: shift, select and join in one, load. For that, the address is
     computed in bytes, and the lane is read from its register: of `thread % 32` the
     compiler would join the remainder instead, which takes one more for every lookup.
     """
-    element = ir.MemRefType(table.type).element_type
     byte = ir.IntegerType.get_signless(8)
     lane = arith.muli(nvvm.read_ptx_sreg_laneid(), _const(4))
+    if kind is None:
+        kind = ir.MemRefType(table.type).element_type
+    else:
+        lane = arith.andi(arith.muli(lane, _const(2)), _const(4 * LANES - 1))
     start = mgpu.utils.memref_ptr(table)
 
     def look_up(index: Any) -> Any:
         at = arith.ori(arith.muli(index, _const(4 * LANES)), lane)
         at = arith.extui(ir.IntegerType.get_signless(64), at)
-        return llvm.load(element, mgpu.utils.getelementptr(start, [at], byte))
+        return llvm.load(kind, mgpu.utils.getelementptr(start, [at], byte))
 
     return look_up
 
