@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import BLOCK, ROWS
@@ -82,18 +82,22 @@ def refusal(shape: tuple[int, int]) -> str | None:
 
 
 def candidates(shape: tuple[int, int], rows: int) -> list[dict[str, int]]:
-    """Lists the `Tiling`s that can be tried, for a measurement to decide."""
+    """Lists the `Tiling`s that can be tried, for a measurement to decide.
+
+    Args:
+      shape: (O, I).
+      rows: of x.
+    """
     if refusal(shape) is not None:
         return []
-    usual = tiling_for(shape, rows)
-    widths = {usual.columns} if usual else set()
+    count = -(-rows // MOST_COLUMNS)
+    widths = {-(-rows // (8 * count)) * 8} | {w for w in (64, 128) if w < rows}
     return [
         Tiling(columns, parts, stages)._asdict()
-        for columns in sorted(widths | {w for w in (64, 128) if w < rows})
-        for parts in (1, 2, 4, 8)
-        for stages in (LEAST_STAGES, 4, MOST_STAGES)
+        for columns in sorted(widths)
+        for parts in (1, 2, 4)
         if (shape[1] // BLOCK) % (2 * parts) == 0
-        and stages <= _stages(shape, columns, parts)
+        and (stages := _stages(shape, columns, parts)) >= LEAST_STAGES
     ]
 
 
@@ -285,9 +289,17 @@ def middle_product(
         threads=groups,
         interpret=interpret,
     )
-    byte = np.arange(256)
-    pairs = np.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 0xF]], axis=-1)
-    table = np.repeat(pairs[:, None], mosaic.PAIR_COPIES, axis=1).reshape(-1)
-    out = run(x, *packed.operands(out_features, in_features // 2), table)
+    out = run(x, *packed.operands(out_features, in_features // 2), pair_table())
     out = out[0] if parts == 1 else out.sum(axis=0).astype(dtype)
     return out[:count]
+
+
+def pair_table() -> Float32[np.ndarray, " N"]:
+    """The two values of each byte, the first nibble's first, as `mosaic.decoded` reads.
+
+    Returns:
+      float32 [256 * 16 * 2].
+    """
+    byte = np.arange(256)
+    pairs = np.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 0xF]], axis=-1)
+    return np.repeat(pairs[:, None], mosaic.PAIR_COPIES, axis=1).reshape(-1)
