@@ -434,7 +434,7 @@ def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
         x,
         _stacked(packed),
         shape=meta.shape,
-        dtype=meta.out_dtype,
+        dtype=meta.out_dtype or x.dtype,
         tiling=nf4_wgmma.Tiling(**choice) if choice else None,
         interpret=_interpreter(meta),
     )

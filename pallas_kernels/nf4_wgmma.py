@@ -33,6 +33,8 @@ MOST_COLUMNS = 256
 SHARED_LIMIT = 224 * 1024
 # A slot is filled again two blocks after it was read, so one more is the least.
 LEAST_STAGES, MOST_STAGES = 3, 6
+# Each part writes sums in 32 bits that are then read again, so more do not pay.
+PARTS = (1, 2, 4)
 
 
 class Tiling(NamedTuple):
@@ -63,7 +65,8 @@ def tiling_for(shape: tuple[int, int], rows: int) -> Tiling | None:
     tiles = shape[0] // (_groups(shape) * ROWS) * count
     parts, blocks = 1, shape[1] // BLOCK
     while blocks % (4 * parts) == 0 and (
-        2 * parts * tiles <= 132 or _stages(shape, columns, parts) < LEAST_STAGES
+        (parts < PARTS[-1] and 2 * parts * tiles <= 132)
+        or _stages(shape, columns, parts) < LEAST_STAGES
     ):
         parts *= 2
     stages = _stages(shape, columns, parts)
@@ -95,7 +98,7 @@ def candidates(shape: tuple[int, int], rows: int) -> list[dict[str, int]]:
     return [
         Tiling(columns, parts, stages)._asdict()
         for columns in sorted(widths)
-        for parts in (1, 2, 4)
+        for parts in PARTS
         if (shape[1] // BLOCK) % (2 * parts) == 0
         and (stages := _stages(shape, columns, parts)) >= LEAST_STAGES
     ]
@@ -254,7 +257,7 @@ def middle_product(
 
             return total[...]
 
-        total = pl.run_scoped(sums, plgpu.ACC((ROWS, columns)))
+        total = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((ROWS, columns)))
         mosaic.store_transposed(
             out.at[jax.lax.axis_index("part"), column, pl.ds(row, ROWS)],
             total,

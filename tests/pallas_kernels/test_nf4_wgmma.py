@@ -13,10 +13,8 @@ from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4 import jax_has_kernels
 from pallas_kernels.shapes import MODELS, ODD, distinct
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not jax_has_kernels(), reason="the kernels need jax 0.11"),
-]
+pytestmark = pytest.mark.skipif(not jax_has_kernels(), reason="kernels need jax 0.11")
+interpret = pytest.mark.interpret
 LAYERS = 3
 
 
@@ -51,7 +49,7 @@ def races():
     return seen is not None and seen.races_found
 
 
-def middle(x, packed, layer, shape, **settings):
+def middle(x, packed, layer, shape, *, interpreted=True, **settings):
     from pallas_kernels import nf4_gpu, nf4_wgmma
 
     if "tiling" in settings:
@@ -60,11 +58,24 @@ def middle(x, packed, layer, shape, **settings):
         x,
         nf4_gpu.Packed(*packed, jnp.array([layer])),
         shape=shape,
-        interpret=nf4_gpu.interpreter(),
+        interpret=interpreted and nf4_gpu.interpreter(),
         **settings,
     )
 
 
+def assert_is_the_product(got, x, weight):
+    """That only the rounding of float32 sums remains.
+
+    Thousands of terms at most, in any order, whose errors do not all point one way.
+    """
+    assert got.dtype == jnp.float32 and got.shape == (len(x), len(weight))
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    want = jnp.matmul(x, weight.T, precision="highest")
+    terms = jnp.matmul(jnp.abs(x), jnp.abs(weight).T, precision="highest")
+    assert bool((jnp.abs(got - want) <= 32 * 2.0**-24 * terms).all())
+
+
+@interpret
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "tiling"),
@@ -80,18 +91,27 @@ def test_product_is_that_of_the_rounded_weight(shape, rows, dtype, tiling, neste
     x = jax.random.normal(jax.random.key(0), (rows, shape[1])).astype(dtype)
     for layer in (0, 2):
         got = middle(x, packed, layer, shape, tiling=tiling)
-        assert got.dtype == jnp.float32 and got.shape == (rows, shape[0])
         assert not races()
         # The weight exactly as it would be written out: the sums alone may differ.
         weight = nf4_dequantize(*one(packed, layer), shape=shape, dtype=dtype)
-        x32, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
-        want = jnp.matmul(x32, weight.T, precision="highest")
-        # Only the rounding of float32 sums remains: up to 1,024 terms in any order,
-        # whose errors do not all point one way.
-        terms = jnp.matmul(jnp.abs(x32), jnp.abs(weight).T, precision="highest")
-        assert bool((jnp.abs(got - want) <= 32 * 2.0**-24 * terms).all())
+        assert_is_the_product(got, x, weight)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 4096), (64, 256)])
+@pytest.mark.parametrize("rows", [64, 100, 128, 256, 600])
+def test_a_hopper_gpu_computes_the_product(shape, rows, nested):
+    if not jax.devices()[0].compute_capability.startswith("9."):
+        pytest.skip("`wgmma` is Hopper's alone")
+    packed = stacks(shape, nested=nested)
+    x = jax.random.normal(jax.random.key(0), (rows, shape[1])).astype(jnp.bfloat16)
+    got = middle(x, packed, 1, shape, interpreted=False)
+    weight = nf4_dequantize(*one(packed, 1), shape=shape, dtype=jnp.bfloat16)
+    assert_is_the_product(got, x, weight)
+
+
+@interpret
 def test_every_weight_meets_its_own_input():
     # Rows with a single 1: each result is one weight, and exact.
     shape = (128, 256)
@@ -102,6 +122,7 @@ def test_every_weight_meets_its_own_input():
     np.testing.assert_array_equal(got.view(np.uint16), want.T.view(np.uint16))
 
 
+@interpret
 @pytest.mark.parametrize("first", [3, 4])
 def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
     from pallas_kernels import nf4, nf4_wgmma
@@ -146,6 +167,7 @@ def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
     assert len(used) == (2 if first == 3 else 1)
 
 
+@interpret
 def test_without_a_measurement_it_is_never_chosen(monkeypatch):
     from pallas_kernels import nf4, nf4_wgmma
 
@@ -217,6 +239,7 @@ def test_each_shape_of_the_models_is_cut_or_refused(rows):
         assert count == -(-rows // 256) and count * tiling.columns < rows + 8 * count
 
 
+@interpret
 def test_the_detector_sees_a_slot_that_is_filled_too_early(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -233,6 +256,10 @@ def test_the_detector_sees_a_slot_that_is_filled_too_early(monkeypatch):
 
         return call
 
+    # What is found here must not be what the next test finds.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    monkeypatch.setattr(gpu_callbacks, "_races", None)
     # Waits: all tables are there, data, free slot. Arrivals: tables, free slot.
     monkeypatch.setattr(plgpu, "barrier_wait", but_for(2, plgpu.barrier_wait))
     monkeypatch.setattr(plgpu, "barrier_arrive", but_for(1, plgpu.barrier_arrive))
