@@ -84,7 +84,7 @@ class Card:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether it multiplies bfloat16, and runs cuDNN's attention (8.0 and later)."""
+        """Whether it multiplies bfloat16 and runs cuDNN's attention (8.0 and on)."""
         return self.compute_capability >= (8, 0)
 
     @property
@@ -263,9 +263,10 @@ def _read_card(path: Path) -> Card:
     given |= {field: key for key, (field, _) in _UNITS.items()}
     missing = [key for field, key in given.items() if field not in values]
     if missing:
+        named = ", ".join(f"`{key}`" for key in missing)
         raise UserError(
-            f"{path}: missing {', '.join(f'`{key}`' for key in missing)}; give them, or "
-            f"`like` = one of {', '.join(CARDS)}."
+            f"{path}: missing {named}. Give them, or `like` = one of "
+            f"{', '.join(CARDS)}."
         )
     return Card(**values)
 

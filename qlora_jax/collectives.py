@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 _KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -18,9 +17,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 # Asynchronous ones are written as a pair, of which the first counts; its result is a
 # tuple of operand and result.
-_COLLECTIVE = re.compile(
-    rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(-start)?\((.*)$"
-)
+_COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(-start)?\((.*)$")
 _WRAPPED = re.compile(r"= .* async-start\(.*calls=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
@@ -89,8 +86,3 @@ def _bytes(dtype: str, sizes: str) -> int:
         bits = int(digits[0]) if digits else 0
     count = math.prod(int(n) for n in sizes.split(",") if n)
     return count * bits // 8
-
-
-def total_bytes(found: dict[str, Any]) -> int:
-    """Bytes of all kinds together."""
-    return sum(kind["bytes"] for kind in found.values())

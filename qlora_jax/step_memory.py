@@ -7,7 +7,7 @@ The one builder of the step, for the device at hand and for a card that is not t
 (`gpu_mesh`), whose program XLA's GPU compiler makes all the same: arguments are shapes,
 nothing is loaded and nothing runs. The buffers of a compiled step are those it will
 use; two things the compiler does not see are added by the caller's choice of constants:
-the workspace that cuDNN's backward pass asks for when it runs (`attention_workspace`),
+the workspace that cuDNN's backward pass asks for when it runs (`workspace`),
 and what a process takes besides (`ALLOWANCE`).
 """
 
@@ -219,9 +219,9 @@ class StepMemory:
     """Of what is trained."""
     loss: int
     """What the loss needs where nothing else needs it: chunks of logits."""
-    work: int
+    temporaries: int
     """The other temporaries: a layer at work."""
-    attention_workspace: int
+    workspace: int
     """Of cuDNN's backward pass, by its formula; the compiler takes it for 0."""
     host_base: int = 0
     """Frozen weights in pinned host memory."""
@@ -253,8 +253,8 @@ class StepMemory:
           step: the step.
           mesh: as it was lowered for.
           buffers: XLA's text of the buffer assignment, from which each byte of the
-            temporaries is counted once, for the first of gradients, activations, work
-            and loss that uses it. Without it all temporaries are `work`.
+            temporaries is counted once, for the first of gradients, activations,
+            temporaries and loss that uses it. Without it all of them are `temporaries`.
         """
         stats = compiled.memory_analysis()
         arguments = abstract_arguments(step)
@@ -262,18 +262,18 @@ class StepMemory:
             arguments = place(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
-        kinds = {"work": stats.temp_size_in_bytes}
+        kinds = {"temporaries": stats.temp_size_in_bytes}
         if buffers is not None:
             split = split_temporaries(buffers, text, step, state.adapters)
             kinds = split | {
                 # Holes between the buffers are there for those at work.
-                "work": stats.temp_size_in_bytes
-                - sum(size for kind, size in split.items() if kind != "work")
+                "temporaries": stats.temp_size_in_bytes
+                - sum(size for kind, size in split.items() if kind != "temporaries")
             }
         adapters = _bytes(state.adapters, host=False)
         # What the compiler plans beside: results that take no argument's place, and
         # the few bytes to which arguments are rounded up.
-        kinds["work"] += stats.output_size_in_bytes - stats.alias_size_in_bytes
+        kinds["temporaries"] += stats.output_size_in_bytes - stats.alias_size_in_bytes
         return cls(
             base=_bytes(base, host=False),
             adapters=adapters,
@@ -282,8 +282,8 @@ class StepMemory:
             activations=kinds.get("activations", 0),
             gradients=kinds.get("gradients", 0),
             loss=kinds.get("loss", 0),
-            work=kinds["work"],
-            attention_workspace=_attention_workspace(text, step, mesh),
+            temporaries=kinds["temporaries"],
+            workspace=_attention_workspace(text, step, mesh),
             host_base=_bytes(base, host=True),
             host_activations=stats.host_temp_size_in_bytes,
         )
@@ -295,7 +295,7 @@ def _bytes(tree: Any, *, host: bool) -> int:
 
 
 def _attention_workspace(text: str, step: Step, mesh: Any) -> int:
-    """dq in float32, which cuDNN's backward pass sums up before it rounds."""
+    """Dq in float32, which cuDNN's backward pass sums up before it rounds."""
     if _CUDNN_BACKWARD not in text:
         return 0
     devices = 1 if mesh is None else math.prod(mesh.shape.values())
@@ -305,7 +305,7 @@ def _attention_workspace(text: str, step: Step, mesh: Any) -> int:
 
 # --- What the temporaries are for ---
 
-_KINDS = ("gradients", "activations", "work", "loss")
+_KINDS = ("gradients", "activations", "temporaries", "loss")
 # Values in the device's memory; those of the host are "@5".
 _VALUE = re.compile(
     r" value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
@@ -322,8 +322,8 @@ def split_temporaries(
 
     Buffers share memory over time. A byte counts for the first of these kinds that ever
     uses it: gradients (arrays of the shapes of what is trained), activations (arrays of
-    all layers and all tokens), work, loss (what the program does between the last layer
-    and its gradient). `loss` is thus what the loss costs in addition.
+    all layers and all tokens), temporaries, loss (what the program does between the
+    last layer and its gradient). `loss` is thus what the loss costs in addition.
 
     Args:
       buffers: XLA's text of the buffer assignment.
@@ -371,7 +371,7 @@ def _kind(shape: str, origin: str, step: Step, trained: set) -> str:
     # loss, which is none.
     if "jvp(" in origin and "hidden_states" not in origin:
         return "loss"
-    return "work"
+    return "temporaries"
 
 
 def _covered(spans: Iterable[tuple[int, int]]) -> int:
