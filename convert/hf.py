@@ -52,6 +52,7 @@ def load_llama(
     path: str | os.PathLike[str],
     *,
     quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantize_lm_head: bool = False,
     dtype: str | None = None,
     progress: bool = False,
 ) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -72,8 +73,10 @@ def load_llama(
       path: directory with config.json and safetensors (fp32, bf16 or fp16; sharded or
         not; or bitsandbytes NF4).
       quantization: how the seven projections of each layer are quantized: NF4, NF4
-        with double quantization, or None for not at all. Embeddings, norms, biases and
-        output head are never quantized.
+        with double quantization, or None for not at all. Embeddings, norms and biases
+        are never quantized.
+      quantize_lm_head: quantize the output head as well, of a model that has one of its
+        own (`tie_word_embeddings` false).
       dtype: "float32", "bfloat16" or "float16" for the tensors that stay dense; None
         keeps each file's own. Weights are quantized from the file's precision.
       progress: show a progress bar on stderr, and what had to be made dense.
@@ -94,6 +97,8 @@ def load_llama(
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
     config, files = checkpoint.config, checkpoint.files
+    if quantize_lm_head:
+        _check_head_can_be_quantized(checkpoint, quantization)
     if checkpoint.quantized:
         quantization = None
     mixed = checkpoint.mixed
@@ -104,7 +109,10 @@ def load_llama(
         layers = names.layers_of(where, config)
         spelled = [names.hf_key(where, i) for i in layers]
         leading = (len(layers),) if names.is_stacked(where) else ()
-        quantized = quantization is not None and names.is_projection(where)
+        quantized = quantization is not None and (
+            names.is_projection(where)
+            or (quantize_lm_head and where == ("lm_head", "weight"))
+        )
         if spelled[0] in checkpoint.packed and where not in mixed:
             state = checkpoint.packed[spelled[0]]
             leaf = bnb.empty(
@@ -130,7 +138,7 @@ def load_llama(
                 leaf = np.empty((*leading, *shape), DTYPES[FLOATS[dtype or own]])
         names.put(base, where, leaf)
         for i, key in zip(layers, spelled, strict=True):
-            slot = slice(None) if i is None else slice(i, i + 1)
+            slot = ... if i is None else slice(i, i + 1)
             fill[key] = _filler(checkpoint, key, leaf[slot])
     problems.check(hint="Say with `dtype` which one is wanted.")
     if mixed and progress:
@@ -145,6 +153,22 @@ def load_llama(
             fill.pop(key)()
             advance(files[key].nbytes)
     return config, base
+
+
+def _check_head_can_be_quantized(
+    checkpoint: Checkpoint, quantization: str | None
+) -> None:
+    reason = None
+    if checkpoint.config.tie_word_embeddings:
+        reason = "it has none of its own: embed_tokens is used, and a lookup needs it"
+    elif checkpoint.quantized:
+        reason = "the directory is quantized already, and is loaded as it is"
+    elif quantization is None:
+        reason = "`quantization` is None"
+    if reason is not None:
+        raise UserError(
+            f"The lm_head of `{checkpoint.path}` cannot be quantized: {reason}."
+        )
 
 
 def _filler(checkpoint: Checkpoint, key: str, place: Any) -> Callable[[], None]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -268,27 +269,37 @@ def _blockwise(
 def _in_blocks(
     block: int, q: Array, k: Array, v: Array, segment_ids: Array | None
 ) -> Array:
-    """Pads to whole blocks, and brings heads before tokens."""
-    batch, length, heads, width = q.shape
-    groups = k.shape[2]
+    """Pads to whole blocks."""
+    length = q.shape[1]
     block = min(block, -(-length // 8) * 8)
     pad = -length % block
     segments = segment_ids
     if pad:
         if segments is None:
-            segments = jnp.ones((batch, length), jnp.int32)
+            segments = jnp.ones((q.shape[0], length), jnp.int32)
         segments = jnp.pad(segments, ((0, 0), (0, pad)))
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
-    padded = length + pad
-    q = q.reshape(batch, padded, groups, heads // groups, width)
-    q = q.transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out: Array = _flash(block, q, k, v, segments)  # pyright: ignore[reportAssignmentType]
-    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, width)
+    out: Any = _flash(block, q, k, v, segments)
     return out[:, :length]
 
 
-def _slice(a: Array, i: Array | int, block: int, axis: int) -> Array:
+def _rows(
+    a: Float[Array, "B T NH"], i: Array, block: int, heads: tuple[int, ...]
+) -> Array:
+    """Block i of the tokens, heads first: [B, *heads, block, H]."""
+    part = _slice(a, i, block)
+    part = part.reshape(*part.shape[:2], *heads, -1)
+    return jnp.moveaxis(part, 1, -2)
+
+
+def _put_rows(whole: Float[Array, "B T NH"], part: Array, i: Array) -> Array:
+    """Writes block i, as `_rows` gives it, where it belongs."""
+    part = jnp.moveaxis(part.astype(whole.dtype), -2, 1)
+    part = part.reshape(*part.shape[:2], -1)
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[1], 1)
+
+
+def _slice(a: Array, i: Array, block: int, axis: int = 1) -> Array:
     return jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
 
 
@@ -311,15 +322,15 @@ def _visible(
     seen = (rows[:, None] >= columns[None, :])[None]
     if segments is None:
         return seen
-    q_segments = _slice(segments, i, block, 1)
-    k_segments = _slice(segments, j, block, 1)
+    q_segments = _slice(segments, i, block)
+    k_segments = _slice(segments, j, block)
     return seen & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(
     block: int, q: Array, k: Array, v: Array, segments: Array | None
-) -> Float[Array, "B K G T H"]:
+) -> Float[Array, "B T N H"]:
     return _flash_fwd(block, q, k, v, segments)[0]
 
 
@@ -341,9 +352,19 @@ def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
 def _flash_fwd(
     block: int, q: Array, k: Array, v: Array, segments: Array | None
 ) -> tuple[Array, tuple]:
-    """Running softmax over key blocks j <= i for each query block i."""
-    scale = 1.0 / math.sqrt(q.shape[-1])
-    rows = (*q.shape[:3], block)
+    """Running softmax over key blocks j <= i for each query block i.
+
+    Whole arrays stay as the layers around have them, [B, T, heads * width], and blocks
+    alone are rearranged: what the backward pass needs is then held once, for them and
+    for us.
+    """
+    residuals = (q, k, v, segments)
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    scale = 1.0 / math.sqrt(width)
+    grouped = (groups, heads // groups)
+    rows = (batch, *grouped, block)
+    q, k, v = (a.reshape(batch, length, -1) for a in (q, k, v))
 
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
         top, total, acc, out, lse = carry
@@ -352,11 +373,8 @@ def _flash_fwd(
         top = jnp.where(fresh, 2 * _MASKED, top)
         total = jnp.where(fresh, 0.0, total)
         acc = jnp.where(fresh, 0.0, acc)
-        q_i, k_j, v_j = (
-            _slice(q, i, block, 3),
-            _slice(k, j, block, 2),
-            _slice(v, j, block, 2),
-        )
+        q_i = _rows(q, i, block, grouped)
+        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
         seen = _visible(segments, i, j, block)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
@@ -368,36 +386,44 @@ def _flash_fwd(
             "bkgts,bksh->bkgth", weights.astype(v.dtype), v_j
         )
         # Written after every pair; what stays is the row's last, on the diagonal.
-        out = _write(out, (acc / total[..., None]).astype(q.dtype), i * block, 3)
-        lse = _write(lse, new_top + jnp.log(total), i * block, 3)
+        out = _put_rows(out, acc / total[..., None], i)
+        row = new_top + jnp.log(total)
+        lse = jax.lax.dynamic_update_slice_in_dim(lse, row, i * block, 3)
         return (new_top, total, acc, out, lse), None
 
     start = (
         jnp.zeros(rows, jnp.float32),
         jnp.zeros(rows, jnp.float32),
-        jnp.zeros((*rows, q.shape[-1]), jnp.float32),
-        jnp.zeros(q.shape, q.dtype),
-        jnp.zeros(q.shape[:-1], jnp.float32),
+        jnp.zeros((*rows, width), jnp.float32),
+        jnp.zeros_like(q),
+        jnp.zeros((*rows[:3], length), jnp.float32),
     )
-    pairs = _pairs(q.shape[3] // block, q)
+    pairs = _pairs(length // block, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
-    out = checkpoint_name(out, "attention_out")
+    out = checkpoint_name(out.reshape(residuals[0].shape), "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segments, out, lse)
+    return out, (*residuals, out, lse)
 
 
 def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
     """Recomputes each block's weights from the saved log-sum-exp."""
     q, k, v, segments, out, lse = residuals
-    scale = 1.0 / math.sqrt(q.shape[-1])
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    scale = 1.0 / math.sqrt(width)
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    inner = inner.reshape(batch, length, groups, -1).transpose(0, 2, 3, 1)
+    grouped = (groups, heads // groups)
+    shapes = [a.shape for a in (q, k, v)]
+    q, k, v, dout = (a.reshape(batch, length, -1) for a in (q, k, v, dout))
 
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
-        dq, dk, dv = carry
+        q_or_dq, dk, dv, q_i, dq_i = carry
         i, j = ij
-        q_i, dout_i = _slice(q, i, block, 3), _slice(dout, i, block, 3)
+        q_i = jnp.where(j == 0, _rows(q_or_dq, i, block, grouped), q_i)
+        dout_i = _rows(dout, i, block, grouped)
         lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
-        k_j, v_j = _slice(k, j, block, 2), _slice(v, j, block, 2)
+        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         # Scores as [key, query]: two of the three products that follow then read
         # their operands in the order they lie in, and only the third transposes.
         scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
@@ -408,20 +434,30 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         dscores = dscores.astype(q.dtype)
         dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
         dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
-        dq_i = _product("bksgt,bksh->bkgth", dscores, k_j)
+        dq_ij = _product("bksgt,bksh->bkgth", dscores, k_j)
+        dq_i = jnp.where(j == 0, dq_ij, dq_i + dq_ij)
         return (
-            _write(dq, _slice(dq, i, block, 3) + dq_i, i * block, 3),
-            _write(dk, _slice(dk, j, block, 2) + dk_j, j * block, 2),
-            _write(dv, _slice(dv, j, block, 2) + dv_j, j * block, 2),
+            _put_rows(q_or_dq, dq_i, i),
+            _put_rows(dk, _rows(dk, j, block, (groups,)) + dk_j, j),
+            _put_rows(dv, _rows(dv, j, block, (groups,)) + dv_j, j),
+            q_i,
+            dq_i,
         ), None
 
-    start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(pair, start, _pairs(q.shape[3] // block, q))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-def _write(total: Array, part: Array, at: Array, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(total, part, at, axis)
+    # Pairs come row by row: the gradient of a row of queries is summed in float32 for
+    # itself, and lies in the end where those queries were, which are needed no more.
+    row = (batch, *grouped, block, width)
+    start = (
+        q,
+        jnp.zeros(k.shape, jnp.float32),
+        jnp.zeros(v.shape, jnp.float32),
+        jnp.zeros(row, q.dtype),
+        jnp.zeros(row, jnp.float32),
+    )
+    pairs = _pairs(length // block, q)
+    (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)
+    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
+    return *(a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True)), None
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -30,6 +31,7 @@ from qlora_jax import lora as lora_lib
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.placement import on_device
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Compute:
     """Activations and matrix products; sums, norms and softmax are float32."""
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
     """Attention implementation; see `qlora_jax.attention`."""
-    remat: Literal["none", "full", "save_matmuls"] = "full"
-    """What the backward pass recomputes: nothing, each layer from its input, or each
-    layer but for the results of its matrix products and its attention."""
+    remat: Literal["none", "full", "save_matmuls", "offload"] = "full"
+    """What the backward pass recomputes: nothing; each layer from its input; each layer
+    but for the results of its matrix products and its attention; or each layer from its
+    input, which in the meantime lies in the host's memory."""
     kernels: Literal["auto", "xla", "pallas"] = "auto"
     """Of products with packed weights: XLA's, kernels of our own for GPUs, or the best
     known for the device; see `pallas_kernels.nf4`."""
@@ -54,7 +57,7 @@ class Compute:
         for name, accepted in (
             ("dtype", ("bfloat16", "float16", "float32")),
             ("attention", ("auto", "eager", "xla", "cudnn")),
-            ("remat", ("none", "full", "save_matmuls")),
+            ("remat", ("none", "full", "save_matmuls", "offload")),
             ("kernels", ("auto", "xla", "pallas")),
         ):
             if getattr(self, name) not in accepted:
@@ -245,6 +248,7 @@ class _Adaptable(nn.Module):
             frozen = self.param(name, init, shape, jnp.float32)
         if isinstance(frozen, nf4.NF4Tensor) and frozen.codes is None:
             frozen = nf4.with_stack(frozen, self.get_variable("stacks", name))
+        frozen = on_device(frozen)
         if value is None:
             return frozen
         if isinstance(frozen, nf4.NF4Tensor):
@@ -284,7 +288,6 @@ class Linear(_Adaptable):
     use_bias: bool = False
     initializer_range: float = 0.02
 
-    @nn.compact
     def __call__(
         self, x: Array, dtype: DTypeLike | None = None, weight: Any = None
     ) -> Array:
@@ -295,11 +298,34 @@ class Linear(_Adaptable):
           dtype: of the result; default that of `x`.
           weight: of another module, used in place of an own one (tied embeddings).
         """
+        function = self.function(x.shape[-1], weight)
+        with jax.named_scope(self.name or "linear"):
+            return function(x, dtype=dtype)
+
+    @nn.compact
+    def function(
+        self, in_features: int, weight: Any = None, *, unpack: DTypeLike | None = None
+    ) -> partial[Array]:
+        """The layer as a function of its inputs: `linear` with all else filled in.
+
+        For a caller that applies it piece by piece: inside a loop of plain JAX no
+        module can be called.
+
+        Args:
+          in_features: I.
+          weight: of another module, used in place of an own one.
+          unpack: a dtype to dequantize a packed weight to now, once, rather than
+            whenever the function is called.
+        """
         if weight is None or self.trained("weight") is not None:
             weight = self.parameter(
                 "weight",
                 nn.initializers.normal(self.initializer_range),
-                (self.features, x.shape[-1]),
+                (self.features, in_features),
+            )
+        if unpack is not None and isinstance(weight, nf4.NF4Tensor):
+            weight = nf4.dequantize(
+                weight, unpack, implementation=self.compute.implementation
             )
         bias = (
             self.parameter("bias", nn.initializers.zeros, (self.features,))
@@ -329,19 +355,17 @@ class Linear(_Adaptable):
         if "lora_A" in adapter and config is not None and config.lora_dropout > 0.0:
             dropout = config.lora_dropout
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        with jax.named_scope(self.name or "linear"):
-            return linear(
-                x,
-                weight,
-                bias,
-                adapter,
-                scaling=scaling,
-                residual=residual,
-                dropout=dropout,
-                key=key,
-                dtype=dtype,
-                implementation=self.compute.implementation,
-            )
+        return partial(
+            linear,
+            weight=weight,
+            bias=bias,
+            adapter=adapter,
+            scaling=scaling,
+            residual=residual,
+            dropout=dropout,
+            key=key,
+            implementation=self.compute.implementation,
+        )
 
 
 class Embed(_Adaptable):
@@ -375,18 +399,32 @@ class Embed(_Adaptable):
 
     def table(self) -> Float[Array, "V D"]:
         """The base's weight, for an output head that is tied to it."""
-        return self.get_variable("params", "weight")
+        return on_device(self.get_variable("params", "weight"))
 
 
 class RMSNorm(_Adaptable):
-    """x / sqrt(mean(x^2) + eps) * weight, normalized in float32 (arXiv:1910.07467)."""
+    """`rms_norm` with a weight of its own."""
 
     eps: float
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalizes the last axis."""
-        weight = self.parameter("weight", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * _row(weight, x)
+        return self.function(x.shape[-1])(x)
+
+    @nn.compact
+    def function(self, features: int) -> partial[Array]:
+        """The norm as a function of its inputs; `features` is D."""
+        weight = self.parameter("weight", nn.initializers.ones, (features,))
+        return partial(rms_norm, weight=weight, eps=self.eps)
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
+    """Computes x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467).
+
+    Mean and quotient are float32; the result has the dtype of `x`.
+    """
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * _row(weight, x)

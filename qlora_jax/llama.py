@@ -18,11 +18,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from qlora_jax import attention as attention_lib
@@ -231,8 +233,11 @@ class Block(nn.Module):
     ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
         """Returns the new residual stream, and the cache with this layer's tokens."""
         x, kv = carry
+        x = checkpoint_name(x, "layer_input")
         attention = self.attention_cls or Attention
-        mlp = self.mlp_cls or MLP
+        mlp = (self.mlp_cls or MLP)(
+            config=self.config, compute=self.compute, name="mlp"
+        )
         eps = self.config.rms_norm_eps
         if cached is not None and layer is not None:
             cached = (*cached, layer)
@@ -241,9 +246,15 @@ class Block(nn.Module):
             h, rope, segments, kv, cached
         )
         x = x + h
-        h = RMSNorm(eps, name="post_attention_layernorm")(x)
-        h = mlp(config=self.config, compute=self.compute, name="mlp")(h)
-        return (x + h, kv), None
+        norm = RMSNorm(eps, name="post_attention_layernorm")
+        chunks = 1
+        if kv is None and type(mlp) is MLP:
+            chunks = _mlp_chunks(math.prod(x.shape[:-1]), self.compute.remat)
+        if chunks == 1:
+            return (x + mlp(norm(x)), kv), None
+        norm = norm.function(x.shape[-1])
+        update = mlp.function(x.shape[-1], unpack=True)
+        return (_in_chunks(lambda x, n: x + update(norm(x), n), x, chunks), kv), None
 
 
 class Attention(nn.Module):
@@ -335,25 +346,92 @@ class MLP(nn.Module):
     config: LlamaConfig
     compute: Compute
 
-    @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Maps the normed residual stream to this layer's update."""
+        return self.function(x.shape[-1])(x)
+
+    @nn.compact
+    def function(self, in_features: int, *, unpack: bool = False) -> Callable:
+        """The module as a function of its inputs, for a caller that chunks them.
+
+        Args:
+          in_features: D.
+          unpack: dequantize packed weights now rather than with every call.
+
+        Returns:
+          (x [..., D], number of the chunk or None) -> update [..., D]; every chunk has
+          a dropout of its own.
+        """
         c = self.config
 
-        def projection(name: str, features: int) -> Linear:
+        def projection(name: str, inputs: int, outputs: int) -> partial[Array]:
             return Linear(
-                features,
+                outputs,
                 self.compute,
                 use_bias=c.mlp_bias,
                 initializer_range=c.initializer_range,
                 name=name,
-            )
+            ).function(inputs, unpack=self.compute.dtype if unpack else None)
 
-        gate = projection("gate_proj", c.intermediate_size)(x)
-        up = projection("up_proj", c.intermediate_size)(x)
-        # The exponential in float32: bf16 exp is less accurate and no faster.
-        h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return projection("down_proj", c.hidden_size)(h.astype(x.dtype))
+        gate_proj = projection("gate_proj", in_features, c.intermediate_size)
+        up_proj = projection("up_proj", in_features, c.intermediate_size)
+        down_proj = projection("down_proj", c.intermediate_size, in_features)
+
+        def call(layer: partial[Array], x: Array, chunk: Array | None) -> Array:
+            key = layer.keywords["key"]
+            if chunk is None or key is None:
+                return layer(x)
+            return layer(x, key=jax.random.fold_in(key, chunk))
+
+        def mlp(x: Array, chunk: Array | None = None) -> Array:
+            with jax.named_scope("gate_proj"):
+                gate = call(gate_proj, x, chunk)
+            with jax.named_scope("up_proj"):
+                up = call(up_proj, x, chunk)
+            # The exponential in float32: bf16 exp is less accurate and no faster.
+            h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            with jax.named_scope("down_proj"):
+                return call(down_proj, h.astype(x.dtype), chunk)
+
+        return mlp
+
+
+# Tokens of an MLP that are at work at a time: enough for products at full speed, few
+# enough that [tokens, intermediate_size] does not decide how long a row can be.
+_MLP_TOKENS = {"full": 16384, "offload": 4096}
+
+
+def _mlp_chunks(tokens: int, remat: str) -> int:
+    """How many equal chunks to take the MLP in; 1 where its inner results are kept."""
+    if remat not in _MLP_TOKENS:
+        return 1
+    fewest = -(-tokens // _MLP_TOKENS[remat])
+    # Chunks that come out even need no padding, so no copy of what is padded.
+    even = (n for n in range(fewest, 2 * fewest) if tokens % n == 0)
+    return next(even, fewest)
+
+
+def _in_chunks(
+    function: Callable[[Array, Array], Array],
+    x: Float[Array, "B T D"],
+    chunks: int,
+) -> Float[Array, "B T D"]:
+    """Applies (x, number of the chunk) -> y [..., D] chunk by chunk.
+
+    Each chunk's derivative recomputes what it needs, so one chunk's inner results are
+    all that is ever held. What `function` refers to is computed once.
+    """
+    tokens, features = math.prod(x.shape[:-1]), x.shape[-1]
+    size = -(-tokens // chunks)
+    flat = jnp.pad(x.reshape(tokens, features), ((0, chunks * size - tokens), (0, 0)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, function(*xs)
+
+    parts = flat.reshape(chunks, size, features)
+    _, out = jax.lax.scan(one, None, (parts, jnp.arange(chunks)))
+    return out.reshape(chunks * size, features)[:tokens].reshape(x.shape)
 
 
 def add_parameters(
@@ -511,6 +589,12 @@ def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array 
 _POLICIES: dict[str, Callable[..., bool] | None] = {
     # DoRA's norms take a product with the whole weight, and a few numbers to keep.
     "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["dora_norm"],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names(
             "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"

@@ -50,13 +50,18 @@ class ParameterReport:
 
 
 def abstract_base(
-    config: LlamaConfig, *, quantization: str | None = None, dtype: str = "bfloat16"
+    config: LlamaConfig,
+    *,
+    quantization: str | None = None,
+    quantize_lm_head: bool = False,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """Returns the shapes and dtypes of a base tree.
 
     Args:
       config: architecture.
       quantization: "nf4" or "nf4_dq" packs the linear layers; None keeps them dense.
+      quantize_lm_head: packs the output head as well.
       dtype: of dense tensors.
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -73,8 +78,9 @@ def abstract_base(
     if quantization is None:
         return tree
     for path, (out_features, in_features, layers) in linear_modules(tree).items():
-        if layers is None or path[-1] not in PROJECTIONS:
-            continue  # the head and modules that no Llama has stay dense
+        wanted = layers is not None and path[-1] in PROJECTIONS
+        if not wanted and not (quantize_lm_head and path == HEAD):
+            continue  # modules that no Llama has stay dense
         node = tree
         for part in path:
             node = node[part]
@@ -82,7 +88,7 @@ def abstract_base(
             (out_features, in_features),
             double_quant=quantization == "nf4_dq",
             dtype=dtype,
-            leading=(layers,),
+            leading=() if layers is None else (layers,),
         )
     return tree
 

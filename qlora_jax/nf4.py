@@ -123,11 +123,15 @@ class NF4Tensor:
 
 
 def dequantize(
-    tensor: NF4Tensor, dtype: DTypeLike | None = None
+    tensor: NF4Tensor,
+    dtype: DTypeLike | None = None,
+    *,
+    implementation: str | None = None,
 ) -> Float[Array, "*L O I"]:
     """Returns the weight in `dtype` (default: the dtype before quantization).
 
     Exact: table value times block scale in float32, rounded once to nearest even.
+    `implementation` is as `pallas_kernels.nf4.nf4_dequantize` takes it.
     """
     dtype = jnp.dtype(tensor.dtype if dtype is None else dtype)
 
@@ -141,6 +145,7 @@ def dequantize(
             block_size=t.block_size,
             nested_block_size=t.nested_block_size,
             layer=t.layer,
+            implementation=implementation,
         )
 
     if tensor.layer is None:

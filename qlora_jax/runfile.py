@@ -40,8 +40,15 @@ class ModelConfig:
     """Of activations, matrix products and the tensors that stay dense."""
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
     """Attention implementation."""
-    remat: Literal["none", "full", "save_matmuls"] = "full"
-    """What the backward pass recomputes."""
+    remat: Literal["none", "full", "save_matmuls", "offload"] = "full"
+    """What the backward pass recomputes, or fetches from the host's memory."""
+    embed_tokens: Literal["auto", "device", "host"] = "auto"
+    """Where the frozen embedding table lies: on the device, or in the host's memory,
+    copied to the device for a moment with every step. auto = on the device, unless
+    remat = "auto" finds that it does not fit."""
+    lm_head: Literal["auto", "device", "host", "nf4"] = "auto"
+    """Where the frozen output head lies, likewise; nf4 = on the device and quantized,
+    of a model whose head is not tied to the embeddings."""
     kernels: Literal["auto", "xla", "pallas"] = "auto"
     """Of products with packed weights: XLA's, our own for GPUs, or the best known."""
 

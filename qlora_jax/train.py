@@ -26,10 +26,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32
 
+from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens
+from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.placement import on_device
 
 Batch = Mapping[str, Array]
 
@@ -214,7 +217,7 @@ def loss_sum(
     )
     return cross_entropy_sum(
         partial(_apply_head, model),
-        head_variables(variables, model),
+        _unpacked(head_variables(variables, model), model.compute.dtype),
         hidden,
         batch["labels"],
         vocab_size=model.config.vocab_size,
@@ -230,6 +233,17 @@ def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]
         table = variables["params"]["model"]["embed_tokens"]
         picked["params"]["model"] = {"embed_tokens": table}
     return picked
+
+
+def _unpacked(variables: Any, dtype: str) -> Any:
+    """Head variables as the loss reads them: once, not with every chunk of tokens."""
+
+    def one(leaf: Any) -> Any:
+        return nf4.dequantize(leaf, dtype) if isinstance(leaf, NF4Tensor) else leaf
+
+    return jax.tree.map(
+        one, on_device(variables), is_leaf=lambda leaf: isinstance(leaf, NF4Tensor)
+    )
 
 
 def _apply_head(model: Llama, variables: Any, hidden: Array) -> Array:

@@ -1,0 +1,219 @@
+"""What a step keeps, recomputes or fetches changes none of its numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import llama, nf4
+from qlora_jax.config import IGNORE, LlamaConfig
+from qlora_jax.linear import Compute
+from qlora_jax.llama import Llama
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora_init import init_adapters
+from qlora_jax.placement import place_base
+from qlora_jax.train import loss_sum
+
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.1,
+)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+# Compiling is most of the time these tests take; this changes no arithmetic.
+QUICK = {"xla_backend_optimization_level": 0}
+# The same sums in another order: float32 to a few units of rounding.
+RTOL = 1e-6
+
+
+def pack(path, leaf):
+    if "_proj" not in str(path[-2]) or "weight" not in str(path[-1]):
+        return leaf
+    layers = [nf4.quantize(np.asarray(w), double_quant=True) for w in leaf]
+    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
+
+
+@functools.cache
+def base(config=CONFIG):
+    init = jax.jit(Llama(config).init)
+    tree = init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return jax.tree_util.tree_map_with_path(pack, jax.tree.map(np.asarray, tree))
+
+
+@functools.cache
+def adapters(lora=LORA, config=CONFIG):
+    tree = init_adapters(jax.random.key(1), base(config), lora)
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        a + 0.05 * jax.random.normal(k, a.shape)
+        for a, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def batch(count=2, length=24):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 61, (count, length))
+    labels = np.where(np.arange(length) < 5, IGNORE, tokens)
+    return {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(labels)}
+
+
+def derive(tree, params, rows, *, key=None, lora=LORA, config=CONFIG, **compute):
+    """Loss and gradients of one batch."""
+    model = Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
+    step = jax.value_and_grad(functools.partial(loss_sum, model=model, key=key))
+    return jax.jit(step, compiler_options=QUICK)(tree, params, rows)
+
+
+def same(results, wanted, rtol=RTOL):
+    np.testing.assert_allclose(results[0], wanted[0], rtol=rtol)
+    got, want = (
+        dict(jax.tree_util.tree_leaves_with_path(r[1])) for r in (results, wanted)
+    )
+    assert got.keys() == want.keys()
+    for path, value in want.items():
+        largest = float(jnp.abs(value).max())
+        assert largest > 0, jax.tree_util.keystr(path)
+        # Of the largest of a leaf: a small entry is a difference of large ones.
+        np.testing.assert_allclose(
+            got[path], value, rtol=0, atol=20 * rtol * largest, err_msg=str(path)
+        )
+
+
+@functools.cache
+def plain(lora=LORA):
+    return derive(adapters(lora), base(), batch(), lora=lora, remat="none")
+
+
+@pytest.mark.parametrize("attention", ["eager", "xla"])
+@pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
+def test_every_policy_gives_the_same_loss_and_gradients(remat, attention):
+    same(derive(adapters(), base(), batch(), remat=remat, attention=attention), plain())
+
+
+def widest(remat, config, lora):
+    """Most tokens whose [tokens, intermediate_size] is held at a time."""
+    model = Llama(config, Compute("float32", lora=lora, remat=remat))
+    step = jax.grad(functools.partial(loss_sum, model=model))
+    jaxpr = jax.make_jaxpr(step)(adapters(lora, config), base(config), batch())
+    wide = config.intermediate_size
+    return max(
+        aval.size // wide
+        for aval in results(jaxpr.jaxpr)
+        # Weights are [64, 128] and [128, 64], adapters [4, 128].
+        if aval.shape[-1:] == (wide,) and aval.shape[-2] not in (64, 4)
+    )
+
+
+def results(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars if len(v.aval.shape) > 1)
+        for value in jax.tree.leaves(dict(equation.params)):
+            inner = getattr(value, "jaxpr", value)  # closed or not
+            if hasattr(inner, "eqns"):
+                yield from results(inner)
+
+
+@pytest.mark.parametrize(
+    "remat, tokens, chunk, more",
+    [
+        ("full", 48, 48, {}),
+        ("full", 16, 16, {}),
+        ("offload", 47, 24, {}),
+        ("offload", 11, 8, {}),  # five would not come out even, six do
+        ("offload", 7, 7, {}),  # seven chunks, of which the last is padded
+        ("offload", 16, 16, {"use_dora": True}),
+        ("full", 16, 16, {"bias": "lora_only"}),
+    ],
+)
+def test_an_mlp_in_chunks_computes_the_same(remat, tokens, chunk, more, monkeypatch):
+    config = dataclasses.replace(CONFIG, mlp_bias="bias" in more)
+    lora = dataclasses.replace(LORA, **more)
+    tree, params = adapters(lora, config), base(config)
+    wanted = derive(tree, params, batch(), lora=lora, config=config, remat="none")
+    monkeypatch.setattr(llama, "_MLP_TOKENS", {remat: tokens})
+    if tokens == 7:
+        monkeypatch.setattr(llama, "_mlp_chunks", lambda *_: 7)
+    got = derive(tree, params, batch(), lora=lora, config=config, remat=remat)
+    same(got, wanted)
+    assert widest(remat, config, lora) == chunk
+
+
+def test_chunks_of_an_mlp_come_out_even_where_they_can():
+    counts = {n: llama._mlp_chunks(n, "offload") for n in (4096, 8192, 78475, 917504)}
+    assert counts == {4096: 1, 8192: 2, 78475: 25, 917504: 224}
+    assert 78475 % 25 == 0  # twenty would do, and leave five tokens over
+    assert llama._mlp_chunks(131071, "full") == 8  # a prime: one token is padding
+    for keeps in ("none", "save_matmuls"):
+        assert llama._mlp_chunks(1 << 20, keeps) == 1
+
+
+def test_each_chunk_draws_dropout_of_its_own(monkeypatch):
+    # Rows that are all alike: with one mask for all chunks their updates would be too.
+    lora = dataclasses.replace(LORA, lora_dropout=0.5, target_modules=("down_proj",))
+    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 8})
+    model = Llama(CONFIG, Compute("float32", lora=lora, remat="full"))
+    variables = {"params": base(), "lora": adapters(lora)}
+    tokens = jnp.full((1, 16), 7)
+    run = jax.jit(
+        lambda variables, key: model.apply(
+            variables,
+            tokens,
+            positions=jnp.zeros((1, 16), jnp.int32),
+            segment_ids=jnp.arange(1, 17)[None],
+            rngs={"dropout": key},
+            method="hidden_states",
+        )
+    )
+    hidden = run(variables, jax.random.key(0))[0]
+    assert float(jnp.abs(hidden[:8] - hidden[8:]).max()) > 1e-3
+    same_key = run(variables, jax.random.key(0))[0]
+    np.testing.assert_array_equal(hidden, same_key)
+
+
+TABLES = {"embed_tokens": "host", "lm_head": "host"}
+
+
+@pytest.mark.parametrize("remat", ["none", "offload"])
+def test_tables_in_host_memory_train_the_same(remat):
+    placed = place_base(base(), **TABLES)
+    kinds = {
+        jax.tree_util.keystr(path): leaf.sharding.memory_kind
+        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
+    }
+    on_host = {path for path, kind in kinds.items() if kind == "pinned_host"}
+    assert on_host == {"['model']['embed_tokens']['weight']", "['lm_head']['weight']"}
+    same(derive(adapters(), placed, batch(), remat=remat), plain())
+
+
+def test_a_tied_table_in_host_memory_is_embedding_and_head():
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    tree = adapters(LORA, config)
+    wanted = derive(tree, base(config), batch(), config=config)
+    placed = place_base(base(config), embed_tokens="host", lm_head="host")
+    same(derive(tree, placed, batch(), config=config), wanted)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapted_tables_can_lie_in_host_memory(target):
+    lora = LoraConfig(r=4, target_modules=("q_proj", target))
+    placed = place_base(base(), **TABLES)
+    same(derive(adapters(lora), placed, batch(), lora=lora), plain(lora))
+
+
+def test_a_packed_head_is_that_of_its_values():
+    head = nf4.quantize(base()["lm_head"]["weight"], double_quant=True)
+    packed = {**base(), "lm_head": {"weight": head}}
+    dense = {**base(), "lm_head": {"weight": np.asarray(nf4.dequantize(head))}}
+    wanted = derive(adapters(), dense, batch())
+    same(derive(adapters(), packed, batch()), wanted)
+    assert abs(float(wanted[0]) - float(plain()[0])) > 1e-3  # it is another head
