@@ -1,4 +1,4 @@
-"""`qlora-jax`: train, evaluate, generate, inspect and quantize on the command line.
+"""`qlora-jax`: train, evaluate, generate, inspect, plan and quantize on a command line.
 
 Exit status: 0 done, 1 a failure the user can mend (one paragraph on stderr), 2 wrong
 usage, 130 interrupted. What a command reports goes to stdout, as a table or, with
@@ -41,6 +41,7 @@ from qlora_jax.model import (
     resolve_auto,
     run_settings,
 )
+from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.runfile import RunConfig, given_lora, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train import eval_step
@@ -262,6 +263,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "eval": (Eval, "Loss and perplexity on a data file."),
     "generate": (Generate, "Continue prompts."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
+    "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
     "tokens": (Tokens, "Vocabulary rows never trained: find, repair, add."),
 }
@@ -309,6 +311,14 @@ def _run(name: str, args: list[str]) -> int:
     command = _COMMANDS[name][0]
     if name == "train":
         _train(args)
+        return 0
+    if name == "plan":
+        planned, given = plan_from_arguments(args)
+        report = planned.run(given)
+        if planned.json:
+            print(json.dumps(report))
+        else:
+            print_plan(report)
         return 0
     options: dict[str, Any] = {}
     if name == "eval" and args and not args[0].startswith("-"):

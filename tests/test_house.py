@@ -51,6 +51,12 @@ ORDER = (
     "qlora_jax.train",
     "qlora_jax.generate",
     "qlora_jax.memory",
+    "qlora_jax.cards",
+    "qlora_jax.sharding",
+    "qlora_jax.collectives",
+    "qlora_jax.step_memory",
+    "qlora_jax.estimate",
+    "qlora_jax.compile_for",
     "convert",
     "qlora_jax.runfile",
     "qlora_jax.checkpoint",
@@ -59,6 +65,8 @@ ORDER = (
     "qlora_jax.watch",
     "qlora_jax.runner",
     "qlora_jax.tokens",
+    "qlora_jax.plan",
+    "qlora_jax.plan_command",
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
@@ -102,7 +110,10 @@ OUTSIDE_LAZY = {
 NEVER = {"torch", "peft", "bitsandbytes"}
 
 # Modules that may read the environment: name -> reason.
-ENVIRONMENT_READERS: dict[str, str] = {}
+ENVIRONMENT_READERS: dict[str, str] = {
+    "qlora_jax.compile_for": "its own process is set up before jax starts, for a GPU "
+    "that is not there",
+}
 
 MAX_LINES = 600
 

@@ -1,11 +1,9 @@
 """GPU programs, each compiled once in a process of its own, and how to read one."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +77,7 @@ class Program:
         return Kernel(match[3], results, line, fused)
 
 
-def _read(folder: Path) -> Program:
-    text = (folder / "program.txt").read_text()
+def _read(text: str, memory: dict[str, int]) -> Program:
     computations: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():
@@ -91,35 +88,78 @@ def _read(folder: Path) -> Program:
             name = None
         elif name is not None:
             computations[name].append(line.strip())
-    return Program(json.loads((folder / "memory.json").read_text()), text, computations)
+    return Program(memory, text, computations)
+
+
+@pytest.fixture(scope="session")
+def gpu_compiler() -> str:
+    """The Python with the GPU compiler."""
+    from qlora_jax.compile_for import find_compiler
+
+    python = find_compiler()
+    if python is None:
+        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
+    return python
 
 
 @pytest.fixture(scope="session")
 def compile_step(
-    tmp_path_factory: pytest.TempPathFactory,
+    gpu_compiler: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Program]:
     """Compiles a training step, or generation, for an H200; equal requests once."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
     made: dict[str, Program] = {}
 
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
         wanted = {"config": config, "batch": 4, "length": 2048, "packed": False}
         wanted |= {"attention": "auto", "remat": "full", "kernels": "xla"}
-        wanted |= {"lora": {}, "generate": 0} | settings
+        wanted |= {"lora": {}, "generate": 0, "places": {}} | settings
         request = json.dumps(wanted, sort_keys=True)
         if request not in made:
+            compile_one = _generation if wanted["generate"] else _training
             folder = tmp_path_factory.mktemp("program")
-            child = subprocess.run(
-                [sys.executable, str(CHILD), request, str(folder)],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            if child.returncode != 0:
-                pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}")
-            made[request] = _read(folder)
+            made[request] = compile_one(gpu_compiler, wanted, folder)
         return made[request]
 
     return compiled
+
+
+def _training(python: str, wanted: dict[str, Any], _: Path) -> Program:
+    from qlora_jax.cards import CARDS
+    from qlora_jax.compile_for import compile_for
+    from qlora_jax.config import LlamaConfig
+    from qlora_jax.linear import Compute
+    from qlora_jax.lora_config import LoraConfig
+    from qlora_jax.step_memory import Step
+    from qlora_jax.train import TrainConfig
+
+    lora = {"target_modules": "all-linear", **wanted["lora"]}
+    step = Step(
+        LlamaConfig.from_hf(wanted["config"]),
+        Compute(
+            attention=wanted["attention"],
+            remat=wanted["remat"],
+            kernels=wanted["kernels"],
+            lora=LoraConfig(r=16, lora_alpha=32, **lora),
+        ),
+        length=wanted["length"],
+        train=TrainConfig(steps=1000, batch_size=wanted["batch"]),
+        packed=wanted["packed"],
+        **wanted["places"],
+    )
+    compiled = compile_for(step, CARDS["h200"], python=python, program=True)
+    assert compiled.program is not None
+    return _read(compiled.program, dict(compiled.sizes))
+
+
+def _generation(python: str, wanted: dict[str, Any], folder: Path) -> Program:
+    child = subprocess.run(
+        [python, str(CHILD), json.dumps(wanted), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if child.returncode != 0:
+        pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}")
+    memory = json.loads((folder / "memory.json").read_text())
+    return _read((folder / "program.txt").read_text(), memory)

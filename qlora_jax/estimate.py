@@ -1,0 +1,274 @@
+"""The memory and the work of a training step in closed form, without a compiler.
+
+What is certain is counted: arguments, gradients and what a policy keeps, by their
+shapes. What a layer needs while it is at work depends on how the compiler schedules it;
+that part is a number of arrays [tokens, features], read off compiled plans and held to
+within 10 % of them by the tests, over models, lengths and policies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from qlora_jax.cards import Card
+from qlora_jax.sharding import lies_on_host, local_bytes, place
+from qlora_jax.step_memory import Step, StepMemory, abstract_arguments
+from qlora_jax.targets import linear_modules
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """What an MLP needs at work, in arrays of activations."""
+
+    weights: float
+    """Of all weights of a layer, those that are unpacked at a time."""
+    attention_weights: float
+    """The same while its attention is at work."""
+    narrow: float
+    """[tokens, hidden_size]."""
+    narrow_in_chunks: float
+    """The same where the MLP is taken in chunks."""
+    wide: float
+    """[tokens of a chunk, intermediate_size]."""
+
+
+# Read off compiled plans of 1B, 3B and 8B models.
+_ARRAYS = {
+    "recomputed": _Arrays(
+        weights=0.74,
+        attention_weights=1.58,
+        narrow=3.1,
+        narrow_in_chunks=6.0,
+        wide=7.0,
+    ),
+    "kept": _Arrays(
+        weights=0.3,
+        attention_weights=0.3,
+        narrow=4.3,
+        narrow_in_chunks=4.3,
+        wide=3.0,
+    ),
+}
+# [tokens, hidden_size] that attention needs at work, with its projections.
+_ATTENTION_CUDNN, _ATTENTION_XLA = 9.5, 9.35
+# Bytes for each token of a layer that "none" keeps beside what "save_matmuls" does: of
+# each hidden and each intermediate feature, some of them in float32.
+_NONE_NARROW, _NONE_WIDE = 10, 18
+
+_MLP_CHUNK = {"full": 16384, "offload": 4096}
+"""Tokens of an MLP at a time, where it is taken in chunks."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What does not depend on the length or the number of rows."""
+
+    base: int
+    host_base: int
+    adapters: int
+    optimizer: int
+    """Bytes on a device."""
+    row: int
+    """Bytes of the batch for each of its tokens."""
+    layer_weights: int
+    """Weights of the linear layers of one layer of the model, ..."""
+    recomputed_weights: int
+    """... and of those whose results a recomputation needs."""
+    layer_features: int
+    """Their inputs and outputs."""
+    head_weights: int
+    """Of linear layers outside: the head."""
+    ranks: int
+    """Of all adapters of linear layers together."""
+    factors: int
+    """Numbers in their As and Bs."""
+
+
+def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
+    devices = math.prod((mesh or {}).values())
+    train = dataclasses.replace(
+        step.train, batch_size=devices, gradient_accumulation_steps=1
+    )
+    compute = dataclasses.replace(step.compute, remat="full", attention="auto")
+    usual = dataclasses.replace(step, length=1, train=train, compute=compute)
+    return _count(usual, tuple((mesh or {"data": 1}).items()))
+
+
+@functools.lru_cache(maxsize=64)  # a search asks for many lengths of one model
+def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
+    names, sizes = zip(*mesh, strict=True)
+    state, base, batch = place(
+        abstract_arguments(step), AbstractMesh(sizes, names), step.on_host
+    )
+    weights = again = features = head = 0
+    for path, (rows, columns, layers) in linear_modules(base).items():
+        if layers is None:
+            head += rows * columns
+            continue
+        weights += rows * columns
+        features += rows + columns
+        # Nothing needs the result of the last product of a layer again.
+        again += rows * columns * (path[-1] != "down_proj")
+    ranks = factors = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.adapters):
+        name = str(getattr(path[-1], "key", ""))
+        if name in ("lora_A", "lora_B"):
+            factors += math.prod(leaf.shape)
+        if name == "lora_A":
+            ranks += math.prod(leaf.shape[:-1])
+    adapters = _bytes(state.adapters)
+    return _Model(
+        base=_bytes(base),
+        host_base=_bytes(base, host=True),
+        adapters=adapters,
+        optimizer=_bytes(state) - adapters,
+        row=_bytes(batch),
+        layer_weights=weights,
+        recomputed_weights=again,
+        layer_features=features,
+        head_weights=head,
+        ranks=ranks,
+        factors=factors,
+    )
+
+
+def _bytes(tree: Any, *, host: bool = False) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+
+
+def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory:
+    """Estimates what `StepMemory.of` reads off a compiled step.
+
+    Args:
+      step: the step, of all devices together.
+      mesh: sizes of the axes "data" and "fsdp"; default one device.
+    """
+    model = _model(step, mesh)
+    tokens = step.tokens // math.prod((mesh or {}).values())
+    kept = _kept(step, model) * tokens
+    offloaded = step.compute.remat == "offload"
+    config = step.config
+    cudnn = step.compute.attention in ("auto", "cudnn") and not step.packed
+    cudnn = cudnn and step.compute.dtype != "float32" and config.head_dim <= 128
+    wide = config.num_attention_heads * config.head_dim
+    return StepMemory(
+        base=model.base,
+        adapters=model.adapters,
+        optimizer=model.optimizer,
+        batch=model.row * tokens * step.train.gradient_accumulation_steps,
+        activations=0 if offloaded else kept,
+        gradients=model.adapters,
+        loss=0,
+        temporaries=_temporaries(step, model, tokens, cudnn),
+        workspace=4 * tokens * wide if cudnn else 0,
+        host_base=model.host_base,
+        host_activations=kept if offloaded else 0,
+    )
+
+
+def _width(step: Step) -> int:
+    """Bytes of an element of the activations."""
+    return 4 if step.compute.dtype == "float32" else 2
+
+
+def _kept(step: Step, model: _Model) -> int:
+    """Bytes that the forward pass keeps for the backward pass, for each token."""
+    c, size = step.config, _width(step)
+    narrow = c.hidden_size
+    if step.compute.remat in ("full", "offload"):
+        return c.num_hidden_layers * size * narrow
+    heads = c.num_attention_heads * c.head_dim
+    pairs = c.num_key_value_heads * c.head_dim
+    wide = c.intermediate_size
+    # Input; q, k, v; attention and its log-sum-exp; o; gate and up; and the rank-wide
+    # product of each adapter. Nothing needs the result of down.
+    layer = size * (2 * narrow + 2 * heads + 2 * pairs + 2 * wide)
+    layer += 4 * c.num_attention_heads
+    total = c.num_hidden_layers * layer + size * model.ranks
+    if step.compute.remat == "none":
+        total += c.num_hidden_layers * (_NONE_NARROW * narrow + _NONE_WIDE * wide)
+    return total
+
+
+def _temporaries(step: Step, model: _Model, tokens: int, cudnn: bool) -> int:
+    """The largest of what a layer's attention, its MLP and the loss need at work."""
+    c, size, remat = step.config, _width(step), step.compute.remat
+    narrow, wide = size * c.hidden_size, size * c.intermediate_size
+    weights = size * model.layer_weights
+    arrays = _ARRAYS["recomputed" if remat in ("full", "offload") else "kept"]
+    chunk = min(tokens, _MLP_CHUNK.get(remat, tokens))
+    inside = arrays.narrow_in_chunks if chunk < tokens else arrays.narrow
+    mlp = arrays.weights * weights + inside * narrow * tokens
+    mlp += arrays.wide * wide * chunk
+    attention = arrays.attention_weights * weights
+    attention += tokens * narrow * (_ATTENTION_CUDNN if cudnn else _ATTENTION_XLA)
+    # A chunk of logits and their exponentials in float32, and their gradient.
+    logits = min(tokens, 512) * c.vocab_size * (4 + 4 + size)
+    table = size * c.vocab_size * c.hidden_size
+    loss = logits + narrow * tokens + table * (step.lm_head == "host")
+    return int(max(mlp, attention, loss))
+
+
+# --- The work of a step ---
+
+
+def flops_per_token(step: Step) -> float:
+    """Floating-point operations of a step for each of its tokens.
+
+    A product of matrices counts 2 for each multiplication; the base has no gradient of
+    its own, so backward is as much as forward. Attention is causal over whole rows
+    (documents of packed rows take less); its backward pass is 2.5 times the forward
+    one, which computes the scores once. What the policy recomputes is included.
+    """
+    c, model = step.config, _model(step)
+    again = step.compute.remat in ("full", "offload")
+    linear = 4 * model.layer_weights + 2 * again * model.recomputed_weights
+    head = model.head_weights
+    if c.tie_word_embeddings:
+        head = c.vocab_size * c.hidden_size
+    wide = c.num_attention_heads * c.head_dim
+    attention = 2 * step.length * wide * (1 + 2.5 + again)
+    # Forward, their two gradients, the input's, and forward again.
+    adapters = model.factors * (2 + 4 + 2 * again)
+    return c.num_hidden_layers * (linear + attention) + 4 * head + adapters
+
+
+def step_seconds_floor(step: Step, card: Card, *, devices: int = 1) -> dict[str, float]:
+    """What a step takes at least, by each of three limits of the card, in seconds.
+
+    - compute: all operations at the card's dense rate.
+    - bandwidth: every weight unpacked once forward and once backward for each
+      micro-batch (read, written, read), inputs and results of the products once each,
+      adapters and moments of the optimizer read and written.
+    - host_link: what is offloaded, out and back in; tables on the host, in.
+
+    A step takes at least the largest of them, and more: no kernel reaches these rates.
+    """
+    micro = step.train.gradient_accumulation_steps
+    tokens = step.tokens * micro / devices
+    rate = card.flops
+    if step.compute.dtype == "float32":
+        rate = card.flops / 16  # without tensor cores, at the best of these cards
+    size, layers = _width(step), step.config.num_hidden_layers
+    recompute = step.compute.remat in ("full", "offload")
+    memory, model = step_memory(step), _model(step)
+    unpacked = 2 * size * layers * model.layer_weights if step.quantization else 0
+    traffic = 2 * micro * (memory.base + memory.host_base + unpacked)
+    traffic += tokens * size * layers * model.layer_features * (2 + recompute)
+    traffic += 3 * (memory.adapters + memory.optimizer)
+    offloaded = 2 * memory.host_activations * micro / devices
+    fetched = 2 * memory.host_base * micro
+    return {
+        "compute": flops_per_token(step) * tokens / rate,
+        "bandwidth": traffic / card.bandwidth,
+        "host_link": (offloaded + fetched) / card.host_link,
+    }
