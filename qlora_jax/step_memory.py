@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -40,8 +39,8 @@ from qlora_jax.train import (
     TrainConfig,
     TrainState,
     init_state,
+    jit_step,
     make_optimizer,
-    train_step,
 )
 
 ALLOWANCE = 700_000_000
@@ -70,8 +69,9 @@ class Step:
     """Whether rows hold several documents."""
     embed_tokens: Literal["device", "host"] = "device"
     """Where the table of the embedding lies."""
-    lm_head: Literal["device", "host"] = "device"
-    """Where the output head lies; tied, it is the same table."""
+    lm_head: Literal["device", "host", "nf4"] = "device"
+    """Where the output head lies; tied, it is the same table. "nf4": on the device, and
+    quantized."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -140,7 +140,10 @@ def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
     if step.compute.lora is None:
         raise UserError("A training step needs a LoRA configuration (`Compute.lora`).")
     base = abstract_base(
-        step.config, quantization=step.quantization, dtype=step.compute.dtype
+        step.config,
+        quantization=step.quantization,
+        quantize_lm_head=step.lm_head == "nf4",
+        dtype=step.compute.dtype,
     )
     adapters = abstract_adapters(base, step.compute.lora)
     optimizer = make_optimizer(step.train, 1)
@@ -188,14 +191,11 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
       step: the step.
       mesh: from `gpu_mesh`; default the device at hand.
     """
-    optimizer = make_optimizer(step.train, 1)
-    function = partial(
-        train_step, model=Llama(step.config, step.compute), optimizer=optimizer
-    )
+    model = Llama(step.config, step.compute)
     arguments = abstract_arguments(step)
     if mesh is not None:
         check_mesh(mesh.shape, step.train.batch_size)
-    jitted = jax.jit(function, donate_argnums=0)
+    jitted = jit_step(model, make_optimizer(step.train, 1))
     if mesh is None:
         return jitted.lower(*arguments)
     # For whom to trace: what is chosen by the kind of device is chosen for this one.
@@ -244,7 +244,12 @@ class StepMemory:
 
     @classmethod
     def of(
-        cls, compiled: Any, step: Step, mesh: Any = None, buffers: str | None = None
+        cls,
+        compiled: Any,
+        step: Step,
+        mesh: Any = None,
+        buffers: str | None = None,
+        arguments: tuple[TrainState, Any, Any] | None = None,
     ) -> StepMemory:
         """Reads the memory of a compiled step.
 
@@ -255,11 +260,13 @@ class StepMemory:
           buffers: XLA's text of the buffer assignment, from which each byte of the
             temporaries is counted once, for the first of gradients, activations,
             temporaries and loss that uses it. Without it all of them are `temporaries`.
+          arguments: what it was lowered with; default `abstract_arguments(step)`.
         """
         stats = compiled.memory_analysis()
-        arguments = abstract_arguments(step)
-        if mesh is not None:
-            arguments = place(arguments, mesh, step.on_host)
+        if arguments is None:
+            arguments = abstract_arguments(step)
+            if mesh is not None:
+                arguments = place(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}
