@@ -20,7 +20,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import parameter_report
 from qlora_jax.model import load
-from qlora_jax.runfile import CheckpointConfig, ModelConfig, RunConfig
+from qlora_jax.runfile import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
@@ -294,6 +294,7 @@ def test_a_whole_run_with_it(llama_dir, rows_file, tmp_path):
             r=2, target_modules=("q_proj",), modules_to_save=("gate_attn",)
         ),
         checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(plot=False),
         output_dir=str(tmp_path / "run"),
     )
     report = run(config, attention_cls=GatedAttention)

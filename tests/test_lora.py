@@ -26,7 +26,6 @@ from qlora_jax.lora_init import init_adapters
 from qlora_jax.targets import select
 from qlora_jax.train import loss_sum
 
-
 # --- delta ---
 
 
