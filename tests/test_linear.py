@@ -11,15 +11,6 @@ from qlora_jax.lora_config import LoraConfig
 OUT, IN = 24, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is most of the time of these tests; this changes no arithmetic."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def draw(*shape, seed=0, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
