@@ -30,6 +30,7 @@ from qlora_jax.lora_init import factor_out
 from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
 from qlora_jax.runfile import ModelConfig
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
+from qlora_jax.targets import EMBEDDING, HEAD
 from qlora_jax.train import TrainConfig, init_state, jit_step, make_optimizer
 
 # Of the memory that JAX may use, what its allocator can be asked for in a plan's few
@@ -209,10 +210,7 @@ def fit(
 
 def _placed(base: Any, policy: Policy) -> Any:
     """Shapes of a base with its tables where the policy has them."""
-    places = {
-        ("model", "embed_tokens"): policy.embed_tokens,
-        ("lm_head",): policy.lm_head,
-    }
+    places = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
     host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
     def one(path: tuple, leaf: Any) -> Any:
@@ -228,7 +226,7 @@ def _placed(base: Any, policy: Policy) -> Any:
 
 
 def _either(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
-    """The compiled step, or for arguments unlike those planned one compiled for them."""
+    """The compiled step; for arguments unlike those planned, one compiled for them."""
 
     def shape(tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)

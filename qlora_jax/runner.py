@@ -210,8 +210,7 @@ def run(
 
 
 def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
-    """A model whose configuration lists the parameters of its own modules, and shapes
-    of a base that has them.
+    """Adds the parameters of the model's own modules, as shapes.
 
     Without modules of its own it refuses a checkpoint that has some.
     """
