@@ -102,7 +102,7 @@ def find_compiler(python: str | None = None) -> str | None:
     if found.returncode:
         raise UserError(
             f"`{python}` cannot compile for a GPU: {_last_line(found.stderr)} It needs "
-            "this project's dependencies and JAX's CUDA plugin: "
+            "this project's dependencies and the CUDA plugin of its own JAX, as in: "
             f"{python} -m {how_to_get_the_compiler()}"
         )
     return python

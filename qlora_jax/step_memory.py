@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qlora_jax.cards import Card
-from qlora_jax.config import LlamaConfig
+from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -70,13 +70,18 @@ class Step:
     """Whether rows hold several documents."""
     embed_tokens: Literal["device", "host"] = "device"
     """Where the table of the embedding lies."""
-    lm_head: Literal["device", "host"] = "device"
-    """Where the output head lies; tied, it is the same table."""
+    lm_head: Literal["device", "host", "nf4"] = "device"
+    """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise UserError(
                 f"`max_length` must be at least 1 token, got {self.length}."
+            )
+        if self.lm_head == "nf4" and self.config.tie_word_embeddings:
+            raise UserError(
+                "lm_head='nf4': this model's head is its embedding table, which stays "
+                "as it is. Use 'device' or 'host'."
             )
         tokens = self.tokens * self.train.gradient_accumulation_steps
         if tokens > _MAX_INT32:
@@ -116,7 +121,9 @@ class Step:
         """Makes a step of what `to_json` returned."""
         compute = dict(content["compute"])
         if compute["lora"] is not None:
-            compute["lora"] = LoraConfig(**compute["lora"])
+            # JSON has neither tuples nor immutable tables.
+            lora = {name: _frozen(v) for name, v in compute["lora"].items()}
+            compute["lora"] = LoraConfig(**lora)
         return cls(
             **{
                 **content,
@@ -125,6 +132,12 @@ class Step:
                 "train": TrainConfig(**content["train"]),
             }
         )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(item) for key, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -140,7 +153,10 @@ def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
     if step.compute.lora is None:
         raise UserError("A training step needs a LoRA configuration (`Compute.lora`).")
     base = abstract_base(
-        step.config, quantization=step.quantization, dtype=step.compute.dtype
+        step.config,
+        quantization=step.quantization,
+        quantize_lm_head=step.lm_head == "nf4",
+        dtype=step.compute.dtype,
     )
     adapters = abstract_adapters(base, step.compute.lora)
     optimizer = make_optimizer(step.train, 1)
