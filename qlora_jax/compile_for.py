@@ -238,7 +238,7 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     )
     mesh = gpu_mesh(card, request["mesh"])
     began = time.perf_counter()
-    compiled = lower(step, mesh).compile()
+    compiled: Any = lower(step, mesh).compile()
     seconds = time.perf_counter() - began
     found = list(Path(dumps).glob("*train_step*-buffer-assignment.txt"))
     buffers = found[0].read_text() if len(found) == 1 else None

@@ -229,7 +229,7 @@ class _Settings:
                 "other has an answer."
             )
         for name, value in (("max-length", length), ("batch-size", batch)):
-            if value != _FIT and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"--{name} must be at least 1, got {value}.")
         fit: Quantity | None = None
         if length == _FIT:

@@ -376,12 +376,12 @@ def split_temporaries(
 
 def _kind(shape: str, origin: str, step: Step, trained: set) -> str:
     match = _SHAPE.match(shape)
-    sizes = tuple(int(n) for n in match[2].split(",") if n) if match else ()
-    if sizes in trained:
+    sizes = [int(n) for n in match[2].split(",") if n] if match else []
+    if tuple(sizes) in trained:
         return "gradients"
     # Behind the layers come the rows, of which each device has its share.
     layers, rows = step.config.num_hidden_layers, step.train.batch_size
-    if sizes[:1] == (layers,) and step.length in sizes[2:] and rows % sizes[1] == 0:
+    if sizes[:1] == [layers] and step.length in sizes[2:] and not rows % sizes[1]:
         return "activations"
     # Derivatives are taken of the layers, which are a method of the model, and of the
     # loss, which is none.

@@ -70,9 +70,7 @@ def test_another_python_is_asked_whether_it_can(tmp_path):
     without = stand_in(
         tmp_path, "sys.exit('ModuleNotFoundError: No module named jax_cuda13_plugin')"
     )
-    with pytest.raises(
-        UserError, match="No module named jax_cuda13.*pip install"
-    ):
+    with pytest.raises(UserError, match="No module named jax_cuda13.*pip install"):
         find_compiler(without)
 
 
