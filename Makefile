@@ -51,7 +51,8 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  $(ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)

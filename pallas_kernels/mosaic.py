@@ -1,12 +1,13 @@
-"""What Mosaic GPU lacks for table-coded weights: five small operations on registers.
+"""What Mosaic GPU lacks for table-coded weights: a few small operations on registers.
 
 Pallas arrays live spread over the threads of a warpgroup. Mosaic's array operations
 cover everything a dequantization does but these: reading four bytes as one word,
-looking values up in shared memory, putting arrays side by side within a thread, and
-multiplying a coded tile on the tensor cores. Each is an `inline_mgpu` function of a few
-instructions, and beside it stands what it means on ordinary arrays, which is what the
-interpreter runs (it cannot run inline code): the rest of a kernel, its indexing, its
-loops and its synchronization, is the same program in both.
+looking values up in shared memory, putting arrays side by side within a thread,
+multiplying a coded tile on the tensor cores or decoding it as an operand of theirs, and
+storing without a barrier. Each is an `inline_mgpu` function of a few instructions, and
+beside it stands what it means on ordinary arrays, which is what the interpreter runs
+(it cannot run inline code): the rest of a kernel, its indexing, its loops and its
+synchronization, is the same program in both.
 
 Uses the internals of `jax.experimental.mosaic` that `inline_mgpu` hands out; checked
 with jax 0.11.2 and 0.12.0; 0.10 cannot interpret them. Imported only when a kernel is
@@ -15,7 +16,6 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,16 +25,17 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-LANES = 32
-"""Threads of a warp; tables in shared memory are kept once for each."""
-WARPGROUP = 128
-"""Threads that share a Pallas array."""
+from pallas_kernels import inline
+from pallas_kernels.inline import LANES, WARPGROUP
+
 ROWS = 64
 """Rows of a coded tile: four warps of 16."""
 BLOCK = 64
 """Weights of a row that share a scale."""
+PAIR_COPIES = 16
+"""Of pairs of 8 bytes, which half a warp reads at once."""
 
 
 def strided(shape: tuple[int, ...], each: int = 1) -> Any:
@@ -67,14 +68,14 @@ def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
         return jax.lax.bitcast_convert_type(x.reshape(size, 4), jnp.int32)
     layout = strided((size,))
 
-    @_inline(
+    @inline.code(
         arg_types=(strided((4 * size,), 4),),
-        return_type=_result((size,), jnp.int32, layout),
+        return_type=inline.result((size,), jnp.int32, layout),
     )
     def words(ctx: Any, x: Any) -> Any:
         del ctx
-        word = ir.VectorType.get((1,), _i32())
-        return _array(x, layout, lambda r: vector.bitcast(word, r), signed=True)
+        word = ir.VectorType.get((1,), inline.i32())
+        return inline.array(x, layout, lambda r: vector.bitcast(word, r), signed=True)
 
     return words(x)
 
@@ -100,26 +101,26 @@ def gather(
         return ref[...].reshape(-1, copies)[:, 0][index].astype(dtype)
     layout = strided(index.shape)
 
-    @_inline(
+    @inline.code(
         arg_types=(plgpu.RefType(), layout),
-        return_type=_result(index.shape, dtype, layout),
+        return_type=inline.result(index.shape, dtype, layout),
     )
     def look_up(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
-        own = _own(ref) if copies > 1 else None
+        own = inline.own(ref) if copies > 1 else None
 
         def one(register: Any) -> Any:
-            at = _first(register)
+            at = inline.first(register)
             if own is not None:
                 value = own(at)
             else:
-                value = memref.load(ref, [_as_index(at)])
+                value = memref.load(ref, [inline.as_index(at)])
             if value.type == ir.IntegerType.get_signless(8):
-                value = arith.extui(_i32(), value)
+                value = arith.extui(inline.i32(), value)
             return vector.broadcast(ir.VectorType.get((1,), value.type), value)
 
         integer = jnp.issubdtype(dtype, jnp.integer)
-        return _array(index, layout, one, signed=True if integer else None)
+        return inline.array(index, layout, one, signed=True if integer else None)
 
     return look_up(ref, index)
 
@@ -141,9 +142,9 @@ def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
     count, (size,) = len(parts), parts[0].shape
     layout = strided((count * size,), count)
 
-    @_inline(
+    @inline.code(
         arg_types=tuple(strided((size,)) for _ in parts),
-        return_type=_result((count * size,), jnp.float32, layout),
+        return_type=inline.result((count * size,), jnp.float32, layout),
     )
     def side_by_side(ctx: Any, *parts: Any) -> Any:
         del ctx
@@ -152,11 +153,14 @@ def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
             joined = llvm.mlir_undef(ir.VectorType.get((count,), ir.F32Type.get()))
             for j, register in enumerate(registers):
                 joined = vector.insert(
-                    _first(register), joined, dynamic_position=[], static_position=[j]
+                    inline.first(register),
+                    joined,
+                    dynamic_position=[],
+                    static_position=[j],
                 )
             return joined
 
-        return _array(parts[0], layout, one, *parts[1:], signed=None)
+        return inline.array(parts[0], layout, one, *parts[1:], signed=None)
 
     return side_by_side(*parts)
 
@@ -174,17 +178,20 @@ def prefetch(ref: Any, *, interpret: bool) -> None:
     line = 128
     lines = -(-width // line)
 
-    @_inline(arg_types=(plgpu.RefType(),))
+    @inline.code(arg_types=(plgpu.RefType(),))
     def ask(ctx: Any, ref: Any) -> None:
         del ctx
-        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
+        thread = arith.remui(mgpu.utils.thread_idx(), inline.const(WARPGROUP))
         for start in range(0, rows * lines, WARPGROUP):
             at = arith.minui(
-                arith.addi(thread, _const(start)), _const(rows * lines - 1)
+                arith.addi(thread, inline.const(start)), inline.const(rows * lines - 1)
             )
-            row, column = arith.divui(at, _const(lines)), arith.remui(at, _const(lines))
-            column = arith.muli(column, _const(line))
-            pointer = _pointer(ref, row, column)
+            row, column = (
+                arith.divui(at, inline.const(lines)),
+                arith.remui(at, inline.const(lines)),
+            )
+            column = arith.muli(column, inline.const(line))
+            pointer = inline.pointer(ref, row, column)
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [pointer],
@@ -229,7 +236,7 @@ def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
         ref[...] = x
         return
 
-    @_inline(arg_types=(plgpu.RefType(), layout))
+    @inline.code(arg_types=(plgpu.RefType(), layout))
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
         x.store_untiled(ref, optimized=False)
@@ -283,40 +290,41 @@ def coded_product(
     layout = accumulator(rows)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(x.dtype).name]
 
-    @_inline(
+    @inline.code(
         arg_types=(layout, *(plgpu.RefType(),) * 4),
-        return_type=_result(sums.shape, jnp.float32, layout),
+        return_type=inline.result(sums.shape, jnp.float32, layout),
     )
     def product(
         ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any
     ) -> Any:
         del ctx
-        lane = _lane()
-        group = arith.divui(lane, _const(4))  # row of the left, column of the result
-        quad = arith.remui(lane, _const(4))
-        thread = arith.remui(mgpu.utils.thread_idx(), _const(WARPGROUP))
-        row = arith.addi(
-            arith.muli(arith.divui(thread, _const(LANES)), _const(16)), group
-        )
-        below = arith.addi(row, _const(8))
+        (row, below), quad = inline.place()
+        # Row of the left operand, column of the result.
+        group = arith.divui(inline.lane(), inline.const(4))
 
         def bytes_at(row: Any, block: int) -> list[Any]:
-            column = arith.addi(arith.muli(quad, _const(8)), _const(32 * block))
-            return _load_words(codes, row, column, 2)
+            column = arith.addi(
+                arith.muli(quad, inline.const(8)), inline.const(32 * block)
+            )
+            return inline.load_words(codes, row, column, 2)
 
         def inputs_at(tile: int, block: int) -> list[Any]:
-            column = arith.addi(arith.muli(quad, _const(16)), _const(64 * block))
-            at = arith.addi(group, _const(8 * tile))
+            column = arith.addi(
+                arith.muli(quad, inline.const(16)), inline.const(64 * block)
+            )
+            at = arith.addi(group, inline.const(8 * tile))
             return [
-                *_load_words(x, at, column, 4),
-                *_load_words(x, at, arith.addi(column, _const(8)), 4),
+                *inline.load_words(x, at, column, 4),
+                *inline.load_words(x, at, arith.addi(column, inline.const(8)), 4),
             ]
 
         # All that comes from far away is asked for before anything is waited for.
         held = [(bytes_at(row, b), bytes_at(below, b)) for b in range(blocks)]
-        own = _own(table)
+        own = inline.own(table)
         tiles = rows // 8
-        out = [[_elements(r) for r in pair] for pair in _pairs(sums.registers)]
+        out = [
+            [inline.elements(r) for r in pair] for pair in inline.pairs(sums.registers)
+        ]
         for block, (upper, lower) in enumerate(held):
             left = []
             for step in range(4):
@@ -324,26 +332,30 @@ def coded_product(
                 first = (upper[step // 2], lower[step // 2])
                 left.append(
                     [
-                        _pair(own, word, shift + 8 * half)
+                        inline.pair(own, word, shift + 8 * half)
                         for half in range(2)
                         for word in first
                     ]
                 )
             scale = [
-                memref.load(scales, [_as_index(r), _as_index(_const(block))])
+                memref.load(
+                    scales, [inline.as_index(r), inline.as_index(inline.const(block))]
+                )
                 for r in (row, below)
             ]
             for tile in range(tiles):
                 right = inputs_at(tile, block)
-                part = [_zero()] * 4
+                part = [inline.zero()] * 4
                 for step in range(4):
-                    part = _mma(kind, part, left[step], right[2 * step : 2 * step + 2])
+                    part = inline.mma(
+                        kind, part, left[step], right[2 * step : 2 * step + 2]
+                    )
                 for half in range(2):
                     out[tile][half] = [
-                        _fma(part[2 * half + i], scale[half], out[tile][half][i])
+                        inline.fma(part[2 * half + i], scale[half], out[tile][half][i])
                         for i in range(2)
                     ]
-        flat = [_vector(elements) for pair in out for elements in pair]
+        flat = [inline.joined(elements) for pair in out for elements in pair]
         registers = np.empty(len(flat), object)
         registers[:] = flat
         return mgpu.FragmentedArray(
@@ -355,139 +367,115 @@ def coded_product(
     return product(sums, codes, x, scales, table)
 
 
-def _inline(**types: Any) -> Any:
-    """`inline_mgpu`, whose decorated functions lose their first argument."""
-    return plgpu.inline_mgpu(**types)
+def operand_order(x: jax.Array) -> jax.Array:
+    """Puts in_features in the order of a `decoded` tile, for either operand.
 
+    Within a block, column 16 s + 8 h + 2 q + e is weight 16 q + 4 s + 2 h + e: thread q
+    of the four that share a row holds 8 neighbouring bytes of it. As a transposition,
+    which XLA fuses with what computes `x`.
 
-def _result(shape: tuple[int, ...], dtype: DTypeLike, layout: Any) -> Any:
-    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
+    Args:
+      x: [M, 64 n].
 
-
-def _array(
-    like: Any,
-    layout: Any,
-    one: Callable[..., Any],
-    *others: Any,
-    signed: bool | None,
-) -> Any:
-    """Applies `one` to corresponding registers."""
-    registers = np.empty(like.registers.shape, object)
-    for i in np.ndindex(registers.shape):
-        registers[i] = one(like.registers[i], *(o.registers[i] for o in others))
-    return mgpu.FragmentedArray(
-        _registers=registers, _layout=layout.to_mgpu(), _is_signed=signed
-    )
-
-
-def _i32() -> Any:
-    return ir.IntegerType.get_signless(32)
-
-
-def _const(value: int) -> Any:
-    return arith.constant(_i32(), value)
-
-
-def _zero() -> Any:
-    return arith.constant(ir.F32Type.get(), 0.0)
-
-
-def _as_index(value: Any) -> Any:
-    return arith.index_castui(ir.IndexType.get(), value)
-
-
-def _lane() -> Any:
-    return arith.remui(mgpu.utils.thread_idx(), _const(LANES))
-
-
-def _first(register: Any) -> Any:
-    return vector.extract(register, dynamic_position=[], static_position=[0])
-
-
-def _elements(register: Any) -> list[Any]:
-    return [
-        vector.extract(register, dynamic_position=[], static_position=[i])
-        for i in range(2)
-    ]
-
-
-def _vector(elements: list[Any]) -> Any:
-    joined = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
-    for i, element in enumerate(elements):
-        joined = vector.insert(
-            element, joined, dynamic_position=[], static_position=[i]
-        )
-    return joined
-
-
-def _pairs(registers: Any) -> list[tuple[Any, Any]]:
-    """The upper and the lower register of each tile of 8 columns."""
-    flat = registers.reshape(-1)
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _pointer(ref: Any, row: Any, column: Any) -> Any:
-    """A global pointer to an element of a matrix, computed in 64 bits."""
-    strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
-    element = ir.MemRefType(ref.type).element_type
-    wide = ir.IntegerType.get_signless(64)
-    at = arith.addi(
-        arith.muli(arith.extui(wide, row), arith.constant(wide, strides[0])),
-        arith.extui(wide, column),
-    )
-    # Said to be global: of a pointer of any kind the hardware finds out at each access.
-    base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
-    return mgpu.utils.getelementptr(base, [at], element)
-
-
-def _load_words(ref: Any, row: Any, column: Any, count: int) -> list[Any]:
-    """Loads `count` neighbouring 32-bit words as one access."""
-    kind = ir.VectorType.get((count,), _i32())
-    loaded = llvm.load(kind, _pointer(ref, row, column), alignment=4 * count)
-    return [
-        vector.extract(loaded, dynamic_position=[], static_position=[i])
-        for i in range(count)
-    ]
-
-
-def _own(table: Any) -> Callable[[Any], Any]:
-    """Looks up values of 4 bytes in the lane's own of 32 copies.
-
-    Three instructions: shift, select and join in one, load. For that, the address is
-    computed in bytes, and the lane is read from its register: of `thread % 32` the
-    compiler would join the remainder instead, which takes one more for every lookup.
+    Returns:
+      `x` with its columns rearranged.
     """
-    element = ir.MemRefType(table.type).element_type
-    byte = ir.IntegerType.get_signless(8)
-    lane = arith.muli(nvvm.read_ptx_sreg_laneid(), _const(4))
-    start = mgpu.utils.memref_ptr(table)
-
-    def look_up(index: Any) -> Any:
-        at = arith.ori(arith.muli(index, _const(4 * LANES)), lane)
-        at = arith.extui(ir.IntegerType.get_signless(64), at)
-        return llvm.load(element, mgpu.utils.getelementptr(start, [at], byte))
-
-    return look_up
+    rows, width = x.shape
+    x = x.reshape(rows, width // BLOCK, 4, 4, 2, 2)
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(rows, width)
 
 
-def _pair(own: Callable[[Any], Any], word: Any, shift: int) -> Any:
-    """The two values of byte `shift / 8` of a word."""
-    return own(arith.andi(arith.shrui(word, _const(shift)), _const(0xFF)))
+def decoded(
+    codes: Any, scales: Any, table: Any, dtype: DTypeLike, *, interpret: bool
+) -> jax.Array:
+    """Decodes a tile of 64 rows and one block as the left operand of `wgmma`.
 
+    Every byte of codes is looked up as the pair of values it stands for, multiplied
+    with the scale of its row and rounded once. The columns come in `operand_order`,
+    which the right operand has to follow.
 
-def _fma(a: Any, b: Any, c: Any) -> Any:
-    return llvm.intr_fma(a, b, c)
+    Args:
+      codes: uint8 [64, 32] in shared memory.
+      scales: float32 [64] in shared memory, the rows' scales of this block.
+      table: float32 [256 * 16 * 2] in shared memory: the pair for each byte, 16 copies
+        of each.
+      dtype: of the result, bfloat16 or float16.
+      interpret: whether the interpreter runs the kernel.
 
+    Returns:
+      The weights [64, 64] in the layout `plgpu.Layout.WGMMA`.
+    """
+    if interpret:
+        pairs = table[...].reshape(256, PAIR_COPIES, 2)[:, 0]
+        weight = pairs[codes[...].astype(jnp.int32)].reshape(ROWS, BLOCK)
+        return operand_order((weight * scales[...][:, None]).astype(dtype))
+    layout = plgpu.Layout.WGMMA
 
-def _mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:
-    """One `mma.sync.m16n8k16`: 4 sums, 4 registers of the left, 2 of the right."""
-    f32 = ir.F32Type.get()
-    result: Any = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * 4),
-        [*left, *right, *sums],
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        has_side_effects=False,
+    @inline.code(
+        arg_types=(plgpu.RefType(),) * 3,
+        return_type=inline.result((ROWS, BLOCK), dtype, layout),
     )
-    return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+    def decode(ctx: Any, codes: Any, scales: Any, table: Any) -> Any:
+        del ctx
+        rows, quad = inline.place()
+        column = arith.muli(quad, inline.const(8))
+        words = [inline.load_words(codes, r, column, 2, shared=True) for r in rows]
+        scale = [memref.load(scales, [inline.as_index(r)]) for r in rows]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        own = inline.own(table, pair)
+        kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        flat = []
+        for byte in range(8):
+            for half in range(2):
+                found = inline.elements(
+                    inline.pair(own, words[half][byte // 4], 8 * (byte % 4))
+                )
+                value = inline.joined([arith.mulf(v, scale[half]) for v in found])
+                flat.append(arith.truncf(kind, value))
+        registers = np.empty(len(flat), object)
+        registers[:] = flat
+        whole = mgpu.FragmentedArray.splat(
+            arith.constant(kind.element_type, 0.0), (ROWS, BLOCK), layout.to_mgpu()
+        )
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(whole.registers.shape),
+            _layout=layout.to_mgpu(),
+            _is_signed=None,
+        )
+
+    return decode(codes, scales, table)
+
+
+def store_transposed(ref: Any, x: jax.Array, *, interpret: bool) -> None:
+    """Stores the accumulator of `wgmma` as its transpose, and waits for nobody.
+
+    Each access of a warp covers 8 neighbouring elements in 4 rows: in 32 bits, whole
+    sectors of memory.
+
+    Args:
+      ref: [n, 64] in global memory.
+      x: float32 [64, n] in the layout `plgpu.Layout.WGMMA`; rounded to the dtype of
+        `ref`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        ref[...] = x.T.astype(ref.dtype)
+        return
+    name = jnp.dtype(ref.dtype)
+
+    @inline.code(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        rows, quad = inline.place()
+        column = arith.muli(quad, inline.const(2))
+        kind = mgpu.utils.dtype_to_ir_type(name)
+        for tile, pair in enumerate(inline.pairs(x.registers)):
+            for half, register in enumerate(pair):
+                for i, value in enumerate(inline.elements(register)):
+                    if name.itemsize == 2:
+                        value = arith.truncf(kind, value)
+                    at = arith.addi(column, inline.const(8 * tile + i))
+                    to = inline.pointer(ref, at, rows[half])
+                    llvm.store(value, to, alignment=name.itemsize)
+
+    write(ref, x)

@@ -107,6 +107,14 @@ IMPLEMENTATIONS = ("xla", "pallas", "interpret")
 interpreter, slowly and anywhere, for tests."""
 
 
+class Unavailable(ValueError):
+    """An implementation was asked for that cannot be had; `reason` says why."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def nf4_dequantize(
     codes: Array,
     absmax: Array,
@@ -171,7 +179,9 @@ def nf4_matmul(
     "pallas" multiplies few rows of bfloat16 or float16 straight from the packed bytes,
     which rounds the 16 table values instead of the weights, and dequantizes with its
     kernel for more. How many are few was measured for each shape and kind of device
-    (`tuned`); without a measurement it is `FUSED_ROWS`.
+    (`tuned`); without a measurement it is `FUSED_ROWS`. Where a measurement found that
+    `nf4_wgmma` is faster for a middle range of rows, those go to it, with the weights
+    that `nf4_dequantize` would write.
 
     Args:
       x: inputs, features last.
@@ -229,6 +239,11 @@ def jax_has_kernels() -> bool:
 def _device() -> Any:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.devices()[0] if device is None else device
+
+
+def _capability() -> str:
+    # An abstract device does not say; it is compiled for knowingly.
+    return str(getattr(_device(), "compute_capability", "9.0"))
 
 
 @functools.cache
@@ -326,9 +341,10 @@ def _check(
     if chosen in ("pallas", "interpret"):
         refusal = _kernel_refusal(meta)
         if refusal is not None:
-            raise ValueError(
+            raise Unavailable(
+                refusal,
                 f"`{caller}`: implementation={chosen!r} cannot be used here: {refusal} "
-                "Use 'xla', or None for the best that can."
+                "Use 'xla', or None for the best that can.",
             )
 
 
@@ -347,8 +363,7 @@ def _kernel_refusal(meta: _Meta) -> str | None:
         device = _device()
         if device.platform not in ("gpu", "cuda"):
             return f"they need an NVIDIA GPU, and this is a {device.platform}."
-        # An abstract device does not say; it is compiled for knowingly.
-        capability = str(getattr(device, "compute_capability", "9.0"))
+        capability = _capability()
         if not capability[:1].isdigit() or float(capability) < 8.0:
             return (
                 "they need an NVIDIA GPU of compute capability 8.0 or newer, and this "
@@ -394,6 +409,35 @@ def _fused(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
     from pallas_kernels import nf4_gpu
 
     return nf4_gpu.split_for(meta.shape, rows) is not None
+
+
+def _middle(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
+    """Whether so many rows go to `nf4_wgmma`: where it was measured to be fastest."""
+    if meta.implementation == "xla" or dtype.itemsize != 2:
+        return False
+    first, last = _measured(meta, "wgmma_rows") or (1, 0)
+    return first <= rows <= last
+
+
+def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
+    if meta.implementation != "interpret" and not _capability().startswith("9."):
+        reason = (
+            "`nf4_wgmma` needs a GPU of compute capability 9 (Hopper), and this one "
+            f"has {_capability()}; take `wgmma_rows` out of the data measured for "
+            f"{device_kind()!r}."
+        )
+        raise Unavailable(reason, f"`nf4_matmul`: {reason}")
+    from pallas_kernels import nf4_wgmma
+
+    choice = _tuning(meta, "wgmma", x.shape[0])
+    return nf4_wgmma.middle_product(
+        x,
+        _stacked(packed),
+        shape=meta.shape,
+        dtype=meta.out_dtype or x.dtype,
+        tiling=nf4_wgmma.Tiling(**choice) if choice else None,
+        interpret=_interpreter(meta),
+    )
 
 
 def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
@@ -458,6 +502,9 @@ def _dequantize(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(meta: _Meta, x: Array, packed: _Packed) -> Array:
     rows = x.size // x.shape[-1]
+    if _middle(meta, rows, x.dtype):
+        y = _on_wgmma(meta, x.reshape(rows, -1), packed)
+        return y.reshape(*x.shape[:-1], meta.shape[0])
     if _fused(meta, rows, x.dtype):
         from pallas_kernels import nf4_gpu
 

@@ -103,12 +103,13 @@ def dequantize(
     steps = next(s for s in range(min(steps, tiles), 0, -1) if tiles % s == 0)
     nested = packed.nested is not None
     table = np.repeat(_CODE, LANES)
+    interpreted = bool(interpret)
 
     def body(layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
         levels: Any = rest[:3] if nested else ()
         rest = rest[len(levels) :]
         table, out, table_s, *quant_map_s = rest
-        number = _existing(layer[0], codes.shape[0])
+        number = existing(layer[0], codes.shape[0])
         first = jax.lax.axis_index("block") * steps
         table_s[...] = mosaic.load(table, 4)
         if nested:
@@ -121,9 +122,9 @@ def dequantize(
             kind = jnp.int32 if nested else jnp.float32
             # Eight words hold the 64 weights that share a scale.
             scale = mosaic.gather(
-                absmax.at[number], word >> 3, kind, interpret=bool(interpret)
+                absmax.at[number], word >> 3, kind, interpret=interpreted
             )
-            return mosaic.as_words(raw, interpret=bool(interpret)), scale
+            return mosaic.as_words(raw, interpret=interpreted), scale
 
         def step(i: Any, fetched: tuple[jax.Array, jax.Array]) -> Any:
             # Past the end the last tile is fetched again, and not used.
@@ -133,7 +134,7 @@ def dequantize(
                 # A tile never straddles two groups: both are powers of two.
                 group = (first + i) * (tile // BLOCK) // 256
                 scale = mosaic.gather(
-                    quant_map_s[0], scale, jnp.float32, interpret=bool(interpret)
+                    quant_map_s[0], scale, jnp.float32, interpret=interpreted
                 )
                 scale = _absmax(scale, levels[0][number, group], levels[1][number])
             values = []
@@ -145,17 +146,17 @@ def dequantize(
                     table_s,
                     code,
                     jnp.float32,
-                    interpret=bool(interpret),
+                    interpret=interpreted,
                     copies=LANES,
                 )
                 values.append(value * scale)
-            weights = mosaic.interleave(values, interpret=bool(interpret))
+            weights = mosaic.interleave(values, interpret=interpreted)
             # An assignment would have the threads wait for each other, twice a tile.
             mosaic.store(
                 out.at[pl.ds((first + i) * tile, tile)],
                 weights.astype(out.dtype),
                 mosaic.strided((tile,), 8),
-                interpret=bool(interpret),
+                interpret=interpreted,
             )
             return following
 
@@ -164,7 +165,7 @@ def dequantize(
     scratch = [plgpu.SMEM((16 * LANES,), jnp.float32)]
     if nested:
         scratch.append(plgpu.SMEM((256,), jnp.float32))
-    run = _kernel(
+    run = kernel(
         body,
         jax.ShapeDtypeStruct((size,), dtype),
         scratch,
@@ -312,12 +313,13 @@ def product(
         )
     nested = packed.nested is not None
     share = 256 * LANES // groups
+    interpreted = bool(interpret)
 
     def body(x: Any, layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
         levels: Any = rest[:3] if nested else ()
         rest = rest[len(levels) :]
         table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = rest
-        number = _existing(layer[0], codes.shape[0])
+        number = existing(layer[0], codes.shape[0])
         tile = jax.lax.axis_index("tile")
         part = jax.lax.axis_index("part")
         group = jax.lax.axis_index("group")
@@ -329,7 +331,7 @@ def product(
                 number, pl.ds(tile * ROWS, ROWS), pl.ds(block * 32, count * 32)
             ]
 
-        mosaic.prefetch(weights(first, each), interpret=bool(interpret))
+        mosaic.prefetch(weights(first, each), interpret=interpreted)
         mine = pl.ds(group * share, share)
         table_s[mine] = mosaic.load(table.at[mine], 4)
         if nested:
@@ -337,25 +339,10 @@ def product(
         where = (ROWS, each)
         index = (tile * ROWS + mosaic.iota(where, 0)) * blocks
         index = index + (first + mosaic.iota(where, 1))
-        if nested:
-            code = mosaic.gather(
-                absmax.at[number], index, jnp.int32, interpret=bool(interpret)
-            )
-            scale = mosaic.gather(
-                quant_map_s[0].at[group],
-                code,
-                jnp.float32,
-                interpret=bool(interpret),
-            )
-            above = mosaic.gather(
-                levels[0].at[number], index >> 8, jnp.float32, interpret=bool(interpret)
-            )
-            scale = _absmax(scale, above, levels[1][number])
-        else:
-            scale = mosaic.gather(
-                absmax.at[number], index, jnp.float32, interpret=bool(interpret)
-            )
-        scales_s[group] = scale
+        map_s = quant_map_s[0].at[group] if nested else None
+        scales_s[group] = block_scales(
+            absmax, levels, map_s, number, index, interpret=interpreted
+        )
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
 
@@ -366,13 +353,13 @@ def product(
                 x.at[:, pl.ds((first + i * chunk) * BLOCK, chunk * BLOCK)],
                 scales_s.at[group, :, pl.ds(i * chunk, chunk)],
                 table_s,
-                interpret=bool(interpret),
+                interpret=interpreted,
             )
 
         layout = mosaic.accumulator(rows)
         sums = plgpu.layout_cast(jnp.zeros((ROWS, rows), jnp.float32), layout)
         sums = jax.lax.fori_loop(0, each // chunk, step, sums)
-        mosaic.store(sums_s.at[group], sums, layout, interpret=bool(interpret))
+        mosaic.store(sums_s.at[group], sums, layout, interpret=interpreted)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
@@ -392,7 +379,7 @@ def product(
     ]
     if nested:
         scratch.append(plgpu.SMEM((groups, 256), jnp.float32))
-    run = _kernel(
+    run = kernel(
         body,
         jax.ShapeDtypeStruct((parts, out_features, rows), jnp.float32),
         scratch,
@@ -411,7 +398,7 @@ def interpreter() -> Any:
     return params.InterpretGPUParams(detect_races=True)
 
 
-def _kernel(
+def kernel(
     body: Any,
     out: Any,
     scratch: list[Any],
@@ -420,6 +407,7 @@ def _kernel(
     interpret: Any,
     threads: int | None = None,
 ) -> Any:
+    """A kernel that stores `out`, on a grid of blocks of `threads` warpgroups."""
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     if threads is not None:
         settings |= {"num_threads": threads, "thread_name": "group"}
@@ -436,7 +424,38 @@ def _kernel(
     )
 
 
-def _existing(layer: Any, layers: int) -> Any:
+def block_scales(
+    absmax: Any,
+    levels: tuple[Any, ...],
+    quant_map: Any,
+    number: Any,
+    index: jax.Array,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Reads block scales within a kernel, and decodes those of 8 bits.
+
+    Args:
+      absmax: [L, N/64] in global memory.
+      levels: scales, offset and table of double quantization, in global memory; or ().
+      quant_map: float32 [256] in shared memory, the layer's table, with `levels`.
+      number: the layer.
+      index: int32, which of the layer's blocks; in the layout `mosaic.strided`.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      float32 scales, in the shape and layout of `index`.
+    """
+    gather = functools.partial(mosaic.gather, interpret=interpret)
+    if not levels:
+        return gather(absmax.at[number], index, jnp.float32)
+    value = gather(quant_map, gather(absmax.at[number], index, jnp.int32), jnp.float32)
+    above = gather(levels[0].at[number], index >> 8, jnp.float32)
+    return _absmax(value, above, levels[1][number])
+
+
+def existing(layer: Any, layers: int) -> Any:
+    """The layer, or the nearest that exists."""
     # In the kernel: outside, a kernel of its own would clip one number.
     return jnp.minimum(jnp.maximum(layer, 0), layers - 1)
 

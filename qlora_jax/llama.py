@@ -241,10 +241,15 @@ class Block(nn.Module):
         eps = self.config.rms_norm_eps
         if cached is not None and layer is not None:
             cached = (*cached, layer)
-        h = RMSNorm(eps, name="input_layernorm")(x)
-        h, kv = attention(config=self.config, compute=self.compute, name="self_attn")(
-            h, rope, segments, kv, cached
+        self_attn = attention(
+            config=self.config, compute=self.compute, name="self_attn"
         )
+        norm = RMSNorm(eps, name="input_layernorm")
+        if self.compute.remat == "offload" and type(self_attn) is Attention:
+            norm = norm.function(x.shape[-1])
+            h, kv = self_attn(x, rope, segments, kv, cached, norm)
+        else:
+            h, kv = self_attn(norm(x), rope, segments, kv, cached)
         x = x + h
         norm = RMSNorm(eps, name="post_attention_layernorm")
         chunks = 1
@@ -271,6 +276,7 @@ class Attention(nn.Module):
         segments: Int[Array, "B T"] | None,
         kv: tuple[Array, Array] | None = None,
         cached: tuple[Array, ...] | None = None,
+        norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Attends within `x`, or to the cache as well.
 
@@ -281,16 +287,25 @@ class Attention(nn.Module):
           kv: keys and values of all layers, [L, B, K, S, H]; None in training.
           cached: segment ids [B, S] of the cache including `x`, slots in use before
             `x`, and the number of this layer.
+          norm: where given, `x` is not normed yet; the backward pass then norms it
+            again rather than hold it normed.
 
         Returns:
           The output, and `kv` with this layer's keys and values of `x` written in.
           A class of yours that calls this one hands `kv` and `cached` on as they are.
         """
         c = self.config
-        q = self.project("q_proj", x, c.num_attention_heads)
-        k = self.project("k_proj", x, c.num_key_value_heads)
-        v = self.project("v_proj", x, c.num_key_value_heads)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q_proj = self.projection("q_proj", x, c.num_attention_heads)
+        k_proj = self.projection("k_proj", x, c.num_key_value_heads)
+        v_proj = self.projection("v_proj", x, c.num_key_value_heads)
+
+        def project(x: Array) -> tuple[Array, Array, Array]:
+            x = x if norm is None else norm(x)
+            return rotate(q_proj(x), rope), rotate(k_proj(x), rope), v_proj(x)
+
+        if norm is not None:
+            project = jax.checkpoint(project, policy=_POLICIES["full"])
+        q, k, v = project(x)
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
                 all_segments, start, layer = cached
@@ -325,19 +340,24 @@ class Attention(nn.Module):
         )(out)
         return out, kv
 
-    def project(
+    def projection(
         self, name: str, x: Float[Array, "B T D"], heads: int
-    ) -> Float[Array, "B T N H"]:
-        """Applies the projection `name` and splits its output into heads."""
+    ) -> Callable[[Array], Float[Array, "B T N H"]]:
+        """The projection `name` of inputs like `x`, its output split into heads."""
         c = self.config
-        y = Linear(
+        layer = Linear(
             heads * c.head_dim,
             self.compute,
             use_bias=c.attention_bias,
             initializer_range=c.initializer_range,
             name=name,
-        )(x)
-        return y.reshape(*x.shape[:2], heads, c.head_dim)
+        ).function(x.shape[-1])
+
+        def project(x: Array) -> Array:
+            with jax.named_scope(name):
+                return layer(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        return project
 
 
 class MLP(nn.Module):

@@ -22,7 +22,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from pallas_kernels.nf4 import NF4_CODE, Nested, nf4_dequantize, nf4_matmul
+from pallas_kernels.nf4 import (
+    NF4_CODE,
+    Nested,
+    Unavailable,
+    nf4_dequantize,
+    nf4_matmul,
+)
 from qlora_jax.errors import UserError
 
 BLOCK_SIZE = 64
@@ -188,11 +194,10 @@ def matmul(
             layer=tensor.layer,
             implementation=implementation,
         )
-    except ValueError as error:
-        if implementation != "pallas":
-            raise
+    except Unavailable as error:
         raise UserError(
-            f"kernels='pallas' cannot be used here: {error} Use 'auto' or 'xla'."
+            f"kernels={implementation!r} cannot be used here: {error.reason} "
+            "Use 'auto' or 'xla'."
         ) from error
 
 

@@ -44,15 +44,13 @@ def place_base(
     Returns:
       The tree as jax arrays.
     """
-    host = [("lm_head",)] if lm_head == "host" else []
-    if embed_tokens == "host":
-        host.append(("model", "embed_tokens"))
+    places = {("model", "embed_tokens"): embed_tokens, ("lm_head",): lm_head}
 
     def move(tree: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in tree.items():
             here = (*path, name)
-            if here in host:
+            if places.get(here) == "host":
                 out[name] = jax.device_put(value, jax.memory.Space.Host)
             elif isinstance(value, Mapping):
                 out[name] = move(value, here)

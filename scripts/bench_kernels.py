@@ -10,8 +10,10 @@ a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient 
 projections of all layers in one program ("pass"); and two ceilings, a device copy and a
 large bf16 product. Each by "xla" and by the kernels, which multiply in two ways: here
 "pallas" is to write the weight out and leave the product to XLA, "fused" (few rows) is
-never to write it. With `--peer-python` (torch and bitsandbytes on the same GPU)
-bitsandbytes beside them.
+never to write it. `--tune` adds the settings of the kernels, and a third way to
+multiply, "wgmma" (tens to hundreds of rows, Hopper only): it is used where it turns out
+the fastest, and nowhere else. With `--peer-python` (torch and bitsandbytes on the same
+GPU) bitsandbytes beside them.
 
 How a time is taken: scripts/time_kernels.py, which does it in a process of its own. A
 kernel that takes its process down, or does not end, costs its own row. GB/s counts the
@@ -49,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 from convert.output import write_text
 from pallas_kernels.nf4 import device_slug
-from pallas_kernels.shapes import MODELS, ROWS, distinct, packed_bytes
+from pallas_kernels.shapes import MIDDLE_ROWS, MODELS, ROWS, distinct, packed_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("dequantize", "matmul", "backward")
@@ -61,6 +63,7 @@ ROTATED_BYTES = 512 << 20
 MARGIN = 1.02
 BACKWARD_ROWS = (2048, 8192)
 TUNED_ROWS = (1, 16)
+WGMMA_ROWS = (FEW_ROWS, *MIDDLE_ROWS, 1024)
 # A kernel that has not been compiled, compared and timed by then hangs (seconds).
 LONGEST_ROW = 180.0
 METHOD = (
@@ -78,7 +81,7 @@ class Task:
     kind: str
     """Of `KINDS`."""
     implementation: str
-    """"xla", "pallas", "fused" or, of the peer, "bitsandbytes"."""
+    """"xla", "pallas", "fused", "wgmma" or, of the peer, "bitsandbytes"."""
     shape: tuple[int, int] | None
     """(O, I); None = a pass, all projections of all layers of `model`."""
     rows: int = 0
@@ -173,18 +176,22 @@ def tasks(
 def tunable_tasks(models: Sequence[str], kinds: Sequence[str]) -> list[Task]:
     """Lists the settings of the kernels that can be tried."""
     try:
-        from pallas_kernels.nf4_gpu import candidates
+        from pallas_kernels import nf4_gpu, nf4_wgmma
     except ImportError:  # jax without the Pallas that the kernels need
         return []
+    tried: list[tuple[str, str, int, Callable[..., list[dict]]]] = [
+        ("dequantize", "pallas", 0, partial(nf4_gpu.candidates, "dequantize"))
+    ]
+    for rows in TUNED_ROWS:
+        tried.append(("matmul", "fused", rows, partial(nf4_gpu.candidates, "matmul")))
+    for rows in WGMMA_ROWS:
+        tried.append(("matmul", "wgmma", rows, nf4_wgmma.candidates))
     return [
         Task(kind, one, shape, rows, tuning=tuple(choice.items()))
-        for kind, one, rows in (
-            ("dequantize", "pallas", 0),
-            *(("matmul", "fused", rows) for rows in TUNED_ROWS),
-        )
+        for kind, one, rows, candidates in tried
         if kind in kinds
         for shape in distinct(tuple(models))
-        for choice in candidates(kind, shape, rows)
+        for choice in candidates(shape, rows)
     ]
 
 
@@ -364,7 +371,9 @@ def choices(result: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       device, jax; fused_rows: "OxI" -> the most rows for which "fused" was the fastest
-      at every measured number of rows up to it, 0 if not at the fewest;
+      at every measured number of rows up to it, 0 if not at the fewest; wgmma_rows:
+      "OxI" -> the first and the last of the neighbouring numbers of rows for which
+      "wgmma" was, absent where for none;
       dequantize: "OxI" -> the faster implementation ("xla" where the difference is
       noise); tuning: "kind OxI rows" -> the fastest candidate, where there were any.
     """
@@ -379,14 +388,15 @@ def choices(result: dict[str, Any]) -> dict[str, Any]:
             one["device_us"],
         )
         if one["tuning"]:
-            key = f"{one['kind']} {shape} {rows}"
+            kind = "wgmma" if one["implementation"] == "wgmma" else one["kind"]
+            key = f"{kind} {shape} {rows}"
             if key not in fastest or us < fastest[key][0]:
                 fastest[key] = us, one["tuning"]
         else:
             both = times.setdefault((one["kind"], shape, rows), {})
             both[one["implementation"]] = us
-    out: dict[str, Any] = {"fused_rows": {}, "dequantize": {}}
-    lost = set()
+    out: dict[str, Any] = {"fused_rows": {}, "wgmma_rows": {}, "dequantize": {}}
+    lost, passed = set(), set()
     for (kind, shape, rows), both in sorted(times.items()):
         if kind == "dequantize" and {"xla", "pallas"} <= set(both):
             wins = both["pallas"] * MARGIN < both["xla"]
@@ -398,6 +408,12 @@ def choices(result: dict[str, Any]) -> dict[str, Any]:
                 lost.add(shape)
             elif shape not in lost:
                 out["fused_rows"][shape] = rows
+        tried = fastest.get(f"wgmma {shape} {rows}")
+        if kind == "matmul" and tried is not None and shape not in passed:
+            if tried[0] * MARGIN < min(both.values()):
+                out["wgmma_rows"].setdefault(shape, [rows, rows])[1] = rows
+            elif shape in out["wgmma_rows"]:
+                passed.add(shape)
     if fastest:
         out["tuning"] = {key: tuning for key, (_, tuning) in fastest.items()}
     return {"device": result["device"], "jax": result["machine"]["jax"], **out}
@@ -450,6 +466,12 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", "Rows up to which the fused product is the fastest: "]
         lines[-1] += ", ".join(
             f"{shape} {rows}" for shape, rows in chosen["fused_rows"].items()
+        )
+    if chosen["wgmma_rows"]:
+        lines += ["", "Rows for which `nf4_wgmma` is the fastest: "]
+        lines[-1] += ", ".join(
+            f"{shape} {first} to {last}"
+            for shape, (first, last) in chosen["wgmma_rows"].items()
         )
     for name, found in (
         ("Failed", [f"{k}: {v}" for k, v in result["failures"].items()]),

@@ -207,17 +207,23 @@ def random_weight(
 
 @contextlib.contextmanager
 def as_if_measured(
-    kind: str, shape: Shape, fused: int, rows: int, tuning: dict[str, int] | None
+    kind: str, shape: Shape, one: str, rows: int, tuning: dict[str, int] | None
 ) -> Iterator[None]:
     """Says, while a program is traced, what "pallas" is to choose for a shape.
 
-    Up to how many rows it is fused, and with which settings: which is what is to be
-    measured here, whatever was measured before.
+    Which of its ways to multiply so many rows ("fused", "wgmma", or neither), and with
+    which settings: which is what is to be measured here, whatever was measured before.
     """
     before = kernels.tuned
     name = f"{shape[0]}x{shape[1]}"
+    kind = "wgmma" if one == "wgmma" else kind
     choices = {f"{kind} {name} {rows}": tuning} if tuning else {}
-    kernels.tuned = lambda _: {"fused_rows": {name: fused}, "tuning": choices}
+    measured = {
+        "fused_rows": {name: rows if one == "fused" else 0},
+        "wgmma_rows": {name: [rows, rows]} if one == "wgmma" else {},
+        "tuning": choices,
+    }
+    kernels.tuned = lambda _: measured
     try:
         yield
     finally:
@@ -232,25 +238,23 @@ def operation(
     one = request["implementation"]
     named: dict[str, Any] = {
         "shape": shape,
-        "implementation": "pallas" if one == "fused" else one,
+        "implementation": "pallas" if one in ("fused", "wgmma") else one,
     }
     tuning = request.get("tuning")
 
     def dequantize(layer: Any, operand: Any, packed: Any) -> jax.Array:
         del operand
-        with as_if_measured("dequantize", shape, 0, 0, tuning):
+        with as_if_measured("dequantize", shape, "", 0, tuning):
             return nf4_dequantize(*packed, dtype=jnp.bfloat16, layer=layer, **named)
 
     def matmul(layer: Any, x: Any, packed: Any) -> jax.Array:
-        rows = x.shape[0]
-        fused = rows if one == "fused" else 0
-        with as_if_measured("matmul", shape, fused, rows, tuning):
+        with as_if_measured("matmul", shape, one, x.shape[0], tuning):
             return nf4_matmul(x, *packed, layer=layer, **named)
 
     def backward(layer: Any, dy: Any, packed: Any) -> jax.Array:
         # Linear in x: the forward product is not needed, and not computed.
         x = jnp.zeros((dy.shape[0], shape[1]), dy.dtype)
-        with as_if_measured("backward", shape, 0, 0, None):
+        with as_if_measured("backward", shape, "", 0, None):
             (dx,) = jax.vjp(lambda x: matmul(layer, x, packed), x)[1](dy)
         return dx
 

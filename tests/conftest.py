@@ -5,10 +5,11 @@ Strict by default: dtype promotion and rank promotion raise, warnings are errors
 JAX_PLATFORMS asks for one, no compilation cache from an earlier run.
 """
 
+import gc
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,83 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+
+# What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
+# left alone with it at the end. Nothing but time depends on this list.
+LONG = (
+    "test_runner_adapters.py",
+    "test_train.py",
+    "convert/test_fuzz.py",
+    "test_runner.py",
+    "test_golden.py",
+    "test_custom_modules.py",
+    "scripts/test_demo.py",
+    "scripts/test_bench_gpu.py",
+    "test_lora.py",
+    "test_generate.py",
+    "test_adapters.py",
+    "test_llama.py",
+    "scripts/test_train_qlora.py",
+    "scripts/test_custom_attention.py",
+)
+# Folders whose programs are for a GPU, or whose outputs are compared with another
+# library's side by side: they compile as users do.
+AS_USERS = ("compile", "pallas_kernels", "peer")
+QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 Tensors = dict[str, np.ndarray]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files of `LONG` first."""
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
+
+
+def _optimize(wanted: bool) -> None:
+    """Sets what XLA does to a program, here and in the processes a test starts."""
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    os.environ[QUICK] = str(not wanted)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves out XLA's costly passes: compiling is most of the time of the tests.
+
+    No operation is added, left out or rounded otherwise; the code of each is slower.
+    `optimized` asks for the passes in a module, and
+    `JAX_DISABLE_MOST_OPTIMIZATIONS=false` on the command line in all of them.
+    """
+    folder = request.path.relative_to(TESTS).parts[0]
+    on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
+    if QUICK in os.environ or folder in AS_USERS or not on_cpu:
+        yield
+        return
+    _optimize(False)
+    yield
+    _optimize(True)
+    del os.environ[QUICK]
+
+
+@pytest.fixture(scope="module")
+def optimized(compile_quickly: None) -> Iterator[None]:
+    """Compiles the programs of a module, and of its processes, as users do."""
+    before = not jax.config.read("jax_disable_most_optimizations")
+    _optimize(True)
+    jax.clear_caches()  # what another module compiled quickly
+    yield
+    _optimize(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settle() -> Iterator[None]:
+    """Takes what a module leaves behind, compiled programs most of all, off the
+    collector's hands: looking through it again and again costs minutes.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

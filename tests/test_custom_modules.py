@@ -20,7 +20,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import parameter_report
 from qlora_jax.model import load
-from qlora_jax.runfile import CheckpointConfig, ModelConfig, RunConfig
+from qlora_jax.runfile import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
@@ -61,7 +61,7 @@ LORA = LoraConfig(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gated(llama_dir):
     """(model, base) with the gate's weights drawn."""
     config, base = convert.load_llama(llama_dir, quantization="nf4")
@@ -71,14 +71,26 @@ def gated(llama_dir):
     return add_parameters(model, base, jax.random.key(7))
 
 
-def adapted(base, lora=LORA, steps=0, model=None):
-    """Adapters with every value random, or trained for some steps."""
+def adapted(base, lora=LORA):
+    """Adapters with every value random."""
     adapters = init_adapters(jax.random.key(0), base, lora)
-    if not steps:
-        keys = iter(jax.random.split(jax.random.key(1), 99))
-        return jax.tree.map(
-            lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), adapters
-        )
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), adapters
+    )
+
+
+@pytest.fixture(scope="module")
+def moved(gated):
+    """Random adapters of the gated model, and their logits."""
+    model, base = gated
+    adapters = adapted(base)
+    return adapters, logits(model, base, adapters)
+
+
+def trained(model, base, lora=LORA, *, steps):
+    """Adapters after some steps, and the metrics of the last."""
+    adapters = init_adapters(jax.random.key(0), base, lora)
     settings = TrainConfig(steps=steps, learning_rate=1e-2)
     optimizer = make_optimizer(settings, steps)
     state = init_state(adapters, optimizer, jax.random.key(2))
@@ -89,9 +101,13 @@ def adapted(base, lora=LORA, steps=0, model=None):
     return state.adapters, metrics
 
 
+@partial(jax.jit, static_argnames="model")
+def apply(model, base, bound, **keywords):
+    return model.apply({"params": base, "lora": bound}, TOKENS, **keywords)
+
+
 def logits(model, base, adapters, lora=LORA):
-    bound = bind(adapters, base, lora)
-    return model.apply({"params": base, "lora": bound}, TOKENS)
+    return apply(model, base, bind(adapters, base, lora))
 
 
 def test_parameters_are_drawn_once_and_declared(llama_dir, gated):
@@ -127,9 +143,9 @@ def test_its_own_rank_and_alpha(gated):
     np.testing.assert_array_equal(bound["q_proj"]["scaling"], [2.0, 2.0])
 
 
-def test_the_update_is_that_of_the_formula(gated):
+def test_the_update_is_that_of_the_formula(gated, moved):
     model, base = gated
-    adapters = adapted(base)
+    adapters, got = moved
     node = adapters["model"]["layers"]["self_attn"]["gate_attn"]
     folded = jax.tree.map(lambda a: a, base)
     gate = folded["model"]["layers"]["self_attn"]["gate_attn"]
@@ -140,12 +156,12 @@ def test_the_update_is_that_of_the_formula(gated):
     zeros = jax.tree.map(jnp.zeros_like, node)
     rest["model"]["layers"]["self_attn"]["gate_attn"] = zeros
     expected = logits(model, folded, rest)
-    np.testing.assert_allclose(logits(model, base, adapters), expected, atol=1e-5)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
     model, base = gated
-    adapters, metrics = adapted(base, steps=3, model=model)
+    adapters, metrics = trained(model, base, steps=3)
     assert bool(metrics["finite"])
     moved = adapters["model"]["layers"]["self_attn"]["gate_attn"]["lora_B"]
     assert float(jnp.abs(moved).max()) > 0
@@ -163,8 +179,10 @@ def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
     expected = logits(model, base, adapters)
     np.testing.assert_allclose(again.logits(TOKENS), expected, atol=1e-6)
     # Generation goes through the same module, cache and all.
-    rows = again.module.apply(
-        again.variables, TOKENS, attention_mask=jnp.ones_like(TOKENS)
+    variables = again.variables
+    mask = jnp.ones_like(TOKENS)
+    rows = apply(
+        again.module, variables["params"], variables["lora"], attention_mask=mask
     )
     np.testing.assert_allclose(rows, expected, atol=1e-6)
     # The class forgotten: not silently another model.
@@ -172,9 +190,9 @@ def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
         load(tmp_path / "adapter", dtype="float32")
 
 
-def test_merged(gated, tmp_path):
+def test_merged(gated, moved, tmp_path):
     model, base = gated
-    adapters = adapted(base)
+    adapters, expected = moved
     convert.save_llama(tmp_path / "base", model.config, jax.device_get(base))
     convert.save_adapter(
         tmp_path / "adapter", LORA, jax.device_get(adapters), model.config
@@ -188,7 +206,6 @@ def test_merged(gated, tmp_path):
         dtype="float32",
         attention_cls=GatedAttention,
     )
-    expected = logits(model, base, adapters)
     np.testing.assert_allclose(merged.logits(TOKENS), expected, atol=3e-5)
 
 
@@ -243,7 +260,7 @@ def test_a_block_of_ones_own(llama_dir):
     added = set(model.config.extra_tensors)
     assert "model.layers.mlp.bypass.weight" in added
     assert "model.layers.mlp.bypass_norm.weight" in added
-    adapters, metrics = adapted(base, lora, steps=2, model=model)
+    adapters, metrics = trained(model, base, lora, steps=2)
     assert bool(metrics["finite"])
     norm = adapters["model"]["layers"]["mlp"]["bypass_norm"]["weight"]
     assert float(jnp.abs(norm - 1.0).max()) > 0  # norms have a gradient
@@ -277,6 +294,7 @@ def test_a_whole_run_with_it(llama_dir, rows_file, tmp_path):
             r=2, target_modules=("q_proj",), modules_to_save=("gate_attn",)
         ),
         checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(plot=False),
         output_dir=str(tmp_path / "run"),
     )
     report = run(config, attention_cls=GatedAttention)

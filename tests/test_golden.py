@@ -30,7 +30,7 @@ from qlora_jax.train import (
     train_step,
 )
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("optimized")]
 
 LOGITS, LOSS, ADAPTER = 3e-5, 1e-5, 2e-5
 

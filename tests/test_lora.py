@@ -26,16 +26,6 @@ from qlora_jax.lora_init import init_adapters
 from qlora_jax.targets import select
 from qlora_jax.train import loss_sum
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling is most of the time of these tests; this changes no arithmetic."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # --- delta ---
 
 

@@ -28,8 +28,6 @@ CONFIG = LlamaConfig(
     initializer_range=0.1,
 )
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-# Compiling is most of the time these tests take; this changes no arithmetic.
-QUICK = {"xla_backend_optimization_level": 0}
 # The same sums in another order: float32 to a few units of rounding.
 RTOL = 1e-6
 
@@ -71,7 +69,7 @@ def derive(tree, params, rows, *, key=None, lora=LORA, config=CONFIG, **compute)
     """Loss and gradients of one batch."""
     model = Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
     step = jax.value_and_grad(functools.partial(loss_sum, model=model, key=key))
-    return jax.jit(step, compiler_options=QUICK)(tree, params, rows)
+    return jax.jit(step)(tree, params, rows)
 
 
 def same(results, wanted, rtol=RTOL):

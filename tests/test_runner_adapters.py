@@ -1,7 +1,11 @@
 """A run directory with every kind of adapter: trained, saved, loaded, continued."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -67,7 +71,7 @@ def compile_each_program_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(llama_dir, rows_file):
     """A function: directory, LoRA settings -> a run's configuration."""
 
@@ -86,14 +90,59 @@ def make(llama_dir, rows_file):
     return make
 
 
+@dataclasses.dataclass
+class Finished:
+    """A run that was not interrupted."""
+
+    directory: Path
+    config: RunConfig
+    report: dict
+    said: str
+    """What it wrote to stderr, its spaces made single."""
+
+
+@pytest.fixture(scope="module")
+def straight(make, tmp_path_factory):
+    """A function: kind, or "plain" -> its run of four steps; each is run once."""
+
+    @functools.cache
+    def straight(kind: str) -> Finished:
+        directory = tmp_path_factory.mktemp("straight") / "run"
+        config = make(directory, {**KINDS, "plain": {}}[kind], steps=4)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            report = run(config)
+        return Finished(directory, config, report, " ".join(err.getvalue().split()))
+
+    return straight
+
+
+@pytest.fixture(scope="module")
+def stopped(make, tmp_path_factory):
+    """A function: kind, directory -> makes that a run stopped after two steps."""
+
+    @functools.cache
+    def original(kind: str) -> Path:
+        directory = tmp_path_factory.mktemp("stopped") / "run"
+        run(make(directory, KINDS[kind], steps=2))
+        return directory
+
+    return lambda kind, directory: shutil.copytree(original(kind), directory)
+
+
+@pytest.fixture(scope="module")
+def plain(llama_dir):
+    """The logits of the base alone."""
+    return load(llama_dir, dtype="float32").logits(TOKENS)
+
+
 def weights(directory: Path) -> bytes:
     return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_directory_holds_it(kind, make, tmp_path, llama_dir, capsys):
-    config = make(tmp_path / "run", KINDS[kind], steps=2)
-    report = run(config)
+def test_a_run_directory_holds_it(kind, straight, plain, llama_dir, capsys):
+    done = straight(kind)
+    config, report = done.config, done.report
     architecture = LlamaConfig.from_hf(
         json.loads((llama_dir / "config.json").read_text())
     )
@@ -103,7 +152,7 @@ def test_a_run_directory_holds_it(kind, make, tmp_path, llama_dir, capsys):
     assert report["trainable_parameters"] == sum(selection.groups().values())
 
     # What was predicted from the configuration alone, to the byte.
-    lora, _ = open_adapter(tmp_path / "run" / "adapter")
+    lora, _ = open_adapter(done.directory / "adapter")
     assert lora.base_fingerprint == report["base_fingerprint"]
     assert report["adapter_bytes"] == adapter_bytes(architecture, lora)
     saved = dataclasses.replace(config.lora.absorbed, base_fingerprint="0" * 64)
@@ -111,28 +160,25 @@ def test_a_run_directory_holds_it(kind, make, tmp_path, llama_dir, capsys):
 
     # Trained, it is another model; loaded on its base, it is a note less.
     capsys.readouterr()
-    tuned = load(tmp_path / "run")
+    tuned = load(done.directory)
     assert "other weights" not in capsys.readouterr().err
-    plain = load(llama_dir, dtype="float32")
     logits = tuned.logits(TOKENS)
     assert np.isfinite(logits).all()
-    assert float(jnp.abs(logits - plain.logits(TOKENS)).max()) > 1e-3
+    assert float(jnp.abs(logits - plain).max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["dora", "tables", "pissa"])
-def test_stopped_and_continued_it_is_the_same(kind, make, tmp_path):
-    run(make(tmp_path / "straight", KINDS[kind], steps=4))
-    run(make(tmp_path / "parts", KINDS[kind], steps=2))
+def test_stopped_and_continued_it_is_the_same(kind, make, straight, stopped, tmp_path):
+    stopped(kind, tmp_path / "parts")
     run(make(tmp_path / "parts", KINDS[kind], steps=4))
-    assert weights(tmp_path / "parts") == weights(tmp_path / "straight")
+    assert weights(tmp_path / "parts") == weights(straight(kind).directory)
 
 
-def test_what_pissa_took_out_is_kept(make, tmp_path, monkeypatch):
+def test_what_pissa_took_out_is_kept(make, straight, stopped, tmp_path, monkeypatch):
     """A decomposition of another machine may differ; the run goes on with the first."""
     from qlora_jax import runner
 
-    run(make(tmp_path / "straight", KINDS["pissa"], steps=4))
-    run(make(tmp_path / "run", KINDS["pissa"], steps=2))
+    stopped("pissa", tmp_path / "run")
     lora, _ = open_adapter(tmp_path / "run" / "initial_adapter")
     assert lora.r == 4 and open_adapter(tmp_path / "run" / "adapter")[0].r == 8
 
@@ -141,12 +187,11 @@ def test_what_pissa_took_out_is_kept(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "init_adapters", never)
     run(make(tmp_path / "run", KINDS["pissa"], steps=4))
-    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(straight("pissa").directory)
 
 
-def test_pissa_starts_as_the_base(make, tmp_path, llama_dir):
+def test_pissa_starts_as_the_base(make, tmp_path, plain):
     run(make(tmp_path / "run", KINDS["pissa"], steps=1, learning_rate=0.0))
-    plain = load(llama_dir, dtype="float32").logits(TOKENS)
     np.testing.assert_allclose(load(tmp_path / "run").logits(TOKENS), plain, atol=2e-5)
 
 
@@ -169,27 +214,24 @@ def test_all_that_was_trained_is_trained_again(make, tmp_path, capsys):
     assert weights(tmp_path / "two") != weights(tmp_path / "one")
 
 
-def test_tables_that_dominate_are_said_with_the_figure(make, tmp_path, capsys):
-    run(make(tmp_path / "run", KINDS["tables"], steps=1))
-    err = capsys.readouterr().err
+def test_tables_that_dominate_are_said_with_the_figure(straight):
     # 2 tables of 32 x 64, 5 norms of 64, and of q_proj 2 x 4 x 128.
-    assert "make 4,096 of 5,440 trained parameters (75%): 0.02 MB" in " ".join(
-        err.split()
-    )
+    said = "make 4,096 of 5,440 trained parameters (75%): 0.02 MB"
+    assert said in straight("tables").said
 
 
-def test_an_adapter_of_other_weights_is_noted(make, tmp_path, llama_dir, capsys):
-    run(make(tmp_path / "run", {}, steps=1))
+def test_an_adapter_of_other_weights_is_noted(straight, tmp_path, llama_dir, capsys):
+    adapter = straight("plain").directory / "adapter"
     other = convert.load_llama(llama_dir, quantization=None)
     other[1]["model"]["norm"]["weight"] *= np.float32(1.5)
     convert.save_llama(tmp_path / "other", *other)
     capsys.readouterr()
-    load(tmp_path / "other", adapter=tmp_path / "run" / "adapter", dtype="float32")
+    load(tmp_path / "other", adapter=adapter, dtype="float32")
     assert "was trained on a base with other weights" in capsys.readouterr().err
 
 
-def test_inspect_predicts_what_a_run_writes(make, tmp_path, llama_dir, capsys):
-    report = run(make(tmp_path / "run", KINDS["tables"], steps=1))
+def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
+    report = straight("tables").report
     capsys.readouterr()
     options = ["--lora.r", "4", "--lora.target-modules", "q_proj"]
     options += ["--lora.modules-to-save", "embed_tokens", "lm_head", "norm"]
@@ -200,11 +242,10 @@ def test_inspect_predicts_what_a_run_writes(make, tmp_path, llama_dir, capsys):
     assert "embed_tokens and lm_head, trained whole" in counted["warnings"][0]
 
 
-def test_hot_swap(make, tmp_path, llama_dir):
+def test_hot_swap(make, straight, tmp_path):
     """Another adapter of the same shapes: no new program, and the right logits."""
-    run(make(tmp_path / "one", {}, steps=1))
     run(make(tmp_path / "two", {"lora_alpha": 32}, steps=2))
-    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    one, two = load(straight("plain").directory), load(tmp_path / "two")
     expected = two.logits(TOKENS)
     one.logits(TOKENS)
     from qlora_jax import model

@@ -40,9 +40,11 @@ CONFIG = LlamaConfig(
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
 
-# Compiling is most of the time these tests take. This halves it, and changes no
-# arithmetic; `run` below and the stored runs of test_golden.py compile as users do.
-QUICK = {"xla_backend_optimization_level": 0}
+# `run` below and the stored runs of test_golden.py compile as users do.
+AS_USERS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
 
 
 def llama(lora=LORA, config=CONFIG, **compute):
@@ -107,7 +109,6 @@ def step_of(model, optimizer):
     return jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer),
         donate_argnums=0,
-        compiler_options=QUICK,
     )
 
 
@@ -120,7 +121,7 @@ def begin(optimizer=ADAM, tree=None, seed=0):
     return init_state(copied(tree), optimizer, jax.random.key(seed))
 
 
-@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="model")
 def loss_and_gradients(tree, batch, key=None, *, model):
     return jax.value_and_grad(loss_sum)(tree, base(), batch, model=model, key=key)
 
@@ -161,8 +162,10 @@ class Run:
 def run():
     """Eight steps on one batch."""
     model = llama()
-    step = functools.partial(jax.jit, donate_argnums=0)(
-        functools.partial(train_step, model=model, optimizer=ADAM)
+    step = jax.jit(
+        functools.partial(train_step, model=model, optimizer=ADAM),
+        donate_argnums=0,
+        compiler_options=AS_USERS,
     )
     before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
     state = begin()
@@ -222,7 +225,7 @@ def test_the_optimizer_covers_exactly_the_trained_leaves():
 
 
 def test_a_zero_adapter_has_the_loss_of_the_base():
-    evaluate = jax.jit(eval_step, static_argnames="model", compiler_options=QUICK)
+    evaluate = jax.jit(eval_step, static_argnames="model")
     plain = evaluate({}, base(), rows(4), model=llama(None))
     all_equal(plain, evaluate(adapters(trained=False), base(), rows(4), model=llama()))
 
@@ -296,16 +299,12 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
         if lifted:
             monkeypatch.setattr(Compute, "place", lift)
         step = functools.partial(train_step, model=model, optimizer=SGD)
-        lowered = jax.jit(step).lower(state, base(), batch)
-        compiled = lowered.compile(compiler_options=QUICK)
+        traced = jax.jit(step).trace(state, base(), batch)
+        compiled = traced.lower().compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
         after, metrics = compiled(state, base(), batch)
         results.append((after.adapters, metrics))
-        written = [
-            v.aval
-            for loop in loops(jax.make_jaxpr(step)(state, base(), batch).jaxpr)
-            for v in loop.outvars
-        ]
+        written = [v.aval for loop in loops(traced.jaxpr.jaxpr) for v in loop.outvars]
         assert written
         # No packed stack leaves a loop, nor a weight of all layers dequantized.
         assert not [a for a in written if a.dtype == jnp.uint8]
@@ -393,7 +392,7 @@ def test_adapter_gradients_are_those_of_plain_autodiff():
         picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)
         return -jnp.where(targets == IGNORE, 0.0, picked[..., 0]).sum()
 
-    want = jax.jit(jax.grad(loss), compiler_options=QUICK)(tree)
+    want = jax.jit(jax.grad(loss))(tree)
     all_close(got, want, GRADIENT)
 
 
@@ -441,7 +440,7 @@ def test_dropout_changes_from_step_to_step_and_from_micro_batch_to_micro_batch()
 
 
 def test_evaluation_has_no_dropout():
-    evaluate = jax.jit(eval_step, static_argnames="model", compiler_options=QUICK)
+    evaluate = jax.jit(eval_step, static_argnames="model")
     with_dropout = evaluate(adapters(), base(), rows(4), model=llama(DROPOUT))
     all_equal(with_dropout, evaluate(adapters(), base(), rows(4), model=llama()))
 
@@ -737,7 +736,7 @@ def abstract_step(*, hidden, ffn, layers, tokens, remat="full"):
 
 
 def temporary_bytes(lowered):
-    compiled = lowered.compile(compiler_options=QUICK)
+    compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.mosaic import gpu as mosaic_gpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from step_for_gpu import H200
 
-from pallas_kernels import nf4_gpu
+from pallas_kernels import mosaic, nf4_gpu, nf4_wgmma
 
 KEPT = ("ptx", "ptxas", "ll")
 
@@ -88,6 +89,11 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     )
     dtype = jnp.dtype(wanted["dtype"])
     options = wanted["options"]
+    if wanted["kernel"] == "decoded":
+        run = decoded(dtype, **options)
+        scales = array((mosaic.ROWS, 2), jnp.float32)
+        table = array(nf4_wgmma.pair_table().shape, jnp.float32)
+        return jax.jit(run).lower(array(shape, jnp.uint8), scales, table)
     if wanted["kernel"] == "dequantize":
 
         def dequantize(packed: Any) -> jax.Array:
@@ -96,6 +102,15 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
         return jax.jit(dequantize).lower(packed)
 
     rows = wanted["rows"]
+    if wanted["kernel"] == "middle_product":
+
+        def middle(x: jax.Array, packed: Any) -> jax.Array:
+            return nf4_wgmma.middle_product(
+                x, packed, shape=shape, dtype=dtype, **options
+            )
+
+        return jax.jit(middle).lower(array((rows, columns), dtype), packed)
+
     split = options.get("split")
     split = nf4_gpu.Split(*split) if split else nf4_gpu.split_for(shape, rows)
 
@@ -103,6 +118,34 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
         return nf4_gpu.product(x, packed, shape=shape, split=split)
 
     return jax.jit(product).lower(array((rows, columns), dtype), packed)
+
+
+def decoded(dtype: Any, transposed: bool) -> Any:
+    """A kernel that decodes a tile of `middle_product` and writes it as float32.
+
+    With the scales in the second of two columns, as they lie in shared memory: apart.
+    """
+
+    def body(codes: Any, scales: Any, table: Any, out: Any, *shared: Any) -> None:
+        codes_s, scales_s, table_s = shared
+        codes_s[...] = mosaic.load(codes, 4)
+        scales_s[...] = mosaic.load(scales, 1)
+        table_s[...] = mosaic.load(table, 4)
+        tile = mosaic.decoded(
+            codes_s, scales_s.at[:, 1], table_s, dtype, interpret=False
+        ).astype(jnp.float32)
+        if transposed:
+            mosaic.store_transposed(out, tile, interpret=False)
+        else:  # by Mosaic's own knowledge of the layout
+            mosaic.store(out, tile, plgpu.Layout.WGMMA, interpret=False)
+
+    scratch = [
+        plgpu.SMEM((mosaic.ROWS, mosaic.BLOCK // 2), jnp.uint8),
+        plgpu.SMEM((mosaic.ROWS, 2), jnp.float32),
+        plgpu.SMEM(nf4_wgmma.pair_table().shape, jnp.float32),
+    ]
+    out = jax.ShapeDtypeStruct((mosaic.ROWS, mosaic.BLOCK), jnp.float32)
+    return nf4_gpu.kernel(body, out, scratch, grid={"one": 1}, interpret=False)
 
 
 def main(requests: list[dict[str, Any]], out: Path, device_name: str) -> None:

@@ -246,7 +246,8 @@ class Access:
     used: float = 1.0
     """Global: the part of the 32-byte sectors touched that was asked for."""
     ways: int = 1
-    """Shared, 4 bytes a thread: words that one bank has to serve in turn."""
+    """Shared: words that one bank has to serve in turn, to a warp that loads 4 bytes a
+    thread, to the half of one that loads 8, or to the quarter that loads 16."""
 
 
 @dataclass
@@ -730,10 +731,13 @@ class _Block:
     ) -> None:
         """Faults on an access that no barrier orders after an earlier one."""
         warps = self.warp[threads]
-        if count == 1 and load:
-            pairs = np.unique(warps << 40 | first)
+        if load:
+            # Words of `count` are served to so many parts of a warp in turn.
+            part = warps * count + threads % WARP * count // WARP
+            words = (first[:, None] + np.arange(count)).reshape(-1)
+            pairs = np.unique(np.repeat(part, count) << 40 | words)
             queue = np.bincount((pairs >> 40) * WARP + (pairs & (WARP - 1)))
-            access = self._access(i, None, 4)
+            access = self._access(i, None, 4 * count)
             access.ways = max(access.ways, int(queue.max()))
         for k in range(count):
             at = first + k

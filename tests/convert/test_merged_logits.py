@@ -3,6 +3,7 @@
 float32 throughout, within the spread of the reference between float32 and float64.
 """
 
+import functools
 import json
 
 import flax.linen as nn
@@ -34,8 +35,17 @@ class Gated(Attention):
         return out * (1 + jnp.tanh(linear(x))), kv
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def apply(model, variables, tokens):
+    return model.apply(variables, tokens)
+
+
 def logits(directory, tokens, adapter=None):
-    """Of a directory; with an adapter, un-merged."""
+    """Of a directory; with an adapter, un-merged.
+
+    Merged checkpoints of one configuration are one program. Adapters differ: each
+    would be compiled for itself, which takes longer than its operations one by one.
+    """
     config, base = convert.load_llama(directory, quantization=None)
     base = jax.tree.map(jnp.asarray, base)
     variables = {"params": base}
@@ -44,7 +54,8 @@ def logits(directory, tokens, adapter=None):
         variables["lora"] = bind(jax.tree.map(jnp.asarray, adapters), base, lora)
     compute = Compute(dtype="float32", remat="none")
     model = Llama(config, compute, Gated if config.extra_tensors else None)
-    return np.asarray(model.apply(variables, tokens))
+    with jax.disable_jit(adapter is not None):
+        return np.asarray(apply(model, variables, tokens))
 
 
 # --- What PEFT made ---
@@ -209,9 +220,8 @@ def test_all_that_an_adapter_can_hold(tiny, make_tensors, save_model, tmp_path, 
     adapters = filled(config, lora, rng)
     convert.save_adapter(tmp_path / "adapter", lora, adapters, config)
     report = convert.merge(base, tmp_path / "adapter", tmp_path / "out")
-    with jax.disable_jit():  # each configuration would be compiled for itself
-        unmerged = logits(base, TOKENS, tmp_path / "adapter")
-        merged = logits(tmp_path / "out", TOKENS)
+    unmerged = logits(base, TOKENS, tmp_path / "adapter")
+    merged = logits(tmp_path / "out", TOKENS)
     assert np.abs(merged - unmerged).max() <= LOGITS
     assert report["tensors_changed"] > 0
     assert report["tensors"] == len(tensors) + report["tensors_added"]

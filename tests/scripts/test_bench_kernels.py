@@ -125,6 +125,16 @@ def test_settings_of_the_kernels_are_tried_one_by_one(bench):
     assert first.tuning == (("words", 1), ("steps", 1))
     assert first.name.endswith("words=1 steps=1 pallas")
     assert first.request(1)["tuning"] == {"words": 1, "steps": 1}
+    ways = {(task.implementation, task.rows) for task in found if task.rows}
+    assert ways == {
+        *(("fused", rows) for rows in bench.TUNED_ROWS),
+        *(("wgmma", rows) for rows in bench.WGMMA_ROWS),
+    }
+
+
+def test_the_untimed_product_is_tried_with_tune_alone(bench):
+    todo = bench.tasks(("8b", "1b"))
+    assert not any(task.implementation == "wgmma" for task in todo)
 
 
 # --- Time ---
@@ -254,23 +264,25 @@ def test_one_wrong_weight_is_found_and_not_timed(bench, worker, monkeypatch):
     assert "1 of this beyond rounding" in found
 
 
-def test_the_two_ways_of_a_product_are_told_apart(bench, worker, monkeypatch):
+def test_the_ways_of_a_product_are_told_apart(bench, worker, monkeypatch):
     names, seen = worker.operation.__globals__, []
     before = names["kernels"].tuned
 
     def spy(x, *arguments, implementation, shape, **named):
-        seen.append((implementation, names["kernels"].tuned("any")["fused_rows"]))
+        said = names["kernels"].tuned("any")
+        seen.append((implementation, said["fused_rows"], said["wgmma_rows"]))
         return jnp.zeros((x.shape[0], shape[0]), x.dtype)
 
     monkeypatch.setitem(names, "nf4_matmul", spy)
-    for one in ("xla", "pallas", "fused"):
+    for one in ("xla", "pallas", "fused", "wgmma"):
         request = bench.Task("matmul", one, (64, 128), 4).request(1)
         x = worker.operand(request, (64, 128))
         worker.operation(request, (64, 128))(0, x, (None, None, None))
     assert seen == [
-        ("xla", {"64x128": 0}),
-        ("pallas", {"64x128": 0}),
-        ("pallas", {"64x128": 4}),
+        ("xla", {"64x128": 0}, {}),
+        ("pallas", {"64x128": 0}, {}),
+        ("pallas", {"64x128": 4}, {}),
+        ("pallas", {"64x128": 0}, {"64x128": [4, 4]}),
     ]
     assert names["kernels"].tuned is before
 
@@ -395,13 +407,35 @@ def test_choices_follow_the_measured_times(bench):
         bench.row(slow, timing(9), CEILING),
         bench.row(task, timing(3), CEILING),
     ]
+    # Slower at 64 rows, faster at 128 and 256, not at 512; once more at 1,024.
+    for rows, others, ours in ((64, 9, 9), (128, 9, 7), (256, 9, 8), (512, 9, 9)):
+        add("matmul", (512, 512), rows, others, others)
+        for columns, us in ((64, ours), (128, ours + 1)):
+            tuning = (("columns", columns),)
+            task = bench.Task("matmul", "wgmma", (512, 512), rows, tuning=tuning)
+            result["rows"].append(bench.row(task, timing(us), CEILING))
+    for name, us in (("xla", 9), ("pallas", 9), ("wgmma", 1)):
+        tuning = (("columns", 64),) if name == "wgmma" else ()
+        task = bench.Task("matmul", name, (512, 512), 1024, tuning=tuning)
+        result["rows"].append(bench.row(task, timing(us), CEILING))
     assert bench.choices(result) == {
         "device": "NVIDIA H200",
         "jax": "0.0",
-        "fused_rows": {"1024x4096": 2, "14336x4096": 0, "4096x4096": 1},
+        "fused_rows": {
+            "1024x4096": 2,
+            "14336x4096": 0,
+            "4096x4096": 1,
+            "512x512": 0,
+        },
+        "wgmma_rows": {"512x512": [128, 256]},
         "dequantize": {"1024x4096": "pallas", "14336x4096": "xla"},
-        "tuning": {"dequantize 1024x4096 0": {"tile": 8}},
+        "tuning": {"dequantize 1024x4096 0": {"tile": 8}}
+        | {
+            f"wgmma 512x512 {rows}": {"columns": 64}
+            for rows in (64, 128, 256, 512, 1024)
+        },
     }
+    assert "512x512 128 to 256" in bench.table(result)
     assert "1024x4096 2, 14336x4096 0, 4096x4096 1" in bench.table(result)
 
 

@@ -11,6 +11,9 @@ import pytest
 import convert
 from qlora_jax.model import load_tokenizer
 
+# The one test of every command as a user's machine runs it.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def demo(repository) -> dict:
