@@ -4,18 +4,17 @@ Compiled without a GPU (`make compile`): sizes are exact, nothing is timed.
 """
 
 import dataclasses
-import json
 
 import pytest
 
 from pallas_kernels.shapes import MODELS
-from qlora_jax import cli, estimate
+from qlora_jax import estimate
 from qlora_jax.cards import CARDS
 from qlora_jax.compile_for import compile_for
 from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.plan import LADDER, Planner
+from qlora_jax.plan import LADDER, Planner, granule
 from qlora_jax.step_memory import Step
 from qlora_jax.train import TrainConfig
 
@@ -70,28 +69,20 @@ def test_the_formula_is_within_10_percent_of_the_compiled_plan(
     assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
 
 
-def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(
-    gpu_compiler, tmp_path, capsys
-):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(MODELS["1b"].hf_config))
-    card = tmp_path / "small.toml"
-    card.write_text('like = "h200"\nmemory_gb = 4\n')
-    args = ["--model", str(path), "--gpu", str(card), "--lora.r", "32"]
-    args += ["--method", "compiled", "--json"]
-    assert cli.main(["plan", *args, "--max-length", "fit"]) == 0
-    captured = capsys.readouterr()
-    report = json.loads(captured.out)
-    assert report["method"] == "compiled"
-    assert report["fits"]
-    assert report["compiled_for"] == "NVIDIA H200"
+def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
+    card = dataclasses.replace(CARDS["h200"], name="small", memory_bytes=4 * 10**9)
+    said = []
+    planner = Planner(card, python=gpu_compiler, say=said.append)
+    plan = planner.longest(step_of("1b", 128), LADDER)
+    assert plan.method == "compiled"
+    assert plan.fits
+    assert plan.report()["compiled_for"] == "NVIDIA H200"
     # A handful of compilations, not a bisection of the whole range.
-    assert captured.err.count("compiling for small") <= 8
-    more = str(report["max_length"] + 1024)
-    args += ["--remat", report["remat"], "--attention", report["attention"]]
-    args += ["--embed-tokens", report["embed_tokens"], "--lm-head", report["lm_head"]]
-    assert cli.main(["plan", *args, "--max-length", more]) == 0
-    assert not json.loads(capsys.readouterr().out)["fits"]
+    assert len(said) <= 8
+    more = dataclasses.replace(
+        plan.step, length=plan.step.length + granule(plan.step.length)
+    )
+    assert not planner.plan(more, plan.policy).fits
 
 
 def test_two_to_the_31_elements_and_more_are_compiled(gpu_compiler):
