@@ -102,7 +102,7 @@ def find_compiler(python: str | None = None) -> str | None:
     if found.returncode:
         raise UserError(
             f"`{python}` cannot compile for a GPU: {_last_line(found.stderr)} It needs "
-            "this project's dependencies and JAX's CUDA plugin: "
+            "this project's dependencies and the CUDA plugin of its own JAX, as in: "
             f"{python} -m {how_to_get_the_compiler()}"
         )
     return python
@@ -238,7 +238,7 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     )
     mesh = gpu_mesh(card, request["mesh"])
     began = time.perf_counter()
-    compiled = lower(step, mesh).compile()
+    compiled: Any = lower(step, mesh).compile()
     seconds = time.perf_counter() - began
     found = list(Path(dumps).glob("*train_step*-buffer-assignment.txt"))
     buffers = found[0].read_text() if len(found) == 1 else None

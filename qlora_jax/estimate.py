@@ -30,35 +30,23 @@ class _Arrays:
 
     weights: float
     """Of all weights of a layer, those that are unpacked at a time."""
-    attention_weights: float
-    """The same while its attention is at work."""
     narrow: float
     """[tokens, hidden_size]."""
-    narrow_in_chunks: float
-    """The same where the MLP is taken in chunks."""
     wide: float
     """[tokens of a chunk, intermediate_size]."""
 
 
 # Read off compiled plans of 1B, 3B and 8B models.
-_ARRAYS = {
-    "recomputed": _Arrays(
-        weights=0.74,
-        attention_weights=1.58,
-        narrow=3.1,
-        narrow_in_chunks=6.0,
-        wide=7.0,
-    ),
-    "kept": _Arrays(
-        weights=0.3,
-        attention_weights=0.3,
-        narrow=4.3,
-        narrow_in_chunks=4.3,
-        wide=3.0,
-    ),
+_WHOLE = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
+_IN_CHUNKS = {
+    "full": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
+    # Layer inputs on their way from and to the host.
+    "offload": _Arrays(weights=0.9, narrow=7.6, wide=7.0),
 }
-# [tokens, hidden_size] that attention needs at work, with its projections.
-_ATTENTION_CUDNN, _ATTENTION_XLA = 9.5, 9.35
+_KEPT = _Arrays(weights=0.3, narrow=4.3, wide=3.0)
+# Where [tokens, hidden_size] has 2^31 elements or more, the compiler fuses less and
+# holds most of one more.
+_LARGE = 0.8
 # Bytes for each token of a layer that "none" keeps beside what "save_matmuls" does: of
 # each hidden and each intermediate feature, some of them in float32.
 _NONE_NARROW, _NONE_WIDE = 10, 18
@@ -168,7 +156,7 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
         activations=0 if offloaded else kept,
         gradients=model.adapters,
         loss=0,
-        temporaries=_temporaries(step, model, tokens, cudnn),
+        temporaries=_temporaries(step, model, tokens),
         workspace=4 * tokens * wide if cudnn else 0,
         host_base=model.host_base,
         host_activations=kept if offloaded else 0,
@@ -199,23 +187,26 @@ def _kept(step: Step, model: _Model) -> int:
     return total
 
 
-def _temporaries(step: Step, model: _Model, tokens: int, cudnn: bool) -> int:
-    """The largest of what a layer's attention, its MLP and the loss need at work."""
+def _temporaries(step: Step, model: _Model, tokens: int) -> int:
+    """The larger of what a layer's MLP and the loss need at work.
+
+    Attention needs less than the MLP.
+    """
     c, size, remat = step.config, _width(step), step.compute.remat
     narrow, wide = size * c.hidden_size, size * c.intermediate_size
-    weights = size * model.layer_weights
-    arrays = _ARRAYS["recomputed" if remat in ("full", "offload") else "kept"]
     chunk = min(tokens, _MLP_CHUNK.get(remat, tokens))
-    inside = arrays.narrow_in_chunks if chunk < tokens else arrays.narrow
-    mlp = arrays.weights * weights + inside * narrow * tokens
-    mlp += arrays.wide * wide * chunk
-    attention = arrays.attention_weights * weights
-    attention += tokens * narrow * (_ATTENTION_CUDNN if cudnn else _ATTENTION_XLA)
+    arrays = _WHOLE if remat in _MLP_CHUNK else _KEPT
+    if chunk < tokens:
+        arrays = _IN_CHUNKS[remat]
+    layer = arrays.weights * size * model.layer_weights
+    layer += arrays.narrow * narrow * tokens + arrays.wide * wide * chunk
+    if tokens * c.hidden_size >= 2**31:
+        layer += _LARGE * narrow * tokens
     # A chunk of logits and their exponentials in float32, and their gradient.
     logits = min(tokens, 512) * c.vocab_size * (4 + 4 + size)
     table = size * c.vocab_size * c.hidden_size
-    loss = logits + narrow * tokens + table * (step.lm_head == "host")
-    return int(max(mlp, attention, loss))
+    loss = logits + narrow * tokens + table * (step.lm_head != "device")
+    return int(max(layer, loss))
 
 
 # --- The work of a step ---

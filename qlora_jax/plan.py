@@ -91,7 +91,7 @@ def policies(
       remat: a policy of `Compute.remat`, or "auto" for all of them.
       attention: "auto", or an implementation.
       embed_tokens: "auto", "device" or "host".
-      lm_head: the same.
+      lm_head: the same, or "nf4".
       card: one that cannot run cuDNN gets attention="xla" where that is open.
     """
     if attention == "auto" and card is not None and not card.bfloat16:

@@ -90,8 +90,8 @@ class PlanCommand:
     """Of products with packed weights. Default auto."""
     embed_tokens: Literal["auto", "device", "host"] | None = None
     """Where the embedding's table lies. Default auto."""
-    lm_head: Literal["auto", "device", "host"] | None = None
-    """Where the output head lies. Default auto."""
+    lm_head: Literal["auto", "device", "host", "nf4"] | None = None
+    """Where the output head lies, or nf4 for a quantized one. Default auto."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     method: Literal["auto", "compiled", "estimate"] = "auto"
     """Ask the GPU compiler, or a formula; auto = the compiler where it is installed."""
@@ -229,7 +229,7 @@ class _Settings:
                 "other has an answer."
             )
         for name, value in (("max-length", length), ("batch-size", batch)):
-            if value != _FIT and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"--{name} must be at least 1, got {value}.")
         fit: Quantity | None = None
         if length == _FIT:

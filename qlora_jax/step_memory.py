@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qlora_jax.cards import Card
-from qlora_jax.config import LlamaConfig
+from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -70,13 +70,17 @@ class Step:
     embed_tokens: Literal["device", "host"] = "device"
     """Where the table of the embedding lies."""
     lm_head: Literal["device", "host", "nf4"] = "device"
-    """Where the output head lies; tied, it is the same table. "nf4": on the device, and
-    quantized."""
+    """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise UserError(
                 f"`max_length` must be at least 1 token, got {self.length}."
+            )
+        if self.lm_head == "nf4" and self.config.tie_word_embeddings:
+            raise UserError(
+                "lm_head='nf4': this model's head is its embedding table, which stays "
+                "as it is. Use 'device' or 'host'."
             )
         tokens = self.tokens * self.train.gradient_accumulation_steps
         if tokens > _MAX_INT32:
@@ -116,7 +120,9 @@ class Step:
         """Makes a step of what `to_json` returned."""
         compute = dict(content["compute"])
         if compute["lora"] is not None:
-            compute["lora"] = LoraConfig(**compute["lora"])
+            # JSON has neither tuples nor immutable tables.
+            lora = {name: _frozen(v) for name, v in compute["lora"].items()}
+            compute["lora"] = LoraConfig(**lora)
         return cls(
             **{
                 **content,
@@ -125,6 +131,12 @@ class Step:
                 "train": TrainConfig(**content["train"]),
             }
         )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(item) for key, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -367,12 +379,12 @@ def split_temporaries(
 
 def _kind(shape: str, origin: str, step: Step, trained: set) -> str:
     match = _SHAPE.match(shape)
-    sizes = tuple(int(n) for n in match[2].split(",") if n) if match else ()
-    if sizes in trained:
+    sizes = [int(n) for n in match[2].split(",") if n] if match else []
+    if tuple(sizes) in trained:
         return "gradients"
     # Behind the layers come the rows, of which each device has its share.
     layers, rows = step.config.num_hidden_layers, step.train.batch_size
-    if sizes[:1] == (layers,) and step.length in sizes[2:] and rows % sizes[1] == 0:
+    if sizes[:1] == [layers] and step.length in sizes[2:] and not rows % sizes[1]:
         return "activations"
     # Derivatives are taken of the layers, which are a method of the model, and of the
     # loss, which is none.

@@ -22,7 +22,7 @@ ENTRY %main (p0: bf16[2,4]) -> f32[] {
   %b = f32[4]{0} async-done(%a)
   ROOT %sum = f32[] all-reduce(f32[] %l), to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_collectives_are_counted_as_often_as_their_loop_goes_round():

@@ -1,0 +1,188 @@
+"""The longest row for each size of card, beside Unsloth's published table.
+
+    python scripts/memory_table.py --output benchmarks/memory_8b.json
+
+Llama-3.1-8B, r=32 on the seven linear layers, one row a step, every position real; then
+Llama-3.1-70B, and 8B without offloading. Each row is a search over steps compiled for
+an H200 that has so much memory (`qlora_jax.plan`): planned by the compiler, measured by
+nobody. It needs the GPU compiler (`make compile` installs it), no GPU, and some minutes
+a row; started again it goes on after the last finished row. `--markdown` writes the
+table, also of a file that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert.output import write_text
+from pallas_kernels.shapes import MODELS
+from qlora_jax.cards import CARDS
+from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
+from qlora_jax.config import LlamaConfig
+from qlora_jax.linear import Compute
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.plan import Planner, Policy, policies
+from qlora_jax.step_memory import Step
+from qlora_jax.train import TrainConfig
+
+UNSLOTH = "https://unsloth.ai/blog/llama3-3 (10 December 2024)"
+# Card memory in GB -> longest row that Unsloth publishes, r=32, seven linear layers,
+# batch 1, rows padded to the length. Every column of its table is a straight line: the
+# figures are extrapolated.
+PUBLISHED = {
+    "8b": {8: 2972, 12: 21848, 16: 40724, 24: 78475}
+    | {40: 153977, 48: 191728, 80: 342733},
+    "70b": {48: 12106, 80: 89389},
+}
+LENGTHS = [
+    *(("8b", gigabytes, "any") for gigabytes in PUBLISHED["8b"]),
+    *(("70b", gigabytes, "any") for gigabytes in PUBLISHED["70b"]),
+    ("8b", 141, "no offload"),
+]
+"""Model, memory of the card in GB, and which policies."""
+SPEED = ("none", "save_matmuls", "full")
+"""Policies without offloading: what they cost at 16 rows of 2,048 tokens."""
+
+
+def step_of(model: str, length: int = 2048, batch_size: int = 1) -> Step:
+    """The step of the table."""
+    return Step(
+        LlamaConfig.from_hf(MODELS[model].hf_config),
+        Compute(lora=LoraConfig(r=32)),
+        length=length,
+        train=TrainConfig(steps=1, batch_size=batch_size),
+    )
+
+
+def allowed(which: str) -> list[Policy]:
+    """Policies of a row."""
+    if which == "any":
+        return policies()
+    return [*policies(remat="full"), *policies(remat="full", attention="xla")]
+
+
+def longest(model: str, gigabytes: int, which: str, python: str | None) -> dict:
+    """One row: the longest that fits a card of so much memory."""
+    card = dataclasses.replace(
+        CARDS["h200"], name=f"{gigabytes} GB", memory_bytes=gigabytes * 10**9
+    )
+    planner = Planner(card, python=python, say=lambda line: print(f"  {line}"))
+    plan = planner.longest(step_of(model), allowed(which))
+    report = plan.report()
+    return {
+        "model": model,
+        "card_gb": gigabytes,
+        "policies": which,
+        "published": PUBLISHED[model].get(gigabytes) if which == "any" else None,
+        **report,
+    }
+
+
+def at_speed(policy: str, python: str | None) -> dict:
+    """One row: 16 rows of 2,048 tokens on an H200 under a policy."""
+    planner = Planner(CARDS["h200"], python=python, say=lambda x: print(f"  {x}"))
+    plan = planner.plan(step_of("8b", 2048, 16), policies(remat=policy)[0])
+    return {"model": "8b", "policies": policy, **plan.report()}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The tables, as they stand in the README."""
+    rows = content["rows"].values()
+    how = {"compiled": "compiled", "estimate": "estimated by formula"}
+    methods = " and ".join(sorted({how[row["method"]] for row in rows}))
+    lines = [
+        f"Longest row of one step, r=32 on the seven linear layers, one row a step; "
+        f"ours planned ({methods}; jax "
+        f"{', '.join(sorted({row['versions']['jax'] for row in rows}))}), Unsloth's as "
+        f"published: {UNSLOTH}.",
+        "",
+        "| model | card | Unsloth | here | ratio | device bytes | host memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "card_gb" not in row:
+            continue
+        theirs = row["published"]
+        name = MODELS[row["model"]].name
+        if row["policies"] != "any":
+            name += f", {row['policies']}"
+        lines.append(
+            f"| {name} | {row['card_gb']} GB | "
+            + (f"{theirs:,} | " if theirs else "| ")
+            + f"{row['max_length']:,} | "
+            + (f"{row['max_length'] / theirs:.1f} x | " if theirs else "| ")
+            + f"{row['device_bytes']['total'] / 1e9:.2f} GB | "
+            f"{row['host_bytes'] / 1e9:.1f} GB |"
+        )
+    speed = [row for row in rows if "card_gb" not in row]
+    if speed:
+        lines += [
+            "",
+            "| 8B, 16 x 2,048 tokens | device bytes | GFLOP a token |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {row['policy']} | {row['device_bytes']['total'] / 1e9:.1f} GB | "
+            f"{row['flops_per_token'] / 1e9:.1f} |"
+            for row in speed
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Makes what is missing of the table, and prints it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--compiler-python", help="a Python with the GPU compiler")
+    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--estimate", action="store_true", help="by formula")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    python = None
+    if not args.estimate:
+        python = find_compiler(args.compiler_python)
+        if python is None:
+            sys.exit(f"no GPU compiler here: {how_to_get_the_compiler()}")
+    content: dict[str, Any] = {"unsloth": UNSLOTH, "rows": {}}
+    if args.output.is_file():
+        content = json.loads(args.output.read_text())
+    wanted = {
+        f"{model} {gigabytes} GB {which}": (longest, model, gigabytes, which)
+        for model, gigabytes, which in LENGTHS
+    }
+    wanted |= {f"8b 16 x 2048 {policy}": (at_speed, policy) for policy in SPEED}
+    for number, (name, (make, *what)) in enumerate(wanted.items(), 1):
+        if name in content["rows"] or (args.only and args.only not in name):
+            continue
+        print(f"[{number}/{len(wanted)}] {name}", flush=True)
+        began = time.perf_counter()
+        content["rows"][name] = make(*what, python)
+        # In the table's order, whichever were made first.
+        content["rows"] = {
+            k: content["rows"][k] for k in wanted if k in content["rows"]
+        }
+        write_text(args.output, json.dumps(content, indent=1) + "\n")
+        row = content["rows"][name]
+        print(
+            f"  {row['max_length']:,} tokens, "
+            f"{row['device_bytes']['total'] / 1e9:.2f} GB, '{row['policy']}' "
+            f"({time.perf_counter() - began:.0f} s)",
+            flush=True,
+        )
+    text = markdown(content)
+    if args.markdown:
+        write_text(args.markdown, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Plans of steps as the GPU compiler makes them, and the formula beside.
+
+Compiled without a GPU (`make compile`): sizes are exact, nothing is timed.
+"""
+
+import dataclasses
+
+import pytest
+
+from pallas_kernels.shapes import MODELS
+from qlora_jax import estimate
+from qlora_jax.cards import CARDS
+from qlora_jax.compile_for import compile_for
+from qlora_jax.config import LlamaConfig
+from qlora_jax.linear import Compute
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.plan import LADDER, Planner, granule
+from qlora_jax.step_memory import Step
+from qlora_jax.train import TrainConfig
+
+pytestmark = pytest.mark.compile
+
+LORA = LoraConfig(r=32)
+
+
+def step_of(model: str, length: int, batch_size: int = 1) -> Step:
+    return Step(
+        LlamaConfig.from_hf(MODELS[model].hf_config),
+        Compute(lora=LORA),
+        length=length,
+        train=TrainConfig(steps=1, batch_size=batch_size),
+    )
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_step_compiles_for_every_card_that_is_listed(gpu_compiler, card):
+    step = step_of("1b", 1024)
+    if not CARDS[card].bfloat16:
+        compute = dataclasses.replace(step.compute, dtype="float16", attention="xla")
+        step = dataclasses.replace(step, compute=compute)
+    made = compile_for(step, CARDS[card], python=gpu_compiler)
+    assert 1.2e9 < made.memory.device_bytes < 2e9
+    assert made.memory.activations == 2 * 16 * 1024 * 2048
+
+
+@pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    ("model", "length", "batch_size"),
+    [
+        *(("1b", 4096, 1), ("1b", 32768, 1), ("3b", 8192, 1), ("8b", 2048, 8)),
+        *(("8b", 32768, 1), ("8b", 131072, 1)),
+    ],
+)
+def test_the_formula_is_within_10_percent_of_the_compiled_plan(
+    gpu_compiler, model, length, batch_size, policy
+):
+    step = policy.apply(step_of(model, length, batch_size))
+    made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
+    formula = estimate.step_memory(step)
+    # What is certain is exact.
+    for kind in ("base", "adapters", "optimizer", "batch", "gradients", "workspace"):
+        assert getattr(formula, kind) == getattr(made, kind)
+    assert (formula.host_base, formula.host_activations) == (
+        made.host_base,
+        made.host_activations,
+    )
+    assert formula.activations == pytest.approx(made.activations, rel=1e-3)
+    # 10 % of the whole: what a layer needs at work is the compiler's choice.
+    assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
+
+
+def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
+    card = dataclasses.replace(CARDS["h200"], name="small", memory_bytes=4 * 10**9)
+    said = []
+    planner = Planner(card, python=gpu_compiler, say=said.append)
+    plan = planner.longest(step_of("1b", 128), LADDER)
+    assert plan.method == "compiled"
+    assert plan.fits
+    assert plan.report()["compiled_for"] == "NVIDIA H200"
+    # A handful of compilations, not a bisection of the whole range.
+    assert len(said) <= 8
+    more = dataclasses.replace(
+        plan.step, length=plan.step.length + granule(plan.step.length)
+    )
+    assert not planner.plan(more, plan.policy).fits
+
+
+def test_two_to_the_31_elements_and_more_are_compiled(gpu_compiler):
+    # [tokens, hidden_size] of 2^32 elements, of which every layer's is offloaded.
+    step = LADDER[-1].apply(step_of("1b", 1 << 21))
+    made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
+    assert made.host_activations == 2 * 16 * 2048 << 21
+    formula = estimate.step_memory(step)
+    assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
+
+
+def test_over_several_devices_each_holds_its_share(gpu_compiler):
+    step = step_of("1b", 2048, batch_size=8)
+    alone = compile_for(step, CARDS["h100"], python=gpu_compiler)
+    assert alone.collectives == {}
+    shared = compile_for(step, CARDS["h100"], python=gpu_compiler, mesh={"fsdp": 8})
+    assert shared.memory.base < alone.memory.base / 7
+    assert shared.memory.activations == alone.memory.activations // 8
+    # Weights come together for a layer, gradients of adapters are summed.
+    assert shared.collectives["all-gather"]["count"] >= 2 * 16
+    assert {"all-reduce", "reduce-scatter"} & set(shared.collectives)
+    repeated = compile_for(step, CARDS["h100"], python=gpu_compiler, mesh={"data": 8})
+    assert repeated.memory.base == alone.memory.base
+    assert repeated.memory.batch == alone.memory.batch // 8
+    # Nothing but the adapters' gradients has to be summed, and the loss.
+    sums = repeated.collectives["all-reduce"]["bytes"]
+    assert sums == pytest.approx(repeated.memory.adapters, rel=0.05)
+
+
+def test_kinds_of_bytes_come_from_the_plan(gpu_compiler):
+    planner = Planner(CARDS["h200"], python=gpu_compiler)
+    plan = planner.plan(step_of("1b", 2048, 4), LADDER[1])
+    c = plan.step.config
+    # As test_train_step.py counts them: input, q, k, v, attention and its log-sum-exp,
+    # o, gate, up, and the rank-wide product of each adapter.
+    a_layer = 2 * (4 * 2048 + 2 * 512 + 2 * 8192 + 7 * 32) + 4 * c.num_attention_heads
+    assert plan.memory.activations == 16 * 8192 * a_layer
+    assert plan.memory.gradients == plan.memory.adapters
+    assert plan.memory.temporaries > 0

@@ -1,0 +1,39 @@
+"""scripts/memory_table.py: the table is made row by row, and goes on where it was."""
+
+import json
+import subprocess
+import sys
+
+
+def test_the_table_is_made_and_continued(repository, tmp_path):
+    output, table = tmp_path / "memory.json", tmp_path / "memory.md"
+
+    def run(*args):
+        script = str(repository / "scripts/memory_table.py")
+        done = subprocess.run(
+            [sys.executable, script, "--output", str(output), "--estimate", *args],
+            capture_output=True,
+            text=True,
+            cwd=repository,
+            env={"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("--only", "8b 8 GB")
+    (first,) = json.loads(output.read_text())["rows"].values()
+    assert first["fits"]
+    assert first["published"] == 2972
+    assert first["device_bytes"]["total"] <= 8e9
+    assert first["max_length"] > 2972
+
+    said = run("--markdown", str(table))
+    assert "8b 8 GB any" not in said  # made before
+    rows = json.loads(output.read_text())["rows"]
+    assert rows["8b 8 GB any"] == first
+    assert len(rows) == 13
+    text = table.read_text()
+    assert "estimated by formula" in text
+    assert "| Llama 3.1 70B | 80 GB | 89,389 |" in text
+    assert "| Llama 3.1 8B, no offload | 141 GB | | " in text
+    assert "| save_matmuls |" in text
