@@ -27,6 +27,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_init import factor_out
+from qlora_jax.memory import readable_bytes
 from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
 from qlora_jax.runfile import ModelConfig
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
@@ -54,16 +55,20 @@ class Fitted:
         plan = self.plan
         limit = plan.card.memory_bytes - ALLOWANCE
         kinds = ", ".join(
-            f"{name} {_gb(size)}"
+            f"{name} {readable_bytes(size)}"
             for name, size in device_bytes(plan.memory).items()
-            if size >= 5e6
+            if size
         )
-        where = "" if limit >= _ENDLESS else f" of {_gb(limit)} on {plan.card.name}"
+        where = (
+            ""
+            if limit >= _ENDLESS
+            else f" of {readable_bytes(limit)} on {plan.card.name}"
+        )
         host = plan.memory.host_bytes
         return (
-            f"Plan: {_gb(plan.memory.device_bytes)}{where}, policy "
+            f"Plan: {readable_bytes(plan.memory.device_bytes)}{where}, policy "
             f"'{plan.policy.name}' ({kinds})"
-            + (f"; {_gb(host)} pinned on the host" if host else "")
+            + (f"; {readable_bytes(host)} pinned on the host" if host else "")
             + "."
         )
 
@@ -249,10 +254,7 @@ def _more_memory() -> str:
     if "bytes_limit" not in stats or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ:
         return ""
     return (
-        f" JAX takes {_gb(stats['bytes_limit'])} of this device, three quarters of it; "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment gives it more."
+        f" JAX takes {readable_bytes(stats['bytes_limit'])} of this device, three "
+        "quarters of it; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment gives "
+        "it more."
     )
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
