@@ -10,6 +10,7 @@ import pytest
 
 from qlora_jax import llama, nf4
 from qlora_jax.config import IGNORE, LlamaConfig
+from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora_config import LoraConfig
@@ -215,3 +216,9 @@ def test_a_packed_head_is_that_of_its_values():
     wanted = derive(adapters(), dense, batch())
     same(derive(adapters(), packed, batch()), wanted)
     assert abs(float(wanted[0]) - float(plain()[0])) > 1e-3  # it is another head
+
+
+def test_kernels_that_cannot_be_had_are_refused_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(llama, "_MLP_TOKENS", {"offload": 16})
+    with pytest.raises(UserError, match="kernels='pallas' cannot be used here: "):
+        derive(adapters(), base(), batch(), remat="offload", kernels="pallas")
