@@ -1,5 +1,6 @@
 """Other people's files: HF, bitsandbytes and PEFT directories, in and out."""
 
+from convert.hf import abstract_llama as abstract_llama
 from convert.hf import load_llama as load_llama
 from convert.hf import save_llama as save_llama
 from convert.merging import merge as merge

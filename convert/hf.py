@@ -89,6 +89,51 @@ def load_llama(
       CheckpointError: a directory, file or tensor that is not as it should be.
       UserError: an unsupported architecture or argument.
     """
+    config, base, fill, checkpoint = _allocate(
+        path, quantization, quantize_lm_head, dtype
+    )
+    files = checkpoint.files
+    if checkpoint.mixed and progress:
+        print(_made_dense(checkpoint, base), file=sys.stderr)
+    order = files.in_file_order(list(fill))
+    with progress_bar(
+        "Loading", sum(files[k].nbytes for k in order), progress
+    ) as advance:
+        for key, following in zip(order, [*order[1:], None], strict=True):
+            if following is not None:
+                files.read_ahead(following)
+            fill.pop(key)()
+            advance(files[key].nbytes)
+    return config, base
+
+
+def abstract_llama(
+    path: str | os.PathLike[str],
+    *,
+    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantize_lm_head: bool = False,
+    dtype: str | None = None,
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Returns the shapes of what `load_llama` would load, from the files' headers.
+
+    Arguments and errors are those of `load_llama`; no tensor is read.
+    """
+    config, base, _, _ = _allocate(path, quantization, quantize_lm_head, dtype)
+    return config, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base
+    )
+
+
+def _allocate(
+    path: str | os.PathLike[str],
+    quantization: str | None,
+    quantize_lm_head: bool,
+    dtype: str | None,
+) -> tuple[LlamaConfig, dict[str, Any], dict[str, Callable[[], None]], Checkpoint]:
+    """Makes the arrays of a base, and what fills them from the files.
+
+    The arrays are memory that the system hands out once it is written to.
+    """
     if quantization not in ("nf4", "nf4_dq", None):
         raise UserError(
             f"`quantization`={quantization!r} is not supported; expected 'nf4', "
@@ -96,7 +141,7 @@ def load_llama(
         )
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    config, files = checkpoint.config, checkpoint.files
+    config = checkpoint.config
     if quantize_lm_head:
         _check_head_can_be_quantized(checkpoint, quantization)
     if checkpoint.quantized:
@@ -141,18 +186,7 @@ def load_llama(
             slot = ... if i is None else slice(i, i + 1)
             fill[key] = _filler(checkpoint, key, leaf[slot])
     problems.check(hint="Say with `dtype` which one is wanted.")
-    if mixed and progress:
-        print(_made_dense(checkpoint, base), file=sys.stderr)
-    order = files.in_file_order(list(fill))
-    with progress_bar(
-        "Loading", sum(files[k].nbytes for k in order), progress
-    ) as advance:
-        for key, following in zip(order, [*order[1:], None], strict=True):
-            if following is not None:
-                files.read_ahead(following)
-            fill.pop(key)()
-            advance(files[key].nbytes)
-    return config, base
+    return config, base, fill, checkpoint
 
 
 def _check_head_can_be_quantized(

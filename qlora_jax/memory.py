@@ -164,15 +164,15 @@ def warnings(
         count = sum(tables.values())
         out.append(
             f"{names}, trained whole, make {count:,} of {total:,} trained parameters "
-            f"({count / total:.0%}): {_size(4 * count)} of the adapter file and "
-            f"{_size(8 * count)} of AdamW's state. `trainable_token_indices` "
-            "trains single rows."
+            f"({count / total:.0%}): {readable_bytes(4 * count)} of the adapter file "
+            f"and {readable_bytes(8 * count)} of AdamW's state. "
+            "`trainable_token_indices` trains single rows."
         )
     held = sum(map(math.prod, selection.shapes().values()))
     if held > 1.1 * total:
         out.append(
             f"ranks differ among layers, so the arrays in memory hold {held:,} numbers "
-            f"for {total:,} trained parameters ({_size(12 * (held - total))} "
+            f"for {total:,} trained parameters ({readable_bytes(12 * (held - total))} "
             "more with AdamW's state); the adapter file holds the trained ones alone."
         )
     if config.tie_word_embeddings and len(tables) == 1 and not lora.ensure_weight_tying:
@@ -194,7 +194,8 @@ def _unmatched(name: str, base: Mapping[str, Any]) -> str:
     )
 
 
-def _size(nbytes: int) -> str:
+def readable_bytes(nbytes: float) -> str:
+    """A size for people, in units of 1e9 or 1e6 bytes."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 

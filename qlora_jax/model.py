@@ -228,8 +228,8 @@ def load(
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
       quantization: of the linear layers: NF4, NF4 with double quantization, or none
-        (None says the same). "auto" is what a run directory was trained with, and
-        "nf4_dq" elsewhere.
+        (None says the same). "auto" is what a run directory was trained with, the
+        output head included, and "nf4_dq" elsewhere.
       dtype: of activations and of the tensors that stay dense. "auto" is what a run
         directory was trained with, and "bfloat16" elsewhere.
       attention: implementation.
@@ -247,6 +247,12 @@ def load(
       UserError: an argument that cannot be used.
     """
     path = Path(path)
+    trained = run_settings(path)
+    quantize_lm_head = (
+        trained is not None
+        and trained.model.lm_head == "nf4"
+        and quantization in ("auto", trained.model.quantization)
+    )
     quantization, settled = resolve_auto(path, quantization, dtype)
     own = adapter_directory(path)
     if own is not None:
@@ -267,7 +273,11 @@ def load(
         )
     compute = Compute(dtype=settled, attention=attention, kernels=kernels)
     config, tree = convert.load_llama(
-        path, quantization=quantization, dtype=settled, progress=progress
+        path,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        dtype=settled,
+        progress=progress,
     )
     custom = Llama(config, compute, attention_cls, mlp_cls)
     complete, tree = add_parameters(custom, tree, jax.random.key(0))

@@ -40,8 +40,9 @@ class ModelConfig:
     """Of activations, matrix products and the tensors that stay dense."""
     attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
     """Attention implementation."""
-    remat: Literal["none", "full", "save_matmuls", "offload"] = "full"
-    """What the backward pass recomputes, or fetches from the host's memory."""
+    remat: Literal["auto", "none", "full", "save_matmuls", "offload"] = "full"
+    """What the backward pass recomputes, or fetches from the host's memory; auto = the
+    fastest that fits the device."""
     embed_tokens: Literal["auto", "device", "host"] = "auto"
     """Where the frozen embedding table lies: on the device, or in the host's memory,
     copied to the device for a moment with every step. auto = on the device, unless

@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +46,20 @@ from qlora_jax.continued import continued, given_fields
 from qlora_jax.data import Batches, Examples, load_examples, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
+from qlora_jax.fit import fit
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora_init import absorb, factor_out, init_adapters
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.placement import place_base
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import Selection, select
 from qlora_jax.train import (
     TrainState,
     init_state,
-    make_optimizer,
     schedule,
-    train_step,
 )
 from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, draw_loss
@@ -99,14 +98,20 @@ def run(
     began = time.perf_counter() if began is None else began
     directory = Path(config.output_dir)
     _check_directory(directory)
-    architecture = open_checkpoint(config.model.path).config
-    # What is adapted is settled on shapes, before anything large is read.
-    plan = Llama(architecture, Compute(), attention_cls, mlp_cls)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(plan.init, jax.random.key(0), tokens)["params"]
-    if attention_cls is None and mlp_cls is None:
-        # With nothing to draw it refuses a checkpoint that has modules of its own.
-        add_parameters(plan, abstract, jax.random.key(0))
+    # What is adapted and whether it fits is settled on shapes, before anything large
+    # is read.
+    how: Any = {
+        "quantization": None
+        if config.model.quantization == "none"
+        else config.model.quantization,
+        "quantize_lm_head": config.model.lm_head == "nf4",
+        "dtype": config.model.dtype,
+    }
+    architecture, shapes = convert.abstract_llama(config.model.path, **how)
+    model = Llama(architecture, Compute(), attention_cls, mlp_cls)
+    model, abstract = _abstract(model, shapes)
+    drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
+    architecture = model.config
     if config.train.adapter_init is not None:
         given = given_fields(config.lora) if given is None else given
         config = _with_initial_adapter(config, given, abstract)
@@ -115,30 +120,23 @@ def run(
     examples, batches = _data(config, architecture)
     steps = len(batches)
 
-    quantization = config.model.quantization
-    architecture, base = convert.load_llama(
-        config.model.path,
-        quantization=None if quantization == "none" else quantization,
-        dtype=config.model.dtype,
-        progress=sys.stderr.isatty(),
-    )
-    fingerprint = fingerprint_tree(base)
     compute = Compute(
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        remat=config.model.remat,
-        kernels=config.model.kernels,
-        lora=config.lora,
+        dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
     )
-    model, base = add_parameters(
-        Llama(architecture, compute, attention_cls, mlp_cls),
-        base,
-        jax.random.key(config.train.seed),
+    fitted = fit(
+        model.clone(compute=compute),
+        config.model,
+        abstract,
+        batches[0],
+        config.train,
+        steps,
     )
-    drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
-    architecture = model.config
-    base = jax.tree.map(jnp.asarray, base)
-    optimizer = make_optimizer(config.train, steps)
+    _say(fitted.summary())
+    base = convert.load_llama(config.model.path, **how, progress=sys.stderr.isatty())[1]
+    fingerprint = fingerprint_tree(base)
+    _, base = add_parameters(model, base, jax.random.key(config.train.seed))
+    policy = fitted.plan.policy
+    base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     selection = select(base, config.lora)
     check_weights(drawn, base, config.lora, Path(config.model.path))
     initial = None
@@ -154,7 +152,7 @@ def run(
     record = _record(config, fingerprint, examples)
 
     with _alone(directory), disk_errors(directory):
-        state, base = _first_state(config, base, optimizer, initial)
+        state, base = _first_state(config, base, fitted.optimizer, initial)
         with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
             state, start = _continue(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
@@ -166,9 +164,6 @@ def run(
                     "changed. More `steps` or `epochs` continue it."
                 )
                 return finished
-            step = jax.jit(
-                partial(train_step, model=model, optimizer=optimizer), donate_argnums=0
-            )
             with Watch(
                 directory,
                 start=start,
@@ -182,7 +177,7 @@ def run(
                     architecture,
                     base,
                     batches,
-                    step,
+                    fitted.step,
                     watch,
                     checkpoints,
                     record,
@@ -201,6 +196,7 @@ def run(
             "optimizer_bytes": tree_bytes(state.opt_state),
             "base_fingerprint": fingerprint,
             "data": dataclasses.asdict(examples.report),
+            "plan": fitted.report(),
             "versions": versions(),
             "device": jax.devices()[0].device_kind,
             "seconds_to_first_step": watch.seconds_to_first_step,
@@ -211,6 +207,21 @@ def run(
         # Last: it says that the run is complete.
         write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
+    """Adds the parameters of the model's own modules, as shapes.
+
+    Without modules of its own it refuses a checkpoint that has some.
+    """
+    complete = [model]
+
+    def add(base: Any) -> Any:
+        complete[0], base = add_parameters(model, base, jax.random.key(0))
+        return base
+
+    abstract = jax.eval_shape(add, shapes)
+    return complete[0], abstract
 
 
 def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batches]:

@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -40,8 +39,8 @@ from qlora_jax.train import (
     TrainConfig,
     TrainState,
     init_state,
+    jit_step,
     make_optimizer,
-    train_step,
 )
 
 ALLOWANCE = 700_000_000
@@ -204,14 +203,11 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
       step: the step.
       mesh: from `gpu_mesh`; default the device at hand.
     """
-    optimizer = make_optimizer(step.train, 1)
-    function = partial(
-        train_step, model=Llama(step.config, step.compute), optimizer=optimizer
-    )
+    model = Llama(step.config, step.compute)
     arguments = abstract_arguments(step)
     if mesh is not None:
         check_mesh(mesh.shape, step.train.batch_size)
-    jitted = jax.jit(function, donate_argnums=0)
+    jitted = jit_step(model, make_optimizer(step.train, 1))
     if mesh is None:
         return jitted.lower(*arguments)
     # For whom to trace: what is chosen by the kind of device is chosen for this one.
@@ -260,7 +256,12 @@ class StepMemory:
 
     @classmethod
     def of(
-        cls, compiled: Any, step: Step, mesh: Any = None, buffers: str | None = None
+        cls,
+        compiled: Any,
+        step: Step,
+        mesh: Any = None,
+        buffers: str | None = None,
+        arguments: tuple[TrainState, Any, Any] | None = None,
     ) -> StepMemory:
         """Reads the memory of a compiled step.
 
@@ -271,11 +272,13 @@ class StepMemory:
           buffers: XLA's text of the buffer assignment, from which each byte of the
             temporaries is counted once, for the first of gradients, activations,
             temporaries and loss that uses it. Without it all of them are `temporaries`.
+          arguments: what it was lowered with; default `abstract_arguments(step)`.
         """
         stats = compiled.memory_analysis()
-        arguments = abstract_arguments(step)
-        if mesh is not None:
-            arguments = place(arguments, mesh, step.on_host)
+        if arguments is None:
+            arguments = abstract_arguments(step)
+            if mesh is not None:
+                arguments = place(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}

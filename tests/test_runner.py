@@ -547,9 +547,9 @@ def test_rows_are_the_same_rows_however_they_are_given(tmp_path, make, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
-    from qlora_jax import runner
+    from qlora_jax import train
 
-    real = runner.train_step
+    real = train.train_step
 
     def step(state, base, batch, *, model, optimizer):
         new, metrics = real(state, base, batch, model=model, optimizer=optimizer)
@@ -557,7 +557,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
 
     config = make(tmp_path / "run", train={"steps": 8})
     run(make(tmp_path / "good", train={"steps": 8}))
-    monkeypatch.setattr(runner, "train_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(UserError, match="Step 7 is not finite: loss ") as stopped:
         run(config)
     message = str(stopped.value)

@@ -1,0 +1,260 @@
+"""A run's step, compiled and weighed before its base is loaded.
+
+    fitted = fit(model, settings, base, batch, train)      base and batch: shapes
+    fitted.plan                         bytes by kind, beside what the device has
+    state, metrics = fitted.step(state, base, batch)
+
+The step is compiled for the device at hand with shapes alone, so a run that cannot fit
+ends here, in seconds, with the settings that would make it fit. What was compiled is
+what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import SingleDeviceSharding
+
+from qlora_jax.cards import Card
+from qlora_jax.errors import UserError
+from qlora_jax.llama import Llama
+from qlora_jax.lora import abstract_adapters
+from qlora_jax.lora_init import factor_out
+from qlora_jax.memory import readable_bytes
+from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
+from qlora_jax.runfile import ModelConfig
+from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
+from qlora_jax.targets import EMBEDDING, HEAD
+from qlora_jax.train import TrainConfig, init_state, jit_step, make_optimizer
+
+# Of the memory that JAX may use, what its allocator can be asked for in a plan's few
+# large blocks.
+_USABLE = 0.98
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A step that fits, compiled."""
+
+    plan: Plan
+    model: Llama
+    """With the settings of the plan's policy."""
+    optimizer: optax.GradientTransformation
+    step: Callable[..., Any]
+    """(state, base, batch) -> (state, metrics); the state is donated."""
+
+    def summary(self) -> str:
+        """One line for a person."""
+        plan = self.plan
+        limit = plan.card.memory_bytes - ALLOWANCE
+        kinds = ", ".join(
+            f"{name} {readable_bytes(size)}"
+            for name, size in device_bytes(plan.memory).items()
+            if size
+        )
+        where = (
+            ""
+            if limit >= _ENDLESS
+            else f" of {readable_bytes(limit)} on {plan.card.name}"
+        )
+        host = plan.memory.host_bytes
+        return (
+            f"Plan: {readable_bytes(plan.memory.device_bytes)}{where}, policy "
+            f"'{plan.policy.name}' ({kinds})"
+            + (f"; {readable_bytes(host)} pinned on the host" if host else "")
+            + "."
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds of it."""
+        plan = self.plan
+        return {
+            "policy": plan.policy.name,
+            "remat": plan.policy.remat,
+            "attention": plan.policy.attention,
+            "embed_tokens": plan.policy.embed_tokens,
+            "lm_head": plan.policy.lm_head,
+            "device_bytes": device_bytes(plan.memory),
+            "host_bytes": plan.memory.host_bytes,
+        }
+
+
+_ENDLESS = 1 << 60
+
+
+def this_device() -> Card:
+    """The device at hand as a card: its memory is what a process may use of it."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        # A context and JAX's pool exist already; `ALLOWANCE` is for both.
+        usable = int(_USABLE * stats["bytes_limit"])
+    elif device.platform == "cpu":
+        usable = available_memory()
+    else:
+        usable = _ENDLESS
+    capability = str(getattr(device, "compute_capability", "9.0"))
+    major, _, minor = capability.partition(".")
+    return Card(
+        name=device.device_kind if device.platform != "cpu" else "this machine",
+        memory_bytes=usable + ALLOWANCE,
+        compute_capability=(int(major), int(minor or 0)) if major.isdigit() else (0, 0),
+        # Of no account here: nothing is estimated but bytes.
+        multiprocessors=1,
+        clock_ghz=1.0,
+        bandwidth=1.0,
+        flops=1.0,
+        host_link=1.0,
+        l2_bytes=1,
+        description=device.device_kind,
+    )
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can still be had; endless where no one says."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+    except OSError:  # another system than Linux
+        try:
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (OSError, ValueError):
+            return _ENDLESS
+    try:  # of a container
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limits.append(int(limit) - int(used))
+    except (OSError, ValueError):  # none, or "max"
+        pass
+    return min(limits, default=_ENDLESS)
+
+
+def fit(
+    model: Llama,
+    settings: ModelConfig,
+    base: Any,
+    batch: Mapping[str, Any],
+    train: TrainConfig,
+    steps: int,
+    *,
+    card: Card | None = None,
+) -> Fitted:
+    """Compiles the step of a run under the fastest policy that fits.
+
+    Args:
+      model: the architecture, with the LoRA configuration in its `compute`.
+      settings: `[model]`: remat, attention, and where the tables lie; "auto" is
+        settled here.
+      base: shapes of the base.
+      batch: one batch of the run, or its shapes.
+      train: optimizer and batch.
+      steps: optimizer steps of the run.
+      card: what it has to fit on; default the device at hand.
+
+    Raises:
+      UserError: no policy that the settings allow fits; by how much, and which settings
+        would.
+    """
+    card = this_device() if card is None else card
+    lora = model.compute.lora
+    assert lora is not None
+    optimizer = make_optimizer(train, steps)
+    adapters = abstract_adapters(base, lora)
+    if lora.changes_base:
+        base = jax.eval_shape(
+            lambda base, adapters: factor_out(base, adapters, lora), base, adapters
+        )
+    state = jax.eval_shape(
+        lambda tree, key: init_state(tree, optimizer, key), adapters, jax.random.key(0)
+    )
+    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    plain = Step(
+        config=model.config,
+        compute=dataclasses.replace(model.compute, remat="full"),
+        length=batch["tokens"].shape[-1],
+        train=train,
+        quantization=None if settings.quantization == "none" else settings.quantization,
+        packed="segment_ids" in batch,
+    )
+    planner = Planner(card)
+    among = policies(
+        remat=settings.remat,
+        attention=settings.attention,
+        embed_tokens=settings.embed_tokens,
+        lm_head=settings.lm_head,
+    )
+    refused: list[Plan] = []
+    for policy in among:
+        step = policy.apply(plain)
+        # What is far off by the estimate is not worth a compilation.
+        far = planner.estimate(plain, policy).total > 1.5 * card.memory_bytes
+        if far and policy is not among[-1]:
+            continue
+        chosen = model.clone(compute=step.compute)
+        arguments = (state, _placed(base, policy), batch)
+        jitted = jit_step(chosen, optimizer)
+        compiled = jitted.lower(*arguments).compile()
+        memory = StepMemory.of(compiled, step, arguments=arguments)
+        versions = {"jax": jax.__version__}
+        plan = Plan(step, policy, card, {"data": 1}, memory, "compiled", versions, {})
+        if plan.fits:
+            return Fitted(plan, chosen, optimizer, _either(compiled, jitted, arguments))
+        refused.append(plan)
+    nearest = min(refused, key=lambda plan: plan.total)
+    raise UserError(planner.too_large(nearest) + _more_memory())
+
+
+def _placed(base: Any, policy: Policy) -> Any:
+    """Shapes of a base with its tables where the policy has them."""
+    places = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
+    host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
+
+    def one(path: tuple, leaf: Any) -> Any:
+        keys = tuple(str(getattr(key, "key", "")) for key in path)
+        on_host = any(
+            where == "host" and keys[: len(p)] == p for p, where in places.items()
+        )
+        if not on_host:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+
+    return jax.tree_util.tree_map_with_path(one, base)
+
+
+def _either(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
+    """The compiled step; for arguments unlike those planned, one compiled for them."""
+
+    def shape(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [(a.shape, a.dtype) for a in leaves]
+
+    wanted = shape(planned)
+    chosen: list[Any] = []
+
+    def step(*arguments: Any) -> Any:
+        if not chosen:
+            chosen.append(compiled if shape(arguments) == wanted else jitted)
+        return chosen[0](*arguments)
+
+    return step
+
+
+def _more_memory() -> str:
+    """How to let JAX use more of a GPU, where it keeps to a part."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ:
+        return ""
+    return (
+        f" JAX takes {readable_bytes(stats['bytes_limit'])} of this device, three "
+        "quarters of it; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment gives "
+        "it more."
+    )

@@ -1,0 +1,153 @@
+"""A run is weighed before its base is loaded, and what was compiled is what runs."""
+
+import dataclasses
+import json
+
+import pytest
+
+import convert
+import qlora_jax as qj
+from qlora_jax import fit as fits
+from qlora_jax.data.examples import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.fit import available_memory, this_device
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.runfile import LogConfig, ModelConfig, RunConfig
+from qlora_jax.runner import run
+from qlora_jax.step_memory import ALLOWANCE
+from qlora_jax.train import TrainConfig
+
+
+@pytest.fixture(scope="module", name="make")
+def configuration(llama_dir, rows_file):
+    """A function: directory, settings of [model] -> a short run."""
+
+    def make(directory, lora=None, **model):
+        lora = {"r": 4, "target_modules": "all-linear"} | (lora or {})
+        return RunConfig(
+            model=ModelConfig(**{"path": str(llama_dir), "dtype": "float32"} | model),
+            data=DataConfig(path=str(rows_file), format="tokens", max_length=64),
+            train=TrainConfig(steps=3, batch_size=2, learning_rate=1e-2),
+            lora=LoraConfig(**lora),
+            log=LogConfig(plot=False),
+            output_dir=str(directory),
+        )
+
+    return make
+
+
+@pytest.fixture(name="card_of")
+def small_card(monkeypatch):
+    """Gives the device at hand so many bytes."""
+
+    def card_of(nbytes):
+        card = dataclasses.replace(this_device(), memory_bytes=nbytes + ALLOWANCE)
+        monkeypatch.setattr(fits, "this_device", lambda: card)
+
+    return card_of
+
+
+@pytest.fixture(scope="module", name="plain")
+def finished(make, tmp_path_factory):
+    """A run that held everything on the device."""
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    return run(make(directory, remat="full")), directory
+
+
+def losses(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
+    make, tmp_path, card_of, monkeypatch
+):
+    card_of(1000)
+    monkeypatch.setattr(convert, "load_llama", pytest.fail)
+    with pytest.raises(UserError) as refused:
+        run(make(tmp_path / "run"))
+    message = str(refused.value)
+    assert "2 x 64 tokens take" in message and "more than the" in message
+    assert "remat" in message or "policy" in message or "r=2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_takes_the_fastest_policy_that_fits(
+    make, plain, tmp_path, card_of, capsys
+):
+    report, directory = plain
+    keeps_all = run(make(tmp_path / "all", remat="auto"))["plan"]
+    assert keeps_all["policy"] == "none"
+    full = report["plan"]
+    assert full["policy"] == "full"
+    need = sum(full["device_bytes"].values())
+    assert need < sum(keeps_all["device_bytes"].values())
+    card_of(need)
+    capsys.readouterr()
+    chosen = run(make(tmp_path / "fitted", remat="auto"))["plan"]
+    assert chosen == full
+    assert "policy 'full'" in capsys.readouterr().err
+    assert losses(tmp_path / "fitted") == losses(directory)
+
+
+def test_bytes_of_the_plan_are_those_of_the_run(plain):
+    report, _ = plain
+    planned = report["plan"]["device_bytes"]
+    assert planned["base"] == report["base_bytes"]
+    assert planned["adapters"] == 4 * report["trainable_parameters"]
+    # Step number and key are counted with the moments.
+    assert 0 < planned["optimizer"] - report["optimizer_bytes"] < 64
+    assert planned["temporaries"] > 0
+
+
+HOST = {"embed_tokens": "host", "lm_head": "host", "remat": "offload"}
+
+
+def test_a_run_with_its_tables_on_the_host_is_the_same_run(make, plain, tmp_path):
+    report = run(make(tmp_path / "run", **HOST))
+    assert report["plan"]["host_bytes"] > 0
+    held = report["plan"]["device_bytes"]["base"] + report["plan"]["host_bytes"]
+    assert held >= plain[0]["base_bytes"]
+    # Recomputed in other programs: float32 to rounding, through three steps of AdamW.
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain[1]), rel=1e-5)
+    assert report["base_fingerprint"] == plain[0]["base_fingerprint"]
+
+
+def test_a_run_with_a_quantized_head_loads_as_it_was_trained(make, plain, tmp_path):
+    report = run(make(tmp_path / "run", lm_head="nf4"))
+    assert report["base_bytes"] < plain[0]["base_bytes"]
+    assert losses(tmp_path / "run")[0] != losses(plain[1])[0]
+    model = qj.load(tmp_path / "run")
+    assert isinstance(model.base["lm_head"]["weight"], qj.NF4Tensor)
+    dense = qj.load(tmp_path / "run", quantization="none")
+    assert not isinstance(dense.base["lm_head"]["weight"], qj.NF4Tensor)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ("lm_head", "embed_tokens")},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}},
+        {"trainable_token_indices": (3, 4)},
+    ],
+    ids=lambda lora: next(iter(lora.values()), "plain"),
+)
+def test_what_was_compiled_is_what_runs(make, tmp_path, monkeypatch, lora):
+    real = fits._either
+
+    def either(compiled, jitted, planned):
+        return real(compiled, pytest.fail, planned)  # nothing is compiled once more
+
+    monkeypatch.setattr(fits, "_either", either)
+    report = run(make(tmp_path / "run", lora))
+    assert report["steps"] == 3
+
+
+def test_the_memory_of_this_machine_is_known():
+    card = this_device()
+    assert card.name == "this machine"
+    assert 1 << 28 < available_memory() < 1 << 50
+    assert card.memory_bytes - ALLOWANCE <= 1 << 50
