@@ -391,7 +391,7 @@ def print_plan(report: Mapping[str, Any]) -> None:
     )
     print("\ndevice bytes" + (" of each device" if devices > 1 else ""))
     for kind, size in report["device_bytes"].items():
-        if kind != "total" and size:
+        if kind != "total" and size >= 5000:  # less would print as nothing
             print(f"  {_KINDS[kind]:<40}{_gb(size):>12}")
     total, card = report["device_bytes"]["total"], report["card_bytes"]
     print(f"  {'total':<40}{_gb(total):>12}  of {_gb(card)} ({total / card:.0%})")
