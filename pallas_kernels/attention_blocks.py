@@ -3,8 +3,8 @@
 Everything here is about blocks of rows. `reach` says, with plain array operations and
 before a kernel runs, which blocks of the other side a block has to look at. The rest
 are the parts of a kernel's body: `stream` brings one block after the other through a
-ring of buffers, `masked` hides what is not to be seen, `product` and `add_product` are
-the tensor cores'.
+ring of buffers, `masked` hides what is not to be seen, `products` and `add_products`
+are the tensor cores'.
 
 Imported only when a kernel is asked for; written for and checked with jax 0.11.2 and
 0.12.0.
@@ -172,45 +172,35 @@ def stream(
 
 
 def masked(
-    scores: jax.Array,
-    clear: Any,
-    queries: Any,
-    keys: Any,
-    segments: Any,
-    *,
-    transposed: bool = False,
+    scores: jax.Array, clear: Any, marks: list[tuple[Any, Any]], *, transposed: bool
 ) -> jax.Array:
     """Hides what a query may not see: later keys, and those of other segments.
+
+    Indices are read from memory like the ids. Counted by the threads they would not
+    change from step to step, and the compiler would keep them in registers, of which
+    there are none to spare.
 
     Args:
       scores: float32 [queries, keys], or with `transposed` [keys, queries].
       clear: whether there is nothing to hide.
-      queries: index of the first query.
-      keys: index of the first key.
-      segments: int32 [T] in global memory, or None.
+      marks: of the queries and of the keys, int32 vectors in any memory: their indices,
+        and their segment ids unless all are one.
       transposed: which side is which.
 
     Returns:
       The scores, `MASKED` where hidden.
     """
-    shape = scores.shape
 
     def hide(scores: jax.Array) -> jax.Array:
-        starts = (keys, queries) if transposed else (queries, keys)
-        row, column = (
-            start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_WGMMA)
-            for axis, start in enumerate(starts)
-        )
-        seen = row <= column if transposed else row >= column
-        if segments is not None:
-            row, column = (
-                across(
-                    vector(segments.at[pl.ds(start, shape[axis])], axis), shape, axis
-                )
-                for axis, start in enumerate(starts)
+        for pair, seen in zip(marks, (jnp.greater_equal, jnp.equal), strict=False):
+            queries, keys = (
+                across(vector(side, axis), scores.shape, axis)
+                for side, axis in zip(pair, (1, 0) if transposed else (0, 1), strict=True)
             )
-            seen &= row == column
-        return jnp.where(seen, scores, MASKED)
+            scores = jnp.where(seen(queries, keys), scores, MASKED)
+            # Or all comparisons would come first, and their operands wait in registers.
+            scores = jax.lax.optimization_barrier(scores)
+        return scores
 
     return jax.lax.cond(clear, lambda scores: scores, hide, scores)
 
@@ -218,28 +208,43 @@ def masked(
 _WGMMA = plgpu.Layout.WGMMA
 
 
-def product(a: Any, b: Any) -> jax.Array:
-    """Computes `a @ b` in float32; both lie in shared memory."""
+def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+    """Computes `a @ b` for each pair, in float32; all lie in shared memory.
 
-    def multiply(sums: Any) -> jax.Array:
-        plgpu.wgmma(sums, a, b)
-        return sums[...]
+    All are begun before the first is waited for.
+    """
 
-    shape = (a.shape[0], b.shape[1])
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    def multiply(*sums: Any) -> tuple[jax.Array, ...]:
+        for total, (a, b) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(total, a, b)
+        return tuple(total[...] for total in sums)
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
+    return pl.run_scoped(multiply, *(plgpu.ACC(s, jnp.float32) for s in shapes))
 
 
-def add_product(
-    sums: jax.Array, a: jax.Array, b: Any, *, interpret: bool
-) -> jax.Array:
-    """Computes `sums + a @ b`; `a` in registers, `b` in shared memory.
+def add_products(
+    *terms: tuple[jax.Array, Any, Any], interpret: bool
+) -> tuple[jax.Array, ...]:
+    """Computes `sums + a @ b` for each (sums, a, b).
 
-    The interpreter knows no product with an operand in registers, and is given an
-    ordinary one of the same arrays.
+    All are begun before the first is waited for. `a` is in registers or in shared
+    memory, `b` in shared memory. The interpreter knows no product with an operand in
+    registers, and is given an ordinary one of the same arrays.
     """
     if interpret:
-        return sums + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
-    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.ACC.init(sums))
+        return tuple(
+            sums + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+            if isinstance(a, jax.Array)
+            else sums + products((a, b))[0]
+            for sums, a, b in terms
+        )
+
+    def multiply(sums: tuple[Any, ...]) -> None:
+        for total, (_, a, b) in zip(sums, terms, strict=True):
+            plgpu.wgmma(total, a, b)
+
+    return pl.run_state(multiply)(tuple(plgpu.ACC.init(sums) for sums, _, _ in terms))
 
 
 def zeros(rows: int, columns: int) -> jax.Array:

@@ -35,12 +35,12 @@ from pallas_kernels.attention_blocks import (
     ROWS,
     Reach,
     across,
-    add_product,
+    add_products,
     full,
     launch,
     masked,
     matrices,
-    product,
+    products,
     reach,
     stream,
     vector,
@@ -87,11 +87,12 @@ def forward(
     scale = LOG2E / math.sqrt(width)
 
     def body(q: Any, k: Any, v: Any, *rest: Any) -> None:
-        limits, segments, rest = _limits(rest, packed)
+        limits, marks, rest = _limits(rest, packed)
         out, lse, q_s, k_s, v_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
         start = block * BLOCK + group * ROWS
-        mine = (row, pl.ds(start, ROWS), head)
+        own = pl.ds(start, ROWS)
+        mine = (row, own, head)
         plgpu.copy_gmem_to_smem(q.at[mine], q_s.at[group], own_ready.at[group])
         first, last, *clear = (limit[row, block] for limit in limits)
 
@@ -103,23 +104,21 @@ def forward(
         def compute(step: Any, slot: Any, carry: Any) -> Any:
             sums, top, total = carry
             at = first + step
-            scores = product(q_s.at[group], k_s.at[slot].transpose((1, 0)))
+            these = pl.ds(at * keys, keys)
+            (scores,) = products((q_s.at[group], k_s.at[slot].transpose((1, 0))))
             scores = masked(
                 scores,
                 (at >= clear[0]) & (at < clear[1]),
-                start,
-                at * keys,
-                None if segments is None else segments.at[row],
+                [(mark.at[row, own], mark.at[row, these]) for mark in marks],
+                transposed=False,
             )
             new_top = jnp.maximum(top, scores.max(axis=1) * scale)
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
             total = total * shrink + weights.sum(axis=1)
-            sums = add_product(
-                sums * across(shrink, sums.shape),
-                weights.astype(k.dtype),
-                v_s.at[slot],
-                interpret=bool(interpret),
+            sums = sums * across(shrink, sums.shape)
+            (sums,) = add_products(
+                (sums, weights.astype(v.dtype), v_s.at[slot]), interpret=bool(interpret)
             )
             return sums, new_top, total
 
@@ -139,7 +138,7 @@ def forward(
             interpret=bool(interpret),
         )
         q_s[group] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
-        lse[row, head, pl.ds(start, ROWS)] = top * (1.0 / LOG2E) + jnp.log(total)
+        lse[row, head, own] = top * (1.0 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s.at[group], out.at[mine])
         plgpu.wait_smem_to_gmem(0)
@@ -199,8 +198,8 @@ def backward(
     """
     # Of the sum over the keys of weight times its derivative, this is all there is.
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    rows = lse * LOG2E, inner.swapaxes(1, 2)
-    arrays = (q, k, v, dout, *rows, segments)
+    numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
+    arrays = (q, k, v, dout, numbers, segments)
     dq = _backward_queries(*arrays, tiles=query_tiles, interpret=interpret)
     dk, dv = _backward_keys(*arrays, tiles=key_tiles, interpret=interpret)
     return dq, dk, dv
@@ -211,29 +210,29 @@ def _backward_queries(
     k: jax.Array,
     v: jax.Array,
     dout: jax.Array,
-    lse: jax.Array,
-    inner: jax.Array,
+    numbers: jax.Array,
     segments: jax.Array | None,
     *,
     tiles: Tiles | None,
     interpret: Any,
 ) -> jax.Array:
-    """Computes dq; `lse` has base 2 here."""
+    """Computes dq."""
     batch, length, heads, width = q.shape
     sharing = heads // k.shape[2]
     keys, stages = tiles or Tiles(64, 3)
     scale = 1.0 / math.sqrt(width)
 
-    def body(q: Any, k: Any, v: Any, dout: Any, lse: Any, inner: Any, *rest: Any) -> None:
-        limits, segments, rest = _limits(rest, packed)
+    def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
+        limits, marks, rest = _limits(rest, packed)
         dq, q_s, dout_s, k_s, v_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
         start = block * BLOCK + group * ROWS
-        mine = (row, pl.ds(start, ROWS), head)
+        own = pl.ds(start, ROWS)
+        mine = (row, own, head)
         plgpu.copy_gmem_to_smem(q.at[mine], q_s.at[group], own_ready.at[group])
         plgpu.copy_gmem_to_smem(dout.at[mine], dout_s.at[group], own_ready.at[group])
         own_lse, own_inner = (
-            vector(a.at[row, head, pl.ds(start, ROWS)], 0) for a in (lse, inner)
+            vector(numbers.at[row, head, i, own], 0) for i in range(2)
         )
         first, last, *clear = (limit[row, block] for limit in limits)
 
@@ -244,20 +243,23 @@ def _backward_queries(
 
         def compute(step: Any, slot: Any, sums: Any) -> Any:
             at = first + step
-            scores = product(q_s.at[group], k_s.at[slot].transpose((1, 0)))
+            these = pl.ds(at * keys, keys)
+            scores, dweights = products(
+                (q_s.at[group], k_s.at[slot].transpose((1, 0))),
+                (dout_s.at[group], v_s.at[slot].transpose((1, 0))),
+            )
             scores = masked(
                 scores,
                 (at >= clear[0]) & (at < clear[1]),
-                start,
-                at * keys,
-                None if segments is None else segments.at[row],
+                [(mark.at[row, own], mark.at[row, these]) for mark in marks],
+                transposed=False,
             )
             weights = jnp.exp2(scores * (scale * LOG2E) - across(own_lse, scores.shape))
-            dweights = product(dout_s.at[group], v_s.at[slot].transpose((1, 0)))
             dscores = weights * (dweights - across(own_inner, scores.shape))
-            return add_product(
-                sums, dscores.astype(k.dtype), k_s.at[slot], interpret=bool(interpret)
+            (sums,) = add_products(
+                (sums, dscores.astype(k.dtype), k_s.at[slot]), interpret=bool(interpret)
             )
+            return sums
 
         plgpu.barrier_wait(own_ready.at[group])
         sums = stream(
@@ -293,7 +295,7 @@ def _backward_queries(
         interpret=interpret,
     )
     operands = _operands(segments, batch, length, keys, queries=True)
-    return run(q, k, v, dout, lse, inner, *operands)
+    return run(q, k, v, dout, numbers, *operands)
 
 
 def _backward_keys(
@@ -301,14 +303,13 @@ def _backward_keys(
     k: jax.Array,
     v: jax.Array,
     dout: jax.Array,
-    lse: jax.Array,
-    inner: jax.Array,
+    numbers: jax.Array,
     segments: jax.Array | None,
     *,
     tiles: Tiles | None,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes dk and dv; `lse` has base 2 here.
+    """Computes dk and dv.
 
     Scores stand as [keys, queries], so that they are the left operand of both sums.
     """
@@ -318,14 +319,15 @@ def _backward_keys(
     queries, stages = tiles or Tiles(64, 3)
     scale = 1.0 / math.sqrt(width)
 
-    def body(q: Any, k: Any, v: Any, dout: Any, lse: Any, inner: Any, *rest: Any) -> None:
-        limits, segments, rest = _limits(rest, packed)
-        dk, dv, k_s, v_s, q_s, dout_s, lse_s, inner_s, own_ready, ready, free = rest
+    def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
+        limits, marks, rest = _limits(rest, packed)
+        dk, dv, k_s, v_s, q_s, dout_s, numbers_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
         # Of keys the first blocks have the most queries to go over.
         block = length // BLOCK - 1 - block
         start = block * BLOCK + group * ROWS
-        mine = (row, pl.ds(start, ROWS), head)
+        own = pl.ds(start, ROWS)
+        mine = (row, own, head)
         plgpu.copy_gmem_to_smem(k.at[mine], k_s.at[group], own_ready.at[group])
         plgpu.copy_gmem_to_smem(v.at[mine], v_s.at[group], own_ready.at[group])
         first, last, *clear = (limit[row, block] for limit in limits)
@@ -338,33 +340,37 @@ def _backward_keys(
             for source, target in ((q, q_s), (dout, dout_s)):
                 source = source.at[row, these, reader]
                 plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-            for source, target in ((lse, lse_s), (inner, inner_s)):
-                source = source.at[row, reader, these]
-                plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+            source = numbers.at[row, reader, :, these]
+            plgpu.copy_gmem_to_smem(source, numbers_s.at[slot], ready.at[slot])
 
         def compute(step: Any, slot: Any, carry: Any) -> Any:
             dk, dv = carry
             at = first + jax.lax.rem(step, each)
-            scores = product(k_s.at[group], q_s.at[slot].transpose((1, 0)))
+            these = pl.ds(at * queries, queries)
+            # Beside dk and dv there are registers for two matrices of scores, but not
+            # while one of them is masked.
+            (scores,) = products((k_s.at[group], q_s.at[slot].transpose((1, 0))))
             scores = masked(
                 scores,
                 (at >= clear[0]) & (at < clear[1]),
-                at * queries,
-                start,
-                None if segments is None else segments.at[row],
+                [(mark.at[row, these], mark.at[row, own]) for mark in marks],
                 transposed=True,
             )
-            shape = scores.shape
-            their_lse = across(vector(lse_s.at[slot], 1), shape, 1)
+            their_lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
             weights = jnp.exp2(scores * (scale * LOG2E) - their_lse)
-            dv = add_product(
-                dv, weights.astype(q.dtype), dout_s.at[slot], interpret=bool(interpret)
+            dv, dweights = add_products(
+                (dv, weights.astype(q.dtype), dout_s.at[slot]),
+                (
+                    zeros(*scores.shape),
+                    v_s.at[group],
+                    dout_s.at[slot].transpose((1, 0)),
+                ),
+                interpret=bool(interpret),
             )
-            dweights = product(v_s.at[group], dout_s.at[slot].transpose((1, 0)))
-            their_inner = across(vector(inner_s.at[slot], 1), shape, 1)
+            their_inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
             dscores = weights * (dweights - their_inner)
-            dk = add_product(
-                dk, dscores.astype(q.dtype), q_s.at[slot], interpret=bool(interpret)
+            (dk,) = add_products(
+                (dk, dscores.astype(q.dtype), q_s.at[slot]), interpret=bool(interpret)
             )
             return dk, dv
 
@@ -396,17 +402,16 @@ def _backward_keys(
             matrices(GROUPS, ROWS, width, q.dtype),
             matrices(stages, queries, width, q.dtype),
             matrices(stages, queries, width, q.dtype),
-            plgpu.SMEM((stages, queries), jnp.float32),
-            plgpu.SMEM((stages, queries), jnp.float32),
+            plgpu.SMEM((stages, 2, queries), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
-            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
         ],
         grid={"block": length // BLOCK, "row": batch, "head": groups},
         interpret=interpret,
     )
     operands = _operands(segments, batch, length, queries, queries=False)
-    dk, dv = run(q, k, v, dout, lse, inner, *operands)
+    dk, dv = run(q, k, v, dout, numbers, *operands)
     return dk, dv
 
 
@@ -423,17 +428,18 @@ def _place(blocks: int) -> tuple[Any, Any, Any, Any]:
 def _operands(
     segments: jax.Array | None, batch: int, length: int, other: int, *, queries: bool
 ) -> list[jax.Array]:
-    """The ranges of blocks, and the ids where there are any."""
-    ids = jnp.ones((batch, length), jnp.int32) if segments is None else segments
+    """The ranges of blocks, and what is compared where blocks are masked."""
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    ids = jnp.ones_like(index) if segments is None else segments
     limits = reach(ids, BLOCK, other, queries=queries)
-    return [*limits, *(() if segments is None else (segments,))]
+    return [*limits, index, *(() if segments is None else (segments,))]
 
 
 def _limits(rest: Any, packed: bool) -> tuple[Reach, Any, Any]:
     """Takes the refs of `_operands` off the others."""
-    count = len(Reach._fields)
-    limits, rest = Reach(*rest[:count]), rest[count:]
-    return (limits, rest[0], rest[1:]) if packed else (limits, None, rest)
+    limits = len(Reach._fields)
+    end = limits + (2 if packed else 1)
+    return Reach(*rest[:limits]), rest[limits:end], rest[end:]
 
 
 def _over(number: Any, by: int) -> Any:
