@@ -195,7 +195,9 @@ def masked(
         for pair, seen in zip(marks, (jnp.greater_equal, jnp.equal), strict=False):
             queries, keys = (
                 across(vector(side, axis), scores.shape, axis)
-                for side, axis in zip(pair, (1, 0) if transposed else (0, 1), strict=True)
+                for side, axis in zip(
+                    pair, (1, 0) if transposed else (0, 1), strict=True
+                )
             )
             scores = jnp.where(seen(queries, keys), scores, MASKED)
             # Or all comparisons would come first, and their operands wait in registers.

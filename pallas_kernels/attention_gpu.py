@@ -59,6 +59,16 @@ class Tiles(NamedTuple):
     """Steps whose operands are in shared memory at once, at least 2."""
 
 
+# What the registers of a thread (255) and the shared memory of a block (227 KiB) hold;
+# ptxas spills where a step is wider.
+FORWARD = {64: Tiles(128, 4), 128: Tiles(128, 3)}
+"""Head width -> how `forward` goes over the keys."""
+QUERIES = {64: Tiles(128, 4), 128: Tiles(64, 4)}
+"""How the kernel that computes dq goes over the keys."""
+KEYS = {64: Tiles(128, 4), 128: Tiles(64, 4)}
+"""How the kernel that computes dk and dv goes over the queries."""
+
+
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -83,7 +93,7 @@ def forward(
     """
     batch, length, heads, width = q.shape
     sharing = heads // k.shape[2]
-    keys, stages = tiles or Tiles(128, 3)
+    keys, stages = tiles or FORWARD[width]
     scale = LOG2E / math.sqrt(width)
 
     def body(q: Any, k: Any, v: Any, *rest: Any) -> None:
@@ -219,7 +229,7 @@ def _backward_queries(
     """Computes dq."""
     batch, length, heads, width = q.shape
     sharing = heads // k.shape[2]
-    keys, stages = tiles or Tiles(64, 3)
+    keys, stages = tiles or QUERIES[width]
     scale = 1.0 / math.sqrt(width)
 
     def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
@@ -316,7 +326,7 @@ def _backward_keys(
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     sharing = heads // groups
-    queries, stages = tiles or Tiles(64, 3)
+    queries, stages = tiles or KEYS[width]
     scale = 1.0 / math.sqrt(width)
 
     def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
@@ -396,7 +406,10 @@ def _backward_keys(
     packed = segments is not None
     run = launch(
         body,
-        (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        (
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ),
         [
             matrices(GROUPS, ROWS, width, q.dtype),
             matrices(GROUPS, ROWS, width, q.dtype),
