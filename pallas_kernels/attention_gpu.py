@@ -96,7 +96,7 @@ def forward(
     keys, stages = tiles or FORWARD[width]
     scale = LOG2E / math.sqrt(width)
 
-    def body(q: Any, k: Any, v: Any, *rest: Any) -> None:
+    def attention_forward(q: Any, k: Any, v: Any, *rest: Any) -> None:
         limits, marks, rest = _limits(rest, packed)
         out, lse, q_s, k_s, v_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
@@ -155,7 +155,7 @@ def forward(
 
     packed = segments is not None
     run = launch(
-        body,
+        attention_forward,
         (
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
@@ -232,7 +232,9 @@ def _backward_queries(
     keys, stages = tiles or QUERIES[width]
     scale = 1.0 / math.sqrt(width)
 
-    def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
+    def attention_backward_queries(
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any
+    ) -> None:
         limits, marks, rest = _limits(rest, packed)
         dq, q_s, dout_s, k_s, v_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
@@ -290,7 +292,7 @@ def _backward_queries(
 
     packed = segments is not None
     run = launch(
-        body,
+        attention_backward_queries,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         [
             matrices(GROUPS, ROWS, width, q.dtype),
@@ -329,7 +331,9 @@ def _backward_keys(
     queries, stages = tiles or KEYS[width]
     scale = 1.0 / math.sqrt(width)
 
-    def body(q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any) -> None:
+    def attention_backward_keys(
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any
+    ) -> None:
         limits, marks, rest = _limits(rest, packed)
         dk, dv, k_s, v_s, q_s, dout_s, numbers_s, own_ready, ready, free = rest
         row, head, block, group = _place(length // BLOCK)
@@ -405,7 +409,7 @@ def _backward_keys(
 
     packed = segments is not None
     run = launch(
-        body,
+        attention_backward_keys,
         (
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),

@@ -5,6 +5,8 @@ races, wherever jax can (0.11 and newer). tests/compile holds what they are comp
 """
 
 import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -261,9 +263,10 @@ def test_no_block_that_is_seen_is_left_out(kind, other, queries):
         assert whole[own, max(first, clear_from) : min(last + 1, clear_to)].all()
         if kind != "random":  # contiguous or nearly: not a block too many
             assert some[own, first] and some[own, last]
-        if kind in ("one", "a block within a document"):
+        if kind == "one" or (kind == "a block within a document" and own > 0):
+            # The diagonal, and the one block that holds two documents.
             masked = (last + 1 - first) - max(0, clear_to - max(first, clear_from))
-            assert masked <= BLOCK // other + (kind != "one")
+            assert masked <= BLOCK // other * (1 if kind == "one" else 2)
 
 
 # --- What is kept for the backward ---
@@ -287,21 +290,23 @@ def test_the_backward_keeps_no_scores(implementation):
 
 
 @kernels
-def test_a_policy_can_keep_what_the_backward_needs():
+def test_a_policy_can_keep_what_the_backward_needs(monkeypatch):
     q, k, v, _ = inputs(128, heads=1)
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(module, "_device", lambda: hopper)
 
-    def kernels_run(policy):
+    def forwards(policy):
         def loss(q, k, v):
-            call = functools.partial(flash_attention, implementation="interpret")
+            call = functools.partial(flash_attention, implementation="pallas")
             return jax.checkpoint(call, policy=policy)(q, k, v).astype("float32").sum()
 
-        return str(jax.make_jaxpr(jax.grad(loss))(q, k, v)).count("thread_name")
+        program = str(jax.make_jaxpr(jax.value_and_grad(loss))(q, k, v))
+        assert len(re.findall("name=attention_backward_queries", program)) == 1
+        return len(re.findall("name=attention_forward", program))
 
-    names = jax.checkpoint_policies.save_only_these_names(
-        "attention_out", "attention_lse"
-    )
-    kept, recomputed = kernels_run(names), kernels_run(None)
-    assert recomputed == 4 * kept // 3 > kept  # forward, dq, dk and dv: once, or again
+    names = "attention_out", "attention_lse"
+    assert forwards(jax.checkpoint_policies.save_only_these_names(*names)) == 1
+    assert forwards(jax.checkpoint_policies.save_only_these_names(names[0])) == 2
 
 
 # --- What is refused ---
@@ -312,7 +317,10 @@ def test_a_policy_can_keep_what_the_backward_needs():
     [
         ({"k": (1, 9, 1, 64)}, "keys and values go with the queries"),
         ({"v": (1, 8, 1, 128)}, "keys and values go with the queries"),
-        ({"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)}, "cannot share 2"),
+        (
+            {"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)},
+            "cannot share 2",
+        ),
         ({"q": (1, 0, 2, 64), "k": (1, 0, 1, 64), "v": (1, 0, 1, 64)}, "is empty"),
         ({"segment_ids": (1, 9)}, "of every token, \\(1, 8\\)"),
         ({"implementation": "triton"}, "does not exist. Choose 'xla'"),
@@ -363,8 +371,6 @@ def test_kernels_that_cannot_run_here_say_why():
 @kernels
 @pytest.mark.parametrize("capability", ["8.0", "10.0", ""])
 def test_another_gpu_than_hopper_is_refused(capability, monkeypatch):
-    from types import SimpleNamespace
-
     device = SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(module, "_device", lambda: device)
     q, k, v, _ = inputs(8)
@@ -383,8 +389,6 @@ def test_nothing_measured_means_the_formula():
 
 @kernels
 def test_the_kernels_are_chosen_from_the_measured_length_on(monkeypatch):
-    from types import SimpleNamespace
-
     device = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="X")
     monkeypatch.setattr(module, "_device", lambda: device)
     monkeypatch.setattr(module, "device_kind", lambda: "X")
