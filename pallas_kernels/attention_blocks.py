@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -85,6 +86,20 @@ def reach(segments: jax.Array, own: int, other: int, *, queries: bool) -> Reach:
         clear_from = jnp.broadcast_to(count - wholly, first.shape)
         clear_to = jnp.where(whole & ~clear, at, count).min(axis=2)
     return Reach(first, last, clear_from, clear_to)
+
+
+def causal_reach(
+    batch: int, length: int, own: int, other: int, *, queries: bool
+) -> Reach:
+    """What `reach` finds for rows of one segment, without a computation."""
+    count = length // other
+    start = own * np.arange(length // own, dtype=np.int32)
+    if queries:
+        limits = (0 * start, (start + own - 1) // other, 0 * start, start // other)
+    else:
+        limits = (start // other, 0 * start + count - 1)
+        limits += (-(-(start + own) // other), 0 * start + count)
+    return Reach(*(jnp.asarray(np.tile(limit, (batch, 1))) for limit in limits))
 
 
 class _Ids(NamedTuple):
@@ -208,6 +223,8 @@ def masked(
 
 
 _WGMMA = plgpu.Layout.WGMMA
+_SUMS: Any = plgpu.WGMMAAccumulatorRef
+_LOAD: Any = plgpu.load  # jax 0.10, which has no kernels, knows other arguments
 
 
 def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
@@ -222,7 +239,7 @@ def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
         return tuple(total[...] for total in sums)
 
     shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
-    return pl.run_scoped(multiply, *(plgpu.ACC(s, jnp.float32) for s in shapes))
+    return pl.run_scoped(multiply, *(_SUMS(s, jnp.float32) for s in shapes))
 
 
 def add_products(
@@ -246,7 +263,7 @@ def add_products(
         for total, (_, a, b) in zip(sums, terms, strict=True):
             plgpu.wgmma(total, a, b)
 
-    return pl.run_state(multiply)(tuple(plgpu.ACC.init(sums) for sums, _, _ in terms))
+    return pl.run_state(multiply)(tuple(_SUMS.init(sums) for sums, _, _ in terms))
 
 
 def zeros(rows: int, columns: int) -> jax.Array:
@@ -262,7 +279,7 @@ def full(rows: int, value: float) -> jax.Array:
 
 def vector(ref: Any, axis: int) -> jax.Array:
     """Loads a number for each row (axis 0) or column (axis 1) of a product."""
-    return plgpu.load(ref, layout=_WGMMA.reduce(1 - axis), optimized=False)
+    return _LOAD(ref, layout=_WGMMA.reduce(1 - axis), optimized=False)
 
 
 def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:

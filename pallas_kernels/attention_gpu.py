@@ -36,6 +36,7 @@ from pallas_kernels.attention_blocks import (
     Reach,
     across,
     add_products,
+    causal_reach,
     full,
     launch,
     masked,
@@ -447,9 +448,10 @@ def _operands(
 ) -> list[jax.Array]:
     """The ranges of blocks, and what is compared where blocks are masked."""
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    ids = jnp.ones_like(index) if segments is None else segments
-    limits = reach(ids, BLOCK, other, queries=queries)
-    return [*limits, index, *(() if segments is None else (segments,))]
+    if segments is None:
+        limits = causal_reach(batch, length, BLOCK, other, queries=queries)
+        return [*limits, index]
+    return [*reach(segments, BLOCK, other, queries=queries), index, segments]
 
 
 def _limits(rest: Any, packed: bool) -> tuple[Reach, Any, Any]:

@@ -11,12 +11,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.shapes import MODELS
 
 pytestmark = [
     pytest.mark.compile,
@@ -154,3 +156,15 @@ def test_the_derivative_takes_no_workspace_of_the_size_of_dq(wanted, folder):
     assert temporaries <= output + numbers + 64 * tokens
     # cuDNN would want as much again as twice the output.
     assert temporaries < 1.5 * output
+
+
+@pytest.mark.parametrize("remat, forwards", [("full", 2), ("save_matmuls", 1)])
+def test_packed_training_runs_the_kernels(remat, forwards, compile_step: Callable):
+    """In both passes over the layers; the forward again where it was not kept."""
+    named = {"packed": True, "remat": remat}
+    config = MODELS["1b"].hf_config
+    ours = compile_step(config, attention="pallas", **named)
+    assert ours.text.count('custom_call_target="mosaic_gpu') == forwards + 2
+    xla = compile_step(config, attention="xla", **named)
+    # The blocks of scores that XLA writes to memory are gone.
+    assert ours.memory["temporaries"] < xla.memory["temporaries"]
