@@ -220,6 +220,9 @@ def _forward(
     out, lse = attention_gpu.forward(
         q, k, v, segments, interpret=_interpreter(interpret)
     )
+    # Without it the XLA of jax 0.11 runs the kernel twice where both results are kept
+    # for all layers: once to use them, and once more to write them into the stack.
+    out, lse = jax.lax.optimization_barrier((out, lse))
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segments, out, lse)
