@@ -82,7 +82,7 @@ class PlanCommand:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of activations and dense tensors. Default bfloat16, or float16 on a card that has
     no bfloat16."""
-    attention: Literal["auto", "eager", "xla", "cudnn"] | None = None
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] | None = None
     """Attention implementation. Default auto."""
     remat: Literal["auto", "none", "full", "save_matmuls", "offload"] | None = None
     """What is recomputed or kept on the host; auto = the fastest policy that fits."""
