@@ -32,7 +32,7 @@ from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.placement import on_device
+from qlora_jax.placement import gathered, on_device
 
 Batch = Mapping[str, Array]
 
@@ -242,7 +242,9 @@ def _unpacked(variables: Any, dtype: str) -> Any:
         return nf4.dequantize(leaf, dtype) if isinstance(leaf, NF4Tensor) else leaf
 
     return jax.tree.map(
-        one, on_device(variables), is_leaf=lambda leaf: isinstance(leaf, NF4Tensor)
+        one,
+        gathered(on_device(variables)),
+        is_leaf=lambda leaf: isinstance(leaf, NF4Tensor),
     )
 
 
