@@ -335,16 +335,8 @@ def train_step(
 
 def jit_step(model: Llama, optimizer: optax.GradientTransformation) -> Any:
     """`train_step` jitted as runs use it: (state, base, batch), the state donated."""
-    options: dict[str, Any] = {}
-    if model.compute.remat == "offload":
-        # XLA counts what lies in the host's memory as if the device had to hold it, and
-        # would recompute what it can to make room. The GPU's compiler alone reads this.
-        options["xla_gpu_memory_limit_slop_factor"] = 1000
-    return jax.jit(
-        partial(train_step, model=model, optimizer=optimizer),
-        donate_argnums=0,
-        compiler_options=options,
-    )
+    step = partial(train_step, model=model, optimizer=optimizer)
+    return jax.jit(step, donate_argnums=0)
 
 
 def eval_step(
