@@ -19,6 +19,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from qlora_jax.cards import Card
+from qlora_jax.llama import mlp_tokens
 from qlora_jax.sharding import lies_on_host, local_bytes, place
 from qlora_jax.step_memory import Step, StepMemory, abstract_arguments
 from qlora_jax.targets import linear_modules
@@ -50,9 +51,6 @@ _LARGE = 0.5
 # Bytes for each token of a layer that "none" keeps beside what "save_matmuls" does: of
 # each hidden and each intermediate feature, some of them in float32.
 _NONE_NARROW, _NONE_WIDE = 10, 18
-
-_MLP_CHUNK = {"full": 16384, "offload": 4096}
-"""Tokens of an MLP at a time, where it is taken in chunks."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +192,9 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     """
     c, size, remat = step.config, _width(step), step.compute.remat
     narrow, wide = size * c.hidden_size, size * c.intermediate_size
-    chunk = min(tokens, _MLP_CHUNK.get(remat, tokens))
-    arrays = _WHOLE if remat in _MLP_CHUNK else _KEPT
+    most = mlp_tokens(c.intermediate_size, remat)
+    chunk = tokens if most is None else min(tokens, most)
+    arrays = _KEPT if most is None else _WHOLE
     if chunk < tokens:
         arrays = _IN_CHUNKS[remat]
     layer = arrays.weights * size * model.layer_weights

@@ -254,7 +254,8 @@ class Block(nn.Module):
         norm = RMSNorm(eps, name="post_attention_layernorm")
         chunks = 1
         if kv is None and type(mlp) is MLP:
-            chunks = _mlp_chunks(*x.shape[:2], self.compute.remat)
+            most = mlp_tokens(self.config.intermediate_size, self.compute.remat)
+            chunks = _mlp_chunks(*x.shape[:2], most)
         if chunks == 1:
             return (x + mlp(norm(x)), kv), None
         norm = norm.function(x.shape[-1])
@@ -419,13 +420,23 @@ class MLP(nn.Module):
 # Tokens of an MLP that are at work at a time: enough for products at full speed, few
 # enough that [tokens, intermediate_size] does not decide how long a row can be.
 _MLP_TOKENS = {"full": 16384, "offload": 4096}
+# The width for which they are meant; of a wider MLP fewer, a power of two.
+_MLP_WIDTH = 16384
 
 
-def _mlp_chunks(rows: int, length: int, remat: str) -> int:
-    """How many equal chunks to take the MLP in; 1 where its inner results are kept."""
-    if remat not in _MLP_TOKENS:
+def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
+    """Tokens of an MLP at work at a time; None where its inner results are kept."""
+    most = _MLP_TOKENS.get(remat)
+    if most is None or intermediate_size <= _MLP_WIDTH:
+        return most
+    return 1 << (most * _MLP_WIDTH // intermediate_size).bit_length() - 1
+
+
+def _mlp_chunks(rows: int, length: int, most: int | None) -> int:
+    """How many equal chunks of at most so many tokens to take the MLP in."""
+    if most is None:
         return 1
-    fewest = -(-rows * length // _MLP_TOKENS[remat])
+    fewest = -(-rows * length // most)
     # Chunks that come out even need no padding, so no copy of what is padded.
     even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
     return min(next(even, fewest), length)

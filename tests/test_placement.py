@@ -157,15 +157,21 @@ def test_an_mlp_in_chunks_computes_the_same(remat, tokens, chunk, more, monkeypa
 
 def test_chunks_of_an_mlp_come_out_even_where_they_can():
     lengths = (4096, 8192, 78475, 917504)
-    counts = {n: llama._mlp_chunks(1, n, "offload") for n in lengths}
+    counts = {n: llama._mlp_chunks(1, n, 4096) for n in lengths}
     assert counts == {4096: 1, 8192: 2, 78475: 25, 917504: 224}
     assert 78475 % 25 == 0  # twenty would do, and leave five tokens over
-    assert llama._mlp_chunks(1, 131071, "full") == 8  # a prime: one token is padding
+    assert llama._mlp_chunks(1, 131071, 16384) == 8  # a prime: one token is padding
     # Of 16 rows each chunk takes a part, at the least a token.
-    assert llama._mlp_chunks(16, 2048, "full") == 2
-    assert llama._mlp_chunks(65536, 2, "offload") == 2
+    assert llama._mlp_chunks(16, 2048, 16384) == 2
+    assert llama._mlp_chunks(65536, 2, 4096) == 2
+    assert llama._mlp_chunks(1, 1 << 20, None) == 1
+
+
+def test_of_a_wider_mlp_fewer_tokens_are_at_work():
+    assert [llama.mlp_tokens(14336, r) for r in ("full", "offload")] == [16384, 4096]
+    assert [llama.mlp_tokens(28672, r) for r in ("full", "offload")] == [8192, 2048]
     for keeps in ("none", "save_matmuls"):
-        assert llama._mlp_chunks(1, 1 << 20, keeps) == 1
+        assert llama.mlp_tokens(14336, keeps) is None
 
 
 def test_each_chunk_draws_dropout_of_its_own(monkeypatch):
