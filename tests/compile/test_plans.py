@@ -121,7 +121,7 @@ def test_over_several_devices_each_holds_its_share(gpu_compiler):
 
 def test_kinds_of_bytes_come_from_the_plan(gpu_compiler):
     planner = Planner(CARDS["h200"], python=gpu_compiler)
-    plan = planner.plan(step_of("1b", 2048, 4), LADDER[1])
+    plan = planner.plan(step_of("1b", 1024, 8), LADDER[1])
     c = plan.step.config
     # As test_train_step.py counts them: input, q, k, v, attention and its log-sum-exp,
     # o, gate, up, and the rank-wide product of each adapter.
