@@ -82,7 +82,10 @@ class Eval:
         """Does it; returns the report."""
         model = _load(self)
         examples = load_examples(
-            self.data, model.tokenizer, vocab_size=model.config.vocab_size
+            self.data,
+            model.tokenizer,
+            vocab_size=model.config.vocab_size,
+            run_directory=self.path,
         )
         step = jax.jit(partial(eval_step, model=model.module))
         adapters = model.variables.get("lora", {})
@@ -324,7 +327,8 @@ def _run(name: str, args: list[str]) -> int:
     if name == "eval" and args and not args[0].startswith("-"):
         trained = run_settings(Path(args[0]))
         if trained is not None:  # rows are read as the run read them, unless told
-            options["default"] = Eval(path=args[0], data=trained.data)
+            data = _evaluated(trained.data, args)
+            options["default"] = Eval(path=args[0], data=data)
     chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
     if isinstance(chosen, Inspect):
         report = chosen.run(_given_lora(args))
@@ -337,6 +341,15 @@ def _run(name: str, args: list[str]) -> int:
     else:
         print_report(report)
     return 0
+
+
+def _evaluated(data: DataConfig, args: Sequence[str]) -> DataConfig:
+    """How a run read its rows, for a file given in place of them or for them."""
+    if not any(arg.partition("=")[0] == "--data.path" for arg in args):
+        return data
+    # One file is no mixture, and is read once.
+    path = data.path or data.sources[0].path
+    return dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
 
 
 def _train(args: list[str]) -> None:
