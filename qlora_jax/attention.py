@@ -1,10 +1,11 @@
-"""Causal self-attention, three ways that compute the same thing.
+"""Causal self-attention, four ways that compute the same thing.
 
   eager  the textbook formula, scores [T, S] in memory.
   xla    blockwise with a running softmax (Dao 2023, https://arxiv.org/abs/2307.08691)
          in plain XLA: memory linear in length, blocks above the diagonal skipped,
          forward and backward.
   cudnn  NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
+  pallas our own kernels for Hopper GPUs (`pallas_kernels.attention`).
 
 What a query may see is said once, for all of them: keys at its own or an earlier index
 whose segment id equals its own. Padding is segment 0, documents of a packed row are
@@ -27,6 +28,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from pallas_kernels import attention as flash
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
 
@@ -52,8 +54,9 @@ def attention(
       k: keys; S == T.
       v: values.
       segment_ids: 0 = padding, equal ids see each other; None = one document.
-      implementation: "eager", "xla", "cudnn", or "auto": cudnn where it runs this
-        case, xla elsewhere.
+      implementation: "eager", "xla", "cudnn", "pallas" ("interpret" for tests of it),
+        or "auto": pallas where it was measured to be the best for this case, else cudnn
+        where it runs it, xla elsewhere.
 
     Returns:
       The attention output in the dtype of `q`.
@@ -61,6 +64,8 @@ def attention(
     Raises:
       UserError: an implementation that cannot compute this here, with the reason.
     """
+    if implementation == "auto" and flash.measured(q, segment_ids):
+        implementation = "pallas"
     if implementation == "auto":
         if _cudnn_refusal(q, k, v, segment_ids) is not None:
             return _blockwise(q, k, v, segment_ids)
@@ -80,9 +85,19 @@ def attention(
                 f"attention='cudnn' cannot be used here: {refusal} Use 'auto' or 'xla'."
             )
         return _cudnn(q, k, v)
+    if implementation in ("pallas", "interpret"):
+        refusal = flash.refusal(q, interpret=implementation == "interpret")
+        if refusal is not None:
+            raise UserError(
+                f"attention='{implementation}' cannot be used here: {refusal} Use "
+                "'auto' or 'xla'."
+            )
+        return flash.flash_attention(
+            q, k, v, segment_ids, implementation=implementation
+        )
     raise UserError(
         f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
-        "'xla', 'cudnn'."
+        "'xla', 'cudnn', 'pallas'."
     )
 
 

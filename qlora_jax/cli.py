@@ -49,7 +49,7 @@ from qlora_jax.train import eval_step
 _Quantization = Literal["nf4", "nf4_dq", "none"]
 _Dtype = Literal["bfloat16", "float16", "float32"]
 _Auto = Literal["auto"]
-_Attention = Literal["auto", "eager", "xla", "cudnn"]
+_Attention = Literal["auto", "eager", "xla", "cudnn", "pallas"]
 
 
 def _place(name: str) -> Any:

@@ -41,12 +41,12 @@ _WHOLE = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
 _IN_CHUNKS = {
     "full": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
     # Layer inputs on their way from and to the host.
-    "offload": _Arrays(weights=0.9, narrow=7.6, wide=7.0),
+    "offload": _Arrays(weights=0.9, narrow=7.2, wide=6.0),
 }
 _KEPT = _Arrays(weights=0.3, narrow=4.3, wide=3.0)
 # Where [tokens, hidden_size] has 2^31 elements or more, the compiler fuses less and
-# holds most of one more.
-_LARGE = 0.8
+# holds half of one more.
+_LARGE = 0.5
 # Bytes for each token of a layer that "none" keeps beside what "save_matmuls" does: of
 # each hidden and each intermediate feature, some of them in float32.
 _NONE_NARROW, _NONE_WIDE = 10, 18

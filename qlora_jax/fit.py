@@ -249,12 +249,12 @@ def _either(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
 
 
 def _more_memory() -> str:
-    """How to let JAX use more of a GPU, where it keeps to a part."""
+    """How to let JAX use more of a GPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ:
+    if "bytes_limit" not in stats:
         return ""
     return (
         f" JAX takes {readable_bytes(stats['bytes_limit'])} of this device, three "
-        "quarters of it; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment gives "
-        "it more."
+        "quarters of it unless XLA_PYTHON_CLIENT_MEM_FRACTION in the environment says "
+        "more."
     )

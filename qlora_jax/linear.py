@@ -40,7 +40,7 @@ class Compute:
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Activations and matrix products; sums, norms and softmax are float32."""
-    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
     """Attention implementation; see `qlora_jax.attention`."""
     remat: Literal["none", "full", "save_matmuls", "offload"] = "full"
     """What the backward pass recomputes: nothing; each layer from its input; each layer
@@ -56,7 +56,7 @@ class Compute:
     def __post_init__(self) -> None:
         for name, accepted in (
             ("dtype", ("bfloat16", "float16", "float32")),
-            ("attention", ("auto", "eager", "xla", "cudnn")),
+            ("attention", ("auto", "eager", "xla", "cudnn", "pallas")),
             ("remat", ("none", "full", "save_matmuls", "offload")),
             ("kernels", ("auto", "xla", "pallas")),
         ):

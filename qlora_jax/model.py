@@ -211,7 +211,7 @@ def load(
     base: str | os.PathLike[str] | None = None,
     quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto",
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto",
     kernels: Literal["auto", "xla", "pallas"] = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,

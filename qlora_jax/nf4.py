@@ -9,9 +9,10 @@ matrix product live in `pallas_kernels.nf4`.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,7 +138,14 @@ def dequantize(
     """Returns the weight in `dtype` (default: the dtype before quantization).
 
     Exact: table value times block scale in float32, rounded once to nearest even.
-    `implementation` is as `pallas_kernels.nf4.nf4_dequantize` takes it.
+
+    Args:
+      tensor: the weight, with any leading axes.
+      dtype: of the result.
+      implementation: as `pallas_kernels.nf4.nf4_dequantize` takes it.
+
+    Raises:
+      UserError: implementation="pallas" where it cannot be had, with the reason.
     """
     dtype = jnp.dtype(tensor.dtype if dtype is None else dtype)
 
@@ -157,7 +165,8 @@ def dequantize(
     if tensor.layer is None:
         for _ in range(_leading(tensor)):
             one = jax.vmap(one)
-    return one(jax.tree.map(jnp.asarray, tensor))
+    with _said(implementation):
+        return one(jax.tree.map(jnp.asarray, tensor))
 
 
 def matmul(
@@ -181,7 +190,7 @@ def matmul(
     Raises:
       UserError: implementation="pallas" where it cannot be had, with the reason.
     """
-    try:
+    with _said(implementation):
         return nf4_matmul(
             x,
             tensor.codes,
@@ -194,6 +203,13 @@ def matmul(
             layer=tensor.layer,
             implementation=implementation,
         )
+
+
+@contextlib.contextmanager
+def _said(implementation: str | None) -> Iterator[None]:
+    """Says what to do where an implementation cannot be had."""
+    try:
+        yield
     except Unavailable as error:
         raise UserError(
             f"kernels={implementation!r} cannot be used here: {error.reason} "

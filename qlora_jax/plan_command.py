@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from convert.files import read_json
@@ -30,7 +31,6 @@ from qlora_jax.plan import (
     Planner,
     Policy,
     Quantity,
-    granule,
     policies,
 )
 from qlora_jax.runfile import RunConfig, read_config
@@ -82,7 +82,7 @@ class PlanCommand:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of activations and dense tensors. Default bfloat16, or float16 on a card that has
     no bfloat16."""
-    attention: Literal["auto", "eager", "xla", "cudnn"] | None = None
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] | None = None
     """Attention implementation. Default auto."""
     remat: Literal["auto", "none", "full", "save_matmuls", "offload"] | None = None
     """What is recomputed or kept on the host; auto = the fastest policy that fits."""
@@ -391,7 +391,7 @@ def print_plan(report: Mapping[str, Any]) -> None:
     )
     print("\ndevice bytes" + (" of each device" if devices > 1 else ""))
     for kind, size in report["device_bytes"].items():
-        if kind != "total" and size:
+        if kind != "total" and size >= 5000:  # less would print as nothing
             print(f"  {_KINDS[kind]:<40}{_gb(size):>12}")
     total, card = report["device_bytes"]["total"], report["card_bytes"]
     print(f"  {'total':<40}{_gb(total):>12}  of {_gb(card)} ({total / card:.0%})")
@@ -457,38 +457,34 @@ def draw_memory(
             file=sys.stderr,
         )
         return None
-    limit = planner.card.memory_bytes
+    limit = planner.card.memory_bytes / 1e9
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    longest = 0
     for policy in among:
-        points = _line(planner, plan.step, policy)
-        lengths = [length for length, _ in points]
-        longest = max(longest, *lengths)
-        axes.plot(
-            lengths,
-            [total / 1e9 for _, total in points],
-            marker="o",
-            markersize=3,
-            label=policy.name,
-        )
-    axes.axhline(limit / 1e9, color="black", linestyle="--", linewidth=1)
+        lengths, totals = zip(*_points(planner, plan.step, policy), strict=True)
+        # Between the planned points memory is a straight line over tokens, which a
+        # logarithmic axis bends.
+        fine = np.geomspace(lengths[0], lengths[-1], 200)
+        (line,) = axes.plot(fine, np.interp(fine, lengths, totals), label=policy.name)
+        axes.plot(lengths, totals, "o", markersize=3.5, color=line.get_color())
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(
-        f"{planner.card.name}: {limit / 1e9:,.0f} GB",
-        (1, limit / 1e9),
+        f"{planner.card.name}: {limit:,.0f} GB",
+        (0, limit),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
+        xytext=(4, 4),
         textcoords="offset points",
-        ha="right",
     )
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.15 * limit / 1e9)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("tokens of a row")
-    axes.set_ylabel(f"device memory (GB, with {ALLOWANCE / 1e9:.1f} for context)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(
+        lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+    )
+    axes.set_ylim(0, 1.15 * limit)
+    axes.set_xlabel("tokens of a row (k = 1,024)")
+    axes.set_ylabel(f"device memory (GB, {ALLOWANCE / 1e9:.1f} of them for context)")
     rows = plan.step.train.batch_size
     axes.set_title(
-        f"{rows} row{'s' if rows > 1 else ''} a step, "
+        f"{rows} row{'s' if rows > 1 else ''} a step; dots: "
         + ("compiled" if planner.python else "estimated"),
         fontsize="medium",
     )
@@ -500,25 +496,24 @@ def draw_memory(
     return path
 
 
-def _line(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, int]]:
-    """Length and bytes of a policy up to a little beyond the card."""
+def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, float]]:
+    """Lengths and GB under a policy, from short rows to beyond the card."""
     limit = planner.card.memory_bytes
-    end = 128
-    while (
-        planner.estimate(dataclasses.replace(step, length=2 * end), policy).total
-        < 1.3 * limit
-        and 4 * end * step.train.batch_size < 2**31
-    ):
+
+    def estimated(length: int) -> int:
+        longer = dataclasses.replace(step, length=length)
+        return planner.estimate(longer, policy).total
+
+    end = 256
+    while estimated(end) < 1.25 * limit and 4 * end * step.train.batch_size < 2**31:
         end *= 2
     out = []
-    for part in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
-        unit = granule(int(end * part))
-        length = max(int(end * part) // unit, 1) * unit
+    for length in sorted({min(512, end), *(max(end >> n, 128) for n in (4, 2, 1, 0))}):
         plan = planner.plan(dataclasses.replace(step, length=length), policy)
-        out.append((length, plan.total))
-        if plan.total > 1.1 * limit:
+        out.append((length, plan.total / 1e9))
+        if plan.total > 1.25 * limit:
             break
-    return sorted(set(out))
+    return out
 
 
 def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:

@@ -38,7 +38,7 @@ class ModelConfig:
     """Of the linear layers: NF4, NF4 with double quantization, or none."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of activations, matrix products and the tensors that stay dense."""
-    attention: Literal["auto", "eager", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
     """Attention implementation."""
     remat: Literal["auto", "none", "full", "save_matmuls", "offload"] = "full"
     """What the backward pass recomputes, or fetches from the host's memory; auto = the

@@ -5,10 +5,11 @@
     python scripts/gpu_check.py --only tests --only kernels --budget 300
     python scripts/gpu_check.py --model path/to/hf-llama --peer-python python3
 
-In order: the tests marked `gpu`; the kernels (scripts/bench_kernels.py); decoding and
-training of a model with random weights of a real model's sizes, with the kernels "xla"
-and "pallas" (scripts/bench_gpu.py); with `--model` a short training of that checkpoint;
-with `--peer-python` transformers and bitsandbytes beside it (scripts/peer_gpu.py).
+The tests marked `gpu`; the kernels (scripts/bench_kernels.py); decoding and training of
+a model with random weights of a real model's sizes, with the kernels "xla" and "pallas"
+(scripts/bench_gpu.py); attention (scripts/bench_attention.py); with `--model` a short
+training of that checkpoint; with `--peer-python` transformers and bitsandbytes beside
+it (scripts/peer_gpu.py). The most important part comes first.
 
 Each part is a process of its own with a time limit: one that fails, hangs or takes the
 device down is reported, and the others still run. What no longer fits into `--budget`
@@ -94,6 +95,14 @@ def parts(args: argparse.Namespace) -> list[Part]:
             "the kernels, timed beside what the GPU can do",
         ),
     ]
+    attention = Part(
+        "attention",
+        (python, str(SCRIPTS / "bench_attention.py"), "--budget", "{seconds}")
+        + ("--output", "{folder}", "--tuned", str(args.tuned))
+        + (() if args.budget > 1200 else ("--quick",)),
+        max(150, 0.2 * args.budget),
+        "attention, timed beside cuDNN and XLA",
+    )
 
     def decode(kernels: str, batch: int) -> Part:
         options = (*size, "--kernels", kernels, "--batch", str(batch))
@@ -115,7 +124,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
     out += [decode("xla", 1), decode("pallas", 1)]
     out += [train("xla", "full"), train("pallas", "full")]
-    out += [decode("xla", 16), decode("pallas", 16)]
+    out += [attention, decode("xla", 16), decode("pallas", 16)]
     if args.model:
         options = ("--checkpoint", str(args.model), "--batch", "4", "--length", "512")
         out.append(
@@ -231,7 +240,7 @@ def run_part(
             "result": last_json(output),
             "tail": output[-4000:],
         }
-        for file in Path(folder).glob("kernels_*.*"):
+        for file in Path(folder).glob(f"{part.name}_*.*"):
             text = file.read_text()
             if file.suffix == ".json":
                 record["result"] = json.loads(text)
@@ -241,7 +250,8 @@ def run_part(
         record["result"] = {"summary": (output.strip().splitlines() or [""])[-1]}
         if exit_status == 5:  # pytest: nothing was collected
             record["status"] = "no tests"
-    if "unavailable" in (record["result"] or {}) and part.name != "kernels":
+    tables = ("kernels", "attention")  # in which single rows may be unavailable
+    if "unavailable" in (record["result"] or {}) and part.name not in tables:
         record["status"] = "not available"
     return record
 
@@ -313,8 +323,10 @@ def table(result: dict[str, Any]) -> str:
             quoted = "\n".join(f"    {line}" for line in reason.strip().splitlines())
             lines += ["", f"{name}:", "", quoted]
     text = "\n".join(lines) + "\n"
-    inner = (records.get("kernels") or {}).get("table", "")
-    return text + ("\n#" + inner.replace("\n## ", "\n### ") if inner else "")
+    for part in ("kernels", "attention"):
+        inner = (records.get(part) or {}).get("table", "")
+        text += "\n#" + inner.replace("\n## ", "\n### ") if inner else ""
+    return text
 
 
 def _decode_lines(found: Mapping[str, Any]) -> list[str]:

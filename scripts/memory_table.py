@@ -155,7 +155,7 @@ def main() -> None:
     content: dict[str, Any] = {"unsloth": UNSLOTH, "rows": {}}
     if args.output.is_file():
         content = json.loads(args.output.read_text())
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         f"{model} {gigabytes} GB {which}": (longest, model, gigabytes, which)
         for model, gigabytes, which in LENGTHS
     }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.nf4 import jax_has_kernels
 from qlora_jax.attention import (
     _decode_by_sums,
     attention,
@@ -209,6 +210,53 @@ def test_cudnn_names_what_it_cannot_do_on_a_gpu(change, message, monkeypatch):
     q, k, v, _ = inputs(12, **{"dtype": "bfloat16", **change})
     with pytest.raises(UserError, match=message):
         attention(q, k, v, segment_ids=segments, implementation="cudnn")
+
+
+# --- The kernels of our own ---
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not jax_has_kernels(), reason="the kernels need jax 0.11")
+def test_the_kernels_agree_with_the_others():
+    case = inputs(200, batch=1, heads=2, groups=1, width=64, dtype="bfloat16")
+    segments = jnp.asarray(np.repeat([[1] * 90 + [2] * 80 + [0] * 30], 1, 0), jnp.int32)
+    want = numpy_attention(*case, segments)
+    for name in ("eager", "xla", "interpret"):
+        # Not as one program, for which the interpreter has too few threads.
+        call = functools.partial(attention, segment_ids=segments, implementation=name)
+        out, pullback = jax.vjp(call, *case[:3])
+        for a, b in zip((out, *pullback(case[3])), want, strict=True):
+            worst = np.abs(np.asarray(a, np.float64) - b).max()
+            # As for narrow inputs above.
+            assert worst <= 3 * 2**-8 * max(1.0, np.abs(b).max()), name
+
+
+def test_the_kernels_say_why_they_cannot_run_here():
+    if jax.default_backend() != "cpu":
+        pytest.skip("this process has an accelerator")
+    q, k, v, _ = inputs(12, width=64, dtype="bfloat16")
+    message = r"'pallas' cannot be used here: .*(NVIDIA GPU|jax 0\.11).* Use 'auto' or"
+    with pytest.raises(UserError, match=message):
+        attention(q, k, v, implementation="pallas")
+
+
+def test_auto_is_what_was_measured_to_be_best(monkeypatch):
+    from pallas_kernels import attention as kernels
+
+    asked = []
+
+    def instead(q, k, v, segment_ids, *, implementation):
+        asked.append(implementation)
+        return q
+
+    monkeypatch.setattr(kernels, "measured", lambda q, ids: ids is not None)
+    monkeypatch.setattr(kernels, "refusal", lambda q, interpret: None)
+    monkeypatch.setattr(kernels, "flash_attention", instead)
+    q, k, v, _ = inputs(12)
+    attention(q, k, v)
+    assert asked == []
+    attention(q, k, v, segment_ids=jnp.ones((2, 12), jnp.int32))
+    assert asked == ["pallas"]
 
 
 def test_an_unknown_implementation_is_refused():

@@ -15,13 +15,11 @@ from qlora_jax.llama import (
     Llama,
     RMSNorm,
     empty_cache,
-    inverse_frequencies,
-    rope_table,
-    rotate,
 )
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
+from qlora_jax.rope import inverse_frequencies, rope_table, rotate
 
 CONFIG = LlamaConfig(
     vocab_size=61,

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_jax import llama, nf4
 from qlora_jax.config import IGNORE, LlamaConfig
+from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora_config import LoraConfig
@@ -28,7 +29,7 @@ CONFIG = LlamaConfig(
     initializer_range=0.1,
 )
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-# The same sums in another order: float32 to a few units of rounding.
+# The same sums in another order: float32 to a few units of rounding, of a whole leaf.
 RTOL = 1e-6
 
 
@@ -72,24 +73,32 @@ def derive(tree, params, rows, *, key=None, lora=LORA, config=CONFIG, **compute)
     return jax.jit(step)(tree, params, rows)
 
 
-def same(results, wanted, rtol=RTOL):
-    np.testing.assert_allclose(results[0], wanted[0], rtol=rtol)
+def same(results, wanted, rtol=RTOL, loss_rtol=RTOL):
+    np.testing.assert_allclose(results[0], wanted[0], rtol=loss_rtol)
     got, want = (
         dict(jax.tree_util.tree_leaves_with_path(r[1])) for r in (results, wanted)
     )
     assert got.keys() == want.keys()
     for path, value in want.items():
-        largest = float(jnp.abs(value).max())
-        assert largest > 0, jax.tree_util.keystr(path)
-        # Of the largest of a leaf: a small entry is a difference of large ones.
-        np.testing.assert_allclose(
-            got[path], value, rtol=0, atol=20 * rtol * largest, err_msg=str(path)
-        )
+        size = float(jnp.linalg.norm(value.ravel()))
+        apart = float(jnp.linalg.norm((got[path] - value).ravel()))
+        assert size > 0 and apart <= rtol * size, (path, apart / size)
 
 
 @functools.cache
 def plain(lora=LORA):
     return derive(adapters(lora), base(), batch(), lora=lora, remat="none")
+
+
+@pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
+def test_policies_agree_in_bfloat16(remat, monkeypatch):
+    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 16, "offload": 16})
+    narrow = {"dtype": "bfloat16"}
+    wanted = derive(adapters(), base(), batch(), remat="none", **narrow)
+    # Programs that fuse differently round to bf16 (2^-9) in different places, a few
+    # dozen times on the way through the layers and back.
+    got = derive(adapters(), base(), batch(), remat=remat, **narrow)
+    same(got, wanted, rtol=0.04, loss_rtol=5e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "xla"])
@@ -215,3 +224,9 @@ def test_a_packed_head_is_that_of_its_values():
     wanted = derive(adapters(), dense, batch())
     same(derive(adapters(), packed, batch()), wanted)
     assert abs(float(wanted[0]) - float(plain()[0])) > 1e-3  # it is another head
+
+
+def test_kernels_that_cannot_be_had_are_refused_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(llama, "_MLP_TOKENS", {"offload": 16})
+    with pytest.raises(UserError, match="kernels='pallas' cannot be used here: "):
+        derive(adapters(), base(), batch(), remat="offload", kernels="pallas")

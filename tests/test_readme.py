@@ -155,6 +155,7 @@ def test_every_command_is_shown():
         *(("qlora-jax", name) for name in ("train", "eval", "generate", "inspect")),
         ("qlora-jax", "quantize"),
         ("qlora-jax", "tokens"),
+        ("qlora-jax", "plan"),
         *(("qlora-convert", name) for name in ("adapter", "merge", "model", "verify")),
         ("qlora-convert", "combine"),
     }

@@ -43,13 +43,20 @@ def test_a_step_compiles_for_every_card_that_is_listed(gpu_compiler, card):
     assert made.memory.activations == 2 * 16 * 1024 * 2048
 
 
-@pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
+# Every policy, model and way of taking an MLP (whole, in chunks) at least once.
+GRID = [
+    *(("1b", 4096, 1, policy) for policy in LADDER),
+    *(("3b", 8192, 1, policy) for policy in (LADDER[2], LADDER[5])),
+    *(("8b", 2048, 8, policy) for policy in (LADDER[1], LADDER[2])),
+    *(("8b", 32768, 1, policy) for policy in (LADDER[2], LADDER[3])),
+    *(("8b", 131072, 1, policy) for policy in (LADDER[2], LADDER[5])),
+]
+
+
 @pytest.mark.parametrize(
-    ("model", "length", "batch_size"),
-    [
-        *(("1b", 4096, 1), ("1b", 32768, 1), ("3b", 8192, 1), ("8b", 2048, 8)),
-        *(("8b", 32768, 1), ("8b", 131072, 1)),
-    ],
+    ("model", "length", "batch_size", "policy"),
+    GRID,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_the_formula_is_within_10_percent_of_the_compiled_plan(
     gpu_compiler, model, length, batch_size, policy
@@ -122,3 +129,29 @@ def test_kinds_of_bytes_come_from_the_plan(gpu_compiler):
     assert plan.memory.activations == 16 * 8192 * a_layer
     assert plan.memory.gradients == plan.memory.adapters
     assert plan.memory.temporaries > 0
+
+
+# Llama-3.1-8B, r=32 on the seven linear layers, one row: the card's memory in GB, and a
+# row that has to fit with what the process takes besides.
+BUDGETS = {8: 8192, 24: 196608, 80: 917504}
+
+
+@pytest.mark.parametrize(("gigabytes", "length"), BUDGETS.items())
+def test_long_rows_fit_small_cards(gpu_compiler, gigabytes, length):
+    card = dataclasses.replace(CARDS["h200"], memory_bytes=gigabytes * 10**9)
+    planner = Planner(card, python=gpu_compiler)
+    plan = planner.plan(step_of("8b", length), LADDER[-1])
+    assert plan.fits
+    # One line for all of them: 7 GB, and 72 KiB a token.
+    assert plan.total <= 7e9 + 72 * 1024 * length
+    # The input of each layer, and the two tables.
+    tables = 2 * 2 * 128256 * 4096
+    assert plan.memory.host_bytes == 2 * 32 * 4096 * length + tables
+    assert plan.memory.workspace == 0
+
+
+def test_without_offload_131072_tokens_fit_an_h200(gpu_compiler):
+    planner = Planner(CARDS["h200"], python=gpu_compiler)
+    full = next(policy for policy in LADDER if policy.name == "full")
+    plan = planner.plan(step_of("8b", 131072), full)
+    assert plan.fits and not plan.memory.host_bytes

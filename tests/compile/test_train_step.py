@@ -187,3 +187,27 @@ def test_tables_trained_whole_cost_their_gradients(compile_step, full):
     grown = program.memory["aliased"] - full.memory["aliased"]
     assert grown == pytest.approx(3 * both, rel=1e-6)
     assert program.memory["temporaries"] <= full.memory["temporaries"] + both
+
+
+def test_offload_keeps_nothing_of_the_layers_on_the_device(compile_step):
+    length = 32768
+    places = {"embed_tokens": "host", "lm_head": "host"}
+    program = compile_step(
+        LLAMA_8B, remat="offload", batch=1, length=length, places=places
+    )
+    d, wide = LLAMA_8B["hidden_size"], LLAMA_8B["intermediate_size"]
+    stacked = [s for s in program.shapes() if s[1] == (32, 1, length, d)]
+    assert stacked == [("bf16", (32, 1, length, d))]
+    lines = [x for x in program.text.splitlines() if f"bf16[32,1,{length},{d}]" in x]
+    # S(5) is the host's memory.
+    assert lines and all(f"bf16[32,1,{length},{d}]{{3,2,1,0:S(5)}}" in x for x in lines)
+    # The MLP at work on 4,096 tokens, never on the whole row.
+    widths = {s[1] for s in program.shapes() if s[1][-1:] == (wide,)}
+    assert (4096, wide) in widths
+    assert not [s for s in widths if math.prod(s) >= length * wide]
+    # Queries, keys and values are projected once more from the layer's input.
+    again = sum(o * i for o, i in linears(LLAMA_8B)[:3])
+    assert dequantized(program.loop(FORWARD)) == weights(LLAMA_8B)
+    assert dequantized(program.loop(BACKWARD)) <= weights(LLAMA_8B) + again
+    logits = [s for s in program.shapes() if 128256 in s[1] and d not in s[1]]
+    assert max(map(size, logits)) <= 512 * 128256

@@ -44,6 +44,12 @@ def fake_gpu(command, seconds):
         (folder / "kernels_fake.json").write_text(json.dumps(KERNELS))
         (folder / "kernels_fake.md").write_text("# NF4 kernels\n\n## matmul\n\nrows\n")
         return 0, "said\n"
+    if "bench_attention" in text:
+        folder = Path(command[command.index("--output") + 1])
+        found = {"rows": [], "unavailable": {"1b": "no cuDNN"}}
+        (folder / "attention_fake.json").write_text(json.dumps(found))
+        (folder / "attention_fake.md").write_text("# Attention\n\n## Failed\n\nit\n")
+        return 0, "said\n"
     if "--kernels pallas" in text and "decode" in text:
         return 0, "a remark\n" + json.dumps({"unavailable": "no Hopper"}) + "\n"
     if "peer_gpu" in text:
@@ -95,6 +101,7 @@ def test_each_part_is_reported_and_the_next_still_runs(check):
         "decode 1 pallas": "not available",
         "train full xla": "ok",
         "train full pallas": "ok",
+        "attention": "ok",
         "decode 16 xla": "ok",
         "decode 16 pallas": "not available",
         "train save_matmuls xla": "out of time",
@@ -113,6 +120,7 @@ def test_each_part_is_reported_and_the_next_still_runs(check):
     )
     assert "    no Hopper" in text and "    compiling" in text
     assert "\n## NF4 kernels\n\n### matmul\n" in text
+    assert "\n## Attention\n\n### Failed\n" in text
 
 
 def test_what_does_not_fit_is_left_out(check):
