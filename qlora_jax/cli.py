@@ -31,6 +31,7 @@ from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.continued import continued
 from qlora_jax.data import DataConfig, eval_batches, load_examples
+from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
@@ -265,6 +266,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (RunConfig, "Fine-tune a model, or continue a run."),
     "eval": (Eval, "Loss and perplexity on a data file."),
     "generate": (Generate, "Continue prompts."),
+    "data": (DataView, "What a run would train on: tokens, labels, lengths."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
@@ -322,6 +324,14 @@ def _run(name: str, args: list[str]) -> int:
             print(json.dumps(report))
         else:
             print_plan(report)
+        return 0
+    if name == "data":
+        view = view_from_arguments(args)
+        report = view.run()
+        if view.json:
+            print(json.dumps(report))
+        else:
+            print_view(report)
         return 0
     options: dict[str, Any] = {}
     if name == "eval" and args and not args[0].startswith("-"):

@@ -78,6 +78,8 @@ ORDER = (
     "qlora_jax.fit",
     "qlora_jax.runner",
     "qlora_jax.plan_command",
+    "qlora_jax.data_page",
+    "qlora_jax.data_command",
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
