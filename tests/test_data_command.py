@@ -143,6 +143,9 @@ def test_the_page_shows_the_same_and_runs_nothing_of_the_data(
         def handle_starttag(self, tag, attrs):
             self.tags.append((tag, dict(attrs)))
 
+        def handle_endtag(self, tag):
+            self.tags.append((f"/{tag}", {}))
+
         def handle_data(self, data):
             tag, attrs = self.tags[-1] if self.tags else (None, {})
             if tag == "span" and "title" in attrs:
