@@ -149,14 +149,20 @@ def _take(rows: Iterator[Row]) -> list[Row]:
     return chunk
 
 
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_characters, value.values()))
-    if isinstance(value, list) and value and not isinstance(value[0], int):
-        return sum(map(_characters, value))
-    return 1
+def _characters(row: dict[str, Any]) -> int:
+    """About how much text a row holds."""
+    total, left = 0, [*row.values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list) and value and isinstance(value[0], int):
+            total += len(value)
+        elif isinstance(value, list):
+            left += value
+    return total
 
 
 @contextlib.contextmanager
