@@ -88,10 +88,22 @@ def _load_one(
 ) -> Examples:
     """Loads one source, through the cache in a directory if there is one."""
     problems = Problems()
-    places = find_places(
-        config.path, split=config.split, plain_text=config.format == "text"
-    )
-    encoder = make_encoder(config, tokenizer, vocab_size=vocab_size, problems=problems)
+    places: list[Place] = []
+    encoder = None
+    try:
+        places = find_places(
+            config.path, split=config.split, plain_text=config.format == "text"
+        )
+    except UserError as error:
+        problems.add(error)
+    try:
+        encoder = make_encoder(
+            config, tokenizer, vocab_size=vocab_size, problems=problems
+        )
+    except UserError as error:
+        problems.add(error)
+    problems.refuse()
+    assert encoder is not None
 
     def build(into: Path | None) -> Examples:
         sink = Sink(into)

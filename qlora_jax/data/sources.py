@@ -106,13 +106,13 @@ def _file(path: Path, plain_text: bool) -> Place:
             f"`data.path`: cannot read {path}: it is a directory, and none that "
             f"`datasets` saved. Give its files, e.g. '{path}/*.jsonl'."
         )
-    if path.suffix in (".parquet", ".arrow", ".feather"):
-        open: Callable[[Problems], RowFile] = lambda _: _columns(path)  # noqa: E731
-    else:
-        open = lambda problems: open_rows(  # noqa: E731
-            path, plain_text=plain_text, problems=problems
-        )
-    return Place(str(path), size, open, lambda: _hash_files([path]))
+
+    def open_file(problems: Problems) -> RowFile:
+        if path.suffix in (".parquet", ".arrow"):
+            return _columns(path)
+        return open_rows(path, plain_text=plain_text, problems=problems)
+
+    return Place(str(path), size, open_file, lambda: _hash_files([path]))
 
 
 def _columns(path: Path) -> RowFile:

@@ -189,6 +189,25 @@ def test_a_tokenizer_without_eos_must_be_told(tmp_path):
     )
 
 
+def test_what_is_wrong_with_file_and_tokenizer_comes_together(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path / "absent.txt"), byte_tokenizer(eos=None))
+    message = str(error.value)
+    assert "2 problems" in message
+    assert "no EOS token" in message and "no file" in message
+
+
+def test_a_tokenizer_without_a_pad_token_trains_as_any_other(tmp_path):
+    # Padding is masked by labels and segment ids, never recognised by its token.
+    path = write(tmp_path, [{"text": "hello"}, {"text": "a"}])
+    assert TOKENIZER.pad_token_id is None
+    padded = byte_tokenizer()
+    padded.pad_token = padded.eos_token
+    one, other = load(path), load(path, padded)
+    assert one.report == other.report
+    assert one.report.supervised_eos == 2
+
+
 # --- messages ---
 
 CHAT = (
