@@ -30,7 +30,7 @@ td, th {
   padding: .15rem .9rem .15rem 0; text-align: right;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
 }
-td:first-child, th:first-child { text-align: left; }
+td:first-child, th:first-child, .places td { text-align: left; }
 .bins td:last-child { width: 24rem; text-align: left; }
 .bar { background: var(--bar); height: .8rem; border-radius: 2px; }
 .note { background: var(--note); padding: .4rem .8rem; border-radius: 4px; }
@@ -149,7 +149,8 @@ def _places(places: dict[str, list[str]]) -> list[str]:
     if not places:
         return []
     rows = [(reason, ", ".join(found)) for reason, found in places.items()]
-    return ["<h2>The first rows that were cut or left out</h2>", _table(rows)]
+    head = "<h2>The first rows that were cut or left out</h2>"
+    return [head, f'<div class="places">{_table(rows)}</div>']
 
 
 def _example(example: Mapping[str, Any]) -> str:
