@@ -202,8 +202,8 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     layer += arrays.narrow * narrow * tokens + arrays.wide * wide * chunk
     if tokens * c.hidden_size >= 2**31:
         layer += _LARGE * narrow * tokens
-    # A chunk of logits and their exponentials in float32, and their gradient.
-    logits = min(tokens, 512) * c.vocab_size * (4 + 4 + size)
+    # A chunk of logits in float32, and their gradient.
+    logits = min(tokens, 512) * c.vocab_size * (4 + size)
     table = size * c.vocab_size * c.hidden_size
     loss = logits + narrow * tokens + table * (step.lm_head != "device")
     return int(max(layer, loss))

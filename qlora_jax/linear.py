@@ -31,7 +31,7 @@ from qlora_jax import lora as lora_lib
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.placement import on_device
+from qlora_jax.placement import gathered, on_device
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,7 @@ class Linear(_Adaptable):
                 nn.initializers.normal(self.initializer_range),
                 (self.features, in_features),
             )
+        weight = gathered(weight)
         if unpack is not None and isinstance(weight, nf4.NF4Tensor):
             weight = nf4.dequantize(
                 weight, unpack, implementation=self.compute.implementation
@@ -359,7 +360,7 @@ class Linear(_Adaptable):
             linear,
             weight=weight,
             bias=bias,
-            adapter=adapter,
+            adapter=gathered(adapter),
             scaling=scaling,
             residual=residual,
             dropout=dropout,

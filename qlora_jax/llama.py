@@ -16,7 +16,6 @@ Read in order: Llama -> LlamaModel -> Block -> Attention, MLP.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -255,7 +254,7 @@ class Block(nn.Module):
         norm = RMSNorm(eps, name="post_attention_layernorm")
         chunks = 1
         if kv is None and type(mlp) is MLP:
-            chunks = _mlp_chunks(math.prod(x.shape[:-1]), self.compute.remat)
+            chunks = _mlp_chunks(*x.shape[:2], self.compute.remat)
         if chunks == 1:
             return (x + mlp(norm(x)), kv), None
         norm = norm.function(x.shape[-1])
@@ -422,14 +421,14 @@ class MLP(nn.Module):
 _MLP_TOKENS = {"full": 16384, "offload": 4096}
 
 
-def _mlp_chunks(tokens: int, remat: str) -> int:
+def _mlp_chunks(rows: int, length: int, remat: str) -> int:
     """How many equal chunks to take the MLP in; 1 where its inner results are kept."""
     if remat not in _MLP_TOKENS:
         return 1
-    fewest = -(-tokens // _MLP_TOKENS[remat])
+    fewest = -(-rows * length // _MLP_TOKENS[remat])
     # Chunks that come out even need no padding, so no copy of what is padded.
-    even = (n for n in range(fewest, 2 * fewest) if tokens % n == 0)
-    return next(even, fewest)
+    even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
+    return min(next(even, fewest), length)
 
 
 def _in_chunks(
@@ -440,19 +439,20 @@ def _in_chunks(
     """Applies (x, number of the chunk) -> y [..., D] chunk by chunk.
 
     Each chunk's derivative recomputes what it needs, so one chunk's inner results are
-    all that is ever held. What `function` refers to is computed once.
+    all that is ever held. What `function` refers to is computed once. A chunk is a part
+    of every row: where devices share the rows, each works on its own.
     """
-    tokens, features = math.prod(x.shape[:-1]), x.shape[-1]
-    size = -(-tokens // chunks)
-    flat = jnp.pad(x.reshape(tokens, features), ((0, chunks * size - tokens), (0, 0)))
+    rows, length, features = x.shape
+    size = -(-length // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
         return None, function(*xs)
 
-    parts = flat.reshape(chunks, size, features)
+    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
     _, out = jax.lax.scan(one, None, (parts, jnp.arange(chunks)))
-    return out.reshape(chunks * size, features)[:tokens].reshape(x.shape)
+    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]
 
 
 def add_parameters(

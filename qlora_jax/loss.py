@@ -60,27 +60,28 @@ def cross_entropy_sum(
     Returns:
       The sum; divide by `supervised_tokens` of the whole accumulation window.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    targets = shift_labels(labels).reshape(-1)
+    rows, length, features = hidden.shape
+    targets = shift_labels(labels)
     if chunk is None:
         chunk = max(_CHUNK_LOGITS // vocab_size, _MIN_CHUNK)
     # Equal chunks: 2,048 tokens at a limit of 2,000 become two of 1,024, not one of
-    # 2,000 and one of padding.
-    chunks = -(-flat.shape[0] // chunk)
-    chunk = -(-flat.shape[0] // chunks)
-    pad = chunks * chunk - flat.shape[0]
-    flat = jnp.pad(flat, ((0, pad), (0, 0)))
-    targets = jnp.pad(targets, (0, pad), constant_values=IGNORE)
+    # 2,000 and one of padding. Each is a part of every row: where devices share the
+    # rows, each works on its own.
+    chunks = min(-(-rows * length // chunk), length)
+    part = -(-length // chunks)
+    pad = chunks * part - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORE)
     return _chunked(
         head,
         head_params,
-        flat.reshape(chunks, chunk, -1),
-        targets.reshape(chunks, chunk),
+        hidden.reshape(rows, chunks, part, features).swapaxes(0, 1),
+        targets.reshape(rows, chunks, part).swapaxes(0, 1),
     )
 
 
 def _losses(head: Callable, params: Any, hidden: Array, targets: Array) -> Array:
-    """Sum of one chunk's losses."""
+    """Sum of one chunk's losses; hidden [B, c, D], targets [B, c]."""
     return _loss_and_logit_gradient(head(params, hidden), targets)[0]
 
 
@@ -88,17 +89,18 @@ def _loss_and_logit_gradient(logits: Array, targets: Array) -> tuple[Array, Arra
     supervised = targets != IGNORE
     lse = jax.nn.logsumexp(logits, axis=-1)
     index = jnp.where(supervised, targets, 0)
-    picked = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+    picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     loss = jnp.where(supervised, lse - picked, 0.0).sum()
     # As a comparison, not a scatter: it fuses into the softmax and stays in registers.
-    hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == index[:, None]
-    gradient = jnp.exp(logits - lse[:, None]) - hot.astype(jnp.float32)
-    return loss, jnp.where(supervised[:, None], gradient, 0.0)
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hot = classes == index[..., None]
+    gradient = jnp.exp(logits - lse[..., None]) - hot.astype(jnp.float32)
+    return loss, jnp.where(supervised[..., None], gradient, 0.0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    head: Callable, params: Any, hidden: Float[Array, "n c D"], targets: Array
+    head: Callable, params: Any, hidden: Float[Array, "n B c D"], targets: Array
 ) -> Float32[Array, ""]:
     def step(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _losses(head, params, *chunk), None

@@ -32,7 +32,7 @@ from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.placement import on_device
+from qlora_jax.placement import gathered, on_device
 
 Batch = Mapping[str, Array]
 
@@ -242,7 +242,9 @@ def _unpacked(variables: Any, dtype: str) -> Any:
         return nf4.dequantize(leaf, dtype) if isinstance(leaf, NF4Tensor) else leaf
 
     return jax.tree.map(
-        one, on_device(variables), is_leaf=lambda leaf: isinstance(leaf, NF4Tensor)
+        one,
+        gathered(on_device(variables)),
+        is_leaf=lambda leaf: isinstance(leaf, NF4Tensor),
     )
 
 
@@ -333,16 +335,8 @@ def train_step(
 
 def jit_step(model: Llama, optimizer: optax.GradientTransformation) -> Any:
     """`train_step` jitted as runs use it: (state, base, batch), the state donated."""
-    options: dict[str, Any] = {}
-    if model.compute.remat == "offload":
-        # XLA counts what lies in the host's memory as if the device had to hold it, and
-        # would recompute what it can to make room. The GPU's compiler alone reads this.
-        options["xla_gpu_memory_limit_slop_factor"] = 1000
-    return jax.jit(
-        partial(train_step, model=model, optimizer=optimizer),
-        donate_argnums=0,
-        compiler_options=options,
-    )
+    step = partial(train_step, model=model, optimizer=optimizer)
+    return jax.jit(step, donate_argnums=0)
 
 
 def eval_step(

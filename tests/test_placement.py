@@ -116,8 +116,8 @@ def widest(remat, config, lora):
     return max(
         aval.size // wide
         for aval in results(jaxpr.jaxpr)
-        # Weights are [64, 128] and [128, 64], adapters [4, 128].
-        if aval.shape[-1:] == (wide,) and aval.shape[-2] not in (64, 4)
+        # Weights are [64, 128] and [128, 64]; adapters of both layers [2, 4, 128].
+        if aval.shape[-1:] == (wide,) and len(aval.shape) == 3
     )
 
 
@@ -137,7 +137,7 @@ def results(jaxpr):
         ("full", 16, 16, {}),
         ("offload", 47, 24, {}),
         ("offload", 11, 8, {}),  # five would not come out even, six do
-        ("offload", 7, 7, {}),  # seven chunks, of which the last is padded
+        ("offload", 7, 8, {}),  # seven chunks of four of each row; the last is padded
         ("offload", 16, 16, {"use_dora": True}),
         ("full", 16, 16, {"bias": "lora_only"}),
     ],
@@ -156,12 +156,16 @@ def test_an_mlp_in_chunks_computes_the_same(remat, tokens, chunk, more, monkeypa
 
 
 def test_chunks_of_an_mlp_come_out_even_where_they_can():
-    counts = {n: llama._mlp_chunks(n, "offload") for n in (4096, 8192, 78475, 917504)}
+    lengths = (4096, 8192, 78475, 917504)
+    counts = {n: llama._mlp_chunks(1, n, "offload") for n in lengths}
     assert counts == {4096: 1, 8192: 2, 78475: 25, 917504: 224}
     assert 78475 % 25 == 0  # twenty would do, and leave five tokens over
-    assert llama._mlp_chunks(131071, "full") == 8  # a prime: one token is padding
+    assert llama._mlp_chunks(1, 131071, "full") == 8  # a prime: one token is padding
+    # Of 16 rows each chunk takes a part, at the least a token.
+    assert llama._mlp_chunks(16, 2048, "full") == 2
+    assert llama._mlp_chunks(65536, 2, "offload") == 2
     for keeps in ("none", "save_matmuls"):
-        assert llama._mlp_chunks(1 << 20, keeps) == 1
+        assert llama._mlp_chunks(1, 1 << 20, keeps) == 1
 
 
 def test_each_chunk_draws_dropout_of_its_own(monkeypatch):
