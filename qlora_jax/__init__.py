@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from qlora_jax.config import LlamaConfig as LlamaConfig
     from qlora_jax.data.batches import Batches as Batches
     from qlora_jax.data.batches import prefetch as prefetch
-    from qlora_jax.data.examples import DataConfig as DataConfig
     from qlora_jax.data.examples import load_examples as load_examples
+    from qlora_jax.data.settings import DataConfig as DataConfig
+    from qlora_jax.data.settings import Source as Source
     from qlora_jax.errors import CheckpointError as CheckpointError
     from qlora_jax.errors import UserError as UserError
     from qlora_jax.fingerprint import fingerprint_tree as fingerprint_tree
@@ -63,7 +64,8 @@ _CONTENTS = {
     # --- Configuration, in the words of HF and PEFT ---
     "LlamaConfig": "qlora_jax.config",
     "LoraConfig": "qlora_jax.lora_config",
-    "DataConfig": "qlora_jax.data.examples",
+    "DataConfig": "qlora_jax.data.settings",
+    "Source": "qlora_jax.data.settings",
     "TrainConfig": "qlora_jax.train",
     "RunConfig": "qlora_jax.runfile",
     "ModelConfig": "qlora_jax.runfile",

@@ -31,6 +31,7 @@ from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.continued import continued
 from qlora_jax.data import DataConfig, eval_batches, load_examples
+from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
@@ -82,7 +83,10 @@ class Eval:
         """Does it; returns the report."""
         model = _load(self)
         examples = load_examples(
-            self.data, model.tokenizer, vocab_size=model.config.vocab_size
+            self.data,
+            model.tokenizer,
+            vocab_size=model.config.vocab_size,
+            run_directory=self.path,
         )
         step = jax.jit(partial(eval_step, model=model.module))
         adapters = model.variables.get("lora", {})
@@ -262,6 +266,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (RunConfig, "Fine-tune a model, or continue a run."),
     "eval": (Eval, "Loss and perplexity on a data file."),
     "generate": (Generate, "Continue prompts."),
+    "data": (DataView, "What a run would train on: tokens, labels, lengths."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
@@ -320,11 +325,20 @@ def _run(name: str, args: list[str]) -> int:
         else:
             print_plan(report)
         return 0
+    if name == "data":
+        view = view_from_arguments(args)
+        report = view.run()
+        if view.json:
+            print(json.dumps(report))
+        else:
+            print_view(report)
+        return 0
     options: dict[str, Any] = {}
     if name == "eval" and args and not args[0].startswith("-"):
         trained = run_settings(Path(args[0]))
         if trained is not None:  # rows are read as the run read them, unless told
-            options["default"] = Eval(path=args[0], data=trained.data)
+            data = _evaluated(trained.data, args)
+            options["default"] = Eval(path=args[0], data=data)
     chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
     if isinstance(chosen, Inspect):
         report = chosen.run(_given_lora(args))
@@ -337,6 +351,15 @@ def _run(name: str, args: list[str]) -> int:
     else:
         print_report(report)
     return 0
+
+
+def _evaluated(data: DataConfig, args: Sequence[str]) -> DataConfig:
+    """How a run read its rows, for a file given in place of them or for them."""
+    if not any(arg.partition("=")[0] == "--data.path" for arg in args):
+        return data
+    # One file is no mixture, and is read once.
+    path = data.path or data.sources[0].path
+    return dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
 
 
 def _train(args: list[str]) -> None:

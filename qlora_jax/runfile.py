@@ -177,7 +177,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
                 return value
         elif get_origin(kind) is tuple:
             one = get_args(kind)[0]
-            if isinstance(value, list) and all(type(v) is one for v in value):
+            if isinstance(value, list) and dataclasses.is_dataclass(one):
+                if all(isinstance(v, dict) for v in value):
+                    numbered = enumerate(value, 1)
+                    return tuple(_build(one, v, f"{where} {n}: ") for n, v in numbered)
+            elif isinstance(value, list) and all(type(v) is one for v in value):
                 return tuple(value)
         elif get_origin(kind) is Mapping:
             one = get_args(kind)[1]
@@ -201,6 +205,8 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(a) for a in get_args(kind))
+    if get_origin(kind) is tuple and dataclasses.is_dataclass(get_args(kind)[0]):
+        return "a list of tables"
     if get_origin(kind) is tuple:
         return "a list of " + ("strings" if get_args(kind)[0] is str else "integers")
     if get_origin(kind) is Mapping:
@@ -220,15 +226,32 @@ def to_toml(config: RunConfig) -> str:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             sections.append("\n".join([f"[{f.name}]", *_lines(value)]) + "\n")
+            sections += _tables(f.name, value)
         else:
             top.append(f"{f.name} = {_toml_value(value)}\n")
     return "".join(top) + "\n" + "\n".join(sections)
+
+
+def _tables(name: str, section: Any) -> list[str]:
+    """The lists of tables that a section has."""
+    return [
+        "\n".join([f"[[{name}.{f.name}]]", *_lines(table)]) + "\n"
+        for f in dataclasses.fields(section)
+        if _holds_tables(getattr(section, f.name))
+        for table in getattr(section, f.name)
+    ]
+
+
+def _holds_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
 
 
 def _lines(section: Any) -> list[str]:
     lines = []
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
+        if _holds_tables(value):
+            continue
         if value is not None:
             lines.append(f"{f.name} = {_toml_value(value)}")
         elif f.default is not None:  # left out, it would get its default

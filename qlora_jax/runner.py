@@ -43,7 +43,8 @@ from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
 from qlora_jax.config import LlamaConfig
 from qlora_jax.continued import continued, given_fields
-from qlora_jax.data import Batches, Examples, load_examples, prefetch
+from qlora_jax.data import Batches, Examples, Mixture, load_examples, prefetch
+from qlora_jax.data.settings import PLACES
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.fit import fit
@@ -148,7 +149,7 @@ def run(
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
-    _note_untrained(base, selection, np.unique(examples.tokens))
+    _note_untrained(base, selection, examples.used())
     record = _record(config, fingerprint, examples)
 
     with _alone(directory), disk_errors(directory):
@@ -195,7 +196,7 @@ def run(
             .st_size,
             "optimizer_bytes": tree_bytes(state.opt_state),
             "base_fingerprint": fingerprint,
-            "data": dataclasses.asdict(examples.report),
+            "data": examples.report.as_dict(),
             "plan": fitted.report(),
             "versions": versions(),
             "device": jax.devices()[0].device_kind,
@@ -224,10 +225,12 @@ def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
     return complete[0], abstract
 
 
-def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batches]:
+def _data(
+    config: RunConfig, architecture: LlamaConfig
+) -> tuple[Examples | Mixture, Batches]:
     """Loads the examples and lays them out in batches."""
     tokenizer = None
-    if config.data.format != "tokens":
+    if config.data.needs_tokenizer:
         tokenizer = load_tokenizer(config.model.path)
         if tokenizer is None:
             raise UserError(
@@ -240,6 +243,7 @@ def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batch
         tokenizer,
         vocab_size=architecture.vocab_size,
         progress=sys.stderr.isatty(),
+        run_directory=config.output_dir,
     )
     _say(examples.report.summary())
     batches = Batches(
@@ -251,6 +255,13 @@ def _data(config: RunConfig, architecture: LlamaConfig) -> tuple[Examples, Batch
         steps=config.train.steps,
         epochs=config.train.epochs,
     )
+    wanted = config.train.batch_size * config.train.gradient_accumulation_steps
+    if batches.rows_per_epoch < wanted:
+        _say(
+            f"Note: the data make {batches.rows_per_epoch:,} rows and a step takes "
+            f"{wanted:,}, so that rows are repeated within a step. A smaller "
+            "`train.batch_size` (or no packing) avoids it."
+        )
     if config.train.warmup_steps > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.warmup_steps} exceeds the "
@@ -513,7 +524,9 @@ def _with_initial_adapter(
     return dataclasses.replace(config, lora=lora)
 
 
-def _record(config: RunConfig, fingerprint: str, examples: Examples) -> dict[str, Any]:
+def _record(
+    config: RunConfig, fingerprint: str, examples: Examples | Mixture
+) -> dict[str, Any]:
     """What has to stay the same for a run to be continued."""
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
@@ -524,9 +537,10 @@ def _record(config: RunConfig, fingerprint: str, examples: Examples) -> dict[str
     lora["trainable_token_indices"] = config.lora.token_rows
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
-    # Where the file lies may change; what is in it is in the fingerprint.
+    # Where the files lie may change; what is in them is in the fingerprint.
     data = dataclasses.asdict(config.data)
-    del data["path"], data["chat_template"]
+    for name in PLACES:
+        del data[name]
     return {
         "base_fingerprint": fingerprint,
         "data": {"fingerprint": examples.report.fingerprint, **data},

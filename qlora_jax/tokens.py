@@ -137,11 +137,11 @@ def _used(data: DataConfig, tokenizer: Any, vocab_size: int) -> list[int]:
     if data.path == _NO_DATA:
         special = [] if tokenizer is None else tokenizer.all_special_ids
         return used_tokens(np.asarray(special, np.int32), tokenizer)
-    if tokenizer is None and data.format != "tokens":
+    if tokenizer is None and data.needs_tokenizer:
         raise UserError("The model has no tokenizer, which the data needs.")
     examples = load_examples(data, tokenizer, vocab_size=vocab_size)
     print(examples.report.summary(), file=sys.stderr)
-    return used_tokens(examples.tokens, tokenizer)
+    return used_tokens(examples.used(), tokenizer)
 
 
 def _named(index: int, tokenizer: Any) -> str:

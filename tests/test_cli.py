@@ -261,12 +261,15 @@ def test_a_damaged_model_is_named_and_no_run_is_begun(
     assert not (tmp_path / "run").exists()
 
 
+GOOD = '{"input_ids": [1, 2], "labels": [1, 2]}\n'
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "is empty"),
-        ('{"input_ids": [1, 2]}\n{"input_ids": [1,', ":2: malformed JSON"),
-        ('{"input_ids": [1, 2]}\n\n[1]', ":3: a row must be a JSON object"),
+        (GOOD + '{"input_ids": [1,', ":2: malformed JSON"),
+        (GOOD + "\n[1]", ":3: a row must be a JSON object"),
         ('{"text": "x"}', ":1: "),
         ('{"input_ids": [1, 2, 99], "labels": [1, 2, 99]}', "99"),
         ('{"input_ids": [1, 2], "labels": [-100, -100]}', "labels"),

@@ -43,10 +43,18 @@ ORDER = (
     "qlora_jax.rope",
     "qlora_jax.llama",
     "qlora_jax.loss",
+    "qlora_jax.data.problems",
     "qlora_jax.data.rows",
+    "qlora_jax.data.settings",
+    "qlora_jax.data.report",
+    "qlora_jax.data.sources",
     "qlora_jax.data.chat",
     "qlora_jax.data.segments",
     "qlora_jax.data.packing",
+    "qlora_jax.data.encoding",
+    "qlora_jax.data.arrays",
+    "qlora_jax.data.cache",
+    "qlora_jax.data.mixture",
     "qlora_jax.data.examples",
     "qlora_jax.data.batches",
     "qlora_jax.data",
@@ -70,6 +78,8 @@ ORDER = (
     "qlora_jax.fit",
     "qlora_jax.runner",
     "qlora_jax.plan_command",
+    "qlora_jax.data_page",
+    "qlora_jax.data_command",
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
@@ -108,7 +118,10 @@ OUTSIDE = {
 OUTSIDE_LAZY = {
     "pallas_kernels": set(),
     "convert": {"transformers"},
-    "qlora_jax": {"matplotlib", "tensorboardX", "transformers", "wandb"},
+    "qlora_jax": {
+        *("datasets", "matplotlib", "pyarrow", "tensorboardX", "transformers"),
+        "wandb",
+    },
 }
 NEVER = {"torch", "peft", "bitsandbytes"}
 
@@ -265,6 +278,7 @@ def test_what_may_be_imported_is_declared_and_is_no_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [*project["optional-dependencies"]["plots"]]
     extras += project["optional-dependencies"]["logging"]
+    extras += project["optional-dependencies"]["data"]
     declared = {
         re.split(r"[\[<>=]", requirement)[0].replace("orbax-checkpoint", "orbax")
         for requirement in [*project["dependencies"], *extras]

@@ -157,3 +157,39 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b"a = '\xe4'")
     with pytest.raises(UserError, match="is no valid TOML"):
         read_config(tmp_path / "latin.toml")
+
+
+def test_a_mixture_is_written_as_tables_and_read_again(tmp_path):
+    mixture = """
+[[data.sources]]
+path = ["a.jsonl", "b.jsonl"]
+weight = 2
+
+[[data.sources]]
+path = "hf:some/thing"
+weight = 0.5
+format = "prompt_completion"
+completion = "{answer}"
+append_eos = false
+"""
+    text = SMALLEST.replace('path = "rows.jsonl"', "") + mixture
+    config = read(tmp_path, text)
+    first, second = config.data.sources
+    assert (first.path, first.weight) == (("a.jsonl", "b.jsonl"), 2.0)
+    assert second.append_eos is False and second.format == "prompt_completion"
+    assert to_toml(config).count("[[data.sources]]") == 2
+    assert read(tmp_path, to_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[[data.sources]]\nwight = 1", r"sources` 1: `wight` is no option .*`weight`"),
+        ("[[data.sources]]\nweight = 1", r"`sources` 1: missing `path`"),
+        ("[data.sources]\npath = 'x'", "`sources` must be a list of tables"),
+        ("[[data.sources]]\npath = 'x'", "`data.path` = 'rows.jsonl' and `data.sourc"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_refused(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, f"{SMALLEST}\n{line}\n")

@@ -1,15 +1,18 @@
-"""From a data file to batches, in numpy alone.
+"""From data files to batches, in numpy alone.
 
-    rows -> chat, segments -> examples -> packing -> batches
+    sources, rows -> encoding (chat, segments) -> examples (arrays, cache)
+    -> mixture, packing -> batches
 
-`load_examples` reads and labels a file once; `Batches` is a function of an index, so
+`load_examples` reads and labels the data once; `Batches` is a function of an index, so
 the whole cursor of a run is one number.
 """
 
+from qlora_jax.data.arrays import Examples as Examples
 from qlora_jax.data.batches import Batches as Batches
 from qlora_jax.data.batches import eval_batches as eval_batches
 from qlora_jax.data.batches import prefetch as prefetch
-from qlora_jax.data.examples import DataConfig as DataConfig
-from qlora_jax.data.examples import DataReport as DataReport
-from qlora_jax.data.examples import Examples as Examples
 from qlora_jax.data.examples import load_examples as load_examples
+from qlora_jax.data.mixture import Mixture as Mixture
+from qlora_jax.data.report import DataReport as DataReport
+from qlora_jax.data.settings import DataConfig as DataConfig
+from qlora_jax.data.settings import Source as Source

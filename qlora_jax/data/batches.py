@@ -7,12 +7,14 @@ continuing costs nothing however far the run has come.
 The examples of all epochs form one endless stream, each epoch in its own order; batch
 `i` is the `i`-th run of `accumulation_steps * batch_size` rows of it. A batch that
 reaches past the end of an epoch goes on into the next one, so every step has a full
-window, no row is skipped, and a data set smaller than a batch repeats.
+window, no row is skipped, and a data set smaller than a batch repeats. In a mixture
+with weights each source is such a stream, and `mixture` says whose turn it is.
 
 Why not `grain`: its iterators keep their position in a state object of their own and
 importing it takes 1.2 to 1.5 s; all that is needed here is an index.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -24,8 +26,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from qlora_jax.config import IGNORE
-from qlora_jax.data.examples import DataConfig, Examples
-from qlora_jax.data.packing import pack
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.mixture import Interleaving, Mixture, lay_out, random_keys
+from qlora_jax.data.settings import DataConfig
 from qlora_jax.errors import UserError
 
 Batch = dict[str, Int32[np.ndarray, "..."]]
@@ -47,7 +50,7 @@ class _Rows:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | Mixture,
         config: DataConfig,
         pad_token_id: int,
         sequence_length: int | None = None,
@@ -72,7 +75,9 @@ class _Rows:
                 f"{sequence_length} or use longer rows."
             )
         self.length = sequence_length
-        self._packing = pack(examples.lengths, self.length) if config.packing else None
+        layout = lay_out(examples, packing=config.packing, length=self.length)
+        self.counts, self.shares = layout.counts, layout.shares
+        self._packing = layout.packing
         self._tokens = examples.lengths
         if self._packing is not None:
             packed = examples.lengths[self._packing.order]
@@ -143,7 +148,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Examples | Mixture,
         config: DataConfig,
         *,
         batch_size: int,
@@ -168,21 +173,23 @@ class Batches:
         self._steps = steps
         if epochs is not None:
             self._steps = math.ceil(epochs * self.steps_per_epoch)
-        count, seed, shuffle = len(self._rows), config.seed, config.shuffle
-
-        @lru_cache(maxsize=2)  # a batch touches two epochs at most, or very short ones
-        def order(epoch: int) -> np.ndarray:
-            if not shuffle:
-                return np.arange(count)
-            # The bit stream of Philox is fixed by numpy's compatibility promise (that
-            # of `Generator.permutation` is not), and a run must continue in the same
-            # order under a later numpy.
-            key = np.array([seed, epoch], np.uint64)
-            return np.argsort(
-                np.random.Philox(key=key).random_raw(count), kind="stable"
+        counts, seed, shuffle = self._rows.counts, config.seed, config.shuffle
+        self._interleaving = None
+        if self._rows.shares is not None:
+            self._interleaving = Interleaving(
+                self._rows.shares, seed=seed, shuffle=shuffle
             )
 
+        # A batch touches two epochs of a source at most, or very short ones.
+        @lru_cache(maxsize=2 * len(counts))
+        def order(source: int, epoch: int) -> np.ndarray:
+            if not shuffle:
+                return np.arange(counts[source])
+            keys = random_keys(seed, epoch, source, counts[source])
+            return np.argsort(keys, kind="stable")
+
         self._order = order
+        self._firsts = [0, *itertools.accumulate(counts)]
 
     @property
     def sequence_length(self) -> int:
@@ -191,7 +198,10 @@ class Batches:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows (packed rows when packing) in one pass over the data."""
+        """Rows (packed rows when packing) in one pass over the data.
+
+        In a mixture with weights, as many rows as its sources have together.
+        """
         return len(self._rows)
 
     @property
@@ -221,8 +231,11 @@ class Batches:
         size = math.prod(self._shape)
         rows = []
         for place in range(index * size, (index + 1) * size):
-            epoch, at = divmod(place, len(self._rows))
-            rows.append(int(self._order(epoch)[at]))
+            source = 0
+            if self._interleaving is not None:
+                source, place = self._interleaving[place]
+            epoch, at = divmod(place, self._rows.counts[source])
+            rows.append(self._firsts[source] + int(self._order(source, epoch)[at]))
         return rows
 
 
@@ -266,7 +279,7 @@ def _prefetch(
 
 
 def eval_batches(
-    examples: Examples,
+    examples: Examples | Mixture,
     config: DataConfig,
     *,
     batch_size: int,

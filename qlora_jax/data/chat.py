@@ -2,13 +2,17 @@
 
 The one idea: which part of a rendered conversation is the assistant's is known at the
 moment it is rendered, so no marker is ever searched for in the text or in the tokens.
-The template is rendered on growing prefixes of the conversation; what turn `i` adds
-after the generation prompt is exactly what a model answering at that point has to
-write, end-of-turn token included. This needs a template under which an earlier turn
-reads the same whatever follows it. That is checked, and a template that rewrites
-earlier turns is refused instead of being labelled wrongly.
+
+A template that has `{% generation %}` blocks says itself what the assistant writes: it
+is rendered with a character at each end of every such block, which are taken out again.
+Any other is rendered on growing prefixes of the conversation; what turn `i` adds after
+the generation prompt is exactly what a model answering at that point has to write,
+end-of-turn token included. This needs a template under which an earlier turn reads the
+same whatever follows it. That is checked, and a template that rewrites earlier turns is
+refused instead of being labelled wrongly.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,11 @@ _DATE = "26 Jul 2024"
 # What Python raises inside a template when a row has not the shape it expects, e.g.
 # `content` null where text is joined to it.
 _DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+
+# `{% generation %}`, `{%- endgeneration -%}` and the like.
+_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# Unicode's private use area: characters that mean nothing to anyone.
+_PRIVATE = range(0xE000, 0xF8FF)
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -132,6 +141,15 @@ class ChatRenderer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         specials.update(str(token) for token in added.values())
         self._specials = tuple(s for s in specials if s.strip())
+        source = self._template or getattr(tokenizer, "chat_template", None)
+        if isinstance(source, dict):  # several, by name; transformers takes this one
+            source = source.get("default")
+        self._marked = source if source and _MARK.search(source) else None
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template says itself what the assistant writes."""
+        return self._marked is not None
 
     def text(
         self,
@@ -146,13 +164,25 @@ class ChatRenderer:
         Raises:
           UserError: the template refuses the conversation.
         """
+        return self._render(
+            messages, self._template, add_generation_prompt, tools, where
+        )
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        template: str | None,
+        add_generation_prompt: bool,
+        tools: list[Any] | None,
+        where: str,
+    ) -> str:
         import jinja2  # the template engine that transformers uses
 
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self._template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 date_string=_DATE,
@@ -172,18 +202,22 @@ class ChatRenderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Renders a conversation and marks what the assistant wrote.
 
-        A span starts after the generation prompt and ends after the end-of-turn token.
+        With a template that has generation marks, the spans are its blocks. Without,
+        a span starts after the generation prompt and ends after the end-of-turn token.
         White space that the template puts after that token (ChatML's newline) is left
         out, since a model stops at the token and never writes it; where a turn ends
         without a special token, the span runs to the turn's end.
 
         Returns:
-          The rendered text and one (start, end) character span per assistant turn.
+          The rendered text and (start, end) character spans: the template's blocks
+          that hold anything, or one per assistant turn.
 
         Raises:
-          UserError: the template refuses the conversation, or renders a turn
-            differently when others follow.
+          UserError: the template refuses the conversation, renders a turn
+            differently when others follow, or has marks that cannot be followed.
         """
+        if self._marked is not None:
+            return self._spans_by_marks(messages, tools, where)
 
         def prefix(turns: int, prompt: bool) -> str:
             return self.text(
@@ -223,3 +257,48 @@ class ChatRenderer:
             ends_special = self._specials and after[start:stop].endswith(self._specials)
             spans.append((start, stop if ends_special else len(after)))
         return full, spans
+
+    def _spans_by_marks(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
+        assert self._marked is not None
+        text = self.text(messages, tools=tools, where=where)
+        taken = set(text)
+        free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
+        opening, closing = next(free), next(free)
+
+        def mark(found: re.Match[str]) -> str:
+            # A block stands where the tag stood, so that white space beside it is
+            # trimmed as before.
+            character = closing if found[2] else opening
+            return (
+                f'{{%{found[1]} if true %}}{{{{ "{character}" }}}}'
+                f"{{% endif {found[3]}%}}"
+            )
+
+        template = _MARK.sub(mark, self._marked)
+        marked = self._render(messages, template, False, tools, where)
+        pieces: list[str] = []
+        spans: list[tuple[int, int]] = []
+        length, start = 0, None
+        for piece in re.split(f"([{opening}{closing}])", marked):
+            if piece == opening and start is None:
+                start = length
+            elif piece == closing and start is not None:
+                if start < length:
+                    spans.append((start, length))
+                start = None
+            elif piece in (opening, closing):
+                start = -1
+                break
+            else:
+                pieces.append(piece)
+                length += len(piece)
+        if start is not None or "".join(pieces) != text:
+            raise UserError(
+                f"{where}: the chat template's `{{% generation %}}` blocks do not mark "
+                "its text plainly (they are nested, or what is inside is changed "
+                "afterwards). Give `data.chat_template` a Jinja file whose blocks "
+                "stand around what the assistant writes, or that has none."
+            )
+        return text, spans

@@ -1,256 +1,40 @@
-"""From a file of rows to token and label arrays.
+"""From files of rows to token and label arrays.
 
-The one idea: every text format becomes one string and the character spans of it that
-are supervised (`segments` labels the tokens, `chat` marks the spans of a conversation),
-and nothing that happens to a row after that goes uncounted.
+The one idea: nothing that happens to a row goes uncounted, and nothing that is wrong
+with one hides what is wrong with the next.
 
-`packing` puts examples side by side, `batches` makes batches.
+`encoding` labels the rows, `arrays` holds what becomes of them, `packing` puts examples
+side by side, `batches` makes batches.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64
 
 from qlora_jax.config import IGNORE
-from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.arrays import Examples, Sink, fingerprint, quartiles
+from qlora_jax.data.cache import cache_directory, cache_key, cached
+from qlora_jax.data.encoding import make_encoder
+from qlora_jax.data.mixture import Mixture, mix
 from qlora_jax.data.packing import pack
-from qlora_jax.data.rows import Row, check_template, read_rows, text_of
-from qlora_jax.data.segments import (
-    Encoded,
-    Segmented,
-    given_tokens,
-    text_prefix,
-    tokenize,
-)
+from qlora_jax.data.problems import Problems
+from qlora_jax.data.report import DataReport
+from qlora_jax.data.rows import Row, RowFile
+from qlora_jax.data.segments import Encoded
+from qlora_jax.data.settings import DataConfig
+from qlora_jax.data.sources import Place, find_places
 from qlora_jax.errors import UserError
 
-Format = Literal["text", "prompt_completion", "messages", "tokens"]
-TrainOn = Literal["all", "completion", "assistant"]
-
-# The supervised parts each format knows; the first is its natural choice.
-_TRAIN_ON: dict[str, tuple[str | None, ...]] = {
-    "text": ("all",),
-    "prompt_completion": ("completion", "all"),
-    "messages": ("assistant", "all"),
-    "tokens": (None, "all"),
-}
-# The templates each format reads.
-_TEMPLATES = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
-# Rows tokenized at a time: enough to keep a fast tokenizer's threads busy.
-_CHUNK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on, and how rows become examples (`[data]` of a run's config).
-
-    Raises:
-      UserError: a value is out of range, or two fields contradict each other.
-    """
-
-    path: str
-    """The data file: JSONL (one object a line), JSON (a list of objects) or, for
-    format `text`, any UTF-8 text file, which is then one document."""
-    format: Format = "text"
-    """How rows are read. `text`: one document a row. `prompt_completion`: a question
-    and its answer. `messages`: a conversation (ShareGPT `conversations` too).
-    `tokens`: rows of `input_ids` and `labels`."""
-    max_length: int = 1024
-    """Longest example, and length of a packed row (tokens)."""
-    packing: bool = False
-    """Put several examples in one row of `max_length` tokens; none attends to another.
-    """
-    shuffle: bool = True
-    """Visit the rows in a new order every epoch."""
-    seed: int = 0
-    """Seed of the order (an integer from 0 to 2**64 - 1)."""
-    train_on: TrainOn | None = None
-    """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels given with `tokens`."""
-    prompt: str | None = None
-    """Prompt of `prompt_completion` as a Python format string over the row's fields,
-    e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
-    the field `prompt`."""
-    completion: str | None = None
-    """Completion of `prompt_completion` as a format string, e.g. "{answer}". Default:
-    the field `completion`."""
-    text: str | None = None
-    """Document of `text` as a format string, e.g. "{title}\\n\\n{body}". Default: the
-    field `text`."""
-    chat_template: str | None = None
-    """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. Truncating never shortens plain text files or packed `text`: those are
-    cut into consecutive windows of `max_length` tokens."""
-    append_eos: bool = True
-    """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
-    Chat templates write their own end of turn, `tokens` are taken as they are."""
-
-    def __post_init__(self):
-        """Refuses values that no run could use."""
-        if not isinstance(self.path, str) or not self.path:
-            raise UserError(f"`data.path` must name a file, got {self.path!r}.")
-        for name, choices in (
-            ("format", get_args(Format)),
-            ("too_long", ("truncate", "drop")),
-            ("train_on", (None, *get_args(TrainOn))),
-            ("packing", (False, True)),
-            ("shuffle", (False, True)),
-            ("append_eos", (False, True)),
-        ):
-            value = getattr(self, name)
-            if not any(value is c or (value == c and type(c) is str) for c in choices):
-                known = ", ".join(repr(c) for c in choices)
-                raise UserError(f"`data.{name}` must be one of {known}, got {value!r}.")
-        for name, low, high in (("max_length", 2, 2**31 - 1), ("seed", 0, 2**64 - 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise UserError(
-                    f"`data.{name}` must be an integer from {low} to {high}, "
-                    f"got {value!r}."
-                )
-        if self.train_on is not None and self.train_on not in _TRAIN_ON[self.format]:
-            known = ", ".join(repr(c) for c in _TRAIN_ON[self.format] if c)
-            raise UserError(
-                f"`data.train_on` = {self.train_on!r} means nothing for format="
-                f"{self.format!r}; use {known}, or leave it out."
-            )
-        for name in ("text", "prompt", "completion"):
-            template = getattr(self, name)
-            if template is None:
-                continue
-            if name not in _TEMPLATES.get(self.format, ()):
-                reader = "text" if name == "text" else "prompt_completion"
-                raise UserError(
-                    f"`data.{name}` is read by format={reader!r} only, and the format "
-                    f"is {self.format!r}. Leave one of them out or change the other."
-                )
-            check_template(name, template)
-        if self.chat_template is not None and self.format != "messages":
-            raise UserError(
-                "`data.chat_template` is read by format='messages' only, and the "
-                f"format is {self.format!r}."
-            )
-
-    @property
-    def supervised(self) -> str | None:
-        """`train_on` with the format's natural choice filled in (None: as given)."""
-        return self.train_on or _TRAIN_ON[self.format][0]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataReport:
-    """What became of the rows; all figures after truncation unless said otherwise."""
-
-    rows_read: int
-    """Rows in the file."""
-    rows_kept: int
-    """Rows that gave at least one example."""
-    examples: int
-    """Examples (more than `rows_kept` when documents were cut into windows)."""
-    dropped: dict[str, int]
-    """Rows (of cut documents: windows) left out, by reason."""
-    truncated: int
-    """Rows that lost their end, and are kept."""
-    tokens_lost: int
-    """Tokens those rows lost."""
-    documents_cut: int
-    """Documents cut into windows of `max_length` tokens (they lose nothing)."""
-    tokens: int
-    """Tokens in all examples, without padding."""
-    supervised_tokens: int
-    """Tokens whose prediction is trained. The first of an example never is one."""
-    supervised_eos: int
-    """Supervised tokens that are the tokenizer's EOS; 0 teaches no model to stop."""
-    longest_row: int
-    """Longest row in the file, before any cut (tokens)."""
-    longest_example: int
-    """Longest example (tokens)."""
-    straddling_rows: int
-    """Rows in which a token holds both prompt and answer characters. Such a token is
-    supervised; ending the prompt with a newline, or moving its last space to the start
-    of the completion, avoids it."""
-    packed_rows: int | None
-    """Rows after packing; None without packing."""
-    packing_efficiency: float | None
-    """Share of the packed rows that is not padding; None without packing."""
-    fingerprint: str
-    """Hash of tokens, labels and the settings that change content or order. Equal
-    fingerprints give equal batches, wherever the file lies."""
-
-    def summary(self) -> str:
-        """One paragraph for people."""
-        parts = [
-            f"{self.rows_kept:,} of {self.rows_read:,} rows kept, "
-            f"{self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.supervised_tokens:,} supervised "
-            f"({self.supervised_tokens / self.tokens:.1%}); "
-            f"longest row {self.longest_row:,} tokens"
-        ]
-        for reason, count in self.dropped.items():
-            parts.append(f"dropped {count:,}: {reason}")
-        if self.truncated:
-            parts.append(
-                f"{self.truncated:,} rows truncated ({self.tokens_lost:,} tokens lost)"
-            )
-        if self.documents_cut:
-            parts.append(f"{self.documents_cut:,} documents cut into windows")
-        if self.straddling_rows:
-            parts.append(
-                f"{self.straddling_rows:,} rows have a token across the start of the "
-                "answer"
-            )
-        if self.packing_efficiency is not None:
-            parts.append(
-                f"packed into {self.packed_rows:,} rows, "
-                f"{self.packing_efficiency:.1%} full"
-            )
-        return "; ".join(parts) + "."
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Token and label arrays of all examples, one after the other.
-
-    Attributes:
-      tokens: int32 [N], token ids.
-      labels: int32 [N], aligned with `tokens` (not shifted); `IGNORE` where nothing is
-        supervised, and at the first position of every example, which no position of
-        the same example predicts.
-      offsets: int64 [examples + 1]; example `i` is `offsets[i] : offsets[i + 1]`.
-      report: what was read, kept and dropped.
-    """
-
-    tokens: Int32[np.ndarray, " N"]
-    labels: Int32[np.ndarray, " N"]
-    offsets: Int64[np.ndarray, " examples_plus_1"]
-    report: DataReport
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.offsets) - 1
-
-    def __getitem__(
-        self, index: int
-    ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
-        """Tokens and labels of one example (views)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[span], self.labels[span]
-
-    @property
-    def lengths(self) -> Int64[np.ndarray, " examples"]:
-        """int64 [examples], tokens in each example."""
-        return np.diff(self.offsets)
+# Rows tokenized at a time, and their characters: enough to keep a fast tokenizer's
+# threads busy, and little beside what a tokenizer holds for each (some 100 bytes).
+_CHUNK, _CHARACTERS = 512, 1 << 18
+# Places written down for each reason to drop a row.
+_PLACES = 5
 
 
 def load_examples(
@@ -259,182 +43,220 @@ def load_examples(
     *,
     vocab_size: int,
     progress: bool = False,
-) -> Examples:
-    """Reads, tokenizes and labels a data file.
+    run_directory: str | Path | None = None,
+) -> Examples | Mixture:
+    """Reads, tokenizes and labels a source of rows, or a mixture of sources.
 
     Begins an example with what the tokenizer puts before a text (BOS), unless the text
     brings it along already; chat templates write their own and get no second one.
 
     Args:
-      config: the file and how to read it.
+      config: the data and how to read it.
       tokenizer: a `transformers` tokenizer (unused by format `tokens`).
       vocab_size: rows of the model's embedding table.
       progress: draw a progress bar on stderr.
+      run_directory: what `data.cache` = "auto" is beside.
 
     Returns:
-      The examples, in the file's order.
+      The examples, in the order of the sources and their rows.
 
     Raises:
-      UserError: a row cannot be used (the message names file and line), nothing is
-        left to train on, or a token id is not below `vocab_size`.
+      UserError: rows cannot be used (the message lists them, each with file and line),
+        nothing is left to train on, or a token id is not below `vocab_size`.
     """
-    rows, plain = read_rows(Path(config.path), plain_text=config.format == "text")
-    if plain and config.text is not None:
-        raise UserError(
-            f"`data.text` is a template over a row's fields, but {config.path} is "
-            "plain text without fields. Leave `data.text` out."
-        )
-    collector = _Collector(config, vocab_size, cut=plain or config.packing)
-    encode = _encoder(config, tokenizer, vocab_size)
-    for start in _progress(range(0, len(rows), _CHUNK), len(rows), progress):
-        chunk = rows[start : start + _CHUNK]
-        for (where, _), encoded in zip(chunk, encode(chunk), strict=True):
-            collector.add(where, encoded)
-    return collector.finish(len(rows), getattr(tokenizer, "eos_token_id", None))
+    directory = cache_directory(config, run_directory)
+    parts = config.parts()
+    problems = Problems()
+    found = []
+    for one in [part for _, part in parts] or [config]:
+        try:
+            found.append(_load_one(one, tokenizer, vocab_size, directory, progress))
+        except UserError as error:
+            problems.add(error)
+    problems.refuse()
+    if not parts:
+        return found[0]
+    return mix(config, [source for source, _ in parts], found)
 
 
-# --- rows to examples ---
-
-
-def _segmenter(
-    config: DataConfig, tokenizer: Any
-) -> Callable[[str, dict[str, Any]], Segmented | str]:
-    """The function (place, row) -> `Segmented`, or the reason to drop the row."""
-    if config.format == "text":
-
-        def text(where: str, row: dict[str, Any]) -> Segmented | str:
-            document = text_of(row, where, "text", config.text)
-            return Segmented(document) if document else "empty text"
-
-        return text
-    if config.format == "prompt_completion":
-
-        def prompt_completion(where: str, row: dict[str, Any]) -> Segmented | str:
-            prompt = text_of(row, where, "prompt", config.prompt)
-            completion = text_of(row, where, "completion", config.completion)
-            if not completion:
-                return "empty completion"
-            whole = prompt + completion
-            if config.supervised == "all":
-                return Segmented(whole)
-            return Segmented(whole, [(len(prompt), len(whole))])
-
-        return prompt_completion
-    chat = ChatRenderer(tokenizer, config.chat_template)
-
-    def messages(where: str, row: dict[str, Any]) -> Segmented | str:
-        turns = to_messages(row, where)
-        tools = row.get("tools") or None
-        if config.supervised == "all":
-            return Segmented(chat.text(turns, tools=tools, where=where))
-        whole, spans = chat.spans(turns, tools=tools, where=where)
-        return Segmented(whole, spans) if spans else "no assistant turn"
-
-    return messages
-
-
-def _encoder(
-    config: DataConfig, tokenizer: Any, vocab_size: int
-) -> Callable[[list[Row]], list[Encoded | str]]:
-    """The function rows -> one `Encoded`, or the reason to drop it, for each."""
-    if config.format == "tokens":
-        all_supervised = config.supervised == "all"
-        return lambda rows: [
-            given_tokens(
-                row, where, all_supervised=all_supervised, vocab_size=vocab_size
-            )
-            for where, row in rows
-        ]
-    if tokenizer is None:
-        raise UserError(
-            f"format={config.format!r} needs a tokenizer and the model came without "
-            "one. Put the tokenizer's files beside the model, or use format='tokens'."
-        )
-    segment = _segmenter(config, tokenizer)
-    prefix: list[int] = []
-    suffix: list[int] = []
-    if config.format != "messages":
-        prefix = text_prefix(tokenizer)
-        if config.append_eos:
-            eos = getattr(tokenizer, "eos_token_id", None)
-            if eos is None:
-                raise UserError(
-                    "`data.append_eos` is true and this tokenizer has no EOS token. "
-                    "Set its `eos_token`, or set `data.append_eos` to false."
-                )
-            suffix = [int(eos)]
-
-    def encode(rows: list[Row]) -> list[Encoded | str]:
-        pieces = [_encodable(segment(where, row), where) for where, row in rows]
-        texts = [piece for piece in pieces if isinstance(piece, Segmented)]
-        encoded = tokenize(tokenizer, texts)
-        return [
-            piece if isinstance(piece, str) else complete(next(encoded))
-            for piece in pieces
-        ]
-
-    def complete(bare: Encoded) -> Encoded:
-        ids = bare.tokens
-        before = prefix if ids[: len(prefix)].tolist() != prefix else []
-        after = suffix if ids[-1:].tolist() != suffix else []
-        tokens = np.concatenate([before, ids, after])
-        labels = np.concatenate([[IGNORE] * len(before), bare.labels, after])
-        return Encoded(tokens.astype(np.int32), labels.astype(np.int32), bare.straddles)
-
-    return encode
-
-
-def _encodable(piece: Segmented | str, where: str) -> Segmented | str:
-    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+def _load_one(
+    config: DataConfig,
+    tokenizer: Any,
+    vocab_size: int,
+    directory: Path | None,
+    progress: bool,
+) -> Examples:
+    """Loads one source, through the cache in a directory if there is one."""
+    problems = Problems()
+    places: list[Place] = []
+    encoder = None
     try:
-        if isinstance(piece, Segmented):
-            piece.text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: character {error.start} of the text is half of a surrogate pair "
-            f"({ascii(error.object[error.start])}), which is no valid text. Repair or "
-            "remove it."
-        ) from error
-    return piece
+        places = find_places(
+            config.path, split=config.split, plain_text=config.format == "text"
+        )
+    except UserError as error:
+        problems.add(error)
+    try:
+        encoder = make_encoder(
+            config, tokenizer, vocab_size=vocab_size, problems=problems
+        )
+    except UserError as error:
+        problems.add(error)
+    problems.refuse()
+    assert encoder is not None
+
+    def build(into: Path | None) -> Examples:
+        sink = Sink(into)
+        eos = getattr(tokenizer, "eos_token_id", None)
+        collector = _Collector(config, vocab_size, eos, sink, problems)
+        try:
+            with _progress(places, progress) as show:
+                for rows, plain in _chunks(places, problems, show):
+                    if plain and config.text is not None:
+                        problems.add(
+                            "`data.text` is a template over a row's fields, but "
+                            f"{rows[0][0]} is plain text without fields. Leave "
+                            "`data.text` out."
+                        )
+                        continue
+                    encoded = encoder.encode(rows)
+                    for (where, _), one in zip(rows, encoded, strict=True):
+                        collector.add(where, one, plain)
+            problems.refuse()
+            return collector.finish(encoder.assistant_mask)
+        finally:
+            sink.close()
+
+    if directory is None:
+        return build(None)
+    key = cache_key(config, places, tokenizer, vocab_size)
+    return cached(directory, key, config, build)
+
+
+def _chunks(
+    places: list[Place],
+    problems: Problems,
+    show: Callable[[int, RowFile], None],
+) -> Iterator[tuple[list[Row], bool]]:
+    """Yields rows, some at a time, and whether they are one plain text."""
+    for number, place in enumerate(places):
+        try:
+            file = place.open(problems)
+            rows = iter(file.rows)
+            while chunk := _take(rows):
+                yield chunk, file.plain
+                show(number, file)
+        except UserError as error:
+            problems.add(error)
+
+
+def _take(rows: Iterator[Row]) -> list[Row]:
+    chunk: list[Row] = []
+    size = 0
+    for where, row in rows:
+        chunk.append((where, row))
+        size += _characters(row)
+        if len(chunk) == _CHUNK or size >= _CHARACTERS:
+            break
+    return chunk
+
+
+def _characters(row: dict[str, Any]) -> int:
+    """About how much text a row holds."""
+    total, left = 0, [*row.values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list) and value and isinstance(value[0], int):
+            total += len(value)
+        elif isinstance(value, list):
+            left += value
+    return total
+
+
+@contextlib.contextmanager
+def _progress(
+    places: list[Place], wanted: bool
+) -> Iterator[Callable[[int, RowFile], None]]:
+    """Gives a function that draws how far the reading is, on stderr if asked."""
+    if not wanted:
+        yield lambda number, file: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    sizes = [place.size for place in places]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokenizing", total=max(sum(sizes), 1))
+
+        def show(number: int, file: RowFile) -> None:
+            bar.update(
+                task, completed=sum(sizes[:number]) + sizes[number] * file.done()
+            )
+
+        yield show
 
 
 class _Collector:
     """Fits encoded rows to `max_length`, counts, and builds the `Examples`."""
 
-    def __init__(self, config: DataConfig, vocab_size: int, cut: bool):
-        self._vocab_size = vocab_size
-        self._config = config
-        self._cut = cut and config.format == "text"
+    def __init__(
+        self,
+        config: DataConfig,
+        vocab_size: int,
+        eos: int | None,
+        sink: Sink,
+        problems: Problems,
+    ):
+        self._config, self._vocab_size, self._eos = config, vocab_size, eos
+        self._sink, self._problems = sink, problems
         self._dropped: Counter[str] = Counter()
-        self._examples: list[tuple[np.ndarray, np.ndarray]] = []
+        self._places: dict[str, list[str]] = {}
+        self._rows_read = self._supervised_eos = 0
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
 
-    def add(self, where: str, encoded: Encoded | str) -> None:
+    def _drop(self, where: str, reason: str) -> None:
+        self._dropped[reason] += 1
+        self._place(where, reason)
+
+    def _place(self, where: str, reason: str) -> None:
+        places = self._places.setdefault(reason, [])
+        if len(places) < _PLACES and where not in places:
+            places.append(where)
+
+    def add(self, where: str, encoded: Encoded | str | None, plain: bool) -> None:
+        self._rows_read += 1
+        if encoded is None:
+            return
         if isinstance(encoded, str):
-            self._dropped[encoded] += 1
+            self._drop(where, encoded)
             return
         tokens, labels = encoded.tokens, encoded.labels
         if not len(tokens):
-            self._dropped["no tokens"] += 1
+            self._drop(where, "no tokens")
             return
         largest = int(tokens.max())
         if largest >= self._vocab_size:
-            raise UserError(
+            self._problems.add(
                 f"{where}: the tokenizer gives token id {largest}, but the model has "
                 f"`vocab_size` = {self._vocab_size}. Is this the model's own "
                 "tokenizer? If tokens were added to it, the embeddings must be resized "
                 "first."
             )
+            return
         self._longest = max(self._longest, len(tokens))
         limit = self._config.max_length
         lost = 0
         if len(tokens) <= limit:
             pieces = [slice(0, len(tokens))]
         elif self._config.too_long == "drop":
-            self._dropped[f"longer than max_length={limit}"] += 1
+            self._drop(where, f"longer than max_length={limit}")
             return
-        elif self._cut:
+        elif self._config.format == "text" and (plain or self._config.packing):
             pieces = list(_windows(len(tokens), limit))
             self._documents_cut += 1
         else:
@@ -444,56 +266,61 @@ class _Collector:
             label = labels[piece].copy()
             label[0] = IGNORE  # nothing in the example comes before it
             if (label != IGNORE).any():
-                self._examples.append((tokens[piece], label))
+                self._sink.add(tokens[piece], label)
+                if self._eos is not None:
+                    self._supervised_eos += int((label == self._eos).sum())
                 kept += 1
             elif lost and (labels[1:] != IGNORE).any():
-                self._dropped["every supervised token truncated"] += 1
+                self._drop(where, "every supervised token truncated")
             else:
-                self._dropped["nothing to supervise"] += 1
+                self._drop(where, "nothing to supervise")
         if kept:
             self._rows_kept += 1
-            self._truncated += bool(lost)
+            if lost:
+                self._truncated += 1
+                self._place(where, "truncated")
             self._tokens_lost += lost
             self._straddling += encoded.straddles
 
-    def finish(self, rows_read: int, eos: int | None) -> Examples:
-        config = self._config
-        if not self._examples:
+    def finish(self, assistant_mask: str | None) -> Examples:
+        config, sink = self._config, self._sink
+        if not len(sink):
             reasons = ", ".join(f"{n} {why}" for why, n in self._dropped.items())
             raise UserError(
-                f"{config.path}: no row is left to train on: {rows_read} read, "
+                f"{config.name}: no row is left to train on: {self._rows_read} read, "
                 f"dropped: {reasons} (`data.max_length` = {config.max_length}, "
                 f"longest row {self._longest} tokens). Check `data.max_length`, "
                 "`data.train_on` and the labels."
             )
-        tokens = np.concatenate([t for t, _ in self._examples])
-        labels = np.concatenate([lb for _, lb in self._examples])
-        offsets = np.zeros(len(self._examples) + 1, np.int64)
-        np.cumsum([len(t) for t, _ in self._examples], out=offsets[1:])
-        lengths = np.diff(offsets)
+        lengths, supervised = sink.lengths, sink.supervised
         packed = len(pack(lengths, config.max_length)) if config.packing else None
-        supervised = labels != IGNORE
+        total = int(lengths.sum())
         report = DataReport(
-            rows_read=rows_read,
+            rows_read=self._rows_read,
             rows_kept=self._rows_kept,
             examples=len(lengths),
             dropped=dict(self._dropped),
             truncated=self._truncated,
             tokens_lost=self._tokens_lost,
             documents_cut=self._documents_cut,
-            tokens=len(tokens),
-            supervised_tokens=int(supervised.sum()),
-            supervised_eos=0 if eos is None else int((labels == eos).sum()),
+            tokens=total,
+            supervised_tokens=int(supervised.sum(dtype=np.int64)),
+            supervised_eos=self._supervised_eos,
             longest_row=self._longest,
             longest_example=int(lengths.max()),
             straddling_rows=self._straddling,
             packed_rows=packed,
             packing_efficiency=(
-                len(tokens) / (packed * config.max_length) if packed else None
+                total / (packed * config.max_length) if packed else None
             ),
-            fingerprint=_fingerprint(config, tokens, labels, offsets),
+            fingerprint="",
+            supervised_per_example=quartiles(supervised),
+            assistant_mask=assistant_mask,
+            places={k: tuple(v) for k, v in self._places.items()},
         )
-        return Examples(tokens=tokens, labels=labels, offsets=offsets, report=report)
+        examples = sink.examples(report)
+        report = dataclasses.replace(report, fingerprint=fingerprint(config, examples))
+        return dataclasses.replace(examples, report=report)
 
 
 def _windows(length: int, limit: int) -> Iterator[slice]:
@@ -507,30 +334,3 @@ def _windows(length: int, limit: int) -> Iterator[slice]:
         cuts[-2] -= 1
     for start, end in zip(cuts, cuts[1:], strict=False):
         yield slice(start, end)
-
-
-def _fingerprint(config: DataConfig, *arrays: np.ndarray) -> str:
-    settings = dataclasses.asdict(config) | {"train_on": config.supervised}
-    # What these two point at is in the tokens; how they are spelled changes nothing.
-    del settings["path"], settings["chat_template"]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for array in arrays:
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        digest.update(str(len(array)).encode() + b":")
-        digest.update(np.ascontiguousarray(little).tobytes())
-    return digest.hexdigest()
-
-
-def _progress(steps: range, rows: int, show: bool) -> Iterator[int]:
-    """Yields `steps`, drawing a bar over `rows` on stderr if asked."""
-    if not show:
-        yield from steps
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("tokenizing", total=rows)
-        for step in steps:
-            yield step
-            bar.update(task, completed=min(step + _CHUNK, rows))

@@ -4,12 +4,20 @@ The one idea: a row travels with its place ("file.jsonl:12"), so that whatever i
 with it can be said together with where it is.
 """
 
+import codecs
+import contextlib
+import dataclasses
+import gzip
+import io
 import json
+import os
 import string
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.problems import Problems
 from qlora_jax.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
@@ -19,6 +27,21 @@ Row = tuple[str, dict[str, Any]]
 def fields_of(row: dict[str, Any]) -> str:
     """Names of a row's fields, quoted, for messages."""
     return ", ".join(f"`{name}`" for name in row) or "no fields"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """One file (or data set) opened for reading, row after row.
+
+    Attributes:
+      rows: the rows with their places, to be taken once.
+      plain: the file is plain text, one document.
+      done: how much of it has been read, 0 to 1.
+    """
+
+    rows: Iterator[Row]
+    plain: bool
+    done: Callable[[], float]
 
 
 def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
@@ -32,41 +55,120 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
       The rows, and whether the file was plain text.
 
     Raises:
-      UserError: no such file, not UTF-8, empty, malformed (with the line), or a row
+      UserError: no such file, not UTF-8, empty, malformed (with the lines), or a row
         that is not an object.
     """
+    problems = Problems()
+    file = open_rows(path, plain_text=plain_text, problems=problems)
+    rows = list(file.rows)
+    problems.refuse()
+    return rows, file.plain
+
+
+def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
+    """Opens what `read_rows` reads, for one pass with one line in memory.
+
+    A JSON list and a plain text are read whole: they are one value. A name ending in
+    .gz is decompressed on the way.
+
+    Args:
+      path: the file.
+      plain_text: as `read_rows` has it.
+      problems: where malformed lines go; the lines after them are read all the same.
+
+    Raises:
+      UserError: no such file, not UTF-8, or empty; from the rows also a file that
+        cannot be read to its end.
+    """
+    head: list[str] = []  # up to the first line that is not blank
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_reading(path))
+        raw = stack.enter_context(open(path, "rb"))
+        size = max(os.fstat(raw.fileno()).st_size, 1)
+        binary: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        # Lines end as in any text file (\n, \r\n, \r), and not at U+2028, which JSON
+        # strings may hold.
+        lines = stack.enter_context(io.TextIOWrapper(binary, encoding="utf-8-sig"))
+        for line in lines:
+            head.append(line)
+            if line.strip():
+                break
+        else:
+            raise UserError(f"{path} is empty.")
+        stack.pop_all()  # the rows close it
+    first = head[-1]
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    is_json = suffix in (".json", ".jsonl", ".ndjson")
+    plain = plain_text and not is_json and not _is_object(first)
+
+    def rows() -> Iterator[Row]:
+        with contextlib.closing(raw), lines:
+            if plain:
+                with _reading(path):
+                    text = "".join(head) + lines.read()
+                yield f"{path}", {"text": text}
+                return
+            if first.lstrip().startswith("["):
+                with _reading(path):
+                    content = "".join(head) + lines.read()
+                found = _json_list(path, content)
+                if not found:
+                    raise UserError(f"{path} has no rows.")
+            else:
+                found = _json_lines(path, len(head), first, lines, problems)
+            for where, row in found:
+                if isinstance(row, dict):
+                    yield where, row
+                else:
+                    problems.add(
+                        f"{where}: a row must be a JSON object, got "
+                        f"{type(row).__name__}."
+                    )
+
+    # Not `tell` of the text, which is slow: the file's own position is near enough.
+    return RowFile(rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what can go wrong with a file into a UserError that says what."""
     try:
-        content = path.read_text("utf-8-sig")
+        yield
     except FileNotFoundError as error:
         raise UserError(f"`data.path`: there is no file {path}.") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
+            f"{path} is not UTF-8 text ({_bad_byte(path)}). Convert it to UTF-8."
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path} is damaged or no gzip file: {error}. Compress it anew."
         ) from error
     except OSError as error:
         raise UserError(f"`data.path`: cannot read {path}: {error}") from error
-    if not content.strip():
-        raise UserError(f"{path} is empty.")
-    is_json = path.suffix in (".json", ".jsonl", ".ndjson")
-    if plain_text and not is_json and not _first_line_is_object(content):
-        return [(f"{path}", {"text": content})], True
-    if content.lstrip().startswith("["):
-        rows = _json_list(path, content)
-    else:
-        rows = _json_lines(path, content)
-    if not rows:
-        raise UserError(f"{path} has no rows.")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a row must be a JSON object, got {type(row).__name__}."
-            )
-    return rows, False
 
 
-def _first_line_is_object(content: str) -> bool:
+def _bad_byte(path: Path) -> str:
+    """Where a file stops being UTF-8; a decoder of a stream knows its own part only."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0
+    with open(path, "rb") as raw:
+        binary: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        while True:
+            piece = binary.read(1 << 20)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                return f"byte {start - pending + error.start}"
+            if not piece:
+                return "at its end"
+            start += len(piece)
+
+
+def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(content.strip().split("\n", 1)[0]), dict)
+        return isinstance(json.loads(line.strip()), dict)
     except ValueError:
         return False
 
@@ -80,20 +182,26 @@ def _json_list(path: Path, content: str) -> list[tuple[str, Any]]:
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _json_lines(path: Path, content: str) -> list[tuple[str, Any]]:
-    rows = []
-    # Not `splitlines`: JSON strings may hold U+2028 and other characters it splits at.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{path}:{number}", json.loads(line)))
-        except ValueError as error:
-            raise UserError(
-                f"{path}:{number}: malformed JSON: {error}. Expected one complete "
-                "object on every line (JSONL), or a file that is one list of objects."
-            ) from error
-    return rows
+def _json_lines(
+    path: Path, number: int, first: str, lines: Iterator[str], problems: Problems
+) -> Iterator[tuple[str, Any]]:
+    """Yields places and values of `first`, which is line `number`, and what follows."""
+    line: str | None = first
+    while line is not None:
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                problems.add(
+                    f"{path}:{number}: malformed JSON: {error}. Expected one complete "
+                    "object on every line (JSONL), or a file that is one list of "
+                    "objects."
+                )
+            else:
+                yield f"{path}:{number}", row
+        with _reading(path):
+            line = next(lines, None)
+        number += 1
 
 
 def check_template(name: str, template: object) -> None:

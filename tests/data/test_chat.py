@@ -265,3 +265,104 @@ def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(shared
         assert not encoded.straddles
         answers += len(runs)
     assert answers > 500
+
+
+# --- the template's own marks ---
+
+# The same text as CHATML, with what it is to mark in other places: the thinking of a
+# model is stripped from earlier turns, which no growing prefix can follow.
+MARKED = (
+    "{%- for m in messages %}\n"
+    "    {{- '<|im_start|>' + m.role + '\n' }}\n"
+    "    {%- if m.role == 'assistant' %}\n"
+    "        {%- generation %}\n"
+    "            {%- if loop.last %}{{- '<think>' + m.thinking + '</think>' }}"
+    "{%- endif %}\n            {{- m.content + '<|im_end|>' -}}\n"
+    "        {%- endgeneration -%}\n"
+    "    {%- else %}{{- m.content + '<|im_end|>' }}{%- endif %}\n"
+    "    {{- '\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("trim", ["", "-"])
+@pytest.mark.parametrize("gap", ["", " ", "\n", "\n   "])
+def test_marks_change_no_white_space_of_the_text(trim, gap):
+    parts = (
+        *("{% for m in messages %}", gap, "[", gap),
+        *("{%", trim, " generation ", trim, "%}", gap, "{{ m.content }}", gap),
+        *("{%", trim, "endgeneration", trim, "%}", gap, "]{% endfor %}"),
+    )
+    template = "".join(parts)
+    # HF's mask leaves out the last bytes of a character that is several tokens.
+    turns = [{**turn, "content": ascii(turn["content"])} for turn in CONVERSATION]
+    tokenizer = byte_tokenizer(template)
+    renderer = ChatRenderer(tokenizer)
+    text, spans = renderer.spans(turns)
+    assert text == renderer.text(turns)
+    hf = tokenizer.apply_chat_template(
+        turns, return_dict=True, return_assistant_tokens_mask=True
+    )
+    (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
+    assert encoded.tokens.tolist() == hf["input_ids"]
+    assert (encoded.labels != IGNORE).astype(int).tolist() == hf["assistant_masks"]
+
+
+def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks():
+    turns = [dict(turn) for turn in CONVERSATION]
+    turns[1]["thinking"], turns[3]["thinking"] = "hm", "so"
+    renderer = ChatRenderer(byte_tokenizer(MARKED))
+    assert renderer.has_marks
+    text, spans = renderer.spans(turns)
+    first, second = turns[1]["content"], turns[3]["content"]
+    assert supervised_texts(text, spans) == [
+        f"{first}<|im_end|>",
+        f"<think>so</think>{second}<|im_end|>",
+    ]
+    # Without the marks, the same template cannot be labelled.
+    bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
+    unmarked = ChatRenderer(byte_tokenizer(bare))
+    assert not unmarked.has_marks
+    with pytest.raises(UserError, match="writes turn 2 differently once other turns"):
+        unmarked.spans(turns)
+
+
+def test_marks_of_what_is_not_the_whole_turn_are_taken_as_they_are():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}"
+        "{{ m.content }}{% endgeneration %}</s>{% else %}U:{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    text, spans = ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+    assert supervised_texts(text, spans) == [
+        CONVERSATION[1]["content"],
+        CONVERSATION[3]["content"],
+    ]
+
+
+def test_private_characters_in_the_text_are_no_marks():
+    turns = [
+        {"role": "user", "content": "\ue000 and \ue001"},
+        {"role": "assistant", "content": "\ue000"},
+    ]
+    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(turns)
+    assert supervised_texts(text, spans) == ["\ue000<|im_end|>"]
+    assert "\ue000 and \ue001" in text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% endgeneration %}{% endfor %}",
+        "{% set x %}{% for m in messages %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% endfor %}{% endset %}{{ x[1:] }}",
+    ],
+)
+def test_marks_that_cannot_be_followed_are_refused(template):
+    renderer = ChatRenderer(byte_tokenizer(template))
+    with pytest.raises(
+        UserError, match=r"row 7: .* blocks do not mark its text plainly"
+    ):
+        renderer.spans(CONVERSATION, where="row 7")

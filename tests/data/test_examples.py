@@ -189,6 +189,25 @@ def test_a_tokenizer_without_eos_must_be_told(tmp_path):
     )
 
 
+def test_what_is_wrong_with_file_and_tokenizer_comes_together(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path / "absent.txt"), byte_tokenizer(eos=None))
+    message = str(error.value)
+    assert "2 problems" in message
+    assert "no EOS token" in message and "no file" in message
+
+
+def test_a_tokenizer_without_a_pad_token_trains_as_any_other(tmp_path):
+    # Padding is masked by labels and segment ids, never recognised by its token.
+    path = write(tmp_path, [{"text": "hello"}, {"text": "a"}])
+    assert TOKENIZER.pad_token_id is None
+    padded = byte_tokenizer()
+    padded.pad_token = padded.eos_token
+    one, other = load(path), load(path, padded)
+    assert one.report == other.report
+    assert one.report.supervised_eos == 2
+
+
 # --- messages ---
 
 CHAT = (
@@ -238,6 +257,32 @@ def test_a_conversation_without_an_answer_is_dropped_and_counted(tmp_path, templ
     report = load(path, format="messages", chat_template=template).report
     assert report.dropped == {"no assistant turn": 1}
     assert (report.rows_read, report.rows_kept) == (2, 1)
+
+
+def test_the_report_says_who_marked_the_assistants_text(tmp_path, template):
+    path = write(tmp_path, [{"messages": TURNS}])
+    config = dict(format="messages", chat_template=template)
+    report = load(path, **config).report
+    assert report.assistant_mask == "renderer"
+    assert "the chat template has no generation marks" in report.summary()
+    assert load(path, train_on="all", **config).report.assistant_mask is None
+    marked = CHAT.replace(
+        "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
+    )
+    (tmp_path / "chat.jinja").write_text(marked)
+    examples = load(path, **config)
+    assert examples.report.assistant_mask == "template"
+    assert "as the chat template marks it" in examples.report.summary()
+    # This one marks every turn, and not the ends of them.
+    assert decoded(examples)[1] == "hiyomoreno"
+
+
+def test_a_template_that_marks_nothing_is_said(tmp_path, template):
+    nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    (tmp_path / "chat.jinja").write_text(CHAT + nothing)
+    path = write(tmp_path, [{"messages": TURNS}])
+    with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
+        load(path, format="messages", chat_template=template)
 
 
 # --- tokens ---
@@ -617,6 +662,50 @@ def test_gsm8k_labels_decode_to_the_answers(shared_data, mistral, tmp_path):
             assert tokens[0] == 1 and tokens.tolist().count(1) == 1
         straddles = examples.report.straddling_rows
         assert (straddles > 0) == (prompt == "{question} ")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "config", "fingerprint"),
+    [
+        (
+            "gsm8k/test.jsonl",
+            dict(
+                format="prompt_completion",
+                prompt="{question}\n",
+                completion="{answer}",
+                packing=True,
+            ),
+            "efcb15b93915f1febd0869cbfdb45eb6651229dac2e503adc1499e6c31a6a3bf",
+        ),
+        (
+            "tinyshakespeare/input.txt",
+            dict(max_length=256),
+            "aa2707b16c2558eb592d5d0a1ea15aa9e38565bf232d62ae55780f493e3b9e17",
+        ),
+    ],
+)
+def test_runs_started_by_earlier_versions_find_their_data_unchanged(
+    shared_data, mistral, name, config, fingerprint
+):
+    report = load(str(shared_data / "text" / name), mistral, 32000, **config).report
+    assert report.fingerprint == fingerprint
+
+
+def test_dropped_and_truncated_rows_are_named(tmp_path):
+    rows = [
+        {"prompt": "ab", "completion": "cdefgh"},
+        {"prompt": "abcdefgh", "completion": "x"},
+        {"prompt": "a", "completion": ""},
+    ]
+    path = write(tmp_path, rows)
+    report = load(path, format="prompt_completion", max_length=6).report
+    assert report.places == {
+        "truncated": (f"{path}:1",),
+        "every supervised token truncated": (f"{path}:2",),
+        "empty completion": (f"{path}:3",),
+    }
+    assert f"every supervised token truncated ({path}:2)" in report.summary()
 
 
 @pytest.mark.real

@@ -1,0 +1,315 @@
+"""What to train on, and how rows become examples: the `[data]` section of a run.
+
+`DataConfig` is one source or, with `sources`, a mixture; `parts` gives what each source
+is read with. What is wrong with the settings is said all at once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+from qlora_jax.data.problems import Problems
+from qlora_jax.data.rows import check_template
+from qlora_jax.errors import UserError
+
+Format = Literal["text", "prompt_completion", "messages", "tokens"]
+TrainOn = Literal["all", "completion", "assistant"]
+TooLong = Literal["truncate", "drop"]
+
+# The supervised parts each format knows; the first is its natural choice.
+_TRAIN_ON: dict[str, tuple[str | None, ...]] = {
+    "text": ("all",),
+    "prompt_completion": ("completion", "all"),
+    "messages": ("assistant", "all"),
+    "tokens": (None, "all"),
+}
+# The templates each format reads.
+_TEMPLATES = {
+    "text": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("chat_template",),
+}
+# Settings that say where the rows are or how they are held. What they lead to is in the
+# fingerprint of the examples; how they are spelled changes nothing.
+PLACES = ("path", "chat_template", "split", "cache", "sources")
+# What a source may have of its own.
+_OWN = (
+    *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
+    *("too_long", "append_eos"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of a mixture (`[[data.sources]]`).
+
+    What is left out is as `[data]` has it, where the source's format reads it.
+
+    Raises:
+      UserError: no path, or a weight that is not a positive number.
+    """
+
+    path: str | tuple[str, ...]
+    """As `data.path`."""
+    weight: float | None = None
+    """Share of the rows of the run, relative to the other sources. Either every source
+    has one or none; with none, an epoch sees every row of every source once."""
+    split: str | None = None
+    """As `data.split`."""
+    format: Format | None = None
+    """As `data.format`."""
+    train_on: TrainOn | None = None
+    """As `data.train_on`."""
+    prompt: str | None = None
+    """As `data.prompt`."""
+    completion: str | None = None
+    """As `data.completion`."""
+    text: str | None = None
+    """As `data.text`."""
+    chat_template: str | None = None
+    """As `data.chat_template`."""
+    too_long: TooLong | None = None
+    """As `data.too_long`."""
+    append_eos: bool | None = None
+    """As `data.append_eos`."""
+
+    def __post_init__(self):
+        """Refuses values that no run could use."""
+        if not _is_path(self.path):
+            raise UserError(
+                f"`path` of a source must name a file, or several; got {self.path!r}."
+            )
+        weight = self.weight
+        if weight is not None and not (
+            type(weight) in (int, float) and 0 < weight < math.inf
+        ):
+            raise UserError(
+                f"`weight` of the source {name_of(self.path)} must be a positive "
+                f"number, got {weight!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on, and how rows become examples (`[data]` of a run's config).
+
+    Raises:
+      UserError: a value is out of range, or two fields contradict each other.
+    """
+
+    path: str | tuple[str, ...] = ""
+    """The data, one source: a file, several, or a pattern ("part-*.jsonl"). JSONL (one
+    object a line), JSON (a list of objects), Parquet, Arrow, each of the first two also
+    as .gz; a directory that `datasets` saved, or "hf:owner/name" of the hub; or, for
+    format `text`, any UTF-8 text file, which is then one document."""
+    format: Format = "text"
+    """How rows are read. `text`: one document a row. `prompt_completion`: a question
+    and its answer. `messages`: a conversation (ShareGPT `conversations` too).
+    `tokens`: rows of `input_ids` and `labels`."""
+    max_length: int = 1024
+    """Longest example, and length of a packed row (tokens)."""
+    packing: bool = False
+    """Put several examples in one row of `max_length` tokens; none attends to another.
+    """
+    shuffle: bool = True
+    """Visit the rows in a new order every epoch."""
+    seed: int = 0
+    """Seed of the order (an integer from 0 to 2**64 - 1)."""
+    train_on: TrainOn | None = None
+    """Which tokens are supervised. Default: the completion of `prompt_completion`, the
+    assistant's turns of `messages`, all of `text`, the labels given with `tokens`."""
+    prompt: str | None = None
+    """Prompt of `prompt_completion` as a Python format string over the row's fields,
+    e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
+    the field `prompt`."""
+    completion: str | None = None
+    """Completion of `prompt_completion` as a format string, e.g. "{answer}". Default:
+    the field `completion`."""
+    text: str | None = None
+    """Document of `text` as a format string, e.g. "{title}\\n\\n{body}". Default: the
+    field `text`."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    too_long: TooLong = "truncate"
+    """What to do with an example of more than `max_length` tokens: keep its beginning,
+    or drop it. Truncating never shortens plain text files or packed `text`: those are
+    cut into consecutive windows of `max_length` tokens."""
+    append_eos: bool = True
+    """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
+    Chat templates write their own end of turn, `tokens` are taken as they are."""
+    split: str | None = None
+    """Of a `datasets` directory or a data set of the hub: which split is read. Default:
+    `train`, or the only one."""
+    cache: str | None = None
+    """For data larger than memory: tokenize it once into this directory, and train from
+    there through a memory map. "auto" is the run directory's name with `.data` added.
+    Default: hold the tokens in memory."""
+    sources: tuple[Source, ...] = ()
+    """A mixture instead of `path`: one table [[data.sources]] a source, with a `path`,
+    a `weight` and settings of its own."""
+
+    def __post_init__(self):
+        """Refuses values that no run could use."""
+        problems = Problems()
+        for problem in self._problems():
+            problems.add(problem)
+        if self.sources and not len(problems):
+            for _ in self._build_parts(problems):
+                pass
+        problems.refuse()
+
+    def _problems(self) -> Iterator[str]:
+        if self.sources and self.path:
+            yield (
+                f"`data.path` = {self.path!r} and `data.sources` are both given; make "
+                "the path a source too, or leave one of them out."
+            )
+        elif not self.sources and not _is_path(self.path):
+            yield (
+                f"`data.path` must name a file, or several; got {self.path!r}. (A "
+                "mixture has tables [[data.sources]] instead.)"
+            )
+        for name, choices in (
+            ("format", get_args(Format)),
+            ("too_long", ("truncate", "drop")),
+            ("train_on", (None, *get_args(TrainOn))),
+            ("packing", (False, True)),
+            ("shuffle", (False, True)),
+            ("append_eos", (False, True)),
+        ):
+            value = getattr(self, name)
+            if not any(value is c or (value == c and type(c) is str) for c in choices):
+                known = ", ".join(repr(c) for c in choices)
+                yield f"`data.{name}` must be one of {known}, got {value!r}."
+        for name, low, high in (("max_length", 2, 2**31 - 1), ("seed", 0, 2**64 - 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                yield (
+                    f"`data.{name}` must be an integer from {low} to {high}, "
+                    f"got {value!r}."
+                )
+        for name in ("split", "cache"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                yield f"`data.{name}` must be text, got {value!r}."
+        if self.sources:  # they are checked with what each source is read with
+            yield from self._weight_problems()
+        elif self.format in _TRAIN_ON:
+            yield from self._format_problems()
+
+    def _format_problems(self) -> Iterator[str]:
+        allowed = _TRAIN_ON[self.format]
+        if self.train_on in get_args(TrainOn) and self.train_on not in allowed:
+            known = ", ".join(repr(c) for c in allowed if c)
+            yield (
+                f"`data.train_on` = {self.train_on!r} means nothing for format="
+                f"{self.format!r}; use {known}, or leave it out."
+            )
+        for name in ("text", "prompt", "completion", "chat_template"):
+            template = getattr(self, name)
+            if template is None:
+                continue
+            if name not in _TEMPLATES.get(self.format, ()):
+                reader = next(f for f, names in _TEMPLATES.items() if name in names)
+                yield (
+                    f"`data.{name}` is read by format={reader!r} only, and the format "
+                    f"is {self.format!r}. Leave one of them out or change the other."
+                )
+            elif name != "chat_template":
+                try:
+                    check_template(name, template)
+                except UserError as error:
+                    yield str(error)
+
+    def _weight_problems(self) -> Iterator[str]:
+        weights = [source.weight for source in self.sources]
+        missing = [
+            name_of(source.path) for source in self.sources if source.weight is None
+        ]
+        if missing and len(missing) < len(weights):
+            yield (
+                "`data.sources`: some sources have a `weight` and these have none: "
+                f"{', '.join(missing)}. Give every source one, or none."
+            )
+        given = [weight for weight in weights if weight is not None]
+        if given and max(given) > 1e5 * min(given):
+            yield (
+                f"`data.sources`: weights from {min(given)} to {max(given)}; the "
+                "largest may be 100,000 times the smallest."
+            )
+        if len(weights) >= 2**16:
+            yield f"`data.sources`: {len(weights)} sources; at most 65,535 mix."
+
+    def _build_parts(
+        self, problems: Problems
+    ) -> Iterator[tuple[Source, "DataConfig | None"]]:
+        unread = {n for names in _TEMPLATES.values() for n in names}
+        unread = {name for name in unread if getattr(self, name) is not None}
+        for source in self.sources:
+            own = {name: getattr(source, name) for name in _OWN}
+            fields: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
+            format = fields.get("format", self.format)
+            reads = _TEMPLATES.get(format, ())
+            unread -= set(reads)
+            for name in ("text", "prompt", "completion", "chat_template"):
+                if name not in fields and name not in reads:
+                    fields[name] = None
+            if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(
+                format, ()
+            ):
+                fields["train_on"] = None
+            try:
+                yield (
+                    source,
+                    dataclasses.replace(self, path=source.path, sources=(), **fields),
+                )
+            except UserError as error:
+                problems.add(f"Source {name_of(source.path)}: {error}")
+                yield source, None
+        for name in sorted(unread) if self.sources else ():
+            problems.add(f"`data.{name}` is read by none of the `data.sources`.")
+
+    def parts(self) -> list[tuple[Source, "DataConfig"]]:
+        """Every source of a mixture with the settings it is read with; [] for one."""
+        problems = Problems()
+        found = [
+            (source, part)
+            for source, part in self._build_parts(problems)
+            if part is not None
+        ]
+        problems.refuse()
+        return found
+
+    @property
+    def supervised(self) -> str | None:
+        """`train_on` with the format's natural choice filled in (None: as given)."""
+        return self.train_on or _TRAIN_ON[self.format][0]
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether any source is not given as token ids already."""
+        configs = [part for _, part in self.parts()] or [self]
+        return any(config.format != "tokens" for config in configs)
+
+    @property
+    def name(self) -> str:
+        """The path or paths, for messages."""
+        if self.sources:
+            return ", ".join(name_of(source.path) for source in self.sources)
+        return name_of(self.path)
+
+
+def name_of(path: str | tuple[str, ...]) -> str:
+    """One name for what a source reads."""
+    return path if isinstance(path, str) else ", ".join(path)
+
+
+def _is_path(path: Any) -> bool:
+    if isinstance(path, str):
+        return bool(path)
+    return (
+        isinstance(path, tuple)
+        and bool(path)
+        and all(isinstance(p, str) and p for p in path)
+    )
