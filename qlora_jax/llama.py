@@ -255,7 +255,7 @@ class Block(nn.Module):
         chunks = 1
         if kv is None and type(mlp) is MLP:
             most = mlp_tokens(self.config.intermediate_size, self.compute.remat)
-            chunks = _mlp_chunks(*x.shape[:2], most)
+            chunks = _mlp_chunks(x.shape[0], x.shape[1], most)
         if chunks == 1:
             return (x + mlp(norm(x)), kv), None
         norm = norm.function(x.shape[-1])

@@ -639,7 +639,7 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, cache):
     config = make(tmp_path / "run", **EVERYTHING)
     full = command(config, tmp_path, FULL, cache)
     assert full.returncode == 1, full.stderr
-    _data, _parameters, said = full.stderr.splitlines()
+    _data, _plan, _parameters, said = full.stderr.splitlines()
     assert said.startswith("qlora-jax train: ")
     assert "cannot be written: File too large. The checkpoints there are" in said
     assert "give the same command to continue" in said
