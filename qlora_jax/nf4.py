@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -112,6 +113,12 @@ class NF4Tensor:
     def double_quant(self) -> bool:
         """Whether the block scales are themselves quantized."""
         return self.nested_absmax is not None
+
+    @property
+    def size(self) -> int:
+        """Weights in all of its layers."""
+        leading = self.codes.shape[: _leading(self)]
+        return math.prod((*leading, *self.shape))
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ no weights and no data are read. The planning itself is `qlora_jax.plan`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -110,6 +111,8 @@ class PlanCommand:
         Args:
           given: names of the fields of `lora` that were given on the command line.
         """
+        if self.plot is not None:
+            _check_picture(Path(self.plot))
         settings = _Settings.of(self, given)
         card = _card(self.gpu)
         python = self._compiler(card)
@@ -132,14 +135,15 @@ class PlanCommand:
             notes.append(self._why_estimated(card))
         if not plan.fits:
             notes.append(planner.too_large(plan))
-        if not settings.comparable:
+        if plan.step.length > settings.config.max_position_embeddings:
             notes.append(
                 f"rows are longer than the {settings.config.max_position_embeddings:,} "
                 "positions the model was made for: this is about memory alone."
             )
         report["notes"] = notes
         if self.compare:
-            report["policies"] = _compared(planner, step, among, settings.fit)
+            every = policies(attention=settings.attention, card=card)
+            report["policies"] = _compared(planner, step, every, settings.fit)
         if self.plot is not None:
             drawn = draw_memory(planner, plan, among, Path(self.plot))
             report["plot"] = None if drawn is None else str(drawn)
@@ -279,10 +283,6 @@ class _Settings:
             optimizer=TrainConfig(steps=1) if run is None else run.train,
         )
 
-    @property
-    def comparable(self) -> bool:
-        return self.length <= self.config.max_position_embeddings
-
     def step(self, card: Card) -> Step:
         train = dataclasses.replace(
             self.optimizer,
@@ -376,6 +376,14 @@ _KINDS = {
 }
 
 
+def _check_picture(path: Path) -> None:
+    """Refuses what no picture can be drawn to, before anything is compiled."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"`plot` draws a PNG, and {str(path)!r} is named otherwise.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"`plot`: the directory of {str(path)!r} does not exist.")
+
+
 def print_plan(report: Mapping[str, Any]) -> None:
     """Prints a report of `PlanCommand.run` as tables."""
     how = "compiled" if report["method"] == "compiled" else "estimated"
@@ -427,7 +435,10 @@ def print_plan(report: Mapping[str, Any]) -> None:
                 f"{_gb(row['host_bytes']):>12}{least:>10.3g} s"
                 + ("" if row["fits"] else "  does not fit")
             )
-    if report["settings"]:
+    print("\nin [model] of the run file")
+    for name in ("remat", "attention", "embed_tokens", "lm_head"):
+        print(f"  {name} = {json.dumps(report[name])}")
+    if report["settings"] and report["fits"]:
         print("\nset for the run")
         for name, value in report["settings"].items():
             print(f"  {name}={value}")

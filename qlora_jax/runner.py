@@ -571,7 +571,7 @@ def tree_parameters(base: Any) -> int:
     leaves = jax.tree.leaves(base, is_leaf=lambda x: isinstance(x, NF4Tensor))
     for leaf in leaves:
         if isinstance(leaf, NF4Tensor):
-            total += leaf.codes.shape[0] * leaf.shape[0] * leaf.shape[1]
+            total += leaf.size
         else:
             total += tree_size(leaf)
     return total

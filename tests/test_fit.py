@@ -116,6 +116,7 @@ def test_a_run_with_its_tables_on_the_host_is_the_same_run(make, plain, tmp_path
 def test_a_run_with_a_quantized_head_loads_as_it_was_trained(make, plain, tmp_path):
     report = run(make(tmp_path / "run", lm_head="nf4"))
     assert report["base_bytes"] < plain[0]["base_bytes"]
+    assert report["base_parameters"] == plain[0]["base_parameters"]
     assert losses(tmp_path / "run")[0] != losses(plain[1])[0]
     model = qj.load(tmp_path / "run")
     assert isinstance(model.base["lm_head"]["weight"], qj.NF4Tensor)

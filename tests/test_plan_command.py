@@ -204,3 +204,27 @@ def test_a_model_is_needed(capsys, tmp_path):
     missing = str(tmp_path / "nowhere")
     args = ("--model", missing, "--gpu", "h200", "--max-length", "9")
     assert "nowhere" in refused(capsys, *args)
+
+
+@pytest.mark.parametrize("place", ["nowhere/memory.png", "memory.txt"])
+def test_a_picture_that_cannot_be_drawn_is_refused_first(
+    capsys, config_json, tmp_path, place
+):
+    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
+    assert cli.main([*args, "--plot", str(tmp_path / place)]) == 1
+    said = capsys.readouterr()
+    assert "`plot`" in said.err and not said.out
+
+
+def test_what_a_policy_means_for_a_run_file_is_said(capsys, config_json):
+    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
+    assert cli.main([*args, "--method", "estimate", "--remat", "offload"]) == 0
+    assert '  remat = "offload"\n' in capsys.readouterr().out
+
+
+def test_every_policy_is_compared_whatever_is_planned(capsys, config_json):
+    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
+    args += ["--method", "estimate", "--remat", "full", "--compare", "--json"]
+    assert cli.main(args) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["policies"]) == 6
