@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -43,7 +42,7 @@ from qlora_jax.model import (
     run_settings,
 )
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
-from qlora_jax.runfile import RunConfig, given_lora, read_config
+from qlora_jax.runfile import RunConfig, given_lora, lora_options, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train import eval_step
 
@@ -341,7 +340,7 @@ def _run(name: str, args: list[str]) -> int:
             options["default"] = Eval(path=args[0], data=data)
     chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
     if isinstance(chosen, Inspect):
-        report = chosen.run(_given_lora(args))
+        report = chosen.run(lora_options(args))
     else:
         report = chosen.run()
     if chosen.json:
@@ -366,7 +365,7 @@ def _train(args: list[str]) -> None:
     """`train CONFIG.toml [--section.key value ...]`."""
     # With this one, options that are not given keep the defaults of their fields.
     default: Any = tyro.MISSING_NONPROP
-    given = _given_lora(args)
+    given = lora_options(args)
     patterns: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
         file = Path(args.pop(0))
@@ -406,12 +405,6 @@ def _train(args: list[str]) -> None:
             **{name: report[name] for name in shown},
         }
     )
-
-
-def _given_lora(args: Sequence[str]) -> set[str]:
-    """Names of the LoRA settings among the options of a command line."""
-    found = (re.match(r"--lora\.(?:no[-_])?([a-z_-]+)", arg) for arg in args)
-    return {match[1].replace("-", "_") for match in found if match}
 
 
 def _load(command: Eval | Generate) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from qlora_jax.plan import (
     Quantity,
     policies,
 )
-from qlora_jax.runfile import RunConfig, read_config
+from qlora_jax.runfile import RunConfig, lora_options, read_config
 from qlora_jax.step_memory import Step
 from qlora_jax.train import TrainConfig
 
@@ -253,12 +252,9 @@ class _Settings:
             command.quantization, lambda r: r.model.quantization, "nf4_dq"
         )
 
-        def of_model(name: str, default: Any) -> Any:
-            # Settings that a run file of this version may not have yet.
+        def of_model(name: str) -> Any:
             return pick(
-                getattr(command, name),
-                lambda r: getattr(r.model, name, default),
-                default,
+                getattr(command, name), lambda r: getattr(r.model, name), "auto"
             )
 
         return cls(
@@ -274,11 +270,11 @@ class _Settings:
             packed=pick(command.packing, lambda r: r.data.packing, False),
             quantization=None if quantization == "none" else quantization,
             dtype=pick(command.dtype, lambda r: r.model.dtype, None),
-            kernels=of_model("kernels", "auto"),
-            remat=of_model("remat", "auto"),
-            attention=of_model("attention", "auto"),
-            embed_tokens=of_model("embed_tokens", "auto"),
-            lm_head=of_model("lm_head", "auto"),
+            kernels=of_model("kernels"),
+            remat=of_model("remat"),
+            attention=of_model("attention"),
+            embed_tokens=of_model("embed_tokens"),
+            lm_head=of_model("lm_head"),
             fit=fit,
             optimizer=TrainConfig(steps=1) if run is None else run.train,
         )
@@ -530,8 +526,7 @@ def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, flo
 def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:
     """Reads the command line; with a run file, its LoRA settings are the defaults."""
     args = list(args)
-    found = (re.match(r"--lora\.(?:no[-_])?([a-z_-]+)", arg) for arg in args)
-    given = [match[1].replace("-", "_") for match in found if match]
+    given = sorted(lora_options(args))
     default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
         run: RunConfig = read_config(Path(args[0]))

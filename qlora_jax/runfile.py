@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -119,6 +120,12 @@ def read_config(path: Path) -> RunConfig:
 def given_lora(path: Path) -> set[str]:
     """The settings that the [lora] section of a readable TOML run file has."""
     return set(tomllib.loads(path.read_text(encoding="utf-8")).get("lora", {}))
+
+
+def lora_options(args: Sequence[str]) -> set[str]:
+    """Names of the LoRA settings among the options of a command line."""
+    found = (re.match(r"--lora\.(?:no[-_])?([a-z_-]+)", arg) for arg in args)
+    return {match[1].replace("-", "_") for match in found if match}
 
 
 def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
