@@ -17,9 +17,10 @@ import pytest
 import convert
 from qlora_jax.config import LlamaConfig
 from qlora_jax.linear import Compute
-from qlora_jax.llama import Block, Llama, inverse_frequencies, rope_table
+from qlora_jax.llama import Block, Llama
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.rope import inverse_frequencies, rope_table
 from qlora_jax.train import (
     TrainConfig,
     eval_step,
