@@ -16,18 +16,11 @@ it continues from the newest checkpoint, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import importlib.metadata
 import json
-import os
-import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +31,33 @@ import numpy as np
 
 import convert
 from convert.checkpoint import open_checkpoint
-from convert.files import read_json
 from convert.output import write_text
-from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
+from qlora_jax.checkpoint import Checkpoints, disk_errors
 from qlora_jax.config import LlamaConfig
 from qlora_jax.continued import continued, given_fields
-from qlora_jax.data import Batches, Examples, Mixture, load_examples, prefetch
-from qlora_jax.data.settings import PLACES
+from qlora_jax.data import Batches, Examples, Mixture, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.fit import fit
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
-from qlora_jax.lora_init import absorb, factor_out, init_adapters
+from qlora_jax.loop import Loop
+from qlora_jax.lora_init import factor_out, init_adapters
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.placement import place_base
+from qlora_jax.run_directory import (
+    ADAPTER,
+    CHECKPOINTS,
+    REPORT,
+    SETTINGS,
+    START,
+    alone,
+    check_directory,
+    finished_report,
+)
+from qlora_jax.run_record import continue_run, run_record, say, versions
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import Selection, select
 from qlora_jax.train import (
@@ -64,11 +67,6 @@ from qlora_jax.train import (
 )
 from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, draw_loss
-
-SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
-REPORT = "report.json"
-# Fields of a LoraConfig that say where its base is found, and which it was.
-_OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
 
 
 def run(
@@ -98,7 +96,7 @@ def run(
     """
     began = time.perf_counter() if began is None else began
     directory = Path(config.output_dir)
-    _check_directory(directory)
+    check_directory(directory)
     # What is adapted and whether it fits is settled on shapes, before anything large
     # is read.
     how: Any = {
@@ -117,7 +115,7 @@ def run(
         given = given_fields(config.lora) if given is None else given
         config = _with_initial_adapter(config, given, abstract)
     for warning in warnings(architecture, config.lora, abstract):
-        _say(f"Note: {warning}")
+        say(f"Note: {warning}")
     examples, batches = _data(config, architecture)
     steps = len(batches)
 
@@ -132,7 +130,7 @@ def run(
         config.train,
         steps,
     )
-    _say(fitted.summary())
+    say(fitted.summary())
     base = convert.load_llama(config.model.path, **how, progress=sys.stderr.isatty())[1]
     fingerprint = fingerprint_tree(base)
     _, base = add_parameters(model, base, jax.random.key(config.train.seed))
@@ -144,23 +142,23 @@ def run(
     if config.train.adapter_init is not None:
         initial = convert.load_adapter(config.train.adapter_init, base)[1]
     groups = selection.groups()
-    _say(
+    say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
     _note_untrained(base, selection, examples.used())
-    record = _record(config, fingerprint, examples)
+    record = run_record(config, fingerprint, examples)
 
-    with _alone(directory), disk_errors(directory):
+    with alone(directory), disk_errors(directory):
         state, base = _first_state(config, base, fitted.optimizer, initial)
-        with Checkpoints(directory / "checkpoints", config.checkpoint) as checkpoints:
-            state, start = _continue(checkpoints, state, record, steps)
+        with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
+            state, start = continue_run(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
             write_text(directory / SETTINGS, to_toml(config))
-            finished = _finished_report(directory, start, steps)
+            finished = finished_report(directory, start, steps)
             if finished is not None:
-                _say(
+                say(
                     f"This run is finished (step {start} of {steps}); nothing was "
                     "changed. More `steps` or `epochs` continue it."
                 )
@@ -173,7 +171,7 @@ def run(
                 every=config.log.every,
                 began=began,
             ) as watch:
-                state = _Loop(
+                state = Loop(
                     config,
                     architecture,
                     base,
@@ -245,7 +243,7 @@ def _data(
         progress=sys.stderr.isatty(),
         run_directory=config.output_dir,
     )
-    _say(examples.report.summary())
+    say(examples.report.summary())
     batches = Batches(
         examples,
         config.data,
@@ -257,7 +255,7 @@ def _data(
     )
     wanted = config.train.batch_size * config.train.gradient_accumulation_steps
     if batches.rows_per_epoch < wanted:
-        _say(
+        say(
             f"Note: the data make {batches.rows_per_epoch:,} rows and a step takes "
             f"{wanted:,}, so that rows are repeated within a step. A smaller "
             "`train.batch_size` (or no packing) avoids it."
@@ -312,188 +310,12 @@ def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
     for name, ids in report_untrained(base, used.tolist()).rows.items():
         left = sorted(set(ids) - covered.get(name, set()))
         if left and name not in whole:
-            _say(
+            say(
                 f"Note: the data use {len(left)} tokens whose rows of {name} were "
                 f"never trained ({', '.join(map(str, left[:10]))}), so they mean "
                 "nothing to the model. `qlora-jax tokens --repair` writes a base where "
                 "they start from the mean; `lora.trainable_token_indices` trains them."
             )
-
-
-def _continue(
-    checkpoints: Checkpoints, state: TrainState, record: Mapping[str, Any], steps: int
-) -> tuple[TrainState, int]:
-    """The newest saved state and its number of steps; else the given one and 0."""
-    newest = checkpoints.latest()
-    if newest is None:
-        return state, 0
-    saved = checkpoints.record(newest)
-    start, length = saved.pop("batches"), saved.pop("steps")
-    compare_records(saved, record)
-    if start > steps:
-        raise UserError(
-            f"This run has taken {start} steps already, and is now to end after "
-            f"{steps}. Raise `steps` or `epochs`, or give another --output-dir."
-        )
-    if length != steps:
-        _say(
-            f"Note: the run was to take {length} steps and now takes {steps}; from "
-            f"here the learning rate is that of a run of {steps} steps."
-        )
-    if start < steps:
-        _say(f"Continuing from step {start} of {steps}.")
-    return checkpoints.restore(newest, state), start
-
-
-def _finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
-    """The report of a run that has nothing left to do; None if something is left."""
-    path = directory / REPORT
-    if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
-        return None
-    report = read_json(path)
-    return report if report.get("steps") == steps else None
-
-
-@dataclass
-class _Loop:
-    """The steps of a run, with what is done around them."""
-
-    config: RunConfig
-    architecture: LlamaConfig
-    base: Any
-    batches: Batches
-    step: Callable[..., Any]
-    watch: Watch
-    checkpoints: Checkpoints
-    record: Mapping[str, Any]
-    fingerprint: str
-
-    def take(self, state: TrainState, start: int) -> TrainState:
-        """Steps from batch `start` to the end; saves on the way."""
-        steps = len(self.batches)
-        pending: tuple[int, Any, Any] | None = None
-        for index, batch in enumerate(prefetch(self.batches, start, steps), start):
-            state, metrics = self.step(state, self.base, batch)
-            # The numbers of the step before are read while this one computes.
-            if pending is not None:
-                self.note(*pending)
-            pending = (index, metrics, batch)
-            done = index + 1
-            if done % self.config.checkpoint.every == 0 or done == steps:
-                self.note(*pending)
-                pending = None
-                self.save(state, done)
-        self.checkpoints.wait()
-        if start == steps:  # stopped between the last checkpoint and the report
-            self.export(state)
-        return state
-
-    def save(self, state: TrainState, done: int) -> None:
-        """Saves the state after `done` steps, and its adapter."""
-        self.watch.sync()
-        self.checkpoints.save(
-            state, {**self.record, "batches": done, "steps": len(self.batches)}
-        )
-        self.export(state)
-
-    def export(self, state: TrainState) -> None:
-        """Writes adapter/, for the base as it was loaded."""
-        lora, adapters = absorb(
-            self.config.lora, jax.device_get(state.adapters), self.base
-        )
-        convert.save_adapter(
-            Path(self.config.output_dir) / ADAPTER,
-            dataclasses.replace(lora, base_fingerprint=self.fingerprint),
-            adapters,
-            self.architecture,
-            base_model_name_or_path=self.config.model.path,
-            overwrite=True,
-        )
-
-    def note(
-        self, index: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]
-    ) -> None:
-        """Writes a step's numbers down; stops the run if they are not finite."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if values.pop("finite"):
-            self.watch.step(index + 1, values, self.batches.tokens(index))
-            return
-        directory = Path(self.config.output_dir)
-        place = directory / f"nonfinite_step_{index + 1}.npz"
-        np.savez(place, allow_pickle=False, **batch)
-        self.checkpoints.wait()
-        newest = self.checkpoints.latest()
-        if newest is None:
-            good = "There is no checkpoint yet; the same command starts over."
-        else:
-            good = (
-                f"The last good checkpoint is `{self.checkpoints.path(newest)}`: the "
-                "same command tries again from there, and a new run can start from "
-                f"its adapter (`train.adapter_init` = {str(directory / ADAPTER)!r})."
-            )
-        raise UserError(
-            f"Step {index + 1} is not finite: loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}. Its batch (number {index}) is saved as "
-            f"`{place}`; the adapters were not changed by it. {good} A lower learning "
-            "rate, a longer warm-up or dtype = 'bfloat16' or 'float32' usually helps."
-        )
-
-
-def _check_directory(directory: Path) -> None:
-    """Refuses, before any work is done, what cannot become a run directory."""
-    above = next(p for p in [directory, *directory.absolute().parents] if p.exists())
-    if not above.is_dir():
-        raise UserError(f"The output directory `{directory}`: `{above}` is a file.")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(
-            f"The output directory `{directory}` cannot be written: no permission to "
-            f"write in `{above}`."
-        )
-    if not directory.is_dir() or (directory / SETTINGS).is_file():
-        return
-    if any(directory.iterdir()):
-        raise UserError(
-            f"The output directory `{directory}` is not empty and holds no run "
-            f"({SETTINGS}). Give an empty or new directory."
-        )
-
-
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Makes the run directory and keeps other processes from training in it.
-
-    A start that fails before anything was written leaves no empty directory behind.
-    """
-    places = [directory, *directory.parents]
-    made = [place for place in places if not place.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"The output directory `{directory}` cannot be made: {error.strerror}."
-        ) from error
-    try:
-        # The system gives the lock back when the process ends, however it ends.
-        # Some network file systems have no locks; there the user has to know.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"Another process is training in `{directory}`. Wait until it "
-                    "ends, or give another --output-dir."
-                ) from None
-        # What a killed process left of an adapter half-written.
-        for name in (ADAPTER, START):
-            for left in directory.glob(f".{name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # one that holds something stays
-            for place in made:
-                place.rmdir()
 
 
 def _with_initial_adapter(
@@ -515,54 +337,13 @@ def _with_initial_adapter(
         revision=config.lora.revision,
         base_fingerprint=None,
     )
-    _say(
+    say(
         f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
         f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}); it carries no "
         "optimizer state, so AdamW starts afresh."
         + (f" Changed: {', '.join(changes)}." if changes else "")
     )
     return dataclasses.replace(config, lora=lora)
-
-
-def _record(
-    config: RunConfig, fingerprint: str, examples: Examples | Mixture
-) -> dict[str, Any]:
-    """What has to stay the same for a run to be continued."""
-    train = dataclasses.asdict(config.train)
-    # The length may change: batches are a function of their index alone.
-    del train["steps"], train["epochs"]
-    lora = dataclasses.asdict(config.lora)
-    for name in (*_OF_THE_BASE, "task_type"):
-        del lora[name]
-    lora["trainable_token_indices"] = config.lora.token_rows
-    if not isinstance(lora["target_modules"], str):
-        lora["target_modules"] = sorted(lora["target_modules"])
-    # Where the files lie may change; what is in them is in the fingerprint.
-    data = dataclasses.asdict(config.data)
-    for name in PLACES:
-        del data[name]
-    return {
-        "base_fingerprint": fingerprint,
-        "data": {"fingerprint": examples.report.fingerprint, **data},
-        "lora": lora,
-        "train": train,
-        "model": {
-            "dtype": config.model.dtype,
-            "quantization": config.model.quantization,
-        },
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("qlora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def tree_parameters(base: Any) -> int:
@@ -575,7 +356,3 @@ def tree_parameters(base: Any) -> int:
         else:
             total += tree_size(leaf)
     return total
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -31,7 +31,7 @@ from convert.files import read_json
 from convert.peft import WEIGHTS
 from qlora_jax.config import LlamaConfig
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runner import versions
+from qlora_jax.run_record import versions
 from qlora_jax.targets import select
 
 

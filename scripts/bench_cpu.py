@@ -47,7 +47,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base
 from qlora_jax.nf4 import NF4Tensor, quantize
-from qlora_jax.runner import versions
+from qlora_jax.run_record import versions
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
 # The peer's two ways to run, and ours that does the same amount of work.

@@ -54,7 +54,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base, tree_bytes, tree_size
 from qlora_jax.model import load_tokenizer
-from qlora_jax.runner import versions
+from qlora_jax.run_record import versions
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,7 +36,7 @@ from pallas_kernels import nf4 as kernels
 from pallas_kernels.nf4 import nf4_dequantize, nf4_matmul
 from pallas_kernels.shapes import MODELS
 from qlora_jax import nf4
-from qlora_jax.runner import versions
+from qlora_jax.run_record import versions
 
 Request = Mapping[str, Any]
 Shape = tuple[int, int]

@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
 
 
 def part_of_a_run_file(table: str) -> str:
-    """The first run file with the lines of one more table under that table's heading."""
+    """The first run file, with the lines of one more table under its heading."""
     heading, lines = table.split("\n", 1)
     whole = blocks("toml")[0]
     assert heading in whole.splitlines()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax import runner
+from qlora_jax import run_record, runner
 from qlora_jax.cli import main
 from qlora_jax.data import DataConfig, Source, load_examples
 from qlora_jax.errors import UserError
@@ -155,7 +155,7 @@ def test_the_run_file_of_a_mixture_continues_and_evaluates(
 def test_the_record_of_a_single_file_is_what_it_always_was(llama_dir, rows_file):
     config = configure(llama_dir, "run", path=str(rows_file))
     examples = load_examples(config.data, None, vocab_size=32)
-    record = runner._record(config, "base", examples)
+    record = run_record.run_record(config, "base", examples)
     assert set(record["data"]) == {
         *("fingerprint", "format", "max_length", "packing", "shuffle", "seed"),
         *("train_on", "prompt", "completion", "text", "too_long", "append_eos"),

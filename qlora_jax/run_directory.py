@@ -1,0 +1,83 @@
+"""A run as a directory: what lies in it, and that one process alone writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.files import read_json
+from qlora_jax.errors import UserError
+
+SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
+REPORT, CHECKPOINTS = "report.json", "checkpoints"
+
+
+def check_directory(directory: Path) -> None:
+    """Refuses, before any work is done, what cannot become a run directory."""
+    above = next(p for p in [directory, *directory.absolute().parents] if p.exists())
+    if not above.is_dir():
+        raise UserError(f"The output directory `{directory}`: `{above}` is a file.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"The output directory `{directory}` cannot be written: no permission to "
+            f"write in `{above}`."
+        )
+    if not directory.is_dir() or (directory / SETTINGS).is_file():
+        return
+    if any(directory.iterdir()):
+        raise UserError(
+            f"The output directory `{directory}` is not empty and holds no run "
+            f"({SETTINGS}). Give an empty or new directory."
+        )
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Makes the run directory and keeps other processes from training in it.
+
+    A start that fails before anything was written leaves no empty directory behind.
+    """
+    places = [directory, *directory.parents]
+    made = [place for place in places if not place.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(
+            f"The output directory `{directory}` cannot be made: {error.strerror}."
+        ) from error
+    try:
+        # The system gives the lock back when the process ends, however it ends.
+        # Some network file systems have no locks; there the user has to know.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"Another process is training in `{directory}`. Wait until it "
+                    "ends, or give another --output-dir."
+                ) from None
+        # What a killed process left of an adapter half-written.
+        for name in (ADAPTER, START):
+            for left in directory.glob(f".{name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # one that holds something stays
+            for place in made:
+                place.rmdir()
+
+
+def finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
+    """The report of a run that has nothing left to do; None if something is left."""
+    path = directory / REPORT
+    if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
+        return None
+    report = read_json(path)
+    return report if report.get("steps") == steps else None
