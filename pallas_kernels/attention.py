@@ -150,33 +150,47 @@ def tuned(kind: str) -> dict[str, Any]:
 
 
 def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
-    """Says why the kernels cannot do this, or None.
+    """Says why the kernels cannot do this, or None; every reason there is.
 
     Args:
       q: queries.
       interpret: whether Pallas's interpreter would run them.
     """
+    reasons, capability = [], None
     if not jax_has_kernels():
-        return (
-            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
+        reasons.append(
+            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
         )
-    if q.dtype != jnp.bfloat16:
-        return f"they compute in bfloat16, not {q.dtype}."
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"they know a head_dim of 64 or 128, not {q.shape[-1]}."
-    if interpret:
-        return None
-    device = _device()
-    if device.platform not in ("gpu", "cuda"):
-        return f"they need an NVIDIA GPU, and this is a {device.platform}."
-    # An abstract device does not say; it is compiled for knowingly.
-    capability = str(getattr(device, "compute_capability", "9.0"))
-    if capability != "9.0":
-        return (
+    if not interpret:
+        device = _device()
+        if device.platform not in ("gpu", "cuda"):
+            reasons.append(f"they need an NVIDIA GPU, and this is a {device.platform}")
+        else:
+            # An abstract device does not say; it is compiled for knowingly.
+            capability = str(getattr(device, "compute_capability", "9.0"))
+    reasons += refusals(q.dtype, q.shape[-1], capability)
+    return "; ".join(reasons) + "." if reasons else None
+
+
+def refusals(dtype: Any, head_dim: int, capability: str | None = None) -> list[str]:
+    """Says why the kernels cannot compute a case, in parts of a sentence.
+
+    Args:
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
+      capability: compute capability of the GPU, such as "9.0"; None = not asked.
+    """
+    reasons = []
+    if dtype != jnp.bfloat16:
+        reasons.append(f"they compute in bfloat16, not {jnp.dtype(dtype).name}")
+    if head_dim not in HEAD_DIMS:
+        reasons.append(f"they know a head_dim of 64 or 128, not {head_dim}")
+    if capability not in (None, "9.0"):
+        reasons.append(
             "they use instructions that only NVIDIA's Hopper has (compute capability "
-            f"9.0: H100, H200), and this one has {capability or 'none'}."
+            f"9.0: H100, H200), and this one has {capability or 'none'}"
         )
-    return None
+    return reasons
 
 
 def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:

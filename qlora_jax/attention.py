@@ -229,24 +229,66 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
+def refusals(
+    implementation: str,
+    *,
+    dtype: Any,
+    head_dim: int,
+    packed: bool,
+    capability: str | None = None,
+) -> list[str]:
+    """Says why an implementation cannot compute a case, in parts of a sentence.
+
+    What is wrong with the case itself, before any device or library is asked.
+
+    Args:
+      implementation: as `attention` takes it; "auto" finds one for every case.
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
+      packed: whether there are segment ids.
+      capability: compute capability of the GPU, such as "8.9"; None = not asked.
+
+    Returns:
+      The reasons; none if it can.
+    """
+    if implementation in ("pallas", "interpret"):
+        return flash.refusals(dtype, head_dim, capability)
+    if implementation != "cudnn":
+        return []
+    reasons = []
+    if packed:
+        reasons.append("it takes neither segment ids nor padding masks")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        name = jnp.dtype(dtype).name
+        reasons.append(f"it computes in bfloat16 or float16, not {name}")
+    if head_dim % 8 or head_dim > 128:
+        reasons.append(f"head_dim={head_dim} is no multiple of 8 up to 128")
+    # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
+    known = capability is None or capability[:1].isdigit()
+    if not known or (capability is not None and float(capability) < 8.0):
+        reasons.append(
+            "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this one "
+            f"has {capability or 'none'}"
+        )
+    return reasons
+
+
 def _cudnn_refusal(
     q: Array, k: Array, v: Array, segment_ids: Array | None
 ) -> str | None:
     """Says why cuDNN cannot compute this, or None."""
-    if segment_ids is not None:
-        return "it takes neither segment ids nor padding masks."
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, not {q.dtype}."
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"head_dim={q.shape[-1]} is no multiple of 8 up to 128."
+    capability = None
     if jax.default_backend() == "gpu":
-        # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-        if not capability[:1].isdigit() or float(capability) < 8.0:
-            return (
-                "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this "
-                f"one has {capability or 'none'}."
-            )
+    reasons = refusals(
+        "cudnn",
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        packed=segment_ids is not None,
+        capability=capability,
+    )
+    if reasons:
+        return "; ".join(reasons) + "."
     try:
         jax.eval_shape(_cudnn, q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -189,6 +189,10 @@ def _failure(step: Step, card: Card, child: subprocess.CompletedProcess[str]) ->
 
 
 def _last_line(text: str) -> str:
+    # What C++ libraries print of their stack when they abort stands last.
+    text = re.sub(
+        r"\*\*\* Begin stack trace.*?\*\*\* End stack trace[^\n]*", "", text, flags=re.S
+    )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Below the last line of an exception, JAX may explain how it shortened its trace.
     named = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]

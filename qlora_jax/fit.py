@@ -191,6 +191,7 @@ def fit(
         attention=settings.attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
+        tied=model.config.tie_word_embeddings,
     )
     refused: list[Plan] = []
     for policy in among:

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from convert.peft import adapter_bytes
 from qlora_jax import estimate
+from qlora_jax.attention import refusals
 from qlora_jax.cards import Card
 from qlora_jax.compile_for import compile_for
 from qlora_jax.errors import UserError
@@ -83,6 +85,7 @@ def policies(
     attention: str = "auto",
     embed_tokens: str = "auto",
     lm_head: str = "auto",
+    tied: bool = False,
     card: Card | None = None,
 ) -> list[Policy]:
     """The rungs of the ladder that leave given settings as they are, fastest first.
@@ -92,8 +95,19 @@ def policies(
       attention: "auto", or an implementation.
       embed_tokens: "auto", "device" or "host".
       lm_head: the same, or "nf4".
+      tied: the model's head is its embedding table, which has one place.
       card: one that cannot run cuDNN gets attention="xla" where that is open.
+
+    Raises:
+      UserError: two places for a table that is one.
     """
+    if tied and lm_head in ("device", "host"):
+        if embed_tokens not in ("auto", lm_head):
+            raise UserError(
+                f"embed_tokens={embed_tokens!r} and lm_head={lm_head!r}: this model's "
+                "head is its embedding table. Give `embed_tokens` alone."
+            )
+        embed_tokens = lm_head
     if attention == "auto" and card is not None and not card.bfloat16:
         attention = "xla"
     out: dict[tuple[str, ...], Policy] = {}
@@ -242,18 +256,36 @@ class Planner:
         """Plans one step under one policy.
 
         Raises:
-          UserError: the mesh does not divide, or the compiler fails.
+          UserError: the mesh does not divide, the card cannot run this attention, or
+            the compiler fails.
         """
         step = policy.apply(step)
         if step not in self._plans:
-            check_mesh(self.mesh, step.train.batch_size)
+            self._check(step)
             self._plans[step] = self._made(step, policy)
         return self._plans[step]
+
+    def _check(self, step: Step) -> None:
+        """Refuses, by whatever method, what the card cannot run."""
+        check_mesh(self.mesh, step.train.batch_size)
+        attention = step.compute.attention
+        reasons = refusals(
+            attention,
+            dtype=jnp.dtype(step.compute.dtype),
+            head_dim=step.config.head_dim,
+            packed=step.packed,
+            capability=".".join(map(str, self.card.compute_capability)),
+        )
+        if reasons:
+            raise UserError(
+                f"attention={attention!r} cannot be used on {self.card.name}: "
+                f"{'; '.join(reasons)}. Use 'auto' or 'xla'."
+            )
 
     def estimate(self, step: Step, policy: Policy) -> Plan:
         """The same by the closed form."""
         step = policy.apply(step)
-        check_mesh(self.mesh, step.train.batch_size)
+        self._check(step)
         memory = estimate.step_memory(step, self.mesh)
         versions = {"jax": jax.__version__}
         return Plan(

@@ -33,11 +33,17 @@ from qlora_jax.plan import (
     Quantity,
     policies,
 )
+from qlora_jax.run_directory import SETTINGS
 from qlora_jax.runfile import RunConfig, lora_options, read_config
 from qlora_jax.step_memory import Step
 from qlora_jax.train import TrainConfig
 
 _FIT = "fit"
+
+
+def _or(default: str) -> Any:
+    """What holds where an option is not given, for its help."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,10 @@ class MeshConfig:
 class PlanCommand:
     """What fits on a card, from the compiler itself; reads no weights and no data.
 
-    CONFIG.toml is a run file, whose settings hold where no option is given; without it
-    --model is needed.
+    CONFIG.toml is a run file, or a run directory with one, whose settings hold where no
+    option is given; without it --model is needed. Exit status 0: planned, whether it
+    fits or not ("fits" of --json says); 1: no size fits that was searched for, or
+    something is wrong.
     """
 
     config: Annotated[
@@ -67,31 +75,51 @@ class PlanCommand:
     gpu: str | None = None
     """Card: b200, h200, h100, a100-80, a100-40, l40s, l4, rtx-4090, rtx-3090, t4, or a
     TOML file that describes one."""
-    max_length: int | Literal["fit"] | None = None
+    max_length: Annotated[int | Literal["fit"] | None, _or("the run file's")] = None
     """Tokens of a row; fit = as many as the card holds."""
-    batch_size: int | Literal["fit"] | None = None
-    """Rows of a micro-batch, of all devices together; fit = as many as the card holds.
-    Default 1."""
-    gradient_accumulation_steps: int | None = None
-    """Micro-batches of a step. Default 1."""
-    packing: bool | None = None
-    """Whether rows hold several documents. Default no."""
+    batch_size: Annotated[int | Literal["fit"] | None, _or("the run file's, or 1")] = (
+        None
+    )
+    """Rows of a micro-batch, of all devices together; fit = as many as fit."""
+    gradient_accumulation_steps: Annotated[int | None, _or("the run file's, or 1")] = (
+        None
+    )
+    """Micro-batches of a step."""
+    packing: Annotated[bool | None, _or("the run file's, or no")] = None
+    """Whether rows hold several documents."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    quantization: Literal["nf4", "nf4_dq", "none"] | None = None
-    """Of the linear layers. Default nf4_dq."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of activations and dense tensors. Default bfloat16, or float16 on a card that has
-    no bfloat16."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] | None = None
-    """Attention implementation. Default auto."""
-    remat: Literal["auto", "none", "full", "save_matmuls", "offload"] | None = None
-    """What is recomputed or kept on the host; auto = the fastest policy that fits."""
-    kernels: Literal["auto", "xla", "pallas"] | None = None
-    """Of products with packed weights. Default auto."""
-    embed_tokens: Literal["auto", "device", "host"] | None = None
-    """Where the embedding's table lies. Default auto."""
-    lm_head: Literal["auto", "device", "host", "nf4"] | None = None
-    """Where the output head lies, or nf4 for a quantized one. Default auto."""
+    quantization: Annotated[
+        Literal["nf4", "nf4_dq", "none"] | None, _or("the run file's, or nf4_dq")
+    ] = None
+    """Of the linear layers."""
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        _or("the run file's, or what the card has"),
+    ] = None
+    """Of activations and dense tensors."""
+    attention: Annotated[
+        Literal["auto", "eager", "xla", "cudnn", "pallas"] | None,
+        _or("the run file's, or auto"),
+    ] = None
+    """Attention implementation."""
+    remat: Annotated[
+        Literal["auto", "none", "full", "save_matmuls", "offload"] | None,
+        _or("the run file's, or auto"),
+    ] = None
+    """What is recomputed or kept on the host; auto = the fastest policy that fits. (In
+    a run file the default is full.)"""
+    kernels: Annotated[
+        Literal["auto", "xla", "pallas"] | None, _or("the run file's, or auto")
+    ] = None
+    """Of products with packed weights."""
+    embed_tokens: Annotated[
+        Literal["auto", "device", "host"] | None, _or("the run file's, or auto")
+    ] = None
+    """Where the embedding's table lies."""
+    lm_head: Annotated[
+        Literal["auto", "device", "host", "nf4"] | None, _or("the run file's, or auto")
+    ] = None
+    """Where the output head lies, or nf4 for a quantized one."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     method: Literal["auto", "compiled", "estimate"] = "auto"
     """Ask the GPU compiler, or a formula; auto = the compiler where it is installed."""
@@ -123,6 +151,7 @@ class PlanCommand:
             attention=settings.attention,
             embed_tokens=settings.embed_tokens,
             lm_head=settings.lm_head,
+            tied=settings.config.tie_word_embeddings,
             card=card,
         )
         if settings.fit is None:
@@ -170,8 +199,9 @@ class PlanCommand:
         return python
 
     def _why_estimated(self, card: Card) -> str:
+        how_good = "within 10 % of the compiled plan as tested, without collectives."
         if self.method == "estimate":
-            return "an estimate by formula, as asked for; within 10 % as tested."
+            return f"an estimate by formula, as asked for; {how_good}"
         if not card.compiles:
             major, minor = card.compute_capability
             return (
@@ -206,7 +236,7 @@ class _Settings:
 
     @classmethod
     def of(cls, command: PlanCommand, given: Sequence[str]) -> _Settings:
-        run = None if command.config is None else read_config(Path(command.config))
+        run = None if command.config is None else read_config(run_file(command.config))
         model = command.model or (run.model.path if run else None)
         if model is None:
             raise UserError(
@@ -311,8 +341,6 @@ class _Settings:
             has = f"{card.name} (compute capability {major}.{minor}) has no bfloat16"
             if self.dtype == "bfloat16":
                 raise UserError(f"{has}: use --dtype float16 or float32.")
-            if self.attention == "cudnn":
-                raise UserError(f"{has} and no cuDNN attention: use --attention xla.")
             out.append(f"{has} and no cuDNN attention: planned with float16 and 'xla'.")
         return out
 
@@ -523,13 +551,19 @@ def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, flo
     return out
 
 
+def run_file(path: str) -> Path:
+    """The run file that a path means: itself, or that of a run directory."""
+    place = Path(path)
+    return place / SETTINGS if place.is_dir() else place
+
+
 def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:
     """Reads the command line; with a run file, its LoRA settings are the defaults."""
     args = list(args)
     given = sorted(lora_options(args))
     default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
-        run: RunConfig = read_config(Path(args[0]))
+        run: RunConfig = read_config(run_file(args[0]))
         # A table with entries would make an option of each, and take no others.
         empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
         lora = dataclasses.replace(run.lora, **empty)

@@ -48,6 +48,16 @@ def test_settings_that_are_given_are_left_as_they_are():
     assert len(old) == len(LADDER) - 1
 
 
+def test_a_tied_table_has_one_place():
+    (policy,) = policies(remat="full", lm_head="host", tied=True)
+    assert (policy.embed_tokens, policy.lm_head) == ("host", "host")
+    assert policies(lm_head="host", tied=True) == policies(
+        embed_tokens="host", lm_head="host"
+    )
+    with pytest.raises(UserError, match="head is its embedding table. Give `embed_to"):
+        policies(embed_tokens="device", lm_head="host", tied=True)
+
+
 def test_the_fastest_policy_that_fits_is_taken():
     planner = Planner(CARD)
     assert planner.fastest(STEP, policies()).policy.name == "full"

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,7 +97,26 @@ def test_a_card_without_bfloat16_is_planned_with_float16_and_told_so(
     assert (report["dtype"], report["attention"]) == ("float16", "xla")
     assert any("no bfloat16" in note for note in report["notes"])
     assert "use --dtype float16" in refused(capsys, *args, "--dtype", "bfloat16")
-    assert "use --attention xla" in refused(capsys, *args, "--attention", "cudnn")
+    said = refused(capsys, *args, "--attention", "cudnn")
+    assert "compute capability 8.0 or newer, and this one has 7.5. Use 'auto'" in said
+
+
+def test_the_estimate_refuses_what_the_compiler_would(capsys, config_json, run_file):
+    args = ("--model", config_json, "--gpu", "rtx-4090", "--max-length", "2048")
+    said = refused(capsys, *args, "--attention", "pallas", "--dtype", "float32")
+    assert "attention='pallas' cannot be used on rtx-4090: they compute in" in said
+    assert "not float32; they use instructions that only NVIDIA's Hopper has" in said
+    said = refused(capsys, *args, "--attention", "cudnn", "--packing", "True")
+    assert "takes neither segment ids nor padding masks. Use 'auto' or 'xla'" in said
+    assert planned(capsys, *args, "--attention", "cudnn")["attention"] == "cudnn"
+
+
+def test_a_run_directory_is_planned_by_its_run_file(capsys, run_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(Path(run_file).read_text())
+    args = ("--gpu", "l4")
+    whole = planned(capsys, str(run_file), *args)
+    assert planned(capsys, str(tmp_path / "run"), *args) == whole
 
 
 def test_several_devices_hold_less_each(capsys, config_json):
