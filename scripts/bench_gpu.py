@@ -2,6 +2,7 @@
 
     python scripts/bench_gpu.py decode --size 8b --batch 1 --context 1024
     python scripts/bench_gpu.py train --size 8b --batch 4 --length 2048 --remat full
+    python scripts/bench_gpu.py train --length 262144 --remat offload --steps 1
     python scripts/bench_gpu.py train --checkpoint path/to/hf-llama --length 512
 
 Random weights of a real model's sizes are made on the device (`--size`; NF4 with double
@@ -12,7 +13,9 @@ trains a real one on the README's text. One JSON object is the last line of outp
 tokens less that of one; best of `--repeats`. The floor is the packed weights and the
 output head read once a step at the bandwidth of `COPY`.
 
-`train`: the jitted `train_step`; the median step after the first. MFU counts what the
+`train`: the step of a run, planned and compiled before the weights are placed; the
+median step after the first, and the peak of memory beside the planned one (as the
+allocator counts, so without the CUDA context). MFU counts what the
 mathematics needs: 4 operations a frozen weight and token (no gradient of it is taken),
 6 a trained one, attention forward 1 and backward 2.5 times; recomputation counts as
 time, not as work.
@@ -29,8 +32,8 @@ import math
 import statistics
 import sys
 import time
+import typing
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
+from qlora_jax.fit import fit
 from qlora_jax.generate import generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -54,8 +58,10 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import abstract_base, tree_bytes, tree_size
 from qlora_jax.model import load_tokenizer
+from qlora_jax.placement import place_base
 from qlora_jax.run_record import versions
-from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.runfile import ModelConfig
+from qlora_jax.train import TrainConfig, init_state
 
 ROOT = Path(__file__).resolve().parents[1]
 # Device -> bytes/s that a large copy reaches, read and written.
@@ -69,13 +75,22 @@ def config_of(size: str) -> LlamaConfig:
     return LlamaConfig.from_hf(shapes.MODELS[size].hf_config)
 
 
-def random_base(config: LlamaConfig, seed: int = 0) -> Any:
+def random_base(
+    config: LlamaConfig, seed: int = 0, *, quantize_lm_head: bool = False
+) -> Any:
     """Makes a base on the device, projections in NF4 with weights around 0.03."""
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 64)
     out: dict[str, Any] = {}
     dtype = "bfloat16"
     for i, (path, leaf) in enumerate(
-        trees.walk(abstract_base(config, quantization="nf4_dq", dtype=dtype))
+        trees.walk(
+            abstract_base(
+                config,
+                quantization="nf4_dq",
+                quantize_lm_head=quantize_lm_head,
+                dtype=dtype,
+            )
+        )
     ):
         first, second = jax.random.split(keys[i])
         if isinstance(leaf, nf4.NF4Tensor):
@@ -204,45 +219,52 @@ def train(
     base: Any,
     tokens: np.ndarray,
     *,
-    kernels: Any,
-    remat: Any,
+    settings: ModelConfig,
     steps: int,
     rank: int = 16,
     learning_rate: float = 1e-4,
-    dtype: Any = "bfloat16",
 ) -> dict[str, Any]:
-    """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn."""
+    """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
+
+    The step is planned, compiled and placed as in a run (`qlora_jax.fit`).
+    """
     lora, adapters = adapters_for(base, rank)
-    compute = Compute(dtype=dtype, remat=remat, lora=lora, kernels=kernels)
-    settings = TrainConfig(
-        steps=steps, learning_rate=learning_rate, lr_scheduler="constant"
-    )
-    optimizer = make_optimizer(settings, steps)
-    flops = step_flops(config, base, adapters, tokens.shape[-1])
-    state = init_state(adapters, optimizer, jax.random.key(2))
-    # The state's buffers are given away, and two of its leaves may share one.
-    state = jax.tree.map(jnp.array, state)
-    del adapters
+    compute = Compute(dtype=settings.dtype, kernels=settings.kernels, lora=lora)
     batches = [
         {"tokens": one[None], "labels": one[None]} for one in jnp.asarray(tokens)
     ]
-    step = jax.jit(
-        partial(train_step, model=Llama(config, compute), optimizer=optimizer),
-        donate_argnums=0,
-    )
+    flops = step_flops(config, base, adapters, tokens.shape[-1])
     started = time.perf_counter()
-    compiled = step.lower(state, base, batches[0]).compile()
+    fitted = fit(
+        Llama(config, compute),
+        settings,
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), base),
+        batches[0],
+        TrainConfig(
+            steps=steps,
+            batch_size=tokens.shape[1],
+            learning_rate=learning_rate,
+            lr_scheduler="constant",
+        ),
+        steps,
+    )
     compile_s = time.perf_counter() - started
+    policy = fitted.plan.policy
+    base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
+    state = init_state(adapters, fitted.optimizer, jax.random.key(2))
+    # The state's buffers are given away, and two of its leaves may share one.
+    state = jax.tree.map(jnp.array, state)
+    del adapters
     seconds, losses = [], []
     for i in range(steps):
         started = time.perf_counter()
-        state, metrics = compiled(state, base, batches[i % len(batches)])
+        state, metrics = fitted.step(state, base, batches[i % len(batches)])
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - started)
-    middle = statistics.median(seconds[1:])
+    middle = statistics.median(seconds[1:] or seconds)
     per_second = math.prod(tokens.shape[1:]) / middle
     peak = PEAK.get(jax.devices()[0].device_kind)
-    plan: Any = compiled.memory_analysis()
+    used, planned = peak_bytes(), fitted.plan.memory.device_bytes
     return {
         "tokens_per_s": per_second,
         "step_s": middle,
@@ -252,8 +274,11 @@ def train(
         "compile_s": compile_s,
         "flops_per_token": flops,
         "mfu": per_second * flops / peak if peak else None,
-        "peak_bytes": peak_bytes(),
-        "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes,
+        "policy": policy.name,
+        "plan": fitted.report(),
+        "planned_bytes": planned,
+        "peak_bytes": used,
+        "peak_over_planned": used / planned if used else None,
         "base_bytes": tree_bytes(base),
     }
 
@@ -275,7 +300,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("command", choices=("decode", "train"))
     p.add_argument("--size", choices=tuple(shapes.MODELS), default="8b")
     p.add_argument("--checkpoint", type=Path, help="HF directory, in place of --size")
-    p.add_argument("--kernels", choices=("auto", "xla", "pallas"), default="auto")
     p.add_argument("--batch", type=int, default=1, help="rows")
     p.add_argument("--context", type=int, default=1024, help="decode: prompt (tokens)")
     p.add_argument("--tokens", type=int, default=128, help="decode: new tokens timed")
@@ -284,19 +308,30 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--steps", type=int, default=24, help="train: steps, the first apart"
     )
-    p.add_argument("--remat", choices=("full", "save_matmuls", "none"), default="full")
+    for name in ("remat", "attention", "embed_tokens", "lm_head", "kernels"):
+        hint = typing.get_type_hints(ModelConfig)[name]
+        p.add_argument(
+            f"--{name.replace('_', '-')}",
+            choices=typing.get_args(hint),
+            default=getattr(ModelConfig, name),
+            help="as in [model] of a run file"
+            + ("" if name == "kernels" else "; train"),
+        )
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
     return p
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Makes or loads the model and measures it."""
+    head = args.lm_head == "nf4"
     if args.checkpoint:
-        config, base = convert.load_llama(args.checkpoint, quantization="nf4_dq")
+        config, base = convert.load_llama(
+            args.checkpoint, quantization="nf4_dq", quantize_lm_head=head
+        )
         base = jax.tree.map(jnp.asarray, base)
     else:
         config = config_of(args.size)
-        base = random_base(config)
+        base = random_base(config, quantize_lm_head=head)
     if args.command == "decode":
         names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
         return decode(config, base, **{name: getattr(args, name) for name in names})
@@ -307,9 +342,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         size = (2, args.batch, args.length)
         tokens = rng.integers(0, config.vocab_size, size).astype(np.int32)
-    names = ("kernels", "remat", "steps", "rank")
-    named = {name: getattr(args, name) for name in names}
-    return train(config, base, tokens, **named)
+    settings = ModelConfig(
+        path=str(args.checkpoint or args.size),
+        attention=args.attention,
+        remat=args.remat,
+        embed_tokens=args.embed_tokens,
+        lm_head=args.lm_head,
+        kernels=args.kernels,
+    )
+    return train(
+        config, base, tokens, settings=settings, steps=args.steps, rank=args.rank
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -136,6 +136,20 @@ def parts(args: argparse.Namespace) -> list[Part]:
             )
         )
     out.append(train("xla", "save_matmuls"))
+    # Long rows: few steps, for what they take of the memory beside what was planned.
+    for length, remat, steps, limit in (
+        (131072, "full", 2, 300),
+        (262144, "offload", 1, 500),
+    ):
+        options = ("--length", str(length), "--remat", remat, "--steps", str(steps))
+        out.append(
+            Part(
+                f"train {length} {remat}",
+                (*bench, "train", *size, *options),
+                limit,
+                f"{steps} step(s) of one row of {length:,} tokens",
+            )
+        )
     if args.peer_python and args.size == "8b":
         peer = (args.peer_python, str(SCRIPTS / "peer_gpu.py"), "decode")
         out += [
@@ -368,8 +382,8 @@ def _train_lines(found: Mapping[str, Any], product: float | None) -> list[str]:
         "The jitted step, median; MFU against the data sheet, beside it against the "
         "bf16 product measured in the same run.",
         "",
-        "| run | tokens/s | step ms | MFU | of the product | peak GB | loss |",
-        "|---|---|---|---|---|---|---|",
+        "| run | tokens/s | step ms | MFU | of product | peak GB | planned GB | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
         rate = one["tokens_per_s"] * one["flops_per_token"] / 1e12
@@ -380,6 +394,7 @@ def _train_lines(found: Mapping[str, Any], product: float | None) -> list[str]:
         lines.append(
             f"| {name.removeprefix('train ')} | {one['tokens_per_s']:,.0f} "
             f"| {1e3 * one['step_s']:,.1f} | {mfu} | {share} | {peak} "
+            f"| {one['planned_bytes'] / 1e9:.1f} "
             f"| {losses[0]:.3f} to {losses[-1]:.3f} |"
         )
     return lines
@@ -397,6 +412,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder")
     p.add_argument("--tuned", type=Path, default=ROOT / "pallas_kernels" / "tuned")
     return p
+
+
+def _why_no_gpu(found: Mapping[str, Any], output: str) -> str:
+    """What jax said where there is no GPU, in a line."""
+    if found.get("device"):
+        return f"its device is {found['device']}"
+    lines = [line for line in output.splitlines() if line.strip()] or ["no answer"]
+    return lines[-1] if len(lines[-1]) <= 300 else f"{lines[-1][:300]} ..."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -423,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, output = run_child(probe, 120, environment)
     found = last_json(output) or {}
     if found.pop("platform", None) != "gpu":
-        reason = (output.strip().splitlines() or ["no answer"])[-1][:200]
+        reason = _why_no_gpu(found, output)
         print(
             f"gpu_check: jax finds no GPU here ({reason}); nothing was checked or "
             "written.",

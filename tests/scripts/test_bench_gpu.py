@@ -15,6 +15,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, tree_bytes
+from qlora_jax.runfile import ModelConfig
 
 SMALL = LlamaConfig(
     vocab_size=64,
@@ -64,15 +65,16 @@ def test_training_is_timed_and_learns(bench, base):
         SMALL,
         base,
         tokens,
-        kernels="auto",
-        remat="full",
+        settings=ModelConfig(path="small", dtype="float32", embed_tokens="host"),
         steps=8,
         learning_rate=1e-2,
-        dtype="float32",
     )
     assert found["finite"] and found["losses"][-1] < found["losses"][0]
     assert len(found["seconds"]) == 8 and found["tokens_per_s"] > 0
     assert found["base_bytes"] == tree_bytes(base) and found["mfu"] is None
+    # A CPU does not say what it has used at most.
+    assert found["planned_bytes"] > tree_bytes(base) and found["peak_bytes"] is None
+    assert found["plan"]["embed_tokens"] == "host" and found["policy"] == "full"
     assert json.loads(json.dumps(found)) == found
 
 
@@ -101,8 +103,7 @@ def test_a_checkpoint_is_trained_on_the_text_given(bench, shared_data, repositor
         config,
         jax.tree.map(jnp.asarray, base),
         tokens,
-        kernels="auto",
-        remat="save_matmuls",
+        settings=ModelConfig(path=str(directory), remat="save_matmuls"),
         steps=6,
         learning_rate=1e-3,
     )
