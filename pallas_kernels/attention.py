@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.nf4 import _device, device_kind, device_slug, jax_has_kernels
+from pallas_kernels import device
 from pallas_kernels.product import precision
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
@@ -133,7 +133,7 @@ def measured(
     if jax.default_backend() != "gpu" or refusal(q) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
-    least = tuned(device_kind()).get("from_length", {}).get(case)
+    least = tuned(device.device_kind()).get("from_length", {}).get(case)
     return least is not None and q.shape[1] >= least
 
 
@@ -145,7 +145,7 @@ def tuned(kind: str) -> dict[str, Any]:
     kernels were the better choice, null where they never were.
     """
     folder = importlib.resources.files("pallas_kernels") / "tuned"
-    file = folder / f"{device_slug(kind)}-attention.json"
+    file = folder / f"{device.device_slug(kind)}-attention.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -156,19 +156,18 @@ def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | Non
       q: queries.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons, capability = [], None
-    if not jax_has_kernels():
+    reasons, known = [], None
+    if not device.jax_has_kernels():
         reasons.append(
             f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
         )
     if not interpret:
-        device = _device()
-        if device.platform not in ("gpu", "cuda"):
-            reasons.append(f"they need an NVIDIA GPU, and this is a {device.platform}")
+        platform = device.this_device().platform
+        if platform not in ("gpu", "cuda"):
+            reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
         else:
-            # An abstract device does not say; it is compiled for knowingly.
-            capability = str(getattr(device, "compute_capability", "9.0"))
-    reasons += refusals(q.dtype, q.shape[-1], capability)
+            known = device.capability()
+    reasons += refusals(q.dtype, q.shape[-1], known)
     return "; ".join(reasons) + "." if reasons else None
 
 

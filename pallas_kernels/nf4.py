@@ -26,7 +26,6 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +34,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
+from pallas_kernels import device
 from pallas_kernels.product import contract
 
 # The 16 values, as float32, that bitsandbytes writes as `quant_map`.
@@ -214,43 +214,14 @@ def nf4_matmul(
 
 def measured() -> bool:
     """Whether kernels were measured on this device, and may be chosen for it."""
-    return jax.default_backend() == "gpu" and bool(tuned(device_kind()))
-
-
-def device_kind() -> str:
-    """The kind of device that programs are being traced for, as JAX names it.
-
-    An abstract mesh in effect (`jax.sharding.use_abstract_mesh`) says what a program
-    is compiled for without having it.
-    """
-    return _device().device_kind
-
-
-def device_slug(kind: str) -> str:
-    """A kind of device as a part of file names, those of `tuned` among them."""
-    return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
-
-
-def jax_has_kernels() -> bool:
-    """Whether this jax has the Pallas that the kernels are written in."""
-    return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
-
-
-def _device() -> Any:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0] if device is None else device
-
-
-def _capability() -> str:
-    # An abstract device does not say; it is compiled for knowingly.
-    return str(getattr(_device(), "compute_capability", "9.0"))
+    return jax.default_backend() == "gpu" and bool(tuned(device.device_kind()))
 
 
 @functools.cache
 def tuned(kind: str) -> dict[str, Any]:
     """What scripts/bench_kernels.py measured on a kind of device; may be empty."""
     folder = importlib.resources.files("pallas_kernels") / "tuned"
-    file = folder / f"{device_slug(kind)}.json"
+    file = folder / f"{device.device_slug(kind)}.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -350,7 +321,7 @@ def _check(
 
 def _kernel_refusal(meta: _Meta) -> str | None:
     """Says why the kernels cannot do this weight on this device, or None."""
-    if not jax_has_kernels():
+    if not device.jax_has_kernels():
         return (
             f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
         )
@@ -360,14 +331,14 @@ def _kernel_refusal(meta: _Meta) -> str | None:
             f"{meta.block_size} and {meta.nested_block_size}."
         )
     if meta.implementation == "pallas":
-        device = _device()
-        if device.platform not in ("gpu", "cuda"):
-            return f"they need an NVIDIA GPU, and this is a {device.platform}."
-        capability = _capability()
-        if not capability[:1].isdigit() or float(capability) < 8.0:
+        platform = device.this_device().platform
+        if platform not in ("gpu", "cuda"):
+            return f"they need an NVIDIA GPU, and this is a {platform}."
+        found = device.capability()
+        if not found[:1].isdigit() or float(found) < 8.0:
             return (
                 "they need an NVIDIA GPU of compute capability 8.0 or newer, and this "
-                f"one has {capability or 'none'}."
+                f"one has {found or 'none'}."
             )
     from pallas_kernels import nf4_gpu
 
@@ -381,7 +352,7 @@ def _measured(meta: _Meta, use: str) -> Any:
         or _kernel_refusal(meta._replace(implementation="pallas")) is not None
     ):
         return None
-    return tuned(device_kind()).get(use, {}).get(meta.name)
+    return tuned(device.device_kind()).get(use, {}).get(meta.name)
 
 
 def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
@@ -390,7 +361,7 @@ def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
     For as many rows, or for the next larger number that was measured.
     """
     found = {}
-    for key, choice in tuned(device_kind()).get("tuning", {}).items():
+    for key, choice in tuned(device.device_kind()).get("tuning", {}).items():
         measured_kind, name, count = key.split()
         if (measured_kind, name) == (kind, meta.name) and int(count) >= rows:
             found[int(count)] = choice
@@ -420,11 +391,11 @@ def _middle(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
 
 
 def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
-    if meta.implementation != "interpret" and not _capability().startswith("9."):
+    if meta.implementation != "interpret" and not device.capability().startswith("9."):
         reason = (
             "`nf4_wgmma` needs a GPU of compute capability 9 (Hopper), and this one "
-            f"has {_capability()}; take `wgmma_rows` out of the data measured for "
-            f"{device_kind()!r}."
+            f"has {device.capability()}; take `wgmma_rows` out of the data of "
+            f"{device.device_kind()!r}."
         )
         raise Unavailable(reason, f"`nf4_matmul`: {reason}")
     from pallas_kernels import nf4_wgmma

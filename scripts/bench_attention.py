@@ -42,7 +42,7 @@ from time_kernels import alive, describe, measure
 
 from convert.output import write_text
 from pallas_kernels.attention import reference
-from pallas_kernels.nf4 import device_slug
+from pallas_kernels.device import device_slug
 from pallas_kernels.shapes import MODELS
 from qlora_jax.attention import attention
 from qlora_jax.errors import UserError

@@ -39,7 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 from convert.output import write_text
-from pallas_kernels.nf4 import device_slug
+from pallas_kernels.device import device_slug
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.device import jax_has_kernels
 from qlora_jax.attention import (
     _decode_by_sums,
     attention,

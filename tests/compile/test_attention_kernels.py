@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.device import jax_has_kernels
 from pallas_kernels.shapes import MODELS
 
 pytestmark = [

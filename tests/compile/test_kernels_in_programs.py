@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.device import jax_has_kernels
 from pallas_kernels.shapes import MODELS
 
 pytestmark = [

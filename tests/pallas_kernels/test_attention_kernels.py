@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention as module
+from pallas_kernels import device as devices
 from pallas_kernels import flash_attention
-from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels.device import jax_has_kernels
 
 NEW_JAX = jax_has_kernels()
 OLD = "the kernels need jax 0.11, which Python 3.11 cannot have"
@@ -306,7 +307,7 @@ def test_the_backward_keeps_no_scores(implementation):
 def test_a_policy_can_keep_what_the_backward_needs(monkeypatch):
     q, k, v, _ = inputs(128, heads=1)
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
-    monkeypatch.setattr(module, "_device", lambda: hopper)
+    monkeypatch.setattr(devices, "this_device", lambda: hopper)
 
     def forwards(policy):
         def loss(q, k, v):
@@ -395,7 +396,7 @@ def test_kernels_that_cannot_run_here_say_why():
 @pytest.mark.parametrize("capability", ["8.0", "10.0", ""])
 def test_another_gpu_than_hopper_is_refused(capability, monkeypatch):
     device = SimpleNamespace(platform="gpu", compute_capability=capability)
-    monkeypatch.setattr(module, "_device", lambda: device)
+    monkeypatch.setattr(devices, "this_device", lambda: device)
     q, k, v, _ = inputs(8)
     with pytest.raises(ValueError, match=f"has {capability or 'none'}. Use 'xla'"):
         flash_attention(q, k, v, implementation="pallas")
@@ -413,8 +414,7 @@ def test_nothing_measured_means_the_formula():
 @kernels
 def test_the_kernels_are_chosen_from_the_measured_length_on(monkeypatch):
     device = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="X")
-    monkeypatch.setattr(module, "_device", lambda: device)
-    monkeypatch.setattr(module, "device_kind", lambda: "X")
+    monkeypatch.setattr(devices, "this_device", lambda: device)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     lengths = {"64 packed": 128, "64 whole": None, "128 whole": 1}
     monkeypatch.setattr(module, "tuned", lambda kind: {"from_length": lengths})

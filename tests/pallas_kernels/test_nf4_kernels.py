@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
-from pallas_kernels.nf4 import FUSED_ROWS, jax_has_kernels, tuned
+from pallas_kernels.device import jax_has_kernels
+from pallas_kernels.nf4 import FUSED_ROWS, tuned
 
 NEW_JAX = jax_has_kernels()
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
-from pallas_kernels.nf4 import jax_has_kernels
+from pallas_kernels import device as devices
+from pallas_kernels.device import jax_has_kernels
 from pallas_kernels.shapes import MODELS, ODD, distinct
 
 pytestmark = pytest.mark.skipif(not jax_has_kernels(), reason="kernels need jax 0.11")
@@ -185,7 +186,7 @@ def test_a_device_without_wgmma_says_so(monkeypatch):
     from pallas_kernels import nf4
 
     monkeypatch.setattr(nf4, "_kernel_refusal", lambda meta: None)
-    monkeypatch.setattr(nf4, "_capability", lambda: "10.0")
+    monkeypatch.setattr(devices, "capability", lambda: "10.0")
     table = {"wgmma_rows": {"64x256": [1, 8]}}
     monkeypatch.setattr(nf4, "tuned", lambda kind: table)
     packed = one(stacks((64, 256), nested=False), 0)
