@@ -5,6 +5,7 @@ Strict by default: dtype promotion and rank promotion raise, warnings are errors
 JAX_PLATFORMS asks for one, no compilation cache from an earlier run.
 """
 
+import functools
 import gc
 import itertools
 import json
@@ -18,10 +19,33 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax._src import compiler
 from jaxtyping import install_import_hook
+
+
+def _whole_functions(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves functions within functions unchecked.
+
+    They are made anew with every call of the outer one, and their checks would be too:
+    a third of the time that tracing a model takes.
+    """
+
+    @functools.wraps(jaxtyped)
+    def decorator(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return jaxtyped(*args, **kwargs)
+        check = jaxtyped(**kwargs)
+        return lambda fn: fn if "<locals>" in fn.__qualname__ else check(fn)
+
+    return decorator
+
+
+# The hook decorates with what it finds here when a module is loaded.
+jaxtyping.jaxtyped = _whole_functions(jaxtyping.jaxtyped)
 
 # Shapes and types of the three packages are checked while the tests run. An int may
 # stand where a float is asked for (PEP 484). Here and not as an option of the command
@@ -60,6 +84,12 @@ LONG = (
 # library's side by side: they compile as users do.
 AS_USERS = ("compile", "pallas_kernels", "peer")
 QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+# jax 0.10 has two ways from a fused loop to its code. The older one compiles three
+# times as fast; later versions have lost it.
+OLDER_EMITTERS: dict[str, Any] = {}
+if jax.__version__.startswith("0.10."):
+    OLDER_EMITTERS["xla_cpu_use_fusion_emitters"] = False
+    OLDER_EMITTERS["xla_cpu_parallel_codegen_split_count"] = 1
 
 Tensors = dict[str, np.ndarray]
 
@@ -74,6 +104,31 @@ def _optimize(wanted: bool) -> None:
     """Sets what XLA does to a program, here and in the processes a test starts."""
     jax.config.update("jax_disable_most_optimizations", not wanted)
     os.environ[QUICK] = str(not wanted)
+    if OLDER_EMITTERS:
+        jax.devices()  # this process has read its flags by then, and keeps them
+        if wanted:
+            os.environ.pop("XLA_FLAGS", None)
+        else:
+            os.environ["XLA_FLAGS"] = " ".join(
+                f"--{name}={value}".lower() for name, value in OLDER_EMITTERS.items()
+            )
+
+
+def _with_older_emitters(get_options: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `OLDER_EMITTERS` to the options of a program that is compiled quickly."""
+
+    @functools.wraps(get_options)
+    def options(*args: Any, **kwargs: Any) -> Any:
+        if jax.config.read("jax_disable_most_optimizations"):
+            given = kwargs.get("env_options_overrides") or {}
+            kwargs["env_options_overrides"] = {**OLDER_EMITTERS, **given}
+        return get_options(*args, **kwargs)
+
+    return options
+
+
+if OLDER_EMITTERS:
+    compiler.get_compile_options = _with_older_emitters(compiler.get_compile_options)
 
 
 @pytest.fixture(scope="module", autouse=True)
