@@ -23,11 +23,11 @@ BIN := $(VENV)/bin
 SOURCES := qlora_jax pallas_kernels convert scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types format peer compile bench gpu clean
+.PHONY: help demo test unit lint types format docs peer compile bench gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test unit lint types format peer compile bench gpu clean"
+	@echo "targets: demo test unit lint types format docs peer compile bench gpu clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew.
@@ -57,6 +57,10 @@ unit: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The site, in build/site.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site $(ARGS)
 
 # torch stays out of the development environment: nothing the packages ship may need it.
 # The CPU build is enough, where the package index offers one.
