@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,32 @@ def _mentioned(hint: Any) -> list[Any]:
 
 def _table(heading: str, kind: Any, fields: list[dataclasses.Field]) -> str:
     said = _docstrings(kind)
-    about = inspect.getdoc(kind) or ""
+    hints = typing.get_type_hints(kind)
+    about = (inspect.getdoc(kind) or "").partition("\n\nRaises:")[0]
     rows = [
-        f"| `{field.name}` | {_default(field)} | {_flat(said.get(field.name, ''))} |"
+        f"| `{field.name}` | {_values(hints[field.name])} | {_default(field)} | "
+        f"{_flat(said.get(field.name, ''))} |"
         for field in fields
     ]
-    table = "\n".join(["| key | default | |", "|---|---|---|", *rows])
+    table = "\n".join(["| key | values | default | |", "|---|---|---|---|", *rows])
     return f"## {heading}\n\n{about}\n\n{table}"
+
+
+def _values(hint: Any) -> str:
+    """What a key may hold, in the words of TOML."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        # None stands for a key that is left out.
+        kinds = [_values(kind) for kind in inner if kind is not type(None)]
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is tuple:
+        return f"list of {_values(inner[0])}"
+    if _is_table(hint):
+        return "table"
+    names = {int: "integer", float: "number", str: "text", bool: "true, false"}
+    return names.get(hint, "table")
 
 
 def _default(field: dataclasses.Field) -> str:
