@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +164,8 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """The record with its checksums, itself checked."""
-        with _read_errors(self.path(step)):
+
+        def read() -> dict[str, Any]:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
             )["record"]
@@ -169,7 +173,9 @@ class Checkpoints:
             # Runs that were started before there were checksums have none.
             if len(rest) < len(record):
                 _check("record", record[_CHECKSUMS]["record"], _digest(rest))
-        return record
+            return record
+
+        return _read(self.path(step), read)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a step into the structure, shapes and devices of `like`.
@@ -180,13 +186,17 @@ class Checkpoints:
         """
         target = jax.tree.map(_abstract, _saveable(like))
         checksums = self._record(step).get(_CHECKSUMS)
-        with _read_errors(self.path(step)):
+
+        def read() -> Any:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
             )["state"]
             if checksums is not None:
                 _check("state", checksums["state"], _checksum(restored))
+            return restored
+
+        restored = _read(self.path(step), read)
         return TrainState(
             step=restored["step"],
             adapters=restored["adapters"],
@@ -315,16 +325,52 @@ _PASSING_WORDS = (
 )
 
 
-@contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+_T = TypeVar("_T")
+
+
+def _read(path: Path, read: Callable[[], _T]) -> _T:
+    """Returns `read()`, which reads something of the checkpoint at `path`.
+
+    Raises:
+      DamagedCheckpointError: it failed for what lies there.
+      CheckpointError: it failed for what may pass.
+    """
     try:
-        yield
+        return read()
     except Exception as error:  # Orbax and tensorstore raise a dozen types here
-        reason = str(error).strip().splitlines()
-        text = (
-            f"The checkpoint `{path}` cannot be read ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no message'})."
-        )
-        if isinstance(error, MemoryError) or any(w in text for w in _PASSING_WORDS):
-            raise CheckpointError(text) from error
-        raise DamagedCheckpointError(text) from error
+        failed = _read_error(path, error)
+    _drop_unfinished_reads()
+    raise failed
+
+
+def _read_error(path: Path, error: Exception) -> CheckpointError:
+    whole, cause = "", error
+    while True:
+        whole += str(cause)
+        if cause.__cause__ is None or not isinstance(cause.__cause__, Exception):
+            break
+        cause = cause.__cause__  # says why; those above say where, at length
+    reason = (str(cause).strip().splitlines() or ["no message"])[0]
+    if len(reason) > 160:
+        reason = reason[:160] + "..."
+    text = f"The checkpoint `{path}` cannot be read ({type(cause).__name__}: {reason})."
+    passing = isinstance(error, MemoryError) or any(w in whole for w in _PASSING_WORDS)
+    return (CheckpointError if passing else DamagedCheckpointError)(text)
+
+
+def _drop_unfinished_reads() -> None:
+    """Frees the reads that Orbax leaves behind where one of many has failed.
+
+    Each would write a page to stderr, whenever the collector came upon it.
+    """
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if not isinstance(unraisable.object, types.CoroutineType):
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook

@@ -6,8 +6,8 @@ The run is taken once without interruption, then once more in another directory,
 each life of the process is ended by a signal: some before the training starts, most
 while it trains and writes checkpoints. Each next life continues. At the end adapter,
 optimizer moments and the losses of all steps are compared, bit for bit; the status is 1
-if they differ. With `--signal TERM` each life is asked to stop, has to say how to go on,
-and the next life is started with just that command.
+if they differ. With `--signal TERM` each life is asked to stop and has to say how to go
+on; the next life is started with just that command.
 
 A run with few steps to a checkpoint meets most: `--every 1` writes one at each step.
 `--fork` starts lives as forks of a process that has imported everything but has touched
@@ -89,12 +89,12 @@ class Storm:
         self.log = directory / "life.log"
         settings = {
             "jax_compilation_cache_dir": str(directory / "cache"),
-            "jax_persistent_cache_min_compile_time_secs": "0.1",
+            "jax_persistent_cache_min_compile_time_secs": "0",
         }
         self.environment = os.environ | {k.upper(): v for k, v in settings.items()}
         if fork:
             jax.config.update("jax_compilation_cache_dir", str(directory / "cache"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_enable_compilation_cache", True)
 
     def start(self, args: list[str]) -> Any:

@@ -314,6 +314,7 @@ def started(tmp_path_factory, make):
         ({"train": {"seed": 5}}, r"train\.seed: 0 -> 5"),
         ({"model": {"dtype": "bfloat16"}}, r"model\.dtype: 'float32' -> 'bfloat16'"),
         ({"model": {"quantization": "nf4"}}, r"quantization: 'nf4_dq' -> 'nf4'"),
+        ({"model": {"lm_head": "nf4"}}, r"lm_head: 'auto, device or host' -> 'nf4'"),
         ({"data": {"shuffle": False}}, r"data\.shuffle: True -> False"),
         ({"data": {"max_length": 63}}, r"data\.max_length: 64 -> 63"),
     ],
