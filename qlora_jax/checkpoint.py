@@ -64,7 +64,16 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={
+                    # Floats that were trained do not compress, and it costs more
+                    # time than the disk takes.
+                    "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -124,7 +133,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
+                    state=ocp.args.PyTreeSave(tree),
                     record=ocp.args.JsonSave(record),
                 ),
             )
@@ -190,7 +199,14 @@ class Checkpoints:
         def read() -> Any:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        target,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(
+                            target
+                        ),
+                    )
+                ),
             )["state"]
             if checksums is not None:
                 _check("state", checksums["state"], _checksum(restored))

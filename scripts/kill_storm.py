@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shlex
 import signal
 import subprocess
@@ -44,6 +45,7 @@ from qlora_jax.watch import METRICS, read_metrics
 
 # Of the signals, how many come while a life starts up and compiles.
 EARLY = 0.15
+_CHILDREN = resource.RUSAGE_CHILDREN
 POLL = 0.002
 
 
@@ -246,6 +248,7 @@ def storm(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "left half a checkpoint": met["half a checkpoint"],
         "left half an adapter": met["half an adapter"],
         "seconds": round(seconds, 1),
+        "processor seconds": round(sum(resource.getrusage(_CHILDREN)[:2]), 1),
         "steps": len(rows),
         "bytes compared": nbytes,
         "differs": differs,

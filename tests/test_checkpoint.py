@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from qlora_jax.checkpoint import (
@@ -337,13 +337,24 @@ def test_what_passes_is_no_damage(saved, monkeypatch):
         assert checkpoints.steps() == [6, 4, 2]
 
 
-def test_what_was_saved_before_there_were_checksums_is_read(saved, tmp_path):
-    directory = shutil.copytree(saved, tmp_path / "checkpoints")
-    file = directory / "step_6" / "record" / "metadata"
-    record = json.loads(file.read_text())
-    del record["checksums"], record["model"]["lm_head"]
-    file.write_text(json.dumps(record))
-    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+def test_what_was_saved_before_there_were_checksums_is_read(tmp_path):
+    """As earlier versions wrote it: compressed, without what is recorded now."""
+    state = large_state(6)
+    record = {**NOW, "model": {"dtype": "float32"}, "batches": 6, "steps": 8}
+    tree = {
+        "step": state.step,
+        "adapters": state.adapters,
+        "opt_state": state.opt_state,
+        "key": jax.random.key_data(state.key),
+    }
+    options = ocp.CheckpointManagerOptions(step_prefix="step")
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+        )
+        manager.save(6, args=items)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         state, start = continue_run(checkpoints, large_state(0), NOW, 8)
-    assert start == 6
-    assert_equal(state, large_state(6))
+        assert start == 6
+        assert_equal(state, large_state(6))
+        assert checkpoints.record(6) == record
