@@ -227,9 +227,15 @@ NOW = {"base_fingerprint": "x", "model": {"dtype": "float32", "lm_head": "dense"
 
 def large_state(step: int) -> TrainState:
     """One whose arrays are not kept among the metadata, which Orbax checks itself."""
-    adapters = {"a": jax.random.normal(jax.random.key(step), (40, 50))}
+    key = jax.random.key(step)
+    adapters = {"a": jax.random.normal(key, (40, 50))}
     state = init_state(adapters, optax.adamw(0.1), jax.random.key(7))
-    return dataclasses.replace(state, step=jnp.int32(step))
+    # Moments of zeros would not suffer from zeros.
+    moments = jax.tree.map(
+        lambda leaf: jax.random.normal(key, leaf.shape) if leaf.ndim else leaf,
+        state.opt_state,
+    )
+    return dataclasses.replace(state, step=jnp.int32(step), opt_state=moments)
 
 
 @pytest.fixture(scope="module")
