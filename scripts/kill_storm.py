@@ -89,6 +89,7 @@ class Storm:
         """Sets up the place for logs and compiled programs."""
         self.directory, self.fork = directory, fork
         self.log = directory / "life.log"
+        self.status: int | None = None
         settings = {
             "jax_compilation_cache_dir": str(directory / "cache"),
             "jax_persistent_cache_min_compile_time_secs": "0",
@@ -152,6 +153,7 @@ class Storm:
         met = "start" if due == float("inf") else "training"
         while life.poll() is None:
             time.sleep(POLL)
+        self.status = life.returncode
         accepted = {-number} if number == signal.SIGKILL else {0, -number, 128 + number}
         if life.returncode not in accepted | {0}:
             raise SystemExit(f"status {life.returncode}:\n{self.log.read_text()}")
@@ -229,11 +231,13 @@ def storm(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         met["half a checkpoint"] += any(run.glob(f"{CHECKPOINTS}/*.orbax-checkpoint*"))
         met["half an adapter"] += any(run.glob(f".{ADAPTER}.*"))
         text = lives.log.read_text()
-        if args.signal == "TERM" and where == "training":
+        # Another status: the signal came in the moment behind the last step.
+        if args.signal == "TERM" and where == "training" and lives.status == 0:
             line = text.rstrip().splitlines()[-1]
             program, _train, command = shlex.split(line)
             if program != "qlora-jax":
                 raise SystemExit(f"no command to go on with:\n{text}")
+            met["said how to go on"] += 1
         if args.verbose:
             print(f"{kill + 1}: {where}, {late:.3f} s", flush=True)
     seconds = time.perf_counter() - began
@@ -245,6 +249,7 @@ def storm(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "while starting": met["start"],
         "while training": met["training"],
         "after the end": met["end"],
+        "said how to go on": met["said how to go on"],
         "left half a checkpoint": met["half a checkpoint"],
         "left half an adapter": met["half an adapter"],
         "seconds": round(seconds, 1),

@@ -75,5 +75,5 @@ def test_processes_of_their_own(storm):
 def test_runs_that_are_asked_to_stop_say_how_to_go_on(storm):
     figures = storm(30, "--kills", "5", "--signal", "TERM", "--fork")
     assert figures["differs"] == []
-    assert figures["while training"] >= 2
+    assert figures["said how to go on"] >= 2
     assert figures["left half a checkpoint"] == 0
