@@ -351,11 +351,13 @@ def _read(path: Path, read: Callable[[], _T]) -> _T:
       DamagedCheckpointError: it failed for what lies there.
       CheckpointError: it failed for what may pass.
     """
-    try:
-        return read()
-    except Exception as error:  # Orbax and tensorstore raise a dozen types here
-        failed = _read_error(path, error)
-    _drop_unfinished_reads()
+    with _quiet_about_unfinished():
+        try:
+            return read()
+        except Exception as error:  # Orbax and tensorstore raise a dozen types here
+            failed = _read_error(path, error)
+        # Where one of many reads has failed Orbax leaves the others behind.
+        gc.collect()
     raise failed
 
 
@@ -374,19 +376,21 @@ def _read_error(path: Path, error: Exception) -> CheckpointError:
     return (CheckpointError if passing else DamagedCheckpointError)(text)
 
 
-def _drop_unfinished_reads() -> None:
-    """Frees the reads that Orbax leaves behind where one of many has failed.
+@contextlib.contextmanager
+def _quiet_about_unfinished() -> Iterator[None]:
+    """Drops what unfinished reads say when they die: a page on stderr for each.
 
-    Each would write a page to stderr, whenever the collector came upon it.
+    Some come to an end in threads of tensorstore, after the event loop has.
     """
     hook = sys.unraisablehook
 
     def quiet(unraisable: Any) -> None:
-        if not isinstance(unraisable.object, types.CoroutineType):
+        late = "Event loop is closed" in str(unraisable.exc_value)
+        if not late and not isinstance(unraisable.object, types.CoroutineType):
             hook(unraisable)
 
     sys.unraisablehook = quiet
     try:
-        gc.collect()
+        yield
     finally:
         sys.unraisablehook = hook
