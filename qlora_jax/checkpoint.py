@@ -5,27 +5,44 @@ JSON record: how many batches were used (the whole data cursor, since batches ar
 function of their index), the configuration, and fingerprints of the base and of the
 data. The frozen base is not saved again. Orbax writes in the background into a
 temporary directory that it renames when complete, and keeps the newest few.
+
+The record also holds checksums, of the arrays and of itself: Orbax notices a file that
+is cut off or missing, but reads most flipped bits without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.fingerprint import crc32, fingerprint_tree
+from qlora_jax.interruptions import AtOnce
 from qlora_jax.runfile import CheckpointConfig
 from qlora_jax.train import TrainState
 
 # Bytes that a checkpoint may need beside its arrays.
 _SLACK = 1 << 20
+_CHECKSUMS = "checksums"
+_STEP = re.compile(r"step_(\d+)")
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was saved; an older one may be."""
 
 
 class Checkpoints:
@@ -47,7 +64,16 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={
+                    # Floats that were trained do not compress, and it costs more
+                    # time than the disk takes.
+                    "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -55,6 +81,8 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         """Waits for a save under way and closes."""
+        if kind is AtOnce:  # what is half-written goes with the next start
+            return
         try:
             with disk_errors(self.directory):
                 self._manager.close()
@@ -65,6 +93,23 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step that is complete or being saved, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Every step that has a directory, damaged or not, the newest first."""
+        found = set(self._manager.all_steps())
+        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(found | {int(m[1]) for m in matches if m}, reverse=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a step's directory so that it is no checkpoint; returns its place."""
+        place, number = self.directory / f"damaged_step_{step}", 1
+        while place.exists():
+            number += 1
+            place = self.directory / f"damaged_step_{step}_{number}"
+        with disk_errors(self.directory):
+            os.rename(self.path(step), place)
+            self._manager.reload()
+        return place
 
     def path(self, step: int) -> Path:
         """Directory of a step."""
@@ -81,13 +126,15 @@ class Checkpoints:
         if step == self.latest():
             return
         tree = _saveable(state)
+        record = dict(record)
+        record[_CHECKSUMS] = {"state": _checksum(tree), "record": _digest(record)}
         with disk_errors(self.directory):
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree),
-                    record=ocp.args.JsonSave(dict(record)),
+                    state=ocp.args.PyTreeSave(tree),
+                    record=ocp.args.JsonSave(record),
                 ),
             )
 
@@ -115,25 +162,57 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def record(self, step: int) -> dict[str, Any]:
-        """Reads the record of a step."""
-        with _read_errors(self.path(step)):
-            restored = self._manager.restore(
+        """Reads the record of a step.
+
+        Raises:
+          DamagedCheckpointError: it is missing, or not what was saved.
+        """
+        record = self._record(step)
+        record.pop(_CHECKSUMS, None)
+        return record
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The record with its checksums, itself checked."""
+
+        def read() -> dict[str, Any]:
+            record = self._manager.restore(
                 step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-            )
-        return restored["record"]
+            )["record"]
+            rest = {key: value for key, value in record.items() if key != _CHECKSUMS}
+            # Runs that were started before there were checksums have none.
+            if len(rest) < len(record):
+                _check("record", record[_CHECKSUMS]["record"], _digest(rest))
+            return record
+
+        return _read(self.path(step), read)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a step into the structure, shapes and devices of `like`.
 
         Raises:
-          CheckpointError: files that are damaged or of another structure.
+          DamagedCheckpointError: files that are damaged or of another structure.
+          CheckpointError: files that cannot be read now.
         """
         target = jax.tree.map(_abstract, _saveable(like))
-        with _read_errors(self.path(step)):
+        checksums = self._record(step).get(_CHECKSUMS)
+
+        def read() -> Any:
             restored = self._manager.restore(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        target,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(
+                            target
+                        ),
+                    )
+                ),
             )["state"]
+            if checksums is not None:
+                _check("state", checksums["state"], _checksum(restored))
+            return restored
+
+        restored = _read(self.path(step), read)
         return TrainState(
             step=restored["step"],
             adapters=restored["adapters"],
@@ -144,20 +223,27 @@ class Checkpoints:
         )
 
 
-def compare_records(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare_records(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses to continue a run whose base, adapter, data or arithmetic has changed.
 
     Args:
       saved: record of the checkpoint; a nested mapping of plain values.
       now: the record that the run would write.
+      defaults: of settings that a run may be older than, nested likewise.
 
     Raises:
       UserError: every entry that differs, with both values.
     """
-    before, after = _flat(saved), _flat(now)
+    before = _flat(defaults or {}) | _flat(saved)
+    after = _flat(now)
+    known = _flat(saved).keys() | after.keys()
     changed = [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
+        for key in sorted(known)
         if before.get(key) != after.get(key)
     ]
     if changed:
@@ -182,13 +268,28 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
+def _checksum(tree: Any) -> str:
+    """Of the arrays in their order; a library may rename what they are kept in."""
+    return fingerprint_tree(jax.tree.leaves(tree), crc32)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _check(name: str, saved: str, found: str) -> None:
+    if saved != found:
+        raise ValueError(f"the {name} is not what was saved, by its checksum")
+
+
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Entries by their dotted names, with the values that JSON gives back."""
     out: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping):
             out.update(_flat(value, f"{prefix}{key}."))
         else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+            out[prefix + key] = json.loads(json.dumps(value))
     return out
 
 
@@ -230,14 +331,66 @@ def disk_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
+# What keeps a good checkpoint from being read: an older one would fare no better.
+_PASSING_WORDS = (
+    "Permission denied",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "Too many open files",
+    "Cannot allocate memory",
+)
+
+
+_T = TypeVar("_T")
+
+
+def _read(path: Path, read: Callable[[], _T]) -> _T:
+    """Returns `read()`, which reads something of the checkpoint at `path`.
+
+    Raises:
+      DamagedCheckpointError: it failed for what lies there.
+      CheckpointError: it failed for what may pass.
+    """
+    with _quiet_about_unfinished():
+        try:
+            return read()
+        except Exception as error:  # Orbax and tensorstore raise a dozen types here
+            failed = _read_error(path, error)
+        # Where one of many reads has failed Orbax leaves the others behind.
+        gc.collect()
+    raise failed
+
+
+def _read_error(path: Path, error: Exception) -> CheckpointError:
+    whole, cause = "", error
+    while True:
+        whole += str(cause)
+        if cause.__cause__ is None or not isinstance(cause.__cause__, Exception):
+            break
+        cause = cause.__cause__  # says why; those above say where, at length
+    reason = (str(cause).strip().splitlines() or ["no message"])[0]
+    if len(reason) > 160:
+        reason = reason[:160] + "..."
+    text = f"The checkpoint `{path}` cannot be read ({type(cause).__name__}: {reason})."
+    passing = isinstance(error, MemoryError) or any(w in whole for w in _PASSING_WORDS)
+    return (CheckpointError if passing else DamagedCheckpointError)(text)
+
+
 @contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _quiet_about_unfinished() -> Iterator[None]:
+    """Drops what unfinished reads say when they die: a page on stderr for each.
+
+    Some come to an end in threads of tensorstore, after the event loop has.
+    """
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        late = "Event loop is closed" in str(unraisable.exc_value)
+        if not late and not isinstance(unraisable.object, types.CoroutineType):
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
     try:
         yield
-    except Exception as error:  # Orbax and tensorstore raise a dozen types here
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"The checkpoint `{path}` cannot be read ({type(error).__name__}: "
-            f"{reason[0] if reason else 'no message'}). If it is damaged, delete that "
-            "directory: the same command then continues from the checkpoint before."
-        ) from error
+    finally:
+        sys.unraisablehook = hook

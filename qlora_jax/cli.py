@@ -1,8 +1,9 @@
 """`qlora-jax`: train, evaluate, generate, inspect, plan and quantize on a command line.
 
-Exit status: 0 done, 1 a failure the user can mend (one paragraph on stderr), 2 wrong
-usage, 130 interrupted. What a command reports goes to stdout, as a table or, with
-`--json`, as one JSON object; progress goes to stderr.
+Exit status: 0 done, or a run that a signal stopped and that is saved; 1 a failure the
+user can mend (one paragraph on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
+What a command reports goes to stdout, as a table or, with `--json`, as one JSON object;
+progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -32,6 +35,7 @@ from qlora_jax.continued import continued
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.errors import UserError
+from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.model import (
@@ -271,6 +275,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
     "tokens": (Tokens, "Vocabulary rows never trained: find, repair, add."),
 }
+_CONTINUES = " The same command continues from the newest checkpoint, if there is one."
 _USAGE = "usage: qlora-jax COMMAND ...\n\ncommands:\n" + "".join(
     f"  {name:<10}{text}\n" for name, (_, text) in _COMMANDS.items()
 )
@@ -297,24 +302,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1
-    except KeyboardInterrupt:
+    except AtOnce:
+        print("qlora-jax train: ended at once." + _CONTINUES, file=sys.stderr)
+        sys.stdout.flush()
+        # Threads that write a checkpoint would be waited for.
+        os._exit(130)
+    except (KeyboardInterrupt, Terminated) as error:
+        stopped = "terminated" if isinstance(error, Terminated) else "interrupted"
         print(
-            f"qlora-jax {args[0]}: interrupted."
-            + (
-                " The same command continues from the newest checkpoint, if there is "
-                "one."
-                if args[0] == "train"
-                else ""
-            ),
+            f"qlora-jax {args[0]}: {stopped}."
+            + (f" No step was under way.{_CONTINUES}" if args[0] == "train" else ""),
             file=sys.stderr,
         )
-        return 130
+        return 143 if isinstance(error, Terminated) else 130
 
 
 def _run(name: str, args: list[str]) -> int:
     command = _COMMANDS[name][0]
     if name == "train":
-        _train(args)
+        with termination_raises():
+            _train(args)
         return 0
     if name == "plan":
         planned, given = plan_from_arguments(args)
@@ -393,10 +400,19 @@ def _train(args: list[str]) -> None:
         lora = dataclasses.replace(config.lora, **patterns)
         config = dataclasses.replace(config, lora=lora)
     # The other commands have no use for the libraries that a run needs.
+    from qlora_jax.run_directory import SETTINGS
     from qlora_jax.runner import run
     from qlora_jax.watch import process_seconds
 
     report = run(config, given=given, began=time.perf_counter() - process_seconds())
+    if "interrupted" in report:
+        settings = str(Path(config.output_dir) / SETTINGS)
+        print(
+            f"Stopped by {report['interrupted']} after step {report['step']}; all of "
+            "it is saved. To continue:\n\n    qlora-jax train "
+            f"{shlex.quote(settings)}"
+        )
+        return
     shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
     print_report(
         {

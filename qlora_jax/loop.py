@@ -16,6 +16,7 @@ from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LlamaConfig
 from qlora_jax.data import Batches, prefetch
 from qlora_jax.errors import UserError
+from qlora_jax.interruptions import Interruption
 from qlora_jax.lora_init import absorb
 from qlora_jax.run_directory import ADAPTER
 from qlora_jax.runfile import RunConfig
@@ -36,9 +37,10 @@ class Loop:
     checkpoints: Checkpoints
     record: Mapping[str, Any]
     fingerprint: str
+    interruption: Interruption
 
     def take(self, state: TrainState, start: int) -> TrainState:
-        """Steps from batch `start` to the end; saves on the way."""
+        """Steps from batch `start` to the end, or to an interruption; saves."""
         steps = len(self.batches)
         pending: tuple[int, Any, Any] | None = None
         for index, batch in enumerate(prefetch(self.batches, start, steps), start):
@@ -48,10 +50,14 @@ class Loop:
                 self.note(*pending)
             pending = (index, metrics, batch)
             done = index + 1
-            if done % self.config.checkpoint.every == 0 or done == steps:
+            # Asked once: a signal may come at any moment.
+            stopping = self.interruption.signal is not None
+            if stopping or done % self.config.checkpoint.every == 0 or done == steps:
                 self.note(*pending)
                 pending = None
                 self.save(state, done)
+            if stopping:
+                break
         self.checkpoints.wait()
         if start == steps:  # stopped between the last checkpoint and the report
             self.export(state)
@@ -60,9 +66,12 @@ class Loop:
     def save(self, state: TrainState, done: int) -> None:
         """Saves the state after `done` steps, and its adapter."""
         self.watch.sync()
+        first = self.checkpoints.latest() is None
         self.checkpoints.save(
             state, {**self.record, "batches": done, "steps": len(self.batches)}
         )
+        if first:  # adapter/ without a checkpoint is the sign of a lost one
+            self.checkpoints.wait()
         self.export(state)
 
     def export(self, state: TrainState) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.files import read_json
-from qlora_jax.errors import UserError
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.watch import read_metrics
 
 SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
 REPORT, CHECKPOINTS = "report.json", "checkpoints"
@@ -27,13 +28,36 @@ def check_directory(directory: Path) -> None:
             f"The output directory `{directory}` cannot be written: no permission to "
             f"write in `{above}`."
         )
-    if not directory.is_dir() or (directory / SETTINGS).is_file():
+    if not directory.is_dir():
+        return
+    if (directory / SETTINGS).is_file():
+        _check_not_lost(directory)
         return
     if any(directory.iterdir()):
         raise UserError(
             f"The output directory `{directory}` is not empty and holds no run "
             f"({SETTINGS}). Give an empty or new directory."
         )
+
+
+def _check_not_lost(directory: Path) -> None:
+    """Refuses a run whose adapter is there and whose checkpoints are gone.
+
+    It would start over, and write over the adapter. A run that was killed before its
+    first checkpoint has no adapter yet: that is written after it.
+    """
+    adapter, checkpoints = directory / ADAPTER, directory / CHECKPOINTS
+    if not adapter.is_dir() or any(checkpoints.glob("step_*")):
+        return
+    rows = read_metrics(directory)
+    taken = f" ({rows[-1]['step']:,} steps)" if rows else ""
+    raise CheckpointError(
+        f"The training of this run{taken} exists only as `{adapter}`: `{checkpoints}` "
+        "holds no checkpoint, and with them the state of the optimizer is lost. To go "
+        "on from that adapter with a fresh optimizer state, give another --output-dir "
+        f"and `train.adapter_init` = {str(adapter)!r}. To start over, delete "
+        f"`{adapter}`."
+    )
 
 
 @contextlib.contextmanager

@@ -9,12 +9,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.checkpoint import Checkpoints, compare_records
-from qlora_jax.data import Examples, Mixture
+from qlora_jax.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    compare_records,
+)
+from qlora_jax.data import DataConfig, Examples, Mixture
 from qlora_jax.data.settings import PLACES
-from qlora_jax.errors import UserError
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.run_directory import ADAPTER
 from qlora_jax.runfile import RunConfig
-from qlora_jax.train import TrainState
+from qlora_jax.train import TrainConfig, TrainState
 
 # Fields of a LoraConfig that say where its base is found, and which it was.
 _OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
@@ -23,7 +29,11 @@ _OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
 def run_record(
     config: RunConfig, fingerprint: str, examples: Examples | Mixture
 ) -> dict[str, Any]:
-    """What has to stay the same for a run to be continued."""
+    """What has to stay the same for a run to be continued.
+
+    What does not change the arithmetic is not in it: where files lie, how long the run
+    is, what is saved and shown on the way.
+    """
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
@@ -45,33 +55,96 @@ def run_record(
         "model": {
             "dtype": config.model.dtype,
             "quantization": config.model.quantization,
+            "lm_head": _head(config),
         },
     }
+
+
+def _head(config: RunConfig) -> str:
+    """What `model.lm_head` says about the numbers; its other values are places."""
+    return "nf4" if config.model.lm_head == "nf4" else "auto, device or host"
+
+
+def _before_they_existed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings did in runs that were recorded before the settings existed."""
+    kinds = {"data": DataConfig, "lora": LoraConfig, "train": TrainConfig}
+    defaults: dict[str, Any] = {}
+    for section, kind in kinds.items():
+        defaults[section] = {}
+        for f in dataclasses.fields(kind):
+            if f.default_factory is not dataclasses.MISSING:
+                value = f.default_factory()
+            else:
+                value = f.default
+            if value is not dataclasses.MISSING:
+                defaults[section][f.name] = _plain(value)
+    # Nothing told a head in NF4 from another one but the fingerprint of the base.
+    defaults["model"] = {"lm_head": record["model"]["lm_head"]}
+    return defaults
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
 def continue_run(
     checkpoints: Checkpoints, state: TrainState, record: Mapping[str, Any], steps: int
 ) -> tuple[TrainState, int]:
-    """The newest saved state and its number of steps; else the given one and 0."""
-    newest = checkpoints.latest()
-    if newest is None:
-        return state, 0
-    saved = checkpoints.record(newest)
-    start, length = saved.pop("batches"), saved.pop("steps")
-    compare_records(saved, record)
-    if start > steps:
-        raise UserError(
-            f"This run has taken {start} steps already, and is now to end after "
-            f"{steps}. Raise `steps` or `epochs`, or give another --output-dir."
+    """The newest saved state and its number of steps; else the given one and 0.
+
+    A damaged checkpoint is passed over for the one before, and kept under another name.
+
+    Args:
+      checkpoints: of the run.
+      state: before the first step; its structure and devices are those of the result.
+      record: from `run_record`.
+      steps: that the run is to take.
+
+    Raises:
+      UserError: the run was started with something else, or is longer already.
+      CheckpointError: there are checkpoints, and none can be read.
+    """
+    damaged: dict[int, DamagedCheckpointError] = {}
+    for newest in checkpoints.steps():
+        try:
+            saved = checkpoints.record(newest)
+            start, length = saved.pop("batches"), saved.pop("steps")
+            compare_records(saved, record, _before_they_existed(record))
+            if start > steps:
+                raise UserError(
+                    f"This run has taken {start} steps already, and is now to end "
+                    f"after {steps}. Raise `steps` or `epochs`, or give another "
+                    "--output-dir."
+                )
+            restored = checkpoints.restore(newest, state)
+        except DamagedCheckpointError as error:
+            damaged[newest] = error
+            continue
+        for step, error in damaged.items():
+            place = checkpoints.set_aside(step)
+            say(
+                f"{error} It is damaged; it is kept as `{place}`, for you to delete, "
+                f"and the run goes on from the checkpoint before, of step {start}: "
+                f"{step - start} steps are taken again."
+            )
+        if length != steps:
+            say(
+                f"Note: the run was to take {length} steps and now takes {steps}; from "
+                f"here the learning rate is that of a run of {steps} steps."
+            )
+        if start < steps:
+            say(f"Continuing from step {start} of {steps}.")
+        return restored, start
+    if damaged:
+        directory = checkpoints.directory
+        raise CheckpointError(
+            f"{' '.join(map(str, damaged.values()))} There is no checkpoint before to "
+            f"continue from. Delete `{directory}` and `{directory.parent / ADAPTER}` "
+            "to start over; or give another --output-dir and `train.adapter_init` = "
+            f"{str(directory.parent / ADAPTER)!r}, which goes on from the adapter of "
+            "the newest one, with a fresh optimizer state."
         )
-    if length != steps:
-        say(
-            f"Note: the run was to take {length} steps and now takes {steps}; from "
-            f"here the learning rate is that of a run of {steps} steps."
-        )
-    if start < steps:
-        say(f"Continuing from step {start} of {steps}.")
-    return checkpoints.restore(newest, state), start
+    return state, 0
 
 
 def versions() -> dict[str, str]:

@@ -39,6 +39,7 @@ from qlora_jax.data import Batches, Examples, Mixture, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.fit import fit
+from qlora_jax.interruptions import Interruption
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.loop import Loop
@@ -78,6 +79,10 @@ def run(
     began: float | None = None,
 ) -> dict[str, Any]:
     """Trains, or continues, a run; returns what report.json holds.
+
+    SIGTERM or SIGINT while it trains (in the main thread) end it after the step under
+    way, with a checkpoint: it returns `{"interrupted": "SIGTERM", "step": 120}`, there
+    is no report.json, and the same call continues.
 
     Args:
       config: the run.
@@ -163,14 +168,19 @@ def run(
                     "changed. More `steps` or `epochs` continue it."
                 )
                 return finished
-            with Watch(
-                directory,
-                start=start,
-                steps=steps,
-                schedule=schedule(config.train, steps),
-                every=config.log.every,
-                began=began,
-            ) as watch:
+            # Of a shorter run that this one continues.
+            (directory / REPORT).unlink(missing_ok=True)
+            with (
+                Watch(
+                    directory,
+                    start=start,
+                    steps=steps,
+                    schedule=schedule(config.train, steps),
+                    every=config.log.every,
+                    began=began,
+                ) as watch,
+                Interruption() as interruption,
+            ):
                 state = Loop(
                     config,
                     architecture,
@@ -181,7 +191,11 @@ def run(
                     checkpoints,
                     record,
                     fingerprint,
+                    interruption,
                 ).take(state, start)
+        taken = int(state.step)
+        if interruption.signal is not None and taken < steps:
+            return {"interrupted": interruption.signal, "step": taken}
         report = {
             "steps": steps,
             "final_loss": watch.last_loss,

@@ -1,7 +1,9 @@
 """Checkpoints: what goes in comes out, the newest are kept, differences are named."""
 
+import dataclasses
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from qlora_jax.checkpoint import Checkpoints, compare_records, disk_errors
+from qlora_jax.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    compare_records,
+    disk_errors,
+)
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.run_record import continue_run
 from qlora_jax.runfile import CheckpointConfig
 from qlora_jax.train import TrainState, init_state
 
@@ -200,3 +209,167 @@ def test_differences_are_named_with_both_values():
         compare_records(saved, now)
     assert "has changed: lora.r: 4 -> 8; new: None -> 1. Undo" in str(refused.value)
     compare_records(saved, {"base": "x", "lora": dict(saved["lora"])})
+
+
+def test_a_setting_younger_than_the_run_had_its_default():
+    saved = {"lora": {"r": 4}}
+    now = {"lora": {"r": 4, "groups": ({"match": "x", "rate": 1},), "alpha": 2}}
+    same = {"lora": {"groups": [{"match": "x", "rate": 1}], "alpha": 2.0, "r": 1}}
+    compare_records(saved, now, same)
+    with pytest.raises(UserError, match=r"changed: lora\.alpha: 3 -> 2\. Undo"):
+        compare_records(saved, now, {"lora": same["lora"] | {"alpha": 3}})
+
+
+# --- damage ---
+
+# Where one of many reads has failed, those that end after Orbax has closed its event loop
+# say so from threads of tensorstore, at a time of their own.
+LATE_READS = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
+NOW = {"base_fingerprint": "x", "model": {"dtype": "float32", "lm_head": "dense"}}
+
+
+def large_state(step: int) -> TrainState:
+    """One whose arrays are not kept among the metadata, which Orbax checks itself."""
+    key = jax.random.key(step)
+    adapters = {"a": jax.random.normal(key, (40, 50))}
+    state = init_state(adapters, optax.adamw(0.1), jax.random.key(7))
+    # Moments of zeros would not suffer from zeros.
+    moments = jax.tree.map(
+        lambda leaf: jax.random.normal(key, leaf.shape) if leaf.ndim else leaf,
+        state.opt_state,
+    )
+    return dataclasses.replace(state, step=jnp.int32(step), opt_state=moments)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2, 4 and 6 of a run of 8."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        for step in (2, 4, 6):
+            record = {**NOW, "batches": step, "steps": 8}
+            checkpoints.save(large_state(step), record)
+    return directory
+
+
+def largest(directory: Path) -> Path:
+    """The file with the arrays."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def rewrite(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+DAMAGE = {
+    "a flipped bit": lambda d: flip(largest(d)),
+    "an array file cut off": lambda d: os.truncate(largest(d), 99),
+    "an array file missing": lambda d: largest(d).unlink(),
+    "zeros": lambda d: largest(d).write_bytes(bytes(largest(d).stat().st_size)),
+    "no metadata": lambda d: (d / "state" / "_METADATA").unlink(),
+    "metadata cut off": lambda d: os.truncate(d / "state" / "_METADATA", 50),
+    "no record": lambda d: shutil.rmtree(d / "record"),
+    "an empty record": lambda d: os.truncate(d / "record" / "metadata", 0),
+    # Read as it is, it would be taken for another base.
+    "another letter in the record": lambda d: rewrite(
+        d / "record" / "metadata", '"x"', '"y"'
+    ),
+    "no state": lambda d: shutil.rmtree(d / "state"),
+    "nothing at all": lambda d: [shutil.rmtree(p) for p in d.iterdir() if p.is_dir()],
+}
+
+
+@LATE_READS
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    saved, tmp_path, capsys, damage
+):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    DAMAGE[damage](directory / "step_6")
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        state, start = continue_run(checkpoints, large_state(0), NOW, 8)
+        assert start == 4
+        assert_equal(state, large_state(4))
+        assert checkpoints.steps() == [4, 2] and checkpoints.latest() == 4
+        checkpoints.save(large_state(6), {**NOW, "batches": 6, "steps": 8})
+        checkpoints.wait()
+        assert_equal(checkpoints.restore(6, large_state(0)), large_state(6))
+    err = capsys.readouterr().err
+    aside = directory / "damaged_step_6"
+    assert f"The checkpoint `{directory / 'step_6'}` cannot be read (" in err
+    assert f"kept as `{aside}`" in err and "of step 4: 2 steps are taken again" in err
+    assert aside.is_dir()
+
+
+@LATE_READS
+def test_two_that_are_damaged_and_what_was_set_aside_before(saved, tmp_path, capsys):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    (directory / "damaged_step_6").mkdir()
+    for step in (6, 4):
+        flip(largest(directory / f"step_{step}"))
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        assert continue_run(checkpoints, large_state(0), NOW, 8)[1] == 2
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"step_2", "damaged_step_4", "damaged_step_6", "damaged_step_6_2"}
+    err = capsys.readouterr().err
+    assert "step_6` cannot be read (ValueError: the state is not what was saved" in err
+    assert "4 steps are taken again" in err and "2 steps are taken again" in err
+
+
+@LATE_READS
+def test_without_a_good_one_nothing_is_moved_and_the_way_out_is_said(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    for step in (2, 4, 6):
+        flip(largest(directory / f"step_{step}"))
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        with pytest.raises(CheckpointError, match="Delete .*`train.adapter_init` = "):
+            continue_run(checkpoints, large_state(0), NOW, 8)
+        assert checkpoints.steps() == [6, 4, 2]
+
+
+def test_what_passes_is_no_damage(saved, monkeypatch):
+    with Checkpoints(saved, CheckpointConfig(keep=3)) as checkpoints:
+
+        def denied(*_, **__):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(checkpoints._manager, "restore", denied)
+        with pytest.raises(CheckpointError, match="step_6.*Permission denied") as said:
+            continue_run(checkpoints, large_state(0), NOW, 8)
+        assert not isinstance(said.value, DamagedCheckpointError)
+        assert checkpoints.steps() == [6, 4, 2]
+
+
+def test_what_was_saved_before_there_were_checksums_is_read(tmp_path):
+    """As earlier versions wrote it: compressed, without what is recorded now."""
+    state = large_state(6)
+    record = {**NOW, "model": {"dtype": "float32"}, "batches": 6, "steps": 8}
+    tree = {
+        "step": state.step,
+        "adapters": state.adapters,
+        "opt_state": state.opt_state,
+        "key": jax.random.key_data(state.key),
+    }
+    options = ocp.CheckpointManagerOptions(step_prefix="step")
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+        )
+        manager.save(6, args=items)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        state, start = continue_run(checkpoints, large_state(0), NOW, 8)
+        assert start == 6
+        assert_equal(state, large_state(6))
+        assert checkpoints.record(6) == record

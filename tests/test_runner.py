@@ -217,21 +217,21 @@ def command(
 @pytest.mark.parametrize(
     ("setting", "before", "newest"),
     [
-        ("plain", at_step(10, "SIGTERM", 8), "step_8"),
+        ("plain", at_step(10, "SIGKILL", 8), "step_8"),
         ("everything", at_step(14, "SIGKILL", 12), "step_12"),
         ("everything", AT_RENAME.format(number=12), "step_8"),
         ("everything", at_step(3, "SIGKILL", 0), None),
         ("everything", AT_RENAME.format(number=20), "step_16"),
     ],
-    ids=["terminated", "everything", "in a checkpoint", "before any", "in the last"],
+    ids=["plain", "everything", "in a checkpoint", "before any", "in the last"],
 )
 def test_killed_and_continued_equals_uninterrupted(
     tmp_path, make, straight, cache, setting, before, newest, request
 ):
     config = make(tmp_path / "run", **SETTINGS[setting])
-    anew = request.node.callspec.id in ("terminated", "everything")
+    anew = request.node.callspec.id in ("plain", "everything")
     killed = command(config, tmp_path, before, None if anew else cache)
-    assert killed.returncode in (-signal.SIGKILL, -signal.SIGTERM), killed.stderr
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     complete = [
         p.name
         for p in (tmp_path / "run" / "checkpoints").iterdir()
@@ -240,19 +240,6 @@ def test_killed_and_continued_equals_uninterrupted(
     assert max(complete, key=lambda n: int(n[5:]), default=None) == newest
     run(config)
     assert_same_runs(straight(setting), tmp_path / "run", config)
-
-
-def test_interrupted_says_one_line_and_continues(tmp_path, make, straight, cache):
-    config = make(tmp_path / "run", **EVERYTHING)
-    done = command(config, tmp_path, at_step(9, "SIGINT", 8), cache)
-    assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == (
-        "qlora-jax train: interrupted. The same command continues from the newest "
-        "checkpoint, if there is one."
-    )
-    assert "Traceback" not in done.stderr
-    run(config)
-    assert_same_runs(straight("everything"), tmp_path / "run", config)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -327,6 +314,7 @@ def started(tmp_path_factory, make):
         ({"train": {"seed": 5}}, r"train\.seed: 0 -> 5"),
         ({"model": {"dtype": "bfloat16"}}, r"model\.dtype: 'float32' -> 'bfloat16'"),
         ({"model": {"quantization": "nf4"}}, r"quantization: 'nf4_dq' -> 'nf4'"),
+        ({"model": {"lm_head": "nf4"}}, r"lm_head: 'auto, device or host' -> 'nf4'"),
         ({"data": {"shuffle": False}}, r"data\.shuffle: True -> False"),
         ({"data": {"max_length": 63}}, r"data\.max_length: 64 -> 63"),
     ],
@@ -646,14 +634,3 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, cache):
     assert (tmp_path / "run" / "checkpoints" / "step_4").is_dir()
     run(config)
     assert_same_runs(straight("everything"), tmp_path / "run", config)
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path, make):
-    config = make(tmp_path / "run", train={"steps": 4}, checkpoint={"every": 2})
-    run(config)
-    saved = tmp_path / "run" / "checkpoints" / "step_4" / "state"
-    for file in saved.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"step_4` cannot be read .*delete that"):
-        run(make(tmp_path / "run", train={"steps": 6}))
