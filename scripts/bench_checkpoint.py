@@ -127,7 +127,7 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        for what in ("save", "read", "restore", "read", "restore"):
+        for what in ("save", "checksum", "read", "restore", "read", "restore"):
             command = [sys.executable, __file__, str(args.config), "--one", what]
             command += ["--directory", directory, *["--whole"] * args.whole]
             done = subprocess.run(command, check=True, capture_output=True, text=True)

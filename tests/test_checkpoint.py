@@ -222,8 +222,8 @@ def test_a_setting_younger_than_the_run_had_its_default():
 
 # --- damage ---
 
-# Where one of many reads has failed, those that end after Orbax has closed its event loop
-# say so from threads of tensorstore, at a time of their own.
+# Where one of many reads has failed, those that end after Orbax has closed its event
+# loop say so from threads of tensorstore, at a time of their own.
 LATE_READS = pytest.mark.filterwarnings(
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
 )
