@@ -24,7 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
-from qlora_jax.train import TrainConfig
+from qlora_jax.train_config import TrainConfig
 
 _NONE = "none"
 

@@ -46,6 +46,7 @@ from qlora_jax.lora_init import factor_out, init_adapters
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.parameter_groups import optimizer_groups, schedule
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import (
     ADAPTER,
@@ -60,11 +61,7 @@ from qlora_jax.run_directory import (
 from qlora_jax.run_record import continue_run, run_record, say, versions
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import Selection, select
-from qlora_jax.train import (
-    TrainState,
-    init_state,
-    schedule,
-)
+from qlora_jax.train import TrainState, init_state
 from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, draw_loss
 
@@ -116,6 +113,7 @@ def run(
         config = _with_initial_adapter(config, given, abstract)
     for warning in warnings(architecture, config.lora, abstract):
         say(f"Note: {warning}")
+    rates = optimizer_groups(config.train, select(abstract, config.lora))
     examples, batches = _data(config, architecture)
     steps = len(batches)
 
@@ -147,6 +145,8 @@ def run(
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
+    for group in rates:
+        say(f"  {group}")
     _note_untrained(base, selection, examples.used())
     record = run_record(config, fingerprint, examples)
 
@@ -187,6 +187,7 @@ def run(
             "final_loss": watch.last_loss,
             "trainable_parameters": sum(groups.values()),
             "groups": groups,
+            "optimizer_groups": [group.report() for group in rates],
             "base_parameters": tree_parameters(base),
             "base_bytes": tree_bytes(base),
             "adapter_bytes": (directory / ADAPTER / "adapter_model.safetensors")
@@ -260,9 +261,9 @@ def _data(
             f"{wanted:,}, so that rows are repeated within a step. A smaller "
             "`train.batch_size` (or no packing) avoids it."
         )
-    if config.train.warmup_steps > len(batches):
+    if config.train.longest_warmup > len(batches):
         raise UserError(
-            f"train: `warmup_steps`={config.train.warmup_steps} exceeds the "
+            f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run."
         )
     return examples, batches
