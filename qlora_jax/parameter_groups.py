@@ -51,8 +51,8 @@ class Group:
     """The arrays that learn alike."""
 
     name: str
-    """"default", "embeddings", "lora_B", or the pattern of `[[train.groups]]`; with
-    ", no decay" where the run decays its weights and not these."""
+    """The pattern of `[[train.groups]]`, "embeddings", "lora_B", "no decay" (where the
+    run decays its weights and not these) as far as they have a say, else "default"."""
     rule: Rule
     paths: tuple[Path, ...]
     parameters: int
@@ -201,25 +201,29 @@ def _choice(config: TrainConfig, array: _Trained, problems: list[str]) -> int | 
 
 def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rule]:
     """Name and settings of an array that group `choice` has."""
-    name, rate = "default", config.learning_rate
-    if path[:-1] in _TABLES and config.embedding_learning_rate is not None:
-        name, rate = "embeddings", config.embedding_learning_rate
-    if path[-1] in _LORA_B and config.loraplus_lr_ratio is not None:
-        name = "lora_B" if name == "default" else f"{name}, lora_B"
-        rate = rate * config.loraplus_lr_ratio
-    decay = config.weight_decay
-    if not _is_decayed(path):
-        name, decay = f"{name}, no decay" if decay else name, 0.0
-    rule = Rule(rate, decay, config.lr_scheduler, config.warmup_steps)
-    if choice is None:
-        return name, rule
-    group = config.groups[choice]
-    own = {
-        f.name: getattr(group, f.name)
-        for f in dataclasses.fields(Rule)
-        if getattr(group, f.name) is not None
-    }
-    return group.match, dataclasses.replace(rule, **own)
+    group = None if choice is None else config.groups[choice]
+    words = [] if group is None else [group.match]
+    rate, decay = config.learning_rate, config.weight_decay
+    if group is not None and group.learning_rate is not None:
+        rate = group.learning_rate
+    else:
+        if path[:-1] in _TABLES and config.embedding_learning_rate is not None:
+            words.append("embeddings")
+            rate = config.embedding_learning_rate
+        if path[-1] in _LORA_B and config.loraplus_lr_ratio is not None:
+            words.append("lora_B")
+            rate = rate * config.loraplus_lr_ratio
+    words = words or ["default"]
+    if group is not None and group.weight_decay is not None:
+        decay = group.weight_decay
+    elif decay and not _is_decayed(path):
+        words.append("no decay")
+        decay = 0.0
+    kind, warmup = config.lr_scheduler, config.warmup_steps
+    if group is not None:
+        kind = group.lr_scheduler or kind
+        warmup = warmup if group.warmup_steps is None else group.warmup_steps
+    return ", ".join(words), Rule(rate, decay, kind, warmup)
 
 
 def _is_decayed(path: Path) -> bool:
@@ -264,14 +268,7 @@ def group_schedules(
     groups: tuple[Group, ...], steps: int
 ) -> dict[str, Callable[[Any], Array]]:
     """Returns for each group, by its name, step -> learning rate."""
-    names = [group.name for group in groups]
-    return {
-        # Groups of one name have different rates, as those of LoRA+ in one pattern.
-        group.name if names.count(group.name) == 1 else f"{group.name} ({i})": (
-            rate_of(group.rule, steps)
-        )
-        for i, group in enumerate(groups, 1)
-    }
+    return {group.name: rate_of(group.rule, steps) for group in groups}
 
 
 def rate_of(rule: Rule, steps: int) -> Callable[[Any], Array]:

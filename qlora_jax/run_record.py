@@ -16,15 +16,11 @@ from qlora_jax.errors import UserError
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainState
 
-# Settings of [train] that earlier versions had not; at their defaults they change
-# nothing, and a run of such a version is continued.
-_LATER = (
-    *("embedding_learning_rate", "loraplus_lr_ratio", "optimizer", "ema_decay"),
-    *("neftune_noise_alpha", "groups"),
-)
-
 # Fields of a LoraConfig that say where its base is found, and which it was.
-_OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
+_OF_THE_BASE = (
+    *("base_model_name_or_path", "revision", "base_fingerprint"),
+    "base_config_changes",
+)
 
 
 def run_record(
@@ -34,9 +30,6 @@ def run_record(
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
-    for f in dataclasses.fields(config.train):
-        if f.name in _LATER and getattr(config.train, f.name) == f.default:
-            del train[f.name]
     lora = dataclasses.asdict(config.lora)
     for name in (*_OF_THE_BASE, "task_type"):
         del lora[name]
@@ -55,6 +48,7 @@ def run_record(
         "model": {
             "dtype": config.model.dtype,
             "quantization": config.model.quantization,
+            **config.model.config_changes,
         },
     }
 
