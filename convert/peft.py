@@ -350,11 +350,17 @@ def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
 
 
 def _spelled(key: str, files: TensorFiles) -> str:
-    """The key as this file spells it: some PEFT versions add `.weight`."""
-    longer = f"{key}.weight"
-    if key.endswith("lora_magnitude_vector") and key not in files and longer in files:
-        return longer
-    return key
+    """The key as this file spells it.
+
+    Some PEFT versions add `.weight` to a magnitude; and whoever saves the modules by
+    themselves leaves in the names what PEFT takes out.
+    """
+    module, _, name = key.rpartition(".")
+    others = [f"{module}.modules_to_save{inner}.{name}" for inner in ("", ".default")]
+    if name == "lora_magnitude_vector":
+        others = [f"{key}.weight"]
+    found = [other for other in others if other in files]
+    return found[0] if found and key not in files else key
 
 
 def _base_copies(selection: Selection) -> list[str]:

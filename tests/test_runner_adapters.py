@@ -202,16 +202,42 @@ def test_loftq_needs_what_was_quantized(make, tmp_path, llama_dir):
         run(dataclasses.replace(config, model=model))
 
 
-def test_all_that_was_trained_is_trained_again(make, tmp_path, capsys):
-    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}}
+def test_all_that_was_trained_is_trained_again(make, tmp_path, llama_dir, edit_tensors):
+    """From an adapter as Unsloth and scripts around it write them."""
+    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}, "use_dora": True}
     first = run(make(tmp_path / "one", kind, steps=2))
-    adapter = str(tmp_path / "one" / "adapter")
-    second = run(make(tmp_path / "two", {"r": 7}, steps=2, adapter_init=adapter))
+    adapter = tmp_path / "one" / "adapter"
+    file = adapter / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    raw["auto_mapping"] = {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+        "unsloth_fixed": True,
+    }
+    raw["base_model_name_or_path"] = "unsloth/some-llama-bnb-4bit"
+    file.write_text(json.dumps(raw))
+    _, before = convert.load_adapter(adapter, _config(llama_dir))
+
+    def respell(tensors):
+        for key in [key for key in tensors if "lora_" not in key]:
+            spelled = key.replace(".weight", ".modules_to_save.default.weight")
+            tensors[spelled] = tensors.pop(key)
+
+    edit_tensors(adapter / "adapter_model.safetensors", respell)
+    settings = {"steps": 2, "adapter_init": str(adapter)}
+    second = run(make(tmp_path / "two", {"r": 4}, **settings))
     assert second["groups"] == first["groups"]
+    trained = first["trainable_parameters"]
+    assert second["continued_from"]["trainable_parameters_before"] == trained
     lora = read_config(tmp_path / "two" / "config.toml").lora
     assert lora.modules_to_save == ("embed_tokens", "lm_head", "norm")
     assert lora.rank_pattern == {"q_proj": 2}
-    assert weights(tmp_path / "two") != weights(tmp_path / "one")
+    # Tables, norms and magnitudes too start from what they were, and move.
+    _, after = convert.load_adapter(tmp_path / "two" / "adapter", _config(llama_dir))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
+    assert len(jax.tree.leaves(moved)) == 8
+    # Each of two steps moves a number by its rate of 0.01 at most, or a little more.
+    assert all(0 < size < 0.03 for size in jax.tree.leaves(moved)), moved
 
 
 @pytest.fixture(scope="module")
