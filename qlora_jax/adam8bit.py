@@ -7,6 +7,9 @@ number with a movable point: seven decades, finer towards 1. The first moment ha
 sign, the second has none and twice the values in each decade. Both are decoded, moved
 and used in float32, and coded again.
 
+Large arrays are worked on in parts, one after the other, so that no moment is ever
+whole in float32.
+
 Two rules keep small numbers safe. An array of fewer than 4,096 numbers stays float32.
 And of the second moment, what is not 0 is never coded as 0, but as the smallest value:
 the update divides by its root, and 0 would make of a small gradient an update without
@@ -15,14 +18,13 @@ bound. (bitsandbytes, which has the same tables, lets it be 0.)
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float32
 
 from qlora_jax.nf4 import DYNAMIC_MAP
 
@@ -31,6 +33,9 @@ BLOCK = 256
 
 SMALLEST = 4096
 """Numbers of the smallest array that is coded."""
+
+PART = 1 << 14
+"""Blocks that are worked on at a time: 4 million numbers."""
 
 
 def _unsigned_map() -> np.ndarray:
@@ -63,35 +68,53 @@ class Adam8bitState(NamedTuple):
     nu: Any
 
 
-def encode(x: Float32[Array, "..."], table: np.ndarray) -> Coded:
-    """Codes an array block by block, each number as the nearest value of `table`.
+def encode(x: Float32[Array, "G 256"], table: np.ndarray) -> Coded:
+    """Codes blocks, each number as the nearest value of `table`.
 
     Args:
       x: finite numbers; not below 0 where `table` is not.
       table: float32 [256], ascending, within [-1, 1].
     """
-    blocks = _blocks(x)
-    absmax = jnp.abs(blocks).max(axis=1)
+    absmax = jnp.abs(x).max(axis=1)
     # A block of zeros has the scale 0, and zeros.
-    scaled = blocks / jnp.where(absmax > 0, absmax, 1.0)[:, None]
-    middle = jnp.asarray((table[:-1] + table[1:]) / np.float32(2))
-    # Unrolled it is eight look-ups that fuse; a loop would hold indices of all numbers.
-    codes = jnp.searchsorted(middle, scaled, method="scan_unrolled").astype(jnp.uint8)
+    scaled = x / jnp.where(absmax > 0, absmax, 1.0)[:, None]
+    middle = (table[:-1] + table[1:]) / np.float32(2)
+    between = jnp.asarray(middle)
+    # The number of midpoints below, by halves: eight comparisons.
+    codes = jnp.where(scaled > middle[127], 128, 0).astype(jnp.int32)
+    for half in (64, 32, 16, 8, 4, 2, 1):
+        codes = jnp.where(scaled > between[codes + (half - 1)], codes + half, codes)
+    codes = codes.astype(jnp.uint8)
     if table[0] == 0:
-        codes = jnp.where((codes == 0) & (blocks > 0), jnp.uint8(1), codes)
-    return Coded(codes.reshape(-1)[: x.size].reshape(x.shape), absmax)
+        codes = jnp.where((codes == 0) & (x > 0), jnp.uint8(1), codes)
+    return Coded(codes, absmax)
 
 
-def decode(coded: Coded, table: np.ndarray) -> Float32[Array, "..."]:
+def decode(coded: Coded, table: np.ndarray) -> Float32[Array, "G 256"]:
     """The numbers that `encode` chose."""
-    codes: UInt8[Array, "..."] = coded.codes
-    values = _blocks(jnp.asarray(table)[codes]) * coded.absmax[:, None]
-    return values.reshape(-1)[: codes.size].reshape(codes.shape)
+    return jnp.asarray(table)[coded.codes] * coded.absmax[:, None]
 
 
-def _blocks(x: Array) -> Array:
-    """[G, 256], the last block filled up with zeros."""
-    return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+def _blocks(x: Array, count: int) -> Array:
+    """[count, 256], filled up with zeros where the array is shorter."""
+    flat = x.reshape(-1)
+    missing = count * BLOCK - flat.size
+    return (jnp.pad(flat, (0, missing)) if missing else flat).reshape(count, BLOCK)
+
+
+def _unblocked(blocks: Array, like: Array) -> Array:
+    flat = blocks.reshape(-1)
+    return (flat if flat.size == like.size else flat[: like.size]).reshape(like.shape)
+
+
+def _parts(blocks: int) -> tuple[int, int]:
+    """How many parts of how many blocks to work in, at least as many as there are."""
+    if blocks <= PART:
+        return 1, blocks
+    # Parts that come out even need no filling up, so no copy of what is filled up.
+    even = (size for size in range(PART, PART // 8, -1) if blocks % size == 0)
+    size = next(even, PART)
+    return -(-blocks // size), size
 
 
 def scale_by_adam_8bit(
@@ -110,7 +133,7 @@ def scale_by_adam_8bit(
             return jnp.zeros(leaf.shape, jnp.float32)
         zero = int(np.searchsorted(table, 0.0))
         codes = jnp.full(leaf.shape, zero, jnp.uint8)
-        blocks = math.ceil(leaf.size / BLOCK)
+        blocks = -(-leaf.size // BLOCK)
         return Coded(codes, jnp.zeros((blocks,), jnp.float32))
 
     def init(params: Any) -> Adam8bitState:
@@ -120,27 +143,53 @@ def scale_by_adam_8bit(
             nu=jax.tree.map(lambda leaf: zeros(leaf, UNSIGNED), params),
         )
 
-    def moved(old: Any, new: Array, keep: float, table: np.ndarray) -> Array:
-        before = decode(old, table) if isinstance(old, Coded) else old
-        return keep * before + (1.0 - keep) * new
+    def one(g: Array, mu: Any, nu: Any, first: Array, second: Array) -> tuple:
+        """Update and new moments of an array in float32."""
+        m = b1 * mu + (1.0 - b1) * g
+        v = b2 * nu + (1.0 - b2) * (g * g)
+        return (m / first) / (jnp.sqrt(v / second) + eps), m, v
+
+    def coded(g: Array, mu: Coded, nu: Coded, *corrections: Array) -> tuple:
+        """Update and new moments of an array in 8 bits, part by part."""
+        count = mu.absmax.shape[0]
+        parts, size = _parts(count)
+
+        def part(i: Array, arrays: tuple) -> tuple:
+            # In place: what was read is written over, and no second copy is needed.
+            g, mu, nu = jax.tree.map(lambda a: a[i], arrays)
+            before = decode(mu, SIGNED), decode(nu, UNSIGNED)
+            update, m, v = one(g, *before, *corrections)
+            new = update, encode(m, SIGNED), encode(v, UNSIGNED)
+            return jax.tree.map(lambda a, b: a.at[i].set(b), arrays, new)
+
+        def cut(coded: Coded) -> Coded:
+            absmax = jnp.pad(coded.absmax, (0, parts * size - count))
+            codes = _blocks(coded.codes, parts * size)
+            return Coded(codes.reshape(parts, size, BLOCK), absmax.reshape(parts, size))
+
+        whole = _blocks(g, parts * size).reshape(parts, size, BLOCK)
+        arrays = whole, cut(mu), cut(nu)
+        update, m, v = jax.lax.fori_loop(0, parts, part, arrays)
+
+        def joined(new: Coded) -> Coded:
+            absmax = new.absmax.reshape(-1)[:count]
+            return Coded(_unblocked(new.codes, g), absmax)
+
+        return _unblocked(update, g), joined(m), joined(v)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         count: Any = optax.safe_increment(state.count)
         taken = count.astype(jnp.float32)
-        first, second = 1.0 - b1**taken, 1.0 - b2**taken
+        corrections = 1.0 - b1**taken, 1.0 - b2**taken
         leaves, structure = jax.tree.flatten(updates)
-        out, mus, nus = [], [], []
-        for g, mu, nu in zip(
-            leaves,
-            structure.flatten_up_to(state.mu),
-            structure.flatten_up_to(state.nu),
-            strict=True,
-        ):
-            m, v = moved(mu, g, b1, SIGNED), moved(nu, g * g, b2, UNSIGNED)
-            out.append((m / first) / (jnp.sqrt(v / second) + eps))
-            mus.append(encode(m, SIGNED) if isinstance(mu, Coded) else m)
-            nus.append(encode(v, UNSIGNED) if isinstance(nu, Coded) else v)
-        restored = [structure.unflatten(part) for part in (out, mus, nus)]
-        return restored[0], Adam8bitState(count, restored[1], restored[2])
+        moments = (structure.flatten_up_to(tree) for tree in (state.mu, state.nu))
+        rows = [
+            (coded if isinstance(mu, Coded) else one)(g, mu, nu, *corrections)
+            for g, mu, nu in zip(leaves, *moments, strict=True)
+        ]
+        out, mu, nu = (
+            structure.unflatten(column) for column in zip(*rows, strict=True)
+        )
+        return out, Adam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
