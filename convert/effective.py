@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from convert import names
 from convert.hf import cast
 from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.targets import EMBEDDING, HEAD, Adapted, Rows, Selection, Whole, select
@@ -169,7 +170,9 @@ def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> 
     untie = tied and not _stay_equal(selection)
     flags = _needed_biases(config, selection, arrays)
     folded = dataclasses.replace(
-        config, tie_word_embeddings=tied and not untie, **dict.fromkeys(flags, True)
+        change(config, lora.base_config_changes),
+        tie_word_embeddings=tied and not untie,
+        **dict.fromkeys(flags, True),
     )
     parts: dict[str, dict[str, Any]] = {}
     for w in selection.whole:

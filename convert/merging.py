@@ -239,12 +239,11 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
         ) from error
 
 
-def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[bool]]:
+def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[Any]]:
+    before, after = checkpoint.config.to_hf(), folded.config.to_hf()
     fields = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-    pairs = {
-        name: [getattr(c, name) for c in (checkpoint.config, folded.config)]
-        for name in fields
-    }
+    fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
+    pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

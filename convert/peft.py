@@ -1,6 +1,7 @@
 """PEFT adapter directories <-> our adapter tree, strictly and byte for byte.
 
-A PEFT directory is adapter_config.json and adapter_model.safetensors. What has to be in
+A PEFT directory is adapter_config.json and adapter_model.safetensors (and, of ours,
+base_config.json where the run changed its base's configuration). What has to be in
 the file follows from the configuration and the model (`qlora_jax.targets`), tensor by
 tensor; a file that has more, less or something of another shape is refused, where PEFT
 itself would load what fits and leave the rest at its initial value.
@@ -19,6 +20,7 @@ are compared with what they are copies of.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +48,7 @@ from convert.output import (
     write_safetensors,
 )
 from convert.slots import Slot, slots
+from qlora_jax import config_changes
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
@@ -101,8 +104,22 @@ def _open(
         raise CheckpointError(f"`{path}` has no {WEIGHTS}.")
     infos, metadata = read_header(path / WEIGHTS)
     files = TensorFiles(path, infos)
-    lora = replace(lora, base_fingerprint=metadata.get(_FINGERPRINT))
+    lora = replace(
+        lora,
+        base_fingerprint=metadata.get(_FINGERPRINT),
+        base_config_changes=_config_changes(path),
+    )
     return _with_tables(lora, files), files
+
+
+def _config_changes(path: Path) -> str | None:
+    """What the adapter was trained with instead of what its base's config.json has."""
+    file = path / config_changes.FILE
+    if not file.is_file():
+        return None
+    changes = read_json(file)
+    config_changes.check_changes(changes, f"`{file}`")
+    return config_changes.as_text(changes)
 
 
 def load_adapter(
@@ -333,11 +350,17 @@ def _with_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
 
 
 def _spelled(key: str, files: TensorFiles) -> str:
-    """The key as this file spells it: some PEFT versions add `.weight`."""
-    longer = f"{key}.weight"
-    if key.endswith("lora_magnitude_vector") and key not in files and longer in files:
-        return longer
-    return key
+    """The key as this file spells it.
+
+    Some PEFT versions add `.weight` to a magnitude; and whoever saves the modules by
+    themselves leaves in the names what PEFT takes out.
+    """
+    module, _, name = key.rpartition(".")
+    others = [f"{module}.modules_to_save{inner}.{name}" for inner in ("", ".default")]
+    if name == "lora_magnitude_vector":
+        others = [f"{key}.weight"]
+    found = [other for other in others if other in files]
+    return found[0] if found and key not in files else key
 
 
 def _base_copies(selection: Selection) -> list[str]:
@@ -471,6 +494,9 @@ def save_adapter(
         write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
         # The order within patterns has a meaning: the first that matches holds.
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
+        if lora_config.base_config_changes is not None:
+            changes = json.loads(lora_config.base_config_changes)
+            write_json(new / config_changes.FILE, changes)
 
 
 def _entry(key: str, slot: Slot, host: Mapping[names.Path, NDArray]) -> Entry:

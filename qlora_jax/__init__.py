@@ -38,17 +38,17 @@ if TYPE_CHECKING:
     from qlora_jax.nf4 import NF4Tensor as NF4Tensor
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
+    from qlora_jax.optimizer import make_optimizer as make_optimizer
     from qlora_jax.runfile import CheckpointConfig as CheckpointConfig
     from qlora_jax.runfile import LogConfig as LogConfig
     from qlora_jax.runfile import ModelConfig as ModelConfig
     from qlora_jax.runfile import RunConfig as RunConfig
     from qlora_jax.runner import run as run
-    from qlora_jax.train import TrainConfig as TrainConfig
     from qlora_jax.train import TrainState as TrainState
     from qlora_jax.train import eval_step as eval_step
     from qlora_jax.train import init_state as init_state
-    from qlora_jax.train import make_optimizer as make_optimizer
     from qlora_jax.train import train_step as train_step
+    from qlora_jax.train_config import TrainConfig as TrainConfig
     from qlora_jax.vocabulary import add_tokens as add_tokens
     from qlora_jax.vocabulary import repair_rows as repair_rows
     from qlora_jax.vocabulary import report_untrained as report_untrained
@@ -66,7 +66,7 @@ _CONTENTS = {
     "LoraConfig": "qlora_jax.lora_config",
     "DataConfig": "qlora_jax.data.settings",
     "Source": "qlora_jax.data.settings",
-    "TrainConfig": "qlora_jax.train",
+    "TrainConfig": "qlora_jax.train_config",
     "RunConfig": "qlora_jax.runfile",
     "ModelConfig": "qlora_jax.runfile",
     "CheckpointConfig": "qlora_jax.runfile",
@@ -99,7 +99,7 @@ _CONTENTS = {
     # --- Training ---
     "TrainState": "qlora_jax.train",
     "init_state": "qlora_jax.train",
-    "make_optimizer": "qlora_jax.train",
+    "make_optimizer": "qlora_jax.optimizer",
     "train_step": "qlora_jax.train",
     "eval_step": "qlora_jax.train",
     "cross_entropy_sum": "qlora_jax.loss",

@@ -142,6 +142,11 @@ def combine_adapters(
         errors["total"] = _ratio(lost, whole)
 
     first = read[0]
+    if len({one.lora.base_config_changes for one in read}) > 1:
+        raise UserError(
+            "The adapters were trained with different changes to the base's "
+            "configuration (base_config.json), so that no model is right for their sum."
+        )
     tied = any(w.follows is not None for w in first.selection.whole)
     lora = describe(
         ranks,
@@ -154,6 +159,7 @@ def combine_adapters(
         base_model_name_or_path=_common(read, "base_model_name_or_path"),
         revision=_common(read, "revision"),
         base_fingerprint=_common(read, "base_fingerprint"),
+        base_config_changes=first.lora.base_config_changes,
     )
     settings = (replace(lora, bias=bias) for bias in ("none", "lora_only", "all"))
     # Adapters that agree on their biases do so under one setting of the three.

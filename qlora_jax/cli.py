@@ -49,6 +49,7 @@ from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.runfile import RunConfig, given_lora, lora_options, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train import eval_step
+from qlora_jax.train_config import Optimizer, TrainConfig
 
 _Quantization = Literal["nf4", "nf4_dq", "none"]
 _Dtype = Literal["bfloat16", "float16", "float32"]
@@ -171,6 +172,8 @@ class Inspect:
     """
     dtype: _Auto | _Dtype = "auto"
     """Of dense tensors; auto = as a run directory was trained, else bfloat16."""
+    optimizer: Optimizer | None = None
+    """Whose state is counted; default that of a run directory, else adamw."""
     json: bool = False
     """Print a JSON object."""
 
@@ -202,11 +205,12 @@ class Inspect:
         if saved.base_fingerprint is None and adapter is None:
             # A run writes one; its digits do not matter, their number does.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
+        trained = run_settings(Path(self.path))
+        train = TrainConfig(steps=1, optimizer=self.optimizer or "adamw")
+        if trained is not None and self.optimizer is None:
+            train = trained.train
         report = parameter_report(
-            config,
-            lora,
-            quantization=quantization,
-            dtype=dtype,
+            config, lora, quantization=quantization, dtype=dtype, train=train
         )
         return {
             "trainable_parameters": report.trainable_parameters,

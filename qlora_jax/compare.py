@@ -25,6 +25,7 @@ from convert.checkpoint import FLOATS, open_checkpoint
 from convert.files import DTYPES
 from convert.hf import cast
 from qlora_jax.config import LlamaConfig
+from qlora_jax.config_changes import change
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute
@@ -155,6 +156,7 @@ def load_exact(
     lora = adapters = None
     if adapter is not None:
         lora, adapters = convert.load_adapter(adapter, base)
+        config = change(config, lora.base_config_changes)
         adapters = jax.tree.map(jnp.asarray, adapters)
     return Model(
         config=config,

@@ -382,12 +382,28 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         theta = raw.get("rope_theta", 10000.0)
         scaling = raw.get("rope_scaling") or {}
     theta = float(10000.0 if theta is None else theta)
+    return theta, read_rope_scaling(scaling)
+
+
+def read_rope_scaling(
+    scaling: Mapping[str, Any], where: str = "config.json"
+) -> RopeScaling | None:
+    """Reads a `rope_scaling` object; None for the type "default".
+
+    Args:
+      scaling: its fields.
+      where: what it is a part of, for a message.
+
+    Raises:
+      UserError: another type than "linear" and "llama3", or fields that are missing or
+        not numbers.
+    """
     kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
     if kind == "default":
-        return theta, None
+        return None
     if kind not in ("linear", "llama3"):
         raise UserError(
-            f"config.json: rope type {kind!r} is not supported. Supported: 'default', "
+            f"{where}: rope type {kind!r:.80} is not supported. Supported: 'default', "
             "'linear', 'llama3'."
         )
     needed = ["factor"]
@@ -400,7 +416,12 @@ def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     missing = [n for n in needed if scaling.get(n) is None]
     if missing:
         raise UserError(
-            f"config.json: rope type {kind!r} needs "
-            f"{', '.join(f'`{m}`' for m in missing)}."
+            f"{where}: rope type {kind!r} needs {', '.join(f'`{m}`' for m in missing)}."
         )
-    return theta, RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
+    for name in needed:
+        if not _is_number(scaling[name]):
+            raise UserError(
+                f"{where}: `rope_scaling.{name}` must be a number, got "
+                f"{scaling[name]!r:.80}."
+            )
+    return RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})

@@ -23,6 +23,7 @@ _NOT_COMPARED = (
     "base_model_name_or_path",
     "revision",
     "base_fingerprint",
+    "base_config_changes",
     "task_type",
 )
 _NO_ORDER = ("target_modules", "exclude_modules", "modules_to_save")

@@ -37,6 +37,7 @@ from qlora_jax.compare import (
     trained_form,
 )
 from qlora_jax.config import LlamaConfig
+from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 
@@ -392,7 +393,10 @@ def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
 
     def with_adapter(path: Path) -> Any:
         lora, adapters = load_adapter(path, model.base)
-        return dataclasses.replace(model, lora_config=lora, adapters=adapters)
+        config = change(model.config, lora.base_config_changes)
+        return dataclasses.replace(
+            model, config=config, lora_config=lora, adapters=adapters
+        )
 
     return partial(with_adapter, a), partial(with_adapter, b)
 

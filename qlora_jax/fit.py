@@ -28,11 +28,13 @@ from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_init import factor_out
 from qlora_jax.memory import readable_bytes
+from qlora_jax.optimizer import make_optimizer
 from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
 from qlora_jax.runfile import ModelConfig
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
-from qlora_jax.targets import EMBEDDING, HEAD
-from qlora_jax.train import TrainConfig, init_state, jit_step, make_optimizer
+from qlora_jax.targets import EMBEDDING, HEAD, select
+from qlora_jax.train import init_state, jit_step
+from qlora_jax.train_config import TrainConfig
 
 # Of the memory that JAX may use, what its allocator can be asked for in a plan's few
 # large blocks.
@@ -167,7 +169,7 @@ def fit(
     card = this_device() if card is None else card
     lora = model.compute.lora
     assert lora is not None
-    optimizer = make_optimizer(train, steps)
+    optimizer = make_optimizer(train, steps, select(base, lora))
     adapters = abstract_adapters(base, lora)
     if lora.changes_base:
         base = jax.eval_shape(
@@ -202,7 +204,9 @@ def fit(
             continue
         chosen = model.clone(compute=step.compute)
         arguments = (state, _placed(base, policy), batch)
-        jitted = jit_step(chosen, optimizer)
+        jitted = jit_step(
+            chosen, optimizer, neftune_noise_alpha=train.neftune_noise_alpha
+        )
         compiled = jitted.lower(*arguments).compile()
         memory = StepMemory.of(compiled, step, arguments=arguments)
         versions = {"jax": jax.__version__}

@@ -104,10 +104,14 @@ class Llama(nn.Module):
         attention_mask: Array | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        noise: Float32[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Computes the normed output of the last layer; arguments as `__call__`."""
+        """Computes the normed output of the last layer; arguments as `__call__`.
+
+        `noise` is added to the embeddings.
+        """
         segments = _segments(attention_mask, segment_ids)
-        return self.model(tokens, positions, segments, None)[0]
+        return self.model(tokens, positions, segments, None, noise)[0]
 
     def head(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Maps hidden states to float32 logits."""
@@ -185,12 +189,15 @@ class LlamaModel(nn.Module):
         positions: Int[Array, "B T"] | None,
         segments: Int[Array, "B T"] | None,
         cache: Cache | None,
+        noise: Float32[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Returns normed hidden states, and the longer cache if one was given."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rope = rope_table(positions, self.config)
         x = self.embed_tokens(tokens)
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
         if cache is None:
             (x, _), _ = self.layers((x, None), rope, segments, None, None)
             return self.norm(x), None

@@ -14,11 +14,13 @@ import numpy as np
 import convert
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LlamaConfig
+from qlora_jax.config_changes import as_text
 from qlora_jax.data import Batches, prefetch
 from qlora_jax.errors import UserError
 from qlora_jax.interruptions import Interruption
 from qlora_jax.lora_init import absorb
-from qlora_jax.run_directory import ADAPTER
+from qlora_jax.optimizer import averaged
+from qlora_jax.run_directory import ADAPTER, ADAPTER_EMA
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainState
 from qlora_jax.watch import Watch
@@ -61,6 +63,7 @@ class Loop:
         self.checkpoints.wait()
         if start == steps:  # stopped between the last checkpoint and the report
             self.export(state)
+            self.export_average(state)
         return state
 
     def save(self, state: TrainState, done: int) -> None:
@@ -73,20 +76,31 @@ class Loop:
         if first:  # adapter/ without a checkpoint is the sign of a lost one
             self.checkpoints.wait()
         self.export(state)
+        self.export_average(state)
 
-    def export(self, state: TrainState) -> None:
-        """Writes adapter/, for the base as it was loaded."""
+    def export(self, state: TrainState, name: str = ADAPTER) -> None:
+        """Writes adapter/, or another, for the base as it was loaded."""
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
         convert.save_adapter(
-            Path(self.config.output_dir) / ADAPTER,
-            dataclasses.replace(lora, base_fingerprint=self.fingerprint),
+            Path(self.config.output_dir) / name,
+            dataclasses.replace(
+                lora,
+                base_fingerprint=self.fingerprint,
+                base_config_changes=as_text(self.config.model.config_changes),
+            ),
             adapters,
             self.architecture,
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
         )
+
+    def export_average(self, state: TrainState) -> None:
+        """Writes adapter_ema/, where the run keeps a moving average."""
+        average = averaged(state.opt_state)
+        if average is not None:
+            self.export(dataclasses.replace(state, adapters=average), ADAPTER_EMA)
 
     def note(
         self, index: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]

@@ -62,6 +62,9 @@ _INIT = re.compile(
     r"default|gaussian|orthogonal|pissa|pissa_niter_[1-9]\d?|olora|loftq"
 )
 
+# Kept elsewhere than in adapter_config.json.
+_OUTSIDE = ("base_fingerprint", "base_config_changes")
+
 # PEFT puts what a file says into these expressions. A name in `modules_to_save` is one
 # of them as well, where it keeps a module from being adapted.
 AT_END = r"(.*\.)?({})$"
@@ -135,6 +138,9 @@ class LoraConfig:
     """Revision of the base, where its name is one of a hub."""
     base_fingerprint: str | None = None
     """SHA-256 of the base it was trained on, kept in the adapter file's metadata."""
+    base_config_changes: str | None = None
+    """What it was trained with instead of what the base's config.json has, as JSON; see
+    `qlora_jax.config_changes`."""
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -209,7 +215,7 @@ class LoraConfig:
                 "'default' (or true), 'gaussian', 'orthogonal', 'pissa', "
                 "'pissa_niter_N', 'olora', 'loftq'."
             )
-        for name in ("base_model_name_or_path", "revision", "base_fingerprint"):
+        for name in (*_OUTSIDE, "base_model_name_or_path", "revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"lora: `{name}` must be a text, got {value!r:.80}.")
@@ -350,7 +356,7 @@ class LoraConfig:
                 f"{', '.join(refused)}."
             )
         known = {f.name for f in dataclasses.fields(cls)}
-        known -= {"base_fingerprint", *_INERT}
+        known -= {*_OUTSIDE, *_INERT}
         unknown = [
             name
             for name, value in raw.items()
@@ -390,7 +396,7 @@ class LoraConfig:
         out: dict[str, Any] = dict(_REFUSED)
         del out["runtime_config"]
         for f in dataclasses.fields(self):
-            if f.name == "base_fingerprint":  # no field of PEFT's
+            if f.name in _OUTSIDE:  # no fields of PEFT's
                 continue
             value = getattr(self, f.name)
             if isinstance(value, tuple):

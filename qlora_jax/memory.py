@@ -22,6 +22,7 @@ from qlora_jax.config import PROJECTIONS, LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.optimizer import make_optimizer
 from qlora_jax.targets import (
     EMBEDDING,
     HEAD,
@@ -30,7 +31,7 @@ from qlora_jax.targets import (
     linear_modules,
     select,
 )
-from qlora_jax.train import TrainConfig, make_optimizer
+from qlora_jax.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ParameterReport:
     groups: Mapping[str, int]
     """Trainable parameters by adapted module."""
     optimizer_bytes: int
-    """Bytes of AdamW's state."""
+    """Bytes of the optimizer's state."""
 
 
 def abstract_base(
@@ -99,8 +100,16 @@ def parameter_report(
     *,
     quantization: str | None = "nf4_dq",
     dtype: str = "bfloat16",
+    train: TrainConfig | None = None,
 ) -> ParameterReport:
-    """Counts parameters and bytes; arguments as `abstract_base`.
+    """Counts parameters and bytes.
+
+    Args:
+      config: architecture.
+      lora: what is trained; None = nothing.
+      quantization: as `abstract_base` takes it.
+      dtype: of dense tensors.
+      train: the optimizer; default AdamW.
 
     Raises:
       UserError: `lora` targets nothing in this model.
@@ -110,9 +119,11 @@ def parameter_report(
     groups: dict[str, int] = {}
     optimizer_bytes = 0
     if lora is not None:
-        groups = select(dense, lora).groups()
+        selection = select(dense, lora)
+        groups = selection.groups()
         adapters = abstract_adapters(dense, lora)
-        optimizer = make_optimizer(TrainConfig(steps=1), 1)
+        train = TrainConfig(steps=1) if train is None else train
+        optimizer = make_optimizer(train, 1, selection)
         optimizer_bytes = tree_bytes(jax.eval_shape(optimizer.init, adapters))
     return ParameterReport(
         base_parameters=tree_size(dense),

@@ -30,6 +30,7 @@ import convert
 from convert.peft import in_short, open_adapter
 from qlora_jax.bases import base_places
 from qlora_jax.config import LlamaConfig
+from qlora_jax.config_changes import change, restored
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.generate import generate_tokens
@@ -108,10 +109,16 @@ class Model:
           UserError: one that uses what is not supported.
         """
         if adapter is None:
-            return dataclasses.replace(self, adapters=None, lora_config=None)
+            config = restored(self.config)
+            return dataclasses.replace(
+                self, config=config, adapters=None, lora_config=None
+            )
         place = adapter_directory(Path(adapter)) or Path(adapter)
         lora_config, adapters = _attach(place, self.base, strict=strict)
-        return dataclasses.replace(self, adapters=adapters, lora_config=lora_config)
+        config = change(restored(self.config), lora_config.base_config_changes)
+        return dataclasses.replace(
+            self, config=config, adapters=adapters, lora_config=lora_config
+        )
 
     def logits(
         self,
@@ -286,6 +293,7 @@ def load(
     lora_config = adapters = None
     if adapter is not None:
         lora_config, adapters = _attach(adapter, tree, strict=strict)
+        config = change(config, lora_config.base_config_changes)
     check_weights(drawn, tree, lora_config, path)
     return Model(
         config=config,

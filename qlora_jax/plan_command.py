@@ -36,7 +36,7 @@ from qlora_jax.plan import (
 from qlora_jax.run_directory import SETTINGS
 from qlora_jax.runfile import RunConfig, lora_options, read_config
 from qlora_jax.step_memory import Step
-from qlora_jax.train import TrainConfig
+from qlora_jax.train_config import TrainConfig
 
 _FIT = "fit"
 
@@ -315,6 +315,11 @@ class _Settings:
             steps=1,
             epochs=None,
             warmup_steps=0,
+            # A plan is of one step, and no warm-up is longer.
+            groups=tuple(
+                dataclasses.replace(group, warmup_steps=0)
+                for group in self.optimizer.groups
+            ),
             adapter_init=None,
             batch_size=self.batch_size,
             gradient_accumulation_steps=self.accumulation,
@@ -389,7 +394,7 @@ def _compared(
 _KINDS = {
     "base": "frozen weights",
     "adapters": "adapters (float32)",
-    "optimizer": "AdamW's moments",
+    "optimizer": "the optimizer's moments",
     "batch": "batch",
     "activations": "activations kept for the backward pass",
     "gradients": "gradients",

@@ -15,6 +15,7 @@ from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.watch import read_metrics
 
 SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
+ADAPTER_EMA = "adapter_ema"
 REPORT, CHECKPOINTS = "report.json", "checkpoints"
 
 
@@ -87,7 +88,7 @@ def alone(directory: Path) -> Iterator[None]:
                     "ends, or give another --output-dir."
                 ) from None
         # What a killed process left of an adapter half-written.
-        for name in (ADAPTER, START):
+        for name in (ADAPTER, ADAPTER_EMA, START):
             for left in directory.glob(f".{name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
         yield

@@ -23,7 +23,10 @@ from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainConfig, TrainState
 
 # Fields of a LoraConfig that say where its base is found, and which it was.
-_OF_THE_BASE = ("base_model_name_or_path", "revision", "base_fingerprint")
+_OF_THE_BASE = (
+    *("base_model_name_or_path", "revision", "base_fingerprint"),
+    "base_config_changes",
+)
 
 
 def run_record(
@@ -56,6 +59,7 @@ def run_record(
             "dtype": config.model.dtype,
             "quantization": config.model.quantization,
             "lm_head": _head(config),
+            **config.model.config_changes,
         },
     }
 

@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from qlora_jax.config import FrozenDict
+from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
+from qlora_jax.config_changes import check_changes
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
-from qlora_jax.train import TrainConfig
+from qlora_jax.train_config import TrainConfig
 
 _NONE = "none"
 
@@ -53,6 +56,28 @@ class ModelConfig:
     of a model whose head is not tied to the embeddings."""
     kernels: Literal["auto", "xla", "pallas"] = "auto"
     """Of products with packed weights: XLA's, our own for GPUs, or the best known."""
+    max_position_embeddings: int | None = None
+    """Context length of the tuned model, in place of the one in the base's config.json.
+    """
+    rope_scaling: Mapping[str, int | float | str] | None = None
+    """How rotary positions are stretched, in place of what config.json has: a table of
+    its fields, `rope_type` ("linear", "llama3", or "default" for not at all), `factor`
+    and, for llama3, `low_freq_factor`, `high_freq_factor` and
+    `original_max_position_embeddings`."""
+
+    def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            ordered = FrozenDict(sorted(self.rope_scaling.items()))
+            object.__setattr__(self, "rope_scaling", ordered)
+        check_changes(self.config_changes, "model")
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """What is changed in the base's config.json."""
+        given = {name: getattr(self, name) for name in CHANGEABLE_FIELDS}
+        if self.rope_scaling is not None:
+            given["rope_scaling"] = dict(self.rope_scaling)
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ it continues from the newest checkpoint, bit for bit.
     RUN/metrics.jsonl   one object a step
     RUN/checkpoints/    Orbax
     RUN/adapter/        the adapter of the newest checkpoint, as a PEFT directory
+    RUN/adapter_ema/    with `train.ema_decay`, the moving average beside it
     RUN/initial_adapter/  with pissa or olora, what was taken out of the base
     RUN/loss.png        drawn from metrics.jsonl
     RUN/report.json     what was trained, on what, with which versions
@@ -34,6 +35,7 @@ from convert.checkpoint import open_checkpoint
 from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
 from qlora_jax.config import LlamaConfig
+from qlora_jax.config_changes import change
 from qlora_jax.continued import continued, given_fields
 from qlora_jax.data import Batches, Examples, Mixture, load_examples
 from qlora_jax.errors import UserError
@@ -47,6 +49,7 @@ from qlora_jax.lora_init import factor_out, init_adapters
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.parameter_groups import optimizer_groups, schedule
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import (
     ADAPTER,
@@ -61,11 +64,7 @@ from qlora_jax.run_directory import (
 from qlora_jax.run_record import continue_run, run_record, say, versions
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import Selection, select
-from qlora_jax.train import (
-    TrainState,
-    init_state,
-    schedule,
-)
+from qlora_jax.train import TrainState, init_state
 from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, draw_loss
 
@@ -116,12 +115,17 @@ def run(
     model, abstract = _abstract(model, shapes)
     drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
     architecture = model.config
+    origin = None
     if config.train.adapter_init is not None:
         given = given_fields(config.lora) if given is None else given
-        config = _with_initial_adapter(config, given, abstract)
+        config, origin = _with_initial_adapter(config, given, abstract)
+    architecture = change(architecture, config.model.config_changes, "model")
+    model = model.clone(config=architecture)
     for warning in warnings(architecture, config.lora, abstract):
         say(f"Note: {warning}")
+    rates = optimizer_groups(config.train, select(abstract, config.lora))
     examples, batches = _data(config, architecture)
+    _note_length(architecture, examples.report.longest_example)
     steps = len(batches)
 
     compute = Compute(
@@ -152,6 +156,8 @@ def run(
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
+    for group in rates:
+        say(f"  {group}")
     _note_untrained(base, selection, examples.used())
     record = run_record(config, fingerprint, examples)
 
@@ -201,6 +207,8 @@ def run(
             "final_loss": watch.last_loss,
             "trainable_parameters": sum(groups.values()),
             "groups": groups,
+            "optimizer_groups": [group.report() for group in rates],
+            "continued_from": origin,
             "base_parameters": tree_parameters(base),
             "base_bytes": tree_bytes(base),
             "adapter_bytes": (directory / ADAPTER / "adapter_model.safetensors")
@@ -274,9 +282,9 @@ def _data(
             f"{wanted:,}, so that rows are repeated within a step. A smaller "
             "`train.batch_size` (or no packing) avoids it."
         )
-    if config.train.warmup_steps > len(batches):
+    if config.train.longest_warmup > len(batches):
         raise UserError(
-            f"train: `warmup_steps`={config.train.warmup_steps} exceeds the "
+            f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run."
         )
     return examples, batches
@@ -317,6 +325,26 @@ def _first_state(
     return init_state(adapters, optimizer, run_key), base
 
 
+def _note_length(architecture: LlamaConfig, longest: int) -> None:
+    """Says so where rows are longer than the model is meant for."""
+    limit = architecture.max_position_embeddings
+    if longest <= limit:
+        return
+    scaling = architecture.rope_scaling
+    say(
+        f"Note: the longest example has {longest:,} tokens, and this model is meant "
+        f"for {limit:,} (`max_position_embeddings`)"
+        + (
+            " without scaled positions"
+            if scaling is None
+            else f" with positions scaled by {scaling.factor:g} ({scaling.rope_type})"
+        )
+        + ". Training goes on, on positions that it has never seen. A longer context "
+        "is a setting: `model.max_position_embeddings` and [model.rope_scaling]; "
+        "`data.max_length` makes rows shorter."
+    )
+
+
 def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
     """Says so where the data use tokens whose rows no training has ever touched."""
     covered = {r.path[-1]: set(r.indices) for r in selection.rows}
@@ -334,30 +362,50 @@ def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
 
 def _with_initial_adapter(
     config: RunConfig, given: Collection[str], base: Any
-) -> RunConfig:
+) -> tuple[RunConfig, dict[str, Any]]:
     """Takes the settings of the adapter that the run starts from, but for those given.
 
     Its file is checked against the base as well, on shapes.
+
+    Returns:
+      The configuration, and what report.json says of where the run started.
     """
     place = config.train.adapter_init
     assert place is not None
     own = convert.check_adapter(place, base)
-    # All that was trained is trained again.
-    lora, changes = continued(own, config.lora, given, base, name=place)
+    # All that was trained is trained again, at the context length it was trained for.
+    changes = json.loads(own.base_config_changes or "{}")
+    model = dataclasses.replace(
+        config.model, **{**changes, **config.model.config_changes}
+    )
+    lora, notes = continued(own, config.lora, given, base, name=place)
+    notes += [
+        f"{name} {changes.get(name, 'as in the base')} -> {value}"
+        for name, value in config.model.config_changes.items()
+        if changes.get(name) != value
+    ]
     lora = dataclasses.replace(
         lora,
         init_lora_weights="default",
         base_model_name_or_path=config.lora.base_model_name_or_path,
         revision=config.lora.revision,
         base_fingerprint=None,
+        base_config_changes=None,
     )
+    counts = [sum(select(base, one).groups().values()) for one in (own, lora)]
     say(
         f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
-        f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}); it carries no "
-        "optimizer state, so AdamW starts afresh."
-        + (f" Changed: {', '.join(changes)}." if changes else "")
+        f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}): it has {counts[0]:,} "
+        f"trained parameters, and this run trains {counts[1]:,}. It carries no "
+        "optimizer state, so the optimizer starts afresh."
+        + (f" Changed: {', '.join(notes)}." if notes else "")
     )
-    return dataclasses.replace(config, lora=lora)
+    origin = {
+        "path": place,
+        "trainable_parameters_before": counts[0],
+        "trainable_parameters": counts[1],
+    }
+    return dataclasses.replace(config, lora=lora, model=model), origin
 
 
 def tree_parameters(base: Any) -> int:

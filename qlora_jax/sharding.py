@@ -121,6 +121,10 @@ def _weight(
     size = math.prod(leaf.shape) * leaf.dtype.itemsize
     if parts == 1 or size < _SMALL_BYTES:
         return _put(leaf, mesh, (), kind)
+    if len(leaf.shape) == 1:  # scales of moments in 8 bits, a sixty-fourth of these
+        return _put(leaf, mesh, (), kind)
+    if keys[-1] == "codes" and keys[-2].startswith("lora_"):  # such a moment: as it is
+        keys = keys[:-1]
     stacked = all(part in keys for part in LAYERS)
     first = 1 if stacked else 0
     # Rows of a packed or dense weight come first; of an adapter's pair the long axis.

@@ -33,15 +33,11 @@ from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base
+from qlora_jax.optimizer import make_optimizer
 from qlora_jax.sharding import check_mesh, lies_on_host, local_bytes, place
-from qlora_jax.targets import EMBEDDING, HEAD, Path
-from qlora_jax.train import (
-    TrainConfig,
-    TrainState,
-    init_state,
-    jit_step,
-    make_optimizer,
-)
+from qlora_jax.targets import EMBEDDING, HEAD, Path, select
+from qlora_jax.train import TrainState, init_state, jit_step
+from qlora_jax.train_config import ParameterGroup, TrainConfig
 
 ALLOWANCE = 700_000_000
 """Bytes of a card that no plan of a program holds: the CUDA context with its kernels
@@ -112,7 +108,7 @@ class Step:
             **_fields(self),
             "config": self.config.to_hf(),
             "compute": compute,
-            "train": _fields(self.train),
+            "train": dataclasses.asdict(self.train),
         }
 
     @classmethod
@@ -123,12 +119,13 @@ class Step:
             # JSON has neither tuples nor immutable tables.
             lora = {name: _frozen(v) for name, v in compute["lora"].items()}
             compute["lora"] = LoraConfig(**lora)
+        groups = tuple(ParameterGroup(**g) for g in content["train"]["groups"])
         return cls(
             **{
                 **content,
                 "config": LlamaConfig.from_hf(content["config"]),
                 "compute": Compute(**compute),
-                "train": TrainConfig(**content["train"]),
+                "train": TrainConfig(**{**content["train"], "groups": groups}),
             }
         )
 
@@ -158,7 +155,7 @@ def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
         dtype=step.compute.dtype,
     )
     adapters = abstract_adapters(base, step.compute.lora)
-    optimizer = make_optimizer(step.train, 1)
+    optimizer = _optimizer(step, base)
 
     def start(adapters: Any) -> TrainState:
         return init_state(adapters, optimizer, jax.random.key(0))
@@ -174,6 +171,11 @@ def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
         names += ("positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     return state, base, batch
+
+
+def _optimizer(step: Step, base: Any) -> Any:
+    assert step.compute.lora is not None
+    return make_optimizer(step.train, 1, select(base, step.compute.lora))
 
 
 def gpu_mesh(card: Card, shape: Mapping[str, int] | None = None) -> Mesh:
@@ -207,7 +209,11 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
     arguments = abstract_arguments(step)
     if mesh is not None:
         check_mesh(mesh.shape, step.train.batch_size)
-    jitted = jit_step(model, make_optimizer(step.train, 1))
+    jitted = jit_step(
+        model,
+        _optimizer(step, arguments[1]),
+        neftune_noise_alpha=step.train.neftune_noise_alpha,
+    )
     if mesh is None:
         return jitted.lower(*arguments)
     # For whom to trace: what is chosen by the kind of device is chosen for this one.

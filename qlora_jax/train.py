@@ -1,4 +1,4 @@
-"""One training step as a pure function, and what it needs: state, optimizer, schedule.
+"""One training step as a pure function, and its state.
 
     state, metrics = train_step(state, base, batch, model=model, optimizer=optimizer)
 
@@ -15,99 +15,31 @@ accumulation window, summed over micro-batches and divided once.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
 from qlora_jax import nf4
-from qlora_jax.errors import UserError
+from qlora_jax.config import IGNORE
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.optimizer import make_optimizer as make_optimizer
+from qlora_jax.parameter_groups import schedule as schedule
 from qlora_jax.placement import gathered, on_device
+from qlora_jax.train_config import TrainConfig as TrainConfig
 
 Batch = Mapping[str, Array]
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Length of a run, batch and optimizer; the `[train]` section of a run file."""
-
-    steps: int | None = None
-    """Optimizer steps; give this or `epochs`."""
-    epochs: float | None = None
-    """Passes over the data; give this or `steps`."""
-    batch_size: int = 1
-    """Rows of a micro-batch."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches summed into one optimizer step."""
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows the warm-up: constant, or falling to 0 at the last step."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    max_grad_norm: float | None = 1.0
-    """Global norm that gradients are clipped to; none = not clipped."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    adapter_init: str | None = None
-    """PEFT directory whose adapter the run starts from, instead of a fresh one.
-    `[lora]` is then the adapter's own; of what is given there, `lora_alpha`,
-    `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and anything
-    else that does is an error."""
-    seed: int = 0
-    """Of the adapters' initialization and of dropout."""
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise UserError(
-                "train: give either `steps` or `epochs`, got "
-                f"steps={self.steps} and epochs={self.epochs}."
-            )
-        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"train: `{name}` must be at least 1, got {value}.")
-        if self.epochs is not None and not self.epochs > 0:
-            raise UserError(f"train: `epochs` must be > 0, got {self.epochs}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise UserError(
-                f"train: `learning_rate` must be >= 0, got {self.learning_rate}."
-            )
-        if self.lr_scheduler not in ("constant", "linear", "cosine"):
-            raise UserError(
-                "train: `lr_scheduler` must be 'constant', 'linear' or 'cosine', got "
-                f"{self.lr_scheduler!r}."
-            )
-        if self.warmup_steps < 0:
-            raise UserError(
-                f"train: `warmup_steps` must be >= 0, got {self.warmup_steps}."
-            )
-        if self.steps is not None and self.warmup_steps > self.steps:
-            raise UserError(
-                f"train: `warmup_steps`={self.warmup_steps} exceeds "
-                f"`steps`={self.steps}; the learning rate would never reach its peak."
-            )
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise UserError(
-                f"train: `max_grad_norm` must be > 0 or none, got {self.max_grad_norm}."
-            )
-        if self.weight_decay < 0:
-            raise UserError(
-                f"train: `weight_decay` must be >= 0, got {self.weight_decay}."
-            )
+# Tells the key of the noise from what dropout makes of the same key.
+_NOISE = 0x6E656674
 
 
 @partial(
@@ -129,50 +61,6 @@ class TrainState:
     """PRNG key of the run; each step folds its number into it."""
 
 
-def schedule(config: TrainConfig, steps: int) -> Callable[[Any], Array]:
-    """Returns step -> learning rate, as the Hugging Face schedules define it.
-
-    Step s (from 0) of warm-up w and total n: rising s / w, then 1, (n - s) / (n - w) or
-    (1 + cos(pi (s - w) / (n - w))) / 2.
-    """
-    warmup = config.warmup_steps
-    rest = max(steps - warmup, 1)
-
-    def rate(step: Any) -> Array:
-        step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
-        if config.lr_scheduler == "linear":
-            factor = 1.0 - done
-        elif config.lr_scheduler == "cosine":
-            factor = 0.5 * (1.0 + jnp.cos(math.pi * done))
-        else:
-            factor = jnp.ones_like(done)
-        if warmup:
-            factor = jnp.where(step < warmup, step / warmup, factor)
-        return config.learning_rate * factor
-
-    return rate
-
-
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Builds clipping and AdamW (arXiv:1711.05101) with the run's schedule.
-
-    Args:
-      config: optimizer settings.
-      steps: total optimizer steps of the run, for the schedule.
-    """
-    adamw = optax.adamw(
-        schedule(config, steps),
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-    if config.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
-
-
 def init_state(
     adapters: Any, optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
@@ -192,6 +80,7 @@ def loss_sum(
     *,
     model: Llama,
     key: Array | None = None,
+    noise: Float32[Array, "B T D"] | None = None,
 ) -> Float32[Array, ""]:
     """Sums the loss over the supervised tokens of one micro-batch.
 
@@ -202,6 +91,7 @@ def loss_sum(
         attention_mask [B, T].
       model: the architecture.
       key: PRNG key for dropout; None = no dropout.
+      noise: added to the embeddings; None = none.
     """
     lora = model.compute.lora
     bound = adapters if lora is None else bind(adapters, base, lora)
@@ -212,6 +102,7 @@ def loss_sum(
         attention_mask=batch.get("attention_mask"),
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
+        noise=noise,
         rngs=None if key is None else {"dropout": key},
         method="hidden_states",
     )
@@ -222,6 +113,45 @@ def loss_sum(
         batch["labels"],
         vocab_size=model.config.vocab_size,
     )
+
+
+def embedding_noise(
+    batch: Batch, key: Array, *, alpha: float, features: int
+) -> Float32[Array, "B T D"]:
+    """Draws NEFTune's noise (arXiv:2310.05914): uniform in +-alpha / sqrt(N D).
+
+    N is the number of tokens of the text that a token belongs to: of its document in a
+    packed row (as if the documents were rows of their own); of the row, as far as
+    `attention_mask` goes; and with neither, of the row up to its last supervised token.
+    What comes behind that one, padding most of all, changes no loss.
+
+    Args:
+      batch: labels [B, T] and optionally segment_ids or attention_mask [B, T].
+      key: PRNG key.
+      alpha: `neftune_noise_alpha`.
+      features: D.
+    """
+    length = text_lengths(batch).astype(jnp.float32)
+    size = alpha / jnp.sqrt(length * features)
+    shape = (*batch["labels"].shape, features)
+    drawn = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+    return drawn * size[..., None]
+
+
+def text_lengths(batch: Batch) -> Int[Array, "B T"]:
+    """Tokens of the text that each token belongs to, at least 1; see above."""
+    labels = batch["labels"]
+    rows, length = labels.shape
+    if batch.get("segment_ids") is not None:
+        segments = batch["segment_ids"]
+        counts = jax.vmap(partial(jnp.bincount, length=length + 1))(segments)
+        found = jnp.take_along_axis(counts, segments, axis=1)
+    elif batch.get("attention_mask") is not None:
+        found = batch["attention_mask"].astype(jnp.int32).sum(axis=1, keepdims=True)
+    else:
+        places = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
+        found = jnp.where(labels != IGNORE, places, 0).max(axis=1, keepdims=True)
+    return jnp.maximum(jnp.broadcast_to(found, (rows, length)), 1).astype(jnp.int32)
 
 
 def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]:
@@ -260,6 +190,7 @@ def train_step(
     *,
     model: Llama,
     optimizer: optax.GradientTransformation,
+    neftune_noise_alpha: float | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Takes one optimizer step.
 
@@ -274,6 +205,7 @@ def train_step(
         attention_mask; A micro-batches are accumulated.
       model: the architecture.
       optimizer: from `make_optimizer`.
+      neftune_noise_alpha: of `embedding_noise`; None = no noise.
 
     Returns:
       The state after the step, and scalars: loss (mean over supervised tokens),
@@ -288,8 +220,25 @@ def train_step(
     dropout = config is not None and config.lora_dropout > 0.0
 
     def mean_loss(adapters: Any, part: Batch, index: Array) -> Array:
-        key = jax.random.fold_in(step_key, index) if dropout else None
-        return loss_sum(adapters, base, part, model=model, key=key) / count
+        noise = key = None
+        if dropout:
+            key = jax.random.fold_in(step_key, index)
+        if neftune_noise_alpha is not None:
+            noise = embedding_noise(
+                part,
+                jax.random.fold_in(jax.random.fold_in(step_key, index), _NOISE),
+                alpha=neftune_noise_alpha,
+                features=model.config.hidden_size,
+            )
+        total = loss_sum(
+            adapters,
+            base,
+            part,
+            model=model,
+            key=key,
+            noise=noise,
+        )
+        return total / count
 
     gradient = jax.value_and_grad(mean_loss)
     if micro == 1:
@@ -333,15 +282,28 @@ def train_step(
     )
 
 
-def jit_step(model: Llama, optimizer: optax.GradientTransformation) -> Any:
+def jit_step(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    *,
+    neftune_noise_alpha: float | None = None,
+) -> Any:
     """`train_step` jitted as runs use it: (state, base, batch), the state donated."""
-    step = partial(train_step, model=model, optimizer=optimizer)
+    step = partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        neftune_noise_alpha=neftune_noise_alpha,
+    )
     return jax.jit(step, donate_argnums=0)
 
 
 def eval_step(
     adapters: Any, base: Any, batch: Batch, *, model: Llama
 ) -> tuple[Array, Array]:
-    """Returns (summed loss, supervised tokens) of one batch [B, T], no dropout."""
+    """Returns (summed loss, supervised tokens) of one batch [B, T].
+
+    Without dropout and without noise.
+    """
     total = loss_sum(adapters, base, batch, model=model)
     return total, supervised_tokens(batch["labels"])

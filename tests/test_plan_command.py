@@ -131,6 +131,24 @@ def test_several_devices_hold_less_each(capsys, config_json):
     )
 
 
+def test_the_optimizer_of_a_run_file_is_counted(capsys, run_file):
+    """With groups whose warm-up is longer than the one step of a plan."""
+    more = 'optimizer = "adamw_8bit"\nema_decay = 0.5\n'
+    more += '[[train.groups]]\nmatch = "proj"\nwarmup_steps = 3\n'
+    path = Path(run_file)
+    sizes = []
+    for text in ("", more):
+        path.write_text(path.read_text() + text)
+        args = (run_file, "--gpu", "l4", "--max-length", "2048")
+        sizes.append(planned(capsys, *args)["device_bytes"]["optimizer"])
+    trained = planned(capsys, *args)["device_bytes"]["adapters"] // 4
+    # 8 bytes a parameter; 2.03 and the average's 4. And counts, step and key.
+    assert sizes[0] == 8 * trained + 20
+    assert 6 * trained < sizes[1] < 6.04 * trained
+    sharded = planned(capsys, *args, "--batch-size", "8", "--mesh.fsdp", "8")
+    assert sharded["device_bytes"]["optimizer"] < 0.3 * sizes[1]
+
+
 def test_what_does_not_fit_is_reported_with_what_would_help(capsys, config_json):
     report = planned(
         capsys,

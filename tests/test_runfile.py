@@ -1,6 +1,7 @@
 """Run files: strict in, complete out, and the same when read again."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -15,7 +16,7 @@ from qlora_jax.runfile import (
     read_config,
     to_toml,
 )
-from qlora_jax.train import TrainConfig
+from qlora_jax.train_config import ParameterGroup, TrainConfig
 
 SMALLEST = """
 [model]
@@ -109,6 +110,33 @@ def test_written_and_read_again_it_is_the_same(tmp_path, config):
     for section in dataclasses.asdict(config).values():
         for name, value in section.items() if isinstance(section, dict) else ():
             assert value is None or f"\n{name} = " in to_toml(config)
+
+
+def test_tables_of_train_and_model(tmp_path, repository):
+    """The run file of docs/training.md, read and written."""
+    text = (repository / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.S | re.M)
+    config = read(tmp_path, block)
+    first, second = config.train.groups
+    assert first == ParameterGroup(r"layernorm|model\.norm", learning_rate=1e-6)
+    assert second.lr_scheduler == "constant" and second.learning_rate is None
+    assert config.model.config_changes == {
+        "max_position_embeddings": 262144,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    written = to_toml(config)
+    assert read(tmp_path, written) == config
+    assert written.count("[[train.groups]]") == 2
+    wrong = block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6")
+    message = "`groups` 1: `learnign_rate` is no option here; did you mean `learning_r"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, wrong)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import convert
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.cli import main
-from qlora_jax.config import LlamaConfig
+from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
@@ -28,9 +28,9 @@ from qlora_jax.runfile import (
     RunConfig,
     read_config,
 )
-from qlora_jax.runner import run
+from qlora_jax.runner import _with_initial_adapter, run
 from qlora_jax.targets import select
-from qlora_jax.train import TrainConfig
+from qlora_jax.train_config import ParameterGroup, TrainConfig
 
 TOKENS = [[3, 5, 7, 9, 11, 2, 4, 6]]
 KINDS = {
@@ -202,16 +202,152 @@ def test_loftq_needs_what_was_quantized(make, tmp_path, llama_dir):
         run(dataclasses.replace(config, model=model))
 
 
-def test_all_that_was_trained_is_trained_again(make, tmp_path, capsys):
-    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}}
+def test_all_that_was_trained_is_trained_again(make, tmp_path, llama_dir, edit_tensors):
+    """From an adapter as Unsloth and scripts around it write them."""
+    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}, "use_dora": True}
     first = run(make(tmp_path / "one", kind, steps=2))
-    adapter = str(tmp_path / "one" / "adapter")
-    second = run(make(tmp_path / "two", {"r": 7}, steps=2, adapter_init=adapter))
+    adapter = tmp_path / "one" / "adapter"
+    file = adapter / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    raw["auto_mapping"] = {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+        "unsloth_fixed": True,
+    }
+    raw["base_model_name_or_path"] = "unsloth/some-llama-bnb-4bit"
+    file.write_text(json.dumps(raw))
+    _, before = convert.load_adapter(adapter, _config(llama_dir))
+
+    def respell(tensors):
+        for key in [key for key in tensors if "lora_" not in key]:
+            spelled = key.replace(".weight", ".modules_to_save.default.weight")
+            tensors[spelled] = tensors.pop(key)
+
+    edit_tensors(adapter / "adapter_model.safetensors", respell)
+    settings = {"steps": 2, "adapter_init": str(adapter)}
+    second = run(make(tmp_path / "two", {"r": 4}, **settings))
     assert second["groups"] == first["groups"]
+    trained = first["trainable_parameters"]
+    assert second["continued_from"]["trainable_parameters_before"] == trained
     lora = read_config(tmp_path / "two" / "config.toml").lora
     assert lora.modules_to_save == ("embed_tokens", "lm_head", "norm")
     assert lora.rank_pattern == {"q_proj": 2}
-    assert weights(tmp_path / "two") != weights(tmp_path / "one")
+    # Tables, norms and magnitudes too start from what they were, and move.
+    _, after = convert.load_adapter(tmp_path / "two" / "adapter", _config(llama_dir))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
+    assert len(jax.tree.leaves(moved)) == 8
+    # Each of two steps moves a number by its rate of 0.01 at most, or a little more.
+    assert all(0 < size < 0.03 for size in jax.tree.leaves(moved)), moved
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """A JSONL file of rows of 100 tokens: longer than the model is meant for."""
+    rng = np.random.default_rng(2)
+    path = tmp_path_factory.mktemp("data") / "long.jsonl"
+    with open(path, "w") as file:
+        for _ in range(6):
+            ids = rng.integers(1, 32, 100).tolist()
+            file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+    return path
+
+
+def test_an_adapter_is_continued_at_a_longer_context(
+    make, straight, long_rows, llama_dir, tmp_path, capsys
+):
+    """With groups, a moving average and noise; and stopped on the way."""
+    before = straight("dora")
+
+    def longer(directory, steps):
+        config = make(
+            tmp_path / directory,
+            {},
+            steps=steps,
+            adapter_init=str(before.directory / "adapter"),
+            loraplus_lr_ratio=4.0,
+            weight_decay=0.1,
+            groups=(ParameterGroup("down_proj", learning_rate=0.0),),
+            ema_decay=0.5,
+            neftune_noise_alpha=5.0,
+        )
+        scaling = {"rope_type": "linear", "factor": 2.0}
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model, max_position_embeddings=128, rope_scaling=scaling
+            ),
+            data=dataclasses.replace(config.data, path=str(long_rows), max_length=128),
+        )
+
+    run(longer("parts", 2))
+    written = read_config(tmp_path / "parts" / "config.toml")
+    assert written == dataclasses.replace(longer("parts", 2), lora=written.lora)
+    capsys.readouterr()
+    report = run(longer("parts", 4))
+    said = " ".join(capsys.readouterr().err.split())
+    run(longer("one", 4))
+    for name in ("adapter", "adapter_ema"):
+        one, two = (
+            (tmp_path / place / name / "adapter_model.safetensors").read_bytes()
+            for place in ("parts", "one")
+        )
+        assert one == two, name
+    assert weights(tmp_path / "one") != one  # the average is another adapter
+
+    # What was trained is trained again, and its rates are said and reported.
+    trained = before.report["trainable_parameters"]
+    assert report["continued_from"] == {
+        "path": str(before.directory / "adapter"),
+        "trainable_parameters_before": trained,
+        "trainable_parameters": trained,
+    }
+    assert f"it has {trained:,} trained parameters, and this run trains" in said
+    assert "the longest example has" not in said
+    groups = {group["name"]: group for group in report["optimizer_groups"]}
+    assert set(groups) == {
+        *("default", "default, no decay", "lora_B"),
+        *("down_proj", "down_proj, no decay"),
+    }
+    assert sum(g["parameters"] for g in report["optimizer_groups"]) == trained
+    assert groups["lora_B"]["learning_rate"] == 0.04
+    assert groups["default, no decay"]["weight_decay"] == 0.0
+    assert "lora_B: " in said and "learning rate 0.04 (constant" in said
+    start, end = (
+        convert.load_adapter(place / "adapter", _config(llama_dir))[1]["model"]
+        for place in (before.directory, tmp_path / "one")
+    )
+    for module, part, moves in (
+        ("self_attn.q_proj", "lora_A", True),
+        ("self_attn.q_proj", "lora_magnitude_vector", True),
+        ("mlp.down_proj", "lora_B", False),
+    ):
+        block, name = module.split(".")
+        pair = [tree["layers"][block][name][part] for tree in (start, end)]
+        assert np.array_equal(*pair) != moves, module
+
+    # The longer context goes where the adapter goes.
+    changes = {"max_position_embeddings": 128}
+    changes["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    assert json.loads((tmp_path / "one/adapter/base_config.json").read_text()) == (
+        changes
+    )
+    assert load(tmp_path / "one").config.rope_scaling == RopeScaling("linear", 2.0)
+    average = load(tmp_path / "one" / "adapter_ema", dtype="float32")
+    assert average.config.max_position_embeddings == 128
+    config = make(
+        tmp_path / "three", {}, adapter_init=str(tmp_path / "one" / "adapter")
+    )
+    kept, origin = _with_initial_adapter(config, (), _abstract_base(llama_dir))
+    assert kept.model.config_changes == changes
+    assert origin["trainable_parameters_before"] == trained
+
+
+def _config(llama_dir):
+    return LlamaConfig.from_hf(json.loads((llama_dir / "config.json").read_text()))
+
+
+def _abstract_base(llama_dir):
+    return convert.abstract_llama(llama_dir, quantization="nf4_dq")[1]
 
 
 def test_tables_that_dominate_are_said_with_the_figure(straight):

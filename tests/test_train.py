@@ -18,14 +18,17 @@ from qlora_jax.lora_init import init_adapters
 from qlora_jax.train import (
     TrainConfig,
     TrainState,
+    embedding_noise,
     eval_step,
     head_variables,
     init_state,
     loss_sum,
     make_optimizer,
     schedule,
+    text_lengths,
     train_step,
 )
+from qlora_jax.train_config import ParameterGroup
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -660,6 +663,74 @@ def test_the_reported_norm_is_that_before_clipping():
     np.testing.assert_allclose(part, 1e-3, rtol=1e-3)
 
 
+# --- Noise on the embeddings ---
+
+
+def test_the_length_of_a_text_is_that_of_its_document():
+    labels = jnp.full((2, 6), IGNORE)
+    packed = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]], jnp.int32)
+    lengths = text_lengths({"labels": labels, "segment_ids": packed})
+    # Two documents of three and two tokens and a pad; one and five.
+    assert lengths.tolist() == [[3, 3, 3, 2, 2, 1], [1, 5, 5, 5, 5, 5]]
+    masked = jnp.asarray([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], jnp.int32)
+    lengths = text_lengths({"labels": labels, "attention_mask": masked})
+    assert lengths[:, 0].tolist() == [4, 1]
+    # With neither: up to the last supervised token.
+    supervised = labels.at[0, 2].set(7).at[0, 4].set(7)
+    assert text_lengths({"labels": supervised})[:, 0].tolist() == [5, 1]
+
+
+def test_the_noise_is_uniform_and_of_the_papers_size():
+    labels = jnp.zeros((2, 400), jnp.int32).at[0, 100:].set(IGNORE)
+    noise = embedding_noise(
+        {"labels": labels}, jax.random.key(0), alpha=5.0, features=64
+    )
+    for row, length in enumerate((100, 400)):
+        bound = 5.0 / math.sqrt(length * 64)
+        drawn = np.asarray(noise[row], np.float64) / bound
+        # 25,600 draws of a uniform distribution on [-1, 1].
+        assert 0.999 < np.abs(drawn).max() <= 1 + 1e-6
+        assert abs(drawn.mean()) < 0.02 and abs(drawn.var() - 1 / 3) < 0.01
+
+
+def test_noise_is_of_training_alone_and_of_the_step_and_row():
+    @functools.cache
+    def jitted(alpha, remat):
+        step = functools.partial(
+            train_step,
+            model=llama(remat=remat),
+            optimizer=SGD,
+            neftune_noise_alpha=alpha,
+        )
+        return jax.jit(step)
+
+    def step(alpha, remat="full", seed=0):
+        state, metrics = jitted(alpha, remat)(
+            begin(SGD, seed=seed), base(), window(2, 2)
+        )
+        return float(metrics["loss"]), state
+
+    plain, _ = step(None)
+    noisy, state = step(5.0)
+    assert abs(noisy - plain) > 1e-4
+    # The key of the run and the number of the step make it, nothing else.
+    again, same = step(5.0)
+    assert again == noisy
+    all_equal(same.adapters, state.adapters)
+    assert step(5.0, seed=1)[0] != noisy
+    # What is recomputed in the backward pass is computed from the same noise.
+    other, moved = step(5.0, remat="none")
+    assert other == pytest.approx(noisy, rel=1e-6)
+    updates = [
+        jax.tree.map(jnp.subtract, s.adapters, adapters()) for s in (moved, state)
+    ]
+    all_close(*updates, GRADIENT)
+    # Off, nothing of it is in the program.
+    arguments = begin(SGD), base(), window(2, 2)
+    texts = [jitted(alpha, "full").lower(*arguments).as_text() for alpha in (5.0, None)]
+    assert ["_uniform" in text for text in texts] == [True, False]
+
+
 # --- TrainConfig ---
 
 
@@ -678,11 +749,43 @@ def test_the_reported_norm_is_that_before_clipping():
         ({"warmup_steps": 6}, "`warmup_steps`=6 exceeds `steps`=5; the learning rate"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or none, got 0.0"),
         ({"weight_decay": -0.1}, "`weight_decay` must be >= 0, got -0.1"),
+        ({"weight_decay": math.nan}, "`weight_decay` must be >= 0, got nan"),
+        ({"adam_beta2": 1.0}, "`adam_beta2` must be at least 0 and less than 1"),
+        ({"adam_epsilon": 0.0}, "`adam_epsilon` must be > 0, got 0.0"),
+        ({"embedding_learning_rate": -1.0}, "`embedding_learning_rate` must be >= 0"),
+        ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
+        ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
+        ({"ema_decay": 1.0}, "`ema_decay` must lie between 0 and 1, or be left out"),
+        (
+            {"groups": (ParameterGroup("(", learning_rate=1.0),)},
+            r"train: group 1: `match` = '\(' is no regular expression: missing \)",
+        ),
+        ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
+        (
+            {"groups": (ParameterGroup("q_proj", learning_rate=-1.0),)},
+            "group 1: `learning_rate` must be >= 0, got -1.0",
+        ),
+        (
+            {"groups": (ParameterGroup("q_proj", warmup_steps=9),)},
+            "group 1: `warmup_steps`=9 exceeds `steps`=5",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**{"steps": 5, **change})
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once():
+    with pytest.raises(UserError) as caught:
+        TrainConfig(steps=0, learning_rate=-1.0, weight_decay=-0.5, ema_decay=2.0)
+    assert str(caught.value).splitlines() == [
+        "train: 4 problems:",
+        "- `steps` must be at least 1, got 0.",
+        "- `learning_rate` must be >= 0, got -1.0.",
+        "- `weight_decay` must be >= 0, got -0.5.",
+        "- `ema_decay` must lie between 0 and 1, or be left out, got 2.0.",
+    ]
 
 
 def test_an_unknown_schedule_is_refused():
