@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.loss_plot import draw_loss
 from qlora_jax.train import TrainConfig, schedule
 from qlora_jax.watch import (
     Watch,
-    draw_loss,
     peak_memory_bytes,
     process_seconds,
     read_metrics,
