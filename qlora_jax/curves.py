@@ -105,12 +105,9 @@ def chart(
             for a, b in zip(x.tolist(), y.tolist(), strict=True)
         )
         style = f'style="stroke: var(--{curve.color})"'
-        parts.append(
-            f'<polyline class="{curve.kind}" {style} points="{points}"/>'
-            if len(x) > 1
-            else _dot(curve, across(x[0]), down(y[0]), x[0], y[0])
-        )
-        if curve.kind == "points":
+        if len(x) > 1:
+            parts.append(f'<polyline class="{curve.kind}" {style} points="{points}"/>')
+        if len(x) == 1 or curve.kind == "points":
             parts += [
                 _dot(curve, across(a), down(b), a, b)
                 for a, b in zip(x.tolist(), y.tolist(), strict=True)

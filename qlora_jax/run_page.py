@@ -52,7 +52,9 @@ polyline.faint { stroke-width: 1; opacity: .35; }
 }
 .legend i.faint { opacity: .35; }
 .legend i.points { width: .5rem; height: .5rem; border-radius: 50%; }
-.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem 2rem; margin-top: 1.5rem; }
+.charts {
+  display: grid; grid-template-columns: 1fr 1fr; gap: 1rem 2rem; margin-top: 1.5rem;
+}
 .charts h3 { margin: .5rem 0 0; font-size: .95rem; font-weight: 600; }
 .columns { display: flex; flex-wrap: wrap; gap: 0 4rem; align-items: flex-start; }
 .columns h3 { margin: 0; font-size: .95rem; font-weight: 600; }
