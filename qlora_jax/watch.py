@@ -124,6 +124,7 @@ class Watch:
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
             console=rich.console.Console(stderr=True),
+            refresh_per_second=2,  # each takes about a millisecond of a core
         )
         self._plain = not self._bar.console.is_terminal
         self._task = self._bar.add_task(
