@@ -83,7 +83,7 @@ def chart(
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
     ]
-    marks, step = ticks(y_low, y_high, max(3, height // 50))
+    marks, step = ticks(y_low, y_high, max(4, height // 50))
     show = number or (lambda value: _number(value, step))
     for mark in marks:
         at = down(mark)

@@ -93,7 +93,7 @@ class LogConfig:
     """Project of Weights & Biases."""
 
     def __post_init__(self) -> None:
-        problems = Problems()
+        problems = Problems("[log]")
         if self.every < 1:
             problems.add(f"log: `every` must be at least 1, got {self.every}.")
         unknown = [name for name in self.report_to if name not in REPORT_TO]
@@ -165,7 +165,7 @@ class EvalConfig:
     """Tokens to add to a prompt at most."""
 
     def __post_init__(self) -> None:
-        problems = Problems()
+        problems = Problems("[eval]")
         for problem in self._problems():
             problems.add(f"eval: {problem}")
         problems.refuse()

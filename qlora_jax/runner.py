@@ -262,9 +262,9 @@ def run(
         }
         if config.log.plot:
             draw_loss(directory)
-        write_text(directory / PAGE, run_page(read_run(directory), report))
-        # Last: it says that the run is complete.
+        # It says that the run is complete.
         write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+        write_text(directory / PAGE, run_page(read_run(directory), report))
     return report
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -96,9 +97,9 @@ class _TensorBoard:
         from tensorboardX import SummaryWriter
 
         # Events of steps that are taken again are hidden by those written now.
-        self._writer: Any = SummaryWriter(
-            str(directory / FOLDER), purge_step=start + 1 if start else None
-        )
+        place = directory / FOLDER
+        again = start + 1 if place.is_dir() else None
+        self._writer: Any = SummaryWriter(str(place), purge_step=again)
 
     def note(self, row: Mapping[str, Any]) -> None:
         for name, value in named(row).items():
@@ -130,7 +131,7 @@ class _WeightsAndBiases:
             dir=str(directory),
             id=known,
             resume="allow",
-            config=dict(settings),
+            config=json.loads(json.dumps(settings, default=dict)),
         )
         place.write_text(f"{self._run.id}\n")
         # Its own count of steps cannot go back to a checkpoint.

@@ -224,7 +224,7 @@ class Watch:
         if self._plain:
             print(text, file=sys.stderr, flush=True)
         else:  # above the bar
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def _keep(path: Path, start: int) -> list[dict[str, Any]]:

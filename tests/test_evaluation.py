@@ -19,6 +19,7 @@ from qlora_jax.evaluation import (
     apart,
     check_prompts,
     held_out_loss,
+    jit_eval,
     load_held_out,
     perplexity,
 )
@@ -32,6 +33,8 @@ from qlora_jax.runfile import (
     LogConfig,
     ModelConfig,
     RunConfig,
+    read_config,
+    to_toml,
 )
 from qlora_jax.runner import run
 from qlora_jax.train import TrainConfig
@@ -214,6 +217,21 @@ def test_a_file_is_read_as_the_data_is_unless_told():
         EvalConfig(path="x", text="{t}").data_config(data)
 
 
+def test_settings_of_eval_and_log_are_written_and_read_again(make, tmp_path):
+    config = make(
+        tmp_path / "run",
+        path=("a.jsonl", "b.jsonl"),
+        early_stopping_patience=2,
+        early_stopping_threshold=0.5,
+        sample_prompts=('say "é"', "two\nlines"),
+    )
+    log = LogConfig(report_to=("tensorboard", "wandb"), run_name="third")
+    config = dataclasses.replace(config, log=log)
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert read_config(file) == config
+
+
 class Words:
     """A tokenizer of words that are numbers."""
 
@@ -361,7 +379,17 @@ def test_samples_and_a_part_held_out(make, tmp_path, monkeypatch, capsys):
     )
     train = dataclasses.replace(config.train, steps=4)
     config = dataclasses.replace(config, train=train)
+    jitted = []
+
+    def jit_once(model):
+        jitted.append(jit_eval(model))
+        return jitted[-1]
+
+    monkeypatch.setattr("qlora_jax.evaluation.jit_eval", jit_once)
     report = run(config)
+    # One program, whatever the rows of the last batch.
+    assert [step._cache_size() for step in jitted] == [1]
+    assert len(read_evaluations(tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert "Held out of the training data: 6 examples" in said
     assert report["held_out"]["examples"] == 6 and report["data"]["examples"] == 18

@@ -8,6 +8,7 @@ import types
 import pytest
 from tensorboardX.proto import event_pb2
 
+from qlora_jax.config import FrozenDict
 from qlora_jax.errors import UserError
 from qlora_jax.runfile import LogConfig
 from qlora_jax.trackers import check_trackers, trackers
@@ -50,10 +51,12 @@ def test_tensorboard_has_the_numbers_under_the_usual_names(tmp_path):
         (4, "eval/tokens", 7.0),
         (4, "samples/Once/text_summary", "    upon\n    a <time>\n"),
     ]
-    # Continued from step 2: what was written of later steps is taken back.
-    with trackers(log, tmp_path, {}, 2) as (board,):
-        board.note(TRAIN)
-    assert (3, "start", None) in events(tmp_path)
+    # Continued from step 2, or from the start: what was written of later steps is
+    # taken back.
+    for start in (2, 0):
+        with trackers(log, tmp_path, {}, start) as (board,):
+            board.note(TRAIN)
+        assert (start + 1, "start", None) in events(tmp_path)
 
 
 class StandIn(types.ModuleType):
@@ -90,12 +93,12 @@ def test_weights_and_biases_gets_one_run_however_often_it_stops(tmp_path, monkey
     directory = tmp_path / "third"
     directory.mkdir()
     for start in (0, 2):
-        with trackers(log, directory, {"train": {"steps": 4}}, start) as (run,):
+        with trackers(log, directory, {"lora": FrozenDict({"r": 4})}, start) as (run,):
             run.note(TRAIN)
     first, second = wandb.started
     assert (first["id"], second["id"]) == (None, "k1")
     assert first["name"] == "third" and first["project"] == "stories"
-    assert first["config"] == {"train": {"steps": 4}} and first["resume"] == "allow"
+    assert first["config"] == {"lora": {"r": 4}} and first["resume"] == "allow"
     # Steps are taken again after a kill, so they are a number like the others.
     assert ("*", {"step_metric": "train/global_step"}) in wandb.metrics
     assert wandb.logged[0] == {
