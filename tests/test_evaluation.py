@@ -328,12 +328,12 @@ def test_the_numbers_are_those_of_the_kept_adapter(straight, held_file, llama_di
     assert row["eval_perplexity"] == math.exp(row["eval_loss"])
 
 
-@pytest.mark.parametrize("at", [4, 9])
+@pytest.mark.parametrize("at", [4, 17])
 def test_killed_and_continued_it_decides_as_one_that_was_not(
     straight, make, tmp_path, monkeypatch, at
 ):
-    """Step 4: before any checkpoint, after a measurement; 9: between a measurement and
-    the next checkpoint, with waiting to remember."""
+    """Step 4: before any checkpoint, after a measurement; 17: continued from 15, with
+    two measurements of waiting to remember, and one more to the end."""
     noted = Watch.step
 
     def kill(self, number, *rest):
@@ -347,6 +347,7 @@ def test_killed_and_continued_it_decides_as_one_that_was_not(
         with pytest.raises(Killed):
             run(config)
     directory, _, report = straight
+    assert report["steps"] == 18 and report["eval"]["best_step"] == 9
     again = run(config)
 
     def told(directory):
