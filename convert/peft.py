@@ -424,6 +424,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     base_fingerprint: str | None = None,
     overwrite: bool = False,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a PEFT directory that PEFT, vLLM and Unsloth load.
 
@@ -441,6 +442,7 @@ def save_adapter(
         `qlora_jax.fingerprint_tree(base)`. Kept in the file, it lets whoever loads the
         adapter notice another base (default: what `lora_config` has).
       overwrite: whether a directory that is there is replaced.
+      beside: further files of the directory, name -> what is written there as JSON.
 
     Raises:
       UserError: a tree that is not the one `lora_config` describes for this model,
@@ -497,6 +499,8 @@ def save_adapter(
         if lora_config.base_config_changes is not None:
             changes = json.loads(lora_config.base_config_changes)
             write_json(new / config_changes.FILE, changes)
+        for name, content in (beside or {}).items():
+            write_json(new / name, content, sort_keys=False)
 
 
 def _entry(key: str, slot: Slot, host: Mapping[names.Path, NDArray]) -> Entry:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qlora_jax.nf4 import quantize as quantize
     from qlora_jax.optimizer import make_optimizer as make_optimizer
     from qlora_jax.runfile import CheckpointConfig as CheckpointConfig
+    from qlora_jax.runfile import EvalConfig as EvalConfig
     from qlora_jax.runfile import LogConfig as LogConfig
     from qlora_jax.runfile import ModelConfig as ModelConfig
     from qlora_jax.runfile import RunConfig as RunConfig
@@ -70,6 +71,7 @@ _CONTENTS = {
     "RunConfig": "qlora_jax.runfile",
     "ModelConfig": "qlora_jax.runfile",
     "CheckpointConfig": "qlora_jax.runfile",
+    "EvalConfig": "qlora_jax.runfile",
     "LogConfig": "qlora_jax.runfile",
     # --- The model ---
     "Llama": "qlora_jax.llama",

@@ -223,6 +223,15 @@ def find_card(name: str) -> Card:
     )
 
 
+def card_called(description: str) -> Card | None:
+    """The card that calls itself so (`device_kind` of a device); None if none does.
+
+    Only the very name: a PCI Express board of the same chip has another clock.
+    """
+    found = (card for card in _ALL if card.description == description)
+    return next(found, None)
+
+
 def _read_card(path: Path) -> Card:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

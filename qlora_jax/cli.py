@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 
 import convert
@@ -35,6 +32,7 @@ from qlora_jax.continued import continued
 from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation import held_out_loss, jit_eval, perplexity
 from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
@@ -46,9 +44,9 @@ from qlora_jax.model import (
     run_settings,
 )
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
+from qlora_jax.run_page import Report
 from qlora_jax.runfile import RunConfig, given_lora, lora_options, read_config
 from qlora_jax.tokens import Tokens
-from qlora_jax.train import eval_step
 from qlora_jax.train_config import Optimizer, TrainConfig
 
 _Quantization = Literal["nf4", "nf4_dq", "none"]
@@ -92,22 +90,20 @@ class Eval:
             vocab_size=model.config.vocab_size,
             run_directory=self.path,
         )
-        step = jax.jit(partial(eval_step, model=model.module))
-        adapters = model.variables.get("lora", {})
-        total, count = 0.0, 0
-        for batch in eval_batches(
-            examples,
-            self.data,
-            batch_size=self.batch_size,
-            pad_token_id=model.config.pad_token_id or 0,
-        ):
-            loss, tokens = step(adapters, model.base, batch)
-            total += float(loss)
-            count += int(tokens)
-        loss = total / count
+        loss, count = held_out_loss(
+            jit_eval(model.module),
+            model.variables.get("lora", {}),
+            model.base,
+            eval_batches(
+                examples,
+                self.data,
+                batch_size=self.batch_size,
+                pad_token_id=model.config.pad_token_id or 0,
+            ),
+        )
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": perplexity(loss),
             "supervised_tokens": count,
             "rows": len(examples),
         }
@@ -274,6 +270,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "eval": (Eval, "Loss and perplexity on a data file."),
     "generate": (Generate, "Continue prompts."),
     "data": (DataView, "What a run would train on: tokens, labels, lengths."),
+    "report": (Report, "A page for a browser about a run, finished or under way."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from qlora_jax.cards import Card
@@ -230,6 +231,22 @@ def flops_per_token(step: Step) -> float:
     # Forward, their two gradients, the input's, and forward again.
     adapters = model.factors * (2 + 4 + 2 * again)
     return c.num_hidden_layers * (linear + attention) + 4 * head + adapters
+
+
+def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:
+    """What the model needs for each token: nothing recomputed, no padding.
+
+    Args:
+      step: the step.
+      lengths: tokens of each document that it trains on; attention to other documents
+        and to padding is no work of the model.
+    """
+    # A token attends to half of its document: sum(n^2) / sum(n) is the mean length
+    # over tokens, in which the work of attention is linear.
+    sizes = lengths.astype(float)
+    mean = max(round(float((sizes**2).sum() / sizes.sum())), 1)
+    compute = dataclasses.replace(step.compute, remat="none")
+    return flops_per_token(dataclasses.replace(step, compute=compute, length=mean))
 
 
 def step_seconds_floor(step: Step, card: Card, *, devices: int = 1) -> dict[str, float]:

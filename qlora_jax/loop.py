@@ -1,4 +1,7 @@
-"""The steps of a run, and what is done around them: notes, checkpoints, adapters."""
+"""The steps of a run, and what is done around them.
+
+Notes, checkpoints, adapters, measurements on held-out data.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import as_text
 from qlora_jax.data import Batches, prefetch
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation import Evaluation
 from qlora_jax.interruptions import Interruption
 from qlora_jax.lora_init import absorb
+from qlora_jax.loss_plot import Redrawing
 from qlora_jax.optimizer import averaged
-from qlora_jax.run_directory import ADAPTER, ADAPTER_EMA
+from qlora_jax.run_directory import ADAPTER, ADAPTER_EMA, BEST, BEST_RECORD
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainState
 from qlora_jax.watch import Watch
@@ -40,12 +45,24 @@ class Loop:
     record: Mapping[str, Any]
     fingerprint: str
     interruption: Interruption
+    evaluation: Evaluation
+    redrawing: Redrawing | None = None
 
     def take(self, state: TrainState, start: int) -> TrainState:
-        """Steps from batch `start` to the end, or to an interruption; saves."""
+        """Steps from batch `start` to the end, or to an interruption.
+
+        Saves and measures on the way.
+        """
         steps = len(self.batches)
         pending: tuple[int, Any, Any] | None = None
-        for index, batch in enumerate(prefetch(self.batches, start, steps), start):
+        if start == 0:
+            self.look(state, 0)
+            self.watch.go_on()
+        ahead = prefetch(self.batches, start, steps)
+        saved = start
+        for index, batch in enumerate(ahead, start):
+            if self.evaluation.exhausted:
+                break
             state, metrics = self.step(state, self.base, batch)
             # The numbers of the step before are read while this one computes.
             if pending is not None:
@@ -54,17 +71,53 @@ class Loop:
             done = index + 1
             # Asked once: a signal may come at any moment.
             stopping = self.interruption.signal is not None
-            if stopping or done % self.config.checkpoint.every == 0 or done == steps:
+            due = stopping or done % self.config.checkpoint.every == 0 or done == steps
+            if due or self.looks(done):
                 self.note(*pending)
                 pending = None
-                self.save(state, done)
+                # Before it is saved: a checkpoint stands for all rows up to its step.
+                self.look(state, done)
+                if due or self.evaluation.exhausted:
+                    self.save(state, done)
+                    saved = done
+                self.watch.go_on()
             if stopping:
                 break
+        ahead.close()
         self.checkpoints.wait()
-        if start == steps:  # stopped between the last checkpoint and the report
+        if saved == start:  # stopped between the last checkpoint and the report
             self.export(state)
             self.export_average(state)
+        if self.redrawing is not None:
+            self.redrawing.wait()
         return state
+
+    def looks(self, done: int) -> bool:
+        """Whether something is measured or sampled after `done` steps."""
+        steps = len(self.batches)
+        return self.evaluation.measures_at(done, steps) or self.evaluation.samples_at(
+            done, steps
+        )
+
+    def look(self, state: TrainState, done: int) -> None:
+        """Measures the held-out loss and samples, where that is due."""
+        evaluation, steps = self.evaluation, len(self.batches)
+        known = {row["step"] for row in self.watch.evaluations}
+        if evaluation.measures_at(done, steps) and done not in known:
+            row = evaluation.measure(state.adapters, self.base, done)
+            best = evaluation.best.step == done
+            if best:  # before its row, which says that it is there
+                about = {
+                    "step": done,
+                    "eval_loss": row["eval_loss"],
+                    "eval_perplexity": row["eval_perplexity"],
+                }
+                self.export(state, BEST, {BEST_RECORD: about})
+            self.watch.evaluated(row, "  best so far" if best else "")
+        if evaluation.samples_at(done, steps) and done not in self.watch.sampled_steps:
+            self.watch.sampled(done, evaluation.sample(state.adapters, self.base))
+        if self.redrawing is not None:
+            self.redrawing.now_and_then()
 
     def save(self, state: TrainState, done: int) -> None:
         """Saves the state after `done` steps, and its adapter."""
@@ -78,7 +131,12 @@ class Loop:
         self.export(state)
         self.export_average(state)
 
-    def export(self, state: TrainState, name: str = ADAPTER) -> None:
+    def export(
+        self,
+        state: TrainState,
+        name: str = ADAPTER,
+        beside: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes adapter/, or another, for the base as it was loaded."""
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
@@ -94,6 +152,7 @@ class Loop:
             self.architecture,
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
+            beside=beside,
         )
 
     def export_average(self, state: TrainState) -> None:

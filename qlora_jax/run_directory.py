@@ -17,6 +17,10 @@ from qlora_jax.watch import read_metrics
 SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
 ADAPTER_EMA = "adapter_ema"
 REPORT, CHECKPOINTS = "report.json", "checkpoints"
+# The adapter with the best held-out loss, and what stands beside it.
+BEST, BEST_RECORD = "best_adapter", "best.json"
+# What is known of a run when its first step is about to be taken.
+STARTED = "started.json"
 
 
 def check_directory(directory: Path) -> None:
@@ -88,7 +92,7 @@ def alone(directory: Path) -> Iterator[None]:
                     "ends, or give another --output-dir."
                 ) from None
         # What a killed process left of an adapter half-written.
-        for name in (ADAPTER, ADAPTER_EMA, START):
+        for name in (ADAPTER, ADAPTER_EMA, BEST, START):
             for left in directory.glob(f".{name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
         yield

@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -24,7 +25,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from qlora_jax.config import FrozenDict
 from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
 from qlora_jax.config_changes import check_changes
-from qlora_jax.data import DataConfig
+from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.problems import Problems
+from qlora_jax.data.settings import Format, TooLong, TrainOn
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
 from qlora_jax.train_config import TrainConfig
@@ -105,11 +108,153 @@ class LogConfig:
     every: int = 10
     """Steps between lines of progress where stderr is no terminal."""
     plot: bool = True
-    """Draw loss.png (needs matplotlib)."""
+    """Draw loss.png (needs matplotlib), at the end and now and then on the way."""
+    report_to: tuple[str, ...] = ()
+    """Where the numbers go as well: "tensorboard" (event files in the run directory),
+    "wandb" (Weights & Biases; WANDB_MODE=offline is theirs)."""
+    run_name: str | None = None
+    """Name of the run there; default the name of its directory."""
+    project: str = "qlora-jax"
+    """Project of Weights & Biases."""
 
     def __post_init__(self) -> None:
+        problems = Problems("[log]")
         if self.every < 1:
-            raise UserError(f"log: `every` must be at least 1, got {self.every}.")
+            problems.add(f"log: `every` must be at least 1, got {self.every}.")
+        unknown = [name for name in self.report_to if name not in REPORT_TO]
+        if unknown:
+            problems.add(
+                f"log: `report_to` knows {', '.join(map(repr, REPORT_TO))}, got "
+                f"{', '.join(map(repr, unknown))}. An empty list reports to no one "
+                "else."
+            )
+        if len(set(self.report_to)) < len(self.report_to):
+            problems.add(f"log: `report_to` = {list(self.report_to)} repeats a name.")
+        problems.refuse()
+
+
+# What `report_to` may name.
+REPORT_TO = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The `[eval]` section: what is measured on the way, on what, and how often.
+
+    With `path`, `fraction` or `examples` the loss on data that is not trained on is
+    measured, and the adapter with the best one kept in RUN/best_adapter/.
+    """
+
+    path: str | tuple[str, ...] = ""
+    """Data of its own, as `data.path`."""
+    split: str | None = None
+    """As `data.split`; it is not taken from there."""
+    format: Format | None = None
+    """As `data.format`; this and the next are as `[data]` has them, if left out."""
+    train_on: TrainOn | None = None
+    """As `data.train_on`: the tokens whose loss counts."""
+    prompt: str | None = None
+    """As `data.prompt`."""
+    completion: str | None = None
+    """As `data.completion`."""
+    text: str | None = None
+    """As `data.text`."""
+    chat_template: str | None = None
+    """As `data.chat_template`."""
+    too_long: TooLong | None = None
+    """As `data.too_long`."""
+    append_eos: bool | None = None
+    """As `data.append_eos`."""
+    fraction: float | None = None
+    """Share of the training examples to hold out instead, chosen by `data.seed` and
+    never trained on; of a mixture each source gives its part."""
+    examples: int | None = None
+    """How many training examples to hold out instead."""
+    every: int = 100
+    """Steps between measurements; the last step is always followed by one."""
+    at_start: bool = False
+    """Measure before the first step too."""
+    batch_size: int | None = None
+    """Rows at a time; default `train.batch_size`."""
+    early_stopping_patience: int | None = None
+    """End the run after this many measurements in a row without a better loss."""
+    early_stopping_threshold: float = 0.0
+    """A loss is better for `early_stopping_patience` if it is lower by more than this.
+    """
+    sample_prompts: tuple[str, ...] = ()
+    """Texts that the model continues now and then, likeliest tokens first, to
+    samples.jsonl and stderr."""
+    sample_every: int | None = None
+    """Steps between these; default `every`. The last step is always followed by one."""
+    sample_max_new_tokens: int = 64
+    """Tokens to add to a prompt at most."""
+
+    def __post_init__(self) -> None:
+        problems = Problems("[eval]")
+        for problem in self._problems():
+            problems.add(f"eval: {problem}")
+        problems.refuse()
+
+    def _problems(self) -> Iterator[str]:
+        given = [n for n in ("path", "fraction", "examples") if getattr(self, n)]
+        if len(given) > 1:
+            yield f"give one of {', '.join(f'`{name}`' for name in given)}."
+        reading = [n for n in _READING if getattr(self, n) is not None]
+        if reading and not self.path:
+            named = ", ".join(f"`{name}`" for name in reading)
+            yield f"{named} say how `path` is read, and there is none."
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            yield f"`fraction` must lie between 0 and 1, got {self.fraction}."
+        least = (
+            *("examples", "every", "batch_size", "early_stopping_patience"),
+            *("sample_every", "sample_max_new_tokens"),
+        )
+        for name in least:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"`{name}` must be at least 1, got {value}."
+        if not (
+            math.isfinite(self.early_stopping_threshold)
+            and self.early_stopping_threshold >= 0
+        ):
+            yield (
+                "`early_stopping_threshold` must be >= 0, got "
+                f"{self.early_stopping_threshold}."
+            )
+        if self.early_stopping_patience is None and self.early_stopping_threshold:
+            yield "`early_stopping_threshold` needs `early_stopping_patience`."
+        if self.early_stopping_patience is not None and not self.measures:
+            yield (
+                "`early_stopping_patience` needs data to measure: give `path`, "
+                "`fraction` or `examples`."
+            )
+        if self.sample_every is not None and not self.sample_prompts:
+            yield "`sample_every` needs `sample_prompts`."
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is data to measure the loss on."""
+        return bool(self.path or self.fraction or self.examples)
+
+    def data_config(self, data: DataConfig) -> DataConfig:
+        """How `path` is read: with the settings here, and for the rest with `[data]`.
+
+        Raises:
+          UserError: they contradict each other.
+        """
+        own = {name: getattr(self, name) for name in _READING}
+        try:
+            plain = dataclasses.replace(data, split=None)
+            return plain.read_as(Source(path=self.path, **own))
+        except UserError as error:
+            raise UserError(f"`[eval]` with what `[data]` says: {error}") from error
+
+
+# Of `[eval]`, how its file is read.
+_READING = (
+    *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
+    *("too_long", "append_eos"),
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +266,7 @@ class RunConfig:
     train: TrainConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str = "run"
     """The run directory; given again, the run continues."""

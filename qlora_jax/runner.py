@@ -6,13 +6,17 @@ a progress line, a plot and a report. Given the same configuration and directory
 it continues from the newest checkpoint, bit for bit.
 
     RUN/config.toml     the resolved configuration
-    RUN/metrics.jsonl   one object a step
+    RUN/metrics.jsonl   one object a step, and one a measurement on held-out data
+    RUN/samples.jsonl   what the model wrote on the way
     RUN/checkpoints/    Orbax
     RUN/adapter/        the adapter of the newest checkpoint, as a PEFT directory
     RUN/adapter_ema/    with `train.ema_decay`, the moving average beside it
+    RUN/best_adapter/   the one with the best held-out loss, which best.json says
     RUN/initial_adapter/  with pissa or olora, what was taken out of the base
     RUN/loss.png        drawn from metrics.jsonl
-    RUN/report.json     what was trained, on what, with which versions
+    RUN/started.json    what is trained, on what, with which versions
+    RUN/report.json     the same with what came out, when the run is complete
+    RUN/report.html     all of it as a page for a browser
 """
 
 from __future__ import annotations
@@ -38,7 +42,15 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.continued import continued, given_fields
 from qlora_jax.data import Batches, Examples, Mixture, load_examples
+from qlora_jax.data.problems import Problems
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation import (
+    Evaluation,
+    HeldOut,
+    apart,
+    check_prompts,
+    load_held_out,
+)
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.fit import fit
 from qlora_jax.interruptions import Interruption
@@ -46,6 +58,7 @@ from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.loop import Loop
 from qlora_jax.lora_init import factor_out, init_adapters
+from qlora_jax.loss_plot import Redrawing, draw_loss
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
@@ -57,16 +70,19 @@ from qlora_jax.run_directory import (
     REPORT,
     SETTINGS,
     START,
+    STARTED,
     alone,
     check_directory,
     finished_report,
 )
+from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.run_record import continue_run, run_record, say, versions
 from qlora_jax.runfile import RunConfig, to_toml
 from qlora_jax.targets import Selection, select
+from qlora_jax.trackers import check_trackers, trackers
 from qlora_jax.train import TrainState, init_state
 from qlora_jax.vocabulary import report_untrained
-from qlora_jax.watch import Watch, draw_loss
+from qlora_jax.watch import Watch, measured_until, work_of
 
 
 def run(
@@ -101,6 +117,7 @@ def run(
     began = time.perf_counter() if began is None else began
     directory = Path(config.output_dir)
     check_directory(directory)
+    check_trackers(config.log)
     # What is adapted and whether it fits is settled on shapes, before anything large
     # is read.
     how: Any = {
@@ -124,7 +141,8 @@ def run(
     for warning in warnings(architecture, config.lora, abstract):
         say(f"Note: {warning}")
     rates = optimizer_groups(config.train, select(abstract, config.lora))
-    examples, batches = _data(config, architecture)
+    examples, batches, held, tokenizer = _data(config, architecture)
+    check_prompts(config.eval, tokenizer, architecture)
     _note_length(architecture, examples.report.longest_example)
     steps = len(batches)
 
@@ -160,6 +178,13 @@ def run(
         say(f"  {group}")
     _note_untrained(base, selection, examples.used())
     record = run_record(config, fingerprint, examples)
+    evaluation = Evaluation(
+        config.eval,
+        fitted.model,
+        held,
+        config.eval.batch_size or config.train.batch_size,
+        tokenizer,
+    )
 
     with alone(directory), disk_errors(directory):
         state, base = _first_state(config, base, fitted.optimizer, initial)
@@ -167,16 +192,49 @@ def run(
             state, start = continue_run(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
             write_text(directory / SETTINGS, to_toml(config))
-            finished = finished_report(directory, start, steps)
+            others = evaluation.resume(measured_until(directory, start))
+            if others:
+                say(
+                    f"Note: {others} measurements so far are of other held-out data; "
+                    "the best loss is searched anew."
+                )
+            end = start if evaluation.exhausted else steps
+            finished = finished_report(directory, start, end)
             if finished is not None:
+                way = "More `steps` or `epochs` continue it."
+                if start < steps:
+                    way = (
+                        f"It ended early: {evaluation.reason}. A larger "
+                        "`early_stopping_patience` continues it."
+                    )
                 say(
                     f"This run is finished (step {start} of {steps}); nothing was "
-                    "changed. More `steps` or `epochs` continue it."
+                    f"changed. {way}"
                 )
                 return finished
             # Of a shorter run that this one continues.
             (directory / REPORT).unlink(missing_ok=True)
+            about = {
+                "planned_steps": steps,
+                "trainable_parameters": sum(groups.values()),
+                "groups": groups,
+                "optimizer_groups": [group.report() for group in rates],
+                "continued_from": origin,
+                "base_parameters": tree_parameters(base),
+                "base_bytes": tree_bytes(base),
+                "optimizer_bytes": tree_bytes(state.opt_state),
+                "base_fingerprint": fingerprint,
+                "data": examples.report.as_dict(),
+                "held_out": None if held is None else held.examples.report.as_dict(),
+                "plan": fitted.report(),
+                "versions": versions(),
+                "device": jax.devices()[0].device_kind,
+            }
+            write_text(directory / STARTED, json.dumps(about, indent=2) + "\n")
             with (
+                trackers(
+                    config.log, directory, dataclasses.asdict(config), start
+                ) as found,
                 Watch(
                     directory,
                     start=start,
@@ -184,6 +242,8 @@ def run(
                     schedule=schedule(config.train, steps),
                     every=config.log.every,
                     began=began,
+                    work=work_of(fitted.plan.step, examples.lengths),
+                    trackers=found,
                 ) as watch,
                 Interruption() as interruption,
             ):
@@ -198,35 +258,32 @@ def run(
                     record,
                     fingerprint,
                     interruption,
+                    evaluation,
+                    Redrawing(directory) if config.log.plot else None,
                 ).take(state, start)
         taken = int(state.step)
-        if interruption.signal is not None and taken < steps:
+        reason = evaluation.reason if taken < steps else None
+        if reason is not None:
+            say(f"The run ends after step {taken} of {steps}: {reason}.")
+        elif interruption.signal is not None and taken < steps:
             return {"interrupted": interruption.signal, "step": taken}
         report = {
-            "steps": steps,
+            "steps": taken,
+            "stopped_early": reason,
             "final_loss": watch.last_loss,
-            "trainable_parameters": sum(groups.values()),
-            "groups": groups,
-            "optimizer_groups": [group.report() for group in rates],
-            "continued_from": origin,
-            "base_parameters": tree_parameters(base),
-            "base_bytes": tree_bytes(base),
+            "eval": evaluation.report(),
+            **about,
             "adapter_bytes": (directory / ADAPTER / "adapter_model.safetensors")
             .stat()
             .st_size,
-            "optimizer_bytes": tree_bytes(state.opt_state),
-            "base_fingerprint": fingerprint,
-            "data": examples.report.as_dict(),
-            "plan": fitted.report(),
-            "versions": versions(),
-            "device": jax.devices()[0].device_kind,
             "seconds_to_first_step": watch.seconds_to_first_step,
             "peak_memory_bytes": watch.peak_memory,
         }
         if config.log.plot:
             draw_loss(directory)
-        # Last: it says that the run is complete.
+        # It says that the run is complete.
         write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+        write_text(directory / PAGE, run_page(read_run(directory), report))
     return report
 
 
@@ -247,25 +304,43 @@ def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
 
 def _data(
     config: RunConfig, architecture: LlamaConfig
-) -> tuple[Examples | Mixture, Batches]:
-    """Loads the examples and lays them out in batches."""
+) -> tuple[Examples | Mixture, Batches, HeldOut | None, Any]:
+    """Loads the examples and lays them out in batches; held-out ones; tokenizer."""
+    needs = config.data.needs_tokenizer
+    if config.eval.path:
+        needs = needs or config.eval.data_config(config.data).needs_tokenizer
     tokenizer = None
-    if config.data.needs_tokenizer:
+    if needs or config.eval.sample_prompts:
         tokenizer = load_tokenizer(config.model.path)
-        if tokenizer is None:
-            raise UserError(
-                f"`{config.model.path}` has no tokenizer, and data.format="
-                f"{config.data.format!r} needs one. Put the model's tokenizer files "
-                "there, or give token ids (data.format = 'tokens')."
-            )
-    examples = load_examples(
-        config.data,
-        tokenizer,
-        vocab_size=architecture.vocab_size,
-        progress=sys.stderr.isatty(),
-        run_directory=config.output_dir,
-    )
+    if needs and tokenizer is None:
+        raise UserError(
+            f"`{config.model.path}` has no tokenizer, and data.format="
+            f"{config.data.format!r} needs one. Put the model's tokenizer files "
+            "there, or give token ids (data.format = 'tokens')."
+        )
+    vocab_size = architecture.vocab_size
+    examples, held, problems = None, None, Problems()
+    try:
+        examples = load_examples(
+            config.data,
+            tokenizer,
+            vocab_size=vocab_size,
+            progress=sys.stderr.isatty(),
+            run_directory=config.output_dir,
+        )
+    except UserError as error:
+        problems.add(error)
+    try:
+        held = load_held_out(config, tokenizer, vocab_size=vocab_size)
+    except UserError as error:
+        problems.add(error)
+    problems.refuse()
+    assert examples is not None
+    eos = getattr(tokenizer, "eos_token_id", None)
+    examples, held = apart(config, examples, held, eos)
     say(examples.report.summary())
+    if held is not None:
+        say(held.note)
     batches = Batches(
         examples,
         config.data,
@@ -287,7 +362,7 @@ def _data(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run."
         )
-    return examples, batches
+    return examples, batches, held, tokenizer
 
 
 def _first_state(

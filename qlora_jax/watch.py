@@ -1,7 +1,13 @@
-"""What a person sees of a run: a progress line, metrics.jsonl, loss.png.
+"""What a person sees of a run while it goes on: a progress line, and metrics.jsonl.
 
-metrics.jsonl is the record that the others are drawn from: one JSON object a step,
-written as the step is done, each step once however often the run was interrupted.
+metrics.jsonl is the record that pictures and pages are drawn from. It has one JSON
+object a step, written as the step is done, each step once however often the run was
+interrupted; and between them one for each measurement on held-out data:
+
+    {"step", "loss", "grad_norm", "learning_rate", ...}          `read_metrics`
+    {"step", "eval_loss", "eval_perplexity", "eval_tokens", ...} `read_evaluations`
+
+samples.jsonl has what the model wrote: {"step", "prompt", "text"}.
 """
 
 from __future__ import annotations
@@ -12,7 +18,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +29,47 @@ import numpy as np
 import rich.console
 import rich.progress
 
-METRICS = "metrics.jsonl"
+from qlora_jax.cards import card_called
+from qlora_jax.estimate import model_flops_per_token
+from qlora_jax.memory import readable_bytes
+from qlora_jax.step_memory import Step
+from qlora_jax.trackers import Tracker
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a token costs, and what the device could do at most."""
+
+    flops_per_token: float
+    """Of the model, forward and backward; nothing that is computed twice."""
+    peak_flops: float
+    """FLOP/s, by the device's data sheet."""
+
+
+def work_of(step: Step, lengths: np.ndarray) -> Work | None:
+    """The work of a step's tokens on the device at hand; None without a known peak.
+
+    Peaks are those of 16-bit products on the cards of `qlora_jax.cards`, known by the
+    names that they give themselves.
+
+    Args:
+      step: the step that is trained.
+      lengths: tokens of each document.
+    """
+    card = card_called(jax.local_devices()[0].device_kind)
+    if card is None or step.compute.dtype == "float32":
+        return None
+    return Work(model_flops_per_token(step, lengths), card.flops)
 
 
 class Watch:
     """Writes one line a step to metrics.jsonl and shows progress on stderr.
 
-    On a terminal that is a bar with loss, tokens/s and time left; elsewhere a plain
-    line every few steps. Lines of steps after `start` that an interrupted run left
-    behind are dropped: those steps are taken again.
+    On a terminal that is a bar with loss, tokens/s, memory and time left; elsewhere a
+    plain line every few steps. Lines of steps after `start` that an interrupted run
+    left behind are dropped: those steps are taken again.
     """
 
     def __init__(
@@ -42,6 +81,8 @@ class Watch:
         schedule: Callable[[Any], Any],
         every: int,
         began: float,
+        work: Work | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Opens the metrics of a run directory.
 
@@ -52,8 +93,12 @@ class Watch:
           schedule: step -> learning rate.
           every: steps between plain lines.
           began: `time.perf_counter()` when the command started.
+          work: for the model FLOPs utilization (MFU), where the device's peak is
+            known: operations that the model needs, of those the device could do.
+          trackers: get every row too.
         """
-        self._path = directory / METRICS
+        self._path, self._samples = directory / METRICS, directory / SAMPLES
+        self._work, self._trackers = work, trackers
         self._start, self._steps, self._every = start, steps, every
         # All at once: a rate asked of the device for each step would wait for the step.
         self._rates = np.asarray(schedule(jnp.arange(start, steps))).tolist()
@@ -61,12 +106,12 @@ class Watch:
         self.last_loss: float | None = None
         self.seconds_to_first_step: float | None = None
         self.peak_memory: int | None = None
-        kept = [row for row in read_metrics(directory) if row["step"] <= start]
+        rows = _keep(self._path, start)
+        self.sampled_steps = {row["step"] for row in _keep(self._samples, start)}
+        kept = [row for row in rows if "loss" in row]
         if kept:
             self.last_loss = kept[-1]["loss"]
-        temporary = self._path.with_name(METRICS + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self._path)
+        self.evaluations = [row for row in rows if "eval_loss" in row]
 
     def __enter__(self) -> Watch:
         """Starts the bar."""
@@ -79,6 +124,7 @@ class Watch:
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
             console=rich.console.Console(stderr=True),
+            refresh_per_second=2,  # each takes about a millisecond of a core
         )
         self._plain = not self._bar.console.is_terminal
         self._task = self._bar.add_task(
@@ -111,7 +157,7 @@ class Watch:
             self._first = now
         self.peak_memory = peak_memory_bytes()
         self.last_loss = values["loss"]
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
@@ -121,9 +167,13 @@ class Watch:
             "seconds": seconds,
             "peak_memory_bytes": self.peak_memory,
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
         numbers = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if self._work is not None:
+            done = self._work.flops_per_token * row["tokens_per_second"]
+            row["mfu"] = done / self._work.peak_flops
+            numbers += f"  MFU {row['mfu']:.1%}"
+        self._write(row)
+        numbers += f"  {readable_bytes(self.peak_memory)}"
         self._bar.update(self._task, completed=step, numbers=numbers)
         if self._plain and (step % self._every == 0 or step == self._steps):
             # Of the steps after the first, which waited for the compiler.
@@ -135,6 +185,58 @@ class Watch:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def evaluated(self, row: Mapping[str, Any], remark: str = "") -> None:
+        """Notes a measurement on held-out data; `remark` is for people."""
+        self._write(row)
+        self.evaluations.append(dict(row))
+        self._say(
+            f"step {row['step']}/{self._steps}  held-out loss {row['eval_loss']:.4f}  "
+            f"perplexity {row['eval_perplexity']:.4g}  ({row['eval_seconds']:.1f} s)"
+            + remark
+        )
+
+    def go_on(self) -> None:
+        """Says that the next step begins now: what was done since is not its time."""
+        self._last = time.perf_counter()
+
+    def sampled(self, step: int, texts: Mapping[str, str]) -> None:
+        """Notes what the model wrote, by prompt."""
+        with open(self._samples, "a", encoding="utf-8") as file:
+            for prompt, text in texts.items():
+                row = {"step": step, "prompt": prompt, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                for tracker in self._trackers:
+                    tracker.sample(step, prompt, text)
+            file.flush()
+            os.fsync(file.fileno())
+        for prompt, text in texts.items():
+            shown = (prompt + text.rstrip()).replace("\n", "\n    ")
+            self._say(f"step {step}, a sample:\n    {shown}")
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.note(row)
+
+    def _say(self, text: str) -> None:
+        if self._plain:
+            print(text, file=sys.stderr, flush=True)
+        else:  # above the bar
+            self._bar.console.print(text, markup=False, highlight=False, emoji=False)
+
+
+def _keep(path: Path, start: int) -> list[dict[str, Any]]:
+    """Drops the rows of steps after `start` from a file of rows; the others."""
+    if not path.is_file():
+        return []
+    kept = [row for row in read_rows(path) if row["step"] <= start]
+    temporary = path.with_name(path.name + ".tmp")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
 
 
 def process_seconds() -> float:
@@ -149,18 +251,38 @@ def process_seconds() -> float:
         return 0.0
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a last line cut off by a kill is dropped."""
-    path = directory / METRICS
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON objects; a last line cut off by a kill is dropped."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().split("\n"):
+    # A kill may cut a character too.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return rows
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl."""
+    return [row for row in read_rows(directory / METRICS) if "loss" in row]
+
+
+def read_evaluations(directory: Path) -> list[dict[str, Any]]:
+    """The measurements on held-out data in metrics.jsonl."""
+    return [row for row in read_rows(directory / METRICS) if "eval_loss" in row]
+
+
+def measured_until(directory: Path, start: int) -> list[dict[str, Any]]:
+    """The measurements up to a step."""
+    return [row for row in read_evaluations(directory) if row["step"] <= start]
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """What the model wrote on the way, from samples.jsonl."""
+    return read_rows(directory / SAMPLES)
 
 
 def peak_memory_bytes() -> int:
@@ -170,61 +292,3 @@ def peak_memory_bytes() -> int:
         return int(stats["peak_bytes_in_use"])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def draw_loss(directory: Path) -> Path | None:
-    """Draws loss and learning rate over steps as loss.png.
-
-    Returns:
-      The picture's path; None (with a line on stderr) without matplotlib or metrics.
-    """
-    rows = read_metrics(directory)
-    if not rows:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(
-            "loss.png is not drawn: install matplotlib (pip install qlora-jax[plots]).",
-            file=sys.stderr,
-        )
-        return None
-    steps = np.array([row["step"] for row in rows])
-    loss = np.array([row["loss"] for row in rows], float)
-    rate = np.array([row["learning_rate"] for row in rows])
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
-    if len(rows) >= 10:
-        # A mean over 5 % of the run, centred: it does not lag behind a fall. Towards
-        # both ends its window shrinks, evenly on both sides.
-        count, width = len(rows), max(len(rows) // 40, 1) * 2 + 1
-        here = np.arange(count)
-        half = np.minimum(np.minimum(here, count - 1 - here), width // 2)
-        sums = np.cumsum(np.concatenate([[0.0], loss]))
-        mean = (sums[here + half + 1] - sums[here - half]) / (2 * half + 1)
-        axes.plot(
-            steps, mean, color="tab:blue", linewidth=2, label=f"mean of {width} steps"
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per supervised token)")
-    axes.grid(alpha=0.3)
-    right = axes.twinx()
-    right.plot(
-        steps,
-        rate,
-        color="tab:orange",
-        linewidth=1,
-        alpha=0.7,
-        linestyle="--",
-        label="learning rate",
-    )
-    right.set_ylabel("learning rate")
-    right.set_ylim(bottom=0, top=max(rate.max(), 1e-12) * 1.3)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
-    path = directory / "loss.png"
-    temporary = directory / "loss.tmp.png"
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
-    return path

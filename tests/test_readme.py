@@ -164,6 +164,7 @@ def test_every_command_is_shown():
         ("qlora-jax", "quantize"),
         ("qlora-jax", "tokens"),
         ("qlora-jax", "plan"),
+        ("qlora-jax", "report"),
         *(("qlora-convert", name) for name in ("adapter", "merge", "model", "verify")),
         ("qlora-convert", "combine"),
     }

@@ -1,6 +1,5 @@
-"""metrics.jsonl, the plain progress lines, the picture."""
+"""metrics.jsonl, samples.jsonl, the plain progress lines, utilization."""
 
-import json
 import subprocess
 import sys
 import time
@@ -9,19 +8,29 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.config import LlamaConfig
+from qlora_jax.estimate import model_flops_per_token
+from qlora_jax.linear import Compute
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.step_memory import Step
 from qlora_jax.train import TrainConfig, schedule
 from qlora_jax.watch import (
     Watch,
-    draw_loss,
+    Work,
+    measured_until,
     peak_memory_bytes,
     process_seconds,
+    read_evaluations,
     read_metrics,
+    read_rows,
+    read_samples,
+    work_of,
 )
 
 CONFIG = TrainConfig(steps=6, learning_rate=0.5, warmup_steps=2)
 
 
-def watch(directory, start=0, every=2):
+def watch(directory, start=0, every=2, **options):
     return Watch(
         directory,
         start=start,
@@ -29,6 +38,7 @@ def watch(directory, start=0, every=2):
         schedule=schedule(CONFIG, 6),
         every=every,
         began=time.perf_counter(),
+        **options,
     )
 
 
@@ -87,19 +97,120 @@ def test_a_failing_close_does_not_hide_the_first_error(tmp_path):
         raise ValueError("first")
 
 
-def test_the_picture(tmp_path, capsys, monkeypatch):
-    assert draw_loss(tmp_path) is None  # no metrics yet
-    rows = [{"step": i, "loss": 9 / i, "learning_rate": 0.1} for i in range(1, 60)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "metrics.jsonl").write_text(text)
-    picture = draw_loss(tmp_path)
-    assert picture == tmp_path / "loss.png"
-    content = picture.read_bytes()
-    assert content.startswith(b"\x89PNG") and len(content) > 20_000
-    assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert draw_loss(tmp_path) is None
-    assert "pip install qlora-jax[plots]" in capsys.readouterr().err
+def measured(step, loss):
+    return {
+        "step": step,
+        "eval_loss": loss,
+        "eval_perplexity": 2.0,
+        "eval_tokens": 9,
+        "eval_seconds": 0.5,
+    }
+
+
+def test_measurements_and_samples_stand_between_the_steps(tmp_path, capsys):
+    told = []
+
+    class Told:
+        def note(self, row):
+            told.append(row)
+
+        def sample(self, step, prompt, text):
+            told.append((step, prompt, text))
+
+        def close(self):
+            pass
+
+    def take(w, step):
+        w.step(step, values(step), 20)
+        w.evaluated(measured(step, 3.0 - step / 10), "  best so far")
+        w.sampled(step, {"Zoë:": f" {step}\n[bold]x"})
+
+    with watch(tmp_path, trackers=[Told()]) as w:
+        for step in (1, 2, 3):
+            take(w, step)
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write('{"step": 4, "prompt": "Zo\u00eb'.encode()[:-1])  # cut in a letter
+    err = capsys.readouterr().err
+    assert "step 2/6  held-out loss 2.8000  perplexity 2  (0.5 s)  best so far" in err
+    assert "step 3, a sample:\n    Zoë: 3\n    [bold]x\n" in err
+    # Continued from 2: rows of any kind after it are dropped, others kept.
+    with watch(tmp_path, start=2) as w:
+        assert [row["step"] for row in w.evaluations] == [1, 2]
+        assert w.sampled_steps == {1, 2} and w.last_loss == 4.0
+        take(w, 3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    losses = [row["eval_loss"] for row in read_evaluations(tmp_path)]
+    assert losses == [2.9, 2.8, 2.7]
+    kinds = ["eval_loss" in row for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert kinds == [False, True] * 3
+    texts = [row["text"] for row in read_samples(tmp_path)]
+    assert texts == [f" {step}\n[bold]x" for step in (1, 2, 3)]
+    assert told[0]["loss"] == 5.0 and told[1]["eval_loss"] == 2.9
+    assert told[2] == (1, "Zoë:", " 1\n[bold]x")
+    assert measured_until(tmp_path, 2) == read_evaluations(tmp_path)[:2]
+
+
+def test_the_time_of_a_measurement_is_not_that_of_the_next_step(tmp_path):
+    with watch(tmp_path) as w:
+        w.step(1, values(1), 20)
+        time.sleep(0.3)
+        w.go_on()
+        w.step(2, values(2), 20)
+    assert read_metrics(tmp_path)[1]["seconds"] < 0.3
+
+
+def test_utilization_where_the_peak_is_known(tmp_path, capsys):
+    with watch(tmp_path, work=Work(flops_per_token=6e9, peak_flops=1e12)) as w:
+        w.step(1, values(1), 20)
+        w.step(2, values(2), 20)
+    for row in read_metrics(tmp_path):
+        # The same product in another order.
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 0.006, rel=1e-12)
+    assert "  MFU " in capsys.readouterr().err
+
+
+def step_of(dtype="bfloat16", remat="full", length=512):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    lora = LoraConfig(r=4, target_modules=("q_proj",))
+    return Step(config, Compute(dtype=dtype, remat=remat, lora=lora), length=length)
+
+
+def test_the_work_of_the_model_by_hand():
+    # Documents of 4 and 12 tokens: a token lies in one of (16 + 144) / 16 = 10.
+    lengths = np.array([4, 12])
+    head_dim, layers, r = 8, 3, 4
+    linear = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48
+    # Forward and the input's gradient, 2 operations each; no gradient of the base.
+    expected = layers * 4 * linear + 4 * 64 * 32
+    # Scores and their sum, causal: forward 2 x 10 x width, backward 2.5 times that.
+    expected += layers * 2 * 10 * 4 * head_dim * 3.5
+    # q_proj's A and B: forward, input's gradient, own gradient.
+    expected += layers * r * (32 + 32) * 6
+    for remat in ("none", "full"):  # what is computed twice is counted once
+        step = step_of(remat=remat)
+        assert model_flops_per_token(step, lengths) == expected
+
+
+def test_the_peak_is_known_by_the_device_s_own_name(monkeypatch):
+    assert work_of(step_of(), np.array([5])) is None  # a CPU
+
+    class Device:
+        device_kind = "NVIDIA H200"
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    work = work_of(step_of(), np.array([5]))
+    assert work is not None and work.peak_flops == 989e12
+    assert work_of(step_of(dtype="float32"), np.array([5])) is None
+    Device.device_kind = "NVIDIA H200 NVL"
+    assert work_of(step_of(), np.array([5])) is None
 
 
 def test_memory_and_age_of_the_process():

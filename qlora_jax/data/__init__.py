@@ -12,6 +12,8 @@ from qlora_jax.data.batches import Batches as Batches
 from qlora_jax.data.batches import eval_batches as eval_batches
 from qlora_jax.data.batches import prefetch as prefetch
 from qlora_jax.data.examples import load_examples as load_examples
+from qlora_jax.data.held_out import content_keys as content_keys
+from qlora_jax.data.held_out import hold_out as hold_out
 from qlora_jax.data.mixture import Mixture as Mixture
 from qlora_jax.data.report import DataReport as DataReport
 from qlora_jax.data.settings import DataConfig as DataConfig

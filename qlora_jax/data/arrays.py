@@ -28,7 +28,7 @@ from qlora_jax.data.settings import PLACES, DataConfig
 # On disk too. All that jax runs on is little-endian, where this is int32 itself.
 _INT32 = np.dtype("<i4")
 # Entries of an array looked at in one go (4 MiB).
-_PIECE = 1 << 20
+PIECE = 1 << 20
 # Examples read from a map before its pages are given back. One read maps some 64 KiB
 # around it in each of two files, so this is about 32 MiB.
 _READS = 256
@@ -92,8 +92,8 @@ class Examples:
         """Gives memory back that can be read again from disk; here there is none."""
 
     def _pieces(self, values: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(values), _PIECE):
-            yield values[start : start + _PIECE]
+        for start in range(0, len(values), PIECE):
+            yield values[start : start + PIECE]
             self.release()
 
 

@@ -28,7 +28,7 @@ from qlora_jax.data.report import DataReport, SourceReport, combined
 from qlora_jax.data.settings import DataConfig, Source, name_of
 
 # The counter of the random stream that orders blocks; sources have those below it.
-_BLOCKS = 2**16
+BLOCKS = 2**16
 _SMALLEST_BLOCK = 256
 
 
@@ -190,7 +190,7 @@ class Interleaving:
             source = np.repeat(np.arange(len(shares)), counts)
             within = np.concatenate([np.arange(count) for count in counts.tolist()])
             if shuffle:
-                keys = random_keys(seed, block, _BLOCKS, self.block)
+                keys = random_keys(seed, block, BLOCKS, self.block)
             else:
                 keys = (within + 0.5) / counts[source]
             order = np.argsort(keys, kind="stable")

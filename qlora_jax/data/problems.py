@@ -11,9 +11,14 @@ _SHOWN = 20
 
 
 class Problems:
-    """Collects messages; `refuse` raises them as one error."""
+    """Collects messages; `refuse` raises them as one error.
 
-    def __init__(self):
+    Args:
+      of: what the problems are with.
+    """
+
+    def __init__(self, of: str = "the data"):
+        self._of = of
         self._messages: list[str] = []
 
     def __len__(self) -> int:
@@ -47,5 +52,5 @@ class Problems:
                 lines.append(f"- and {count - _SHOWN} more of this kind or another")
             at_least = "at least " if more else ""
             raise UserError(
-                f"{at_least}{count} problems with the data:\n" + "\n".join(lines)
+                f"{at_least}{count} problems with {self._of}:\n" + "\n".join(lines)
             )

@@ -247,28 +247,31 @@ class DataConfig:
         unread = {n for names in _TEMPLATES.values() for n in names}
         unread = {name for name in unread if getattr(self, name) is not None}
         for source in self.sources:
-            own = {name: getattr(source, name) for name in _OWN}
-            fields: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
-            format = fields.get("format", self.format)
-            reads = _TEMPLATES.get(format, ())
-            unread -= set(reads)
-            for name in ("text", "prompt", "completion", "chat_template"):
-                if name not in fields and name not in reads:
-                    fields[name] = None
-            if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(
-                format, ()
-            ):
-                fields["train_on"] = None
+            format = source.format or self.format
+            unread -= set(_TEMPLATES.get(format, ()))
             try:
-                yield (
-                    source,
-                    dataclasses.replace(self, path=source.path, sources=(), **fields),
-                )
+                yield source, self.read_as(source)
             except UserError as error:
                 problems.add(f"Source {name_of(source.path)}: {error}")
                 yield source, None
         for name in sorted(unread) if self.sources else ():
             problems.add(f"`data.{name}` is read by none of the `data.sources`.")
+
+    def read_as(self, source: Source) -> "DataConfig":
+        """The settings that one source is read with: its own, and these for the rest.
+
+        Raises:
+          UserError: they contradict each other.
+        """
+        own = {name: getattr(source, name) for name in _OWN}
+        fields: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
+        format = fields.get("format", self.format)
+        for name in ("text", "prompt", "completion", "chat_template"):
+            if name not in fields and name not in _TEMPLATES.get(format, ()):
+                fields[name] = None
+        if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(format, ()):
+            fields["train_on"] = None
+        return dataclasses.replace(self, path=source.path, sources=(), **fields)
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
         """Every source of a mixture with the settings it is read with; [] for one."""

@@ -1,0 +1,111 @@
+"""Examples kept out of training: which, how many, and that no copy is trained on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qlora_jax.config import IGNORE
+from qlora_jax.data import DataConfig, Mixture, Source, hold_out, load_examples
+from qlora_jax.data.held_out import content_keys
+from qlora_jax.errors import UserError
+
+
+def rows(path, start, count, copies=1):
+    """A file whose examples start with the token start + n, each so often."""
+    lines = [
+        json.dumps({"input_ids": [start + n, *range(2, 4 + n % 5)]})
+        for n in range(count)
+        for _ in range(copies)
+    ]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def load(**settings):
+    config = DataConfig(format="tokens", train_on="all", max_length=16, **settings)
+    return config, load_examples(config, None, vocab_size=5000)
+
+
+def firsts(examples):
+    return [int(examples[i][0][0]) for i in range(len(examples))]
+
+
+@pytest.mark.parametrize("cache", [None, "cache"])
+@pytest.mark.parametrize("wanted", [{"fraction": 0.23}, {"count": 23}])
+def test_a_split_by_the_seed_alone(tmp_path, wanted, cache):
+    where = None if cache is None else str(tmp_path / cache)
+    path = rows(tmp_path / "a.jsonl", 100, 100)
+    config, examples = load(path=path, cache=where, seed=7)
+    train, held = hold_out(config, examples, **wanted, eos_token_id=2)
+    assert len(held) == 23 and len(train) == 77
+    # Both sides together are all examples, each in the order of the file.
+    one, other = firsts(train), firsts(held)
+    assert sorted(one + other) == list(range(100, 200))
+    assert one == sorted(one) and other == sorted(other)
+    again = hold_out(config, examples, **wanted)[1]
+    assert firsts(again) == other
+    reseeded = hold_out(dataclasses.replace(config, seed=8), examples, **wanted)[1]
+    assert firsts(reseeded) != other
+    # What each side says of itself, counted from its arrays.
+    for side in (train, held):
+        lengths = [len(side[i][0]) for i in range(len(side))]
+        supervised = [int((side[i][1] != IGNORE).sum()) for i in range(len(side))]
+        assert side.lengths.tolist() == lengths
+        assert side.supervised.tolist() == supervised
+        report = side.report
+        assert (report.examples, report.tokens) == (len(side), sum(lengths))
+        assert report.supervised_tokens == sum(supervised)
+        assert report.supervised_eos == sum(
+            int((side[i][1] == 2).sum()) for i in range(len(side))
+        )
+        assert report.longest_example == max(lengths)
+        used = np.unique(np.concatenate([side[i][0] for i in range(len(side))]))
+        np.testing.assert_array_equal(side.used(), used)
+    prints = {e.report.fingerprint for e in (examples, train, held, reseeded)}
+    assert len(prints) == 4
+
+
+def test_no_copy_of_a_held_out_example_is_trained_on(tmp_path):
+    config, examples = load(path=rows(tmp_path / "a.jsonl", 100, 30, copies=3))
+    train, held = hold_out(config, examples, count=10)
+    assert len(held) == 10
+    assert not set(firsts(train)) & set(firsts(held))
+    assert len(train) == 90 - 3 * len(set(firsts(held)))
+    # The same tokens with other labels are another example.
+    keys = content_keys(examples).tolist()
+    assert len(set(keys)) == 30
+
+
+def test_each_source_of_a_mixture_gives_its_part(tmp_path):
+    sources = (
+        Source(path=rows(tmp_path / "a.jsonl", 1000, 200), weight=1.0),
+        Source(path=rows(tmp_path / "b.jsonl", 2000, 40), weight=3.0),
+    )
+    config, examples = load(sources=sources, packing=True)
+    train, held = hold_out(config, examples, fraction=0.1)
+    assert isinstance(train, Mixture) and isinstance(held, Mixture)
+    counts = [sum(first // 1000 == s for first in firsts(held)) for s in (1, 2)]
+    assert counts == [20, 4]
+    assert sorted(firsts(train) + firsts(held)) == sorted(firsts(examples))
+    # Trained in the shares that were asked for; measured as it is.
+    assert train.shares == examples.shares and held.shares is None
+    assert train.report.examples == 216 and held.report.examples == 24
+
+
+def test_what_cannot_be_split_is_refused(tmp_path):
+    config, examples = load(path=rows(tmp_path / "a.jsonl", 100, 5))
+    for wanted in ({"count": 5}, {"fraction": 0.1}):
+        with pytest.raises(UserError, match="of 5 examples .* cannot be held out"):
+            hold_out(config, examples, **wanted)
+    config, examples = load(path=rows(tmp_path / "b.jsonl", 100, 1, copies=5))
+    with pytest.raises(UserError, match="is a copy of one that would be held out"):
+        hold_out(config, examples, count=1)
+    sources = (
+        Source(path=rows(tmp_path / "c.jsonl", 1000, 50)),
+        Source(path=rows(tmp_path / "d.jsonl", 2000, 1)),
+    )
+    config, examples = load(sources=sources)
+    with pytest.raises(UserError, match=r"leaves nothing of the source .*d\.jsonl"):
+        hold_out(config, examples, count=10)
