@@ -22,6 +22,7 @@ from convert.files import read_json
 from qlora_jax.cards import Card, find_card
 from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
 from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.lora_config import LoraConfig
@@ -276,6 +277,7 @@ class _Settings:
         )
         lora = command.lora
         if run is not None:
+            config = change(config, run.model.config_changes)
             changed = {name: getattr(lora, name) for name in given}
             lora = dataclasses.replace(run.lora, **changed)
         quantization = pick(

@@ -363,6 +363,7 @@ def test_every_field_counts_in_a_comparison():
         base_model_name_or_path="a/b",
         revision="main",
         base_fingerprint="f",
+        base_config_changes="{}",
     )
     fields = {f.name for f in dataclasses.fields(LoraConfig)}
     assert set(others) == fields - {"task_type"}  # it has one value

@@ -376,6 +376,10 @@ def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
     for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
         assert counted[name] == report[name], name
     assert "embed_tokens and lm_head, trained whole" in counted["warnings"][0]
+    options += ["--optimizer", "lion"]
+    assert main(["inspect", str(llama_dir / "config.json"), *options, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["optimizer_bytes"] == 4 * counted["trainable_parameters"] + 8
 
 
 def test_hot_swap(make, straight, tmp_path):
