@@ -309,9 +309,9 @@ def _sample(prompt: str, row: Mapping[str, Any]) -> str:
 
 # What has a place of its own on the page, or in a tile.
 _ELSEWHERE = {
-    *("groups", "data", "held_out", "plan", "versions", "eval", "steps"),
-    *("planned_steps", "stopped_early", "peak_memory_bytes", "trainable_parameters"),
-    "final_loss",
+    *("groups", "optimizer_groups", "data", "held_out", "plan", "versions", "eval"),
+    *("steps", "planned_steps", "stopped_early", "final_loss"),
+    *("peak_memory_bytes", "trainable_parameters"),
 }
 
 
@@ -328,11 +328,15 @@ def _sections(known: Mapping[str, Any]) -> list[str]:
             table(rows, ("trained", "parameters", "share")),
             table(
                 (_words(key), _text(key, value))
-                for key, value in known.items()
-                if key not in _ELSEWHERE
+                for key, value in _flat(
+                    {k: v for k, v in known.items() if k not in _ELSEWHERE}
+                )
             ),
             "</div>",
         ]
+    if known.get("optimizer_groups"):
+        parts += ["<h3>What the optimizer does with them</h3>"]
+        parts.append(_records(known["optimizer_groups"]))
     if known.get("data"):
         parts += ["<h2>Data</h2>", '<div class="columns">']
         parts.append(f"<div><h3>Trained on</h3>{_data(known['data'])}</div>")
@@ -352,6 +356,15 @@ def _sections(known: Mapping[str, Any]) -> list[str]:
             parts.append(f"<div><h2>{title}</h2>{table(rows)}</div>")
         parts.append("</div>")
     return parts
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line a record, one column a field."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return table(
+        ([_text(name, record.get(name)) for name in names] for record in records),
+        [_words(name) for name in names],
+    )
 
 
 def _group(value: Any, total: int) -> tuple[str, str]:

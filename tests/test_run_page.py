@@ -59,6 +59,11 @@ def directory(tmp_path):
         "planned_steps": 40,
         "trainable_parameters": 1000,
         "groups": {"q_proj": 750, EVIL: 250},
+        "optimizer_groups": [
+            {"name": "rest", "parameters": 750, "learning_rate": 2e-4},
+            {"name": EVIL, "parameters": 250, "learning_rate": 5e-5, "weight_decay": 0},
+        ],
+        "continued_from": {"path": EVIL, "trainable_parameters_before": 900},
         "base_bytes": 5_000_000_000,
         "data": data,
         "held_out": {**data, "examples": 7},
@@ -93,13 +98,16 @@ def test_a_run_under_way(directory):
     # Nothing from elsewhere, nothing that runs, and hostile texts are texts.
     assert not {"script", "link", "img", "iframe"} & set(read.tags)
     assert not {"src", "href", "onload"} & {name for name, _ in read.attributes}
-    assert text.count(EVIL) >= 9 and "a <run>" in text
+    assert text.count(EVIL) >= 11 and "a <run>" in text
     assert "step 20 of 40 when this was written" in text
     assert "1.2500" in text and "best held-out loss, step 10" in text
     assert "75.0%" in text and "2.00 GB" in text and "40.0%" in text
     assert text.index("wrote 20") < text.index("wrote 10")
     assert read.tags.count("svg") == 6
     assert "device bytes: loss" not in text
+    # A field that one group has and another has not.
+    assert "learning rate" in text and "5e-05" in text and "0.0002" in text
+    assert "continued from: trainable parameters before" in text
 
 
 def test_a_finished_run_and_one_that_has_not_begun(directory):
