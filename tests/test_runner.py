@@ -539,8 +539,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
 
     real = train.train_step
 
-    def step(state, base, batch, *, model, optimizer):
-        new, metrics = real(state, base, batch, model=model, optimizer=optimizer)
+    def step(state, base, batch, **options):
+        new, metrics = real(state, base, batch, **options)
         return new, {**metrics, "finite": state.step != 6}
 
     config = make(tmp_path / "run", train={"steps": 8})
