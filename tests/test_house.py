@@ -59,6 +59,7 @@ ORDER = (
     "qlora_jax.data.batches",
     "qlora_jax.data",
     "qlora_jax.train",
+    "qlora_jax.sampling",
     "qlora_jax.generate",
     "qlora_jax.memory",
     "qlora_jax.cards",
