@@ -114,6 +114,9 @@ class Decoding:
       doubling: round lengths up to powers of two rather than to multiples of 32, for
         prompts that grow from call to call: few programs are compiled for all of them.
 
+    Attributes:
+      ended: which rows have ended, [B] of bool.
+
     Raises:
       UserError: as `generate_tokens`.
     """
@@ -139,7 +142,7 @@ class Decoding:
             "eos": eos_token_ids,
         }
         self._eos, self._most, self._count = frozenset(eos_token_ids), max_new_tokens, 0
-        self._ended = np.zeros(len(prompts), bool)
+        self.ended = np.zeros(len(prompts), bool)
         self._state: _State | None = None
         rounded = _double if doubling else _round
         if prompts:
@@ -149,11 +152,11 @@ class Decoding:
     @property
     def done(self) -> bool:
         """Whether every row has ended or has `max_new_tokens`."""
-        return bool(self._ended.all()) or self._count >= self._most
+        return bool(self.ended.all()) or self._count >= self._most
 
     def end(self, row: int) -> None:
         """Ends a row, whatever it was about to say."""
-        self._ended[row] = True
+        self.ended[row] = True
 
     def advance(self) -> list[list[int]]:
         """Generates some tokens (the first one alone, then up to 16) and returns them.
@@ -162,9 +165,9 @@ class Decoding:
           The new tokens of each row; none of a row that had ended.
         """
         if self.done:
-            return [[] for _ in self._ended]
+            return [[] for _ in self.ended]
         if self._state is None:
-            self._state = _start(
+            state = _start(
                 self._model,
                 self._variables,
                 self._tokens,
@@ -173,28 +176,27 @@ class Decoding:
                 slots=self._slots,
                 **self._static,
             )
-            new = np.asarray(self._state.token)[:, None]
+            new = np.asarray(state.token)[:, None]
         else:
-            state = self._state._replace(done=jnp.asarray(self._ended))
-            self._state, out = _continue(
+            state, out = _continue(
                 self._model,
                 self._variables,
-                state,
+                self._state._replace(done=jnp.asarray(self.ended)),
                 self._values,
                 np.int32(self._most - self._count),
                 **self._static,
             )
-            taken = int(self._state.step) - self._count
-            new = np.asarray(out)[:, :taken]
+            new = np.asarray(out)[:, : int(state.step) - self._count]
+        self._state = state
         self._count += new.shape[1]
         rows = []
         for row, added in enumerate(new.tolist()):
-            if self._ended[row]:
+            if self.ended[row]:
                 rows.append([])
                 continue
             ends = [i for i, token in enumerate(added) if token in self._eos]
             rows.append(added[: ends[0] + 1] if ends else added)
-            self._ended[row] = bool(ends)
+            self.ended[row] = bool(ends)
         return rows
 
 
@@ -275,7 +277,8 @@ def _begin(
     rows = tokens.shape[0]
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     cache = empty_cache(model.config, rows, slots, model.compute.dtype)
-    logits, cache = model.apply(
+    apply: Any = model.apply  # typed for mutable collections, which this has none of
+    logits, cache = apply(
         variables,
         tokens,
         cache,
@@ -321,10 +324,11 @@ def _fill(
 ) -> tuple[_State, Int32[Array, "B new"]]:
     """Generates into `out[:, first:end]`, until every row has ended."""
     ones = jnp.ones((out.shape[0], 1), jnp.int32)
+    apply: Any = model.apply
 
     def step(carry: tuple) -> tuple:
         i, state, out = carry
-        logits, cache = model.apply(
+        logits, cache = apply(
             variables,
             state.token[:, None],
             state.cache,

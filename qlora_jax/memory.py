@@ -98,6 +98,7 @@ def parameter_report(
     lora: LoraConfig | None,
     *,
     quantization: str | None = "nf4_dq",
+    quantize_lm_head: bool = False,
     dtype: str = "bfloat16",
 ) -> ParameterReport:
     """Counts parameters and bytes; arguments as `abstract_base`.
@@ -106,7 +107,12 @@ def parameter_report(
       UserError: `lora` targets nothing in this model.
     """
     dense = abstract_base(config, dtype=dtype)
-    held = abstract_base(config, quantization=quantization, dtype=dtype)
+    held = abstract_base(
+        config,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        dtype=dtype,
+    )
     groups: dict[str, int] = {}
     optimizer_bytes = 0
     if lora is not None:
