@@ -70,10 +70,12 @@ class Pieces:
         self._tokens += tokens
         whole = self._decode()
         text = whole.removeprefix(self._before).rstrip(_HALF)
-        ends = [at for s in self._stop if (at := text.find(s)) >= 0]
+        # Of several the one that is complete first, so that the size of pieces changes
+        # nothing.
+        ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if ends:
             self.stopped = True
-            text = text[: min(ends)]
+            text = text[: min(ends)[1]]
         elif not last:
             text = text[: len(text) - _begun(text, self._stop)]
         if self._strip:
@@ -206,7 +208,7 @@ def continue_texts(
 
 
 def resolve_stop(
-    stop: Sequence[str], tokenizer: Any, eos_token_ids: tuple[int, ...]
+    stop: Sequence[Any], tokenizer: Any, eos_token_ids: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Sorts what ends a text into texts and tokens.
 

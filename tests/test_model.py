@@ -13,10 +13,10 @@ import pytest
 
 import convert
 import qlora_jax as qj
+from qlora_jax.directories import find_base
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
-from qlora_jax.directories import find_base
 from qlora_jax.model import end_tokens, load, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 
