@@ -185,7 +185,7 @@ fig.tight_layout();
 # learn the subject's words from 256 short answers. Together, in this order, they give the
 # model that both were for. (It reads worse than after the first stage: what is not trained
 # on is forgotten, the sooner the higher the learning rate.) The same chain on the command line is two run files, the second with
-# `adapter_init = "read"` under `[train]`.
+# `adapter_init = "read/adapter"` under `[train]`.
 
 # %%
 model = models["read, then told"]

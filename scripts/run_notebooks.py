@@ -5,9 +5,9 @@
     python scripts/run_notebooks.py --check      # writes nothing
 
 The source of a notebook is a Python file in notebooks/: cells begin with `# %%`, text
-cells with `# %% [markdown]`. It differs readably and an editor runs it cell by cell. The
-.ipynb beside it is that source with outputs, made here, for reading on the web and for
-Jupyter; no server or kernel is needed to make it.
+cells with `# %% [markdown]`, so that changes read as changes and an editor can run it
+cell by cell. The .ipynb beside it is that source with outputs, made here, for reading
+on the web and for Jupyter; no server or kernel is needed to make it.
 
 Cells run in this process, in a copy of notebooks/ beside scripts/, so that what a
 notebook writes (its folder `work`) does not land in the repository. Later notebooks
@@ -203,7 +203,7 @@ def run_notebook(file: Path, times: bool) -> tuple[list[Cell], list[Any], list[b
 
 
 def check(file: Path, cells: list[Cell]) -> str | None:
-    """Compares the .ipynb of a source with its cells; returns what is wrong, or None."""
+    """Compares the .ipynb with the cells; returns what is wrong, or None."""
     made = file.with_suffix(".ipynb")
     if not made.is_file():
         return f"{made.name} is missing"
