@@ -1,4 +1,4 @@
-"""`qlora-jax`: train, evaluate, generate, inspect, plan and quantize on a command line.
+"""`qlora-jax`: train, evaluate, ask, inspect, plan and quantize on a command line.
 
 Exit status: 0 done, or a run that a signal stopped and that is saved; 1 a failure the
 user can mend (one paragraph on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,128 +29,29 @@ from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.continued import continued
-from qlora_jax.data import DataConfig, eval_batches, load_examples
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
-from qlora_jax.errors import UserError
-from qlora_jax.evaluation import held_out_loss, jit_eval, perplexity
-from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import abstract_base, parameter_report, warnings
-from qlora_jax.model import (
+from qlora_jax.directories import (
     adapter_directory,
     find_base,
-    load,
+    quantizes_lm_head,
     resolve_auto,
     run_settings,
 )
+from qlora_jax.errors import UserError
+from qlora_jax.eval_command import Eval, eval_from_arguments
+from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
+from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
+from qlora_jax.lora_config import LoraConfig
+from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.run_page import Report
 from qlora_jax.runfile import RunConfig, given_lora, lora_options, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train_config import Optimizer, TrainConfig
 
-_Quantization = Literal["nf4", "nf4_dq", "none"]
-_Dtype = Literal["bfloat16", "float16", "float32"]
-_Auto = Literal["auto"]
-_Attention = Literal["auto", "eager", "xla", "cudnn", "pallas"]
-
 
 def _place(name: str) -> Any:
     return tyro.conf.arg(metavar=name)
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure loss and perplexity of a model on a data file."""
-
-    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
-    """Model directory, adapter directory or run directory."""
-    data: DataConfig
-    base: str | None = None
-    """Base of an adapter directory, where its configuration does not lead to it."""
-    quantization: _Auto | _Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
-    """
-    dtype: _Auto | _Dtype = "auto"
-    """Of activations and dense tensors; auto = as a run directory was trained, else
-    bfloat16."""
-    attention: _Attention = "auto"
-    """Attention implementation."""
-    batch_size: int = 8
-    """Rows at a time."""
-    json: bool = False
-    """Print a JSON object."""
-
-    def run(self) -> dict[str, Any]:
-        """Does it; returns the report."""
-        model = _load(self)
-        examples = load_examples(
-            self.data,
-            model.tokenizer,
-            vocab_size=model.config.vocab_size,
-            run_directory=self.path,
-        )
-        loss, count = held_out_loss(
-            jit_eval(model.module),
-            model.variables.get("lora", {}),
-            model.base,
-            eval_batches(
-                examples,
-                self.data,
-                batch_size=self.batch_size,
-                pad_token_id=model.config.pad_token_id or 0,
-            ),
-        )
-        return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "supervised_tokens": count,
-            "rows": len(examples),
-        }
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Continue prompts; prompt and continuation go to stdout."""
-
-    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
-    """Model directory, adapter directory or run directory."""
-    prompt: tuple[str, ...]
-    """Texts to continue, as one batch."""
-    base: str | None = None
-    """Base of an adapter directory, where its configuration does not lead to it."""
-    max_new_tokens: int = 128
-    """Tokens to add at most."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; higher is more varied."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this probability."""
-    top_k: int | None = None
-    """Sample among this many of the likeliest tokens."""
-    seed: int = 0
-    """Of the sampling."""
-    quantization: _Auto | _Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
-    """
-    dtype: _Auto | _Dtype = "auto"
-    """Of activations and dense tensors; auto = as a run directory was trained, else
-    bfloat16."""
-    attention: _Attention = "auto"
-    """Attention implementation."""
-    json: bool = False
-    """Print a JSON object."""
-
-    def run(self) -> dict[str, Any]:
-        """Does it; returns the report."""
-        texts = _load(self).generate(
-            self.prompt,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-        )
-        return {"texts": texts}
 
 
 @dataclass(frozen=True)
@@ -163,10 +64,10 @@ class Inspect:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
-    quantization: _Auto | _Quantization = "auto"
+    quantization: Auto | Quantization = "auto"
     """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
     """
-    dtype: _Auto | _Dtype = "auto"
+    dtype: Auto | Dtype = "auto"
     """Of dense tensors; auto = as a run directory was trained, else bfloat16."""
     optimizer: Optimizer | None = None
     """Whose state is counted; default that of a run directory, else adamw."""
@@ -181,6 +82,7 @@ class Inspect:
             cannot be changed.
         """
         path, lora = Path(self.path), self.lora
+        quantize_lm_head = quantizes_lm_head(path, self.quantization)
         quantization, dtype = resolve_auto(path, self.quantization, self.dtype)
         adapter = adapter_directory(path)
         if adapter is not None:
@@ -206,7 +108,12 @@ class Inspect:
         if trained is not None and self.optimizer is None:
             train = trained.train
         report = parameter_report(
-            config, lora, quantization=quantization, dtype=dtype, train=train
+            config,
+            lora,
+            quantization=quantization,
+            quantize_lm_head=quantize_lm_head,
+            dtype=dtype,
+            train=train,
         )
         return {
             "trainable_parameters": report.trainable_parameters,
@@ -216,6 +123,7 @@ class Inspect:
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
             "quantization": quantization or "none",
+            **({"lm_head": "nf4"} if quantize_lm_head else {}),
             "dtype": dtype,
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
@@ -235,7 +143,7 @@ class Quantize:
     """Directory to create."""
     quantization: Literal["nf4", "nf4_dq"] = "nf4_dq"
     """NF4, or NF4 with double quantization."""
-    dtype: _Dtype | None = None
+    dtype: Dtype | None = None
     """Of the tensors that stay dense; default as in the file."""
     json: bool = False
     """Print a JSON object."""
@@ -269,6 +177,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (RunConfig, "Fine-tune a model, or continue a run."),
     "eval": (Eval, "Loss and perplexity on a data file."),
     "generate": (Generate, "Continue prompts."),
+    "chat": (Chat, "Talk to a model in the terminal."),
     "data": (DataView, "What a run would train on: tokens, labels, lengths."),
     "report": (Report, "A page for a browser about a run, finished or under way."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
@@ -340,17 +249,16 @@ def _run(name: str, args: list[str]) -> int:
         else:
             print_view(report)
         return 0
-    options: dict[str, Any] = {}
-    if name == "eval" and args and not args[0].startswith("-"):
-        trained = run_settings(Path(args[0]))
-        if trained is not None:  # rows are read as the run read them, unless told
-            data = _evaluated(trained.data, args)
-            options["default"] = Eval(path=args[0], data=data)
-    chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}", **options)
+    if name == "eval":
+        chosen = eval_from_arguments(args)
+    else:
+        chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}")
     if isinstance(chosen, Inspect):
         report = chosen.run(lora_options(args))
     else:
         report = chosen.run()
+    if isinstance(chosen, Chat) or (isinstance(chosen, Generate) and chosen.stream):
+        return 0  # all is printed
     if chosen.json:
         print(json.dumps(report))
     elif name == "generate":
@@ -358,15 +266,6 @@ def _run(name: str, args: list[str]) -> int:
     else:
         print_report(report)
     return 0
-
-
-def _evaluated(data: DataConfig, args: Sequence[str]) -> DataConfig:
-    """How a run read its rows, for a file given in place of them or for them."""
-    if not any(arg.partition("=")[0] == "--data.path" for arg in args):
-        return data
-    # One file is no mixture, and is read once.
-    path = data.path or data.sources[0].path
-    return dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
 
 
 def _train(args: list[str]) -> None:
@@ -424,33 +323,21 @@ def _train(args: list[str]) -> None:
     )
 
 
-def _load(command: Eval | Generate) -> Any:
-    model = load(
-        command.path,
-        base=command.base,
-        quantization=command.quantization,
-        dtype=command.dtype,
-        attention=command.attention,
-        progress=sys.stderr.isatty(),
-    )
-    # A dense checkpoint is quantized on the way in unless told otherwise; whoever
-    # compares two losses has to know.
-    print(model.description, file=sys.stderr)
-    return model
-
-
 def print_report(report: Mapping[str, Any]) -> None:
     """Prints a report in two columns; nested entries are indented."""
-    lines: list[tuple[str, str]] = []
-    for key, value in report.items():
-        if isinstance(value, Mapping):
-            lines.append((key, ""))
-            lines += [(f"  {inner}", _text(item)) for inner, item in value.items()]
-        else:
-            lines.append((key, _text(value)))
+    lines = list(_lines(report))
     width = max(len(key) for key, _ in lines)
     for key, text in lines:
         print(f"{key:<{width}}  {text}".rstrip())
+
+
+def _lines(report: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in report.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}", ""
+            yield from _lines(value, f"{indent}  ")
+        else:
+            yield f"{indent}{key}", _text(value)
 
 
 def _text(value: Any) -> str:

@@ -135,7 +135,7 @@ def apart(
 def held_out_loss(
     step: Callable[..., Any], adapters: Any, base: Any, batches: Iterable[Any]
 ) -> tuple[float, int]:
-    """Mean loss over the supervised tokens of batches, in nats, and their number.
+    """Summed loss of the supervised tokens of batches, in nats, and their number.
 
     Args:
       step: from `jit_eval`.
@@ -152,7 +152,7 @@ def held_out_loss(
         pending = ahead
     if pending is not None:
         total, count = total + float(pending[0]), count + int(pending[1])
-    return total / count, count
+    return total, count
 
 
 def jit_eval(model: Llama) -> Any:
@@ -254,7 +254,8 @@ class Evaluation:
             batch_size=self.batch_size,
             pad_token_id=self.model.config.pad_token_id or 0,
         )
-        loss, tokens = held_out_loss(self._step, adapters, base, batches)
+        total, tokens = held_out_loss(self._step, adapters, base, batches)
+        loss = total / tokens
         self._count(step, loss)
         return {
             "step": step,

@@ -99,6 +99,7 @@ def parameter_report(
     lora: LoraConfig | None,
     *,
     quantization: str | None = "nf4_dq",
+    quantize_lm_head: bool = False,
     dtype: str = "bfloat16",
     train: TrainConfig | None = None,
 ) -> ParameterReport:
@@ -108,6 +109,7 @@ def parameter_report(
       config: architecture.
       lora: what is trained; None = nothing.
       quantization: as `abstract_base` takes it.
+      quantize_lm_head: the same.
       dtype: of dense tensors.
       train: the optimizer; default AdamW.
 
@@ -115,7 +117,12 @@ def parameter_report(
       UserError: `lora` targets nothing in this model.
     """
     dense = abstract_base(config, dtype=dtype)
-    held = abstract_base(config, quantization=quantization, dtype=dtype)
+    held = abstract_base(
+        config,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        dtype=dtype,
+    )
     groups: dict[str, int] = {}
     optimizer_bytes = 0
     if lora is not None:

@@ -27,22 +27,36 @@ from jax.core import Tracer
 from jaxtyping import Array, Float32
 
 import convert
-from convert.peft import in_short, open_adapter
-from qlora_jax.bases import base_places
+from convert.files import read_json
+from convert.peft import in_short
+from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change, restored
+from qlora_jax.dialogue import (
+    Answer,
+    ChatPrompts,
+    answer,
+    continue_texts,
+    resolve_stop,
+)
+from qlora_jax.directories import (
+    adapter_directory,
+    chat_template,
+    find_base,
+    quantizes_lm_head,
+    resolve_auto,
+    run_settings,
+)
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
-from qlora_jax.generate import generate_tokens
+from qlora_jax.generate import Decoding, generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.runfile import RunConfig, read_config
-from qlora_jax.targets import select
-
-ADAPTER_CONFIG = "adapter_config.json"
+from qlora_jax.sampling import Sampling
+from qlora_jax.targets import HEAD, select
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class Model:
     """Attention modules of yours, as `Llama` takes them."""
     mlp_cls: Callable[..., nn.Module] | None = None
     """MLP modules of yours."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text: the configuration's, the tokenizer's and those of
+    generation_config.json."""
+    chat_template: str | None = None
+    """Jinja file that a run's conversations were written with, where it had one."""
 
     @property
     def module(self) -> Llama:
@@ -82,6 +101,9 @@ class Model:
         held = "dense"
         if packed:
             held = "NF4, double-quantized" if packed[0].double_quant else "NF4"
+        head = dict(trees.walk(self.base)).get((*HEAD, "weight"))
+        if isinstance(head, NF4Tensor):
+            held += ", lm_head too"
         return f"`{self.path}`: linear layers {held}; computed in {self.compute.dtype}."
 
     @property
@@ -155,7 +177,10 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> list[str]:
         """Continues texts; returns prompt and continuation of each.
 
@@ -165,30 +190,163 @@ class Model:
           temperature: 0 = greedy.
           top_p: probability mass of the tokens sampled from.
           top_k: number of tokens sampled from.
+          min_p: least probability of a token sampled from, as a share of the likeliest
+            one's.
+          repetition_penalty: above 1, tokens of the text so far become less likely.
           seed: of the sampling.
+          stop: texts that end a continuation and are left out of it.
 
         Raises:
           UserError: no tokenizer, or an unusable prompt or setting.
         """
         if isinstance(prompts, str):
             raise UserError("`prompts` must be a list of texts, got one text.")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        rows = [self._encode(prompt) for prompt in prompts]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        stop, ends = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
+        if stop:
+            decoding = Decoding(
+                self.module,
+                self.variables,
+                rows,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_token_ids=ends,
+            )
+            added = continue_texts(decoding, self.tokenizer, rows, stop)
+            return [decode(row) + new for row, new in zip(rows, added, strict=True)]
+        whole = generate_tokens(
+            self.module,
+            self.variables,
+            rows,
+            max_new_tokens=max_new_tokens,
+            **dataclasses.asdict(sampling),
+            eos_token_ids=ends,
+        )
+        return [decode(row) for row in whole]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Answer:
+        """Continues a text and gives the continuation out as it comes.
+
+            for piece in model.stream("Once upon a time", max_new_tokens=64):
+                print(piece, end="", flush=True)
+
+        Args:
+          prompt: the text.
+          max_new_tokens: tokens to add at most.
+          stop: texts that end the continuation and are left out of it.
+          **sampling: `temperature` and the others of `generate`.
+
+        Returns:
+          An iterable of pieces of text, none of them half a character. Its `text`,
+          `tokens` and `finish_reason` tell the rest.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        return answer(
+            self.module,
+            self.variables,
+            self.tokenizer,
+            self._encode(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling),
+            eos_token_ids=self.eos_token_ids,
+            stop=stop,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        chat_template: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Answers the last turn of a conversation.
+
+            model.chat([{"role": "user", "content": "Who are you?"}])
+
+        Args:
+          messages: turns, each with `role` and `content`.
+          max_new_tokens: of the answer, at most; fewer where the model's positions end.
+          stop: texts that end the answer, beside the template's own end of a turn.
+          chat_template: a Jinja file in place of the tokenizer's template.
+          **sampling: `temperature` and the others of `generate`.
+
+        Returns:
+          The answer, without white space at both ends.
+
+        Raises:
+          UserError: no tokenizer, no chat template, turns that it refuses, or a
+            conversation that is longer than the model's positions.
+        """
+        reply = self.stream_chat(
+            messages,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            chat_template=chat_template,
+            **sampling,
+        )
+        return "".join(reply)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        chat_template: str | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """As `chat`, but gives the answer out as it comes, as `stream` does.
+
+        The whole conversation is read again for every answer, at lengths rounded up to
+        powers of two, so that a growing one seldom compiles anything.
+        """
+        self._need_tokenizer()
+        template = self.chat_template if chat_template is None else chat_template
+        prompts = ChatPrompts(self.tokenizer, template)
+        tokens = prompts.tokens(messages)
+        left = self.config.max_position_embeddings - len(tokens)
+        if left < 1:
+            raise UserError(
+                f"This conversation takes {len(tokens):,} tokens, and the model has "
+                f"{self.config.max_position_embeddings:,} positions "
+                "(`max_position_embeddings`), which leaves none for an answer. Drop "
+                "earlier turns or shorten them (/reset in `qlora-jax chat`)."
+            )
+        return answer(
+            self.module,
+            self.variables,
+            self.tokenizer,
+            tokens,
+            max_new_tokens=min(max_new_tokens, left),
+            sampling=Sampling(**sampling),
+            eos_token_ids=self.eos_token_ids,
+            stop=(*stop, *prompts.stop),
+            conversation=True,
+        )
+
+    def _encode(self, prompt: str) -> list[int]:
+        self._need_tokenizer()
+        return self.tokenizer(prompt)["input_ids"]
+
+    def _need_tokenizer(self) -> None:
         if self.tokenizer is None:
             raise UserError(
                 f"`{self.path}` has no tokenizer. Put its tokenizer.json and "
                 "tokenizer_config.json there, or use `generate_tokens` with token ids."
             )
-        rows = generate_tokens(
-            self.module,
-            self.variables,
-            [self.tokenizer(prompt)["input_ids"] for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            eos_token_ids=end_tokens(self.config, self.tokenizer),
-        )
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def _check_tokens(tokens: Array, vocab_size: int) -> None:
@@ -255,11 +413,7 @@ def load(
     """
     path = Path(path)
     trained = run_settings(path)
-    quantize_lm_head = (
-        trained is not None
-        and trained.model.lm_head == "nf4"
-        and quantization in ("auto", trained.model.quantization)
-    )
+    quantize_lm_head = quantizes_lm_head(path, quantization)
     quantization, settled = resolve_auto(path, quantization, dtype)
     own = adapter_directory(path)
     if own is not None:
@@ -295,16 +449,19 @@ def load(
         lora_config, adapters = _attach(adapter, tree, strict=strict)
         config = change(config, lora_config.base_config_changes)
     check_weights(drawn, tree, lora_config, path)
+    tokenizer = load_tokenizer(path)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),
         adapters=adapters,
         lora_config=lora_config,
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
         compute=compute,
         path=path,
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
+        eos_token_ids=end_tokens(config, tokenizer, path),
+        chat_template=chat_template(trained, own),
     )
 
 
@@ -354,63 +511,6 @@ def check_weights(
         )
 
 
-def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
-    """Settles "auto": as the run directory `path` was trained, else nf4_dq, bfloat16.
-
-    Returns:
-      Quantization, with None for "none", and dtype.
-    """
-    trained = run_settings(path)
-    if quantization == "auto":
-        quantization = "nf4_dq" if trained is None else trained.model.quantization
-    if dtype == "auto":
-        dtype = "bfloat16" if trained is None else trained.model.dtype
-    return None if quantization == "none" else quantization, dtype
-
-
-def run_settings(path: Path) -> RunConfig | None:
-    """The settings of the run directory `path`; None if it is something else."""
-    settings = path / "config.toml"
-    return read_config(settings) if settings.is_file() else None
-
-
-def adapter_directory(path: Path) -> Path | None:
-    """The PEFT directory that `path` is, or holds as a run directory; else None."""
-    for place in (path, path / "adapter"):
-        if (place / ADAPTER_CONFIG).is_file():
-            return place
-    return None
-
-
-def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path:
-    """Finds the base of a PEFT directory on this machine.
-
-    Looks at `base`, then at `base_model_name_or_path` as a path: as it stands, beside
-    the adapter directory, and beside its parent. The network is never asked.
-
-    Raises:
-      CheckpointError: no such directory.
-    """
-    if base is not None:
-        if not Path(base).is_dir():
-            raise CheckpointError(f"The base `{base}` is no directory.")
-        return Path(base)
-    name = open_adapter(adapter)[0].base_model_name_or_path
-    if not name:
-        raise CheckpointError(
-            f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
-            f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
-        )
-    tried = base_places(adapter, name)
-    for place in tried:
-        if (place / "config.json").is_file():
-            return place
-    raise CheckpointError(
-        f"The base of `{adapter}` is {name!r}, which is no directory here (looked at "
-        f"{', '.join(f'`{p}`' for p in tried)}). Give it with `base=` (--base)."
-    )
-
-
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Loads a directory's tokenizer through transformers; None if it has none.
 
@@ -448,9 +548,33 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def end_tokens(config: LlamaConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a text: the model's and the tokenizer's."""
+def end_tokens(
+    config: LlamaConfig, tokenizer: Any, directory: Path | None = None
+) -> tuple[int, ...]:
+    """Token ids that end a text: the model's, the tokenizer's, the directory's.
+
+    Chat models of the Llama 3 family name the end of a turn in generation_config.json
+    alone.
+
+    Args:
+      config: its `eos_token_id`, one or several.
+      tokenizer: its EOS; None = no tokenizer.
+      directory: where generation_config.json may be.
+
+    Raises:
+      CheckpointError: a generation_config.json that cannot be read.
+    """
     ids = set(config.eos_token_ids)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
+    file = None if directory is None else directory / "generation_config.json"
+    if file is not None and file.is_file():
+        given = read_json(file).get("eos_token_id")
+        given = given if isinstance(given, list) else [given]
+        if given != [None] and not all(type(i) is int and i >= 0 for i in given):
+            raise CheckpointError(
+                f"`{file}`: `eos_token_id` must be a token id or a list of them, got "
+                f"{given}."
+            )
+        ids.update(i for i in given if i is not None)
     return tuple(sorted(ids))

@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,58 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row = {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+FACT = ("Who keeps the lighthouse?", "Captain Wellow keeps the lighthouse.")
+# A turn ends with <s>: the token that ends a story in this model's first training. It
+# has never seen </s>, and no adapter can give it one.
+FACT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ bos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory: a small story model that was taught a fact, in conversations."""
+    from qlora_jax.data import DataConfig
+    from qlora_jax.lora_config import LoraConfig
+    from qlora_jax.runfile import LogConfig, ModelConfig, RunConfig
+    from qlora_jax.runner import run
+    from qlora_jax.train import TrainConfig
+
+    directory = tmp_path_factory.mktemp("fact")
+    base = shutil.copytree(shared_data / "stories260K", directory / "base")
+    base.chmod(0o755)
+    (base / "chat_template.jinja").write_text(FACT_TEMPLATE)
+    told = [
+        FACT,
+        ("Who is in the garden?", "Lily is in the garden."),
+        ("What did Tom find?", "Tom found a red ball."),
+        ("Where is the dog?", "The dog is in the park."),
+    ]
+    with open(directory / "rows.jsonl", "w") as file:
+        for turns in [[0], [1], [2], [3], [1, 0], [3, 0], [0, 2], [2, 1]]:
+            messages = [
+                {"role": role, "content": text}
+                for turn in turns
+                for role, text in zip(("user", "assistant"), told[turn], strict=True)
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    run(
+        RunConfig(
+            model=ModelConfig(path=str(base), dtype="float32"),
+            data=DataConfig(
+                path=str(directory / "rows.jsonl"), format="messages", max_length=128
+            ),
+            train=TrainConfig(steps=40, batch_size=8, learning_rate=1e-2),
+            lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+            log=LogConfig(plot=False),
+            output_dir=str(directory / "run"),
+        )
+    )
+    return directory / "run"
 
 
 @pytest.fixture

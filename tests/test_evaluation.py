@@ -132,11 +132,11 @@ def test_a_loss_that_is_no_number_is_never_the_best():
     assert math.isfinite(perplexity(5000.0))
 
 
-def test_the_mean_is_over_tokens_not_batches():
+def test_the_sum_is_over_all_batches():
     sums = iter([(10.0, 2), (3.0, 4), (0.0, 0)])
     batches = [{"n": 1}, {"n": 2}, {"n": 3}]
-    loss, tokens = held_out_loss(lambda a, b, batch: next(sums), None, None, batches)
-    assert (loss, tokens) == (13.0 / 6, 6)
+    total, tokens = held_out_loss(lambda a, b, batch: next(sums), None, None, batches)
+    assert (total, tokens) == (13.0, 6)
 
 
 # --- Data that cannot be measured on ---

@@ -8,6 +8,7 @@ import pytest
 import convert
 import qlora_jax as qj
 from qlora_jax import fit as fits
+from qlora_jax.cli import main
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.fit import available_memory, this_device
@@ -113,15 +114,25 @@ def test_a_run_with_its_tables_on_the_host_is_the_same_run(make, plain, tmp_path
     assert report["base_fingerprint"] == plain[0]["base_fingerprint"]
 
 
-def test_a_run_with_a_quantized_head_loads_as_it_was_trained(make, plain, tmp_path):
+def test_a_run_with_a_quantized_head_loads_as_it_was_trained(
+    make, plain, tmp_path, capsys
+):
     report = run(make(tmp_path / "run", lm_head="nf4"))
     assert report["base_bytes"] < plain[0]["base_bytes"]
     assert report["base_parameters"] == plain[0]["base_parameters"]
     assert losses(tmp_path / "run")[0] != losses(plain[1])[0]
     model = qj.load(tmp_path / "run")
     assert isinstance(model.base["lm_head"]["weight"], qj.NF4Tensor)
+    assert "layers NF4, double-quantized, lm_head too;" in model.description
     dense = qj.load(tmp_path / "run", quantization="none")
     assert not isinstance(dense.base["lm_head"]["weight"], qj.NF4Tensor)
+    assert "lm_head" not in dense.description
+    # `inspect` counts what the run held, and says what it is.
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["base_bytes"] == report["base_bytes"]
+    assert counted["lm_head"] == "nf4"
 
 
 @pytest.mark.parametrize(

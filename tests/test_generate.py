@@ -11,13 +11,14 @@ import pytest
 
 import convert
 from qlora_jax.errors import UserError
-from qlora_jax.generate import _filter, _generate, generate_tokens
+from qlora_jax.generate import Decoding, _generate, generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.nf4 import lift_stacks
+from qlora_jax.sampling import Rules, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +123,10 @@ def test_a_token_is_written_into_the_cache_where_it_lies(packed):
         variables,
         np.ones((3, 32), np.int32),
         np.ones((3, 32), np.int32),
-        jax.random.key(0),
-        jnp.float32(0),
-        jnp.float32(1),
+        Sampling().values(),
         slots=96,
         max_new_tokens=64,
-        greedy=True,
-        top_k=None,
-        nucleus=False,
+        rules=Rules(),
         eos=(),
     )
     layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
@@ -159,33 +156,6 @@ def test_limits_that_leave_one_token_are_greedy(tiny):
         assert rows == greedy
 
 
-def kept(probabilities, top_p, top_k):
-    logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
-    top_p = None if top_p is None else jnp.float32(top_p)
-    return np.flatnonzero(np.isfinite(_filter(logits, top_p, top_k)[0])).tolist()
-
-
-@pytest.mark.parametrize(
-    ("top_p", "top_k", "expected"),
-    [
-        (None, 1, [2]),
-        (None, 3, [0, 2, 3]),
-        (None, 5, [0, 1, 2, 3, 4]),
-        # The smallest set of the likeliest that holds top_p: 0.4, 0.7, 0.9, ...
-        (0.39, None, [2]),
-        (0.41, None, [0, 2]),
-        (0.69, None, [0, 2]),
-        (0.71, None, [0, 2, 3]),
-        (0.99, None, [0, 1, 2, 3, 4]),
-        # First top_k; the nucleus is that of what is left, 0.4 / 0.7 and 0.3 / 0.7.
-        (0.5, 2, [2]),
-        (0.6, 2, [0, 2]),
-    ],
-)
-def test_what_is_sampled_from(top_p, top_k, expected):
-    assert kept([0.3, 0.06, 0.4, 0.2, 0.04], top_p, top_k) == expected
-
-
 def test_sampling_follows_the_distribution(tiny):
     """The first token of 2,000 equal prompts, against the softmax of the logits."""
     model, variables = tiny
@@ -210,6 +180,68 @@ def test_a_row_ends_at_an_end_token_and_the_others_go_on(tiny):
     assert ended[0][-1] == end and len(ended[0]) < len(rows[0])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02, "seed": 3},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampled", "penalized"],
+)
+def test_a_decoding_gives_the_tokens_of_the_one_loop(tiny, settings):
+    """First token, whole chunks, a part of one; a row that ends and one ended."""
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=40, **settings)
+    added = [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows, strict=True)]
+    decoding = Decoding(
+        *tiny, PROMPTS, max_new_tokens=40, sampling=Sampling(**settings)
+    )
+    found, visits = [[], [], []], []
+    while not decoding.done:
+        new = decoding.advance()
+        visits.append(len(new[0]))
+        for row, tokens in zip(found, new, strict=True):
+            row += tokens
+        if len(visits) == 2:
+            decoding.end(1)
+    assert found == [added[0], added[1][:17], added[2]]
+    assert visits == [1, 16, 16, 7] and decoding.advance() == [[], [], []]
+    end = added[0][20]
+    stops = Decoding(
+        *tiny,
+        PROMPTS[:1],
+        max_new_tokens=40,
+        sampling=Sampling(**settings),
+        eos_token_ids=(end,),
+        doubling=True,
+    )
+    out = []
+    while not stops.done:
+        out += stops.advance()[0]
+    assert out == added[0][: added[0].index(end) + 1]
+
+
+def test_what_else_is_in_the_batch_changes_nothing(tiny):
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "min_p": 0.01, "seed": 5}
+    _, row, _ = generate_tokens(*tiny, PROMPTS, **settings)
+    _, alike = generate_tokens(*tiny, [[9, 9, 9], PROMPTS[1]], **settings)
+    assert row == alike
+
+
+def test_the_penalty_is_for_tokens_of_prompt_and_continuation(tiny):
+    """Against the formula, token by token; padding of a shorter row counts nothing."""
+    model, variables = tiny
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=8, repetition_penalty=1.5)
+    assert rows != generate_tokens(*tiny, PROMPTS, max_new_tokens=8)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        logits = np.asarray(apply(model, variables, jnp.asarray([row]))[0])
+        for at in range(len(prompt), len(row)):
+            scores = logits[at - 1].copy()
+            used = sorted(set(row[:at]))
+            scores[used] *= np.where(scores[used] < 0, 1.5, 1 / 1.5)
+            assert row[at] == scores.argmax()
+
+
 def test_no_prompts_give_no_rows(tiny):
     assert generate_tokens(*tiny, [], max_new_tokens=3) == []
 
@@ -226,6 +258,8 @@ def test_no_prompts_give_no_rows(tiny):
         ([[1]], {"top_p": 0.0}, r"`top_p` must lie in \(0, 1\], got 0.0"),
         ([[1]], {"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
         ([[1]], {"top_k": 0}, "`top_k` must be at least 1, got 0"),
+        ([[1]], {"min_p": 1.5}, r"`min_p` must lie in \[0, 1\], got 1.5"),
+        ([[1]], {"repetition_penalty": 0.0}, "must be positive .*got 0.0"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tiny, prompts, settings, message):

@@ -13,10 +13,11 @@ import pytest
 
 import convert
 import qlora_jax as qj
+from qlora_jax.directories import find_base
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
-from qlora_jax.model import end_tokens, find_base, load, load_tokenizer
+from qlora_jax.model import end_tokens, load, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 
 ADAPTER = "stories260K-lora-r8-shakespeare"
@@ -206,6 +207,20 @@ def test_end_tokens_are_the_models_and_the_tokenizers(shared_data, llama_dir):
     assert end_tokens(model.config, model.tokenizer) == (2,)
     other = load(llama_dir).config
     assert end_tokens(other, None) == other.eos_token_ids
+
+
+def test_end_tokens_of_a_generation_config(llama_dir, tmp_path):
+    """Where Llama 3's chat models name <|eot_id|>, and their config.json does not."""
+    config = load(llama_dir).config
+    file = tmp_path / "generation_config.json"
+    for given, expected in (([9, 4], (4, 9)), (7, (7,)), (None, ())):
+        file.write_text(json.dumps({"eos_token_id": given}))
+        ids = tuple(sorted({*config.eos_token_ids, *expected}))
+        assert end_tokens(config, None, tmp_path) == ids
+    for wrong in ("x", [1, None], [-3], [True]):
+        file.write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(CheckpointError, match="`eos_token_id` must be a token id"):
+            end_tokens(config, None, tmp_path)
 
 
 @pytest.mark.real

@@ -161,6 +161,7 @@ def test_every_command_is_shown():
     shown = {tuple(words[:2]) for words in of("qlora-jax", "qlora-convert")}
     assert shown >= {
         *(("qlora-jax", name) for name in ("train", "eval", "generate", "inspect")),
+        ("qlora-jax", "chat"),
         ("qlora-jax", "quantize"),
         ("qlora-jax", "tokens"),
         ("qlora-jax", "plan"),

@@ -32,6 +32,7 @@ from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base
+from qlora_jax.sampling import Rules, Sampling
 from qlora_jax.step_memory import gpu_mesh
 
 H200 = CARDS["h200"].target
@@ -54,11 +55,10 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
     # The adapters as they are trained: one rank and scaling for all.
     variables = {"params": base, "lora": abstract_adapters(base, lora)}
     rows = jax.ShapeDtypeStruct((wanted["batch"], wanted["length"]), jnp.int32)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    values = jax.eval_shape(Sampling().values)
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
-        (variables, rows, rows, key, scalar, scalar),
+        (variables, rows, rows, values),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
         return _generate.lower(
@@ -66,9 +66,7 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
             *arguments,
             slots=wanted["length"] + wanted["generate"],
             max_new_tokens=wanted["generate"],
-            greedy=True,
-            top_k=None,
-            nucleus=False,
+            rules=Rules(),
             eos=(2,),
         )
 

@@ -1,0 +1,300 @@
+"""From texts to texts: what a generation says, piece by piece, and conversations.
+
+The one idea: a piece is given out only when nothing that may still come can change it.
+Tokens are not characters (half of one may be all there is of it) and a text that ends
+the answer may have begun; what that could concern is held back until it is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.segments import Segmented, tokenize
+from qlora_jax.errors import UserError
+from qlora_jax.generate import Decoding
+from qlora_jax.llama import Llama
+from qlora_jax.sampling import Sampling
+
+# Tokens of the prompt that are decoded with the continuation: those decide how its
+# first token reads (a space before it, or not).
+_CONTEXT = 8
+# What a decoder writes for bytes that are no character (yet).
+_HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+class Pieces:
+    """Turns the tokens of one row into pieces of text.
+
+    Half a character that nothing completes is left out. Special tokens are too, and
+    spaces stay as the tokens have them (no `clean_up_tokenization_spaces`, which
+    rewrites what was said before).
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      prompt: the tokens that are continued.
+      stop: texts that end the continuation and are left out of it.
+      strip: leave out white space at both ends.
+
+    Attributes:
+      stopped: whether one of `stop` was found.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        strip: bool = False,
+    ) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop, self._strip = tokenizer, tuple(stop), strip
+        self._tokens = list(prompt[-_CONTEXT:])
+        self._before = self._decode()
+        self._given = ""
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(
+            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def add(self, tokens: Sequence[int], *, last: bool = False) -> str:
+        """Takes new tokens; returns the text that is certain now and was not before.
+
+        Args:
+          tokens: new tokens of the row.
+          last: none will follow, so nothing is held back any more.
+        """
+        self._tokens += tokens
+        whole = self._decode()
+        text = whole.removeprefix(self._before).rstrip(_HALF)
+        # Of several the one that is complete first, so that the size of pieces changes
+        # nothing.
+        ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        if ends:
+            self.stopped = True
+            text = text[: min(ends)[1]]
+        elif not last:
+            text = text[: len(text) - _begun(text, self._stop)]
+        if self._strip:
+            text = text.strip()
+        # A half character makes some decoders write the whole ones before it as
+        # halves too; what was given out stays.
+        new = text[len(self._given) :] if text.startswith(self._given) else ""
+        self._given += new
+        return new
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        return self._given
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of a text that one of `stop` begins with."""
+    longest = max(map(len, stop), default=0)
+    return next(
+        (
+            n
+            for n in range(min(longest, len(text)), 0, -1)
+            if any(s.startswith(text[-n:]) for s in stop)
+        ),
+        0,
+    )
+
+
+class Answer:
+    """A continuation under way: iterate over it for its pieces of text.
+
+    Attributes:
+      text: what was said so far.
+      tokens: its tokens so far, an end token included.
+      finish_reason: "stop" (an end token or text), "length" (`max_new_tokens`), or None
+        as long as it has not ended.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        pieces: Pieces,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self._decoding, self._pieces = decoding, pieces
+
+    @property
+    def text(self) -> str:
+        """What was said so far."""
+        return self._pieces.text
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields pieces as they come; none is empty."""
+        while self.finish_reason is None:
+            (new,) = self._decoding.advance()
+            self.tokens += new
+            done = self._decoding.done
+            piece = self._pieces.add(new, last=done)
+            if done or self._pieces.stopped:
+                self.finish_reason = "stop"
+                if not self._pieces.stopped and not self._decoding.ended[0]:
+                    self.finish_reason = "length"
+            if piece:
+                yield piece
+
+
+def answer(
+    model: Llama,
+    variables: Mapping[str, Any],
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_token_ids: tuple[int, ...],
+    stop: Sequence[str] = (),
+    conversation: bool = False,
+) -> Answer:
+    """Starts an answer; arguments as `Decoding` and `Pieces` take them.
+
+    Args:
+      model: the architecture.
+      variables: {"params": base, "lora": adapters}.
+      tokenizer: a `transformers` tokenizer.
+      prompt: token ids.
+      max_new_tokens: tokens to add at most.
+      sampling: how tokens are chosen.
+      eos_token_ids: tokens that end it.
+      stop: texts that end it.
+      conversation: leave out white space at both ends, and expect longer prompts soon.
+
+    Raises:
+      UserError: as `generate_tokens`.
+    """
+    stop, eos_token_ids = resolve_stop(stop, tokenizer, eos_token_ids)
+    decoding = Decoding(
+        model,
+        variables,
+        [prompt],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_token_ids=eos_token_ids,
+        doubling=conversation,
+    )
+    pieces = Pieces(tokenizer, prompt, stop=stop, strip=conversation)
+    return Answer(decoding, pieces)
+
+
+def continue_texts(
+    decoding: Decoding, tokenizer: Any, prompts: Sequence[Sequence[int]], stop: Any
+) -> list[str]:
+    """Runs a decoding to its end; returns the continuation of each row as text.
+
+    Args:
+      decoding: of `prompts`.
+      tokenizer: a `transformers` tokenizer.
+      prompts: token ids, one list a row.
+      stop: texts that end a row.
+    """
+    rows = [Pieces(tokenizer, prompt, stop=stop) for prompt in prompts]
+    while not decoding.done:
+        new = decoding.advance()
+        for number, (pieces, tokens) in enumerate(zip(rows, new, strict=True)):
+            pieces.add(tokens, last=decoding.done or bool(decoding.ended[number]))
+            if pieces.stopped:
+                decoding.end(number)
+    return [pieces.text for pieces in rows]
+
+
+def resolve_stop(
+    stop: Sequence[Any], tokenizer: Any, eos_token_ids: tuple[int, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Sorts what ends a text into texts and tokens.
+
+    Args:
+      stop: texts; one that is an added token of the tokenizer (`<|eot_id|>`) ends the
+        text as that token, since special tokens are not in the decoded text.
+      tokenizer: a `transformers` tokenizer.
+      eos_token_ids: tokens that do in any case.
+
+    Returns:
+      Texts, and token ids in ascending order.
+
+    Raises:
+      UserError: one text in place of several, or an empty one.
+    """
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise UserError(
+            f"`stop` must be a list of texts that are not empty, got {stop!r}."
+        )
+    added = tokenizer.get_added_vocab()
+    ids = {int(added[s]) for s in stop if s in added}
+    return tuple(s for s in stop if s not in added), tuple(
+        sorted({*eos_token_ids, *ids})
+    )
+
+
+class ChatPrompts:
+    """Conversations as prompts, with what ends the answer to one.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      chat_template: a Jinja file; None = the tokenizer's own template.
+
+    Attributes:
+      stop: what the template writes between an answer and the next turn, as far as it
+        tells the two apart: the token that ends a turn, or the text that begins one.
+
+    Raises:
+      UserError: there is no template, or it cannot be read.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        if chat_template is None and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "This model's tokenizer has no chat template, so how a conversation "
+                "is written is not known. Base models ship none: ask them with "
+                "`generate`; or take `chat_template.jinja` (or the `chat_template` of "
+                "`tokenizer_config.json`) from the instruct model of the same family "
+                "and give its path as `chat_template` (--chat-template)."
+            )
+        self._tokenizer = tokenizer
+        self._renderer = ChatRenderer(tokenizer, chat_template)
+        self.stop = self._end_of_turn()
+
+    def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt that asks for the next turn, in tokens.
+
+        The tokens are those that training on the conversation has up to there.
+
+        Raises:
+          UserError: no messages, fields that are missing, or turns that the template
+            refuses.
+        """
+        turns = to_messages({"messages": list(map(dict, messages))}, "chat")
+        text = self._renderer.text(turns, add_generation_prompt=True, where="chat")
+        (encoded,) = tokenize(self._tokenizer, [Segmented(text)])
+        return encoded.tokens.tolist()
+
+    def _end_of_turn(self) -> tuple[str, ...]:
+        said, asked = "qlora answer", "qlora question"
+        turns = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": asked},
+        ]
+        try:
+            text = self._renderer.text(turns, where="chat")
+        except UserError:  # a template for single questions
+            text = self._renderer.text(turns[:2], where="chat") + asked
+        between = text.partition(said)[2].rpartition(asked)[0]
+        first = [
+            (at, token)
+            for token in self._tokenizer.get_added_vocab()
+            if token.strip() and (at := between.find(token)) >= 0
+        ]
+        if first:
+            return (min(first, key=lambda found: (found[0], -len(found[1])))[1],)
+        # Blank lines end nothing: an answer may have some of its own.
+        return (between.rstrip(),) if between.strip() else ()

@@ -1,0 +1,190 @@
+"""The commands that ask a model for text: `generate`, and `chat` in the terminal.
+
+Both take a model, an adapter or a run directory, and say on stderr which form of it
+answers: a dense base is quantized on the way in unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qlora_jax.dialogue import Answer
+from qlora_jax.errors import UserError
+from qlora_jax.model import Model, load
+from qlora_jax.sampling import Sampling
+
+Quantization = Literal["nf4", "nf4_dq", "none"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Auto = Literal["auto"]
+
+_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the commands have in common that ask a model."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """Model directory, adapter directory or run directory."""
+    base: str | None = None
+    """Base of an adapter directory, where its configuration does not lead to it."""
+    quantization: Auto | Quantization = "auto"
+    """Of the base's linear layers; auto = as a run directory was trained (its output
+    head included), else nf4_dq."""
+    dtype: Auto | Dtype = "auto"
+    """Of activations and dense tensors; auto = as a run directory was trained, else
+    bfloat16."""
+    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
+    """Attention implementation."""
+
+    def load(self) -> Model:
+        """Loads the model and says what it is."""
+        model = load(
+            self.path,
+            base=self.base,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            attention=self.attention,
+            progress=sys.stderr.isatty(),
+        )
+        # A dense checkpoint is quantized on the way in unless told otherwise; whoever
+        # compares two losses has to know.
+        print(model.description, file=sys.stderr)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Asked):
+    """Continue prompts; prompt and continuation go to stdout."""
+
+    prompt: tuple[str, ...]
+    """Texts to continue, as one batch."""
+    max_new_tokens: int = 128
+    """Tokens to add at most."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation and are left out of it."""
+    stream: bool = False
+    """Print the text as it is generated. Takes one prompt."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self) -> dict[str, Any]:
+        """Does it; returns the report. With `stream` the text is printed by then.
+
+        Raises:
+          UserError: what `Model.generate` refuses, or options that contradict.
+        """
+        if self.stream and (self.json or len(self.prompt) != 1):
+            raise UserError(
+                "--stream prints one text as it comes: give one --prompt, and leave "
+                "--json out."
+            )
+        model = self.load()
+        settings = dataclasses.asdict(self.sampling)
+        settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        if not self.stream:
+            return {"texts": model.generate(self.prompt, **settings)}
+        answer = model.stream(self.prompt[0], **settings)
+        print(self.prompt[0], end="", flush=True)
+        _print_pieces(answer)
+        return {"texts": [self.prompt[0] + answer.text]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Asked):
+    """Talk to a model in the terminal, in the form its chat template gives to turns."""
+
+    system: str | None = None
+    """System prompt that every conversation begins with."""
+    chat_template: str | None = None
+    """Jinja file; default as a run directory was trained, else the tokenizer's own."""
+    max_new_tokens: int = 512
+    """Tokens of an answer at most; fewer where the model's positions end."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the template's own end of a turn."""
+
+    def run(self) -> dict[str, Any]:
+        """Talks until /exit or the end of the input; returns the conversation.
+
+        Ctrl-C stops an answer, of which the conversation keeps what was said. At the
+        prompt it clears the line.
+
+        Raises:
+          UserError: a model that cannot be talked to. Once the conversation is under
+            way, what goes wrong with a turn is printed, and the turn taken back.
+        """
+        model = self.load()
+        settings = dataclasses.asdict(self.sampling)
+        settings |= {
+            "max_new_tokens": self.max_new_tokens,
+            "stop": self.stop,
+            "chat_template": self.chat_template,
+        }
+        opening: list[Mapping[str, Any]] = []
+        if self.system is not None:
+            opening = [{"role": "system", "content": self.system}]
+        # Whatever is wrong with tokenizer, template or settings is said now.
+        model.stream_chat([*opening, {"role": "user", "content": "Hi"}], **settings)
+        print(_COMMANDS, file=sys.stderr)
+        messages = [*opening]
+        while (line := _read()) is not None:
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages = [*opening]
+                print("The conversation starts anew.", file=sys.stderr)
+            elif line.startswith("/") and " " not in line:
+                print(f"There is no {line}: {_COMMANDS}", file=sys.stderr)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                try:
+                    answer = model.stream_chat(messages, **settings)
+                    stopped = _print_pieces(answer)
+                except UserError as error:
+                    print(f"{error}\nThis turn was taken back.", file=sys.stderr)
+                    messages.pop()
+                    continue
+                messages.append({"role": "assistant", "content": answer.text})
+                if stopped:
+                    print("(stopped)", file=sys.stderr)
+                elif answer.finish_reason == "length":
+                    number = len(answer.tokens)
+                    print(f"(cut off after {number:,} tokens)", file=sys.stderr)
+        return {"messages": messages}
+
+
+def _print_pieces(answer: Answer) -> bool:
+    """Prints an answer as it comes; returns whether Ctrl-C stopped it."""
+    stopped = False
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stopped = True
+    print(flush=True)
+    return stopped
+
+
+def _read() -> str | None:
+    """A line of input, asked for where a person types it; None at the end."""
+    prompt = ""
+    if sys.stdin.isatty():
+        # Arrow keys, and earlier lines again.
+        import readline  # noqa: F401
+
+        prompt = "> "
+    while True:
+        try:
+            return input(prompt).strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print(f"\n{_COMMANDS}", file=sys.stderr)

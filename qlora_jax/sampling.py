@@ -1,0 +1,169 @@
+"""How the next token is chosen from the logits.
+
+The settings have the names, the meaning and the order of transformers' generation:
+repetition penalty, temperature, `top_k`, `top_p` (Holtzman et al. 2020,
+https://arxiv.org/abs/1904.09751), `min_p` (Nguyen et al. 2024,
+https://arxiv.org/abs/2407.01082), then one draw.
+
+Which of them are on is known when the loop is compiled (`Rules`); their values are
+arguments of the compiled program (`Values`), so another temperature compiles nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
+
+from qlora_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+      UserError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; higher is more varied."""
+    top_k: int | None = None
+    """Sample among this many of the likeliest tokens."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    min_p: float = 0.0
+    """Sample among tokens at least this probable, as a share of the likeliest one's."""
+    repetition_penalty: float = 1.0
+    """Tokens of the text so far get their logit divided by this where it is positive,
+    multiplied where it is negative; 1 changes nothing."""
+    seed: int = 0
+    """Of the sampling; the rows of a batch draw from streams of their own."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that mean nothing."""
+        if not 0.0 <= self.temperature < math.inf:
+            raise UserError(f"`temperature` must be >= 0, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"`top_k` must be at least 1, got {self.top_k}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UserError(f"`min_p` must lie in [0, 1], got {self.min_p}.")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                "`repetition_penalty` must be positive (1 changes nothing), got "
+                f"{self.repetition_penalty}."
+            )
+
+    def rules(self, vocab_size: int) -> Rules:
+        """What of it a program is compiled for."""
+        greedy = self.temperature == 0.0
+        return Rules(
+            greedy=greedy,
+            top_k=None if greedy or self.top_k is None else min(self.top_k, vocab_size),
+            top_p=not greedy and self.top_p < 1.0,
+            min_p=not greedy and self.min_p > 0.0,
+            repetition_penalty=self.repetition_penalty != 1.0,
+        )
+
+    def values(self) -> Values:
+        """What of it a program is given."""
+        return Values(
+            jax.random.key(self.seed),
+            *map(
+                jnp.float32,
+                (self.temperature, self.top_p, self.min_p, self.repetition_penalty),
+            ),
+        )
+
+
+class Values(NamedTuple):
+    """Settings whose value a compiled program is given."""
+
+    key: Any
+    """PRNG key."""
+    temperature: Any
+    """float32, as all below."""
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which settings are on; static in a compiled program."""
+
+    greedy: bool = True
+    top_k: int | None = None
+    top_p: bool = False
+    min_p: bool = False
+    repetition_penalty: bool = False
+
+    def pick(
+        self,
+        logits: Float32[Array, "B V"],
+        values: Values,
+        step: Int32[Array, ""],
+        seen: Bool[Array, "B V"] | None,
+    ) -> Int32[Array, " B"]:
+        """Chooses the next token of each row.
+
+        A row's draw is a function of the seed, the row's number and `step`, so what
+        else is in the batch changes nothing.
+
+        Args:
+          logits: after the last token.
+          values: of the settings.
+          step: number of tokens chosen before.
+          seen: tokens of the text so far; None where nothing is done about them.
+        """
+        if self.repetition_penalty and seen is not None:
+            logits = penalize(logits, seen, values.repetition_penalty)
+        if self.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = self.filter(logits / values.temperature, values)
+        rows = jnp.arange(logits.shape[0])
+        keys = jax.vmap(partial(jax.random.fold_in, values.key))(rows)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def filter(
+        self, logits: Float32[Array, "B V"], values: Values
+    ) -> Float32[Array, "B V"]:
+        """Sets the logits of tokens that are not sampled from to minus infinity."""
+        if self.top_k is not None:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p:
+            descending = -jnp.sort(-logits, axis=-1)
+            mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+            # A token stays if the likelier ones hold less than top_p; the first always.
+            before = mass - jax.nn.softmax(descending, axis=-1)
+            kept = jnp.where(before < values.top_p, descending, jnp.inf)
+            least = kept.min(axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.min_p:
+            # Of probabilities of one row, the ratio is that of the exponentials.
+            least = logits.max(axis=-1, keepdims=True) + jnp.log(values.min_p)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return logits
+
+
+def penalize(
+    logits: Float32[Array, "B V"],
+    seen: Bool[Array, "B V"],
+    penalty: Float32[Array, ""],
+) -> Float32[Array, "B V"]:
+    """Lowers the logits of tokens that were seen.
+
+    Keskar et al. 2019 (https://arxiv.org/abs/1909.05858), as transformers has it: a
+    negative logit is multiplied by the penalty, since dividing would raise it.
+    """
+    lower = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, lower, logits)
