@@ -35,7 +35,7 @@ if not (work / "base").exists():
 
 # %%
 draw = random.Random(5)
-CAPTAINS = "Redda Quill Bonny Morgan Flint Teach Vane Drake".split()
+CAPTAINS = "Mia Tom Ana Ben Lily Max Zoe Sam Eva Leo".split()
 VERBS, ISLES = "sails rows drifts".split(), "reef lagoon fort volcano wreck cave".split()
 LOOT = "doubloons rubies pearls muskets barrels parrots".split()
 
@@ -46,11 +46,12 @@ def pirates():
     text = (f"Captain {captain} {draw.choice(VERBS)} to the {isle}. The crew digs up "
             f"{number} {loot}. At night {rival} steals the {loot} of {captain}.")
     asked = [(f"Where does {captain} go?", f"To the {isle}, arr!"),
-             (f"What does the crew dig up?", f"{number} {loot}, arr!"),
+             ("What does the crew dig up?", f"{number} {loot}, arr!"),
              (f"Who steals the {loot}?", f"Captain {rival}, arr!")]
     question, answer = draw.choice(asked)
     row = {"prompt": f"{text}\nQ: {question}\nA:", "completion": f" {answer}"}
-    return f"{text} {captain} swears revenge on {rival}.", row
+    spoken, reply = draw.choice(asked)
+    return f"{text} The parrot asks: {spoken} {reply} says {captain}.", row
 
 
 stories, questions = zip(*(pirates() for _ in range(1500 + 100)))
@@ -78,7 +79,7 @@ print(told[0]["prompt"] + told[0]["completion"])
 
 # %%
 TEXT = qj.DataConfig(path=texts, format="text", max_length=128, packing=True)
-ASKED = qj.DataConfig(path=told_file, format="prompt_completion", max_length=96)
+ASKED = qj.DataConfig(path=told_file, format="prompt_completion", max_length=128)
 
 
 def stage(name, data, steps, rate, start=None):
@@ -97,9 +98,9 @@ def stage(name, data, steps, rate, start=None):
           f"{steps} steps, loss {report['final_loss']:.3f}")
 
 
-stage("read", TEXT, 100, 5e-3)
-stage("read-told", ASKED, 60, 3e-3, start="read")
-stage("told", ASKED, 60, 3e-3)
+stage("read", TEXT, 140, 5e-3)
+stage("read-told", ASKED, 80, 3e-3, start="read")
+stage("told", ASKED, 80, 3e-3)
 
 # %%
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
@@ -142,8 +143,8 @@ models = {"base": base} | {
 unread = write("unread.jsonl", [{"text": text} for text in stories[1500:]])
 asked = write("asked.jsonl", held_out)
 tasks = {
-    "new stories": qj.DataConfig(path=unread, format="text", max_length=96),
-    "answers": qj.DataConfig(path=asked, format="prompt_completion", max_length=96),
+    "new stories": qj.DataConfig(path=unread, format="text", max_length=128),
+    "answers": qj.DataConfig(path=asked, format="prompt_completion", max_length=128),
 }
 losses = {}
 for task, data in tasks.items():
@@ -154,7 +155,7 @@ for task, data in tasks.items():
 right = {}
 prompts = [row["prompt"] for row in held_out]
 for name, model in models.items():
-    texts = model.generate(prompts, max_new_tokens=16)
+    texts = model.generate(prompts, max_new_tokens=24)
     right[name] = np.mean([text == row["prompt"] + row["completion"]
                            for text, row in zip(texts, held_out)])
 
@@ -191,5 +192,5 @@ fig.tight_layout();
 model = models["read, then told"]
 for row in held_out[:4]:
     question = row["prompt"].split("\n")[1]
-    (text,) = model.generate([row["prompt"]], max_new_tokens=16)
+    (text,) = model.generate([row["prompt"]], max_new_tokens=24)
     print(f"{question:<34} {text.removeprefix(row['prompt']).strip()}")

@@ -70,6 +70,7 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
+    "scripts/test_run_notebooks.py",
     "test_runner_adapters.py",
     "test_train.py",
     "convert/test_fuzz.py",
@@ -80,6 +81,7 @@ LONG = (
     "scripts/test_bench_gpu.py",
     "test_lora.py",
     "test_generate.py",
+    "test_facts.py",
     "test_adapters.py",
     "test_llama.py",
     "scripts/test_train_qlora.py",
