@@ -25,7 +25,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from qlora_jax.evaluation import (
     load_held_out,
 )
 from qlora_jax.fingerprint import fingerprint_tree
-from qlora_jax.fit import fit
+from qlora_jax.fit import Fitted, fit
 from qlora_jax.interruptions import Interruption
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
@@ -62,7 +63,7 @@ from qlora_jax.loss_plot import Redrawing, draw_loss
 from qlora_jax.memory import tree_bytes, tree_size, warnings
 from qlora_jax.model import check_weights, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.parameter_groups import optimizer_groups, schedule
+from qlora_jax.parameter_groups import Group, optimizer_groups, schedule
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import (
     ADAPTER,
@@ -118,8 +119,40 @@ def run(
     directory = Path(config.output_dir)
     check_directory(directory)
     check_trackers(config.log)
-    # What is adapted and whether it fits is settled on shapes, before anything large
-    # is read.
+    settled = _settle(config, attention_cls, mlp_cls, given)
+    base, fingerprint = _load_base(settled)
+    return _train(settled, base, fingerprint, began)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What is adapted, on what data, and that it fits: all that shapes can say."""
+
+    config: RunConfig
+    """With the settings of the adapter that the run starts from."""
+    model: Llama
+    how: dict[str, Any]
+    """Arguments of `convert.load_llama`."""
+    drawn: set[str]
+    """Parameters of modules of the user's own that are in no file."""
+    selection: Selection
+    rates: Sequence[Group]
+    origin: dict[str, Any] | None
+    """Where the run starts from, for its report."""
+    examples: Examples | Mixture
+    batches: Batches
+    held: HeldOut | None
+    tokenizer: Any
+    fitted: Fitted
+
+
+def _settle(
+    config: RunConfig,
+    attention_cls: Callable[..., nn.Module] | None,
+    mlp_cls: Callable[..., nn.Module] | None,
+    given: Collection[str] | None,
+) -> _Settled:
+    """Settles on shapes what can be, before anything large is read."""
     how: Any = {
         "quantization": None
         if config.model.quantization == "none"
@@ -131,21 +164,19 @@ def run(
     model = Llama(architecture, Compute(), attention_cls, mlp_cls)
     model, abstract = _abstract(model, shapes)
     drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
-    architecture = model.config
     origin = None
     if config.train.adapter_init is not None:
         given = given_fields(config.lora) if given is None else given
         config, origin = _with_initial_adapter(config, given, abstract)
-    architecture = change(architecture, config.model.config_changes, "model")
+    architecture = change(model.config, config.model.config_changes, "model")
     model = model.clone(config=architecture)
     for warning in warnings(architecture, config.lora, abstract):
         say(f"Note: {warning}")
-    rates = optimizer_groups(config.train, select(abstract, config.lora))
+    selection = select(abstract, config.lora)
+    rates = optimizer_groups(config.train, selection)
     examples, batches, held, tokenizer = _data(config, architecture)
     check_prompts(config.eval, tokenizer, architecture)
     _note_length(architecture, examples.report.longest_example)
-    steps = len(batches)
-
     compute = Compute(
         dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
     )
@@ -155,37 +186,68 @@ def run(
         abstract,
         batches[0],
         config.train,
-        steps,
+        len(batches),
     )
     say(fitted.summary())
-    base = convert.load_llama(config.model.path, **how, progress=sys.stderr.isatty())[1]
+    return _Settled(
+        config,
+        model,
+        how,
+        drawn,
+        selection,
+        rates,
+        origin,
+        examples,
+        batches,
+        held,
+        tokenizer,
+        fitted,
+    )
+
+
+def _load_base(settled: _Settled) -> tuple[Any, str]:
+    """Loads the base to where the plan has it; says what is trained of it.
+
+    Returns:
+      The base, and the fingerprint of what was loaded.
+    """
+    config, policy = settled.config, settled.fitted.plan.policy
+    path, progress = config.model.path, sys.stderr.isatty()
+    base = convert.load_llama(path, **settled.how, progress=progress)[1]
     fingerprint = fingerprint_tree(base)
-    _, base = add_parameters(model, base, jax.random.key(config.train.seed))
-    policy = fitted.plan.policy
+    key = jax.random.key(config.train.seed)
+    _, base = add_parameters(settled.model, base, key)
     base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
-    selection = select(base, config.lora)
-    check_weights(drawn, base, config.lora, Path(config.model.path))
-    initial = None
-    if config.train.adapter_init is not None:
-        initial = convert.load_adapter(config.train.adapter_init, base)[1]
-    groups = selection.groups()
+    check_weights(settled.drawn, base, config.lora, Path(path))
+    groups = settled.selection.groups()
     say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
         + ", ".join(f"{name} {count:,}" for name, count in groups.items())
         + "."
     )
-    for group in rates:
+    for group in settled.rates:
         say(f"  {group}")
-    _note_untrained(base, selection, examples.used())
-    record = run_record(config, fingerprint, examples)
+    _note_untrained(base, settled.selection, settled.examples.used())
+    return base, fingerprint
+
+
+def _train(
+    settled: _Settled, base: Any, fingerprint: str, began: float
+) -> dict[str, Any]:
+    """Takes the steps that are left; returns the report."""
+    config, fitted, batches = settled.config, settled.fitted, settled.batches
+    directory, steps = Path(config.output_dir), len(batches)
+    initial = None
+    if config.train.adapter_init is not None:
+        initial = convert.load_adapter(config.train.adapter_init, base)[1]
+    record = run_record(config, fingerprint, settled.examples)
     evaluation = Evaluation(
         config.eval,
         fitted.model,
-        held,
+        settled.held,
         config.eval.batch_size or config.train.batch_size,
-        tokenizer,
+        settled.tokenizer,
     )
-
     with alone(directory), disk_errors(directory):
         state, base = _first_state(config, base, fitted.optimizer, initial)
         with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
@@ -198,43 +260,16 @@ def run(
                     f"Note: {others} measurements so far are of other held-out data; "
                     "the best loss is searched anew."
                 )
-            end = start if evaluation.exhausted else steps
-            finished = finished_report(directory, start, end)
+            finished = _finished(directory, start, steps, evaluation)
             if finished is not None:
-                way = "More `steps` or `epochs` continue it."
-                if start < steps:
-                    way = (
-                        f"It ended early: {evaluation.reason}. A larger "
-                        "`early_stopping_patience` continues it."
-                    )
-                say(
-                    f"This run is finished (step {start} of {steps}); nothing was "
-                    f"changed. {way}"
-                )
                 return finished
             # Of a shorter run that this one continues.
             (directory / REPORT).unlink(missing_ok=True)
-            about = {
-                "planned_steps": steps,
-                "trainable_parameters": sum(groups.values()),
-                "groups": groups,
-                "optimizer_groups": [group.report() for group in rates],
-                "continued_from": origin,
-                "base_parameters": tree_parameters(base),
-                "base_bytes": tree_bytes(base),
-                "optimizer_bytes": tree_bytes(state.opt_state),
-                "base_fingerprint": fingerprint,
-                "data": examples.report.as_dict(),
-                "held_out": None if held is None else held.examples.report.as_dict(),
-                "plan": fitted.report(),
-                "versions": versions(),
-                "device": jax.devices()[0].device_kind,
-            }
+            about = _about(settled, base, state, fingerprint)
             write_text(directory / STARTED, json.dumps(about, indent=2) + "\n")
+            everything = dataclasses.asdict(config)
             with (
-                trackers(
-                    config.log, directory, dataclasses.asdict(config), start
-                ) as found,
+                trackers(config.log, directory, everything, start) as found,
                 Watch(
                     directory,
                     start=start,
@@ -242,14 +277,14 @@ def run(
                     schedule=schedule(config.train, steps),
                     every=config.log.every,
                     began=began,
-                    work=work_of(fitted.plan.step, examples.lengths),
+                    work=work_of(fitted.plan.step, settled.examples.lengths),
                     trackers=found,
                 ) as watch,
                 Interruption() as interruption,
             ):
                 state = Loop(
                     config,
-                    architecture,
+                    settled.model.config,
                     base,
                     batches,
                     fitted.step,
@@ -285,6 +320,49 @@ def run(
         write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
         write_text(directory / PAGE, run_page(read_run(directory), report))
     return report
+
+
+def _finished(
+    directory: Path, start: int, steps: int, evaluation: Evaluation
+) -> dict[str, Any] | None:
+    """The report of a run that has nothing left to do; None if something is left."""
+    end = start if evaluation.exhausted else steps
+    finished = finished_report(directory, start, end)
+    if finished is not None:
+        way = "More `steps` or `epochs` continue it."
+        if start < steps:
+            way = (
+                f"It ended early: {evaluation.reason}. A larger "
+                "`early_stopping_patience` continues it."
+            )
+        say(
+            f"This run is finished (step {start} of {steps}); nothing was changed. "
+            f"{way}"
+        )
+    return finished
+
+
+def _about(
+    settled: _Settled, base: Any, state: TrainState, fingerprint: str
+) -> dict[str, Any]:
+    """What is known of a run before its first step."""
+    groups, held = settled.selection.groups(), settled.held
+    return {
+        "planned_steps": len(settled.batches),
+        "trainable_parameters": sum(groups.values()),
+        "groups": groups,
+        "optimizer_groups": [group.report() for group in settled.rates],
+        "continued_from": settled.origin,
+        "base_parameters": tree_parameters(base),
+        "base_bytes": tree_bytes(base),
+        "optimizer_bytes": tree_bytes(state.opt_state),
+        "base_fingerprint": fingerprint,
+        "data": settled.examples.report.as_dict(),
+        "held_out": None if held is None else held.examples.report.as_dict(),
+        "plan": settled.fitted.report(),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
