@@ -214,7 +214,7 @@ def _unmatched(name: str, base: Mapping[str, Any]) -> str:
 
 def readable_bytes(nbytes: float) -> str:
     """A size for people, in units of 1e9 or 1e6 bytes."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def tree_size(tree: Any) -> int:

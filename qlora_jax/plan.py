@@ -27,6 +27,7 @@ from qlora_jax.attention import refusals
 from qlora_jax.cards import Card
 from qlora_jax.compile_for import compile_for
 from qlora_jax.errors import UserError
+from qlora_jax.memory import readable_bytes as _gb
 from qlora_jax.sharding import check_mesh
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
 
@@ -512,7 +513,3 @@ class DoesNotFit(UserError):
 def granule(length: int) -> int:
     """The unit in which lengths are searched: below 16,384 tokens 128, else 1,024."""
     return 128 if length < 16384 else 1024
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

@@ -26,6 +26,7 @@ from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.memory import readable_bytes as _gb
 from qlora_jax.plan import (
     ALLOWANCE,
     Plan,
@@ -477,10 +478,6 @@ def print_plan(report: Mapping[str, Any]) -> None:
         print(f"\ndrawn: {report['plot']}")
     for note in report["notes"]:
         print(f"\nNote: {note}")
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 5e6 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def draw_memory(
