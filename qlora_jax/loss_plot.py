@@ -61,8 +61,7 @@ def draw_loss(directory: Path, *, quiet: bool = False) -> Path | None:
     except ImportError:
         if not quiet:
             print(
-                "loss.png is not drawn: install matplotlib (pip install "
-                "qlora-jax[plots]).",
+                "loss.png is not drawn: pip install matplotlib.",
                 file=sys.stderr,
             )
         return None

@@ -492,7 +492,7 @@ def draw_memory(
         from matplotlib.figure import Figure
     except ImportError:
         print(
-            f"{path} is not drawn: install matplotlib (pip install qlora-jax[plots]).",
+            f"{path} is not drawn: pip install matplotlib.",
             file=sys.stderr,
         )
         return None

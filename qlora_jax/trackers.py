@@ -50,8 +50,7 @@ def check_trackers(log: LogConfig) -> None:
         if importlib.util.find_spec(library) is None:
             raise UserError(
                 f'log: `report_to` = ["{name}"] needs {library}, which is not '
-                f"installed: pip install 'qlora-jax[{name}]' (or pip install "
-                f"{library})."
+                f"installed: pip install {library}."
             )
 
 

@@ -32,7 +32,7 @@ def test_the_picture(tmp_path, capsys, monkeypatch):
     assert draw_loss(tmp_path, quiet=True) is None
     assert capsys.readouterr().err == ""
     assert draw_loss(tmp_path) is None
-    assert "pip install qlora-jax[plots]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_the_mean_is_centred():

@@ -117,8 +117,8 @@ def test_a_missing_library_is_said_before_anything_is_done(monkeypatch):
     check_trackers(LogConfig(report_to=("tensorboard",)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(LogConfig())
-    for name in ("tensorboard", "wandb"):
-        message = rf'"{name}"\] needs .*pip install .qlora-jax\[{name}\]'
+    for name, library in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        message = rf'"{name}"\] needs .*pip install {library}\.'
         with pytest.raises(UserError, match=message):
             check_trackers(LogConfig(report_to=(name,)))
 

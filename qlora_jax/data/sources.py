@@ -124,7 +124,7 @@ def _columns(path: Path) -> RowFile:
     except ImportError as error:
         raise UserError(
             f"{path}: reading {path.suffix} files needs pyarrow, which is not "
-            "installed: pip install pyarrow (or 'qlora-jax[data]')."
+            "installed: pip install pyarrow."
         ) from error
     errors = (pyarrow.ArrowException, OSError, ValueError)
 
@@ -231,7 +231,7 @@ def _datasets(name: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"{name}: reading it needs the library `datasets`, which is not installed: "
-            "pip install datasets (or 'qlora-jax[data]')."
+            "pip install datasets."
         ) from error
     return datasets
 

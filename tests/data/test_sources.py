@@ -27,7 +27,7 @@ def library(name):
     except ImportError:
         if os.environ.get("CI") == "true":
             pytest.fail(f"`{name}` is not installed", pytrace=False)
-        pytest.skip(f"`{name}` is not installed (pip install 'qlora-jax[data]')")
+        pytest.skip(f"`{name}` is not installed (pip install '.[data]')")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_missing_library_is_named_with_how_to_get_it(
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, missing, None)
     path = name if name.startswith("hf:") else tmp_path / name
-    with pytest.raises(UserError, match=rf"pip install {missing} \(or 'qlora-jax\[d"):
+    with pytest.raises(UserError, match=rf"pip install {missing}\."):
         load(path)
 
 
