@@ -120,8 +120,8 @@ def run(
     check_directory(directory)
     check_trackers(config.log)
     settled = _settle(config, attention_cls, mlp_cls, given)
-    base, fingerprint = _load_base(settled)
-    return _train(settled, base, fingerprint, began)
+    base, fingerprint, initial = _load(settled)
+    return _train(settled, base, fingerprint, initial, began)
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,12 @@ def _settle(
     )
 
 
-def _load_base(settled: _Settled) -> tuple[Any, str]:
+def _load(settled: _Settled) -> tuple[Any, str, Any]:
     """Loads the base to where the plan has it; says what is trained of it.
 
     Returns:
-      The base, and the fingerprint of what was loaded.
+      The base, the fingerprint of what was loaded, and the adapters that the run starts
+      from; None = fresh ones.
     """
     config, policy = settled.config, settled.fitted.plan.policy
     path, progress = config.model.path, sys.stderr.isatty()
@@ -219,6 +220,9 @@ def _load_base(settled: _Settled) -> tuple[Any, str]:
     _, base = add_parameters(settled.model, base, key)
     base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     check_weights(settled.drawn, base, config.lora, Path(path))
+    initial = None
+    if config.train.adapter_init is not None:
+        initial = convert.load_adapter(config.train.adapter_init, base)[1]
     groups = settled.selection.groups()
     say(
         f"Training {sum(groups.values()):,} of {tree_parameters(base):,} parameters: "
@@ -228,18 +232,15 @@ def _load_base(settled: _Settled) -> tuple[Any, str]:
     for group in settled.rates:
         say(f"  {group}")
     _note_untrained(base, settled.selection, settled.examples.used())
-    return base, fingerprint
+    return base, fingerprint, initial
 
 
 def _train(
-    settled: _Settled, base: Any, fingerprint: str, began: float
+    settled: _Settled, base: Any, fingerprint: str, initial: Any, began: float
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns the report."""
     config, fitted, batches = settled.config, settled.fitted, settled.batches
     directory, steps = Path(config.output_dir), len(batches)
-    initial = None
-    if config.train.adapter_init is not None:
-        initial = convert.load_adapter(config.train.adapter_init, base)[1]
     record = run_record(config, fingerprint, settled.examples)
     evaluation = Evaluation(
         config.eval,

@@ -243,6 +243,9 @@ class Words:
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(map(str, ids))
 
+    def get_added_vocab(self):
+        return {}
+
 
 def test_prompts_that_cannot_be_continued_are_refused(llama_dir):
     raw = json.loads((llama_dir / "config.json").read_text())
