@@ -16,14 +16,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+from qlora_jax.compile_for import ENVIRONMENT, XLA_FLAGS
+
+# Before jax is imported.
+os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from step_for_gpu import h200
 
 from pallas_kernels import attention_gpu, flash_attention
+from qlora_jax.cards import CARDS
+from qlora_jax.step_memory import gpu_mesh
 
 KEPT = ("ptx", "ptxas", "ll")
 
@@ -62,7 +66,8 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
 
 
 def main(requests: list[dict[str, Any]], out: Path) -> None:
-    device = NamedSharding(h200(), PartitionSpec())
+    mesh = gpu_mesh(CARDS["h200"])
+    device = NamedSharding(mesh, PartitionSpec())
     for number, wanted in enumerate(requests):
         folder = out / str(number)
         folder.mkdir()
@@ -70,7 +75,7 @@ def main(requests: list[dict[str, Any]], out: Path) -> None:
             "MOSAIC_GPU_DUMP_TO": str(folder),
             "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
         }
-        with jax.sharding.use_abstract_mesh(h200().abstract_mesh):  # for whom to trace
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
             lowered = lower(wanted, device)
         memory = lowered.compile().memory_analysis()
         for kind in KEPT:
