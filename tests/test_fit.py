@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,7 @@ from qlora_jax import fit as fits
 from qlora_jax.cli import main
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
-from qlora_jax.fit import available_memory, this_device
+from qlora_jax.fit import available_memory, give_back_freed_memory, this_device
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.runfile import LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
@@ -163,3 +166,21 @@ def test_the_memory_of_this_machine_is_known():
     assert card.name == "this machine"
     assert 1 << 28 < available_memory() < 1 << 50
     assert card.memory_bytes - ALLOWANCE <= 1 << 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_given_back():
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    if not give_back_freed_memory():
+        pytest.skip("this C library has no way to")
+    # Below the size from which on each has a mapping of its own.
+    held = [bytearray(64 << 10) for _ in range(3200)]
+    last = bytearray(64 << 10)  # on top of them: nothing is given back by itself
+    held.clear()
+    before = resident()
+    assert give_back_freed_memory()
+    assert before - resident() > 100 << 20
+    assert len(last) == 64 << 10
