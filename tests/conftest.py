@@ -167,6 +167,21 @@ def optimized(compile_quickly: None) -> Iterator[None]:
     _optimize(before)
 
 
+@pytest.fixture(scope="module")
+def compile_each_program_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """Shares programs among the runs of a module; the directory they lie in."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def settle() -> Iterator[None]:
     """Takes what a module leaves behind, compiled programs most of all, off the

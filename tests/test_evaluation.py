@@ -40,20 +40,8 @@ from qlora_jax.runner import run
 from qlora_jax.train import TrainConfig
 from qlora_jax.watch import Watch, read_evaluations, read_metrics
 
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_each_program_once(tmp_path_factory):
-    """The runs here are one program, and one that measures."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")

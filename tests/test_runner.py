@@ -85,17 +85,10 @@ def configure(llama_dir, rows_file, output_dir, **sections) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module", name="cache", autouse=True)
-def compile_each_program_once(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def cache(compile_each_program_once):
     """Many runs here are the same program; see also `command`."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
+    return compile_each_program_once
 
 
 @pytest.fixture(scope="session")

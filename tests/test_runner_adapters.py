@@ -32,6 +32,7 @@ from qlora_jax.runner import _with_initial_adapter, run
 from qlora_jax.targets import select
 from qlora_jax.train_config import ParameterGroup, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 TOKENS = [[3, 5, 7, 9, 11, 2, 4, 6]]
 KINDS = {
     "dora": {"use_dora": True, "lora_dropout": 0.1},
@@ -57,18 +58,6 @@ KINDS = {
     "loftq": {"init_lora_weights": "loftq"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_each_program_once(tmp_path_factory):
-    """Many runs here are the same program."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("c")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_enable_compilation_cache", True)
-    yield
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
