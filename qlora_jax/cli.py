@@ -45,7 +45,14 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.run_page import Report
-from qlora_jax.runfile import RunConfig, given_lora, lora_options, read_config
+from qlora_jax.runfile import (
+    RunConfig,
+    checked,
+    given_lora,
+    lora_options,
+    read_config,
+    unchecked,
+)
 from qlora_jax.tokens import Tokens
 from qlora_jax.train_config import Optimizer, TrainConfig
 
@@ -270,8 +277,7 @@ def _run(name: str, args: list[str]) -> int:
 
 def _train(args: list[str]) -> None:
     """`train CONFIG.toml [--section.key value ...]`."""
-    # With this one, options that are not given keep the defaults of their fields.
-    default: Any = tyro.MISSING_NONPROP
+    default: RunConfig | None = None
     given = lora_options(args)
     patterns: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
@@ -287,15 +293,18 @@ def _train(args: list[str]) -> None:
         lora = dataclasses.replace(default.lora, **empty)
         default = dataclasses.replace(default, lora=lora)
         given |= given_lora(file)
+    like, start = unchecked(default)
     config = tyro.cli(
-        RunConfig,
+        like,
         args=args,
-        default=default,
+        # Without one, options that are not given keep the defaults of their fields.
+        default=tyro.MISSING_NONPROP if start is None else start,
         prog="qlora-jax train [CONFIG.toml]",
         description="Fine-tune a model, or continue a run: the same command on the "
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
+    config = checked(config)
     if patterns:
         lora = dataclasses.replace(config.lora, **patterns)
         config = dataclasses.replace(config, lora=lora)

@@ -31,7 +31,7 @@ from qlora_jax.data import (
     hold_out,
     load_examples,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 from qlora_jax.generate import generate_tokens
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
@@ -64,12 +64,14 @@ def load_held_out(
     if not config.eval.path:
         return None
     how = config.eval.data_config(config.data)
-    try:
+    problems = Problems("the held-out data")
+    examples = None
+    with problems.collected("[eval] "):
         examples = load_examples(
             how, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
         )
-    except UserError as error:
-        raise UserError(f"[eval] {error}") from error
+    problems.refuse()
+    assert examples is not None
     return HeldOut(examples, how, f"Held out: {examples.report.summary()}")
 
 

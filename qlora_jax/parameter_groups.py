@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,6 +73,29 @@ class Group:
             f"{rule.learning_rate:g} ({rule.lr_scheduler}, warm-up "
             f"{rule.warmup_steps:,}), weight decay {rule.weight_decay:g}"
         )
+
+
+def note_idle(groups: Sequence[Group]) -> str | None:
+    """Says what is in the adapter and will not learn: its learning rate is 0.
+
+    That is allowed, of a part that is to stay as it is, and easily a slip. None if
+    there is none.
+    """
+    idle = [group for group in groups if group.rule.learning_rate == 0]
+    if not idle:
+        return None
+    count, total = (sum(g.parameters for g in some) for some in (idle, groups))
+    if count == total:
+        return (
+            f"the learning rate is 0, of all {total:,} trained parameters: this run "
+            "will learn nothing. `train.learning_rate` sets it (default "
+            f"{TrainConfig.learning_rate:g})."
+        )
+    names = ", ".join(repr(group.name) for group in idle)
+    return (
+        f"the learning rate of {count:,} of {total:,} trained parameters is 0 (group "
+        f"{names}): they are saved as they started."
+    )
 
 
 class _Trained(NamedTuple):

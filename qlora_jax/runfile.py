@@ -26,9 +26,8 @@ from qlora_jax.config import FrozenDict
 from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
 from qlora_jax.config_changes import check_changes
 from qlora_jax.data import DataConfig, Source
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.settings import Format, TooLong, TrainOn
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
 from qlora_jax.train_config import TrainConfig
 
@@ -236,6 +235,14 @@ class EvalConfig:
         """Whether there is data to measure the loss on."""
         return bool(self.path or self.fraction or self.examples)
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that were given and have nothing to act on."""
+        names = ("every", "at_start", "batch_size")
+        used = self.measures or (self.sample_prompts and self.sample_every is None)
+        plain = {one.name: one.default for one in dataclasses.fields(EvalConfig)}
+        return tuple(n for n in names if not used and getattr(self, n) != plain[n])
+
     def data_config(self, data: DataConfig) -> DataConfig:
         """How `path` is read: with the settings here, and for the rest with `[data]`.
 
@@ -276,8 +283,8 @@ def read_config(path: Path) -> RunConfig:
     """Reads a TOML run file strictly: unknown keys and wrong types are errors.
 
     Raises:
-      UserError: no such file, no TOML, or a key that is unknown, of a wrong type, or
-        missing; the message names it.
+      UserError: no such file, no TOML, keys that are unknown, of a wrong type, or
+        missing, settings that cannot be; the message names all of them.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -286,6 +293,71 @@ def read_config(path: Path) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` is no valid TOML: {error}.") from error
     return _build(RunConfig, content, f"{path}: ")
+
+
+def unchecked(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
+    """Makes RunConfig's like that takes any values, for a parser of options.
+
+    A parser that builds section by section would stop at the first that refuses its
+    values. `checked` refuses them all at once.
+
+    Args:
+      config: a run whose settings the like is to have; default none.
+
+    Returns:
+      The class, and its instance with the settings of `config`; None without.
+    """
+    sections: dict[str, Any] = {
+        name: type(
+            kind.__name__,
+            (kind,),
+            {"__post_init__": _no_check, "__doc__": kind.__doc__},
+        )
+        for name, kind in _sections().items()
+    }
+    body: dict[str, Any] = {
+        "__annotations__": {**typing.get_type_hints(RunConfig), **sections},
+        "__doc__": RunConfig.__doc__,
+    }
+    for one in dataclasses.fields(RunConfig):
+        if one.default_factory is not dataclasses.MISSING:
+            body[one.name] = field(default_factory=sections[one.name])
+    like = dataclass(frozen=True)(type("RunConfig", (RunConfig,), body))
+    if config is None:
+        return like, None
+    values = _fields(config)
+    for name, kind in sections.items():
+        values[name] = kind(**_fields(values[name]))
+    return like, like(**values)
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """Makes a RunConfig of its unchecked like.
+
+    Raises:
+      UserError: all that is wrong with its values.
+    """
+    problems = Problems()
+    values = _fields(config)
+    for name, kind in _sections().items():
+        with problems.collected():
+            values[name] = kind(**_fields(values[name]))
+    problems.refuse()
+    return RunConfig(**values)
+
+
+def _sections() -> dict[str, Any]:
+    """The classes of a run's sections."""
+    hints = typing.get_type_hints(RunConfig)
+    return {n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def _no_check(self: Any) -> None:
+    """In place of a section's own check."""
+
+
+def _fields(of: Any) -> dict[str, Any]:
+    return {one.name: getattr(of, one.name) for one in dataclasses.fields(of)}
 
 
 def given_lora(path: Path) -> set[str]:
@@ -304,43 +376,51 @@ def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     values = {}
+    problems = Problems()
     if kind is LoraConfig:
         refused = refused_features(content)
         if refused:
-            raise UserError(
+            problems.add(
                 f"{where}LoRA features that are not supported: {', '.join(refused)}."
             )
         # As in a file of PEFT's, which lists what it does not use.
         unused = off_features(content)
-        content = {k: v for k, v in content.items() if k not in unused}
+        content = {
+            key: value
+            for key, value in content.items()
+            if key not in unused and not refused_features({key: value})
+        }
     for key, value in content.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
-            raise UserError(
+            problems.add(
                 f"{where}`{key}` is no option here"
                 + (f"; did you mean `{near[0]}`?" if near else ".")
                 + f" Options: {', '.join(fields)}."
             )
+            continue
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}`{key}` must be a table, got {value!r}.")
-            values[key] = _build(hint, value, f"{where}[{key}] ")
-        else:
-            values[key] = _coerce(hint, value, f"{where}`{key}`")
+        with problems.collected():
+            if not dataclasses.is_dataclass(hint):
+                values[key] = _coerce(hint, value, f"{where}`{key}`")
+            elif isinstance(value, dict):
+                values[key] = _build(hint, value, f"{where}[{key}] ")
+            else:
+                problems.add(f"{where}`{key}` must be a table, got {value!r}.")
     missing = [
         name
         for name, f in fields.items()
-        if name not in values
+        if name not in content
         and f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         tables = [m for m in missing if dataclasses.is_dataclass(hints[m])]
-        raise UserError(
+        problems.add(
             f"{where}missing {', '.join(f'`{m}`' for m in missing)}."
             + (f" Write a table [{tables[0]}]." if tables else "")
         )
+    problems.refuse()
     return kind(**values)
 
 

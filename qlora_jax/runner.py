@@ -25,8 +25,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +38,21 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
-from qlora_jax.config import LlamaConfig
-from qlora_jax.config_changes import change
-from qlora_jax.continued import continued, given_fields
-from qlora_jax.data import Batches, Examples, Mixture, load_examples
-from qlora_jax.data.problems import Problems
-from qlora_jax.errors import UserError
 from qlora_jax.evaluation import (
     Evaluation,
-    HeldOut,
-    apart,
-    check_prompts,
-    load_held_out,
 )
 from qlora_jax.fingerprint import fingerprint_tree
-from qlora_jax.fit import Fitted, fit
 from qlora_jax.interruptions import Interruption
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama, add_parameters
+from qlora_jax.llama import add_parameters
 from qlora_jax.loop import Loop
 from qlora_jax.lora_init import factor_out, init_adapters
 from qlora_jax.loss_plot import Redrawing, draw_loss
-from qlora_jax.memory import tree_bytes, tree_size, warnings
-from qlora_jax.model import check_weights, load_tokenizer
+from qlora_jax.memory import tree_bytes, tree_size
+from qlora_jax.model import check_weights
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.parameter_groups import Group, optimizer_groups, schedule
+from qlora_jax.parameter_groups import (
+    schedule,
+)
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import (
     ADAPTER,
@@ -73,14 +62,14 @@ from qlora_jax.run_directory import (
     START,
     STARTED,
     alone,
-    check_directory,
     finished_report,
 )
 from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.run_record import continue_run, run_record, say, versions
 from qlora_jax.runfile import RunConfig, to_toml
-from qlora_jax.targets import Selection, select
-from qlora_jax.trackers import check_trackers, trackers
+from qlora_jax.settled import Settled, settle
+from qlora_jax.targets import Selection
+from qlora_jax.trackers import trackers
 from qlora_jax.train import TrainState, init_state
 from qlora_jax.vocabulary import report_untrained
 from qlora_jax.watch import Watch, measured_until, work_of
@@ -110,102 +99,19 @@ def run(
       began: `time.perf_counter()` when the user's command started; default now.
 
     Raises:
-      UserError: input that cannot be used, a directory of something else, a run whose
-        base, data or arithmetic has changed, or a loss that is not finite.
+      UserError: input that cannot be used (all that is wrong with it, as `settle`
+        finds it), a directory of something else, a run whose base, data or arithmetic
+        has changed, or a loss that is not finite.
       CheckpointError: model, tokenizer or checkpoint files that are missing or
         damaged, or a run directory that cannot be written.
     """
     began = time.perf_counter() if began is None else began
-    directory = Path(config.output_dir)
-    check_directory(directory)
-    check_trackers(config.log)
-    settled = _settle(config, attention_cls, mlp_cls, given)
+    settled = settle(config, attention_cls, mlp_cls, given)
     base, fingerprint, initial = _load(settled)
     return _train(settled, base, fingerprint, initial, began)
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """What is adapted, on what data, and that it fits: all that shapes can say."""
-
-    config: RunConfig
-    """With the settings of the adapter that the run starts from."""
-    model: Llama
-    how: dict[str, Any]
-    """Arguments of `convert.load_llama`."""
-    drawn: set[str]
-    """Parameters of modules of the user's own that are in no file."""
-    selection: Selection
-    rates: Sequence[Group]
-    origin: dict[str, Any] | None
-    """Where the run starts from, for its report."""
-    examples: Examples | Mixture
-    batches: Batches
-    held: HeldOut | None
-    tokenizer: Any
-    fitted: Fitted
-
-
-def _settle(
-    config: RunConfig,
-    attention_cls: Callable[..., nn.Module] | None,
-    mlp_cls: Callable[..., nn.Module] | None,
-    given: Collection[str] | None,
-) -> _Settled:
-    """Settles on shapes what can be, before anything large is read."""
-    how: Any = {
-        "quantization": None
-        if config.model.quantization == "none"
-        else config.model.quantization,
-        "quantize_lm_head": config.model.lm_head == "nf4",
-        "dtype": config.model.dtype,
-    }
-    architecture, shapes = convert.abstract_llama(config.model.path, **how)
-    model = Llama(architecture, Compute(), attention_cls, mlp_cls)
-    model, abstract = _abstract(model, shapes)
-    drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
-    origin = None
-    if config.train.adapter_init is not None:
-        given = given_fields(config.lora) if given is None else given
-        config, origin = _with_initial_adapter(config, given, abstract)
-    architecture = change(model.config, config.model.config_changes, "model")
-    model = model.clone(config=architecture)
-    for warning in warnings(architecture, config.lora, abstract):
-        say(f"Note: {warning}")
-    selection = select(abstract, config.lora)
-    rates = optimizer_groups(config.train, selection)
-    examples, batches, held, tokenizer = _data(config, architecture)
-    check_prompts(config.eval, tokenizer, architecture)
-    _note_length(architecture, examples.report.longest_example)
-    compute = Compute(
-        dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
-    )
-    fitted = fit(
-        model.clone(compute=compute),
-        config.model,
-        abstract,
-        batches[0],
-        config.train,
-        len(batches),
-    )
-    say(fitted.summary())
-    return _Settled(
-        config,
-        model,
-        how,
-        drawn,
-        selection,
-        rates,
-        origin,
-        examples,
-        batches,
-        held,
-        tokenizer,
-        fitted,
-    )
-
-
-def _load(settled: _Settled) -> tuple[Any, str, Any]:
+def _load(settled: Settled) -> tuple[Any, str, Any]:
     """Loads the base to where the plan has it; says what is trained of it.
 
     Returns:
@@ -236,7 +142,7 @@ def _load(settled: _Settled) -> tuple[Any, str, Any]:
 
 
 def _train(
-    settled: _Settled, base: Any, fingerprint: str, initial: Any, began: float
+    settled: Settled, base: Any, fingerprint: str, initial: Any, began: float
 ) -> dict[str, Any]:
     """Takes the steps that are left; returns the report."""
     config, fitted, batches = settled.config, settled.fitted, settled.batches
@@ -344,7 +250,7 @@ def _finished(
 
 
 def _about(
-    settled: _Settled, base: Any, state: TrainState, fingerprint: str
+    settled: Settled, base: Any, state: TrainState, fingerprint: str
 ) -> dict[str, Any]:
     """What is known of a run before its first step."""
     groups, held = settled.selection.groups(), settled.held
@@ -364,84 +270,6 @@ def _about(
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
     }
-
-
-def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
-    """Adds the parameters of the model's own modules, as shapes.
-
-    Without modules of its own it refuses a checkpoint that has some.
-    """
-    complete = [model]
-
-    def add(base: Any) -> Any:
-        complete[0], base = add_parameters(model, base, jax.random.key(0))
-        return base
-
-    abstract = jax.eval_shape(add, shapes)
-    return complete[0], abstract
-
-
-def _data(
-    config: RunConfig, architecture: LlamaConfig
-) -> tuple[Examples | Mixture, Batches, HeldOut | None, Any]:
-    """Loads the examples and lays them out in batches; held-out ones; tokenizer."""
-    needs = config.data.needs_tokenizer
-    if config.eval.path:
-        needs = needs or config.eval.data_config(config.data).needs_tokenizer
-    tokenizer = None
-    if needs or config.eval.sample_prompts:
-        tokenizer = load_tokenizer(config.model.path)
-    if needs and tokenizer is None:
-        raise UserError(
-            f"`{config.model.path}` has no tokenizer, and data.format="
-            f"{config.data.format!r} needs one. Put the model's tokenizer files "
-            "there, or give token ids (data.format = 'tokens')."
-        )
-    vocab_size = architecture.vocab_size
-    examples, held, problems = None, None, Problems()
-    try:
-        examples = load_examples(
-            config.data,
-            tokenizer,
-            vocab_size=vocab_size,
-            progress=sys.stderr.isatty(),
-            run_directory=config.output_dir,
-        )
-    except UserError as error:
-        problems.add(error)
-    try:
-        held = load_held_out(config, tokenizer, vocab_size=vocab_size)
-    except UserError as error:
-        problems.add(error)
-    problems.refuse()
-    assert examples is not None
-    eos = getattr(tokenizer, "eos_token_id", None)
-    examples, held = apart(config, examples, held, eos)
-    say(examples.report.summary())
-    if held is not None:
-        say(held.note)
-    batches = Batches(
-        examples,
-        config.data,
-        batch_size=config.train.batch_size,
-        accumulation_steps=config.train.gradient_accumulation_steps,
-        pad_token_id=architecture.pad_token_id or 0,
-        steps=config.train.steps,
-        epochs=config.train.epochs,
-    )
-    wanted = config.train.batch_size * config.train.gradient_accumulation_steps
-    if batches.rows_per_epoch < wanted:
-        say(
-            f"Note: the data make {batches.rows_per_epoch:,} rows and a step takes "
-            f"{wanted:,}, so that rows are repeated within a step. A smaller "
-            "`train.batch_size` (or no packing) avoids it."
-        )
-    if config.train.longest_warmup > len(batches):
-        raise UserError(
-            f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
-            f"{len(batches)} steps of this run."
-        )
-    return examples, batches, held, tokenizer
 
 
 def _first_state(
@@ -479,26 +307,6 @@ def _first_state(
     return init_state(adapters, optimizer, run_key), base
 
 
-def _note_length(architecture: LlamaConfig, longest: int) -> None:
-    """Says so where rows are longer than the model is meant for."""
-    limit = architecture.max_position_embeddings
-    if longest <= limit:
-        return
-    scaling = architecture.rope_scaling
-    say(
-        f"Note: the longest example has {longest:,} tokens, and this model is meant "
-        f"for {limit:,} (`max_position_embeddings`)"
-        + (
-            " without scaled positions"
-            if scaling is None
-            else f" with positions scaled by {scaling.factor:g} ({scaling.rope_type})"
-        )
-        + ". Training goes on, on positions that it has never seen. A longer context "
-        "is a setting: `model.max_position_embeddings` and [model.rope_scaling]; "
-        "`data.max_length` makes rows shorter."
-    )
-
-
 def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
     """Says so where the data use tokens whose rows no training has ever touched."""
     covered = {r.path[-1]: set(r.indices) for r in selection.rows}
@@ -512,54 +320,6 @@ def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
                 "nothing to the model. `qlora-jax tokens --repair` writes a base where "
                 "they start from the mean; `lora.trainable_token_indices` trains them."
             )
-
-
-def _with_initial_adapter(
-    config: RunConfig, given: Collection[str], base: Any
-) -> tuple[RunConfig, dict[str, Any]]:
-    """Takes the settings of the adapter that the run starts from, but for those given.
-
-    Its file is checked against the base as well, on shapes.
-
-    Returns:
-      The configuration, and what report.json says of where the run started.
-    """
-    place = config.train.adapter_init
-    assert place is not None
-    own = convert.check_adapter(place, base)
-    # All that was trained is trained again, at the context length it was trained for.
-    changes = json.loads(own.base_config_changes or "{}")
-    model = dataclasses.replace(
-        config.model, **{**changes, **config.model.config_changes}
-    )
-    lora, notes = continued(own, config.lora, given, base, name=place)
-    notes += [
-        f"{name} {changes.get(name, 'as in the base')} -> {value}"
-        for name, value in config.model.config_changes.items()
-        if changes.get(name) != value
-    ]
-    lora = dataclasses.replace(
-        lora,
-        init_lora_weights="default",
-        base_model_name_or_path=config.lora.base_model_name_or_path,
-        revision=config.lora.revision,
-        base_fingerprint=None,
-        base_config_changes=None,
-    )
-    counts = [sum(select(base, one).groups().values()) for one in (own, lora)]
-    say(
-        f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
-        f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}): it has {counts[0]:,} "
-        f"trained parameters, and this run trains {counts[1]:,}. It carries no "
-        "optimizer state, so the optimizer starts afresh."
-        + (f" Changed: {', '.join(notes)}." if notes else "")
-    )
-    origin = {
-        "path": place,
-        "trainable_parameters_before": counts[0],
-        "trainable_parameters": counts[1],
-    }
-    return dataclasses.replace(config, lora=lora, model=model), origin
 
 
 def tree_parameters(base: Any) -> int:

@@ -90,7 +90,7 @@ def test_help_says_what_there_is(cli):
 @pytest.mark.parametrize(
     "args",
     [
-        ["train", "--model.path", "x"],
+        ["train"],
         ["train", "--frobnicate"],
         ["inspect"],
         ["inspect", "x", "--lora.rank", "3"],

@@ -359,7 +359,7 @@ def test_killed_and_continued_it_decides_as_one_that_was_not(
 
 
 def test_samples_and_a_part_held_out(make, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qlora_jax.runner.load_tokenizer", lambda path: Words())
+    monkeypatch.setattr("qlora_jax.settled.load_tokenizer", lambda path: Words())
     config = make(
         tmp_path / "run",
         path="",

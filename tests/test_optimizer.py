@@ -24,7 +24,12 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, tree_bytes
 from qlora_jax.optimizer import averaged, make_optimizer, moving_average
-from qlora_jax.parameter_groups import group_schedules, optimizer_groups, schedule
+from qlora_jax.parameter_groups import (
+    group_schedules,
+    note_idle,
+    optimizer_groups,
+    schedule,
+)
 from qlora_jax.targets import select
 from qlora_jax.train_config import ParameterGroup, TrainConfig
 
@@ -208,6 +213,23 @@ def test_the_first_group_that_matches_counts_and_the_rest_is_as_without():
 def test_groups_that_cannot_be_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         optimizer_groups(TrainConfig(steps=9, **change), selection())
+
+
+def test_what_a_rate_of_0_leaves_as_it_is_is_said():
+    def note(**settings):
+        config = TrainConfig(steps=9, **settings)
+        return note_idle(optimizer_groups(config, selection()))
+
+    total = sum(selection().groups().values())
+    assert note() is None
+    assert f"0, of all {total:,} trained parameters: this run will learn" in note(
+        learning_rate=0.0
+    )
+    some = note(groups=(ParameterGroup(r"q_proj\.lora_A$", learning_rate=0.0),))
+    assert f"of {3 * 4 * 64} of {total:,} trained parameters is 0" in some
+    # The embeddings alone learn: no slip, but said.
+    some = note(learning_rate=0.0, embedding_learning_rate=0.1)
+    assert "(group 'default')" in some
 
 
 def test_a_layer_that_alone_is_trained_can_be_named():

@@ -461,7 +461,7 @@ def test_a_run_can_start_from_an_adapter(tmp_path, make, capsys):
 def test_a_start_that_fails_leaves_nothing_behind(
     tmp_path, make, capsys, monkeypatch, edit_tensors
 ):
-    from qlora_jax import runner
+    from qlora_jax import runner, settled
 
     source = tmp_path / "adapter"
     base = convert.load_llama(make("x").model.path, quantization=None)[1]
@@ -481,8 +481,9 @@ def test_a_start_that_fails_leaves_nothing_behind(
     def spoil(tensors):
         tensors[key] = np.full((64, 4), np.nan, np.float32)
 
-    # Of another base: said before anything is read.
-    monkeypatch.setattr(runner, "load_examples", None)
+    # Of another base: said before large data are read.
+    monkeypatch.setattr(settled, "_READ_ANYWAY", -1)
+    monkeypatch.setattr(settled, "load_examples", None)
     edit_tensors(source / "adapter_model.safetensors", widen)
     with pytest.raises(CheckpointError, match=r"\[72, 4\] instead of \[64, 4\]"):
         run(config)

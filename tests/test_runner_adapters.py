@@ -28,7 +28,8 @@ from qlora_jax.runfile import (
     RunConfig,
     read_config,
 )
-from qlora_jax.runner import _with_initial_adapter, run
+from qlora_jax.runner import run
+from qlora_jax.settled import _with_initial_adapter
 from qlora_jax.targets import select
 from qlora_jax.train_config import ParameterGroup, TrainConfig
 

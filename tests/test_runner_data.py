@@ -1,17 +1,24 @@
 """Runs on mixtures and on mapped data: stopped, continued, refused when data change."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qlora_jax import run_record, runner
+from qlora_jax import run_record, runner, settled
 from qlora_jax.cli import main
 from qlora_jax.data import DataConfig, Source, load_examples
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runfile import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    RunConfig,
+)
 from qlora_jax.train import TrainConfig
 from qlora_jax.watch import Watch
 
@@ -162,6 +169,23 @@ def test_fewer_rows_than_a_step_takes_are_reported(llama_dir, rows_file, tmp_pat
     )
 
 
+def test_eval_settings_without_data_to_measure_are_reported(
+    llama_dir, rows_file, tmp_path, capsys
+):
+    config = configure(llama_dir, tmp_path / "run", path=str(rows_file))
+    for evaluation, said in (
+        (EvalConfig(every=7, at_start=True), "Note: eval: `every`, `at_start` given"),
+        (EvalConfig(every=7, fraction=0.5), ""),
+        (EvalConfig(every=7, sample_prompts=("a",)), ""),
+        (EvalConfig(), ""),
+    ):
+        problems = Problems()
+        config = dataclasses.replace(config, eval=evaluation)
+        assert settled._check_places(config, problems) and not len(problems)
+        error = capsys.readouterr().err
+        assert error.startswith(said) and bool(error) == bool(said)
+
+
 def _said(config: RunConfig) -> str:
     import contextlib
     import io
@@ -171,5 +195,5 @@ def _said(config: RunConfig) -> str:
     architecture, _ = convert.abstract_llama(config.model.path, quantization=None)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        runner._data(config, architecture)
+        settled._data(config, architecture)
     return said.getvalue()

@@ -11,6 +11,7 @@ from qlora_jax.data.arrays import Examples as Examples
 from qlora_jax.data.batches import Batches as Batches
 from qlora_jax.data.batches import eval_batches as eval_batches
 from qlora_jax.data.batches import prefetch as prefetch
+from qlora_jax.data.examples import data_size as data_size
 from qlora_jax.data.examples import load_examples as load_examples
 from qlora_jax.data.held_out import content_keys as content_keys
 from qlora_jax.data.held_out import hold_out as hold_out

@@ -145,6 +145,7 @@ class ChatRenderer:
         if isinstance(source, dict):  # several, by name; transformers takes this one
             source = source.get("default")
         self._marked = source if source and _MARK.search(source) else None
+        self._check_syntax(template_path)
 
     @property
     def has_marks(self) -> bool:
@@ -168,6 +169,42 @@ class ChatRenderer:
             messages, self._template, add_generation_prompt, tools, where
         )
 
+    def _check_syntax(self, template_path: str | None) -> None:
+        """Refuses once what is wrong with the template for all conversations."""
+        import jinja2
+
+        try:
+            self._apply([{"role": "user", "content": ""}], self._template, False, None)
+        except jinja2.TemplateSyntaxError as error:
+            what = (
+                "The tokenizer's chat template"
+                if template_path is None
+                else f"`data.chat_template`: {template_path}"
+            )
+            why = str(error.message).rstrip(".")
+            raise UserError(
+                f"{what} is no valid Jinja template: line {error.lineno}: {why}. Mend "
+                "it, or give the path of another one as `data.chat_template`."
+            ) from error
+        except (jinja2.TemplateError, *_DATA_ERRORS):
+            pass  # it may well take the turns of the data
+
+    def _apply(
+        self,
+        messages: list[dict[str, Any]],
+        template: str | None,
+        add_generation_prompt: bool,
+        tools: list[Any] | None,
+    ) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            date_string=_DATE,
+        )
+
     def _render(
         self,
         messages: list[dict[str, Any]],
@@ -179,14 +216,7 @@ class ChatRenderer:
         import jinja2  # the template engine that transformers uses
 
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                date_string=_DATE,
-            )
+            return self._apply(messages, template, add_generation_prompt, tools)
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(

@@ -13,7 +13,6 @@ import numpy as np
 
 from qlora_jax.config import IGNORE
 from qlora_jax.data.chat import ChatRenderer, to_messages
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.rows import Row, text_of
 from qlora_jax.data.segments import (
     Encoded,
@@ -23,7 +22,7 @@ from qlora_jax.data.segments import (
     tokenize,
 )
 from qlora_jax.data.settings import DataConfig
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 
 
 @dataclasses.dataclass(frozen=True)

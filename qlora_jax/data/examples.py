@@ -22,13 +22,12 @@ from qlora_jax.data.cache import cache_directory, cache_key, cached
 from qlora_jax.data.encoding import make_encoder
 from qlora_jax.data.mixture import Mixture, mix
 from qlora_jax.data.packing import pack
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.rows import Row, RowFile
 from qlora_jax.data.segments import Encoded
 from qlora_jax.data.settings import DataConfig
-from qlora_jax.data.sources import Place, find_places
-from qlora_jax.errors import UserError
+from qlora_jax.data.sources import HUB, Place, find_places
+from qlora_jax.errors import Problems, UserError
 
 # Rows tokenized at a time, and their characters: enough to keep a fast tokenizer's
 # threads busy, and little beside what a tokenizer holds for each (some 100 bytes).
@@ -66,17 +65,38 @@ def load_examples(
     """
     directory = cache_directory(config, run_directory)
     parts = config.parts()
-    problems = Problems()
+    problems = Problems("the data")
     found = []
     for one in [part for _, part in parts] or [config]:
-        try:
+        with problems.collected():
             found.append(_load_one(one, tokenizer, vocab_size, directory, progress))
-        except UserError as error:
-            problems.add(error)
     problems.refuse()
     if not parts:
         return found[0]
     return mix(config, [source for source, _ in parts], found)
+
+
+def data_size(config: DataConfig) -> int | None:
+    """Bytes on disk of all that is to be read; None with a data set of the hub.
+
+    Raises:
+      UserError: every path that leads to nothing, of all sources.
+    """
+    problems = Problems("the data")
+    places: list[Place] = []
+    for one in [part for _, part in config.parts()] or [config]:
+        with problems.collected():
+            places += _places(one)
+    problems.refuse()
+    if any(place.name.startswith(HUB) for place in places):
+        return None
+    return sum(place.size for place in places)
+
+
+def _places(config: DataConfig) -> list[Place]:
+    """What one source reads."""
+    plain_text = config.format == "text"
+    return find_places(config.path, split=config.split, plain_text=plain_text)
 
 
 def _load_one(
@@ -87,21 +107,15 @@ def _load_one(
     progress: bool,
 ) -> Examples:
     """Loads one source, through the cache in a directory if there is one."""
-    problems = Problems()
+    problems = Problems("the data")
     places: list[Place] = []
     encoder = None
-    try:
-        places = find_places(
-            config.path, split=config.split, plain_text=config.format == "text"
-        )
-    except UserError as error:
-        problems.add(error)
-    try:
+    with problems.collected():
+        places = _places(config)
+    with problems.collected():
         encoder = make_encoder(
             config, tokenizer, vocab_size=vocab_size, problems=problems
         )
-    except UserError as error:
-        problems.add(error)
     problems.refuse()
     assert encoder is not None
 
@@ -140,14 +154,12 @@ def _chunks(
 ) -> Iterator[tuple[list[Row], bool]]:
     """Yields rows, some at a time, and whether they are one plain text."""
     for number, place in enumerate(places):
-        try:
+        with problems.collected():
             file = place.open(problems)
             rows = iter(file.rows)
             while chunk := _take(rows):
                 yield chunk, file.plain
                 show(number, file)
-        except UserError as error:
-            problems.add(error)
 
 
 def _take(rows: Iterator[Row]) -> list[Row]:

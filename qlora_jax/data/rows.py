@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.problems import Problems
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 
 Row = tuple[str, dict[str, Any]]
 """A row's place, for messages, and its fields."""
@@ -58,7 +57,7 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
       UserError: no such file, not UTF-8, empty, malformed (with the lines), or a row
         that is not an object.
     """
-    problems = Problems()
+    problems = Problems("the data")
     file = open_rows(path, plain_text=plain_text, problems=problems)
     rows = list(file.rows)
     problems.refuse()

@@ -9,9 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.rows import check_template
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant"]
@@ -151,7 +150,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Refuses values that no run could use."""
-        problems = Problems()
+        problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
         if self.sources and not len(problems):
@@ -275,7 +274,7 @@ class DataConfig:
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
         """Every source of a mixture with the settings it is read with; [] for one."""
-        problems = Problems()
+        problems = Problems("the data")
         found = [
             (source, part)
             for source, part in self._build_parts(problems)

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.rows import Row, RowFile, open_rows
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 
 HUB = "hf:"
 # Rows converted from columns at a time.
@@ -58,7 +57,7 @@ def find_places(
     Raises:
       UserError: every path that leads to nothing, at once.
     """
-    problems = Problems()
+    problems = Problems("the data")
     places: list[Place] = []
     splits = False
     for entry in (path,) if isinstance(path, str) else path:

@@ -173,6 +173,15 @@ def test_without_a_template_the_error_says_where_to_get_one(template):
         ChatRenderer(byte_tokenizer(template))
 
 
+def test_a_template_that_is_no_template_is_refused_once(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer's chat template is no valid.*: l"):
+        ChatRenderer(byte_tokenizer("{% for m in messages %}{{ m['role'] "))
+    file = tmp_path / "chat.jinja"
+    file.write_text("line\n{% nonsense %}")
+    with pytest.raises(UserError, match=r"chat\.jinja is no valid Jinja .* line 2: "):
+        ChatRenderer(byte_tokenizer(), str(file))
+
+
 def test_a_template_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
         ChatRenderer(byte_tokenizer(CHATML), str(tmp_path / "absent.jinja"))

@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataConfig, load_examples
-from qlora_jax.data.problems import Problems
 from qlora_jax.data.sources import find_places
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 
 ROWS = [{"text": f"row {n} " + "x" * n} for n in range(1, 40)]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]

@@ -1,0 +1,175 @@
+"""All that is wrong with a run is said at once, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlora_jax.cli import main
+from qlora_jax.errors import CheckpointError, Problems, UserError, refuse
+
+
+def test_problems_are_listed_each_once_and_flat():
+    problems = Problems("the data")
+    with problems.collected("[eval] "):
+        refuse("train", ["`a` is wrong.", "`b` is wrong."])
+    problems.add("`c` is wrong.")
+    problems.add("`c` is wrong.")
+    with pytest.raises(UserError) as raised:
+        problems.refuse()
+    assert str(raised.value) == (
+        "3 problems with the data:\n"
+        "- [eval] train: `a` is wrong.\n"
+        "- [eval] train: `b` is wrong.\n"
+        "- `c` is wrong."
+    )
+    assert len(raised.value.problems) == 3
+
+
+def test_one_error_alone_stays_what_it_is():
+    problems = Problems()
+    with problems.collected():
+        raise CheckpointError("damaged")
+    with pytest.raises(CheckpointError, match=r"^damaged$"):
+        problems.refuse()
+    problems.add("and more")
+    with pytest.raises(UserError, match=r"^2 problems:\n- damaged\n- and more$"):
+        problems.refuse()
+
+
+def test_a_hundred_problems_are_enough():
+    problems = Problems("the data")
+    with pytest.raises(UserError, match=r"^at least 100 problems with the data") as e:
+        for number in range(200):
+            problems.add(f"row {number}")
+    assert str(e.value).endswith("- row 19\n- and 80 more of this kind or another")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good, bad = (
+        {"input_ids": [1, token, 2], "labels": [-100, token, 2]} for token in (3, 99)
+    )
+    file.write_text(f"{json.dumps(good)}\n{{no json\n{json.dumps(bad)}\n")
+    return file
+
+
+def refused(capsys, *args):
+    status = main(["train", *map(str, args)])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return status, error
+
+
+def test_a_run_file_is_refused_with_all_that_is_wrong(rows, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+        output_dir = "{tmp_path / "run"}"
+        [model]
+        path = "m"
+        quantization = "int3"
+        [data]
+        path = "{rows}"
+        max_length = 1
+        [lora]
+        use_qalora = true
+        [train]
+        warmup_stepz = 3
+        [eval]
+        every = 0
+        """
+    )
+    status, error = refused(capsys, file)
+    assert status == 1
+    for part in (
+        "5 problems:",
+        "[model] `quantization` must be one of",
+        "`data.max_length` must be an integer from 2",
+        "not supported: `use_qalora`=True",
+        "[train] `warmup_stepz` is no option here; did you mean `warmup_steps`?",
+        "eval: `every` must be at least 1",
+    ):
+        assert part in error
+
+
+def test_options_are_refused_together(llama_dir, rows, tmp_path, capsys):
+    options = {
+        "--output-dir": tmp_path / "run",
+        "--model.path": llama_dir,
+        "--data.path": rows,
+        "--data.max-length": 1,
+        "--lora.r": 0,
+        "--train.steps": 3,
+        "--train.learning-rate": -1,
+        "--train.warmup-steps": 5,
+        "--eval.early-stopping-patience": 1,
+    }
+    status, error = refused(capsys, *(x for pair in options.items() for x in pair))
+    assert status == 1 and "5 problems:" in error
+    for part in (
+        "`data.max_length` must be",
+        "lora: `r` must be a positive integer, got 0",
+        "train: `learning_rate` must be >= 0, got -1.0",
+        "train: `warmup_steps`=5 exceeds `steps`=3",
+        "eval: `early_stopping_patience` needs data to measure",
+    ):
+        assert part in error
+    assert not (tmp_path / "run").exists()
+
+
+def run_file(tmp_path, model, rows):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+        output_dir = "{tmp_path / "run"}"
+        [model]
+        path = "{model}"
+        dtype = "float32"
+        [data]
+        path = "{rows}"
+        format = "tokens"
+        [lora]
+        target_modules = ["q_porj"]
+        [train]
+        steps = 3
+        [eval]
+        path = "{tmp_path / "nowhere.jsonl"}"
+        sample_prompts = ["a"]
+        """
+    )
+    return file
+
+
+def test_what_does_not_fit_the_model_and_the_rows_is_said_with_the_settings(
+    llama_dir, rows, tmp_path, capsys
+):
+    status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
+    assert status == 1 and "5 problems:" in error
+    for part in (
+        "[eval] `data.path`: there is no file",
+        "`target_modules`=('q_porj',) matches no linear module",
+        "`sample_prompts` need a tokenizer",
+        "rows.jsonl:2: malformed JSON",
+        "rows.jsonl:3: `input_ids`[1] is 99; expected 0..31",
+    ):
+        assert part in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_model_does_not_hide_missing_data(tmp_path, capsys):
+    gone = tmp_path / "gone.jsonl"
+    status, error = refused(capsys, run_file(tmp_path, tmp_path / "none", gone))
+    assert status == 1 and "3 problems:" in error
+    assert f"there is no file {gone}" in error and "none` does not exist" in error
+
+
+def test_large_data_are_not_read_for_settings_that_are_wrong(
+    llama_dir, rows, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("qlora_jax.settled._READ_ANYWAY", 10)
+    status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
+    assert status == 1 and "2 problems:" in error
+    assert "malformed" not in error and "q_porj" in error
