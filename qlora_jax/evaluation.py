@@ -201,12 +201,14 @@ class Evaluation:
     batch_size: int
     tokenizer: Any = None
     """Of the samples."""
+    step: Callable[..., Any] | None = None
+    """(adapters, base, batch) -> (summed loss, tokens); default `jit_eval`'s."""
     best: Best = Best()
     measured: int = 0
     """Measurements so far."""
 
     def __post_init__(self) -> None:
-        self._step = jit_eval(self.model)
+        self._step = self.step or jit_eval(self.model)
         # What a loss is comparable with: the same rows, read alike.
         self._data = ""
         if self.held is not None:

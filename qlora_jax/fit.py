@@ -1,8 +1,9 @@
 """A run's step, compiled and weighed before its base is loaded.
 
-    fitted = fit(model, settings, base, batch, train)      base and batch: shapes
+    fitted = fit(model, settings, base, batch, train, steps)   base and batch: shapes
     fitted.plan                         bytes by kind, beside what the device has
     state, metrics = fitted.step(state, base, batch)
+    total, tokens = fitted.eval_step(state.adapters, base, held_out_batch)
 
 The step is compiled for the device at hand with shapes alone, so a run that cannot fit
 ends here, in seconds, with the settings that would make it fit. What was compiled is
@@ -25,6 +26,7 @@ from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.cards import Card
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation import jit_eval
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_init import factor_out
@@ -52,6 +54,10 @@ class Fitted:
     optimizer: optax.GradientTransformation
     step: Callable[..., Any]
     """(state, base, batch) -> (state, metrics); the state is donated."""
+    eval_step: Callable[..., Any] | None = None
+    """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
+    eval_bytes: int | None = None
+    """Of device memory while it runs, with all that the training keeps there."""
 
     def summary(self) -> str:
         """One line for a person."""
@@ -72,6 +78,12 @@ class Fitted:
             f"Plan: {readable_bytes(plan.memory.device_bytes)}{where}, policy "
             f"'{plan.policy.name}' ({kinds})"
             + (f"; {readable_bytes(host)} pinned on the host" if host else "")
+            + (
+                f"; {readable_bytes(self.eval_bytes)} while the held-out loss is "
+                "measured"
+                if self.eval_bytes is not None
+                else ""
+            )
             + "."
         )
 
@@ -86,6 +98,7 @@ class Fitted:
             "lm_head": plan.policy.lm_head,
             "device_bytes": device_bytes(plan.memory),
             "host_bytes": plan.memory.host_bytes,
+            "eval_bytes": self.eval_bytes,
         }
 
 
@@ -162,6 +175,7 @@ def fit(
     train: TrainConfig,
     steps: int,
     *,
+    held_out: Mapping[str, Any] | None = None,
     card: Card | None = None,
 ) -> Fitted:
     """Compiles the step of a run under the fastest policy that fits.
@@ -174,11 +188,12 @@ def fit(
       batch: one batch of the run, or its shapes.
       train: optimizer and batch.
       steps: optimizer steps of the run.
+      held_out: one batch [B, T] of held-out data, or its shapes; None = there are none.
       card: what it has to fit on; default the device at hand.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
-        would.
+        would. Or measuring the held-out loss does not.
     """
     card = this_device() if card is None else card
     lora = model.compute.lora
@@ -192,7 +207,7 @@ def fit(
     state = jax.eval_shape(
         lambda tree, key: init_state(tree, optimizer, key), adapters, jax.random.key(0)
     )
-    batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    batch = _shapes(batch)
     plain = Step(
         config=model.config,
         compute=dataclasses.replace(model.compute, remat="full"),
@@ -226,11 +241,46 @@ def fit(
         memory = StepMemory.of(compiled, step, arguments=arguments)
         versions = {"jax": jax.__version__}
         plan = Plan(step, policy, card, {"data": 1}, memory, "compiled", versions, {})
-        if plan.fits:
-            return Fitted(plan, chosen, optimizer, _either(compiled, jitted, arguments))
-        refused.append(plan)
+        if not plan.fits:
+            refused.append(plan)
+            continue
+        fitted = Fitted(plan, chosen, optimizer, _either(compiled, jitted, arguments))
+        if held_out is None:
+            return fitted
+        return _with_eval(fitted, state.adapters, arguments[1], _shapes(held_out))
     nearest = min(refused, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + _more_memory())
+
+
+def _with_eval(fitted: Fitted, adapters: Any, base: Any, batch: Any) -> Fitted:
+    """Compiles and weighs what measures the held-out loss, before the run needs it."""
+    jitted = jit_eval(fitted.model)
+    arguments = (adapters, base, batch)
+    compiled = jitted.lower(*arguments).compile()
+    give_back_freed_memory()
+    stats = compiled.memory_analysis()
+    kept = fitted.plan.memory
+    size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
+    size += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    size += sum(one.size * one.dtype.itemsize for one in batch.values())
+    card = fitted.plan.card
+    if size + ALLOWANCE > card.memory_bytes:
+        rows, length = batch["tokens"].shape
+        way = "A smaller `eval.batch_size` needs less"
+        if rows == 1:
+            way = "Shorter rows need less (`data.max_length`)"
+        limit = readable_bytes(card.memory_bytes - ALLOWANCE)
+        raise UserError(
+            f"Measuring the held-out loss takes {readable_bytes(size)}, and "
+            f"{card.name} has {limit}: {rows:,} rows of {length:,} tokens at a time, "
+            f"beside what the training keeps. {way}."
+        )
+    step = _either(compiled, jitted, arguments)
+    return dataclasses.replace(fitted, eval_step=step, eval_bytes=size)
+
+
+def _shapes(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
 
 
 def _placed(base: Any, policy: Policy) -> Any:

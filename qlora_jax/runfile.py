@@ -278,6 +278,11 @@ class RunConfig:
     output_dir: str = "run"
     """The run directory; given again, the run continues."""
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Held-out rows at a time."""
+        return self.eval.batch_size or self.train.batch_size
+
 
 def read_config(path: Path) -> RunConfig:
     """Reads a TOML run file strictly: unknown keys and wrong types are errors.

@@ -152,8 +152,9 @@ def _train(
         config.eval,
         fitted.model,
         settled.held,
-        config.eval.batch_size or config.train.batch_size,
+        config.eval_batch_size,
         settled.tokenizer,
+        fitted.eval_step,
     )
     with alone(directory), disk_errors(directory):
         state, base = _first_state(config, base, fitted.optimizer, initial)

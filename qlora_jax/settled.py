@@ -25,7 +25,15 @@ import convert
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.continued import continued, given_fields
-from qlora_jax.data import Batches, Examples, Mixture, data_size, load_examples
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    Mixture,
+    data_size,
+    eval_batches,
+    load_examples,
+)
+from qlora_jax.data.batches import Batch
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.evaluation import HeldOut, apart, check_prompts, load_held_out
 from qlora_jax.fit import Fitted, fit
@@ -128,6 +136,7 @@ def settle(
         batches[0],
         config.train,
         len(batches),
+        held_out=None if held is None else _first_held_out(config, held),
     )
     say(fitted.summary())
     return Settled(
@@ -316,6 +325,16 @@ def _data(
             f"{len(batches)} steps of this run."
         )
     return examples, batches, held, tokenizer
+
+
+def _first_held_out(config: RunConfig, held: HeldOut) -> Batch:
+    batches = eval_batches(
+        held.examples,
+        held.config,
+        batch_size=config.eval_batch_size,
+        pad_token_id=0,
+    )
+    return next(batches)
 
 
 def _note_length(architecture: LlamaConfig, longest: int) -> None:

@@ -16,7 +16,7 @@ from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.fit import available_memory, give_back_freed_memory, this_device
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import LogConfig, ModelConfig, RunConfig
+from qlora_jax.runfile import EvalConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
 from qlora_jax.step_memory import ALLOWANCE
 from qlora_jax.train import TrainConfig
@@ -102,6 +102,32 @@ def test_bytes_of_the_plan_are_those_of_the_run(plain):
     # Step number and key are counted with the moments.
     assert 0 < planned["optimizer"] - report["optimizer_bytes"] < 64
     assert planned["temporaries"] > 0
+
+
+def test_measuring_is_weighed_before_the_run_as_well(
+    make, plain, rows_file, tmp_path, card_of, monkeypatch
+):
+    need = sum(plain[0]["plan"]["device_bytes"].values())
+    assert plain[0]["plan"]["eval_bytes"] is None
+
+    def measured(directory, rows):
+        held = EvalConfig(path=str(rows_file), every=2, batch_size=rows)
+        config = make(directory, remat="full")
+        other = dataclasses.replace(config.data, path=str(short))
+        return dataclasses.replace(config, data=other, eval=held)
+
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(rows_file.read_text().splitlines()[:9]))
+    few = run(measured(tmp_path / "few", 1))["plan"]
+    assert few["eval_bytes"] > sum(
+        few["device_bytes"][kind] for kind in ("base", "adapters", "optimizer")
+    )
+    card_of(max(need, few["eval_bytes"]))
+    run(measured(tmp_path / "again", 1))
+    monkeypatch.setattr(convert, "load_llama", pytest.fail)
+    with pytest.raises(UserError, match=r"Measuring the .*: 512 rows of 64 tok.*sma"):
+        run(measured(tmp_path / "many", 512))
+    assert not (tmp_path / "many").exists()
 
 
 HOST = {"embed_tokens": "host", "lm_head": "host", "remat": "offload"}
