@@ -85,7 +85,9 @@ $(VENV_GPU)/.installed: pyproject.toml
 	@touch $@
 
 # The kernels want jax 0.11, so Python 3.12:  make compile PYTHON=python3.12
+# Types are checked as well: those of the newest jax differ.
 compile: $(VENV_GPU)/.installed
+	$(VENV_GPU)/bin/pyright --pythonpath $(VENV_GPU)/bin/python
 	$(VENV_GPU)/bin/python -m pytest tests -n $(JOBS) --dist loadfile \
 	  -m "compile or interpret" $(ARGS)
 

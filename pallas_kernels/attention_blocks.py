@@ -21,7 +21,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 
 ROWS = 64
 """Rows of a product of one warpgroup."""
@@ -285,20 +284,6 @@ def vector(ref: Any, axis: int) -> jax.Array:
 def across(x: jax.Array, shape: tuple[int, ...], axis: int = 0) -> jax.Array:
     """Repeats a number for each row (axis 0) or column (axis 1)."""
     return jax.lax.broadcast_in_dim(x, shape, [axis])
-
-
-def matrices(count: int, rows: int, columns: int, dtype: DTypeLike) -> Any:
-    """Shared memory for matrices that the tensor cores read and the copies write."""
-    bytes_across = 128
-    each = bytes_across // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        (count, rows, columns),
-        dtype,
-        transforms=(
-            plgpu.TilingTransform((8, each)),
-            plgpu.SwizzleTransform(bytes_across),
-        ),
-    )
 
 
 def launch(

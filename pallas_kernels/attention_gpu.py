@@ -40,13 +40,13 @@ from pallas_kernels.attention_blocks import (
     full,
     launch,
     masked,
-    matrices,
     products,
     reach,
     stream,
     vector,
     zeros,
 )
+from pallas_kernels.mosaic import operand
 
 LOG2E = math.log2(math.e)
 
@@ -162,9 +162,9 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         [
-            matrices(GROUPS, ROWS, width, q.dtype),
-            matrices(stages, keys, width, q.dtype),
-            matrices(stages, keys, width, q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
             plgpu.Barrier(num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
@@ -296,10 +296,10 @@ def _backward_queries(
         attention_backward_queries,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         [
-            matrices(GROUPS, ROWS, width, q.dtype),
-            matrices(GROUPS, ROWS, width, q.dtype),
-            matrices(stages, keys, width, q.dtype),
-            matrices(stages, keys, width, q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
@@ -416,10 +416,10 @@ def _backward_keys(
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ),
         [
-            matrices(GROUPS, ROWS, width, q.dtype),
-            matrices(GROUPS, ROWS, width, q.dtype),
-            matrices(stages, queries, width, q.dtype),
-            matrices(stages, queries, width, q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, queries, width), q.dtype),
+            operand((stages, queries, width), q.dtype),
             plgpu.SMEM((stages, 2, queries), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),

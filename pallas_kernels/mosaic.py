@@ -43,6 +43,20 @@ def strided(shape: tuple[int, ...], each: int = 1) -> Any:
     return plgpu.Layout.WG_STRIDED(shape, vec_size=each)
 
 
+def operand(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """Shared memory for matrices [..., rows, columns] that wgmma reads.
+
+    They lie in tiles of 8 rows by 128 bytes, swizzled, as the copies write them.
+    """
+    across = 128
+    # In jax 0.12 both classes inherit from a protocol whose methods have no body, so
+    # that a type checker takes them for abstract; they can be made all the same.
+    kinds: Any = plgpu
+    tiling = kinds.TilingTransform((8, across // jnp.dtype(dtype).itemsize))
+    transforms = (tiling, kinds.SwizzleTransform(across))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 def load(ref: Any, each: int) -> jax.Array:
     """Loads an array, `each` neighbouring elements a thread and access."""
     return plgpu.layout_cast(ref[...], strided(ref.shape, each))

@@ -264,11 +264,10 @@ def middle_product(
             interpret=interpreted,
         )
 
-    swizzled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(2 * BLOCK))
     scratch: list[Any] = [
         plgpu.SMEM((256 * mosaic.PAIR_COPIES * 2,), jnp.float32),
         plgpu.SMEM((stages, groups * ROWS, BLOCK // 2), jnp.uint8),
-        plgpu.SMEM((stages, columns, BLOCK), x.dtype, transforms=swizzled),
+        mosaic.operand((stages, columns, BLOCK), x.dtype),
         plgpu.SMEM((groups, ROWS, each + 2), jnp.float32),
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
@@ -277,7 +276,7 @@ def middle_product(
     if nested:
         scratch.append(plgpu.SMEM((groups, 256), jnp.float32))
     if interpreted:
-        scratch.append(plgpu.SMEM((groups, ROWS, BLOCK), x.dtype, transforms=swizzled))
+        scratch.append(mosaic.operand((groups, ROWS, BLOCK), x.dtype))
     run = kernel(
         body,
         jax.ShapeDtypeStruct(
