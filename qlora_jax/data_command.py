@@ -26,8 +26,9 @@ from qlora_jax.data import Batches, DataConfig, Examples, Mixture, load_examples
 from qlora_jax.data.mixture import lay_out
 from qlora_jax.data_page import page
 from qlora_jax.errors import UserError
+from qlora_jax.evaluation import taken_out
 from qlora_jax.model import load_tokenizer
-from qlora_jax.runfile import read_config
+from qlora_jax.runfile import EvalConfig, read_config
 
 _BINS = 16
 _WIDTH = 40
@@ -48,6 +49,11 @@ class DataView:
     data: DataConfig
     rows_per_step: int = 1
     """Rows that a step takes: batch_size times gradient_accumulation_steps."""
+    eval_fraction: float | None = None
+    """Share of the examples that the run holds out, as its `eval.fraction`; the others
+    are shown."""
+    eval_examples: int | None = None
+    """How many it holds out instead, as its `eval.examples`."""
     show: int = 3
     """How many examples to show, the first ones."""
     example: tuple[int, ...] = ()
@@ -75,6 +81,13 @@ class DataView:
             progress=sys.stderr.isatty(),
             run_directory=self.run_directory,
         )
+        held_out = None
+        evaluation = EvalConfig(
+            fraction=self.eval_fraction, examples=self.eval_examples
+        )
+        if evaluation.measures:
+            eos = getattr(tokenizer, "eos_token_id", None)
+            examples, held_out = taken_out(evaluation, self.data, examples, eos)
         wanted = self.example or tuple(range(min(self.show, len(examples))))
         absent = [number for number in wanted if not 0 <= number < len(examples)]
         if absent:
@@ -84,7 +97,11 @@ class DataView:
             )
         report = {
             "data": examples.report.as_dict(),
-            "summary": examples.report.summary(),
+            "held_out": None
+            if held_out is None
+            else held_out.examples.report.as_dict(),
+            "summary": examples.report.summary()
+            + ("" if held_out is None else f"\n{held_out.note}"),
             "rows": _rows(examples, self.data, self.rows_per_step),
             "lengths": _lengths(examples),
             "examples": [_example(examples, n, tokenizer) for n in wanted],
@@ -106,6 +123,8 @@ def view_from_arguments(args: Sequence[str]) -> DataView:
             data=run.data,
             rows_per_step=run.train.batch_size * run.train.gradient_accumulation_steps,
             run_directory=run.output_dir,
+            eval_fraction=run.eval.fraction,
+            eval_examples=run.eval.examples,
         )
     return tyro.cli(
         DataView,

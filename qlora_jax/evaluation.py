@@ -99,22 +99,7 @@ def apart(
     if held is None:
         if not config.eval.measures:
             return examples, None
-        before = len(examples)
-        examples, chosen = hold_out(
-            config.data,
-            examples,
-            fraction=config.eval.fraction,
-            count=config.eval.examples,
-            eos_token_id=eos_token_id,
-        )
-        copies = before - len(examples) - len(chosen)
-        note = f"Held out of the training data: {len(chosen):,} examples, " + (
-            f"{chosen.report.supervised_tokens:,} supervised tokens"
-        )
-        if copies:
-            note += f"; {copies:,} copies of them are not trained on either"
-        note += f". {len(examples):,} examples are left to train on."
-        return examples, HeldOut(chosen, config.data, note)
+        return taken_out(config.eval, config.data, examples, eos_token_id)
     trained = set(content_keys(examples).tolist())
     own = content_keys(held.examples).tolist()
     both = sum(key in trained for key in own)
@@ -132,6 +117,44 @@ def apart(
         )
         held = dataclasses.replace(held, note=held.note + note)
     return examples, held
+
+
+def taken_out(
+    config: EvalConfig,
+    data: DataConfig,
+    examples: Examples | Mixture,
+    eos_token_id: int | None = None,
+) -> tuple[Examples | Mixture, HeldOut]:
+    """Takes the part of the examples that `fraction` or `examples` name out of them.
+
+    Args:
+      config: says how many.
+      data: what the examples were loaded with.
+      examples: all of them.
+      eos_token_id: the tokenizer's.
+
+    Returns:
+      Examples to train on, and those to measure on.
+
+    Raises:
+      UserError: nothing is left on one side.
+    """
+    before = len(examples)
+    examples, chosen = hold_out(
+        data,
+        examples,
+        fraction=config.fraction,
+        count=config.examples,
+        eos_token_id=eos_token_id,
+    )
+    copies = before - len(examples) - len(chosen)
+    note = f"Held out of the training data: {len(chosen):,} examples, " + (
+        f"{chosen.report.supervised_tokens:,} supervised tokens"
+    )
+    if copies:
+        note += f"; {copies:,} copies of them are not trained on either"
+    note += f". {len(examples):,} examples are left to train on."
+    return examples, HeldOut(chosen, data, note)
 
 
 def held_out_loss(

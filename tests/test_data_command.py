@@ -174,7 +174,10 @@ def test_json_holds_everything(call, model, rows):
     )
     report = json.loads(out)
     assert status == 0
-    assert set(report) == {"data", "summary", "rows", "lengths", "examples", "notes"}
+    assert set(report) == {
+        *("data", "held_out", "summary", "rows", "lengths", "examples", "notes")
+    }
+    assert report["held_out"] is None
     assert report["examples"][0]["supervised_tokens"] > 0
 
 
@@ -198,6 +201,29 @@ def test_a_run_file_says_what_it_trains_on(call, model, rows, tmp_path):
     assert "⟦ Who is <b>Tom</b>?" in out
     assert len(list((tmp_path / "run.data").glob("[0-9a-f]*"))) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_run_holds_out_is_not_shown(call, model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"Q{i}?\n", "completion": f"A{i}."} for i in range(12)]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[model]\npath = "{model}"\n'
+        f'[data]\npath = "{rows}"\nformat = "prompt_completion"\n'
+        "[train]\nsteps = 2\n[eval]\nfraction = 0.25\n"
+    )
+    status, out, _ = call(file)
+    assert status == 0
+    assert "Held out of the training data: 3 examples" in out
+    assert "9 examples are left to train on." in out
+    report = json.loads(call(file, "--json", "--show", 99)[1])
+    assert (report["data"]["examples"], report["held_out"]["examples"]) == (9, 3)
+    assert len(report["examples"]) == 9
+    status, out, _ = call(file, "--eval-fraction", "None", "--json")
+    assert json.loads(out)["data"]["examples"] == 12
+    status, _, error = call(file, "--eval-fraction", "1.5")
+    assert status == 1 and "`fraction` must lie between 0 and 1" in error
 
 
 def test_all_problems_are_listed_and_none_is_shown_as_data(call, model, tmp_path):
