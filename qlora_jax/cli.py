@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -40,7 +39,7 @@ from qlora_jax.directories import (
 from qlora_jax.errors import UserError
 from qlora_jax.eval_command import Eval, eval_from_arguments
 from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
-from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
+from qlora_jax.interruptions import AtOnce, Terminated, leave, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
@@ -221,9 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except AtOnce:
         print("qlora-jax train: ended at once." + _CONTINUES, file=sys.stderr)
-        sys.stdout.flush()
-        # Threads that write a checkpoint would be waited for.
-        os._exit(130)
+        return 130
     except (KeyboardInterrupt, Terminated) as error:
         stopped = "terminated" if isinstance(error, Terminated) else "interrupted"
         print(
@@ -232,6 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 143 if isinstance(error, Terminated) else 130
+
+
+def entry() -> NoReturn:
+    """The console script: runs one command and leaves with its status."""
+    leave(main())
 
 
 def _run(name: str, args: list[str]) -> int:
@@ -362,4 +364,4 @@ def _text(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

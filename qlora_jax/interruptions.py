@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -32,6 +33,15 @@ class AtOnce(KeyboardInterrupt):
 
 class Terminated(BaseException):
     """SIGTERM where nothing is there to be saved; see `termination_raises`."""
+
+
+_RAISED_BY = {
+    KeyboardInterrupt: signal.SIGINT,
+    AtOnce: signal.SIGINT,
+    Terminated: signal.SIGTERM,
+}
+_AGAIN = 0.02
+"""Seconds until a signal is sent again whose exception no one could see."""
 
 
 class Interruption:
@@ -90,16 +100,48 @@ def termination_raises() -> Iterator[None]:
 
     For a process of our own, so that what it has begun is cleared away. Nothing
     happens in another thread than the main one, or where someone has set a handler.
+
+    Where a handler raises within a callback of the garbage collector or a `__del__`,
+    Python reports the exception and goes on. Such a signal is sent once more.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
+    report = sys.unraisablehook
+
+    def lost(found: Any) -> None:
+        number = _RAISED_BY.get(found.exc_type)
+        if number is None:
+            report(found)
+            return
+        # Not at once: that would be within the same callback.
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = lost
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.unraisablehook = report
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process; at once where a signal has ended the work.
+
+    Threads of the compiler may still be at work then, which an orderly end would pull
+    the ground from under (a segmentation fault), and threads that write a checkpoint
+    would be waited for.
+    """
+    if status in (128 + number for number in SIGNALS):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _terminate(_number: int, _frame: Any) -> NoReturn:

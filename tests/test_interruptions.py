@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,42 @@ def test_termination_raises_inside_alone():
     with pytest.raises(Terminated), termination_raises():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Falling:
+    """Receives a signal where no exception gets out."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_a_signal_in_a_callback_of_the_collector_is_not_lost(number, raised):
+    hook = sys.unraisablehook
+    with pytest.raises(raised), termination_raises():
+        fallen = Falling(number)
+        del fallen  # the exception is raised here, and no one sees it
+        time.sleep(60)
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize(("status", "orderly"), [(130, 0), (143, 0), (1, 1), (0, 1)])
+def test_after_a_signal_the_process_leaves_at_once(status, orderly):
+    code = (
+        "import atexit, sys; from qlora_jax.interruptions import leave;"
+        "atexit.register(print, 'orderly');"
+        f"print('said'); print('told', file=sys.stderr); leave({status})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "told\n")
+    assert done.stdout == "said\n" + "orderly\n" * orderly
 
 
 # --- whole runs ---
