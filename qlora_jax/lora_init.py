@@ -24,11 +24,19 @@ from numpy.typing import NDArray
 
 from qlora_jax import nf4
 from qlora_jax import tree as trees
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora import row_norms
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import EMBEDDING, HEAD, Adapted, Path, dotted, select
+from qlora_jax.targets import (
+    EMBEDDING,
+    HEAD,
+    Adapted,
+    Path,
+    Selection,
+    dotted,
+    select,
+)
 
 # Steps of PiSSA's randomized decomposition draw from their own stream.
 _OVERSAMPLE = 8
@@ -70,6 +78,7 @@ def init_adapters(
         initialization that does not fit the base.
     """
     selection = select(base, lora)
+    check_start(base, lora, selection)
     adapters: dict[str, Any] = {}
     for a in selection.adapted:
         own: dict[str, Array] = {}
@@ -90,12 +99,6 @@ def init_adapters(
         if w.follows is not None:
             continue
         leaf = _leaf(base, w.path)
-        if isinstance(leaf, NF4Tensor):
-            raise UserError(
-                f"`modules_to_save` wants to train `{'.'.join(w.path)}` whole, and it "
-                "is packed in 4 bits. Load the base with quantization='none', or adapt "
-                "that module with LoRA."
-            )
         value = _only(jnp.array(leaf, jnp.float32), w.chosen)
         trees.put(adapters, w.path, value)
     for r in selection.rows:
@@ -105,6 +108,48 @@ def init_adapters(
             node = trees.node(adapters, r.path)
             node["trainable_tokens_delta"] = rows.astype(jnp.float32)
     return adapters
+
+
+def check_start(
+    base: Mapping[str, Any], lora: LoraConfig, selection: Selection
+) -> None:
+    """Refuses adapters that cannot start as `lora` says; shapes are enough.
+
+    Args:
+      base: parameter tree of arrays or shapes.
+      lora: what to adapt, rank and initialization.
+      selection: what `lora` selects in it.
+
+    Raises:
+      UserError: tensors to be trained whole that are packed in 4 bits, or an
+        initialization that does not fit the base; all of them.
+    """
+    problems = Problems("the adapter")
+    for w in selection.whole:
+        if w.follows is None and isinstance(_leaf(base, w.path), NF4Tensor):
+            problems.add(
+                f"`modules_to_save` wants to train `{'.'.join(w.path)}` whole, and it "
+                "is packed in 4 bits. Load the base with quantization='none', or adapt "
+                "that module with LoRA."
+            )
+    kind = str(lora.init_lora_weights)
+    if kind not in ("default", "gaussian", "orthogonal"):
+        for a in filter(_from_weight, selection.adapted):
+            rank, largest = max(a.ranks), min(a.shape)
+            name = dotted(a.path, a.layers)[a.ranks.index(rank)]
+            if rank > largest:
+                problems.add(
+                    f"lora: {kind!r} needs a rank of at most {largest} in `{name}`, "
+                    f"got {rank}."
+                )
+            packed = isinstance(_weight(base, a.path), NF4Tensor)
+            if kind == "loftq" and not packed:
+                problems.add(
+                    "lora: 'loftq' makes up for what quantization lost, and "
+                    f"`{name}` is not quantized. Load the base with "
+                    "quantization='nf4', or choose another `init_lora_weights`."
+                )
+    problems.refuse()
 
 
 def factor_out(
@@ -244,14 +289,9 @@ def _start(
         if kind == "orthogonal":
             one = _orthogonal(layer_key, rank, a.shape)
         else:
-            if rank > min(rows, columns):
-                raise UserError(
-                    f"lora: {kind!r} needs a rank of at most {min(rows, columns)} in "
-                    f"`{names[layer]}`, got {rank}."
-                )
             dense = _dense(weight, None if a.layers is None else layer)
             if kind == "loftq":
-                dense = _lost(dense, weight, f"{names[layer]}.weight", original)
+                dense = _lost(dense, f"{names[layer]}.weight", original)
             one = _decompose(layer_key, kind, dense, rank, scaling)
         all_a[layer, :rank], all_b[layer, :, :rank] = one
     out = {"lora_A": jnp.asarray(all_a), "lora_B": jnp.asarray(all_b)}
@@ -303,18 +343,9 @@ def _randomized_svd(
 
 
 def _lost(
-    dense: NDArray,
-    weight: Any,
-    name: str,
-    original: Callable[[str], NDArray] | None,
+    dense: NDArray, name: str, original: Callable[[str], NDArray] | None
 ) -> NDArray:
     """What quantization took from a weight."""
-    if not isinstance(weight, NF4Tensor):
-        raise UserError(
-            "lora: 'loftq' makes up for what quantization lost, and "
-            f"`{name}` is not quantized. Load the base with quantization='nf4', or "
-            "choose another `init_lora_weights`."
-        )
     if original is None:
         raise UserError(
             "lora: 'loftq' needs the unquantized weights beside the quantized ones "

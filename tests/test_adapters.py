@@ -825,9 +825,11 @@ def test_a_trained_adapter_and_its_base_in_one_batch(shared_data):
     got = np.asarray(logits(config, base, with_rows(stack, [-1, 0, 1, 2]), tokens))
     plain = logits(config, base, None, tokens[:1])
     own = logits(config, base, bind(tree, base, lora), tokens[:1])
-    np.testing.assert_allclose(got[0], plain[0], atol=LOGITS)
-    np.testing.assert_allclose(got[1], own[0], atol=LOGITS)
-    np.testing.assert_allclose(got[2], own[0], atol=2 * LOGITS)
+    # These logits reach 13; as close as stored outputs of other libraries are held to.
+    close = 3e-5
+    np.testing.assert_allclose(got[0], plain[0], atol=close)
+    np.testing.assert_allclose(got[1], own[0], atol=close)
+    np.testing.assert_allclose(got[2], own[0], atol=close)
     assert np.abs(got[3] - got[1]).max() > 100 * LOGITS
     assert HEAD not in select(base, lora).shapes()
 

@@ -294,13 +294,13 @@ def test_stopped_damaged_and_lost(write, straight, monkeypatch, capsys):
 def test_before_the_first_step_there_is_nothing_to_save(
     write, monkeypatch, capsys, name, status
 ):
-    from qlora_jax import runner
+    from qlora_jax import settled
 
     def loading(*_, **__):
         signal.raise_signal(signal.Signals[name])
 
     file, output = write(f"early {name}")
-    monkeypatch.setattr(runner, "load_examples", loading)
+    monkeypatch.setattr(settled, "load_examples", loading)
     assert main(["train", str(file)]) == status
     stopped = "terminated" if name == "SIGTERM" else "interrupted"
     said = f"qlora-jax train: {stopped}. No step was under way. The same command"
