@@ -223,6 +223,14 @@ class Checkpoints:
         )
 
 
+# What a hash in a record is of.
+_DATA = "data.fingerprint"
+_MEANT = {
+    "base_fingerprint": " (the weights of the base, or how they are quantized)",
+    _DATA: " (the rows of the data files, the tokenizer, or the chat template)",
+}
+
+
 def compare_records(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -241,16 +249,18 @@ def compare_records(
     before = _flat(defaults or {}) | _flat(saved)
     after = _flat(now)
     known = _flat(saved).keys() | after.keys()
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(known)
-        if before.get(key) != after.get(key)
-    ]
-    if changed:
+    keys = {key for key in known if before.get(key) != after.get(key)}
+    if any(key.startswith("data.") for key in keys - {_DATA}):
+        keys.discard(_DATA)  # which follows from the others
+    if keys:
+        changed = "".join(
+            f"\n- {key}: {before.get(key)!r} -> {after.get(key)!r}{_MEANT.get(key, '')}"
+            for key in sorted(keys)
+        )
         raise UserError(
-            "This run cannot be continued: what it was started with has changed: "
-            f"{'; '.join(changed)}. Undo the change to continue, or give another "
-            "--output-dir to start a new run."
+            "This run cannot be continued: what it was started with has changed:"
+            f"{changed}\nUndo the change to continue, or give another --output-dir to "
+            "start a new run."
         )
 
 

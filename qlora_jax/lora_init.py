@@ -146,7 +146,7 @@ def check_start(
             if kind == "loftq" and not packed:
                 problems.add(
                     "lora: 'loftq' makes up for what quantization lost, and "
-                    f"`{name}` is not quantized. Load the base with "
+                    f"`{name}.weight` is not quantized. Load the base with "
                     "quantization='nf4', or choose another `init_lora_weights`."
                 )
     problems.refuse()

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qlora_jax.checkpoint import (
@@ -18,7 +19,7 @@ from qlora_jax.data import DataConfig, Examples, Mixture
 from qlora_jax.data.settings import PLACES
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.run_directory import ADAPTER
+from qlora_jax.run_directory import ADAPTER, CHECKPOINTS
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainConfig, TrainState
 
@@ -91,6 +92,42 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
+def check_continues(
+    config: RunConfig, examples: Examples | Mixture, steps: int
+) -> None:
+    """Refuses early what `continue_run` would refuse once the base is loaded.
+
+    What the base holds is not looked at, and damaged checkpoints are passed over.
+
+    Raises:
+      UserError: the run was started with something else, or is longer already.
+    """
+    directory = Path(config.output_dir) / CHECKPOINTS
+    with Checkpoints(directory, config.checkpoint) as checkpoints:
+        for newest in checkpoints.steps():
+            try:
+                saved = checkpoints.record(newest)
+            except DamagedCheckpointError:
+                continue
+            record = run_record(config, saved["base_fingerprint"], examples)
+            _check_record(saved, record, steps)
+            return
+
+
+def _check_record(
+    saved: dict[str, Any], record: Mapping[str, Any], steps: int
+) -> tuple[int, int]:
+    """Compares a checkpoint's record with the run; returns its steps and its length."""
+    start, length = saved.pop("batches"), saved.pop("steps")
+    compare_records(saved, record, _before_they_existed(record))
+    if start > steps:
+        raise UserError(
+            f"This run has taken {start} steps already, and is now to end after "
+            f"{steps}. Raise `steps` or `epochs`, or give another --output-dir."
+        )
+    return start, length
+
+
 def continue_run(
     checkpoints: Checkpoints, state: TrainState, record: Mapping[str, Any], steps: int
 ) -> tuple[TrainState, int]:
@@ -112,14 +149,7 @@ def continue_run(
     for newest in checkpoints.steps():
         try:
             saved = checkpoints.record(newest)
-            start, length = saved.pop("batches"), saved.pop("steps")
-            compare_records(saved, record, _before_they_existed(record))
-            if start > steps:
-                raise UserError(
-                    f"This run has taken {start} steps already, and is now to end "
-                    f"after {steps}. Raise `steps` or `epochs`, or give another "
-                    "--output-dir."
-                )
+            start, length = _check_record(saved, record, steps)
             restored = checkpoints.restore(newest, state)
         except DamagedCheckpointError as error:
             damaged[newest] = error

@@ -21,6 +21,7 @@ it continues from the newest checkpoint, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -38,6 +39,7 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
+from qlora_jax.errors import Problems
 from qlora_jax.evaluation import (
     Evaluation,
 )
@@ -62,6 +64,7 @@ from qlora_jax.run_directory import (
     START,
     STARTED,
     alone,
+    check_directory,
     finished_report,
 )
 from qlora_jax.run_page import PAGE, read_run, run_page
@@ -106,9 +109,14 @@ def run(
         damaged, or a run directory that cannot be written.
     """
     began = time.perf_counter() if began is None else began
-    settled = settle(config, attention_cls, mlp_cls, given)
-    base, fingerprint, initial = _load(settled)
-    return _train(settled, base, fingerprint, initial, began)
+    directory, problems = Path(config.output_dir), Problems()
+    with contextlib.ExitStack() as held:
+        with problems.collected():
+            check_directory(directory)
+            held.enter_context(alone(directory))
+        settled = settle(config, attention_cls, mlp_cls, given, problems=problems)
+        base, fingerprint, initial = _load(settled)
+        return _train(settled, base, fingerprint, initial, began)
 
 
 def _load(settled: Settled) -> tuple[Any, str, Any]:
@@ -156,7 +164,7 @@ def _train(
         settled.tokenizer,
         fitted.eval_step,
     )
-    with alone(directory), disk_errors(directory):
+    with disk_errors(directory):
         state, base = _first_state(config, base, fitted.optimizer, initial)
         with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
             state, start = continue_run(checkpoints, state, record, steps)

@@ -39,11 +39,12 @@ from qlora_jax.evaluation import HeldOut, apart, check_prompts, load_held_out
 from qlora_jax.fit import Fitted, fit
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
+from qlora_jax.lora_init import check_start
 from qlora_jax.memory import warnings
 from qlora_jax.model import load_tokenizer
 from qlora_jax.parameter_groups import Group, note_idle, optimizer_groups
-from qlora_jax.run_directory import check_directory
-from qlora_jax.run_record import say
+from qlora_jax.run_directory import CHECKPOINTS
+from qlora_jax.run_record import check_continues, say
 from qlora_jax.runfile import RunConfig
 from qlora_jax.targets import Selection, select
 from qlora_jax.trackers import check_trackers
@@ -80,18 +81,25 @@ def settle(
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
     given: Collection[str] | None = None,
+    *,
+    problems: Problems,
 ) -> Settled:
     """Settles on shapes what can be, before anything large is read.
 
-    Arguments are those of `runner.run`.
+    Args:
+      config: as `runner.run` takes it, like the next ones.
+      attention_cls: attention modules of yours.
+      mlp_cls: MLP modules of yours.
+      given: names of the fields of `config.lora` that someone gave.
+      problems: what was found wrong so far, to be said with the rest.
 
     Raises:
       UserError: all that is wrong. Large data are read only where nothing else is.
       CheckpointError: files of the model or of an adapter are missing or damaged, and
         nothing else is wrong.
     """
-    problems = Problems()
     small = _check_places(config, problems)
+    resumed = any((Path(config.output_dir) / CHECKPOINTS).glob("step_*"))
     how: Any = {
         "quantization": None
         if config.model.quantization == "none"
@@ -112,7 +120,7 @@ def settle(
     with problems.collected():
         if initial is not None:
             given = given_fields(config.lora) if given is None else given
-            config, origin = _with_initial_adapter(config, given, abstract)
+            config, origin = _with_initial_adapter(config, given, abstract, resumed)
     with problems.collected():
         architecture = change(architecture, config.model.config_changes, "model")
     if initial is None or origin is not None:
@@ -121,6 +129,9 @@ def settle(
     if small or not len(problems):
         with problems.collected():
             laid_out = _data(config, architecture)
+    if resumed and laid_out is not None:
+        with problems.collected():
+            check_continues(config, laid_out[0], len(laid_out[1]))
     problems.refuse()
     assert trained is not None and laid_out is not None
     model = model.clone(config=architecture)
@@ -156,8 +167,6 @@ def settle(
 
 def _check_places(config: RunConfig, problems: Problems) -> bool:
     """Looks for what the settings name; says whether the data are quickly read."""
-    with problems.collected():
-        check_directory(Path(config.output_dir))
     with problems.collected():
         check_trackers(config.log)
     sizes: list[int | None] = []
@@ -205,7 +214,7 @@ def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
 
 
 def _with_initial_adapter(
-    config: RunConfig, given: Collection[str], base: Any
+    config: RunConfig, given: Collection[str], base: Any, resumed: bool = False
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Takes the settings of the adapter that the run starts from, but for those given.
 
@@ -237,13 +246,14 @@ def _with_initial_adapter(
         base_config_changes=None,
     )
     counts = [sum(select(base, one).groups().values()) for one in (own, lora)]
-    say(
-        f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
-        f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}): it has {counts[0]:,} "
-        f"trained parameters, and this run trains {counts[1]:,}. It carries no "
-        "optimizer state, so the optimizer starts afresh."
-        + (f" Changed: {', '.join(notes)}." if notes else "")
-    )
+    if not resumed:  # else the checkpoint is where it goes on
+        say(
+            f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
+            f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}): it has "
+            f"{counts[0]:,} trained parameters, and this run trains {counts[1]:,}. It "
+            "carries no optimizer state, so the optimizer starts afresh."
+            + (f" Changed: {', '.join(notes)}." if notes else "")
+        )
     origin = {
         "path": place,
         "trainable_parameters_before": counts[0],
@@ -257,6 +267,8 @@ def _trained(
 ) -> tuple[Selection, Sequence[Group]]:
     """What is trained, and how fast; says what may surprise."""
     selection = select(abstract, config.lora)
+    if config.train.adapter_init is None:
+        check_start(abstract, config.lora, selection)
     for warning in warnings(architecture, config.lora, abstract):
         say(f"Note: {warning}")
     rates = optimizer_groups(config.train, selection)

@@ -207,7 +207,9 @@ def test_differences_are_named_with_both_values():
     saved = {"base": "x", "lora": {"r": 4, "target_modules": ["q_proj"]}}
     with pytest.raises(UserError) as refused:
         compare_records(saved, now)
-    assert "has changed: lora.r: 4 -> 8; new: None -> 1. Undo" in str(refused.value)
+    assert "has changed:\n- lora.r: 4 -> 8\n- new: None -> 1\nUndo" in str(
+        refused.value
+    )
     compare_records(saved, {"base": "x", "lora": dict(saved["lora"])})
 
 

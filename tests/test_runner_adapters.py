@@ -272,7 +272,7 @@ def test_an_adapter_is_continued_at_a_longer_context(
     run(longer("parts", 2))
     written = read_config(tmp_path / "parts" / "config.toml")
     assert written == dataclasses.replace(longer("parts", 2), lora=written.lora)
-    capsys.readouterr()
+    started = " ".join(capsys.readouterr().err.split())
     report = run(longer("parts", 4))
     said = " ".join(capsys.readouterr().err.split())
     run(longer("one", 4))
@@ -291,7 +291,8 @@ def test_an_adapter_is_continued_at_a_longer_context(
         "trainable_parameters_before": trained,
         "trainable_parameters": trained,
     }
-    assert f"it has {trained:,} trained parameters, and this run trains" in said
+    assert f"it has {trained:,} trained parameters, and this run trains" in started
+    assert "optimizer starts afresh" in started and "afresh" not in said
     assert "the longest example has" not in said
     groups = {group["name"]: group for group in report["optimizer_groups"]}
     assert set(groups) == {

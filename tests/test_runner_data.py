@@ -12,6 +12,7 @@ from qlora_jax.cli import main
 from qlora_jax.data import DataConfig, Source, load_examples
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.run_directory import alone
 from qlora_jax.runfile import (
     CheckpointConfig,
     EvalConfig,
@@ -197,3 +198,21 @@ def _said(config: RunConfig) -> str:
     with contextlib.redirect_stderr(said):
         settled._data(config, architecture)
     return said.getvalue()
+
+
+def test_a_run_that_cannot_go_on_is_refused_before_anything_is_compiled(
+    llama_dir, rows_file, tmp_path, monkeypatch
+):
+    directory = tmp_path / "run"
+    config = configure(llama_dir, directory, path=str(rows_file))
+    runner.run(config)
+    monkeypatch.setattr(settled, "fit", pytest.fail)
+    other = dataclasses.replace(config.train, learning_rate=0.5, batch_size=3)
+    with pytest.raises(UserError) as refused:
+        runner.run(dataclasses.replace(config, train=other))
+    assert "train.batch_size: 2 -> 3\n- train.learning_rate: " in str(refused.value)
+    shorter = dataclasses.replace(config.train, steps=STEPS - 1)
+    with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
+        runner.run(dataclasses.replace(config, train=shorter))
+    with alone(directory), pytest.raises(UserError, match="Another process is trai"):
+        runner.run(config)
