@@ -218,7 +218,7 @@ def test_a_setting_younger_than_the_run_had_its_default():
     now = {"lora": {"r": 4, "groups": ({"match": "x", "rate": 1},), "alpha": 2}}
     same = {"lora": {"groups": [{"match": "x", "rate": 1}], "alpha": 2.0, "r": 1}}
     compare_records(saved, now, same)
-    with pytest.raises(UserError, match=r"changed: lora\.alpha: 3 -> 2\. Undo"):
+    with pytest.raises(UserError, match=r"changed:\n- lora\.alpha: 3 -> 2\nUndo"):
         compare_records(saved, now, {"lora": same["lora"] | {"alpha": 3}})
 
 

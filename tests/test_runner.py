@@ -317,7 +317,7 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(
 ):
     before = snapshot(started)
     sections["train"] = {"steps": 4, **sections.get("train", {})}
-    with pytest.raises(UserError, match=f"cannot be continued: .*\n- {difference}"):
+    with pytest.raises(UserError, match=f"has changed:\n(- .*\n)*- .*{difference}"):
         run(make(started, **sections))
     assert snapshot(started) == before
 
