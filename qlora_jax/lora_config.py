@@ -13,13 +13,13 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from qlora_jax.config import PROJECTIONS, FrozenDict
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Problems, UserError
 from qlora_jax.patterns import check_pattern, check_patterns
 
 # Fields of adapter_config.json that change what an adapter computes and that this
@@ -144,63 +144,58 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        _check_rank("r", self.r)
-        _check_alpha("lora_alpha", self.lora_alpha)
+        problems = Problems("[lora]")
+        checked = problems.collected
+        with checked():
+            _check_rank("r", self.r)
+        with checked():
+            _check_alpha("lora_alpha", self.lora_alpha)
         for name in ("rank_pattern", "alpha_pattern"):
-            table = getattr(self, name)
-            if not isinstance(table, Mapping):
-                raise UserError(
-                    f"lora: `{name}` must be a table of patterns, got {table!r:.80}."
-                )
-            if not all(isinstance(pattern, str) for pattern in table):
-                raise UserError(
-                    f"lora: the patterns of `{name}` must be texts, got "
-                    f"{list(table)!r:.80}."
-                )
-            check_patterns(table, inside=AT_END)
-            check = _check_rank if name == "rank_pattern" else _check_alpha
-            for pattern, value in table.items():
-                check(f"{name}[{pattern!r:.80}]", value)
-            put(name, FrozenDict(table))
+            with checked():
+                put(name, _table(name, getattr(self, name)))
         dropout = self.lora_dropout
         if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
-            raise UserError(
+            problems.add(
                 f"lora: `lora_dropout` must lie in [0, 1), got {dropout!r:.80}."
             )
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise UserError(
+                problems.add(
                     f"lora: `{name}` must be true or false, got {value!r:.80}."
                 )
-        put("target_modules", _modules("target_modules", self.target_modules))
-        if len(self.target_modules) == 0:
-            raise UserError(
-                "lora: `target_modules` is empty. Name modules such as 'q_proj', or "
-                "give 'all-linear'."
-            )
-        excluded = self.exclude_modules
-        put(
-            "exclude_modules",
-            _modules("exclude_modules", excluded) if excluded else None,
-        )
+        with checked():
+            targets = _modules("target_modules", self.target_modules)
+            put("target_modules", targets)
+            if len(targets) == 0:
+                problems.add(
+                    "lora: `target_modules` is empty. Name modules such as 'q_proj', "
+                    "or give 'all-linear'."
+                )
+        with checked():
+            excluded = self.exclude_modules
+            excluded = _modules("exclude_modules", excluded) if excluded else None
+            put("exclude_modules", excluded)
         for name, inside in (
             ("layers_pattern", BEFORE_NUMBER),
             ("modules_to_save", WITHIN),
         ):
-            value = getattr(self, name)
-            names = () if value is None else _names(name, value)
-            check_patterns(names, inside=inside)
-            put(name, names or None)
-        put("layers_to_transform", _layers(self.layers_to_transform))
-        put("trainable_token_indices", _tokens(self.trainable_token_indices))
+            with checked():
+                value = getattr(self, name)
+                names = () if value is None else _names(name, value)
+                check_patterns(names, inside=inside)
+                put(name, names or None)
+        with checked():
+            put("layers_to_transform", _layers(self.layers_to_transform))
+        with checked():
+            put("trainable_token_indices", _tokens(self.trainable_token_indices))
         if self.bias not in ("none", "lora_only", "all"):
-            raise UserError(
+            problems.add(
                 "lora: `bias` must be 'none', 'lora_only' or 'all', got "
                 f"{self.bias!r:.80}."
             )
         if self.task_type != "CAUSAL_LM":
-            raise UserError(
+            problems.add(
                 f"lora: `task_type`={self.task_type!r:.80} is not supported; a Llama "
                 "here is a language model, 'CAUSAL_LM'."
             )
@@ -210,7 +205,7 @@ class LoraConfig:
             put("init_lora_weights", "default")
         init = self.init_lora_weights
         if not (isinstance(init, str) and _INIT.fullmatch(init)):
-            raise UserError(
+            problems.add(
                 f"lora: `init_lora_weights`={init!r:.80} is not supported. Supported: "
                 "'default' (or true), 'gaussian', 'orthogonal', 'pissa', "
                 "'pissa_niter_N', 'olora', 'loftq'."
@@ -218,35 +213,36 @@ class LoraConfig:
         for name in (*_OUTSIDE, "base_model_name_or_path", "revision"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise UserError(f"lora: `{name}` must be a text, got {value!r:.80}.")
-        self._check_combinations()
+                problems.add(f"lora: `{name}` must be a text, got {value!r:.80}.")
+        problems.refuse()
+        for problem in self._combinations():
+            problems.add(problem)
+        problems.refuse()
 
-    def _check_combinations(self) -> None:
-        """Refuses what PEFT refuses: settings that do not go together."""
+    def _combinations(self) -> Iterator[str]:
+        """What PEFT refuses: settings that do not go together."""
         if self.layers_to_transform is not None and isinstance(
             self.target_modules, str
         ):
-            raise UserError(
+            yield (
                 "lora: `layers_to_transform` goes with a list of `target_modules`; "
                 "with a regular expression or 'all-linear', say the layers in the "
                 "expression."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise UserError("lora: `layers_pattern` goes with `layers_to_transform`.")
+            yield ("lora: `layers_pattern` goes with `layers_to_transform`.")
         if self.lora_bias and self.use_dora:
-            raise UserError("lora: `lora_bias` does not go with `use_dora`.")
+            yield ("lora: `lora_bias` does not go with `use_dora`.")
         if self.lora_bias and self.init_lora_weights != "default":
-            raise UserError("lora: `lora_bias` goes with the default initialization.")
+            yield ("lora: `lora_bias` goes with the default initialization.")
         if self.use_dora and self.changes_base:
-            raise UserError(
+            yield (
                 f"lora: `init_lora_weights`={self.init_lora_weights!r} does not go "
                 "with `use_dora`: the magnitudes would be those of another base."
             )
         ranks = [self.r, *self.rank_pattern.values()]
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
-            raise UserError(
-                f"lora: orthogonal initialization needs even ranks, got {ranks}."
-            )
+            yield (f"lora: orthogonal initialization needs even ranks, got {ranks}.")
 
     @property
     def scaling(self) -> float:
@@ -435,6 +431,23 @@ def off_features(raw: Mapping[str, Any]) -> list[str]:
     return [
         name for name, off in _REFUSED.items() if name in raw and _off(raw[name], off)
     ]
+
+
+def _table(name: str, table: Any) -> FrozenDict:
+    """A `rank_pattern` or `alpha_pattern` whose patterns and values can be used."""
+    if not isinstance(table, Mapping):
+        raise UserError(
+            f"lora: `{name}` must be a table of patterns, got {table!r:.80}."
+        )
+    if not all(isinstance(pattern, str) for pattern in table):
+        raise UserError(
+            f"lora: the patterns of `{name}` must be texts, got {list(table)!r:.80}."
+        )
+    check_patterns(table, inside=AT_END)
+    check = _check_rank if name == "rank_pattern" else _check_alpha
+    for pattern, value in table.items():
+        check(f"{name}[{pattern!r:.80}]", value)
+    return FrozenDict(table)
 
 
 def _first_match(table: _Table, path: str, default: Any) -> Any:
