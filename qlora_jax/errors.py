@@ -11,10 +11,18 @@ refused at the end.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _LIMIT = 100
 _SHOWN = 20
+# Rows that are named where several have the same problem.
+_ROWS = 5
+# "train.jsonl:12: what is wrong", or "data.parquet row 12: ...".
+_OF_A_ROW = re.compile(
+    r"(?P<file>.+?)(?P<between>:| row )(?P<row>\d+): (?P<what>.*)", re.S
+)
 
 
 class UserError(ValueError):
@@ -102,14 +110,35 @@ class Problems:
         if count == 1:
             raise UserError(self._messages[0])
         if count:
-            lines = [f"- {message}" for message in self._messages[:_SHOWN]]
-            if count > _SHOWN:
-                lines.append(f"- and {count - _SHOWN} more of this kind or another")
+            found = _grouped(self._messages)
+            lines = [f"- {message}" for message, _ in found[:_SHOWN]]
+            rest = sum(number for _, number in found[_SHOWN:])
+            if rest:
+                lines.append(f"- and {rest} more of this kind or another")
             at_least = "at least " if more else ""
             of = f" with {self._of}" if self._of else ""
             raise UserError(
                 f"{at_least}{count} problems{of}:\n" + "\n".join(lines), self._messages
             )
+
+
+def _grouped(messages: Iterable[str]) -> list[tuple[str, int]]:
+    """Messages that say the same of several rows as one, with their number."""
+    groups: dict[Any, list[str]] = {}
+    for message in messages:
+        match = _OF_A_ROW.fullmatch(message)
+        key = (match["file"], match["between"], match["what"]) if match else message
+        groups.setdefault(key, []).append(match["row"] if match else "")
+    found = []
+    for key, rows in groups.items():
+        if isinstance(key, str):
+            found.append((key, 1))
+            continue
+        file, between, what = key
+        some, more = ", ".join(rows[:_ROWS]), len(rows) - _ROWS
+        listed = some + (f" and {more} more" if more > 0 else "")
+        found.append((f"{file}{between}{listed}: {what}", len(rows)))
+    return found
 
 
 def refuse(where: str, problems: Iterable[str]) -> None:

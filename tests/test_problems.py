@@ -46,6 +46,22 @@ def test_a_hundred_problems_are_enough():
     assert str(e.value).endswith("- row 19\n- and 80 more of this kind or another")
 
 
+def test_what_several_rows_share_is_said_once():
+    problems = Problems("the data")
+    for row in (3, 1, 7, 8, 9, 10):
+        problems.add(f"a.jsonl:{row}: no field `x`.")
+    problems.add("a.jsonl:4: no field `y`.")
+    problems.add("b.parquet row 2: no field `x`.")
+    with pytest.raises(UserError) as raised:
+        problems.refuse()
+    assert str(raised.value).splitlines() == [
+        "8 problems with the data:",
+        "- a.jsonl:3, 1, 7, 8, 9 and 1 more: no field `x`.",
+        "- a.jsonl:4: no field `y`.",
+        "- b.parquet row 2: no field `x`.",
+    ]
+
+
 @pytest.fixture
 def rows(tmp_path):
     file = tmp_path / "rows.jsonl"

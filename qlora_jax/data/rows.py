@@ -7,6 +7,7 @@ with it can be said together with where it is.
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import io
 import json
@@ -236,8 +237,10 @@ class Fields(Mapping):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._row:
+            near = difflib.get_close_matches(name, self._row, n=1)
             raise UserError(
                 f"{self._where}: no field `{name}`; the row has {fields_of(self._row)}."
+                + (f" Did you mean `{near[0]}`?" if near else "")
             )
         if self._row[name] is None:
             raise UserError(f"{self._where}: field `{name}` is null.")
