@@ -22,7 +22,14 @@ import tyro
 from convert.files import read_json
 from convert.output import write_text
 from qlora_jax.config import IGNORE, LlamaConfig
-from qlora_jax.data import Batches, DataConfig, Examples, Mixture, load_examples
+from qlora_jax.data import (
+    Batches,
+    DataConfig,
+    Examples,
+    Mixture,
+    data_notes,
+    load_examples,
+)
 from qlora_jax.data.mixture import lay_out
 from qlora_jax.data_page import page
 from qlora_jax.errors import UserError
@@ -95,6 +102,9 @@ class DataView:
                 f"There is no example {', '.join(map(str, absent))}: the data have "
                 f"{len(examples):,}, numbered from 0."
             )
+        batches = Batches(
+            examples, self.data, batch_size=self.rows_per_step, pad_token_id=0
+        )
         report = {
             "data": examples.report.as_dict(),
             "held_out": None
@@ -102,11 +112,11 @@ class DataView:
             else held_out.examples.report.as_dict(),
             "summary": examples.report.summary()
             + ("" if held_out is None else f"\n{held_out.note}"),
-            "rows": _rows(examples, self.data, self.rows_per_step),
+            "rows": _rows(examples, self.data, batches),
             "lengths": _lengths(examples),
             "examples": [_example(examples, n, tokenizer) for n in wanted],
+            "notes": data_notes(examples, self.data, batches, tokenizer),
         }
-        report["notes"] = _notes(report, self.data, tokenizer, self.rows_per_step)
         if self.html is not None:
             write_text(Path(self.html), page(report, self.data.name))
         return report
@@ -138,10 +148,9 @@ def view_from_arguments(args: Sequence[str]) -> DataView:
 
 
 def _rows(
-    examples: Examples | Mixture, config: DataConfig, per_step: int
+    examples: Examples | Mixture, config: DataConfig, batches: Batches
 ) -> dict[str, Any]:
     """The rows of a run, and how full they would be the other way."""
-    batches = Batches(examples, config, batch_size=per_step, pad_token_id=0)
     tokens = examples.report.tokens
     found: dict[str, Any] = {
         "length": batches.sequence_length,
@@ -221,47 +230,6 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             while start < done and not found[start - 1]:
                 start += 1
     return found
-
-
-def _notes(
-    report: Mapping[str, Any], config: DataConfig, tokenizer: Any, per_step: int
-) -> list[str]:
-    """What is worth a thought before the run, each in a sentence."""
-    data, rows = report["data"], report["rows"]
-    notes = []
-    used = rows["packed" if rows["packing"] else "one_each"]
-    if used["rows"] < per_step:
-        notes.append(
-            f"The data make {used['rows']:,} rows and a step takes {per_step:,}, so "
-            "that rows are repeated within a step."
-        )
-    if not rows["packing"] and used["efficiency"] < 0.8:
-        notes.append(
-            f"{1 - used['efficiency']:.0%} of the rows is padding; with `data.packing` "
-            f"= true it would be {1 - rows['packed']['efficiency']:.1%}."
-        )
-    if not data["supervised_eos"] and tokenizer is not None:
-        notes.append(
-            f"No supervised token is the tokenizer's EOS ({tokenizer.eos_token!r}). A "
-            "model trained on this learns to stop only if another token (an end of "
-            "turn) stops it."
-        )
-    if data["truncated"]:
-        share = data["truncated"] / data["rows_kept"]
-        notes.append(
-            f"{share:.1%} of the rows lose their end: the longest has "
-            f"{data['longest_row']:,} tokens, and `data.max_length` is "
-            f"{config.max_length:,}."
-        )
-    if data["dropped"]:
-        lost = sum(data["dropped"].values())
-        notes.append(f"{lost:,} rows are left out, for the reasons above.")
-    if data["straddling_rows"]:
-        notes.append(
-            "A token across the start of an answer is supervised whole. End the prompt "
-            "with a line break, or move its last space to the start of the completion."
-        )
-    return notes
 
 
 # --- for people ---

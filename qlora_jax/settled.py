@@ -29,6 +29,7 @@ from qlora_jax.data import (
     Batches,
     Examples,
     Mixture,
+    data_notes,
     data_size,
     eval_batches,
     load_examples,
@@ -324,13 +325,8 @@ def _data(
         steps=config.train.steps,
         epochs=config.train.epochs,
     )
-    wanted = config.train.batch_size * config.train.gradient_accumulation_steps
-    if batches.rows_per_epoch < wanted:
-        say(
-            f"Note: the data make {batches.rows_per_epoch:,} rows and a step takes "
-            f"{wanted:,}, so that rows are repeated within a step. A smaller "
-            "`train.batch_size` (or no packing) avoids it."
-        )
+    for note in data_notes(examples, config.data, batches, tokenizer):
+        say(f"Note: {note}")
     if config.train.longest_warmup > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "

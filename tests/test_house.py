@@ -58,6 +58,7 @@ ORDER = (
     "qlora_jax.data.held_out",
     "qlora_jax.data.examples",
     "qlora_jax.data.batches",
+    "qlora_jax.data.notes",
     "qlora_jax.data",
     "qlora_jax.adam8bit",
     "qlora_jax.train_config",

@@ -165,7 +165,7 @@ def test_fewer_rows_than_a_step_takes_are_reported(llama_dir, rows_file, tmp_pat
     few.write_text("\n".join(rows_file.read_text().splitlines()[:3]))
     assert "repeated" not in _said(config)
     config = configure(llama_dir, tmp_path / "run", path=str(few))
-    assert "the data make 1 rows and a step takes 4, so that rows are rep" in _said(
+    assert "the data make 1 row and a step takes 4, so that rows are rep" in _said(
         config
     )
 

@@ -16,6 +16,7 @@ from qlora_jax.data.examples import load_examples as load_examples
 from qlora_jax.data.held_out import content_keys as content_keys
 from qlora_jax.data.held_out import hold_out as hold_out
 from qlora_jax.data.mixture import Mixture as Mixture
+from qlora_jax.data.notes import data_notes as data_notes
 from qlora_jax.data.report import DataReport as DataReport
 from qlora_jax.data.settings import DataConfig as DataConfig
 from qlora_jax.data.settings import Source as Source

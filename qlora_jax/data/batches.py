@@ -197,6 +197,11 @@ class Batches:
         return self._rows.length
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows that a step takes."""
+        return math.prod(self._shape)
+
+    @property
     def rows_per_epoch(self) -> int:
         """Rows (packed rows when packing) in one pass over the data.
 
@@ -207,7 +212,7 @@ class Batches:
     @property
     def steps_per_epoch(self) -> float:
         """Batches in one pass over the data (not a whole number in general)."""
-        return len(self._rows) / math.prod(self._shape)
+        return len(self._rows) / self.rows_per_step
 
     def __len__(self) -> int:
         """Number of batches of the run."""

@@ -169,6 +169,16 @@ class ChatRenderer:
             messages, self._template, add_generation_prompt, tools, where
         )
 
+    @property
+    def writes_generation_prompt(self) -> bool:
+        """Whether the template writes something where an answer is asked for."""
+        turns = [{"role": "user", "content": "a"}]
+        try:
+            asked = self.text(turns, add_generation_prompt=True)
+            return asked != self.text(turns)
+        except UserError:  # it takes other turns
+            return True
+
     def _check_syntax(self, template_path: str | None) -> None:
         """Refuses once what is wrong with the template for all conversations."""
         import jinja2
