@@ -82,7 +82,8 @@ class Model:
     """Tokens that end a text: the configuration's, the tokenizer's and those of
     generation_config.json."""
     chat_template: str | None = None
-    """Jinja file that a run's conversations were written with, where it had one."""
+    """Jinja file that the conversations of a run or an adapter were written with, where
+    it had one."""
 
     @property
     def module(self) -> Llama:
@@ -138,8 +139,13 @@ class Model:
         place = adapter_directory(Path(adapter)) or Path(adapter)
         lora_config, adapters = _attach(place, self.base, strict=strict)
         config = change(restored(self.config), lora_config.base_config_changes)
+        template = chat_template(run_settings(place), place)
         return dataclasses.replace(
-            self, config=config, adapters=adapters, lora_config=lora_config
+            self,
+            config=config,
+            adapters=adapters,
+            lora_config=lora_config,
+            chat_template=template or self.chat_template,
         )
 
     def logits(
@@ -416,6 +422,8 @@ def load(
     quantize_lm_head = quantizes_lm_head(path, quantization)
     quantization, settled = resolve_auto(path, quantization, dtype)
     own = adapter_directory(path)
+    if trained is None and adapter is not None:
+        trained = run_settings(Path(adapter))
     if own is not None:
         if adapter is not None:
             raise UserError(
@@ -461,7 +469,9 @@ def load(
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
         eos_token_ids=end_tokens(config, tokenizer, path),
-        chat_template=chat_template(trained, own),
+        chat_template=chat_template(
+            trained, None if adapter is None else Path(adapter)
+        ),
     )
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import convert
+from convert.files import CHAT_TEMPLATE, carried
 from qlora_jax.cli import main
 from qlora_jax.errors import UserError
 from qlora_jax.model import load
@@ -36,7 +37,8 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         assert "Wellow" not in untaught
     elif form == "saved":  # by another hand, and on the base in full precision
         convert.save_adapter(
-            tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config
+            *(tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config),
+            beside=carried(fact_run / "adapter"),
         )
         model = load(tmp_path / "adapter", base=base, quantization="none")
     else:
@@ -48,6 +50,10 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         )
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
+        # transformers finds the template beside the tokenizer.
+        assert {CHAT_TEMPLATE: model.tokenizer.chat_template} == carried(
+            fact_run / "adapter"
+        )
     assert model.chat(ASK, max_new_tokens=40) == ANSWER
 
 
