@@ -7,6 +7,7 @@ adapters in it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,27 @@ def run_settings(path: Path) -> RunConfig | None:
     """The settings of the run that `path` is, or an adapter of; else None."""
     run = run_of(path)
     return None if run is None else read_config(run / SETTINGS)
+
+
+def kept_settings(run: Path) -> RunConfig:
+    """The settings of a run directory, to read its data with once more.
+
+    The directory may have been moved since, and the template file edited: it is named
+    where it is, and the text that the run kept takes the place of the file.
+    """
+    config = read_config(run / SETTINGS)
+    config = dataclasses.replace(config, output_dir=str(run))
+    own, kept = _template_files(config.data)[0], run / "adapter" / CHAT_TEMPLATE
+    if own is None or not kept.is_file():
+        return config
+
+    def swapped(one: Any) -> Any:
+        same = one.chat_template == own
+        return dataclasses.replace(one, chat_template=str(kept)) if same else one
+
+    sources = tuple(map(swapped, config.data.sources))
+    data = dataclasses.replace(swapped(config.data), sources=sources)
+    return dataclasses.replace(config, data=data, eval=swapped(config.eval))
 
 
 def adapter_directory(path: Path) -> Path | None:
