@@ -136,8 +136,10 @@ def kept_settings(run: Path) -> RunConfig:
     """
     config = read_config(run / SETTINGS)
     config = dataclasses.replace(config, output_dir=str(run))
-    own, kept = _template_files(config.data)[0], run / "adapter" / CHAT_TEMPLATE
-    if own is None or not kept.is_file():
+    own = _template_files(config.data)[0]
+    places = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
+    kept = next((place for place in places if place.is_file()), None)
+    if own is None or kept is None:
         return config
 
     def swapped(one: Any) -> Any:

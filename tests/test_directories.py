@@ -1,5 +1,6 @@
 """What a run directory says for itself: its head's form, its chat template."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,14 @@ import pytest
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.directories import (
     chat_template,
+    kept_settings,
     quantizes_lm_head,
     resolve_auto,
     run_of,
     template_text,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import ModelConfig, RunConfig
+from qlora_jax.runfile import EvalConfig, ModelConfig, RunConfig, to_toml
 from qlora_jax.train import TrainConfig
 
 MESSAGES = {"path": "rows.jsonl", "format": "messages"}
@@ -77,6 +79,23 @@ def test_the_text_of_the_first_template_is_kept(tmp_path):
     places[0].unlink()
     with pytest.raises(UserError, match=r"chat_template`: cannot read .*a\.jinja"):
         template_text(alike, said.append)
+
+
+def test_the_data_of_a_run_are_read_again_with_the_text_that_was_kept(tmp_path):
+    run = tmp_path / "moved"
+    (run / "best_adapter").mkdir(parents=True)
+    talks = [Source(**MESSAGES, chat_template=f"{n}.jinja") for n in "ab"]
+    config = settings(DataConfig(sources=tuple(talks)))
+    own = EvalConfig(path="held.jsonl", format="messages", chat_template="a.jinja")
+    config = dataclasses.replace(config, eval=own)
+    (run / "config.toml").write_text(to_toml(config))
+    before = kept_settings(run)
+    assert before == dataclasses.replace(config, output_dir=str(run))
+    kept = run / "best_adapter" / "chat_template.jinja"
+    kept.write_text("{{ messages }}")
+    found = kept_settings(run)
+    assert [s.chat_template for s in found.data.sources] == [str(kept), "b.jinja"]
+    assert found.eval.chat_template == str(kept)
 
 
 def test_the_adapters_of_a_run_are_parts_of_it(tmp_path, monkeypatch):

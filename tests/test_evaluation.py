@@ -329,7 +329,9 @@ def test_the_numbers_are_those_of_the_kept_adapter(
     assert found["measured"] == "the data that the run was measured on ([eval])"
     # The same float32 sums in batches of another size.
     np.testing.assert_allclose(found["loss"], row["eval_loss"], rtol=1e-5)
-    assert "linear layers dense; computed in float32" in err
+    step = report["eval"]["best_step"]
+    assert f"dense; computed in float32; adapter `{directory}/best_adapter`" in err
+    assert f"(step {step})." in err and "Note" not in err
 
 
 @pytest.mark.parametrize("at", [4, 17])
