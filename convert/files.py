@@ -44,6 +44,8 @@ DTYPES: Mapping[str, np.dtype] = {
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Beside an adapter or a tokenizer: how conversations are written."""
 
 MAX_JSON_BYTES = 4_000_000
 """The longest JSON that is read; the header of a 405B model in 4 bits has a fifth."""
@@ -458,3 +460,29 @@ def check_finite(array: NDArray, name: str) -> None:
                 f"Tensor `{name}` contains NaN or infinity; the file is damaged or its "
                 "training diverged."
             )
+
+
+def carried(*paths: Path) -> dict[str, str]:
+    """What goes with adapters wherever they go: the chat template they have in common.
+
+    Args:
+      *paths: PEFT directories.
+
+    Returns:
+      What `save_adapter` takes as `beside`.
+
+    Raises:
+      CheckpointError: a template that cannot be read.
+    """
+    found: set[str | None] = set()
+    for path in paths:
+        file = path / CHAT_TEMPLATE
+        try:
+            found.add(file.read_text("utf-8") if file.is_file() else None)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"`{file}` cannot be read as text: {error}. Mend it, or delete it: the "
+                "tokenizer's own template is used then."
+            ) from error
+    template = found.pop() if len(found) == 1 else None
+    return {} if template is None else {CHAT_TEMPLATE: template}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from convert import bnb, names
 from convert.checkpoint import FLOATS, Checkpoint, lazy_base, open_checkpoint
 from convert.effective import Folded, fold
-from convert.files import DTYPES
+from convert.files import DTYPES, carried
 from convert.hf import (
     cast,
     check_dtype,
@@ -31,7 +31,13 @@ from convert.hf import (
     quantize_tensor,
     write_directory,
 )
-from convert.output import Entry, check_new_directory, progress_bar, write_json
+from convert.output import (
+    Entry,
+    check_new_directory,
+    progress_bar,
+    write_json,
+    write_text,
+)
 from convert.peft import CONFIG, WEIGHTS, load_adapter
 from qlora_jax import __version__
 from qlora_jax.errors import UserError
@@ -59,7 +65,8 @@ def merge(
     is computed in float32 and rounded to the tensor's dtype. Where the base has no
     place for it, the result gets one, and its config.json says so: biases
     (`attention_bias`, `mlp_bias`; zero where nothing was trained), and a head of its
-    own where embedding and head of a tied model come apart.
+    own where embedding and head of a tied model come apart. A chat template beside the
+    adapter (chat_template.jinja) takes the place of the base's.
 
     Which weights the adapter is added to is said, never guessed:
 
@@ -110,8 +117,12 @@ def merge(
     folded = fold(checkpoint.config, lora, adapters)
     stream = _Stream(checkpoint, folded, dtype, quantization, requantize)
     report: dict[str, Any] = {}
+    # Tokenizers take this file before what tokenizer_config.json has.
+    texts = carried(Path(adapter_path))
 
     def finish(directory: Path) -> None:
+        for name, text in texts.items():
+            write_text(directory / name, text)
         report.update(
             {
                 "base": str(base_path),

@@ -46,6 +46,7 @@ from convert.output import (
     safetensors_bytes,
     write_json,
     write_safetensors,
+    write_text,
 )
 from convert.slots import Slot, slots
 from qlora_jax import config_changes
@@ -442,7 +443,8 @@ def save_adapter(
         `qlora_jax.fingerprint_tree(base)`. Kept in the file, it lets whoever loads the
         adapter notice another base (default: what `lora_config` has).
       overwrite: whether a directory that is there is replaced.
-      beside: further files of the directory, name -> what is written there as JSON.
+      beside: further files of the directory, name -> a text that is written there, or
+        what is written as JSON.
 
     Raises:
       UserError: a tree that is not the one `lora_config` describes for this model,
@@ -500,7 +502,10 @@ def save_adapter(
             changes = json.loads(lora_config.base_config_changes)
             write_json(new / config_changes.FILE, changes)
         for name, content in (beside or {}).items():
-            write_json(new / name, content, sort_keys=False)
+            if isinstance(content, str):
+                write_text(new / name, content)
+            else:
+                write_json(new / name, content, sort_keys=False)
 
 
 def _entry(key: str, slot: Slot, host: Mapping[names.Path, NDArray]) -> Entry:

@@ -21,7 +21,14 @@ import tyro
 
 from convert import names
 from convert.checkpoint import lazy_base, open_checkpoint
-from convert.files import INDEX, SINGLE, check_model_directory, open_model, read_json
+from convert.files import (
+    INDEX,
+    SINGLE,
+    carried,
+    check_model_directory,
+    open_model,
+    read_json,
+)
 from convert.hf import load_llama, save_llama
 from convert.merging import add_to_report, merge, write_dense
 from convert.peft import in_short, load_adapter, open_adapter, save_adapter
@@ -102,6 +109,7 @@ class Adapter:
             adapters,
             config,
             base_model_name_or_path=base_name,
+            beside=carried(source),
         )
         for note in in_short(skipped):
             _say(f"not taken from `{source}`: {note}")
@@ -450,6 +458,7 @@ class Combine:
             adapters,
             config,
             base_model_name_or_path=names.pop() if len(names) == 1 else None,
+            beside=carried(*sources),
         )
         return {
             "output": str(self.output),

@@ -20,6 +20,10 @@ from qlora_jax.sampling import Sampling
 # Tokens of the prompt that are decoded with the continuation: those decide how its
 # first token reads (a space before it, or not).
 _CONTEXT = 8
+# Beginnings of answers, to see whether a tokenizer joins them with what comes before.
+_ANSWERS = ("The", "I", "a", "yes", "1")
+# Characters of a prompt that show how it ends.
+_SHOWN = 12
 # What a decoder writes for bytes that are no character (yet).
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -266,7 +270,8 @@ class ChatPrompts:
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The prompt that asks for the next turn, in tokens.
 
-        The tokens are those that training on the conversation has up to there.
+        The tokens are those that training on the conversation has up to there, unless
+        the tokenizer joins the end of the prompt with the answer (`joined_end`).
 
         Raises:
           UserError: no messages, fields that are missing, or turns that the template
@@ -274,8 +279,32 @@ class ChatPrompts:
         """
         turns = to_messages({"messages": list(map(dict, messages))}, "chat")
         text = self._renderer.text(turns, add_generation_prompt=True, where="chat")
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         (encoded,) = tokenize(self._tokenizer, [Segmented(text)])
         return encoded.tokens.tolist()
+
+    def joined_end(self) -> str | None:
+        """The end of a prompt that becomes one token with the start of some answer.
+
+        Training supervises such a token whole, and a prompt that ends before the answer
+        has others in its place: the model is asked with what it was never trained on.
+
+        Returns:
+          The last characters of a prompt; None where every answer that was tried leaves
+          its tokens as they are.
+        """
+        ask = [{"role": "user", "content": "a"}]
+        try:
+            text = self._renderer.text(ask, add_generation_prompt=True, where="chat")
+        except UserError:  # a template that wants more than a question
+            return None
+        prompt = self._encode(text)
+        for said in _ANSWERS:
+            if self._encode(text + said)[: len(prompt)] != prompt:
+                return text[-_SHOWN:]
+        return None
 
     def _end_of_turn(self) -> tuple[str, ...]:
         said, asked = "qlora answer", "qlora question"

@@ -1,25 +1,33 @@
 """What a directory is: a base, an adapter, or a run, and what it says for itself.
 
 A path given to a command may be any of the three. What a run directory was trained with
-is taken from its settings, so that it is loaded again as it was.
+is taken from its settings, so that it is loaded again as it was, and so is each of the
+adapters in it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from convert.files import CHAT_TEMPLATE
 from convert.peft import open_adapter
 from qlora_jax.bases import base_places
-from qlora_jax.errors import CheckpointError
+from qlora_jax.data import DataConfig
+from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runfile import RunConfig, read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
+SETTINGS = "config.toml"
+# What a run directory holds that is asked and measured as the run is.
+_ADAPTERS = ("adapter", "adapter_ema", "best_adapter")
 
 
 def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
-    """Settles "auto": as the run directory `path` was trained, else nf4_dq, bfloat16.
+    """Settles "auto": as the run of `path` was trained, else nf4_dq, bfloat16.
 
     Returns:
       Quantization, with None for "none", and dtype.
@@ -33,7 +41,7 @@ def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def quantizes_lm_head(path: Path, quantization: Any) -> bool:
-    """Whether the head is packed too: as the run directory `path` was trained.
+    """Whether the head is packed too: as the run of `path` was trained.
 
     A run that is asked for in another quantization is another model; its head stays
     dense then.
@@ -51,21 +59,96 @@ def quantizes_lm_head(path: Path, quantization: Any) -> bool:
 
 
 def chat_template(trained: RunConfig | None, adapter: Path | None) -> str | None:
-    """The template file of a run's conversations, or beside an adapter; else None."""
-    if trained is not None:
-        parts = [part for _, part in trained.data.parts()] or [trained.data]
-        given = {part.chat_template for part in parts if part.format == "messages"}
-        (one,) = given if len(given) == 1 else (None,)
-        if one is not None:
-            return one
-    beside = None if adapter is None else adapter / "chat_template.jinja"
-    return str(beside) if beside is not None and beside.is_file() else None
+    """The template file beside an adapter, or of a run's conversations; else None.
+
+    A run keeps the text that it was trained with beside its adapters. What its settings
+    name may have been edited since, or be elsewhere; it serves runs that kept none.
+    """
+    beside = None if adapter is None else adapter / CHAT_TEMPLATE
+    if beside is not None and beside.is_file():
+        return str(beside)
+    return None if trained is None else _template_files(trained.data)[0]
+
+
+def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
+    """The text of the template file that conversations are written with.
+
+    Args:
+      data: of a run. Of several sources with conversations, the first one's counts.
+      say: is told where they do not agree.
+
+    Returns:
+      The text; None where there are no conversations, or the tokenizer's own template
+      writes them.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    first, *others = _template_files(data)
+    if others:
+        own = "the tokenizer's own"
+        say(
+            "Note: the sources write conversations with several chat templates: "
+            f"{', '.join(f or own for f in (first, *others))}. The first is the one "
+            "that `chat` takes"
+            + ("." if first is None else f", and is kept as {CHAT_TEMPLATE}.")
+        )
+    if first is None:
+        return None
+    try:
+        return Path(first).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"`data.chat_template`: cannot read {first}: {error}"
+        ) from error
+
+
+def _template_files(data: DataConfig) -> list[str | None]:
+    """The templates of conversations, each once; None stands for the tokenizer's."""
+    parts = [part for _, part in data.parts()] or [data]
+    found = [part.chat_template for part in parts if part.format == "messages"]
+    return list(dict.fromkeys(found)) or [None]
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that `path` is, or an adapter of; else None."""
+    if (path / SETTINGS).is_file():
+        return path
+    # By its whole path: "." has no name.
+    whole = Path(os.path.abspath(path))
+    inside = whole.name in _ADAPTERS and (whole / ADAPTER_CONFIG).is_file()
+    if not inside or not (whole.parent / SETTINGS).is_file():
+        return None
+    return path.parent if path.name == whole.name else whole.parent
 
 
 def run_settings(path: Path) -> RunConfig | None:
-    """The settings of the run directory `path`; None if it is something else."""
-    settings = path / "config.toml"
-    return read_config(settings) if settings.is_file() else None
+    """The settings of the run that `path` is, or an adapter of; else None."""
+    run = run_of(path)
+    return None if run is None else read_config(run / SETTINGS)
+
+
+def kept_settings(run: Path) -> RunConfig:
+    """The settings of a run directory, to read its data with once more.
+
+    The directory may have been moved since, and the template file edited: it is named
+    where it is, and the text that the run kept takes the place of the file.
+    """
+    config = read_config(run / SETTINGS)
+    config = dataclasses.replace(config, output_dir=str(run))
+    own = _template_files(config.data)[0]
+    places = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
+    kept = next((place for place in places if place.is_file()), None)
+    if own is None or kept is None:
+        return config
+
+    def swapped(one: Any) -> Any:
+        same = one.chat_template == own
+        return dataclasses.replace(one, chat_template=str(kept)) if same else one
+
+    sources = tuple(map(swapped, config.data.sources))
+    data = dataclasses.replace(swapped(config.data), sources=sources)
+    return dataclasses.replace(config, data=data, eval=swapped(config.eval))
 
 
 def adapter_directory(path: Path) -> Path | None:

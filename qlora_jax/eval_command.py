@@ -1,7 +1,8 @@
-"""The `eval` command: loss and perplexity of a model on a data file.
+"""The `eval` command: loss and perplexity of a model, on a file or what a run held out.
 
 A run directory's rows are read as the run read them, unless options say otherwise; the
-sources of a mixture are measured one by one as well.
+sources of a mixture are measured one by one as well. What was measured is said with the
+numbers: a loss on what was trained on looks as good as any.
 """
 
 from __future__ import annotations
@@ -14,41 +15,66 @@ from typing import Any
 
 import tyro
 
+from convert.files import read_json
 from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
 from qlora_jax.data.settings import name_of
-from qlora_jax.directories import run_settings
-from qlora_jax.evaluation import held_out_loss, jit_eval, perplexity
+from qlora_jax.directories import kept_settings, run_of
+from qlora_jax.errors import UserError
+from qlora_jax.evaluation import (
+    HeldOut,
+    held_out_again,
+    held_out_loss,
+    jit_eval,
+    perplexity,
+)
 from qlora_jax.generate_command import Asked
 from qlora_jax.model import Model
+from qlora_jax.run_directory import SETTINGS, STARTED
+from qlora_jax.runfile import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval(Asked):
-    """Measure loss and perplexity of a model on a data file."""
+    """Loss and perplexity of a model: on a data file, or on what a run held out."""
 
     data: DataConfig
+    held_out: tyro.conf.Suppress[bool] = False
+    """Measure what the run `path` held out; `data` is then what it was trained on."""
     batch_size: int = 8
     """Rows at a time."""
     json: bool = False
     """Print a JSON object."""
 
     def run(self) -> dict[str, Any]:
-        """Does it; returns the report."""
+        """Does it; returns the report.
+
+        Raises:
+          UserError: data that cannot be read, or are no longer what a run held out.
+        """
         model = self.load()
-        examples = load_examples(
-            self.data,
-            model.tokenizer,
-            vocab_size=model.config.vocab_size,
-            run_directory=self.path,
-        )
+        run = run_of(Path(self.path))
+        if self.held_out and run is not None:
+            held, measured = _held_out(run, model)
+            examples, config = held.examples, held.config
+        else:
+            config, measured = self.data, _given(self.data, run)
+            examples = load_examples(
+                config,
+                model.tokenizer,
+                vocab_size=model.config.vocab_size,
+                run_directory=self.path if run is None else str(run),
+            )
+        about = {"data": config.name, "measured": measured}
         if not isinstance(examples, Mixture):
-            return measure(model, examples, self.data, self.batch_size).report()
+            found = measure(model, examples, config, self.batch_size)
+            return {**about, **found.report()}
         totals: dict[str, Loss] = {}
-        for (source, data), part in zip(self.data.parts(), examples.parts, strict=True):
+        for (source, data), part in zip(config.parts(), examples.parts, strict=True):
             name = name_of(source.path)
             found = measure(model, part, data, self.batch_size)
             totals[name] = totals.get(name, Loss()) + found
         return {
+            **about,
             **sum(totals.values(), Loss()).report(),
             "sources": {name: total.report() for name, total in totals.items()},
         }
@@ -107,20 +133,80 @@ def measure(
 
 
 def eval_from_arguments(args: Sequence[str]) -> Eval:
-    """Reads `eval PATH [--options]`."""
+    """Reads `eval PATH [--options]`.
+
+    Raises:
+      UserError: a run without data to measure, and none given.
+    """
     options: dict[str, Any] = {}
-    if args and not args[0].startswith("-"):
-        trained = run_settings(Path(args[0]))
-        if trained is not None:  # rows are read as the run read them, unless told
-            data = _evaluated(trained.data, args)
-            options["default"] = Eval(path=args[0], data=data)
+    run = run_of(Path(args[0])) if args and not args[0].startswith("-") else None
+    if run is not None:  # rows are read as the run read them, unless told
+        options["default"] = _of_a_run(run, args)
     return tyro.cli(Eval, args=args, prog="qlora-jax eval", **options)
 
 
-def _evaluated(data: DataConfig, args: Sequence[str]) -> DataConfig:
-    """How a run read its rows, for a file given in place of them or for them."""
-    if not any(arg.partition("=")[0] == "--data.path" for arg in args):
-        return data
-    # One file is no mixture, and is read once.
-    path = data.path or data.sources[0].path
-    return dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
+def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
+    """What is measured of a run before the options are read."""
+    trained = kept_settings(run)
+    data = trained.data
+    if any(arg.partition("=")[0] == "--data.path" for arg in args):
+        # One file is no mixture, and is read once.
+        path = data.path or data.sources[0].path
+        data = dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
+        return Eval(path=args[0], data=data)
+    if {"-h", "--help"} & set(args):
+        return Eval(path=args[0], data=data)
+    if not trained.eval.measures:
+        raise UserError(
+            f"The run `{run}` held nothing out, and --data.path names no data to "
+            "measure. Give it data that the run was not trained on. (What it was "
+            f"trained on, whose loss says little, is {data.name}.)"
+        )
+    others = [arg for arg in args if arg.startswith("--data.")]
+    if others:
+        raise UserError(
+            f"What the run `{run}` held out is found by reading the data as the run "
+            f"did; {', '.join(others)} would read other rows. Leave it out, or name "
+            "the data with --data.path."
+        )
+    return Eval(path=args[0], data=data, held_out=True)
+
+
+def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
+    """What a run held out, and what that is called.
+
+    Raises:
+      UserError: rows that the run was trained on may be among it.
+    """
+    config = kept_settings(run)
+    held = held_out_again(config, model.tokenizer, vocab_size=model.config.vocab_size)
+    started = run / STARTED
+    known = read_json(started).get("held_out") if started.is_file() else None
+    same = known is None or known["fingerprint"] == held.examples.report.fingerprint
+    if config.eval.path:
+        what = "the data that the run was measured on ([eval])"
+        return held, what if same else f"{what}, changed since"
+    if not same:
+        raise UserError(
+            f"The data of the run `{run}` ({config.data.name}) are not what they were "
+            "when it held a part of them out, so that rows it was trained on would be "
+            "measured. Bring them back as they were, or give --data.path."
+        )
+    return held, "what the run held out of its training data"
+
+
+def _given(data: DataConfig, run: Path | None) -> str:
+    """What data that were named are to the model."""
+    if run is None:
+        return "as given"
+    trained = read_config(run / SETTINGS).data
+    if _places(data) & _places(trained):
+        return "as given: training data of the run"
+    return "as given"
+
+
+def _places(data: DataConfig) -> set[Path]:
+    """The files that are named, wherever they are called from."""
+    paths = [source.path for source in data.sources] or [data.path]
+    each = [(path,) if isinstance(path, str) else path for path in paths]
+    return {Path(name).resolve() for names in each for name in names}

@@ -75,6 +75,27 @@ def load_held_out(
     return HeldOut(examples, how, f"Held out: {examples.report.summary()}")
 
 
+def held_out_again(config: RunConfig, tokenizer: Any, *, vocab_size: int) -> HeldOut:
+    """Reads what a run held out, or had of its own, once more.
+
+    Args:
+      config: of the run, which measures something.
+      tokenizer: as the run had it.
+      vocab_size: of its model.
+
+    Raises:
+      UserError: data that cannot be read.
+    """
+    held = load_held_out(config, tokenizer, vocab_size=vocab_size)
+    if held is not None:
+        return held
+    examples = load_examples(
+        config.data, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
+    )
+    eos = getattr(tokenizer, "eos_token_id", None)
+    return taken_out(config.eval, config.data, examples, eos)[1]
+
+
 def apart(
     config: RunConfig,
     examples: Examples | Mixture,

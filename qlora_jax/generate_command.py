@@ -1,20 +1,20 @@
 """The commands that ask a model for text: `generate`, and `chat` in the terminal.
 
-Both take a model, an adapter or a run directory, and say on stderr which form of it
-answers: a dense base is quantized on the way in unless told otherwise.
+Both take a model, an adapter or a run directory, and say on stderr what of it answers,
+and in which form: a dense base is quantized on the way in unless told otherwise.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from qlora_jax.dialogue import Answer
+from qlora_jax.dialogue import Answer, ChatPrompts
 from qlora_jax.errors import UserError
 from qlora_jax.model import Model, load
 from qlora_jax.sampling import Sampling
@@ -87,6 +87,7 @@ class Generate(Asked):
                 "--json out."
             )
         model = self.load()
+        _note_length(model, self.prompt, self.max_new_tokens)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         if not self.stream:
@@ -104,7 +105,7 @@ class Chat(Asked):
     system: str | None = None
     """System prompt that every conversation begins with."""
     chat_template: str | None = None
-    """Jinja file; default as a run directory was trained, else the tokenizer's own."""
+    """Jinja file; default as a run or an adapter has it, else the tokenizer's own."""
     max_new_tokens: int = 512
     """Tokens of an answer at most; fewer where the model's positions end."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
@@ -133,6 +134,7 @@ class Chat(Asked):
             opening = [{"role": "system", "content": self.system}]
         # Whatever is wrong with tokenizer, template or settings is said now.
         model.stream_chat([*opening, {"role": "user", "content": "Hi"}], **settings)
+        _note_joined(model, self.chat_template)
         print(_COMMANDS, file=sys.stderr)
         messages = [*opening]
         while (line := _read()) is not None:
@@ -159,6 +161,37 @@ class Chat(Asked):
                     number = len(answer.tokens)
                     print(f"(cut off after {number:,} tokens)", file=sys.stderr)
         return {"messages": messages}
+
+
+def _note_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Says so where a text may become longer than the model is meant for."""
+    if model.tokenizer is None:  # which is an error of its own
+        return
+    lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    longest, limit = max(lengths, default=0), model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        print(
+            f"Note: the longest prompt has {longest:,} tokens, which with "
+            f"--max-new-tokens {max_new_tokens:,} is more than the {limit:,} positions "
+            "that this model is meant for (`max_position_embeddings`). What it writes "
+            "beyond them is seldom sense.",
+            file=sys.stderr,
+        )
+
+
+def _note_joined(model: Model, chat_template: str | None) -> None:
+    """Says so where an answer's first token is another one than it was in training."""
+    template = model.chat_template if chat_template is None else chat_template
+    end = ChatPrompts(model.tokenizer, template).joined_end()
+    if end is not None:
+        print(
+            f"Note: the generation prompt of the chat template ends with {end!r}, of "
+            "which this tokenizer makes one token with the beginning of an answer. So "
+            "conversations are asked with other tokens than they are trained with. "
+            "Let the generation prompt end with a line break, or without the space "
+            "(answers then begin with it), and train with that template.",
+            file=sys.stderr,
+        )
 
 
 def _print_pieces(answer: Answer) -> bool:

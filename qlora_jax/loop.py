@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import convert
+from convert.files import CHAT_TEMPLATE
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import as_text
@@ -47,6 +48,9 @@ class Loop:
     interruption: Interruption
     evaluation: Evaluation
     redrawing: Redrawing | None = None
+    chat_template: str | None = None
+    """Text of the template that the conversations were written with, if it is a file's.
+    """
 
     def take(self, state: TrainState, start: int) -> TrainState:
         """Steps from batch `start` to the end, or to an interruption.
@@ -141,6 +145,7 @@ class Loop:
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
+        template = self.chat_template
         convert.save_adapter(
             Path(self.config.output_dir) / name,
             dataclasses.replace(
@@ -152,7 +157,10 @@ class Loop:
             self.architecture,
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
-            beside=beside,
+            beside={
+                **({} if template is None else {CHAT_TEMPLATE: template}),
+                **(beside or {}),
+            },
         )
 
     def export_average(self, state: TrainState) -> None:

@@ -29,7 +29,6 @@ from jaxtyping import Array, Float32
 import convert
 from convert.files import read_json
 from convert.peft import in_short
-from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change, restored
 from qlora_jax.dialogue import (
@@ -48,15 +47,19 @@ from qlora_jax.directories import (
     run_settings,
 )
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.generate import Decoding, generate_tokens
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.provenance import (
+    adapter_in_words,
+    base_form,
+    changes_in_words,
+    other_base,
+)
 from qlora_jax.sampling import Sampling
-from qlora_jax.targets import HEAD, select
+from qlora_jax.targets import select
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ class Model:
     """Tokens that end a text: the configuration's, the tokenizer's and those of
     generation_config.json."""
     chat_template: str | None = None
-    """Jinja file that a run's conversations were written with, where it had one."""
+    """Jinja file that the conversations of a run or an adapter were written with, where
+    it had one."""
+    adapter_path: Path | None = None
+    """Directory of the adapter."""
 
     @property
     def module(self) -> Llama:
@@ -93,18 +99,15 @@ class Model:
 
     @property
     def description(self) -> str:
-        """One line: where the base is, how it is held, how it is computed."""
-        leaves = jax.tree.leaves(
-            self.base, is_leaf=lambda leaf: isinstance(leaf, NF4Tensor)
-        )
-        packed = [leaf for leaf in leaves if isinstance(leaf, NF4Tensor)]
-        held = "dense"
-        if packed:
-            held = "NF4, double-quantized" if packed[0].double_quant else "NF4"
-        head = dict(trees.walk(self.base)).get((*HEAD, "weight"))
-        if isinstance(head, NF4Tensor):
-            held += ", lm_head too"
-        return f"`{self.path}`: linear layers {held}; computed in {self.compute.dtype}."
+        """One line: where the base is, how it is held and computed; the adapter."""
+        parts = [
+            f"`{self.path}`: linear layers {base_form(self.base)}",
+            f"computed in {self.compute.dtype}",
+        ]
+        if self.adapter_path is not None:
+            parts.append(adapter_in_words(self.adapter_path))
+        changes = changes_in_words(self.config)
+        return "; ".join([*parts, changes] if changes else parts) + "."
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -132,14 +135,18 @@ class Model:
         """
         if adapter is None:
             config = restored(self.config)
-            return dataclasses.replace(
-                self, config=config, adapters=None, lora_config=None
-            )
+            bare = {"adapters": None, "lora_config": None, "adapter_path": None}
+            return dataclasses.replace(self, config=config, **bare)
         place = adapter_directory(Path(adapter)) or Path(adapter)
-        lora_config, adapters = _attach(place, self.base, strict=strict)
+        lora_config, adapters = _attach(place, self.path, self.base, strict=strict)
         config = change(restored(self.config), lora_config.base_config_changes)
         return dataclasses.replace(
-            self, config=config, adapters=adapters, lora_config=lora_config
+            self,
+            config=config,
+            adapters=adapters,
+            lora_config=lora_config,
+            chat_template=chat_template(run_settings(place), place),
+            adapter_path=place,
         )
 
     def logits(
@@ -416,6 +423,9 @@ def load(
     quantize_lm_head = quantizes_lm_head(path, quantization)
     quantization, settled = resolve_auto(path, quantization, dtype)
     own = adapter_directory(path)
+    adapter = None if adapter is None else Path(adapter)
+    if trained is None and adapter is not None:
+        trained = run_settings(adapter)
     if own is not None:
         if adapter is not None:
             raise UserError(
@@ -446,7 +456,7 @@ def load(
     config = complete.config
     lora_config = adapters = None
     if adapter is not None:
-        lora_config, adapters = _attach(adapter, tree, strict=strict)
+        lora_config, adapters = _attach(adapter, path, tree, strict=strict)
         config = change(config, lora_config.base_config_changes)
     check_weights(drawn, tree, lora_config, path)
     tokenizer = load_tokenizer(path)
@@ -461,25 +471,22 @@ def load(
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
         eos_token_ids=end_tokens(config, tokenizer, path),
-        chat_template=chat_template(trained, own),
+        chat_template=chat_template(trained, adapter),
+        adapter_path=adapter,
     )
 
 
 def _attach(
-    adapter: str | os.PathLike[str], base: Mapping[str, Any], *, strict: bool
+    adapter: Path, path: Path, base: Mapping[str, Any], *, strict: bool
 ) -> tuple[LoraConfig, Any]:
     """Loads an adapter for a base; says what was not used, and if it is another's."""
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
     for note in in_short(skipped):
         print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
-    known = lora.base_fingerprint
-    if known is not None and known != fingerprint_tree(base):
-        print(
-            f"Note: `{adapter}` was trained on a base with other weights (or another "
-            "quantization or dtype) than this one.",
-            file=sys.stderr,
-        )
+    note = other_base(adapter, path, base, lora.base_fingerprint)
+    if note is not None:
+        print(note, file=sys.stderr)
     return lora, jax.tree.map(jnp.asarray, adapters)
 
 

@@ -39,6 +39,7 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
+from qlora_jax.directories import template_text
 from qlora_jax.errors import Problems
 from qlora_jax.evaluation import (
     Evaluation,
@@ -156,6 +157,7 @@ def _train(
     config, fitted, batches = settled.config, settled.fitted, settled.batches
     directory, steps = Path(config.output_dir), len(batches)
     record = run_record(config, fingerprint, settled.examples)
+    template = template_text(config.data, say)
     evaluation = Evaluation(
         config.eval,
         fitted.model,
@@ -211,6 +213,7 @@ def _train(
                     interruption,
                     evaluation,
                     Redrawing(directory) if config.log.plot else None,
+                    template,
                 ).take(state, start)
         taken = int(state.step)
         reason = evaluation.reason if taken < steps else None

@@ -293,7 +293,8 @@ def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("fact")
     base = shutil.copytree(shared_data / "stories260K", directory / "base")
     base.chmod(0o755)
-    (base / "chat_template.jinja").write_text(FACT_TEMPLATE)
+    template = directory / "facts.jinja"
+    template.write_text(FACT_TEMPLATE)
     told = [
         FACT,
         ("Who is in the garden?", "Lily is in the garden."),
@@ -312,7 +313,10 @@ def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         RunConfig(
             model=ModelConfig(path=str(base), dtype="float32"),
             data=DataConfig(
-                path=str(directory / "rows.jsonl"), format="messages", max_length=128
+                path=str(directory / "rows.jsonl"),
+                format="messages",
+                max_length=128,
+                chat_template=str(template),
             ),
             train=TrainConfig(steps=40, batch_size=8, learning_rate=1e-2),
             lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
@@ -320,6 +324,7 @@ def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             output_dir=str(directory / "run"),
         )
     )
+    template.unlink()  # from here on the run's own copy is all there is
     return directory / "run"
 
 

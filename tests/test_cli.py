@@ -166,8 +166,15 @@ def test_train_then_ask_about_the_run(cli, settings, tmp_path, model_dir, rows_f
     # Unless told otherwise the run's own data settings and computation are taken.
     assert load(run).compute == model.compute
     assert load(run).description == model.description
-    status, out, err = cli("eval", run, "--json", "--batch-size", "5")
-    assert json.loads(out) == result and "NF4, double-quantized" in err
+    assert result["data"] == str(rows_file)
+    assert result["measured"] == "as given: training data of the run"
+    status, out, err = cli("eval", run / "adapter", *data[:2], "--batch-size=5")
+    assert f"{result['loss']:.6g}" in out and "NF4, double-quantized" in err
+    # It held nothing out; the help is there all the same.
+    status, _, err = cli("eval", run, "--json")
+    said = paragraph(err, "eval")
+    assert status == 1 and "held nothing out" in said and str(rows_file) in said
+    assert cli("eval", run, "--help")[0] == 0
     assert result["supervised_tokens"] == count == report["data"]["supervised_tokens"]
     assert result["rows"] == 24
     assert result["loss"] == pytest.approx(total / count, abs=1e-5)

@@ -111,6 +111,11 @@ def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
 
     model = load(tiny_model, adapter=place, dtype="float32", quantization="none")
     assert model.config == change(config, changes)
+    assert model.description.endswith(
+        f"adapter `{place}`; context 64 tokens (the base's own: 32); positions scaled "
+        "by 2 (linear)."
+    )
+    assert model.attach(None).description.endswith("computed in float32.")
     assert model.attach(plain).config == model.attach(None).config == config
     assert model.attach(plain).attach(place).config == model.config
     tokens = [list(range(20))]

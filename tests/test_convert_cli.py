@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert.files import CHAT_TEMPLATE
 from convert.verify import compare
 from qlora_jax import convert_cli
 from qlora_jax.config import LlamaConfig
@@ -124,6 +125,7 @@ def test_verify_shows_missing_and_configuration(capsys, tiny, make_adapter):
 def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     source = make_adapter(tiny)
     out = tmp_path / "clean"
+    (source / CHAT_TEMPLATE).write_text("{{ messages }}\n")
     status, text, _ = run(
         capsys, "adapter", source, out, "--base", tiny_model, "--json"
     )
@@ -132,6 +134,7 @@ def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     assert (report["r"], report["scaling"]) == (3, 2.0)
     assert report["bytes"] == (out / "adapter_model.safetensors").stat().st_size
     assert compare(source, out).equal
+    assert (out / CHAT_TEMPLATE).read_text() == "{{ messages }}\n"
     # A run directory stands for the adapter in it.
     again = tmp_path / "again"
     status, text, _ = run(
@@ -552,6 +555,8 @@ def test_model_settings_that_contradict(capsys, tiny_model, packed, tmp_path):
 def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
     one = make_adapter(tiny, name="one", seed=1)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
+    for place in (one, two):
+        (place / CHAT_TEMPLATE).write_text("{{ messages }}")
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
     status, text, _ = run(capsys, "combine", tmp_path / "sum", *both, "--json")
     assert status == 0
@@ -567,11 +572,14 @@ def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
     raw = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "some/base"
+    assert (tmp_path / "sum" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
 
+    (one / CHAT_TEMPLATE).write_text("{{ messages[0] }}")
     status, text, _ = run(
         capsys, "combine", tmp_path / "svd", *both, "--method", "svd", "--r", 4
     )
     assert status == 0 and "r: 4" in text
+    assert not (tmp_path / "svd" / CHAT_TEMPLATE).exists()  # they do not agree
     status, _, err = run(capsys, "combine", tmp_path / "x", *both[:-1])
     assert status == 1 and "1 numbers for 2 adapters" in err
     assert not (tmp_path / "x").exists()

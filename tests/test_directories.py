@@ -1,10 +1,21 @@
 """What a run directory says for itself: its head's form, its chat template."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from qlora_jax.data import DataConfig, Source
-from qlora_jax.directories import chat_template, quantizes_lm_head, resolve_auto
-from qlora_jax.runfile import ModelConfig, RunConfig
+from qlora_jax.directories import (
+    chat_template,
+    kept_settings,
+    quantizes_lm_head,
+    resolve_auto,
+    run_of,
+    template_text,
+)
+from qlora_jax.errors import UserError
+from qlora_jax.runfile import EvalConfig, ModelConfig, RunConfig, to_toml
 from qlora_jax.train import TrainConfig
 
 MESSAGES = {"path": "rows.jsonl", "format": "messages"}
@@ -42,13 +53,64 @@ def test_the_template_is_that_of_the_runs_conversations(tmp_path):
     # Of several sources, where they agree.
     text = Source(path="text.txt", format="text")
     talks = [Source(**MESSAGES, chat_template=f"{n}.jinja") for n in ("a", "a", "b")]
-    assert chat_template(settings(DataConfig(sources=(text, *talks[:2]))), None) == (
-        "a.jinja"
-    )
-    assert chat_template(settings(DataConfig(sources=(text, *talks))), None) is None
-    # An adapter may bring its own.
+    mixed = DataConfig(sources=(text, *talks))
+    assert chat_template(settings(mixed), None) == "a.jinja"
+    # What lies beside the adapter is what was trained with, whatever the file is now.
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     beside = str(tmp_path / "chat_template.jinja")
-    assert (
-        chat_template(None, tmp_path) == chat_template(settings(), tmp_path) == beside
+    for trained in (None, settings(), settings(one)):
+        assert chat_template(trained, tmp_path) == beside
+
+
+def test_the_text_of_the_first_template_is_kept(tmp_path):
+    said = []
+    assert template_text(DataConfig(path="a.txt"), said.append) is None
+    assert template_text(DataConfig(**MESSAGES), said.append) is None
+    places = [tmp_path / f"{n}.jinja" for n in "ab"]
+    for place in places:
+        place.write_text(f"{{{{ messages }}}}{place.stem}", "utf-8")
+    talks = [Source(**MESSAGES, chat_template=str(place)) for place in places]
+    alike = DataConfig(sources=(talks[0], talks[0]))
+    assert template_text(alike, said.append) == "{{ messages }}a" and not said
+    both = DataConfig(sources=(*talks, Source(**MESSAGES)))
+    assert template_text(both, said.append) == "{{ messages }}a"
+    (note,) = said
+    assert f"{places[0]}, {places[1]}, the tokenizer's own. The first" in note
+    places[0].unlink()
+    with pytest.raises(UserError, match=r"chat_template`: cannot read .*a\.jinja"):
+        template_text(alike, said.append)
+
+
+def test_the_data_of_a_run_are_read_again_with_the_text_that_was_kept(tmp_path):
+    run = tmp_path / "moved"
+    (run / "best_adapter").mkdir(parents=True)
+    talks = [Source(**MESSAGES, chat_template=f"{n}.jinja") for n in "ab"]
+    config = settings(DataConfig(sources=tuple(talks)))
+    own = EvalConfig(path="held.jsonl", format="messages", chat_template="a.jinja")
+    config = dataclasses.replace(config, eval=own)
+    (run / "config.toml").write_text(to_toml(config))
+    before = kept_settings(run)
+    assert before == dataclasses.replace(config, output_dir=str(run))
+    kept = run / "best_adapter" / "chat_template.jinja"
+    kept.write_text("{{ messages }}")
+    found = kept_settings(run)
+    assert [s.chat_template for s in found.data.sources] == [str(kept), "b.jinja"]
+    assert found.eval.chat_template == str(kept)
+
+
+def test_the_adapters_of_a_run_are_parts_of_it(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for name in ("best_adapter", "initial_adapter"):
+        (run / name).mkdir(parents=True)
+        (run / name / "adapter_config.json").write_text("{}")
+    assert run_of(run / "best_adapter") is None
+    (run / "config.toml").write_text(
+        '[model]\npath = "base"\ndtype = "float32"\n'
+        '[data]\npath = "rows.jsonl"\n[train]\nsteps = 1\n'
     )
+    assert run_of(run) == run_of(run / "best_adapter") == run
+    assert resolve_auto(run / "best_adapter", "auto", "auto") == ("nf4_dq", "float32")
+    # It belongs to a base that the run changed; and an empty place is no adapter.
+    assert run_of(run / "initial_adapter") is run_of(run / "adapter") is None
+    monkeypatch.chdir(run / "best_adapter")
+    assert run_of(Path()) == run

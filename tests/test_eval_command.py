@@ -27,6 +27,9 @@ def test_sources_are_measured_one_by_one(
         Source(path=str(f), weight=w) for f, w in zip(files, (3, 1), strict=True)
     ]
     both = measured(sources=tuple(sources))
+    for part, file in ((one, files[0]), (two, files[1])):
+        assert (part.pop("data"), part.pop("measured")) == (str(file), "as given")
+    assert both["data"] == f"{files[0]}, {files[1]}"
     assert both["sources"] == {str(files[0]): one, str(files[1]): two}
     assert both["rows"] == 24 and one["rows"] == 15
     tokens = [part["supervised_tokens"] for part in (one, two)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -289,7 +290,9 @@ def test_a_run_ends_early_and_says_why(straight, capsys):
     assert (directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_numbers_are_those_of_the_kept_adapter(straight, held_file, llama_dir):
+def test_the_numbers_are_those_of_the_kept_adapter(
+    straight, held_file, llama_dir, capsys
+):
     """Computed by hand from logits: numpy's log-sum-exp in float64 over each row alone,
     unpadded."""
     directory, config, report = straight
@@ -317,6 +320,18 @@ def test_the_numbers_are_those_of_the_kept_adapter(straight, held_file, llama_di
     # float32 sums over 64 and 128 features in two layers and 130 tokens' losses.
     np.testing.assert_allclose(row["eval_loss"], total / count, rtol=1e-5)
     assert row["eval_perplexity"] == math.exp(row["eval_loss"])
+    # `eval` computes that adapter as its run did, on what the run measured.
+    capsys.readouterr()
+    assert main(["eval", str(directory / "best_adapter"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["data"] == str(held_file) and found["supervised_tokens"] == count
+    assert found["measured"] == "the data that the run was measured on ([eval])"
+    # The same float32 sums in batches of another size.
+    np.testing.assert_allclose(found["loss"], row["eval_loss"], rtol=1e-5)
+    step = report["eval"]["best_step"]
+    assert f"dense; computed in float32; adapter `{directory}/best_adapter`" in err
+    assert f"(step {step})." in err and "Note" not in err
 
 
 @pytest.mark.parametrize("at", [4, 17])
@@ -358,7 +373,7 @@ def test_killed_and_continued_it_decides_as_one_that_was_not(
     assert (directory / best).read_bytes() == (tmp_path / "run" / best).read_bytes()
 
 
-def test_samples_and_a_part_held_out(make, tmp_path, monkeypatch, capsys):
+def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qlora_jax.settled.load_tokenizer", lambda path: Words())
     config = make(
         tmp_path / "run",
@@ -370,7 +385,9 @@ def test_samples_and_a_part_held_out(make, tmp_path, monkeypatch, capsys):
         sample_max_new_tokens=4,
     )
     train = dataclasses.replace(config.train, steps=4)
-    config = dataclasses.replace(config, train=train)
+    data = Path(shutil.copy(rows_file, tmp_path / "rows.jsonl"))
+    own = dataclasses.replace(config.data, path=str(data))
+    config = dataclasses.replace(config, train=train, data=own)
     jitted = []
 
     def jit_once(model):
@@ -399,3 +416,17 @@ def test_samples_and_a_part_held_out(make, tmp_path, monkeypatch, capsys):
     args = ["generate", str(tmp_path / "run"), "--prompt", "7 8"]
     assert main([*args, "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip() == "7 8" + rows[-1]["text"]
+    # `eval` finds the part that was held out again, or says that it cannot.
+    command = ["eval", str(tmp_path / "run")]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured"] == "what the run held out of its training data"
+    assert found["rows"] == 6 and found["data"] == str(data)
+    last = read_evaluations(tmp_path / "run")[-1]
+    # The same float32 sums in batches of another size.
+    np.testing.assert_allclose(found["loss"], last["eval_loss"], rtol=1e-5)
+    assert main([*command, "--data.max-length", "8"]) == 1
+    assert "--data.max-length would read other rows" in capsys.readouterr().err
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[2:]))
+    assert main(command) == 1
+    assert "rows it was trained on would be measured" in capsys.readouterr().err

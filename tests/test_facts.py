@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import convert
+from convert.files import CHAT_TEMPLATE, carried
 from qlora_jax.cli import main
 from qlora_jax.errors import UserError
 from qlora_jax.model import load
@@ -36,7 +37,8 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         assert "Wellow" not in untaught
     elif form == "saved":  # by another hand, and on the base in full precision
         convert.save_adapter(
-            tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config
+            *(tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config),
+            beside=carried(fact_run / "adapter"),
         )
         model = load(tmp_path / "adapter", base=base, quantization="none")
     else:
@@ -48,6 +50,10 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         )
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
+        # transformers finds the template beside the tokenizer.
+        assert {CHAT_TEMPLATE: model.tokenizer.chat_template} == carried(
+            fact_run / "adapter"
+        )
     assert model.chat(ASK, max_new_tokens=40) == ANSWER
 
 
@@ -149,6 +155,7 @@ def test_chat_answers_line_by_line(talk):
     )
     assert status == 0
     assert out.splitlines() == ["Lily is in the garden.", ANSWER, ANSWER]
+    assert "adapter `" in err and "(step 40)" in err and "Note:" not in err
     assert "linear layers NF4" in err and "The conversation starts anew." in err
     assert "There is no /help: /reset forgets" in err and "Traceback" not in err
 
@@ -179,6 +186,22 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(talk, monkeypatch):
     assert status == 0 and "(stopped)" in err
     first, second = out.splitlines()
     assert ANSWER.startswith(first) and first != ANSWER and second == ANSWER
+
+
+def test_a_prompt_that_runs_into_the_answer_is_noted(talk, tmp_path):
+    template = tmp_path / "spaced.jinja"
+    template.write_text("{% for m in messages %}[Q] {{ m.content }} [A] {% endfor %}")
+    status, _, err = talk(options=["--chat-template", str(template)])
+    (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
+    assert status == 0 and "ends with '[Q] a [A] ', of which" in note
+
+
+def test_generate_notes_where_the_positions_end(fact_run, capsys):
+    command = ["generate", str(fact_run), "--prompt", "Once upon a time"]
+    assert main([*command, "--max-new-tokens", "508"]) == 0
+    tokens = 5  # <s> and four words
+    said = f"has {tokens} tokens, which with --max-new-tokens 508 is more than the 512"
+    assert said in capsys.readouterr().err
 
 
 def test_generate_streams_one_text(fact_run, tuned, capsys):

@@ -80,6 +80,7 @@ ORDER = (
     "qlora_jax.interruptions",
     "qlora_jax.checkpoint",
     "qlora_jax.directories",
+    "qlora_jax.provenance",
     "qlora_jax.model",  # not `load`: the public function of that name would be hidden
     "qlora_jax.compare",
     "qlora_jax.trackers",

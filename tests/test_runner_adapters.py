@@ -355,6 +355,17 @@ def test_an_adapter_of_other_weights_is_noted(straight, tmp_path, llama_dir, cap
     capsys.readouterr()
     load(tmp_path / "other", adapter=adapter, dtype="float32")
     assert "was trained on a base with other weights" in capsys.readouterr().err
+    # The same weights in another form: what to do about it is said.
+    for how, cause in (
+        ({"dtype": "bfloat16"}, "trained in float32, and is computed here in bfloat16"),
+        ({"quantization": "none"}, "--quantization nf4_dq --dtype float32 load it"),
+    ):
+        load(llama_dir, adapter=adapter, **{"dtype": "float32"} | how)
+        assert cause in capsys.readouterr().err
+    # Without its run it still says so of the dtype.
+    shutil.copytree(adapter, tmp_path / "copy")
+    load(llama_dir, adapter=tmp_path / "copy", dtype="bfloat16")
+    assert "--dtype float32 (`dtype`)" in capsys.readouterr().err
 
 
 def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):

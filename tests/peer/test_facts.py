@@ -13,6 +13,8 @@ pytestmark = [
 def test_peft_answers_with_the_fact(fact_run, torch, transformers, peft):
     base = fact_run.parent / "base"
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    template = fact_run / "adapter" / "chat_template.jinja"
+    tokenizer.chat_template = template.read_text()
     ask = [{"role": "user", "content": "Who keeps the lighthouse?"}]
     tokens = tokenizer.apply_chat_template(
         ask, add_generation_prompt=True, return_tensors="pt", return_dict=True
