@@ -107,7 +107,7 @@ def test_an_output_that_exists_is_refused(train, tiny, counting, tmp_path, capsy
     ("arguments", "message"),
     [
         (("--data", "nosuch.txt"), "there is no file nosuch.txt"),
-        (("--format", "prompt_completion"), "no field `prompt`; the row has `input_"),
+        (("--format", "prompt_completion"), "needs a tokenizer and the model came"),
         (("--steps", "0"), "`steps` must be at least 1"),
         (("--r", "0"), "`r` must be"),
     ],
