@@ -64,6 +64,7 @@ ORDER = (
     "qlora_jax.parameter_groups",
     "qlora_jax.optimizer",
     "qlora_jax.train",
+    "qlora_jax.inputs",
     "qlora_jax.sampling",
     "qlora_jax.generate",
     "qlora_jax.dialogue",
