@@ -28,13 +28,11 @@ from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import FrozenDict, LlamaConfig
-from qlora_jax.continued import continued
+from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.directories import (
     adapter_directory,
     find_base,
-    quantizes_lm_head,
-    resolve_auto,
     run_settings,
 )
 from qlora_jax.errors import UserError
@@ -46,6 +44,7 @@ from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.run_page import Report
 from qlora_jax.runfile import (
+    ModelConfig,
     RunConfig,
     checked,
     given_lora,
@@ -66,18 +65,19 @@ class Inspect:
     """Count what a run would train and store; reads configurations, loads nothing."""
 
     path: Annotated[tyro.conf.Positional[str], _place("PATH")]
-    """Model directory or its config.json; or an adapter or run directory, whose own
-    LoRA configuration is then the one counted."""
+    """Model directory or its config.json; a run file (.toml), where options win; or an
+    adapter or run directory, whose own LoRA configuration is then the one counted."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
     quantization: Auto | Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
-    """
+    """Of the base's linear layers; auto = that of a run file or run directory, else
+    nf4_dq."""
     dtype: Auto | Dtype = "auto"
-    """Of dense tensors; auto = as a run directory was trained, else bfloat16."""
+    """Of dense tensors; auto = that of a run file or run directory, else bfloat16."""
     optimizer: Optimizer | None = None
-    """Whose state is counted; default that of a run directory, else adamw."""
+    """Whose state is counted; default that of a run file or run directory, else adamw.
+    """
     json: bool = False
     """Print a JSON object."""
 
@@ -85,35 +85,49 @@ class Inspect:
         """Does it; returns the report.
 
         Args:
-          given: names of the fields of `lora` that were given; those of an adapter
-            cannot be changed.
+          given: names of the fields of `lora` that were given; they win over a run
+            file's, and those of an adapter cannot be changed.
         """
         path, lora = Path(self.path), self.lora
-        quantize_lm_head = quantizes_lm_head(path, self.quantization)
-        quantization, dtype = resolve_auto(path, self.quantization, self.dtype)
-        adapter = adapter_directory(path)
-        if adapter is not None:
-            path = find_base(adapter, self.base)
+        planned = path.suffix == ".toml"
+        if planned:
+            trained = read_config(path)
+            changed = {name: getattr(lora, name) for name in given}
+            lora = dataclasses.replace(trained.lora, **changed)
+            given = {*given, *given_lora(path)}
+            path = Path(self.base or trained.model.path)
+            adapter = self._initial_adapter(trained)
+        else:
+            trained = run_settings(path)
+            adapter = adapter_directory(path)
+            if adapter is not None:
+                path = find_base(adapter, self.base)
+        model = ModelConfig("") if trained is None else trained.model
+        auto = self.quantization == "auto"
+        quantization = model.quantization if auto else self.quantization
+        dtype = model.dtype if self.dtype == "auto" else self.dtype
+        # In another quantization it is another model; its head stays dense then.
+        quantize_lm_head = model.lm_head == "nf4" and quantization == model.quantization
+        quantization = None if quantization == "none" else quantization
         if path.is_dir():
             path = path / "config.json"
         config = LlamaConfig.from_hf(read_json(path))
         if adapter is not None:
             lora, _ = continued(
                 open_adapter(adapter)[0],
-                self.lora,
+                lora,
                 given,
                 abstract_base(config),
                 name=str(adapter),
-                changeable=(),
+                changeable=CHANGEABLE if planned else (),
             )
         saved = lora.absorbed
-        if saved.base_fingerprint is None and adapter is None:
+        if saved.base_fingerprint is None and (planned or adapter is None):
             # A run writes one; its digits do not matter, their number does.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
-        trained = run_settings(Path(self.path))
-        train = TrainConfig(steps=1, optimizer=self.optimizer or "adamw")
-        if trained is not None and self.optimizer is None:
-            train = trained.train
+        train = TrainConfig(steps=1) if trained is None else trained.train
+        if self.optimizer is not None:
+            train = dataclasses.replace(train, optimizer=self.optimizer)
         report = parameter_report(
             config,
             lora,
@@ -138,6 +152,14 @@ class Inspect:
             "target_modules": lora.target_modules,
             "warnings": warnings(config, lora),
         }
+
+    @staticmethod
+    def _initial_adapter(run: RunConfig) -> Path | None:
+        """The adapter whose settings a run takes, if it starts from one."""
+        if run.train.adapter_init is None:
+            return None
+        place = Path(run.train.adapter_init)
+        return adapter_directory(place) or place
 
 
 @dataclass(frozen=True)

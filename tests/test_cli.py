@@ -366,6 +366,24 @@ def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):
     assert "`r`=2 (the adapter's: 4), `lora_alpha`=16 (the adapter's: 8)." in said
 
 
+def test_a_run_file_is_inspected_and_options_win(cli, settings, model_dir, adapter):
+    more = '[lora]\nr = 2\nlora_alpha = 6\ntarget_modules = ["q_proj"]\n'
+    file = settings('optimizer = "lion"\n' + more)
+    status, out, _ = cli("inspect", file, "--json")
+    assert status == 0
+    options = ["--lora.r", "2", "--lora.target-modules", "q_proj", "--lora.lora-alpha"]
+    options += ["6", "--optimizer", "lion", "--dtype", "float32", "--json"]
+    report = json.loads(out)
+    assert report == json.loads(cli("inspect", model_dir, *options)[1])
+    status, out, _ = cli("inspect", file, "--lora.r", "1", "--dtype=float16", "--json")
+    other = json.loads(out)
+    assert (other["r"], other["lora_alpha"], other["dtype"]) == (1, 6, "float16")
+    assert other["trainable_parameters"] == report["trainable_parameters"] / 2
+    # A run that starts from an adapter takes its settings.
+    status, out, _ = cli("inspect", settings(f'adapter_init = "{adapter}"'), "--json")
+    assert status == 0 and json.loads(out)["r"] == 4
+
+
 def test_inspect_warns_as_a_run_does(cli, model_dir):
     options = ["--lora.target-modules", "q_prj", "v_proj", "--lora.bias", "all"]
     options += ["--lora.layers-to-transform", "1", "7"]
