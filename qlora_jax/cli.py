@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +42,7 @@ from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
+from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
 from qlora_jax.runfile import (
     ModelConfig,
@@ -352,35 +353,6 @@ def _train(args: list[str]) -> None:
             **{name: report[name] for name in shown},
         }
     )
-
-
-def print_report(report: Mapping[str, Any]) -> None:
-    """Prints a report in two columns; nested entries are indented."""
-    lines = list(_lines(report))
-    width = max(len(key) for key, _ in lines)
-    for key, text in lines:
-        print(f"{key:<{width}}  {text}".rstrip())
-
-
-def _lines(report: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in report.items():
-        if isinstance(value, Mapping):
-            yield f"{indent}{key}", ""
-            yield from _lines(value, f"{indent}  ")
-        else:
-            yield f"{indent}{key}", _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 if __name__ == "__main__":
