@@ -440,6 +440,7 @@ class Combine:
             method=self.method,
             r=self.r,
             errors=errors,
+            names=[str(path) for path in self.adapters],
         )
         names = {
             name_from(one.base_model_name_or_path, place, self.output, self.base)
