@@ -41,6 +41,7 @@ from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
 from qlora_jax.interruptions import AtOnce, Terminated, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
+from qlora_jax.options import explained
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
@@ -233,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return _run(args[0], args[1:])
+        with explained():
+            return _run(args[0], args[1:])
     except UserError as error:
         print(f"qlora-jax {args[0]}: {error}", file=sys.stderr)
         return 1

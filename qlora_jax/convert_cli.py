@@ -40,6 +40,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.options import explained
 from qlora_jax.printed import print_report, said
 
 _Dtype = Literal["float32", "bfloat16", "float16"]
@@ -474,13 +475,14 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `qlora-convert`; returns the exit status (2 is raised as SystemExit)."""
-    command = tyro.cli(
-        _Command,  # pyright: ignore[reportArgumentType]
-        prog="qlora-convert",
-        description="Adapters and checkpoints between formats.",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    with explained():
+        command = tyro.cli(
+            _Command,  # pyright: ignore[reportArgumentType]
+            prog="qlora-convert",
+            description="Adapters and checkpoints between formats.",
+            args=argv,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
     try:
         report = command.run()
     except UserError as error:

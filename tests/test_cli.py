@@ -24,6 +24,7 @@ from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.model import load
+from qlora_jax.options import paragraphs
 from qlora_jax.runfile import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -355,6 +356,21 @@ def test_the_help_says_whose_settings_hold(cli):
     status, text, _ = cli("train", "--help")
     text = " ".join(text.replace("│", " ").split())
     assert status == 0 and "`[lora]` is then the adapter's own" in text
+
+
+def test_the_help_has_whole_sentences_and_nothing_that_only_we_set(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    # Each is in two lines of the source.
+    sentences = {
+        "train": "       auto = the fastest that fits the device. (default: full) ",
+        "inspect": " win; or an adapter or run directory, whose own LoRA ",
+    }
+    for command, sentence in sentences.items():
+        _, text, _ = cli(command, "--help")
+        assert sentence in text
+        assert "base-fingerprint" not in text and "base-config-changes" not in text
+    assert paragraphs("one\n    two.\n\n    three") == "one two.\n\n    three"
+    assert paragraphs(lambda: None) is None
 
 
 def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):

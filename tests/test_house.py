@@ -97,6 +97,7 @@ ORDER = (
     "qlora_jax.run_page",
     "qlora_jax.settled",
     "qlora_jax.runner",
+    "qlora_jax.options",
     "qlora_jax.printed",
     "qlora_jax.plan_command",
     "qlora_jax.data_page",
