@@ -199,8 +199,10 @@ def stack_adapters(parts: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     if not parts:
         raise UserError("A stack needs at least one adapter, got none.")
     read = [
-        _read(name, number, *part, 1.0, base)
-        for number, (name, part) in enumerate(zip(_numbered(parts), parts, strict=True))
+        _read(name, number, lora, tree, 1.0, base)
+        for number, (name, (lora, tree)) in enumerate(
+            zip(_numbered(parts), parts, strict=True)
+        )
     ]
     for one in read:
         for where in one.replaced:
