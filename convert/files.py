@@ -420,27 +420,32 @@ def _no_weights(path: Path) -> str:
 class Problems:
     """Collects what is wrong with a checkpoint, to say it all in one error."""
 
-    _SHOWN = 10
-
-    def __init__(self, subject: str):
+    def __init__(self, subject: str, *, shown: int = 10):
         self.subject = subject
+        self._shown = shown
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, item: str) -> None:
         """Notes one problem."""
         self.found.setdefault(kind, []).append(item)
 
-    def check(self, hint: str = "") -> None:
-        """Raises `CheckpointError` if any problem was noted."""
+    def check(self, hint: str = "", *, cause: str = "") -> None:
+        """Raises `CheckpointError` if any problem was noted.
+
+        Args:
+          hint: what to do; ends the message.
+          cause: what probably is behind all of it; said before the list.
+        """
         if not self.found:
             return
         parts = []
         for kind, items in self.found.items():
-            shown = ", ".join(items[: self._SHOWN])
-            more = len(items) - self._SHOWN
+            shown = ", ".join(items[: self._shown])
+            more = len(items) - self._shown
             rest = f" and {more} more" if more > 0 else ""
             parts.append(f"{len(items)} {kind}: {shown}{rest}")
-        raise CheckpointError(f"{self.subject}. {'; '.join(parts)}. {hint}".rstrip())
+        said = (f"{self.subject}.", cause, f"{'; '.join(parts)}.", hint)
+        raise CheckpointError(" ".join(filter(None, said)))
 
 
 def check_finite(array: NDArray, name: str) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from convert import bnb, names
 from convert.checkpoint import FLOATS, Checkpoint, lazy_base, open_checkpoint
 from convert.effective import Folded, fold
-from convert.files import DTYPES, carried
+from convert.files import DTYPES, carried, read_json
 from convert.hf import (
     cast,
     check_dtype,
@@ -43,6 +43,7 @@ from qlora_jax import __version__
 from qlora_jax.errors import UserError
 
 REPORT = "merge_report.json"
+_TOKENIZER = "tokenizer_config.json"
 _QUANTIZATIONS = ("nf4", "nf4_dq")
 
 
@@ -123,6 +124,8 @@ def merge(
     def finish(directory: Path) -> None:
         for name, text in texts.items():
             write_text(directory / name, text)
+        changes = _config_changes(checkpoint, folded)
+        changes.update(_lengthen(directory / _TOKENIZER, checkpoint, folded))
         report.update(
             {
                 "base": str(base_path),
@@ -140,7 +143,7 @@ def merge(
                 "tensors": stream.written,
                 "tensors_changed": stream.changed,
                 "tensors_added": len(folded.sources),
-                "config_changes": _config_changes(checkpoint, folded),
+                "config_changes": changes,
                 "max_abs_change": stream.max_abs_change,
                 "requantization_error": stream.errors(),
                 "qlora_jax_version": __version__,
@@ -256,6 +259,25 @@ def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[An
     fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
     pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _lengthen(
+    file: Path, checkpoint: Checkpoint, folded: Folded
+) -> dict[str, list[Any]]:
+    """Gives a copied tokenizer the merged model's context where it had the base's.
+
+    Whoever truncates to `model_max_length` would not see the longer context.
+    """
+    before, after = (
+        config.max_position_embeddings for config in (checkpoint.config, folded.config)
+    )
+    if before == after or not file.is_file():
+        return {}
+    tokenizer = read_json(file)
+    if tokenizer.get("model_max_length") != before:
+        return {}
+    write_json(file, {**tokenizer, "model_max_length": after}, sort_keys=False)
+    return {"model_max_length": [before, after]}
 
 
 class _Spool:

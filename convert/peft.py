@@ -211,8 +211,9 @@ def _match(
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
-        f"(`r`={lora.r}, `target_modules`={lora.target_modules!r:.200}) describes for "
-        "this base model"
+        f"(`r`={lora.r}, `target_modules`={_listed(lora.target_modules):.200}) "
+        "describes for this base model",
+        shown=3,
     )
     bad: set[str] = set()
     for key, slot in wanted.items():
@@ -227,7 +228,7 @@ def _match(
             bad.add(key)
             problems.add("unexpected tensors", key)
     if strict:
-        problems.check(hint=_hint(files, wanted, lora))
+        problems.check(cause=_cause(files, wanted, lora))
     else:
         _check_can_skip(bad, wanted, problems)
         notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
@@ -536,7 +537,11 @@ def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> i
     return safetensors_bytes(entries, _metadata(lora))
 
 
-def _hint(files: TensorFiles, wanted: Mapping[str, Slot], lora: LoraConfig) -> str:
+def _listed(modules: Any) -> str:
+    return modules if isinstance(modules, str) else ", ".join(modules or ())
+
+
+def _cause(files: TensorFiles, wanted: Mapping[str, Slot], lora: LoraConfig) -> str:
     """Says what usually causes the disagreement, where the names tell."""
     if not any(k.startswith(names.PEFT_PREFIX) for k in files):
         example = next(iter(wanted))

@@ -53,6 +53,7 @@ def combine_adapters(
     method: Literal["cat", "svd"] = "cat",
     r: int | None = None,
     errors: dict[str, float] | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[LoraConfig, dict[str, Any]]:
     """Makes one adapter of the weighted sum of several: `sum_i w_i s_i B_i A_i`.
 
@@ -76,6 +77,7 @@ def combine_adapters(
       errors: where to note what "svd" lost, `|sum - result| / |sum|` in the Frobenius
         norm: by module over all its layers, and of everything under "total". Zeros for
         "cat".
+      names: what messages call the adapters; default their numbers.
 
     Returns:
       (lora, adapters): float32 tree. `convert.save_adapter` writes it as a directory
@@ -97,10 +99,13 @@ def combine_adapters(
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         raise UserError(f"`r` must be a positive integer, got {r!r}.")
     _check_parts(parts, weighted=True)
+    called = [f"`{name}`" for name in names] or _numbered(parts)
     read = [
-        _read(i, lora, tree, weight, base)
-        for i, (lora, tree, weight) in enumerate(parts)
-        if _weight(i, weight)
+        _read(name, number, lora, tree, weight, base)
+        for number, (name, (lora, tree, weight)) in enumerate(
+            zip(called, parts, strict=True)
+        )
+        if _weight(name, weight)
     ]
     if not read:
         raise UserError(
@@ -193,11 +198,16 @@ def stack_adapters(parts: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     _check_parts(parts, weighted=False)
     if not parts:
         raise UserError("A stack needs at least one adapter, got none.")
-    read = [_read(i, lora, tree, 1.0, base) for i, (lora, tree) in enumerate(parts)]
+    read = [
+        _read(name, number, lora, tree, 1.0, base)
+        for number, (name, (lora, tree)) in enumerate(
+            zip(_numbered(parts), parts, strict=True)
+        )
+    ]
     for one in read:
         for where in one.replaced:
             raise UserError(
-                f"adapter {one.number}: `{'.'.join(where)}` replaces what the base "
+                f"{one.name}: `{'.'.join(where)}` replaces what the base "
                 "has, for all rows of a batch. Only updates of low rank can differ "
                 "from row to row; adapt that module with LoRA."
             )
@@ -283,6 +293,8 @@ def with_rows(
 class _Read:
     """An adapter, checked, with the tied parts written out."""
 
+    name: str
+    """What messages call it."""
     number: int
     lora: LoraConfig
     weight: float
@@ -305,7 +317,12 @@ class _Read:
 _Found = list[tuple[_Read, Adapted, Mapping[str, Any]]]
 
 
+def _numbered(parts: Sequence[Any]) -> list[str]:
+    return [f"adapter {number}" for number in range(len(parts))]
+
+
 def _read(
+    name: str,
     number: int,
     lora: LoraConfig,
     tree: Mapping[str, Any],
@@ -314,17 +331,18 @@ def _read(
 ) -> _Read:
     if lora.changes_base:
         raise UserError(
-            f"adapter {number}: `init_lora_weights`={lora.init_lora_weights!r}, so it "
+            f"{name}: `init_lora_weights`={lora.init_lora_weights!r}, so it "
             "belongs to a changed base. Give what `qlora_jax.absorb(lora_config, "
             "adapters, base)` returns, which is stated on the original one."
         )
     if lora.use_dora:
         raise UserError(
-            f"adapter {number}: `use_dora` rescales the weight it is added to, so its "
+            f"{name}: `use_dora` rescales the weight it is added to, so its "
             "update cannot be added to others. Merge it into the base first, or train "
             "without DoRA."
         )
-    return _Read(number, lora, weight, select(base, lora), bind(tree, base, lora))
+    bound = bind(tree, base, lora)
+    return _Read(name, number, lora, weight, select(base, lora), bound)
 
 
 def _check_parts(parts: Any, *, weighted: bool) -> None:
@@ -353,15 +371,13 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _weight(number: int, weight: Any) -> float:
+def _weight(name: str, weight: Any) -> float:
     try:
         finite = math.isfinite(weight) and not isinstance(weight, bool)
     except TypeError:
         finite = False
     if not finite:
-        raise UserError(
-            f"adapter {number}: its weight must be a finite number, got {weight!r}."
-        )
+        raise UserError(f"{name}: its weight must be a finite number, got {weight!r}.")
     return weight
 
 
@@ -380,7 +396,7 @@ def _replaced(read: Sequence[_Read]) -> dict[Path, Any]:
                 continue
             raise UserError(
                 f"`{'.'.join(where)}` is trained whole, not as an update of low rank, "
-                f"and adapters {first.number} and {one.number} do not agree on it. "
+                f"and {first.name} and {one.name} do not agree on it. "
                 "What replaces a tensor has no sum; it may only be the same in all."
             )
     return first.replaced
@@ -448,7 +464,7 @@ def _sum(found: _Found, r: int | None) -> _Sum:
             one_a, one_b = all_a[where][:rank], all_b[where][:, :rank]
             if not (np.isfinite(one_a).all() and np.isfinite(one_b).all()):
                 raise UserError(
-                    f"adapter {one.number}: `{dotted(a.path, a.layers)[layer]}` has "
+                    f"{one.name}: `{dotted(a.path, a.layers)[layer]}` has "
                     "NaN or infinity; a sum with it would be no number either."
                 )
             some_a.append(one_a)

@@ -14,7 +14,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -27,13 +27,11 @@ from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.config import FrozenDict, LlamaConfig
-from qlora_jax.continued import continued
+from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.directories import (
     adapter_directory,
     find_base,
-    quantizes_lm_head,
-    resolve_auto,
     run_settings,
 )
 from qlora_jax.errors import UserError
@@ -42,9 +40,12 @@ from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
 from qlora_jax.interruptions import AtOnce, Terminated, leave, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
+from qlora_jax.options import explained
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
+from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
 from qlora_jax.runfile import (
+    ModelConfig,
     RunConfig,
     checked,
     given_lora,
@@ -65,18 +66,19 @@ class Inspect:
     """Count what a run would train and store; reads configurations, loads nothing."""
 
     path: Annotated[tyro.conf.Positional[str], _place("PATH")]
-    """Model directory or its config.json; or an adapter or run directory, whose own
-    LoRA configuration is then the one counted."""
+    """Model directory or its config.json; a run file (.toml), where options win; or an
+    adapter or run directory, whose own LoRA configuration is then the one counted."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
     quantization: Auto | Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained, else nf4_dq.
-    """
+    """Of the base's linear layers; auto = that of a run file or run directory, else
+    nf4_dq."""
     dtype: Auto | Dtype = "auto"
-    """Of dense tensors; auto = as a run directory was trained, else bfloat16."""
+    """Of dense tensors; auto = that of a run file or run directory, else bfloat16."""
     optimizer: Optimizer | None = None
-    """Whose state is counted; default that of a run directory, else adamw."""
+    """Whose state is counted; default that of a run file or run directory, else adamw.
+    """
     json: bool = False
     """Print a JSON object."""
 
@@ -84,35 +86,49 @@ class Inspect:
         """Does it; returns the report.
 
         Args:
-          given: names of the fields of `lora` that were given; those of an adapter
-            cannot be changed.
+          given: names of the fields of `lora` that were given; they win over a run
+            file's, and those of an adapter cannot be changed.
         """
         path, lora = Path(self.path), self.lora
-        quantize_lm_head = quantizes_lm_head(path, self.quantization)
-        quantization, dtype = resolve_auto(path, self.quantization, self.dtype)
-        adapter = adapter_directory(path)
-        if adapter is not None:
-            path = find_base(adapter, self.base)
+        planned = path.suffix == ".toml"
+        if planned:
+            trained = read_config(path)
+            changed = {name: getattr(lora, name) for name in given}
+            lora = dataclasses.replace(trained.lora, **changed)
+            given = {*given, *given_lora(path)}
+            path = Path(self.base or trained.model.path)
+            adapter = self._initial_adapter(trained)
+        else:
+            trained = run_settings(path)
+            adapter = adapter_directory(path)
+            if adapter is not None:
+                path = find_base(adapter, self.base)
+        model = ModelConfig("") if trained is None else trained.model
+        auto = self.quantization == "auto"
+        quantization = model.quantization if auto else self.quantization
+        dtype = model.dtype if self.dtype == "auto" else self.dtype
+        # In another quantization it is another model; its head stays dense then.
+        quantize_lm_head = model.lm_head == "nf4" and quantization == model.quantization
+        quantization = None if quantization == "none" else quantization
         if path.is_dir():
             path = path / "config.json"
         config = LlamaConfig.from_hf(read_json(path))
         if adapter is not None:
             lora, _ = continued(
                 open_adapter(adapter)[0],
-                self.lora,
+                lora,
                 given,
                 abstract_base(config),
                 name=str(adapter),
-                changeable=(),
+                changeable=CHANGEABLE if planned else (),
             )
         saved = lora.absorbed
-        if saved.base_fingerprint is None and adapter is None:
+        if saved.base_fingerprint is None and (planned or adapter is None):
             # A run writes one; its digits do not matter, their number does.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
-        trained = run_settings(Path(self.path))
-        train = TrainConfig(steps=1, optimizer=self.optimizer or "adamw")
-        if trained is not None and self.optimizer is None:
-            train = trained.train
+        train = TrainConfig(steps=1) if trained is None else trained.train
+        if self.optimizer is not None:
+            train = dataclasses.replace(train, optimizer=self.optimizer)
         report = parameter_report(
             config,
             lora,
@@ -137,6 +153,14 @@ class Inspect:
             "target_modules": lora.target_modules,
             "warnings": warnings(config, lora),
         }
+
+    @staticmethod
+    def _initial_adapter(run: RunConfig) -> Path | None:
+        """The adapter whose settings a run takes, if it starts from one."""
+        if run.train.adapter_init is None:
+            return None
+        place = Path(run.train.adapter_init)
+        return adapter_directory(place) or place
 
 
 @dataclass(frozen=True)
@@ -209,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return _run(args[0], args[1:])
+        with explained():
+            return _run(args[0], args[1:])
     except UserError as error:
         print(f"qlora-jax {args[0]}: {error}", file=sys.stderr)
         return 1
@@ -332,35 +357,6 @@ def _train(args: list[str]) -> None:
             **{name: report[name] for name in shown},
         }
     )
-
-
-def print_report(report: Mapping[str, Any]) -> None:
-    """Prints a report in two columns; nested entries are indented."""
-    lines = list(_lines(report))
-    width = max(len(key) for key, _ in lines)
-    for key, text in lines:
-        print(f"{key:<{width}}  {text}".rstrip())
-
-
-def _lines(report: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in report.items():
-        if isinstance(value, Mapping):
-            yield f"{indent}{key}", ""
-            yield from _lines(value, f"{indent}  ")
-        else:
-            yield f"{indent}{key}", _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)
 
 
 if __name__ == "__main__":

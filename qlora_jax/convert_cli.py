@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.options import explained
+from qlora_jax.printed import print_report, said
 
 _Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -447,6 +449,7 @@ class Combine:
             method=self.method,
             r=self.r,
             errors=errors,
+            names=[str(path) for path in self.adapters],
         )
         names = {
             name_from(one.base_model_name_or_path, place, self.output, self.base)
@@ -481,13 +484,14 @@ _Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `qlora-convert`; returns the exit status (2 is raised as SystemExit)."""
-    command = tyro.cli(
-        _Command,  # pyright: ignore[reportArgumentType]
-        prog="qlora-convert",
-        description="Adapters and checkpoints between formats.",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    with explained():
+        command = tyro.cli(
+            _Command,  # pyright: ignore[reportArgumentType]
+            prog="qlora-convert",
+            description="Adapters and checkpoints between formats.",
+            args=argv,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
     try:
         report = command.run()
     except UserError as error:
@@ -502,23 +506,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.json:
         print(json.dumps(report, indent=2))
     else:
-        for name, value in _flat(report):
-            # They were named on stderr.
-            print(f"{name}: {len(value) if name == 'skipped' else value}")
+        print_report(_for_people(report))
     return 0
 
 
-def _flat(report: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    """The lines of a report; those of tables in it are named `table.line`."""
-    for name, value in report.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{within}{name}.")
-        else:
-            yield f"{within}{name}", value
+def _for_people(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with what only JSON says otherwise in words."""
+    shown = dict(report)
+    if "skipped" in shown:  # they were named on stderr
+        shown["skipped"] = len(shown["skipped"])
+    if "made_dense" in shown and shown["quantization"] is None:
+        shown["quantization"] = "none" if shown["dequantized"] else "unchanged"
+    if "config_changes" in shown:
+        shown["config_changes"] = {
+            name: " -> ".join("none" if v is None else said(v) for v in pair)
+            for name, pair in shown["config_changes"].items()
+        }
+    return shown
 
 
 # Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
 _ROWS = 40
+# Characters in a line that is not wrapped: no name of a tensor comes near it.
+_UNBROKEN = 1000
 
 
 def _print_comparison(report: Comparison) -> None:
@@ -526,6 +536,8 @@ def _print_comparison(report: Comparison) -> None:
 
     # Names of tensors are no markup: one that holds "[/b]" is printed as it is.
     console = Console(markup=False, emoji=False)
+    if not console.is_terminal:  # who reads on wants whole names and whole lines
+        console = Console(markup=False, emoji=False, width=_UNBROKEN)
     if report.equal:
         console.print(f"The same: {report.tensors} tensors, byte for byte.")
     else:
@@ -552,7 +564,10 @@ def _print_differences(report: Comparison, console: Any) -> None:
         "max |a - b|",
         title=f"a = {report.a}, b = {report.b}",
     )
-    rows = [(name, *map(str, values), "") for name, values in report.config.items()]
+    rows = [
+        (name, *("-" if value is None else str(value) for value in values), "")
+        for name, values in report.config.items()
+    ]
     for d in report.different:
         largest = d.max_abs_difference
         rows.append((d.name, d.a, d.b, "" if largest is None else f"{largest:.3g}"))

@@ -335,8 +335,15 @@ class Evaluation:
             if self.best.step is None
             else f"the best is {self.best.loss:.4f}, after step {self.best.step}"
         )
+        waited, least = self.best.waited, self.config.early_stopping_threshold
+        if least:  # the best may be one of these, by less than counts
+            return (
+                f"none of {waited} measurements (`early_stopping_patience`) lowered "
+                f"the best held-out loss by more than {least:g} "
+                f"(`early_stopping_threshold`); {best}"
+            )
         return (
-            f"no better held-out loss in {self.best.waited} measurements "
+            f"no better held-out loss in {waited} measurements "
             f"(`early_stopping_patience`); {best}"
         )
 

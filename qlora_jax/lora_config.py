@@ -82,12 +82,13 @@ class LoraConfig:
     The update of a linear layer is `scaling * B @ A` (Hu et al. 2021,
     https://arxiv.org/abs/2106.09685) with `scaling = lora_alpha / r`, or
     `lora_alpha / sqrt(r)` under `use_rslora` (https://arxiv.org/abs/2312.03732).
-    Hashable, hence a static jit argument.
 
     Raises:
       UserError: a value that is out of range, of a wrong type, or that does not go with
         another.
     """
+
+    # Frozen, of hashable values: a static argument of compiled functions.
 
     r: int = 16
     """Rank of the updates."""

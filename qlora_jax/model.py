@@ -23,7 +23,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Float32
 
 import convert
@@ -48,6 +47,7 @@ from qlora_jax.directories import (
 )
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.generate import Decoding, generate_tokens
+from qlora_jax.inputs import beside_tokens, check_text, check_turns, token_array
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora import bind
@@ -160,20 +160,20 @@ class Model:
         """Computes logits; arguments as `Llama.__call__`, arrays or nested lists.
 
         Raises:
-          UserError: token ids that the model does not have (unless they are traced).
+          UserError: no token ids, rows of several lengths, or ids that the model does
+            not have (unless they are traced).
         """
         optional = {
             "attention_mask": attention_mask,
             "positions": positions,
             "segment_ids": segment_ids,
         }
+        tokens = token_array(tokens, self.config.vocab_size)
         arrays = {
-            name: jnp.asarray(value, jnp.int32)
+            name: beside_tokens(name, value, tokens.shape)
             for name, value in optional.items()
             if value is not None
         }
-        tokens = jnp.asarray(tokens, jnp.int32)
-        _check_tokens(tokens, self.config.vocab_size)
         return _logits(self.module, self.variables, tokens, arrays)
 
     def generate(
@@ -207,7 +207,10 @@ class Model:
           UserError: no tokenizer, or an unusable prompt or setting.
         """
         if isinstance(prompts, str):
-            raise UserError("`prompts` must be a list of texts, got one text.")
+            raise UserError(
+                "`prompts` must be a list of texts, got one text. Put it in a list: "
+                "`model.generate([text], ...)`."
+            )
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         rows = [self._encode(prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
@@ -320,6 +323,7 @@ class Model:
         The whole conversation is read again for every answer, at lengths rounded up to
         powers of two, so that a growing one seldom compiles anything.
         """
+        check_turns(messages)
         self._need_tokenizer()
         template = self.chat_template if chat_template is None else chat_template
         prompts = ChatPrompts(self.tokenizer, template)
@@ -345,6 +349,7 @@ class Model:
         )
 
     def _encode(self, prompt: str) -> list[int]:
+        check_text(prompt)
         self._need_tokenizer()
         return self.tokenizer(prompt)["input_ids"]
 
@@ -354,18 +359,6 @@ class Model:
                 f"`{self.path}` has no tokenizer. Put its tokenizer.json and "
                 "tokenizer_config.json there, or use `generate_tokens` with token ids."
             )
-
-
-def _check_tokens(tokens: Array, vocab_size: int) -> None:
-    """Refuses ids that have no row, where they are known; they would give NaN."""
-    if isinstance(tokens, Tracer) or not tokens.size:
-        return
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"`tokens` has {low if low < 0 else high}, and the model has {vocab_size} "
-            f"tokens (0 to {vocab_size - 1}). Is it the tokenizer of another model?"
-        )
 
 
 @partial(jax.jit, static_argnums=0)

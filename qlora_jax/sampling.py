@@ -12,6 +12,7 @@ arguments of the compiled program (`Values`), so another temperature compiles no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qlora_jax.errors import UserError
+from qlora_jax.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sampling:
     """How the next token is chosen.
 
     Raises:
-      UserError: a value out of its range.
+      UserError: values out of their ranges, all of them.
     """
 
     temperature: float = 0.0
@@ -47,16 +48,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses values that mean nothing."""
+        refuse("sampling", self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if not 0.0 <= self.temperature < math.inf:
-            raise UserError(f"`temperature` must be >= 0, got {self.temperature}.")
+            yield f"`temperature` must be >= 0, got {self.temperature}."
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"`top_k` must be at least 1, got {self.top_k}.")
+            yield f"`top_k` must be at least 1, got {self.top_k}."
         if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+            yield f"`top_p` must lie in (0, 1], got {self.top_p}."
         if not 0.0 <= self.min_p <= 1.0:
-            raise UserError(f"`min_p` must lie in [0, 1], got {self.min_p}.")
+            yield f"`min_p` must lie in [0, 1], got {self.min_p}."
         if not 0.0 < self.repetition_penalty < math.inf:
-            raise UserError(
+            yield (
                 "`repetition_penalty` must be positive (1 changes nothing), got "
                 f"{self.repetition_penalty}."
             )

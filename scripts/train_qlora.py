@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 
 import convert
+from convert.checkpoint import open_checkpoint
 from qlora_jax import (
     DataConfig,
     Llama,
     LoraConfig,
     TrainConfig,
+    UserError,
     fingerprint_tree,
     init_adapters,
     init_state,
@@ -43,6 +45,8 @@ add("--data", required=True, help="data file: text, JSON or JSONL")
 add("--output", required=True, help="PEFT directory to create")
 formats = ("text", "prompt_completion", "messages", "tokens")
 add("--format", choices=formats, default="text", help="of the data's rows")
+add("--prompt", help='of prompt_completion: a template, e.g. "Q: {question} A: "')
+add("--completion", help='of prompt_completion: a template, e.g. "{answer}"')
 add("--max-length", type=int, default=256, help="longest example (tokens)")
 add("--packing", action="store_true", help="put several examples in one row")
 add("--steps", type=int, default=100, help="optimizer steps")
@@ -60,51 +64,54 @@ args = parser.parse_args()
 if Path(args.output).exists():
     parser.error(f"`{args.output}` exists; give a new directory as --output")
 
-# --- The base: frozen, its linear layers packed to 4 bits while the file is read ---
+# What the user can mend is found here, the data's part before the base is read.
+try:
+    # --- The data: rows become tokens and labels, batch i is a function of i ---
+    data = DataConfig(
+        path=args.data,
+        format=args.format,
+        prompt=args.prompt,
+        completion=args.completion,
+        max_length=args.max_length,
+        packing=args.packing,
+        seed=args.seed,
+    )
+    settings = TrainConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+    )
+    config, tokenizer = open_checkpoint(args.model).config, load_tokenizer(args.model)
+    examples = load_examples(data, tokenizer, vocab_size=config.vocab_size)
+    print(examples.report.summary())
+    batches = Batches(
+        examples,
+        data,
+        batch_size=args.batch_size,
+        accumulation_steps=args.accumulation,
+        pad_token_id=config.pad_token_id or 0,
+        steps=args.steps,
+    )
 
-config, base = convert.load_llama(
-    args.model, quantization="nf4_dq", dtype=args.dtype, progress=True
-)
-base = jax.tree.map(jnp.asarray, base)
+    # --- The base: frozen, its linear layers packed to 4 bits as the file is read ---
+    config, base = convert.load_llama(
+        args.model, quantization="nf4_dq", dtype=args.dtype, progress=True
+    )
+    base = jax.tree.map(jnp.asarray, base)
 
-# --- The adapters: a second tree, and all that is trained ---
-
-lora = LoraConfig(r=args.r, lora_alpha=args.lora_alpha)
-init_key, run_key = jax.random.split(jax.random.key(args.seed))
-adapters = init_adapters(init_key, base, lora)
-print(f"training {sum(x.size for x in jax.tree.leaves(adapters)):,} parameters")
-
-# --- The data: rows become tokens and labels, batch i is a function of i ---
-
-data = DataConfig(
-    path=args.data,
-    format=args.format,
-    max_length=args.max_length,
-    packing=args.packing,
-    seed=args.seed,
-)
-tokenizer = load_tokenizer(args.model)
-examples = load_examples(data, tokenizer, vocab_size=config.vocab_size)
-print(examples.report.summary())
-batches = Batches(
-    examples,
-    data,
-    batch_size=args.batch_size,
-    accumulation_steps=args.accumulation,
-    pad_token_id=config.pad_token_id or 0,
-    steps=args.steps,
-)
+    # --- The adapters: a second tree, and all that is trained ---
+    lora = LoraConfig(r=args.r, lora_alpha=args.lora_alpha)
+    init_key, run_key = jax.random.split(jax.random.key(args.seed))
+    adapters = init_adapters(init_key, base, lora)
+    print(f"training {sum(x.size for x in jax.tree.leaves(adapters)):,} parameters")
+except UserError as error:
+    sys.exit(f"train_qlora: {error}")
 
 # --- The step: state in, state out; compiled once, the old state's memory reused ---
 
 model = Llama(config, Compute(dtype=args.dtype, remat="full", lora=lora))
-settings = TrainConfig(
-    steps=args.steps,
-    batch_size=args.batch_size,
-    gradient_accumulation_steps=args.accumulation,
-    learning_rate=args.learning_rate,
-    warmup_steps=args.warmup_steps,
-)
 optimizer = make_optimizer(settings, args.steps)
 state = init_state(adapters, optimizer, run_key)
 step = jax.jit(partial(train_step, model=model, optimizer=optimizer), donate_argnums=0)
@@ -122,10 +129,9 @@ for number, batch in enumerate(prefetch(batches, 0, args.steps), 1):
             sys.exit(f"step {number}: loss {loss}, gradient norm {norm}; stopped")
         now = time.perf_counter()
         # The first line's rate includes compilation; padding counts as tokens.
-        rate = tokens / (now - began)
         print(
             f"step {number}/{args.steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
-            f"{rate:,.0f} tokens/s",
+            f"{tokens / (now - began):,.0f} tokens/s",
             flush=True,
         )
         began, tokens = now, 0

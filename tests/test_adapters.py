@@ -417,7 +417,9 @@ def test_what_replaces_otherwise_is_refused_by_name(models):
     plain = LORAS["plain"]
     one = (HEADS, draw(base, HEADS, 0), 1.0)
     for other in ((HEADS, draw(base, HEADS, 1), 1.0), (plain, draw(base, plain), 1.0)):
-        message = r"lm_head.weight` is trained whole.*adapters 0 and 1 do not agree"
+        message = (
+            r"lm_head.weight` is trained whole.*adapter 0 and adapter 1 do not agree"
+        )
         with pytest.raises(UserError, match=message):
             combine_adapters([one, other], base)
     rows = (ROWS, draw(base, ROWS, 0), 1.0)

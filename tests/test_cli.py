@@ -24,6 +24,7 @@ from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.model import load
+from qlora_jax.options import paragraphs
 from qlora_jax.runfile import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -364,6 +365,21 @@ def test_the_help_says_whose_settings_hold(cli):
     assert status == 0 and "`[lora]` is then the adapter's own" in text
 
 
+def test_the_help_has_whole_sentences_and_nothing_that_only_we_set(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    # Each is in two lines of the source.
+    sentences = {
+        "train": "       auto = the fastest that fits the device. (default: full) ",
+        "inspect": " win; or an adapter or run directory, whose own LoRA ",
+    }
+    for command, sentence in sentences.items():
+        _, text, _ = cli(command, "--help")
+        assert sentence in text
+        assert "base-fingerprint" not in text and "base-config-changes" not in text
+    assert paragraphs("one\n    two.\n\n    three") == "one two.\n\n    three"
+    assert paragraphs(lambda: None) is None
+
+
 def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):
     status, out, _ = cli("inspect", adapter, "--lora.r", "4", "--json")
     assert status == 0 and json.loads(out)["r"] == 4
@@ -371,6 +387,24 @@ def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):
     assert status == 1 and out == ""
     said = paragraph(err, "inspect")
     assert "`r`=2 (the adapter's: 4), `lora_alpha`=16 (the adapter's: 8)." in said
+
+
+def test_a_run_file_is_inspected_and_options_win(cli, settings, model_dir, adapter):
+    more = '[lora]\nr = 2\nlora_alpha = 6\ntarget_modules = ["q_proj"]\n'
+    file = settings('optimizer = "lion"\n' + more)
+    status, out, _ = cli("inspect", file, "--json")
+    assert status == 0
+    options = ["--lora.r", "2", "--lora.target-modules", "q_proj", "--lora.lora-alpha"]
+    options += ["6", "--optimizer", "lion", "--dtype", "float32", "--json"]
+    report = json.loads(out)
+    assert report == json.loads(cli("inspect", model_dir, *options)[1])
+    status, out, _ = cli("inspect", file, "--lora.r", "1", "--dtype=float16", "--json")
+    other = json.loads(out)
+    assert (other["r"], other["lora_alpha"], other["dtype"]) == (1, 6, "float16")
+    assert other["trainable_parameters"] == report["trainable_parameters"] / 2
+    # A run that starts from an adapter takes its settings.
+    status, out, _ = cli("inspect", settings(f'adapter_init = "{adapter}"'), "--json")
+    assert status == 0 and json.loads(out)["r"] == 4
 
 
 def test_inspect_warns_as_a_run_does(cli, model_dir):

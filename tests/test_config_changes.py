@@ -122,6 +122,19 @@ def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
     other = model.attach(plain).logits(tokens)
     assert float(abs(model.logits(tokens) - other).max()) > 1e-2
 
+    # A tokenizer with the base's length gets the new one; another length is its own.
+    for length, merged_length in ((32, 64), (48, 48)):
+        tokenizer = {"model_max_length": length, "eos_token": "</s>"}
+        (tiny_model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        report = convert.merge(tiny_model, place, tmp_path / f"merged-{length}")
+        file = tmp_path / f"merged-{length}" / "tokenizer_config.json"
+        assert json.loads(file.read_text()) == {
+            **tokenizer,
+            "model_max_length": merged_length,
+        }
+        said = report["config_changes"].get("model_max_length")
+        assert said == ([32, 64] if length == 32 else None)
+
     report = convert.merge(tiny_model, place, tmp_path / "merged")
     raw = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert raw["max_position_embeddings"] == 64 and raw["rope_scaling"] == LINEAR

@@ -17,6 +17,7 @@ from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import (
     Best,
+    Evaluation,
     apart,
     check_prompts,
     held_out_loss,
@@ -247,6 +248,32 @@ def test_prompts_that_cannot_be_continued_are_refused(llama_dir):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="need a tokenizer"):
         check_prompts(config, None, model)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "why"),
+    [
+        (0.0, "no better held-out loss in 2 measurements (`early_stopping_patience`)"),
+        (
+            1.0,
+            "none of 2 measurements (`early_stopping_patience`) lowered the best "
+            "held-out loss by more than 1 (`early_stopping_threshold`)",
+        ),
+    ],
+)
+def test_the_reason_to_end_names_the_threshold(llama_dir, threshold, why):
+    raw = json.loads((llama_dir / "config.json").read_text())
+    config = EvalConfig(
+        path="held.txt", early_stopping_patience=2, early_stopping_threshold=threshold
+    )
+    evaluation = Evaluation(
+        config,
+        Llama(LlamaConfig.from_hf(raw), Compute()),
+        held=None,
+        batch_size=1,
+        best=Best(20, 3.736, waited=2),
+    )
+    assert evaluation.reason == f"{why}; the best is 3.7360, after step 20"
 
 
 # --- Whole runs ---

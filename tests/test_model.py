@@ -15,6 +15,7 @@ import convert
 import qlora_jax as qj
 from qlora_jax.directories import find_base
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.inputs import beside_tokens, check_text, check_turns, token_array
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.model import end_tokens, load, load_tokenizer
@@ -182,6 +183,46 @@ def test_token_ids_that_the_model_does_not_have_are_refused(llama_dir):
     # What is traced is not known.
     shape = jax.eval_shape(model.logits, jax.ShapeDtypeStruct((1, 3), np.int32)).shape
     assert shape == (1, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2, 3, 4, 5], [6, 7]], r"got rows of 5, 2 tokens. .* `attention_mask`"),
+        ([1, 2, 3], r"of shape \[B, T\], .* got shape \[3\]. Put a single text in a"),
+        ("Once", r"got text \('Once'\). The tokenizer gives them: `model.logits"),
+        (["Once"], "must be token ids, got text"),
+        ([[0.5, 2.0]], r"got \[\[0.5, 2.0\]\]"),
+        (np.ones((1, 2), np.float32), "got an array of float32"),
+        ({"input_ids": [[1]]}, r"got \{'input_ids': \[\[1\]\]\}"),
+    ],
+)
+def test_what_is_no_token_ids_is_refused(tokens, message):
+    with pytest.raises(UserError, match=message):
+        token_array(tokens, 32)
+
+
+def test_what_goes_beside_tokens_has_their_shape():
+    mask = beside_tokens("attention_mask", [[True, False]], (1, 2))
+    assert mask.tolist() == [[1, 0]]
+    assert beside_tokens("positions", [[0, 1]], (3, 2)).shape == (1, 2)
+    with pytest.raises(UserError, match=r"`positions` .* \[1, 2\], got shape \[1, 3\]"):
+        beside_tokens("positions", [[0, 1, 2]], (1, 2))
+
+
+@pytest.mark.parametrize("messages", ["Who?", {"role": "user"}, ["Who?"]])
+def test_a_conversation_is_a_list_of_turns(messages):
+    with pytest.raises(
+        UserError, match=r"list of turns, .* One question is \[\{\"role"
+    ):
+        check_turns(messages)
+
+
+def test_a_prompt_is_a_text():
+    with pytest.raises(
+        UserError, match=r"got \[1, 2\]. Token ids are continued by `ql"
+    ):
+        check_text([1, 2])
 
 
 def test_an_adapter_takes_no_second_one(adapter_dir):

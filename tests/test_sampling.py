@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.errors import UserError
 from qlora_jax.sampling import Sampling, penalize
 
 PROBABILITIES = [0.3, 0.06, 0.4, 0.2, 0.04]
@@ -62,3 +63,12 @@ def test_only_what_is_on_is_compiled():
     warm = Sampling(temperature=0.5, top_p=0.9).rules(8)
     assert warm == Sampling(temperature=2.0, top_p=0.1, seed=4).rules(8)
     assert Sampling(repetition_penalty=2.0).rules(8) != Sampling().rules(8)
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once():
+    with pytest.raises(UserError, match="sampling: 2 problems:") as raised:
+        Sampling(top_p=3.0, min_p=2.0)
+    assert [problem[:18] for problem in raised.value.problems] == [
+        "sampling: `top_p` ",
+        "sampling: `min_p` ",
+    ]

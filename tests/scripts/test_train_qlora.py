@@ -103,6 +103,42 @@ def test_an_output_that_exists_is_refused(train, tiny, counting, tmp_path, capsy
     assert "exists; give a new directory as --output" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nosuch.txt"), "there is no file nosuch.txt"),
+        (("--format", "prompt_completion"), "needs a tokenizer and the model came"),
+        (("--steps", "0"), "`steps` must be at least 1"),
+        (("--r", "0"), "`r` must be"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_paragraph(
+    train, tiny, counting, tmp_path, arguments, message
+):
+    with pytest.raises(SystemExit) as stopped:
+        train(
+            *("--model", str(tiny), "--data", str(counting), "--format", "tokens"),
+            *("--output", str(tmp_path / "adapter"), *arguments),
+        )
+    assert str(stopped.value.code).startswith("train_qlora: ")
+    assert message in str(stopped.value.code)
+
+
+def test_templates_make_prompt_and_completion_of_other_fields(
+    train, shared_data, tmp_path
+):
+    rows = [{"question": f"The cat number {n}", "answer": " sat."} for n in range(4)]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    output = train(
+        *("--model", str(shared_data / "stories260K"), "--steps", "1", "--r", "2"),
+        *("--data", str(tmp_path / "qa.json"), "--format", "prompt_completion"),
+        *("--prompt", "{question}", "--completion", "{answer}", "--batch-size", "1"),
+        *("--output", str(tmp_path / "adapter")),
+    )
+    assert output.startswith("4 of 4 rows kept")
+    assert len(losses(output)) == 1
+
+
 @pytest.mark.real
 def test_stories260k_learns_shakespeare(train, shared_data, tmp_path):
     text = (shared_data / "text/tinyshakespeare/input.txt").read_text()
