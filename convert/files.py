@@ -325,9 +325,9 @@ def check_model_directory(path: Path) -> None:
     """Refuses what is no Hugging Face model directory, saying what it is instead."""
     if not path.exists():
         raise CheckpointError(
-            f"`{path}` does not exist. A model is a local Hugging Face directory; a "
-            "name on the Hub has to be downloaded first (`hf download NAME "
-            "--local-dir DIR`)."
+            f"`{path}` does not exist{_seen_from(path)}. A model is a local Hugging "
+            "Face directory; a name on the Hub has to be downloaded first (`hf "
+            "download NAME --local-dir DIR`)."
         )
     if not path.is_dir():
         raise CheckpointError(
@@ -415,6 +415,11 @@ def _no_weights(path: Path) -> str:
             "download the index file too."
         )
     return f"`{path}` has no weights: neither {SINGLE} nor {INDEX} is there."
+
+
+def _seen_from(path: Path) -> str:
+    """Where a relative path was looked for."""
+    return "" if path.is_absolute() else f" in `{Path.cwd()}`, where this runs"
 
 
 class Problems:

@@ -11,10 +11,12 @@ are on disk before the checkpoint is, and later ones are measured again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,10 +38,12 @@ from qlora_jax.generate import generate_tokens
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.model import end_tokens
-from qlora_jax.runfile import EvalConfig, RunConfig
+from qlora_jax.runfile import READING, EvalConfig, RunConfig
 from qlora_jax.train import eval_step
 
 _LARGEST_EXPONENT = 700.0  # of a double
+# Settings that `[eval]` has too.
+_OWN = re.compile(rf"`data\.({'|'.join(READING)})`")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class HeldOut:
     """One line for people."""
 
 
+@contextlib.contextmanager
+def of_eval() -> Iterator[None]:
+    """Names the settings of `[eval]` in what is wrong with its data."""
+    try:
+        yield
+    except UserError as error:
+        problems = Problems("the held-out data")
+        for problem in error.problems:
+            problems.add("[eval] " + _OWN.sub(r"`eval.\1`", problem))
+        problems.refuse()
+
+
 def load_held_out(
     config: RunConfig, tokenizer: Any, *, vocab_size: int
 ) -> HeldOut | None:
@@ -64,14 +80,10 @@ def load_held_out(
     if not config.eval.path:
         return None
     how = config.eval.data_config(config.data)
-    problems = Problems("the held-out data")
-    examples = None
-    with problems.collected("[eval] "):
+    with of_eval():
         examples = load_examples(
             how, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
         )
-    problems.refuse()
-    assert examples is not None
     return HeldOut(examples, how, f"Held out: {examples.report.summary()}")
 
 

@@ -35,7 +35,6 @@ from qlora_jax.plan import (
     Quantity,
     policies,
 )
-from qlora_jax.run_directory import SETTINGS
 from qlora_jax.runfile import RunConfig, lora_options, read_config
 from qlora_jax.step_memory import Step
 from qlora_jax.train_config import TrainConfig
@@ -238,7 +237,7 @@ class _Settings:
 
     @classmethod
     def of(cls, command: PlanCommand, given: Sequence[str]) -> _Settings:
-        run = None if command.config is None else read_config(run_file(command.config))
+        run = None if command.config is None else read_config(Path(command.config))
         model = command.model or (run.model.path if run else None)
         if model is None:
             raise UserError(
@@ -555,19 +554,13 @@ def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, flo
     return out
 
 
-def run_file(path: str) -> Path:
-    """The run file that a path means: itself, or that of a run directory."""
-    place = Path(path)
-    return place / SETTINGS if place.is_dir() else place
-
-
 def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:
     """Reads the command line; with a run file, its LoRA settings are the defaults."""
     args = list(args)
     given = sorted(lora_options(args))
     default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
-        run: RunConfig = read_config(run_file(args[0]))
+        run: RunConfig = read_config(Path(args[0]))
         # A table with entries would make an option of each, and take no others.
         empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
         lora = dataclasses.replace(run.lora, **empty)

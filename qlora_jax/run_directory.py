@@ -12,9 +12,10 @@ from typing import Any
 
 from convert.files import read_json
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.runfile import SETTINGS as SETTINGS
 from qlora_jax.watch import read_metrics
 
-SETTINGS, ADAPTER, START = "config.toml", "adapter", "initial_adapter"
+ADAPTER, START = "adapter", "initial_adapter"
 ADAPTER_EMA = "adapter_ema"
 REPORT, CHECKPOINTS = "report.json", "checkpoints"
 # The adapter with the best held-out loss, and what stands beside it.

@@ -31,6 +31,8 @@ from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
 from qlora_jax.train_config import TrainConfig
 
+SETTINGS = "config.toml"
+"""The settings of a run, in its directory."""
 _NONE = "none"
 
 
@@ -198,7 +200,7 @@ class EvalConfig:
         given = [n for n in ("path", "fraction", "examples") if getattr(self, n)]
         if len(given) > 1:
             yield f"give one of {', '.join(f'`{name}`' for name in given)}."
-        reading = [n for n in _READING if getattr(self, n) is not None]
+        reading = [n for n in READING[1:] if getattr(self, n) is not None]
         if reading and not self.path:
             named = ", ".join(f"`{name}`" for name in reading)
             yield f"{named} say how `path` is read, and there is none."
@@ -249,19 +251,28 @@ class EvalConfig:
         Raises:
           UserError: they contradict each other.
         """
-        own = {name: getattr(self, name) for name in _READING}
+        own = {name: getattr(self, name) for name in READING}
         try:
             plain = dataclasses.replace(data, split=None)
-            return plain.read_as(Source(path=self.path, **own))
+            return plain.read_as(Source(**own))
         except UserError as error:
             raise UserError(f"`[eval]` with what `[data]` says: {error}") from error
 
 
-# Of `[eval]`, how its file is read.
-_READING = (
-    *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
+READING = (
+    *(
+        "path",
+        "split",
+        "format",
+        "train_on",
+        "prompt",
+        "completion",
+        "text",
+        "chat_template",
+    ),
     *("too_long", "append_eos"),
 )
+"""Of `[eval]`, which data are read and how; the same names as in `[data]`."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +295,11 @@ class RunConfig:
         return self.eval.batch_size or self.train.batch_size
 
 
+def settings_file(path: Path) -> Path:
+    """The run file that a path means: itself, or that of a run directory."""
+    return path / SETTINGS if path.is_dir() else path
+
+
 def read_config(path: Path) -> RunConfig:
     """Reads a TOML run file strictly: unknown keys and wrong types are errors.
 
@@ -291,6 +307,7 @@ def read_config(path: Path) -> RunConfig:
       UserError: no such file, no TOML, keys that are unknown, of a wrong type, or
         missing, settings that cannot be; the message names all of them.
     """
+    path = settings_file(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -367,7 +384,8 @@ def _fields(of: Any) -> dict[str, Any]:
 
 def given_lora(path: Path) -> set[str]:
     """The settings that the [lora] section of a readable TOML run file has."""
-    return set(tomllib.loads(path.read_text(encoding="utf-8")).get("lora", {}))
+    text = settings_file(path).read_text(encoding="utf-8")
+    return set(tomllib.loads(text).get("lora", {}))
 
 
 def lora_options(args: Sequence[str]) -> set[str]:

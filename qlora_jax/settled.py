@@ -36,7 +36,13 @@ from qlora_jax.data import (
 )
 from qlora_jax.data.batches import Batch
 from qlora_jax.errors import Problems, UserError
-from qlora_jax.evaluation import HeldOut, apart, check_prompts, load_held_out
+from qlora_jax.evaluation import (
+    HeldOut,
+    apart,
+    check_prompts,
+    load_held_out,
+    of_eval,
+)
 from qlora_jax.fit import Fitted, fit
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama, add_parameters
@@ -174,7 +180,7 @@ def _check_places(config: RunConfig, problems: Problems) -> bool:
     with problems.collected():
         sizes.append(data_size(config.data))
     if config.eval.path:
-        with problems.collected("[eval] "):
+        with problems.collected(), of_eval():
             sizes.append(data_size(config.eval.data_config(config.data)))
     if config.eval.idle:
         say(

@@ -165,7 +165,7 @@ def test_what_does_not_fit_the_model_and_the_rows_is_said_with_the_settings(
     status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
     assert status == 1 and "5 problems:" in error
     for part in (
-        "[eval] `data.path`: there is no file",
+        "[eval] `eval.path`: there is no file",
         "`target_modules`=('q_porj',) matches no linear module",
         "`sample_prompts` need a tokenizer",
         "rows.jsonl:2: malformed JSON",
@@ -189,3 +189,15 @@ def test_large_data_are_not_read_for_settings_that_are_wrong(
     status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
     assert status == 1 and "2 problems:" in error
     assert "malformed" not in error and "q_porj" in error
+
+
+def test_a_run_directory_stands_for_its_settings(rows, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    text = run_file(tmp_path, tmp_path / "none", rows).read_text()
+    (run / "config.toml").write_text(text)
+    status, error = refused(capsys, run, "--lora.r", "0")
+    assert status == 1 and "lora: `r` must be a positive integer" in error
+    (run / "config.toml").unlink()
+    status, error = refused(capsys, run)
+    assert status == 1 and f"`{run}/config.toml` cannot be read" in error

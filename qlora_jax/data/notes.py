@@ -42,9 +42,9 @@ def data_notes(
             )
     if not report.supervised_eos and tokenizer is not None:
         found.append(
-            f"no supervised token is the tokenizer's EOS ({tokenizer.eos_token!r}). A "
-            "model trained on this learns to stop only if another token (an end of "
-            "turn) stops it."
+            "no supervised token is the tokenizer's EOS "
+            f"({getattr(tokenizer, 'eos_token', None)!r}). A model trained on this "
+            "learns to stop only if another token (an end of turn) stops it."
         )
     if report.truncated:
         found.append(
