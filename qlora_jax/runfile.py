@@ -260,17 +260,8 @@ class EvalConfig:
 
 
 READING = (
-    *(
-        "path",
-        "split",
-        "format",
-        "train_on",
-        "prompt",
-        "completion",
-        "text",
-        "chat_template",
-    ),
-    *("too_long", "append_eos"),
+    *("path", "split", "format", "train_on", "prompt", "completion", "text"),
+    *("chat_template", "too_long", "append_eos"),
 )
 """Of `[eval]`, which data are read and how; the same names as in `[data]`."""
 
