@@ -18,10 +18,9 @@ from convert.peft import open_adapter
 from qlora_jax.bases import base_places
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runfile import RunConfig, read_config
+from qlora_jax.runfile import SETTINGS, RunConfig, read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
-SETTINGS = "config.toml"
 # What a run directory holds that is asked and measured as the run is.
 _ADAPTERS = ("adapter", "adapter_ema", "best_adapter")
 
