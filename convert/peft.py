@@ -211,7 +211,7 @@ def _match(
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
     problems = Problems(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
-        f"(`r`={lora.r}, `target_modules`={_listed(lora.target_modules):.200}) "
+        f"(`r`={lora.r}, `target_modules`={_listed(lora.target_modules)!r:.200}) "
         "describes for this base model",
         shown=3,
     )

@@ -181,8 +181,10 @@ def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
     config = kept_settings(run)
     held = held_out_again(config, model.tokenizer, vocab_size=model.config.vocab_size)
     started = run / STARTED
-    known = read_json(started).get("held_out") if started.is_file() else None
-    same = known is None or known["fingerprint"] == held.examples.report.fingerprint
+    same = True  # of a run that was stopped before it noted anything
+    if started.is_file():
+        known = read_json(started).get("held_out") or {}
+        same = known.get("fingerprint") == held.examples.report.fingerprint
     if config.eval.path:
         what = "the data that the run was measured on ([eval])"
         return held, what if same else f"{what}, changed since"

@@ -145,7 +145,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        problems = Problems("[lora]")
+        problems = Problems("the LoRA settings")
         checked = problems.collected
         with checked():
             _check_rank("r", self.r)

@@ -131,21 +131,37 @@ def test_a_mixture_that_changed_is_refused(llama_dir, sources, tmp_path, straigh
             runner.run(config)
 
 
-def test_the_run_file_of_a_mixture_continues_and_evaluates(
-    llama_dir, sources, straight, rows_file, capsys
-):
+def test_the_run_file_of_a_mixture_continues(straight, capsys):
     directory, _ = straight
     assert main(["train", str(directory / "config.toml")]) == 0
     assert "This run is finished" in capsys.readouterr().err
-    assert main(["eval", str(directory), "--json"]) == 0
+    assert main(["eval", str(directory), "--json"]) == 1
+    assert "held nothing out" in capsys.readouterr().err
+    file = directory / "config.toml"
+    before = file.read_text()
+    # A run that held nothing out has nothing to show, whatever its file says later.
+    file.write_text(before.replace("[eval]", "[eval]\nexamples = 6"))
+    assert main(["eval", str(directory), "--json"]) == 1
+    assert "are not what they were" in capsys.readouterr().err
+    file.write_text(before)
+
+
+def test_what_a_mixture_held_out_is_measured_by_source(
+    llama_dir, sources, rows_file, tmp_path, capsys
+):
+    config = configure(llama_dir, tmp_path / "run", sources=sources)
+    short = dataclasses.replace(config.train, steps=1)
+    held = EvalConfig(examples=6)
+    report = runner.run(dataclasses.replace(config, train=short, eval=held))
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
     mixture = json.loads(capsys.readouterr().out)
-    assert main(["eval", str(directory), "--data.path", str(rows_file), "--json"]) == 0
-    together = json.loads(capsys.readouterr().out)
-    # The three sources are the rows of that one file.
-    for name in ("supervised_tokens", "rows"):
-        assert mixture[name] == together[name]
-    # Sums of float32 in another order of the same 361 terms.
-    np.testing.assert_allclose(mixture["loss"], together["loss"], rtol=1e-5)
+    assert mixture["rows"] == 6 == sum(s["rows"] for s in mixture["sources"].values())
+    assert set(mixture["sources"]) == {source.path for source in sources}
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(mixture["loss"], report["eval"]["best_loss"], rtol=1e-5)
+    args = ["--data.path", str(rows_file), "--json"]
+    assert main(["eval", str(tmp_path / "run"), *args]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 24
 
 
 def test_the_record_of_a_single_file_is_what_it_always_was(llama_dir, rows_file):

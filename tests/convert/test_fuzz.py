@@ -817,7 +817,13 @@ def sandbox(tmp_path: Path) -> Iterator[Path]:
 def check_message(message: str) -> None:
     start = repr(message[:60])
     assert 20 < len(message) < MESSAGE, f"a message of another length: {start}"
-    assert message.isprintable(), f"a message with control characters: {start}"
+    # One sentence after the other, or a list with a line for each problem.
+    heading, *listed = message.split("\n- ")
+    if listed:
+        assert re.search(r"\d problems with the LoRA settings:$", heading), start
+        assert len(listed) > 1, f"a list of one: {start}"
+    for part in (heading, *listed):
+        assert part.isprintable(), f"a message with control characters: {start}"
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
@@ -989,7 +995,7 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     if err:
         assert status == failure and not out
         assert err.startswith("qlora-convert: ") and err[-2:] in (".\n", "?\n"), err
-        assert err.count("\n") == 1 and "Traceback" not in err, err
+        assert err.endswith("\n") and "Traceback" not in err, err
         check_message(err.strip())
     else:
         assert out

@@ -331,7 +331,8 @@ def test_nan_is_reported_with_its_tensor(
 
 def test_path_that_does_not_exist():
     with pytest.raises(
-        CheckpointError, match="does not exist. A model is a local.*Hub"
+        CheckpointError,
+        match="does not exist in `.*`, where this runs. A model is a local",
     ):
         convert.load_llama("meta-llama/Llama-3.2-1B")
 

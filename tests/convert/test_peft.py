@@ -518,7 +518,7 @@ def test_everything_wrong_is_said_at_once(tiny, config, make_adapter, edit_tenso
     with pytest.raises(CheckpointError) as caught:
         convert.load_adapter(path, config)
     for part in (
-        "`r`=3, `target_modules`=down_proj, q_proj)",
+        "`r`=3, `target_modules`='down_proj, q_proj')",
         f"1 missing tensors: {KEY}",
         f"{KEY.replace('lora_A', 'lora_B')} [64, 4] instead of [64, 3]",
         f"1 tensors of another dtype: {KEY.replace('layers.1', 'layers.0')} F64",
