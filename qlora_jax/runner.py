@@ -41,9 +41,7 @@ from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
 from qlora_jax.directories import template_text
 from qlora_jax.errors import Problems
-from qlora_jax.evaluation import (
-    Evaluation,
-)
+from qlora_jax.evaluation import Evaluation
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.interruptions import Interruption
 from qlora_jax.llama import add_parameters
@@ -53,9 +51,7 @@ from qlora_jax.loss_plot import Redrawing, draw_loss
 from qlora_jax.memory import tree_bytes, tree_size
 from qlora_jax.model import check_weights
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.parameter_groups import (
-    schedule,
-)
+from qlora_jax.parameter_groups import schedule
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import (
     ADAPTER,

@@ -72,14 +72,12 @@ def find_places(
             if not found:
                 problems.add(f"`data.path`: no file matches the pattern {entry!r}.")
         for name in found:
-            try:
+            with problems.collected():
                 if any((Path(name) / file).is_file() for file in _SAVED):
                     places.append(_saved(Path(name), split))
                     splits = True
                 else:
                     places.append(_file(Path(name), plain_text))
-            except UserError as error:
-                problems.add(error)
     problems.refuse()
     if split is not None and not splits:
         raise UserError(
