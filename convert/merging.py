@@ -247,10 +247,11 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
         write_json(temporary, report, sort_keys=False)
         os.replace(temporary, place)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"Cannot write `{place}`: {error.strerror or error}."
         ) from error
+    finally:  # a signal as well
+        temporary.unlink(missing_ok=True)
 
 
 def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[Any]]:

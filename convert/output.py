@@ -210,8 +210,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 os.rename(path, aside)
                 try:
                     os.rename(temporary, path)
-                except OSError:
-                    os.rename(aside, path)
+                except BaseException:  # a signal as well
+                    if not path.exists():
+                        os.rename(aside, path)
                     raise
                 shutil.rmtree(aside)
             else:

@@ -37,7 +37,13 @@ from qlora_jax.directories import (
 from qlora_jax.errors import UserError
 from qlora_jax.eval_command import Eval, eval_from_arguments
 from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
-from qlora_jax.interruptions import AtOnce, Terminated, leave, termination_raises
+from qlora_jax.interruptions import (
+    STOPS,
+    AtOnce,
+    leave,
+    stopped,
+    termination_raises,
+)
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
 from qlora_jax.options import explained
@@ -240,20 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        return 1
-    except AtOnce:
-        print("qlora-jax train: ended at once." + _CONTINUES, file=sys.stderr)
-        return 130
-    except (KeyboardInterrupt, Terminated) as error:
-        stopped = "terminated" if isinstance(error, Terminated) else "interrupted"
-        print(
-            f"qlora-jax {args[0]}: {stopped}."
-            + (f" No step was under way.{_CONTINUES}" if args[0] == "train" else ""),
-            file=sys.stderr,
-        )
-        return 143 if isinstance(error, Terminated) else 130
+    except STOPS as error:
+        hint = ""
+        if args[0] == "train":
+            idle = "" if isinstance(error, AtOnce) else " No step was under way."
+            hint = idle + _CONTINUES
+        return stopped(f"qlora-jax {args[0]}", error, hint)
 
 
 def entry() -> NoReturn:

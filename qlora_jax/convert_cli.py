@@ -1,7 +1,8 @@
 """`qlora-convert`: adapters and checkpoints between formats, on the command line.
 
 Exit status: 0 done, 1 a failure the user can mend (one paragraph on stderr), 2 wrong
-usage. Of `verify`, as of diff: 0 the same, 1 a difference found, 2 a failure.
+usage, 130 or 143 interrupted or terminated (nothing half-written is left). Of `verify`,
+as of diff: 0 the same, 1 a difference found, 2 a failure.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -46,6 +47,7 @@ from qlora_jax.compare import (
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
+from qlora_jax.interruptions import STOPS, leave, stopped, termination_raises
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.options import explained
 from qlora_jax.printed import print_report, said
@@ -493,10 +495,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     try:
-        report = command.run()
+        with termination_raises():
+            return _run(command)
     except UserError as error:
         print(f"qlora-convert: {error}", file=sys.stderr)
         return 2 if isinstance(command, Verify) else 1
+    except STOPS as error:
+        return stopped("qlora-convert", error, " Nothing half-written is left.")
+
+
+def entry() -> NoReturn:
+    """The console script: runs one command and leaves with its status."""
+    leave(main())
+
+
+def _run(command: Any) -> int:
+    report = command.run()
     if isinstance(report, Comparison):
         if command.json:
             print(json.dumps(report.to_json(), indent=2))
@@ -586,4 +600,4 @@ def _print_differences(report: Comparison, console: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -35,6 +35,10 @@ class Terminated(BaseException):
     """SIGTERM where nothing is there to be saved; see `termination_raises`."""
 
 
+STOPS = (KeyboardInterrupt, Terminated, BrokenPipeError)
+"""What ends a command from outside; the last: whoever read its output has gone."""
+
+
 _RAISED_BY = {
     KeyboardInterrupt: signal.SIGINT,
     AtOnce: signal.SIGINT,
@@ -127,6 +131,19 @@ def termination_raises() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.unraisablehook = report
+
+
+def stopped(command: str, error: BaseException, hint: str = "") -> int:
+    """Says on stderr which of `STOPS` ended a command; returns its exit status."""
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 1
+    terminated = isinstance(error, Terminated)
+    how = "terminated" if terminated else "interrupted"
+    if isinstance(error, AtOnce):
+        how = "ended at once"
+    print(f"{command}: {how}.{hint}", file=sys.stderr)
+    return 143 if terminated else 130
 
 
 def leave(status: int) -> NoReturn:

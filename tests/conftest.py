@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -472,3 +473,18 @@ def edit_tensors() -> Callable[[Path, Callable[[Tensors], Any]], None]:
         safetensors.numpy.save_file(tensors, file, {"format": "pt"})
 
     return edit
+
+
+@pytest.fixture
+def handlers():
+    """Handlers as Python sets them; a shell's `&` makes SIGINT ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number in numbers:
+        found = signal.getsignal(number)
+        signal.signal(number, before[number])
+        default = signal.default_int_handler if number == signal.SIGINT else 0
+        assert found == default, "not given back"

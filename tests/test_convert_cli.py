@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -73,6 +74,28 @@ def test_expected_failure_is_one_paragraph(capsys, tmp_path, command, failure):
     assert (status, out) == (failure, "")
     assert err.startswith("qlora-convert: `")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "how"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_signal_leaves_nothing_half_written(
+    handlers, capsys, tiny_model, tmp_path, monkeypatch, number, status, how
+):
+    out = tmp_path / "new" / "model"
+
+    def half(file, *_):
+        file.write_text("{")
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("convert.hf.write_json", half)
+    assert run(capsys, "model", tiny_model, out) == (
+        status,
+        "",
+        f"qlora-convert: {how}. Nothing half-written is left.\n",
+    )
+    assert list(out.parent.iterdir()) == []
 
 
 def test_as_a_program(tiny_model, tmp_path):

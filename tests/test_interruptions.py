@@ -26,19 +26,7 @@ from qlora_jax.runfile import read_config
 from qlora_jax.runner import run
 from qlora_jax.watch import Watch
 
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Handlers as Python sets them; a shell's `&` makes SIGINT ignored."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number in SIGNALS:
-        found = signal.getsignal(number)
-        signal.signal(number, before[number])
-        default = signal.default_int_handler if number == signal.SIGINT else 0
-        assert found == default, "not given back"
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 # --- the handlers ---
@@ -309,10 +297,10 @@ def test_before_the_first_step_there_is_nothing_to_save(
 
 
 AT_ONCE = """
-import signal, sys
+import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_jax import loop
-from qlora_jax.cli import main
+from qlora_jax.cli import entry
 export = loop.Loop.export
 def during_the_save(self, state):
     if int(state.step) == 8:
@@ -320,14 +308,14 @@ def during_the_save(self, state):
             signal.raise_signal(signal.Signals[name])
     export(self, state)
 loop.Loop.export = during_the_save
-sys.exit(main(["train", sys.argv[1]]))
+entry()
 """
 
 
 def test_whoever_insists_is_obeyed_and_loses_steps_alone(write, straight):
     file, output = write("at once")
     done = subprocess.run(
-        [sys.executable, "-c", AT_ONCE, str(file)],
+        [sys.executable, "-c", AT_ONCE, "train", str(file)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],

@@ -194,11 +194,10 @@ def command(
     """
     file = tmp_path / "settings.toml"
     file.write_text(to_toml(config))
-    program = f"{before}\nimport sys\nfrom qlora_jax.cli import main\n"
-    program += f"sys.exit(main(['train', {str(file)!r}]))"
+    program = f"{before}\nfrom qlora_jax.cli import entry\nentry()"
     found = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
     return subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, "train", str(file)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
