@@ -74,6 +74,18 @@ class Checkpoint:
         return FLOAT_NAMES[self.files[key].dtype]
 
 
+def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
+    """Reads the config.json of a Llama directory.
+
+    Raises:
+      CheckpointError: a directory that is something else.
+      UserError: a config.json of another architecture.
+    """
+    path = Path(path)
+    check_model_directory(path)
+    return LlamaConfig.from_hf(read_json(path / "config.json"))
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Llama directory and checks all names, shapes and dtypes.
 
@@ -83,8 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
       UserError: a config.json of another architecture.
     """
     path = Path(path)
-    check_model_directory(path)
-    config = LlamaConfig.from_hf(read_json(path / "config.json"))
+    config = open_config(path)
     files = open_model(path)
     problems = Problems(f"`{path}` does not fit its config.json")
     packed: dict[str, bnb.QuantState] = {}

@@ -19,12 +19,11 @@ from typing import Any, Literal
 import numpy as np
 
 from convert import names
+from convert.checkpoint import open_config
 from convert.files import (
     DTYPES,
     TensorFiles,
-    check_model_directory,
     open_model,
-    read_json,
 )
 from convert.peft import CONFIG, open_adapter
 from qlora_jax.config import LlamaConfig, RopeScaling
@@ -194,9 +193,7 @@ def _open(
     if (path / CONFIG).is_file():
         lora, files = open_adapter(path)
         return "adapter", lora, files
-    check_model_directory(path)
-    config = LlamaConfig.from_hf(read_json(path / "config.json"))
-    return "model", config, open_model(path)
+    return "model", open_config(path), open_model(path)
 
 
 def adapter_directory(path: Path) -> Path:

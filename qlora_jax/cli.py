@@ -46,7 +46,7 @@ from qlora_jax.interruptions import (
 )
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, parameter_report, warnings
-from qlora_jax.options import explained
+from qlora_jax.options import explained, place
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
@@ -63,15 +63,11 @@ from qlora_jax.tokens import Tokens
 from qlora_jax.train_config import Optimizer, TrainConfig
 
 
-def _place(name: str) -> Any:
-    return tyro.conf.arg(metavar=name)
-
-
 @dataclass(frozen=True)
 class Inspect:
     """Count what a run would train and store; reads configurations, loads nothing."""
 
-    path: Annotated[tyro.conf.Positional[str], _place("PATH")]
+    path: Annotated[tyro.conf.Positional[str], place("PATH")]
     """Model directory or its config.json; a run file (.toml), where options win; or an
     adapter or run directory, whose own LoRA configuration is then the one counted."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -173,9 +169,9 @@ class Inspect:
 class Quantize:
     """Quantize a checkpoint to a bitsandbytes-4bit directory (NF4)."""
 
-    input: Annotated[tyro.conf.Positional[str], _place("IN")]
+    input: Annotated[tyro.conf.Positional[str], place("IN")]
     """Hugging Face directory of 16- or 32-bit weights."""
-    output: Annotated[tyro.conf.Positional[str], _place("OUT")]
+    output: Annotated[tyro.conf.Positional[str], place("OUT")]
     """Directory to create."""
     quantization: Literal["nf4", "nf4_dq"] = "nf4_dq"
     """NF4, or NF4 with double quantization."""

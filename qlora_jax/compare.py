@@ -9,7 +9,7 @@ Everything is computed in float32, with one model in memory at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qlora_jax.config_changes import change
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.linear import Compute
+from qlora_jax.lora_config import LoraConfig
 from qlora_jax.model import Model, load_tokenizer
 from qlora_jax.nf4 import NF4Tensor
 
@@ -130,6 +131,30 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
     if not ids:
         raise UserError("The probe text has no tokens; give one of at least a word.")
     return np.array([ids], np.int32)
+
+
+def probe(
+    path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
+) -> Int[np.ndarray, "B T"]:
+    """What models are asked: a text, or fixed ids with those that were trained.
+
+    Args:
+      path: directory of the model, for its tokenizer.
+      config: of the model.
+      text: to be asked, if any.
+      loras: adapters whose trained rows of tokens shall be among the ids.
+
+    Raises:
+      UserError: see `probe_text`.
+    """
+    if text is not None:
+        return probe_text(path, config, text)
+    trained: set[int] = set()
+    for lora in loras:
+        rows = lora.trainable_token_indices or ()
+        for indices in rows.values() if isinstance(rows, Mapping) else (rows,):
+            trained.update(i for i in indices if i < config.vocab_size)
+    return probe_tokens(config, trained)
 
 
 def load_exact(

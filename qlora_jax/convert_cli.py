@@ -7,10 +7,9 @@ as of diff: 0 the same, 1 a difference found, 2 a failure.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,60 +20,48 @@ import numpy as np
 import tyro
 
 from convert import names
-from convert.checkpoint import lazy_base, open_checkpoint
+from convert.checkpoint import lazy_base, open_checkpoint, open_config
 from convert.files import (
     INDEX,
     SINGLE,
     carried,
-    check_model_directory,
     open_model,
-    read_json,
 )
 from convert.hf import load_llama, save_llama
 from convert.merging import add_to_report, merge, write_dense
 from convert.peft import in_short, load_adapter, open_adapter, save_adapter
-from convert.verify import Comparison, adapter_directory, compare
+from convert.verify import Comparison, adapter_directory
 from qlora_jax.adapters import combine_adapters
 from qlora_jax.bases import leads_nowhere, name_from
-from qlora_jax.compare import (
-    compare_logits,
-    dense_dtypes,
-    load_exact,
-    probe_text,
-    probe_tokens,
-    trained_form,
-)
+from qlora_jax.compare import compare_logits, dense_dtypes, load_exact, probe
 from qlora_jax.config import LlamaConfig
-from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.interruptions import STOPS, leave, stopped, termination_raises
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.options import explained
+from qlora_jax.options import explained, place
 from qlora_jax.printed import print_report, said
+from qlora_jax.verify_command import (
+    Verify,
+    elsewhere,
+    form_of,
+    own_modules,
+    print_comparison,
+)
 
 _Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def _place(name: str) -> Any:
-    return tyro.conf.arg(metavar=name)
 
 
 def _say(note: str) -> None:
     print(f"Note: {note}.", file=sys.stderr)
 
 
-def _config(path: Path) -> LlamaConfig:
-    check_model_directory(path)
-    return LlamaConfig.from_hf(read_json(path / "config.json"))
-
-
 @dataclass(frozen=True)
 class Adapter:
     """Check an adapter against its base model and write a clean PEFT directory."""
 
-    input: Annotated[tyro.conf.Positional[Path], _place("IN")]
+    input: Annotated[tyro.conf.Positional[Path], place("IN")]
     """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
-    output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
+    output: Annotated[tyro.conf.Positional[Path], place("OUT")]
     """Directory to create."""
     base: Path
     """The base model's directory; its config.json is read, and its embedding and head
@@ -90,7 +77,7 @@ class Adapter:
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        config = _config(self.base)
+        config = open_config(self.base)
         has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
         files = open_model(self.base) if has_weights else None
         source = adapter_directory(self.input)
@@ -138,11 +125,11 @@ class Merge:
     The report is also written into OUT, as merge_report.json.
     """
 
-    base: Annotated[tyro.conf.Positional[Path], _place("BASE")]
+    base: Annotated[tyro.conf.Positional[Path], place("BASE")]
     """The base model's directory."""
-    adapter: Annotated[tyro.conf.Positional[Path], _place("ADAPTER")]
+    adapter: Annotated[tyro.conf.Positional[Path], place("ADAPTER")]
     """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
-    output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
+    output: Annotated[tyro.conf.Positional[Path], place("OUT")]
     """Directory to create."""
     onto: Literal["original", "dequantized"]
     """Which weights are added to: the 16 or 32-bit ones of BASE, or the 4-bit ones the
@@ -168,9 +155,9 @@ class Merge:
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
         source = adapter_directory(self.adapter)
-        config = _config(self.base)
+        config = open_config(self.base)
         lora = open_adapter(source)[0]
-        tokens = _probe(self.base, config, self.probe, [lora])
+        tokens = probe(self.base, config, self.probe, [lora])
         report = merge(
             self.base,
             source,
@@ -198,11 +185,11 @@ class Merge:
         self, config: LlamaConfig, source: Path, lora: LoraConfig, tokens: np.ndarray
     ) -> dict[str, Any]:
         """What the report gets from loading the models."""
-        form = _trained_form(self.base, lora)
+        form = form_of(self.base, lora)
         here: bool | None = None
         if form is False:
             here = False
-            _say(_elsewhere(source, self.base))
+            _say(elsewhere(source, self.base))
         elif form is not None:
             # The original weights were asked for by name, whatever was trained on.
             onto = form if self.onto == "original" else self._form()
@@ -218,7 +205,7 @@ class Merge:
             "logits": None,
         }
         if config.extra_tensors:
-            _say(_own_modules(self.base))
+            _say(own_modules(self.base))
             return out
         before = partial(
             load_exact, self.base, adapter=source, quantization=self.quantization
@@ -234,45 +221,13 @@ class Merge:
         return f"{self.quantization or '4-bit'}, {dense}"
 
 
-def _probe(
-    path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
-) -> np.ndarray:
-    """What models are asked: a text, or fixed ids with those that were trained."""
-    if text is not None:
-        return probe_text(path, config, text)
-    trained: set[int] = set()
-    for lora in loras:
-        rows = lora.trainable_token_indices or ()
-        for indices in rows.values() if isinstance(rows, Mapping) else (rows,):
-            trained.update(i for i in indices if i < config.vocab_size)
-    return probe_tokens(config, trained)
-
-
-def _trained_form(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
-    """In which form of this base an adapter was trained; None if it does not say."""
-    if lora.base_fingerprint is None:
-        return None
-    return trained_form(base, lora.base_fingerprint) or False
-
-
-def _own_modules(base: Path | None) -> str:
-    return (
-        f"logits were not compared: `{base}` has modules of its own, and a directory "
-        "does not say how they compute"
-    )
-
-
-def _elsewhere(adapter: Path, base: Path) -> str:
-    return f"`{adapter}` was trained on another base than `{base}`"
-
-
 @dataclass(frozen=True)
 class Model:
     """Write a checkpoint in another dtype, quantized to NF4, or dequantized."""
 
-    input: Annotated[tyro.conf.Positional[Path], _place("IN")]
+    input: Annotated[tyro.conf.Positional[Path], place("IN")]
     """Hugging Face directory, dense or bitsandbytes-4bit."""
-    output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
+    output: Annotated[tyro.conf.Positional[Path], place("OUT")]
     """Directory to create."""
     quantization: Literal["nf4", "nf4_dq", "none"] = "none"
     """nf4 or nf4_dq (double quantization) write a bitsandbytes-4bit directory; none
@@ -349,75 +304,10 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Compare two adapters or two checkpoints tensor by tensor.
-
-    Exit status, as of diff: 0 the same, 1 different, 2 a failure.
-    """
-
-    a: Annotated[tyro.conf.Positional[Path], _place("A")]
-    """PEFT, Hugging Face or run directory."""
-    b: Annotated[tyro.conf.Positional[Path], _place("B")]
-    """Another of the same kind."""
-    base: Path | None = None
-    """The base of two adapters: compare what they select in it, and the logits that
-    they give it, and find out whether it is what they were trained on."""
-    logits: bool = False
-    """Compare the logits of two checkpoints as well."""
-    probe: str | None = None
-    """Text to compare logits on (default: 128 fixed token ids)."""
-    json: bool = False
-    """Print a report as JSON."""
-
-    def run(self) -> Comparison:
-        """Does it; returns what was found."""
-        base = None if self.base is None else _config(self.base)
-        found = compare(self.a, self.b, base=base)
-        if base is not None and base.extra_tensors:
-            found.notes.append(_own_modules(self.base))
-            return found
-        if self.base is not None and base is not None:
-            a, b = adapter_directory(self.a), adapter_directory(self.b)
-            loras = {path: open_adapter(path)[0] for path in (a, b)}
-            tokens = _probe(self.base, base, self.probe, list(loras.values()))
-            found.notes.extend(
-                _elsewhere(path, self.base)
-                for path, lora in loras.items()
-                if _trained_form(self.base, lora) is False
-            )
-            one, two = _on_one_base(self.base, a, b)
-        elif found.kind == "model" and (self.logits or self.probe is not None):
-            tokens = _probe(self.a, _config(self.a), self.probe)
-            one, two = partial(load_exact, self.a), partial(load_exact, self.b)
-        elif self.logits or self.probe is not None:
-            raise UserError(
-                "The logits of two adapters are compared on their base; give it with "
-                "--base."
-            )
-        else:
-            return found
-        return dataclasses.replace(found, logits=compare_logits(one, two, tokens))
-
-
-def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
-    """Loaders of two adapters that share one base in memory."""
-    model = load_exact(base)
-
-    def with_adapter(path: Path) -> Any:
-        lora, adapters = load_adapter(path, model.base)
-        config = change(model.config, lora.base_config_changes)
-        return dataclasses.replace(
-            model, config=config, lora_config=lora, adapters=adapters
-        )
-
-    return partial(with_adapter, a), partial(with_adapter, b)
-
-
-@dataclass(frozen=True)
 class Combine:
     """Make one adapter of the weighted sum of several."""
 
-    output: Annotated[tyro.conf.Positional[Path], _place("OUT")]
+    output: Annotated[tyro.conf.Positional[Path], place("OUT")]
     """Directory to create."""
     base: Path
     """The base model's directory; only its config.json is read."""
@@ -434,7 +324,7 @@ class Combine:
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        config = _config(self.base)
+        config = open_config(self.base)
         weights = self.weights or (1.0,) * len(self.adapters)
         if len(weights) != len(self.adapters):
             raise UserError(
@@ -515,7 +405,7 @@ def _run(command: Any) -> int:
         if command.json:
             print(json.dumps(report.to_json(), indent=2))
         else:
-            _print_comparison(report)
+            print_comparison(report)
         return 0 if report.equal else 1
     if command.json:
         print(json.dumps(report, indent=2))
@@ -537,66 +427,6 @@ def _for_people(report: Mapping[str, Any]) -> dict[str, Any]:
             for name, pair in shown["config_changes"].items()
         }
     return shown
-
-
-# Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
-_ROWS = 40
-# Characters in a line that is not wrapped: no name of a tensor comes near it.
-_UNBROKEN = 1000
-
-
-def _print_comparison(report: Comparison) -> None:
-    from rich.console import Console
-
-    # Names of tensors are no markup: one that holds "[/b]" is printed as it is.
-    console = Console(markup=False, emoji=False)
-    if not console.is_terminal:  # who reads on wants whole names and whole lines
-        console = Console(markup=False, emoji=False, width=_UNBROKEN)
-    if report.equal:
-        console.print(f"The same: {report.tensors} tensors, byte for byte.")
-    else:
-        _print_differences(report, console)
-    for note in report.notes:
-        console.print(f"Note: {note}.")
-    if report.logits is not None:
-        console.print(
-            "Logits on {probe_tokens} tokens: max |a - b| {max_abs_difference:.3g} "
-            "(largest logit {max_abs_logit:.3g}), KL(a || b) {mean_kl:.3g} on average "
-            "and {max_kl:.3g} at most, same top token {same_top_token:.1%}.".format(
-                **report.logits
-            )
-        )
-
-
-def _print_differences(report: Comparison, console: Any) -> None:
-    from rich.table import Column, Table
-
-    table = Table(
-        Column("what", overflow="fold"),
-        "a",
-        "b",
-        "max |a - b|",
-        title=f"a = {report.a}, b = {report.b}",
-    )
-    rows = [
-        (name, *("-" if value is None else str(value) for value in values), "")
-        for name, values in report.config.items()
-    ]
-    for d in report.different:
-        largest = d.max_abs_difference
-        rows.append((d.name, d.a, d.b, "" if largest is None else f"{largest:.3g}"))
-    rows += [(name, "present", "missing", "") for name in report.missing]
-    rows += [(name, "missing", "present", "") for name in report.extra]
-    for row in rows[:_ROWS]:
-        table.add_row(*row)
-    console.print(table)
-    if len(rows) > _ROWS:
-        console.print(f"... and {len(rows) - _ROWS:,} more (--json lists all).")
-    console.print(
-        f"Different: {len(report.different)} of {report.tensors} tensors; "
-        f"{len(report.missing)} missing, {len(report.extra)} extra, "
-        f"{len(report.config)} configuration fields."
-    )
 
 
 if __name__ == "__main__":

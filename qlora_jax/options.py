@@ -29,6 +29,11 @@ from qlora_jax.lora_config import LoraConfig
 _NOTES = ("base_fingerprint", "base_config_changes")
 
 
+def place(name: str) -> Any:
+    """Names a path that is given without an option, as `--help` shows it."""
+    return tyro.conf.arg(metavar=name)
+
+
 def explained() -> ConstructorRegistry:
     """Rules for tyro, to enter as a context: they change help texts alone."""
     registry = ConstructorRegistry()

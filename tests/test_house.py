@@ -106,6 +106,7 @@ ORDER = (
     "qlora_jax.data_command",
     "qlora_jax.generate_command",
     "qlora_jax.eval_command",
+    "qlora_jax.verify_command",
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
