@@ -65,6 +65,14 @@ _STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 _FINGERPRINT = "qlora_jax_base_fingerprint"
 
 
+def peft_directory(path: Path) -> Path:
+    """The PEFT directory meant by `path`: itself, or `adapter/` in a run directory."""
+    inside = path / "adapter"
+    if not (path / CONFIG).is_file() and (inside / CONFIG).is_file():
+        return inside
+    return path
+
+
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
     """Opens a PEFT directory: its configuration, and its tensors unread.
 

@@ -20,12 +20,8 @@ import numpy as np
 
 from convert import names
 from convert.checkpoint import open_config
-from convert.files import (
-    DTYPES,
-    TensorFiles,
-    open_model,
-)
-from convert.peft import CONFIG, open_adapter
+from convert.files import DTYPES, TensorFiles, open_model
+from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
@@ -189,19 +185,11 @@ _ARTICLE = {"adapter": "an adapter", "model": "a model"}
 def _open(
     path: Path,
 ) -> tuple[Literal["adapter", "model"], LlamaConfig | LoraConfig, TensorFiles]:
-    path = adapter_directory(path)
+    path = peft_directory(path)
     if (path / CONFIG).is_file():
         lora, files = open_adapter(path)
         return "adapter", lora, files
     return "model", open_config(path), open_model(path)
-
-
-def adapter_directory(path: Path) -> Path:
-    """The PEFT directory meant by `path`: itself, or `adapter/` in a run directory."""
-    inside = path / "adapter"
-    if not (path / CONFIG).is_file() and (inside / CONFIG).is_file():
-        return inside
-    return path
 
 
 def _keys(files: TensorFiles) -> dict[str, str]:

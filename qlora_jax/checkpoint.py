@@ -18,7 +18,6 @@ import gc
 import hashlib
 import json
 import os
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from qlora_jax.directories import saved_steps
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import crc32, fingerprint_tree
 from qlora_jax.interruptions import AtOnce
@@ -38,7 +38,6 @@ from qlora_jax.train import TrainState
 # Bytes that a checkpoint may need beside its arrays.
 _SLACK = 1 << 20
 _CHECKSUMS = "checksums"
-_STEP = re.compile(r"step_(\d+)")
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -96,9 +95,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Every step that has a directory, damaged or not, the newest first."""
-        found = set(self._manager.all_steps())
-        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(found | {int(m[1]) for m in matches if m}, reverse=True)
+        found = {*self._manager.all_steps(), *saved_steps(self.directory)}
+        return sorted(found, reverse=True)
 
     def set_aside(self, step: int) -> Path:
         """Renames a step's directory so that it is no checkpoint; returns its place."""

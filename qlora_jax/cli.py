@@ -25,13 +25,16 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
-from convert.peft import adapter_bytes, open_adapter
+from convert.peft import adapter_bytes, open_adapter, peft_directory
 from qlora_jax.config import FrozenDict, LlamaConfig
 from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.directories import (
+    ADAPTER,
     adapter_directory,
     find_base,
+    quantizes_lm_head,
+    resolve_auto,
     run_settings,
 )
 from qlora_jax.errors import UserError
@@ -51,7 +54,7 @@ from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
 from qlora_jax.runfile import (
-    ModelConfig,
+    SETTINGS,
     RunConfig,
     checked,
     given_lora,
@@ -105,13 +108,8 @@ class Inspect:
             adapter = adapter_directory(path)
             if adapter is not None:
                 path = find_base(adapter, self.base)
-        model = ModelConfig("") if trained is None else trained.model
-        auto = self.quantization == "auto"
-        quantization = model.quantization if auto else self.quantization
-        dtype = model.dtype if self.dtype == "auto" else self.dtype
-        # In another quantization it is another model; its head stays dense then.
-        quantize_lm_head = model.lm_head == "nf4" and quantization == model.quantization
-        quantization = None if quantization == "none" else quantization
+        quantize_lm_head = quantizes_lm_head(trained, self.quantization)
+        quantization, dtype = resolve_auto(trained, self.quantization, self.dtype)
         if path.is_dir():
             path = path / "config.json"
         config = LlamaConfig.from_hf(read_json(path))
@@ -161,8 +159,7 @@ class Inspect:
         """The adapter whose settings a run takes, if it starts from one."""
         if run.train.adapter_init is None:
             return None
-        place = Path(run.train.adapter_init)
-        return adapter_directory(place) or place
+        return peft_directory(Path(run.train.adapter_init))
 
 
 @dataclass(frozen=True)
@@ -330,7 +327,6 @@ def _train(args: list[str]) -> None:
         lora = dataclasses.replace(config.lora, **patterns)
         config = dataclasses.replace(config, lora=lora)
     # The other commands have no use for the libraries that a run needs.
-    from qlora_jax.run_directory import SETTINGS
     from qlora_jax.runner import run
     from qlora_jax.watch import process_seconds
 
@@ -347,7 +343,7 @@ def _train(args: list[str]) -> None:
     print_report(
         {
             "run directory": config.output_dir,
-            "adapter": str(Path(config.output_dir) / "adapter"),
+            "adapter": str(Path(config.output_dir) / ADAPTER),
             **{name: report[name] for name in shown},
         }
     )

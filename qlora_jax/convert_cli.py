@@ -29,8 +29,14 @@ from convert.files import (
 )
 from convert.hf import load_llama, save_llama
 from convert.merging import add_to_report, merge, write_dense
-from convert.peft import in_short, load_adapter, open_adapter, save_adapter
-from convert.verify import Comparison, adapter_directory
+from convert.peft import (
+    in_short,
+    load_adapter,
+    open_adapter,
+    peft_directory,
+    save_adapter,
+)
+from convert.verify import Comparison
 from qlora_jax.adapters import combine_adapters
 from qlora_jax.bases import leads_nowhere, name_from
 from qlora_jax.compare import compare_logits, dense_dtypes, load_exact, probe
@@ -80,7 +86,7 @@ class Adapter:
         config = open_config(self.base)
         has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
         files = open_model(self.base) if has_weights else None
-        source = adapter_directory(self.input)
+        source = peft_directory(self.input)
         skipped: list[str] = []
         lora, adapters = load_adapter(
             source, lazy_base(config, files), strict=self.strict, skipped=skipped
@@ -154,7 +160,7 @@ class Merge:
 
     def run(self) -> dict[str, Any]:
         """Does it; returns the report."""
-        source = adapter_directory(self.adapter)
+        source = peft_directory(self.adapter)
         config = open_config(self.base)
         lora = open_adapter(source)[0]
         tokens = probe(self.base, config, self.probe, [lora])
@@ -332,7 +338,7 @@ class Combine:
                 "adapters."
             )
         base = lazy_base(config, None)
-        sources = [adapter_directory(path) for path in self.adapters]
+        sources = [peft_directory(path) for path in self.adapters]
         loaded = [load_adapter(path, base) for path in sources]
         errors: dict[str, float] = {}
         lora, adapters = combine_adapters(

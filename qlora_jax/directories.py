@@ -9,29 +9,44 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convert.files import CHAT_TEMPLATE
-from convert.peft import open_adapter
+from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.bases import base_places
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runfile import SETTINGS, RunConfig, read_config
 
-ADAPTER_CONFIG = "adapter_config.json"
-# What a run directory holds that is asked and measured as the run is.
-_ADAPTERS = ("adapter", "adapter_ema", "best_adapter")
+# What lies in a run directory, beside its settings.
+ADAPTER, START = "adapter", "initial_adapter"
+ADAPTER_EMA = "adapter_ema"
+REPORT, CHECKPOINTS = "report.json", "checkpoints"
+# The adapter with the best held-out loss, and what stands beside it.
+BEST, BEST_RECORD = "best_adapter", "best.json"
+# What is known of a run when its first step is about to be taken.
+STARTED = "started.json"
+# What is asked and measured as the run is.
+_ADAPTERS = (ADAPTER, ADAPTER_EMA, BEST)
+_STEP = re.compile(r"step_(\d+)")
 
 
-def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
-    """Settles "auto": as the run of `path` was trained, else nf4_dq, bfloat16.
+def resolve_auto(
+    trained: RunConfig | None, quantization: Any, dtype: Any
+) -> tuple[Any, Any]:
+    """Settles "auto": as a run was trained, or is to be, else nf4_dq, bfloat16.
+
+    Args:
+      trained: settings of the run, if there is one.
+      quantization: as given.
+      dtype: as given.
 
     Returns:
       Quantization, with None for "none", and dtype.
     """
-    trained = run_settings(path)
     if quantization == "auto":
         quantization = "nf4_dq" if trained is None else trained.model.quantization
     if dtype == "auto":
@@ -39,17 +54,16 @@ def resolve_auto(path: Path, quantization: Any, dtype: Any) -> tuple[Any, Any]:
     return None if quantization == "none" else quantization, dtype
 
 
-def quantizes_lm_head(path: Path, quantization: Any) -> bool:
-    """Whether the head is packed too: as the run of `path` was trained.
+def quantizes_lm_head(trained: RunConfig | None, quantization: Any) -> bool:
+    """Whether the head is packed too: as a run was trained, or is to be.
 
     A run that is asked for in another quantization is another model; its head stays
     dense then.
 
     Args:
-      path: any directory.
+      trained: settings of the run, if there is one.
       quantization: as given, "auto" included.
     """
-    trained = run_settings(path)
     return (
         trained is not None
         and trained.model.lm_head == "nf4"
@@ -104,8 +118,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
 
 def _template_files(data: DataConfig) -> list[str | None]:
     """The templates of conversations, each once; None stands for the tokenizer's."""
-    parts = [part for _, part in data.parts()] or [data]
-    found = [part.chat_template for part in parts if part.format == "messages"]
+    found = [one.chat_template for one in data.each if one.format == "messages"]
     return list(dict.fromkeys(found)) or [None]
 
 
@@ -115,7 +128,7 @@ def run_of(path: Path) -> Path | None:
         return path
     # By its whole path: "." has no name.
     whole = Path(os.path.abspath(path))
-    inside = whole.name in _ADAPTERS and (whole / ADAPTER_CONFIG).is_file()
+    inside = whole.name in _ADAPTERS and (whole / CONFIG).is_file()
     if not inside or not (whole.parent / SETTINGS).is_file():
         return None
     return path.parent if path.name == whole.name else whole.parent
@@ -124,7 +137,7 @@ def run_of(path: Path) -> Path | None:
 def run_settings(path: Path) -> RunConfig | None:
     """The settings of the run that `path` is, or an adapter of; else None."""
     run = run_of(path)
-    return None if run is None else read_config(run / SETTINGS)
+    return None if run is None else read_config(run)
 
 
 def kept_settings(run: Path) -> RunConfig:
@@ -133,7 +146,7 @@ def kept_settings(run: Path) -> RunConfig:
     The directory may have been moved since, and the template file edited: it is named
     where it is, and the text that the run kept takes the place of the file.
     """
-    config = read_config(run / SETTINGS)
+    config = read_config(run)
     config = dataclasses.replace(config, output_dir=str(run))
     own = _template_files(config.data)[0]
     places = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
@@ -150,12 +163,21 @@ def kept_settings(run: Path) -> RunConfig:
     return dataclasses.replace(config, data=data, eval=swapped(config.eval))
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Steps that have a directory among checkpoints, damaged or not, the newest first.
+
+    Args:
+      directory: of the checkpoints; it need not exist.
+    """
+    found = directory.iterdir() if directory.is_dir() else ()
+    matches = (_STEP.fullmatch(path.name) for path in found)
+    return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+
 def adapter_directory(path: Path) -> Path | None:
     """The PEFT directory that `path` is, or holds as a run directory; else None."""
-    for place in (path, path / "adapter"):
-        if (place / ADAPTER_CONFIG).is_file():
-            return place
-    return None
+    place = peft_directory(path)
+    return place if (place / CONFIG).is_file() else None
 
 
 def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path:
@@ -175,7 +197,7 @@ def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path
     if not name:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
-            f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
+            f"{CONFIG} is empty). Give it with `base=` (--base)."
         )
     tried = base_places(adapter, name)
     for place in tried:

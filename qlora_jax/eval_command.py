@@ -18,7 +18,7 @@ import tyro
 from convert.files import read_json
 from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
 from qlora_jax.data.settings import name_of
-from qlora_jax.directories import kept_settings, run_of
+from qlora_jax.directories import STARTED, kept_settings, run_of
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import (
     HeldOut,
@@ -29,7 +29,6 @@ from qlora_jax.evaluation import (
 )
 from qlora_jax.generate_command import Asked
 from qlora_jax.model import Model
-from qlora_jax.run_directory import SETTINGS, STARTED
 from qlora_jax.runfile import read_config
 
 
@@ -201,7 +200,7 @@ def _given(data: DataConfig, run: Path | None) -> str:
     """What data that were named are to the model."""
     if run is None:
         return "as given"
-    trained = read_config(run / SETTINGS).data
+    trained = read_config(run).data
     if _places(data) & _places(trained):
         return "as given: training data of the run"
     return "as given"

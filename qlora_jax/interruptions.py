@@ -138,12 +138,11 @@ def stopped(command: str, error: BaseException, hint: str = "") -> int:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 1
-    terminated = isinstance(error, Terminated)
-    how = "terminated" if terminated else "interrupted"
+    how = "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, AtOnce):
         how = "ended at once"
     print(f"{command}: {how}.{hint}", file=sys.stderr)
-    return 143 if terminated else 130
+    return 128 + _RAISED_BY[type(error)]
 
 
 def leave(status: int) -> NoReturn:

@@ -20,13 +20,13 @@ from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import as_text
 from qlora_jax.data import Batches, prefetch
+from qlora_jax.directories import ADAPTER, ADAPTER_EMA, BEST, BEST_RECORD
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import Evaluation
 from qlora_jax.interruptions import Interruption
 from qlora_jax.lora_init import absorb
 from qlora_jax.loss_plot import Redrawing
 from qlora_jax.optimizer import averaged
-from qlora_jax.run_directory import ADAPTER, ADAPTER_EMA, BEST, BEST_RECORD
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainState
 from qlora_jax.watch import Watch

@@ -231,11 +231,11 @@ class LoraConfig:
                 "expression."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            yield ("lora: `layers_pattern` goes with `layers_to_transform`.")
+            yield "lora: `layers_pattern` goes with `layers_to_transform`."
         if self.lora_bias and self.use_dora:
-            yield ("lora: `lora_bias` does not go with `use_dora`.")
+            yield "lora: `lora_bias` does not go with `use_dora`."
         if self.lora_bias and self.init_lora_weights != "default":
-            yield ("lora: `lora_bias` goes with the default initialization.")
+            yield "lora: `lora_bias` goes with the default initialization."
         if self.use_dora and self.changes_base:
             yield (
                 f"lora: `init_lora_weights`={self.init_lora_weights!r} does not go "
@@ -243,7 +243,7 @@ class LoraConfig:
             )
         ranks = [self.r, *self.rank_pattern.values()]
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
-            yield (f"lora: orthogonal initialization needs even ranks, got {ranks}.")
+            yield f"lora: orthogonal initialization needs even ranks, got {ranks}."
 
     @property
     def scaling(self) -> float:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float32
 
 import convert
 from convert.files import read_json
-from convert.peft import in_short
+from convert.peft import in_short, peft_directory
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change, restored
 from qlora_jax.dialogue import (
@@ -137,7 +137,7 @@ class Model:
             config = restored(self.config)
             bare = {"adapters": None, "lora_config": None, "adapter_path": None}
             return dataclasses.replace(self, config=config, **bare)
-        place = adapter_directory(Path(adapter)) or Path(adapter)
+        place = peft_directory(Path(adapter))
         lora_config, adapters = _attach(place, self.path, self.base, strict=strict)
         config = change(restored(self.config), lora_config.base_config_changes)
         return dataclasses.replace(
@@ -413,8 +413,8 @@ def load(
     """
     path = Path(path)
     trained = run_settings(path)
-    quantize_lm_head = quantizes_lm_head(path, quantization)
-    quantization, settled = resolve_auto(path, quantization, dtype)
+    quantize_lm_head = quantizes_lm_head(trained, quantization)
+    quantization, settled = resolve_auto(trained, quantization, dtype)
     own = adapter_directory(path)
     adapter = None if adapter is None else Path(adapter)
     if trained is None and adapter is not None:

@@ -21,7 +21,14 @@ from convert.hf import cast
 from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import FIELDS, restored
-from qlora_jax.directories import run_of, run_settings
+from qlora_jax.directories import (
+    BEST_RECORD,
+    CHECKPOINTS,
+    REPORT,
+    run_of,
+    run_settings,
+    saved_steps,
+)
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.nf4 import NF4Tensor
@@ -63,17 +70,13 @@ def _step(place: Path) -> int | None:
     run = run_of(place)
     if run is None:
         return None
-    best = place / "best.json"
+    best = place / BEST_RECORD
     if best.is_file():
         return read_json(best).get("step")
-    saved = [
-        int(found.name.removeprefix("step_"))
-        for found in (run / "checkpoints").glob("step_*")
-        if found.name.removeprefix("step_").isdecimal()
-    ]
+    saved = saved_steps(run / CHECKPOINTS)
     if saved:
-        return max(saved)
-    report = run / "report.json"
+        return saved[0]
+    report = run / REPORT
     return read_json(report).get("steps") if report.is_file() else None
 
 

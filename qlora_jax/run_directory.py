@@ -1,4 +1,4 @@
-"""A run as a directory: what lies in it, and that one process alone writes there."""
+"""A run as a directory: what may become one, and that one process writes there."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.files import read_json
+from qlora_jax.directories import ADAPTER, ADAPTER_EMA, BEST, CHECKPOINTS, REPORT, START
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runfile import SETTINGS as SETTINGS
+from qlora_jax.runfile import SETTINGS
 from qlora_jax.watch import read_metrics
-
-ADAPTER, START = "adapter", "initial_adapter"
-ADAPTER_EMA = "adapter_ema"
-REPORT, CHECKPOINTS = "report.json", "checkpoints"
-# The adapter with the best held-out loss, and what stands beside it.
-BEST, BEST_RECORD = "best_adapter", "best.json"
-# What is known of a run when its first step is about to be taken.
-STARTED = "started.json"
 
 
 def check_directory(directory: Path) -> None:

@@ -17,9 +17,9 @@ from qlora_jax.checkpoint import (
 )
 from qlora_jax.data import DataConfig, Examples, Mixture
 from qlora_jax.data.settings import PLACES
+from qlora_jax.directories import ADAPTER, CHECKPOINTS
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.run_directory import ADAPTER, CHECKPOINTS
 from qlora_jax.runfile import RunConfig
 from qlora_jax.train import TrainConfig, TrainState
 

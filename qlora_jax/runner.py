@@ -39,7 +39,14 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.output import write_text
 from qlora_jax.checkpoint import Checkpoints, disk_errors
-from qlora_jax.directories import template_text
+from qlora_jax.directories import (
+    ADAPTER,
+    CHECKPOINTS,
+    REPORT,
+    START,
+    STARTED,
+    template_text,
+)
 from qlora_jax.errors import Problems
 from qlora_jax.evaluation import Evaluation
 from qlora_jax.fingerprint import fingerprint_tree
@@ -53,20 +60,10 @@ from qlora_jax.model import check_weights
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.parameter_groups import schedule
 from qlora_jax.placement import place_base
-from qlora_jax.run_directory import (
-    ADAPTER,
-    CHECKPOINTS,
-    REPORT,
-    SETTINGS,
-    START,
-    STARTED,
-    alone,
-    check_directory,
-    finished_report,
-)
+from qlora_jax.run_directory import alone, check_directory, finished_report
 from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.run_record import continue_run, run_record, say, versions
-from qlora_jax.runfile import RunConfig, to_toml
+from qlora_jax.runfile import SETTINGS, RunConfig, to_toml
 from qlora_jax.settled import Settled, settle
 from qlora_jax.targets import Selection
 from qlora_jax.trackers import trackers

@@ -35,6 +35,7 @@ from qlora_jax.data import (
     load_examples,
 )
 from qlora_jax.data.batches import Batch
+from qlora_jax.directories import CHECKPOINTS, saved_steps
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.evaluation import (
     HeldOut,
@@ -50,7 +51,6 @@ from qlora_jax.lora_init import check_start
 from qlora_jax.memory import warnings
 from qlora_jax.model import load_tokenizer
 from qlora_jax.parameter_groups import Group, note_idle, optimizer_groups
-from qlora_jax.run_directory import CHECKPOINTS
 from qlora_jax.run_record import check_continues, say
 from qlora_jax.runfile import RunConfig
 from qlora_jax.targets import Selection, select
@@ -106,7 +106,7 @@ def settle(
         nothing else is wrong.
     """
     small = _check_places(config, problems)
-    resumed = any((Path(config.output_dir) / CHECKPOINTS).glob("step_*"))
+    resumed = bool(saved_steps(Path(config.output_dir) / CHECKPOINTS))
     how: Any = {
         "quantization": None
         if config.model.quantization == "none"

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from convert.checkpoint import open_config
-from convert.peft import load_adapter, open_adapter
-from convert.verify import Comparison, adapter_directory, compare
+from convert.peft import load_adapter, open_adapter, peft_directory
+from convert.verify import Comparison, compare
 from qlora_jax.compare import compare_logits, load_exact, probe, trained_form
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
@@ -73,7 +73,7 @@ class Verify:
             found.notes.append(own_modules(self.base))
             return found
         if self.base is not None and base is not None:
-            a, b = adapter_directory(self.a), adapter_directory(self.b)
+            a, b = peft_directory(self.a), peft_directory(self.b)
             loras = {path: open_adapter(path)[0] for path in (a, b)}
             tokens = probe(self.base, base, self.probe, list(loras.values()))
             found.notes.extend(

@@ -12,6 +12,7 @@ from qlora_jax.directories import (
     quantizes_lm_head,
     resolve_auto,
     run_of,
+    run_settings,
     template_text,
 )
 from qlora_jax.errors import UserError
@@ -39,10 +40,10 @@ def test_the_head_is_packed_as_the_run_had_it(tmp_path, asked, packed):
         '[model]\npath = "base"\nquantization = "nf4"\nlm_head = "nf4"\n'
         '[data]\npath = "rows.jsonl"\n[train]\nsteps = 1\n'
     )
-    assert quantizes_lm_head(tmp_path, asked) == packed
-    assert resolve_auto(tmp_path, "auto", "auto") == ("nf4", "bfloat16")
+    assert quantizes_lm_head(run_settings(tmp_path), asked) == packed
+    assert resolve_auto(run_settings(tmp_path), "auto", "auto") == ("nf4", "bfloat16")
     run.unlink()
-    assert not quantizes_lm_head(tmp_path, asked)
+    assert not quantizes_lm_head(run_settings(tmp_path), asked)
 
 
 def test_the_template_is_that_of_the_runs_conversations(tmp_path):
@@ -109,7 +110,10 @@ def test_the_adapters_of_a_run_are_parts_of_it(tmp_path, monkeypatch):
         '[data]\npath = "rows.jsonl"\n[train]\nsteps = 1\n'
     )
     assert run_of(run) == run_of(run / "best_adapter") == run
-    assert resolve_auto(run / "best_adapter", "auto", "auto") == ("nf4_dq", "float32")
+    assert resolve_auto(run_settings(run / "best_adapter"), "auto", "auto") == (
+        "nf4_dq",
+        "float32",
+    )
     # It belongs to a base that the run changed; and an empty place is no adapter.
     assert run_of(run / "initial_adapter") is run_of(run / "adapter") is None
     monkeypatch.chdir(run / "best_adapter")

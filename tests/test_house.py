@@ -78,9 +78,9 @@ ORDER = (
     "qlora_jax.compile_for",
     "convert",
     "qlora_jax.runfile",
+    "qlora_jax.directories",
     "qlora_jax.interruptions",
     "qlora_jax.checkpoint",
-    "qlora_jax.directories",
     "qlora_jax.provenance",
     "qlora_jax.model",  # not `load`: the public function of that name would be hidden
     "qlora_jax.compare",

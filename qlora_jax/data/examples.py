@@ -84,7 +84,7 @@ def data_size(config: DataConfig) -> int | None:
     """
     problems = Problems("the data")
     places: list[Place] = []
-    for one in [part for _, part in config.parts()] or [config]:
+    for one in config.each:
         with problems.collected():
             places += _places(one)
     problems.refuse()

@@ -56,7 +56,7 @@ def data_notes(
     if lost:
         reasons = ", ".join(report.dropped)
         found.append(f"{_count(lost, 'row')} left out ({reasons}).")
-    formats = {one.format for one in [part for _, part in config.parts()] or [config]}
+    formats = {one.format for one in config.each}
     if report.straddling_rows:
         ways = {
             "messages": "let the template's generation prompt end with a line break",
@@ -75,8 +75,7 @@ def data_notes(
 
 
 def _silent_templates(config: DataConfig, tokenizer: Any) -> list[str]:
-    parts = [part for _, part in config.parts()] or [config]
-    paths = {one.chat_template for one in parts if one.format == "messages"}
+    paths = {one.chat_template for one in config.each if one.format == "messages"}
     silent = [
         path
         for path in paths

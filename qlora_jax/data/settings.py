@@ -284,6 +284,11 @@ class DataConfig:
         return found
 
     @property
+    def each(self) -> list["DataConfig"]:
+        """The settings that are read with: those of every source, or these alone."""
+        return [part for _, part in self.parts()] or [self]
+
+    @property
     def supervised(self) -> str | None:
         """`train_on` with the format's natural choice filled in (None: as given)."""
         return self.train_on or _TRAIN_ON[self.format][0]
@@ -291,8 +296,7 @@ class DataConfig:
     @property
     def needs_tokenizer(self) -> bool:
         """Whether any source is not given as token ids already."""
-        configs = [part for _, part in self.parts()] or [self]
-        return any(config.format != "tokens" for config in configs)
+        return any(config.format != "tokens" for config in self.each)
 
     @property
     def name(self) -> str:
