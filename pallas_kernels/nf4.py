@@ -153,7 +153,7 @@ def nf4_dequantize(
     """
     meta = _Meta(shape, None, block_size, nested_block_size, implementation)
     _check("nf4_dequantize", meta, codes, absmax, nested, layer)
-    dtype = jnp.dtype(dtype)
+    dtype = _float("nf4_dequantize", "dtype", dtype)
     return _weight(meta, _packed(codes, absmax, nested, layer), dtype)
 
 
@@ -206,7 +206,8 @@ def nf4_matmul(
             f"`nf4_matmul`: the weight takes {shape[1]} features, `x` has shape "
             f"{x.shape}."
         )
-    name = jnp.dtype(x.dtype if dtype is None else dtype).name
+    own = _float("nf4_matmul", "the dtype of `x`", x.dtype)
+    name = (own if dtype is None else _float("nf4_matmul", "dtype", dtype)).name
     meta = _Meta(shape, name, block_size, nested_block_size, implementation)
     _check("nf4_matmul", meta, codes, absmax, nested, layer)
     return _matmul(meta, x, _packed(codes, absmax, nested, layer))
@@ -262,6 +263,17 @@ def _packed(
 ) -> _Packed:
     number = None if layer is None else jnp.asarray(layer, jnp.int32)
     return _Packed(codes, absmax, nested, number)
+
+
+def _float(caller: str, what: str, given: DTypeLike) -> jnp.dtype:
+    """A dtype that weights can have; in another one they would all be -1, 0 or 1."""
+    dtype = jnp.dtype(given)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"`{caller}`: {what} must be one of floating point (bfloat16, float16 or "
+            f"float32), got {dtype}."
+        )
+    return dtype
 
 
 def _check(

@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import jax
@@ -292,3 +293,16 @@ def test_an_input_of_another_width_is_refused():
     codes, absmax, _ = packed((8, 64))
     with pytest.raises(ValueError, match=r"takes 64 features, `x` has shape \(2, 63\)"):
         nf4_matmul(jnp.ones((2, 63)), codes, absmax, shape=(8, 64))
+
+
+def test_what_is_no_floating_point_is_refused():
+    """As whole numbers, weights would all be -1, 0 or 1, without a word."""
+    codes, absmax, _ = packed((8, 64))
+    with pytest.raises(ValueError, match=r"nf4_dequantize`: dtype .* got int8"):
+        nf4_dequantize(codes, absmax, shape=(8, 64), dtype=jnp.int8)
+    whole = jnp.ones((2, 64), jnp.int32)
+    with pytest.raises(ValueError, match=r"the dtype of `x` must .* got int32"):
+        # Without the checks of annotations, as users have it.
+        inspect.unwrap(nf4_matmul)(whole, codes, absmax, shape=(8, 64))
+    with pytest.raises(ValueError, match=r"nf4_matmul`: dtype must .* got int32"):
+        nf4_matmul(jnp.ones((2, 64)), codes, absmax, shape=(8, 64), dtype=jnp.int32)
