@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from convert import names
 from convert.files import (
+    CHAT_TEMPLATE,
     DTYPES,
     Problems,
     TensorFiles,
@@ -57,6 +58,8 @@ from qlora_jax.targets import EMBEDDING, HEAD, Selection, select
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# How a run trained the adapter: JSON in the adapter directory, see `training_record`.
+TRAINING = "training.json"
 _READABLE = ("F32", "BF16", "F16")
 # With bias="all" PEFT saves the biases of modules trained whole twice more, under names
 # that it does not look for when it loads.
@@ -71,6 +74,29 @@ def peft_directory(path: Path) -> Path:
     if not (path / CONFIG).is_file() and (inside / CONFIG).is_file():
         return inside
     return path
+
+
+def training_record(path: Path) -> dict[str, Any]:
+    """Returns what a run recorded of the adapter it wrote; {} without a record.
+
+    "step" is the optimizer step, "quantization" and "dtype" are the form in which the
+    base was held; the adapter with the best held-out loss has "eval_loss" and
+    "eval_perplexity" as well.
+
+    Args:
+      path: PEFT directory.
+
+    Raises:
+      CheckpointError: a record that is not a JSON object.
+    """
+    file = path / TRAINING
+    return read_json(file) if file.is_file() else {}
+
+
+def chat_template_file(path: Path | None) -> str | None:
+    """Returns the chat template file of a PEFT directory; None if it has none."""
+    file = None if path is None else path / CHAT_TEMPLATE
+    return str(file) if file is not None and file.is_file() else None
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:

@@ -25,8 +25,8 @@ from qlora_jax.runfile import SETTINGS, RunConfig, read_config
 ADAPTER, START = "adapter", "initial_adapter"
 ADAPTER_EMA = "adapter_ema"
 REPORT, CHECKPOINTS = "report.json", "checkpoints"
-# The adapter with the best held-out loss, and what stands beside it.
-BEST, BEST_RECORD = "best_adapter", "best.json"
+# The adapter with the best held-out loss.
+BEST = "best_adapter"
 # What is known of a run when its first step is about to be taken.
 STARTED = "started.json"
 # What is asked and measured as the run is.
@@ -69,18 +69,6 @@ def quantizes_lm_head(trained: RunConfig | None, quantization: Any) -> bool:
         and trained.model.lm_head == "nf4"
         and quantization in ("auto", trained.model.quantization)
     )
-
-
-def chat_template(trained: RunConfig | None, adapter: Path | None) -> str | None:
-    """The template file beside an adapter, or of a run's conversations; else None.
-
-    A run keeps the text that it was trained with beside its adapters. What its settings
-    name may have been edited since, or be elsewhere; it serves runs that kept none.
-    """
-    beside = None if adapter is None else adapter / CHAT_TEMPLATE
-    if beside is not None and beside.is_file():
-        return str(beside)
-    return None if trained is None else _template_files(trained.data)[0]
 
 
 def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:

@@ -16,11 +16,12 @@ import numpy as np
 
 import convert
 from convert.files import CHAT_TEMPLATE
+from convert.peft import TRAINING
 from qlora_jax.checkpoint import Checkpoints
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import as_text
 from qlora_jax.data import Batches, prefetch
-from qlora_jax.directories import ADAPTER, ADAPTER_EMA, BEST, BEST_RECORD
+from qlora_jax.directories import ADAPTER, ADAPTER_EMA, BEST
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import Evaluation
 from qlora_jax.interruptions import Interruption
@@ -45,6 +46,8 @@ class Loop:
     checkpoints: Checkpoints
     record: Mapping[str, Any]
     fingerprint: str
+    form: Mapping[str, str]
+    """How the base is held; see `qlora_jax.provenance.base_form`."""
     interruption: Interruption
     evaluation: Evaluation
     redrawing: Redrawing | None = None
@@ -111,12 +114,8 @@ class Loop:
             row = evaluation.measure(state.adapters, self.base, done)
             best = evaluation.best.step == done
             if best:  # before its row, which says that it is there
-                about = {
-                    "step": done,
-                    "eval_loss": row["eval_loss"],
-                    "eval_perplexity": row["eval_perplexity"],
-                }
-                self.export(state, BEST, {BEST_RECORD: about})
+                losses = {name: row[name] for name in ("eval_loss", "eval_perplexity")}
+                self.export(state, BEST, losses)
             self.watch.evaluated(row, "  best so far" if best else "")
         if evaluation.samples_at(done, steps) and done not in self.watch.sampled_steps:
             self.watch.sampled(done, evaluation.sample(state.adapters, self.base))
@@ -139,9 +138,15 @@ class Loop:
         self,
         state: TrainState,
         name: str = ADAPTER,
-        beside: Mapping[str, Any] | None = None,
+        losses: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes adapter/, or another, for the base as it was loaded."""
+        """Writes an adapter directory for the base as it was loaded.
+
+        Args:
+          state: whose adapters are written.
+          name: of the directory within the run directory.
+          losses: of a measurement at this step, for the training record.
+        """
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
@@ -158,8 +163,8 @@ class Loop:
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
             beside={
+                TRAINING: {"step": int(state.step), **self.form, **(losses or {})},
                 **({} if template is None else {CHAT_TEMPLATE: template}),
-                **(beside or {}),
             },
         )
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float32
 
 import convert
 from convert.files import read_json
-from convert.peft import in_short, peft_directory
+from convert.peft import chat_template_file, in_short, peft_directory
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change, restored
 from qlora_jax.dialogue import (
@@ -39,7 +39,6 @@ from qlora_jax.dialogue import (
 )
 from qlora_jax.directories import (
     adapter_directory,
-    chat_template,
     find_base,
     quantizes_lm_head,
     resolve_auto,
@@ -53,10 +52,10 @@ from qlora_jax.llama import Llama, add_parameters
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.provenance import (
-    adapter_in_words,
-    base_form,
-    changes_in_words,
-    other_base,
+    base_mismatch,
+    describe_adapter,
+    describe_context,
+    describe_quantization,
 )
 from qlora_jax.sampling import Sampling
 from qlora_jax.targets import select
@@ -101,12 +100,12 @@ class Model:
     def description(self) -> str:
         """One line: where the base is, how it is held and computed; the adapter."""
         parts = [
-            f"`{self.path}`: linear layers {base_form(self.base)}",
+            f"`{self.path}`: linear layers {describe_quantization(self.base)}",
             f"computed in {self.compute.dtype}",
         ]
         if self.adapter_path is not None:
-            parts.append(adapter_in_words(self.adapter_path))
-        changes = changes_in_words(self.config)
+            parts.append(describe_adapter(self.adapter_path))
+        changes = describe_context(self.config)
         return "; ".join([*parts, changes] if changes else parts) + "."
 
     @property
@@ -145,7 +144,7 @@ class Model:
             config=config,
             adapters=adapters,
             lora_config=lora_config,
-            chat_template=chat_template(run_settings(place), place),
+            chat_template=chat_template_file(place),
             adapter_path=place,
         )
 
@@ -417,8 +416,6 @@ def load(
     quantization, settled = resolve_auto(trained, quantization, dtype)
     own = adapter_directory(path)
     adapter = None if adapter is None else Path(adapter)
-    if trained is None and adapter is not None:
-        trained = run_settings(adapter)
     if own is not None:
         if adapter is not None:
             raise UserError(
@@ -464,7 +461,7 @@ def load(
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
         eos_token_ids=end_tokens(config, tokenizer, path),
-        chat_template=chat_template(trained, adapter),
+        chat_template=chat_template_file(adapter),
         adapter_path=adapter,
     )
 
@@ -477,7 +474,7 @@ def _attach(
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
     for note in in_short(skipped):
         print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
-    note = other_base(adapter, path, base, lora.base_fingerprint)
+    note = base_mismatch(adapter, path, base, lora.base_fingerprint)
     if note is not None:
         print(note, file=sys.stderr)
     return lora, jax.tree.map(jnp.asarray, adapters)

@@ -11,7 +11,7 @@ it continues from the newest checkpoint, bit for bit.
     RUN/checkpoints/    Orbax
     RUN/adapter/        the adapter of the newest checkpoint, as a PEFT directory
     RUN/adapter_ema/    with `train.ema_decay`, the moving average beside it
-    RUN/best_adapter/   the one with the best held-out loss, which best.json says
+    RUN/best_adapter/   the one with the best held-out loss, see its training.json
     RUN/initial_adapter/  with pissa or olora, what was taken out of the base
     RUN/loss.png        drawn from metrics.jsonl
     RUN/started.json    what is trained, on what, with which versions
@@ -60,6 +60,7 @@ from qlora_jax.model import check_weights
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.parameter_groups import schedule
 from qlora_jax.placement import place_base
+from qlora_jax.provenance import base_form
 from qlora_jax.run_directory import alone, check_directory, finished_report
 from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.run_record import continue_run, run_record, say, versions
@@ -203,6 +204,7 @@ def _train(
                     checkpoints,
                     record,
                     fingerprint,
+                    base_form(base),
                     interruption,
                     evaluation,
                     Redrawing(directory) if config.log.plot else None,

@@ -7,7 +7,6 @@ import pytest
 
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.directories import (
-    chat_template,
     kept_settings,
     quantizes_lm_head,
     resolve_auto,
@@ -44,23 +43,6 @@ def test_the_head_is_packed_as_the_run_had_it(tmp_path, asked, packed):
     assert resolve_auto(run_settings(tmp_path), "auto", "auto") == ("nf4", "bfloat16")
     run.unlink()
     assert not quantizes_lm_head(run_settings(tmp_path), asked)
-
-
-def test_the_template_is_that_of_the_runs_conversations(tmp_path):
-    assert chat_template(None, None) is None
-    one = DataConfig(**MESSAGES, chat_template="one.jinja")
-    assert chat_template(settings(one), tmp_path) == "one.jinja"
-    assert chat_template(settings(), tmp_path) is None
-    # Of several sources, where they agree.
-    text = Source(path="text.txt", format="text")
-    talks = [Source(**MESSAGES, chat_template=f"{n}.jinja") for n in ("a", "a", "b")]
-    mixed = DataConfig(sources=(text, *talks))
-    assert chat_template(settings(mixed), None) == "a.jinja"
-    # What lies beside the adapter is what was trained with, whatever the file is now.
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    beside = str(tmp_path / "chat_template.jinja")
-    for trained in (None, settings(), settings(one)):
-        assert chat_template(trained, tmp_path) == beside
 
 
 def test_the_text_of_the_first_template_is_kept(tmp_path):

@@ -305,9 +305,10 @@ def test_a_run_ends_early_and_says_why(straight, capsys):
     assert report["eval"]["best_step"] == rows[best]["step"]
     assert report["eval"]["best_loss"] == min(losses)
     assert "no better held-out loss in 3 measurements" in report["stopped_early"]
-    about = json.loads((directory / "best_adapter" / "best.json").read_text())
-    assert about == {
-        key: rows[best][key] for key in ("step", "eval_loss", "eval_perplexity")
+    about = json.loads((directory / "best_adapter" / "training.json").read_text())
+    measured = ("step", "eval_loss", "eval_perplexity")
+    assert {key: about[key] for key in measured} == {
+        key: rows[best][key] for key in measured
     }
     assert "Ended early after step" in (directory / "report.html").read_text()
     # Given again, it is finished; with more patience it goes on.
@@ -396,7 +397,7 @@ def test_killed_and_continued_it_decides_as_one_that_was_not(
         weights = Path(name) / "adapter_model.safetensors"
         one, two = (d / weights for d in (directory, tmp_path / "run"))
         assert one.read_bytes() == two.read_bytes()
-    best = Path("best_adapter/best.json")
+    best = Path("best_adapter/training.json")
     assert (directory / best).read_bytes() == (tmp_path / "run" / best).read_bytes()
 
 
