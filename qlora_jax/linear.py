@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.nf4 import measured
+from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import lora as lora_lib
 from qlora_jax import nf4

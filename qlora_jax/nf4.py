@@ -24,13 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from numpy.typing import NDArray
 
-from pallas_kernels.nf4 import (
-    NF4_CODE,
-    Nested,
-    Unavailable,
-    nf4_dequantize,
-    nf4_matmul,
-)
+from pallas_kernels.nf4.api import Unavailable, nf4_dequantize, nf4_matmul
+from pallas_kernels.nf4.reference import NF4_CODE, Nested
 from qlora_jax.errors import UserError
 
 BLOCK_SIZE = 64
@@ -149,7 +144,7 @@ def dequantize(
     Args:
       tensor: the weight, with any leading axes.
       dtype: of the result.
-      implementation: as `pallas_kernels.nf4.nf4_dequantize` takes it.
+      implementation: as `pallas_kernels.nf4_dequantize` takes it.
 
     Raises:
       UserError: implementation="pallas" where it cannot be had, with the reason.
@@ -189,7 +184,7 @@ def matmul(
       x: inputs, features last.
       tensor: the weight [O, I].
       dtype: what the result is rounded to; default that of `x`.
-      implementation: as `pallas_kernels.nf4.nf4_matmul` takes it.
+      implementation: as `pallas_kernels.nf4_matmul` takes it.
 
     Returns:
       The product [..., O].

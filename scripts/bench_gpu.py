@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from pallas_kernels import shapes
+from pallas_kernels.nf4 import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig

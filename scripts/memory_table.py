@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from convert.output import write_text
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax.cards import CARDS
 from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
 from qlora_jax.config import LlamaConfig

@@ -241,7 +241,7 @@ def test_the_kernels_say_why_they_cannot_run_here():
 
 
 def test_auto_is_what_was_measured_to_be_best(monkeypatch):
-    from pallas_kernels import attention as kernels
+    from pallas_kernels.attention import api as kernels
 
     asked = []
 

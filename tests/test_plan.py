@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax import estimate
 from qlora_jax.cards import CARDS, find_card
 from qlora_jax.config import LlamaConfig

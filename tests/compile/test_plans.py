@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax import estimate
 from qlora_jax.cards import CARDS
 from qlora_jax.compile_for import compile_for

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pallas_kernels.shapes import MODELS, ODD, ROWS, distinct, packed_bytes
+from pallas_kernels.nf4.shapes import MODELS, ODD, ROWS, distinct, packed_bytes
 from qlora_jax import nf4
 from qlora_jax.config import LlamaConfig
 from qlora_jax.memory import abstract_base, tree_bytes

@@ -1,34 +1,28 @@
-"""Causal attention within segments, for grouped heads, in memory linear in the length.
+"""`flash_attention`: checks, the choice of an implementation, the derivative.
 
-What a query sees: keys at its own or an earlier index whose segment id equals its own.
-Documents packed into a row are 1, 2, ..., padding is 0. The rows of padding see each
-other, so that their results, which mean nothing, are finite.
-
-"xla" is the formula, with all scores in memory: what the kernels are compared with.
-"pallas" are the kernels of `attention_gpu`, for NVIDIA's Hopper (H100, H200). Their
-derivative keeps `q`, `k`, `v`, the output and one float32 for each query and head, and
-takes no workspace beyond another two: cuDNN's takes a float32 of the size of dq.
+"reference" is the formula, with all scores in memory: what the others are compared
+with. "xla" goes block by block in plain XLA. "pallas" are the kernels of
+`attention.gpu`, for NVIDIA's Hopper (H100, H200): their derivative keeps `q`, `k`, `v`,
+the output and one float32 for each query and head, and takes no workspace beyond
+another two, where cuDNN's takes a float32 of the size of dq.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.resources
-import json
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device
-from pallas_kernels.product import precision
+from pallas_kernels.attention.xla import blockwise_attention, reference_attention
 
-IMPLEMENTATIONS = ("xla", "pallas", "interpret")
-"""What computes: the formula; the kernels; or those run by Pallas's interpreter,
-slowly and anywhere, for tests."""
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "interpret")
+"""What computes: the formula; plain XLA, block by block; the kernels; or those run by
+Pallas's interpreter, slowly and anywhere, for tests."""
 
 HEAD_DIMS = (64, 128)
 """Head widths that the kernels know."""
@@ -75,10 +69,12 @@ def flash_attention(
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} does not exist. Choose "
-            "'xla', 'pallas', or None for what is known to be best here."
+            "'reference', 'xla', 'pallas', or None for what is known to be best here."
         )
+    if chosen == "reference":
+        return reference_attention(q, k, v, segment_ids)[0]
     if chosen == "xla":
-        return reference(q, k, v, segment_ids)[0]
+        return blockwise_attention(q, k, v, segment_ids)
     reason = refusal(q, interpret=chosen == "interpret")
     if reason is not None:
         raise ValueError(
@@ -97,31 +93,6 @@ def flash_attention(
     return out[:, :length]
 
 
-def reference(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
-    """The formula: the output, and the log-sum-exp of every query's scores."""
-    batch, length, heads, width = q.shape
-    groups = k.shape[2]
-    grouped = q.reshape(batch, length, groups, heads // groups, width)
-    index = jnp.arange(length)
-    seen = (index[:, None] >= index[None, :])[None]
-    if segment_ids is not None:
-        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    product = functools.partial(
-        jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32
-    )
-    scores = product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
-    lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - lse).astype(v.dtype)
-    out = product("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
-    return out.astype(q.dtype), lse.reshape(batch, heads, length)
-
-
 def measured(
     q: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"] | None = None
 ) -> bool:
@@ -133,20 +104,10 @@ def measured(
     if jax.default_backend() != "gpu" or refusal(q) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
-    least = tuned(device.device_kind()).get("from_length", {}).get(case)
+    least = (
+        device.tuned(device.device_kind(), "attention").get("from_length", {}).get(case)
+    )
     return least is not None and q.shape[1] >= least
-
-
-@functools.cache
-def tuned(kind: str) -> dict[str, Any]:
-    """What scripts/bench_attention.py measured on a kind of device; may be empty.
-
-    from_length: "head_dim whole" or "head_dim packed" -> the length from which on the
-    kernels were the better choice, null where they never were.
-    """
-    folder = importlib.resources.files("pallas_kernels") / "tuned"
-    file = folder / f"{device.device_slug(kind)}-attention.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
@@ -228,11 +189,9 @@ def _attention(
 def _forward(
     interpret: bool, q: Array, k: Array, v: Array, segments: Array | None
 ) -> tuple[Array, tuple]:
-    from pallas_kernels import attention_gpu
+    from pallas_kernels.attention import gpu
 
-    out, lse = attention_gpu.forward(
-        q, k, v, segments, interpret=_interpreter(interpret)
-    )
+    out, lse = gpu.forward(q, k, v, segments, interpret=_interpreter(interpret))
     # Without it the XLA of jax 0.11 runs the kernel twice where both results are kept
     # for all layers: once to use them, and once more to write them into the stack.
     out, lse = jax.lax.optimization_barrier((out, lse))
@@ -244,20 +203,16 @@ def _forward(
 def _backward(
     interpret: bool, residuals: tuple, dout: Array
 ) -> tuple[Array, Array, Array, None]:
-    from pallas_kernels import attention_gpu
+    from pallas_kernels.attention import gpu
 
     q, k, v, segments, out, lse = residuals
     interpreter = _interpreter(interpret)
-    dq, dk, dv = attention_gpu.backward(
-        q, k, v, segments, out, lse, dout, interpret=interpreter
-    )
+    dq, dk, dv = gpu.backward(q, k, v, segments, out, lse, dout, interpret=interpreter)
     return dq, dk, dv, None
 
 
 def _interpreter(interpret: bool) -> Any:
-    from pallas_kernels import nf4_gpu
-
-    return nf4_gpu.interpreter() if interpret else False
+    return device.interpreter() if interpret else False
 
 
 _attention.defvjp(_forward, _backward)

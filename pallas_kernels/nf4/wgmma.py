@@ -1,12 +1,12 @@
 """The NF4 product for tens to hundreds of rows, on the `wgmma` of a Hopper GPU.
 
-Between the few rows of `nf4_gpu.product` and the thousands of a training step, writing
+Between the few rows of `gpu.product` and the thousands of a training step, writing
 a weight out and reading it back takes longer than multiplying with it. `middle_product`
 decodes it into registers instead, as the left operand of the tensor cores, while they
 are busy with the block before. docs/nf4_kernels.md has its instruction counts.
 
 Not measured on a GPU, and therefore never chosen but where a measurement says so
-(`wgmma_rows` in the data of `pallas_kernels.nf4.tuned`).
+(`wgmma_rows` in the data of `pallas_kernels.device.tuned`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import BLOCK, ROWS
-from pallas_kernels.nf4 import NF4_CODE
-from pallas_kernels.nf4_gpu import Packed, block_scales, existing, kernel
+from pallas_kernels.nf4.gpu import Packed, block_scales, existing, kernel
+from pallas_kernels.nf4.reference import NF4_CODE
 
 # Rows of x that one `wgmma` takes at most.
 MOST_COLUMNS = 256

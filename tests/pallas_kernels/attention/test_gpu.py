@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention as module
 from pallas_kernels import device as devices
 from pallas_kernels import flash_attention
+from pallas_kernels.attention import api
+from pallas_kernels.attention.xla import reference_attention
 from pallas_kernels.device import jax_has_kernels
 
 NEW_JAX = jax_has_kernels()
 OLD = "the kernels need jax 0.11, which Python 3.11 cannot have"
 INTERPRETED = [pytest.mark.interpret, pytest.mark.skipif(not NEW_JAX, reason=OLD)]
 IMPLEMENTATIONS = [
+    "reference",
     "xla",
     pytest.param("interpret", marks=INTERPRETED),
     pytest.param("pallas", marks=pytest.mark.gpu),
@@ -169,18 +171,20 @@ def test_large_scores_do_not_overflow(implementation):
         assert worst <= 4 * 2.0**-8 * max(1.0, np.abs(b).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation", [name for name in IMPLEMENTATIONS if name != "xla"]
+)
 def test_the_log_sum_exp_is_exact(implementation):
     q, k, v, dout = inputs(256)
     segments = jnp.asarray(SEGMENTS["packed"][None, :256], jnp.int32)
-    if implementation == "xla":
-        _, lse = module.reference(q, k, v, segments)
+    if implementation == "reference":
+        _, lse = reference_attention(q, k, v, segments)
     else:
-        from pallas_kernels import attention_gpu
-        from pallas_kernels.nf4_gpu import interpreter
+        from pallas_kernels.attention import gpu
+        from pallas_kernels.device import interpreter
 
         interpret = interpreter() if implementation == "interpret" else False
-        _, lse = attention_gpu.forward(q, k, v, segments, interpret=interpret)
+        _, lse = gpu.forward(q, k, v, segments, interpret=interpret)
     assert lse.dtype == jnp.float32
     # Products of bfloat16 are exact in float32; 64 terms and 256 exponentials, whose
     # approximations on a GPU are good to 2^-22.
@@ -191,16 +195,14 @@ def test_the_log_sum_exp_is_exact(implementation):
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("width", [64, 128])
 def test_any_tiles_give_the_result(stages, width):
-    from pallas_kernels import attention_gpu
-    from pallas_kernels.nf4_gpu import interpreter
+    from pallas_kernels.attention import gpu
+    from pallas_kernels.device import interpreter
 
     q, k, v, dout = inputs(384, heads=1)
     segments = jnp.asarray(SEGMENTS["packed"][None], jnp.int32)
-    tiles = attention_gpu.Tiles(width, stages)
-    out, lse = attention_gpu.forward(
-        q, k, v, segments, tiles=tiles, interpret=interpreter()
-    )
-    gradients = attention_gpu.backward(
+    tiles = gpu.Tiles(width, stages)
+    out, lse = gpu.forward(q, k, v, segments, tiles=tiles, interpret=interpreter())
+    gradients = gpu.backward(
         *(q, k, v, segments, out, lse, dout),
         query_tiles=tiles,
         key_tiles=tiles,
@@ -218,15 +220,13 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels import attention_gpu
-    from pallas_kernels.nf4_gpu import interpreter
+    from pallas_kernels.attention import gpu
+    from pallas_kernels.device import interpreter
 
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     q, k, v, _ = inputs(384, heads=1)
     try:
-        attention_gpu.forward(q, k, v, None, interpret=interpreter())[
-            0
-        ].block_until_ready()
+        gpu.forward(q, k, v, None, interpret=interpreter())[0].block_until_ready()
         found = races()
     except jax.errors.JaxRuntimeError as error:  # jax 0.12 stops at the first
         found = "RACE DETECTED" in str(error)
@@ -242,7 +242,7 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch):
 @pytest.mark.parametrize("other", [64, 128])
 @pytest.mark.parametrize("kind", [*SEGMENTS, "one", "random", "many"])
 def test_no_block_that_is_seen_is_left_out(kind, other, queries):
-    from pallas_kernels.attention_blocks import BLOCK, reach
+    from pallas_kernels.attention.blocks import BLOCK, reach
 
     rng = np.random.default_rng(0)
     ids = {
@@ -273,7 +273,7 @@ def test_no_block_that_is_seen_is_left_out(kind, other, queries):
 @pytest.mark.parametrize("queries", [True, False])
 @pytest.mark.parametrize("other", [64, 128])
 def test_rows_of_one_segment_need_no_search(other, queries):
-    from pallas_kernels.attention_blocks import BLOCK, causal_reach, reach
+    from pallas_kernels.attention.blocks import BLOCK, causal_reach, reach
 
     ones = jnp.ones((2, 640), jnp.int32)
     searched = reach(ones, BLOCK, other, queries=queries)
@@ -347,7 +347,7 @@ def test_a_policy_can_keep_what_the_backward_needs(monkeypatch):
         ),
         ({"q": (1, 0, 2, 64), "k": (1, 0, 1, 64), "v": (1, 0, 1, 64)}, "is empty"),
         ({"segment_ids": (1, 9)}, "of every token, \\(1, 8\\)"),
-        ({"implementation": "triton"}, "does not exist. Choose 'xla'"),
+        ({"implementation": "triton"}, "does not exist. Choose 'reference'"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
@@ -406,9 +406,9 @@ def test_another_gpu_than_hopper_is_refused(capability, monkeypatch):
 
 
 def test_nothing_measured_means_the_formula():
-    assert module.tuned("A device that nobody has measured") == {}
+    assert devices.tuned("A device that nobody has measured", "attention") == {}
     q, k, v, _ = inputs(8)
-    assert not module.measured(q) or jax.default_backend() == "gpu"
+    assert not api.measured(q) or jax.default_backend() == "gpu"
 
 
 @kernels
@@ -417,13 +417,14 @@ def test_the_kernels_are_chosen_from_the_measured_length_on(monkeypatch):
     monkeypatch.setattr(devices, "this_device", lambda: device)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     lengths = {"64 packed": 128, "64 whole": None, "128 whole": 1}
-    monkeypatch.setattr(module, "tuned", lambda kind: {"from_length": lengths})
+    table = {"from_length": lengths}
+    monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     ids = {n: jnp.ones((1, n), jnp.int32) for n in (127, 128)}
     short, long, wide = inputs(127)[0], inputs(128)[0], inputs(128, width=128)[0]
-    assert [module.measured(short, ids[127]), module.measured(long, ids[128])] == [
+    assert [api.measured(short, ids[127]), api.measured(long, ids[128])] == [
         False,
         True,
     ]
-    assert not module.measured(long) and module.measured(wide)
-    assert not module.measured(wide, ids[128])
-    assert not module.measured(wide.astype(jnp.float32))
+    assert not api.measured(long) and api.measured(wide)
+    assert not api.measured(wide, ids[128])
+    assert not api.measured(wide.astype(jnp.float32))

@@ -10,7 +10,7 @@ table is kept once for each of the 32 lanes of a warp, so that no two lanes ever
 bank. (Choosing among 16 values by comparing takes some 19 integer instructions a
 weight, twice the time that the memory traffic takes; a lookup takes three.)
 
-These are the bodies; `pallas_kernels.nf4` chooses, checks and differentiates.
+These are the bodies; `pallas_kernels.nf4.api` chooses, checks and differentiates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import BLOCK, LANES, ROWS, WARPGROUP
-from pallas_kernels.nf4 import NF4_CODE as _CODE
+from pallas_kernels.nf4.reference import NF4_CODE
 
 MOST_ROWS = 64
 """Rows that `product` takes at most."""
@@ -102,7 +102,7 @@ def dequantize(
         steps = 8
     steps = next(s for s in range(min(steps, tiles), 0, -1) if tiles % s == 0)
     nested = packed.nested is not None
-    table = np.repeat(_CODE, LANES)
+    table = np.repeat(NF4_CODE, LANES)
     interpreted = bool(interpret)
 
     def body(layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
@@ -392,12 +392,6 @@ def product(
     return sums.sum(axis=0)[:, :count].T
 
 
-def interpreter() -> Any:
-    """What makes Pallas interpret a kernel, on any device, looking for races."""
-    params: Any = plgpu  # jax 0.10, which has no kernels, does not have it there
-    return params.InterpretGPUParams(detect_races=True)
-
-
 def kernel(
     body: Any,
     out: Any,
@@ -461,7 +455,7 @@ def existing(layer: Any, layers: int) -> Any:
 
 
 def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
-    # As in `nf4.dequantize_absmax`: a maximum that changes nothing finite keeps
+    # As in `reference.dequantize_absmax`: a maximum that changes nothing finite keeps
     # product and sum from being contracted into one rounding.
     lowest = float(np.finfo(np.float32).min)
     return jnp.maximum(value * scale, lowest) + offset
@@ -470,6 +464,6 @@ def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
 @functools.cache
 def _pair_table(dtype: str) -> np.ndarray:
     """The two values of each byte in 16 bits, as int32, the first in the low half."""
-    values = _CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
+    values = NF4_CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     return (values[byte >> 4] | values[byte & 0xF] << 16).view(np.int32)

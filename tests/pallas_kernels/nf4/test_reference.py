@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pallas_kernels import NF4_CODE, Nested, dequantize_absmax, nf4_dequantize
-from pallas_kernels.nf4 import nf4_matmul
+from pallas_kernels.nf4.api import nf4_matmul
 from pallas_kernels.product import dense_matmul
 
 # One of each kind: aligned, rows that cross blocks, odd count of weights, odd count of

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
+from pallas_kernels import device as devices
 from pallas_kernels.device import jax_has_kernels
-from pallas_kernels.nf4 import FUSED_ROWS, tuned
+from pallas_kernels.nf4.api import FUSED_ROWS
 
 NEW_JAX = jax_has_kernels()
 
@@ -97,18 +98,18 @@ def test_dequantize_gives_the_same_bits(implementation, nested, dtype, no_races)
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_any_share_of_the_work_gives_the_same_bits(words, steps, nested, no_races):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape = (96, 1024)  # 6 groups of block scales, 96 tiles of one word a thread
     packed = stacks(shape, nested=nested, seed=1)
     codes, absmax, second = packed
-    got = nf4_gpu.dequantize(
-        nf4_gpu.Packed(codes, absmax, second, jnp.array([1])),
+    got = gpu.dequantize(
+        gpu.Packed(codes, absmax, second, jnp.array([1])),
         shape=shape,
         dtype=jnp.bfloat16,
         words=words,
         steps=steps,
-        interpret=nf4_gpu.interpreter(),
+        interpret=devices.interpreter(),
     )
     want = nf4_dequantize(*one(packed, 1), shape=shape, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
@@ -168,24 +169,24 @@ def test_float32_inputs_are_multiplied_with_all_their_bits(implementation):
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_any_split_of_the_sums_gives_the_product(groups, parts, chunk, no_races):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape = (64, 1024)
     packed = stacks(shape, nested=True, seed=2)
     x = jax.random.normal(jax.random.key(1), (3, 1024)).astype(jnp.bfloat16)
-    got = nf4_gpu.product(
+    got = gpu.product(
         x,
-        nf4_gpu.Packed(*packed, jnp.array([2])),
+        gpu.Packed(*packed, jnp.array([2])),
         shape=shape,
-        split=nf4_gpu.Split(groups, parts, chunk),
-        interpret=nf4_gpu.interpreter(),
+        split=gpu.Split(groups, parts, chunk),
+        interpret=devices.interpreter(),
     )
-    whole = nf4_gpu.product(
+    whole = gpu.product(
         x,
-        nf4_gpu.Packed(*packed, jnp.array([2])),
+        gpu.Packed(*packed, jnp.array([2])),
         shape=shape,
-        split=nf4_gpu.Split(1, 1, 1),
-        interpret=nf4_gpu.interpreter(),
+        split=gpu.Split(1, 1, 1),
+        interpret=devices.interpreter(),
     )
     # The same terms in another order: 1,024 of about 0.05.
     np.testing.assert_allclose(got, whole, atol=1024 * 2.0**-24, rtol=1e-6)
@@ -194,16 +195,16 @@ def test_any_split_of_the_sums_gives_the_product(groups, parts, chunk, no_races)
 @kernels
 @pytest.mark.parametrize("split", [(3, 1, 1), (1, 1, 3), (2, 4, 1)])
 def test_a_split_that_does_not_divide_is_refused(split):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape = (64, 512)  # 8 blocks of 64 weights
     with pytest.raises(ValueError, match="does not divide the 8 blocks"):
-        nf4_gpu.product(
+        gpu.product(
             jnp.ones((8, 512), jnp.bfloat16),
-            nf4_gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
+            gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
             shape=shape,
-            split=nf4_gpu.Split(*split),
-            interpret=nf4_gpu.interpreter(),
+            split=gpu.Split(*split),
+            interpret=devices.interpreter(),
         )
 
 
@@ -223,17 +224,17 @@ def test_a_layer_that_does_not_exist_is_the_nearest_that_does(implementation):
 def test_the_detector_sees_a_missing_barrier(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     shape = (64, 256)
     try:
-        nf4_gpu.product(
+        gpu.product(
             jnp.ones((8, 256), jnp.bfloat16),
-            nf4_gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
+            gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
             shape=shape,
-            split=nf4_gpu.Split(2, 1, 1),
-            interpret=nf4_gpu.interpreter(),
+            split=gpu.Split(2, 1, 1),
+            interpret=devices.interpreter(),
         ).block_until_ready()
         found = races()
     except jax.errors.JaxRuntimeError as error:  # jax 0.12 stops at the first
@@ -297,12 +298,12 @@ def test_a_scan_over_layers_keeps_packed_bytes_only(implementation):
 
 
 def test_nothing_measured_means_xla():
-    assert tuned("A device that nobody has measured") == {}
+    assert devices.tuned("A device that nobody has measured", "nf4") == {}
 
 
 @kernels
 def test_measured_settings_are_used(monkeypatch):
-    from pallas_kernels import nf4, nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape = (64, 256)
     packed = stacks(shape, nested=False)
@@ -315,17 +316,17 @@ def test_measured_settings_are_used(monkeypatch):
             "matmul 64x512 2": {"groups": 9, "parts": 9, "chunk": 9},
         },
     }
-    monkeypatch.setattr(nf4, "tuned", lambda kind: table)
+    monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     used = []
     for name in ("dequantize", "product"):
-        whole = getattr(nf4_gpu, name)
+        whole = getattr(gpu, name)
 
         def watched(*args, whole=whole, name=name, **settings):
             kept = ("words", "steps", "split")
             used.append((name, {k: v for k, v in settings.items() if k in kept}))
             return whole(*args, **settings)
 
-        monkeypatch.setattr(nf4_gpu, name, watched)
+        monkeypatch.setattr(gpu, name, watched)
     asked = {"shape": shape, "layer": 1, "implementation": "interpret"}
     nf4_dequantize(*packed, dtype="bfloat16", **asked)
     for rows in (1, 2, 9):
@@ -341,15 +342,15 @@ def test_measured_settings_are_used(monkeypatch):
 @kernels
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096)])
 def test_every_candidate_divides_its_shape(shape):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
-    found = nf4_gpu.candidates("dequantize", shape)
+    found = gpu.candidates("dequantize", shape)
     assert {"words": 4, "steps": 4} in found
-    assert all(nf4_gpu.dequantize_refusal(4096**2, c["words"]) is None for c in found)
+    assert all(gpu.dequantize_refusal(4096**2, c["words"]) is None for c in found)
     for rows in (1, 16, 64):
-        found = nf4_gpu.candidates("matmul", shape, rows)
+        found = gpu.candidates("matmul", shape, rows)
         blocks = shape[1] // 64
-        assert nf4_gpu.split_for(shape, rows)._asdict() in found
+        assert gpu.split_for(shape, rows)._asdict() in found
         for one in found:
             share = blocks / one["groups"] / one["parts"]
             assert share % 2 == 0 and share % one["chunk"] == 0

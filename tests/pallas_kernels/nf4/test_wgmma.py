@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import Nested, nf4_dequantize, nf4_matmul
 from pallas_kernels import device as devices
 from pallas_kernels.device import jax_has_kernels
-from pallas_kernels.shapes import MODELS, ODD, distinct
+from pallas_kernels.nf4.shapes import MODELS, ODD, distinct
 
 pytestmark = pytest.mark.skipif(not jax_has_kernels(), reason="kernels need jax 0.11")
 interpret = pytest.mark.interpret
@@ -51,15 +51,15 @@ def races():
 
 
 def middle(x, packed, layer, shape, *, interpreted=True, **settings):
-    from pallas_kernels import nf4_gpu, nf4_wgmma
+    from pallas_kernels.nf4 import gpu, wgmma
 
     if "tiling" in settings:
-        settings["tiling"] = nf4_wgmma.Tiling(*settings["tiling"])
-    return nf4_wgmma.middle_product(
+        settings["tiling"] = wgmma.Tiling(*settings["tiling"])
+    return wgmma.middle_product(
         x,
-        nf4_gpu.Packed(*packed, jnp.array([layer])),
+        gpu.Packed(*packed, jnp.array([layer])),
         shape=shape,
-        interpret=interpreted and nf4_gpu.interpreter(),
+        interpret=interpreted and devices.interpreter(),
         **settings,
     )
 
@@ -126,7 +126,7 @@ def test_every_weight_meets_its_own_input():
 @interpret
 @pytest.mark.parametrize("first", [3, 4])
 def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
-    from pallas_kernels import nf4, nf4_wgmma
+    from pallas_kernels.nf4 import wgmma
 
     shape = (64, 256)
     packed = stacks(shape, nested=True)
@@ -136,15 +136,15 @@ def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
         "wgmma_rows": {"64x256": [first, 6]},
         "tuning": {"wgmma 64x256 6": settings},
     }
-    monkeypatch.setattr(nf4, "tuned", lambda kind: table)
+    monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     asked = {"shape": shape, "layer": 1, "implementation": "interpret"}
-    used, whole = [], nf4_wgmma.middle_product
+    used, whole = [], wgmma.middle_product
 
     def watched(x, *args, **named):
         used.append((x.shape[0], named["tiling"]._asdict()))
         return whole(x, *args, **named)
 
-    monkeypatch.setattr(nf4_wgmma, "middle_product", watched)
+    monkeypatch.setattr(wgmma, "middle_product", watched)
     weight = nf4_dequantize(*one(packed, 1), shape=shape, dtype=jnp.bfloat16)
     for leading in ((2,), (3, 1), (6,), (7,)):
         x = jax.random.normal(jax.random.key(0), (*leading, 256)).astype(jnp.bfloat16)
@@ -170,10 +170,10 @@ def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
 
 @interpret
 def test_without_a_measurement_it_is_never_chosen(monkeypatch):
-    from pallas_kernels import nf4, nf4_wgmma
+    from pallas_kernels.nf4 import wgmma
 
-    monkeypatch.setattr(nf4, "tuned", lambda kind: {})
-    monkeypatch.delattr(nf4_wgmma, "middle_product")
+    monkeypatch.setattr(devices, "tuned", lambda kind, operation: {})
+    monkeypatch.delattr(wgmma, "middle_product")
     shape = (64, 256)
     packed = stacks(shape, nested=False)
     for rows in (1, 100, 256):
@@ -183,12 +183,12 @@ def test_without_a_measurement_it_is_never_chosen(monkeypatch):
 
 
 def test_a_device_without_wgmma_says_so(monkeypatch):
-    from pallas_kernels import nf4
+    from pallas_kernels.nf4 import api
 
-    monkeypatch.setattr(nf4, "_kernel_refusal", lambda meta: None)
+    monkeypatch.setattr(api, "_kernel_refusal", lambda meta: None)
     monkeypatch.setattr(devices, "capability", lambda: "10.0")
     table = {"wgmma_rows": {"64x256": [1, 8]}}
-    monkeypatch.setattr(nf4, "tuned", lambda kind: table)
+    monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     packed = one(stacks((64, 256), nested=False), 0)
     x = jnp.ones((4, 256), jnp.bfloat16)
     with pytest.raises(
@@ -222,16 +222,16 @@ def test_what_it_cannot_do_is_refused(shape, tiling, message):
 
 @pytest.mark.parametrize("rows", [64, 65, 100, 128, 256, 300, 512, 1000, 1024])
 def test_each_shape_of_the_models_is_cut_or_refused(rows):
-    from pallas_kernels import nf4_wgmma
+    from pallas_kernels.nf4 import wgmma
 
     for shape in [*distinct(tuple(MODELS)), *ODD.values()]:
-        tiling = nf4_wgmma.tiling_for(shape, rows)
+        tiling = wgmma.tiling_for(shape, rows)
         if shape[0] % 64 or shape[1] % 128:
-            assert tiling is None and nf4_wgmma.refusal(shape)
-            assert nf4_wgmma.candidates(shape, rows) == []
+            assert tiling is None and wgmma.refusal(shape)
+            assert wgmma.candidates(shape, rows) == []
             continue
-        assert tiling is not None and nf4_wgmma.refusal(shape) is None, shape
-        others = nf4_wgmma.candidates(shape, rows)
+        assert tiling is not None and wgmma.refusal(shape) is None, shape
+        others = wgmma.candidates(shape, rows)
         for columns, parts, stages in [tiling, *(tuple(c.values()) for c in others)]:
             assert columns % 8 == 0 and columns <= 256 and stages >= 3
             assert (shape[1] // 64) % (2 * parts) == 0

@@ -14,7 +14,7 @@ The two of the backward both recompute the scores. That is 7 products for the 5 
 kernel that adds to dq from many blocks at once; it needs no float32 dq in memory, no
 atomic operation, and gives the same bits each time.
 
-These are the bodies; `pallas_kernels.attention` chooses, checks and differentiates.
+These are the bodies; `pallas_kernels.attention.api` chooses, checks and differentiates.
 docs/attention.md has the counts.
 """
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention_blocks import (
+from pallas_kernels.attention.blocks import (
     BLOCK,
     GROUPS,
     MASKED,

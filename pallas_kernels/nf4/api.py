@@ -1,20 +1,4 @@
-"""NF4 weights: dequantization, and the matrix product that keeps them packed.
-
-NF4 (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) stores a weight as the
-index of the nearest of 16 fixed values, two indices a byte with the first one in the
-high nibble, times the largest magnitude (`absmax`) of its block of 64 consecutive
-weights. The byte layout is that of bitsandbytes, so its files need no conversion.
-
-Layouts, for a weight of shape [O, I] (out_features, in_features) flattened row by row:
-  aligned (I % 64 == 0): codes [O, I/2], absmax [O, I/64]; blocks lie within rows.
-  flat (any other I): codes [ceil(O*I/2)], absmax [ceil(O*I/64)]; blocks cross rows.
-
-Under double quantization `absmax` is itself 8-bit: index into a 256-entry table, times
-a scale for each 256 blocks, plus one offset for the tensor (`Nested`).
-
-Stacked layers: with `layer`, codes, absmax and the arrays of `nested` have one more
-axis in front and the weight is that layer's. A kernel reads it where it lies; cut out
-of the stack first, it would be copied.
+"""`nf4_dequantize` and `nf4_matmul`: checks, the choice of a kernel, the derivative.
 
 The one idea of `nf4_matmul`: its derivative keeps the packed bytes as the only residual
 of the weight and dequantizes once more, so training holds no 16-bit copy of a layer
@@ -24,86 +8,23 @@ beyond the layer being computed.
 from __future__ import annotations
 
 import functools
-import importlib.resources
-import json
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import device
+from pallas_kernels.nf4.reference import Nested, dequantize
 from pallas_kernels.product import contract
-
-# The 16 values, as float32, that bitsandbytes writes as `quant_map`.
-NF4_CODE = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
-
-
-class Nested(NamedTuple):
-    """Second level of double quantization: what turns 8-bit `absmax` into float32."""
-
-    absmax: Float32[Array, " M"]
-    """Scale of each group of `nested_block_size` blocks."""
-    offset: Float32[Array, ""]
-    """Mean of the tensor's absmax, taken off before coding."""
-    quant_map: Float32[Array, " 256"]
-    """The 256 values an 8-bit code stands for."""
-
-
-def dequantize_absmax(
-    absmax: UInt8[Array, "..."], nested: Nested, *, nested_block_size: int = 256
-) -> Float32[Array, "..."]:
-    """Computes `quant_map[absmax] * nested.absmax[group] + offset` in float32.
-
-    The product and the sum are rounded one after the other, as bitsandbytes does.
-
-    Args:
-      absmax: 8-bit codes; groups run over its flattened order.
-      nested: scales, offset and table of the second level.
-      nested_block_size: codes that share one scale.
-
-    Returns:
-      float32 scales in the shape of `absmax`.
-    """
-    values = nested.quant_map[absmax.reshape(-1).astype(jnp.int32)]
-    pad = -values.size % nested_block_size
-    groups = jnp.pad(values, (0, pad)).reshape(-1, nested_block_size)
-    # A maximum that changes nothing finite keeps a compiler from contracting product
-    # and sum into one rounding; jax 0.10 drops an optimization barrier on CPU first.
-    lowest = jnp.finfo(jnp.float32).min
-    scaled = jnp.maximum(groups * nested.absmax[:, None], lowest)
-    flat = scaled.reshape(-1)[: values.size] + nested.offset
-    return flat.reshape(absmax.shape)
-
 
 FUSED_ROWS = 32
 """Rows that "pallas" multiplies without writing the weight out, where none were
 measured: bitsandbytes' own table for an H100 has 4 to 32."""
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
-"""What computes: plain XLA; the kernels of `nf4_gpu`; or those run by Pallas's
+"""What computes: plain XLA; the kernels of `nf4.gpu`; or those run by Pallas's
 interpreter, slowly and anywhere, for tests."""
 
 
@@ -132,7 +53,7 @@ def nf4_dequantize(
     All implementations give the same bits.
 
     Args:
-      codes: uint8, packed 4-bit indices, aligned or flat (see the module's text).
+      codes: uint8, packed 4-bit indices, aligned or flat (see `pallas_kernels.nf4`).
       absmax: block scales in the matching layout; float32, or uint8 with `nested`.
       nested: the second level, exactly when `absmax` is uint8.
       shape: (O, I) of the weight.
@@ -179,9 +100,9 @@ def nf4_matmul(
     "pallas" multiplies few rows of bfloat16 or float16 straight from the packed bytes,
     which rounds the 16 table values instead of the weights, and dequantizes with its
     kernel for more. How many are few was measured for each shape and kind of device
-    (`tuned`); without a measurement it is `FUSED_ROWS`. Where a measurement found that
-    `nf4_wgmma` is faster for a middle range of rows, those go to it, with the weights
-    that `nf4_dequantize` would write.
+    (`device.tuned`); without a measurement it is `FUSED_ROWS`. A middle range of rows
+    goes to `nf4.wgmma` where it was measured to be faster, with the weights that
+    `nf4_dequantize` would write.
 
     Args:
       x: inputs, features last.
@@ -215,15 +136,7 @@ def nf4_matmul(
 
 def measured() -> bool:
     """Whether kernels were measured on this device, and may be chosen for it."""
-    return jax.default_backend() == "gpu" and bool(tuned(device.device_kind()))
-
-
-@functools.cache
-def tuned(kind: str) -> dict[str, Any]:
-    """What scripts/bench_kernels.py measured on a kind of device; may be empty."""
-    folder = importlib.resources.files("pallas_kernels") / "tuned"
-    file = folder / f"{device.device_slug(kind)}.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return jax.default_backend() == "gpu" and bool(_tuned())
 
 
 class _Meta(NamedTuple):
@@ -352,9 +265,13 @@ def _kernel_refusal(meta: _Meta) -> str | None:
                 "they need an NVIDIA GPU of compute capability 8.0 or newer, and this "
                 f"one has {found or 'none'}."
             )
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
-    return nf4_gpu.dequantize_refusal(meta.shape[0] * meta.shape[1])
+    return gpu.dequantize_refusal(meta.shape[0] * meta.shape[1])
+
+
+def _tuned() -> dict[str, Any]:
+    return device.tuned(device.device_kind(), "nf4")
 
 
 def _measured(meta: _Meta, use: str) -> Any:
@@ -364,7 +281,7 @@ def _measured(meta: _Meta, use: str) -> Any:
         or _kernel_refusal(meta._replace(implementation="pallas")) is not None
     ):
         return None
-    return tuned(device.device_kind()).get(use, {}).get(meta.name)
+    return _tuned().get(use, {}).get(meta.name)
 
 
 def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
@@ -373,7 +290,7 @@ def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
     For as many rows, or for the next larger number that was measured.
     """
     found = {}
-    for key, choice in tuned(device.device_kind()).get("tuning", {}).items():
+    for key, choice in _tuned().get("tuning", {}).items():
         measured_kind, name, count = key.split()
         if (measured_kind, name) == (kind, meta.name) and int(count) >= rows:
             found[int(count)] = choice
@@ -389,13 +306,13 @@ def _fused(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
         limit = 0 if meta.implementation is None else FUSED_ROWS
     if rows > limit:
         return False
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
-    return nf4_gpu.split_for(meta.shape, rows) is not None
+    return gpu.split_for(meta.shape, rows) is not None
 
 
 def _middle(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
-    """Whether so many rows go to `nf4_wgmma`: where it was measured to be fastest."""
+    """Whether so many rows go to `nf4.wgmma`: where it was measured to be fastest."""
     if meta.implementation == "xla" or dtype.itemsize != 2:
         return False
     first, last = _measured(meta, "wgmma_rows") or (1, 0)
@@ -405,20 +322,20 @@ def _middle(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
 def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
     if meta.implementation != "interpret" and not device.capability().startswith("9."):
         reason = (
-            "`nf4_wgmma` needs a GPU of compute capability 9 (Hopper), and this one "
+            "`nf4.wgmma` needs a GPU of compute capability 9 (Hopper), and this one "
             f"has {device.capability()}; take `wgmma_rows` out of the data of "
             f"{device.device_kind()!r}."
         )
         raise Unavailable(reason, f"`nf4_matmul`: {reason}")
-    from pallas_kernels import nf4_wgmma
+    from pallas_kernels.nf4 import wgmma
 
     choice = _tuning(meta, "wgmma", x.shape[0])
-    return nf4_wgmma.middle_product(
+    return wgmma.middle_product(
         x,
         _stacked(packed),
         shape=meta.shape,
         dtype=meta.out_dtype or x.dtype,
-        tiling=nf4_wgmma.Tiling(**choice) if choice else None,
+        tiling=wgmma.Tiling(**choice) if choice else None,
         interpret=_interpreter(meta),
     )
 
@@ -426,10 +343,19 @@ def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
 def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
     chosen = meta.implementation or _measured(meta, "dequantize") or "xla"
     if chosen == "xla":
-        return _dequantize(meta, packed.cut(), dtype)
-    from pallas_kernels import nf4_gpu
+        codes, absmax, nested, _ = packed.cut()
+        return dequantize(
+            codes,
+            absmax,
+            nested,
+            shape=meta.shape,
+            dtype=dtype,
+            block_size=meta.block_size,
+            nested_block_size=meta.nested_block_size,
+        )
+    from pallas_kernels.nf4 import gpu
 
-    return nf4_gpu.dequantize(
+    return gpu.dequantize(
         _stacked(packed),
         shape=meta.shape,
         dtype=dtype,
@@ -439,47 +365,20 @@ def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
 
 
 def _interpreter(meta: _Meta) -> Any:
-    from pallas_kernels import nf4_gpu
-
-    return nf4_gpu.interpreter() if meta.implementation == "interpret" else False
+    return device.interpreter() if meta.implementation == "interpret" else False
 
 
 def _stacked(packed: _Packed) -> Any:
     """The weight as the kernels take it: a stack of at least one layer."""
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     if packed.layer is None:
         arrays = (packed.codes, packed.absmax, packed.nested)
         codes, absmax, nested = jax.tree.map(lambda a: a[None], arrays)
-        return nf4_gpu.Packed(codes, absmax, nested, jnp.zeros(1, jnp.int32))
-    return nf4_gpu.Packed(
+        return gpu.Packed(codes, absmax, nested, jnp.zeros(1, jnp.int32))
+    return gpu.Packed(
         packed.codes, packed.absmax, packed.nested, packed.layer.reshape(1)
     )
-
-
-def _dequantize(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
-    """The reference, and the "xla" implementation."""
-    codes, absmax, nested, _ = packed
-    out_features, in_features = shape = meta.shape
-    size, block_size = out_features * in_features, meta.block_size
-    if nested is not None:
-        absmax = dequantize_absmax(
-            absmax, nested, nested_block_size=meta.nested_block_size
-        )
-    aligned = in_features % block_size == 0
-    if aligned:
-        codes = codes.reshape(out_features, in_features // 2)
-    indices = jnp.stack([codes >> 4, codes & 0xF], axis=-1)
-    values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
-    if aligned:
-        grouped = values.reshape(out_features, in_features // block_size, block_size)
-        scales = absmax.reshape(out_features, in_features // block_size, 1)
-        return (grouped * scales).reshape(shape).astype(dtype)
-    blocks = absmax.size
-    flat = values.reshape(-1)[:size]
-    flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
-    scaled = (flat * absmax.reshape(blocks, 1)).reshape(-1)[:size]
-    return scaled.reshape(shape).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -489,14 +388,14 @@ def _matmul(meta: _Meta, x: Array, packed: _Packed) -> Array:
         y = _on_wgmma(meta, x.reshape(rows, -1), packed)
         return y.reshape(*x.shape[:-1], meta.shape[0])
     if _fused(meta, rows, x.dtype):
-        from pallas_kernels import nf4_gpu
+        from pallas_kernels.nf4 import gpu
 
         choice = _tuning(meta, "matmul", rows)
-        y = nf4_gpu.product(
+        y = gpu.product(
             x.reshape(rows, -1),
             _stacked(packed),
             shape=meta.shape,
-            split=nf4_gpu.Split(**choice) if choice else None,
+            split=gpu.Split(**choice) if choice else None,
             interpret=_interpreter(meta),
         )
         return y.astype(meta.out_dtype).reshape(*x.shape[:-1], meta.shape[0])
