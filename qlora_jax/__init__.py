@@ -8,6 +8,8 @@ opens no device, and lets `convert` use the core's data types without a circle.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from qlora_jax.adapters import combine_adapters as combine_adapters
     from qlora_jax.adapters import stack_adapters as stack_adapters
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     from qlora_jax.vocabulary import repair_rows as repair_rows
     from qlora_jax.vocabulary import report_untrained as report_untrained
     from qlora_jax.vocabulary import untrained_rows as untrained_rows
-
-__version__ = "0.1.0"
 
 # Name -> module. The imports above say the same to type checkers; a test compares them.
 _CONTENTS = {

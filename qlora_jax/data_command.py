@@ -21,7 +21,7 @@ import tyro
 
 from convert.files import read_json
 from convert.output import write_text
-from qlora_jax.config import IGNORE, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.data import (
     Batches,
     DataConfig,
@@ -30,6 +30,7 @@ from qlora_jax.data import (
     data_notes,
     load_examples,
 )
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import lay_out
 from qlora_jax.data_page import page
 from qlora_jax.errors import UserError

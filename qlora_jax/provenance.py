@@ -32,7 +32,7 @@ from qlora_jax.directories import (
 from qlora_jax.errors import UserError
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import HEAD
+from qlora_jax.tree import HEAD
 
 # Dense bytes of a base that are read again to find the dtype of a training: embedding
 # and head of the largest models, and not their projections.

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from qlora_jax.config import FrozenDict
 from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
 from qlora_jax.config_changes import check_changes
 from qlora_jax.data import DataConfig, Source
@@ -30,6 +29,7 @@ from qlora_jax.data.settings import Format, TooLong, TrainOn
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig, off_features, refused_features
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import FrozenDict
 
 SETTINGS = "config.toml"
 """The settings of a run, in its directory."""
