@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
     from qlora_jax.optimizer import make_optimizer as make_optimizer
-    from qlora_jax.runfile import CheckpointConfig as CheckpointConfig
-    from qlora_jax.runfile import EvalConfig as EvalConfig
-    from qlora_jax.runfile import LogConfig as LogConfig
-    from qlora_jax.runfile import ModelConfig as ModelConfig
-    from qlora_jax.runfile import RunConfig as RunConfig
     from qlora_jax.runner import run as run
+    from qlora_jax.runs.config import CheckpointConfig as CheckpointConfig
+    from qlora_jax.runs.config import EvalConfig as EvalConfig
+    from qlora_jax.runs.config import LogConfig as LogConfig
+    from qlora_jax.runs.config import ModelConfig as ModelConfig
+    from qlora_jax.runs.config import RunConfig as RunConfig
     from qlora_jax.train import TrainState as TrainState
     from qlora_jax.train import eval_step as eval_step
     from qlora_jax.train import init_state as init_state
@@ -68,11 +68,11 @@ _CONTENTS = {
     "DataConfig": "qlora_jax.data.settings",
     "Source": "qlora_jax.data.settings",
     "TrainConfig": "qlora_jax.train_config",
-    "RunConfig": "qlora_jax.runfile",
-    "ModelConfig": "qlora_jax.runfile",
-    "CheckpointConfig": "qlora_jax.runfile",
-    "EvalConfig": "qlora_jax.runfile",
-    "LogConfig": "qlora_jax.runfile",
+    "RunConfig": "qlora_jax.runs.config",
+    "ModelConfig": "qlora_jax.runs.config",
+    "CheckpointConfig": "qlora_jax.runs.config",
+    "EvalConfig": "qlora_jax.runs.config",
+    "LogConfig": "qlora_jax.runs.config",
     # --- The model ---
     "Llama": "qlora_jax.llama",
     "add_parameters": "qlora_jax.llama",

@@ -53,9 +53,9 @@ from qlora_jax.options import explained, place
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
-from qlora_jax.runfile import (
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import (
     SETTINGS,
-    RunConfig,
     checked,
     given_lora,
     lora_options,

@@ -36,7 +36,8 @@ from qlora_jax.data_page import page
 from qlora_jax.errors import UserError
 from qlora_jax.evaluation import taken_out
 from qlora_jax.model import load_tokenizer
-from qlora_jax.runfile import EvalConfig, read_config
+from qlora_jax.runs.config import EvalConfig
+from qlora_jax.runs.toml import read_config
 
 _BINS = 16
 _WIDTH = 40

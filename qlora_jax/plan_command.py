@@ -35,7 +35,8 @@ from qlora_jax.plan import (
     Quantity,
     policies,
 )
-from qlora_jax.runfile import RunConfig, lora_options, read_config
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import lora_options, read_config
 from qlora_jax.step_memory import Step
 from qlora_jax.train_config import TrainConfig
 from qlora_jax.tree import FrozenDict

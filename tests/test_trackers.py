@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import LogConfig
+from qlora_jax.runs.config import LogConfig
 from qlora_jax.trackers import check_trackers, trackers
 from qlora_jax.tree import FrozenDict
 
