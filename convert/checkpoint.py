@@ -25,7 +25,7 @@ from convert.files import (
     read_json,
 )
 from qlora_jax.config import LlamaConfig
-from qlora_jax.targets import EMBEDDING, HEAD
+from qlora_jax.tree import EMBEDDING, HEAD
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOAT_NAMES = {v: k for k, v in FLOATS.items()}

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 
 from convert import names
 from convert.hf import cast
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import EMBEDDING, HEAD, Adapted, Rows, Selection, Whole, select
+from qlora_jax.targets import Adapted, Rows, Selection, Whole, select
+from qlora_jax.tree import EMBEDDING, HEAD, PROJECTIONS
 
 # Elements worked on in one go: small against a tensor, large enough for the products.
 _BLOCK = 1 << 21

@@ -39,8 +39,8 @@ from convert.output import (
     write_text,
 )
 from convert.peft import CONFIG, WEIGHTS, load_adapter
-from qlora_jax import __version__
 from qlora_jax.errors import UserError
+from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
 _TOKENIZER = "tokenizer_config.json"

@@ -1,57 +1,30 @@
 """The key table: Hugging Face tensor names <-> paths in our parameter tree.
 
-One rule carries all of it. A path is the dotted name cut at its dots, with the layer
-number taken out, because layers are stacked; the inverse puts the number back:
-
-    model.layers.3.self_attn.q_proj.weight  <->  (model, layers, self_attn, q_proj,
-                                                  weight), layer 3
-    lm_head.weight                          <->  (lm_head, weight), no layer
-
-PEFT writes the same module names behind `base_model.model.`. `shapes` lists what a
-configuration has; everything that is read or written is checked against it.
+`qlora_jax.tree` spells a path as a Hugging Face key and back. PEFT writes the same
+module names behind `base_model.model.`. `shapes` lists the tensors of a configuration;
+everything that is read or written is checked against it.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
+from qlora_jax.tree import LAYERS as LAYERS
+from qlora_jax.tree import PROJECTIONS
+from qlora_jax.tree import Path as Path
+from qlora_jax.tree import Shape as Shape
+from qlora_jax.tree import hf_key as hf_key
+from qlora_jax.tree import is_stacked as is_stacked
+from qlora_jax.tree import parse_key as parse_key
 from qlora_jax.tree import put as put
 from qlora_jax.tree import walk as walk
 
-Path = tuple[str, ...]
-Shape = tuple[int, ...]
-
-LAYERS: Path = ("model", "layers")
 PEFT_PREFIX = "base_model.model."
-
-_LAYER_KEY = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
-
-
-def hf_key(path: Path, layer: int | None = None) -> str:
-    """Spells `path` (of one layer, where stacked) as Hugging Face does."""
-    if layer is None:
-        return ".".join(path)
-    cut = len(LAYERS)
-    return ".".join((*path[:cut], str(layer), *path[cut:]))
-
-
-def parse_key(key: str) -> tuple[Path, int | None]:
-    """Inverse of `hf_key`."""
-    found = _LAYER_KEY.fullmatch(key)
-    if found is None:
-        return tuple(key.split(".")), None
-    return (*LAYERS, *found[2].split(".")), int(found[1])
-
-
-def is_stacked(path: Path) -> bool:
-    """Whether the tensor at `path` has a leading layer axis."""
-    return path[: len(LAYERS)] == LAYERS
 
 
 def is_projection(path: Path) -> bool:

@@ -54,7 +54,8 @@ from qlora_jax import config_changes
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import EMBEDDING, HEAD, Selection, select
+from qlora_jax.targets import Selection, select
+from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -8,6 +8,8 @@ opens no device, and lets `convert` use the core's data types without a circle.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlora_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from qlora_jax.adapters import combine_adapters as combine_adapters
     from qlora_jax.adapters import stack_adapters as stack_adapters
@@ -39,12 +41,12 @@ if TYPE_CHECKING:
     from qlora_jax.nf4 import dequantize as dequantize
     from qlora_jax.nf4 import quantize as quantize
     from qlora_jax.optimizer import make_optimizer as make_optimizer
-    from qlora_jax.runfile import CheckpointConfig as CheckpointConfig
-    from qlora_jax.runfile import EvalConfig as EvalConfig
-    from qlora_jax.runfile import LogConfig as LogConfig
-    from qlora_jax.runfile import ModelConfig as ModelConfig
-    from qlora_jax.runfile import RunConfig as RunConfig
     from qlora_jax.runner import run as run
+    from qlora_jax.runs.config import CheckpointConfig as CheckpointConfig
+    from qlora_jax.runs.config import EvalConfig as EvalConfig
+    from qlora_jax.runs.config import LogConfig as LogConfig
+    from qlora_jax.runs.config import ModelConfig as ModelConfig
+    from qlora_jax.runs.config import RunConfig as RunConfig
     from qlora_jax.train import TrainState as TrainState
     from qlora_jax.train import eval_step as eval_step
     from qlora_jax.train import init_state as init_state
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     from qlora_jax.vocabulary import repair_rows as repair_rows
     from qlora_jax.vocabulary import report_untrained as report_untrained
     from qlora_jax.vocabulary import untrained_rows as untrained_rows
-
-__version__ = "0.1.0"
 
 # Name -> module. The imports above say the same to type checkers; a test compares them.
 _CONTENTS = {
@@ -68,11 +68,11 @@ _CONTENTS = {
     "DataConfig": "qlora_jax.data.settings",
     "Source": "qlora_jax.data.settings",
     "TrainConfig": "qlora_jax.train_config",
-    "RunConfig": "qlora_jax.runfile",
-    "ModelConfig": "qlora_jax.runfile",
-    "CheckpointConfig": "qlora_jax.runfile",
-    "EvalConfig": "qlora_jax.runfile",
-    "LogConfig": "qlora_jax.runfile",
+    "RunConfig": "qlora_jax.runs.config",
+    "ModelConfig": "qlora_jax.runs.config",
+    "CheckpointConfig": "qlora_jax.runs.config",
+    "EvalConfig": "qlora_jax.runs.config",
+    "LogConfig": "qlora_jax.runs.config",
     # --- The model ---
     "Llama": "qlora_jax.llama",
     "add_parameters": "qlora_jax.llama",

@@ -34,16 +34,8 @@ from qlora_jax.describe import describe
 from qlora_jax.errors import UserError
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import (
-    EMBEDDING,
-    HEAD,
-    LAYERS,
-    Adapted,
-    Path,
-    Selection,
-    dotted,
-    select,
-)
+from qlora_jax.targets import Adapted, Selection, select
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
 
 
 def combine_adapters(

@@ -32,7 +32,7 @@ from qlora_jax.directories import saved_steps
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.fingerprint import crc32, fingerprint_tree
 from qlora_jax.interruptions import AtOnce
-from qlora_jax.runfile import CheckpointConfig
+from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.train import TrainState
 
 # Bytes that a checkpoint may need beside its arrays.

@@ -26,7 +26,7 @@ from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter, peft_directory
-from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
 from qlora_jax.directories import (
@@ -53,9 +53,9 @@ from qlora_jax.options import explained, place
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
-from qlora_jax.runfile import (
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import (
     SETTINGS,
-    RunConfig,
     checked,
     given_lora,
     lora_options,
@@ -64,6 +64,7 @@ from qlora_jax.runfile import (
 )
 from qlora_jax.tokens import Tokens
 from qlora_jax.train_config import Optimizer, TrainConfig
+from qlora_jax.tree import FrozenDict
 
 
 @dataclass(frozen=True)

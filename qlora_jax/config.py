@@ -13,48 +13,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from qlora_jax.errors import UserError
-
-IGNORE = -100
-"""The label of a token that is not supervised, as in Hugging Face."""
-
-PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
-
-
-_V = TypeVar("_V")
-
-
-class FrozenDict(dict[str, _V]):
-    """A dict that keeps its order in comparisons, cannot be changed, and hashes."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, dict) and list(self.items()) == list(other.items())
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __reduce__(self) -> Any:
-        # A dict is pickled and copied by setting its items one by one.
-        return FrozenDict, (dict(self),)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a FrozenDict cannot be changed")
-
-    __setitem__ = __delitem__ = clear = pop = popitem = _refuse
-    setdefault = update = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
+from qlora_jax.tree import FrozenDict
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 
-from qlora_jax.config import FrozenDict
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import HEAD, LAYERS, Path, dotted
+from qlora_jax.tree import HEAD, LAYERS, FrozenDict, Path, dotted
 
 
 def describe(

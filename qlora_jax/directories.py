@@ -19,7 +19,8 @@ from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.bases import base_places
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runfile import SETTINGS, RunConfig, read_config
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import SETTINGS, read_config
 
 # What lies in a run directory, beside its settings.
 ADAPTER, START = "adapter", "initial_adapter"

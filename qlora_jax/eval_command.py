@@ -29,7 +29,7 @@ from qlora_jax.evaluation import (
 )
 from qlora_jax.generate_command import Asked
 from qlora_jax.model import Model
-from qlora_jax.runfile import read_config
+from qlora_jax.runs.toml import read_config
 
 
 @dataclass(frozen=True, kw_only=True)

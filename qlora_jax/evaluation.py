@@ -38,7 +38,7 @@ from qlora_jax.generate import generate_tokens
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.model import end_tokens
-from qlora_jax.runfile import READING, EvalConfig, RunConfig
+from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 from qlora_jax.train import eval_step
 
 _LARGEST_EXPONENT = 700.0  # of a double

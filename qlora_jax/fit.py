@@ -33,11 +33,12 @@ from qlora_jax.lora_init import factor_out
 from qlora_jax.memory import readable_bytes
 from qlora_jax.optimizer import make_optimizer
 from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.runs.config import ModelConfig
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
-from qlora_jax.targets import EMBEDDING, HEAD, select
+from qlora_jax.targets import select
 from qlora_jax.train import init_state, jit_step
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import EMBEDDING, HEAD
 
 # Of the memory that JAX may use, what its allocator can be asked for in a plan's few
 # large blocks.

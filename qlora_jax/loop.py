@@ -28,7 +28,7 @@ from qlora_jax.interruptions import Interruption
 from qlora_jax.lora_init import absorb
 from qlora_jax.loss_plot import Redrawing
 from qlora_jax.optimizer import averaged
-from qlora_jax.runfile import RunConfig
+from qlora_jax.runs.config import RunConfig
 from qlora_jax.train import TrainState
 from qlora_jax.watch import Watch
 

@@ -39,7 +39,8 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import Path, select
+from qlora_jax.targets import select
+from qlora_jax.tree import Path
 
 
 def bind(

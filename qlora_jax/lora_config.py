@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from qlora_jax.config import PROJECTIONS, FrozenDict
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.patterns import check_pattern, check_patterns
+from qlora_jax.tree import PROJECTIONS, FrozenDict
 
 # Fields of adapter_config.json that change what an adapter computes and that this
 # project does not compute. The value listed is the one that switches each off.

@@ -28,15 +28,8 @@ from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora import row_norms
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import (
-    EMBEDDING,
-    HEAD,
-    Adapted,
-    Path,
-    Selection,
-    dotted,
-    select,
-)
+from qlora_jax.targets import Adapted, Selection, select
+from qlora_jax.tree import EMBEDDING, HEAD, Path, dotted
 
 # Steps of PiSSA's randomized decomposition draw from their own stream.
 _OVERSAMPLE = 8

@@ -18,20 +18,14 @@ import jax.numpy as jnp
 
 from qlora_jax import nf4
 from qlora_jax import tree as trees
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.optimizer import make_optimizer
-from qlora_jax.targets import (
-    EMBEDDING,
-    HEAD,
-    LAYERS,
-    absent_layers,
-    linear_modules,
-    select,
-)
+from qlora_jax.targets import absent_layers, linear_modules, select
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from jaxtyping import Array
 from qlora_jax import tree as trees
 from qlora_jax.adam8bit import scale_by_adam_8bit
 from qlora_jax.parameter_groups import Rule, optimizer_groups, rate_of
-from qlora_jax.targets import LAYERS, Path, Selection
+from qlora_jax.targets import Selection
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import LAYERS, Path
 
 
 def make_optimizer(

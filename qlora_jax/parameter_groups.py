@@ -27,8 +27,9 @@ from jaxtyping import Array
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import refuse
-from qlora_jax.targets import EMBEDDING, HEAD, LAYERS, Path, Selection, dotted
+from qlora_jax.targets import Selection
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
 
 _TABLES = (EMBEDDING, HEAD)
 _LORA_B = ("lora_B", "lora_embedding_B")

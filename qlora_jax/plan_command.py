@@ -21,7 +21,7 @@ import tyro
 from convert.files import read_json
 from qlora_jax.cards import Card, find_card
 from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
-from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
@@ -35,9 +35,11 @@ from qlora_jax.plan import (
     Quantity,
     policies,
 )
-from qlora_jax.runfile import RunConfig, lora_options, read_config
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import lora_options, read_config
 from qlora_jax.step_memory import Step
 from qlora_jax.train_config import TrainConfig
+from qlora_jax.tree import FrozenDict
 
 _FIT = "fit"
 

@@ -20,7 +20,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import FIELDS, restored
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import HEAD
+from qlora_jax.tree import HEAD
 
 
 def describe_quantization(base: Mapping[str, Any]) -> str:

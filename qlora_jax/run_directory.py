@@ -13,7 +13,7 @@ from typing import Any
 from convert.files import read_json
 from qlora_jax.directories import ADAPTER, ADAPTER_EMA, BEST, CHECKPOINTS, REPORT, START
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runfile import SETTINGS
+from qlora_jax.runs.toml import SETTINGS
 from qlora_jax.watch import read_metrics
 
 

@@ -27,7 +27,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.loss_plot import running_mean
 from qlora_jax.memory import readable_bytes
 from qlora_jax.page import document, table
-from qlora_jax.runfile import SETTINGS
+from qlora_jax.runs.toml import SETTINGS
 from qlora_jax.watch import read_evaluations, read_metrics, read_samples
 
 PAGE = "report.html"

@@ -20,7 +20,7 @@ from qlora_jax.data.settings import PLACES
 from qlora_jax.directories import ADAPTER, CHECKPOINTS
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import RunConfig
+from qlora_jax.runs.config import RunConfig
 from qlora_jax.train import TrainConfig, TrainState
 
 # Fields of a LoraConfig that say where its base is found, and which it was.

@@ -64,7 +64,8 @@ from qlora_jax.provenance import base_form
 from qlora_jax.run_directory import alone, check_directory, finished_report
 from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.run_record import continue_run, run_record, say, versions
-from qlora_jax.runfile import SETTINGS, RunConfig, to_toml
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import SETTINGS, to_toml
 from qlora_jax.settled import Settled, settle
 from qlora_jax.targets import Selection
 from qlora_jax.trackers import trackers

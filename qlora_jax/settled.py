@@ -52,7 +52,7 @@ from qlora_jax.memory import warnings
 from qlora_jax.model import load_tokenizer
 from qlora_jax.parameter_groups import Group, note_idle, optimizer_groups
 from qlora_jax.run_record import check_continues, say
-from qlora_jax.runfile import RunConfig
+from qlora_jax.runs.config import RunConfig
 from qlora_jax.targets import Selection, select
 from qlora_jax.trackers import check_trackers
 

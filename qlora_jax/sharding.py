@@ -22,8 +22,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UserError
-from qlora_jax.targets import LAYERS, Path
 from qlora_jax.train import TrainState
+from qlora_jax.tree import LAYERS, Path
 
 AXES = ("data", "fsdp")
 

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from qlora_jax.cards import Card
-from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -35,9 +35,10 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base
 from qlora_jax.optimizer import make_optimizer
 from qlora_jax.sharding import check_mesh, lies_on_host, local_bytes, place
-from qlora_jax.targets import EMBEDDING, HEAD, Path, select
+from qlora_jax.targets import select
 from qlora_jax.train import TrainState, init_state, jit_step
 from qlora_jax.train_config import ParameterGroup, TrainConfig
+from qlora_jax.tree import EMBEDDING, HEAD, FrozenDict, Path
 
 ALLOWANCE = 700_000_000
 """Bytes of a card that no plan of a program holds: the CUDA context with its kernels

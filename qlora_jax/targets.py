@@ -30,14 +30,8 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, Shape, dotted
 
-Path = tuple[str, ...]
-Shape = tuple[int, ...]
-
-# The scanned stack of layers: below it every leaf has a leading layer axis.
-LAYERS: Path = ("model", "layers")
-EMBEDDING: Path = ("model", "embed_tokens")
-HEAD: Path = ("lm_head",)
 _TABLES = (EMBEDDING[-1], HEAD[-1])
 
 
@@ -288,15 +282,6 @@ def _in_layers(module_path: str, lora: LoraConfig) -> bool:
         return False
     number = found[found.re.groups]  # a pattern may have groups of its own
     return int(number) in ((wanted,) if isinstance(wanted, int) else wanted)
-
-
-def dotted(path: Path, layers: int | None) -> list[str]:
-    """Spells a module path as Hugging Face does, once for each layer."""
-    if layers is None:
-        return [".".join(path)]
-    cut = len(LAYERS)
-    head, tail = ".".join(path[:cut]), ".".join(path[cut:])
-    return [f"{head}.{i}.{tail}" for i in range(layers)]
 
 
 def _tensors(base: Mapping[str, Any]) -> dict[Path, tuple[Shape, int | None]]:

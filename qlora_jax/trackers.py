@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import LogConfig
+from qlora_jax.runs.config import LogConfig
 
 # `report_to` -> the library, and the extra that installs it.
 _LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}

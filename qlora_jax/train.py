@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float32, Int
 
 from qlora_jax import nf4
-from qlora_jax.config import IGNORE
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.loss import cross_entropy_sum, supervised_tokens

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.targets import EMBEDDING, HEAD
+from qlora_jax.tree import EMBEDDING, HEAD
 
 TokenIds = Iterable[int] | NDArray[np.integer] | jax.Array
 

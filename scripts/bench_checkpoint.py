@@ -40,7 +40,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.fingerprint import crc32, fingerprint_tree
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.run_record import versions
-from qlora_jax.runfile import CheckpointConfig
+from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.targets import select
 from qlora_jax.train import TrainState, init_state
 

@@ -60,7 +60,7 @@ from qlora_jax.memory import abstract_base, tree_bytes, tree_size
 from qlora_jax.model import load_tokenizer
 from qlora_jax.placement import place_base
 from qlora_jax.run_record import versions
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.runs.config import ModelConfig
 from qlora_jax.train import TrainConfig, init_state
 
 ROOT = Path(__file__).resolve().parents[1]

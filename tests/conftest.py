@@ -287,8 +287,8 @@ def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A run directory: a small story model that was taught a fact, in conversations."""
     from qlora_jax.data import DataConfig
     from qlora_jax.lora_config import LoraConfig
-    from qlora_jax.runfile import LogConfig, ModelConfig, RunConfig
     from qlora_jax.runner import run
+    from qlora_jax.runs.config import LogConfig, ModelConfig, RunConfig
     from qlora_jax.train import TrainConfig
 
     directory = tmp_path_factory.mktemp("fact")

@@ -21,7 +21,8 @@ from qlora_jax.lora import abstract_adapters, bind, delta
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import factor_out, init_adapters
 from qlora_jax.model import load
-from qlora_jax.targets import EMBEDDING, HEAD, dotted, select
+from qlora_jax.targets import select
+from qlora_jax.tree import EMBEDDING, HEAD, dotted
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
 # float32 logits of order one, summed in another order.

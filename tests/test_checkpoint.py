@@ -23,7 +23,7 @@ from qlora_jax.checkpoint import (
 )
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.run_record import continue_run
-from qlora_jax.runfile import CheckpointConfig
+from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.train import TrainState, init_state
 
 RECORD = {"batches": 3, "lora": {"r": 4, "target_modules": ["q_proj"]}}
@@ -131,7 +131,7 @@ UNFORESEEN = """
 import pathlib, resource, sys
 import test_checkpoint as here
 from qlora_jax.checkpoint import CheckpointError, Checkpoints
-from qlora_jax.runfile import CheckpointConfig
+from qlora_jax.runs.config import CheckpointConfig
 
 Checkpoints._check_space = lambda *_: None
 try:

@@ -25,7 +25,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.model import load
 from qlora_jax.options import paragraphs
-from qlora_jax.runfile import read_config
+from qlora_jax.runs.toml import read_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,12 +1,10 @@
-import copy
 import dataclasses
 import json
 import math
-import pickle
 
 import pytest
 
-from qlora_jax.config import FrozenDict, LlamaConfig, RopeScaling
+from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
 
 TINY = {
@@ -255,29 +253,6 @@ def test_tensors_of_ones_own_are_kept_through_the_file():
 def test_tensors_of_ones_own_have_names_and_shapes(table):
     with pytest.raises(UserError, match="`extra_tensors` must map dotted names to sha"):
         LlamaConfig.from_hf({**TINY, "extra_tensors": table})
-
-
-# --- FrozenDict ---
-
-
-def test_a_frozen_dict_compares_and_hashes_in_its_order_and_cannot_be_changed():
-    one, two = FrozenDict(a=1, b=2), FrozenDict(b=2, a=1)
-    assert one == {"a": 1, "b": 2} and hash(one) == hash(FrozenDict(a=1, b=2))
-    assert one != two and dict(one) == dict(two)
-    for change in (
-        lambda: one.__setitem__("c", 3),
-        lambda: one.__delitem__("a"),
-        lambda: one.update(c=3),
-        lambda: one.setdefault("c", 3),
-        lambda: one.pop("a"),
-        one.popitem,
-        one.clear,
-    ):
-        with pytest.raises(TypeError, match="a FrozenDict cannot be changed"):
-            change()
-    assert one == {"a": 1, "b": 2}
-    for same in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
-        assert same == one and type(same) is FrozenDict
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.config_changes import FILE, as_text, change, restored
 from qlora_jax.errors import UserError
 from qlora_jax.model import load
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.runs.config import ModelConfig
 from qlora_jax.settled import _note_length
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.config import PROJECTIONS
 from qlora_jax.continued import continued, given_fields
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.tree import PROJECTIONS
 
 L, D = 2, 8
 

@@ -20,8 +20,8 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.memory import parameter_report
 from qlora_jax.model import load
-from qlora_jax.runfile import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
 
 TOKENS = jnp.asarray([[3, 5, 7, 9, 11, 2, 4, 6]], jnp.int32)

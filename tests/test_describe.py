@@ -9,7 +9,8 @@ import pytest
 
 from qlora_jax.describe import describe, module_names, shortest_ends
 from qlora_jax.errors import UserError
-from qlora_jax.targets import dotted, select
+from qlora_jax.targets import select
+from qlora_jax.tree import dotted
 
 L, D, V = 12, 8, 20
 

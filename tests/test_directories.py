@@ -15,7 +15,8 @@ from qlora_jax.directories import (
     template_text,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import EvalConfig, ModelConfig, RunConfig, to_toml
+from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
+from qlora_jax.runs.toml import to_toml
 from qlora_jax.train import TrainConfig
 
 MESSAGES = {"path": "rows.jsonl", "format": "messages"}

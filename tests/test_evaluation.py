@@ -29,16 +29,15 @@ from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import (
+from qlora_jax.runner import run
+from qlora_jax.runs.config import (
     CheckpointConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
     RunConfig,
-    read_config,
-    to_toml,
 )
-from qlora_jax.runner import run
+from qlora_jax.runs.toml import read_config, to_toml
 from qlora_jax.train import TrainConfig
 from qlora_jax.watch import Watch, read_evaluations, read_metrics
 

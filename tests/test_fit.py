@@ -16,8 +16,8 @@ from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.fit import available_memory, give_back_freed_memory, this_device
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import EvalConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runner import run
+from qlora_jax.runs.config import EvalConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.step_memory import ALLOWANCE
 from qlora_jax.train import TrainConfig
 

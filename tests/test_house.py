@@ -22,6 +22,7 @@ PACKAGES = ("pallas_kernels", "qlora_jax", "convert")
 # must then be a package: pallas_kernels and convert order themselves).
 ORDER = (
     "pallas_kernels",
+    "qlora_jax.version",
     "qlora_jax.errors",
     "qlora_jax.tree",
     "qlora_jax.patterns",
@@ -43,7 +44,6 @@ ORDER = (
     "qlora_jax.attention",
     "qlora_jax.rope",
     "qlora_jax.llama",
-    "qlora_jax.loss",
     "qlora_jax.data.rows",
     "qlora_jax.data.settings",
     "qlora_jax.data.report",
@@ -60,6 +60,7 @@ ORDER = (
     "qlora_jax.data.batches",
     "qlora_jax.data.notes",
     "qlora_jax.data",
+    "qlora_jax.loss",
     "qlora_jax.adam8bit",
     "qlora_jax.train_config",
     "qlora_jax.parameter_groups",
@@ -77,7 +78,9 @@ ORDER = (
     "qlora_jax.estimate",
     "qlora_jax.compile_for",
     "convert",
-    "qlora_jax.runfile",
+    "qlora_jax.runs.config",
+    "qlora_jax.runs.toml",
+    "qlora_jax.runs",
     "qlora_jax.directories",
     "qlora_jax.interruptions",
     "qlora_jax.checkpoint",
@@ -118,6 +121,7 @@ ALLOWED = {
     "convert": {
         "convert",
         "pallas_kernels",
+        "qlora_jax.version",
         "qlora_jax.errors",
         "qlora_jax.tree",
         "qlora_jax.config",

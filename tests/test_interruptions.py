@@ -22,8 +22,8 @@ from qlora_jax.interruptions import (
     Terminated,
     termination_raises,
 )
-from qlora_jax.runfile import read_config
 from qlora_jax.runner import run
+from qlora_jax.runs.toml import read_config
 from qlora_jax.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("handlers")

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from qlora_jax import lora, nf4
-from qlora_jax.config import IGNORE, PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
@@ -25,6 +26,7 @@ from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
 from qlora_jax.targets import select
 from qlora_jax.train import loss_sum
+from qlora_jax.tree import PROJECTIONS
 
 # --- delta ---
 

@@ -9,9 +9,9 @@ import random
 
 import pytest
 
-from qlora_jax.config import PROJECTIONS
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
+from qlora_jax.tree import PROJECTIONS
 
 NAN, INF = math.nan, math.inf
 

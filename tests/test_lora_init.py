@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from qlora_jax import nf4
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama
 from qlora_jax.lora import bind
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import absorb, factor_out, init_adapters
-from qlora_jax.targets import dotted, select
+from qlora_jax.targets import select
+from qlora_jax.tree import PROJECTIONS, dotted
 
 L, D, F, K, V = 3, 64, 96, 32, 50
 CONFIG = LlamaConfig(

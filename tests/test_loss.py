@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from qlora_jax import nf4
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.linear import linear
-from qlora_jax.loss import (
-    IGNORE,
-    cross_entropy_sum,
-    shift_labels,
-    supervised_tokens,
-)
+from qlora_jax.loss import cross_entropy_sum, shift_labels, supervised_tokens
 
 V, D = 37, 64
 

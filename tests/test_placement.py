@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qlora_jax import llama, nf4
-from qlora_jax.config import IGNORE, LlamaConfig
+from qlora_jax.config import LlamaConfig
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.llama import Llama

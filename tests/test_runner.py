@@ -27,15 +27,9 @@ from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import init_adapters
-from qlora_jax.runfile import (
-    CheckpointConfig,
-    LogConfig,
-    ModelConfig,
-    RunConfig,
-    read_config,
-    to_toml,
-)
 from qlora_jax.runner import run, tree_parameters
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.toml import read_config, to_toml
 from qlora_jax.train import TrainConfig, init_state, make_optimizer
 
 STEPS = 20

@@ -21,14 +21,9 @@ from qlora_jax.data import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.model import load
-from qlora_jax.runfile import (
-    CheckpointConfig,
-    LogConfig,
-    ModelConfig,
-    RunConfig,
-    read_config,
-)
 from qlora_jax.runner import run
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.toml import read_config
 from qlora_jax.settled import _with_initial_adapter
 from qlora_jax.targets import select
 from qlora_jax.train_config import ParameterGroup, TrainConfig

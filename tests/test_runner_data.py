@@ -13,7 +13,7 @@ from qlora_jax.data import DataConfig, Source, load_examples
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.run_directory import alone
-from qlora_jax.runfile import (
+from qlora_jax.runs.config import (
     CheckpointConfig,
     EvalConfig,
     LogConfig,

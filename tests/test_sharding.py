@@ -8,8 +8,8 @@ from qlora_jax.linear import Compute
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.sharding import check_mesh, lies_on_host, local_bytes, place
 from qlora_jax.step_memory import Step, abstract_arguments
-from qlora_jax.targets import EMBEDDING, HEAD
 from qlora_jax.train import TrainConfig
+from qlora_jax.tree import EMBEDDING, HEAD
 
 SIZES = {
     "model_type": "llama",

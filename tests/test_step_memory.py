@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from qlora_jax.config import FrozenDict, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
 from qlora_jax.linear import Compute
 from qlora_jax.lora_config import LoraConfig
@@ -18,6 +18,7 @@ from qlora_jax.step_memory import (
     split_temporaries,
 )
 from qlora_jax.train import TrainConfig
+from qlora_jax.tree import FrozenDict
 
 SIZES = {
     "model_type": "llama",

@@ -9,17 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax import nf4
-from qlora_jax.config import PROJECTIONS
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import (
-    Adapted,
-    dotted,
-    is_embedding,
-    linear_modules,
-    matches,
-    select,
-)
+from qlora_jax.targets import Adapted, is_embedding, linear_modules, matches, select
+from qlora_jax.tree import PROJECTIONS, dotted
 
 L, D, F, K, V = 3, 64, 96, 32, 50
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]

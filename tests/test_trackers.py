@@ -8,10 +8,10 @@ import types
 import pytest
 from tensorboardX.proto import event_pb2
 
-from qlora_jax.config import FrozenDict
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import LogConfig
+from qlora_jax.runs.config import LogConfig
 from qlora_jax.trackers import check_trackers, trackers
+from qlora_jax.tree import FrozenDict
 
 TRAIN = {"step": 3, "loss": 2.5, "learning_rate": 0.125, "seconds": 1.5}
 EVAL = {"step": 4, "eval_loss": 2.25, "eval_tokens": 7, "eval_data": "abc"}

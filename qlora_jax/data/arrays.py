@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from qlora_jax.config import IGNORE
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.settings import PLACES, DataConfig
 

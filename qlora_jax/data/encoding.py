@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.config import IGNORE
 from qlora_jax.data.chat import ChatRenderer, to_messages
 from qlora_jax.data.rows import Row, text_of
+from qlora_jax.data.segments import IGNORE as IGNORE
 from qlora_jax.data.segments import (
     Encoded,
     Segmented,

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.config import IGNORE
 from qlora_jax.data.arrays import Examples, Sink, fingerprint, quartiles
 from qlora_jax.data.cache import cache_directory, cache_key, cached
-from qlora_jax.data.encoding import make_encoder
+from qlora_jax.data.encoding import IGNORE, make_encoder
 from qlora_jax.data.mixture import Mixture, mix
 from qlora_jax.data.packing import pack
 from qlora_jax.data.report import DataReport

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.config import IGNORE
 from qlora_jax.data.rows import Fields, fields_of
 from qlora_jax.errors import UserError
+
+IGNORE = -100
+"""The label of a token that is not supervised, as in Hugging Face."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,10 +52,6 @@ def test_table_lists_exactly_the_keys_and_shapes_of_hf(golden: Path, name):
         assert files[key].shape == shapes[where]
 
 
-def test_number_with_leading_zero_is_no_layer():
-    assert names.parse_key("model.layers.03.mlp.up_proj.weight")[1] is None
-
-
 def test_module_names_of_peft_have_a_prefix_and_are_those_of_hf_behind_it():
     module = ("model", "layers", "self_attn", "q_proj")
     key = f"{names.PEFT_PREFIX}{names.hf_key(module, 3)}"

@@ -19,12 +19,13 @@ import convert
 from convert import names
 from convert.files import read_json
 from convert.peft import adapter_bytes, open_adapter
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.lora_init import absorb, factor_out, init_adapters
 from qlora_jax.targets import select
+from qlora_jax.tree import PROJECTIONS
 
 GOLDEN = (
     *(

@@ -7,10 +7,11 @@ import pytest
 import convert
 from convert import names
 from convert.verify import compare
-from qlora_jax.config import PROJECTIONS, LlamaConfig
+from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.targets import select
+from qlora_jax.tree import PROJECTIONS
 
 KEY = "model.layers.1.mlp.up_proj.weight"
 

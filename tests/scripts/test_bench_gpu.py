@@ -15,7 +15,7 @@ from qlora_jax.config import LlamaConfig
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.memory import abstract_base, tree_bytes
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.runs.config import ModelConfig
 
 SMALL = LlamaConfig(
     vocab_size=64,

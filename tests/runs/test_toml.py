@@ -8,14 +8,8 @@ import pytest
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import LoraConfig
-from qlora_jax.runfile import (
-    CheckpointConfig,
-    LogConfig,
-    ModelConfig,
-    RunConfig,
-    read_config,
-    to_toml,
-)
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.toml import read_config, to_toml
 from qlora_jax.train_config import ParameterGroup, TrainConfig
 
 SMALLEST = """
