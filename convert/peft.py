@@ -2,7 +2,7 @@
 
 A PEFT directory is adapter_config.json and adapter_model.safetensors (and, of ours,
 base_config.json where the run changed its base's configuration). What has to be in
-the file follows from the configuration and the model (`qlora_jax.targets`), tensor by
+the file follows from the configuration and the model (`qlora_jax.lora.targets`), tensor by
 tensor; a file that has more, less or something of another shape is refused, where PEFT
 itself would load what fits and leave the rest at its initial value.
 
@@ -41,6 +41,7 @@ from convert.files import (
     read_header,
     read_json,
 )
+from convert.names import Slot, slots
 from convert.output import (
     Entry,
     new_directory,
@@ -49,12 +50,12 @@ from convert.output import (
     write_safetensors,
     write_text,
 )
-from convert.slots import Slot, slots
-from qlora_jax import config_changes
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import Selection, select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import Selection, select
+from qlora_jax.models import config as config_changes
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
@@ -180,7 +181,7 @@ def load_adapter(
 
     Returns:
       (lora, adapters): float32 numpy arrays under the module paths of the base tree,
-      as `qlora_jax.lora` lists them. `lora.unmatched` targets are not an error. Tables
+      as `qlora_jax.lora.functional` lists them. `lora.unmatched` targets are not an error. Tables
       of embeddings that the file holds though its configuration does not name them (of
       a resized vocabulary) are added to `modules_to_save`.
 
@@ -191,7 +192,9 @@ def load_adapter(
         that are not in this model.
     """
     notes: list[str] = [] if skipped is None else skipped
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     found = _match(path, base, strict=strict, notes=notes)
     adapters = _read(found.wanted, found.files, found.selection.shapes(), found.bad)
     _compare_copies(list(found.copies), found.files, base, strict, notes)
@@ -214,7 +217,9 @@ def check_adapter(
       CheckpointError: as `load_adapter`, but for what only the tensors' values tell.
       UserError: as `load_adapter`.
     """
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     return _match(path, base, strict=True, notes=[]).lora
 
 
@@ -471,7 +476,7 @@ def save_adapter(
     Args:
       directory: to be created; must not exist or be empty.
       lora_config: what the adapter is.
-      adapters: trained tree, as `qlora_jax.lora` lists it; written as float32.
+      adapters: trained tree, as `qlora_jax.lora.functional` lists it; written as float32.
       model: the base's configuration, or its parameter tree.
       base_model_name_or_path: what adapter_config.json shall name as the base (default:
         what `lora_config` names).
@@ -493,7 +498,9 @@ def save_adapter(
             "belongs to a changed base and would be another one on the original. Save "
             "what `qlora_jax.absorb(lora_config, adapters, base)` returns."
         )
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     selection = select(base, lora_config)
     shapes = selection.shapes()
     arrays = dict(names.walk(adapters))
@@ -564,7 +571,9 @@ def _metadata(lora: LoraConfig) -> dict[str, str]:
 def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
     """Size of the adapter_model.safetensors that `save_adapter` writes, to the byte."""
     nothing = np.zeros(0, np.float32)
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     entries = [
         Entry(key, nothing.dtype, slot.shape, lambda: nothing)
         for key, slot in slots(select(base, lora), lora).items()

@@ -21,7 +21,7 @@ import tyro
 
 from convert.files import read_json
 from convert.output import write_text
-from qlora_jax.config import LlamaConfig
+from convert.tokenizer import load_tokenizer
 from qlora_jax.data import (
     Batches,
     DataConfig,
@@ -34,9 +34,9 @@ from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import lay_out
 from qlora_jax.data_page import page
 from qlora_jax.errors import UserError
-from qlora_jax.evaluation import taken_out
-from qlora_jax.model import load_tokenizer
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
+from qlora_jax.runs.eval_data import taken_out
 from qlora_jax.runs.toml import read_config
 
 _BINS = 16

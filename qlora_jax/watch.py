@@ -29,10 +29,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from qlora_jax.cards import card_called
-from qlora_jax.estimate import model_flops_per_token
-from qlora_jax.memory import readable_bytes
-from qlora_jax.step_memory import Step
+from qlora_jax.errors import readable_bytes
+from qlora_jax.planning.estimate import model_flops_per_token
+from qlora_jax.planning.gpus import gpu_named
+from qlora_jax.planning.step import Step
 from qlora_jax.trackers import Tracker
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -51,14 +51,14 @@ class Work:
 def work_of(step: Step, lengths: np.ndarray) -> Work | None:
     """The work of a step's tokens on the device at hand; None without a known peak.
 
-    Peaks are those of 16-bit products on the cards of `qlora_jax.cards`, known by the
+    Peaks are those of 16-bit products on the cards of `qlora_jax.planning.gpus`, known by the
     names that they give themselves.
 
     Args:
       step: the step that is trained.
       lengths: tokens of each document.
     """
-    card = card_called(jax.local_devices()[0].device_kind)
+    card = gpu_named(jax.local_devices()[0].device_kind)
     if card is None or step.compute.dtype == "float32":
         return None
     return Work(model_flops_per_token(step, lengths), card.flops)

@@ -44,8 +44,8 @@ from convert.output import write_text
 from pallas_kernels.attention.xla import reference_attention
 from pallas_kernels.device import device_slug
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax.attention import attention
 from qlora_jax.errors import UserError
+from qlora_jax.models.attention import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 16384

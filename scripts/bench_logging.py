@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.loop import Loop
 from qlora_jax.loss_plot import draw_loss
-from qlora_jax.run_record import versions
 from qlora_jax.runs.config import LogConfig
+from qlora_jax.runs.resume import versions
+from qlora_jax.runs.runner import Loop
 from qlora_jax.trackers import trackers
 from qlora_jax.watch import Watch
 

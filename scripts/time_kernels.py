@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from pallas_kernels import device, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax import nf4
-from qlora_jax.run_record import versions
+from qlora_jax.runs.resume import versions
 
 Request = Mapping[str, Any]
 Shape = tuple[int, int]

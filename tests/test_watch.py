@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.config import LlamaConfig
-from qlora_jax.estimate import model_flops_per_token
-from qlora_jax.linear import Compute
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.step_memory import Step
-from qlora_jax.train import TrainConfig, schedule
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning.estimate import model_flops_per_token
+from qlora_jax.planning.step import Step
+from qlora_jax.training.step import TrainConfig, schedule
 from qlora_jax.watch import (
     Watch,
     Work,

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
-from qlora_jax.config_changes import check_changes
 from qlora_jax.data import DataConfig, Source
-from qlora_jax.data.settings import Format, TooLong, TrainOn
+from qlora_jax.data.config import Format, TooLong, TrainOn
 from qlora_jax.errors import Problems, UserError
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.train_config import TrainConfig
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import FIELDS as CHANGEABLE_FIELDS
+from qlora_jax.models.config import check_changes
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
 
 

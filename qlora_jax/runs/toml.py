@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from qlora_jax.errors import Problems, UserError
-from qlora_jax.lora_config import LoraConfig, off_features, refused_features
+from qlora_jax.lora.config import LoraConfig, off_features, refused_features
 from qlora_jax.runs.config import RunConfig
 
 SETTINGS = "config.toml"

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.compile_for import ENVIRONMENT, XLA_FLAGS
+from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
 
 # Before jax is imported.
 os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
@@ -27,8 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import flash_attention
 from pallas_kernels.attention import gpu
-from qlora_jax.cards import CARDS
-from qlora_jax.step_memory import gpu_mesh
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.step import gpu_mesh
 
 KEPT = ("ptx", "ptxas", "ll")
 

@@ -4,9 +4,10 @@ import pytest
 
 from pallas_kernels.nf4.shapes import MODELS, ODD, ROWS, distinct, packed_bytes
 from qlora_jax import nf4
-from qlora_jax.config import LlamaConfig
-from qlora_jax.memory import abstract_base, tree_bytes
-from qlora_jax.targets import linear_modules
+from qlora_jax.lora.targets import linear_modules
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import tree_bytes
+from qlora_jax.planning.estimate import abstract_base
 
 
 @pytest.mark.parametrize("key", MODELS)
