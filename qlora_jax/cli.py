@@ -37,7 +37,6 @@ from qlora_jax.options import explained, place
 from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.planning.estimate import abstract_base, parameter_report, warnings
 from qlora_jax.printed import print_report
-from qlora_jax.run_page import Report
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, adapter_directory, run_settings
 from qlora_jax.runs.interruption import (
@@ -48,6 +47,7 @@ from qlora_jax.runs.interruption import (
     termination_raises,
 )
 from qlora_jax.runs.loading import find_base, quantizes_lm_head, resolve_auto
+from qlora_jax.runs.report import Report
 from qlora_jax.runs.toml import (
     SETTINGS,
     checked,
@@ -203,7 +203,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "generate": (Generate, "Continue prompts."),
     "chat": (Chat, "Talk to a model in the terminal."),
     "data": (DataView, "What a run would train on: tokens, labels, lengths."),
-    "report": (Report, "A page for a browser about a run, finished or under way."),
+    "report": (Report, "An HTML report about a run, finished or not."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
@@ -322,8 +322,8 @@ def _train(args: list[str]) -> None:
         lora = dataclasses.replace(config.lora, **patterns)
         config = dataclasses.replace(config, lora=lora)
     # The other commands have no use for the libraries that a run needs.
+    from qlora_jax.runs.metrics import process_seconds
     from qlora_jax.runs.runner import run
-    from qlora_jax.watch import process_seconds
 
     report = run(config, given=given, began=time.perf_counter() - process_seconds())
     if "interrupted" in report:

@@ -32,7 +32,7 @@ from qlora_jax.data import (
 )
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import lay_out
-from qlora_jax.data_page import page
+from qlora_jax.data_page import render_data
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
@@ -120,7 +120,7 @@ class DataView:
             "notes": data_notes(examples, self.data, batches, tokenizer),
         }
         if self.html is not None:
-            write_text(Path(self.html), page(report, self.data.name))
+            write_text(Path(self.html), render_data(report, self.data.name))
         return report
 
 

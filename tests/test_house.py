@@ -323,5 +323,9 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
         for path in (ROOT / "pallas_kernels" / "tuned").glob("*.json")
     }
     stub = {"qlora_jax/__init__.pyi"}
-    assert shipped - metadata == modules | typed | tuned | stub
+    templates = {
+        f"qlora_jax/runs/templates/{name}.html"
+        for name in ("base", "data", "macros", "run")
+    }
+    assert shipped - metadata == modules | typed | tuned | stub | templates
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)

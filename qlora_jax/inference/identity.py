@@ -21,6 +21,7 @@ from convert.peft import training_record
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models.config import FIELDS, LlamaConfig, restored
+from qlora_jax.models.params import is_projection
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
 

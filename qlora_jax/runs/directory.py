@@ -24,8 +24,8 @@ from convert.peft import CONFIG, peft_directory
 from qlora_jax.data import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.toml import SETTINGS, read_config
-from qlora_jax.watch import read_metrics
 
 # What lies in a run directory, beside its settings.
 ADAPTER, START = "adapter", "initial_adapter"

@@ -45,8 +45,8 @@ from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
 from qlora_jax.runs.eval_data import HeldOut, apart, load_held_out, of_eval
 from qlora_jax.runs.evaluation import check_prompts
+from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
-from qlora_jax.trackers import check_trackers
 from qlora_jax.training.parameter_groups import Group, note_idle, optimizer_groups
 
 # Bytes of data that are read although the settings are refused already, to say what is

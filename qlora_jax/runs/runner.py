@@ -50,14 +50,12 @@ from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference.identity import base_form
 from qlora_jax.lora.init import absorb, factor_out, init_adapters
 from qlora_jax.lora.targets import Selection
-from qlora_jax.loss_plot import Redrawing, draw_loss
 from qlora_jax.models.config import LlamaConfig, as_text
 from qlora_jax.models.llama import add_parameters
 from qlora_jax.models.params import check_weights, tree_bytes, tree_size
 from qlora_jax.models.sharding import place_base
 from qlora_jax.models.vocabulary import report_untrained
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
-from qlora_jax.run_page import PAGE, read_run, run_page
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import (
@@ -75,14 +73,15 @@ from qlora_jax.runs.directory import (
 )
 from qlora_jax.runs.evaluation import Evaluation
 from qlora_jax.runs.interruption import Interruption
+from qlora_jax.runs.metrics import Watch, open_trackers, read_evaluations, work_of
+from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
+from qlora_jax.runs.report import PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.trackers import trackers
 from qlora_jax.training.optimizer import averaged
 from qlora_jax.training.parameter_groups import schedule
 from qlora_jax.training.step import TrainState, init_state
-from qlora_jax.watch import Watch, measured_until, work_of
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Loop:
     """How the base is held; see `qlora_jax.inference.identity.base_form`."""
     interruption: Interruption
     evaluation: Evaluation
-    redrawing: Redrawing | None = None
+    redrawing: BackgroundPlot | None = None
     chat_template: str | None = None
     """Text of the template that the conversations were written with, if it is a file's.
     """
@@ -116,7 +115,7 @@ class Loop:
         pending: tuple[int, Any, Any] | None = None
         if start == 0:
             self.look(state, 0)
-            self.watch.go_on()
+            self.watch.restart_timer()
         ahead = prefetch(self.batches, start, steps)
         saved = start
         for index, batch in enumerate(ahead, start):
@@ -139,7 +138,7 @@ class Loop:
                 if due or self.evaluation.exhausted:
                     self.save(state, done)
                     saved = done
-                self.watch.go_on()
+                self.watch.restart_timer()
             if stopping:
                 break
         ahead.close()
@@ -172,7 +171,7 @@ class Loop:
         if evaluation.samples_at(done, steps) and done not in self.watch.sampled_steps:
             self.watch.sampled(done, evaluation.sample(state.adapters, self.base))
         if self.redrawing is not None:
-            self.redrawing.now_and_then()
+            self.redrawing.start_if_due()
 
     def save(self, state: TrainState, done: int) -> None:
         """Saves the state after `done` steps, and its adapter."""
@@ -348,7 +347,7 @@ def _train(
             state, start = continue_run(checkpoints, state, record, steps)
             # Not before: a refused run keeps the settings it was started with.
             write_text(directory / SETTINGS, to_toml(config))
-            others = evaluation.resume(measured_until(directory, start))
+            others = evaluation.resume(read_evaluations(directory, until=start))
             if others:
                 say(
                     f"Note: {others} measurements so far are of other held-out data; "
@@ -363,7 +362,7 @@ def _train(
             write_text(directory / STARTED, json.dumps(about, indent=2) + "\n")
             everything = dataclasses.asdict(config)
             with (
-                trackers(config.log, directory, everything, start) as found,
+                open_trackers(config.log, directory, everything, start) as trackers,
                 Watch(
                     directory,
                     start=start,
@@ -372,7 +371,7 @@ def _train(
                     every=config.log.every,
                     began=began,
                     work=work_of(fitted.plan.step, prepared.examples.lengths),
-                    trackers=found,
+                    trackers=trackers,
                 ) as watch,
                 Interruption() as interruption,
             ):
@@ -389,7 +388,7 @@ def _train(
                     base_form(base),
                     interruption,
                     evaluation,
-                    Redrawing(directory) if config.log.plot else None,
+                    BackgroundPlot(directory) if config.log.plot else None,
                     template,
                 ).take(state, start)
         taken = int(state.step)
@@ -414,7 +413,7 @@ def _train(
             draw_loss(directory)
         # It says that the run is complete.
         write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
-        write_text(directory / PAGE, run_page(read_run(directory), report))
+        write_text(directory / PAGE, render_run(read_run(directory)))
     return report
 
 

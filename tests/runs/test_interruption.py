@@ -22,9 +22,9 @@ from qlora_jax.runs.interruption import (
     Terminated,
     termination_raises,
 )
+from qlora_jax.runs.metrics import Watch
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
-from qlora_jax.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("handlers")
 

@@ -153,7 +153,7 @@ SETTINGS = {
 AT_STEP = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from qlora_jax.watch import Watch
+from qlora_jax.runs.metrics import Watch
 noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)
@@ -601,7 +601,7 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path, make):
 # Once a checkpoint is complete, no file may grow beyond a size.
 FULL = """
 import resource, time
-from qlora_jax.watch import Watch
+from qlora_jax.runs.metrics import Watch
 noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)

@@ -22,8 +22,8 @@ from qlora_jax.runs.config import (
     RunConfig,
 )
 from qlora_jax.runs.directory import alone
+from qlora_jax.runs.metrics import Watch
 from qlora_jax.training.step import TrainConfig
-from qlora_jax.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7
