@@ -38,6 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.cli import main as command_line
+from qlora_jax.cli.main import main as command_line
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS, REPORT
 from qlora_jax.runs.metrics import METRICS, read_metrics
 from qlora_jax.runs.runner import run as _run_is_imported_before_forks  # noqa: F401

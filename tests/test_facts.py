@@ -11,7 +11,7 @@ import pytest
 
 import convert
 from convert.files import CHAT_TEMPLATE, carried
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.runs.loading import load
 

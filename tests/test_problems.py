@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.errors import CheckpointError, Problems, UserError, refuse
 
 

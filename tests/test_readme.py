@@ -15,8 +15,8 @@ import jax
 import pytest
 
 import convert
-from qlora_jax.cli import main as jax_main
-from qlora_jax.convert_cli import main as convert_main
+from qlora_jax.cli.convert import main as convert_main
+from qlora_jax.cli.main import main as jax_main
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.layers import Embed, Linear, RMSNorm

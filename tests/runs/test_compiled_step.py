@@ -10,7 +10,7 @@ import pytest
 
 import convert
 import qlora_jax as qj
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig

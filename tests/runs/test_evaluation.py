@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig

@@ -188,7 +188,7 @@ def command(
     """
     file = tmp_path / "settings.toml"
     file.write_text(to_toml(config))
-    program = f"{before}\nfrom qlora_jax.cli import entry\nentry()"
+    program = f"{before}\nfrom qlora_jax.cli.main import entry\nentry()"
     found = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
     return subprocess.run(
         [sys.executable, "-c", program, "train", str(file)],

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.data import DataConfig, Source, load_examples
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora.config import LoraConfig

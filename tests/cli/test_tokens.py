@@ -8,7 +8,7 @@ import pytest
 
 import convert
 from convert.tokenizer import load_tokenizer
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.runs.loading import load
 
 TEXT = "Once upon a time there was a little dog."

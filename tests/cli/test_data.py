@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.cli import main
+from qlora_jax.cli.data import RESET, SUPERVISED, DataView, marked, pieces
+from qlora_jax.cli.main import main
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data_command import RESET, SUPERVISED, DataView, marked, pieces
 from qlora_jax.errors import UserError
 
 pytestmark = pytest.mark.real

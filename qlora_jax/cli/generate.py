@@ -10,58 +10,22 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from qlora_jax.cli.options import ModelOptions, parse
+from qlora_jax.cli.output import run_and_print, signals_raise
 from qlora_jax.errors import UserError
 from qlora_jax.inference.model import Model
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.text import Answer, ChatPrompts
-from qlora_jax.runs.loading import load
-
-Quantization = Literal["nf4", "nf4_dq", "none"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Auto = Literal["auto"]
 
 _COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the commands have in common that ask a model."""
-
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
-    """Model directory, adapter directory or run directory."""
-    base: str | None = None
-    """Base of an adapter directory, where its configuration does not lead to it."""
-    quantization: Auto | Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained (its output
-    head included), else nf4_dq."""
-    dtype: Auto | Dtype = "auto"
-    """Of activations and dense tensors; auto = as a run directory was trained, else
-    bfloat16."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
-    """Attention implementation."""
-
-    def load(self) -> Model:
-        """Loads the model and says what it is."""
-        model = load(
-            self.path,
-            base=self.base,
-            quantization=self.quantization,
-            dtype=self.dtype,
-            attention=self.attention,
-            progress=sys.stderr.isatty(),
-        )
-        # A dense checkpoint is quantized on the way in unless told otherwise; whoever
-        # compares two losses has to know.
-        print(model.description, file=sys.stderr)
-        return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate(Asked):
+class Generate(ModelOptions):
     """Continue prompts; prompt and continuation go to stdout."""
 
     prompt: tuple[str, ...]
@@ -100,8 +64,11 @@ class Generate(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Asked):
-    """Talk to a model in the terminal, in the form its chat template gives to turns."""
+class Chat(ModelOptions):
+    """Chat with a model in the terminal.
+
+    Turns are written in the form of the chat template.
+    """
 
     system: str | None = None
     """System prompt that every conversation begins with."""
@@ -222,3 +189,22 @@ def _read() -> str | None:
             return None
         except KeyboardInterrupt:
             print(f"\n{_COMMANDS}", file=sys.stderr)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax generate`; returns the exit status."""
+    command = parse(Generate, args, prog="qlora-jax generate")
+
+    def show(report: Mapping[str, Any]) -> None:
+        if not command.stream:  # else all is printed
+            print("\n\n".join(report["texts"]))
+
+    return run_and_print(command.run, as_json=command.json, show=show)
+
+
+def chat(args: Sequence[str]) -> int:
+    """Runs `qlora-jax chat`; returns the exit status."""
+    command = parse(Chat, args, prog="qlora-jax chat")
+    with signals_raise():
+        command.run()
+    return 0

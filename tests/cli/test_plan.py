@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax import cli, plan_command
+from qlora_jax import cli
+from qlora_jax.cli import main as cli
+from qlora_jax.cli import plan
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def test_the_longest_of_each_policy_is_compared(capsys, config_json):
 def test_without_the_compiler_the_plan_says_how_to_get_it(
     capsys, config_json, monkeypatch
 ):
-    monkeypatch.setattr(plan_command, "find_compiler", lambda python: None)
+    monkeypatch.setattr(plan, "find_compiler", lambda python: None)
     args = ["--model", config_json, "--gpu", "h200", "--max-length", "512"]
     assert cli.main(["plan", *args]) == 0
     assert "For the compiled plan: pip install" in capsys.readouterr().out

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_jax.data_page import render_data
+from qlora_jax.cli.data_page import render_data
 
 EVIL = '<script>alert("x")</script>'
 

@@ -19,6 +19,8 @@ import numpy as np
 import tyro
 
 from convert.files import read_json
+from qlora_jax.cli.options import parse
+from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.lora.config import LoraConfig
@@ -53,7 +55,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """What fits on a card, from the compiler itself; reads no weights and no data.
+    """Plan the memory of a run on a GPU; reads no weights and no data.
 
     CONFIG.toml is a run file, or a run directory with one, whose settings hold where no
     option is given; without it --model is needed. Exit status 0: planned, whether it
@@ -559,5 +561,13 @@ def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:
         empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
         lora = dataclasses.replace(run.lora, **empty)
         default = PlanCommand(config=args[0], lora=lora)
-    command = tyro.cli(PlanCommand, args=args, prog="qlora-jax plan", default=default)
+    command = parse(PlanCommand, args, prog="qlora-jax plan", default=default)
     return command, given
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax plan`; returns the exit status."""
+    command, given = plan_from_arguments(args)
+    return run_and_print(
+        lambda: command.run(given), as_json=command.json, show=print_plan
+    )

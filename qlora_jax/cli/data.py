@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from convert.files import read_json
-from convert.output import write_text
-from convert.tokenizer import load_tokenizer
+from qlora_jax.cli.data_page import render_data
+from qlora_jax.cli.options import parse
+from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import (
     Batches,
     DataConfig,
@@ -30,11 +30,9 @@ from qlora_jax.data import (
     data_notes,
     load_examples,
 )
-from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.encoding import IGNORE, LlamaConfig
 from qlora_jax.data.mixture import lay_out
-from qlora_jax.data_page import render_data
 from qlora_jax.errors import UserError
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import taken_out
 from qlora_jax.runs.toml import read_config
@@ -50,7 +48,7 @@ SUPERVISED, OTHER, RESET = "\x1b[30;42m", "\x1b[2m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class DataView:
-    """See what a run would train on: tokens, labels, lengths, what is left out."""
+    """Show what a run would train on: tokens, labels, lengths."""
 
     model: str
     """Model directory: its tokenizer and the size of its vocabulary. No weights are
@@ -80,6 +78,10 @@ class DataView:
         Raises:
           UserError: everything that is wrong with the data, at once.
         """
+        from convert.files import read_json
+        from convert.output import write_text
+        from convert.tokenizer import load_tokenizer
+
         model = Path(self.model)
         config = LlamaConfig.from_hf(read_json(model / "config.json"))
         tokenizer = load_tokenizer(model)
@@ -138,14 +140,15 @@ def view_from_arguments(args: Sequence[str]) -> DataView:
             eval_fraction=run.eval.fraction,
             eval_examples=run.eval.examples,
         )
-    return tyro.cli(
+    return parse(
         DataView,
-        args=args,
+        args,
         default=default,
         prog="qlora-jax data [CONFIG.toml]",
-        description="See what a run would train on: which tokens are supervised, how "
-        "full the rows are, what is truncated or left out, and all that is wrong with "
-        "the data. CONFIG.toml is the file of a run; options given here win.",
+        description="Show what a run would train on: tokens, labels, lengths.\n\n"
+        "Also how full the rows are, what is truncated or left out, and all that is "
+        "wrong with the data. CONFIG.toml is the file of a run; options given here "
+        "win.",
     )
 
 
@@ -304,3 +307,9 @@ def marked(example: Mapping[str, Any], *, colour: bool) -> str:
     if example["not_shown"]:
         found.append(f"\n... and {example['not_shown']:,} more tokens")
     return "".join(found)
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax data`; returns the exit status."""
+    view = view_from_arguments(args)
+    return run_and_print(view.run, as_json=view.json, show=print_view)

@@ -6,29 +6,32 @@ Also what a merge says when it compares what it wrote with what it was made of.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from convert.checkpoint import open_config
-from convert.peft import load_adapter, open_adapter, peft_directory
-from convert.verify import Comparison, compare
+from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.output import console, signals_raise
 from qlora_jax.errors import UserError
-from qlora_jax.inference.compare import compare_logits, load_exact, probe
-from qlora_jax.inference.identity import trained_form
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import change
-from qlora_jax.options import place
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from convert.verify import Comparison
 
 
 def form_of(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
     """In which form of this base an adapter was trained; None if it does not say."""
     if lora.base_fingerprint is None:
         return None
+    from qlora_jax.inference.identity import trained_form
+
     return trained_form(base, lora.base_fingerprint) or False
 
 
@@ -52,9 +55,9 @@ class Verify:
     Exit status, as of diff: 0 the same, 1 different, 2 a failure.
     """
 
-    a: Annotated[tyro.conf.Positional[Path], place("A")]
+    a: Annotated[tyro.conf.Positional[Path], path_argument("A")]
     """PEFT, Hugging Face or run directory."""
-    b: Annotated[tyro.conf.Positional[Path], place("B")]
+    b: Annotated[tyro.conf.Positional[Path], path_argument("B")]
     """Another of the same kind."""
     base: Path | None = None
     """The base of two adapters: compare what they select in it, and the logits that
@@ -67,7 +70,12 @@ class Verify:
     """Print a report as JSON."""
 
     def run(self) -> Comparison:
-        """Does it; returns what was found."""
+        """Compares; returns the differences."""
+        from convert.checkpoint import open_config
+        from convert.peft import open_adapter, peft_directory
+        from convert.verify import compare
+        from qlora_jax.inference.compare import compare_logits, load_exact, probe
+
         base = None if self.base is None else open_config(self.base)
         found = compare(self.a, self.b, base=base)
         if base is not None and base.extra_tensors:
@@ -98,6 +106,10 @@ class Verify:
 
 def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Loaders of two adapters that share one base in memory."""
+    from convert.peft import load_adapter
+    from qlora_jax.inference.compare import load_exact
+    from qlora_jax.models.config import change
+
     model = load_exact(base)
 
     def with_adapter(path: Path) -> Any:
@@ -112,26 +124,19 @@ def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
 
 # Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
 _ROWS = 40
-# Characters in a line that is not wrapped: no name of a tensor comes near it.
-_UNBROKEN = 1000
 
 
 def print_comparison(report: Comparison) -> None:
     """Prints what was compared: a table of the differences, or that there are none."""
-    from rich.console import Console
-
-    # Names of tensors are no markup: one that holds "[/b]" is printed as it is.
-    console = Console(markup=False, emoji=False)
-    if not console.is_terminal:  # who reads on wants whole names and whole lines
-        console = Console(markup=False, emoji=False, width=_UNBROKEN)
+    printer = console()
     if report.equal:
-        console.print(f"The same: {report.tensors} tensors, byte for byte.")
+        printer.print(f"The same: {report.tensors} tensors, byte for byte.")
     else:
-        _print_differences(report, console)
+        _print_differences(report, printer)
     for note in report.notes:
-        console.print(f"Note: {note}.")
+        printer.print(f"Note: {note}.")
     if report.logits is not None:
-        console.print(
+        printer.print(
             "Logits on {probe_tokens} tokens: max |a - b| {max_abs_difference:.3g} "
             "(largest logit {max_abs_logit:.3g}), KL(a || b) {mean_kl:.3g} on average "
             "and {max_kl:.3g} at most, same top token {same_top_token:.1%}.".format(
@@ -140,7 +145,7 @@ def print_comparison(report: Comparison) -> None:
         )
 
 
-def _print_differences(report: Comparison, console: Any) -> None:
+def _print_differences(report: Comparison, printer: Console) -> None:
     from rich.table import Column, Table
 
     table = Table(
@@ -161,11 +166,23 @@ def _print_differences(report: Comparison, console: Any) -> None:
     rows += [(name, "missing", "present", "") for name in report.extra]
     for row in rows[:_ROWS]:
         table.add_row(*row)
-    console.print(table)
+    printer.print(table)
     if len(rows) > _ROWS:
-        console.print(f"... and {len(rows) - _ROWS:,} more (--json lists all).")
-    console.print(
+        printer.print(f"... and {len(rows) - _ROWS:,} more (--json lists all).")
+    printer.print(
         f"Different: {len(report.different)} of {report.tensors} tensors; "
         f"{len(report.missing)} missing, {len(report.extra)} extra, "
         f"{len(report.config)} configuration fields."
     )
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-convert verify`; returns the exit status."""
+    command = parse(Verify, args, prog="qlora-convert verify", config=FLAGS)
+    with signals_raise():
+        report = command.run()
+        if command.json:
+            print(json.dumps(report.to_json()))
+        else:
+            print_comparison(report)
+    return 0 if report.equal else 1

@@ -11,26 +11,25 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from convert.files import read_json
+from qlora_jax.cli.options import ModelOptions, parse
+from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
 from qlora_jax.data.config import name_of
 from qlora_jax.errors import UserError
-from qlora_jax.generate_command import Asked
-from qlora_jax.inference.model import Model
-from qlora_jax.runs.directory import STARTED, kept_settings, run_of
-from qlora_jax.runs.eval_data import HeldOut, held_out_again
-from qlora_jax.runs.evaluation import held_out_loss, perplexity
 from qlora_jax.runs.toml import read_config
-from qlora_jax.training.step import jit_eval
+
+if TYPE_CHECKING:
+    from qlora_jax.inference.model import Model
+    from qlora_jax.runs.eval_data import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Asked):
-    """Loss and perplexity of a model: on a data file, or on what a run held out."""
+class Eval(ModelOptions):
+    """Measure loss and perplexity on a data file or held-out examples."""
 
     data: DataConfig
     held_out: tyro.conf.Suppress[bool] = False
@@ -46,6 +45,8 @@ class Eval(Asked):
         Raises:
           UserError: data that cannot be read, or are no longer what a run held out.
         """
+        from qlora_jax.runs.directory import run_of
+
         model = self.load()
         run = run_of(Path(self.path))
         if self.held_out and run is not None:
@@ -93,6 +94,8 @@ class Loss:
 
     def report(self) -> dict[str, Any]:
         """The numbers as they are reported; loss in nats per supervised token."""
+        from qlora_jax.runs.evaluation import perplexity
+
         loss = self.total / self.tokens
         return {
             "loss": loss,
@@ -116,6 +119,9 @@ def measure(
     Raises:
       UserError: `batch_size` is not a positive integer.
     """
+    from qlora_jax.runs.evaluation import held_out_loss
+    from qlora_jax.training.step import jit_eval
+
     batches = eval_batches(
         examples,
         data,
@@ -134,14 +140,19 @@ def eval_from_arguments(args: Sequence[str]) -> Eval:
       UserError: a run without data to measure, and none given.
     """
     options: dict[str, Any] = {}
-    run = run_of(Path(args[0])) if args and not args[0].startswith("-") else None
-    if run is not None:  # rows are read as the run read them, unless told
-        options["default"] = _of_a_run(run, args)
-    return tyro.cli(Eval, args=args, prog="qlora-jax eval", **options)
+    if args and not args[0].startswith("-"):
+        from qlora_jax.runs.directory import run_of
+
+        run = run_of(Path(args[0]))
+        if run is not None:  # rows are read as the run read them, unless told
+            options["default"] = _of_a_run(run, args)
+    return parse(Eval, args, prog="qlora-jax eval", **options)
 
 
 def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
     """What is measured of a run before the options are read."""
+    from qlora_jax.runs.directory import kept_settings
+
     trained = kept_settings(run)
     data = trained.data
     if any(arg.partition("=")[0] == "--data.path" for arg in args):
@@ -173,6 +184,10 @@ def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
     Raises:
       UserError: rows that the run was trained on may be among it.
     """
+    from convert.files import read_json
+    from qlora_jax.runs.directory import STARTED, kept_settings
+    from qlora_jax.runs.eval_data import held_out_again
+
     config = kept_settings(run)
     held = held_out_again(config, model.tokenizer, vocab_size=model.config.vocab_size)
     started = run / STARTED
@@ -207,3 +222,9 @@ def _places(data: DataConfig) -> set[Path]:
     paths = [source.path for source in data.sources] or [data.path]
     each = [(path,) if isinstance(path, str) else path for path in paths]
     return {Path(name).resolve() for names in each for name in names}
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax eval`; returns the exit status."""
+    command = eval_from_arguments(args)
+    return run_and_print(command.run, as_json=command.json)

@@ -18,16 +18,16 @@ import pytest
 import safetensors.numpy
 
 import convert
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
+from qlora_jax.cli.options import join_lines
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
-from qlora_jax.options import paragraphs
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.toml import read_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_help_says_what_there_is(cli):
         assert status == 0 and "--help" in text
     assert cli()[0] == 2
     status, _, err = cli("tain")
-    assert status == 2 and "no command 'tain'" in err
+    assert status == 2 and "no command 'tain'. Did you mean 'train'?" in err
 
 
 @pytest.mark.parametrize(
@@ -376,8 +376,8 @@ def test_the_help_has_whole_sentences_and_nothing_that_only_we_set(cli, monkeypa
         _, text, _ = cli(command, "--help")
         assert sentence in text
         assert "base-fingerprint" not in text and "base-config-changes" not in text
-    assert paragraphs("one\n    two.\n\n    three") == "one two.\n\n    three"
-    assert paragraphs(lambda: None) is None
+    assert join_lines("one\n    two.\n\n    three") == "one two.\n\n    three"
+    assert join_lines(lambda: None) is None
 
 
 def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from qlora_jax.cli import main, print_report
+from qlora_jax.cli.eval import Eval
+from qlora_jax.cli.main import main
+from qlora_jax.cli.output import print_report
 from qlora_jax.data import DataConfig, Source
-from qlora_jax.eval_command import Eval
 
 
 @pytest.mark.parametrize("packing", [False, True])

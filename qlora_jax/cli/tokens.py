@@ -11,29 +11,27 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 import tyro
 
-import convert
-from convert.output import check_new_directory
-from convert.tokenizer import load_tokenizer
+from qlora_jax.cli.options import parse, path_argument
+from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
-from qlora_jax.models.vocabulary import add_tokens, repair_rows, report_untrained
 
 _NO_DATA = "none"  # the special tokens and those of the chat template alone
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Find rows of the vocabulary that were never trained; repair them; add tokens."""
+    """Find untrained rows of the vocabulary; repair them; add tokens."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    path: Annotated[tyro.conf.Positional[str], path_argument("PATH")]
     """Model directory."""
     data: DataConfig = field(default_factory=lambda: DataConfig(path=_NO_DATA))
     repair: Literal["none", "mean"] = "none"
@@ -47,7 +45,18 @@ class Tokens:
     """Print a JSON object."""
 
     def run(self) -> dict[str, Any]:
-        """Does it; returns the report."""
+        """Reports untrained rows and writes the changed model, if one is asked for."""
+        import jax
+
+        from convert.hf import load_llama, save_llama
+        from convert.output import check_new_directory
+        from convert.tokenizer import load_tokenizer
+        from qlora_jax.models.vocabulary import (
+            add_tokens,
+            repair_rows,
+            report_untrained,
+        )
+
         changes = self.repair != "none" or bool(self.add)
         if changes != (self.output_dir is not None):
             raise UserError(
@@ -57,7 +66,7 @@ class Tokens:
         if self.output_dir is not None:
             check_new_directory(Path(self.output_dir))
         tokenizer: Any = load_tokenizer(self.path)
-        config, base = convert.load_llama(self.path, quantization=None)
+        config, base = load_llama(self.path, quantization=None)
         used = _used(self.data, tokenizer, config.vocab_size)
         untrained = report_untrained(base, used)
         report: dict[str, Any] = {
@@ -104,7 +113,7 @@ class Tokens:
                 if generation.is_file():
                     shutil.copy(generation, grown)
                 companions = Path(grown)
-            convert.save_llama(
+            save_llama(
                 self.output_dir,
                 config,
                 jax.tree.map(np.asarray, base),
@@ -148,3 +157,9 @@ def _named(index: int, tokenizer: Any) -> str:
     if tokenizer is None:
         return str(index)
     return f"{index} {tokenizer.convert_ids_to_tokens(index)!r}"
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax tokens`; returns the exit status."""
+    command = parse(Tokens, args, prog="qlora-jax tokens")
+    return run_and_print(command.run, as_json=command.json)
