@@ -81,6 +81,7 @@ LONG = (
     "test_golden.py",
     "models/test_custom_modules.py",
     "scripts/test_demo.py",
+    "scripts/test_bench_gpu_model.py",
     "scripts/test_bench_gpu.py",
     "lora/test_functional.py",
     "inference/test_decode.py",

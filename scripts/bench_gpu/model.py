@@ -1,9 +1,9 @@
-"""Decoding and training speed of a QLoRA model on this machine's GPU.
+"""Measures decoding and training speed of a QLoRA model on this machine's GPU.
 
-    python scripts/bench_gpu.py decode --size 8b --batch 1 --context 1024
-    python scripts/bench_gpu.py train --size 8b --batch 4 --length 2048 --remat full
-    python scripts/bench_gpu.py train --length 262144 --remat offload --steps 1
-    python scripts/bench_gpu.py train --checkpoint path/to/hf-llama --length 512
+    python scripts/bench_gpu model decode --size 8b --batch 1 --context 1024
+    python scripts/bench_gpu model train --size 8b --batch 4 --length 2048 --remat full
+    python scripts/bench_gpu model train --length 262144 --remat offload --steps 1
+    python scripts/bench_gpu model train --checkpoint path/to/hf-llama --length 512
 
 Random weights of a real model's sizes are made on the device (`--size`; NF4 with double
 quantization, LoRA on every projection), so no checkpoint is needed; `--checkpoint`
@@ -13,14 +13,14 @@ trains a real one on the README's text. One JSON object is the last line of outp
 tokens less that of one; best of `--repeats`. The floor is the packed weights and the
 output head read once a step at the bandwidth of `COPY`.
 
-`train`: the step of a run, planned and compiled before the weights are placed; the
-median step after the first, and the peak of memory beside the planned one (as the
-allocator counts, so without the CUDA context). MFU counts what the
-mathematics needs: 4 operations a frozen weight and token (no gradient of it is taken),
-6 a trained one, attention forward 1 and backward 2.5 times; recomputation counts as
-time, not as work.
+`train`: the step of a run, planned and compiled before the weights are placed on the
+device; the median step after the first, and the peak of memory with the planned one (as
+the allocator counts, so without the CUDA context). MFU counts what the mathematics
+needs: 4 operations a frozen weight and token (no gradient of it is taken), 6 a trained
+one, attention forward 1 and backward 2.5 times; recomputation counts as time, not as
+work.
 
-Without a GPU it says so and ends with 1: these figures mean nothing elsewhere.
+Without a GPU it prints why and ends with 1: these figures mean nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ import sys
 import time
 import typing
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +62,8 @@ from qlora_jax.runs.compiled_step import fit
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.resume import versions
 from qlora_jax.training.step import TrainConfig, init_state
+from scripts.bench_gpu.worker import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # Device -> bytes/s that a large copy reaches, read and written.
 COPY = {"NVIDIA H200": 4.3e12}
 # Device -> bf16 operations/s of the data sheet, dense.
@@ -72,7 +71,7 @@ PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
 
 def config_of(size: str) -> LlamaConfig:
-    """The configuration of a model in `shapes.MODELS`."""
+    """Returns the configuration of a model in `shapes.MODELS`."""
     return LlamaConfig.from_hf(shapes.MODELS[size].hf_config)
 
 
@@ -81,19 +80,15 @@ def random_base(
 ) -> Any:
     """Makes a base on the device, projections in NF4 with weights around 0.03."""
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 64)
-    out: dict[str, Any] = {}
-    dtype = "bfloat16"
-    for i, (path, leaf) in enumerate(
-        trees.walk(
-            abstract_base(
-                config,
-                quantization="nf4_dq",
-                quantize_lm_head=quantize_lm_head,
-                dtype=dtype,
-            )
-        )
-    ):
-        first, second = jax.random.split(keys[i])
+    base: dict[str, Any] = {}
+    shapes = abstract_base(
+        config,
+        quantization="nf4_dq",
+        quantize_lm_head=quantize_lm_head,
+        dtype="bfloat16",
+    )
+    for key, (path, leaf) in zip(keys, trees.walk(shapes), strict=False):
+        first, second = jax.random.split(key)
         if isinstance(leaf, nf4.NF4Tensor):
             value: Any = dataclasses.replace(
                 leaf,
@@ -106,16 +101,16 @@ def random_base(
                 ),
             )
         elif "norm" in path[-2]:
-            value = jnp.ones(leaf.shape, dtype)
+            value = jnp.ones(leaf.shape, jnp.bfloat16)
         else:
             value = jax.random.normal(first, leaf.shape, jnp.bfloat16)
             value = value * jnp.bfloat16(0.02)
-        trees.put(out, path, value)
-    return out
+        trees.put(base, path, value)
+    return base
 
 
 def adapters_for(base: Any, rank: int) -> tuple[LoraConfig, Any]:
-    """LoRA on every projection, with an update that is not zero."""
+    """Makes LoRA on every projection, with an update that is not zero."""
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     adapters = init_adapters(jax.random.key(1), base, lora)
     return lora, jax.tree.map(lambda a: a + jnp.float32(1e-3), adapters)
@@ -128,7 +123,7 @@ def read_bytes(config: LlamaConfig, batch: int, context: int, rank: int) -> dict
       weights: packed projections and the bf16 head; adapters: float32 LoRA factors;
       cache: bf16 keys and values of `context` tokens in `batch` rows.
     """
-    layer = shapes.Model(
+    projections = shapes.Model(
         "",
         config.hidden_size,
         config.intermediate_size,
@@ -138,19 +133,19 @@ def read_bytes(config: LlamaConfig, batch: int, context: int, rank: int) -> dict
         config.head_dim,
     ).projections
     packed = sum(
-        p.layers * shapes.packed_bytes(p.shape, double_quant=True) for p in layer
+        p.layers * shapes.packed_bytes(p.shape, double_quant=True) for p in projections
     )
     head = 2 * config.vocab_size * config.hidden_size
     heads = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     return {
         "weights": packed + head,
-        "adapters": sum(4 * rank * sum(p.shape) * p.layers for p in layer),
+        "adapters": sum(4 * rank * sum(p.shape) * p.layers for p in projections),
         "cache": 2 * 2 * heads * context * batch,
     }
 
 
 def step_flops(config: LlamaConfig, base: Any, adapters: Any, length: int) -> float:
-    """Counts the operations of a training step for one token; see the module's text."""
+    """Counts the operations of a training step for one token; see the module."""
     leaves = jax.tree.leaves(
         base["model"]["layers"], is_leaf=lambda x: isinstance(x, nf4.NF4Tensor)
     )
@@ -166,47 +161,51 @@ def step_flops(config: LlamaConfig, base: Any, adapters: Any, length: int) -> fl
 
 
 def peak_bytes() -> int | None:
-    """Most memory that this process has used on the device, where it says."""
+    """Returns the most memory used on the device, None where it is not counted."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def decode(
-    config: LlamaConfig,
-    base: Any,
-    *,
-    kernels: Any,
-    batch: int,
-    context: int,
-    tokens: int,
-    repeats: int = 3,
-    rank: int = 16,
-    dtype: Any = "bfloat16",
-) -> dict[str, Any]:
-    """Times `generate_tokens` on random prompts of `context` tokens."""
-    lora, adapters = adapters_for(base, rank)
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to decode."""
+
+    kernels: Any
+    batch: int
+    context: int
+    """Tokens of a prompt."""
+    tokens: int
+    """New tokens timed."""
+    repeats: int = 3
+    rank: int = 16
+    dtype: Any = "bfloat16"
+
+
+def decode(config: LlamaConfig, base: Any, how: Decoding) -> dict[str, Any]:
+    """Times `generate_tokens` on random prompts."""
+    lora, adapters = adapters_for(base, how.rank)
     variables = {"params": base, "lora": bind(adapters, base, lora)}
-    model = Llama(config, Compute(dtype=dtype, kernels=kernels))
+    model = Llama(config, Compute(dtype=how.dtype, kernels=how.kernels))
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, config.vocab_size, (batch, context)).tolist()
+    prompts = rng.integers(0, config.vocab_size, (how.batch, how.context)).tolist()
     seconds: dict[int, list[float]] = {}
     generated = []
-    for new in (1, 1 + tokens):
-        for _ in range(1 + repeats):
+    for new in (1, 1 + how.tokens):
+        for _ in range(1 + how.repeats):
             started = time.perf_counter()
             generated = generate_tokens(model, variables, prompts, max_new_tokens=new)
             seconds.setdefault(new, []).append(time.perf_counter() - started)
-    prefill, whole = (min(times[1:]) for times in seconds.values())
-    assert all(len(row) == context + 1 + tokens for row in generated)
-    reads = read_bytes(config, batch, context, rank)
+    prefill, total = (min(times[1:]) for times in seconds.values())
+    assert all(len(row) == how.context + 1 + how.tokens for row in generated)
+    reads = read_bytes(config, how.batch, how.context, how.rank)
     device = jax.devices()[0].device_kind
     floor = None
     if device in COPY:
-        floor = batch * COPY[device] / reads["weights"]
+        floor = how.batch * COPY[device] / reads["weights"]
     return {
-        "tokens_per_s": batch * tokens / (whole - prefill),
-        "ms_per_step": 1e3 * (whole - prefill) / tokens,
+        "tokens_per_s": how.batch * how.tokens / (total - prefill),
+        "ms_per_step": 1e3 * (total - prefill) / how.tokens,
         "prefill_ms": 1e3 * prefill,
-        "prefill_tokens_per_s": batch * context / prefill,
+        "prefill_tokens_per_s": how.batch * how.context / prefill,
         "compile_s": [times[0] - min(times[1:]) for times in seconds.values()],
         "seconds": list(seconds.values()),
         "read_bytes": reads,
@@ -215,45 +214,44 @@ def decode(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train."""
+
+    settings: ModelConfig
+    steps: int
+    rank: int = 16
+    learning_rate: float = 1e-4
+
+
 def train(
-    config: LlamaConfig,
-    base: Any,
-    tokens: np.ndarray,
-    *,
-    settings: ModelConfig,
-    steps: int,
-    rank: int = 16,
-    learning_rate: float = 1e-4,
+    config: LlamaConfig, base: Any, tokens: np.ndarray, how: Training
 ) -> dict[str, Any]:
     """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
 
     The step is planned, compiled and placed as in a run (`qlora_jax.runs.compiled_step`).
     """
-    lora, adapters = adapters_for(base, rank)
+    lora, adapters = adapters_for(base, how.rank)
+    settings, steps = how.settings, how.steps
     compute = Compute(dtype=settings.dtype, kernels=settings.kernels, lora=lora)
     batches = [
-        {"tokens": one[None], "labels": one[None]} for one in jnp.asarray(tokens)
+        {"tokens": rows[None], "labels": rows[None]} for rows in jnp.asarray(tokens)
     ]
     flops = step_flops(config, base, adapters, tokens.shape[-1])
-    started = time.perf_counter()
-    fitted = fit(
-        Llama(config, compute),
-        settings,
-        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), base),
-        batches[0],
-        TrainConfig(
-            steps=steps,
-            batch_size=tokens.shape[1],
-            learning_rate=learning_rate,
-            lr_scheduler="constant",
-        ),
-        steps,
+    train_config = TrainConfig(
+        steps=steps,
+        batch_size=tokens.shape[1],
+        learning_rate=how.learning_rate,
+        lr_scheduler="constant",
     )
+    started = time.perf_counter()
+    model, shapes = Llama(config, compute), jax.tree.map(_shape, base)
+    fitted = fit(model, settings, shapes, batches[0], train_config, steps)
     compile_s = time.perf_counter() - started
     policy = fitted.plan.policy
     base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     state = init_state(adapters, fitted.optimizer, jax.random.key(2))
-    # The state's buffers are given away, and two of its leaves may share one.
+    # The step donates the state's buffers, and two of its leaves may share one.
     state = jax.tree.map(jnp.array, state)
     del adapters
     seconds, losses = [], []
@@ -284,20 +282,28 @@ def train(
     }
 
 
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
 def text_batches(
     directory: Path, text: str, batches: int, batch: int, length: int
 ) -> np.ndarray:
-    """Tokens of a text under a checkpoint's tokenizer, repeated to [N, B, T]."""
+    """Tokenizes a text with a checkpoint's tokenizer, repeated to [N, B, T]."""
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
-        raise SystemExit(f"bench_gpu: `{directory}` has no tokenizer")
+        raise SystemExit(f"bench_gpu model: `{directory}` has no tokenizer")
     ids = np.asarray(tokenizer(text)["input_ids"], np.int32)
     return np.resize(ids, (batches, batch, length))
 
 
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(
+        prog="bench_gpu model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("command", choices=("decode", "train"))
     p.add_argument("--size", choices=tuple(shapes.MODELS), default="8b")
     p.add_argument("--checkpoint", type=Path, help="HF directory, in place of --size")
@@ -335,7 +341,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         base = random_base(config, quantize_lm_head=head)
     if args.command == "decode":
         names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
-        return decode(config, base, **{name: getattr(args, name) for name in names})
+        how = Decoding(**{name: getattr(args, name) for name in names})
+        return decode(config, base, how)
     if args.checkpoint:
         text = (ROOT / "README.md").read_text()
         tokens = text_batches(args.checkpoint, text, 4, args.batch, args.length)
@@ -351,9 +358,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lm_head=args.lm_head,
         kernels=args.kernels,
     )
-    return train(
-        config, base, tokens, settings=settings, steps=args.steps, rank=args.rank
-    )
+    how = Training(settings=settings, steps=args.steps, rank=args.rank)
+    return train(config, base, tokens, how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -365,23 +371,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # jax raises as many kinds as there are drivers
         device, missing = None, repr(error)
     if missing or device is None:
-        print(
-            f"bench_gpu: jax finds no GPU ({missing}). It measures on a GPU and has "
-            "nothing to say without one.",
-            file=sys.stderr,
-        )
+        print(f"bench_gpu model: jax finds no GPU ({missing}).", file=sys.stderr)
         return 1
     try:
-        found = run(args)
+        result = run(args)
     except (ValueError, UserError) as error:
         if args.kernels != "pallas":
             raise
-        found = {"unavailable": str(error)[:1000]}
+        result = {"unavailable": str(error)[:1000]}
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    found = {"device": device.device_kind, "options": options, **found}
-    print(json.dumps(found | {"versions": versions()}))
+    record = {"device": device.device_kind, "options": options, **result}
+    print(json.dumps(record | {"versions": versions()}))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
