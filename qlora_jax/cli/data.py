@@ -30,9 +30,10 @@ from qlora_jax.data import (
     data_notes,
     load_examples,
 )
-from qlora_jax.data.encoding import IGNORE, LlamaConfig
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import lay_out
 from qlora_jax.errors import UserError
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import taken_out
 from qlora_jax.runs.toml import read_config

@@ -158,7 +158,7 @@ noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)
     if number == {number}:
-        newest = self._path.parent / "checkpoints" / "step_{saved}"
+        newest = self.directory / "checkpoints" / "step_{saved}"
         while {saved} and not newest.exists():
             time.sleep(0.01)
         signal.raise_signal(signal.{signal})
@@ -606,7 +606,7 @@ noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)
     if number == 5:
-        while not (self._path.parent / "checkpoints" / "step_4").exists():
+        while not (self.directory / "checkpoints" / "step_4").exists():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 Watch.step = step
