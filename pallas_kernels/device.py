@@ -57,12 +57,12 @@ def interpreter() -> Any:
 def tuned(kind: str, operation: Literal["nf4", "attention"]) -> dict[str, Any]:
     """Reads what was measured on a kind of device; empty if nothing was.
 
-    "nf4", by scripts/bench_kernels.py:
+    "nf4", by scripts/bench_gpu kernels:
       fused_rows: "OxI" -> rows up to which `nf4.gpu.product` is the fastest.
       wgmma_rows: "OxI" -> [first, last] row for which `nf4.wgmma` is.
       dequantize: "OxI" -> the faster implementation.
       tuning: "kind OxI rows" -> the fastest settings of a kernel.
-    "attention", by scripts/bench_attention.py:
+    "attention", by scripts/bench_gpu attention:
       from_length: "head_dim whole" or "head_dim packed" -> the length from which on the
         kernels were the better choice, null where they never were.
     """
