@@ -24,7 +24,6 @@ import pytest
 
 import convert
 import qlora_jax as qj
-from qlora_jax.cli import main as jax_main
 from qlora_jax.cli.convert import main as convert_main
 from qlora_jax.cli.main import main as jax_main
 from qlora_jax.models.layers import Embed, Linear, RMSNorm

@@ -152,14 +152,16 @@ def python() -> str:
     """Returns the public names by chapter, as mkdocstrings directives.
 
     The chapters are the comments `# --- Title ---` above the names in
-    `qlora_jax/__init__.py`.
+    `qlora_jax/__init__.pyi`.
     """
     import convert
     import qlora_jax
 
-    names = set(qlora_jax.__all__) - {"__version__"}
+    names = set(dir(qlora_jax)) - {"__version__"}
     parts = []
-    for line in Path(qlora_jax.__file__).read_text("utf-8").splitlines():
+    for line in (
+        Path(qlora_jax.__file__).with_suffix(".pyi").read_text("utf-8").splitlines()
+    ):
         if chapter := re.match(r"\s*# --- (.+?) ---$", line):
             parts.append(f"## {chapter[1]}")
         elif parts:  # above the first chapter stands what type checkers read

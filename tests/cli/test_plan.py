@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax import cli
 from qlora_jax.cli import main as cli
 from qlora_jax.cli import plan
 
