@@ -256,7 +256,8 @@ def _same_factors(keys: list[str], a: LoraConfig, b: LoraConfig) -> bool:
         for key in keys
         if ".lora_" in key
     }
-    return all(a.rank_and_scaling(m)[1] == b.rank_and_scaling(m)[1] for m in modules)
+    one, two = a.ranks_and_scalings(modules), b.ranks_and_scalings(modules)
+    return all(one[m][1] == two[m][1] for m in modules)
 
 
 def _selected_differences(

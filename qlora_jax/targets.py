@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora_config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.patterns import match_patterns
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -183,16 +183,12 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
 
     whole = _whole(tensors, modules, lora, tied)
     taken = {w.path[:-1]: w.chosen for w in whole if w.path[-1] == "weight"}
-    chosen = {
-        path: _ranks(path, layers, lora, taken.get(path))
-        for path, (_, layers) in modules.items()
-    }
-    chosen = {path: ranks for path, ranks in chosen.items() if any(r for r, _ in ranks)}
+    chosen = _ranks(modules, lora, taken)
     follows = {}
     if share and EMBEDDING not in taken and HEAD not in taken and _names_table(lora):
         # PEFT adapts the embedding, and the head with its transpose, whatever
         # `layers_to_transform` says.
-        if _named(".".join(EMBEDDING), lora.exclude_modules or ()):
+        if _named((".".join(EMBEDDING),), lora, "exclude_modules"):
             raise UserError(
                 "`ensure_weight_tying` adapts embed_tokens with its head, and "
                 "`exclude_modules` takes embed_tokens away; give one of the two."
@@ -242,22 +238,24 @@ def is_embedding(module: Path) -> bool:
     return "embed" in module[-1]
 
 
-def matches(module_path: str, lora: LoraConfig) -> bool:
-    """Whether PEFT's rules select the module of this dotted path for an update."""
-    if _named(module_path, lora.exclude_modules or ()):
-        return False
-    if any(
-        re.match(WITHIN.replace("{}", name), module_path)
-        for name in lora.modules_to_save or ()
-    ):
-        return False
+def matching(module_paths: Iterable[str], lora: LoraConfig) -> set[str]:
+    """Returns the modules that PEFT's rules select for an update, by dotted paths."""
+    paths = tuple(module_paths)
     targets = lora.target_modules
     if targets == "all-linear":
-        last = module_path.rpartition(".")[2]
-        return last != HEAD[-1] and not is_embedding((last,))
-    if isinstance(targets, str) or module_path in targets:
-        return _named(module_path, targets)
-    return _named(module_path, targets) and _in_layers(module_path, lora)
+        last = {path: path.rpartition(".")[2] for path in paths}
+        out = {p for p in paths if last[p] != HEAD[-1] and not is_embedding((last[p],))}
+    else:
+        out = _named(paths, lora, "target_modules")
+        if not isinstance(targets, str):
+            out &= _in_layers(paths, lora) | set(targets)
+    saved = match_patterns(
+        lora.modules_to_save or (),
+        paths,
+        field="lora: `modules_to_save`",
+        inside=WITHIN,
+    )
+    return out.difference(_named(paths, lora, "exclude_modules"), *saved.values())
 
 
 def _names_table(lora: LoraConfig) -> bool:
@@ -267,27 +265,43 @@ def _names_table(lora: LoraConfig) -> bool:
     """
     targets = lora.target_modules
     if isinstance(targets, str):
-        return any(_named(word, targets) for word in _TABLES)
+        return bool(_named(_TABLES, lora, "target_modules"))
     return any(name.rpartition(".")[2] in _TABLES for name in targets)
 
 
-def _named(module_path: str, names: tuple[str, ...] | str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module_path) is not None
-    return any(module_path == n or module_path.endswith(f".{n}") for n in names)
+def _named(
+    paths: tuple[str, ...],
+    lora: LoraConfig,
+    field: Literal["target_modules", "exclude_modules"],
+) -> set[str]:
+    """The paths that end in a name of the list, or that the expression matches."""
+    value = getattr(lora, field) or ()
+    if isinstance(value, str):
+        return set(match_patterns((value,), paths, field=f"lora: `{field}`")[value])
+    return {path for path in paths if any(_ends_in(path, name) for name in value)}
 
 
-def _in_layers(module_path: str, lora: LoraConfig) -> bool:
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _in_layers(paths: tuple[str, ...], lora: LoraConfig) -> set[str]:
+    """The paths in one of `layers_to_transform`."""
     wanted = lora.layers_to_transform
     if wanted is None:
-        return True
-    patterns = [BEFORE_NUMBER.replace("{}", p) for p in lora.layers_pattern or ()]
-    tried = (re.match(p, module_path) for p in patterns or [r".*?\.[^.]*\.(\d+)\."])
-    found = next((match for match in tried if match is not None), None)
-    if found is None:
-        return False
-    number = found[found.re.groups]  # a pattern may have groups of its own
-    return int(number) in ((wanted,) if isinstance(wanted, int) else wanted)
+        return set(paths)
+    layers = (wanted,) if isinstance(wanted, int) else wanted
+    # PEFT lets a given pattern begin the path, and looks for any name after a dot.
+    patterns, inside = lora.layers_pattern, BEFORE_NUMBER
+    if patterns is None:
+        patterns, inside = ("[^.]*",), r".*?\.{}\.(\d+)\."
+    field = "lora: `layers_pattern`"
+    matched = match_patterns(patterns, paths, field=field, inside=inside)
+    # The number is the last group: a pattern may have groups of its own.
+    numbers: dict[str, str | None] = {}
+    for pattern in reversed(patterns):  # the first that matches holds
+        numbers.update(matched[pattern])
+    return {path for path, number in numbers.items() if int(str(number)) in layers}
 
 
 def dotted(path: Path, layers: int | None) -> list[str]:
@@ -325,14 +339,28 @@ def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | 
 
 
 def _ranks(
-    path: Path, layers: int | None, lora: LoraConfig, taken: tuple[bool, ...] | None
-) -> list[tuple[int, float]]:
-    """Rank and scaling of each layer; a weight that is trained whole has none."""
-    names = dotted(path, layers)
-    return [
-        lora.rank_and_scaling(name) if not whole and matches(name, lora) else (0, 0.0)
-        for name, whole in zip(names, taken or (False,) * len(names), strict=True)
-    ]
+    modules: Mapping[Path, tuple[Shape, int | None]],
+    lora: LoraConfig,
+    taken: Mapping[Path, tuple[bool, ...]],
+) -> dict[Path, list[tuple[int, float]]]:
+    """Rank and scaling in each layer of the modules with an update in any layer.
+
+    A weight that is trained whole has no update.
+    """
+    names = {path: dotted(path, layers) for path, (_, layers) in modules.items()}
+    everything = [name for listed in names.values() for name in listed]
+    selected = matching(everything, lora)
+    values = lora.ranks_and_scalings(everything)
+    out = {}
+    for path, listed in names.items():
+        whole = taken.get(path, (False,) * len(listed))
+        ranks = [
+            values[name] if name in selected and not saved else (0, 0.0)
+            for name, saved in zip(listed, whole, strict=True)
+        ]
+        if any(rank for rank, _ in ranks):
+            out[path] = ranks
+    return out
 
 
 def _whole(
@@ -486,7 +514,7 @@ def _unmatched(modules: Mapping[Path, Any], lora: LoraConfig) -> tuple[str, ...]
     return tuple(
         name
         for name in lora.target_modules
-        if not any(_named(p, (name,)) for p in paths)
+        if not any(_ends_in(path, name) for path in paths)
     )
 
 

@@ -120,6 +120,7 @@ ALLOWED = {
         "pallas_kernels",
         "qlora_jax.errors",
         "qlora_jax.tree",
+        "qlora_jax.patterns",
         "qlora_jax.config",
         "qlora_jax.config_changes",
         "qlora_jax.nf4",
@@ -139,7 +140,7 @@ OUTSIDE = {
     },
     "qlora_jax": {
         *("flax", "jax", "jaxtyping", "jinja2", "ml_dtypes", "numpy", "optax"),
-        *("orbax", "rich", "safetensors", "tyro"),
+        *("orbax", "regex", "rich", "safetensors", "tyro"),
     },
 }
 # Slow to import or an extra: inside functions only.

@@ -17,7 +17,7 @@ from qlora_jax.targets import (
     dotted,
     is_embedding,
     linear_modules,
-    matches,
+    matching,
     select,
 )
 
@@ -155,7 +155,8 @@ PATH = "model.layers.3.self_attn.q_proj"
     ],
 )
 def test_target_modules(targets, path, selected):
-    assert matches(path, LoraConfig(target_modules=targets)) is selected
+    lora = LoraConfig(target_modules=targets)
+    assert (matching([path], lora) == {path}) is selected
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_target_modules(targets, path, selected):
 def test_exclude_modules_wins(exclude, selected):
     for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
         lora = LoraConfig(target_modules=targets, exclude_modules=exclude)
-        assert matches(PATH, lora) is selected
+        assert (matching([PATH], lora) == {PATH}) is selected
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_exclude_modules_wins(exclude, selected):
 def test_what_is_trained_whole_is_not_adapted(saved, selected):
     for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
         lora = LoraConfig(target_modules=targets, modules_to_save=(saved,))
-        assert matches(PATH, lora) is selected
+        assert (matching([PATH], lora) == {PATH}) is selected
 
 
 @pytest.mark.parametrize(
@@ -240,15 +241,34 @@ def test_layers_to_transform(layers, pattern, path, selected):
         layers_to_transform=layers,
         layers_pattern=pattern,
     )
-    assert matches(path, lora) is selected
+    assert (matching([path], lora) == {path}) is selected
 
 
 def test_an_empty_list_of_layers_means_all_and_whole_names_are_not_asked():
-    assert matches(PATH, config(layers_to_transform=()))
-    assert matches(PATH, config(PATH, layers_to_transform=(0,)))
-    assert matches(EMBED, config(EMBED, layers_to_transform=(0,)))
-    assert not matches(EMBED, config("embed_tokens", layers_to_transform=(0,)))
-    assert not matches(PATH, config("q_proj", layers_to_transform=(0,)))
+    assert matching([PATH], config(layers_to_transform=()))
+    assert matching([PATH], config(PATH, layers_to_transform=(0,)))
+    assert matching([EMBED], config(EMBED, layers_to_transform=(0,)))
+    assert not matching([EMBED], config("embed_tokens", layers_to_transform=(0,)))
+    assert not matching([PATH], config("q_proj", layers_to_transform=(0,)))
+
+
+HOSTILE = r"(?:(?:.|..)+)+[A-Z]"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=HOSTILE),
+        dict(exclude_modules=HOSTILE),
+        dict(modules_to_save=(HOSTILE,)),
+        dict(layers_to_transform=1, layers_pattern=HOSTILE),
+    ],
+)
+def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
+    monkeypatch.setattr("qlora_jax.patterns.SECONDS", 0.05)
+    lora = LoraConfig(**fields)
+    with pytest.raises(UserError, match=f"`{[*fields][-1]}`: .* takes too long to mat"):
+        matching([PATH], lora)
 
 
 # --- A whole model ---
