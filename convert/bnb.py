@@ -25,6 +25,7 @@ from convert.files import DTYPES, Problems, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
+from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -32,7 +33,6 @@ from qlora_jax.nf4 import (
     NF4Tensor,
     abstract,
 )
-from qlora_jax.patterns import match_patterns
 
 _STATE = ".quant_state.bitsandbytes__"
 _STORAGES = ("uint8", "bfloat16", "float16", "float32")

@@ -20,9 +20,9 @@ import numpy as np
 
 import convert
 import qlora_jax as qj
-from qlora_jax.linear import Linear
-from qlora_jax.llama import Attention
-from qlora_jax.targets import select
+from qlora_jax.models.layers import Linear
+from qlora_jax.models.llama import Attention
+from qlora_jax.lora.targets import select
 
 work = Path("work")
 if not (work / "base").exists():

@@ -26,36 +26,30 @@ from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter, peft_directory
-from qlora_jax.config import FrozenDict, LlamaConfig
-from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
-from qlora_jax.directories import (
-    ADAPTER,
-    adapter_directory,
-    find_base,
-    quantizes_lm_head,
-    resolve_auto,
-    run_settings,
-)
 from qlora_jax.errors import UserError
 from qlora_jax.eval_command import Eval, eval_from_arguments
 from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
-from qlora_jax.interruptions import (
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import CHANGEABLE, continued
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.options import explained, place
+from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
+from qlora_jax.planning.estimate import abstract_base, parameter_report, warnings
+from qlora_jax.printed import print_report
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.directory import ADAPTER, adapter_directory, run_settings
+from qlora_jax.runs.interruption import (
     STOPS,
     AtOnce,
     leave,
     stopped,
     termination_raises,
 )
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import abstract_base, parameter_report, warnings
-from qlora_jax.options import explained, place
-from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
-from qlora_jax.printed import print_report
-from qlora_jax.run_page import Report
-from qlora_jax.runfile import (
+from qlora_jax.runs.loading import find_base, quantizes_lm_head, resolve_auto
+from qlora_jax.runs.report import Report
+from qlora_jax.runs.toml import (
     SETTINGS,
-    RunConfig,
     checked,
     given_lora,
     lora_options,
@@ -63,7 +57,8 @@ from qlora_jax.runfile import (
     unchecked,
 )
 from qlora_jax.tokens import Tokens
-from qlora_jax.train_config import Optimizer, TrainConfig
+from qlora_jax.training.config import Optimizer, TrainConfig
+from qlora_jax.tree import FrozenDict
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "generate": (Generate, "Continue prompts."),
     "chat": (Chat, "Talk to a model in the terminal."),
     "data": (DataView, "What a run would train on: tokens, labels, lengths."),
-    "report": (Report, "A page for a browser about a run, finished or under way."),
+    "report": (Report, "An HTML report about a run, finished or not."),
     "inspect": (Inspect, "Parameters, adapter size, optimizer size; loads nothing."),
     "plan": (PlanCommand, "What fits on a card; loads nothing."),
     "quantize": (Quantize, "Write a bitsandbytes-4bit directory."),
@@ -327,8 +322,8 @@ def _train(args: list[str]) -> None:
         lora = dataclasses.replace(config.lora, **patterns)
         config = dataclasses.replace(config, lora=lora)
     # The other commands have no use for the libraries that a run needs.
-    from qlora_jax.runner import run
-    from qlora_jax.watch import process_seconds
+    from qlora_jax.runs.metrics import process_seconds
+    from qlora_jax.runs.runner import run
 
     report = run(config, given=given, began=time.perf_counter() - process_seconds())
     if "interrupted" in report:

@@ -37,15 +37,16 @@ from convert.peft import (
     save_adapter,
 )
 from convert.verify import Comparison
-from qlora_jax.adapters import combine_adapters
-from qlora_jax.bases import leads_nowhere, name_from
-from qlora_jax.compare import compare_logits, dense_dtypes, load_exact, probe
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
-from qlora_jax.interruptions import STOPS, leave, stopped, termination_raises
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.inference.compare import compare_logits, load_exact, probe
+from qlora_jax.inference.identity import dense_dtypes
+from qlora_jax.lora.combine import combine_adapters
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.options import explained, place
 from qlora_jax.printed import print_report, said
+from qlora_jax.runs.interruption import STOPS, leave, stopped, termination_raises
+from qlora_jax.runs.loading import leads_nowhere, name_from
 from qlora_jax.verify_command import (
     Verify,
     elsewhere,

@@ -21,7 +21,7 @@ import tyro
 
 from convert.files import read_json
 from convert.output import write_text
-from qlora_jax.config import IGNORE, LlamaConfig
+from convert.tokenizer import load_tokenizer
 from qlora_jax.data import (
     Batches,
     DataConfig,
@@ -30,12 +30,14 @@ from qlora_jax.data import (
     data_notes,
     load_examples,
 )
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import lay_out
-from qlora_jax.data_page import page
+from qlora_jax.data_page import render_data
 from qlora_jax.errors import UserError
-from qlora_jax.evaluation import taken_out
-from qlora_jax.model import load_tokenizer
-from qlora_jax.runfile import EvalConfig, read_config
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.runs.config import EvalConfig
+from qlora_jax.runs.eval_data import taken_out
+from qlora_jax.runs.toml import read_config
 
 _BINS = 16
 _WIDTH = 40
@@ -118,7 +120,7 @@ class DataView:
             "notes": data_notes(examples, self.data, batches, tokenizer),
         }
         if self.html is not None:
-            write_text(Path(self.html), page(report, self.data.name))
+            write_text(Path(self.html), render_data(report, self.data.name))
         return report
 
 

@@ -17,19 +17,15 @@ import tyro
 
 from convert.files import read_json
 from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
-from qlora_jax.data.settings import name_of
-from qlora_jax.directories import STARTED, kept_settings, run_of
+from qlora_jax.data.config import name_of
 from qlora_jax.errors import UserError
-from qlora_jax.evaluation import (
-    HeldOut,
-    held_out_again,
-    held_out_loss,
-    jit_eval,
-    perplexity,
-)
 from qlora_jax.generate_command import Asked
-from qlora_jax.model import Model
-from qlora_jax.runfile import read_config
+from qlora_jax.inference.model import Model
+from qlora_jax.runs.directory import STARTED, kept_settings, run_of
+from qlora_jax.runs.eval_data import HeldOut, held_out_again
+from qlora_jax.runs.evaluation import held_out_loss, perplexity
+from qlora_jax.runs.toml import read_config
+from qlora_jax.training.step import jit_eval
 
 
 @dataclass(frozen=True, kw_only=True)

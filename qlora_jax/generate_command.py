@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qlora_jax.dialogue import Answer, ChatPrompts
 from qlora_jax.errors import UserError
-from qlora_jax.model import Model, load
-from qlora_jax.sampling import Sampling
+from qlora_jax.inference.model import Model
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.text import Answer, ChatPrompts
+from qlora_jax.runs.loading import load
 
 Quantization = Literal["nf4", "nf4_dq", "none"]
 Dtype = Literal["bfloat16", "float16", "float32"]

@@ -23,7 +23,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora.config import LoraConfig
 
 # What a run notes in its adapter; an option still, and in no one's way.
 _NOTES = ("base_fingerprint", "base_config_changes")

@@ -1,7 +1,7 @@
 """The `plan` command: what a run takes on a card, as a table, JSON or a picture.
 
 What is planned is a run file's run, or a model with settings given on the command line;
-no weights and no data are read. The planning itself is `qlora_jax.plan`.
+no weights and no data are read. The planning itself is `qlora_jax.planning.plan`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,19 @@ import numpy as np
 import tyro
 
 from convert.files import read_json
-from qlora_jax.cards import Card, find_card
-from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
-from qlora_jax.config import FrozenDict, LlamaConfig
-from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
-from qlora_jax.linear import Compute
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import readable_bytes as _gb
-from qlora_jax.plan import (
-    ALLOWANCE,
-    Plan,
-    Planner,
-    Policy,
-    Quantity,
-    policies,
-)
-from qlora_jax.runfile import RunConfig, lora_options, read_config
-from qlora_jax.step_memory import Step
-from qlora_jax.train_config import TrainConfig
+from qlora_jax.errors import readable_bytes as _gb
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
+from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec, find_gpu
+from qlora_jax.planning.plan import Plan, Planner, Policy, Quantity, policies
+from qlora_jax.planning.step import Step
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.toml import lora_options, read_config
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.tree import FrozenDict
 
 _FIT = "fit"
 
@@ -74,7 +68,7 @@ class PlanCommand:
     model: str | None = None
     """Model directory or its config.json."""
     gpu: str | None = None
-    """Card: b200, h200, h100, a100-80, a100-40, l40s, l4, rtx-4090, rtx-3090, t4, or a
+    """GpuSpec: b200, h200, h100, a100-80, a100-40, l40s, l4, rtx-4090, rtx-3090, t4, or a
     TOML file that describes one."""
     max_length: Annotated[int | Literal["fit"] | None, _or("the run file's")] = None
     """Tokens of a row; fit = as many as the card holds."""
@@ -185,7 +179,7 @@ class PlanCommand:
                 raise UserError(f"--mesh.{name} must be at least 1, got {size}.")
         return {name: size for name, size in sizes.items() if size > 1} or {"data": 1}
 
-    def _compiler(self, card: Card) -> str | None:
+    def _compiler(self, card: GpuSpec) -> str | None:
         if self.method == "estimate":
             return None
         python = find_compiler(self.compiler_python)
@@ -199,7 +193,7 @@ class PlanCommand:
             card.target  # noqa: B018 (says why not)
         return python
 
-    def _why_estimated(self, card: Card) -> str:
+    def _why_estimated(self, card: GpuSpec) -> str:
         how_good = "within 10 % of the compiled plan as tested, without collectives."
         if self.method == "estimate":
             return f"an estimate by formula, as asked for; {how_good}"
@@ -311,7 +305,7 @@ class _Settings:
             optimizer=TrainConfig(steps=1) if run is None else run.train,
         )
 
-    def step(self, card: Card) -> Step:
+    def step(self, card: GpuSpec) -> Step:
         train = dataclasses.replace(
             self.optimizer,
             steps=1,
@@ -341,7 +335,7 @@ class _Settings:
             packed=self.packed,
         )
 
-    def notes(self, card: Card) -> list[str]:
+    def notes(self, card: GpuSpec) -> list[str]:
         out = []
         if not card.bfloat16:
             major, minor = card.compute_capability
@@ -352,10 +346,10 @@ class _Settings:
         return out
 
 
-def _card(name: str | None) -> Card:
+def _card(name: str | None) -> GpuSpec:
     if name is None:
         raise UserError("say for which card: --gpu NAME (or a TOML file; see --help).")
-    return find_card(name)
+    return find_gpu(name)
 
 
 def _say_on_stderr() -> Any:

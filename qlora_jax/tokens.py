@@ -1,6 +1,6 @@
 """The `tokens` command: untrained rows of the vocabulary, repaired; new tokens, added.
 
-Which rows were never trained is the affair of `qlora_jax.vocabulary`; here are the
+Which rows were never trained is the affair of `qlora_jax.models.vocabulary`; here are the
 files: the tokens that a data file, the chat template and the tokenizer's special tokens
 use, and a new model directory with the tables changed and all else byte for byte as it
 was.
@@ -21,10 +21,10 @@ import tyro
 
 import convert
 from convert.output import check_new_directory
+from convert.tokenizer import load_tokenizer
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
-from qlora_jax.model import load_tokenizer
-from qlora_jax.vocabulary import add_tokens, repair_rows, report_untrained
+from qlora_jax.models.vocabulary import add_tokens, repair_rows, report_untrained
 
 _NO_DATA = "none"  # the special tokens and those of the chat template alone
 

@@ -17,10 +17,11 @@ import tyro
 from convert.checkpoint import open_config
 from convert.peft import load_adapter, open_adapter, peft_directory
 from convert.verify import Comparison, compare
-from qlora_jax.compare import compare_logits, load_exact, probe, trained_form
-from qlora_jax.config_changes import change
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.inference.compare import compare_logits, load_exact, probe
+from qlora_jax.inference.identity import trained_form
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import change
 from qlora_jax.options import place
 
 

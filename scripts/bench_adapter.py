@@ -29,10 +29,11 @@ import convert
 from convert import names
 from convert.files import read_json
 from convert.peft import WEIGHTS
-from qlora_jax.config import LlamaConfig
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.run_record import versions
-from qlora_jax.targets import select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.runs.resume import versions
 
 
 def peak_gb() -> float:
@@ -43,7 +44,9 @@ def peak_gb() -> float:
 def make(config: LlamaConfig, lora: LoraConfig) -> dict[str, Any]:
     """A trained tree of arbitrary numbers."""
     tree: dict[str, Any] = {}
-    for path, shape in select(names.abstract_base(config), lora).shapes().items():
+    for path, shape in (
+        select(model_params.abstract_base(config), lora).shapes().items()
+    ):
         names.put(tree, path, np.full(shape, 0.5, np.float32))
     return tree
 

@@ -41,11 +41,11 @@ from bench_kernels import MARGIN, Budget, Worker
 from time_kernels import alive, describe, measure
 
 from convert.output import write_text
-from pallas_kernels.attention import reference
+from pallas_kernels.attention.xla import reference_attention
 from pallas_kernels.device import device_slug
-from pallas_kernels.shapes import MODELS
-from qlora_jax.attention import attention
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax.errors import UserError
+from qlora_jax.models.attention import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 16384
@@ -163,7 +163,7 @@ def mismatch(task: Task) -> str | None:
     """
     arrays = operands(task, COMPARED, 1)
     wide = [None if a is None else a.astype(jnp.float32) for a in arrays[:4]]
-    exact = operation(task, lambda *a: reference(*a)[0])
+    exact = operation(task, lambda *a: reference_attention(*a)[0])
     want = jax.tree.leaves(jax.jit(exact)(*wide, arrays[4]))
     got = jax.tree.leaves(jax.jit(chosen(task))(*arrays))
     names = ("out", "dq", "dk", "dv")

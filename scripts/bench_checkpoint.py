@@ -35,14 +35,15 @@ import optax
 
 from convert import names
 from convert.files import read_json
-from qlora_jax.checkpoint import Checkpoints
-from qlora_jax.config import LlamaConfig
-from qlora_jax.fingerprint import crc32, fingerprint_tree
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.run_record import versions
-from qlora_jax.runfile import CheckpointConfig
-from qlora_jax.targets import select
-from qlora_jax.train import TrainState, init_state
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import crc32, fingerprint_tree
+from qlora_jax.runs.checkpoint import Checkpoints
+from qlora_jax.runs.config import CheckpointConfig
+from qlora_jax.runs.resume import versions
+from qlora_jax.training.step import TrainState, init_state
 
 STEP = 1
 
@@ -59,7 +60,9 @@ def make(config: LlamaConfig, whole: bool, random: bool) -> TrainState:
         return jnp.asarray(generator.standard_normal(shape, np.float32))
 
     tree: dict[str, Any] = {}
-    for path, shape in select(names.abstract_base(config), lora).shapes().items():
+    for path, shape in (
+        select(model_params.abstract_base(config), lora).shapes().items()
+    ):
         names.put(tree, path, array(shape))
     state = init_state(tree, optax.adamw(1e-4), jax.random.key(0))
     moments = jax.tree.map(

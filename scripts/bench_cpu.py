@@ -40,16 +40,16 @@ import numpy as np
 import rich.console
 import rich.table
 
-from qlora_jax.config import LlamaConfig
-from qlora_jax.fit import give_back_freed_memory
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.memory import abstract_base
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import NF4Tensor, quantize
-from qlora_jax.run_record import versions
-from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.planning.estimate import abstract_base
+from qlora_jax.planning.gpus import give_back_freed_memory
+from qlora_jax.runs.resume import versions
+from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
 
 # The peer's two ways to run, and ours that does the same amount of work.
 PAIRS = {"1": "full", "0": "save_matmuls"}

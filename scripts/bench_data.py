@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from convert.tokenizer import load_tokenizer
 from qlora_jax.data import Batches, DataConfig, load_examples
-from qlora_jax.data.packing import pack
-from qlora_jax.model import load_tokenizer
+from qlora_jax.data.mixture import pack
 
 
 def best(repeat: int, work: Callable[[], Any]) -> tuple[float, Any]:

@@ -44,24 +44,25 @@ import jax.numpy as jnp
 import numpy as np
 
 import convert
-from pallas_kernels import shapes
+from convert.tokenizer import load_tokenizer
+from pallas_kernels.nf4 import shapes
 from qlora_jax import nf4
 from qlora_jax import tree as trees
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
-from qlora_jax.fit import fit
-from qlora_jax.generate import generate_tokens
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora import bind
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.memory import abstract_base, tree_bytes, tree_size
-from qlora_jax.model import load_tokenizer
-from qlora_jax.placement import place_base
-from qlora_jax.run_record import versions
-from qlora_jax.runfile import ModelConfig
-from qlora_jax.train import TrainConfig, init_state
+from qlora_jax.inference.decode import generate_tokens
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.params import tree_bytes, tree_size
+from qlora_jax.models.sharding import place_base
+from qlora_jax.planning.estimate import abstract_base
+from qlora_jax.runs.compiled_step import fit
+from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.resume import versions
+from qlora_jax.training.step import TrainConfig, init_state
 
 ROOT = Path(__file__).resolve().parents[1]
 # Device -> bytes/s that a large copy reaches, read and written.
@@ -226,7 +227,7 @@ def train(
 ) -> dict[str, Any]:
     """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
 
-    The step is planned, compiled and placed as in a run (`qlora_jax.fit`).
+    The step is planned, compiled and placed as in a run (`qlora_jax.runs.compiled_step`).
     """
     lora, adapters = adapters_for(base, rank)
     compute = Compute(dtype=settings.dtype, kernels=settings.kernels, lora=lora)

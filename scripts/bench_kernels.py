@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 from convert.output import write_text
 from pallas_kernels.device import device_slug
-from pallas_kernels.shapes import MIDDLE_ROWS, MODELS, ROWS, distinct, packed_bytes
+from pallas_kernels.nf4.shapes import MIDDLE_ROWS, MODELS, ROWS, distinct, packed_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("dequantize", "matmul", "backward")
@@ -176,16 +176,16 @@ def tasks(
 def tunable_tasks(models: Sequence[str], kinds: Sequence[str]) -> list[Task]:
     """Lists the settings of the kernels that can be tried."""
     try:
-        from pallas_kernels import nf4_gpu, nf4_wgmma
+        from pallas_kernels.nf4 import gpu, wgmma
     except ImportError:  # jax without the Pallas that the kernels need
         return []
     tried: list[tuple[str, str, int, Callable[..., list[dict]]]] = [
-        ("dequantize", "pallas", 0, partial(nf4_gpu.candidates, "dequantize"))
+        ("dequantize", "pallas", 0, partial(gpu.candidates, "dequantize"))
     ]
     for rows in TUNED_ROWS:
-        tried.append(("matmul", "fused", rows, partial(nf4_gpu.candidates, "matmul")))
+        tried.append(("matmul", "fused", rows, partial(gpu.candidates, "matmul")))
     for rows in WGMMA_ROWS:
-        tried.append(("matmul", "wgmma", rows, nf4_wgmma.candidates))
+        tried.append(("matmul", "wgmma", rows, wgmma.candidates))
     return [
         Task(kind, one, shape, rows, tuning=tuple(choice.items()))
         for kind, one, rows, candidates in tried
@@ -468,7 +468,7 @@ def table(result: dict[str, Any]) -> str:
             f"{shape} {rows}" for shape, rows in chosen["fused_rows"].items()
         )
     if chosen["wgmma_rows"]:
-        lines += ["", "Rows for which `nf4_wgmma` is the fastest: "]
+        lines += ["", "Rows for which `nf4.wgmma` is the fastest: "]
         lines[-1] += ", ".join(
             f"{shape} {first} to {last}"
             for shape, (first, last) in chosen["wgmma_rows"].items()

@@ -31,12 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.loop import Loop
-from qlora_jax.loss_plot import draw_loss
-from qlora_jax.run_record import versions
-from qlora_jax.runfile import LogConfig
-from qlora_jax.trackers import trackers
-from qlora_jax.watch import Watch
+from qlora_jax.runs.config import LogConfig
+from qlora_jax.runs.metrics import Watch, open_trackers
+from qlora_jax.runs.plots import draw_loss
+from qlora_jax.runs.resume import versions
+from qlora_jax.runs.runner import Loop
 
 
 class Tokens:
@@ -91,7 +90,7 @@ def note_steps(directory: Path, steps: int, report_to: tuple[str, ...]) -> list[
     }
     seconds = []
     with (
-        trackers(log, directory, {}, 0) as found,
+        open_trackers(log, directory, {}, 0) as trackers,
         Watch(
             directory,
             start=0,
@@ -99,7 +98,7 @@ def note_steps(directory: Path, steps: int, report_to: tuple[str, ...]) -> list[
             schedule=lambda step: step * jnp.float32(1e-6),
             every=log.every,
             began=time.perf_counter(),
-            trackers=found,
+            trackers=trackers,
         ) as watch,
     ):
         loop: Any = object.__new__(Loop)  # of its parts a note uses these two

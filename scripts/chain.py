@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 from convert.files import read_json
 from convert.output import write_text
-from qlora_jax.directories import REPORT, STARTED
 from qlora_jax.errors import UserError
-from qlora_jax.runfile import read_config
-from qlora_jax.watch import read_evaluations, read_metrics
+from qlora_jax.runs.directory import REPORT, STARTED
+from qlora_jax.runs.metrics import read_evaluations, read_metrics
+from qlora_jax.runs.toml import read_config
 
 
 def train(file: Path, *, kill: bool, timeout: float = 24 * 3600.0) -> dict[str, Any]:

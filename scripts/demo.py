@@ -38,7 +38,7 @@ import rich.table
 
 from qlora_jax import UserError
 from qlora_jax.data.rows import read_rows
-from qlora_jax.model import load
+from qlora_jax.runs.loading import load
 
 MARK = ".made-by-qlora-jax-demo"
 # How many of the held-out questions have to be answered right, word for word.

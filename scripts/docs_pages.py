@@ -34,7 +34,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def run_file() -> str:
     """One table a section."""
-    from qlora_jax.runfile import RunConfig
+    from qlora_jax.runs.config import RunConfig
 
     sections = typing.get_type_hints(RunConfig)
     plain = [

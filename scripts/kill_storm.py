@@ -38,10 +38,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.cli import main as command_line
-from qlora_jax.directories import ADAPTER, CHECKPOINTS, REPORT
-from qlora_jax.runfile import read_config, to_toml
-from qlora_jax.runner import run as _run_is_imported_before_forks  # noqa: F401
-from qlora_jax.watch import METRICS, read_metrics
+from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS, REPORT
+from qlora_jax.runs.metrics import METRICS, read_metrics
+from qlora_jax.runs.runner import run as _run_is_imported_before_forks  # noqa: F401
+from qlora_jax.runs.toml import read_config, to_toml
 
 # Of the signals, how many come while a life starts up and compiles.
 EARLY = 0.15

@@ -32,11 +32,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import nf4 as kernels
-from pallas_kernels.nf4 import nf4_dequantize, nf4_matmul
-from pallas_kernels.shapes import MODELS
+from pallas_kernels import device, nf4_dequantize, nf4_matmul
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax import nf4
-from qlora_jax.run_record import versions
+from qlora_jax.runs.resume import versions
 
 Request = Mapping[str, Any]
 Shape = tuple[int, int]
@@ -214,7 +213,7 @@ def as_if_measured(
     Which of its ways to multiply so many rows ("fused", "wgmma", or neither), and with
     which settings: which is what is to be measured here, whatever was measured before.
     """
-    before = kernels.tuned
+    before = device.tuned
     name = f"{shape[0]}x{shape[1]}"
     kind = "wgmma" if one == "wgmma" else kind
     choices = {f"{kind} {name} {rows}": tuning} if tuning else {}
@@ -223,11 +222,11 @@ def as_if_measured(
         "wgmma_rows": {name: [rows, rows]} if one == "wgmma" else {},
         "tuning": choices,
     }
-    kernels.tuned = lambda _: measured
+    device.tuned = lambda *_: measured
     try:
         yield
     finally:
-        kernels.tuned = before
+        device.tuned = before
 
 
 def operation(

@@ -21,11 +21,11 @@ import convert
 from qlora_jax.cli import main
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import DataConfig, load_examples
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.model import load
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
 from qlora_jax.options import paragraphs
-from qlora_jax.runfile import read_config
+from qlora_jax.runs.loading import load
+from qlora_jax.runs.toml import read_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,9 +13,9 @@ import convert
 from convert.files import CHAT_TEMPLATE
 from convert.verify import compare
 from qlora_jax import convert_cli
-from qlora_jax.config import LlamaConfig
 from qlora_jax.convert_cli import main
-from qlora_jax.fingerprint import fingerprint_tree
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import fingerprint_tree
 
 
 def table(text: str) -> dict[str, str]:

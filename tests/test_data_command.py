@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.cli import main
-from qlora_jax.config import IGNORE
 from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data_command import RESET, SUPERVISED, DataView, marked, pieces
 from qlora_jax.errors import UserError
 

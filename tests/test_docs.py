@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import qlora_jax
-from qlora_jax.runfile import RunConfig
+from qlora_jax.runs.config import RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax import cli, plan_command
 
 

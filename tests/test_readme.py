@@ -17,10 +17,10 @@ import pytest
 import convert
 from qlora_jax.cli import main as jax_main
 from qlora_jax.convert_cli import main as convert_main
-from qlora_jax.linear import Embed, Linear, RMSNorm
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.runfile import read_config
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.layers import Embed, Linear, RMSNorm
+from qlora_jax.runs.toml import read_config
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 MAINS = {"qlora-jax": jax_main, "qlora-convert": convert_main}

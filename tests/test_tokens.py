@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import convert
+from convert.tokenizer import load_tokenizer
 from qlora_jax.cli import main
-from qlora_jax.model import load, load_tokenizer
+from qlora_jax.runs.loading import load
 
 TEXT = "Once upon a time there was a little dog."
 

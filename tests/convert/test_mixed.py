@@ -25,8 +25,9 @@ from convert.output import Entry
 from convert.verify import compare
 from qlora_jax.convert_cli import main
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
+from qlora_jax.models import params as model_params
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import NF4Tensor, quantize
 
 BF16 = ml_dtypes.bfloat16
@@ -287,7 +288,7 @@ def test_the_list_of_skipped_modules(own, dense, expected):
 
 
 def test_skipped_modules_that_take_too_long_to_match_are_refused(monkeypatch):
-    monkeypatch.setattr("qlora_jax.patterns.SECONDS", 0.05)
+    monkeypatch.setattr("qlora_jax.lora.patterns.SECONDS", 0.05)
     match = "llm_int8_skip_modules`: the regular .* takes too long to match"
     packed = ["model.layers.12.self_attn.q_proj.weight"]
     with pytest.raises(UserError, match=match):
@@ -324,7 +325,7 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
     entries = []
     for name, (path, layer) in names.keys(checkpoint.config).items():
         weight = checkpoint.files.read(name)
-        if names.is_projection(path) and layer != 3:
+        if model_params.is_projection(path) and layer != 3:
             if path not in once:
                 once[path] = quantize(weight, double_quant=True)
             entries += bnb.entries(name, once[path], None, quant_storage="uint8")

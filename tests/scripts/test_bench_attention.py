@@ -59,7 +59,7 @@ def test_operations_are_those_of_the_scores_that_are_seen(bench):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_timed_agrees_with_the_formula(bench, packed, monkeypatch):
-    from pallas_kernels import shapes
+    from pallas_kernels.nf4 import shapes
 
     small = shapes.Model("small", 64, 128, 2, 4, 2, 16)
     monkeypatch.setitem(shapes.MODELS, "small", small)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.config import LlamaConfig
-from qlora_jax.lora import abstract_adapters
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import abstract_base, tree_bytes
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import tree_bytes
+from qlora_jax.planning.estimate import abstract_base
+from qlora_jax.runs.config import ModelConfig
 
 SMALL = LlamaConfig(
     vocab_size=64,

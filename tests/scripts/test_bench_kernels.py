@@ -224,7 +224,7 @@ def test_every_kind_runs_and_agrees_with_float32(bench, worker, kind, rows, stac
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_a_pass_writes_the_result_of_every_projection(bench, worker, rows, monkeypatch):
-    from pallas_kernels import shapes
+    from pallas_kernels.nf4 import shapes
 
     small = shapes.Model("small", 64, 128, 2, 4, 2, 16)
     monkeypatch.setitem(shapes.MODELS, "small", small)
@@ -266,10 +266,10 @@ def test_one_wrong_weight_is_found_and_not_timed(bench, worker, monkeypatch):
 
 def test_the_ways_of_a_product_are_told_apart(bench, worker, monkeypatch):
     names, seen = worker.operation.__globals__, []
-    before = names["kernels"].tuned
+    before = names["device"].tuned
 
     def spy(x, *arguments, implementation, shape, **named):
-        said = names["kernels"].tuned("any")
+        said = names["device"].tuned("any", "nf4")
         seen.append((implementation, said["fused_rows"], said["wgmma_rows"]))
         return jnp.zeros((x.shape[0], shape[0]), x.dtype)
 
@@ -284,7 +284,7 @@ def test_the_ways_of_a_product_are_told_apart(bench, worker, monkeypatch):
         ("pallas", {"64x128": 4}, {}),
         ("pallas", {"64x128": 0}, {"64x128": [4, 4]}),
     ]
-    assert names["kernels"].tuned is before
+    assert names["device"].tuned is before
 
 
 def test_a_refused_implementation_is_not_a_failure(bench, worker, monkeypatch):
