@@ -36,7 +36,7 @@ _TABLES = (EMBEDDING[-1], HEAD[-1])
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModule:
     """One module with a low-rank update, in all its layers."""
 
     path: Path
@@ -85,7 +85,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullTensor:
     """One tensor of the base that is trained as it is."""
 
     path: Path
@@ -93,14 +93,14 @@ class Whole:
     shape: Shape
     """In one layer."""
     layers: int | None
-    chosen: tuple[bool, ...]
+    trained: tuple[bool, ...]
     """Whether it is trained, layer by layer."""
     tied_to: Path | None = None
     """The tensor it is tied to; it has no array of its own then."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Some rows of an embedding or head that are trained alone."""
 
     path: Path
@@ -114,9 +114,9 @@ class Rows:
 class Selection:
     """Everything that is trained; see the module's text."""
 
-    adapted: tuple[Adapted, ...]
-    whole: tuple[Whole, ...]
-    rows: tuple[Rows, ...]
+    adapted: tuple[AdaptedModule, ...]
+    full_tensors: tuple[FullTensor, ...]
+    rows: tuple[TokenRows, ...]
     unmatched: tuple[str, ...]
     """Entries of a `target_modules` list that select nothing."""
 
@@ -126,7 +126,7 @@ class Selection:
         for a in self.adapted:
             for name, shape in a.parts.items():
                 out[*a.path, name] = _stacked(a.layers, shape)
-        for w in self.whole:
+        for w in self.full_tensors:
             if w.tied_to is None:
                 out[w.path] = _stacked(w.layers, w.shape)
         for r in self.rows:
@@ -146,9 +146,9 @@ class Selection:
             for rank in a.ranks:
                 if rank:
                     add(a.path[-1], sum(map(math.prod, a.parts_of(rank).values())))
-        for w in self.whole:
+        for w in self.full_tensors:
             if w.tied_to is None:
-                add(w.path[-2], math.prod(w.shape) * sum(w.chosen))
+                add(w.path[-2], math.prod(w.shape) * sum(w.trained))
         for r in self.rows:
             if r.tied_to is None:
                 add(r.path[-1], len(r.indices) * r.features)
@@ -176,7 +176,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
     share = tied and lora.ensure_weight_tying
 
     whole = _whole(tensors, modules, lora, tied)
-    taken = {w.path[:-1]: w.chosen for w in whole if w.path[-1] == "weight"}
+    taken = {w.path[:-1]: w.trained for w in whole if w.path[-1] == "weight"}
     chosen = _ranks(modules, lora, taken)
     follows = {}
     if share and EMBEDDING not in taken and HEAD not in taken and _names_table(lora):
@@ -205,7 +205,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
         (rows, columns), layers = modules[path]
         ranks, scalings = zip(*chosen[path], strict=True)
         adapted.append(
-            Adapted(
+            AdaptedModule(
                 path=path,
                 kind="embedding" if is_embedding(path) else "linear",
                 shape=(rows, columns),
@@ -353,7 +353,7 @@ def _whole(
     modules: Mapping[Path, Any],
     lora: LoraConfig,
     tied: bool,
-) -> list[Whole]:
+) -> list[FullTensor]:
     """The tensors of `modules_to_save`."""
     names = lora.modules_to_save or ()
     if not names:
@@ -375,7 +375,7 @@ def _whole(
             saved |= set(hits.values())
             chosen.append(bool(hits))
         if any(chosen):
-            out.append(Whole(path, shape, layers, tuple(chosen)))
+            out.append(FullTensor(path, shape, layers, tuple(chosen)))
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
@@ -399,17 +399,17 @@ def _whole(
         out = [w for w in out if w.path not in heads]
         shape = tensors[*EMBEDDING, "weight"][0]
         one = (*EMBEDDING, "weight")
-        out.append(Whole(one, shape, None, (True,)))
-        out.append(Whole((*HEAD, "weight"), shape, None, (True,), tied_to=one))
+        out.append(FullTensor(one, shape, None, (True,)))
+        out.append(FullTensor((*HEAD, "weight"), shape, None, (True,), tied_to=one))
     return out
 
 
 def _with_biases(
-    whole: list[Whole],
+    whole: list[FullTensor],
     tensors: Mapping[Path, tuple[Shape, int | None]],
     adapted: Mapping[Path, list[tuple[int, float]]],
     lora: LoraConfig,
-) -> list[Whole]:
+) -> list[FullTensor]:
     """Adds what `bias` trains; some layers of a bias may be trained already."""
     out = {w.path: w for w in whole}
     for path, (shape, layers) in tensors.items():
@@ -420,22 +420,22 @@ def _with_biases(
         else:
             chosen = [r > 0 for r, _ in adapted.get(path[:-1], ())]
         if path in out and chosen:
-            before = out[path].chosen
+            before = out[path].trained
             chosen = [one or two for one, two in zip(before, chosen, strict=True)]
         if any(chosen):
-            out[path] = Whole(path, shape, layers, tuple(chosen))
+            out[path] = FullTensor(path, shape, layers, tuple(chosen))
     return list(out.values())
 
 
 def _token_rows(
     modules: Mapping[Path, tuple[Shape, int | None]], lora: LoraConfig, tied: bool
-) -> list[Rows]:
+) -> list[TokenRows]:
     wanted = lora.trainable_token_indices
     if wanted is None:
         return []
     if not isinstance(wanted, Mapping):
         wanted = {EMBEDDING[-1]: wanted}
-    out: dict[Path, Rows] = {}
+    out: dict[Path, TokenRows] = {}
     for name, indices in wanted.items():
         hits = [p for p, (_, n) in modules.items() if n is None]
         hits = [p for p in hits if ".".join(p).endswith(name)]
@@ -452,12 +452,12 @@ def _token_rows(
                     f"`trainable_token_indices` has {outside[0]}, and {name!r} has "
                     f"{rows} rows (0 to {rows - 1})."
                 )
-            out[path] = Rows(path, indices, features)
+            out[path] = TokenRows(path, indices, features)
     embedding, head = out.get(EMBEDDING), out.get(HEAD)
     if tied and embedding is not None:
         # A tied head has the rows of the embedding, unless it was given others.
         if head is None or head.indices == embedding.indices:
-            out[HEAD] = Rows(
+            out[HEAD] = TokenRows(
                 HEAD, embedding.indices, embedding.features, tied_to=EMBEDDING
             )
         elif lora.ensure_weight_tying:
@@ -470,7 +470,9 @@ def _token_rows(
 
 
 def _check_rows(
-    rows: list[Rows], adapted: Mapping[Path, Adapted], taken: Mapping[Path, Any]
+    rows: list[TokenRows],
+    adapted: Mapping[Path, AdaptedModule],
+    taken: Mapping[Path, Any],
 ) -> None:
     """Refuses rows of what is trained in another way, as PEFT does."""
     for r in rows:
