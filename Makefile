@@ -20,7 +20,7 @@ DATA ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := qlora_jax pallas_kernels convert scripts tests
+SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint types format docs peer compile bench gpu clean

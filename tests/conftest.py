@@ -71,7 +71,7 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
-    "scripts/test_run_notebooks.py",
+    "test_notebooks.py",
     "test_runner_adapters.py",
     "test_train.py",
     "convert/test_fuzz.py",

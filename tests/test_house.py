@@ -1,7 +1,8 @@
 """The rules of the house, held on the source itself.
 
 What may import what, what importing may do, how large a module may be, what the wheel
-and the README list: each rule is data at the top and one test below.
+holds: each rule is data at the top and one test below. (The map of modules on the
+site's architecture page is checked in test_docs.py.)
 """
 
 import ast
@@ -17,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pallas_kernels", "qlora_jax", "convert")
+# Programs that import the packages and are imported by nobody.
+SCRIPTS = ("scripts", "docs/tooling")
 
 # One-way imports. A module may import the lines above its own, and its own line (which
 # must then be a package: pallas_kernels and convert order themselves).
@@ -110,6 +113,7 @@ ORDER = (
     "qlora_jax.cli",
     "qlora_jax.convert_cli",
     "scripts",
+    "docs",
 )
 DOORS = ORDER[ORDER.index("convert") + 1 : ORDER.index("scripts")]
 # Narrower than the order: the byte formats and the core's data types, never the model,
@@ -177,7 +181,7 @@ def sources(*folders: str) -> dict[str, Path]:
 
 
 MODULES = sources(*PACKAGES)
-ALL_MODULES = sources(*PACKAGES, "scripts")
+ALL_MODULES = sources(*PACKAGES, *SCRIPTS)
 
 
 def contents() -> dict[str, str]:
@@ -243,7 +247,7 @@ def line_of(name: str) -> str | None:
 
 
 def is_ours(target: str) -> bool:
-    return target.split(".")[0] in (*PACKAGES, "scripts")
+    return target.split(".")[0] in (*PACKAGES, "scripts", "docs")
 
 
 # --- Imports ---
@@ -270,8 +274,8 @@ def test_imports_run_one_way(name):
             continue
         if lazy and (name, target) in LAZY_EXCEPTIONS:
             continue
-        if own == "scripts":
-            if target.split(".")[0] == "scripts":
+        if own in ("scripts", "docs"):
+            if target.split(".")[0] in ("scripts", "docs"):
                 wrong.append(f"line {line}: scripts are imported by no one")
         elif target == "qlora_jax":
             wrong.append(f"line {line}: name the module, not `qlora_jax` itself")
@@ -319,7 +323,7 @@ def test_what_may_be_imported_is_declared_and_is_no_torch():
 
 @pytest.mark.parametrize("name", ALL_MODULES)
 def test_the_environment_is_not_read(name):
-    if name.startswith("scripts"):
+    if name.startswith(("scripts", "docs")):
         return  # a script is the user's side: it may set up its own process
     found = []
     for node in ast.walk(ast.parse(ALL_MODULES[name].read_text())):
@@ -440,54 +444,11 @@ def test_public_names_have_docstrings(name):
     tree = ast.parse(ALL_MODULES[name].read_text())
     assert ast.get_docstring(tree), f"`{name}` has no module docstring"
     missing = list(public_without_docstring(tree.body, ""))
-    if not name.startswith("scripts"):
+    if not name.startswith(("scripts", "docs")):
         assert not missing, f"`{name}`: no docstring on {', '.join(missing)}"
 
 
-# --- What is listed and shipped ---
-
-
-def readme_map(text: str) -> dict[str, str]:
-    """File -> clause, from the fenced block between the tree markers of the README."""
-    block = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.S)
-    assert block, "README.md has no fenced block between the tree markers"
-    listed: dict[str, str] = {}
-    folder = ""
-    for line in block[1].splitlines():
-        name, _, clause = line.strip().partition(" ")
-        if not line.startswith(" "):
-            folder = name
-        else:
-            assert f"{folder}{name}" not in listed, f"`{folder}{name}` is listed twice"
-            listed[f"{folder}{name}"] = clause.strip()
-    return listed
-
-
-def differences(listed: dict[str, str], existing: set[str]) -> list[str]:
-    """What to do to the README's map so that it lists every module and no other."""
-    return [
-        *(f"add `{path}` with a clause" for path in sorted(existing - set(listed))),
-        *(f"take out `{path}`" for path in sorted(set(listed) - existing)),
-        *(f"say what `{path}` is" for path in sorted(listed) if not listed[path]),
-    ]
-
-
-def test_the_readme_map_lists_every_module_and_no_other():
-    listed = readme_map((ROOT / "README.md").read_text())
-    existing = {path.relative_to(ROOT).as_posix() for path in ALL_MODULES.values()}
-    todo = differences(listed, existing)
-    assert not todo, "README.md, the map: " + "; ".join(todo)
-
-
-def test_the_map_check_says_what_is_missing():
-    listed = readme_map(
-        "<!-- tree -->\n```\na/\n  x.py   the x\n  y.py\n```\n<!-- /tree -->\n"
-    )
-    assert differences(listed, {"a/y.py", "b/z.py"}) == [
-        "add `b/z.py` with a clause",
-        "take out `a/x.py`",
-        "say what `a/y.py` is",
-    ]
+# --- What is shipped ---
 
 
 def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):

@@ -1,20 +1,20 @@
 """Runs the notebooks and writes them with their outputs.
 
-    python scripts/run_notebooks.py              # all of them; writes notebooks/*.ipynb
-    python scripts/run_notebooks.py --only 05    # those whose name begins so
-    python scripts/run_notebooks.py --check      # writes nothing
+    python docs/tooling/run_notebooks.py            # all; writes notebooks/*.ipynb
+    python docs/tooling/run_notebooks.py --only 05  # those with this prefix
+    python docs/tooling/run_notebooks.py --check    # writes nothing
 
-The source of a notebook is a Python file in notebooks/: cells begin with `# %%`, text
-cells with `# %% [markdown]`, so that changes read as changes and an editor can run it
-cell by cell. The .ipynb beside it is that source with outputs, made here, for reading
-on the web and for Jupyter; no server or kernel is needed to make it.
+The source of a notebook is a Python file in notebooks/: cells begin with `# %%`,
+Markdown cells with `# %% [markdown]`, so that diffs are readable and an editor can run
+it cell by cell. The .ipynb next to it is that source with its outputs, for the web and
+for Jupyter. Making it needs no Jupyter server or kernel.
 
-Cells run in this process, in a copy of notebooks/ beside scripts/, so that what a
-notebook writes (its folder `work`) does not land in the repository. Later notebooks
-find what earlier ones have made there; each makes it itself where it runs alone.
+Cells run in this process, in a copy of notebooks/ next to a link to scripts/, so that
+the folder `work` of the notebooks is not created in the repository. Later notebooks
+reuse what earlier ones made there; each makes it when it runs by itself.
 
-`--check` ends with exit status 1 if a cell fails or an .ipynb has other cells than its
-source; `--figures DIR` writes every figure as a PNG as well.
+`--check` exits with status 1 if a cell fails or an .ipynb has other cells than its
+source; `--figures DIR` also writes every figure as a PNG.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 DPI = 80
 
@@ -51,9 +51,9 @@ class Args:
     """Run the notebooks and write them with their outputs."""
 
     only: tuple[str, ...] = ()
-    """Beginnings of names (`01`); default: all."""
+    """Prefixes of file names (`01`); default: all."""
     check: bool = False
-    """Write nothing; fail if a notebook is not that of its source."""
+    """Write nothing; fail if a notebook has other cells than its source."""
     figures: Path | None = None
     """Directory for every figure as a PNG."""
     times: bool = False
@@ -71,7 +71,7 @@ class Cell:
 
 
 def read_cells(source: str) -> list[Cell]:
-    """Splits a source into cells; what stands before the first one is a comment."""
+    """Splits a source into cells; lines before the first one are a comment."""
     cells = []
     marks = list(re.finditer(r"^# %%(.*)\n", source, re.M))
     for mark, after in zip(marks, [*marks[1:], None], strict=True):
@@ -85,10 +85,10 @@ def read_cells(source: str) -> list[Cell]:
 
 
 def notebook(cells: list[Cell], outputs: list[list[dict[str, Any]]]) -> str:
-    """The .ipynb of cells and what they gave (nbformat 4.5)."""
-    made = []
+    """Returns the .ipynb of cells and their outputs (nbformat 4.5)."""
+    entries = []
     number = 0
-    for index, (cell, given) in enumerate(zip(cells, outputs, strict=True)):
+    for index, (cell, cell_outputs) in enumerate(zip(cells, outputs, strict=True)):
         entry: dict[str, Any] = {
             "cell_type": "code" if cell.is_code else "markdown",
             "id": f"cell-{index:02d}",
@@ -97,8 +97,8 @@ def notebook(cells: list[Cell], outputs: list[list[dict[str, Any]]]) -> str:
         }
         if cell.is_code:
             number += 1
-            entry |= {"execution_count": number, "outputs": given}
-        made.append(entry)
+            entry |= {"execution_count": number, "outputs": cell_outputs}
+        entries.append(entry)
     metadata = {
         "kernelspec": {
             "display_name": "Python 3",
@@ -107,7 +107,12 @@ def notebook(cells: list[Cell], outputs: list[list[dict[str, Any]]]) -> str:
         },
         "language_info": {"name": "python"},
     }
-    content = {"cells": made, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    content = {
+        "cells": entries,
+        "metadata": metadata,
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -117,10 +122,10 @@ def run_cell(
     """Runs a cell; returns its outputs in the form of nbformat.
 
     Args:
-      cell: what to run.
+      cell: the cell to run.
       file: the source, for tracebacks.
       namespace: of the notebook; changed.
-      figures: where the PNG of each figure is added.
+      figures: the PNG of each figure is appended to it.
     """
     import matplotlib.pyplot as plt
 
@@ -129,15 +134,15 @@ def run_cell(
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)  # pyright: ignore[reportAttributeAccessIssue]
-    written = io.StringIO()
+    printed = io.StringIO()
     value = None
-    # What libraries say on stderr is progress, and of the moment; it is not kept.
-    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(io.StringIO()):
+    # Progress bars and logs on stderr change with every run and are not kept.
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         exec(compile(tree, str(file), "exec"), namespace)
         if last is not None:
             value = eval(compile(last, str(file), "eval"), namespace)
     outputs: list[dict[str, Any]] = []
-    if text := written.getvalue():
+    if text := printed.getvalue():
         outputs.append(
             {
                 "name": "stdout",
@@ -154,7 +159,7 @@ def run_cell(
             {"data": {"image/png": data}, "metadata": {}, "output_type": "display_data"}
         )
     plt.close("all")
-    if value is not None and not cell.text.endswith(";"):  # as Jupyter has it
+    if value is not None and not cell.text.endswith(";"):  # as in Jupyter
         outputs.append(
             {
                 "data": {"text/plain": repr(value).splitlines(keepends=True)},
@@ -203,39 +208,39 @@ def run_notebook(file: Path, times: bool) -> tuple[list[Cell], list[Any], list[b
 
 
 def check(file: Path, cells: list[Cell]) -> str | None:
-    """Compares the .ipynb with the cells; returns what is wrong, or None."""
-    made = file.with_suffix(".ipynb")
-    if not made.is_file():
-        return f"{made.name} is missing"
-    found = [
+    """Compares the .ipynb with the cells; returns the difference, or None."""
+    ipynb = file.with_suffix(".ipynb")
+    if not ipynb.is_file():
+        return f"{ipynb.name} is missing"
+    written = [
         ("".join(cell["source"]), cell["cell_type"] == "code")
-        for cell in json.loads(made.read_text("utf-8"))["cells"]
+        for cell in json.loads(ipynb.read_text("utf-8"))["cells"]
     ]
-    if found != [(cell.text, cell.is_code) for cell in cells]:
-        return f"{made.name} has other cells than {file.name}"
+    if written != [(cell.text, cell.is_code) for cell in cells]:
+        return f"{ipynb.name} has other cells than {file.name}"
     return None
 
 
 def main(args: Args) -> int:
-    """Runs what is asked for; returns the exit status."""
+    """Runs the selected notebooks; returns the exit status."""
     files = [
         file
         for file in sorted(NOTEBOOKS.glob("[0-9]*.py"))
         if not args.only or file.name.startswith(args.only)
     ]
     if not files:
-        print(f"run_notebooks.py: no notebook begins with {args.only}", file=sys.stderr)
+        print(f"run_notebooks.py: no notebook has a prefix of {args.only}", file=sys.stderr)
         return 1
-    wrong = []
-    here = Path.cwd()
+    problems = []
+    before = Path.cwd()
     # For this process and those that a notebook starts, installed or not.
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "scripts").symlink_to(ROOT / "scripts")
-        folder = Path(place) / "notebooks"
+    with tempfile.TemporaryDirectory() as copies:
+        (Path(copies) / "scripts").symlink_to(ROOT / "scripts")
+        folder = Path(copies) / "notebooks"
         folder.mkdir()
         for file in files:
             began = time.perf_counter()
@@ -244,7 +249,7 @@ def main(args: Args) -> int:
             try:
                 cells, outputs, figures = run_notebook(copy, args.times)
             finally:
-                os.chdir(here)
+                os.chdir(before)
             seconds = time.perf_counter() - began
             print(f"{file.name}: {len(figures)} figures, {seconds:.0f} s", flush=True)
             if args.figures is not None:
@@ -256,13 +261,13 @@ def main(args: Args) -> int:
                 text = notebook(cells, outputs)
                 file.with_suffix(".ipynb").write_text(text, "utf-8")
             elif problem := check(file, cells):
-                wrong.append(problem)
-    for problem in wrong:
+                problems.append(problem)
+    for problem in problems:
         print(
-            f"run_notebooks.py: {problem}: run `python scripts/run_notebooks.py`",
+            f"run_notebooks.py: {problem}: run `python docs/tooling/run_notebooks.py`",
             file=sys.stderr,
         )
-    return 1 if wrong else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The notebooks run from first cell to last, and are those of their sources."""
+"""The notebooks run from first cell to last and have the cells of their sources."""
 
 import json
 import os
@@ -33,9 +33,9 @@ print(x / 0)
 
 @pytest.fixture(scope="module", name="runner")
 def script(repository):
-    """What the script defines. It sets the environment of its own process."""
+    """Returns the names of the script, which sets environment variables."""
     before = dict(os.environ)
-    yield runpy.run_path(str(repository / "scripts/run_notebooks.py"))
+    yield runpy.run_path(str(repository / "docs/tooling/run_notebooks.py"))
     os.environ.clear()
     os.environ.update(before)
 
@@ -52,15 +52,15 @@ def test_a_source_as_cells_and_outputs(runner, tmp_path, capsys):
     assert cells[0].text == "# Title\n\nText."
     text, value = outputs[1]
     assert text["text"] == ["one\n"] and value["data"]["text/plain"] == ["3"]
-    (picture,) = outputs[2]  # what ends with a semicolon is not shown
+    (picture,) = outputs[2]  # a value is not shown after a semicolon
     assert picture["output_type"] == "display_data" and len(figures) == 1
     assert figures[0].startswith(b"\x89PNG")
 
-    made = file.with_suffix(".ipynb")
+    ipynb = file.with_suffix(".ipynb")
     assert runner["check"](file, cells) == "01.ipynb is missing"
-    made.write_text(runner["notebook"](cells, outputs))
+    ipynb.write_text(runner["notebook"](cells, outputs))
     assert runner["check"](file, cells) is None
-    content = json.loads(made.read_text())
+    content = json.loads(ipynb.read_text())
     assert [cell["cell_type"] for cell in content["cells"]] == [
         "markdown",
         "code",
@@ -68,7 +68,7 @@ def test_a_source_as_cells_and_outputs(runner, tmp_path, capsys):
     ]
     assert content["cells"][1]["execution_count"] == 1
     content["cells"][2]["source"][0] = "another\n"
-    made.write_text(json.dumps(content))
+    ipynb.write_text(json.dumps(content))
     assert "has other cells than 01.py" in runner["check"](file, cells)
 
 
@@ -82,14 +82,14 @@ def test_a_cell_that_fails_is_named(runner, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_notebooks_run(repository, optimized, tmp_path):
-    """All of them, in a process of their own; nothing is written beside them."""
-    listed = {file.name for file in (repository / "notebooks").iterdir()}
+    """All of them, in another process; the folder stays as it is."""
+    before = {file.name for file in (repository / "notebooks").iterdir()}
     done = subprocess.run(
-        [sys.executable, "scripts/run_notebooks.py", "--check"],
+        [sys.executable, "docs/tooling/run_notebooks.py", "--check"],
         capture_output=True,
         text=True,
         cwd=repository,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" figures, ") == 5
-    assert {file.name for file in (repository / "notebooks").iterdir()} == listed
+    assert {file.name for file in (repository / "notebooks").iterdir()} == before
