@@ -26,7 +26,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 # Columns of a code block of the site; tyro lays its help out for this many.
-HELP_COLUMNS = 88
+HELP_COLUMNS = 84
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -187,7 +187,7 @@ def command_line() -> str:
         entry = getattr(importlib.import_module(module), function)
         overview = _help(entry, program)
         parts.append(f"## {program}\n\n```text\n{overview}```")
-        commands = re.findall(r"^  ([a-z]+)  ", overview.partition("commands:")[2], re.M)
+        commands = re.findall(r"^ {2,4}(?:• )?([a-z]+) {2,}", overview, re.M)
         assert commands, f"`{program} --help` lists no commands"
         for command in commands:
             text = _help(entry, program, command)
@@ -207,7 +207,8 @@ def _help(entry: Any, *words: str) -> str:
             entry()
         except SystemExit as stopped:
             assert not stopped.code, f"{' '.join(words)} --help failed"
-    return printed.getvalue().rstrip() + "\n"
+    lines = (line.rstrip() for line in printed.getvalue().rstrip().splitlines())
+    return "\n".join(lines) + "\n"
 
 
 GENERATED = {

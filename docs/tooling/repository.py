@@ -35,7 +35,8 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
     add("index.md", (NOTEBOOKS / "README.md").read_text("utf-8"))
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         page, figures = notebook_page(path)
-        add(f"{path.stem}.md", page)
+        # Without a table of contents, cells of 100 columns fit.
+        add(f"{path.stem}.md", f"---\nhide: [toc]\n---\n{page}")
         for name, content in figures.items():
             add(name, content)
     return files
