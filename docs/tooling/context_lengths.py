@@ -44,7 +44,14 @@ def main(args: Args) -> None:
     published = [row["published"] for row in rows]
 
     fig, ax = plt.subplots(figsize=(8.4, 4.4))
-    ax.plot(memory, planned, "o-", color=BLUE, lw=2, label="qlora-jax: planned by compiling, not run yet")
+    ax.plot(
+        memory,
+        planned,
+        "o-",
+        color=BLUE,
+        lw=2,
+        label="qlora-jax: planned by compiling, not run yet",
+    )
     ax.plot(memory, published, "s-", color=ORANGE, lw=2, label="Unsloth: published")
     ax.axhline(131_072, color=GREY, ls="--", lw=1)
     ax.annotate(

@@ -229,7 +229,10 @@ def main(args: Args) -> int:
         if not args.only or file.name.startswith(args.only)
     ]
     if not files:
-        print(f"run_notebooks.py: no notebook has a prefix of {args.only}", file=sys.stderr)
+        print(
+            f"run_notebooks.py: no notebook has a prefix of {args.only}",
+            file=sys.stderr,
+        )
         return 1
     problems = []
     before = Path.cwd()
