@@ -92,7 +92,7 @@ compile: $(VENV_GPU)/.installed
 	  -m "compile or interpret" $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
-	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
+	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
 # On a machine with an NVIDIA GPU: its tests and benchmarks, in an environment with CUDA.
 $(VENV_CUDA)/.installed: pyproject.toml

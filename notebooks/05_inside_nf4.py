@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import qlora_jax as qj
-from pallas_kernels.nf4 import NF4_CODE
+from pallas_kernels import NF4_CODE
 
 plt.rcParams.update({
     "figure.figsize": (9, 3.6), "axes.spines.top": False, "axes.spines.right": False,

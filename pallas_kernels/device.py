@@ -6,8 +6,11 @@ compiled for without having it.
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -40,3 +43,30 @@ def capability() -> str:
 def jax_has_kernels() -> bool:
     """Whether this jax has the Pallas that the kernels are written in."""
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
+
+
+def interpreter() -> Any:
+    """What makes Pallas interpret a kernel, on any device, looking for races."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    params: Any = mosaic_gpu  # jax 0.10, which has no kernels, does not have it there
+    return params.InterpretGPUParams(detect_races=True)
+
+
+@functools.cache
+def tuned(kind: str, operation: Literal["nf4", "attention"]) -> dict[str, Any]:
+    """Reads what was measured on a kind of device; empty if nothing was.
+
+    "nf4", by scripts/bench_kernels.py:
+      fused_rows: "OxI" -> rows up to which `nf4.gpu.product` is the fastest.
+      wgmma_rows: "OxI" -> [first, last] row for which `nf4.wgmma` is.
+      dequantize: "OxI" -> the faster implementation.
+      tuning: "kind OxI rows" -> the fastest settings of a kernel.
+    "attention", by scripts/bench_attention.py:
+      from_length: "head_dim whole" or "head_dim packed" -> the length from which on the
+        kernels were the better choice, null where they never were.
+    """
+    suffix = "" if operation == "nf4" else f"-{operation}"
+    folder = importlib.resources.files("pallas_kernels") / "tuned"
+    file = folder / f"{device_slug(kind)}{suffix}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -160,3 +161,13 @@ def refuse(where: str, problems: Iterable[str]) -> None:
             f"{where}: {len(found)} problems:{lines}",
             [f"{where}: {problem}" for problem in found],
         )
+
+
+def readable_bytes(nbytes: float) -> str:
+    """A size for people, in units of 1e9 or 1e6 bytes."""
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
+
+
+def say(text: str) -> None:
+    """Tells the person who started the run."""
+    print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.config import IGNORE
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.errors import UserError
 

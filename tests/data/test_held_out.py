@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.config import IGNORE
 from qlora_jax.data import DataConfig, Mixture, Source, hold_out, load_examples
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.held_out import content_keys
 from qlora_jax.errors import UserError
 

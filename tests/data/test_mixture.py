@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from qlora_jax.config import IGNORE
 from qlora_jax.data import Batches, DataConfig, Mixture, Source, load_examples
 from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import Interleaving
 from qlora_jax.errors import UserError
 

@@ -1,0 +1,1 @@
+"""A run: its settings, its directory, and the steps of training in it."""

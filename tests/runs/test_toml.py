@@ -1,0 +1,217 @@
+"""Run files: strict in, complete out, and the same when read again."""
+
+import dataclasses
+import re
+
+import pytest
+
+from qlora_jax.data.examples import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.toml import read_config, to_toml
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+
+SMALLEST = """
+[model]
+path = "base"
+[data]
+path = "rows.jsonl"
+[train]
+steps = 10
+"""
+
+
+def read(tmp_path, text) -> RunConfig:
+    (tmp_path / "run.toml").write_text(text)
+    return read_config(tmp_path / "run.toml")
+
+
+def test_what_is_left_out_has_its_default(tmp_path):
+    config = read(tmp_path, SMALLEST)
+    assert config == RunConfig(
+        model=ModelConfig("base"),
+        data=DataConfig("rows.jsonl"),
+        train=TrainConfig(steps=10),
+    )
+
+
+def test_values_are_taken_as_they_are(tmp_path):
+    config = read(
+        tmp_path,
+        'output_dir = "out"\n'
+        + SMALLEST
+        + "learning_rate = 1\nmax_grad_norm = 'none'\n[lora]\nr = 4\n"
+        "target_modules = ['q_proj']\nlora_alpha = 8\n[log]\nplot = false\n",
+    )
+    assert config.train.learning_rate == 1.0
+    assert type(config.train.learning_rate) is float
+    assert config.train.max_grad_norm is None
+    assert config.lora.target_modules == ("q_proj",)
+    assert config.log.plot is False and config.output_dir == "out"
+
+
+def test_the_words_of_peft(tmp_path):
+    lora = "[lora]\ninit_lora_weights = true\ntask_type = 'CAUSAL_LM'\n"
+    lora += "fan_in_fan_out = false\nlayer_replication = []\n"
+    assert read(tmp_path, SMALLEST + lora).lora == LoraConfig()
+    for line, named in (
+        ("layer_replication = [[0, 2]]", r"`layer_replication`=\[\[0, 2\]\]"),
+        ("target_parameters = ['a.b']", r"`target_parameters`=\['a.b'\]"),
+        ("use_qalora = true\nfan_in_fan_out = true", "`fan_in.*, `use_qalora`=True"),
+    ):
+        with pytest.raises(UserError, match=f"features .* not supported: {named}"):
+            read(tmp_path, f"{SMALLEST}[lora]\n{line}")
+    with pytest.raises(UserError, match="`task_type`='SEQ_CLS' is not supported"):
+        read(tmp_path, f"{SMALLEST}[lora]\ntask_type = 'SEQ_CLS'")
+
+
+ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(ModelConfig("base"), DataConfig("rows"), TrainConfig(steps=1)),
+        RunConfig(
+            model=ModelConfig(ODD, quantization="none", dtype="float16", remat="none"),
+            data=DataConfig(
+                ODD,
+                format="prompt_completion",
+                prompt="{question}\n",
+                seed=2**64 - 1,
+                packing=True,
+                shuffle=False,
+            ),
+            train=TrainConfig(
+                epochs=0.1,
+                learning_rate=1e-30,
+                max_grad_norm=None,
+                adapter_init="a",
+                adam_epsilon=1e-12,
+            ),
+            lora=LoraConfig(r=3, lora_alpha=0.5, target_modules=r".*\.(q|k)_proj"),
+            checkpoint=CheckpointConfig(every=7, keep=3),
+            log=LogConfig(every=1, plot=False),
+            output_dir="läufe/1",
+        ),
+    ],
+    ids=["defaults", "everything"],
+)
+def test_written_and_read_again_it_is_the_same(tmp_path, config):
+    assert read(tmp_path, to_toml(config)) == config
+    # Nothing is left to a default that a later version may change.
+    for section in dataclasses.asdict(config).values():
+        for name, value in section.items() if isinstance(section, dict) else ():
+            assert value is None or f"\n{name} = " in to_toml(config)
+
+
+def test_tables_of_train_and_model(tmp_path, repository):
+    """The run file of docs/training.md, read and written."""
+    text = (repository / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.S | re.M)
+    config = read(tmp_path, block)
+    first, second = config.train.groups
+    assert first == ParameterGroup(r"layernorm|model\.norm", learning_rate=1e-6)
+    assert second.lr_scheduler == "constant" and second.learning_rate is None
+    assert config.model.config_changes == {
+        "max_position_embeddings": 262144,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    written = to_toml(config)
+    assert read(tmp_path, written) == config
+    assert written.count("[[train.groups]]") == 2
+    wrong = block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6")
+    message = "`groups` 1: `learnign_rate` is no option here; did you mean `learning_r"
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model", "run.toml` is no valid TOML: "),
+        ("[modle]\npath='x'", "`modle` is no option here; did you mean `model`"),
+        ("model = 3", "`model` must be a table, got 3"),
+        ("[data]\npath='x'\n[train]\nsteps=1", r"missing `model`\. Write a table \[mo"),
+        ("[model]\n", r"\[model\] missing `path`"),
+        (
+            SMALLEST + "learning_rat = 1",
+            r"\[train\] `learning_rat` is no option here; ",
+        ),
+        (SMALLEST + "frobnicate = 1", r"`frobnicate` is no option here\. Options: st"),
+        (SMALLEST + "batch_size = '4'", "`batch_size` must be an integer, got '4'"),
+        (SMALLEST + "batch_size = true", "`batch_size` must be an integer, got True"),
+        (SMALLEST + "batch_size = 2.0", "`batch_size` must be an integer, got 2.0"),
+        (SMALLEST + "learning_rate = 'x'", "`learning_rate` must be a number, got 'x'"),
+        (SMALLEST + "lr_scheduler = 'step'", "must be one of 'constant', 'linear', 'c"),
+        (
+            SMALLEST + "lr_scheduler = 3",
+            "must be one of 'constant', 'linear', 'cosine'",
+        ),
+        (SMALLEST + "[log]\nplot = 1", "`plot` must be true or false, got 1"),
+        (
+            SMALLEST + "[lora]\ntarget_modules = [1]",
+            r"`target_modules` must be a list of strings or a string, got \[1\]",
+        ),
+        (SMALLEST + "epochs = 1", "give either `steps` or `epochs`"),
+        (
+            SMALLEST + "[checkpoint]\nevery = 0",
+            "checkpoint: `every` must be at least 1",
+        ),
+        (SMALLEST + "[log]\nevery = 0", "log: `every` must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"nothing.toml` cannot be read: No such file"):
+        read_config(tmp_path / "nothing.toml")
+    (tmp_path / "latin.toml").write_bytes(b"a = '\xe4'")
+    with pytest.raises(UserError, match="is no valid TOML"):
+        read_config(tmp_path / "latin.toml")
+
+
+def test_a_mixture_is_written_as_tables_and_read_again(tmp_path):
+    mixture = """
+[[data.sources]]
+path = ["a.jsonl", "b.jsonl"]
+weight = 2
+
+[[data.sources]]
+path = "hf:some/thing"
+weight = 0.5
+format = "prompt_completion"
+completion = "{answer}"
+append_eos = false
+"""
+    text = SMALLEST.replace('path = "rows.jsonl"', "") + mixture
+    config = read(tmp_path, text)
+    first, second = config.data.sources
+    assert (first.path, first.weight) == (("a.jsonl", "b.jsonl"), 2.0)
+    assert second.append_eos is False and second.format == "prompt_completion"
+    assert to_toml(config).count("[[data.sources]]") == 2
+    assert read(tmp_path, to_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[[data.sources]]\nwight = 1", r"sources` 1: `wight` is no option .*`weight`"),
+        ("[[data.sources]]\nweight = 1", r"`sources` 1: missing `path`"),
+        ("[data.sources]\npath = 'x'", "`sources` must be a list of tables"),
+        ("[[data.sources]]\npath = 'x'", "`data.path` = 'rows.jsonl' and `data.sourc"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_refused(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, f"{SMALLEST}\n{line}\n")
