@@ -166,7 +166,7 @@ def python() -> str:
     import qlora_jax
 
     chapters: dict[str, list[str]] = {package: [] for package in CHAPTERS}
-    for name in qlora_jax.__all__:
+    for name in qlora_jax.__all__:  # pyright: ignore[reportAttributeAccessIssue]
         if name != "__version__":
             module = getattr(qlora_jax, name).__module__
             package = module.split(".")[1]
