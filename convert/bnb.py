@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from convert.files import DTYPES, Problems, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
+from qlora_jax.choices import Dtype
 from qlora_jax.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -32,7 +33,7 @@ from qlora_jax.nf4 import (
 )
 
 _STATE = ".quant_state.bitsandbytes__"
-_STORAGES = ("uint8", "bfloat16", "float16", "float32")
+_STORAGES = ("uint8", *get_args(Dtype))
 _SAFETENSORS_NAME = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16"}
 _SAFETENSORS_NAME["float32"] = "F32"
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ from convert.output import (
     write_json,
     write_model_files,
 )
+from qlora_jax.choices import Quantized
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.nf4 import NF4Tensor, quantize
@@ -51,7 +52,7 @@ _COMPANIONS = (
 def load_llama(
     path: str | os.PathLike[str],
     *,
-    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantization: Quantized | None = "nf4",
     quantize_lm_head: bool = False,
     dtype: str | None = None,
     progress: bool = False,
@@ -110,7 +111,7 @@ def load_llama(
 def abstract_llama(
     path: str | os.PathLike[str],
     *,
-    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantization: Quantized | None = "nf4",
     quantize_lm_head: bool = False,
     dtype: str | None = None,
 ) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -134,7 +135,7 @@ def _allocate(
 
     The arrays are memory that the system hands out once it is written to.
     """
-    if quantization not in ("nf4", "nf4_dq", None):
+    if quantization not in (*get_args(Quantized), None):
         raise UserError(
             f"`quantization`={quantization!r} is not supported; expected 'nf4', "
             "'nf4_dq' or None."

@@ -22,7 +22,6 @@ A card shows some percent more or less than its data sheet promises (ECC takes s
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -215,11 +214,9 @@ def find_card(name: str) -> Card:
         return CARDS[plain]
     if name.endswith(".toml"):
         return _read_card(Path(name))
-    near = difflib.get_close_matches(plain, CARDS, n=1)
     raise UserError(
-        f"No card `{name}` is known here"
-        + (f"; did you mean `{near[0]}`?" if near else ".")
-        + f" Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
+        f"No card `{name}` is known here.{did_you_mean(plain, CARDS)} "
+        f"Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
     )
 
 
@@ -242,11 +239,9 @@ def _read_card(path: Path) -> Card:
     options = ("name", "like", "compute_capability", *_UNITS)
     for key in content:
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
             raise UserError(
-                f"{path}: `{key}` is no field of a card"
-                + (f"; did you mean `{near[0]}`?" if near else ".")
-                + f" Fields: {', '.join(options)}."
+                f"{path}: `{key}` is no field of a card."
+                f"{did_you_mean(key, options)} Fields: {', '.join(options)}."
             )
     values: dict[str, Any] = {}
     if "like" in content:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -26,6 +26,7 @@ from convert.checkpoint import open_checkpoint
 from convert.files import read_json
 from convert.output import check_new_directory
 from convert.peft import adapter_bytes, open_adapter, peft_directory
+from qlora_jax.choices import Auto, Dtype, Quantization, Quantized
 from qlora_jax.config import LlamaConfig
 from qlora_jax.continued import CHANGEABLE, continued
 from qlora_jax.data_command import DataView, print_view, view_from_arguments
@@ -39,7 +40,7 @@ from qlora_jax.directories import (
 )
 from qlora_jax.errors import UserError
 from qlora_jax.eval_command import Eval, eval_from_arguments
-from qlora_jax.generate_command import Auto, Chat, Dtype, Generate, Quantization
+from qlora_jax.generate_command import Chat, Generate
 from qlora_jax.interruptions import (
     STOPS,
     AtOnce,
@@ -54,17 +55,16 @@ from qlora_jax.plan_command import PlanCommand, plan_from_arguments, print_plan
 from qlora_jax.printed import print_report
 from qlora_jax.run_page import Report
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.toml import (
-    SETTINGS,
-    checked,
+from qlora_jax.runs.overrides import (
     given_lora,
-    lora_options,
-    read_config,
+    option_defaults,
+    option_keys,
     unchecked,
+    values_of,
 )
+from qlora_jax.runs.toml import SETTINGS, read_config
 from qlora_jax.tokens import Tokens
 from qlora_jax.train_config import Optimizer, TrainConfig
-from qlora_jax.tree import FrozenDict
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ class Inspect:
         path, lora = Path(self.path), self.lora
         planned = path.suffix == ".toml"
         if planned:
-            trained = read_config(path)
-            changed = {name: getattr(lora, name) for name in given}
-            lora = dataclasses.replace(trained.lora, **changed)
-            given = {*given, *given_lora(path)}
+            keys = {f"lora.{name}" for name in given}
+            trained = read_config(path, values_of(self, keys))
+            lora, given = trained.lora, given_lora(path, keys)
             path = Path(self.base or trained.model.path)
             adapter = self._initial_adapter(trained)
         else:
@@ -171,7 +170,7 @@ class Quantize:
     """Hugging Face directory of 16- or 32-bit weights."""
     output: Annotated[tyro.conf.Positional[str], place("OUT")]
     """Directory to create."""
-    quantization: Literal["nf4", "nf4_dq"] = "nf4_dq"
+    quantization: Quantized = "nf4_dq"
     """NF4, or NF4 with double quantization."""
     dtype: Dtype | None = None
     """Of the tensors that stay dense; default as in the file."""
@@ -280,7 +279,7 @@ def _run(name: str, args: list[str]) -> int:
     else:
         chosen = tyro.cli(command, args=args, prog=f"qlora-jax {name}")
     if isinstance(chosen, Inspect):
-        report = chosen.run(lora_options(args))
+        report = chosen.run(given_lora(None, option_keys(args)))
     else:
         report = chosen.run()
     if isinstance(chosen, Chat) or (isinstance(chosen, Generate) and chosen.stream):
@@ -296,24 +295,12 @@ def _run(name: str, args: list[str]) -> int:
 
 def _train(args: list[str]) -> None:
     """`train CONFIG.toml [--section.key value ...]`."""
-    default: RunConfig | None = None
-    given = lora_options(args)
-    patterns: dict[str, Any] = {}
-    if args and not args[0].startswith("-"):
-        file = Path(args.pop(0))
-        default = read_config(file)
-        # A table with entries would make an option of each, and take no others.
-        patterns = {
-            name: getattr(default.lora, name)
-            for name in ("rank_pattern", "alpha_pattern")
-            if name not in given
-        }
-        empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
-        lora = dataclasses.replace(default.lora, **empty)
-        default = dataclasses.replace(default, lora=lora)
-        given |= given_lora(file)
-    like, start = unchecked(default)
-    config = tyro.cli(
+    file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
+    keys = option_keys(args)
+    like, start = unchecked(
+        None if file is None else option_defaults(read_config(file))
+    )
+    options = tyro.cli(
         like,
         args=args,
         # Without one, options that are not given keep the defaults of their fields.
@@ -323,10 +310,8 @@ def _train(args: list[str]) -> None:
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
-    config = checked(config)
-    if patterns:
-        lora = dataclasses.replace(config.lora, **patterns)
-        config = dataclasses.replace(config, lora=lora)
+    config = read_config(file, values_of(options, keys))
+    given = given_lora(file, keys)
     # The other commands have no use for the libraries that a run needs.
     from qlora_jax.runner import run
     from qlora_jax.watch import process_seconds

@@ -39,6 +39,7 @@ from convert.peft import (
 from convert.verify import Comparison
 from qlora_jax.adapters import combine_adapters
 from qlora_jax.bases import leads_nowhere, name_from
+from qlora_jax.choices import Dtype, Quantization, Quantized
 from qlora_jax.compare import compare_logits, dense_dtypes, load_exact, probe
 from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import UserError
@@ -53,8 +54,6 @@ from qlora_jax.verify_command import (
     own_modules,
     print_comparison,
 )
-
-_Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _say(note: str) -> None:
@@ -140,12 +139,12 @@ class Merge:
     onto: Literal["original", "dequantized"]
     """Which weights are added to: the 16 or 32-bit ones of BASE, or the 4-bit ones the
     adapter was trained on, dequantized."""
-    quantization: Literal["nf4", "nf4_dq"] | None = None
+    quantization: Quantized | None = None
     """With --onto dequantized and a BASE that is not 4-bit: as in its training."""
-    requantize: Literal["nf4", "nf4_dq"] | None = None
+    requantize: Quantized | None = None
     """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
     loses precision; the report says how much."""
-    dtype: _Dtype | None = None
+    dtype: Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
     """Load nothing after merging (default: the model is loaded before and after, their
@@ -235,16 +234,16 @@ class Model:
     """Hugging Face directory, dense or bitsandbytes-4bit."""
     output: Annotated[tyro.conf.Positional[Path], place("OUT")]
     """Directory to create."""
-    quantization: Literal["nf4", "nf4_dq", "none"] = "none"
+    quantization: Quantization = "none"
     """nf4 or nf4_dq (double quantization) write a bitsandbytes-4bit directory; none
     leaves every weight as it is, but for a projection that IN has in 4 bit in some
     layers only: it becomes dense in all."""
     dequantize: bool = False
     """Write the 4-bit weights of IN as dense ones, in the dtype they were quantized
     from."""
-    dtype: _Dtype | None = None
+    dtype: Dtype | None = None
     """dtype of the dense tensors (default: each one's own)."""
-    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] | None = None
+    quant_storage: Literal["uint8", Dtype] | None = None
     """dtype that packed bytes are stored as (default: as in IN, else uint8)."""
     max_shard_bytes: int = 5_000_000_000
     """Size above which the weights are split over several files."""

@@ -29,6 +29,7 @@ from qlora_jax.evaluation import (
 )
 from qlora_jax.generate_command import Asked
 from qlora_jax.model import Model
+from qlora_jax.runs.overrides import option_keys
 from qlora_jax.runs.toml import read_config
 
 
@@ -148,7 +149,8 @@ def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
     """What is measured of a run before the options are read."""
     trained = kept_settings(run)
     data = trained.data
-    if any(arg.partition("=")[0] == "--data.path" for arg in args):
+    given = [key for key in option_keys(args) if key.startswith("data.")]
+    if "data.path" in given:
         # One file is no mixture, and is read once.
         path = data.path or data.sources[0].path
         data = dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
@@ -161,11 +163,11 @@ def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
             "measure. Give it data that the run was not trained on. (What it was "
             f"trained on, whose loss says little, is {data.name}.)"
         )
-    others = [arg for arg in args if arg.startswith("--data.")]
-    if others:
+    if given:
+        options = sorted("--" + key.replace("_", "-") for key in given)
         raise UserError(
             f"What the run `{run}` held out is found by reading the data as the run "
-            f"did; {', '.join(others)} would read other rows. Leave it out, or name "
+            f"did; {', '.join(options)} would read other rows. Leave it out, or name "
             "the data with --data.path."
         )
     return Eval(path=args[0], data=data, held_out=True)

@@ -25,12 +25,11 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.cards import Card
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.evaluation import jit_eval
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_init import factor_out
-from qlora_jax.memory import readable_bytes
 from qlora_jax.optimizer import make_optimizer
 from qlora_jax.plan import Plan, Planner, Policy, device_bytes, policies
 from qlora_jax.runs.config import ModelConfig

@@ -10,18 +10,15 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from qlora_jax.choices import Attention, Auto, Dtype, Quantization
 from qlora_jax.dialogue import Answer, ChatPrompts
 from qlora_jax.errors import UserError
 from qlora_jax.model import Model, load
 from qlora_jax.sampling import Sampling
-
-Quantization = Literal["nf4", "nf4_dq", "none"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Auto = Literal["auto"]
 
 _COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -40,7 +37,7 @@ class Asked:
     dtype: Auto | Dtype = "auto"
     """Of activations and dense tensors; auto = as a run directory was trained, else
     bfloat16."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
+    attention: Attention = "auto"
     """Attention implementation."""
 
     def load(self) -> Model:

@@ -6,7 +6,6 @@ nothing is loaded.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.config import LlamaConfig
+from qlora_jax.errors import did_you_mean, readable_bytes
 from qlora_jax.llama import Llama
 from qlora_jax.lora import abstract_adapters
 from qlora_jax.lora_config import LoraConfig
@@ -200,15 +200,10 @@ def warnings(
 
 def _unmatched(name: str, base: Mapping[str, Any]) -> str:
     modules = {path[-2] for path, _ in trees.walk(base)}
-    near = difflib.get_close_matches(name, modules, n=1)
-    return f"target module {name!r} selects nothing in this model" + (
-        f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"target module {name!r} selects nothing in this model."
+        f"{did_you_mean(name, modules)}"
     )
-
-
-def readable_bytes(nbytes: float) -> str:
-    """A size for people, in units of 1e9 or 1e6 bytes."""
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def tree_size(tree: Any) -> int:

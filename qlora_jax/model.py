@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float32
 import convert
 from convert.files import read_json
 from convert.peft import in_short, peft_directory
+from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.config import LlamaConfig
 from qlora_jax.config_changes import change, restored
 from qlora_jax.dialogue import (
@@ -374,10 +375,10 @@ def load(
     *,
     adapter: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
-    quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto",
-    kernels: Literal["auto", "xla", "pallas"] = "auto",
+    quantization: Auto | Quantization | None = "auto",
+    dtype: Auto | Dtype = "auto",
+    attention: Attention = "auto",
+    kernels: Kernels = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
     strict: bool = True,
@@ -414,7 +415,7 @@ def load(
     path = Path(path)
     trained = run_settings(path)
     quantize_lm_head = quantizes_lm_head(trained, quantization)
-    quantization, settled = resolve_auto(trained, quantization, dtype)
+    quantize_as, settled = resolve_auto(trained, quantization, dtype)
     own = adapter_directory(path)
     adapter = None if adapter is None else Path(adapter)
     if trained is None and adapter is not None:
@@ -430,7 +431,7 @@ def load(
         raise UserError(
             f"`base` names the base of an adapter directory, and `{path}` is none."
         )
-    if quantization not in ("nf4", "nf4_dq", None):
+    if quantize_as not in (*get_args(Quantized), None):
         raise UserError(
             "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
             f"{quantization!r}."
@@ -438,7 +439,7 @@ def load(
     compute = Compute(dtype=settled, attention=attention, kernels=kernels)
     config, tree = convert.load_llama(
         path,
-        quantization=quantization,
+        quantization=quantize_as,
         quantize_lm_head=quantize_lm_head,
         dtype=settled,
         progress=progress,

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from pallas_kernels.nf4 import (
     nf4_dequantize,
     nf4_matmul,
 )
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 
 BLOCK_SIZE = 64
@@ -304,7 +305,7 @@ def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
             "`quantize`: expected a non-empty matrix [out_features, in_features], got "
             f"shape {weight.shape}."
         )
-    if weight.dtype.name not in ("float32", "bfloat16", "float16"):
+    if weight.dtype.name not in get_args(Dtype):
         raise UserError(
             "`quantize`: expected float32, bfloat16 or float16, got "
             f"{weight.dtype.name}."

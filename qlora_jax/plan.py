@@ -27,7 +27,7 @@ from qlora_jax.attention import refusals
 from qlora_jax.cards import Card
 from qlora_jax.compile_for import compile_for
 from qlora_jax.errors import UserError
-from qlora_jax.memory import readable_bytes as _gb
+from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.sharding import check_mesh
 from qlora_jax.step_memory import ALLOWANCE, Step, StepMemory
 

@@ -23,9 +23,8 @@ from convert.files import read_json
 from convert.output import write_text
 from qlora_jax.curves import Curve, chart, legend
 from qlora_jax.directories import ADAPTER, BEST, REPORT, STARTED
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.loss_plot import running_mean
-from qlora_jax.memory import readable_bytes
 from qlora_jax.page import document, table
 from qlora_jax.runs.toml import SETTINGS
 from qlora_jax.watch import read_evaluations, read_metrics, read_samples

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qlora_jax.checkpoint import (
 from qlora_jax.data import DataConfig, Examples, Mixture
 from qlora_jax.data.settings import PLACES
 from qlora_jax.directories import ADAPTER, CHECKPOINTS
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.lora_config import LoraConfig
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.train import TrainConfig, TrainState
@@ -191,8 +190,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def say(text: str) -> None:
-    """Tells the person who started the run."""
-    print(text, file=sys.stderr, flush=True)

@@ -47,7 +47,7 @@ from qlora_jax.directories import (
     STARTED,
     template_text,
 )
-from qlora_jax.errors import Problems
+from qlora_jax.errors import Problems, say
 from qlora_jax.evaluation import Evaluation
 from qlora_jax.fingerprint import fingerprint_tree
 from qlora_jax.interruptions import Interruption
@@ -62,7 +62,7 @@ from qlora_jax.parameter_groups import schedule
 from qlora_jax.placement import place_base
 from qlora_jax.run_directory import alone, check_directory, finished_report
 from qlora_jax.run_page import PAGE, read_run, run_page
-from qlora_jax.run_record import continue_run, run_record, say, versions
+from qlora_jax.run_record import continue_run, run_record, versions
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.toml import SETTINGS, to_toml
 from qlora_jax.settled import Settled, settle
@@ -106,7 +106,7 @@ def run(
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
     with contextlib.ExitStack() as held:
-        with problems.collected():
+        with problems.collecting():
             check_directory(directory)
             held.enter_context(alone(directory))
         settled = settle(config, attention_cls, mlp_cls, given, problems=problems)

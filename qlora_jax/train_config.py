@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from qlora_jax.errors import refuse
+from qlora_jax.errors import raise_problems
 
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "adafactor"]
@@ -100,7 +100,7 @@ class TrainConfig:
     their own."""
 
     def __post_init__(self) -> None:
-        refuse("train", self._problems())
+        raise_problems("the [train] settings", self._problems(), "train: ")
 
     def _problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.epochs is None):

@@ -30,8 +30,8 @@ import rich.console
 import rich.progress
 
 from qlora_jax.cards import card_called
+from qlora_jax.errors import readable_bytes
 from qlora_jax.estimate import model_flops_per_token
-from qlora_jax.memory import readable_bytes
 from qlora_jax.step_memory import Step
 from qlora_jax.trackers import Tracker
 

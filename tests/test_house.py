@@ -23,6 +23,7 @@ PACKAGES = ("pallas_kernels", "qlora_jax", "convert")
 ORDER = (
     "pallas_kernels",
     "qlora_jax.version",
+    "qlora_jax.choices",
     "qlora_jax.errors",
     "qlora_jax.tree",
     "qlora_jax.patterns",
@@ -80,6 +81,7 @@ ORDER = (
     "convert",
     "qlora_jax.runs.config",
     "qlora_jax.runs.toml",
+    "qlora_jax.runs.overrides",
     "qlora_jax.runs",
     "qlora_jax.directories",
     "qlora_jax.interruptions",
@@ -122,6 +124,7 @@ ALLOWED = {
         "convert",
         "pallas_kernels",
         "qlora_jax.version",
+        "qlora_jax.choices",
         "qlora_jax.errors",
         "qlora_jax.tree",
         "qlora_jax.config",
@@ -151,8 +154,8 @@ OUTSIDE_LAZY = {
     "pallas_kernels": set(),
     "convert": {"transformers"},
     "qlora_jax": {
-        *("datasets", "matplotlib", "pyarrow", "tensorboardX", "transformers"),
-        "wandb",
+        *("datasets", "matplotlib", "pyarrow", "tensorboardX", "tomlkit"),
+        *("transformers", "wandb"),
     },
 }
 NEVER = {"torch", "peft", "bitsandbytes"}

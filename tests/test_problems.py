@@ -7,17 +7,17 @@ import json
 import pytest
 
 from qlora_jax.cli import main
-from qlora_jax.errors import CheckpointError, Problems, UserError, refuse
+from qlora_jax.errors import CheckpointError, Problems, UserError, raise_problems
 
 
 def test_problems_are_listed_each_once_and_flat():
     problems = Problems("the data")
-    with problems.collected("[eval] "):
-        refuse("train", ["`a` is wrong.", "`b` is wrong."])
+    with problems.collecting("[eval] "):
+        raise_problems("x", ["`a` is wrong.", "`b` is wrong."], "train: ")
     problems.add("`c` is wrong.")
     problems.add("`c` is wrong.")
     with pytest.raises(UserError) as raised:
-        problems.refuse()
+        problems.raise_if_any()
     assert str(raised.value) == (
         "3 problems with the data:\n"
         "- [eval] train: `a` is wrong.\n"
@@ -29,13 +29,13 @@ def test_problems_are_listed_each_once_and_flat():
 
 def test_one_error_alone_stays_what_it_is():
     problems = Problems()
-    with problems.collected():
+    with problems.collecting():
         raise CheckpointError("damaged")
     with pytest.raises(CheckpointError, match=r"^damaged$"):
-        problems.refuse()
+        problems.raise_if_any()
     problems.add("and more")
     with pytest.raises(UserError, match=r"^2 problems:\n- damaged\n- and more$"):
-        problems.refuse()
+        problems.raise_if_any()
 
 
 def test_a_hundred_problems_are_enough():
@@ -53,7 +53,7 @@ def test_what_several_rows_share_is_said_once():
     problems.add("a.jsonl:4: no field `y`.")
     problems.add("b.parquet row 2: no field `x`.")
     with pytest.raises(UserError) as raised:
-        problems.refuse()
+        problems.raise_if_any()
     assert str(raised.value).splitlines() == [
         "8 problems with the data:",
         "- a.jsonl:3, 1, 7, 8, 9 and 1 more: no field `x`.",
@@ -105,7 +105,7 @@ def test_a_run_file_is_refused_with_all_that_is_wrong(rows, tmp_path, capsys):
         "[model] `quantization` must be one of",
         "`data.max_length` must be an integer from 2",
         "not supported: `use_qalora`=True",
-        "[train] `warmup_stepz` is no option here; did you mean `warmup_steps`?",
+        "[train] `warmup_stepz` is not an option here. Did you mean `warmup_steps`?",
         "eval: `every` must be at least 1",
     ):
         assert part in error

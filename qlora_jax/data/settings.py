@@ -156,7 +156,7 @@ class DataConfig:
         if self.sources and not len(problems):
             for _ in self._build_parts(problems):
                 pass
-        problems.refuse()
+        problems.raise_if_any()
 
     def _problems(self) -> Iterator[str]:
         if self.sources and self.path:
@@ -280,7 +280,7 @@ class DataConfig:
             for source, part in self._build_parts(problems)
             if part is not None
         ]
-        problems.refuse()
+        problems.raise_if_any()
         return found
 
     @property

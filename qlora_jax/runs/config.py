@@ -12,6 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qlora_jax.choices import (
+    Attention,
+    Dtype,
+    EmbeddingMemory,
+    HeadMemory,
+    Kernels,
+    Quantization,
+    RematOrAuto,
+)
 from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
 from qlora_jax.config_changes import check_changes
 from qlora_jax.data import DataConfig, Source
@@ -28,23 +37,23 @@ class ModelConfig:
 
     path: str
     """Hugging Face directory, or a bitsandbytes-4bit one (kept as it is packed)."""
-    quantization: Literal["nf4", "nf4_dq", "none"] = "nf4_dq"
+    quantization: Quantization = "nf4_dq"
     """Of the linear layers: NF4, NF4 with double quantization, or none."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Of activations, matrix products and the tensors that stay dense."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
+    attention: Attention = "auto"
     """Attention implementation."""
-    remat: Literal["auto", "none", "full", "save_matmuls", "offload"] = "full"
+    remat: RematOrAuto = "full"
     """What the backward pass recomputes, or fetches from the host's memory; auto = the
     fastest that fits the device."""
-    embed_tokens: Literal["auto", "device", "host"] = "auto"
+    embed_tokens: Literal["auto", EmbeddingMemory] = "auto"
     """Where the frozen embedding table lies: on the device, or in the host's memory,
     copied to the device for a moment with every step. auto = on the device, unless
     remat = "auto" finds that it does not fit."""
-    lm_head: Literal["auto", "device", "host", "nf4"] = "auto"
+    lm_head: Literal["auto", HeadMemory] = "auto"
     """Where the frozen output head lies, likewise; nf4 = on the device and quantized,
     of a model whose head is not tied to the embeddings."""
-    kernels: Literal["auto", "xla", "pallas"] = "auto"
+    kernels: Kernels = "auto"
     """Of products with packed weights: XLA's, our own for GPUs, or the best known."""
     max_position_embeddings: int | None = None
     """Context length of the tuned model, in place of the one in the base's config.json.
@@ -117,7 +126,7 @@ class LogConfig:
             )
         if len(set(self.report_to)) < len(self.report_to):
             problems.add(f"log: `report_to` = {list(self.report_to)} repeats a name.")
-        problems.refuse()
+        problems.raise_if_any()
 
 
 # What `report_to` may name.
@@ -180,7 +189,7 @@ class EvalConfig:
         problems = Problems("[eval]")
         for problem in self._problems():
             problems.add(f"eval: {problem}")
-        problems.refuse()
+        problems.raise_if_any()
 
     def _problems(self) -> Iterator[str]:
         given = [n for n in ("path", "fraction", "examples") if getattr(self, n)]
