@@ -1,10 +1,10 @@
-"""What a run changes in the config.json of its base: a longer context.
+"""Changes that a run makes to its base's config.json: a longer context.
 
     config = change(config, {"max_position_embeddings": 8192, "rope_scaling": {...}})
 
-The changes are a run's settings (`[model]`). Its adapter means nothing without them, so
-that they lie beside it, in the words of config.json, and hold wherever it is loaded or
-merged. In a `LoraConfig` they are JSON text: hashable, and equal where they are equal.
+A run has them as settings (`[model]`). The adapter is only correct with them, so they
+are saved in its directory, as fields of config.json, and apply wherever it is loaded or
+merged. A `LoraConfig` holds them as JSON, which is hashable and has one spelling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SCALING = (
     "original_max_position_embeddings",
 )
 FILE = "base_config.json"
-"""Beside adapter_config.json. (A config.json there would make it a model to some.)"""
+"""In an adapter's directory. (Some tools take a directory with a config.json for a
+model.)"""
 
 
 def change(
@@ -33,8 +34,8 @@ def change(
 
     Args:
       config: of the base.
-      changes: fields as a config.json has them; or JSON text of them; None = none.
-      where: what the changes are a part of, for a message.
+      changes: fields of config.json, or an object of them as JSON; None = none.
+      where: the file or section they are from; starts a message.
 
     Raises:
       UserError: fields that cannot be changed, or values that no model can have.
@@ -43,7 +44,7 @@ def change(
         try:
             changes = json.loads(changes)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: this is no JSON: {error}.") from error
+            raise UserError(f"{where}: this is not JSON: {error}.") from error
     return dataclasses.replace(
         config, **check_changes({} if changes is None else changes, where)
     )
@@ -57,7 +58,7 @@ def check_changes(changes: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(changes, Mapping):
         raise UserError(f"{where}: must be an object, got {changes!r:.80}.")
-    _refuse_unknown(changes, FIELDS, where)
+    _check_names(changes, FIELDS, where)
     values: dict[str, Any] = {}
     length, scaling = (changes.get(name) for name in FIELDS)
     if length is not None:
@@ -72,29 +73,29 @@ def check_changes(changes: Any, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: `rope_scaling` must be a table, got {scaling!r:.80}."
             )
-        _refuse_unknown(scaling, _SCALING, f"{where}: rope_scaling")
+        _check_names(scaling, _SCALING, f"{where}: rope_scaling")
         values["rope_scaling"] = read_rope_scaling(scaling, where)
     return values
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: tuple, where: str) -> None:
+def _check_names(table: Mapping[str, Any], known: tuple, where: str) -> None:
     unknown = [name for name in table if name not in known]
     if unknown:
         raise UserError(
-            f"{where}: `{unknown[0]!s:.80}` is nothing that can be changed; "
-            f"{', '.join(f'`{name}`' for name in known)} are."
+            f"{where}: `{unknown[0]!s:.80}` cannot be changed; "
+            f"{', '.join(f'`{name}`' for name in known)} can."
         )
 
 
 def as_text(changes: Mapping[str, Any]) -> str | None:
-    """Changes as a `LoraConfig` holds them; None where there are none."""
-    given = {name: changes[name] for name in FIELDS if changes.get(name) is not None}
-    return json.dumps(given, sort_keys=True) if given else None
+    """Returns changes as a `LoraConfig` holds them; None if there are none."""
+    present = {name: changes[name] for name in FIELDS if changes.get(name) is not None}
+    return json.dumps(present, sort_keys=True) if present else None
 
 
 def restored(config: LlamaConfig) -> LlamaConfig:
-    """The configuration that the base's own config.json has, of a changed one."""
+    """Undoes the changes; returns the configuration of the base's config.json."""
     if not config.raw:
         return config
-    own = LlamaConfig.from_hf(config.raw)
-    return dataclasses.replace(config, **{name: getattr(own, name) for name in FIELDS})
+    base = LlamaConfig.from_hf(config.raw)
+    return dataclasses.replace(config, **{name: getattr(base, name) for name in FIELDS})

@@ -255,7 +255,7 @@ def damage(model_dir: Path, how: str) -> None:
         ("pickle", "holds its weights in pickle files (pytorch_model.bin)"),
         ("nan", "`model.norm.weight` contains NaN or infinity"),
         ("shard", "1 missing files: model-00001-of-00002.safetensors"),
-        ("architecture", "This is no Llama causal language model"),
+        ("architecture", "Not a Llama causal language model"),
         ("config", "has no config.json"),
     ],
 )
