@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, Problems, TensorFiles
+from convert.files import DTYPES, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.choices import Dtype
@@ -70,7 +70,7 @@ def part_names(key: str, double_quant: bool) -> list[str]:
 
 
 def check(
-    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Mismatches
 ) -> tuple[QuantState | None, list[str]]:
     """Checks everything but the large arrays of the quantized weight `key`.
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from convert.files import DTYPES, Problems, TensorFiles, check_finite
+from convert.files import DTYPES, Mismatches, TensorFiles, check_finite
 from convert.output import (
     Entry,
     copy_file,
@@ -150,7 +150,7 @@ def _allocate(
     mixed = checkpoint.mixed
     base: dict[str, Any] = {}
     fill: dict[str, Callable[[], None]] = {}
-    problems = Problems(f"`{path}` mixes dtypes among the layers of one tensor")
+    problems = Mismatches(f"`{path}` mixes dtypes among the layers of one tensor")
     for where, shape in names.shapes(config).items():
         layers = names.layers_of(where, config)
         spelled = [names.hf_key(where, i) for i in layers]
@@ -400,7 +400,7 @@ def check_tree(config: LlamaConfig, base: Mapping[str, Any]) -> dict[names.Path,
     """Lists the leaves of a parameter tree, checked against the configuration."""
     leaves = dict(names.walk(base))
     shapes = names.shapes(config)
-    problems = Problems("The parameter tree does not fit the configuration")
+    problems = Mismatches("The parameter tree does not fit the configuration")
     for path, shape in shapes.items():
         name = ".".join(path)
         leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
