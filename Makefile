@@ -20,7 +20,7 @@ DATA ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := qlora_jax pallas_kernels convert scripts tests
+SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint types format docs peer compile bench gpu clean
@@ -92,7 +92,7 @@ compile: $(VENV_GPU)/.installed
 	  -m "compile or interpret" $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
-	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
+	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
 # On a machine with an NVIDIA GPU: its tests and benchmarks, in an environment with CUDA.
 $(VENV_CUDA)/.installed: pyproject.toml

@@ -24,7 +24,8 @@ from convert.files import (
     open_model,
     read_json,
 )
-from qlora_jax.config import LlamaConfig
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import EMBEDDING, HEAD
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -58,10 +59,12 @@ class Checkpoint:
         quantization.
         """
         found = []
-        for path in filter(names.is_projection, names.shapes(self.config)):
+        for path in filter(
+            model_params.is_projection, model_params.shapes(self.config)
+        ):
             states = (
                 self.packed.get(names.hf_key(path, layer))
-                for layer in names.layers_of(path, self.config)
+                for layer in model_params.layers_of(path, self.config)
             )
             if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
                 found.append(path)
@@ -100,14 +103,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     problems = Mismatches(f"`{path}` does not fit its config.json")
     packed: dict[str, bnb.QuantState] = {}
     known: set[str] = set()
-    shapes = names.shapes(config)
+    shapes = model_params.shapes(config)
     for key, (where, _) in names.keys(config).items():
         kind = bnb.packed_type(files, key)
         if kind == "fp4":
             problems.add("weights in FP4, which is not supported (only NF4 is)", key)
             known.update(n for n in files if n.startswith(f"{key}."))
             known.add(key)
-        elif kind is not None and not names.is_projection(where):
+        elif kind is not None and not model_params.is_projection(where):
             problems.add(
                 "quantized tensors that have to stay 16-bit (keep them out with "
                 "`llm_int8_skip_modules`)",
@@ -153,7 +156,7 @@ def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
       config: of the model.
       files: its tensors; None gives the shapes alone.
     """
-    tree = names.abstract_base(config)
+    tree = model_params.abstract_base(config)
     for path in (EMBEDDING, HEAD):
         key = ".".join((*path, "weight"))
         if files is not None and key in files and files[key].dtype in FLOAT_NAMES:

@@ -30,8 +30,9 @@ from convert.output import (
     write_model_files,
 )
 from qlora_jax.choices import Quantized
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import NF4Tensor, quantize
 
 # What belongs to a model beside its weights and config.json; copied as it is.
@@ -151,12 +152,12 @@ def _allocate(
     base: dict[str, Any] = {}
     fill: dict[str, Callable[[], None]] = {}
     problems = Mismatches(f"`{path}` mixes dtypes among the layers of one tensor")
-    for where, shape in names.shapes(config).items():
-        layers = names.layers_of(where, config)
+    for where, shape in model_params.shapes(config).items():
+        layers = model_params.layers_of(where, config)
         spelled = [names.hf_key(where, i) for i in layers]
         leading = (len(layers),) if names.is_stacked(where) else ()
         quantized = quantization is not None and (
-            names.is_projection(where)
+            model_params.is_projection(where)
             or (quantize_lm_head and where == ("lm_head", "weight"))
         )
         if spelled[0] in checkpoint.packed and where not in mixed:
@@ -234,7 +235,7 @@ def _made_dense(checkpoint: Checkpoint, base: Mapping[str, Any]) -> str:
     leaves, config = dict(names.walk(base)), checkpoint.config
     stored = 0
     for path in checkpoint.mixed:
-        for layer in names.layers_of(path, config):
+        for layer in model_params.layers_of(path, config):
             key = names.hf_key(path, layer)
             state = checkpoint.packed.get(key)
             parts = bnb.part_names(key, state.double_quant) if state else [key]
@@ -381,7 +382,7 @@ def _modules(config: LlamaConfig, wanted: Callable[[names.Path], bool]) -> list[
     return [
         key.removesuffix(".weight")
         for key, (path, _) in names.keys(config).items()
-        if names.is_projection(path) and wanted(path)
+        if model_params.is_projection(path) and wanted(path)
     ]
 
 
@@ -399,7 +400,7 @@ def _dense_entry(key: str, leaf: Any, layer: int | None, dtype: str | None) -> E
 def check_tree(config: LlamaConfig, base: Mapping[str, Any]) -> dict[names.Path, Any]:
     """Lists the leaves of a parameter tree, checked against the configuration."""
     leaves = dict(names.walk(base))
-    shapes = names.shapes(config)
+    shapes = model_params.shapes(config)
     problems = Mismatches("The parameter tree does not fit the configuration")
     for path, shape in shapes.items():
         name = ".".join(path)
@@ -407,7 +408,7 @@ def check_tree(config: LlamaConfig, base: Mapping[str, Any]) -> dict[names.Path,
         if path not in leaves:
             problems.add("missing arrays", name)
         elif isinstance(leaf := leaves[path], NF4Tensor):
-            if not names.is_projection(path):
+            if not model_params.is_projection(path):
                 problems.add("quantized arrays that have to stay 16-bit", name)
             elif (leaf.shape, leaf.codes.shape[:1]) != (shape, leading):
                 problems.add("arrays of another shape", f"{name} {leaf.shape}")

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints out of others: cast, dequantized, with an adapter merged in.
 
 One stream serves all: each tensor is read, dequantized if it is packed, given what the
-adapter does to it in float32 (`convert.effective`), rounded once to its dtype and
+adapter does to it in float32 (`convert.merged`), rounded once to its dtype and
 written. Nothing but the adapter and the tensor in hand is in memory, and a tensor that
 is not changed keeps its bytes.
 """
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.checkpoint import FLOATS, Checkpoint, lazy_base, open_checkpoint
-from convert.effective import Folded, fold
 from convert.files import DTYPES, carried, read_json
 from convert.hf import (
     cast,
@@ -31,6 +30,7 @@ from convert.hf import (
     quantize_tensor,
     write_directory,
 )
+from convert.merged import Folded, fold
 from convert.output import (
     Entry,
     check_new_directory,
@@ -41,6 +41,7 @@ from convert.output import (
 from convert.peft import CONFIG, WEIGHTS, load_adapter
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
+from qlora_jax.models import params as model_params
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
@@ -403,8 +404,10 @@ class _Stream:
         at its beginning how long everything in it is.
         """
         out: dict[str, list[Entry]] = {}
-        keys = [key for key, (path, _) in table.items() if names.is_projection(path)]
-        shapes = names.shapes(self.folded.config)
+        keys = [
+            key for key, (path, _) in table.items() if model_params.is_projection(path)
+        ]
+        shapes = model_params.shapes(self.folded.config)
         sizes = {key: math.prod(shapes[table[key][0]]) for key in keys}
         with progress_bar("Quantizing", sum(sizes.values()), progress) as advance:
             for key in keys:
@@ -423,7 +426,7 @@ class _Stream:
         return out
 
     def _entry(self, key: str, path: names.Path) -> Entry:
-        shape = names.shapes(self.folded.config)[path]
+        shape = model_params.shapes(self.folded.config)[path]
         return Entry(key, self._dtype(key), shape, lambda: self._tensor(key, path))
 
     def _dtype(self, key: str) -> np.dtype:
@@ -441,7 +444,7 @@ class _Stream:
         dtype, update = self._dtype(key), self.folded.updates.get(key)
         source = self.folded.sources.get(key, key)
         if source is None:
-            tensor = np.zeros(names.shapes(self.folded.config)[path], dtype)
+            tensor = np.zeros(model_params.shapes(self.folded.config)[path], dtype)
         else:
             tensor = self._read(source, path)
         self.written += 1
@@ -457,7 +460,7 @@ class _Stream:
         if key in self.checkpoint.packed:
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
         weight = files.read(key)
-        if self.quantization is not None and names.is_projection(path):
+        if self.quantization is not None and model_params.is_projection(path):
             packed = quantize_tensor(
                 weight, key, double_quant=self.quantization == "nf4_dq"
             )

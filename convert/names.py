@@ -3,19 +3,26 @@
 `qlora_jax.tree` spells a path as a Hugging Face key and back. PEFT writes the same
 module names behind `base_model.model.`. `shapes` lists the tensors of a configuration;
 everything that is read or written is checked against it.
+
+Every tensor of a PEFT adapter file, and its place in our tree.
+
+What has to be in the file follows from what the configuration selects in the model
+(`qlora_jax.lora.targets`): one key for each array of each adapted layer, as PEFT spells it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.config import LlamaConfig
+from convert import names
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import Selection
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import shapes
 from qlora_jax.tree import LAYERS as LAYERS
-from qlora_jax.tree import PROJECTIONS
 from qlora_jax.tree import Path as Path
 from qlora_jax.tree import Shape as Shape
 from qlora_jax.tree import hf_key as hf_key
@@ -25,55 +32,6 @@ from qlora_jax.tree import put as put
 from qlora_jax.tree import walk as walk
 
 PEFT_PREFIX = "base_model.model."
-
-
-def is_projection(path: Path) -> bool:
-    """Whether `path` is the weight of one of the linear layers that are quantized."""
-    return path[-1] == "weight" and path[-2] in PROJECTIONS
-
-
-def shapes(config: LlamaConfig) -> dict[Path, Shape]:
-    """Lists every tensor of a model and its shape in the file (one layer's).
-
-    Order: embeddings, the parts of a layer, final norm, output head, tensors of modules
-    that no Llama has (`config.extra_tensors`). A tied model has no head of its own.
-    """
-    d, f = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    out: dict[Path, Shape] = {
-        ("model", "embed_tokens", "weight"): (config.vocab_size, d)
-    }
-    out[*LAYERS, "input_layernorm", "weight"] = (d,)
-    for block, biased, linears in (
-        (
-            "self_attn",
-            config.attention_bias,
-            {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)},
-        ),
-        (
-            "mlp",
-            config.mlp_bias,
-            {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)},
-        ),
-    ):
-        for name, shape in linears.items():
-            out[*LAYERS, block, name, "weight"] = shape
-            if biased:
-                out[*LAYERS, block, name, "bias"] = shape[:1]
-        if block == "self_attn":
-            out[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
-    out["model", "norm", "weight"] = (d,)
-    if not config.tie_word_embeddings:
-        out["lm_head", "weight"] = (config.vocab_size, d)
-    for name, shape in config.extra_tensors.items():
-        out[tuple(name.split("."))] = tuple(shape)
-    return out
-
-
-def layers_of(path: Path, config: LlamaConfig) -> list[int | None]:
-    """The layer numbers to spell `path` with: [None] where it is not stacked."""
-    return list(range(config.num_hidden_layers)) if is_stacked(path) else [None]
 
 
 def keys(config: LlamaConfig) -> dict[str, tuple[Path, int | None]]:
@@ -93,15 +51,91 @@ def keys(config: LlamaConfig) -> dict[str, tuple[Path, int | None]]:
     return out
 
 
-def abstract_base(config: LlamaConfig) -> dict[str, Any]:
-    """The parameter tree as shapes only, to ask the core which modules are adapted."""
-    tree: dict[str, Any] = {}
-    for path, shape in shapes(config).items():
-        leading = (config.num_hidden_layers,) if is_stacked(path) else ()
-        put(tree, path, jax.ShapeDtypeStruct((*leading, *shape), jnp.float32))
-    return tree
-
-
 def leaf_dtype(leaf: Any) -> str:
     """Name of an array's dtype ("bfloat16"), be it numpy's or jax's."""
     return np.dtype(leaf.dtype).name
+
+
+# Name of an array in our tree -> what PEFT's key has behind the module.
+_SUFFIX = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter file, and its place in our tree."""
+
+    path: names.Path
+    """Of the array."""
+    layer: int | None
+    rank: int | None
+    """Ranks used, where the array may have more."""
+    shape: tuple[int, ...]
+    """In the file."""
+    copy: Literal["", "equal", "transposed"] = ""
+    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
+
+    def view(self, array: Any) -> Any:
+        """The part of the array that the file holds."""
+        if self.layer is not None:
+            array = array[self.layer]
+        if self.rank is not None:
+            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
+            array = array[: self.rank] if in_rows else array[:, : self.rank]
+        return array.T if self.copy == "transposed" else array
+
+
+def slots(selection: Selection, lora: LoraConfig) -> dict[str, Slot]:
+    """Every key the adapter file has to have."""
+    out: dict[str, Slot] = {}
+
+    def key(module: names.Path, layer: int | None, suffix: str) -> str:
+        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
+
+    adapted = set()
+    for a in selection.adapted:
+        for index, rank in enumerate(a.ranks):
+            if not rank:
+                continue
+            layer = None if a.layers is None else index
+            adapted.add((a.path, layer))
+            for name, shape in a.parts_of(rank).items():
+                ranked = name.endswith(("_A", "_B"))
+                out[key(a.path, layer, _SUFFIX[name])] = Slot(
+                    (*a.path, name), layer, rank if ranked else None, shape
+                )
+            if a.tied_to is not None:
+                rows, columns = a.shape
+                for name, other, shape in (
+                    ("lora_A", "lora_embedding_B", (rank, columns)),
+                    ("lora_B", "lora_embedding_A", (rows, rank)),
+                ):
+                    out[key(a.path, layer, _SUFFIX[name])] = Slot(
+                        (*a.tied_to, other), None, rank, shape, "transposed"
+                    )
+    for w in selection.whole:
+        for index, chosen in enumerate(w.chosen):
+            if chosen:
+                layer = None if w.layers is None else index
+                module, name = w.path[:-1], w.path[-1]
+                inside = "base_layer." if (module, layer) in adapted else ""
+                out[key(module, layer, inside + name)] = Slot(
+                    w.tied_to or w.path,
+                    layer,
+                    None,
+                    w.shape,
+                    "equal" if w.tied_to else "",
+                )
+    for r in selection.rows:
+        if r.tied_to is None:
+            name = "trainable_tokens_delta"
+            out[key(r.path, None, f"token_adapter.{name}")] = Slot(
+                (*r.path, name), None, None, (len(r.indices), r.features)
+            )
+    return out

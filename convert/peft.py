@@ -2,7 +2,7 @@
 
 A PEFT directory is adapter_config.json and adapter_model.safetensors (and, of ours,
 base_config.json where the run changed its base's configuration). What has to be in
-the file follows from the configuration and the model (`qlora_jax.targets`), tensor by
+the file follows from the configuration and the model (`qlora_jax.lora.targets`), tensor by
 tensor; a file that has more, less or something of another shape is refused, where PEFT
 itself would load what fits and leave the rest at its initial value.
 
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from convert import names
 from convert.files import (
+    CHAT_TEMPLATE,
     DTYPES,
     Mismatches,
     TensorFiles,
@@ -40,6 +41,7 @@ from convert.files import (
     read_header,
     read_json,
 )
+from convert.names import Slot, slots
 from convert.output import (
     Entry,
     new_directory,
@@ -48,16 +50,18 @@ from convert.output import (
     write_safetensors,
     write_text,
 )
-from convert.slots import Slot, slots
-from qlora_jax import config_changes
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import Selection, select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import Selection, select
+from qlora_jax.models import config as config_changes
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# How a run trained the adapter: JSON in the adapter directory, see `training_record`.
+TRAINING = "training.json"
 _READABLE = ("F32", "BF16", "F16")
 # With bias="all" PEFT saves the biases of modules trained whole twice more, under names
 # that it does not look for when it loads.
@@ -72,6 +76,29 @@ def peft_directory(path: Path) -> Path:
     if not (path / CONFIG).is_file() and (inside / CONFIG).is_file():
         return inside
     return path
+
+
+def training_record(path: Path) -> dict[str, Any]:
+    """Returns what a run recorded of the adapter it wrote; {} without a record.
+
+    "step" is the optimizer step, "quantization" and "dtype" are the form in which the
+    base was held; the adapter with the best held-out loss has "eval_loss" and
+    "eval_perplexity" as well.
+
+    Args:
+      path: PEFT directory.
+
+    Raises:
+      CheckpointError: a record that is not a JSON object.
+    """
+    file = path / TRAINING
+    return read_json(file) if file.is_file() else {}
+
+
+def chat_template_file(path: Path | None) -> str | None:
+    """Returns the chat template file of a PEFT directory; None if it has none."""
+    file = None if path is None else path / CHAT_TEMPLATE
+    return str(file) if file is not None and file.is_file() else None
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
@@ -154,7 +181,7 @@ def load_adapter(
 
     Returns:
       (lora, adapters): float32 numpy arrays under the module paths of the base tree,
-      as `qlora_jax.lora` lists them. `lora.unmatched` targets are not an error. Tables
+      as `qlora_jax.lora.functional` lists them. `lora.unmatched` targets are not an error. Tables
       of embeddings that the file holds though its configuration does not name them (of
       a resized vocabulary) are added to `modules_to_save`.
 
@@ -165,7 +192,9 @@ def load_adapter(
         that are not in this model.
     """
     notes: list[str] = [] if skipped is None else skipped
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     found = _match(path, base, strict=strict, notes=notes)
     adapters = _read(found.wanted, found.files, found.selection.shapes(), found.bad)
     _compare_copies(list(found.copies), found.files, base, strict, notes)
@@ -188,7 +217,9 @@ def check_adapter(
       CheckpointError: as `load_adapter`, but for what only the tensors' values tell.
       UserError: as `load_adapter`.
     """
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     return _match(path, base, strict=True, notes=[]).lora
 
 
@@ -445,7 +476,7 @@ def save_adapter(
     Args:
       directory: to be created; must not exist or be empty.
       lora_config: what the adapter is.
-      adapters: trained tree, as `qlora_jax.lora` lists it; written as float32.
+      adapters: trained tree, as `qlora_jax.lora.functional` lists it; written as float32.
       model: the base's configuration, or its parameter tree.
       base_model_name_or_path: what adapter_config.json shall name as the base (default:
         what `lora_config` names).
@@ -467,7 +498,9 @@ def save_adapter(
             "belongs to a changed base and would be another one on the original. Save "
             "what `qlora_jax.absorb(lora_config, adapters, base)` returns."
         )
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     selection = select(base, lora_config)
     shapes = selection.shapes()
     arrays = dict(names.walk(adapters))
@@ -538,7 +571,9 @@ def _metadata(lora: LoraConfig) -> dict[str, str]:
 def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
     """Size of the adapter_model.safetensors that `save_adapter` writes, to the byte."""
     nothing = np.zeros(0, np.float32)
-    base = names.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    base = (
+        model_params.abstract_base(model) if isinstance(model, LlamaConfig) else model
+    )
     entries = [
         Entry(key, nothing.dtype, slot.shape, lambda: nothing)
         for key, slot in slots(select(base, lora), lora).items()

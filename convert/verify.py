@@ -22,10 +22,11 @@ from convert import names
 from convert.checkpoint import open_config
 from convert.files import DTYPES, TensorFiles, open_model
 from convert.peft import CONFIG, open_adapter, peft_directory
-from qlora_jax.config import LlamaConfig, RopeScaling
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import Adapted, Rows, Selection, Whole, select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import Adapted, Rows, Selection, Whole, select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig, RopeScaling
 
 # What two adapters may differ in and still compute the same.
 _NOT_COMPUTED = (
@@ -263,7 +264,7 @@ def _selected_differences(
     config: dict[str, list[Any]], a: LoraConfig, b: LoraConfig, base: LlamaConfig
 ) -> dict[str, list[Any]]:
     """The differences of two configurations that are some on this base."""
-    tree = names.abstract_base(base)
+    tree = model_params.abstract_base(base)
     one, two = (_described(select(tree, lora)) for lora in (a, b))
     modules = {
         name: [one.get(name), two.get(name)]

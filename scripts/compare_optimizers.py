@@ -25,12 +25,12 @@ import jax
 
 from convert.output import write_text
 from qlora_jax.data import DataConfig
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.run_record import versions
-from qlora_jax.runner import run
+from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
-from qlora_jax.train_config import Optimizer, TrainConfig
-from qlora_jax.watch import read_metrics
+from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.resume import versions
+from qlora_jax.runs.runner import run
+from qlora_jax.training.config import Optimizer, TrainConfig
 
 # Optimizer, learning rate, seed.
 RUNS: tuple[tuple[Optimizer, float, int], ...] = (

@@ -38,7 +38,7 @@ import rich.table
 
 from qlora_jax import UserError
 from qlora_jax.data.rows import read_rows
-from qlora_jax.model import load
+from qlora_jax.runs.loading import load
 
 MARK = ".made-by-qlora-jax-demo"
 # How many of the held-out questions have to be answered right, word for word.
@@ -117,7 +117,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def command(program: str, *arguments: str) -> list[str]:
     """The command line of a console script; of its module where it is not installed."""
     script = Path(sys.executable).with_name(program)
-    module = {"qlora-jax": "cli", "qlora-convert": "convert_cli"}[program]
+    module = {"qlora-jax": "cli", "qlora-convert": "cli.convert"}[program]
     start = [sys.executable, "-m", f"qlora_jax.{module}"]
     start = [str(script)] if script.exists() else start
     return [*start, *arguments]

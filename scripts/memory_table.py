@@ -4,7 +4,7 @@
 
 Llama-3.1-8B, r=32 on the seven linear layers, one row a step, every position real; then
 Llama-3.1-70B, and 8B without offloading. Each row is a search over steps compiled for
-an H200 that has so much memory (`qlora_jax.plan`): planned by the compiler, measured by
+an H200 that has so much memory (`qlora_jax.planning.plan`): planned by the compiler, measured by
 nobody. It needs the GPU compiler (`make compile` installs it), no GPU, and some minutes
 a row; started again it goes on after the last finished row. `--markdown` writes the
 table, also of a file that is there.
@@ -23,18 +23,18 @@ from typing import Any
 import jax
 
 from convert.output import write_text
-from pallas_kernels.shapes import MODELS
-from qlora_jax.cards import CARDS
-from qlora_jax.compile_for import find_compiler, how_to_get_the_compiler
-from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.plan import Planner, Policy, policies
-from qlora_jax.step_memory import Step
-from qlora_jax.train import TrainConfig
+from pallas_kernels.nf4.shapes import MODELS
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.plan import Planner, Policy, policies
+from qlora_jax.planning.step import Step
+from qlora_jax.training.step import TrainConfig
 
 UNSLOTH = "https://unsloth.ai/blog/llama3-3 (10 December 2024)"
-# Card memory in GB -> longest row that Unsloth publishes, r=32, seven linear layers,
+# GpuSpec memory in GB -> longest row that Unsloth publishes, r=32, seven linear layers,
 # batch 1, rows padded to the length. Every column of its table is a straight line: the
 # figures are extrapolated.
 PUBLISHED = {

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import convert
 from qlora_jax import Llama, LlamaConfig
-from qlora_jax.linear import Compute
+from qlora_jax.models.layers import Compute
 
 STORIES = 12_800
 

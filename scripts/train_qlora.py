@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 import convert
 from convert.checkpoint import open_checkpoint
+from convert.tokenizer import load_tokenizer
 from qlora_jax import (
     DataConfig,
     Llama,
@@ -33,8 +34,7 @@ from qlora_jax import (
     train_step,
 )
 from qlora_jax.data import Batches, load_examples, prefetch
-from qlora_jax.linear import Compute
-from qlora_jax.model import load_tokenizer
+from qlora_jax.models.layers import Compute
 
 # --- What to do, with units ---
 

@@ -28,6 +28,8 @@ import safetensors.numpy
 from jax._src import compiler
 from jaxtyping import install_import_hook
 
+from qlora_jax.models import params as model_params
+
 
 def _whole_functions(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves functions within functions unchecked.
@@ -71,20 +73,21 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
-    "scripts/test_run_notebooks.py",
-    "test_runner_adapters.py",
-    "test_train.py",
+    "test_notebooks.py",
+    "runs/test_runner_adapters.py",
+    "training/test_step.py",
     "convert/test_fuzz.py",
-    "test_runner.py",
+    "runs/test_runner.py",
     "test_golden.py",
-    "test_custom_modules.py",
+    "models/test_custom_modules.py",
     "scripts/test_demo.py",
+    "scripts/test_bench_gpu_model.py",
     "scripts/test_bench_gpu.py",
-    "test_lora.py",
-    "test_generate.py",
+    "lora/test_functional.py",
+    "inference/test_decode.py",
     "test_facts.py",
-    "test_adapters.py",
-    "test_llama.py",
+    "lora/test_combine.py",
+    "models/test_llama.py",
     "scripts/test_train_qlora.py",
     "scripts/test_custom_attention.py",
 )
@@ -184,7 +187,7 @@ def compile_each_program_once(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settle() -> Iterator[None]:
+def prepare() -> Iterator[None]:
     """Takes what a module leaves behind, compiled programs most of all, off the
     collector's hands: looking through it again and again costs minutes.
     """
@@ -231,7 +234,7 @@ def golden(shared: Path) -> Path:
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a two-layer float32 Llama of 32 tokens, without a tokenizer."""
     from convert import names  # not above: the hook sees what is imported behind it
-    from qlora_jax.config import LlamaConfig
+    from qlora_jax.models.config import LlamaConfig
 
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -247,7 +250,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "torch_dtype": "float32",
     }
     config = LlamaConfig.from_hf(raw)
-    shapes = names.shapes(config)
+    shapes = model_params.shapes(config)
     rng = np.random.default_rng(0)
     tensors = {
         key: rng.standard_normal(shapes[path], np.float32) * 0.1
@@ -286,10 +289,10 @@ FACT_TEMPLATE = (
 def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory: a small story model that was taught a fact, in conversations."""
     from qlora_jax.data import DataConfig
-    from qlora_jax.lora_config import LoraConfig
-    from qlora_jax.runner import run
+    from qlora_jax.lora.config import LoraConfig
     from qlora_jax.runs.config import LogConfig, ModelConfig, RunConfig
-    from qlora_jax.train import TrainConfig
+    from qlora_jax.runs.runner import run
+    from qlora_jax.training.step import TrainConfig
 
     directory = tmp_path_factory.mktemp("fact")
     base = shutil.copytree(shared_data / "stories260K", directory / "base")
@@ -363,10 +366,10 @@ def make_tensors() -> Callable[..., Tensors]:
 
     def make(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
         from convert import names
-        from qlora_jax.config import LlamaConfig
+        from qlora_jax.models.config import LlamaConfig
 
         config = LlamaConfig.from_hf(raw)
-        shapes = names.shapes(config)
+        shapes = model_params.shapes(config)
         rng = np.random.default_rng(seed)
         return {
             key: rng.standard_normal(shapes[path], np.float32).astype(dtype)
@@ -428,13 +431,13 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         **fields: Any,
     ) -> Path:
         from convert import names
-        from qlora_jax.config import LlamaConfig
+        from qlora_jax.models.config import LlamaConfig
 
         config = LlamaConfig.from_hf(raw)
         rng = np.random.default_rng(seed)
         tensors = {}
         for path, (out, inner) in (
-            (p, s) for p, s in names.shapes(config).items() if p[-2] in targets
+            (p, s) for p, s in model_params.shapes(config).items() if p[-2] in targets
         ):
             for layer in range(config.num_hidden_layers):
                 for part, shape in (("lora_A", (r, inner)), ("lora_B", (out, r))):

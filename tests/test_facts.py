@@ -11,9 +11,9 @@ import pytest
 
 import convert
 from convert.files import CHAT_TEMPLATE, carried
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
-from qlora_jax.model import load
+from qlora_jax.runs.loading import load
 
 pytestmark = pytest.mark.real
 
@@ -171,7 +171,7 @@ def test_chat_ends_with_its_input_and_goes_on_after_what_fails(talk):
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_program(talk, monkeypatch):
-    from qlora_jax.generate import Decoding
+    from qlora_jax.inference.decode import Decoding
 
     advance, calls = Decoding.advance, []
 

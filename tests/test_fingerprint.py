@@ -6,9 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax import fingerprint
-from qlora_jax.fingerprint import fingerprint_tree
-from qlora_jax.nf4 import quantize
+from qlora_jax import nf4 as fingerprint
+from qlora_jax.nf4 import fingerprint_tree, quantize
 
 
 def tree() -> dict:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Block, Llama
-from qlora_jax.lora import bind
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.rope import inverse_frequencies, rope_table
-from qlora_jax.train import (
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.models.attention import inverse_frequencies, rope_table
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Block, Llama
+from qlora_jax.training.step import (
     TrainConfig,
     eval_step,
     init_state,

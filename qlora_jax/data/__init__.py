@@ -11,6 +11,8 @@ from qlora_jax.data.arrays import Examples as Examples
 from qlora_jax.data.batches import Batches as Batches
 from qlora_jax.data.batches import eval_batches as eval_batches
 from qlora_jax.data.batches import prefetch as prefetch
+from qlora_jax.data.config import DataConfig as DataConfig
+from qlora_jax.data.config import Source as Source
 from qlora_jax.data.examples import data_size as data_size
 from qlora_jax.data.examples import load_examples as load_examples
 from qlora_jax.data.held_out import content_keys as content_keys
@@ -18,5 +20,3 @@ from qlora_jax.data.held_out import hold_out as hold_out
 from qlora_jax.data.mixture import Mixture as Mixture
 from qlora_jax.data.notes import data_notes as data_notes
 from qlora_jax.data.report import DataReport as DataReport
-from qlora_jax.data.settings import DataConfig as DataConfig
-from qlora_jax.data.settings import Source as Source

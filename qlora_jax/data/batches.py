@@ -26,9 +26,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from qlora_jax.data.arrays import Examples
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import Interleaving, Mixture, lay_out, random_keys
-from qlora_jax.data.settings import DataConfig
 from qlora_jax.errors import UserError
 
 Batch = dict[str, Int32[np.ndarray, "..."]]

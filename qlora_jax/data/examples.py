@@ -16,15 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.data.arrays import Examples, Sink, fingerprint, quartiles
-from qlora_jax.data.cache import cache_directory, cache_key, cached
-from qlora_jax.data.encoding import IGNORE, make_encoder
-from qlora_jax.data.mixture import Mixture, mix
-from qlora_jax.data.packing import pack
+from qlora_jax.data.arrays import (
+    Examples,
+    Sink,
+    cache_directory,
+    cache_key,
+    cached,
+    fingerprint,
+    quartiles,
+)
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.encoding import IGNORE, Encoded, make_encoder
+from qlora_jax.data.mixture import Mixture, mix, pack
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.rows import Row, RowFile
-from qlora_jax.data.segments import Encoded
-from qlora_jax.data.settings import DataConfig
 from qlora_jax.data.sources import HUB, Place, find_places
 from qlora_jax.errors import Problems, UserError
 

@@ -14,10 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from qlora_jax.data.arrays import PIECE, Examples, quartiles
-from qlora_jax.data.mixture import BLOCKS, Mixture, mix, random_keys
-from qlora_jax.data.packing import pack
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.mixture import BLOCKS, Mixture, mix, pack, random_keys
 from qlora_jax.data.report import SourceReport, combined
-from qlora_jax.data.settings import DataConfig
 from qlora_jax.errors import UserError
 
 # Of the random stream that chooses; sources and blocks have those below it.

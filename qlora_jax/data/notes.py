@@ -5,8 +5,8 @@ from typing import Any
 from qlora_jax.data.arrays import Examples
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.chat import ChatRenderer
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import Mixture, lay_out
-from qlora_jax.data.settings import DataConfig
 
 # Less than this of the rows being tokens is worth a word.
 _FULL = 0.8

@@ -21,9 +21,7 @@ from qlora_jax.choices import (
     Quantization,
     RematOrAuto,
 )
-from qlora_jax.config_changes import FIELDS as CHANGEABLE_FIELDS
-from qlora_jax.config_changes import check_changes
-from qlora_jax.data.settings import (
+from qlora_jax.data.config import (
     SOURCE_FIELDS,
     DataConfig,
     Format,
@@ -32,8 +30,10 @@ from qlora_jax.data.settings import (
     TrainOn,
 )
 from qlora_jax.errors import UserError, raise_problems
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.train_config import TrainConfig
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import FIELDS as CHANGEABLE_FIELDS
+from qlora_jax.models.config import check_changes
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
 
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.compile_for import ENVIRONMENT, XLA_FLAGS
+from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
 
 # Before jax is imported.
 os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import attention_gpu, flash_attention
-from qlora_jax.cards import CARDS
-from qlora_jax.step_memory import gpu_mesh
+from pallas_kernels import flash_attention
+from pallas_kernels.attention import gpu
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.step import gpu_mesh
 
 KEPT = ("ptx", "ptxas", "ll")
 
@@ -44,7 +45,7 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     segments = array((batch, length), jnp.int32) if wanted["packed"] else None
     numbers = array((batch, heads, 2, length), jnp.float32)
     if wanted["kernel"] == "forward":
-        return jax.jit(attention_gpu.forward).lower(q, k, v, segments)
+        return jax.jit(gpu.forward).lower(q, k, v, segments)
     if wanted["kernel"] == "gradient":
 
         def gradient(q: Any, k: Any, v: Any, dout: Any, segments: Any) -> Any:
@@ -55,8 +56,8 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
 
         return jax.jit(gradient).lower(q, k, v, dout, segments)
     kernel = {
-        "queries": attention_gpu._backward_queries,
-        "keys": attention_gpu._backward_keys,
+        "queries": gpu._backward_queries,
+        "keys": gpu._backward_keys,
     }[wanted["kernel"]]
 
     def backward(*arrays: Any) -> Any:

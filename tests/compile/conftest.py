@@ -94,7 +94,7 @@ def _read(text: str, memory: dict[str, int]) -> Program:
 @pytest.fixture(scope="session")
 def gpu_compiler() -> str:
     """The Python with the GPU compiler."""
-    from qlora_jax.compile_for import find_compiler
+    from qlora_jax.planning.compile import find_compiler
 
     python = find_compiler()
     if python is None:
@@ -124,13 +124,13 @@ def compile_step(
 
 
 def _training(python: str, wanted: dict[str, Any], _: Path) -> Program:
-    from qlora_jax.cards import CARDS
-    from qlora_jax.compile_for import compile_for
-    from qlora_jax.config import LlamaConfig
-    from qlora_jax.linear import Compute
-    from qlora_jax.lora_config import LoraConfig
-    from qlora_jax.step_memory import Step
-    from qlora_jax.train import TrainConfig
+    from qlora_jax.lora.config import LoraConfig
+    from qlora_jax.models.config import LlamaConfig
+    from qlora_jax.models.layers import Compute
+    from qlora_jax.planning.compile import compile_for
+    from qlora_jax.planning.gpus import CARDS
+    from qlora_jax.planning.step import Step
+    from qlora_jax.training.step import TrainConfig
 
     lora = {"target_modules": "all-linear", **wanted["lora"]}
     step = Step(

@@ -5,7 +5,7 @@
 
 For request number n, OUT/n holds what Mosaic GPU writes: kernel.ptx, kernel.ptxas (what
 ptxas says of it) and kernel.ll (the host code that launches it); and memory.json, the
-buffers of the whole program. A request names the arguments of `pallas_kernels.nf4_gpu`,
+buffers of the whole program. A request names the arguments of `pallas_kernels.nf4.gpu`,
 and how many layers the stack has that is passed.
 
 A process of its own: the environment has to stand before jax starts.
@@ -27,7 +27,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 from step_for_gpu import H200
 
-from pallas_kernels import mosaic, nf4_gpu, nf4_wgmma
+from pallas_kernels import mosaic
+from pallas_kernels.nf4 import gpu, wgmma
 
 KEPT = ("ptx", "ptxas", "ll")
 
@@ -78,7 +79,7 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
             array((layers,), jnp.float32),
             array((layers, 256), jnp.float32),
         )
-    packed = nf4_gpu.Packed(
+    packed = gpu.Packed(
         codes=array((layers, rows, columns // 2), jnp.uint8),
         absmax=array(
             (layers, rows, columns // 64),
@@ -92,12 +93,12 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     if wanted["kernel"] == "decoded":
         run = decoded(dtype, **options)
         scales = array((mosaic.ROWS, 2), jnp.float32)
-        table = array(nf4_wgmma.pair_table().shape, jnp.float32)
+        table = array(wgmma.pair_table().shape, jnp.float32)
         return jax.jit(run).lower(array(shape, jnp.uint8), scales, table)
     if wanted["kernel"] == "dequantize":
 
         def dequantize(packed: Any) -> jax.Array:
-            return nf4_gpu.dequantize(packed, shape=shape, dtype=dtype, **options)
+            return gpu.dequantize(packed, shape=shape, dtype=dtype, **options)
 
         return jax.jit(dequantize).lower(packed)
 
@@ -105,17 +106,15 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     if wanted["kernel"] == "middle_product":
 
         def middle(x: jax.Array, packed: Any) -> jax.Array:
-            return nf4_wgmma.middle_product(
-                x, packed, shape=shape, dtype=dtype, **options
-            )
+            return wgmma.matmul(x, packed, shape=shape, dtype=dtype, **options)
 
         return jax.jit(middle).lower(array((rows, columns), dtype), packed)
 
     split = options.get("split")
-    split = nf4_gpu.Split(*split) if split else nf4_gpu.split_for(shape, rows)
+    split = gpu.Split(*split) if split else gpu.split_for(shape, rows)
 
     def product(x: jax.Array, packed: Any) -> jax.Array:
-        return nf4_gpu.product(x, packed, shape=shape, split=split)
+        return gpu.matmul(x, packed, shape=shape, split=split)
 
     return jax.jit(product).lower(array((rows, columns), dtype), packed)
 
@@ -142,10 +141,10 @@ def decoded(dtype: Any, transposed: bool) -> Any:
     scratch = [
         plgpu.SMEM((mosaic.ROWS, mosaic.BLOCK // 2), jnp.uint8),
         plgpu.SMEM((mosaic.ROWS, 2), jnp.float32),
-        plgpu.SMEM(nf4_wgmma.pair_table().shape, jnp.float32),
+        plgpu.SMEM(wgmma.pair_table().shape, jnp.float32),
     ]
     out = jax.ShapeDtypeStruct((mosaic.ROWS, mosaic.BLOCK), jnp.float32)
-    return nf4_gpu.kernel(body, out, scratch, grid={"one": 1}, interpret=False)
+    return gpu.kernel(body, out, scratch, grid={"one": 1}, interpret=False)
 
 
 def main(requests: list[dict[str, Any]], out: Path, device_name: str) -> None:

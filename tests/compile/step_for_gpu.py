@@ -6,7 +6,7 @@ That is generation of "generate" tokens after prompts of "length", greedily. Wha
 compiler makes is what would run: the buffers of the whole program and its scheduled
 form, written to OUT/memory.json and OUT/program.txt. No times.
 
-A training step is compiled by the library itself (`qlora_jax.compile_for`), in a
+A training step is compiled by the library itself (`qlora_jax.planning.compile`), in a
 process set up in the same way.
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.compile_for import ENVIRONMENT, XLA_FLAGS
+from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
 
 # Before jax is imported.
 os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
@@ -24,16 +24,16 @@ os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.cards import CARDS
-from qlora_jax.config import LlamaConfig
-from qlora_jax.generate import _generate
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora import abstract_adapters
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.memory import abstract_base
-from qlora_jax.sampling import Rules, Sampling
-from qlora_jax.step_memory import gpu_mesh
+from qlora_jax.inference.decode import _generate
+from qlora_jax.inference.sampling import Rules, Sampling
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.planning.estimate import abstract_base
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.step import gpu_mesh
 
 H200 = CARDS["h200"].target
 

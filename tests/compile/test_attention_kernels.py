@@ -1,7 +1,7 @@
 """The attention kernels as an H200 would run them: registers, memory, instructions.
 
 Compiled without a GPU (`make compile`). What they compute is tested in Pallas's
-interpreter (tests/pallas_kernels/test_attention_kernels.py), which runs the same
+interpreter (tests/pallas_kernels/attention/test_gpu.py), which runs the same
 programs. Times are absent.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.device import jax_has_kernels
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 
 pytestmark = [
     pytest.mark.compile,
@@ -123,12 +123,12 @@ def test_products_are_those_of_the_tensor_cores(wanted, folder):
     shapes = re.findall(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16", kernel.ptx
     )
-    from pallas_kernels import attention_gpu
+    from pallas_kernels.attention import gpu
 
     tiles = {
-        "forward": attention_gpu.FORWARD,
-        "queries": attention_gpu.QUERIES,
-        "keys": attention_gpu.KEYS,
+        "forward": gpu.FORWARD,
+        "queries": gpu.QUERIES,
+        "keys": gpu.KEYS,
     }[wanted["kernel"]]
     # Of every step: products for scores (summed over head_dim, as wide as the step),
     # and those that are added up (summed over the step, as wide as head_dim).

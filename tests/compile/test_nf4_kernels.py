@@ -198,7 +198,7 @@ def packed(wanted: dict) -> Any:
     Block scales are spread over many powers of two, so that some products are
     subnormal in float16 and one overflows it; one block is all zeros.
     """
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     rng = np.random.default_rng(0)
     stack = []
@@ -218,12 +218,12 @@ def packed(wanted: dict) -> Any:
         for field in fields
     ]
     nested = tuple(arrays[2:]) or None
-    return nf4_gpu.Packed(*arrays[:2], nested, jnp.array([LAYER], jnp.int32))
+    return gpu.Packed(*arrays[:2], nested, jnp.array([LAYER], jnp.int32))
 
 
 def reference(packed: Any, shape: tuple, dtype: Any) -> np.ndarray:
     """The same weight by XLA."""
-    from pallas_kernels.nf4 import Nested, nf4_dequantize
+    from pallas_kernels import Nested, nf4_dequantize
 
     nested = packed.nested and Nested(*(a[LAYER] for a in packed.nested))
     codes, absmax = packed.codes[LAYER], packed.absmax[LAYER]
@@ -232,16 +232,14 @@ def reference(packed: Any, shape: tuple, dtype: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("wanted", DEQUANTIZE, ids=name)
 def test_the_compiled_dequantize_equals_xla_bit_for_bit(wanted, kernels, interpreted):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape, dtype = wanted["shape"], jnp.dtype(wanted["dtype"])
     weights = packed(wanted)
     kernel = kernels(wanted)
     got, trace = interpreted(
         kernel,
-        lambda: nf4_gpu.dequantize(
-            weights, shape=shape, dtype=dtype, **wanted["options"]
-        ),
+        lambda: gpu.dequantize(weights, shape=shape, dtype=dtype, **wanted["options"]),
     )
     want = reference(weights, shape, dtype)
     bits = np.dtype(f"u{dtype.itemsize}")
@@ -251,17 +249,17 @@ def test_the_compiled_dequantize_equals_xla_bit_for_bit(wanted, kernels, interpr
 
 @pytest.mark.parametrize("wanted", PRODUCT, ids=name)
 def test_the_compiled_product_equals_x_times_the_weight(wanted, kernels, interpreted):
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape, rows = wanted["shape"], wanted["rows"]
-    split = nf4_gpu.Split(*wanted["options"]["split"])
+    split = gpu.Split(*wanted["options"]["split"])
     weights = packed(wanted)
     rng = np.random.default_rng(1)
     dtype = jnp.dtype(wanted["dtype"])
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32)).astype(dtype)
     got, trace = interpreted(
         kernels(wanted),
-        lambda: nf4_gpu.product(x, weights, shape=shape, split=split),
+        lambda: gpu.matmul(x, weights, shape=shape, split=split),
     )
     assert got.shape == (rows, shape[0]) and got.dtype == np.float32
     x = np.asarray(x).astype(np.float64)
@@ -279,7 +277,7 @@ def test_the_compiled_product_equals_x_times_the_weight(wanted, kernels, interpr
 
 def rounded_to(packed: Any, shape: tuple, dtype: Any) -> np.ndarray:
     """The weight with the table's values rounded, the block scales exact."""
-    from pallas_kernels.nf4 import NF4_CODE
+    from pallas_kernels import NF4_CODE
 
     codes = np.asarray(packed.codes[LAYER]).reshape(-1)
     indices = np.stack([codes >> 4, codes & 15], -1).reshape(-1, 64)
@@ -317,15 +315,15 @@ def test_lookups_of_codes_meet_no_bank_conflicts(wanted, kernels, interpreted):
 
 def call(wanted: dict) -> Any:
     """Runs a request's kernel on weights of its own; zeros for x."""
-    from pallas_kernels import nf4_gpu
+    from pallas_kernels.nf4 import gpu
 
     shape, dtype = wanted["shape"], jnp.dtype(wanted["dtype"])
     weights, options = packed(wanted), wanted["options"]
     if wanted["kernel"] == "dequantize":
-        return nf4_gpu.dequantize(weights, shape=shape, dtype=dtype, **options)
-    split = nf4_gpu.Split(*options["split"])
+        return gpu.dequantize(weights, shape=shape, dtype=dtype, **options)
+    split = gpu.Split(*options["split"])
     x = jnp.zeros((wanted["rows"], shape[1]), dtype)
-    return nf4_gpu.product(x, weights, shape=shape, split=split)
+    return gpu.matmul(x, weights, shape=shape, split=split)
 
 
 def blocks(instructions: list, rows: int) -> float:

@@ -1,8 +1,8 @@
-"""`nf4_wgmma.middle_product` as an H200 would run it: compiled, without a GPU.
+"""`wgmma.matmul` as an H200 would run it: compiled, without a GPU.
 
 What it decodes is checked on the compiled PTX, executed by ptx.py in a kernel that
 decodes one tile. `wgmma` and the bulk copies are not executed there: Pallas's
-interpreter runs them (tests/pallas_kernels/test_nf4_wgmma.py), as what they mean.
+interpreter runs them (tests/pallas_kernels/nf4/test_wgmma.py), as what they mean.
 """
 
 import importlib.util
@@ -88,8 +88,8 @@ def compiled(tmp_path_factory) -> Any:
 
 @pytest.mark.parametrize("wanted", DECODED, ids=name)
 def test_a_decoded_tile_is_the_weight_bit_for_bit(wanted, compiled):
-    from pallas_kernels import mosaic, nf4_wgmma
-    from pallas_kernels.nf4 import nf4_dequantize
+    from pallas_kernels import mosaic, nf4_dequantize
+    from pallas_kernels.nf4 import wgmma
 
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, (64, 32), dtype=np.uint8)
@@ -104,7 +104,7 @@ def test_a_decoded_tile_is_the_weight_bit_for_bit(wanted, compiled):
     folder, got = compiled(wanted), np.zeros((64, 64), np.float32)
     program = ptx.parse((folder / "kernel.ptx").read_text())
     launch = ptx.read_launch((folder / "kernel.ll").read_text())
-    trace = ptx.run(program, launch, [codes, scales, nf4_wgmma.pair_table(), got])
+    trace = ptx.run(program, launch, [codes, scales, wgmma.pair_table(), got])
     if wanted["options"]["transposed"]:
         got = got.T
     np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
@@ -120,7 +120,7 @@ def test_a_decoded_tile_is_the_weight_bit_for_bit(wanted, compiled):
 
 @pytest.mark.parametrize("wanted", MIDDLE, ids=name)
 def test_it_fits_the_device(wanted, compiled):
-    from pallas_kernels import nf4_wgmma
+    from pallas_kernels.nf4 import wgmma
 
     folder, (out, width), rows = compiled(wanted), wanted["shape"], wanted["rows"]
     report = (folder / "kernel.ptxas").read_text()
@@ -132,7 +132,7 @@ def test_it_fits_the_device(wanted, compiled):
     assert launch.threads == 256 and registers * launch.threads <= 65536
     # Shared memory of a block on request, CUDA C++ Programming Guide.
     assert launch.shared <= 232448
-    tiling = nf4_wgmma.tiling_for((out, width), rows)
+    tiling = wgmma.tiling_for((out, width), rows)
     columns = -(-rows // tiling.columns)
     assert np.prod(launch.grid) == columns * out // 128 * tiling.parts
     # x in its order, the sums of the parts and what is cut off; no slice of the stack.

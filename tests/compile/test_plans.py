@@ -7,16 +7,16 @@ import dataclasses
 
 import pytest
 
-from pallas_kernels.shapes import MODELS
-from qlora_jax import estimate
-from qlora_jax.cards import CARDS
-from qlora_jax.compile_for import compile_for
-from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.plan import LADDER, Planner, granule
-from qlora_jax.step_memory import Step
-from qlora_jax.train import TrainConfig
+from pallas_kernels.nf4.shapes import MODELS
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning import estimate
+from qlora_jax.planning.compile import compile_for
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.plan import LADDER, Planner, granule
+from qlora_jax.planning.step import Step
+from qlora_jax.training.step import TrainConfig
 
 pytestmark = pytest.mark.compile
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pallas_kernels.shapes import MODELS
+from pallas_kernels.nf4.shapes import MODELS
 
 pytestmark = pytest.mark.compile
 

@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 
 from convert import names
-from qlora_jax.config import LlamaConfig
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,7 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     made = {
         where: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-        for where, shape in names.shapes(config).items()
+        for where, shape in model_params.shapes(config).items()
     }
     table = list(names.keys(config).items())
     weight_map = {}

@@ -11,8 +11,9 @@ import convert
 from convert import bnb, names
 from convert.files import Mismatches, TensorFiles, read_header
 from convert.output import write_safetensors
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import quantize
 
 FRAGMENTS = ("llama_1b_nf4", "llama_1b_nf4_double_quant")
@@ -322,7 +323,8 @@ def test_old_quantization_config_without_packed_weights_counts_as_dense(
     path = save_model(raw, make_tensors(raw))
     config, base = convert.load_llama(path, quantization=None)
     assert not any(
-        names.is_projection(p) and hasattr(v, "codes") for p, v in names.walk(base)
+        model_params.is_projection(p) and hasattr(v, "codes")
+        for p, v in names.walk(base)
     )
     convert.save_llama(tmp_path / "out", config, base)
     assert "quantization_config" not in json.loads(

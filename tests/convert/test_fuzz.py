@@ -33,9 +33,10 @@ import safetensors.numpy
 
 import convert
 from convert import names
-from qlora_jax.config import LlamaConfig
-from qlora_jax.convert_cli import main
+from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,7 +112,7 @@ FIELDS: dict[str, Any] = {
 def layer_parts(module: str, layer: int, rank: int = R) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the update of one linear layer."""
     block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    shapes = names.shapes(LlamaConfig.from_hf(MODEL))
+    shapes = model_params.shapes(LlamaConfig.from_hf(MODEL))
     out, inner = shapes["model", "layers", block, module, "weight"]
     prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
     return {
@@ -857,7 +858,7 @@ def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
 def base_of(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a model, all ones."""
     tree: dict[str, Any] = {}
-    for path, shape in names.shapes(config).items():
+    for path, shape in model_params.shapes(config).items():
         leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
         names.put(tree, path, np.ones((*leading, *shape), np.float32))
     return tree

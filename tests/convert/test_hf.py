@@ -14,10 +14,10 @@ import pytest
 import convert
 from convert import names
 from convert.files import open_model
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.fingerprint import fingerprint_tree
-from qlora_jax.nf4 import NF4Tensor, quantize
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import NF4Tensor, fingerprint_tree, quantize
 
 BF16 = ml_dtypes.bfloat16
 DENSE = (
@@ -104,7 +104,7 @@ def test_double_quantization_differs_from_bitsandbytes_in_scales_alone(shared):
     _, ours = convert.load_llama(shared / "golden/llama32/fp32", quantization="nf4_dq")
     _, theirs = convert.load_llama(shared / "golden/llama32/nf4_dq")
     for path, leaf in names.walk(ours):
-        if names.is_projection(path):
+        if model_params.is_projection(path):
             other = dict(names.walk(theirs))[path]
             np.testing.assert_array_equal(leaf.codes, other.codes)
             np.testing.assert_array_equal(leaf.nested_quant_map, other.nested_quant_map)
@@ -146,7 +146,7 @@ def test_every_tensor_lands_in_its_place(
     path = save_model(raw, tensors, shards=shards)
     config, base = convert.load_llama(path, quantization=None)
     leaves = dict(names.walk(base))
-    assert set(leaves) == set(names.shapes(config))
+    assert set(leaves) == set(model_params.shapes(config))
     for key, value in tensors.items():
         where, layer = names.parse_key(key)
         got = leaves[where] if layer is None else leaves[where][layer]
@@ -167,10 +167,10 @@ def test_projections_and_they_alone_are_quantized_and_saved_and_loaded_again(
     )
     double = quantization == "nf4_dq"
     for path, leaf in names.walk(base):
-        assert isinstance(leaf, NF4Tensor) == names.is_projection(path)
+        assert isinstance(leaf, NF4Tensor) == model_params.is_projection(path)
     for key, value in tensors.items():
         where, layer = names.parse_key(key)
-        if names.is_projection(where):
+        if model_params.is_projection(where):
             leaf = dict(names.walk(base))[where][layer]
             assert equal_trees(leaf, quantize(value, double_quant=double))
     out = tmp_path / "out"
@@ -451,7 +451,7 @@ def test_a_configuration_without_file_is_written_complete(tmp_path):
         tie_word_embeddings=True,
     )
     base: dict = {}
-    for path, shape in names.shapes(config).items():
+    for path, shape in model_params.shapes(config).items():
         leading = (1,) if names.is_stacked(path) else ()
         names.put(base, path, np.ones((*leading, *shape), BF16))
     convert.save_llama(tmp_path / "out", config, base)

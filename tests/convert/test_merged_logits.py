@@ -14,12 +14,13 @@ import pytest
 
 import convert
 from convert import names
-from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute, Linear
-from qlora_jax.llama import Attention, Llama
-from qlora_jax.lora import bind
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute, Linear
+from qlora_jax.models.llama import Attention, Llama
 
 LOGITS = 3e-5
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 12)), jnp.int32)
@@ -150,7 +151,7 @@ def draw(rng, kind):
 
 def drawn(config, kind, rng):
     """A configuration that fits, drawn."""
-    base = names.abstract_base(config)
+    base = model_params.abstract_base(config)
     while True:
         fields = draw(rng, kind)
         try:
@@ -164,7 +165,7 @@ def drawn(config, kind, rng):
 
 def filled(config, lora, rng):
     """An adapter without zeros but for those of lower ranks."""
-    selection = select(names.abstract_base(config), lora)
+    selection = select(model_params.abstract_base(config), lora)
     leaves = {}
     for path, shape in selection.shapes().items():
         leaves[path] = rng.standard_normal(shape).astype(np.float32) * 0.2

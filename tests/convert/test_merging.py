@@ -19,11 +19,12 @@ import convert
 from convert import bnb, names
 from convert.files import open_model
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import quantize
-from qlora_jax.targets import select
 
 BF16 = ml_dtypes.bfloat16
 
@@ -111,7 +112,7 @@ def test_onto_the_dequantized_weights_of_a_4bit_directory(golden, tmp_path):
     assert set(merged) == set(names.keys(config))
     for key, (path, layer) in names.keys(config).items():
         leaf = leaves[path] if layer is None else leaves[path][layer]
-        dense = bnb.dequantize(leaf) if names.is_projection(path) else leaf
+        dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         update = delta(adapter, key)
         if update is None:
             assert merged[key].tobytes() == np.asarray(dense).tobytes()
@@ -163,7 +164,7 @@ def test_dense_copy_of_a_4bit_directory(golden, tmp_path):
     assert count == len(names.keys(config))
     for path, leaf in names.walk(tree):
         got = dict(names.walk(copy))[path]
-        dense = bnb.dequantize(leaf) if names.is_projection(path) else leaf
+        dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         assert got.tobytes() == dense.astype(BF16).tobytes()
 
 
@@ -227,7 +228,9 @@ def test_requantized_is_the_merged_checkpoint_quantized(
     # What the report says was lost, from the two directories.
     merged, leaves = read_all(dense), dict(names.walk(convert.load_llama(packed)[1]))
     errors = two["requantization_error"]
-    assert set(errors) == {path[-2] for path in leaves if names.is_projection(path)}
+    assert set(errors) == {
+        path[-2] for path in leaves if model_params.is_projection(path)
+    }
     for name, error in errors.items():
         old, new = [], []
         for key, (path, layer) in names.keys(LlamaConfig.from_hf(tiny)).items():
@@ -301,7 +304,9 @@ def test_what_the_base_has_not_is_added(
 
 def abstract_ones(config, lora):
     tree: dict = {}
-    for path, shape in select(names.abstract_base(config), lora).shapes().items():
+    for path, shape in (
+        select(model_params.abstract_base(config), lora).shapes().items()
+    ):
         names.put(tree, path, np.ones(shape, np.float32))
     return tree
 

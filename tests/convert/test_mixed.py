@@ -23,10 +23,11 @@ from convert.hf import write_directory
 from convert.merging import write_dense
 from convert.output import Entry
 from convert.verify import compare
-from qlora_jax.convert_cli import main
+from qlora_jax.cli.convert import main
 from qlora_jax.errors import CheckpointError
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
+from qlora_jax.models import params as model_params
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import NF4Tensor, quantize
 
 BF16 = ml_dtypes.bfloat16
@@ -316,7 +317,7 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
     entries = []
     for name, (path, layer) in names.keys(checkpoint.config).items():
         weight = checkpoint.files.read(name)
-        if names.is_projection(path) and layer != 3:
+        if model_params.is_projection(path) and layer != 3:
             if path not in once:
                 once[path] = quantize(weight, double_quant=True)
             entries += bnb.entries(name, once[path], None, quant_storage="uint8")

@@ -5,7 +5,8 @@ import pytest
 
 from convert import names
 from convert.files import open_model, read_json
-from qlora_jax.config import LlamaConfig
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 
 MODELS = ("llama32/fp32", "llama2/fp32_sharded", "llamabias/fp32")
 
@@ -34,8 +35,8 @@ def test_parse_is_the_inverse_of_spell(tied, attention_bias, mlp_bias):
     for key, (path, layer) in table.items():
         assert names.parse_key(key) == (path, layer)
         assert names.hf_key(path, layer) == key
-    stacked = sum(names.is_stacked(p) for p in names.shapes(c))
-    plain = len(names.shapes(c)) - stacked
+    stacked = sum(names.is_stacked(p) for p in model_params.shapes(c))
+    plain = len(model_params.shapes(c)) - stacked
     assert len(table) == 3 * stacked + plain
     assert stacked == 9 + 4 * attention_bias + 3 * mlp_bias
     assert plain == (2 if tied else 3)
@@ -46,7 +47,7 @@ def test_parse_is_the_inverse_of_spell(tied, attention_bias, mlp_bias):
 def test_table_lists_exactly_the_keys_and_shapes_of_hf(golden: Path, name):
     path = golden / name
     c = LlamaConfig.from_hf(read_json(path / "config.json"))
-    files, shapes = open_model(path), names.shapes(c)
+    files, shapes = open_model(path), model_params.shapes(c)
     assert set(names.keys(c)) == set(files)
     for key, (where, _) in names.keys(c).items():
         assert files[key].shape == shapes[where]
@@ -65,31 +66,31 @@ def test_tensors_of_ones_own_modules_are_in_the_table_and_in_the_tree():
     extra = {"model.layers.self_attn.gate.weight": (4, 8), "model.scale": ()}
     c = config(extra_tensors=extra)
     gate = ("model", "layers", "self_attn", "gate", "weight")
-    assert names.shapes(c)[gate] == (4, 8)
+    assert model_params.shapes(c)[gate] == (4, 8)
     table = names.keys(c)
     for layer in range(3):
         key = f"model.layers.{layer}.self_attn.gate.weight"
         assert table[key] == (gate, layer) == names.parse_key(key)
     assert table["model.scale"] == (("model", "scale"), None)
     assert len(table) == len(names.keys(config())) + 4
-    tree = names.abstract_base(c)
+    tree = model_params.abstract_base(c)
     assert tree["model"]["layers"]["self_attn"]["gate"]["weight"].shape == (3, 4, 8)
     assert tree["model"]["scale"].shape == ()
 
 
 def test_the_abstract_tree_has_the_shapes_of_the_table():
     c = config(attention_bias=True)
-    leaves = dict(names.walk(names.abstract_base(c)))
+    leaves = dict(names.walk(model_params.abstract_base(c)))
     assert {
         path: leaf.shape[names.is_stacked(path) :] for path, leaf in leaves.items()
-    } == names.shapes(c)
+    } == model_params.shapes(c)
     stacked = [leaf for path, leaf in leaves.items() if names.is_stacked(path)]
     assert {leaf.shape[0] for leaf in stacked} == {3}
 
 
 def test_grouped_heads_and_explicit_head_dim_give_the_shapes():
-    shapes = names.shapes(config())
-    layer = {p[-2]: s for p, s in shapes.items() if names.is_projection(p)}
+    shapes = model_params.shapes(config())
+    layer = {p[-2]: s for p, s in shapes.items() if model_params.is_projection(p)}
     assert layer == {
         "q_proj": (12, 8),
         "k_proj": (6, 8),

@@ -19,12 +19,13 @@ import convert
 from convert import names
 from convert.files import read_json
 from convert.peft import adapter_bytes, open_adapter
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora import abstract_adapters
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import absorb, factor_out, init_adapters
-from qlora_jax.targets import select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.lora.init import absorb, factor_out, init_adapters
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import PROJECTIONS
 
 GOLDEN = (
@@ -143,7 +144,7 @@ def test_every_tensor_lands_in_its_place(tiny, config, make_adapter, dtype, targ
 
 def test_fresh_adapters_on_a_device_are_saved_and_loaded(config, tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear")
-    base = names.abstract_base(config)
+    base = model_params.abstract_base(config)
     adapters = init_adapters(jax.random.key(0), base, lora)
     convert.save_adapter(
         tmp_path / "out", lora, adapters, config, base_model_name_or_path="the/base"
@@ -341,7 +342,7 @@ def random_tree(config: LlamaConfig, lora: LoraConfig, seed: int = 0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-        abstract_adapters(names.abstract_base(config), lora),
+        abstract_adapters(model_params.abstract_base(config), lora),
     )
 
 
@@ -358,7 +359,7 @@ def test_every_kind_has_the_keys_of_peft_and_comes_back(tiny, tmp_path, kind):
     }
     assert {v.dtype for v in tensors.values()} == {np.dtype(np.float32)}
     assert adapter_bytes(config, lora) == (out / WEIGHTS).stat().st_size
-    base = names.abstract_base(config)
+    base = model_params.abstract_base(config)
     assert adapter_bytes(base, lora) == adapter_bytes(config, lora)
 
     # Whatever the model is given as.
@@ -387,7 +388,7 @@ def test_every_kind_has_the_keys_of_peft_and_comes_back(tiny, tmp_path, kind):
                     one[i] *= rank > 0
             np.testing.assert_array_equal(two, one)
     for w in select(base, lora).whole:
-        if w.follows is None:
+        if w.tied_to is None:
             one, two = tree, loaded
             for name in w.path:
                 one, two = one[name], two[name]
@@ -614,7 +615,7 @@ def test_targets_that_are_not_in_the_model(tiny, config, make_adapter):
     edit_config(path, target_modules=["q_proj", "down_proj", "c_attn"])
     lora, adapters = convert.load_adapter(path, config)
     # As in PEFT; who loads can ask which.
-    assert select(names.abstract_base(config), lora).unmatched == ("c_attn",)
+    assert select(model_params.abstract_base(config), lora).unmatched == ("c_attn",)
     assert len(jax.tree.leaves(adapters)) == 4
     edit_config(path, target_modules=["c_attn"])
     with pytest.raises(UserError, match="matches no linear module"):
@@ -786,7 +787,7 @@ def with_tables(tiny, tmp_path):
         rng = np.random.default_rng(5)
         base = jax.tree.map(
             lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-            names.abstract_base(config),
+            model_params.abstract_base(config),
         )
         lora = lora_of("embed_tokens", "lm_head")
         out = tmp_path / f"out{tied}{np.dtype(dtype).name}{scale}"
@@ -998,7 +999,7 @@ def test_an_adapter_of_a_changed_base_is_saved_on_the_original_one(
     rng = np.random.default_rng(0)
     base = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-        names.abstract_base(config),
+        model_params.abstract_base(config),
     )
     lora = lora_of(
         *("q_proj", "down_proj", "embed_tokens"),

@@ -7,10 +7,11 @@ import pytest
 import convert
 from convert import names
 from convert.verify import compare
-from qlora_jax.config import LlamaConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import select
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models import params as model_params
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import PROJECTIONS
 
 KEY = "model.layers.1.mlp.up_proj.weight"
@@ -83,7 +84,9 @@ def save(tmp_path, tiny, name, fingerprint=None, value=1.0, config=None, **field
     fields = {"r": 2, "lora_alpha": 4, "base_fingerprint": fingerprint, **fields}
     lora = LoraConfig(**fields)
     tree: dict = {}
-    for path, shape in select(names.abstract_base(config), lora).shapes().items():
+    for path, shape in (
+        select(model_params.abstract_base(config), lora).shapes().items()
+    ):
         leaf = np.linspace(0, value, int(np.prod(shape)), dtype=np.float32)
         names.put(tree, path, leaf.reshape(shape))
     convert.save_adapter(tmp_path / name, lora, tree, config)

@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.chat import ChatRenderer, to_messages
-from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.segments import Segmented, tokenize
+from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
 from qlora_jax.errors import UserError
 
 CHATML = (

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from qlora_jax.data.packing import pack
+from qlora_jax.data.mixture import pack
 from qlora_jax.errors import UserError
 
 

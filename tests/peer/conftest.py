@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 
 
 def peer(name: str) -> ModuleType:

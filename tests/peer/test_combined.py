@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.adapters import combine_adapters
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora import abstract_adapters, bind
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import select
+from qlora_jax.lora.combine import combine_adapters
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters, bind
+from qlora_jax.lora.targets import select
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 
 pytestmark = [
     pytest.mark.peer,

@@ -6,9 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from qlora_jax.adam8bit import SIGNED, UNSIGNED
-from qlora_jax.optimizer import make_optimizer
-from qlora_jax.train_config import ParameterGroup, TrainConfig
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+from qlora_jax.training.optimizer import SIGNED, UNSIGNED, make_optimizer
 
 pytestmark = pytest.mark.peer
 

@@ -18,11 +18,11 @@ import convert
 from convert.checkpoint import open_checkpoint
 from convert.files import open_model
 from convert.merging import write_dense
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.lora_init import init_adapters
-from qlora_jax.train import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
 
 pytestmark = [
     pytest.mark.peer,

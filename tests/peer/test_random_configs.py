@@ -18,11 +18,11 @@ import pytest
 import safetensors.numpy
 
 import convert
-from qlora_jax import lora as lora_lib
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.lora_config import LoraConfig
-from qlora_jax.targets import select
+from qlora_jax.lora import functional as lora_lib
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
 
 pytestmark = [
     pytest.mark.peer,
@@ -454,7 +454,7 @@ def randomised(lora, base, seed):
     adapters = jax.tree_util.tree_map_with_path(leaf, like)
     selection = select(base, lora)
     for module in selection.adapted:
-        if module.follows is not None:
+        if module.tied_to is not None:
             continue  # its magnitude is its own, and the rank that of the other
         node = functools.reduce(dict.__getitem__, module.path, adapters)
         for layer, rank in enumerate(module.ranks):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.sampling import Sampling, penalize
+from qlora_jax.inference.sampling import Sampling, penalize
 
 pytestmark = pytest.mark.peer
 

@@ -16,7 +16,7 @@ from qlora_jax.runs.overrides import (
     values_of,
 )
 from qlora_jax.runs.toml import read_config
-from qlora_jax.train_config import ParameterGroup
+from qlora_jax.training.config import ParameterGroup
 
 FILE = """
 output_dir = "out"

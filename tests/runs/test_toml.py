@@ -7,10 +7,10 @@ import pytest
 
 from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
-from qlora_jax.lora_config import LoraConfig
+from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.train_config import ParameterGroup, TrainConfig
+from qlora_jax.training.config import ParameterGroup, TrainConfig
 
 SMALLEST = """
 [model]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from qlora_jax.model import load_tokenizer
+from convert.tokenizer import load_tokenizer
 
 # The one test of every command as a user's machine runs it.
 pytestmark = pytest.mark.usefixtures("optimized")

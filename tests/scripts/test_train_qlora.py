@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.config import LlamaConfig
-from qlora_jax.linear import Compute
-from qlora_jax.llama import Llama
-from qlora_jax.model import load
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.runs.loading import load
 
 SCRIPT = "scripts/train_qlora.py"
 

@@ -1,0 +1,466 @@
+"""Causal attention within segments for Hopper GPUs, in Pallas (Mosaic GPU).
+
+The blockwise algorithm with a running softmax (Dao 2023,
+https://arxiv.org/abs/2307.08691): scores never leave the registers, and the backward
+keeps one number for each query and head, the logarithm of the sum of its exponentials.
+
+Three kernels, in each of which a block of threads (two warpgroups of 64 rows) computes
+the rows that it writes:
+  forward     writes queries, goes over keys:     out, lse
+  queries     writes queries, goes over keys:     dq
+  keys        writes keys, goes over queries:     dk, dv
+The two of the backward both recompute the scores. That is 7 products for the 5 of one
+kernel that adds to dq from many blocks at once; it needs no float32 dq in memory, no
+atomic operation, and gives the same bits each time.
+
+These are the kernels; `pallas_kernels.attention.api` chooses, checks and
+differentiates. docs/attention.md has the counts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.blocks import (
+    BLOCK,
+    GROUPS,
+    MASKED,
+    ROWS,
+    Reach,
+    Ring,
+    across,
+    add_products,
+    causal_reach,
+    full,
+    launch,
+    masked,
+    products,
+    reach,
+    stream,
+    vector,
+    zeros,
+)
+from pallas_kernels.mosaic import operand
+
+# exp2 is one instruction; scores are scaled by log2(e) so that it gives exp.
+LOG2E = math.log2(math.e)
+
+
+class Tiles(NamedTuple):
+    """How a kernel goes over the other side."""
+
+    width: int
+    """Rows of the other side that a step takes: 64 or 128."""
+    stages: int
+    """Steps whose operands are in shared memory at once, at least 2."""
+
+
+# What the registers of a thread (255) and the shared memory of a block (227 KiB) hold;
+# ptxas spills if a step is wider.
+FORWARD = {64: Tiles(128, 4), 128: Tiles(128, 3)}
+"""Head width -> how `forward` goes over the keys."""
+QUERIES = {64: Tiles(128, 4), 128: Tiles(64, 4)}
+"""How the kernel that computes dq goes over the keys."""
+KEYS = {64: Tiles(128, 4), 128: Tiles(64, 4)}
+"""How the kernel that computes dk and dv goes over the queries."""
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes attention, and the log-sum-exp of every query's scores.
+
+    Args:
+      q: bfloat16 [B, T, N, H], T a multiple of `BLOCK`, H 64 or 128.
+      k: bfloat16 [B, T, K, H].
+      v: bfloat16 [B, T, K, H].
+      segments: int32 [B, T], or None for one segment.
+      tiles: how to go over the keys.
+      interpret: False, or what `plgpu.kernel` takes.
+
+    Returns:
+      The output, as `q`, and the natural logarithms, float32 [B, N, T].
+    """
+    batch, length, heads, width = q.shape
+    sharing = heads // k.shape[2]
+    keys, stages = tiles or FORWARD[width]
+    scale = LOG2E / math.sqrt(width)
+    packed = segments is not None
+
+    def attention_forward(q: Any, k: Any, v: Any, *refs: Any) -> None:
+        limits, marks, refs = _split_refs(refs, packed)
+        out, lse, q_s, k_s, v_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
+        queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, queries, head)
+        plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
+        first, last, *clear = (limit[row, block] for limit in limits)
+
+        def fetch(step: Any, slot: Any) -> None:
+            source = (
+                row,
+                pl.ds((first + step) * keys, keys),
+                jax.lax.div(head, sharing),
+            )
+            plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
+
+        def compute(step: Any, slot: Any, carry: Any) -> Any:
+            sums, top, total = carry
+            key_block = first + step
+            step_keys = pl.ds(key_block * keys, keys)
+            (scores,) = products((q_s.at[group], k_s.at[slot].transpose((1, 0))))
+            scores = masked(
+                scores,
+                (key_block >= clear[0]) & (key_block < clear[1]),
+                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
+                transposed=False,
+            )
+            # As in `xla._flash_fwd`, with exponentials of base 2.
+            new_top = jnp.maximum(top, scores.max(axis=1) * scale)
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
+            total = total * shrink + weights.sum(axis=1)
+            sums = sums * across(shrink, sums.shape)
+            (sums,) = add_products(
+                (sums, weights.astype(v.dtype), v_s.at[slot]), interpret=bool(interpret)
+            )
+            return sums, new_top, total
+
+        plgpu.barrier_wait(rows_ready.at[group])
+        # The running maximum starts below a masked score, so that the first visible
+        # score wipes out what came of masked ones.
+        sums, top, total = stream(
+            Ring(ready, free, stages),
+            group,
+            last - first + 1,
+            fetch=fetch,
+            compute=compute,
+            carry=(zeros(ROWS, width), full(ROWS, 2 * MASKED), full(ROWS, 0.0)),
+            interpret=bool(interpret),
+        )
+        q_s[group] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
+        lse[row, head, queries] = top * (1.0 / LOG2E) + jnp.log(total)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[group], out.at[target])
+        plgpu.wait_smem_to_gmem(0)
+
+    run = launch(
+        attention_forward,
+        (
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        [
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            plgpu.Barrier(num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        ],
+        grid={"block": length // BLOCK, "row": batch, "head": heads},
+        interpret=interpret,
+    )
+    operands = _operands(segments, batch, length, keys, queries=True)
+    out, lse = run(q, k, v, *operands)
+    return out, lse
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    *,
+    query_tiles: Tiles | None = None,
+    key_tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the derivative from the results of `forward`.
+
+    Args:
+      q: as for `forward`.
+      k: as for `forward`.
+      v: as for `forward`.
+      segments: as for `forward`.
+      out: its output.
+      lse: its log-sum-exp.
+      dout: bfloat16, the derivative with respect to `out`.
+      query_tiles: how the kernel that writes dq goes over the keys.
+      key_tiles: how the kernel that writes dk and dv goes over the queries.
+      interpret: False, or what `plgpu.kernel` takes.
+
+    Returns:
+      dq, dk and dv in bfloat16, each rounded once from float32 sums.
+    """
+    # The softmax's derivative subtracts the sum over the keys of weight times its
+    # derivative, which equals this sum over the head's width.
+    inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
+    arrays = (q, k, v, dout, numbers, segments)
+    dq = _backward_queries(*arrays, tiles=query_tiles, interpret=interpret)
+    dk, dv = _backward_keys(*arrays, tiles=key_tiles, interpret=interpret)
+    return dq, dk, dv
+
+
+def _backward_queries(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    numbers: jax.Array,
+    segments: jax.Array | None,
+    *,
+    tiles: Tiles | None,
+    interpret: Any,
+) -> jax.Array:
+    """Computes dq."""
+    batch, length, heads, width = q.shape
+    sharing = heads // k.shape[2]
+    keys, stages = tiles or QUERIES[width]
+    scale = 1.0 / math.sqrt(width)
+    packed = segments is not None
+
+    def attention_backward_queries(
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
+    ) -> None:
+        limits, marks, refs = _split_refs(refs, packed)
+        dq, q_s, dout_s, k_s, v_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
+        queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, queries, head)
+        plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
+        plgpu.copy_gmem_to_smem(dout.at[target], dout_s.at[group], rows_ready.at[group])
+        lse, inner = (vector(numbers.at[row, head, i, queries], 0) for i in range(2))
+        first, last, *clear = (limit[row, block] for limit in limits)
+
+        def fetch(step: Any, slot: Any) -> None:
+            source = (
+                row,
+                pl.ds((first + step) * keys, keys),
+                jax.lax.div(head, sharing),
+            )
+            plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
+
+        def compute(step: Any, slot: Any, sums: Any) -> Any:
+            key_block = first + step
+            step_keys = pl.ds(key_block * keys, keys)
+            scores, dweights = products(
+                (q_s.at[group], k_s.at[slot].transpose((1, 0))),
+                (dout_s.at[group], v_s.at[slot].transpose((1, 0))),
+            )
+            scores = masked(
+                scores,
+                (key_block >= clear[0]) & (key_block < clear[1]),
+                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
+                transposed=False,
+            )
+            weights = jnp.exp2(scores * (scale * LOG2E) - across(lse, scores.shape))
+            dscores = weights * (dweights - across(inner, scores.shape))
+            (sums,) = add_products(
+                (sums, dscores.astype(k.dtype), k_s.at[slot]), interpret=bool(interpret)
+            )
+            return sums
+
+        plgpu.barrier_wait(rows_ready.at[group])
+        sums = stream(
+            Ring(ready, free, stages),
+            group,
+            last - first + 1,
+            fetch=fetch,
+            compute=compute,
+            carry=zeros(ROWS, width),
+            interpret=bool(interpret),
+        )
+        q_s[group] = (sums * scale).astype(dq.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s.at[group], dq.at[target])
+        plgpu.wait_smem_to_gmem(0)
+
+    run = launch(
+        attention_backward_queries,
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            operand((stages, keys, width), q.dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        ],
+        grid={"block": length // BLOCK, "row": batch, "head": heads},
+        interpret=interpret,
+    )
+    operands = _operands(segments, batch, length, keys, queries=True)
+    return run(q, k, v, dout, numbers, *operands)
+
+
+def _backward_keys(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    numbers: jax.Array,
+    segments: jax.Array | None,
+    *,
+    tiles: Tiles | None,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes dk and dv.
+
+    Scores are [keys, queries], so that they are the left operand of both sums.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    sharing = heads // groups
+    queries, stages = tiles or KEYS[width]
+    scale = 1.0 / math.sqrt(width)
+    packed = segments is not None
+
+    def attention_backward_keys(
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
+    ) -> None:
+        limits, marks, refs = _split_refs(refs, packed)
+        dk, dv, k_s, v_s, q_s, dout_s, numbers_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
+        # Of keys the first blocks have the most queries to go over.
+        block = length // BLOCK - 1 - block
+        keys = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, keys, head)
+        plgpu.copy_gmem_to_smem(k.at[target], k_s.at[group], rows_ready.at[group])
+        plgpu.copy_gmem_to_smem(v.at[target], v_s.at[group], rows_ready.at[group])
+        first, last, *clear = (limit[row, block] for limit in limits)
+        steps_per_head = last - first + 1
+
+        def fetch(step: Any, slot: Any) -> None:
+            # All queries of one head after another.
+            query_head = head * sharing + jax.lax.div(step, steps_per_head)
+            query_block = first + jax.lax.rem(step, steps_per_head)
+            step_queries = pl.ds(query_block * queries, queries)
+            for array, buffer in ((q, q_s), (dout, dout_s)):
+                source = array.at[row, step_queries, query_head]
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+            source = numbers.at[row, query_head, :, step_queries]
+            plgpu.copy_gmem_to_smem(source, numbers_s.at[slot], ready.at[slot])
+
+        def compute(step: Any, slot: Any, carry: Any) -> Any:
+            dk, dv = carry
+            query_block = first + jax.lax.rem(step, steps_per_head)
+            step_queries = pl.ds(query_block * queries, queries)
+            # With dk and dv in them, the registers have room for two matrices of
+            # scores, but not while one of them is masked.
+            (scores,) = products((k_s.at[group], q_s.at[slot].transpose((1, 0))))
+            scores = masked(
+                scores,
+                (query_block >= clear[0]) & (query_block < clear[1]),
+                [(mark.at[row, step_queries], mark.at[row, keys]) for mark in marks],
+                transposed=True,
+            )
+            lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
+            weights = jnp.exp2(scores * (scale * LOG2E) - lse)
+            dv, dweights = add_products(
+                (dv, weights.astype(q.dtype), dout_s.at[slot]),
+                (
+                    zeros(*scores.shape),
+                    v_s.at[group],
+                    dout_s.at[slot].transpose((1, 0)),
+                ),
+                interpret=bool(interpret),
+            )
+            inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
+            dscores = weights * (dweights - inner)
+            (dk,) = add_products(
+                (dk, dscores.astype(q.dtype), q_s.at[slot]), interpret=bool(interpret)
+            )
+            return dk, dv
+
+        plgpu.barrier_wait(rows_ready.at[group])
+        dk_sums, dv_sums = stream(
+            Ring(ready, free, stages),
+            group,
+            steps_per_head * sharing,
+            fetch=fetch,
+            compute=compute,
+            carry=(zeros(ROWS, width), zeros(ROWS, width)),
+            interpret=bool(interpret),
+        )
+        k_s[group] = (dk_sums * scale).astype(dk.dtype)
+        v_s[group] = dv_sums.astype(dv.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_s.at[group], dk.at[target])
+        plgpu.copy_smem_to_gmem(v_s.at[group], dv.at[target])
+        plgpu.wait_smem_to_gmem(0)
+
+    run = launch(
+        attention_backward_keys,
+        (
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ),
+        [
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((GROUPS, ROWS, width), q.dtype),
+            operand((stages, queries, width), q.dtype),
+            operand((stages, queries, width), q.dtype),
+            plgpu.SMEM((stages, 2, queries), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        ],
+        grid={"block": length // BLOCK, "row": batch, "head": groups},
+        interpret=interpret,
+    )
+    operands = _operands(segments, batch, length, queries, queries=False)
+    dk, dv = run(q, k, v, dout, numbers, *operands)
+    return dk, dv
+
+
+def _program_ids(blocks: int) -> tuple[Any, Any, Any, Any]:
+    """Returns row of the batch, head, block of rows and warpgroup; last blocks first.
+
+    Of queries the last blocks have the most keys to go over, and what takes longest
+    should not begin last.
+    """
+    axis = jax.lax.axis_index
+    return axis("row"), axis("head"), blocks - 1 - axis("block"), axis("group")
+
+
+def _operands(
+    segments: jax.Array | None,
+    batch: int,
+    length: int,
+    other_rows: int,
+    *,
+    queries: bool,
+) -> list[jax.Array]:
+    """Returns the ranges of blocks, and what is compared where blocks are masked."""
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segments is None:
+        limits = causal_reach(batch, length, BLOCK, other_rows, queries=queries)
+        return [*limits, index]
+    return [*reach(segments, BLOCK, other_rows, queries=queries), index, segments]
+
+
+def _split_refs(refs: Any, packed: bool) -> tuple[Reach, Any, Any]:
+    """Splits the refs of `_operands` (ranges, marks) from those that follow."""
+    limits = len(Reach._fields)
+    end = limits + (2 if packed else 1)
+    return Reach(*refs[:limits]), refs[limits:end], refs[end:]

@@ -1,0 +1,292 @@
+"""Attention in plain XLA: the formula, and block by block with a running softmax.
+
+What a query sees is the same for both: see `pallas_kernels.attention`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.product import precision
+
+# Large and negative but finite: with -inf a row that sees nothing would be
+# exp(-inf + inf) = NaN.
+_MASKED = -1e30
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
+    """Computes the formula, with all scores in memory.
+
+    Returns:
+      The output, and the log-sum-exp of every query's scores.
+    """
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    grouped = q.reshape(batch, length, groups, heads // groups, width)
+    index = jnp.arange(length)
+    visible = (index[:, None] >= index[None, :])[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = _product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - lse).astype(v.dtype)
+    out = _product("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    return out.astype(q.dtype), lse.reshape(batch, heads, length)
+
+
+def blockwise_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Computes `flash_attention` block by block, in blocks that suit the platform.
+
+    The running softmax of Dao 2023 (https://arxiv.org/abs/2307.08691). Differentiable,
+    with memory linear in the length; blocks above the diagonal are skipped, forward and
+    backward.
+    """
+    segments = () if segment_ids is None else (segment_ids,)
+
+    def in_blocks_of(block: int) -> Callable[..., Array]:
+        return lambda q, k, v, *segments: _in_blocks(
+            block, q, k, v, segments[0] if segments else None
+        )
+
+    # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
+    # large steps, a CPU blocks that stay in its cache.
+    side = math.isqrt(2**25 // (q.shape[0] * q.shape[2]))
+    power_of_two = 1 << side.bit_length() - 1
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        *segments,
+        cpu=in_blocks_of(256),
+        default=in_blocks_of(min(max(power_of_two, 128), 1024)),
+    )
+
+
+def _in_blocks(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> Array:
+    """Pads to a multiple of the block; queries never see the padding, which is last."""
+    length = q.shape[1]
+    block = min(block, -(-length // 8) * 8)
+    pad = -length % block
+    if pad:
+        if segments is None:
+            segments = jnp.ones((q.shape[0], length), jnp.int32)
+        segments = jnp.pad(segments, ((0, 0), (0, pad)))
+        q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
+    out: Any = _flash(block, q, k, v, segments)
+    return out[:, :length]
+
+
+# --- Blocks of arrays that stay as the layers around have them, [B, T, heads * H] ---
+
+
+def _rows(
+    a: Float[Array, "B T NH"], i: Array, block: int, heads: tuple[int, ...]
+) -> Array:
+    """Returns block i of the tokens, heads first: [B, *heads, block, H]."""
+    rows = _slice(a, i, block)
+    rows = rows.reshape(*rows.shape[:2], *heads, -1)
+    return jnp.moveaxis(rows, 1, -2)
+
+
+def _put_rows(a: Float[Array, "B T NH"], rows: Array, i: Array) -> Array:
+    """Writes block i, as `_rows` returns it."""
+    rows = jnp.moveaxis(rows.astype(a.dtype), -2, 1)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return jax.lax.dynamic_update_slice_in_dim(a, rows, i * rows.shape[1], 1)
+
+
+def _slice(a: Array, i: Array, block: int, axis: int = 1) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, i * block, block, axis)
+
+
+def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
+    return jnp.einsum(
+        equation,
+        a,
+        b,
+        precision=precision(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _visible(
+    segments: Array | None, i: Array, j: Array, block: int
+) -> Bool[Array, "B t s"]:
+    """Returns the keys of block j that each query of block i sees.
+
+    [1, t, s] without segments.
+    """
+    rows = i * block + jnp.arange(block)
+    columns = j * block + jnp.arange(block)
+    causal = (rows[:, None] >= columns[None, :])[None]
+    if segments is None:
+        return causal
+    q_segments = _slice(segments, i, block)
+    k_segments = _slice(segments, j, block)
+    return causal & (q_segments[:, :, None] == k_segments[:, None, :])
+
+
+def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
+    """Returns query and key block of every pair on or below the diagonal, by rows."""
+    # One loop over a known number of pairs: with a trip count that depends on the row,
+    # a GPU would have to ask the host after every one.
+    i, j = np.tril_indices(blocks)
+    pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+    # The barrier ties the indices to `q`. Without it they are constants to the
+    # derivative of a scan over layers, which then computes the masks of all pairs ahead
+    # of the loop and holds them: memory that grows with the square of the length.
+    return jax.lax.optimization_barrier((pairs, q))[0]
+
+
+# --- The running softmax, and its derivative ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> Float[Array, "B T N H"]:
+    return _flash_fwd(block, q, k, v, segments)[0]
+
+
+def _flash_fwd(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> tuple[Array, tuple]:
+    """Goes over key blocks j <= i for each query block i.
+
+    Arrays keep the layout of the layers around, [B, T, heads * H], and only blocks are
+    rearranged: then what the backward pass needs is held once for them and for us.
+    """
+    residuals = (q, k, v, segments)
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    scale = 1.0 / math.sqrt(width)
+    grouped = (groups, heads // groups)
+    rows_shape = (batch, *grouped, block)
+    q, k, v = (a.reshape(batch, length, -1) for a in (q, k, v))
+
+    def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
+        top, total, acc, out, lse = carry
+        i, j = ij
+        # A row begins. Its running maximum starts below a masked score, so that the
+        # first visible score wipes out what came of masked ones.
+        begins = j == 0
+        top = jnp.where(begins, 2 * _MASKED, top)
+        total = jnp.where(begins, 0.0, total)
+        acc = jnp.where(begins, 0.0, acc)
+        q_i = _rows(q, i, block, grouped)
+        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
+        scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
+        visible = _visible(segments, i, j, block)
+        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        # With m the running maximum, l the sum of exponentials, o the output times l:
+        #   m' = max(m, max s),  l' = l e^(m - m') + sum e^(s - m'),
+        #   o' = o e^(m - m') + e^(s - m') v.
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(scores - new_top[..., None])
+        total = total * shrink + weights.sum(axis=-1)
+        acc = acc * shrink[..., None] + _product(
+            "bkgts,bksh->bkgth", weights.astype(v.dtype), v_j
+        )
+        # Written after every pair; the last of the row, on the diagonal, remains.
+        out = _put_rows(out, acc / total[..., None], i)
+        row_lse = new_top + jnp.log(total)
+        lse = jax.lax.dynamic_update_slice_in_dim(lse, row_lse, i * block, 3)
+        return (new_top, total, acc, out, lse), None
+
+    start = (
+        jnp.zeros(rows_shape, jnp.float32),
+        jnp.zeros(rows_shape, jnp.float32),
+        jnp.zeros((*rows_shape, width), jnp.float32),
+        jnp.zeros_like(q),
+        jnp.zeros((*rows_shape[:3], length), jnp.float32),
+    )
+    pairs = _pairs(length // block, q)
+    (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
+    out = checkpoint_name(out.reshape(residuals[0].shape), "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
+    return out, (*residuals, out, lse)
+
+
+def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
+    """Recomputes each block's weights p = e^(s - lse).
+
+    ds = p * (dout v^T - inner) with inner = sum(dout * out), which equals the sum over
+    the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout.
+    """
+    q, k, v, segments, out, lse = residuals
+    batch, length, heads, width = q.shape
+    groups = k.shape[2]
+    scale = 1.0 / math.sqrt(width)
+    inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    inner = inner.reshape(batch, length, groups, -1).transpose(0, 2, 3, 1)
+    grouped = (groups, heads // groups)
+    shapes = [a.shape for a in (q, k, v)]
+    q, k, v, dout = (a.reshape(batch, length, -1) for a in (q, k, v, dout))
+
+    def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
+        q_or_dq, dk, dv, q_i, dq_i = carry
+        i, j = ij
+        q_i = jnp.where(j == 0, _rows(q_or_dq, i, block, grouped), q_i)
+        dout_i = _rows(dout, i, block, grouped)
+        lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
+        k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
+        # Scores as [key, query]: two of the three products that follow then read
+        # their operands in storage order, and only the third transposes.
+        scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
+        visible = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
+        weights = jnp.exp(jnp.where(visible, scores, _MASKED) - lse_i[:, :, None])
+        dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
+        dscores = weights * (dweights - inner_i[:, :, None]) * scale
+        dscores = dscores.astype(q.dtype)
+        dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
+        dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
+        dq_ij = _product("bksgt,bksh->bkgth", dscores, k_j)
+        dq_i = jnp.where(j == 0, dq_ij, dq_i + dq_ij)
+        return (
+            _put_rows(q_or_dq, dq_i, i),
+            _put_rows(dk, _rows(dk, j, block, (groups,)) + dk_j, j),
+            _put_rows(dv, _rows(dv, j, block, (groups,)) + dv_j, j),
+            q_i,
+            dq_i,
+        ), None
+
+    # Pairs come row by row: the gradient of a row of queries is summed in float32 on
+    # its own, and then overwrites those queries, which no later row reads.
+    rows_shape = (batch, *grouped, block, width)
+    start = (
+        q,
+        jnp.zeros(k.shape, jnp.float32),
+        jnp.zeros(v.shape, jnp.float32),
+        jnp.zeros(rows_shape, q.dtype),
+        jnp.zeros(rows_shape, jnp.float32),
+    )
+    pairs = _pairs(length // block, q)
+    (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)
+    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
+    return *(a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True)), None
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)

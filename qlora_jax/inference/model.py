@@ -1,0 +1,373 @@
+"""The front door: a directory in, a model that can be asked and trained out.
+
+    model = load("path/to/hf-llama")          # quantized to NF4 on the way in
+    model = load("path/to/peft-adapter")      # its base is found, its adapter attached
+
+`Model` holds plain data (configuration, two trees, tokenizer) and keeps no other state:
+two models in one process are two values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+import convert
+from convert.peft import chat_template_file, in_short, peft_directory
+from qlora_jax.errors import UserError
+from qlora_jax.inference.decode import Decoding, generate_tokens
+from qlora_jax.inference.identity import (
+    base_mismatch,
+    describe_adapter,
+    describe_context,
+    describe_quantization,
+)
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.text import (
+    Answer,
+    ChatPrompts,
+    answer,
+    beside_tokens,
+    check_text,
+    check_turns,
+    continue_texts,
+    resolve_stop,
+    token_array,
+)
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.models.config import LlamaConfig, change, restored
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: plain data, and two questions one can ask of it."""
+
+    config: LlamaConfig
+    base: Mapping[str, Any]
+    """Frozen parameters, on the device."""
+    adapters: Mapping[str, Any] | None
+    """LoRA tree (float32), or None."""
+    lora_config: LoraConfig | None
+    tokenizer: Any
+    """The directory's transformers tokenizer, or None where it has none."""
+    compute: Compute
+    path: Path
+    """Directory of the base."""
+    attention_cls: Callable[..., nn.Module] | None = None
+    """Attention modules of yours, as `Llama` takes them."""
+    mlp_cls: Callable[..., nn.Module] | None = None
+    """MLP modules of yours."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text: the configuration's, the tokenizer's and those of
+    generation_config.json."""
+    chat_template: str | None = None
+    """Jinja file that the conversations of a run or an adapter were written with, where
+    it had one."""
+    adapter_path: Path | None = None
+    """Directory of the adapter."""
+
+    @property
+    def module(self) -> Llama:
+        """The Flax module that takes `variables`."""
+        # Scalings come with the variables, not with the module: adapters of equal
+        # shapes can be exchanged without compiling anything again.
+        return Llama(self.config, self.compute, self.attention_cls, self.mlp_cls)
+
+    @property
+    def description(self) -> str:
+        """One line: where the base is, how it is held and computed; the adapter."""
+        parts = [
+            f"`{self.path}`: linear layers {describe_quantization(self.base)}",
+            f"computed in {self.compute.dtype}",
+        ]
+        if self.adapter_path is not None:
+            parts.append(describe_adapter(self.adapter_path))
+        changes = describe_context(self.config)
+        return "; ".join([*parts, changes] if changes else parts) + "."
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes."""
+        if self.adapters is None or self.lora_config is None:
+            return {"params": self.base}
+        bound = bind(self.adapters, self.base, self.lora_config)
+        return {"params": self.base, "lora": bound}
+
+    def attach(
+        self, adapter: str | os.PathLike[str] | None, *, strict: bool = True
+    ) -> Model:
+        """Returns this model with another adapter, or (None) without one.
+
+        The base is shared, and where the new adapter has the shapes of the old one,
+        nothing is compiled again.
+
+        Args:
+          adapter: PEFT directory, or a run directory.
+          strict: as for `load`.
+
+        Raises:
+          CheckpointError: an adapter that cannot be read or does not fit.
+          UserError: one that uses what is not supported.
+        """
+        if adapter is None:
+            config = restored(self.config)
+            bare = {"adapters": None, "lora_config": None, "adapter_path": None}
+            return dataclasses.replace(self, config=config, **bare)
+        place = peft_directory(Path(adapter))
+        lora_config, adapters = _attach(place, self.path, self.base, strict=strict)
+        config = change(restored(self.config), lora_config.base_config_changes)
+        return dataclasses.replace(
+            self,
+            config=config,
+            adapters=adapters,
+            lora_config=lora_config,
+            chat_template=chat_template_file(place),
+            adapter_path=place,
+        )
+
+    def logits(
+        self,
+        tokens: Any,
+        *,
+        attention_mask: Any = None,
+        positions: Any = None,
+        segment_ids: Any = None,
+    ) -> Float32[Array, "B T V"]:
+        """Computes logits; arguments as `Llama.__call__`, arrays or nested lists.
+
+        Raises:
+          UserError: no token ids, rows of several lengths, or ids that the model does
+            not have (unless they are traced).
+        """
+        optional = {
+            "attention_mask": attention_mask,
+            "positions": positions,
+            "segment_ids": segment_ids,
+        }
+        tokens = token_array(tokens, self.config.vocab_size)
+        arrays = {
+            name: beside_tokens(name, value, tokens.shape)
+            for name, value in optional.items()
+            if value is not None
+        }
+        return _logits(self.module, self.variables, tokens, arrays)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Continues texts; returns prompt and continuation of each.
+
+        Args:
+          prompts: texts; each gets the tokens it would get alone.
+          max_new_tokens: tokens to add at most.
+          temperature: 0 = greedy.
+          top_p: probability mass of the tokens sampled from.
+          top_k: number of tokens sampled from.
+          min_p: least probability of a token sampled from, as a share of the likeliest
+            one's.
+          repetition_penalty: above 1, tokens of the text so far become less likely.
+          seed: of the sampling.
+          stop: texts that end a continuation and are left out of it.
+
+        Raises:
+          UserError: no tokenizer, or an unusable prompt or setting.
+        """
+        if isinstance(prompts, str):
+            raise UserError(
+                "`prompts` must be a list of texts, got one text. Put it in a list: "
+                "`model.generate([text], ...)`."
+            )
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        rows = [self._encode(prompt) for prompt in prompts]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        stop, ends = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
+        if stop:
+            decoding = Decoding(
+                self.module,
+                self.variables,
+                rows,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_token_ids=ends,
+            )
+            added = continue_texts(decoding, self.tokenizer, rows, stop)
+            return [decode(row) + new for row, new in zip(rows, added, strict=True)]
+        whole = generate_tokens(
+            self.module,
+            self.variables,
+            rows,
+            max_new_tokens=max_new_tokens,
+            **dataclasses.asdict(sampling),
+            eos_token_ids=ends,
+        )
+        return [decode(row) for row in whole]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Answer:
+        """Continues a text and gives the continuation out as it comes.
+
+            for piece in model.stream("Once upon a time", max_new_tokens=64):
+                print(piece, end="", flush=True)
+
+        Args:
+          prompt: the text.
+          max_new_tokens: tokens to add at most.
+          stop: texts that end the continuation and are left out of it.
+          **sampling: `temperature` and the others of `generate`.
+
+        Returns:
+          An iterable of pieces of text, none of them half a character. Its `text`,
+          `tokens` and `finish_reason` tell the rest.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        return answer(
+            self.module,
+            self.variables,
+            self.tokenizer,
+            self._encode(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(**sampling),
+            eos_token_ids=self.eos_token_ids,
+            stop=stop,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        chat_template: str | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Answers the last turn of a conversation.
+
+            model.chat([{"role": "user", "content": "Who are you?"}])
+
+        Args:
+          messages: turns, each with `role` and `content`.
+          max_new_tokens: of the answer, at most; fewer where the model's positions end.
+          stop: texts that end the answer, beside the template's own end of a turn.
+          chat_template: a Jinja file in place of the tokenizer's template.
+          **sampling: `temperature` and the others of `generate`.
+
+        Returns:
+          The answer, without white space at both ends.
+
+        Raises:
+          UserError: no tokenizer, no chat template, turns that it refuses, or a
+            conversation that is longer than the model's positions.
+        """
+        reply = self.stream_chat(
+            messages,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            chat_template=chat_template,
+            **sampling,
+        )
+        return "".join(reply)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        chat_template: str | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """As `chat`, but gives the answer out as it comes, as `stream` does.
+
+        The whole conversation is read again for every answer, at lengths rounded up to
+        powers of two, so that a growing one seldom compiles anything.
+        """
+        check_turns(messages)
+        self._need_tokenizer()
+        template = self.chat_template if chat_template is None else chat_template
+        prompts = ChatPrompts(self.tokenizer, template)
+        tokens = prompts.tokens(messages)
+        left = self.config.max_position_embeddings - len(tokens)
+        if left < 1:
+            raise UserError(
+                f"This conversation takes {len(tokens):,} tokens, and the model has "
+                f"{self.config.max_position_embeddings:,} positions "
+                "(`max_position_embeddings`), which leaves none for an answer. Drop "
+                "earlier turns or shorten them (/reset in `qlora-jax chat`)."
+            )
+        return answer(
+            self.module,
+            self.variables,
+            self.tokenizer,
+            tokens,
+            max_new_tokens=min(max_new_tokens, left),
+            sampling=Sampling(**sampling),
+            eos_token_ids=self.eos_token_ids,
+            stop=(*stop, *prompts.stop),
+            conversation=True,
+        )
+
+    def _encode(self, prompt: str) -> list[int]:
+        check_text(prompt)
+        self._need_tokenizer()
+        return self.tokenizer(prompt)["input_ids"]
+
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise UserError(
+                f"`{self.path}` has no tokenizer. Put its tokenizer.json and "
+                "tokenizer_config.json there, or use `generate_tokens` with token ids."
+            )
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(
+    module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
+) -> Array:
+    apply: Any = module.apply  # typed for mutable collections, which this has none of
+    return apply(module.compute.place(variables), tokens, **arrays)
+
+
+def _attach(
+    adapter: Path, path: Path, base: Mapping[str, Any], *, strict: bool
+) -> tuple[LoraConfig, Any]:
+    """Loads an adapter for a base; says what was not used, and if it is another's."""
+    skipped: list[str] = []
+    lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
+    for note in in_short(skipped):
+        print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
+    note = base_mismatch(adapter, path, base, lora.base_fingerprint)
+    if note is not None:
+        print(note, file=sys.stderr)
+    return lora, jax.tree.map(jnp.asarray, adapters)

@@ -1,0 +1,363 @@
+"""Causal self-attention: four implementations of one formula, and decoding.
+
+  eager   the textbook formula, with scores [T, S] in memory.
+  xla     block by block in plain XLA (`pallas_kernels.attention.xla`): memory linear in
+          the length.
+  cudnn   NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
+  pallas  kernels for Hopper GPUs (`pallas_kernels.attention.gpu`).
+
+In all of them a query sees the keys at its own or an earlier index whose segment id
+equals its own. Padding is segment 0, documents of a packed row are 1, 2, ...; a padding
+mask is thus the case of a single document.
+
+`decode_attention` computes one token at a time against a cache, after a prompt by any
+of them.
+
+Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.attention import api as flash
+from pallas_kernels.attention.xla import blockwise_attention
+from pallas_kernels.product import precision
+from qlora_jax.errors import UserError
+from qlora_jax.models.config import LlamaConfig
+
+# Large and negative but finite: with -inf a row that sees nothing would be NaN.
+_MASKED = -1e30
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Computes `softmax(q k^T / sqrt(H) + mask) v`, causal, for grouped heads.
+
+    Query head n reads key/value head n // (N // K). The softmax is float32.
+
+    Args:
+      q: queries.
+      k: keys; S == T.
+      v: values.
+      segment_ids: 0 = padding, equal ids see each other; None = one document.
+      implementation: "eager", "xla", "cudnn", "pallas" ("interpret" for its tests), or
+        "auto": pallas where it was measured to be the best for this case, else cudnn
+        where it supports the case, else xla.
+
+    Returns:
+      The attention output in the dtype of `q`.
+
+    Raises:
+      UserError: the implementation cannot compute this here; with the reason.
+    """
+    if implementation == "auto":
+        return _best_attention(q, k, v, segment_ids)
+    if implementation == "eager":
+        visible = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
+        return checkpoint_name(masked_attention(q, k, v, visible), "attention_out")
+    if implementation == "xla":
+        return blockwise_attention(q, k, v, segment_ids)
+    if implementation == "cudnn":
+        refusal = _cudnn_refusal(q, k, v, segment_ids)
+        if refusal is not None:
+            raise UserError(
+                f"attention='cudnn' cannot be used here: {refusal} Use 'auto' or 'xla'."
+            )
+        return _cudnn(q, k, v)
+    if implementation in ("pallas", "interpret"):
+        refusal = flash.refusal(q, interpret=implementation == "interpret")
+        if refusal is not None:
+            raise UserError(
+                f"attention='{implementation}' cannot be used here: {refusal} Use "
+                "'auto' or 'xla'."
+            )
+        return flash.flash_attention(
+            q, k, v, segment_ids, implementation=implementation
+        )
+    raise UserError(
+        f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
+        "'xla', 'cudnn', 'pallas'."
+    )
+
+
+def _best_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    if flash.measured(q, segment_ids):
+        return attention(q, k, v, segment_ids=segment_ids, implementation="pallas")
+    if _cudnn_refusal(q, k, v, segment_ids) is not None:
+        return blockwise_attention(q, k, v, segment_ids)
+    # Chosen when the program is compiled, for the device it is compiled for.
+    return jax.lax.platform_dependent(
+        q, k, v, cuda=_cudnn, default=lambda q, k, v: blockwise_attention(q, k, v)
+    )
+
+
+def causal_mask(
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    queries: int,
+    keys: int,
+    start: Int[Array, ""] | int,
+) -> Array:
+    """Returns which keys each query sees, [B or 1, T, S] of bool.
+
+    Query t is at index `start + t` of the keys.
+    """
+    index = start + jnp.arange(queries)
+    visible = (index[:, None] >= jnp.arange(keys)[None, :])[None]
+    if query_segments is not None and key_segments is not None:
+        visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])
+    return visible
+
+
+def masked_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    seen: Array,
+) -> Float[Array, "B T N H"]:
+    """Computes the formula under a mask [B or 1, T, S], with all scores in memory."""
+    batch, queries, heads, width = q.shape
+    groups = k.shape[2]
+    q = q.reshape(batch, queries, groups, heads // groups, width)
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q,
+        k,
+        precision=precision(q.dtype),
+        preferred_element_type=jnp.float32,
+    ) * (1.0 / math.sqrt(width))
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights,
+        v,
+        precision=precision(v.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(batch, queries, heads, width).astype(q.dtype)
+
+
+def decode_attention(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "L B K S H"],
+    values: Float[Array, "L B K S H"],
+    layer: Int[Array, ""],
+    seen: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """Computes `masked_attention` of one token of each row against a layer's cache.
+
+    Args:
+      q: queries.
+      keys: of all layers.
+      values: of all layers.
+      layer: which of them to read.
+      seen: the slots that each row sees, at least one.
+
+    Returns:
+      The attention output in the dtype of `q`.
+    """
+    # On a CPU products are faster than sums.
+    return jax.lax.platform_dependent(
+        q, keys, values, layer, seen, cpu=_decode_by_products, default=_decode_by_sums
+    )
+
+
+def _decode_by_products(
+    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+) -> Array:
+    # In float32: XLA's CPU backend has no product of bf16 in every arrangement.
+    k, v = (
+        jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+        .swapaxes(1, 2)
+        .astype(jnp.float32)
+        for stack in (keys, values)
+    )
+    out = masked_attention(q.astype(jnp.float32), k, v, seen[:, None])
+    return out.astype(q.dtype)
+
+
+def _decode_by_sums(
+    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+) -> Array:
+    """Goes block by block of slots: a softmax within each, weighted at the end.
+
+    With sums in place of matrix products, on a GPU: a library's product would be given
+    a copy of the layer's keys and values with every token, where a sum reads them in
+    place, and reading them is what takes the time.
+    """
+    batch, _, heads, width = q.shape
+    groups, slots = keys.shape[2:4]
+    block = math.gcd(slots, 128)
+    blocks = (batch, groups, slots // block, block, width)
+    k, v = (
+        jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+        .reshape(blocks)
+        .astype(jnp.float32)
+        for stack in (keys, values)
+    )
+    per_group = heads // groups
+    queries = q.reshape(batch, groups, 1, 1, per_group, width).astype(jnp.float32)
+    # Head by head: in one expression, a product for each head would be written first.
+    scores = jnp.stack(
+        [(k * queries[:, :, :, :, head]).sum(axis=-1) for head in range(per_group)],
+        axis=3,
+    )
+    seen = seen.reshape(batch, 1, slots // block, 1, block)
+    scores = jnp.where(seen, scores * (1.0 / math.sqrt(width)), _MASKED)
+    top = scores.max(axis=-1, keepdims=True)  # [B, K, blocks, heads of a group, 1]
+    weights = jnp.exp(scores - top)
+    parts = [
+        (weights[:, :, :, head, :, None] * v).sum(axis=3) for head in range(per_group)
+    ]
+    # out = sum_b w_b o_b / sum_b w_b l_b with w_b = exp(m_b - max m): block b has the
+    # maximum m_b, the sum of exponentials l_b and the sum of exponentials times v, o_b.
+    share = jnp.exp(top - top.max(axis=2, keepdims=True))
+    out = (share * jnp.stack(parts, axis=3)).sum(axis=2)
+    total = (share * weights.sum(axis=-1, keepdims=True)).sum(axis=2)
+    return (out / total).reshape(q.shape).astype(q.dtype)
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def refusals(
+    implementation: str,
+    *,
+    dtype: Any,
+    head_dim: int,
+    packed: bool,
+    capability: str | None = None,
+) -> list[str]:
+    """Returns why an implementation cannot compute a case, as clauses of a sentence.
+
+    Only what is wrong with the case itself; no device or library is queried.
+
+    Args:
+      implementation: as `attention` takes it; "auto" supports every case.
+      dtype: of queries, keys and values.
+      head_dim: width of a head.
+      packed: whether there are segment ids.
+      capability: compute capability of the GPU, such as "8.9"; None = unknown.
+
+    Returns:
+      The reasons; empty if it can.
+    """
+    if implementation in ("pallas", "interpret"):
+        return flash.refusals(dtype, head_dim, capability)
+    if implementation != "cudnn":
+        return []
+    reasons = []
+    if packed:
+        reasons.append("it takes neither segment ids nor padding masks")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        name = jnp.dtype(dtype).name
+        reasons.append(f"it computes in bfloat16 or float16, not {name}")
+    if head_dim % 8 or head_dim > 128:
+        reasons.append(f"head_dim={head_dim} is not a multiple of 8 up to 128")
+    # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
+    is_nvidia = capability is None or capability[:1].isdigit()
+    if not is_nvidia or (capability is not None and float(capability) < 8.0):
+        reasons.append(
+            "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this one "
+            f"has {capability or 'none'}"
+        )
+    return reasons
+
+
+def _cudnn_refusal(
+    q: Array, k: Array, v: Array, segment_ids: Array | None
+) -> str | None:
+    """Returns why cuDNN cannot compute this, or None."""
+    capability = None
+    if jax.default_backend() == "gpu":
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    reasons = refusals(
+        "cudnn",
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        packed=segment_ids is not None,
+        capability=capability,
+    )
+    if reasons:
+        return "; ".join(reasons) + "."
+    try:
+        jax.eval_shape(_cudnn, q, k, v)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"it needs an NVIDIA GPU and cuDNN ({error})."
+    return None
+
+
+def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
+    """Computes the rotary frequencies from the configuration.
+
+    Without scaling: `rope_theta ** (-2i / head_dim)`. "linear" divides them by
+    `factor`. "llama3" (as in Llama 3.1), with c the original context, divides those of
+    a wavelength above c / `low_freq_factor`, keeps those of one below
+    c / `high_freq_factor`, and interpolates between.
+
+    Returns:
+      float32 [head_dim / 2].
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    original = scaling.original_max_position_embeddings
+    wavelength = 2.0 * math.pi / frequency
+    # 0 at the long end of the interpolated wavelengths, 1 at the short end.
+    smooth = (original / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    interpolated = (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
+    stretched = jnp.where(
+        wavelength > original / scaling.low_freq_factor,
+        frequency / scaling.factor,
+        interpolated,
+    )
+    return jnp.where(
+        wavelength < original / scaling.high_freq_factor, frequency, stretched
+    )
+
+
+def rope_table(
+    positions: Int[Array, "B T"], config: LlamaConfig
+) -> tuple[Float32[Array, "B T 1 H2"], Float32[Array, "B T 1 H2"]]:
+    """Computes cos and sin of position times frequency, in float32."""
+    # bfloat16 has 8 bits: positions above 256 would coincide.
+    frequency = inverse_frequencies(config)
+    angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    angle = angle[:, :, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], rope: tuple[Array, Array]
+) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (i, i + H/2) of each head, in Hugging Face's layout.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+    """
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return out.astype(x.dtype)

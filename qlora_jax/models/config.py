@@ -1,0 +1,483 @@
+"""Model configuration: the fields of a Hugging Face `config.json`.
+
+`LlamaConfig` holds the fields that the computation needs, with their names in the file.
+It raises at construction if the model does not compute what they ask for, so that
+nothing else has to check again. The file exists in two generations: transformers 4
+writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both are read.
+
+Changes that a run makes to its base's config.json: a longer context.
+
+    config = change(config, {"max_position_embeddings": 8192, "rope_scaling": {...}})
+
+A run has them as settings (`[model]`). The adapter is only correct with them, so they
+are saved in its directory, as fields of config.json, and apply wherever it is loaded or
+merged. A `LoraConfig` holds them as JSON, which is hashable and has one spelling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora_jax.errors import UserError
+from qlora_jax.tree import FrozenDict
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are scaled; the fields of `rope_scaling`."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    """Ratio of the extended to the native context length."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    """Native context length (tokens); llama3 only."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise UserError(f"`rope_scaling.factor` must be > 0, got {self.factor}.")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                "`rope_scaling.low_freq_factor` must be smaller than "
+                f"`high_freq_factor`, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}."
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the `rope_scaling` object of a transformers-4 config."""
+        out: dict[str, Any] = {"rope_type": self.rope_type, "factor": self.factor}
+        if self.rope_type == "llama3":
+            out["low_freq_factor"] = self.low_freq_factor
+            out["high_freq_factor"] = self.high_freq_factor
+            out["original_max_position_embeddings"] = (
+                self.original_max_position_embeddings
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a Llama checkpoint; hashable, hence a static jit argument.
+
+    `raw` keeps the `config.json` that was read, so that a checkpoint is written back
+    with all of its fields. It does not take part in comparisons.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    """Context length of the checkpoint (tokens)."""
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Biases on q_proj, k_proj, v_proj and o_proj."""
+    mlp_bias: bool = False
+    """Biases on gate_proj, up_proj and down_proj."""
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    extra_tensors: Mapping[str, tuple[int, ...]] = FrozenDict()
+    """Tensors of custom modules: dotted path, without the number of a layer
+    (`model.layers.self_attn.gate.weight`) -> shape."""
+    raw: Mapping[str, Any] = field(
+        default_factory=dict, compare=False, hash=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(
+                    f"config: `{name}` must be a positive integer, got {value!r}."
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config: `num_attention_heads`={self.num_attention_heads} must be a "
+                f"multiple of `num_key_value_heads`={self.num_key_value_heads}."
+            )
+        object.__setattr__(
+            self, "extra_tensors", _read_extra_tensors(self.extra_tensors)
+        )
+        if self.head_dim % 2:
+            raise UserError(
+                f"config: `head_dim` must be even for rotary embeddings, "
+                f"got {self.head_dim}."
+            )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The token ids that end a generation; possibly none."""
+        if self.eos_token_id is None:
+            return ()
+        if isinstance(self.eos_token_id, int):
+            return (self.eos_token_id,)
+        return self.eos_token_id
+
+    @property
+    def quantization_config(self) -> Mapping[str, Any] | None:
+        """The `quantization_config` of the file, if it has one."""
+        return self.raw.get("quantization_config")
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> LlamaConfig:
+        """Reads the content of a Hugging Face `config.json`.
+
+        Raises:
+          UserError: another architecture, a missing field, or a feature (rope type,
+            activation, quantization method) that this model does not compute.
+        """
+        _check_types(raw)
+        _check_architecture(raw)
+        needed = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        missing = [name for name in needed if raw.get(name) is None]
+        if missing:
+            raise UserError(
+                f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. The "
+                "config.json of a Llama has all of them; is the file complete?"
+            )
+        heads = raw["num_attention_heads"]
+        for name in needed:
+            if not _is_integer(raw[name]):
+                raise UserError(
+                    f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
+                )
+        if raw.get("head_dim") is None and raw["hidden_size"] % max(heads, 1):
+            raise UserError(
+                f"config.json has no `head_dim` and `hidden_size`={raw['hidden_size']} "
+                f"is not a multiple of `num_attention_heads`={heads}."
+            )
+        theta, scaling = _read_rope(raw)
+        eos = raw.get("eos_token_id")
+        return cls(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // max(heads, 1),
+            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            initializer_range=float(raw.get("initializer_range", 0.02)),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            pad_token_id=raw.get("pad_token_id"),
+            extra_tensors=_read_extra_tensors(raw.get("extra_tensors") or {}),
+            raw=dict(raw),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns a `config.json`: `raw` updated with this configuration's values.
+
+        The rope fields are written in the form (transformers 4 or 5) that `raw` has. If
+        it has neither, they are written in that of transformers 4, which every reader
+        knows.
+        """
+        out = dict(self.raw)
+        out.setdefault("architectures", ["LlamaForCausalLM"])
+        out["model_type"] = "llama"
+        out["hidden_act"] = "silu"
+        for f in dataclasses.fields(self):
+            if f.name in ("raw", "rope_theta", "rope_scaling"):
+                continue
+            value = getattr(self, f.name)
+            if f.name == "extra_tensors":
+                value = {name: list(shape) for name, shape in value.items()} or None
+            if value is None and f.name not in out:
+                continue
+            out[f.name] = list(value) if isinstance(value, tuple) else value
+        scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
+        if "rope_parameters" in out:
+            parameters = {"rope_type": "default"} if scaling is None else scaling
+            out["rope_parameters"] = {**parameters, "rope_theta": self.rope_theta}
+        else:
+            out["rope_theta"] = self.rope_theta
+            out["rope_scaling"] = scaling
+        return out
+
+
+def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
+    valid = isinstance(table, Mapping) and all(
+        isinstance(shape, (list, tuple))
+        and all(type(n) is int and n > 0 for n in shape)
+        and name.replace(".", "").replace("_", "").isalnum()
+        for name, shape in table.items()
+    )
+    if not valid:
+        raise UserError(
+            "config: `extra_tensors` must map dotted names to shapes (lists of "
+            f"positive integers), got {table!r:.80}."
+        )
+    return FrozenDict({name: tuple(shape) for name, shape in table.items()})
+
+
+_INTEGERS = (
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "bos_token_id",
+    "pad_token_id",
+)
+_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _check_types(raw: Mapping[str, Any]) -> None:
+    """Raises if a field that may be left out has a value of another type."""
+
+    def type_error(name: str, expected: str, value: Any) -> UserError:
+        return UserError(
+            f"config.json: `{name}` must be {expected}, got {value!r:.80}."
+        )
+
+    for name in _INTEGERS:
+        value = raw.get(name)
+        if value is not None and not _is_integer(value):
+            raise type_error(name, "an integer", value)
+    for name in _NUMBERS:
+        if name in raw and not _is_number(raw[name]):
+            if name == "rope_theta" and raw[name] is None:
+                continue  # a file of transformers 5 has it in `rope_parameters`
+            raise type_error(name, "a number", raw[name])
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        value = raw.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise type_error(name, "an object", value)
+    for name in ("rope_scaling", "rope_parameters"):
+        for inner in _ROPE_NUMBERS:
+            value = (raw.get(name) or {}).get(inner)
+            if value is not None and not _is_number(value):
+                raise type_error(f"{name}.{inner}", "a number", value)
+    names = raw.get("architectures")
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise type_error("architectures", "a list of names", names)
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(map(_is_integer, ids)):
+        raise type_error("eos_token_id", "an integer, or a list of them", eos)
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    # False for NaN, and for integers that floats cannot hold.
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _check_architecture(raw: Mapping[str, Any]) -> None:
+    kind = raw.get("model_type")
+    architectures = raw.get("architectures") or []
+    if kind != "llama" or any(a != "LlamaForCausalLM" for a in architectures):
+        raise UserError(
+            f"Not a Llama causal language model: config.json has model_type={kind!r}, "
+            f"architectures={list(architectures)!r}. Supported: model_type 'llama', "
+            "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
+        )
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(
+            f"config.json: `hidden_act`={raw['hidden_act']!r} is not supported; "
+            "Llama models use 'silu'."
+        )
+    if raw.get("attention_dropout"):
+        raise UserError(
+            f"config.json: `attention_dropout`={raw['attention_dropout']} is not "
+            "supported; set it to 0 (use `lora_dropout` to regularize)."
+        )
+    quant = raw.get("quantization_config")
+    if quant is not None:
+        method = quant.get("quant_method", "bitsandbytes")
+        four_bit = quant.get("load_in_4bit", quant.get("_load_in_4bit", False))
+        if method != "bitsandbytes" or not four_bit:
+            raise UserError(
+                f"config.json: checkpoints quantized with {method!r} "
+                f"(load_in_4bit={bool(four_bit)}) are not supported. Supported: "
+                "bitsandbytes 4-bit NF4, or an unquantized checkpoint."
+            )
+        if quant.get("bnb_4bit_quant_type", "fp4") != "nf4":
+            raise UserError(
+                "config.json: `bnb_4bit_quant_type`="
+                f"{quant.get('bnb_4bit_quant_type', 'fp4')!r} is not supported; only "
+                "'nf4' is. Start from the unquantized checkpoint instead."
+            )
+
+
+def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    parameters = raw.get("rope_parameters")
+    if parameters is not None:
+        theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
+        scaling = parameters
+    else:
+        theta = raw.get("rope_theta", 10000.0)
+        scaling = raw.get("rope_scaling") or {}
+    theta = float(10000.0 if theta is None else theta)
+    return theta, read_rope_scaling(scaling)
+
+
+def read_rope_scaling(
+    scaling: Mapping[str, Any], where: str = "config.json"
+) -> RopeScaling | None:
+    """Reads a `rope_scaling` object; None for the type "default".
+
+    Args:
+      scaling: its fields.
+      where: the file or section it is from; starts a message.
+
+    Raises:
+      UserError: another type than "linear" and "llama3", or fields that are missing or
+        not numbers.
+    """
+    kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(
+            f"{where}: rope type {kind!r:.80} is not supported. Supported: 'default', "
+            "'linear', 'llama3'."
+        )
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += [
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ]
+    missing = [n for n in needed if scaling.get(n) is None]
+    if missing:
+        raise UserError(
+            f"{where}: rope type {kind!r} needs {', '.join(f'`{m}`' for m in missing)}."
+        )
+    for name in needed:
+        if not _is_number(scaling[name]):
+            raise UserError(
+                f"{where}: `rope_scaling.{name}` must be a number, got "
+                f"{scaling[name]!r:.80}."
+            )
+    return RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
+
+
+FIELDS = ("max_position_embeddings", "rope_scaling")
+_SCALING = (
+    *("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
+FILE = "base_config.json"
+"""In an adapter's directory. (Some tools take a directory with a config.json for a
+model.)"""
+
+
+def change(
+    config: LlamaConfig, changes: Mapping[str, Any] | str | None, where: str = "config"
+) -> LlamaConfig:
+    """Returns a configuration with these fields changed.
+
+    Args:
+      config: of the base.
+      changes: fields of config.json, or an object of them as JSON; None = none.
+      where: the file or section they are from; starts a message.
+
+    Raises:
+      UserError: fields that cannot be changed, or values that no model can have.
+    """
+    if isinstance(changes, str):
+        try:
+            changes = json.loads(changes)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: this is not JSON: {error}.") from error
+    return dataclasses.replace(
+        config, **check_changes({} if changes is None else changes, where)
+    )
+
+
+def check_changes(changes: Any, where: str) -> dict[str, Any]:
+    """Reads changes into the values that a `LlamaConfig` has.
+
+    Raises:
+      UserError: as `change`.
+    """
+    if not isinstance(changes, Mapping):
+        raise UserError(f"{where}: must be an object, got {changes!r:.80}.")
+    _check_names(changes, FIELDS, where)
+    values: dict[str, Any] = {}
+    length, scaling = (changes.get(name) for name in FIELDS)
+    if length is not None:
+        if type(length) is not int or not 0 < length < 1 << 31:
+            raise UserError(
+                f"{where}: `max_position_embeddings` must be a positive integer, got "
+                f"{length!r:.80}."
+            )
+        values["max_position_embeddings"] = length
+    if scaling is not None:
+        if not isinstance(scaling, Mapping):
+            raise UserError(
+                f"{where}: `rope_scaling` must be a table, got {scaling!r:.80}."
+            )
+        _check_names(scaling, _SCALING, f"{where}: rope_scaling")
+        values["rope_scaling"] = read_rope_scaling(scaling, where)
+    return values
+
+
+def _check_names(table: Mapping[str, Any], known: tuple, where: str) -> None:
+    unknown = [name for name in table if name not in known]
+    if unknown:
+        raise UserError(
+            f"{where}: `{unknown[0]!s:.80}` cannot be changed; "
+            f"{', '.join(f'`{name}`' for name in known)} can."
+        )
+
+
+def as_text(changes: Mapping[str, Any]) -> str | None:
+    """Returns changes as a `LoraConfig` holds them; None if there are none."""
+    present = {name: changes[name] for name in FIELDS if changes.get(name) is not None}
+    return json.dumps(present, sort_keys=True) if present else None
+
+
+def restored(config: LlamaConfig) -> LlamaConfig:
+    """Undoes the changes; returns the configuration of the base's config.json."""
+    if not config.raw:
+        return config
+    base = LlamaConfig.from_hf(config.raw)
+    return dataclasses.replace(config, **{name: getattr(base, name) for name in FIELDS})

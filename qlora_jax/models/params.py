@@ -1,0 +1,149 @@
+"""Names, shapes and counts of a model's parameters, from its configuration alone.
+
+`shapes` is the one list of tensors of a configuration: the converters check files
+against it, and plans count with it. Nothing here imports Flax.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax import nf4
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import linear_modules, select
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.tree import HEAD, LAYERS, PROJECTIONS, Path, Shape, at, is_stacked, put
+
+
+def shapes(config: LlamaConfig) -> dict[Path, Shape]:
+    """Lists every tensor of a model and its shape in the file (one layer's).
+
+    Order: embeddings, the parts of a layer, final norm, output head, tensors of modules
+    that no Llama has (`config.extra_tensors`). A tied model has no head of its own.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    out: dict[Path, Shape] = {
+        ("model", "embed_tokens", "weight"): (config.vocab_size, d)
+    }
+    out[*LAYERS, "input_layernorm", "weight"] = (d,)
+    for block, biased, linears in (
+        (
+            "self_attn",
+            config.attention_bias,
+            {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)},
+        ),
+        (
+            "mlp",
+            config.mlp_bias,
+            {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)},
+        ),
+    ):
+        for name, shape in linears.items():
+            out[*LAYERS, block, name, "weight"] = shape
+            if biased:
+                out[*LAYERS, block, name, "bias"] = shape[:1]
+        if block == "self_attn":
+            out[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
+    out["model", "norm", "weight"] = (d,)
+    if not config.tie_word_embeddings:
+        out["lm_head", "weight"] = (config.vocab_size, d)
+    for name, shape in config.extra_tensors.items():
+        out[tuple(name.split("."))] = tuple(shape)
+    return out
+
+
+def is_projection(path: Path) -> bool:
+    """Whether `path` is the weight of one of the linear layers that are quantized."""
+    return path[-1] == "weight" and path[-2] in PROJECTIONS
+
+
+def layers_of(path: Path, config: LlamaConfig) -> list[int | None]:
+    """The layer numbers to spell `path` with: [None] where it is not stacked."""
+    return list(range(config.num_hidden_layers)) if is_stacked(path) else [None]
+
+
+def abstract_base(
+    config: LlamaConfig,
+    *,
+    quantization: str | None = None,
+    quantize_lm_head: bool = False,
+    dtype: str = "bfloat16",
+) -> dict[str, Any]:
+    """Returns the parameter tree of a base as shapes and dtypes.
+
+    Args:
+      config: architecture.
+      quantization: "nf4" or "nf4_dq" packs the linear layers; None keeps them dense.
+      quantize_lm_head: packs the output head as well.
+      dtype: of dense tensors.
+    """
+    tree: dict[str, Any] = {}
+    for path, shape in shapes(config).items():
+        leading = (config.num_hidden_layers,) if is_stacked(path) else ()
+        put(tree, path, jax.ShapeDtypeStruct((*leading, *shape), jnp.dtype(dtype)))
+    if quantization is None:
+        return tree
+    for path, (out_features, in_features, layers) in linear_modules(tree).items():
+        is_packed = layers is not None and path[-1] in PROJECTIONS
+        if not is_packed and not (quantize_lm_head and path == HEAD):
+            continue  # modules that no Llama has stay dense
+        at(tree, path)["weight"] = nf4.abstract(
+            (out_features, in_features),
+            double_quant=quantization == "nf4_dq",
+            dtype=dtype,
+            leading=() if layers is None else (layers,),
+        )
+    return tree
+
+
+def tree_size(tree: Any) -> int:
+    """Number of elements of a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def check_weights(
+    drawn: Collection[str],
+    base: Any,
+    lora: LoraConfig | None,
+    path: str | os.PathLike[str],
+) -> None:
+    """Refuses modules of the user's whose weights are not anywhere.
+
+    Args:
+      drawn: names of the tensors that were drawn, not loaded.
+      base: parameter tree.
+      lora: configuration of the adapter; what it holds whole is not lost.
+      path: directory of the base, for the message.
+
+    Raises:
+      UserError: tensors that neither the directory nor the adapter holds.
+    """
+    if not drawn:
+        return
+    whole = () if lora is None else select(base, lora).whole
+    kept = {".".join(w.path) for w in whole if all(w.chosen)}
+    lost = sorted(set(drawn) - kept)
+    if lost:
+        raise UserError(
+            f"`{path}` has no {', '.join(lost)}, which your modules need. Train them "
+            "whole, so that the adapter holds them (`modules_to_save`), or save a base "
+            "that has them: `model, base = add_parameters(model, base, key)`, then "
+            "`convert.save_llama(directory, model.config, base)`."
+        )

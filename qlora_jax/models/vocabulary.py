@@ -1,0 +1,360 @@
+"""Rows of the vocabulary: those that were never trained, and new ones.
+
+A base model's tables have rows for tokens that its training never showed: reserved
+tokens, those of a chat template that only the instruct model was trained on, padding up
+to a round size. Fine-tuning with such tokens starts from rows that are zero or alike.
+
+    report = report_untrained(base, used_token_ids)     # which rows do my data use?
+    base = repair_rows(base, report.rows)               # an explicit change of the base
+    config, base = add_tokens(config, base, tokenizer_size=len(tokenizer), count=2)
+
+What changes here is the base, not an adapter, so it must be kept: `convert.save_llama`
+writes the changed base, or the rows are trained (`trainable_token_indices`,
+`modules_to_save`) and so go into the adapter file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from qlora_jax.errors import UserError
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.tree import EMBEDDING, HEAD
+
+TokenIds = Iterable[int] | NDArray[np.integer] | jax.Array
+
+# Rows that are looked at at a time.
+_CHUNK = 1024
+
+
+def untrained_rows(
+    table: Float[Any, "V D"],
+    *,
+    eps: float = 1e-16,
+    tiny: float = 0.01,
+    alike: int = 4,
+) -> Bool[np.ndarray, " V"]:
+    """Finds the rows of an embedding or output head that were never trained.
+
+    A token that never occurs leaves its embedding where it started (or where weight
+    decay took it), and pulls its row of the head exactly where it pulls those of all
+    other tokens that never occur. So a row counts as untrained if
+
+    - its largest magnitude is at most `eps`: zero (Unsloth's rule and threshold,
+      https://unsloth.ai/blog/llama3, which found 287 such rows in Llama 3), or not
+      finite;
+    - its largest magnitude is at most `tiny` times the median over the rows that are
+      not zero. In models at hand no trained row is below 0.4 of it;
+    - it equals at least `alike` - 1 other rows bit by bit. Trained rows are never
+      equal; two or three may have been copied on purpose.
+
+    Rows that were drawn at random and never trained look like others and are not found
+    (Land and Bartolo 2024, https://arxiv.org/abs/2405.05417, find some of them with
+    more work). Rows that were all set to one mean still count as untrained.
+
+    Args:
+      table: any float dtype, numpy or jax; read in chunks, never copied whole.
+      eps: largest magnitude of a row that is zero.
+      tiny: largest magnitude, relative to the median, of a row that is too small.
+      alike: number of equal rows from which on they count as untrained.
+    """
+    rows = table.shape[0]
+    size = np.zeros(rows, np.float32)
+    digests = []
+    for start, chunk in _chunks(table):
+        stop = start + len(chunk)
+        size[start:stop] = np.abs(chunk.astype(np.float32)).max(axis=1)
+        for row in chunk.view(np.uint8):
+            digests.append(hashlib.blake2b(row, digest_size=16).digest())
+    something = size[np.isfinite(size) & (size > eps)]
+    median = float(np.median(something)) if something.size else 0.0
+    count = Counter(digests)
+    equal = np.array([count[digest] >= alike for digest in digests])
+    # Not `size <= ...`, which is false of NaN.
+    return ~(size > max(eps, tiny * median)) | ~np.isfinite(size) | equal
+
+
+@dataclass(frozen=True)
+class UntrainedReport:
+    """Untrained rows of tokens that are used."""
+
+    rows: Mapping[str, tuple[int, ...]]
+    """Token ids by table: "embed_tokens", and "lm_head" unless it is tied."""
+    untrained: Mapping[str, int]
+    """Untrained rows of each table, used or not."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids of all tables."""
+        return tuple(sorted({i for ids in self.rows.values() for i in ids}))
+
+    @property
+    def trainable_token_indices(self) -> dict[str, tuple[int, ...]] | None:
+        """What `LoraConfig.trainable_token_indices` takes to train these rows.
+
+        A tied head follows the embedding. None if there are none.
+        """
+        return {name: ids for name, ids in self.rows.items() if ids} or None
+
+    def __str__(self) -> str:
+        if not self.token_ids:
+            return "Every token that is used has trained rows."
+        lines = [
+            f"{name}: {len(ids)} of {self.untrained[name]} untrained rows belong to "
+            f"tokens that are used: {_shown(ids)}"
+            for name, ids in self.rows.items()
+            if ids
+        ]
+        lines.append(
+            "Training starts from rows that mean nothing there. `repair_rows` sets "
+            "them to something better; that changes the base, so write it with "
+            "`convert.save_llama` and train on that, or train the rows as well: "
+            "`trainable_token_indices` (rows alone) or `modules_to_save` (whole "
+            "tables) put them into the adapter file."
+        )
+        return "\n".join(lines)
+
+
+def report_untrained(
+    base: Mapping[str, Any], used_token_ids: TokenIds, **rule: Any
+) -> UntrainedReport:
+    """Lists the untrained rows that the data or the chat template use.
+
+    Args:
+      base: parameter tree; a quantized output head is left out, since rounding hides
+        what an untrained row looks like.
+      used_token_ids: every token that occurs; in any order, as often as you like.
+      rule: thresholds of `untrained_rows`.
+
+    Raises:
+      UserError: a token that the model has no row for.
+    """
+    used = _ids(used_token_ids)
+    rows, untrained = {}, {}
+    for name, table in _tables(base).items():
+        if isinstance(table, NF4Tensor):
+            continue
+        _check_ids(used, table, name)
+        found = untrained_rows(table, **rule)
+        rows[name] = tuple(used[found[used]].tolist())
+        untrained[name] = int(found.sum())
+    return UntrainedReport(rows, untrained)
+
+
+def repair_rows(
+    base: Mapping[str, Any],
+    ids: TokenIds | Mapping[str, TokenIds],
+    how: Literal["mean"] | int = "mean",
+) -> dict[str, Any]:
+    """Sets rows of the tables to something that training can start from.
+
+    The base changes, so keep it or train the rows; see the module's text.
+
+    Args:
+      base: parameter tree; not changed.
+      ids: token ids, for the embedding and an untied head alike; or by table, as
+        `UntrainedReport.rows` has them.
+      how: "mean" = the mean of the table's trained rows; a token id = that token's row
+        (say, the end-of-text token's for a new end-of-turn token).
+
+    Returns:
+      A tree with new tables; all other arrays are the given ones.
+
+    Raises:
+      UserError: a token or table that the model does not have, or no trained row.
+    """
+    _check_how(how, ("mean",))
+    tables = _tables(base)
+    by_table = ids if isinstance(ids, Mapping) else dict.fromkeys(tables, _ids(ids))
+    out = base
+    for name, some in by_table.items():
+        if name not in tables:
+            raise UserError(
+                f"`ids` names the table {name!r}; this model has {', '.join(tables)}."
+            )
+        rows = _ids(some)
+        _check_ids(rows, tables[name], name)
+        if rows.size:
+            value = _start(tables[name], how, name, excluded=rows)
+            out = _replace(out, name, _set_rows(tables[name], rows, value))
+    return dict(out)
+
+
+def add_tokens(
+    config: LlamaConfig,
+    base: Mapping[str, Any],
+    *,
+    tokenizer_size: int,
+    count: int,
+    how: Literal["mean", "zero"] | int = "mean",
+    pad_to_multiple_of: int | None = None,
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """Gives `count` new tokens rows: ids `tokenizer_size` to `+ count - 1`.
+
+    Those are the ids that a tokenizer gives to the tokens it gets next. Rows that a
+    padded vocabulary has for them already are used; the rest is appended. Rows of
+    other tokens stay as they are, and no table ever shrinks. Where the tokenizer is
+    larger than the table already, its own tokens get rows first, means.
+
+    Adapters that have a part for every token (of an adapted embedding or head, or whole
+    tables) fit the vocabulary they were trained with; add tokens before training.
+
+    Args:
+      config: of the model.
+      base: parameter tree, packed or not (tables are always dense); not changed.
+      tokenizer_size: tokens before the new ones, `len(tokenizer)`. Not
+        `tokenizer.vocab_size`, which leaves out tokens that were added earlier.
+      count: number of new tokens; 0 = only those that the tokenizer has already.
+      how: their rows: "mean" of the table's trained rows, "zero", or a token id, whose
+        row is copied. A zero row of the head gives the logit 0, which is the largest
+        where a model has all others below it.
+      pad_to_multiple_of: a larger table gets a multiple of this many rows. Rows that
+        are padding are means, which are never the likeliest token.
+
+    Returns:
+      (config, base) of the larger vocabulary, or of the same where there was room.
+
+    Raises:
+      UserError: sizes that are no counts, a `tokenizer_size` that leaves out special
+        tokens of the model, or as `repair_rows`.
+    """
+    for name, value, least in (
+        ("tokenizer_size", tokenizer_size, 1),
+        ("count", count, 0),
+        ("pad_to_multiple_of", pad_to_multiple_of or 1, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(
+                f"`{name}` must be an integer of at least {least}, got {value!r}."
+            )
+    _check_how(how, ("mean", "zero"))
+    special = [("bos_token_id", config.bos_token_id)]
+    special += [("eos_token_id", token) for token in config.eos_token_ids]
+    special += [("pad_token_id", config.pad_token_id)]
+    for name, token in special:
+        if token is not None and tokenizer_size <= token < config.vocab_size:
+            raise UserError(
+                f"`tokenizer_size`={tokenizer_size} leaves out the model's `{name}`="
+                f"{token}, whose row would become a new token's. Give "
+                "`len(tokenizer)`; `tokenizer.vocab_size` does not count added tokens."
+            )
+    old, needed = config.vocab_size, tokenizer_size + count
+    new, step = max(old, needed), pad_to_multiple_of or 1
+    if new > old:
+        new = -(-new // step) * step
+    out = base
+    for name, table in _tables(base).items():
+        if table.shape[0] != old:
+            raise UserError(
+                f"`{name}` has {table.shape[0]} rows, and `vocab_size` is {old}. Give "
+                "the configuration that belongs to this base."
+            )
+        # Not only what is appended: padding that is used now holds nothing either.
+        fresh = np.arange(min(tokenizer_size, old), new)
+        own = np.arange(tokenizer_size, needed)
+        mean = _start(table, "mean", name, excluded=fresh)
+        value = mean if how == "mean" else _start(table, how, name, excluded=fresh)
+        appended = np.broadcast_to(mean, (new - old, table.shape[1]))
+        xp: Any = jnp if isinstance(table, jax.Array) else np
+        grown = xp.concatenate([table, xp.asarray(appended, table.dtype)])
+        out = _replace(out, name, _set_rows(grown, own, value))
+    raw = {**config.raw, "vocab_size": new} if config.raw else config.raw
+    return dataclasses.replace(config, vocab_size=new, raw=raw), dict(out)
+
+
+def _tables(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with a row for each token, by module name."""
+    out = {}
+    for path in (EMBEDDING, HEAD):
+        node: Any = base
+        for part in path:
+            node = node.get(part, {})
+        if "weight" in node:
+            out[path[-1]] = node["weight"]
+    return out
+
+
+def _chunks(table: Any) -> Iterator[tuple[int, NDArray]]:
+    for start in range(0, table.shape[0], _CHUNK):
+        yield start, np.ascontiguousarray(table[start : start + _CHUNK])
+
+
+def _start(
+    table: Any, how: Any, name: str, *, excluded: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The row [D] that `how` means; the mean is that of trained rows not `excluded`."""
+    if how == "zero":
+        return np.zeros(table.shape[1], np.float32)
+    if how != "mean":
+        ids: Any = np.asarray([how])
+        _check_ids(ids, table, name)
+        return np.asarray(table[how], np.float32)
+    trained = ~untrained_rows(table)
+    trained[excluded[excluded < len(trained)]] = False
+    if not trained.any():
+        raise UserError(
+            f"`{name}` has no trained row to take the mean of. Is it a trained model?"
+        )
+    total = np.zeros(table.shape[1], np.float64)
+    for start, chunk in _chunks(table):
+        some = chunk[trained[start : start + len(chunk)]]
+        total += some.astype(np.float32).sum(axis=0, dtype=np.float64)
+    return (total / trained.sum()).astype(np.float32)
+
+
+def _set_rows(table: Any, rows: NDArray[np.int64], value: NDArray[np.float32]) -> Any:
+    """A copy of a table, numpy or jax as it is, with some rows replaced by `value`."""
+    if isinstance(table, jax.Array):
+        return table.at[rows].set(jnp.asarray(value, table.dtype))
+    out = np.array(table)
+    out[rows] = value.astype(out.dtype)
+    return out
+
+
+def _replace(base: Mapping[str, Any], name: str, table: Any) -> dict[str, Any]:
+    """A tree with another table; everything else is shared."""
+    if name == HEAD[-1]:
+        return {**base, name: {**base[name], "weight": table}}
+    model = base["model"]
+    return {**base, "model": {**model, name: {**model[name], "weight": table}}}
+
+
+def _ids(ids: TokenIds) -> NDArray[np.int64]:
+    """Distinct token ids, from a list or an array of any shape."""
+    array = np.asarray(ids if isinstance(ids, (np.ndarray, jax.Array)) else list(ids))
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"Token ids must be integers, got {array.dtype}.")
+    return np.unique(array.astype(np.int64))
+
+
+def _check_how(how: Any, named: tuple[str, ...]) -> None:
+    if how in named or (isinstance(how, int) and not isinstance(how, bool)):
+        return
+    words = ", ".join(repr(name) for name in named)
+    raise UserError(f"`how` must be {words} or a token id, got {how!r}.")
+
+
+def _check_ids(ids: NDArray[np.int64], table: Any, name: str) -> None:
+    outside = ids[(ids < 0) | (ids >= table.shape[0])]
+    if outside.size:
+        raise UserError(
+            f"Token {outside[0]} has no row in `{name}`, which has {table.shape[0]} "
+            f"(0 to {table.shape[0] - 1}). New tokens get rows with `add_tokens`."
+        )
+
+
+def _shown(ids: tuple[int, ...]) -> str:
+    more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+    return ", ".join(map(str, ids[:10])) + more + "."

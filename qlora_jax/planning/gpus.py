@@ -1,0 +1,375 @@
+"""GPUs by their data sheets: what a plan of a step needs to know of a card.
+
+    card = find_gpu("rtx-4090")            one of `CARDS`
+    card = find_gpu("mine.toml")           a card of yours
+    card.target                             what XLA's GPU compiler asks about it
+
+The compiler needs a description of the device, not the device. Sizes and rates are the
+vendor's, in 1e9 bytes and without sparsity:
+
+  memory, bandwidth, 16-bit rate, host link: NVIDIA's data sheets of the SXM modules
+    H200, H100, A100 (80 GB and 40 GB) and HGX B200; of L40S, L4 and T4; the Ada and
+    Ampere GA102 architecture white papers for RTX 4090 and RTX 3090 (16-bit products
+    with float32 sums). The host link is PCI Express x16 one way: 16, 32 or 64 GB/s for
+    generation 3, 4 or 5.
+  multiprocessors, clock, L2: the same, and the architecture white papers.
+  limits of a block and of a multiprocessor: CUDA C++ Programming Guide, technical
+    specifications by compute capability.
+
+A card shows some percent more or less than its data sheet promises (ECC takes some).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from qlora_jax.errors import UserError, did_you_mean, readable_bytes
+
+ALLOWANCE = 700_000_000
+"""Bytes of a card that no plan of a program holds: the CUDA context with its kernels
+(0.4 to 0.5 GB on current cards), cuBLAS's own workspace, and what the allocator rounds
+up and cannot place."""
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What a compute capability allows; bytes of shared memory."""
+
+    threads: int
+    """Resident on a multiprocessor."""
+    lanes: int
+    """float32 units of a multiprocessor."""
+    shared_memory: int
+    """Of a multiprocessor."""
+    shared_memory_of_block: int
+    """At most, on request."""
+
+
+# Ahead of time no other may be compiled for, so a card of another capability is planned
+# by the closed form.
+_LIMITS = {
+    (7, 5): _Limits(1024, 64, 64 << 10, 64 << 10),
+    (8, 0): _Limits(2048, 64, 164 << 10, 163 << 10),
+    (8, 6): _Limits(1536, 128, 100 << 10, 99 << 10),
+    (8, 9): _Limits(1536, 128, 100 << 10, 99 << 10),
+    (9, 0): _Limits(2048, 128, 228 << 10, 227 << 10),
+    (10, 0): _Limits(2048, 128, 228 << 10, 227 << 10),
+    (12, 0): _Limits(1536, 128, 100 << 10, 99 << 10),
+}
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """A GPU on paper."""
+
+    name: str
+    memory_bytes: int
+    """Device memory."""
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    clock_ghz: float
+    """Boost clock."""
+    bandwidth: float
+    """Of the device memory, bytes/s."""
+    flops: float
+    """Dense 16-bit products with float32 sums, FLOP/s."""
+    host_link: float
+    """To or from host memory, one way, bytes/s."""
+    l2_bytes: int
+    description: str = ""
+    """What the device calls itself."""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it multiplies bfloat16 and runs cuDNN's attention (8.0 and on)."""
+        return self.compute_capability >= (8, 0)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a step can be compiled for it ahead of time."""
+        return self.compute_capability in _LIMITS
+
+    @property
+    def target(self) -> str:
+        """The card as XLA's compiler takes it: a `GpuTargetConfigProto` as text.
+
+        Raises:
+          UserError: limits of its compute capability are not listed here.
+        """
+        major, minor = self.compute_capability
+        if not self.compiles:
+            known = ", ".join(f"{a}.{b}" for a, b in _LIMITS)
+            raise UserError(
+                f"{self.name}: compute capability {major}.{minor} is not known here "
+                f"(known: {known}), so nothing can be compiled for it."
+            )
+        limits = _LIMITS[self.compute_capability]
+        features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+        return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor}{features} }}
+  core_count: {self.multiprocessors}
+  fpus_per_core: {limits.lanes}
+  clock_rate_ghz: {self.clock_ghz}
+  memory_bandwidth: {int(self.bandwidth)}
+  device_memory_size: {self.memory_bytes}
+  l2_cache_size: {self.l2_bytes}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {limits.threads}
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {limits.shared_memory_of_block}
+  shared_memory_per_core: {limits.shared_memory}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{self.description or self.name}"
+"""
+
+
+def _card(
+    name: str,
+    gigabytes: int,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    clock_ghz: float,
+    bandwidth: float,
+    teraflops: float,
+    link: int,
+    l2_mib: int,
+    description: str,
+) -> GpuSpec:
+    """A card in the units of data sheets: 1e9 bytes, 1e9 bytes/s, 1e12 FLOP/s."""
+    return GpuSpec(
+        name,
+        gigabytes * 10**9,
+        capability,
+        multiprocessors,
+        clock_ghz,
+        bandwidth * 1e9,
+        teraflops * 1e12,
+        link * 1e9,
+        l2_mib << 20,
+        description,
+    )
+
+
+_ALL = (
+    # name, GB, capability, SMs, GHz, GB/s, TFLOP/s, GB/s to the host, MiB of L2
+    _card("b200", 180, (10, 0), 148, 1.965, 8000, 2250, 64, 126, "NVIDIA B200"),
+    _card("h200", 141, (9, 0), 132, 1.98, 4800, 989, 64, 60, "NVIDIA H200"),
+    _card("h100", 80, (9, 0), 132, 1.98, 3350, 989, 64, 50, "NVIDIA H100 80GB HBM3"),
+    _card("a100-80", 80, (8, 0), 108, 1.41, 2039, 312, 32, 40, "NVIDIA A100-SXM4-80GB"),
+    _card("a100-40", 40, (8, 0), 108, 1.41, 1555, 312, 32, 40, "NVIDIA A100-SXM4-40GB"),
+    _card("l40s", 48, (8, 9), 142, 2.52, 864, 362, 32, 96, "NVIDIA L40S"),
+    _card("l4", 24, (8, 9), 58, 2.04, 300, 121, 32, 48, "NVIDIA L4"),
+    _card(
+        *("rtx-4090", 24, (8, 9), 128, 2.52, 1008, 165, 32, 72),
+        description="NVIDIA GeForce RTX 4090",
+    ),
+    _card(
+        *("rtx-3090", 24, (8, 6), 82, 1.695, 936, 71, 32, 6),
+        description="NVIDIA GeForce RTX 3090",
+    ),
+    _card("t4", 16, (7, 5), 40, 1.59, 320, 65, 16, 4, "Tesla T4"),
+)
+CARDS: Mapping[str, GpuSpec] = MappingProxyType({card.name: card for card in _ALL})
+"""Name -> card."""
+
+# Field of a spec file -> (field of a card, factor of its unit).
+_UNITS = {
+    "memory_gb": ("memory_bytes", 1e9),
+    "multiprocessors": ("multiprocessors", 1),
+    "clock_ghz": ("clock_ghz", 1.0),
+    "bandwidth_gb_s": ("bandwidth", 1e9),
+    "tflops": ("flops", 1e12),
+    "host_link_gb_s": ("host_link", 1e9),
+    "l2_mib": ("l2_bytes", 1 << 20),
+}
+
+
+def find_gpu(name: str) -> GpuSpec:
+    """Returns a card by its name, or the card that a TOML file describes.
+
+    The file has `name` and either all of compute_capability ("8.9"), memory_gb,
+    multiprocessors, clock_ghz, bandwidth_gb_s, tflops (dense, 16 bits), host_link_gb_s
+    and l2_mib, or `like` (a name) and those of them that differ.
+
+    Raises:
+      UserError: no such card or file, or one that does not say what is needed.
+    """
+    plain = name.lower().replace("_", "-")
+    if plain in CARDS:
+        return CARDS[plain]
+    if name.endswith(".toml"):
+        return _read_card(Path(name))
+    raise UserError(
+        f"No card `{name}` is known here.{did_you_mean(plain, CARDS)} "
+        f"Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
+    )
+
+
+def gpu_named(description: str) -> GpuSpec | None:
+    """The card that calls itself so (`device_kind` of a device); None if none does.
+
+    Only the very name: a PCI Express board of the same chip has another clock.
+    """
+    found = (card for card in _ALL if card.description == description)
+    return next(found, None)
+
+
+def _read_card(path: Path) -> GpuSpec:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
+    options = ("name", "like", "compute_capability", *_UNITS)
+    for key in content:
+        if key not in options:
+            raise UserError(
+                f"{path}: `{key}` is no field of a card."
+                f"{did_you_mean(key, options)} Fields: {', '.join(options)}."
+            )
+    values: dict[str, Any] = {}
+    if "like" in content:
+        if content["like"] not in CARDS:
+            raise UserError(
+                f"{path}: `like` must be one of {', '.join(CARDS)}, got "
+                f"{content['like']!r}."
+            )
+        values = dataclasses.asdict(CARDS[content["like"]])
+    values["name"] = str(content.get("name", path.stem))
+    if "compute_capability" in content:
+        values["compute_capability"] = _capability(content["compute_capability"], path)
+    for key, (field, unit) in _UNITS.items():
+        if key in content:
+            value = content[key]
+            if not (type(value) in (int, float) and 0 < value and math.isfinite(value)):
+                raise UserError(
+                    f"{path}: `{key}` must be a positive number, got {value!r}."
+                )
+            whole = field in ("memory_bytes", "multiprocessors", "l2_bytes")
+            values[field] = round(value * unit) if whole else float(value * unit)
+    given = {"compute_capability": "compute_capability"}
+    given |= {field: key for key, (field, _) in _UNITS.items()}
+    missing = [key for field, key in given.items() if field not in values]
+    if missing:
+        named = ", ".join(f"`{key}`" for key in missing)
+        raise UserError(
+            f"{path}: missing {named}. Give them, or `like` = one of "
+            f"{', '.join(CARDS)}."
+        )
+    return GpuSpec(**values)
+
+
+def _capability(value: Any, path: Path) -> tuple[int, int]:
+    parts = str(value).split(".")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise UserError(
+            f"{path}: `compute_capability` must be like '8.9', got {value!r}."
+        )
+    return int(parts[0]), int(parts[1])
+
+
+# Of the memory that JAX may use, what its allocator can be asked for in a plan's few
+# large blocks.
+_USABLE = 0.98
+
+
+_ENDLESS = 1 << 60
+
+
+def this_device() -> GpuSpec:
+    """The device at hand as a card: its memory is what a process may use of it."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        # A context and JAX's pool exist already; `ALLOWANCE` is for both.
+        usable = int(_USABLE * stats["bytes_limit"])
+    elif device.platform == "cpu":
+        usable = available_memory()
+    else:
+        usable = _ENDLESS
+    capability = str(getattr(device, "compute_capability", "9.0"))
+    major, _, minor = capability.partition(".")
+    return GpuSpec(
+        name=device.device_kind if device.platform != "cpu" else "this machine",
+        memory_bytes=usable + ALLOWANCE,
+        compute_capability=(int(major), int(minor or 0)) if major.isdigit() else (0, 0),
+        # Of no account here: nothing is estimated but bytes.
+        multiprocessors=1,
+        clock_ghz=1.0,
+        bandwidth=1.0,
+        flops=1.0,
+        host_link=1.0,
+        l2_bytes=1,
+        description=device.device_kind,
+    )
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can still be had; endless where no one says."""
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+    except OSError:  # another system than Linux
+        try:
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (OSError, ValueError):
+            return _ENDLESS
+    try:  # of a container
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limits.append(int(limit) - int(used))
+    except (OSError, ValueError):  # none, or "max"
+        pass
+    return min(limits, default=_ENDLESS)
+
+
+def give_back_freed_memory() -> bool:
+    """Gives what the compiler has freed back to the system; whether there is a way to.
+
+    glibc keeps freed memory below what is still in use: after a step is compiled some
+    200 MB, for as long as the process lives.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:  # another C library
+        return False
+    trim(0)
+    return True
+
+
+def _more_memory() -> str:
+    """How to let JAX use more of a GPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return ""
+    return (
+        f" JAX takes {readable_bytes(stats['bytes_limit'])} of this device, three "
+        "quarters of it unless XLA_PYTHON_CLIENT_MEM_FRACTION in the environment says "
+        "more."
+    )

@@ -1,0 +1,515 @@
+"""What fits on a card, before anyone rents it: a training step, planned.
+
+    planner = Planner(find_gpu("rtx-4090"), python=find_compiler())
+    plan = planner.longest(step, policies(remat="auto"))
+    plan.report()
+
+The bytes are those of the compiled step (`qlora_jax.planning.compile`), or without the GPU
+compiler those of the closed form (`qlora_jax.planning.estimate`); `Plan.method` says which. A
+search compiles few steps: memory is nearly a straight line over tokens, so two points
+and a check at both sides of the limit prepare it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from convert.peft import adapter_bytes
+from qlora_jax.errors import UserError
+from qlora_jax.errors import readable_bytes as _gb
+from qlora_jax.models.attention import refusals
+from qlora_jax.models.sharding import check_mesh
+from qlora_jax.planning import estimate
+from qlora_jax.planning.compile import compile_for
+from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
+from qlora_jax.planning.step import Step, StepMemory
+
+PROCESS_BYTES = 4_000_000_000
+"""Host memory of a run beside its arrays: Python, JAX, the CUDA libraries, the
+checkpoint's pages in flight and the data."""
+
+# JAX's own limits where nobody sets others.
+_DEVICE_FRACTION = 0.75
+_PINNED_BYTES = 64 << 30
+
+Quantity = Literal["length", "batch_size"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to hold a step in memory."""
+
+    name: str
+    remat: str
+    attention: str = "auto"
+    embed_tokens: str = "device"
+    lm_head: str = "device"
+
+    def apply(self, step: Step) -> Step:
+        """The step under this policy."""
+        compute = dataclasses.replace(
+            step.compute,
+            remat=self.remat,  # pyright: ignore[reportArgumentType]
+            attention=self.attention,  # pyright: ignore[reportArgumentType]
+        )
+        return dataclasses.replace(
+            step,
+            compute=compute,
+            embed_tokens=self.embed_tokens,  # pyright: ignore[reportArgumentType]
+            lm_head=self.lm_head,  # pyright: ignore[reportArgumentType]
+        )
+
+
+LADDER = (
+    Policy("none", "none"),
+    Policy("save_matmuls", "save_matmuls"),
+    Policy("full", "full"),
+    Policy("offload", "offload"),
+    Policy("offload, tables", "offload", "auto", "host", "host"),
+    Policy("offload, tables, xla", "offload", "xla", "host", "host"),
+)
+"""Fastest first; each needs less of the device than the one before. "tables": the
+embedding and the head lie on the host. "xla": attention whose backward pass needs no
+workspace."""
+
+
+def policies(
+    *,
+    remat: str = "auto",
+    attention: str = "auto",
+    embed_tokens: str = "auto",
+    lm_head: str = "auto",
+    tied: bool = False,
+    card: GpuSpec | None = None,
+) -> list[Policy]:
+    """The rungs of the ladder that leave given settings as they are, fastest first.
+
+    Args:
+      remat: a policy of `Compute.remat`, or "auto" for all of them.
+      attention: "auto", or an implementation.
+      embed_tokens: "auto", "device" or "host".
+      lm_head: the same, or "nf4".
+      tied: the model's head is its embedding table, which has one place.
+      card: one that cannot run cuDNN gets attention="xla" where that is open.
+
+    Raises:
+      UserError: two places for a table that is one.
+    """
+    if tied and lm_head in ("device", "host"):
+        if embed_tokens not in ("auto", lm_head):
+            raise UserError(
+                f"embed_tokens={embed_tokens!r} and lm_head={lm_head!r}: this model's "
+                "head is its embedding table. Give `embed_tokens` alone."
+            )
+        embed_tokens = lm_head
+    if attention == "auto" and card is not None and not card.bfloat16:
+        attention = "xla"
+    out: dict[tuple[str, ...], Policy] = {}
+    for rung in LADDER:
+        if remat not in ("auto", rung.remat):
+            continue
+        policy = Policy(
+            rung.name,
+            rung.remat,
+            rung.attention if attention == "auto" else attention,
+            rung.embed_tokens if embed_tokens == "auto" else embed_tokens,
+            rung.lm_head if lm_head == "auto" else lm_head,
+        )
+        key = (policy.remat, policy.attention, policy.embed_tokens, policy.lm_head)
+        # Of rungs that became equal the first has the plainest name.
+        out.setdefault(key, policy)
+    return list(out.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step on a card."""
+
+    step: Step
+    policy: Policy
+    card: GpuSpec
+    mesh: Mapping[str, int]
+    memory: StepMemory
+    method: Literal["compiled", "estimate"]
+    versions: Mapping[str, str]
+    collectives: Mapping[str, Mapping[str, int]]
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device, the allowance included."""
+        return self.memory.device_bytes + ALLOWANCE
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is no more than the card has."""
+        return self.total <= self.card.memory_bytes
+
+    def report(self) -> dict[str, Any]:
+        """The plan as plain data, what `qlora-jax plan --json` prints."""
+        step, memory = self.step, self.memory
+        lora = step.compute.lora
+        assert lora is not None
+        saved = lora.absorbed
+        if saved.base_fingerprint is None:
+            # A run writes one; its digits do not matter, their number does.
+            saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
+        devices = math.prod(self.mesh.values())
+        return {
+            "max_length": step.length,
+            "batch_size": step.train.batch_size,
+            "gradient_accumulation_steps": step.train.gradient_accumulation_steps,
+            "fits": self.fits,
+            "method": self.method,
+            "policy": self.policy.name,
+            "remat": step.compute.remat,
+            "attention": step.compute.attention,
+            "embed_tokens": step.embed_tokens,
+            "lm_head": step.lm_head,
+            "dtype": step.compute.dtype,
+            "quantization": step.quantization or "none",
+            "device_bytes": {
+                **device_bytes(memory),
+                "allowance": ALLOWANCE,
+                "total": self.total,
+            },
+            "host_bytes": memory.host_bytes,
+            "host_bytes_needed": self.host_bytes_needed,
+            "adapter_bytes": adapter_bytes(step.config, saved),
+            "flops_per_token": estimate.flops_per_token(step),
+            "step_seconds_floor": estimate.step_seconds_floor(
+                step, self.card, devices=devices
+            ),
+            "settings": self.settings,
+            "card": self.card.name,
+            "card_bytes": self.card.memory_bytes,
+            "mesh": dict(self.mesh),
+            "collectives": {k: dict(v) for k, v in self.collectives.items()},
+            "compiled_for": self.card.description
+            if self.method == "compiled"
+            else None,
+            "versions": dict(self.versions),
+        }
+
+    @property
+    def host_bytes_needed(self) -> int:
+        """Host memory of a machine with all devices of the mesh.
+
+        The packed base passes through it once, before anything is pinned.
+        """
+        devices = math.prod(self.mesh.values())
+        base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
+        return max(base, self.memory.host_bytes * devices) + PROCESS_BYTES
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Variables of the environment without which JAX's own limits are lower."""
+        out = {}
+        needed = self.memory.device_bytes / self.card.memory_bytes
+        if needed > _DEVICE_FRACTION:
+            fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
+            out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
+        if self.memory.host_bytes > _PINNED_BYTES:
+            # Some more than the arrays take, which do not lie without a gap.
+            limit = math.ceil(1.1 * self.memory.host_bytes / 2**30)
+            out["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(limit)
+        return out
+
+
+def device_bytes(memory: StepMemory) -> dict[str, int]:
+    """The kinds of bytes on a device."""
+    kinds = dataclasses.asdict(memory)
+    return {k: v for k, v in kinds.items() if not k.startswith("host_")}
+
+
+class Planner:
+    """Plans steps for one card, each step once."""
+
+    def __init__(
+        self,
+        card: GpuSpec,
+        *,
+        python: str | None = None,
+        mesh: Mapping[str, int] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Takes what all steps have in common.
+
+        Args:
+          card: which.
+          python: from `find_compiler`; None = by the closed form.
+          mesh: sizes of the axes "data" and "fsdp"; default one device.
+          say: is told what is being compiled.
+        """
+        self.card = card
+        self.python = python if card.compiles else None
+        self.mesh = dict(mesh) if mesh else {"data": 1}
+        self._say = say
+        self._plans: dict[Step, Plan] = {}
+
+    def plan(self, step: Step, policy: Policy) -> Plan:
+        """Plans one step under one policy.
+
+        Raises:
+          UserError: the mesh does not divide, the card cannot run this attention, or
+            the compiler fails.
+        """
+        step = policy.apply(step)
+        if step not in self._plans:
+            self._check(step)
+            self._plans[step] = self._made(step, policy)
+        return self._plans[step]
+
+    def _check(self, step: Step) -> None:
+        """Refuses, by whatever method, what the card cannot run."""
+        check_mesh(self.mesh, step.train.batch_size)
+        attention = step.compute.attention
+        reasons = refusals(
+            attention,
+            dtype=jnp.dtype(step.compute.dtype),
+            head_dim=step.config.head_dim,
+            packed=step.packed,
+            capability=".".join(map(str, self.card.compute_capability)),
+        )
+        if reasons:
+            raise UserError(
+                f"attention={attention!r} cannot be used on {self.card.name}: "
+                f"{'; '.join(reasons)}. Use 'auto' or 'xla'."
+            )
+
+    def estimate(self, step: Step, policy: Policy) -> Plan:
+        """The same by the closed form."""
+        step = policy.apply(step)
+        self._check(step)
+        memory = estimate.step_memory(step, self.mesh)
+        versions = {"jax": jax.__version__}
+        return Plan(
+            step, policy, self.card, self.mesh, memory, "estimate", versions, {}
+        )
+
+    def _made(self, step: Step, policy: Policy) -> Plan:
+        if self.python is None:
+            return self.estimate(step, policy)
+        self._say(
+            f"compiling for {self.card.name}: {step.train.batch_size:,} x "
+            f"{step.length:,} tokens, {policy.name}"
+        )
+        mesh = self.mesh if math.prod(self.mesh.values()) > 1 else None
+        made = compile_for(step, self.card, python=self.python, mesh=mesh)
+        versions = {"jax": made.jax}
+        return Plan(
+            step,
+            policy,
+            self.card,
+            self.mesh,
+            made.memory,
+            "compiled",
+            versions,
+            made.collectives,
+        )
+
+    def fastest(self, step: Step, among: Sequence[Policy]) -> Plan:
+        """The first policy under which the step fits; the leanest if none does."""
+        best: Plan | None = None
+        for policy in among:
+            # What is far off by the estimate is not worth a compilation.
+            sure = self.estimate(step, policy).total > 1.5 * self.card.memory_bytes
+            if sure and policy is not among[-1]:
+                continue
+            plan = self.plan(step, policy)
+            if plan.fits:
+                return plan
+            if best is None or plan.total < best.total:
+                best = plan
+        assert best is not None
+        return best
+
+    def longest(
+        self, step: Step, among: Sequence[Policy], quantity: Quantity = "length"
+    ) -> Plan:
+        """The largest length (or batch) that fits, under the policy that fits most.
+
+        A length is a multiple of `granule` tokens, a batch one of the mesh's devices.
+        What is returned fits, and one unit more does not.
+
+        Args:
+          step: of any length (or batch size).
+          among: policies; by the estimate the best of them is searched.
+          quantity: what is made as large as possible.
+
+        Raises:
+          UserError: not even one unit fits; by how much, and what would help.
+        """
+        guesses = [(self._guess(step, policy, quantity), policy) for policy in among]
+        # Of equals the first, which is the fastest.
+        size, policy = max(guesses, key=lambda guess: guess[0])
+        if not size:  # then the one that comes nearest
+            policy = min(among, key=lambda p: self.estimate(step, p).total)
+        return self._search(step, policy, quantity, size)
+
+    def longest_of_each(
+        self, step: Step, among: Sequence[Policy], quantity: Quantity = "length"
+    ) -> list[Plan | None]:
+        """The same for every policy by itself; None where nothing fits."""
+        found: list[Plan | None] = []
+        for policy in among:
+            try:
+                found.append(self.longest(step, [policy], quantity))
+            except DoesNotFit:
+                found.append(None)
+        return found
+
+    def _sized(self, step: Step, quantity: Quantity, size: int) -> Step:
+        if quantity == "length":
+            return dataclasses.replace(step, length=size)
+        train = dataclasses.replace(step.train, batch_size=size)
+        return dataclasses.replace(step, train=train)
+
+    def _unit(self, quantity: Quantity, size: int) -> int:
+        return granule(size) if quantity == "length" else self._devices
+
+    @property
+    def _devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    def _most(self, step: Step, quantity: Quantity) -> int:
+        """The largest size whose tokens can be counted."""
+        tokens = (2**31 - 1) // step.train.gradient_accumulation_steps
+        if quantity == "length":
+            return tokens // step.train.batch_size
+        return tokens // step.length // self._devices * self._devices
+
+    def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
+        """The largest size that fits by the estimate; 0 if none does."""
+        unit = 128 if quantity == "length" else self._devices
+
+        def fits(units: int) -> bool:
+            sized = self._sized(step, quantity, units * unit)
+            return self.estimate(sized, policy).fits
+
+        low, high = 0, max(self._most(step, quantity) // unit, 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * unit
+
+    def _search(
+        self, step: Step, policy: Policy, quantity: Quantity, guess: int
+    ) -> Plan:
+        unit = self._unit(quantity, guess)
+        most = max(self._most(step, quantity) // unit, 1)
+
+        def at(units: int) -> Plan:
+            return self.plan(self._sized(step, quantity, units * unit), policy)
+
+        low, high = 0, most + 1  # the largest that is known to fit, and not to
+        below: Plan | None = None
+        above: Plan | None = None
+        here = min(max(guess // unit, 1), most)
+        slope, tried = None, 0
+        while high - low > 1:
+            plan = at(here)
+            tried += 1
+            if plan.fits:
+                low, below = here, plan
+            else:
+                high, above = here, plan
+            if high - low <= 1:
+                break
+            if below is not None and above is not None:
+                slope = (above.total - below.total) / (high - low)
+            elif slope is None:
+                slope = self._slope(step, policy, quantity, here * unit) * unit
+            start, known = (low, below) if below is not None else (high, above)
+            assert known is not None
+            step_to = math.floor((self.card.memory_bytes - known.total) / slope)
+            # On a straight line the answer lies there or right beside. It is not quite
+            # straight: a search that has not ended by then halves what is left.
+            here = start + step_to
+            if tried > 4 and above is not None:
+                here = (low + high) // 2
+            here = min(max(here, low + 1), high - 1)
+        if below is None:
+            assert above is not None
+            raise DoesNotFit(self.too_large(above))
+        return below
+
+    def _slope(
+        self, step: Step, policy: Policy, quantity: Quantity, size: int
+    ) -> float:
+        """Bytes of one more, by the estimate."""
+        small = self.estimate(self._sized(step, quantity, size), policy)
+        large = self.estimate(self._sized(step, quantity, 2 * size), policy)
+        return max((large.total - small.total) / size, 1.0)
+
+    def too_large(self, plan: Plan) -> str:
+        """Says by how much a plan exceeds the card, and what would help."""
+        over = plan.total - self.card.memory_bytes
+        enough, others = self.knobs(plan)
+        if enough:
+            advice = f"By the estimate enough: {'; '.join(enough)}."
+        else:
+            advice = (
+                "By the estimate no setting alone is enough"
+                + (f" ({'; '.join(others)})" if others else "")
+                + ": take a larger card, several (--mesh.fsdp), or a smaller model."
+            )
+        return (
+            f"{plan.step.train.batch_size:,} x {plan.step.length:,} tokens take "
+            f"{_gb(plan.total)} under the policy '{plan.policy.name}', {_gb(over)} "
+            f"more than the {_gb(self.card.memory_bytes)} of {self.card.name}. {advice}"
+        )
+
+    def knobs(self, plan: Plan) -> tuple[list[str], list[str]]:
+        """Settings that would take less, and by how much.
+
+        Returns:
+          Those that are enough alone, and others that save more than 0.5 % of the card.
+        """
+        step, now = plan.step, self.estimate(plan.step, plan.policy).total
+        over = plan.total - self.card.memory_bytes
+        lora = step.compute.lora
+        assert lora is not None
+        options: list[tuple[str, Step, Policy]] = [
+            (f"the policy '{policy.name}'", step, policy)
+            for policy in policies(card=self.card)
+            if policy.name != plan.policy.name
+        ]
+        if step.quantization != "nf4_dq":
+            lean = dataclasses.replace(step, quantization="nf4_dq")
+            options.append(("quantization='nf4_dq'", lean, plan.policy))
+        if step.length >= 256:
+            half = dataclasses.replace(step, length=step.length // 2)
+            options.append((f"max_length={half.length:,}", half, plan.policy))
+        if step.train.batch_size >= 2 * self._devices:
+            size = step.train.batch_size // 2 // self._devices * self._devices
+            fewer = self._sized(step, "batch_size", size)
+            options.append((f"batch_size={size}", fewer, plan.policy))
+        if lora.r > 8 and not lora.rank_pattern:
+            compute = dataclasses.replace(
+                step.compute, lora=dataclasses.replace(lora, r=lora.r // 2)
+            )
+            smaller = dataclasses.replace(step, compute=compute)
+            options.append((f"r={lora.r // 2}", smaller, plan.policy))
+        enough, others = [], []
+        for text, changed, policy in options:
+            saved = now - self.estimate(changed, policy).total
+            if saved > 0.005 * self.card.memory_bytes:
+                where = enough if saved >= over else others
+                where.append(f"{text} saves {_gb(saved)}")
+        return enough, others
+
+
+class DoesNotFit(UserError):
+    """Not even the smallest step fits."""
+
+
+def granule(length: int) -> int:
+    """The unit in which lengths are searched: below 16,384 tokens 128, else 1,024."""
+    return 128 if length < 16384 else 1024

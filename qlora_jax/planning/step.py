@@ -1,0 +1,405 @@
+"""A training step before it exists: its arguments, its program, its memory.
+
+    lowered = lower(Step(config, compute, length=8192), mesh)
+    memory = StepMemory.of(lowered.compile(), step, mesh)
+
+The one builder of the step, for the device at hand and for a card that is not there
+(`gpu_mesh`), whose program XLA's GPU compiler makes all the same: arguments are shapes,
+nothing is loaded and nothing runs. The buffers of a compiled step are those it will
+use; two things the compiler does not see are added by the caller's choice of constants:
+the workspace that cuDNN's backward pass asks for when it runs (`workspace`),
+and what a process takes besides (`ALLOWANCE`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from qlora_jax.choices import EmbeddingMemory, HeadMemory
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.lora.targets import select
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.params import abstract_base
+from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
+from qlora_jax.planning.gpus import GpuSpec
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import TrainState, init_state, jit_step
+from qlora_jax.tree import EMBEDDING, HEAD, FrozenDict, Path
+
+_MAX_INT32 = 2**31 - 1
+_CUDNN_BACKWARD = "__cudnn$fmhaSoftmaxBackward"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step, as far as its program depends on it."""
+
+    config: LlamaConfig
+    compute: Compute
+    """With the LoRA configuration of the run."""
+    length: int
+    """Tokens of a row."""
+    train: TrainConfig = TrainConfig(steps=1)
+    """Rows of a micro-batch, micro-batches, and the optimizer."""
+    quantization: str | None = "nf4_dq"
+    """Of the linear layers, as `abstract_base` takes it."""
+    packed: bool = False
+    """Whether rows hold several documents."""
+    embed_tokens: EmbeddingMemory = "device"
+    """Where the table of the embedding lies."""
+    lm_head: HeadMemory = "device"
+    """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(
+                f"`max_length` must be at least 1 token, got {self.length}."
+            )
+        if self.lm_head == "nf4" and self.config.tie_word_embeddings:
+            raise UserError(
+                "lm_head='nf4': this model's head is its embedding table, which stays "
+                "as it is. Use 'device' or 'host'."
+            )
+        tokens = self.tokens * self.train.gradient_accumulation_steps
+        if tokens > _MAX_INT32:
+            raise UserError(
+                f"a step of {self.train.gradient_accumulation_steps:,} micro-batches x "
+                f"{self.train.batch_size:,} rows x {self.length:,} tokens has "
+                f"{tokens:,} tokens, and tokens are counted in 32 bits (at most "
+                f"{_MAX_INT32:,}). Make `max_length`, `batch_size` or "
+                "`gradient_accumulation_steps` smaller."
+            )
+
+    @property
+    def on_host(self) -> tuple[Path, ...]:
+        """Modules of the base in pinned host memory."""
+        places = {EMBEDDING: self.embed_tokens, HEAD: self.lm_head}
+        return tuple(path for path, where in places.items() if where == "host")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.train.batch_size * self.length
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data that `from_json` makes an equal step of."""
+        compute = _fields(self.compute)
+        if self.compute.lora is not None:
+            compute["lora"] = _fields(self.compute.lora)
+        return {
+            **_fields(self),
+            "config": self.config.to_hf(),
+            "compute": compute,
+            "train": dataclasses.asdict(self.train),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Step:
+        """Makes a step of what `to_json` returned."""
+        compute = dict(content["compute"])
+        if compute["lora"] is not None:
+            # JSON has neither tuples nor immutable tables.
+            lora = {name: _frozen(v) for name, v in compute["lora"].items()}
+            compute["lora"] = LoraConfig(**lora)
+        groups = tuple(ParameterGroup(**g) for g in content["train"]["groups"])
+        return cls(
+            **{
+                **content,
+                "config": LlamaConfig.from_hf(content["config"]),
+                "compute": Compute(**compute),
+                "train": TrainConfig(**{**content["train"], "groups": groups}),
+            }
+        )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _frozen(item) for key, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
+    """Returns state, base and batch of a step, as shapes.
+
+    Raises:
+      UserError: no adapters are asked for, or they target nothing in this model.
+    """
+    if step.compute.lora is None:
+        raise UserError("A training step needs a LoRA configuration (`Compute.lora`).")
+    base = abstract_base(
+        step.config,
+        quantization=step.quantization,
+        quantize_lm_head=step.lm_head == "nf4",
+        dtype=step.compute.dtype,
+    )
+    adapters = abstract_adapters(base, step.compute.lora)
+    optimizer = _optimizer(step, base)
+
+    def start(adapters: Any) -> TrainState:
+        return init_state(adapters, optimizer, jax.random.key(0))
+
+    state = jax.eval_shape(start, adapters)
+    shape = (
+        step.train.gradient_accumulation_steps,
+        step.train.batch_size,
+        step.length,
+    )
+    names = ("tokens", "labels")
+    if step.packed:
+        names += ("positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    return state, base, batch
+
+
+def _optimizer(step: Step, base: Any) -> Any:
+    assert step.compute.lora is not None
+    return make_optimizer(step.train, 1, select(base, step.compute.lora))
+
+
+def gpu_mesh(card: GpuSpec, shape: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh of cards that are not there, in one machine.
+
+    It needs the CUDA plugin of JAX, in a process whose platform is the CPU.
+
+    Args:
+      card: which.
+      shape: names and sizes of the mesh's axes; default one card.
+    """
+    shape = shape or {"data": 1}
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=card.target,
+        topology=f"1x1x{math.prod(shape.values())}",
+    )
+    return topologies.make_mesh(
+        topo=topology, mesh_shape=tuple(shape.values()), axis_names=tuple(shape)
+    )
+
+
+def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
+    """Traces the step as a run jits it: the state donated, everything else kept.
+
+    Args:
+      step: the step.
+      mesh: from `gpu_mesh`; default the device at hand.
+    """
+    model = Llama(step.config, step.compute)
+    arguments = abstract_arguments(step)
+    if mesh is not None:
+        check_mesh(mesh.shape, step.train.batch_size)
+    jitted = jit_step(
+        model,
+        _optimizer(step, arguments[1]),
+        neftune_noise_alpha=step.train.neftune_noise_alpha,
+    )
+    if mesh is None:
+        return jitted.lower(*arguments)
+    # For whom to trace: what is chosen by the kind of device is chosen for this one.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jitted.lower(*place(arguments, mesh, step.on_host))
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a compiled step takes on each of its devices, and pins on the host."""
+
+    base: int
+    """Frozen weights."""
+    adapters: int
+    optimizer: int
+    """Moments and counts of the optimizer, the step number and the random key."""
+    batch: int
+    activations: int
+    """Of all layers, kept by the forward pass for the backward one."""
+    gradients: int
+    """Of what is trained."""
+    loss: int
+    """What the loss needs where nothing else needs it: chunks of logits."""
+    temporaries: int
+    """The other temporaries: a layer at work."""
+    workspace: int
+    """Of cuDNN's backward pass, by its formula; the compiler takes it for 0."""
+    host_base: int = 0
+    """Frozen weights in pinned host memory."""
+    host_activations: int = 0
+    """What is offloaded to pinned host memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        """All kinds on a device."""
+        return sum(
+            getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if not f.name.startswith("host_")
+        )
+
+    @property
+    def host_bytes(self) -> int:
+        """All kinds pinned on the host, of one device."""
+        return self.host_base + self.host_activations
+
+    @classmethod
+    def of(
+        cls,
+        compiled: Any,
+        step: Step,
+        mesh: Any = None,
+        buffers: str | None = None,
+        arguments: tuple[TrainState, Any, Any] | None = None,
+    ) -> StepMemory:
+        """Reads the memory of a compiled step.
+
+        Args:
+          compiled: `lower(step, mesh).compile()`.
+          step: the step.
+          mesh: as it was lowered for.
+          buffers: XLA's text of the buffer assignment, from which each byte of the
+            temporaries is counted once, for the first of gradients, activations,
+            temporaries and loss that uses it. Without it all of them are `temporaries`.
+          arguments: what it was lowered with; default `abstract_arguments(step)`.
+        """
+        stats = compiled.memory_analysis()
+        if arguments is None:
+            arguments = abstract_arguments(step)
+            if mesh is not None:
+                arguments = place(arguments, mesh, step.on_host)
+        state, base, batch = arguments
+        text = compiled.as_text()
+        kinds = {"temporaries": stats.temp_size_in_bytes}
+        if buffers is not None:
+            split = split_temporaries(buffers, text, step, state.adapters)
+            kinds = split | {
+                # Holes between the buffers are there for those at work.
+                "temporaries": stats.temp_size_in_bytes
+                - sum(size for kind, size in split.items() if kind != "temporaries")
+            }
+        adapters = _bytes(state.adapters, host=False)
+        # What the compiler plans beside: results that take no argument's place, and
+        # the few bytes to which arguments are rounded up.
+        kinds["temporaries"] += stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return cls(
+            base=_bytes(base, host=False),
+            adapters=adapters,
+            optimizer=_bytes(state, host=False) - adapters,
+            batch=_bytes(batch, host=False),
+            activations=kinds.get("activations", 0),
+            gradients=kinds.get("gradients", 0),
+            loss=kinds.get("loss", 0),
+            temporaries=kinds["temporaries"],
+            workspace=_attention_workspace(text, step, mesh),
+            host_base=_bytes(base, host=True),
+            host_activations=stats.host_temp_size_in_bytes,
+        )
+
+
+def _bytes(tree: Any, *, host: bool) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+
+
+def _attention_workspace(text: str, step: Step, mesh: Any) -> int:
+    """Dq in float32, which cuDNN's backward pass sums up before it rounds."""
+    if _CUDNN_BACKWARD not in text:
+        return 0
+    devices = 1 if mesh is None else math.prod(mesh.shape.values())
+    config = step.config
+    return 4 * step.tokens // devices * config.num_attention_heads * config.head_dim
+
+
+# --- What the temporaries are for ---
+
+_KINDS = ("gradients", "activations", "temporaries", "loss")
+# Values in the device's memory; those of the host are "@5".
+_VALUE = re.compile(
+    r" value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
+    r"\(size=(\d+),offset=(\d+)\): (\S+)"
+)
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_NAMED = re.compile(r'%?([\w.\-]+) = .*op_name="([^"]*)"')
+
+
+def split_temporaries(
+    buffers: str, program: str, step: Step, adapters: Any
+) -> dict[str, int]:
+    """Counts each byte of the temporaries once, by what it is for.
+
+    Buffers share memory over time. A byte counts for the first of these kinds that ever
+    uses it: gradients (arrays of the shapes of what is trained), activations (arrays of
+    all layers and all tokens), temporaries, loss (what the program does between the
+    last layer and its gradient). `loss` is thus what the loss costs in addition.
+
+    Args:
+      buffers: XLA's text of the buffer assignment.
+      program: the scheduled program.
+      step: the step.
+      adapters: shapes of what is trained, with their shardings.
+    """
+    origin = {
+        match[1]: match[2]
+        for line in program.splitlines()
+        if (match := _NAMED.match(line.strip().removeprefix("ROOT ")))
+    }
+    trained = set()
+    for leaf in jax.tree.leaves(adapters):
+        sharding = getattr(leaf, "sharding", None)
+        trained.add(
+            tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+        )
+    spans: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _KINDS}
+    for block in re.split(r"\nallocation ", buffers):
+        if "preallocated-temp" not in block.partition("\n")[0]:
+            continue
+        for match in _VALUE.finditer(block):
+            name, size, start, shape = match[1], int(match[2]), int(match[3]), match[4]
+            kind = _kind(shape, origin.get(name, ""), step, trained)
+            spans[kind].append((start, start + size))
+    found, taken = {}, []
+    for kind in _KINDS:
+        before = _covered(taken)
+        taken += spans[kind]
+        found[kind] = _covered(taken) - before
+    return found
+
+
+def _kind(shape: str, origin: str, step: Step, trained: set) -> str:
+    match = _SHAPE.match(shape)
+    sizes = [int(n) for n in match[2].split(",") if n] if match else []
+    if tuple(sizes) in trained:
+        return "gradients"
+    # Behind the layers come the rows, of which each device has its share.
+    layers, rows = step.config.num_hidden_layers, step.train.batch_size
+    if sizes[:1] == [layers] and step.length in sizes[2:] and not rows % sizes[1]:
+        return "activations"
+    # Derivatives are taken of the layers, which are a method of the model, and of the
+    # loss, which is none.
+    if "jvp(" in origin and "hidden_states" not in origin:
+        return "loss"
+    return "temporaries"
+
+
+def _covered(spans: Iterable[tuple[int, int]]) -> int:
+    """Length of the union of intervals."""
+    total, end = 0, 0
+    for start, stop in sorted(spans):
+        total += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    return total

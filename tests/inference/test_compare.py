@@ -1,0 +1,222 @@
+import dataclasses
+import itertools
+import shutil
+import weakref
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import convert
+from convert import names
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.inference.compare import (
+    PROBE_TOKENS,
+    check_plain,
+    compare_logits,
+    load_exact,
+    probe_text,
+    probe_tokens,
+)
+from qlora_jax.inference.identity import trained_form
+from qlora_jax.inference.model import Model
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.nf4 import fingerprint_tree
+
+
+def model(llama_dir, **changes):
+    """A model whose tensors are changed: dotted path -> function of the array."""
+    loaded = load_exact(llama_dir)
+    leaves = dict(names.walk(loaded.base))
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        change = changes.get("_".join(path), lambda leaf: leaf)
+        names.put(tree, path, jnp.asarray(change(leaf)))
+    return dataclasses.replace(loaded, base=tree)
+
+
+def test_a_model_and_itself(llama_dir):
+    tokens = probe_tokens(load_exact(llama_dir).config)
+    found = compare_logits(load_exact(llama_dir), lambda: load_exact(llama_dir), tokens)
+    assert found.pop("max_abs_logit") > 0.01
+    assert found == {
+        "probe_tokens": PROBE_TOKENS,
+        "max_abs_difference": 0.0,
+        "mean_kl": 0.0,
+        "max_kl": 0.0,
+        "same_top_token": 1.0,
+    }
+
+
+def test_figures_are_those_of_the_logits(llama_dir):
+    one = model(llama_dir)
+    two = model(llama_dir, lm_head_weight=lambda w: w * 3 + 1)
+    tokens = probe_tokens(one.config)
+    found = compare_logits(one, two, tokens)
+    a, b = (
+        np.asarray(m.logits(tokens), np.float64).reshape(-1, 32) for m in (one, two)
+    )
+    p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x, jnp.float32))) for x in (a, b))
+    kl = (np.exp(p) * (p - q)).sum(1)
+    assert found["max_abs_logit"] == pytest.approx(np.abs(a).max())
+    assert found["max_abs_difference"] == pytest.approx(np.abs(a - b).max(), rel=1e-5)
+    assert found["mean_kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert found["max_kl"] == pytest.approx(kl.max(), rel=1e-4)
+    same = (a.argmax(1) == b.argmax(1)).mean()
+    assert found["same_top_token"] == pytest.approx(same)
+
+
+def test_constants_added_to_all_logits_are_no_divergence(llama_dir):
+    """KL sees distributions: a row that is the same in all tokens drops out."""
+    one = model(llama_dir)
+    tokens = probe_tokens(one.config)
+    shift = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    found = compare_logits(
+        one, model(llama_dir, lm_head_weight=lambda w: w + shift), tokens
+    )
+    assert found["max_abs_difference"] > 1
+    assert found["max_kl"] < 1e-5
+    assert found["same_top_token"] == 1.0
+
+
+def test_one_model_at_a_time(llama_dir):
+    first = []
+
+    def load():
+        assert all(model() is None for model in first)
+        loaded = load_exact(llama_dir)
+        first.append(weakref.ref(loaded))
+        return loaded
+
+    compare_logits(load, load, probe_tokens(load_exact(llama_dir).config))
+    assert len(first) == 2
+
+
+def test_probe_tokens(llama_dir):
+    config = load_exact(llama_dir).config
+    tokens = probe_tokens(config)
+    assert tokens.shape == (2, 64)
+    assert tokens.dtype == np.int32
+    assert 0 <= tokens.min() and tokens.max() < config.vocab_size
+    # The same for good: a report of last year can be compared with one of today.
+    assert tokens[0, :6].tolist() == [12, 15, 21, 0, 3, 27]
+    np.testing.assert_array_equal(tokens, probe_tokens(config))
+    short = dataclasses.replace(config, max_position_embeddings=16, vocab_size=100_000)
+    ids = (99_999, 70_000, 70_000, 5)
+    tokens = probe_tokens(short, ids)
+    assert tokens.shape == (2, 16)
+    assert set(ids) <= set(tokens.reshape(-1).tolist())
+    assert set(range(16)) <= set(probe_tokens(short, range(1000)).reshape(-1).tolist())
+
+
+def test_vocabularies_of_different_sizes(llama_dir):
+    one = model(llama_dir)
+    config = dataclasses.replace(one.config, vocab_size=20)
+    two = dataclasses.replace(
+        model(
+            llama_dir,
+            lm_head_weight=lambda w: w[:20],
+            model_embed_tokens_weight=lambda w: w[:20],
+        ),
+        config=config,
+    )
+    with pytest.raises(UserError, match="vocabularies of 32 and 20 tokens"):
+        compare_logits(one, two, probe_tokens(config))
+
+
+@pytest.mark.real
+def test_probe_texts(shared_data, llama_dir):
+    path = shared_data / "stories260K"
+    config = load_exact(path).config
+    tokens = probe_text(path, config, "Once upon a time")
+    assert tokens.shape[0] == 1 and 2 < tokens.shape[1] < 20
+    long = probe_text(path, config, "Once upon a time " * 200)
+    assert long.shape == (1, PROBE_TOKENS)
+    config = dataclasses.replace(config, max_position_embeddings=7)
+    assert probe_text(path, config, "Once upon a time " * 200).shape == (1, 7)
+    with pytest.raises(UserError, match="has no tokenizer to read a probe text with"):
+        probe_text(llama_dir, config, "text")
+
+
+def test_a_text_without_tokens(monkeypatch, llama_dir):
+    from qlora_jax.inference import compare
+
+    monkeypatch.setattr(
+        compare, "load_tokenizer", lambda path: lambda text: {"input_ids": []}
+    )
+    with pytest.raises(UserError, match="The probe text has no tokens"):
+        probe_text(llama_dir, load_exact(llama_dir).config, "")
+
+
+def test_modules_of_ones_own(llama_dir):
+    config = load_exact(llama_dir).config
+    check_plain(config, llama_dir)
+    own = dataclasses.replace(config, extra_tensors={"model.gate.weight": (2, 2)})
+    with pytest.raises(UserError, match=r"has modules of its own \(model.gate.weight"):
+        check_plain(own, llama_dir)
+
+
+# --- Loading, and what was trained on ---
+
+
+def rewritten(llama_dir, tmp_path, dtype, mixed=False):
+    """The directory in another dtype; perhaps with one tensor left in float32."""
+    path = shutil.copytree(llama_dir, tmp_path / np.dtype(dtype).name)
+    tensors = {
+        k: v if mixed and "layers.1.mlp.up" in k else v.astype(dtype)
+        for k, v in safetensors.numpy.load_file(path / "model.safetensors").items()
+    }
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_weights_keep_their_dtype(llama_dir, tmp_path):
+    path = rewritten(llama_dir, tmp_path, ml_dtypes.bfloat16)
+    loaded = load_exact(path)
+    assert {x.dtype.name for x in jax.tree.leaves(loaded.base)} == {"bfloat16"}
+    assert loaded.compute == Compute(dtype="float32", remat="none")
+    tokens = probe_tokens(loaded.config)
+    # Widened first or as they are used: the same numbers.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), loaded.base)
+    found = compare_logits(loaded, dataclasses.replace(loaded, base=wide), tokens)
+    assert found["max_abs_difference"] == 0
+    packed = load_exact(path, quantization="nf4")
+    assert 0 < compare_logits(loaded, packed, tokens)["max_kl"]
+
+
+def test_layers_of_different_dtypes(llama_dir, tmp_path):
+    path = rewritten(llama_dir, tmp_path, ml_dtypes.bfloat16, mixed=True)
+    with pytest.raises(CheckpointError, match="mixes dtypes"):
+        convert.load_llama(path, quantization=None)
+    loaded = load_exact(path)
+    assert {x.dtype.name for x in jax.tree.leaves(loaded.base)} == {"float32"}
+    assert isinstance(loaded, Model)
+
+
+@pytest.mark.parametrize("own", [np.float32, ml_dtypes.bfloat16])
+def test_every_form_a_base_is_trained_in_is_found(llama_dir, tmp_path, own):
+    path = rewritten(llama_dir, tmp_path, own)
+    for quantization, dtype in itertools.product(
+        ("nf4", "nf4_dq", None), ("float32", "bfloat16", "float16", None)
+    ):
+        _, base = convert.load_llama(path, quantization=quantization, dtype=dtype)
+        found = trained_form(path, fingerprint_tree(base))
+        assert found == f"{quantization or 'none'}, {dtype or np.dtype(own).name}"
+    assert trained_form(path, "0" * 64) is None
+
+
+def test_a_4bit_base_and_one_beyond_float16(llama_dir, tmp_path):
+    config, base = convert.load_llama(llama_dir, quantization="nf4_dq")
+    base["model"]["norm"]["weight"] = base["model"]["norm"]["weight"] + np.float32(1e5)
+    convert.save_llama(tmp_path / "packed", config, base)
+    _, wide = convert.load_llama(tmp_path / "packed", dtype="bfloat16")
+    assert trained_form(tmp_path / "packed", fingerprint_tree(wide)) == (
+        "4-bit, bfloat16"
+    )
+    _, dense = convert.load_llama(llama_dir, quantization=None)
+    assert trained_form(tmp_path / "packed", fingerprint_tree(dense)) is None
+    assert isinstance(config, LlamaConfig)

@@ -1,0 +1,267 @@
+"""Generation: greedy as Hugging Face, a batch as its rows alone, sampling as told."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from qlora_jax.errors import UserError
+from qlora_jax.inference.decode import Decoding, _generate, generate_tokens
+from qlora_jax.inference.sampling import Rules, Sampling
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.nf4 import lift_stacks
+
+
+@pytest.fixture(scope="module")
+def tiny(llama_dir):
+    """The two-layer model in float32, and its variables."""
+    config, base = convert.load_llama(llama_dir, quantization=None)
+    base = jax.tree.map(jnp.asarray, base)
+    return Llama(config, Compute(dtype="float32")), {"params": base}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def apply(model, variables, tokens):
+    return model.apply(variables, tokens)
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-char105"])
+def test_greedy_tokens_are_those_of_hugging_face(shared_data, name):
+    config, base = convert.load_llama(shared_data / name, quantization=None)
+    variables = {"params": jax.tree.map(jnp.asarray, base)}
+    stored = json.loads((shared_data / name / "greedy.json").read_text())
+    rows = generate_tokens(
+        Llama(config, Compute(dtype="float32")),
+        variables,
+        [row["input_ids"] for row in stored],
+        max_new_tokens=60,
+    )
+    assert rows == [row["output_ids"] for row in stored]
+
+
+def test_a_row_gets_what_it_gets_alone(tiny):
+    together = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        assert row[: len(prompt)] == prompt and len(row) == len(prompt) + 12
+        assert generate_tokens(*tiny, [prompt], max_new_tokens=12) == [row]
+
+
+def test_greedy_is_the_argmax_of_the_logits(tiny):
+    model, variables = tiny
+    (row,) = generate_tokens(model, variables, [[1, 2, 3]], max_new_tokens=12)
+    logits = apply(model, variables, jnp.asarray([row]))[0]
+    assert row[3:] == jnp.argmax(logits[2:-1], axis=-1).tolist()
+
+
+def test_lengths_around_the_rounding_of_the_cache(tiny):
+    """Prompts of 31, 32 and 33 tokens, whose caches are rounded up differently."""
+    prompts = [[1 + i % 30 for i in range(length)] for length in (31, 32, 33)]
+    long = generate_tokens(*tiny, prompts, max_new_tokens=33)
+    for prompt, row in zip(prompts, long, strict=True):
+        (short,) = generate_tokens(*tiny, [prompt], max_new_tokens=1)
+        assert short == row[: len(prompt) + 1]
+
+
+@pytest.fixture(scope="module")
+def packed(llama_dir):
+    """The two-layer model in NF4 with adapters that do something."""
+    config, base = convert.load_llama(llama_dir, quantization="nf4_dq")
+    base = jax.tree.map(jnp.asarray, base)
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    adapters = jax.tree.map(lambda a: a + 0.05, adapters)
+    return Llama(config, Compute(dtype="float32")), {
+        "params": base,
+        "lora": bind(adapters, base, lora),
+    }
+
+
+def test_packed_weights_with_adapters_generate_as_their_logits_say(packed):
+    model, variables = packed
+    rows = generate_tokens(model, variables, PROMPTS, max_new_tokens=12)
+    # Tokens see none after them, so those that make the rows equally long say nothing.
+    width = max(map(len, rows))
+    padded = jnp.asarray([row + [0] * (width - len(row)) for row in rows])
+    said = jnp.argmax(apply(model, variables, padded), axis=-1)
+    for prompt, row, best in zip(PROMPTS, rows, said, strict=True):
+        assert row[len(prompt) :] == best[len(prompt) - 1 : len(row) - 1].tolist()
+
+
+def test_lifted_stacks_generate_the_same(packed, monkeypatch):
+    model, variables = packed
+    rows = generate_tokens(model, variables, PROMPTS, max_new_tokens=12)
+
+    def lift(self, variables):
+        params, stacks = lift_stacks(variables["params"])
+        return {**variables, "params": params, "stacks": stacks}
+
+    # Another model to `jit`, as that of our own kernels is.
+    model = model.clone(compute=Compute(dtype="float32", kernels="xla"))
+    monkeypatch.setattr(Compute, "place", lift)
+    assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
+
+
+def test_a_token_is_written_into_the_cache_where_it_lies(packed):
+    """By the compiled program: nothing of the size of a cache is copied in a loop."""
+    model, variables = packed
+    c = model.config
+    program = _generate.lower(
+        model,
+        variables,
+        np.ones((3, 32), np.int32),
+        np.ones((3, 32), np.int32),
+        Sampling().values(),
+        slots=96,
+        max_new_tokens=64,
+        rules=Rules(),
+        eos=(),
+    )
+    layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
+    text = program.compile().as_text()
+    assert f"f32[2,{layer}" in text
+    loops = re.split(r"\nENTRY ", text)[0]
+    copies = re.findall(r"= (\S+) copy\(", loops)
+    assert not [shape for shape in copies if layer in shape]
+
+
+def test_sampling_is_a_function_of_the_seed(tiny):
+    settings = {"max_new_tokens": 12, "temperature": 1.0}
+    first = generate_tokens(*tiny, PROMPTS, seed=1, **settings)
+    assert generate_tokens(*tiny, PROMPTS, seed=1, **settings) == first
+    assert generate_tokens(*tiny, PROMPTS, seed=2, **settings) != first
+    # Equal prompts in one batch draw from streams of their own.
+    one, two, _ = generate_tokens(*tiny, [[1, 2], [1, 2], [3]], seed=1, **settings)
+    assert one != two
+
+
+def test_limits_that_leave_one_token_are_greedy(tiny):
+    greedy = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
+    for limit in ({"top_k": 1}, {"top_p": 1e-6}):
+        rows = generate_tokens(
+            *tiny, PROMPTS, max_new_tokens=12, temperature=2.0, **limit
+        )
+        assert rows == greedy
+
+
+def test_sampling_follows_the_distribution(tiny):
+    """The first token of 2,000 equal prompts, against the softmax of the logits."""
+    model, variables = tiny
+    rows = generate_tokens(
+        model, variables, [[1, 2, 3]] * 2000, max_new_tokens=1, temperature=0.7
+    )
+    logits = apply(model, variables, jnp.asarray([[1, 2, 3]]))[0, -1]
+    expected = np.asarray(jax.nn.softmax(logits / 0.7))
+    found = np.bincount([row[-1] for row in rows], minlength=32) / 2000
+    # Five standard errors of a share.
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 2000) + 1e-3).all()
+
+
+def test_a_row_ends_at_an_end_token_and_the_others_go_on(tiny):
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
+    end = rows[0][len(PROMPTS[0]) + 4]
+    ended = generate_tokens(*tiny, PROMPTS, max_new_tokens=12, eos_token_ids=(end, 99))
+    for prompt, row, cut in zip(PROMPTS, rows, ended, strict=True):
+        added = row[len(prompt) :]
+        length = added.index(end) + 1 if end in added else len(added)
+        assert cut == prompt + added[:length]
+    assert ended[0][-1] == end and len(ended[0]) < len(rows[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02, "seed": 3},
+        {"repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "sampled", "penalized"],
+)
+def test_a_decoding_gives_the_tokens_of_the_one_loop(tiny, settings):
+    """First token, whole chunks, a part of one; a row that ends and one ended."""
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=40, **settings)
+    added = [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows, strict=True)]
+    decoding = Decoding(
+        *tiny, PROMPTS, max_new_tokens=40, sampling=Sampling(**settings)
+    )
+    found, visits = [[], [], []], []
+    while not decoding.done:
+        new = decoding.advance()
+        visits.append(len(new[0]))
+        for row, tokens in zip(found, new, strict=True):
+            row += tokens
+        if len(visits) == 2:
+            decoding.end(1)
+    assert found == [added[0], added[1][:17], added[2]]
+    assert visits == [1, 16, 16, 7] and decoding.advance() == [[], [], []]
+    end = added[0][20]
+    stops = Decoding(
+        *tiny,
+        PROMPTS[:1],
+        max_new_tokens=40,
+        sampling=Sampling(**settings),
+        eos_token_ids=(end,),
+        doubling=True,
+    )
+    out = []
+    while not stops.done:
+        out += stops.advance()[0]
+    assert out == added[0][: added[0].index(end) + 1]
+
+
+def test_what_else_is_in_the_batch_changes_nothing(tiny):
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "min_p": 0.01, "seed": 5}
+    _, row, _ = generate_tokens(*tiny, PROMPTS, **settings)
+    _, alike = generate_tokens(*tiny, [[9, 9, 9], PROMPTS[1]], **settings)
+    assert row == alike
+
+
+def test_the_penalty_is_for_tokens_of_prompt_and_continuation(tiny):
+    """Against the formula, token by token; padding of a shorter row counts nothing."""
+    model, variables = tiny
+    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=8, repetition_penalty=1.5)
+    assert rows != generate_tokens(*tiny, PROMPTS, max_new_tokens=8)
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        logits = np.asarray(apply(model, variables, jnp.asarray([row]))[0])
+        for at in range(len(prompt), len(row)):
+            scores = logits[at - 1].copy()
+            used = sorted(set(row[:at]))
+            scores[used] *= np.where(scores[used] < 0, 1.5, 1 / 1.5)
+            assert row[at] == scores.argmax()
+
+
+def test_no_prompts_give_no_rows(tiny):
+    assert generate_tokens(*tiny, [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 32]], {}, "prompt 0 has token 32 outside the vocabulary of 32"),
+        ([[-1, 3]], {}, "prompt 0 has token -1 outside"),
+        ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ([[1]], {"temperature": -0.5}, "`temperature` must be >= 0, got -0.5"),
+        ([[1]], {"temperature": float("nan")}, "`temperature` must be >= 0, got nan"),
+        ([[1]], {"top_p": 0.0}, r"`top_p` must lie in \(0, 1\], got 0.0"),
+        ([[1]], {"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
+        ([[1]], {"top_k": 0}, "`top_k` must be at least 1, got 0"),
+        ([[1]], {"min_p": 1.5}, r"`min_p` must lie in \[0, 1\], got 1.5"),
+        ([[1]], {"repetition_penalty": 0.0}, "must be positive .*got 0.0"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tiny, prompts, settings, message):
+    with pytest.raises(UserError, match=message):
+        generate_tokens(*tiny, prompts, **{"max_new_tokens": 3} | settings)

@@ -1,0 +1,76 @@
+"""What is sampled from: the filters one by one, in order, and the penalty."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.errors import UserError
+from qlora_jax.inference.sampling import Sampling, penalize
+
+PROBABILITIES = [0.3, 0.06, 0.4, 0.2, 0.04]
+
+
+def kept(probabilities, **settings):
+    """Numbers of the tokens that are left."""
+    sampling = Sampling(temperature=1.0, **settings)
+    logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
+    rules = sampling.rules(len(probabilities))
+    left = rules.filter(logits, sampling.values())
+    return np.flatnonzero(np.isfinite(left[0])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": 1}, [2]),
+        ({"top_k": 3}, [0, 2, 3]),
+        ({"top_k": 5}, [0, 1, 2, 3, 4]),
+        ({"top_k": 50}, [0, 1, 2, 3, 4]),
+        # The smallest set of the likeliest that holds top_p: 0.4, 0.7, 0.9, ...
+        ({"top_p": 0.39}, [2]),
+        ({"top_p": 0.41}, [0, 2]),
+        ({"top_p": 0.69}, [0, 2]),
+        ({"top_p": 0.71}, [0, 2, 3]),
+        ({"top_p": 0.99}, [0, 1, 2, 3, 4]),
+        # First top_k; the nucleus is that of what is left, 0.4 / 0.7 and 0.3 / 0.7.
+        ({"top_p": 0.5, "top_k": 2}, [2]),
+        ({"top_p": 0.6, "top_k": 2}, [0, 2]),
+        # At least so much of the likeliest one's 0.4: 0.2 is half, 0.06 is 0.15 of it.
+        ({"min_p": 0.1}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.14}, [0, 1, 2, 3]),
+        ({"min_p": 0.16}, [0, 2, 3]),
+        ({"min_p": 0.51}, [0, 2]),
+        ({"min_p": 0.76}, [2]),
+        ({"min_p": 1.0}, [2]),
+        ({"min_p": 0.14, "top_k": 3}, [0, 2, 3]),
+        ({"min_p": 0.51, "top_p": 0.99}, [0, 2]),
+    ],
+    ids=str,
+)
+def test_what_is_sampled_from(settings, expected):
+    assert kept(PROBABILITIES, **settings) == expected
+
+
+def test_a_penalty_lowers_what_was_seen():
+    logits = jnp.asarray([[2.0, -2.0, 2.0, -2.0]])
+    seen = jnp.asarray([[True, True, False, False]])
+    out = penalize(logits, seen, jnp.float32(1.25))
+    np.testing.assert_allclose(out, [[1.6, -2.5, 2.0, -2.0]], rtol=1e-6)  # one rounding
+
+
+def test_only_what_is_on_is_compiled():
+    assert Sampling(top_k=3, top_p=0.5, min_p=0.5).rules(8) == Sampling().rules(8)
+    warm = Sampling(temperature=0.5, top_p=0.9).rules(8)
+    assert warm == Sampling(temperature=2.0, top_p=0.1, seed=4).rules(8)
+    assert Sampling(repetition_penalty=2.0).rules(8) != Sampling().rules(8)
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once():
+    with pytest.raises(
+        UserError, match="2 problems with the sampling settings:"
+    ) as raised:
+        Sampling(top_p=3.0, min_p=2.0)
+    assert [problem[:18] for problem in raised.value.problems] == [
+        "sampling: `top_p` ",
+        "sampling: `min_p` ",
+    ]

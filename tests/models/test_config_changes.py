@@ -1,0 +1,167 @@
+"""What a run changes in its base's config.json, and where it goes from there."""
+
+import dataclasses
+import json
+
+import pytest
+
+import convert
+from convert.peft import open_adapter
+from qlora_jax.errors import UserError
+from qlora_jax.models.config import (
+    FILE,
+    LlamaConfig,
+    RopeScaling,
+    as_text,
+    change,
+    restored,
+)
+from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.loading import load
+from qlora_jax.runs.prepare import _note_length
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def test_fields_are_changed_and_restored(tiny):
+    config = LlamaConfig.from_hf(tiny)
+    changed = change(config, {"max_position_embeddings": 64, "rope_scaling": LLAMA3})
+    assert changed.max_position_embeddings == 64
+    assert changed.rope_scaling == RopeScaling(**LLAMA3)
+    written = changed.to_hf()
+    assert written["rope_scaling"] == LLAMA3
+    assert LlamaConfig.from_hf(written) == changed
+    assert restored(changed) == config
+    assert change(changed, {"rope_scaling": {"rope_type": "default"}}) == (
+        dataclasses.replace(config, max_position_embeddings=64)
+    )
+    assert change(config, None) == change(config, {}) == config
+    text = as_text({"rope_scaling": LINEAR})
+    assert change(config, text).rope_scaling == RopeScaling("linear", 2.0)
+    assert as_text({"rope_scaling": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_theta": 1e6},
+            "model: `rope_theta` cannot be changed; `max",
+        ),
+        ({"max_position_embeddings": 0}, "must be a positive integer, got 0"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "model: rope type 'dynamic' is not supported. Supported: 'default', 'lin",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope type 'yarn' is not supported",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs `factor`"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+            "`rope_scaling.factor` must be a number, got 'two'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "needs `low_freq_factor`, `high_freq_factor`, `original_max_position",
+        ),
+        (
+            {"rope_scaling": {**LINEAR, "beta": 1}},
+            "rope_scaling: `beta` cannot be changed",
+        ),
+        ({"rope_scaling": 3}, "`rope_scaling` must be a table, got 3"),
+        ("{", "model: this is not JSON"),
+        ("[]", r"model: must be an object, got \[\]"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(tiny, changes, message):
+    with pytest.raises(UserError, match=message):
+        change(LlamaConfig.from_hf(tiny), changes, "model")
+
+
+def test_settings_are_checked_where_they_are_given():
+    with pytest.raises(UserError, match="model: rope type 'dynamic' is not supported"):
+        ModelConfig("base", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UserError, match="must be a positive integer, got -1"):
+        ModelConfig("base", max_position_embeddings=-1)
+    model = ModelConfig("base", max_position_embeddings=64, rope_scaling=LINEAR)
+    assert model.config_changes == {
+        "max_position_embeddings": 64,
+        "rope_scaling": LINEAR,
+    }
+    assert ModelConfig("base").config_changes == {}
+
+
+def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
+    tiny, tiny_model, make_adapter, tmp_path
+):
+    plain = make_adapter(tiny)
+    config = LlamaConfig.from_hf(tiny)
+    lora, adapters = convert.load_adapter(plain, config)
+    assert lora.base_config_changes is None
+    changes = {"max_position_embeddings": 64, "rope_scaling": LINEAR}
+    longer = dataclasses.replace(lora, base_config_changes=as_text(changes))
+    place = tmp_path / "longer"
+    convert.save_adapter(place, longer, adapters, config)
+    assert json.loads((place / FILE).read_text()) == changes
+    assert "base_config_changes" not in (place / "adapter_config.json").read_text()
+    assert open_adapter(place)[0] == longer
+    convert.save_adapter(place, lora, adapters, config, overwrite=True)
+    assert not (place / FILE).exists()
+    convert.save_adapter(place, longer, adapters, config, overwrite=True)
+
+    model = load(tiny_model, adapter=place, dtype="float32", quantization="none")
+    assert model.config == change(config, changes)
+    assert model.description.endswith(
+        f"adapter `{place}`; context 64 tokens (the base's own: 32); positions scaled "
+        "by 2 (linear)."
+    )
+    assert model.attach(None).description.endswith("computed in float32.")
+    assert model.attach(plain).config == model.attach(None).config == config
+    assert model.attach(plain).attach(place).config == model.config
+    tokens = [list(range(20))]
+    other = model.attach(plain).logits(tokens)
+    assert float(abs(model.logits(tokens) - other).max()) > 1e-2
+
+    # A tokenizer with the base's length gets the new one; another length is its own.
+    for length, merged_length in ((32, 64), (48, 48)):
+        tokenizer = {"model_max_length": length, "eos_token": "</s>"}
+        (tiny_model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        report = convert.merge(tiny_model, place, tmp_path / f"merged-{length}")
+        file = tmp_path / f"merged-{length}" / "tokenizer_config.json"
+        assert json.loads(file.read_text()) == {
+            **tokenizer,
+            "model_max_length": merged_length,
+        }
+        said = report["config_changes"].get("model_max_length")
+        assert said == ([32, 64] if length == 32 else None)
+
+    report = convert.merge(tiny_model, place, tmp_path / "merged")
+    raw = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert raw["max_position_embeddings"] == 64 and raw["rope_scaling"] == LINEAR
+    assert report["config_changes"]["rope_scaling"] == [None, LINEAR]
+    assert report["config_changes"]["max_position_embeddings"] == [32, 64]
+
+    (place / FILE).write_text('{"rope_scaling": {"rope_type": "dynamic"}}')
+    with pytest.raises(UserError, match=r"base_config.json`: rope type 'dynamic'"):
+        open_adapter(place)
+
+
+def test_rows_beyond_the_models_length_are_said(tiny, capsys):
+    config = LlamaConfig.from_hf(tiny)
+    _note_length(config, 32)
+    assert not capsys.readouterr().err
+    _note_length(config, 33)
+    said = capsys.readouterr().err
+    assert "the longest example has 33 tokens, and this model is meant for 32" in said
+    assert "without scaled positions" in said
+    _note_length(change(config, {"rope_scaling": LINEAR}), 33)
+    assert "with positions scaled by 2 (linear)" in capsys.readouterr().err

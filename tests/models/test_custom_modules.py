@@ -1,0 +1,318 @@
+"""Modules that no list foresaw: adapted, trained, saved, reloaded, merged by name."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from qlora_jax.data import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import bind
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute, Linear, RMSNorm
+from qlora_jax.models.llama import MLP, Attention, Llama, add_parameters
+from qlora_jax.planning.estimate import parameter_report
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.loading import load
+from qlora_jax.runs.runner import run
+from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
+
+TOKENS = jnp.asarray([[3, 5, 7, 9, 11, 2, 4, 6]], jnp.int32)
+GATE = "model.layers.self_attn.gate_attn.weight"
+
+
+class GatedAttention(Attention):
+    """An extra linear layer, as a user would add it."""
+
+    @nn.compact
+    def __call__(self, x, rope, segments, kv=None, cached=None):
+        out, kv = super().__call__(x, rope, segments, kv, cached)
+        gate = Linear(x.shape[-1], self.compute, name="gate_attn")(x)
+        return out * (1 + jnp.tanh(gate)), kv
+
+
+class NormedMLP(nn.Module):
+    """A block of one's own: not a subclass, another norm and another projection."""
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x):
+        """Adds a bypass to the usual MLP."""
+        mlp = MLP(self.config, self.compute, name="inner")(x)
+        h = RMSNorm(1e-5, name="bypass_norm")(x)
+        return mlp + Linear(x.shape[-1], self.compute, name="bypass")(h)
+
+
+LORA = LoraConfig(
+    r=4,
+    lora_alpha=8,
+    target_modules=("q_proj", "gate_attn"),
+    rank_pattern={"gate_attn": 2},
+    alpha_pattern={"gate_attn": 6},
+)
+
+
+@pytest.fixture(scope="module")
+def gated(llama_dir):
+    """(model, base) with the gate's weights drawn."""
+    config, base = convert.load_llama(llama_dir, quantization="nf4")
+    base = jax.tree.map(jnp.asarray, base)
+    compute = Compute(dtype="float32", lora=LORA)
+    model = Llama(config, compute, attention_cls=GatedAttention)
+    return add_parameters(model, base, jax.random.key(7))
+
+
+def adapted(base, lora=LORA):
+    """Adapters with every value random."""
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda a: a + 0.1 * rng.standard_normal(a.shape, np.float32), adapters
+    )
+
+
+@pytest.fixture(scope="module")
+def moved(gated):
+    """Random adapters of the gated model, and their logits."""
+    model, base = gated
+    adapters = adapted(base)
+    return adapters, logits(model, base, adapters)
+
+
+def trained(model, base, lora=LORA, *, steps):
+    """Adapters after some steps, and the metrics of the last."""
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    settings = TrainConfig(steps=steps, learning_rate=1e-2)
+    optimizer = make_optimizer(settings, steps)
+    state = init_state(adapters, optimizer, jax.random.key(2))
+    step = jax.jit(partial(train_step, model=model, optimizer=optimizer))
+    batch = {"tokens": TOKENS[None], "labels": TOKENS[None]}
+    for _ in range(steps):
+        state, metrics = step(state, base, batch)
+    return state.adapters, metrics
+
+
+@partial(jax.jit, static_argnames="model")
+def apply(model, base, bound, **keywords):
+    return model.apply({"params": base, "lora": bound}, TOKENS, **keywords)
+
+
+def logits(model, base, adapters, lora=LORA):
+    return apply(model, base, bind(adapters, base, lora))
+
+
+def test_parameters_are_drawn_once_and_declared(llama_dir, gated):
+    model, base = gated
+    weight = base["model"]["layers"]["self_attn"]["gate_attn"]["weight"]
+    assert weight.shape == (2, 64, 64) and weight.dtype == jnp.float32
+    # Two layers, two draws.
+    assert float(jnp.abs(weight[0] - weight[1]).max()) > 0.01
+    assert model.config.extra_tensors == {GATE: (64, 64)}
+    again, same = add_parameters(model, base, jax.random.key(99))
+    assert again.config == model.config
+    assert same["model"]["layers"]["self_attn"]["gate_attn"]["weight"] is weight
+    # The loaded part is shared, not copied.
+    plain = convert.load_llama(llama_dir, quantization="nf4")[1]
+    assert "gate_attn" not in plain["model"]["layers"]["self_attn"]
+
+
+def test_a_plain_llama_gets_nothing(llama_dir):
+    config, base = convert.load_llama(llama_dir, quantization=None)
+    model, same = add_parameters(Llama(config), base, jax.random.key(0))
+    assert model.config.extra_tensors == {}
+    assert jax.tree.structure(same) == jax.tree.structure(base)
+
+
+def test_its_own_rank_and_alpha(gated):
+    _, base = gated
+    adapters = init_adapters(jax.random.key(0), base, LORA)
+    node = adapters["model"]["layers"]["self_attn"]
+    assert node["gate_attn"]["lora_A"].shape == (2, 2, 64)
+    assert node["q_proj"]["lora_A"].shape == (2, 4, 64)
+    bound = bind(adapters, base, LORA)["model"]["layers"]["self_attn"]
+    np.testing.assert_array_equal(bound["gate_attn"]["scaling"], [3.0, 3.0])
+    np.testing.assert_array_equal(bound["q_proj"]["scaling"], [2.0, 2.0])
+
+
+def test_the_update_is_that_of_the_formula(gated, moved):
+    model, base = gated
+    adapters, got = moved
+    node = adapters["model"]["layers"]["self_attn"]["gate_attn"]
+    folded = jax.tree.map(lambda a: a, base)
+    gate = folded["model"]["layers"]["self_attn"]["gate_attn"]
+    gate["weight"] = gate["weight"] + 3.0 * jnp.einsum(
+        "lor,lri->loi", node["lora_B"], node["lora_A"]
+    )
+    rest = jax.tree.map(lambda a: a, adapters)
+    zeros = jax.tree.map(jnp.zeros_like, node)
+    rest["model"]["layers"]["self_attn"]["gate_attn"] = zeros
+    expected = logits(model, folded, rest)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
+    model, base = gated
+    adapters, metrics = trained(model, base, steps=3)
+    assert bool(metrics["finite"])
+    moved = adapters["model"]["layers"]["self_attn"]["gate_attn"]["lora_B"]
+    assert float(jnp.abs(moved).max()) > 0
+    convert.save_llama(tmp_path / "base", model.config, jax.device_get(base))
+    lora = dataclasses.replace(LORA, base_model_name_or_path="../base")
+    convert.save_adapter(
+        tmp_path / "adapter", lora, jax.device_get(adapters), model.config
+    )
+    names = set(convert.peft.open_adapter(tmp_path / "adapter")[1])
+    module = "base_model.model.model.layers.1.self_attn.gate_attn"
+    assert {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= names
+
+    again = load(tmp_path / "adapter", dtype="float32", attention_cls=GatedAttention)
+    assert again.config.extra_tensors == {GATE: (64, 64)}
+    expected = logits(model, base, adapters)
+    np.testing.assert_allclose(again.logits(TOKENS), expected, atol=1e-6)
+    # Generation goes through the same module, cache and all.
+    variables = again.variables
+    mask = jnp.ones_like(TOKENS)
+    rows = apply(
+        again.module, variables["params"], variables["lora"], attention_mask=mask
+    )
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    # The class forgotten: not silently another model.
+    with pytest.raises(UserError, match=r"gate_attn.*attention_cls"):
+        load(tmp_path / "adapter", dtype="float32")
+
+
+def test_merged(gated, moved, tmp_path):
+    model, base = gated
+    adapters, expected = moved
+    convert.save_llama(tmp_path / "base", model.config, jax.device_get(base))
+    convert.save_adapter(
+        tmp_path / "adapter", LORA, jax.device_get(adapters), model.config
+    )
+    convert.merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", onto="dequantized"
+    )
+    merged = load(
+        tmp_path / "out",
+        quantization=None,
+        dtype="float32",
+        attention_cls=GatedAttention,
+    )
+    np.testing.assert_allclose(merged.logits(TOKENS), expected, atol=3e-5)
+
+
+def test_weights_that_only_the_adapter_holds(llama_dir, tmp_path):
+    """A module trained whole needs no base of its own."""
+    config, base = convert.load_llama(llama_dir, quantization="nf4")
+    base = jax.tree.map(jnp.asarray, base)
+    lora = dataclasses.replace(
+        LORA,
+        target_modules=("q_proj",),
+        modules_to_save=("gate_attn",),
+        base_model_name_or_path=str(llama_dir),
+    )
+    model = Llama(config, Compute(dtype="float32", lora=lora), GatedAttention)
+    model, base = add_parameters(model, base, jax.random.key(7))
+    adapters = adapted(base, lora)
+    convert.save_adapter(
+        tmp_path / "adapter", lora, jax.device_get(adapters), model.config
+    )
+    again = load(
+        tmp_path / "adapter",
+        quantization="nf4",
+        dtype="float32",
+        attention_cls=GatedAttention,
+    )
+    np.testing.assert_allclose(
+        again.logits(TOKENS), logits(model, base, adapters, lora), atol=1e-6
+    )
+
+
+def test_weights_that_nothing_holds_are_refused(llama_dir):
+    with pytest.raises(UserError, match=r"has no .*gate_attn.*modules_to_save"):
+        load(llama_dir, dtype="float32", attention_cls=GatedAttention)
+
+
+def test_a_block_of_ones_own(llama_dir):
+    config, base = convert.load_llama(llama_dir, quantization=None)
+    base = jax.tree.map(jnp.asarray, base)
+    # The usual MLP under another path: its weights go where the block looks for them.
+    layers = base["model"]["layers"]
+    layers["mlp"]["inner"] = layers["mlp"]
+    layers["mlp"] = {
+        **{k: v for k, v in layers["mlp"].items() if k == "inner"},
+        **{k: v for k, v in layers["mlp"].items() if k != "inner"},
+    }
+    lora = LoraConfig(r=2, target_modules=("bypass",), modules_to_save=("bypass_norm",))
+    compute = Compute(dtype="float32", lora=lora)
+    model = Llama(config, compute, mlp_cls=NormedMLP)
+    inner = {k: v for k, v in layers["mlp"].items() if k != "inner"}
+    layers["mlp"] = {**inner, "inner": dict(inner)}
+    model, base = add_parameters(model, base, jax.random.key(0))
+    added = set(model.config.extra_tensors)
+    assert "model.layers.mlp.bypass.weight" in added
+    assert "model.layers.mlp.bypass_norm.weight" in added
+    adapters, metrics = trained(model, base, lora, steps=2)
+    assert bool(metrics["finite"])
+    norm = adapters["model"]["layers"]["mlp"]["bypass_norm"]["weight"]
+    assert float(jnp.abs(norm - 1.0).max()) > 0  # norms have a gradient
+
+
+def test_a_target_that_matches_nothing_lists_near_matches(gated):
+    _, base = gated
+    with pytest.raises(UserError, match=r"gate_atn.*Did you mean `gate_attn"):
+        init_adapters(jax.random.key(0), base, LoraConfig(target_modules=("gate_atn",)))
+
+
+def test_the_report_counts_it(gated):
+    model, _ = gated
+    report = parameter_report(model.config, LORA)
+    assert report.groups["gate_attn"] == 2 * 2 * (64 + 64)
+    assert (
+        report.base_parameters
+        == 2 * 64 * 64
+        + (
+            parameter_report(dataclasses.replace(model.config, extra_tensors={}), LORA)
+        ).base_parameters
+    )
+
+
+def test_a_whole_run_with_it(llama_dir, rows_file, tmp_path):
+    config = RunConfig(
+        model=ModelConfig(path=str(llama_dir), dtype="float32"),
+        data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
+        train=TrainConfig(steps=2, batch_size=2),
+        lora=LoraConfig(
+            r=2, target_modules=("q_proj",), modules_to_save=("gate_attn",)
+        ),
+        checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(plot=False),
+        output_dir=str(tmp_path / "run"),
+    )
+    report = run(config, attention_cls=GatedAttention)
+    assert report["groups"]["gate_attn"] == 2 * 64 * 64
+    model = load(tmp_path / "run", attention_cls=GatedAttention)
+    assert np.isfinite(model.logits(TOKENS)).all()
+    with pytest.raises(UserError, match="gate_attn"):
+        load(tmp_path / "run")
+
+
+def test_modules_that_would_be_lost_stop_a_run(llama_dir, rows_file, tmp_path):
+    config = RunConfig(
+        model=ModelConfig(path=str(llama_dir), dtype="float32"),
+        data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
+        train=TrainConfig(steps=2, batch_size=2),
+        lora=LORA,
+        output_dir=str(tmp_path / "run"),
+    )
+    with pytest.raises(UserError, match=r"has no .*gate_attn.*save_llama"):
+        run(config, attention_cls=GatedAttention)
+    assert not (tmp_path / "run").exists()

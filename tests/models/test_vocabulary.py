@@ -1,0 +1,388 @@
+"""Rows of the vocabulary: never trained, repaired, new."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+import qlora_jax as qj
+from qlora_jax.errors import UserError
+from qlora_jax.inference.decode import generate_tokens
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models import vocabulary
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.vocabulary import (
+    add_tokens,
+    repair_rows,
+    report_untrained,
+    untrained_rows,
+)
+from qlora_jax.nf4 import NF4Tensor
+
+V, D = 40, 16
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def table(dtype=np.float32, seed=0):
+    values = np.random.default_rng(seed).standard_normal((V, D))
+    return values.astype(np.float32).astype(dtype)
+
+
+def bare(function):
+    """The function past the type checks of the tests."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
+# --- Detection ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_zero_tiny_equal_and_broken_rows_are_untrained(dtype, kind, chunk, monkeypatch):
+    monkeypatch.setattr(vocabulary, "_CHUNK", chunk)
+    rows = table(dtype)
+    rows[3] = 0
+    rows[5] = rows[5] * np.asarray(1e-4, dtype)
+    rows[[8, 20, 21, 39]] = rows[8]  # four alike, far apart
+    rows[[30, 31]] = rows[30]  # two: a copy made on purpose
+    rows[33, 2] = np.nan
+    rows[34, 2] = np.inf
+    found = untrained_rows(kind(rows))
+    assert found.shape == (V,) and found.dtype == bool
+    assert np.flatnonzero(found).tolist() == [3, 5, 8, 20, 21, 33, 34, 39]
+
+
+def test_thresholds_are_arguments():
+    rows = table()
+    rows[3] = 1e-20
+    rows[5] *= 0.05
+    rows[[30, 31]] = rows[30]
+    assert np.flatnonzero(untrained_rows(rows)).tolist() == [3]
+    assert np.flatnonzero(untrained_rows(rows, tiny=0.1)).tolist() == [3, 5]
+    assert np.flatnonzero(untrained_rows(rows, alike=2)).tolist() == [3, 30, 31]
+    assert np.flatnonzero(untrained_rows(rows, eps=0.0, tiny=0.0)).tolist() == []
+
+
+def test_a_table_of_zeros_is_untrained_and_one_of_few_trained_rows_is_not():
+    assert untrained_rows(np.zeros((V, D), np.float32)).all()
+    rows = np.zeros((V, D), np.float32)
+    rows[[4, 9]] = table()[:2]
+    assert np.flatnonzero(~untrained_rows(rows)).tolist() == [4, 9]
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-char105"])
+def test_no_row_of_a_trained_model_is_called_untrained(shared_data, name):
+    _, base = convert.load_llama(shared_data / name, quantization=None)
+    rows = base["model"]["embed_tokens"]["weight"]
+    assert not untrained_rows(rows).any()
+    assert not untrained_rows(rows.astype(ml_dtypes.bfloat16)).any()
+    # With room: the docstring's figure.
+    size = np.abs(rows).max(axis=1)
+    assert size.min() > 0.4 * np.median(size)
+
+
+# --- Reports and repairs ---
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def model(request, llama_dir):
+    """(config, base) with rows 4 and 9 untrained, and 11 in an untied head."""
+    config, base = convert.load_llama(llama_dir, quantization="nf4_dq")
+    base["model"]["embed_tokens"]["weight"][[4, 9]] = 0
+    if request.param:
+        config = dataclasses.replace(config, tie_word_embeddings=True)
+        del base["lm_head"]
+    else:
+        base["lm_head"]["weight"][[9, 11]] = 0
+    return config, jax.tree.map(jnp.asarray, base)
+
+
+def tables(base):
+    out = {"embed_tokens": base["model"]["embed_tokens"]["weight"]}
+    if "lm_head" in base:
+        out["lm_head"] = base["lm_head"]["weight"]
+    return out
+
+
+def test_the_report_lists_untrained_rows_of_tokens_that_are_used(model):
+    _, base = model
+    tied = "lm_head" not in base
+    report = report_untrained(base, [9, 2, 9, 11, 5])
+    if tied:
+        assert report.rows == {"embed_tokens": (9,)}
+        assert report.untrained == {"embed_tokens": 2}
+        assert report.token_ids == (9,)
+    else:
+        assert report.rows == {"embed_tokens": (9,), "lm_head": (9, 11)}
+        assert report.untrained == {"embed_tokens": 2, "lm_head": 2}
+        assert report.token_ids == (9, 11)
+        assert (
+            "lm_head: 2 of 2 untrained rows belong to tokens that are used: 9, 11."
+            in (str(report))
+        )
+    assert "embed_tokens: 1 of 2 untrained rows" in str(report)
+    for word in ("repair_rows", "convert.save_llama", "trainable_token_indices"):
+        assert word in str(report)
+    clean = report_untrained(base, np.asarray([[1, 2], [3, 5]]))
+    assert clean.token_ids == () and clean.trainable_token_indices is None
+    assert str(clean) == "Every token that is used has trained rows."
+    nothing = report_untrained(base, [])
+    assert nothing.token_ids == ()
+    assert report_untrained(base, range(32), tiny=2.0).token_ids == tuple(range(32))
+
+
+def test_a_long_report_is_cut():
+    report = vocabulary.UntrainedReport(
+        {"embed_tokens": tuple(range(25))}, {"embed_tokens": 30}
+    )
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more." in str(report)
+
+
+def test_the_rows_can_be_trained_with_the_indices_of_the_report(model):
+    _, base = model
+    report = report_untrained(base, [9, 11, 3])
+    base = repair_rows(base, report.rows)
+    lora = LoraConfig(
+        r=2,
+        target_modules=("q_proj",),
+        trainable_token_indices=report.trainable_token_indices,
+    )
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    # The adapter starts from, and will carry, the repaired rows.
+    rows = adapters["model"]["embed_tokens"]["trainable_tokens_delta"]
+    np.testing.assert_array_equal(rows, tables(base)["embed_tokens"][jnp.array([9])])
+    if "lm_head" in base:
+        rows = adapters["lm_head"]["trainable_tokens_delta"]
+        np.testing.assert_array_equal(rows, tables(base)["lm_head"][jnp.array([9, 11])])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_repaired_rows_are_the_mean_of_the_trained_ones(model, kind):
+    _, base = model
+    base = jax.tree.map(kind, base)
+    before = jax.tree.map(np.array, base)
+    new = repair_rows(base, [9, 3])
+    for name, old in tables(before).items():
+        got = tables(new)[name]
+        assert type(got) is type(tables(base)[name]) and got.dtype == old.dtype
+        trained = ~untrained_rows(old)
+        trained[[9, 3]] = False
+        want = np.array(old)
+        want[[9, 3]] = old[trained].mean(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
+    # Pure, and all else is shared.
+    jax.tree.map(np.testing.assert_array_equal, base, before)
+    assert new["model"]["layers"] is base["model"]["layers"]
+    assert new["model"]["norm"] is base["model"]["norm"]
+
+
+def test_rows_are_repaired_by_table_and_from_another_token(model):
+    _, base = model
+    new = repair_rows(base, {"embed_tokens": [4]}, how=7)
+    want = np.array(tables(base)["embed_tokens"])
+    want[4] = want[7]
+    np.testing.assert_array_equal(tables(new)["embed_tokens"], want)
+    if "lm_head" in base:
+        assert new["lm_head"] is base["lm_head"]
+    assert repair_rows(base, {"embed_tokens": ()}) == base
+    # In bf16, rounded once.
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base["model"])
+    new = repair_rows({"model": {"embed_tokens": narrow["embed_tokens"]}}, [4])
+    rows = np.asarray(narrow["embed_tokens"]["weight"], np.float32)
+    mean = np.delete(rows, [4, 9], axis=0).mean(axis=0)
+    got = tables(new)["embed_tokens"][4]
+    np.testing.assert_array_equal(got, mean.astype(ml_dtypes.bfloat16))
+
+
+def test_a_repair_ends_the_report_and_survives_saving(shared_data, tmp_path):
+    config, base = convert.load_llama(shared_data / "stories260K", quantization=None)
+    base["model"]["embed_tokens"]["weight"][[300, 301]] = 0
+    report = report_untrained(base, range(290, 310))
+    assert report.rows == {"embed_tokens": (300, 301)}
+    repaired = repair_rows(base, report.rows)
+    assert report_untrained(repaired, range(512)).token_ids == ()
+    convert.save_llama(tmp_path / "base", config, repaired)
+    _, again = convert.load_llama(tmp_path / "base", quantization=None)
+    jax.tree.map(np.testing.assert_array_equal, again, repaired)
+
+
+def test_unusable_repairs_are_refused(model):
+    _, base = model
+    last = "lm_head" if "lm_head" in base else "embed_tokens"
+    with pytest.raises(
+        UserError, match=r"Token 32 has no row in `embed_tokens`, which"
+    ):
+        repair_rows(base, [3, 32])
+    with pytest.raises(UserError, match=r"Token -1 has no row .*0 to 31.*`add_tokens`"):
+        report_untrained(base, [-1])
+    with pytest.raises(UserError, match=rf"names the table 'head'; .* {last}"):
+        repair_rows(base, {"head": [1]})
+    with pytest.raises(UserError, match="Token ids must be integers, got float32"):
+        report_untrained(base, jnp.asarray([1.5]))
+    with pytest.raises(UserError, match=r"Token 99 has no row in `embed_tokens`"):
+        repair_rows(base, [3], how=99)
+    with pytest.raises(
+        UserError, match="`how` must be 'mean' or a token id, got 'zero'"
+    ):
+        bare(repair_rows)(base, [3], how="zero")
+    empty = {"model": {"embed_tokens": {"weight": np.zeros((4, 2), np.float32)}}}
+    with pytest.raises(UserError, match="`embed_tokens` has no trained row"):
+        repair_rows(empty, [1])
+
+
+# --- New tokens ---
+
+
+@pytest.mark.parametrize("how", ["mean", "zero", 7])
+def test_new_tokens_are_appended_and_old_rows_stay(model, how):
+    config, base = model
+    larger, new = add_tokens(config, base, tokenizer_size=32, count=3, how=how)
+    assert larger == dataclasses.replace(config, vocab_size=35)
+    assert larger.raw["vocab_size"] == 35 and config.raw["vocab_size"] == 32
+    assert larger.to_hf() == {**config.to_hf(), "vocab_size": 35}
+    for name, old in tables(base).items():
+        got = tables(new)[name]
+        assert got.shape == (35, 64) and got.dtype == old.dtype
+        np.testing.assert_array_equal(got[:32], old)
+        trained = np.asarray(old)[~untrained_rows(old)]
+        row = {"mean": trained.mean(axis=0), "zero": np.zeros(64), 7: old[7]}[how]
+        np.testing.assert_allclose(got[32:], np.tile(row, (3, 1)), atol=1e-7)
+    assert new["model"]["layers"] is base["model"]["layers"]
+    weight = new["model"]["layers"]["mlp"]["up_proj"]["weight"]
+    assert isinstance(weight, NF4Tensor)
+
+
+def test_the_larger_model_computes_the_same_and_is_written(model, tmp_path):
+    config, base = model
+    larger, new = add_tokens(
+        config, base, tokenizer_size=32, count=1, pad_to_multiple_of=16
+    )
+    assert larger.vocab_size == 48
+    tokens = jnp.asarray([[1, 5, 7, 2]])
+
+    def logits(config, base):
+        return Llama(config, Compute("float32")).apply({"params": base}, tokens)
+
+    before, after = logits(config, base), logits(larger, new)
+    np.testing.assert_allclose(after[..., :32], before, atol=1e-6)
+    # Neither a new token nor padding is the likeliest: a mean logit is below the top.
+    assert (after[..., 32:].max(-1) < before.max(-1)).all()
+    variables = {"params": new}
+    model = Llama(larger, Compute("float32"))
+    out = generate_tokens(model, variables, [[32, 47]], max_new_tokens=2)
+    assert len(out[0]) == 4
+    convert.save_llama(tmp_path / "larger", larger, new)
+    read, again = convert.load_llama(tmp_path / "larger", quantization="nf4_dq")
+    assert read.vocab_size == 48
+    jax.tree.map(np.testing.assert_array_equal, again, new)
+
+
+def test_a_padded_vocabulary_is_used_first_and_never_shrinks(model):
+    config, base = model
+    # The tokenizer has 28 tokens; rows 28 to 31 are padding.
+    same, new = add_tokens(config, base, tokenizer_size=28, count=2, how=7)
+    assert same == config
+    for name, old in tables(base).items():
+        want = np.array(old)
+        want[[28, 29]] = want[7]
+        np.testing.assert_array_equal(tables(new)[name], want)
+    larger, new = add_tokens(config, base, tokenizer_size=28, count=6, how="zero")
+    assert larger.vocab_size == 34
+    for name, old in tables(base).items():
+        got = np.asarray(tables(new)[name])
+        np.testing.assert_array_equal(got[:28], old[:28])
+        assert not got[28:].any()
+    # Padding is none of the trained rows: the mean leaves it out.
+    _, new = add_tokens(config, base, tokenizer_size=28, count=6)
+    for name, old in tables(base).items():
+        old = np.asarray(old)[:28]
+        mean = old[~untrained_rows(old)].mean(axis=0)
+        np.testing.assert_allclose(tables(new)[name][33], mean, atol=1e-7)
+    # Rounding up does not touch a vocabulary that is large enough.
+    same, _ = add_tokens(
+        config, base, tokenizer_size=28, count=2, pad_to_multiple_of=24
+    )
+    assert same.vocab_size == 32
+
+
+def test_a_tokenizer_that_is_larger_already_gets_its_rows(model):
+    config, base = model
+    larger, new = add_tokens(config, base, tokenizer_size=34, count=0)
+    assert larger.vocab_size == 34
+    also, more = add_tokens(config, base, tokenizer_size=34, count=2, how="zero")
+    assert also.vocab_size == 36
+    for name, old in tables(base).items():
+        mean = np.asarray(old)[~untrained_rows(old)].mean(axis=0)
+        got = np.asarray(tables(more)[name])
+        np.testing.assert_allclose(got[32:34], np.tile(mean, (2, 1)), atol=1e-7)
+        np.testing.assert_array_equal(got[:34], tables(new)[name])
+        assert not got[34:].any()
+
+
+def test_numpy_tables_stay_numpy(llama_dir):
+    config, base = convert.load_llama(llama_dir, quantization=None, dtype="bfloat16")
+    _, new = add_tokens(config, base, tokenizer_size=30, count=4)
+    for name, got in tables(new).items():
+        assert isinstance(got, np.ndarray) and got.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(got[:30], tables(base)[name][:30])
+    assert not np.array_equal(tables(base)["lm_head"][30], tables(new)["lm_head"][30])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tokenizer_size": 0}, "`tokenizer_size` must be an integer of at least 1"),
+        ({"count": -1}, "`count` must be an integer of at least 0, got -1"),
+        ({"count": True}, "`count` must be an integer of at least 0, got True"),
+        ({"pad_to_multiple_of": -8}, "`pad_to_multiple_of` must be an integer of at"),
+        ({"how": "random"}, "`how` must be 'mean', 'zero' or a token id, got 'random'"),
+        ({"how": 32}, "Token 32 has no row in `embed_tokens`"),
+    ],
+)
+def test_unusable_sizes_are_refused(model, settings, message):
+    config, base = model
+    given = {"tokenizer_size": 32, "count": 1, **settings}
+    with pytest.raises(UserError, match=message):
+        bare(add_tokens)(config, base, **given)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_tokenizer_size_that_leaves_out_special_tokens_is_refused(model, name):
+    config, base = model
+    special = (2, 30) if name == "eos_token_id" else 30
+    config = dataclasses.replace(config, **{name: special})
+    message = rf"=29 leaves out the model's `{name}`=30, .*`len\(tokenizer\)`"
+    with pytest.raises(UserError, match=message):
+        add_tokens(config, base, tokenizer_size=29, count=1)
+    assert add_tokens(config, base, tokenizer_size=31, count=1)[0] == config
+
+
+def test_a_configuration_of_another_base_is_refused(model):
+    config, base = model
+    other = dataclasses.replace(config, vocab_size=31)
+    with pytest.raises(UserError, match="`embed_tokens` has 32 rows, and .* is 31"):
+        add_tokens(other, base, tokenizer_size=31, count=1)
+
+
+def test_a_configuration_without_a_file_stays_without_one(model):
+    config, base = model
+    bare_config = dataclasses.replace(config, raw={})
+    assert isinstance(bare_config, LlamaConfig)
+    larger, _ = add_tokens(bare_config, base, tokenizer_size=32, count=1)
+    assert larger.raw == {} and larger.to_hf()["vocab_size"] == 33
+
+
+def test_the_functions_are_in_the_table_of_contents():
+    assert qj.add_tokens is add_tokens and qj.repair_rows is repair_rows
+    assert qj.untrained_rows is untrained_rows
+    assert qj.report_untrained is report_untrained

@@ -1,0 +1,261 @@
+"""Counts from a configuration alone, against published numbers and written files."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import convert
+from convert.peft import adapter_bytes
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import tree_bytes, tree_size
+from qlora_jax.planning.estimate import abstract_base, parameter_report, warnings
+from qlora_jax.training.step import TrainConfig, make_optimizer
+
+
+def config_of(shared_data, name):
+    text = (shared_data / "configs" / name / "config.json").read_text()
+    return LlamaConfig.from_hf(json.loads(text))
+
+
+# Trainable parameters of "all-linear" for each unit of rank: sum of in + out over the
+# seven projections, times the layers.
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "unit", "parameters"),
+    [
+        ("llama-3.2-1b", 704_512, 1_235_814_400),
+        ("llama-3.2-3b", 1_519_616, 3_212_749_824),
+        ("llama-3.1-8b", 2_621_440, 8_030_261_248),
+        ("llama-2-7b", 2_498_560, 6_738_415_616),
+    ],
+)
+def test_published_counts(shared_data, name, unit, parameters):
+    config = config_of(shared_data, name)
+    for r in (1, 64):
+        report = parameter_report(config, LoraConfig(r=r, target_modules="all-linear"))
+        assert report.trainable_parameters == unit * r
+        assert sum(report.groups.values()) == unit * r
+        # Two float32 moments for each, and two counts of steps.
+        assert report.optimizer_bytes == unit * r * 8 + 8
+        assert adapter_bytes(config, LoraConfig(r=r, target_modules="all-linear")) > (
+            unit * r * 4
+        )
+    assert report.base_parameters == parameters
+
+
+def test_a_70b_model_is_counted_from_its_configuration():
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    report = parameter_report(config, LoraConfig(r=16, target_modules="all-linear"))
+    assert report.trainable_parameters == 16 * 12_943_360
+    assert report.base_parameters == 70_553_706_496
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "fields", "count"),
+    [
+        # LoRA on all projections, and two tables of 128,256 x 4,096 and their likes.
+        (
+            "llama-3.1-8b",
+            dict(r=64, modules_to_save=("embed_tokens", "lm_head")),
+            167_772_160 + 2 * 128_256 * 4096,
+        ),
+        (
+            "llama-3.1-8b",
+            dict(r=64, modules_to_save=("embed_tokens",), ensure_weight_tying=True),
+            167_772_160 + 128_256 * 4096,  # not tied: nothing to ensure
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, modules_to_save=("embed_tokens", "lm_head")),
+            8 * 704_512 + 2 * 128_256 * 2048,
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, modules_to_save=("lm_head",), ensure_weight_tying=True),
+            8 * 704_512 + 128_256 * 2048,
+        ),
+        (
+            "llama-3.2-1b",
+            dict(r=8, trainable_token_indices=(128_254, 128_255)),
+            8 * 704_512 + 2 * 2048,
+        ),
+        # Magnitudes of the outputs of 16 layers: q, o, down; k, v; gate, up.
+        (
+            "llama-3.2-1b",
+            dict(r=8, use_dora=True),
+            8 * 704_512 + 16 * (3 * 2048 + 2 * 512 + 2 * 8192),
+        ),
+        ("llama-3.2-1b", dict(r=8, modules_to_save=("norm",)), 8 * 704_512 + 33 * 2048),
+    ],
+)
+def test_counts_of_everything_that_can_be_trained(shared_data, name, fields, count):
+    lora = LoraConfig(target_modules="all-linear", **fields)
+    report = parameter_report(config_of(shared_data, name), lora)
+    assert report.trainable_parameters == count
+    # Two float32 moments for each, and two counts of steps.
+    assert report.optimizer_bytes == 8 * count + 8
+    if "lm_head" in fields.get("modules_to_save", ()) and name == "llama-3.1-8b":
+        assert count == 1_218_445_312
+
+
+@pytest.mark.real
+def test_llama_8b_at_rank_64_has_167_million(shared_data):
+    config = config_of(shared_data, "llama-3.1-8b")
+    report = parameter_report(config, LoraConfig(r=64, target_modules="all-linear"))
+    assert report.trainable_parameters == 167_772_160
+    # NF4 with double quantization: 4 bits and a byte for each block of 64, a float for
+    # each 256 of those; embeddings, head and norms in bfloat16.
+    packed = 6_979_321_856
+    blocks = packed / 64
+    expected = packed / 2 + blocks + blocks / 256 * 4 + (8_030_261_248 - packed) * 2
+    assert report.base_bytes == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", None])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_abstract_base_is_the_one_that_is_loaded(llama_dir, quantization, dtype):
+    config, base = convert.load_llama(llama_dir, quantization=quantization, dtype=dtype)
+    abstract = abstract_base(config, quantization=quantization, dtype=dtype)
+    loaded = jax.tree_util.tree_leaves_with_path(base)
+    counted = jax.tree_util.tree_leaves_with_path(abstract)
+    assert [jax.tree_util.keystr(path) for path, _ in loaded] == [
+        jax.tree_util.keystr(path) for path, _ in counted
+    ]
+    for (path, leaf), (_, shape) in zip(loaded, counted, strict=True):
+        assert leaf.shape == shape.shape, path
+        assert jnp.dtype(leaf.dtype) == shape.dtype, path
+    report = parameter_report(config, None, quantization=quantization, dtype=dtype)
+    assert report.base_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    assert report.trainable_parameters == report.optimizer_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(r=3, target_modules="all-linear"),
+        LoraConfig(r=3, target_modules=("q_proj", "lm_head", "embed_tokens")),
+        LoraConfig(
+            r=4,
+            target_modules=("q_proj", "up_proj"),
+            use_dora=True,
+            modules_to_save=("norm", "lm_head"),
+        ),
+    ],
+)
+def test_counts_are_those_of_the_arrays_and_the_file(llama_dir, tmp_path, lora):
+    config, base = convert.load_llama(llama_dir)
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    state = make_optimizer(TrainConfig(steps=5), 5).init(adapters)
+    report = parameter_report(config, lora)
+    assert report.trainable_parameters == tree_size(adapters)
+    assert sum(report.groups.values()) == report.trainable_parameters
+    assert report.optimizer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert report.optimizer_bytes == tree_bytes(state)
+    convert.save_adapter(tmp_path / "a", lora, jax.device_get(adapters), config)
+    written = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert adapter_bytes(config, lora) == written
+
+
+def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
+    config, base = convert.load_llama(llama_dir)
+    lora = LoraConfig(
+        r=2, target_modules=("up_proj",), rank_pattern={"layers.1.mlp.up_proj": 8}
+    )
+    report = parameter_report(config, lora)
+    assert report.trainable_parameters == (2 + 8) * (64 + 128)
+    held = tree_size(init_adapters(jax.random.key(0), base, lora))
+    assert held == 2 * 8 * (64 + 128)
+    assert report.optimizer_bytes == 8 * held + 8
+
+
+# --- Warnings ---
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields", "said"),
+    [
+        (False, {}, []),
+        (
+            False,
+            dict(modules_to_save=("embed_tokens", "lm_head"), r=1),
+            [
+                r"embed_tokens and lm_head, trained whole, make 4,096 of 6,144 trained "
+                r"parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB of Adam"
+                "W's state. `trainable_token_indices` trains single rows."
+            ],
+        ),
+        (
+            True,
+            dict(modules_to_save=("lm_head",), target_modules=("q_proj",), r=1),
+            [
+                "^lm_head, trained whole, make",
+                "this model ties .*; lm_head is trained apart, and embed_tokens keeps",
+            ],
+        ),
+        (True, dict(modules_to_save=("lm_head",), ensure_weight_tying=True), []),
+        (
+            False,
+            dict(rank_pattern={"layers.1.mlp.up_proj": 8}, target_modules=("up_proj",)),
+            [
+                "ranks differ among layers, so the arrays in memory hold 3,072 numbers "
+                "for 1,920 trained parameters"
+            ],
+        ),
+    ],
+)
+def test_what_a_user_may_not_expect_is_said(llama_dir, tied, fields, said):
+    config, _ = convert.load_llama(llama_dir)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields})
+    found = warnings(config, lora)
+    assert len(found) == len(said), found
+    for text, pattern in zip(found, said, strict=True):
+        assert re.search(pattern, text), text
+
+
+def test_targets_that_are_not_there_are_refused(llama_dir):
+    config, _ = convert.load_llama(llama_dir)
+    with pytest.raises(UserError, match="matches no linear module"):
+        parameter_report(config, LoraConfig(target_modules=("query",)))
+
+
+@pytest.mark.real
+def test_inspect_answers_in_seconds(shared_data):
+    """From a config.json alone; the time is that of starting Python and JAX."""
+    command = [sys.executable, "-m", "qlora_jax.cli", "inspect"]
+    command += [str(shared_data / "configs" / "llama-3.1-8b" / "config.json")]
+    command += ["--lora.r", "64", "--lora.target-modules", "all-linear", "--json"]
+    program = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], "
+        "capture_output=True, text=True, check=True); "
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(done.stdout.strip()); print(used.ru_utime + used.ru_stime)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report, seconds = done.stdout.splitlines()
+    assert json.loads(report)["trainable_parameters"] == 167_772_160
+    # Of the processor, so that a busy machine does not fail it.
+    assert float(seconds) < 4.0

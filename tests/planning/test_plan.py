@@ -1,0 +1,215 @@
+import dataclasses
+import json
+
+import pytest
+
+from pallas_kernels.nf4.shapes import MODELS
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning import estimate
+from qlora_jax.planning.gpus import ALLOWANCE, CARDS, find_gpu
+from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, granule, policies
+from qlora_jax.planning.step import Step
+from qlora_jax.training.step import TrainConfig
+
+LORA = LoraConfig(r=32)
+CONFIG = LlamaConfig.from_hf(MODELS["8b"].hf_config)
+STEP = Step(CONFIG, Compute(lora=LORA), length=8192)
+CARD = CARDS["rtx-4090"]
+
+
+def test_the_ladder_needs_less_with_every_rung():
+    planner = Planner(CARD)
+    step = dataclasses.replace(STEP, length=32768)
+    totals = [planner.estimate(step, policy).total for policy in LADDER]
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == len(LADDER)
+
+
+def test_settings_that_are_given_are_left_as_they_are():
+    assert [p.name for p in policies()] == [p.name for p in LADDER]
+    assert [p.name for p in policies(remat="full")] == ["full"]
+    rungs = policies(remat="offload", embed_tokens="device", lm_head="nf4")
+    assert {(p.embed_tokens, p.lm_head) for p in rungs} == {("device", "nf4")}
+    assert [p.attention for p in rungs] == ["auto", "xla"]
+    assert {p.attention for p in policies(attention="eager")} == {"eager"}
+    # cuDNN does not run there; two rungs are then one.
+    old = policies(card=CARDS["t4"])
+    assert {p.attention for p in old} == {"xla"}
+    assert len(old) == len(LADDER) - 1
+
+
+def test_a_tied_table_has_one_place():
+    (policy,) = policies(remat="full", lm_head="host", tied=True)
+    assert (policy.embed_tokens, policy.lm_head) == ("host", "host")
+    assert policies(lm_head="host", tied=True) == policies(
+        embed_tokens="host", lm_head="host"
+    )
+    with pytest.raises(UserError, match="head is its embedding table. Give `embed_to"):
+        policies(embed_tokens="device", lm_head="host", tied=True)
+
+
+def test_the_fastest_policy_that_fits_is_taken():
+    planner = Planner(CARD)
+    assert planner.fastest(STEP, policies()).policy.name == "full"
+    short = dataclasses.replace(STEP, length=2048)
+    assert planner.fastest(short, policies()).policy.name == "save_matmuls"
+    long = dataclasses.replace(STEP, length=131072)
+    assert planner.fastest(long, policies()).policy.name == "offload"
+    long = dataclasses.replace(STEP, length=229376)
+    assert planner.fastest(long, policies()).policy.name == "offload, tables, xla"
+    too_long = dataclasses.replace(STEP, length=1 << 20)
+    plan = planner.fastest(too_long, policies())
+    assert not plan.fits
+    assert plan.policy.name == "offload, tables, xla"
+
+
+@pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
+@pytest.mark.parametrize("card", ["rtx-4090", "h200"])
+def test_the_longest_fits_and_one_unit_more_does_not(policy, card):
+    planner = Planner(CARDS[card])
+    plan = planner.longest(STEP, [policy])
+    unit = granule(plan.step.length)
+    assert plan.step.length % unit == 0
+    assert plan.fits
+    more = dataclasses.replace(STEP, length=plan.step.length + unit)
+    assert not planner.estimate(more, policy).fits
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not():
+    planner = Planner(CARD)
+    short = dataclasses.replace(STEP, length=2048)
+    plan = planner.longest(short, policies(remat="full"), "batch_size")
+    train = dataclasses.replace(short.train, batch_size=plan.step.train.batch_size + 1)
+    assert plan.fits
+    more = planner.estimate(dataclasses.replace(short, train=train), plan.policy)
+    assert not more.fits
+
+
+def test_a_batch_over_several_devices_comes_out_even():
+    planner = Planner(CARD, mesh={"data": 2, "fsdp": 2})
+    train = TrainConfig(steps=1, batch_size=4)
+    step = dataclasses.replace(STEP, length=2048, train=train)
+    plan = planner.longest(step, policies(remat="full"), "batch_size")
+    assert plan.step.train.batch_size % 4 == 0
+    alone = Planner(CARD).longest(step, policies(remat="full"), "batch_size")
+    assert plan.step.train.batch_size > 4 * alone.step.train.batch_size
+
+
+class Curved(Planner):
+    """A planner whose compiler finds another line than the estimate, with a step."""
+
+    def __init__(self, card):
+        super().__init__(card)
+        self.asked = []
+
+    def _made(self, step, policy):
+        plan = super()._made(step, policy)
+        self.asked.append(step.length)
+        extra = int(0.2 * plan.memory.temporaries) + 2**27 * (step.length // 5000)
+        memory = dataclasses.replace(
+            plan.memory, temporaries=plan.memory.temporaries + extra
+        )
+        return dataclasses.replace(plan, memory=memory)
+
+
+def test_a_search_asks_few_questions_though_memory_is_no_straight_line():
+    planner = Curved(CARD)
+    plan = planner.longest(STEP, [LADDER[3]])
+    assert len(planner.asked) <= 14
+    assert len(set(planner.asked)) == len(planner.asked)  # none is asked twice
+    assert plan.step.length in planner.asked
+    assert plan.step.length + granule(plan.step.length) in planner.asked
+    more = dataclasses.replace(STEP, length=plan.step.length + 1024)
+    assert plan.fits
+    assert not planner.plan(more, LADDER[3]).fits
+
+
+def test_a_model_that_does_not_fit_says_by_how_much_and_what_would_help():
+    config = LlamaConfig.from_hf(MODELS["70b"].hf_config)
+    step = Step(config, Compute(lora=LORA), length=4096)
+    planner = Planner(CARDS["l4"])
+    with pytest.raises(DoesNotFit, match=r"128 tokens take .* GB more than the 24.00"):
+        planner.longest(step, policies())
+    with pytest.raises(DoesNotFit, match="no setting alone is enough.*--mesh.fsdp"):
+        planner.longest(step, policies())
+
+
+def test_settings_that_would_be_enough_are_named_with_what_they_save():
+    planner = Planner(CARD)
+    plan = planner.plan(dataclasses.replace(STEP, length=40960), LADDER[2])
+    assert not plan.fits
+    enough, _ = planner.knobs(plan)
+    assert any("'offload' saves" in text for text in enough)
+    assert any(text.startswith("max_length=20,480 saves") for text in enough)
+    assert "By the estimate enough: " in planner.too_large(plan)
+
+
+def test_the_report_is_json_and_adds_up():
+    plan = Planner(CARD).plan(STEP, LADDER[3])
+    report = json.loads(json.dumps(plan.report()))
+    kinds = dict(report["device_bytes"])
+    assert sum(v for k, v in kinds.items() if k != "total") == kinds["total"]
+    assert kinds["allowance"] == ALLOWANCE
+    assert report["fits"] == (kinds["total"] <= report["card_bytes"])
+    assert report["method"] == "estimate"
+    assert report["host_bytes"] == 2 * 32 * 8192 * 4096  # bf16 inputs of all layers
+    assert report["host_bytes_needed"] > report["host_bytes"]
+    # 83.9 million parameters in float32, and the header.
+    assert 4 * 83_886_080 < report["adapter_bytes"] < 4 * 83_886_080 + 100_000
+
+
+def test_limits_of_jax_itself_are_named_where_they_are_too_low():
+    long = dataclasses.replace(STEP, length=524288)
+    lean = Planner(CARDS["l40s"]).plan(long, LADDER[-1])
+    assert float(lean.settings["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.75
+    # 140 GB pinned, and JAX pins 64 GiB at most.
+    limit = int(lean.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
+    assert limit * 2**30 > lean.memory.host_bytes
+    assert Planner(CARDS["h200"]).plan(STEP, LADDER[2]).settings == {}
+
+
+def test_a_mesh_that_does_not_divide_is_refused():
+    planner = Planner(CARD, mesh={"fsdp": 8})
+    with pytest.raises(UserError, match="`batch_size`=1 is no multiple of the 8"):
+        planner.plan(STEP, LADDER[2])
+
+
+# --- The closed form ---
+
+
+def test_flops_are_those_of_the_products():
+    # By hand, for a token of an 8B model: 6.98e9 weights of linear layers twice forward
+    # and twice backward, the head likewise, attention over 2,048 tokens.
+    step = dataclasses.replace(
+        STEP,
+        length=2048,
+        compute=dataclasses.replace(STEP.compute, remat="none"),
+    )
+    linear, head = 6_979_321_856, 128256 * 4096
+    attention = 32 * 2 * 2048 * 4096 * 3.5
+    adapters = 6 * 83_886_080
+    expected = 4 * linear + 4 * head + attention + adapters
+    assert estimate.flops_per_token(step) == pytest.approx(expected, rel=1e-12)
+    full = dataclasses.replace(step, compute=STEP.compute)
+    down = 32 * 14336 * 4096
+    more = 2 * (linear - down) + attention / 3.5 + 2 * 83_886_080
+    assert estimate.flops_per_token(full) == pytest.approx(expected + more, rel=1e-12)
+
+
+def test_the_floors_scale_as_they_should():
+    floor = estimate.step_seconds_floor(STEP, CARD)
+    assert floor["host_link"] == 0
+    twice = dataclasses.replace(
+        STEP, train=TrainConfig(steps=1, gradient_accumulation_steps=2)
+    )
+    other = estimate.step_seconds_floor(twice, CARD)
+    assert other["compute"] == pytest.approx(2 * floor["compute"])
+    assert floor["bandwidth"] < other["bandwidth"] < 2 * floor["bandwidth"]
+    offload = LADDER[3].apply(STEP)
+    link = estimate.step_seconds_floor(offload, CARD)["host_link"]
+    assert link == pytest.approx(2 * 2 * 32 * 8192 * 4096 / CARD.host_link)
+    slower = find_gpu("l4")
+    assert estimate.step_seconds_floor(STEP, slower)["compute"] > floor["compute"]

@@ -1,0 +1,377 @@
+"""Checkpoints: what goes in comes out, the newest are kept, differences are named."""
+
+import dataclasses
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.runs.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    compare_records,
+    disk_errors,
+)
+from qlora_jax.runs.config import CheckpointConfig
+from qlora_jax.runs.resume import continue_run
+from qlora_jax.training.step import TrainState, init_state
+
+RECORD = {"batches": 3, "lora": {"r": 4, "target_modules": ["q_proj"]}}
+
+
+def state_at(step: int, seed: int = 0) -> TrainState:
+    """A small state, with AdamW's moments and a key that a step has changed."""
+    key = jax.random.key(seed)
+    adapters = {"model": {"a": jax.random.normal(key, (3, 5))}}
+    optimizer = optax.adamw(0.1)
+    state = init_state(adapters, optimizer, jax.random.fold_in(key, 1))
+    with jax.numpy_dtype_promotion("standard"):
+        _, moments = optimizer.update(adapters, state.opt_state, adapters)
+    return TrainState(
+        step=jnp.int32(step), adapters=adapters, opt_state=moments, key=state.key
+    )
+
+
+def assert_equal(one: TrainState, two: TrainState) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = state_at(3)
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(state, RECORD)
+        checkpoints.wait()
+        assert checkpoints.path(3).is_dir()
+        checkpoints.save(state, RECORD)  # the same step again is no second save
+    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert checkpoints.record(3) == RECORD
+        assert_equal(checkpoints.restore(3, state_at(0, seed=1)), state)
+
+
+def test_a_step_may_take_the_arrays_before_they_are_on_the_disk(tmp_path):
+    states = {step: state_at(step, seed=step) for step in (1, 2, 3)}
+    take = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
+        for step in states:
+            copy = state_at(step, seed=step)
+            checkpoints.save(copy, RECORD)
+            take((copy.adapters, copy.opt_state))
+    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
+        for step, state in states.items():
+            assert_equal(checkpoints.restore(step, state_at(0)), state)
+
+
+def test_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(state_at(step), RECORD)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_4", "step_6"}
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+    half = tmp_path / "step_4.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "state").write_text("half")
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 2
+        checkpoints.save(state_at(4), RECORD)  # the removal is waited for here
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
+
+
+def test_another_structure_is_refused(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+        checkpoints.wait()
+        other = init_state(
+            {"model": {"b": jnp.zeros((3, 5))}}, optax.adamw(0.1), jax.random.key(0)
+        )
+        with pytest.raises(CheckpointError, match="step_2` cannot be read"):
+            checkpoints.restore(2, other)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO], ids=os.strerror
+)
+def test_a_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path, monkeypatch, number):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+
+        def full(handle, offset, length):
+            assert length > 3 * 3 * 5 * 4  # adapters and two moments
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(CheckpointError, match=os.strerror(number)):
+                checkpoints.save(state_at(4), RECORD)
+        checkpoints.save(state_at(4), RECORD)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
+
+
+UNFORESEEN = """
+import pathlib, resource, sys
+import test_checkpoint as here
+from qlora_jax.checkpoint import CheckpointError, Checkpoints
+from qlora_jax.runs.config import CheckpointConfig
+
+Checkpoints._check_space = lambda *_: None
+try:
+    with Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig()) as checkpoints:
+        checkpoints.save(here.state_at(2), here.RECORD)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        checkpoints.save(here.state_at(4), here.RECORD)
+        checkpoints.wait()
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_space_that_goes_while_orbax_writes_is_an_error_all_the_same(tmp_path):
+    """Where the reservation said yes; Orbax's threads say more than one line then."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFORESEEN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}."},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written: File too large. The checkpoints there" in done.stdout
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert_equal(checkpoints.restore(2, state_at(0)), state_at(2))
+
+
+def test_a_file_system_that_cannot_reserve_is_written_to_all_the_same(
+    tmp_path, monkeypatch
+):
+    def unsupported(handle, offset, length):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(2), RECORD)
+    monkeypatch.delattr(os, "posix_fallocate")
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(4), RECORD)
+        assert checkpoints.latest() == 4
+
+
+def test_errors_of_the_disk_are_told_from_defects(tmp_path):
+    said = r"cannot be written: No space left.* same command to continue"
+    with pytest.raises(CheckpointError, match=said), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=said), disk_errors(tmp_path):
+        raise ValueError("OUT_OF_RANGE: Failed writing: No space left on device [28]")
+    with pytest.raises(ValueError, match="a defect"), disk_errors(tmp_path):
+        raise ValueError("a defect")
+    with pytest.raises(CheckpointError, match="^mine$"), disk_errors(tmp_path):
+        raise CheckpointError("mine")
+
+
+def test_the_first_error_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    close = checkpoints._manager.close
+
+    def failing():
+        close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "close", failing)
+    with pytest.raises(UserError, match="first"), checkpoints:
+        raise UserError("first")
+
+
+def test_differences_are_named_with_both_values():
+    now = {"base": "x", "lora": {"r": 8, "target_modules": ("q_proj",)}, "new": 1}
+    saved = {"base": "x", "lora": {"r": 4, "target_modules": ["q_proj"]}}
+    with pytest.raises(UserError) as refused:
+        compare_records(saved, now)
+    assert "has changed:\n- lora.r: 4 -> 8\n- new: None -> 1\nUndo" in str(
+        refused.value
+    )
+    compare_records(saved, {"base": "x", "lora": dict(saved["lora"])})
+
+
+def test_a_setting_younger_than_the_run_had_its_default():
+    saved = {"lora": {"r": 4}}
+    now = {"lora": {"r": 4, "groups": ({"match": "x", "rate": 1},), "alpha": 2}}
+    same = {"lora": {"groups": [{"match": "x", "rate": 1}], "alpha": 2.0, "r": 1}}
+    compare_records(saved, now, same)
+    with pytest.raises(UserError, match=r"changed:\n- lora\.alpha: 3 -> 2\nUndo"):
+        compare_records(saved, now, {"lora": same["lora"] | {"alpha": 3}})
+
+
+# --- damage ---
+
+# Where one of many reads has failed, those that end after Orbax has closed its event
+# loop say so from threads of tensorstore, at a time of their own.
+LATE_READS = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
+NOW = {"base_fingerprint": "x", "model": {"dtype": "float32", "lm_head": "dense"}}
+
+
+def large_state(step: int) -> TrainState:
+    """One whose arrays are not kept among the metadata, which Orbax checks itself."""
+    key = jax.random.key(step)
+    adapters = {"a": jax.random.normal(key, (40, 50))}
+    state = init_state(adapters, optax.adamw(0.1), jax.random.key(7))
+    # Moments of zeros would not suffer from zeros.
+    moments = jax.tree.map(
+        lambda leaf: jax.random.normal(key, leaf.shape) if leaf.ndim else leaf,
+        state.opt_state,
+    )
+    return dataclasses.replace(state, step=jnp.int32(step), opt_state=moments)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2, 4 and 6 of a run of 8."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        for step in (2, 4, 6):
+            record = {**NOW, "batches": step, "steps": 8}
+            checkpoints.save(large_state(step), record)
+    return directory
+
+
+def largest(directory: Path) -> Path:
+    """The file with the arrays."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def rewrite(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+DAMAGE = {
+    "a flipped bit": lambda d: flip(largest(d)),
+    "an array file cut off": lambda d: os.truncate(largest(d), 99),
+    "an array file missing": lambda d: largest(d).unlink(),
+    "zeros": lambda d: largest(d).write_bytes(bytes(largest(d).stat().st_size)),
+    "no metadata": lambda d: (d / "state" / "_METADATA").unlink(),
+    "metadata cut off": lambda d: os.truncate(d / "state" / "_METADATA", 50),
+    "no record": lambda d: shutil.rmtree(d / "record"),
+    "an empty record": lambda d: os.truncate(d / "record" / "metadata", 0),
+    # Read as it is, it would be taken for another base.
+    "another letter in the record": lambda d: rewrite(
+        d / "record" / "metadata", '"x"', '"y"'
+    ),
+    "no state": lambda d: shutil.rmtree(d / "state"),
+    "nothing at all": lambda d: [shutil.rmtree(p) for p in d.iterdir() if p.is_dir()],
+}
+
+
+@LATE_READS
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    saved, tmp_path, capsys, damage
+):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    DAMAGE[damage](directory / "step_6")
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        state, start = continue_run(checkpoints, large_state(0), NOW, 8)
+        assert start == 4
+        assert_equal(state, large_state(4))
+        assert checkpoints.steps() == [4, 2] and checkpoints.latest() == 4
+        checkpoints.save(large_state(6), {**NOW, "batches": 6, "steps": 8})
+        checkpoints.wait()
+        assert_equal(checkpoints.restore(6, large_state(0)), large_state(6))
+    err = capsys.readouterr().err
+    aside = directory / "damaged_step_6"
+    assert f"The checkpoint `{directory / 'step_6'}` cannot be read (" in err
+    assert f"kept as `{aside}`" in err and "of step 4: 2 steps are taken again" in err
+    assert aside.is_dir()
+
+
+@LATE_READS
+def test_two_that_are_damaged_and_what_was_set_aside_before(saved, tmp_path, capsys):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    (directory / "damaged_step_6").mkdir()
+    for step in (6, 4):
+        flip(largest(directory / f"step_{step}"))
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        assert continue_run(checkpoints, large_state(0), NOW, 8)[1] == 2
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"step_2", "damaged_step_4", "damaged_step_6", "damaged_step_6_2"}
+    err = capsys.readouterr().err
+    assert "step_6` cannot be read (ValueError: the state is not what was saved" in err
+    assert "4 steps are taken again" in err and "2 steps are taken again" in err
+
+
+@LATE_READS
+def test_without_a_good_one_nothing_is_moved_and_the_way_out_is_said(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    for step in (2, 4, 6):
+        flip(largest(directory / f"step_{step}"))
+    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+        with pytest.raises(CheckpointError, match="Delete .*`train.adapter_init` = "):
+            continue_run(checkpoints, large_state(0), NOW, 8)
+        assert checkpoints.steps() == [6, 4, 2]
+
+
+def test_what_passes_is_no_damage(saved, monkeypatch):
+    with Checkpoints(saved, CheckpointConfig(keep=3)) as checkpoints:
+
+        def denied(*_, **__):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(checkpoints._manager, "restore", denied)
+        with pytest.raises(CheckpointError, match="step_6.*Permission denied") as said:
+            continue_run(checkpoints, large_state(0), NOW, 8)
+        assert not isinstance(said.value, DamagedCheckpointError)
+        assert checkpoints.steps() == [6, 4, 2]
+
+
+def test_what_was_saved_before_there_were_checksums_is_read(tmp_path):
+    """As earlier versions wrote it: compressed, without what is recorded now."""
+    state = large_state(6)
+    record = {**NOW, "model": {"dtype": "float32"}, "batches": 6, "steps": 8}
+    tree = {
+        "step": state.step,
+        "adapters": state.adapters,
+        "opt_state": state.opt_state,
+        "key": jax.random.key_data(state.key),
+    }
+    options = ocp.CheckpointManagerOptions(step_prefix="step")
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+        )
+        manager.save(6, args=items)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        state, start = continue_run(checkpoints, large_state(0), NOW, 8)
+        assert start == 6
+        assert_equal(state, large_state(6))
+        assert checkpoints.record(6) == record

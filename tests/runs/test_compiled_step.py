@@ -1,0 +1,216 @@
+"""A run is weighed before its base is loaded, and what was compiled is what runs."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import convert
+import qlora_jax as qj
+from qlora_jax.cli.main import main
+from qlora_jax.data.examples import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.planning.gpus import (
+    ALLOWANCE,
+    available_memory,
+    give_back_freed_memory,
+    this_device,
+)
+from qlora_jax.runs import compiled_step as fits
+from qlora_jax.runs.config import EvalConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.runner import run
+from qlora_jax.training.step import TrainConfig
+
+
+@pytest.fixture(scope="module", name="make")
+def configuration(llama_dir, rows_file):
+    """A function: directory, settings of [model] -> a short run."""
+
+    def make(directory, lora=None, **model):
+        lora = {"r": 4, "target_modules": "all-linear"} | (lora or {})
+        return RunConfig(
+            model=ModelConfig(**{"path": str(llama_dir), "dtype": "float32"} | model),
+            data=DataConfig(path=str(rows_file), format="tokens", max_length=64),
+            train=TrainConfig(steps=3, batch_size=2, learning_rate=1e-2),
+            lora=LoraConfig(**lora),
+            log=LogConfig(plot=False),
+            output_dir=str(directory),
+        )
+
+    return make
+
+
+@pytest.fixture(name="card_of")
+def small_card(monkeypatch):
+    """Gives the device at hand so many bytes."""
+
+    def card_of(nbytes):
+        card = dataclasses.replace(this_device(), memory_bytes=nbytes + ALLOWANCE)
+        monkeypatch.setattr(fits, "this_device", lambda: card)
+
+    return card_of
+
+
+@pytest.fixture(scope="module", name="plain")
+def finished(make, tmp_path_factory):
+    """A run that held everything on the device."""
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    return run(make(directory, remat="full")), directory
+
+
+def losses(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
+    make, tmp_path, card_of, monkeypatch
+):
+    card_of(1000)
+    monkeypatch.setattr(convert, "load_llama", pytest.fail)
+    with pytest.raises(UserError) as refused:
+        run(make(tmp_path / "run"))
+    message = str(refused.value)
+    assert "2 x 64 tokens take" in message and "more than the" in message
+    assert "remat" in message or "policy" in message or "r=2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_takes_the_fastest_policy_that_fits(
+    make, plain, tmp_path, card_of, capsys
+):
+    report, directory = plain
+    keeps_all = run(make(tmp_path / "all", remat="auto"))["plan"]
+    assert keeps_all["policy"] == "none"
+    full = report["plan"]
+    assert full["policy"] == "full"
+    need = sum(full["device_bytes"].values())
+    assert need < sum(keeps_all["device_bytes"].values())
+    card_of(need)
+    capsys.readouterr()
+    chosen = run(make(tmp_path / "fitted", remat="auto"))["plan"]
+    assert chosen == full
+    assert "policy 'full'" in capsys.readouterr().err
+    assert losses(tmp_path / "fitted") == losses(directory)
+
+
+def test_bytes_of_the_plan_are_those_of_the_run(plain):
+    report, _ = plain
+    planned = report["plan"]["device_bytes"]
+    assert planned["base"] == report["base_bytes"]
+    assert planned["adapters"] == 4 * report["trainable_parameters"]
+    # Step number and key are counted with the moments.
+    assert 0 < planned["optimizer"] - report["optimizer_bytes"] < 64
+    assert planned["temporaries"] > 0
+
+
+def test_measuring_is_weighed_before_the_run_as_well(
+    make, plain, rows_file, tmp_path, card_of, monkeypatch
+):
+    need = sum(plain[0]["plan"]["device_bytes"].values())
+    assert plain[0]["plan"]["eval_bytes"] is None
+
+    def measured(directory, rows):
+        held = EvalConfig(path=str(rows_file), every=2, batch_size=rows)
+        config = make(directory, remat="full")
+        other = dataclasses.replace(config.data, path=str(short))
+        return dataclasses.replace(config, data=other, eval=held)
+
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(rows_file.read_text().splitlines()[:9]))
+    few = run(measured(tmp_path / "few", 1))["plan"]
+    assert few["eval_bytes"] > sum(
+        few["device_bytes"][kind] for kind in ("base", "adapters", "optimizer")
+    )
+    card_of(max(need, few["eval_bytes"]))
+    run(measured(tmp_path / "again", 1))
+    monkeypatch.setattr(convert, "load_llama", pytest.fail)
+    with pytest.raises(UserError, match=r"Measuring the .*: 512 rows of 64 tok.*sma"):
+        run(measured(tmp_path / "many", 512))
+    assert not (tmp_path / "many").exists()
+
+
+HOST = {"embed_tokens": "host", "lm_head": "host", "remat": "offload"}
+
+
+def test_a_run_with_its_tables_on_the_host_is_the_same_run(make, plain, tmp_path):
+    report = run(make(tmp_path / "run", **HOST))
+    assert report["plan"]["host_bytes"] > 0
+    held = report["plan"]["device_bytes"]["base"] + report["plan"]["host_bytes"]
+    assert held >= plain[0]["base_bytes"]
+    # Recomputed in other programs: float32 to rounding, through three steps of AdamW.
+    assert losses(tmp_path / "run") == pytest.approx(losses(plain[1]), rel=1e-5)
+    assert report["base_fingerprint"] == plain[0]["base_fingerprint"]
+
+
+def test_a_run_with_a_quantized_head_loads_as_it_was_trained(
+    make, plain, tmp_path, capsys
+):
+    report = run(make(tmp_path / "run", lm_head="nf4"))
+    assert report["base_bytes"] < plain[0]["base_bytes"]
+    assert report["base_parameters"] == plain[0]["base_parameters"]
+    assert losses(tmp_path / "run")[0] != losses(plain[1])[0]
+    model = qj.load(tmp_path / "run")
+    assert isinstance(model.base["lm_head"]["weight"], qj.NF4Tensor)
+    assert "layers NF4, double-quantized, lm_head too;" in model.description
+    dense = qj.load(tmp_path / "run", quantization="none")
+    assert not isinstance(dense.base["lm_head"]["weight"], qj.NF4Tensor)
+    assert "lm_head" not in dense.description
+    # `inspect` counts what the run held, and says what it is.
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["base_bytes"] == report["base_bytes"]
+    assert counted["lm_head"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"modules_to_save": ("lm_head", "embed_tokens")},
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}},
+        {"trainable_token_indices": (3, 4)},
+    ],
+    ids=lambda lora: next(iter(lora.values()), "plain"),
+)
+def test_what_was_compiled_is_what_runs(make, tmp_path, monkeypatch, lora):
+    real = fits._either
+
+    def either(compiled, jitted, planned):
+        return real(compiled, pytest.fail, planned)  # nothing is compiled once more
+
+    monkeypatch.setattr(fits, "_either", either)
+    report = run(make(tmp_path / "run", lora))
+    assert report["steps"] == 3
+
+
+def test_the_memory_of_this_machine_is_known():
+    card = this_device()
+    assert card.name == "this machine"
+    assert 1 << 28 < available_memory() < 1 << 50
+    assert card.memory_bytes - ALLOWANCE <= 1 << 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_given_back():
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    if not give_back_freed_memory():
+        pytest.skip("this C library has no way to")
+    # Below the size from which on each has a mapping of its own.
+    held = [bytearray(64 << 10) for _ in range(3200)]
+    last = bytearray(64 << 10)  # on top of them: nothing is given back by itself
+    held.clear()
+    before = resident()
+    assert give_back_freed_memory()
+    assert before - resident() > 100 << 20
+    assert len(last) == 64 << 10

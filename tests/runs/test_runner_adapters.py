@@ -1,0 +1,407 @@
+"""A run directory with every kind of adapter: trained, saved, loaded, continued."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+from convert.peft import adapter_bytes, open_adapter
+from qlora_jax.cli.main import main
+from qlora_jax.data import DataConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
+from qlora_jax.models.config import LlamaConfig, RopeScaling
+from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.loading import load
+from qlora_jax.runs.prepare import _with_initial_adapter
+from qlora_jax.runs.runner import run
+from qlora_jax.runs.toml import read_config
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
+TOKENS = [[3, 5, 7, 9, 11, 2, 4, 6]]
+KINDS = {
+    "dora": {"use_dora": True, "lora_dropout": 0.1},
+    "patterns": {
+        "target_modules": ("q_proj", "up_proj"),
+        "layers_to_transform": (1,),
+        "rank_pattern": {"up_proj": 3},
+        "alpha_pattern": {"q_proj": 1.5},
+        "use_rslora": True,
+    },
+    "tables": {
+        "target_modules": ("q_proj",),
+        "modules_to_save": ("embed_tokens", "lm_head", "norm"),
+    },
+    "rows": {
+        "target_modules": ("q_proj", "lm_head"),
+        "trainable_token_indices": (1, 30),
+        "lora_bias": True,
+    },
+    "embeddings": {"target_modules": ("embed_tokens", "lm_head", "v_proj")},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
+    "olora": {"init_lora_weights": "olora"},
+    "loftq": {"init_lora_weights": "loftq"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.fixture(scope="module")
+def make(llama_dir, rows_file):
+    """A function: directory, LoRA settings -> a run's configuration."""
+
+    def make(directory: Path, lora: dict, **train) -> RunConfig:
+        settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, **train}
+        return RunConfig(
+            model=ModelConfig(path=str(llama_dir), dtype="float32"),
+            data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
+            train=TrainConfig(lr_scheduler="constant", **settings),
+            lora=LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}),
+            checkpoint=CheckpointConfig(every=2),
+            log=LogConfig(plot=False),
+            output_dir=str(directory),
+        )
+
+    return make
+
+
+@dataclasses.dataclass
+class Finished:
+    """A run that was not interrupted."""
+
+    directory: Path
+    config: RunConfig
+    report: dict
+    said: str
+    """What it wrote to stderr, its spaces made single."""
+
+
+@pytest.fixture(scope="module")
+def straight(make, tmp_path_factory):
+    """A function: kind, or "plain" -> its run of four steps; each is run once."""
+
+    @functools.cache
+    def straight(kind: str) -> Finished:
+        directory = tmp_path_factory.mktemp("straight") / "run"
+        config = make(directory, {**KINDS, "plain": {}}[kind], steps=4)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            report = run(config)
+        return Finished(directory, config, report, " ".join(err.getvalue().split()))
+
+    return straight
+
+
+@pytest.fixture(scope="module")
+def stopped(make, tmp_path_factory):
+    """A function: kind, directory -> makes that a run stopped after two steps."""
+
+    @functools.cache
+    def original(kind: str) -> Path:
+        directory = tmp_path_factory.mktemp("stopped") / "run"
+        run(make(directory, KINDS[kind], steps=2))
+        return directory
+
+    return lambda kind, directory: shutil.copytree(original(kind), directory)
+
+
+@pytest.fixture(scope="module")
+def plain(llama_dir):
+    """The logits of the base alone."""
+    return load(llama_dir, dtype="float32").logits(TOKENS)
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_directory_holds_it(kind, straight, plain, llama_dir, capsys):
+    done = straight(kind)
+    config, report = done.config, done.report
+    architecture = LlamaConfig.from_hf(
+        json.loads((llama_dir / "config.json").read_text())
+    )
+    base = convert.load_llama(llama_dir, quantization="nf4_dq")[1]
+    selection = select(base, config.lora)
+    assert report["groups"] == selection.groups()
+    assert report["trainable_parameters"] == sum(selection.groups().values())
+
+    # What was predicted from the configuration alone, to the byte.
+    lora, _ = open_adapter(done.directory / "adapter")
+    assert lora.base_fingerprint == report["base_fingerprint"]
+    assert report["adapter_bytes"] == adapter_bytes(architecture, lora)
+    saved = dataclasses.replace(config.lora.absorbed, base_fingerprint="0" * 64)
+    assert report["adapter_bytes"] == adapter_bytes(architecture, saved)
+
+    # Trained, it is another model; loaded on its base, it is a note less.
+    capsys.readouterr()
+    tuned = load(done.directory)
+    assert "other weights" not in capsys.readouterr().err
+    logits = tuned.logits(TOKENS)
+    assert np.isfinite(logits).all()
+    assert float(jnp.abs(logits - plain).max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dora", "tables", "pissa"])
+def test_stopped_and_continued_it_is_the_same(kind, make, straight, stopped, tmp_path):
+    stopped(kind, tmp_path / "parts")
+    run(make(tmp_path / "parts", KINDS[kind], steps=4))
+    assert weights(tmp_path / "parts") == weights(straight(kind).directory)
+
+
+def test_what_pissa_took_out_is_kept(make, straight, stopped, tmp_path, monkeypatch):
+    """A decomposition of another machine may differ; the run goes on with the first."""
+    from qlora_jax.runs import runner
+
+    stopped("pissa", tmp_path / "run")
+    lora, _ = open_adapter(tmp_path / "run" / "initial_adapter")
+    assert lora.r == 4 and open_adapter(tmp_path / "run" / "adapter")[0].r == 8
+
+    def never(*args, **kwargs):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(runner, "init_adapters", never)
+    run(make(tmp_path / "run", KINDS["pissa"], steps=4))
+    assert weights(tmp_path / "run") == weights(straight("pissa").directory)
+
+
+def test_pissa_starts_as_the_base(make, tmp_path, plain):
+    run(make(tmp_path / "run", KINDS["pissa"], steps=1, learning_rate=0.0))
+    np.testing.assert_allclose(load(tmp_path / "run").logits(TOKENS), plain, atol=2e-5)
+
+
+def test_loftq_needs_what_was_quantized(make, tmp_path, llama_dir):
+    config = make(tmp_path / "run", KINDS["loftq"])
+    model = dataclasses.replace(config.model, quantization="none")
+    with pytest.raises(UserError, match="not quantized"):
+        run(dataclasses.replace(config, model=model))
+
+
+def test_all_that_was_trained_is_trained_again(make, tmp_path, llama_dir, edit_tensors):
+    """From an adapter as Unsloth and scripts around it write them."""
+    kind = {**KINDS["tables"], "rank_pattern": {"q_proj": 2}, "use_dora": True}
+    first = run(make(tmp_path / "one", kind, steps=2))
+    adapter = tmp_path / "one" / "adapter"
+    file = adapter / "adapter_config.json"
+    raw = json.loads(file.read_text())
+    raw["auto_mapping"] = {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+        "unsloth_fixed": True,
+    }
+    raw["base_model_name_or_path"] = "unsloth/some-llama-bnb-4bit"
+    file.write_text(json.dumps(raw))
+    _, before = convert.load_adapter(adapter, _config(llama_dir))
+
+    def respell(tensors):
+        for key in [key for key in tensors if "lora_" not in key]:
+            spelled = key.replace(".weight", ".modules_to_save.default.weight")
+            tensors[spelled] = tensors.pop(key)
+
+    edit_tensors(adapter / "adapter_model.safetensors", respell)
+    settings = {"steps": 2, "adapter_init": str(adapter)}
+    second = run(make(tmp_path / "two", {"r": 4}, **settings))
+    assert second["groups"] == first["groups"]
+    trained = first["trainable_parameters"]
+    assert second["continued_from"]["trainable_parameters_before"] == trained
+    lora = read_config(tmp_path / "two" / "config.toml").lora
+    assert lora.modules_to_save == ("embed_tokens", "lm_head", "norm")
+    assert lora.rank_pattern == {"q_proj": 2}
+    # Tables, norms and magnitudes too start from what they were, and move.
+    _, after = convert.load_adapter(tmp_path / "two" / "adapter", _config(llama_dir))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
+    assert len(jax.tree.leaves(moved)) == 8
+    # Each of two steps moves a number by its rate of 0.01 at most, or a little more.
+    assert all(0 < size < 0.03 for size in jax.tree.leaves(moved)), moved
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """A JSONL file of rows of 100 tokens: longer than the model is meant for."""
+    rng = np.random.default_rng(2)
+    path = tmp_path_factory.mktemp("data") / "long.jsonl"
+    with open(path, "w") as file:
+        for _ in range(6):
+            ids = rng.integers(1, 32, 100).tolist()
+            file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+    return path
+
+
+def test_an_adapter_is_continued_at_a_longer_context(
+    make, straight, long_rows, llama_dir, tmp_path, capsys
+):
+    """With groups, a moving average and noise; and stopped on the way."""
+    before = straight("dora")
+
+    def longer(directory, steps):
+        config = make(
+            tmp_path / directory,
+            {},
+            steps=steps,
+            adapter_init=str(before.directory / "adapter"),
+            loraplus_lr_ratio=4.0,
+            weight_decay=0.1,
+            groups=(ParameterGroup("down_proj", learning_rate=0.0),),
+            ema_decay=0.5,
+            neftune_noise_alpha=5.0,
+        )
+        scaling = {"rope_type": "linear", "factor": 2.0}
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model, max_position_embeddings=128, rope_scaling=scaling
+            ),
+            data=dataclasses.replace(config.data, path=str(long_rows), max_length=128),
+        )
+
+    run(longer("parts", 2))
+    written = read_config(tmp_path / "parts" / "config.toml")
+    assert written == dataclasses.replace(longer("parts", 2), lora=written.lora)
+    started = " ".join(capsys.readouterr().err.split())
+    report = run(longer("parts", 4))
+    said = " ".join(capsys.readouterr().err.split())
+    run(longer("one", 4))
+    for name in ("adapter", "adapter_ema"):
+        one, two = (
+            (tmp_path / place / name / "adapter_model.safetensors").read_bytes()
+            for place in ("parts", "one")
+        )
+        assert one == two, name
+    assert weights(tmp_path / "one") != one  # the average is another adapter
+
+    # What was trained is trained again, and its rates are said and reported.
+    trained = before.report["trainable_parameters"]
+    assert report["continued_from"] == {
+        "path": str(before.directory / "adapter"),
+        "trainable_parameters_before": trained,
+        "trainable_parameters": trained,
+    }
+    assert f"it has {trained:,} trained parameters, and this run trains" in started
+    assert "optimizer starts afresh" in started and "afresh" not in said
+    assert "the longest example has" not in said
+    groups = {group["name"]: group for group in report["optimizer_groups"]}
+    assert set(groups) == {
+        *("default", "default, no decay", "lora_B"),
+        *("down_proj", "down_proj, no decay"),
+    }
+    assert sum(g["parameters"] for g in report["optimizer_groups"]) == trained
+    assert groups["lora_B"]["learning_rate"] == 0.04
+    assert groups["default, no decay"]["weight_decay"] == 0.0
+    assert "lora_B: " in said and "learning rate 0.04 (constant" in said
+    start, end = (
+        convert.load_adapter(place / "adapter", _config(llama_dir))[1]["model"]
+        for place in (before.directory, tmp_path / "one")
+    )
+    for module, part, moves in (
+        ("self_attn.q_proj", "lora_A", True),
+        ("self_attn.q_proj", "lora_magnitude_vector", True),
+        ("mlp.down_proj", "lora_B", False),
+    ):
+        block, name = module.split(".")
+        pair = [tree["layers"][block][name][part] for tree in (start, end)]
+        assert np.array_equal(*pair) != moves, module
+
+    # The longer context goes where the adapter goes.
+    changes = {"max_position_embeddings": 128}
+    changes["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    assert json.loads((tmp_path / "one/adapter/base_config.json").read_text()) == (
+        changes
+    )
+    assert load(tmp_path / "one").config.rope_scaling == RopeScaling("linear", 2.0)
+    average = load(tmp_path / "one" / "adapter_ema", dtype="float32")
+    assert average.config.max_position_embeddings == 128
+    config = make(
+        tmp_path / "three", {}, adapter_init=str(tmp_path / "one" / "adapter")
+    )
+    kept, origin = _with_initial_adapter(config, (), _abstract_base(llama_dir))
+    assert kept.model.config_changes == changes
+    assert origin["trainable_parameters_before"] == trained
+
+
+def _config(llama_dir):
+    return LlamaConfig.from_hf(json.loads((llama_dir / "config.json").read_text()))
+
+
+def _abstract_base(llama_dir):
+    return convert.abstract_llama(llama_dir, quantization="nf4_dq")[1]
+
+
+def test_tables_that_dominate_are_said_with_the_figure(straight):
+    # 2 tables of 32 x 64, 5 norms of 64, and of q_proj 2 x 4 x 128.
+    said = "make 4,096 of 5,440 trained parameters (75%): 0.02 MB"
+    assert said in straight("tables").said
+
+
+def test_an_adapter_of_other_weights_is_noted(straight, tmp_path, llama_dir, capsys):
+    adapter = straight("plain").directory / "adapter"
+    other = convert.load_llama(llama_dir, quantization=None)
+    other[1]["model"]["norm"]["weight"] *= np.float32(1.5)
+    convert.save_llama(tmp_path / "other", *other)
+    capsys.readouterr()
+    load(tmp_path / "other", adapter=adapter, dtype="float32")
+    assert "was trained on a base with other weights" in capsys.readouterr().err
+    # The same weights in another form: what to do about it is said.
+    for how, cause in (
+        ({"dtype": "bfloat16"}, "trained in float32, and is computed here in bfloat16"),
+        ({"quantization": "none"}, "--quantization nf4_dq --dtype float32 load it"),
+    ):
+        load(llama_dir, adapter=adapter, **{"dtype": "float32"} | how)
+        assert cause in capsys.readouterr().err
+    # Without its run it still says so of the dtype.
+    shutil.copytree(adapter, tmp_path / "copy")
+    load(llama_dir, adapter=tmp_path / "copy", dtype="bfloat16")
+    assert "--dtype float32 (`dtype`)" in capsys.readouterr().err
+
+
+def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
+    report = straight("tables").report
+    capsys.readouterr()
+    options = ["--lora.r", "4", "--lora.target-modules", "q_proj"]
+    options += ["--lora.modules-to-save", "embed_tokens", "lm_head", "norm"]
+    assert main(["inspect", str(llama_dir / "config.json"), *options, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
+        assert counted[name] == report[name], name
+    assert "embed_tokens and lm_head, trained whole" in counted["warnings"][0]
+    options += ["--optimizer", "lion"]
+    assert main(["inspect", str(llama_dir / "config.json"), *options, "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["optimizer_bytes"] == 4 * counted["trainable_parameters"] + 8
+
+
+def test_hot_swap(make, straight, tmp_path):
+    """Another adapter of the same shapes: no new program, and the right logits."""
+    run(make(tmp_path / "two", {"lora_alpha": 32}, steps=2))
+    one, two = load(straight("plain").directory), load(tmp_path / "two")
+    expected = two.logits(TOKENS)
+    one.logits(TOKENS)
+    from qlora_jax.inference import model
+
+    before = model._logits._cache_size()
+    swapped = dataclasses.replace(
+        one, adapters=two.adapters, lora_config=two.lora_config
+    )
+    np.testing.assert_array_equal(swapped.logits(TOKENS), expected)
+    assert model._logits._cache_size() == before
+    attached = one.attach(tmp_path / "two")
+    np.testing.assert_array_equal(attached.logits(TOKENS), expected)
+    assert model._logits._cache_size() == before
+    bare = one.attach(None)
+    assert bare.adapters is None and bare.base is one.base
+    assert jax.tree.structure(one.adapters) == jax.tree.structure(two.adapters)
+
+
+def test_a_module_inside_another_that_is_saved_is_refused(make, tmp_path):
+    kind = {"target_modules": ("q_proj",), "modules_to_save": ("mlp", "up_proj")}
+    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that holds it"):
+        run(make(tmp_path / "run", kind))

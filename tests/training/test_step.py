@@ -1,0 +1,896 @@
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax import nf4
+from qlora_jax.data.encoding import IGNORE
+from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.training.config import ParameterGroup
+from qlora_jax.training.step import (
+    TrainConfig,
+    TrainState,
+    embedding_noise,
+    eval_step,
+    head_variables,
+    init_state,
+    loss_sum,
+    make_optimizer,
+    schedule,
+    text_lengths,
+    train_step,
+)
+
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    initializer_range=0.1,
+)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
+DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
+
+# `run` below and the stored runs of test_golden.py compile as users do.
+AS_USERS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+
+
+def llama(lora=LORA, config=CONFIG, **compute):
+    return Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
+
+
+@functools.cache
+def base():
+    """A model of random weights with its projections in double-quantized NF4."""
+
+    def pack(path, leaf):
+        if "_proj" not in str(path[-2]):
+            return leaf
+        layers = [nf4.quantize(np.asarray(w), double_quant=True) for w in leaf]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+    init = jax.jit(llama().init)
+    tree = init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return jax.tree_util.tree_map_with_path(pack, tree)
+
+
+@functools.cache
+def adapters(lora=LORA, *, trained=True):
+    """Adapters that do something: B is not zero."""
+    tree = init_adapters(jax.random.key(1), base(), lora)
+    if not trained:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [
+        a + 0.05 * jax.random.normal(k, a.shape)
+        for a, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def rows(count, length=16, seed=0):
+    """Tokens and labels; each row is supervised from another position on."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 61, (count, length))
+    start = rng.integers(0, length - 2, (count, 1))
+    labels = np.where(np.arange(length) < start, IGNORE, tokens)
+    return {
+        "tokens": jnp.asarray(tokens, jnp.int32),
+        "labels": jnp.asarray(labels, jnp.int32),
+    }
+
+
+def window(micro, count, seed=0):
+    """The same rows cut into `micro` micro-batches: [A, B, T]."""
+    flat = rows(micro * count, seed=seed)
+    return jax.tree.map(lambda a: a.reshape(micro, count, -1), flat)
+
+
+@functools.cache
+def step_of(model, optimizer):
+    """The jitted step; one for each model and optimizer, so compilations are shared."""
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer),
+        donate_argnums=0,
+    )
+
+
+ADAM = make_optimizer(TrainConfig(steps=20, learning_rate=1e-2), 20)
+SGD = optax.sgd(1.0)  # an update is then the gradient itself
+
+
+def begin(optimizer=ADAM, tree=None, seed=0):
+    tree = adapters() if tree is None else tree
+    return init_state(copied(tree), optimizer, jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def loss_and_gradients(tree, batch, key=None, *, model):
+    return jax.value_and_grad(loss_sum)(tree, base(), batch, model=model, key=key)
+
+
+def all_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def all_close(a, b, tolerance):
+    """Within `tolerance` of the largest element of each leaf."""
+
+    def leaf(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.abs(x - y).max() <= tolerance * max(np.abs(y).max(), 1e-3)
+
+    jax.tree.map(leaf, a, b)
+
+
+# Gradients are float32 sums over some 100 tokens and through two layers, in another
+# order: measured below 2e-6 of the largest element.
+GRADIENT = 1e-5
+
+
+# --- Laws of a step ---
+
+
+@dataclasses.dataclass
+class Run:
+    before: list
+    after: list
+    losses: list
+    compilations: int
+    state: TrainState
+    old_leaf: jax.Array
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Eight steps on one batch."""
+    model = llama()
+    step = jax.jit(
+        functools.partial(train_step, model=model, optimizer=ADAM),
+        donate_argnums=0,
+        compiler_options=AS_USERS,
+    )
+    before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
+    state = begin()
+    old = jax.tree.leaves(state.adapters)[0]
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, base(), window(1, 4))
+        assert metrics["finite"]
+        losses.append(float(metrics["loss"]))
+    after = [np.array(leaf) for leaf in jax.tree.leaves(base())]
+    return Run(before, after, losses, step._cache_size(), state, old)
+
+
+def test_steps_leave_the_base_as_it_was(run):
+    for before, after in zip(run.before, run.after, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_equal_shaped_batches_are_one_compilation(run):
+    assert run.compilations == 1
+
+
+def test_training_lowers_the_loss(run):
+    assert run.losses[-1] < 0.9 * run.losses[0]
+
+
+def test_the_state_is_donated_and_the_base_is_not(run):
+    assert run.old_leaf.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base()))
+
+
+def test_the_step_is_counted_and_the_key_stays(run):
+    assert run.state.step == 8
+    same = jax.random.key_data(run.state.key) == jax.random.key_data(jax.random.key(0))
+    assert same.all()
+
+
+def test_the_optimizer_covers_exactly_the_trained_leaves():
+    with_head = LoraConfig(r=4, target_modules=("q_proj", "lm_head"))
+    for lora in (LORA, with_head):
+        tree = adapters(lora)
+        state = begin(tree=tree)
+        adam = next(
+            part
+            for part in jax.tree.leaves(
+                state.opt_state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState)
+            )
+            if isinstance(part, optax.ScaleByAdamState)
+        )
+        for moments in (adam.mu, adam.nu):
+            assert jax.tree.structure(moments) == jax.tree.structure(tree)
+            for m, leaf in zip(*map(jax.tree.leaves, (moments, tree)), strict=True):
+                assert (m.shape, m.dtype) == (leaf.shape, jnp.float32)
+        counts = [a for a in jax.tree.leaves(state.opt_state) if a.ndim == 0]
+        total = len(jax.tree.leaves(state.opt_state))
+        assert total == len(counts) + 2 * len(jax.tree.leaves(tree))
+
+
+def test_a_zero_adapter_has_the_loss_of_the_base():
+    evaluate = jax.jit(eval_step, static_argnames="model")
+    plain = evaluate({}, base(), rows(4), model=llama(None))
+    all_equal(plain, evaluate(adapters(trained=False), base(), rows(4), model=llama()))
+
+
+def test_accumulated_micro_batches_are_one_large_batch():
+    # The micro-batches hold different numbers of supervised tokens: the mean of their
+    # means would be another number.
+    labels = window(4, 2)["labels"]
+    assert len({int((part != IGNORE).sum()) for part in labels}) > 1
+    step = step_of(llama(), SGD)
+    one, first = step(begin(SGD), base(), window(1, 8))
+    many, metrics = step(begin(SGD), base(), window(4, 2))
+    # Another order of the float32 sum over tokens.
+    np.testing.assert_allclose(metrics["loss"], first["loss"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], first["grad_norm"], rtol=1e-5)
+    assert metrics["supervised_tokens"] == first["supervised_tokens"]
+    updates = [
+        jax.tree.map(jnp.subtract, state.adapters, adapters()) for state in (many, one)
+    ]
+    all_close(*updates, GRADIENT)
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens():
+    batch = window(1, 4)
+    _, metrics = step_of(llama(), SGD)(begin(SGD), base(), batch)
+    flat = jax.tree.map(lambda a: a[0], batch)
+    logits = jax.jit(llama().apply)(
+        {"params": base(), "lora": adapters()}, flat["tokens"]
+    )
+    logp = jax.nn.log_softmax(np.asarray(logits)[:, :-1].astype(np.float64))
+    targets = np.asarray(flat["labels"])[:, 1:]
+    picked = np.take_along_axis(np.asarray(logp), np.maximum(targets, 0)[..., None], -1)
+    losses = -picked[..., 0][targets != IGNORE]
+    assert metrics["supervised_tokens"] == losses.size
+    np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)  # float32
+
+
+def lift(self, variables):
+    """What `Compute.place` does for our own kernels, here with XLA's."""
+    params, stacks = nf4.lift_stacks(variables["params"])
+    return {**variables, "params": params, "stacks": stacks}
+
+
+def loops(jaxpr):
+    """Every scan in a jaxpr, the inner ones as well."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in jax.tree.leaves(dict(equation.params)):
+            inner = getattr(value, "jaxpr", value)  # closed or not
+            if hasattr(inner, "eqns"):
+                yield from loops(inner)
+
+
+@pytest.mark.parametrize(
+    "more, remat",
+    [
+        ({}, "none"),
+        ({}, "full"),
+        ({}, "save_matmuls"),
+        ({"use_dora": True}, "full"),
+        ({"lora_dropout": 0.3}, "none"),
+    ],
+)
+def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypatch):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **more)
+    model, batch = llama(lora, remat=remat), window(2, 1)
+    state = begin(tree=adapters(lora))
+    temporaries, results = [], []
+    for lifted in (False, True):
+        if lifted:
+            monkeypatch.setattr(Compute, "place", lift)
+        step = functools.partial(train_step, model=model, optimizer=SGD)
+        traced = jax.jit(step).trace(state, base(), batch)
+        compiled = traced.lower().compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        after, metrics = compiled(state, base(), batch)
+        results.append((after.adapters, metrics))
+        written = [v.aval for loop in loops(traced.jaxpr.jaxpr) for v in loop.outvars]
+        assert written
+        # No packed stack leaves a loop, nor a weight of all layers dequantized.
+        assert not [a for a in written if a.dtype == jnp.uint8]
+        assert not [a for a in written if a.shape[:1] == (2,) and a.size >= 2 * 64 * 32]
+    all_equal(*results)
+    # The numbers of the layers, and what aligns their buffers.
+    assert temporaries[1] <= temporaries[0] + 4096
+
+
+def test_packed_documents_train_as_separate_ones():
+    lengths = [7, 5, 4]
+    parts = [rows(1, n, seed=n) for n in lengths]
+    # The first token of a document is predicted by nothing.
+    parts = [{**part, "labels": part["labels"].at[:, 0].set(IGNORE)} for part in parts]
+    packed = {
+        key: jnp.concatenate([part[key] for part in parts], axis=1)
+        for key in ("tokens", "labels")
+    }
+    packed["segment_ids"] = jnp.asarray([[1] * 7 + [2] * 5 + [3] * 4], jnp.int32)
+    packed["positions"] = jnp.asarray(
+        [[i for n in lengths for i in range(n)]], jnp.int32
+    )
+    # The same documents as padded rows.
+    padded = {}
+    for key, fill in (("tokens", 0), ("labels", IGNORE)):
+        padded[key] = jnp.concatenate(
+            [
+                jnp.pad(
+                    p[key], ((0, 0), (0, 7 - p[key].shape[1])), constant_values=fill
+                )
+                for p in parts
+            ]
+        )
+    loss, gradients = loss_and_gradients(adapters(), packed, model=llama())
+    want, want_gradients = loss_and_gradients(adapters(), padded, model=llama())
+    np.testing.assert_allclose(loss, want, rtol=1e-6)  # float32 sums
+    all_close(gradients, want_gradients, GRADIENT)
+
+
+def test_attention_implementations_train_alike():
+    curves = []
+    for attention in ("eager", "auto"):  # auto is xla on a CPU
+        step, state = step_of(llama(attention=attention), ADAM), begin()
+        losses = []
+        for i in range(20):
+            state, metrics = step(state, base(), window(1, 4, seed=i % 5))
+            losses.append(float(metrics["loss"]))
+        curves.append(losses)
+    # Adam turns a relative error of a small gradient into one of the update; over 20
+    # steps of 1e-2 losses of about four part by less than 1e-4.
+    np.testing.assert_allclose(*curves, atol=1e-4)
+    assert min(curves[0]) < 0.9 * curves[0][0]  # they do train
+
+
+def test_recomputation_gives_the_same_gradients():
+    # With dropout: what is recomputed has to draw the same masks.
+    key = jax.random.key(5)
+    results = [
+        loss_and_gradients(adapters(), rows(4), key, model=llama(DROPOUT, remat=remat))
+        for remat in ("none", "full", "save_matmuls")
+    ]
+    for loss, gradients in results[1:]:
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-6)
+        # The same operations, fused differently.
+        all_close(gradients, results[0][1], GRADIENT)
+
+
+def test_adapter_gradients_are_those_of_plain_autodiff():
+    # Through chunked loss, blockwise attention, packed products and recomputation, and
+    # past all of them: eager attention, dense weights, logits of all tokens.
+    lora = LoraConfig(r=4, target_modules=("lm_head", "v_proj"))
+    tree, batch = adapters(lora), rows(3)
+    _, got = loss_and_gradients(tree, batch, model=llama(lora))
+    dense = jax.tree.map(
+        lambda leaf: nf4.dequantize(leaf) if isinstance(leaf, nf4.NF4Tensor) else leaf,
+        base(),
+        is_leaf=lambda leaf: isinstance(leaf, nf4.NF4Tensor),
+    )
+    plain = llama(lora, attention="eager", remat="none")
+
+    def loss(tree):
+        logits = plain.apply({"params": dense, "lora": tree}, batch["tokens"])
+        logp = jax.nn.log_softmax(logits[:, :-1])
+        targets = batch["labels"][:, 1:]
+        picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)
+        return -jnp.where(targets == IGNORE, 0.0, picked[..., 0]).sum()
+
+    want = jax.jit(jax.grad(loss))(tree)
+    all_close(got, want, GRADIENT)
+
+
+def test_a_narrow_step_keeps_adapters_moments_and_loss_in_float32():
+    wide, _ = step_of(llama(), SGD)(begin(SGD), base(), window(1, 4))
+    for dtype in ("bfloat16", "float16"):
+        step = step_of(llama(dtype=dtype), SGD)
+        narrow, metrics = step(begin(SGD), base(), window(1, 4))
+        assert metrics["finite"] and metrics["loss"].dtype == jnp.float32
+        assert {a.dtype for a in jax.tree.leaves(narrow.adapters)} == {
+            jnp.dtype("float32")
+        }
+        # Roundings of 2^-8 in some 20 operations of each layer, adding up at random.
+        for a, b, start in zip(
+            *map(jax.tree.leaves, (narrow.adapters, wide.adapters, adapters())),
+            strict=True,
+        ):
+            error, size = (np.linalg.norm(np.asarray(d)) for d in (a - b, b - start))
+            assert error <= 0.05 * size
+
+
+# --- Dropout ---
+
+
+def test_dropout_changes_from_step_to_step_and_from_micro_batch_to_micro_batch():
+    optimizer = optax.sgd(0.0)  # the adapters stay: only the masks can differ
+    step = step_of(llama(DROPOUT), optimizer)
+    batch = window(1, 4)
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
+
+    def losses(step, batch, seed=0):
+        state = begin(optimizer, seed=seed)
+        out = []
+        for _ in range(3):
+            state, metrics = step(state, base(), batch)
+            out.append(float(metrics["loss"]))
+        return out
+
+    first = losses(step, batch)
+    assert len(set(first)) == 3
+    assert losses(step, batch) == first
+    assert not set(losses(step, batch, seed=1)) & set(first)
+    # Two equal micro-batches: with equal masks their mean would be that of one.
+    assert abs(losses(step, twice)[0] - first[0]) > 1e-5
+
+
+def test_evaluation_has_no_dropout():
+    evaluate = jax.jit(eval_step, static_argnames="model")
+    with_dropout = evaluate(adapters(), base(), rows(4), model=llama(DROPOUT))
+    all_equal(with_dropout, evaluate(adapters(), base(), rows(4), model=llama()))
+
+
+# --- What is not finite, and what is not there ---
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_the_step_number_alone(bad):
+    step = step_of(llama(), ADAM)
+    state, _ = step(begin(), base(), window(1, 4))  # moments that are not zero
+    kept = jax.tree.map(np.array, (state.adapters, state.opt_state))
+    norm = base()["model"]["norm"]["weight"]
+    model = {**base()["model"], "norm": {"weight": norm.at[3].set(bad)}}
+    state, metrics = step(state, {**base(), "model": model}, window(1, 4))
+    assert not metrics["finite"]
+    assert state.step == 2
+    all_equal((state.adapters, state.opt_state), kept)
+    state, metrics = step(state, base(), window(1, 4))
+    assert metrics["finite"]
+    assert not np.array_equal(
+        jax.tree.leaves(state.adapters)[0], jax.tree.leaves(kept[0])[0]
+    )
+    assert step._cache_size() == 1
+
+
+def test_a_window_without_supervision_is_a_step_of_zero():
+    batch = window(1, 4)
+    batch["labels"] = jnp.full_like(batch["labels"], IGNORE)
+    state, metrics = step_of(llama(), SGD)(begin(SGD), base(), batch)
+    assert metrics["finite"]
+    for name in ("loss", "grad_norm", "supervised_tokens"):
+        assert metrics[name] == 0
+    all_equal(state.adapters, adapters())
+
+
+# --- State ---
+
+
+def test_a_state_that_was_stored_continues_bit_for_bit():
+    step = step_of(llama(DROPOUT), ADAM)
+    state = begin(seed=3)
+    for i in range(2):
+        state, _ = step(state, base(), window(1, 4, seed=i))
+    leaves, structure = jax.tree.flatten(
+        dataclasses.replace(state, key=jax.random.key_data(state.key))
+    )
+    stored = [np.array(leaf) for leaf in leaves]
+    through, _ = step(state, base(), window(1, 4, seed=9))
+    restored = jax.tree.unflatten(structure, [jnp.asarray(a) for a in stored])
+    restored = dataclasses.replace(restored, key=jax.random.wrap_key_data(restored.key))
+    again, _ = step(restored, base(), window(1, 4, seed=9))
+    all_equal((through.adapters, through.opt_state), (again.adapters, again.opt_state))
+
+
+def test_the_head_reads_its_own_part_of_the_variables():
+    variables = {"params": base(), "lora": adapters()}
+    picked = head_variables(variables, llama())
+    assert picked == {"params": {"lm_head": base()["lm_head"]}, "lora": {}}
+    tied = llama(config=dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    without = {"model": base()["model"]}
+    picked = head_variables({"params": without, "lora": adapters()}, tied)
+    embedding = base()["model"]["embed_tokens"]
+    assert picked == {"params": {"model": {"embed_tokens": embedding}}, "lora": {}}
+    # What a tied head has of its own goes with it.
+    residual, own = {"residual_A": jnp.ones((1, 64))}, {"scaling": jnp.ones(())}
+    picked = head_variables(
+        {"params": {**without, "lm_head": residual}, "lora": {"lm_head": own}}, tied
+    )
+    assert picked["params"]["lm_head"] is residual and picked["lora"] == {
+        "lm_head": own
+    }
+
+
+# --- What stays ---
+
+
+def test_what_is_not_trained_stays_as_it_was_under_weight_decay():
+    lora = LoraConfig(
+        r=4,
+        target_modules=("q_proj", "layers.0.mlp.up_proj"),
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        use_dora=True,
+        modules_to_save=("layers.1.input_layernorm",),
+        trainable_token_indices=(3, 9),
+    )
+    # Which part of each array is trained, by the configuration above.
+    q, up = np.zeros((2, 2, 4), bool), np.zeros((2, 2, 4), bool)
+    q[:, 0], q[:, 1, :2], up[:, 0] = True, True, True
+    used = {
+        "q_proj": {
+            "lora_A": q[0][..., None],
+            "lora_B": q[1][:, None],
+            "lora_magnitude_vector": np.asarray([[True], [True]]),
+        },
+        "up_proj": {
+            "lora_A": up[0][..., None],
+            "lora_B": up[1][:, None],
+            "lora_magnitude_vector": np.asarray([[True], [False]]),
+        },
+        "input_layernorm": {"weight": np.asarray([[False], [True]])},
+        "embed_tokens": {"trainable_tokens_delta": np.asarray([[True], [True]])},
+    }
+    settings = TrainConfig(steps=6, learning_rate=1e-2, weight_decay=0.3)
+    optimizer = make_optimizer(settings, 6)
+    step = step_of(llama(lora), optimizer)
+    start = init_adapters(jax.random.key(1), base(), lora)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
+    state, losses = begin(optimizer, start), []
+    batch = window(1, 4)
+    batch["tokens"] = batch["tokens"].at[:, :, :2].set(jnp.asarray([3, 9]))
+    for _ in range(6):
+        state, metrics = step(state, base(), batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.01
+    count = 0
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(state.adapters),
+        jax.tree.leaves(start),
+        strict=True,
+    ):
+        names = [key.key for key in path]
+        mask = np.broadcast_to(used[names[-2]][names[-1]], new.shape)
+        new, old = np.asarray(new), np.asarray(old)
+        assert not new[~mask].any() and not old[~mask].any(), names
+        assert (new != old)[mask].mean() > 0.95, names
+        count += 1
+    assert count == 8
+    for old, new in zip(before, jax.tree.leaves(base()), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+# --- Schedule and optimizer ---
+
+
+def transformers_factor(kind, step, warmup, total):
+    """`get_scheduler` of transformers: the factor of the learning rate."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        return max(0.0, (total - step) / max(1, total - warmup))
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return 1.0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup, total", [(0, 10), (3, 10), (10, 10), (1, 1), (0, 1)])
+def test_learning_rates_are_those_of_transformers(kind, warmup, total):
+    config = TrainConfig(
+        steps=total, learning_rate=3e-4, lr_scheduler=kind, warmup_steps=warmup
+    )
+    rate = schedule(config, total)
+    got = [float(rate(jnp.asarray(s, jnp.int32))) for s in range(total)]
+    want = [3e-4 * transformers_factor(kind, s, warmup, total) for s in range(total)]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-10)  # float32 cosine
+
+
+def numpy_adamw(config, gradients, start):
+    """Loshchilov and Hutter's AdamW with global-norm clipping, in float64."""
+    w, m, v = np.array(start, np.float64), 0.0, 0.0
+    for i, g in enumerate(gradients):
+        g = np.array(g, np.float64)
+        norm = np.linalg.norm(g)
+        if config.max_grad_norm is not None and norm > config.max_grad_norm:
+            g = g * config.max_grad_norm / norm
+        m = config.adam_beta1 * m + (1 - config.adam_beta1) * g
+        v = config.adam_beta2 * v + (1 - config.adam_beta2) * g**2
+        rate = config.learning_rate * transformers_factor(
+            config.lr_scheduler, i, config.warmup_steps, config.steps
+        )
+        step = (m / (1 - config.adam_beta1 ** (i + 1))) / (
+            np.sqrt(v / (1 - config.adam_beta2 ** (i + 1))) + config.adam_epsilon
+        )
+        w = w - rate * (step + config.weight_decay * w)
+    return w
+
+
+@pytest.mark.parametrize("norm", [None, 1.0, 100.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_optimizer_is_adamw_with_clipping_before(norm, decay):
+    config = TrainConfig(
+        steps=6,
+        learning_rate=0.1,
+        warmup_steps=2,
+        weight_decay=decay,
+        max_grad_norm=norm,
+        adam_epsilon=1e-3,  # so that clipping is not undone by the normalization
+    )
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(5).astype(np.float32)
+    gradients = (3 * rng.standard_normal((6, 5))).astype(np.float32)
+    optimizer = make_optimizer(config, 6)
+    parameters = {"w": jnp.asarray(start)}
+    state = optimizer.init(parameters)
+    with jax.numpy_dtype_promotion("standard"):
+        for g in gradients:
+            updates, state = optimizer.update({"w": jnp.asarray(g)}, state, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+    want = numpy_adamw(config, gradients, start)
+    np.testing.assert_allclose(parameters["w"], want, rtol=1e-5)  # float32
+
+
+def test_the_reported_norm_is_that_before_clipping():
+    clipped = optax.chain(optax.clip_by_global_norm(1e-3), SGD)
+    norms = []
+    for optimizer in (SGD, clipped):
+        step = step_of(llama(), optimizer)
+        state, metrics = step(begin(optimizer), base(), window(1, 4))
+        moved = jax.tree.map(jnp.subtract, state.adapters, adapters())
+        norms.append((float(metrics["grad_norm"]), float(optax.tree.norm(moved))))
+    (plain, all_of_it), (reported, part) = norms
+    assert plain == reported > 1e-3
+    # The update is the difference of parameters of order 0.1: ulps of 1e-8 each.
+    np.testing.assert_allclose(all_of_it, plain, rtol=1e-4)
+    np.testing.assert_allclose(part, 1e-3, rtol=1e-3)
+
+
+# --- Noise on the embeddings ---
+
+
+def test_the_length_of_a_text_is_that_of_its_document():
+    labels = jnp.full((2, 6), IGNORE)
+    packed = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]], jnp.int32)
+    lengths = text_lengths({"labels": labels, "segment_ids": packed})
+    # Two documents of three and two tokens and a pad; one and five.
+    assert lengths.tolist() == [[3, 3, 3, 2, 2, 1], [1, 5, 5, 5, 5, 5]]
+    masked = jnp.asarray([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], jnp.int32)
+    lengths = text_lengths({"labels": labels, "attention_mask": masked})
+    assert lengths[:, 0].tolist() == [4, 1]
+    # With neither: up to the last supervised token.
+    supervised = labels.at[0, 2].set(7).at[0, 4].set(7)
+    assert text_lengths({"labels": supervised})[:, 0].tolist() == [5, 1]
+
+
+def test_the_noise_is_uniform_and_of_the_papers_size():
+    labels = jnp.zeros((2, 400), jnp.int32).at[0, 100:].set(IGNORE)
+    noise = embedding_noise(
+        {"labels": labels}, jax.random.key(0), alpha=5.0, features=64
+    )
+    for row, length in enumerate((100, 400)):
+        bound = 5.0 / math.sqrt(length * 64)
+        drawn = np.asarray(noise[row], np.float64) / bound
+        # 25,600 draws of a uniform distribution on [-1, 1].
+        assert 0.999 < np.abs(drawn).max() <= 1 + 1e-6
+        assert abs(drawn.mean()) < 0.02 and abs(drawn.var() - 1 / 3) < 0.01
+
+
+def test_noise_is_of_training_alone_and_of_the_step_and_row():
+    @functools.cache
+    def jitted(alpha, remat):
+        step = functools.partial(
+            train_step,
+            model=llama(remat=remat),
+            optimizer=SGD,
+            neftune_noise_alpha=alpha,
+        )
+        return jax.jit(step)
+
+    def step(alpha, remat="full", seed=0):
+        state, metrics = jitted(alpha, remat)(
+            begin(SGD, seed=seed), base(), window(2, 2)
+        )
+        return float(metrics["loss"]), state
+
+    plain, _ = step(None)
+    noisy, state = step(5.0)
+    assert abs(noisy - plain) > 1e-4
+    # The key of the run and the number of the step make it, nothing else.
+    again, same = step(5.0)
+    assert again == noisy
+    all_equal(same.adapters, state.adapters)
+    assert step(5.0, seed=1)[0] != noisy
+    # What is recomputed in the backward pass is computed from the same noise.
+    other, moved = step(5.0, remat="none")
+    assert other == pytest.approx(noisy, rel=1e-6)
+    updates = [
+        jax.tree.map(jnp.subtract, s.adapters, adapters()) for s in (moved, state)
+    ]
+    all_close(*updates, GRADIENT)
+    # Off, nothing of it is in the program.
+    arguments = begin(SGD), base(), window(2, 2)
+    texts = [jitted(alpha, "full").lower(*arguments).as_text() for alpha in (5.0, None)]
+    assert ["_uniform" in text for text in texts] == [True, False]
+
+
+# --- TrainConfig ---
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": None}, "either `steps` or `epochs`, got steps=None and epochs=None"),
+        ({"epochs": 1.0}, "either `steps` or `epochs`, got steps=5 and epochs=1.0"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": -1}, "`gradient_accumulation_steps` must be"),
+        ({"steps": None, "epochs": 0.0}, "`epochs` must be > 0, got 0.0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be >= 0, got -1.0"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be >= 0, got nan"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be >= 0, got -1"),
+        ({"warmup_steps": 6}, "`warmup_steps`=6 exceeds `steps`=5; the learning rate"),
+        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or none, got 0.0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be >= 0, got -0.1"),
+        ({"weight_decay": math.nan}, "`weight_decay` must be >= 0, got nan"),
+        ({"adam_beta2": 1.0}, "`adam_beta2` must be at least 0 and less than 1"),
+        ({"adam_epsilon": 0.0}, "`adam_epsilon` must be > 0, got 0.0"),
+        ({"embedding_learning_rate": -1.0}, "`embedding_learning_rate` must be >= 0"),
+        ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
+        ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1, or left out, got"),
+        (
+            {"groups": (ParameterGroup("(", learning_rate=1.0),)},
+            r"train: group 1: `match` = '\(' is not a regular expression: missing \)",
+        ),
+        ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
+        (
+            {"groups": (ParameterGroup("q_proj", learning_rate=-1.0),)},
+            "group 1: `learning_rate` must be >= 0, got -1.0",
+        ),
+        (
+            {"groups": (ParameterGroup("q_proj", warmup_steps=9),)},
+            "group 1: `warmup_steps`=9 exceeds `steps`=5",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**{"steps": 5, **change})
+
+
+def test_all_that_is_wrong_with_the_settings_is_said_at_once():
+    with pytest.raises(UserError) as caught:
+        TrainConfig(steps=0, learning_rate=-1.0, weight_decay=-0.5, ema_decay=2.0)
+    assert str(caught.value).splitlines() == [
+        "4 problems with the [train] settings:",
+        "- train: `steps` must be at least 1, got 0.",
+        "- train: `learning_rate` must be >= 0, got -1.0.",
+        "- train: `weight_decay` must be >= 0, got -0.5.",
+        "- train: `ema_decay` must be between 0 and 1, or left out, got 2.0.",
+    ]
+
+
+def test_an_unknown_schedule_is_refused():
+    config = TrainConfig(steps=5)
+    object.__setattr__(config, "lr_scheduler", "polynomial")  # past the type checks
+    with pytest.raises(UserError, match="'linear' or 'cosine', got 'polynomial'"):
+        config.__post_init__()
+
+
+# --- The structure of the compiled step: from shapes alone, nothing is allocated ---
+
+
+def abstract_step(*, hidden, ffn, layers, tokens, remat="full"):
+    """The lowered step of a double-quantized model, and the bytes of its adapters."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=hidden // 8,
+        tie_word_embeddings=True,
+    )
+    model = llama(LoraConfig(r=8), config, remat=remat)
+
+    def array(shape, kind=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, kind)
+
+    def pack(path, leaf):
+        if "_proj" not in str(path[-2]):
+            return leaf
+        return nf4.abstract(
+            leaf.shape[1:], double_quant=True, dtype="bfloat16", leading=(layers,)
+        )
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    tree = jax.tree_util.tree_map_with_path(pack, shapes["params"])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    fresh = jax.eval_shape(lambda k: init_adapters(k, tree, LoraConfig(r=8)), key)
+    state = jax.eval_shape(
+        functools.partial(init_state, optimizer=ADAM), fresh, key=key
+    )
+    rows = array((1, 1, tokens), jnp.int32)
+    step = functools.partial(train_step, model=model, optimizer=ADAM)
+    lowered = jax.jit(step, donate_argnums=0).lower(
+        state, tree, {"tokens": rows, "labels": rows}
+    )
+    trained = sum(leaf.size for leaf in jax.tree.leaves(fresh))
+    return lowered, 4 * trained
+
+
+def temporary_bytes(lowered):
+    compiled = lowered.compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_step_holds_little_more_than_one_dequantized_layer():
+    # With unrolled layers, or a derivative that keeps weights, this is 360 to 480 MB.
+    hidden, ffn, layers, tokens = 1024, 2816, 8, 64
+    lowered, adapter_bytes = abstract_step(
+        hidden=hidden, ffn=ffn, layers=layers, tokens=tokens
+    )
+    temporary = temporary_bytes(lowered)
+    layer = 4 * (3 * hidden * hidden + 3 * hidden * ffn)  # q, o, k and v by halves
+    # Inputs of all layers; of the layer in hand six of the residual's width and four of
+    # the MLP's, forward and backward; gradients and updates of the adapters.
+    activations = 4 * tokens * (layers * hidden + 2 * (6 * hidden + 4 * ffn))
+    bound = 1.5 * layer + activations + 2 * adapter_bytes
+    assert temporary < bound < layers * layer / 4
+    # The bound can tell: without recomputation more is held.
+    kept = abstract_step(
+        hidden=hidden, ffn=ffn, layers=layers, tokens=tokens, remat="none"
+    )
+    assert temporary_bytes(kept[0]) > bound
+
+
+def test_memory_grows_with_layers_by_their_inputs_and_adapters_only():
+    used, trained = {}, {}
+    for layers in (8, 32):
+        lowered, trained[layers] = abstract_step(
+            hidden=256, ffn=704, tokens=64, layers=layers
+        )
+        used[layers] = temporary_bytes(lowered)
+    of_a_layer = (used[32] - used[8]) / 24
+    # The input of the layer, and the gradient of its adapters.
+    assert of_a_layer <= 1.2 * (4 * 64 * 256 + trained[32] / 32)
+    assert of_a_layer < 4 * (3 * 256 * 256 + 3 * 256 * 704) / 10  # no weights among it
+
+
+def test_memory_grows_linearly_with_tokens():
+    used = {
+        tokens: temporary_bytes(
+            abstract_step(hidden=128, ffn=352, layers=4, tokens=tokens)[0]
+        )
+        for tokens in (2048, 8192)
+    }
+    # Four times the tokens: 4. It is 8 where the masks of all blocks are held, and 16
+    # where scores are.
+    assert used[8192] <= 4.2 * used[2048]
+
+
+def test_the_program_does_not_grow_with_layers():
+    shape = dict(hidden=64, ffn=96, tokens=16)
+    sizes = [len(abstract_step(layers=n, **shape)[0].as_text()) for n in (4, 16, 64)]
+    # Only the digits of the shapes.
+    assert max(sizes) <= 1.01 * min(sizes)
