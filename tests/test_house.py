@@ -46,8 +46,7 @@ OUTSIDE = {
     },
     "qlora_jax": {
         *("flax", "jax", "jaxtyping", "jinja2", "lazy_loader", "ml_dtypes", "numpy"),
-        "optax",
-        *("orbax", "rich", "safetensors", "tyro"),
+        *("optax", "orbax", "regex", "rich", "safetensors", "tyro"),
     },
 }
 # Slow to import or an extra: inside functions only.

@@ -385,7 +385,7 @@ def warnings(
             f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
             f"has layers 0 to {config.num_hidden_layers - 1}."
         )
-    biases = [w for w in selection.whole if w.path[-1] == "bias"]
+    biases = [w for w in selection.full_tensors if w.path[-1] == "bias"]
     if lora.bias != "none" and not biases:
         whose = "this model has no biases"
         if lora.bias == "lora_only":
@@ -393,7 +393,7 @@ def warnings(
         out.append(f"`bias`={lora.bias!r} trains nothing: {whose}.")
     tables = {
         w.path[-2]: math.prod(w.shape)
-        for w in selection.whole
+        for w in selection.full_tensors
         if w.path[:-1] in (EMBEDDING, HEAD) and w.tied_to is None
     }
     if 2 * sum(tables.values()) > total:

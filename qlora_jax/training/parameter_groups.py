@@ -186,10 +186,10 @@ def _arrays(trained: Selection | Mapping[str, Any]) -> list[_Trained]:
             names = dotted(path, a.layers)
             count = sum(math.prod(a.parts_of(a.ranks[i])[part]) for i in present)
             out.append(_Trained(path, tuple(names[i] for i in present), count))
-    for w in trained.whole:
+    for w in trained.full_tensors:
         if w.tied_to is None:
             names = dotted(w.path, w.layers)
-            chosen = [n for n, c in zip(names, w.chosen, strict=True) if c]
+            chosen = [n for n, c in zip(names, w.trained, strict=True) if c]
             count = math.prod(w.shape) * len(chosen)
             out.append(_Trained(w.path, tuple(chosen), count))
     for r in trained.rows:
