@@ -24,7 +24,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from pallas_kernels.nf4.api import Unavailable, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4.reference import NF4_CODE, Nested
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 
 BLOCK_SIZE = 64
@@ -361,7 +362,7 @@ def _check_weight(weight: NDArray) -> None:
             "`quantize`: expected a non-empty matrix [out_features, in_features], got "
             f"shape {weight.shape}."
         )
-    if weight.dtype.name not in ("float32", "bfloat16", "float16"):
+    if weight.dtype.name not in get_args(Dtype):
         raise UserError(
             "`quantize`: expected float32, bfloat16 or float16, got "
             f"{weight.dtype.name}."

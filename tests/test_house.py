@@ -24,7 +24,10 @@ SCRIPTS = ("scripts", "docs/tooling")
 
 # A part imports only parts on lines above its own, and itself.
 ORDER = (
-    ("pallas_kernels", "qlora_jax.errors", "qlora_jax.tree", "qlora_jax.version"),
+    (
+        *("pallas_kernels", "qlora_jax.choices", "qlora_jax.errors", "qlora_jax.tree"),
+        "qlora_jax.version",
+    ),
     ("qlora_jax.nf4", "qlora_jax.data"),
     ("qlora_jax.lora",),
     ("qlora_jax.models",),
@@ -51,8 +54,8 @@ OUTSIDE_LAZY = {
     "pallas_kernels": set(),
     "convert": {"transformers"},
     "qlora_jax": {
-        *("datasets", "matplotlib", "pyarrow", "tensorboardX", "transformers"),
-        "wandb",
+        *("datasets", "matplotlib", "pyarrow", "tensorboardX", "tomlkit"),
+        *("transformers", "wandb"),
     },
 }
 NEVER = {"torch", "peft", "bitsandbytes"}

@@ -9,7 +9,6 @@ selects is the affair of `qlora_jax.lora.targets`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
@@ -142,7 +141,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         problems = Problems("the LoRA settings")
-        checked = problems.collected
+        checked = problems.collecting
         with checked():
             _check_rank("r", self.r)
         with checked():
@@ -211,10 +210,10 @@ class LoraConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 problems.add(f"lora: `{name}` must be a text, got {value!r:.80}.")
-        problems.refuse()
+        problems.raise_if_any()
         for problem in self._combinations():
             problems.add(problem)
-        problems.refuse()
+        problems.raise_if_any()
 
     def _combinations(self) -> Iterator[str]:
         """What PEFT refuses: settings that do not go together."""
@@ -360,11 +359,10 @@ class LoraConfig:
         if unknown and strict:
             shown = ", ".join(f"{n!r:.80}" for n in unknown[:10])
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UserError(
                 "adapter_config.json has fields that are not known here and may change "
                 f"what the adapter computes: {shown}{more}."
-                + (f" Did you mean `{near[0]}`?" if near else "")
+                f"{did_you_mean(unknown[0], known)}"
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]

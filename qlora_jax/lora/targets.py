@@ -19,14 +19,13 @@ zero gradients, and so stay zero. A layer that is not adapted has rank 0.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import NF4Tensor
@@ -380,7 +379,7 @@ def _whole(
     if missing:
         raise UserError(
             f"`modules_to_save` names {_quoted(missing)}, which this model does not "
-            f"have.{_near(missing, {p[-2] for p in everything})} Modules here: "
+            f"have.{did_you_mean(missing, {p[-2] for p in everything})} Modules here: "
             f"{', '.join(sorted({p[-2] for p in everything}))}."
         )
     for inner in sorted(saved):
@@ -440,9 +439,10 @@ def _token_rows(
         hits = [p for p, (_, n) in modules.items() if n is None]
         hits = [p for p in hits if ".".join(p).endswith(name)]
         if not hits:
+            near = did_you_mean(name, {path[-1] for path in modules})
             raise UserError(
                 f"`trainable_token_indices` names {name!r:.80}, which is no embedding "
-                f"and no head of this model.{_near([name], {p[-1] for p in modules})}"
+                f"and no head of this model.{near}"
             )
         for path in hits:
             rows, features = modules[path][0]
@@ -522,7 +522,7 @@ def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
         f"of this model{' under ' + ', '.join(given) if given else ''}."
         + (f" Layers here: 0 to {count - 1}." if absent else "")
-        + f"{_near(wanted, names)} Modules here: {', '.join(sorted(names))}."
+        + f"{did_you_mean(wanted, names)} Modules here: {', '.join(sorted(names))}."
     )
 
 
@@ -531,11 +531,6 @@ def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
     numbers = lora.layers_to_transform or ()
     numbers = (numbers,) if isinstance(numbers, int) else numbers
     return tuple(n for n in numbers if n >= count)
-
-
-def _near(wanted: Iterable[str], names: Iterable[str]) -> str:
-    near = sorted({n for w in wanted for n in difflib.get_close_matches(w, names, n=3)})
-    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 def _quoted(names: Iterable[str]) -> str:

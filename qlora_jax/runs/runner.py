@@ -287,7 +287,7 @@ def run(
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
     with contextlib.ExitStack() as held:
-        with problems.collected():
+        with problems.collecting():
             check_directory(directory)
             held.enter_context(alone(directory))
         prepared = prepare(config, attention_cls, mlp_cls, given, problems=problems)

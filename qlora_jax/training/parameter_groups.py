@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import refuse
+from qlora_jax.errors import raise_problems
 from qlora_jax.lora.targets import Selection
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
@@ -154,7 +154,7 @@ def optimizer_groups(
             f"`loraplus_lr_ratio` = {config.loraplus_lr_ratio:g}, and no lora_B is "
             "trained. Leave it out."
         )
-    refuse("train", problems)
+    raise_problems("the [train] settings", problems, "train: ")
     members: dict[tuple[str, Rule], list[_Trained]] = {}
     for array in arrays:
         key = _rule(config, array.path, chosen[array.path])

@@ -590,7 +590,7 @@ def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
     [
         (
             ("lm_hed",),
-            "names 'lm_hed', which this model does not have. Did you mean lm_h",
+            "names 'lm_hed', which this model does not have. Did you mean `lm_h",
         ),
         (("norm", "score"), "names 'score', which this model does not have"),
         (("layers.9.mlp",), "names 'layers.9.mlp', which .* Modules here: down_proj,"),
