@@ -9,20 +9,24 @@ is quantized. Bytes are taken over and given back unchanged.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, Problems, TensorFiles
+from convert.files import DTYPES, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
+from qlora_jax.choices import Dtype
+from qlora_jax.errors import UserError
+from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -32,7 +36,7 @@ from qlora_jax.nf4 import (
 )
 
 _STATE = ".quant_state.bitsandbytes__"
-_STORAGES = ("uint8", "bfloat16", "float16", "float32")
+_STORAGES = ("uint8", *get_args(Dtype))
 _SAFETENSORS_NAME = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16"}
 _SAFETENSORS_NAME["float32"] = "F32"
 
@@ -69,7 +73,7 @@ def part_names(key: str, double_quant: bool) -> list[str]:
 
 
 def check(
-    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Mismatches
 ) -> tuple[QuantState | None, list[str]]:
     """Checks everything but the large arrays of the quantized weight `key`.
 
@@ -314,20 +318,35 @@ def skip_modules(
     that too.
     """
     entries = None
+    missing = list(dense)
     if own is not None:
-        entries = [e for e in own if not any(_selects(e, m) for m in packed)]
-    missing = [m for m in dense if not any(_selects(e, m) for e in entries or ())]
+        selected = _selected(own, [*dense, *packed])
+        entries = [entry for entry in own if selected[entry].isdisjoint(packed)]
+        in_16_bit = set().union(*(selected[entry] for entry in entries))
+        missing = [module for module in dense if module not in in_16_bit]
     if not missing:
         return entries
     projections = dict.fromkeys(module.rpartition(".")[2] for module in missing)
     return [*(["lm_head"] if entries is None else entries), *projections]
 
 
-def _selects(entry: str, module: str) -> bool:
-    """Whether transformers leaves `module` in 16 bit for this entry of the list."""
-    if module.endswith(entry):
-        return True
-    try:
-        return bool(re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module))
-    except re.error:
-        return False
+def _selected(entries: Sequence[str], modules: Sequence[str]) -> dict[str, set[str]]:
+    """The modules that transformers leaves in 16 bit for each entry of the list.
+
+    Raises:
+      UserError: an entry takes too long to match.
+    """
+    match = functools.partial(
+        match_patterns,
+        field="config.json: `llm_int8_skip_modules`",
+        inside=r"(?:{})(?:(?<=\.)|(?=\.|$))",
+    )
+    out = {entry: {m for m in modules if m.endswith(entry)} for entry in entries}
+    expressions = []
+    for entry in out:
+        with contextlib.suppress(UserError):  # an end of a path need not be valid
+            match((entry,))
+            expressions.append(entry)
+    for entry, names in match(tuple(expressions), tuple(modules)).items():
+        out[entry].update(names)
+    return out

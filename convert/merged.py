@@ -28,7 +28,13 @@ from convert import names
 from convert.hf import cast
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Adapted, Rows, Selection, Whole, select
+from qlora_jax.lora.targets import (
+    AdaptedModule,
+    FullTensor,
+    Selection,
+    TokenRows,
+    select,
+)
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig, change
 from qlora_jax.tree import EMBEDDING, HEAD, PROJECTIONS
@@ -176,7 +182,7 @@ def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> 
         **dict.fromkeys(flags, True),
     )
     parts: dict[str, dict[str, Any]] = {}
-    for w in selection.whole:
+    for w in selection.full_tensors:
         _whole(parts, w, arrays)
     for r in selection.rows:
         _rows(parts, r, arrays)
@@ -199,7 +205,7 @@ def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> 
 def _stay_equal(selection: Selection) -> bool:
     """Whether embedding and head of a tied model remain one table."""
     table, head = (*EMBEDDING, "weight"), (*HEAD, "weight")
-    wholes = {w.path: w for w in selection.whole}
+    wholes = {w.path: w for w in selection.full_tensors}
     rows = {r.path: r for r in selection.rows}
     adapted = {a.path: a for a in selection.adapted}
     for one, two in (
@@ -211,7 +217,7 @@ def _stay_equal(selection: Selection) -> bool:
             continue
         if one is None or two is None or two.tied_to is None:
             return False
-        if isinstance(one, Adapted) and isinstance(two, Adapted):
+        if isinstance(one, AdaptedModule) and isinstance(two, AdaptedModule):
             # DoRA rescales the columns of the one and the rows of the other.
             if one.dora or one.scalings != two.scalings:
                 return False
@@ -242,10 +248,12 @@ def _needed_biases(
 
 
 def _whole(
-    parts: dict[str, dict[str, Any]], w: Whole, arrays: Mapping[names.Path, NDArray]
+    parts: dict[str, dict[str, Any]],
+    w: FullTensor,
+    arrays: Mapping[names.Path, NDArray],
 ) -> None:
     array = arrays[w.tied_to or w.path]
-    for index, chosen in enumerate(w.chosen):
+    for index, chosen in enumerate(w.trained):
         if chosen:
             layer = None if w.layers is None else index
             value = array if layer is None else array[layer]
@@ -253,7 +261,7 @@ def _whole(
 
 
 def _rows(
-    parts: dict[str, dict[str, Any]], r: Rows, arrays: Mapping[names.Path, NDArray]
+    parts: dict[str, dict[str, Any]], r: TokenRows, arrays: Mapping[names.Path, NDArray]
 ) -> None:
     rows = arrays[*(r.tied_to or r.path), "trainable_tokens_delta"]
     part = parts.setdefault(".".join((*r.path, "weight")), {})
@@ -261,7 +269,9 @@ def _rows(
 
 
 def _adapted(
-    parts: dict[str, dict[str, Any]], a: Adapted, arrays: Mapping[names.Path, NDArray]
+    parts: dict[str, dict[str, Any]],
+    a: AdaptedModule,
+    arrays: Mapping[names.Path, NDArray],
 ) -> None:
     by_table = a.kind == "embedding" or a.tied_to is not None
     left, right = (

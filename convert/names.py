@@ -119,8 +119,8 @@ def slots(selection: Selection, lora: LoraConfig) -> dict[str, Slot]:
                     out[key(a.path, layer, _SUFFIX[name])] = Slot(
                         (*a.tied_to, other), None, rank, shape, "transposed"
                     )
-    for w in selection.whole:
-        for index, chosen in enumerate(w.chosen):
+    for w in selection.full_tensors:
+        for index, chosen in enumerate(w.trained):
             if chosen:
                 layer = None if w.layers is None else index
                 module, name = w.path[:-1], w.path[-1]

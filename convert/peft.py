@@ -35,7 +35,7 @@ from convert import names
 from convert.files import (
     CHAT_TEMPLATE,
     DTYPES,
-    Problems,
+    Mismatches,
     TensorFiles,
     check_finite,
     read_header,
@@ -249,7 +249,7 @@ def _match(
     wanted = slots(selection, lora)
     wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
-    problems = Problems(
+    problems = Mismatches(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
         f"(`r`={lora.r}, `target_modules`={_listed(lora.target_modules)!r:.200}) "
         "describes for this base model",
@@ -271,7 +271,7 @@ def _match(
         problems.check(cause=_cause(files, wanted, lora))
     else:
         _check_can_skip(bad, wanted, problems)
-        notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
+        notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]
     return _Match(lora, files, selection, wanted, copies, bad)
 
 
@@ -336,7 +336,7 @@ def _problem(key: str, slot: Slot, files: TensorFiles) -> tuple[str, str] | None
 
 
 def _check_can_skip(
-    bad: set[str], wanted: Mapping[str, Slot], problems: Problems
+    bad: set[str], wanted: Mapping[str, Slot], problems: Mismatches
 ) -> None:
     """An update that is left out is zero; other tensors have no such value.
 
@@ -504,7 +504,7 @@ def save_adapter(
     selection = select(base, lora_config)
     shapes = selection.shapes()
     arrays = dict(names.walk(adapters))
-    problems = Problems(
+    problems = Mismatches(
         f"The adapter tree is not the one that `r`={lora_config.r}, `target_modules`="
         f"{lora_config.target_modules!r:.200} describes for this model"
     )

@@ -24,7 +24,13 @@ from convert.files import DTYPES, TensorFiles, open_model
 from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Adapted, Rows, Selection, Whole, select
+from qlora_jax.lora.targets import (
+    AdaptedModule,
+    FullTensor,
+    Selection,
+    TokenRows,
+    select,
+)
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig, RopeScaling
 
@@ -257,7 +263,8 @@ def _same_factors(keys: list[str], a: LoraConfig, b: LoraConfig) -> bool:
         for key in keys
         if ".lora_" in key
     }
-    return all(a.rank_and_scaling(m)[1] == b.rank_and_scaling(m)[1] for m in modules)
+    one, two = a.ranks_and_scalings(modules), b.ranks_and_scalings(modules)
+    return all(one[m][1] == two[m][1] for m in modules)
 
 
 def _selected_differences(
@@ -279,19 +286,19 @@ def _selected_differences(
 def _described(selection: Selection) -> dict[str, str]:
     """What is trained, in words: path -> how."""
     out: dict[str, str] = {}
-    for item in (*selection.adapted, *selection.whole, *selection.rows):
+    for item in (*selection.adapted, *selection.full_tensors, *selection.rows):
         name = ".".join(item.path)
         out[name] = f"{out[name]}; {_words(item)}" if name in out else _words(item)
     return out
 
 
-def _words(item: Adapted | Whole | Rows) -> str:
-    if isinstance(item, Whole):
-        if all(item.chosen):
+def _words(item: AdaptedModule | FullTensor | TokenRows) -> str:
+    if isinstance(item, FullTensor):
+        if all(item.trained):
             return "trained whole"
-        layers = [i for i, chosen in enumerate(item.chosen) if chosen]
+        layers = [i for i, chosen in enumerate(item.trained) if chosen]
         return f"trained whole in layers {layers}"
-    if isinstance(item, Rows):
+    if isinstance(item, TokenRows):
         return f"rows {list(item.indices)}"
     parts = [
         f"{name} {values[0] if len(set(values)) == 1 else list(values)}"

@@ -28,8 +28,6 @@ import safetensors.numpy
 from jax._src import compiler
 from jaxtyping import install_import_hook
 
-from qlora_jax.models import params as model_params
-
 
 def _whole_functions(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves functions within functions unchecked.
@@ -234,6 +232,7 @@ def golden(shared: Path) -> Path:
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a two-layer float32 Llama of 32 tokens, without a tokenizer."""
     from convert import names  # not above: the hook sees what is imported behind it
+    from qlora_jax.models import params as model_params
     from qlora_jax.models.config import LlamaConfig
 
     raw = {
@@ -366,6 +365,7 @@ def make_tensors() -> Callable[..., Tensors]:
 
     def make(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
         from convert import names
+        from qlora_jax.models import params as model_params
         from qlora_jax.models.config import LlamaConfig
 
         config = LlamaConfig.from_hf(raw)
@@ -431,6 +431,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         **fields: Any,
     ) -> Path:
         from convert import names
+        from qlora_jax.models import params as model_params
         from qlora_jax.models.config import LlamaConfig
 
         config = LlamaConfig.from_hf(raw)

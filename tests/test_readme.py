@@ -142,7 +142,7 @@ def directories(repository, tmp_path) -> tuple[Path, Path]:
         )
     subprocess.run(
         [
-            *(sys.executable, str(repository / "scripts/story_model.py")),
+            *(sys.executable, str(repository / "scripts/demo/story_model.py")),
             *("--output", str(tmp_path), "--steps", "2"),
         ],
         check=True,

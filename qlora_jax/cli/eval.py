@@ -20,6 +20,7 @@ from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
 from qlora_jax.data.config import name_of
 from qlora_jax.errors import UserError
+from qlora_jax.runs.overrides import option_keys
 from qlora_jax.runs.toml import read_config
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
 
     trained = kept_settings(run)
     data = trained.data
-    if any(arg.partition("=")[0] == "--data.path" for arg in args):
+    given = [key for key in option_keys(args) if key.startswith("data.")]
+    if "data.path" in given:
         # One file is no mixture, and is read once.
         path = data.path or data.sources[0].path
         data = dataclasses.replace(data, path=path, sources=(), cache=None, split=None)
@@ -168,11 +170,11 @@ def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
             "measure. Give it data that the run was not trained on. (What it was "
             f"trained on, whose loss says little, is {data.name}.)"
         )
-    others = [arg for arg in args if arg.startswith("--data.")]
-    if others:
+    if given:
+        options = sorted("--" + key.replace("_", "-") for key in given)
         raise UserError(
             f"What the run `{run}` held out is found by reading the data as the run "
-            f"did; {', '.join(others)} would read other rows. Leave it out, or name "
+            f"did; {', '.join(options)} would read other rows. Leave it out, or name "
             "the data with --data.path."
         )
     return Eval(path=args[0], data=data, held_out=True)

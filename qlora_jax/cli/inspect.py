@@ -10,11 +10,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from qlora_jax.cli.options import Auto, Dtype, Quantization, parse, path_argument
+from qlora_jax.choices import Auto, Dtype, Quantization
+from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.toml import given_lora, lora_options, read_config
+from qlora_jax.runs.overrides import given_lora, option_keys, values_of
+from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import Optimizer, TrainConfig
 
 
@@ -61,10 +63,9 @@ class Inspect:
         path, lora = Path(self.path), self.lora
         planned = path.suffix == ".toml"
         if planned:
-            trained = read_config(path)
-            changed = {name: getattr(lora, name) for name in given}
-            lora = dataclasses.replace(trained.lora, **changed)
-            given = {*given, *given_lora(path)}
+            keys = {f"lora.{name}" for name in given}
+            trained = read_config(path, values_of(self, keys))
+            lora, given = trained.lora, given_lora(path, keys)
             path = Path(self.base or trained.model.path)
             adapter = _initial_adapter(trained)
         else:
@@ -131,5 +132,5 @@ def _initial_adapter(run: RunConfig) -> Path | None:
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax inspect`; returns the exit status."""
     command = parse(Inspect, args, prog="qlora-jax inspect")
-    given = lora_options(args)
+    given = given_lora(None, option_keys(args))
     return run_and_print(lambda: command.run(given), as_json=command.json)

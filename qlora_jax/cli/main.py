@@ -12,7 +12,6 @@ once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from qlora_jax.cli.output import STOPS, exit_on_signals, leave, report_stop
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +158,5 @@ def _unknown(program: Program, name: str) -> str:
     """Returns the paragraph about a command that does not exist."""
     if not name:
         return ""
-    near = difflib.get_close_matches(name, program.commands, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, program.commands)
     return f"{program.name}: no command {name!r}.{hint}\n\n"

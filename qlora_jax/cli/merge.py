@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from qlora_jax.cli.options import FLAGS, Dtype, parse, path_argument
+from qlora_jax.choices import Dtype, Quantized
+from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import format_value, print_note, print_report, run_and_print
 from qlora_jax.cli.verify import elsewhere, form_of, own_modules
 from qlora_jax.errors import UserError
@@ -36,9 +37,9 @@ class Merge:
     onto: Literal["original", "dequantized"]
     """Which weights are added to: the 16 or 32-bit ones of BASE, or the 4-bit ones the
     adapter was trained on, dequantized."""
-    quantization: Literal["nf4", "nf4_dq"] | None = None
+    quantization: Quantized | None = None
     """With --onto dequantized and a BASE that is not 4-bit: as in its training."""
-    requantize: Literal["nf4", "nf4_dq"] | None = None
+    requantize: Quantized | None = None
     """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
     loses precision; the report says how much."""
     dtype: Dtype | None = None

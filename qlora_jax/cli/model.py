@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qlora_jax.cli.options import FLAGS, Dtype, parse, path_argument
+from qlora_jax.choices import Dtype, Quantization
+from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import print_report, run_and_print
 from qlora_jax.errors import UserError
 
@@ -23,7 +24,7 @@ class Model:
     """Hugging Face directory, dense or bitsandbytes-4bit."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    quantization: Literal["nf4", "nf4_dq", "none"] = "none"
+    quantization: Quantization = "none"
     """nf4 or nf4_dq (double quantization) write a bitsandbytes-4bit directory; none
     leaves every weight as it is, but for a projection that IN has in 4 bit in some
     layers only: it becomes dense in all."""
@@ -32,7 +33,7 @@ class Model:
     from."""
     dtype: Dtype | None = None
     """dtype of the dense tensors (default: each one's own)."""
-    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] | None = None
+    quant_storage: Literal["uint8", Dtype] | None = None
     """dtype that packed bytes are stored as (default: as in IN, else uint8)."""
     max_shard_bytes: int = 5_000_000_000
     """Size above which the weights are split over several files."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 from tyro.constructors import (
@@ -22,17 +22,13 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from qlora_jax.choices import Attention, Auto, Dtype, Quantization
 from qlora_jax.lora.config import LoraConfig
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
 
 T = TypeVar("T")
-
-Auto = Literal["auto"]
-Quantization = Literal["nf4", "nf4_dq", "none"]
-Dtype = Literal["bfloat16", "float16", "float32"]
-Attention = Literal["auto", "eager", "xla", "cudnn", "pallas"]
 
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
 """For `config` of `parse`: a flag has one form, the one that changes its default."""

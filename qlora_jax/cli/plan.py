@@ -19,9 +19,18 @@ import numpy as np
 import tyro
 
 from convert.files import read_json
+from qlora_jax.choices import (
+    Attention,
+    Dtype,
+    EmbeddingMemory,
+    HeadMemory,
+    Kernels,
+    Quantization,
+    RematOrAuto,
+)
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig, change
@@ -30,10 +39,14 @@ from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec, find_gpu
 from qlora_jax.planning.plan import Plan, Planner, Policy, Quantity, policies
 from qlora_jax.planning.step import Step
-from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.toml import lora_options, read_config
+from qlora_jax.runs.overrides import (
+    given_lora,
+    option_defaults,
+    option_keys,
+    values_of,
+)
+from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.tree import FrozenDict
 
 _FIT = "fit"
 
@@ -85,36 +98,34 @@ class PlanCommand:
     packing: Annotated[bool | None, _or("the run file's, or no")] = None
     """Whether rows hold several documents."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    quantization: Annotated[
-        Literal["nf4", "nf4_dq", "none"] | None, _or("the run file's, or nf4_dq")
-    ] = None
+    quantization: Annotated[Quantization | None, _or("the run file's, or nf4_dq")] = (
+        None
+    )
     """Of the linear layers."""
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
+        Dtype | None,
         _or("the run file's, or what the card has"),
     ] = None
     """Of activations and dense tensors."""
     attention: Annotated[
-        Literal["auto", "eager", "xla", "cudnn", "pallas"] | None,
+        Attention | None,
         _or("the run file's, or auto"),
     ] = None
     """Attention implementation."""
     remat: Annotated[
-        Literal["auto", "none", "full", "save_matmuls", "offload"] | None,
+        RematOrAuto | None,
         _or("the run file's, or auto"),
     ] = None
     """What is recomputed or kept on the host; auto = the fastest policy that fits. (In
     a run file the default is full.)"""
-    kernels: Annotated[
-        Literal["auto", "xla", "pallas"] | None, _or("the run file's, or auto")
-    ] = None
+    kernels: Annotated[Kernels | None, _or("the run file's, or auto")] = None
     """Of products with packed weights."""
     embed_tokens: Annotated[
-        Literal["auto", "device", "host"] | None, _or("the run file's, or auto")
+        Literal["auto", EmbeddingMemory] | None, _or("the run file's, or auto")
     ] = None
     """Where the embedding's table lies."""
     lm_head: Annotated[
-        Literal["auto", "device", "host", "nf4"] | None, _or("the run file's, or auto")
+        Literal["auto", HeadMemory] | None, _or("the run file's, or auto")
     ] = None
     """Where the output head lies, or nf4 for a quantized one."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -141,7 +152,7 @@ class PlanCommand:
         card = _card(self.gpu)
         python = self._compiler(card)
         notes = list(settings.notes(card))
-        planner = Planner(card, python=python, mesh=self._mesh(), say=_say_on_stderr())
+        planner = Planner(card, python=python, mesh=self._mesh(), say=say)
         step = settings.step(card)
         among = policies(
             remat=settings.remat,
@@ -233,7 +244,10 @@ class _Settings:
 
     @classmethod
     def of(cls, command: PlanCommand, given: Sequence[str]) -> _Settings:
-        run = None if command.config is None else read_config(Path(command.config))
+        run = None
+        if command.config is not None:
+            options = values_of(command, (f"lora.{name}" for name in given))
+            run = read_config(Path(command.config), options)
         model = command.model or (run.model.path if run else None)
         if model is None:
             raise UserError(
@@ -274,8 +288,7 @@ class _Settings:
         lora = command.lora
         if run is not None:
             config = change(config, run.model.config_changes)
-            changed = {name: getattr(lora, name) for name in given}
-            lora = dataclasses.replace(run.lora, **changed)
+            lora = run.lora
         quantization = pick(
             command.quantization, lambda r: r.model.quantization, "nf4_dq"
         )
@@ -352,13 +365,6 @@ def _card(name: str | None) -> GpuSpec:
     if name is None:
         raise UserError("say for which card: --gpu NAME (or a TOML file; see --help).")
     return find_gpu(name)
-
-
-def _say_on_stderr() -> Any:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    return say
 
 
 def _compared(
@@ -553,14 +559,11 @@ def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, flo
 def plan_from_arguments(args: Sequence[str]) -> tuple[PlanCommand, list[str]]:
     """Reads the command line; with a run file, its LoRA settings are the defaults."""
     args = list(args)
-    given = sorted(lora_options(args))
+    given = sorted(given_lora(None, option_keys(args)))
     default: Any = tyro.MISSING_NONPROP
     if args and not args[0].startswith("-"):
-        run: RunConfig = read_config(Path(args[0]))
-        # A table with entries would make an option of each, and take no others.
-        empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
-        lora = dataclasses.replace(run.lora, **empty)
-        default = PlanCommand(config=args[0], lora=lora)
+        run = option_defaults(read_config(Path(args[0])))
+        default = PlanCommand(config=args[0], lora=run.lora)
     command = parse(PlanCommand, args, prog="qlora-jax plan", default=default)
     return command, given
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from qlora_jax.choices import Dtype, Quantized
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError
@@ -22,9 +23,9 @@ class Quantize:
     """Hugging Face directory of 16- or 32-bit weights."""
     output: Annotated[tyro.conf.Positional[str], path_argument("OUT")]
     """Directory to create."""
-    quantization: Literal["nf4", "nf4_dq"] = "nf4_dq"
+    quantization: Quantized = "nf4_dq"
     """NF4, or NF4 with double quantization."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: Dtype | None = None
     """Of the tensors that stay dense; default as in the file."""
     json: bool = False
     """Print a JSON object."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
@@ -15,15 +14,14 @@ from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import Terminated, print_report, report_stop, signals_raise
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.interruption import AtOnce
-from qlora_jax.runs.toml import (
-    SETTINGS,
-    checked,
+from qlora_jax.runs.overrides import (
     given_lora,
-    lora_options,
-    read_config,
+    option_defaults,
+    option_keys,
     unchecked,
+    values_of,
 )
-from qlora_jax.tree import FrozenDict
+from qlora_jax.runs.toml import SETTINGS, read_config
 
 _CONTINUES = " The same command continues from the newest checkpoint, if there is one."
 
@@ -53,24 +51,11 @@ def config_from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
       The run's settings, and the names of those in its `lora` section that were given.
     """
     args = list(args)
-    default: RunConfig | None = None
-    given = lora_options(args)
-    patterns: dict[str, Any] = {}
-    if args and not args[0].startswith("-"):
-        file = Path(args.pop(0))
-        default = read_config(file)
-        # A table with entries would make an option of each, and take no others.
-        patterns = {
-            name: getattr(default.lora, name)
-            for name in ("rank_pattern", "alpha_pattern")
-            if name not in given
-        }
-        empty = dict.fromkeys(("rank_pattern", "alpha_pattern"), FrozenDict())
-        lora = dataclasses.replace(default.lora, **empty)
-        default = dataclasses.replace(default, lora=lora)
-        given |= given_lora(file)
-    like, start = unchecked(default)
-    config = parse(
+    file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
+    keys = option_keys(args)
+    defaults = None if file is None else option_defaults(read_config(file))
+    like, start = unchecked(defaults)
+    options = parse(
         like,
         args,
         # Without one, options that are not given keep the defaults of their fields.
@@ -80,11 +65,7 @@ def config_from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
-    config = checked(config)
-    if patterns:
-        lora = dataclasses.replace(config.lora, **patterns)
-        config = dataclasses.replace(config, lora=lora)
-    return config, given
+    return read_config(file, values_of(options, keys)), given_lora(file, keys)
 
 
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What to train on, and how rows become examples: the `[data]` section of a run.
+"""The `[data]` section of a run: what to train on, and how rows become examples.
 
-`DataConfig` is one source or, with `sources`, a mixture; `parts` gives what each source
-is read with. What is wrong with the settings is said all at once.
+`DataConfig` is one source or, with `sources`, a mixture; `parts` returns the settings
+that each source is read with. All problems with the settings are raised at once.
 """
 
 import dataclasses
@@ -16,34 +16,34 @@ Format = Literal["text", "prompt_completion", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant"]
 TooLong = Literal["truncate", "drop"]
 
-# The supervised parts each format knows; the first is its natural choice.
+# What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "text": ("all",),
     "prompt_completion": ("completion", "all"),
     "messages": ("assistant", "all"),
     "tokens": (None, "all"),
 }
-# The templates each format reads.
+# The templates that each format reads.
 _TEMPLATES = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("chat_template",),
 }
-# Settings that say where the rows are or how they are held. What they lead to is in the
-# fingerprint of the examples; how they are spelled changes nothing.
+# Settings that locate the rows or the cache. The fingerprint of the examples covers
+# their content, so that a moved or renamed file does not change a run.
 PLACES = ("path", "chat_template", "split", "cache", "sources")
-# What a source may have of its own.
-_OWN = (
+SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
     *("too_long", "append_eos"),
 )
+"""Settings of `[data]` that a source or `[eval]` may have different values of."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One source of a mixture (`[[data.sources]]`).
 
-    What is left out is as `[data]` has it, where the source's format reads it.
+    A setting that is left out is taken from `[data]`, if the source's format reads it.
 
     Raises:
       UserError: no path, or a weight that is not a positive number.
@@ -52,8 +52,8 @@ class Source:
     path: str | tuple[str, ...]
     """As `data.path`."""
     weight: float | None = None
-    """Share of the rows of the run, relative to the other sources. Either every source
-    has one or none; with none, an epoch sees every row of every source once."""
+    """Share of the rows of the run, relative to the other sources. Either all sources
+    have one or none has; with none, an epoch visits every row of every source once."""
     split: str | None = None
     """As `data.split`."""
     format: Format | None = None
@@ -74,7 +74,7 @@ class Source:
     """As `data.append_eos`."""
 
     def __post_init__(self):
-        """Refuses values that no run could use."""
+        """Raises if no run could use the values."""
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -117,7 +117,7 @@ class DataConfig:
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
     """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels given with `tokens`."""
+    assistant's turns of `messages`, all of `text`, the labels of `tokens`."""
     prompt: str | None = None
     """Prompt of `prompt_completion` as a Python format string over the row's fields,
     e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
@@ -146,17 +146,17 @@ class DataConfig:
     Default: hold the tokens in memory."""
     sources: tuple[Source, ...] = ()
     """A mixture instead of `path`: one table [[data.sources]] a source, with a `path`,
-    a `weight` and settings of its own."""
+    a `weight` and settings that differ from those here."""
 
     def __post_init__(self):
-        """Refuses values that no run could use."""
+        """Raises if no run could use the values."""
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
         if self.sources and not len(problems):
             for _ in self._build_parts(problems):
                 pass
-        problems.refuse()
+        problems.raise_if_any()
 
     def _problems(self) -> Iterator[str]:
         if self.sources and self.path:
@@ -191,8 +191,8 @@ class DataConfig:
         for name in ("split", "cache"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                yield f"`data.{name}` must be text, got {value!r}."
-        if self.sources:  # they are checked with what each source is read with
+                yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.sources:  # formats are checked source by source, in `_build_parts`
             yield from self._weight_problems()
         elif self.format in _TRAIN_ON:
             yield from self._format_problems()
@@ -202,7 +202,7 @@ class DataConfig:
         if self.train_on in get_args(TrainOn) and self.train_on not in allowed:
             known = ", ".join(repr(c) for c in allowed if c)
             yield (
-                f"`data.train_on` = {self.train_on!r} means nothing for format="
+                f"`data.train_on` = {self.train_on!r} does not apply to format="
                 f"{self.format!r}; use {known}, or leave it out."
             )
         for name in ("text", "prompt", "completion", "chat_template"):
@@ -231,20 +231,21 @@ class DataConfig:
                 "`data.sources`: some sources have a `weight` and these have none: "
                 f"{', '.join(missing)}. Give every source one, or none."
             )
-        given = [weight for weight in weights if weight is not None]
-        if given and max(given) > 1e5 * min(given):
+        present = [weight for weight in weights if weight is not None]
+        if present and max(present) > 1e5 * min(present):
             yield (
-                f"`data.sources`: weights from {min(given)} to {max(given)}; the "
+                f"`data.sources`: weights from {min(present)} to {max(present)}; the "
                 "largest may be 100,000 times the smallest."
             )
         if len(weights) >= 2**16:
-            yield f"`data.sources`: {len(weights)} sources; at most 65,535 mix."
+            yield f"`data.sources`: {len(weights)} sources; expected at most 65,535."
 
     def _build_parts(
         self, problems: Problems
     ) -> Iterator[tuple[Source, "DataConfig | None"]]:
-        unread = {n for names in _TEMPLATES.values() for n in names}
-        unread = {name for name in unread if getattr(self, name) is not None}
+        """Yields each source with its settings, None if they contradict each other."""
+        templates = {name for names in _TEMPLATES.values() for name in names}
+        unread = {name for name in templates if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
             unread -= set(_TEMPLATES.get(format, ()))
@@ -257,13 +258,13 @@ class DataConfig:
             problems.add(f"`data.{name}` is read by none of the `data.sources`.")
 
     def read_as(self, source: Source) -> "DataConfig":
-        """The settings that one source is read with: its own, and these for the rest.
+        """Returns the settings that a source is read with: its values over these.
 
         Raises:
           UserError: they contradict each other.
         """
-        own = {name: getattr(source, name) for name in _OWN}
-        fields: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
+        values = {name: getattr(source, name) for name in SOURCE_FIELDS}
+        fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
         for name in ("text", "prompt", "completion", "chat_template"):
             if name not in fields and name not in _TEMPLATES.get(format, ()):
@@ -273,41 +274,41 @@ class DataConfig:
         return dataclasses.replace(self, path=source.path, sources=(), **fields)
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
-        """Every source of a mixture with the settings it is read with; [] for one."""
+        """Returns each source of a mixture with its settings; [] without a mixture."""
         problems = Problems("the data")
-        found = [
+        parts = [
             (source, part)
             for source, part in self._build_parts(problems)
             if part is not None
         ]
-        problems.refuse()
-        return found
+        problems.raise_if_any()
+        return parts
 
     @property
     def each(self) -> list["DataConfig"]:
-        """The settings that are read with: those of every source, or these alone."""
+        """The settings of every source; of a single one, these."""
         return [part for _, part in self.parts()] or [self]
 
     @property
     def supervised(self) -> str | None:
-        """`train_on` with the format's natural choice filled in (None: as given)."""
+        """`train_on`, or the format's default (None: the labels of the rows)."""
         return self.train_on or _TRAIN_ON[self.format][0]
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether any source is not given as token ids already."""
+        """Whether any source holds text, not token ids."""
         return any(config.format != "tokens" for config in self.each)
 
     @property
     def name(self) -> str:
-        """The path or paths, for messages."""
+        """The path or paths in a message."""
         if self.sources:
             return ", ".join(name_of(source.path) for source in self.sources)
         return name_of(self.path)
 
 
 def name_of(path: str | tuple[str, ...]) -> str:
-    """One name for what a source reads."""
+    """Names the file or files of a source in a message."""
     return path if isinstance(path, str) else ", ".join(path)
 
 

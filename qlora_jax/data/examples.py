@@ -72,9 +72,9 @@ def load_examples(
     problems = Problems("the data")
     found = []
     for one in [part for _, part in parts] or [config]:
-        with problems.collected():
+        with problems.collecting():
             found.append(_load_one(one, tokenizer, vocab_size, directory, progress))
-    problems.refuse()
+    problems.raise_if_any()
     if not parts:
         return found[0]
     return mix(config, [source for source, _ in parts], found)
@@ -89,9 +89,9 @@ def data_size(config: DataConfig) -> int | None:
     problems = Problems("the data")
     places: list[Place] = []
     for one in config.each:
-        with problems.collected():
+        with problems.collecting():
             places += _places(one)
-    problems.refuse()
+    problems.raise_if_any()
     if any(place.name.startswith(HUB) for place in places):
         return None
     return sum(place.size for place in places)
@@ -114,13 +114,13 @@ def _load_one(
     problems = Problems("the data")
     places: list[Place] = []
     encoder = None
-    with problems.collected():
+    with problems.collecting():
         places = _places(config)
-    with problems.collected():
+    with problems.collecting():
         encoder = make_encoder(
             config, tokenizer, vocab_size=vocab_size, problems=problems
         )
-    problems.refuse()
+    problems.raise_if_any()
     assert encoder is not None
 
     def build(into: Path | None) -> Examples:
@@ -140,7 +140,7 @@ def _load_one(
                     encoded = encoder.encode(rows)
                     for (where, _), one in zip(rows, encoded, strict=True):
                         collector.add(where, one, plain)
-            problems.refuse()
+            problems.raise_if_any()
             return collector.finish(encoder.assistant_mask)
         finally:
             sink.close()
@@ -158,7 +158,7 @@ def _chunks(
 ) -> Iterator[tuple[list[Row], bool]]:
     """Yields rows, some at a time, and whether they are one plain text."""
     for number, place in enumerate(places):
-        with problems.collected():
+        with problems.collecting():
             file = place.open(problems)
             rows = iter(file.rows)
             while chunk := _take(rows):

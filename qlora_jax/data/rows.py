@@ -7,7 +7,6 @@ with it can be said together with where it is.
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import gzip
 import io
 import json
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, did_you_mean
 
 Row = tuple[str, dict[str, Any]]
 """A row's place, for messages, and its fields."""
@@ -61,7 +60,7 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
     problems = Problems("the data")
     file = open_rows(path, plain_text=plain_text, problems=problems)
     rows = list(file.rows)
-    problems.refuse()
+    problems.raise_if_any()
     return rows, file.plain
 
 
@@ -237,10 +236,9 @@ class Fields(Mapping):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._row:
-            near = difflib.get_close_matches(name, self._row, n=1)
             raise UserError(
                 f"{self._where}: no field `{name}`; the row has {fields_of(self._row)}."
-                + (f" Did you mean `{near[0]}`?" if near else "")
+                f"{did_you_mean(name, self._row)}"
             )
         if self._row[name] is None:
             raise UserError(f"{self._where}: field `{name}` is null.")

@@ -72,13 +72,13 @@ def find_places(
             if not found:
                 problems.add(f"`data.path`: no file matches the pattern {entry!r}.")
         for name in found:
-            with problems.collected():
+            with problems.collecting():
                 if any((Path(name) / file).is_file() for file in _SAVED):
                     places.append(_saved(Path(name), split))
                     splits = True
                 else:
                     places.append(_file(Path(name), plain_text))
-    problems.refuse()
+    problems.raise_if_any()
     if split is not None and not splits:
         raise UserError(
             f"`data.split` = {split!r} is for data sets that have splits (a directory "

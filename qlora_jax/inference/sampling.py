@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qlora_jax.errors import refuse
+from qlora_jax.errors import raise_problems
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses values that mean nothing."""
-        refuse("sampling", self._problems())
+        raise_problems("the sampling settings", self._problems(), "sampling: ")
 
     def _problems(self) -> Iterator[str]:
         if not 0.0 <= self.temperature < math.inf:

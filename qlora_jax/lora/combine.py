@@ -41,7 +41,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.lora.targets import Adapted, Selection, select
+from qlora_jax.lora.targets import AdaptedModule, Selection, select
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, FrozenDict, Path, dotted
 
 
@@ -151,7 +151,7 @@ def combine_adapters(
             "The adapters were trained with different changes to the base's "
             "configuration (base_config.json), so that no model is right for their sum."
         )
-    tied = any(w.tied_to is not None for w in first.selection.whole)
+    tied = any(w.tied_to is not None for w in first.selection.full_tensors)
     lora = describe(
         ranks,
         base,
@@ -167,7 +167,11 @@ def combine_adapters(
     )
     settings = (replace(lora, bias=bias) for bias in ("none", "lora_only", "all"))
     # Adapters that agree on their biases do so under one setting of the three.
-    lora = next(x for x in settings if select(base, x).whole == first.selection.whole)
+    lora = next(
+        x
+        for x in settings
+        if select(base, x).full_tensors == first.selection.full_tensors
+    )
     for where, array in replaced.items():
         trees.put(tree, where, array)
     return lora, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
@@ -191,7 +195,7 @@ class _Read:
     @property
     def replaced(self) -> dict[Path, Any]:
         """What it puts in the place of base values, instead of adding to them."""
-        where = [w.path for w in self.selection.whole if w.tied_to is None]
+        where = [w.path for w in self.selection.full_tensors if w.tied_to is None]
         where += [
             (*rows.path, "trainable_tokens_delta")
             for rows in self.selection.rows
@@ -201,7 +205,7 @@ class _Read:
 
 
 # Of one module: the adapter, what it does there, its arrays.
-_Found = list[tuple[_Read, Adapted, Mapping[str, Any]]]
+_Found = list[tuple[_Read, AdaptedModule, Mapping[str, Any]]]
 
 
 def _numbered(parts: Sequence[Any]) -> list[str]:
@@ -273,7 +277,7 @@ def _replaced(read: Sequence[_Read]) -> dict[Path, Any]:
     first = read[0]
     for one in read[1:]:
         alike = (
-            one.selection.whole == first.selection.whole
+            one.selection.full_tensors == first.selection.full_tensors
             and one.selection.rows == first.selection.rows
             and one.lora.modules_to_save == first.lora.modules_to_save
         )
@@ -326,12 +330,12 @@ class _Sum:
     """Square of the norm of the sum."""
 
 
-def _names(a: Adapted) -> tuple[str, str]:
+def _names(a: AdaptedModule) -> tuple[str, str]:
     middle = "embedding_" if a.kind == "embedding" else ""
     return f"lora_{middle}A", f"lora_{middle}B"
 
 
-def _rank(a: Adapted, node: Mapping[str, Any]) -> int:
+def _rank(a: AdaptedModule, node: Mapping[str, Any]) -> int:
     return node[_names(a)[0]].shape[-2]
 
 

@@ -9,8 +9,6 @@ selects is the affair of `qlora_jax.lora.targets`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +16,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from qlora_jax.errors import Problems, UserError
-from qlora_jax.lora.patterns import check_pattern, check_patterns
+from qlora_jax.errors import Problems, UserError, did_you_mean
+from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
 # Fields of adapter_config.json that change what an adapter computes and that this
@@ -70,9 +68,6 @@ _OUTSIDE = ("base_fingerprint", "base_config_changes")
 AT_END = r"(.*\.)?({})$"
 WITHIN = r"(^|.*\.){}($|\..*)"
 BEFORE_NUMBER = r"(?:^|.*?\.){}\.(\d+)\."
-
-# Compiled patterns and what they stand for, in order.
-_Table = list[tuple[re.Pattern[str], Any]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         problems = Problems("the LoRA settings")
-        checked = problems.collected
+        checked = problems.collecting
         with checked():
             _check_rank("r", self.r)
         with checked():
@@ -184,7 +179,7 @@ class LoraConfig:
             with checked():
                 value = getattr(self, name)
                 names = () if value is None else _names(name, value)
-                check_patterns(names, inside=inside)
+                match_patterns(names, field=f"lora: `{name}`", inside=inside)
                 put(name, names or None)
         with checked():
             put("layers_to_transform", _layers(self.layers_to_transform))
@@ -215,10 +210,10 @@ class LoraConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 problems.add(f"lora: `{name}` must be a text, got {value!r:.80}.")
-        problems.refuse()
+        problems.raise_if_any()
         for problem in self._combinations():
             problems.add(problem)
-        problems.refuse()
+        problems.raise_if_any()
 
     def _combinations(self) -> Iterator[str]:
         """What PEFT refuses: settings that do not go together."""
@@ -295,19 +290,20 @@ class LoraConfig:
 
     def rank_and_scaling(self, module_path: str) -> tuple[int, float]:
         """The rank and the factor of `B @ A` of a module, by its dotted path."""
-        ranks, alphas = self._compiled
-        r = _first_match(ranks, module_path, self.r)
-        alpha = _first_match(alphas, module_path, self.lora_alpha)
-        return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+        return self.ranks_and_scalings((module_path,))[module_path]
 
-    @functools.cached_property
-    def _compiled(self) -> tuple[_Table, _Table]:
-        """Both tables of patterns; `re` itself keeps 512, and a file may have more."""
-        ranks, alphas = (
-            [(re.compile(AT_END.replace("{}", key)), v) for key, v in table.items()]
-            for table in (self.rank_pattern, self.alpha_pattern)
-        )
-        return ranks, alphas
+    def ranks_and_scalings(
+        self, module_paths: Iterable[str]
+    ) -> dict[str, tuple[int, float]]:
+        """Returns `rank_and_scaling` of every module."""
+        paths = tuple(module_paths)
+        ranks = _first_matches("rank_pattern", self.rank_pattern, paths)
+        alphas = _first_matches("alpha_pattern", self.alpha_pattern, paths)
+        out = {}
+        for path in paths:
+            r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
+            out[path] = (r, alpha / (math.sqrt(r) if self.use_rslora else r))
+        return out
 
     @classmethod
     def from_peft(
@@ -363,11 +359,10 @@ class LoraConfig:
         if unknown and strict:
             shown = ", ".join(f"{n!r:.80}" for n in unknown[:10])
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UserError(
                 "adapter_config.json has fields that are not known here and may change "
                 f"what the adapter computes: {shown}{more}."
-                + (f" Did you mean `{near[0]}`?" if near else "")
+                f"{did_you_mean(unknown[0], known)}"
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
@@ -444,15 +439,23 @@ def _table(name: str, table: Any) -> FrozenDict:
         raise UserError(
             f"lora: the patterns of `{name}` must be texts, got {list(table)!r:.80}."
         )
-    check_patterns(table, inside=AT_END)
+    match_patterns(tuple(table), field=f"lora: `{name}`", inside=AT_END)
     check = _check_rank if name == "rank_pattern" else _check_alpha
     for pattern, value in table.items():
         check(f"{name}[{pattern!r:.80}]", value)
     return FrozenDict(table)
 
 
-def _first_match(table: _Table, path: str, default: Any) -> Any:
-    return next((value for found, value in table if found.match(path)), default)
+def _first_matches(
+    name: str, table: Mapping[str, Any], paths: tuple[str, ...]
+) -> dict[str, Any]:
+    """Values of a table of patterns by module path; the first that matches holds."""
+    patterns = tuple(table)
+    matched = match_patterns(patterns, paths, field=f"lora: `{name}`", inside=AT_END)
+    values: dict[str, Any] = {}
+    for pattern in reversed(patterns):
+        values.update(dict.fromkeys(matched[pattern], table[pattern]))
+    return values
 
 
 def _off(value: Any, off: Any) -> bool:
@@ -503,7 +506,7 @@ def _modules(name: str, value: Any) -> tuple[str, ...] | str:
         value = alone
     if value.lower() == "all-linear":
         return "all-linear"
-    check_pattern(value)
+    match_patterns((value,), field=f"lora: `{name}`")
     return value
 
 

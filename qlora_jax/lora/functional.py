@@ -73,12 +73,12 @@ def bind(
             node["lora_B"] = jnp.transpose(other["lora_embedding_A"])
         scalings = np.asarray(a.scalings, np.float32)
         node["scaling"] = jnp.asarray(scalings if a.layers else scalings[0])
-    for w in selection.whole:
+    for w in selection.full_tensors:
         node = trees.node(bound, w.path[:-1])
         if w.tied_to is not None:
             node[w.path[-1]] = trees.node(bound, w.tied_to[:-1])[w.tied_to[-1]]
-        elif not all(w.chosen):
-            node[f"{w.path[-1]}_trained"] = jnp.asarray(np.asarray(w.chosen))
+        elif not all(w.trained):
+            node[f"{w.path[-1]}_trained"] = jnp.asarray(np.asarray(w.trained))
     for r in selection.rows:
         node = trees.node(bound, r.path)
         if r.tied_to is not None:

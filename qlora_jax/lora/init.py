@@ -35,7 +35,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import row_norms
-from qlora_jax.lora.targets import Adapted, Selection, select
+from qlora_jax.lora.targets import AdaptedModule, Selection, select
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.tree import EMBEDDING, HEAD, Path, dotted
 
@@ -96,11 +96,11 @@ def init_adapters(
             own["lora_magnitude_vector"] = _only(_magnitude(a, weight), used)
         if own:  # a head that follows the embedding may have nothing
             trees.node(adapters, a.path).update(own)
-    for w in selection.whole:
+    for w in selection.full_tensors:
         if w.tied_to is not None:
             continue
         leaf = _leaf(base, w.path)
-        value = _only(jnp.array(leaf, jnp.float32), w.chosen)
+        value = _only(jnp.array(leaf, jnp.float32), w.trained)
         trees.put(adapters, w.path, value)
     for r in selection.rows:
         if r.tied_to is None:
@@ -126,7 +126,7 @@ def check_start(
         initialization that does not fit the base; all of them.
     """
     problems = Problems("the adapter")
-    for w in selection.whole:
+    for w in selection.full_tensors:
         if w.tied_to is None and isinstance(_leaf(base, w.path), NF4Tensor):
             problems.add(
                 f"`modules_to_save` wants to train `{'.'.join(w.path)}` whole, and it "
@@ -150,7 +150,7 @@ def check_start(
                     f"`{name}.weight` is not quantized. Load the base with "
                     "quantization='nf4', or choose another `init_lora_weights`."
                 )
-    problems.refuse()
+    problems.raise_if_any()
 
 
 def factor_out(
@@ -228,12 +228,14 @@ def absorb(
     return lora.absorbed, out
 
 
-def _from_weight(a: Adapted) -> bool:
+def _from_weight(a: AdaptedModule) -> bool:
     """Whether the factors start from the weight; those of an embedding do not."""
     return a.kind == "linear" and a.tied_to is None
 
 
-def _compact(a: Adapted, both_a: NDArray, both_b: NDArray) -> tuple[NDArray, NDArray]:
+def _compact(
+    a: AdaptedModule, both_a: NDArray, both_b: NDArray
+) -> tuple[NDArray, NDArray]:
     """Moves the padding of layers of lower rank to the end."""
     if a.layers is None or len(set(a.ranks)) == 1:
         return both_a, both_b
@@ -247,7 +249,7 @@ def _compact(a: Adapted, both_a: NDArray, both_b: NDArray) -> tuple[NDArray, NDA
 
 def _start(
     key: Array,
-    a: Adapted,
+    a: AdaptedModule,
     weight: Any,
     lora: LoraConfig,
     original: Callable[[str], NDArray] | None,
@@ -364,7 +366,7 @@ def _dense(weight: Any, layer: int | None) -> NDArray:
     return np.asarray(weight, np.float32)
 
 
-def _magnitude(a: Adapted, weight: Any) -> Float32[Array, "..."]:
+def _magnitude(a: AdaptedModule, weight: Any) -> Float32[Array, "..."]:
     """The norms of W: rows of a linear layer, columns of an embedding."""
     if a.kind == "embedding":
         return row_norms(jnp.asarray(weight).T)
@@ -382,7 +384,7 @@ def _only(stacked: Array, chosen: Sequence[bool]) -> Array:
     return jnp.where(np.asarray(chosen).reshape(shape), stacked, 0.0)
 
 
-def _zeros(a: Adapted, shape: tuple[int, ...]) -> Array:
+def _zeros(a: AdaptedModule, shape: tuple[int, ...]) -> Array:
     leading = () if a.layers is None else (a.layers,)
     return jnp.zeros((*leading, *shape), jnp.float32)
 
@@ -503,4 +505,8 @@ def _select_alike(
         one, two = select(base, own), select(base, respelled)
     except UserError:  # no such adapter, or not of this base
         return False
-    return (one.adapted, one.whole, one.rows) == (two.adapted, two.whole, two.rows)
+    return (one.adapted, one.full_tensors, one.rows) == (
+        two.adapted,
+        two.full_tensors,
+        two.rows,
+    )

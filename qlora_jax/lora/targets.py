@@ -19,16 +19,15 @@ zero gradients, and so stay zero. A layer that is not adapted has rank 0.
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import BEFORE_NUMBER, WITHIN, LoraConfig
+from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, Shape, dotted
 
@@ -36,7 +35,7 @@ _TABLES = (EMBEDDING[-1], HEAD[-1])
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModule:
     """One module with a low-rank update, in all its layers."""
 
     path: Path
@@ -85,7 +84,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullTensor:
     """One tensor of the base that is trained as it is."""
 
     path: Path
@@ -93,14 +92,14 @@ class Whole:
     shape: Shape
     """In one layer."""
     layers: int | None
-    chosen: tuple[bool, ...]
+    trained: tuple[bool, ...]
     """Whether it is trained, layer by layer."""
     tied_to: Path | None = None
     """The tensor it is tied to; it has no array of its own then."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """Some rows of an embedding or head that are trained alone."""
 
     path: Path
@@ -114,9 +113,9 @@ class Rows:
 class Selection:
     """Everything that is trained; see the module's text."""
 
-    adapted: tuple[Adapted, ...]
-    whole: tuple[Whole, ...]
-    rows: tuple[Rows, ...]
+    adapted: tuple[AdaptedModule, ...]
+    full_tensors: tuple[FullTensor, ...]
+    rows: tuple[TokenRows, ...]
     unmatched: tuple[str, ...]
     """Entries of a `target_modules` list that select nothing."""
 
@@ -126,7 +125,7 @@ class Selection:
         for a in self.adapted:
             for name, shape in a.parts.items():
                 out[*a.path, name] = _stacked(a.layers, shape)
-        for w in self.whole:
+        for w in self.full_tensors:
             if w.tied_to is None:
                 out[w.path] = _stacked(w.layers, w.shape)
         for r in self.rows:
@@ -146,9 +145,9 @@ class Selection:
             for rank in a.ranks:
                 if rank:
                     add(a.path[-1], sum(map(math.prod, a.parts_of(rank).values())))
-        for w in self.whole:
+        for w in self.full_tensors:
             if w.tied_to is None:
-                add(w.path[-2], math.prod(w.shape) * sum(w.chosen))
+                add(w.path[-2], math.prod(w.shape) * sum(w.trained))
         for r in self.rows:
             if r.tied_to is None:
                 add(r.path[-1], len(r.indices) * r.features)
@@ -176,17 +175,13 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
     share = tied and lora.ensure_weight_tying
 
     whole = _whole(tensors, modules, lora, tied)
-    taken = {w.path[:-1]: w.chosen for w in whole if w.path[-1] == "weight"}
-    chosen = {
-        path: _ranks(path, layers, lora, taken.get(path))
-        for path, (_, layers) in modules.items()
-    }
-    chosen = {path: ranks for path, ranks in chosen.items() if any(r for r, _ in ranks)}
+    taken = {w.path[:-1]: w.trained for w in whole if w.path[-1] == "weight"}
+    chosen = _ranks(modules, lora, taken)
     follows = {}
     if share and EMBEDDING not in taken and HEAD not in taken and _names_table(lora):
         # PEFT adapts the embedding, and the head with its transpose, whatever
         # `layers_to_transform` says.
-        if _named(".".join(EMBEDDING), lora.exclude_modules or ()):
+        if _named((".".join(EMBEDDING),), lora, "exclude_modules"):
             raise UserError(
                 "`ensure_weight_tying` adapts embed_tokens with its head, and "
                 "`exclude_modules` takes embed_tokens away; give one of the two."
@@ -209,7 +204,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
         (rows, columns), layers = modules[path]
         ranks, scalings = zip(*chosen[path], strict=True)
         adapted.append(
-            Adapted(
+            AdaptedModule(
                 path=path,
                 kind="embedding" if is_embedding(path) else "linear",
                 shape=(rows, columns),
@@ -236,22 +231,24 @@ def is_embedding(module: Path) -> bool:
     return "embed" in module[-1]
 
 
-def matches(module_path: str, lora: LoraConfig) -> bool:
-    """Whether PEFT's rules select the module of this dotted path for an update."""
-    if _named(module_path, lora.exclude_modules or ()):
-        return False
-    if any(
-        re.match(WITHIN.replace("{}", name), module_path)
-        for name in lora.modules_to_save or ()
-    ):
-        return False
+def matching(module_paths: Iterable[str], lora: LoraConfig) -> set[str]:
+    """Returns the modules that PEFT's rules select for an update, by dotted paths."""
+    paths = tuple(module_paths)
     targets = lora.target_modules
     if targets == "all-linear":
-        last = module_path.rpartition(".")[2]
-        return last != HEAD[-1] and not is_embedding((last,))
-    if isinstance(targets, str) or module_path in targets:
-        return _named(module_path, targets)
-    return _named(module_path, targets) and _in_layers(module_path, lora)
+        last = {path: path.rpartition(".")[2] for path in paths}
+        out = {p for p in paths if last[p] != HEAD[-1] and not is_embedding((last[p],))}
+    else:
+        out = _named(paths, lora, "target_modules")
+        if not isinstance(targets, str):
+            out &= _in_layers(paths, lora) | set(targets)
+    saved = match_patterns(
+        lora.modules_to_save or (),
+        paths,
+        field="lora: `modules_to_save`",
+        inside=WITHIN,
+    )
+    return out.difference(_named(paths, lora, "exclude_modules"), *saved.values())
 
 
 def _names_table(lora: LoraConfig) -> bool:
@@ -261,27 +258,43 @@ def _names_table(lora: LoraConfig) -> bool:
     """
     targets = lora.target_modules
     if isinstance(targets, str):
-        return any(_named(word, targets) for word in _TABLES)
+        return bool(_named(_TABLES, lora, "target_modules"))
     return any(name.rpartition(".")[2] in _TABLES for name in targets)
 
 
-def _named(module_path: str, names: tuple[str, ...] | str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module_path) is not None
-    return any(module_path == n or module_path.endswith(f".{n}") for n in names)
+def _named(
+    paths: tuple[str, ...],
+    lora: LoraConfig,
+    field: Literal["target_modules", "exclude_modules"],
+) -> set[str]:
+    """The paths that end in a name of the list, or that the expression matches."""
+    value = getattr(lora, field) or ()
+    if isinstance(value, str):
+        return set(match_patterns((value,), paths, field=f"lora: `{field}`")[value])
+    return {path for path in paths if any(_ends_in(path, name) for name in value)}
 
 
-def _in_layers(module_path: str, lora: LoraConfig) -> bool:
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _in_layers(paths: tuple[str, ...], lora: LoraConfig) -> set[str]:
+    """The paths in one of `layers_to_transform`."""
     wanted = lora.layers_to_transform
     if wanted is None:
-        return True
-    patterns = [BEFORE_NUMBER.replace("{}", p) for p in lora.layers_pattern or ()]
-    tried = (re.match(p, module_path) for p in patterns or [r".*?\.[^.]*\.(\d+)\."])
-    found = next((match for match in tried if match is not None), None)
-    if found is None:
-        return False
-    number = found[found.re.groups]  # a pattern may have groups of its own
-    return int(number) in ((wanted,) if isinstance(wanted, int) else wanted)
+        return set(paths)
+    layers = (wanted,) if isinstance(wanted, int) else wanted
+    # PEFT lets a given pattern begin the path, and looks for any name after a dot.
+    patterns, inside = lora.layers_pattern, BEFORE_NUMBER
+    if patterns is None:
+        patterns, inside = ("[^.]*",), r".*?\.{}\.(\d+)\."
+    field = "lora: `layers_pattern`"
+    matched = match_patterns(patterns, paths, field=field, inside=inside)
+    # The number is the last group: a pattern may have groups of its own.
+    numbers: dict[str, str | None] = {}
+    for pattern in reversed(patterns):  # the first that matches holds
+        numbers.update(matched[pattern])
+    return {path for path, number in numbers.items() if int(str(number)) in layers}
 
 
 def _tensors(base: Mapping[str, Any]) -> dict[Path, tuple[Shape, int | None]]:
@@ -310,14 +323,28 @@ def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | 
 
 
 def _ranks(
-    path: Path, layers: int | None, lora: LoraConfig, taken: tuple[bool, ...] | None
-) -> list[tuple[int, float]]:
-    """Rank and scaling of each layer; a weight that is trained whole has none."""
-    names = dotted(path, layers)
-    return [
-        lora.rank_and_scaling(name) if not whole and matches(name, lora) else (0, 0.0)
-        for name, whole in zip(names, taken or (False,) * len(names), strict=True)
-    ]
+    modules: Mapping[Path, tuple[Shape, int | None]],
+    lora: LoraConfig,
+    taken: Mapping[Path, tuple[bool, ...]],
+) -> dict[Path, list[tuple[int, float]]]:
+    """Rank and scaling in each layer of the modules with an update in any layer.
+
+    A weight that is trained whole has no update.
+    """
+    names = {path: dotted(path, layers) for path, (_, layers) in modules.items()}
+    everything = [name for listed in names.values() for name in listed]
+    selected = matching(everything, lora)
+    values = lora.ranks_and_scalings(everything)
+    out = {}
+    for path, listed in names.items():
+        whole = taken.get(path, (False,) * len(listed))
+        ranks = [
+            values[name] if name in selected and not saved else (0, 0.0)
+            for name, saved in zip(listed, whole, strict=True)
+        ]
+        if any(rank for rank, _ in ranks):
+            out[path] = ranks
+    return out
 
 
 def _whole(
@@ -325,7 +352,7 @@ def _whole(
     modules: Mapping[Path, Any],
     lora: LoraConfig,
     tied: bool,
-) -> list[Whole]:
+) -> list[FullTensor]:
     """The tensors of `modules_to_save`."""
     names = lora.modules_to_save or ()
     if not names:
@@ -347,12 +374,12 @@ def _whole(
             saved |= set(hits.values())
             chosen.append(bool(hits))
         if any(chosen):
-            out.append(Whole(path, shape, layers, tuple(chosen)))
+            out.append(FullTensor(path, shape, layers, tuple(chosen)))
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
             f"`modules_to_save` names {_quoted(missing)}, which this model does not "
-            f"have.{_near(missing, {p[-2] for p in everything})} Modules here: "
+            f"have.{did_you_mean(missing, {p[-2] for p in everything})} Modules here: "
             f"{', '.join(sorted({p[-2] for p in everything}))}."
         )
     for inner in sorted(saved):
@@ -371,17 +398,17 @@ def _whole(
         out = [w for w in out if w.path not in heads]
         shape = tensors[*EMBEDDING, "weight"][0]
         one = (*EMBEDDING, "weight")
-        out.append(Whole(one, shape, None, (True,)))
-        out.append(Whole((*HEAD, "weight"), shape, None, (True,), tied_to=one))
+        out.append(FullTensor(one, shape, None, (True,)))
+        out.append(FullTensor((*HEAD, "weight"), shape, None, (True,), tied_to=one))
     return out
 
 
 def _with_biases(
-    whole: list[Whole],
+    whole: list[FullTensor],
     tensors: Mapping[Path, tuple[Shape, int | None]],
     adapted: Mapping[Path, list[tuple[int, float]]],
     lora: LoraConfig,
-) -> list[Whole]:
+) -> list[FullTensor]:
     """Adds what `bias` trains; some layers of a bias may be trained already."""
     out = {w.path: w for w in whole}
     for path, (shape, layers) in tensors.items():
@@ -392,29 +419,30 @@ def _with_biases(
         else:
             chosen = [r > 0 for r, _ in adapted.get(path[:-1], ())]
         if path in out and chosen:
-            before = out[path].chosen
+            before = out[path].trained
             chosen = [one or two for one, two in zip(before, chosen, strict=True)]
         if any(chosen):
-            out[path] = Whole(path, shape, layers, tuple(chosen))
+            out[path] = FullTensor(path, shape, layers, tuple(chosen))
     return list(out.values())
 
 
 def _token_rows(
     modules: Mapping[Path, tuple[Shape, int | None]], lora: LoraConfig, tied: bool
-) -> list[Rows]:
+) -> list[TokenRows]:
     wanted = lora.trainable_token_indices
     if wanted is None:
         return []
     if not isinstance(wanted, Mapping):
         wanted = {EMBEDDING[-1]: wanted}
-    out: dict[Path, Rows] = {}
+    out: dict[Path, TokenRows] = {}
     for name, indices in wanted.items():
         hits = [p for p, (_, n) in modules.items() if n is None]
         hits = [p for p in hits if ".".join(p).endswith(name)]
         if not hits:
+            near = did_you_mean(name, {path[-1] for path in modules})
             raise UserError(
                 f"`trainable_token_indices` names {name!r:.80}, which is no embedding "
-                f"and no head of this model.{_near([name], {p[-1] for p in modules})}"
+                f"and no head of this model.{near}"
             )
         for path in hits:
             rows, features = modules[path][0]
@@ -424,12 +452,12 @@ def _token_rows(
                     f"`trainable_token_indices` has {outside[0]}, and {name!r} has "
                     f"{rows} rows (0 to {rows - 1})."
                 )
-            out[path] = Rows(path, indices, features)
+            out[path] = TokenRows(path, indices, features)
     embedding, head = out.get(EMBEDDING), out.get(HEAD)
     if tied and embedding is not None:
         # A tied head has the rows of the embedding, unless it was given others.
         if head is None or head.indices == embedding.indices:
-            out[HEAD] = Rows(
+            out[HEAD] = TokenRows(
                 HEAD, embedding.indices, embedding.features, tied_to=EMBEDDING
             )
         elif lora.ensure_weight_tying:
@@ -442,7 +470,9 @@ def _token_rows(
 
 
 def _check_rows(
-    rows: list[Rows], adapted: Mapping[Path, Adapted], taken: Mapping[Path, Any]
+    rows: list[TokenRows],
+    adapted: Mapping[Path, AdaptedModule],
+    taken: Mapping[Path, Any],
 ) -> None:
     """Refuses rows of what is trained in another way, as PEFT does."""
     for r in rows:
@@ -471,7 +501,7 @@ def _unmatched(modules: Mapping[Path, Any], lora: LoraConfig) -> tuple[str, ...]
     return tuple(
         name
         for name in lora.target_modules
-        if not any(_named(p, (name,)) for p in paths)
+        if not any(_ends_in(path, name) for path in paths)
     )
 
 
@@ -492,7 +522,7 @@ def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
         f"of this model{' under ' + ', '.join(given) if given else ''}."
         + (f" Layers here: 0 to {count - 1}." if absent else "")
-        + f"{_near(wanted, names)} Modules here: {', '.join(sorted(names))}."
+        + f"{did_you_mean(wanted, names)} Modules here: {', '.join(sorted(names))}."
     )
 
 
@@ -501,11 +531,6 @@ def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
     numbers = lora.layers_to_transform or ()
     numbers = (numbers,) if isinstance(numbers, int) else numbers
     return tuple(n for n in numbers if n >= count)
-
-
-def _near(wanted: Iterable[str], names: Iterable[str]) -> str:
-    near = sorted({n for w in wanted for n in difflib.get_close_matches(w, names, n=3)})
-    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
+from qlora_jax.choices import Attention, Dtype, Kernels, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import functional as lora_lib
 from qlora_jax.lora.config import LoraConfig
@@ -38,15 +39,15 @@ from qlora_jax.models.sharding import gathered, on_device
 class Compute:
     """How a model is computed; what it is stands in its configuration. Hashable."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Activations and matrix products; sums, norms and softmax are float32."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
+    attention: Attention = "auto"
     """Attention implementation; see `qlora_jax.models.attention`."""
-    remat: Literal["none", "full", "save_matmuls", "offload"] = "full"
+    remat: Remat = "full"
     """What the backward pass recomputes: nothing; each layer from its input; each layer
     but for the results of its matrix products and its attention; or each layer from its
     input, which in the meantime lies in the host's memory."""
-    kernels: Literal["auto", "xla", "pallas"] = "auto"
+    kernels: Kernels = "auto"
     """Of products with packed weights: XLA's, kernels of our own for GPUs, or the best
     known for the device; see `pallas_kernels.nf4`."""
     lora: LoraConfig | None = None
@@ -54,15 +55,15 @@ class Compute:
     with, and the scaling of a tree that is not bound."""
 
     def __post_init__(self) -> None:
-        for name, accepted in (
-            ("dtype", ("bfloat16", "float16", "float32")),
-            ("attention", ("auto", "eager", "xla", "cudnn", "pallas")),
-            ("remat", ("none", "full", "save_matmuls", "offload")),
-            ("kernels", ("auto", "xla", "pallas")),
+        for name, choices in (
+            ("dtype", get_args(Dtype)),
+            ("attention", get_args(Attention)),
+            ("remat", get_args(Remat)),
+            ("kernels", get_args(Kernels)),
         ):
-            if getattr(self, name) not in accepted:
+            if getattr(self, name) not in choices:
                 raise UserError(
-                    f"`{name}` must be one of {', '.join(accepted)}, got "
+                    f"`{name}` must be one of {', '.join(choices)}, got "
                     f"{getattr(self, name)!r}."
                 )
 

@@ -137,8 +137,8 @@ def check_weights(
     """
     if not drawn:
         return
-    whole = () if lora is None else select(base, lora).whole
-    kept = {".".join(w.path) for w in whole if all(w.chosen)}
+    whole = () if lora is None else select(base, lora).full_tensors
+    kept = {".".join(w.path) for w in whole if all(w.trained)}
     lost = sorted(set(drawn) - kept)
     if lost:
         raise UserError(

@@ -14,7 +14,6 @@ nothing is loaded.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import readable_bytes
+from qlora_jax.errors import did_you_mean, readable_bytes
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.lora.targets import absent_layers, linear_modules, select
@@ -386,7 +385,7 @@ def warnings(
             f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
             f"has layers 0 to {config.num_hidden_layers - 1}."
         )
-    biases = [w for w in selection.whole if w.path[-1] == "bias"]
+    biases = [w for w in selection.full_tensors if w.path[-1] == "bias"]
     if lora.bias != "none" and not biases:
         whose = "this model has no biases"
         if lora.bias == "lora_only":
@@ -394,7 +393,7 @@ def warnings(
         out.append(f"`bias`={lora.bias!r} trains nothing: {whose}.")
     tables = {
         w.path[-2]: math.prod(w.shape)
-        for w in selection.whole
+        for w in selection.full_tensors
         if w.path[:-1] in (EMBEDDING, HEAD) and w.tied_to is None
     }
     if 2 * sum(tables.values()) > total:
@@ -426,7 +425,7 @@ def warnings(
 
 def _unmatched(name: str, base: Mapping[str, Any]) -> str:
     modules = {path[-2] for path, _ in trees.walk(base)}
-    near = difflib.get_close_matches(name, modules, n=1)
-    return f"target module {name!r} selects nothing in this model" + (
-        f"; did you mean {near[0]!r}?" if near else "."
+    return (
+        f"target module {name!r} selects nothing in this model."
+        f"{did_you_mean(name, modules)}"
     )

@@ -18,13 +18,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from qlora_jax.choices import EmbeddingMemory, HeadMemory
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
@@ -59,9 +60,9 @@ class Step:
     """Of the linear layers, as `abstract_base` takes it."""
     packed: bool = False
     """Whether rows hold several documents."""
-    embed_tokens: Literal["device", "host"] = "device"
+    embed_tokens: EmbeddingMemory = "device"
     """Where the table of the embedding lies."""
-    lm_head: Literal["device", "host", "nf4"] = "device"
+    lm_head: HeadMemory = "device"
     """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ def of_eval() -> Iterator[None]:
         problems = Problems("the held-out data")
         for problem in error.problems:
             problems.add("[eval] " + _OWN.sub(r"`eval.\1`", problem))
-        problems.refuse()
+        problems.raise_if_any()
 
 
 def load_held_out(

@@ -287,7 +287,7 @@ def run(
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
     with contextlib.ExitStack() as held:
-        with problems.collected():
+        with problems.collecting():
             check_directory(directory)
             held.enter_context(alone(directory))
         prepared = prepare(config, attention_cls, mlp_cls, given, problems=problems)
@@ -498,7 +498,7 @@ def _first_state(
 def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:
     """Says so where the data use tokens whose rows no training has ever touched."""
     covered = {r.path[-1]: set(r.indices) for r in selection.rows}
-    whole = {w.path[-2] for w in selection.whole}
+    whole = {w.path[-2] for w in selection.full_tensors}
     for name, ids in report_untrained(base, used.tolist()).rows.items():
         left = sorted(set(ids) - covered.get(name, set()))
         if left and name not in whole:

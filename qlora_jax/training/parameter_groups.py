@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import refuse
+from qlora_jax.errors import raise_problems
 from qlora_jax.lora.targets import Selection
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
@@ -154,7 +154,7 @@ def optimizer_groups(
             f"`loraplus_lr_ratio` = {config.loraplus_lr_ratio:g}, and no lora_B is "
             "trained. Leave it out."
         )
-    refuse("train", problems)
+    raise_problems("the [train] settings", problems, "train: ")
     members: dict[tuple[str, Rule], list[_Trained]] = {}
     for array in arrays:
         key = _rule(config, array.path, chosen[array.path])
@@ -186,10 +186,10 @@ def _arrays(trained: Selection | Mapping[str, Any]) -> list[_Trained]:
             names = dotted(path, a.layers)
             count = sum(math.prod(a.parts_of(a.ranks[i])[part]) for i in present)
             out.append(_Trained(path, tuple(names[i] for i in present), count))
-    for w in trained.whole:
+    for w in trained.full_tensors:
         if w.tied_to is None:
             names = dotted(w.path, w.layers)
-            chosen = [n for n, c in zip(names, w.chosen, strict=True) if c]
+            chosen = [n for n, c in zip(names, w.trained, strict=True) if c]
             count = math.prod(w.shape) * len(chosen)
             out.append(_Trained(w.path, tuple(chosen), count))
     for r in trained.rows:

@@ -223,7 +223,7 @@ def test_what_the_run_holds_out_is_not_shown(call, model, tmp_path):
     status, out, _ = call(file, "--eval-fraction", "None", "--json")
     assert json.loads(out)["data"]["examples"] == 12
     status, _, error = call(file, "--eval-fraction", "1.5")
-    assert status == 1 and "`fraction` must lie between 0 and 1" in error
+    assert status == 1 and "`fraction` must be between 0 and 1" in error
 
 
 def test_all_problems_are_listed_and_none_is_shown_as_data(call, model, tmp_path):

@@ -255,7 +255,7 @@ def damage(model_dir: Path, how: str) -> None:
         ("pickle", "holds its weights in pickle files (pytorch_model.bin)"),
         ("nan", "`model.norm.weight` contains NaN or infinity"),
         ("shard", "1 missing files: model-00001-of-00002.safetensors"),
-        ("architecture", "This is no Llama causal language model"),
+        ("architecture", "Not a Llama causal language model"),
         ("config", "has no config.json"),
     ],
 )
@@ -313,8 +313,8 @@ def test_rows_that_are_too_long_are_counted(cli, settings, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("learning_rat = 1", "`learning_rat` is no option here; did you mean"),
-        ("batch_size = 3", "no valid TOML"),  # given twice
+        ("learning_rat = 1", "`learning_rat` is not an option here. Did you mean"),
+        ("batch_size = 3", "not valid TOML"),  # given twice
         ("warmup_steps = 3", "`warmup_steps`=3 exceeds `steps`=2"),
         ("[lora]\ntarget_modules = ['query']", "matches no linear module"),
         ("[lora]\nr = '8'", "`r` must be an integer, got '8'"),
@@ -413,7 +413,7 @@ def test_inspect_warns_as_a_run_does(cli, model_dir):
     status, out, _ = cli("inspect", model_dir, *options, "--json")
     assert status == 0
     assert json.loads(out)["warnings"][:3] == [
-        "target module 'q_prj' selects nothing in this model; did you mean 'q_proj'?",
+        "target module 'q_prj' selects nothing in this model. Did you mean `q_proj`?",
         "`layers_to_transform` names 7; this model has layers 0 to 1.",
         "`bias`='all' trains nothing: this model has no biases.",
     ]

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax import cli
 from qlora_jax.cli import main as cli
 from qlora_jax.cli import plan
 
@@ -210,7 +209,7 @@ def test_memory_is_drawn(capsys, config_json, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--gpu", "rtx4090", "--max-length", "9"), "did you mean `rtx-4090`"),
+        (("--gpu", "rtx4090", "--max-length", "9"), "Did you mean `rtx-4090`"),
         (("--max-length", "9"), "say for which card"),
         (("--gpu", "h200"), "say how long rows are"),
         (("--gpu", "h200", "--max-length", "0"), "--max-length must be at least 1"),

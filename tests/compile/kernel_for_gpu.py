@@ -106,7 +106,7 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     if wanted["kernel"] == "middle_product":
 
         def middle(x: jax.Array, packed: Any) -> jax.Array:
-            return wgmma.middle_product(x, packed, shape=shape, dtype=dtype, **options)
+            return wgmma.matmul(x, packed, shape=shape, dtype=dtype, **options)
 
         return jax.jit(middle).lower(array((rows, columns), dtype), packed)
 
@@ -114,7 +114,7 @@ def lower(wanted: dict[str, Any], device: NamedSharding) -> jax.stages.Lowered:
     split = gpu.Split(*split) if split else gpu.split_for(shape, rows)
 
     def product(x: jax.Array, packed: Any) -> jax.Array:
-        return gpu.product(x, packed, shape=shape, split=split)
+        return gpu.matmul(x, packed, shape=shape, split=split)
 
     return jax.jit(product).lower(array((rows, columns), dtype), packed)
 

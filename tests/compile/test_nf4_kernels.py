@@ -259,7 +259,7 @@ def test_the_compiled_product_equals_x_times_the_weight(wanted, kernels, interpr
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32)).astype(dtype)
     got, trace = interpreted(
         kernels(wanted),
-        lambda: gpu.product(x, weights, shape=shape, split=split),
+        lambda: gpu.matmul(x, weights, shape=shape, split=split),
     )
     assert got.shape == (rows, shape[0]) and got.dtype == np.float32
     x = np.asarray(x).astype(np.float64)
@@ -323,7 +323,7 @@ def call(wanted: dict) -> Any:
         return gpu.dequantize(weights, shape=shape, dtype=dtype, **options)
     split = gpu.Split(*options["split"])
     x = jnp.zeros((wanted["rows"], shape[1]), dtype)
-    return gpu.product(x, weights, shape=shape, split=split)
+    return gpu.matmul(x, weights, shape=shape, split=split)
 
 
 def blocks(instructions: list, rows: int) -> float:

@@ -1,4 +1,4 @@
-"""`wgmma.middle_product` as an H200 would run it: compiled, without a GPU.
+"""`wgmma.matmul` as an H200 would run it: compiled, without a GPU.
 
 What it decodes is checked on the compiled PTX, executed by ptx.py in a kernel that
 decodes one tile. `wgmma` and the bulk copies are not executed there: Pallas's

@@ -24,7 +24,7 @@ from convert.merging import write_dense
 from convert.output import Entry
 from convert.verify import compare
 from qlora_jax.cli.convert import main
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
@@ -285,6 +285,14 @@ def test_scales_that_are_not_finite_are_named(packed, tiny, make_tensors):
 def test_the_list_of_skipped_modules(own, dense, expected):
     got = bnb.skip_modules(own, dense=dense, packed=["b.1.v_proj"])
     assert got == expected
+
+
+def test_skipped_modules_that_take_too_long_to_match_are_refused(monkeypatch):
+    monkeypatch.setattr("qlora_jax.lora.patterns.SECONDS", 0.05)
+    match = "llm_int8_skip_modules`: the regular .* takes too long to match"
+    packed = ["model.layers.12.self_attn.q_proj.weight"]
+    with pytest.raises(UserError, match=match):
+        bnb.skip_modules([r"(?:(?:.|..)+)+[A-Z]"], dense=[], packed=packed)
 
 
 _MEASURE = """

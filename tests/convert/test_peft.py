@@ -387,12 +387,12 @@ def test_every_kind_has_the_keys_of_peft_and_comes_back(tiny, tmp_path, kind):
                 else:
                     one[i] *= rank > 0
             np.testing.assert_array_equal(two, one)
-    for w in select(base, lora).whole:
+    for w in select(base, lora).full_tensors:
         if w.tied_to is None:
             one, two = tree, loaded
             for name in w.path:
                 one, two = one[name], two[name]
-            chosen = np.asarray(w.chosen).reshape(-1, *[1] * (one.ndim - 1))
+            chosen = np.asarray(w.trained).reshape(-1, *[1] * (one.ndim - 1))
             one = one * chosen if w.layers else one
             np.testing.assert_array_equal(two, one)
     assert {v.dtype for v in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}

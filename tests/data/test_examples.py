@@ -554,14 +554,14 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
         ({"seed": -1}, "`data.seed` must be an integer from 0"),
         ({"seed": True}, "`data.seed` must be an integer"),
         ({"train_on": "answers"}, "`data.train_on` must be one of None, 'all'"),
-        ({"train_on": "assistant"}, r"'assistant' means nothing .*'text'; use 'all'"),
+        ({"train_on": "assistant"}, r"'assistant' does not apply .*'text'; use 'all'"),
         (
             {"format": "messages", "train_on": "completion"},
-            "means nothing for format='messages'; use 'assistant', 'all'",
+            "does not apply to format='messages'; use 'assistant', 'all'",
         ),
         (
             {"format": "tokens", "train_on": "completion"},
-            "means nothing for format='tokens'; use 'all'",
+            "does not apply to format='tokens'; use 'all'",
         ),
         ({"prompt": "{q}"}, "`data.prompt` is read by format='prompt_completion' only"),
         (

@@ -61,7 +61,7 @@ def rows_of(path, split=None):
     problems = Problems()
     places = find_places(path, split=split, plain_text=False)
     found = [row for place in places for row in place.open(problems).rows]
-    problems.refuse()
+    problems.raise_if_any()
     return found
 
 

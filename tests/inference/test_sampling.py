@@ -66,7 +66,9 @@ def test_only_what_is_on_is_compiled():
 
 
 def test_all_that_is_wrong_with_the_settings_is_said_at_once():
-    with pytest.raises(UserError, match="sampling: 2 problems:") as raised:
+    with pytest.raises(
+        UserError, match="2 problems with the sampling settings:"
+    ) as raised:
         Sampling(top_p=3.0, min_p=2.0)
     assert [problem[:18] for problem in raised.value.problems] == [
         "sampling: `top_p` ",

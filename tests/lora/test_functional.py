@@ -729,11 +729,11 @@ def test_what_is_not_trained_is_zero_and_has_no_gradient(name):
                         continue
                     unused += one.size
                     assert not one.any()
-    for w in selection.whole:
+    for w in selection.full_tensors:
         if w.tied_to is None and w.layers is not None:
             for leaf in (get(t, ".".join(w.path)) for t in (tree, gradients)):
-                unused += np.asarray(leaf)[~np.asarray(w.chosen)].size
-                assert not np.asarray(leaf)[~np.asarray(w.chosen)].any()
+                unused += np.asarray(leaf)[~np.asarray(w.trained)].size
+                assert not np.asarray(leaf)[~np.asarray(w.trained)].any()
     partial = {
         *("patterns", "dora_packed"),
         *("different_rows_and_a_layer_whole", "whole_embedding_alone"),

@@ -12,10 +12,10 @@ from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import (
-    Adapted,
+    AdaptedModule,
     is_embedding,
     linear_modules,
-    matches,
+    matching,
     select,
 )
 from qlora_jax.tree import PROJECTIONS, dotted
@@ -80,11 +80,11 @@ def spelled(parts):
     """Dotted names with what was selected of each, layer by layer."""
     out = {}
     for part in parts:
-        if isinstance(part, Adapted):
+        if isinstance(part, AdaptedModule):
             pairs = zip(part.ranks, part.scalings, strict=True)
             values = [pair if pair[0] else None for pair in pairs]
         else:
-            values = [True if c else None for c in part.chosen]
+            values = [True if c else None for c in part.trained]
         names = dotted(part.path, part.layers)
         out |= {n: v for n, v in zip(names, values, strict=True) if v is not None}
     return out
@@ -96,7 +96,7 @@ def adapted(lora, **kinds):
 
 
 def whole(lora, **kinds):
-    return set(spelled(select(base(**kinds), lora).whole))
+    return set(spelled(select(base(**kinds), lora).full_tensors))
 
 
 def named(*patterns):
@@ -154,7 +154,8 @@ PATH = "model.layers.3.self_attn.q_proj"
     ],
 )
 def test_target_modules(targets, path, selected):
-    assert matches(path, LoraConfig(target_modules=targets)) is selected
+    lora = LoraConfig(target_modules=targets)
+    assert (matching([path], lora) == {path}) is selected
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_target_modules(targets, path, selected):
 def test_exclude_modules_wins(exclude, selected):
     for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
         lora = LoraConfig(target_modules=targets, exclude_modules=exclude)
-        assert matches(PATH, lora) is selected
+        assert (matching([PATH], lora) == {PATH}) is selected
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_exclude_modules_wins(exclude, selected):
 def test_what_is_trained_whole_is_not_adapted(saved, selected):
     for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
         lora = LoraConfig(target_modules=targets, modules_to_save=(saved,))
-        assert matches(PATH, lora) is selected
+        assert (matching([PATH], lora) == {PATH}) is selected
 
 
 @pytest.mark.parametrize(
@@ -239,15 +240,34 @@ def test_layers_to_transform(layers, pattern, path, selected):
         layers_to_transform=layers,
         layers_pattern=pattern,
     )
-    assert matches(path, lora) is selected
+    assert (matching([path], lora) == {path}) is selected
 
 
 def test_an_empty_list_of_layers_means_all_and_whole_names_are_not_asked():
-    assert matches(PATH, config(layers_to_transform=()))
-    assert matches(PATH, config(PATH, layers_to_transform=(0,)))
-    assert matches(EMBED, config(EMBED, layers_to_transform=(0,)))
-    assert not matches(EMBED, config("embed_tokens", layers_to_transform=(0,)))
-    assert not matches(PATH, config("q_proj", layers_to_transform=(0,)))
+    assert matching([PATH], config(layers_to_transform=()))
+    assert matching([PATH], config(PATH, layers_to_transform=(0,)))
+    assert matching([EMBED], config(EMBED, layers_to_transform=(0,)))
+    assert not matching([EMBED], config("embed_tokens", layers_to_transform=(0,)))
+    assert not matching([PATH], config("q_proj", layers_to_transform=(0,)))
+
+
+HOSTILE = r"(?:(?:.|..)+)+[A-Z]"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules=HOSTILE),
+        dict(exclude_modules=HOSTILE),
+        dict(modules_to_save=(HOSTILE,)),
+        dict(layers_to_transform=1, layers_pattern=HOSTILE),
+    ],
+)
+def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
+    monkeypatch.setattr("qlora_jax.lora.patterns.SECONDS", 0.05)
+    lora = LoraConfig(**fields)
+    with pytest.raises(UserError, match=f"`{[*fields][-1]}`: .* takes too long to mat"):
+        matching([PATH], lora)
 
 
 # --- A whole model ---
@@ -549,7 +569,7 @@ def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
     selection = select(base(biases=True), lora)
     (up,) = selection.adapted
     assert up.ranks == (4, 0, 4) and up.scalings == (4.0, 0.0, 4.0)
-    chosen = {w.path[-2:]: w.chosen for w in selection.whole}
+    chosen = {w.path[-2:]: w.trained for w in selection.full_tensors}
     for name in MLP:
         assert chosen[name, "weight"] == (False, True, False)
         assert chosen[name, "bias"] == (True,) * L  # of "all"
@@ -560,7 +580,7 @@ def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
         base(biases=True),
         config("up_proj", r=4, modules_to_save=("layers.1.mlp",), bias="lora_only"),
     )
-    chosen = {w.path[-2:]: w.chosen for w in only.whole}
+    chosen = {w.path[-2:]: w.trained for w in only.full_tensors}
     assert chosen["up_proj", "bias"] == (True,) * L
     assert chosen["gate_proj", "bias"] == (False, True, False)
 
@@ -570,7 +590,7 @@ def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
     [
         (
             ("lm_hed",),
-            "names 'lm_hed', which this model does not have. Did you mean lm_h",
+            "names 'lm_hed', which this model does not have. Did you mean `lm_h",
         ),
         (("norm", "score"), "names 'score', which this model does not have"),
         (("layers.9.mlp",), "names 'layers.9.mlp', which .* Modules here: down_proj,"),
@@ -599,7 +619,7 @@ def test_biases(biases, bias, layers):
         assert got == {f"{n}.bias" for n in want}
     else:  # of all layers
         assert got == {f"{n}.bias" for n in LINEARS}
-    for part in select(base(biases=biases), lora).whole:
+    for part in select(base(biases=biases), lora).full_tensors:
         assert part.path[-1] == "bias" and part.tied_to is None
 
 
@@ -611,7 +631,7 @@ def tables(lora, tied=True):
     selection = select(base(tied=tied), lora)
     parts = [
         *selection.adapted,
-        *(w for w in selection.whole if w.path[-1] == "weight"),
+        *(w for w in selection.full_tensors if w.path[-1] == "weight"),
         *selection.rows,
     ]
     out = {}
@@ -634,8 +654,8 @@ def test_adapters_of_tied_tables_are_apart_unless_tying_is_ensured(
     ensure, tied, targets
 ):
     lora = config(*targets, "q_proj", ensure_weight_tying=ensure)
-    apart = {("Adapted", t.rpartition(".")[2]): None for t in targets}
-    assert tables(lora, tied) == (both("Adapted") if ensure and tied else apart)
+    apart = {("AdaptedModule", t.rpartition(".")[2]): None for t in targets}
+    assert tables(lora, tied) == (both("AdaptedModule") if ensure and tied else apart)
 
 
 @pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), (EMBED, HEAD)])
@@ -645,8 +665,8 @@ def test_tied_tables_trained_whole_are_apart_unless_tying_is_ensured(
     ensure, tied, names
 ):
     lora = config(modules_to_save=names, ensure_weight_tying=ensure)
-    apart = {("Whole", t.rpartition(".")[2]): None for t in names}
-    assert tables(lora, tied) == (both("Whole") if ensure and tied else apart)
+    apart = {("FullTensor", t.rpartition(".")[2]): None for t in names}
+    assert tables(lora, tied) == (both("FullTensor") if ensure and tied else apart)
 
 
 @pytest.mark.parametrize(
@@ -662,13 +682,13 @@ def test_tied_tables_trained_whole_are_apart_unless_tying_is_ensured(
 )
 def test_tying_acts_by_the_names_that_are_given(targets, shared):
     lora = LoraConfig(target_modules=targets, ensure_weight_tying=True)
-    apart = {("Adapted", "embed_tokens"): None}
-    assert tables(lora) == (both("Adapted") if shared else apart)
+    apart = {("AdaptedModule", "embed_tokens"): None}
+    assert tables(lora) == (both("AdaptedModule") if shared else apart)
 
 
 def test_tying_of_modules_trained_whole_acts_by_name_too():
     lora = config(modules_to_save=("head",), ensure_weight_tying=True)
-    assert tables(lora) == {("Whole", "lm_head"): None}
+    assert tables(lora) == {("FullTensor", "lm_head"): None}
     lora = config(modules_to_save=("norm",), ensure_weight_tying=True)
     assert tables(lora) == {}
     assert (
@@ -683,7 +703,7 @@ def test_tying_asks_no_layers_and_no_exclusion_of_the_head():
         layers_to_transform=(0,),
         exclude_modules=("lm_head",),
     )
-    assert tables(lora) == both("Adapted")
+    assert tables(lora) == both("AdaptedModule")
     assert set(adapted(lora, tied=True)) == {EMBED, HEAD, *named(r".*0\..*q_proj")}
     lora = config(
         "lm_head", ensure_weight_tying=True, exclude_modules=("embed_tokens",)
@@ -738,7 +758,7 @@ def test_a_table_trained_whole_for_both_takes_its_updates_away():
         ensure_weight_tying=True,
         modules_to_save=("lm_head",),
     )
-    assert tables(lora) == both("Whole")
+    assert tables(lora) == both("FullTensor")
 
 
 # --- Token rows ---
@@ -866,18 +886,18 @@ def test_rows_that_cannot_be_trained_are_refused(fields, tied, message):
 def test_rows_go_with_other_parts_of_the_tables():
     lora = config("lm_head", trainable_token_indices=(3,))
     assert tables(lora, tied=False) == {
-        ("Adapted", "lm_head"): None,
-        ("Rows", "embed_tokens"): None,
+        ("AdaptedModule", "lm_head"): None,
+        ("TokenRows", "embed_tokens"): None,
     }
     assert tables(lora, tied=True) == {
-        ("Adapted", "lm_head"): None,
-        ("Rows", "embed_tokens"): None,
-        ("Rows", "lm_head"): "embed_tokens",
+        ("AdaptedModule", "lm_head"): None,
+        ("TokenRows", "embed_tokens"): None,
+        ("TokenRows", "lm_head"): "embed_tokens",
     }
     lora = config(trainable_token_indices=(3,), modules_to_save=("lm_head",))
     assert tables(lora, tied=False) == {
-        ("Whole", "lm_head"): None,
-        ("Rows", "embed_tokens"): None,
+        ("FullTensor", "lm_head"): None,
+        ("TokenRows", "embed_tokens"): None,
     }
 
 

@@ -200,8 +200,8 @@ def test_cudnn_is_refused_on_a_cpu_with_the_reason():
     [
         ({"segment_ids": jnp.ones((2, 12), jnp.int32)}, "neither segment ids nor pad"),
         ({"dtype": "float32"}, "computes in bfloat16 or float16, not float32"),
-        ({"width": 12}, "head_dim=12 is no multiple of 8 up to 128"),
-        ({"width": 136}, "head_dim=136 is no multiple"),
+        ({"width": 12}, "head_dim=12 is not a multiple of 8 up to 128"),
+        ({"width": 136}, "head_dim=136 is not a multiple"),
     ],
 )
 def test_cudnn_names_what_it_cannot_do_on_a_gpu(change, message, monkeypatch):

@@ -135,8 +135,11 @@ def test_a_missing_field_is_named(field):
     "change, message",
     [
         ({"model_type": "mistral"}, "model_type='mistral'"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "no Llama causal lang"),
-        ({"model_type": None}, "no Llama causal language model"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "Not a Llama causal lang",
+        ),
+        ({"model_type": None}, "Not a Llama causal language model"),
         ({"hidden_act": "gelu"}, "`hidden_act`='gelu' is not supported"),
         ({"attention_dropout": 0.1}, "`attention_dropout`=0.1 is not"),
         ({"hidden_size": 65}, "no `head_dim` and `hidden_size`=65"),

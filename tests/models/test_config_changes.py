@@ -53,7 +53,7 @@ def test_fields_are_changed_and_restored(tiny):
     [
         (
             {"rope_theta": 1e6},
-            "model: `rope_theta` is nothing that can be changed; `max",
+            "model: `rope_theta` cannot be changed; `max",
         ),
         ({"max_position_embeddings": 0}, "must be a positive integer, got 0"),
         (
@@ -73,9 +73,12 @@ def test_fields_are_changed_and_restored(tiny):
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "needs `low_freq_factor`, `high_freq_factor`, `original_max_position",
         ),
-        ({"rope_scaling": {**LINEAR, "beta": 1}}, "rope_scaling: `beta` is nothing"),
+        (
+            {"rope_scaling": {**LINEAR, "beta": 1}},
+            "rope_scaling: `beta` cannot be changed",
+        ),
         ({"rope_scaling": 3}, "`rope_scaling` must be a table, got 3"),
-        ("{", "model: this is no JSON"),
+        ("{", "model: this is not JSON"),
         ("[]", r"model: must be an object, got \[\]"),
     ],
 )

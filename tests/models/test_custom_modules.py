@@ -268,7 +268,7 @@ def test_a_block_of_ones_own(llama_dir):
 
 def test_a_target_that_matches_nothing_lists_near_matches(gated):
     _, base = gated
-    with pytest.raises(UserError, match=r"gate_atn.*Did you mean gate_attn"):
+    with pytest.raises(UserError, match=r"gate_atn.*Did you mean `gate_attn"):
         init_adapters(jax.random.key(0), base, LoraConfig(target_modules=("gate_atn",)))
 
 

@@ -466,8 +466,8 @@ def randomised(lora, base, seed):
                     array[at][:, rank:] = 0
                 elif rank == 0:
                     array[at] = 0
-    for tensor in selection.whole:
-        if not all(tensor.chosen):
+    for tensor in selection.full_tensors:
+        if not all(tensor.trained):
             array = functools.reduce(dict.__getitem__, tensor.path, adapters)
-            array[~np.array(tensor.chosen)] = 0
+            array[~np.array(tensor.trained)] = 0
     return adapters

@@ -175,11 +175,11 @@ def test_settings_of_eval_are_checked_all_at_once():
         )
     said = str(caught.value)
     for part in (
-        "`fraction` must lie between 0 and 1, got 1.5",
+        "`fraction` must be between 0 and 1, got 1.5",
         "`every` must be at least 1, got 0",
         "`early_stopping_threshold` needs `early_stopping_patience`",
         "`sample_every` needs `sample_prompts`",
-        "`prompt` say how `path` is read, and there is none",
+        "`prompt`: these apply to `path`, which is not set",
     ):
         assert part in said
     with pytest.raises(UserError, match="needs data to measure"):

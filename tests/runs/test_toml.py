@@ -128,7 +128,9 @@ def test_tables_of_train_and_model(tmp_path, repository):
     assert read(tmp_path, written) == config
     assert written.count("[[train.groups]]") == 2
     wrong = block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6")
-    message = "`groups` 1: `learnign_rate` is no option here; did you mean `learning_r"
+    message = (
+        "`groups` 1: `learnign_rate` is not an option here. Did you mean `learning_r"
+    )
     with pytest.raises(UserError, match=message):
         read(tmp_path, wrong)
 
@@ -136,16 +138,19 @@ def test_tables_of_train_and_model(tmp_path, repository):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model", "run.toml` is no valid TOML: "),
-        ("[modle]\npath='x'", "`modle` is no option here; did you mean `model`"),
+        ("[model", "run.toml` is not valid TOML: "),
+        ("[modle]\npath='x'", "`modle` is not an option here. Did you mean `model`"),
         ("model = 3", "`model` must be a table, got 3"),
         ("[data]\npath='x'\n[train]\nsteps=1", r"missing `model`\. Write a table \[mo"),
         ("[model]\n", r"\[model\] missing `path`"),
         (
             SMALLEST + "learning_rat = 1",
-            r"\[train\] `learning_rat` is no option here; ",
+            r"\[train\] `learning_rat` is not an option here\. Did",
         ),
-        (SMALLEST + "frobnicate = 1", r"`frobnicate` is no option here\. Options: st"),
+        (
+            SMALLEST + "frobnicate = 1",
+            r"`frobnicate` is not an option here\. Options: st",
+        ),
         (SMALLEST + "batch_size = '4'", "`batch_size` must be an integer, got '4'"),
         (SMALLEST + "batch_size = true", "`batch_size` must be an integer, got True"),
         (SMALLEST + "batch_size = 2.0", "`batch_size` must be an integer, got 2.0"),
@@ -177,7 +182,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"nothing.toml` cannot be read: No such file"):
         read_config(tmp_path / "nothing.toml")
     (tmp_path / "latin.toml").write_bytes(b"a = '\xe4'")
-    with pytest.raises(UserError, match="is no valid TOML"):
+    with pytest.raises(UserError, match="is not valid TOML"):
         read_config(tmp_path / "latin.toml")
 
 
@@ -206,7 +211,10 @@ append_eos = false
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[[data.sources]]\nwight = 1", r"sources` 1: `wight` is no option .*`weight`"),
+        (
+            "[[data.sources]]\nwight = 1",
+            r"sources` 1: `wight` is not an option .*`weight`",
+        ),
         ("[[data.sources]]\nweight = 1", r"`sources` 1: missing `path`"),
         ("[data.sources]\npath = 'x'", "`sources` must be a list of tables"),
         ("[[data.sources]]\npath = 'x'", "`data.path` = 'rows.jsonl' and `data.sourc"),

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import shapes
+from pallas_kernels.nf4 import shapes
 from scripts.bench_gpu import attention as bench
 from scripts.bench_gpu.results import Recorder
 from scripts.bench_gpu.worker import Budget

@@ -4,7 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import shapes
+from pallas_kernels.nf4 import shapes
 from scripts.bench_gpu import kernels as bench
 from scripts.bench_gpu import nf4_operations as operations
 from scripts.bench_gpu.results import Recorder

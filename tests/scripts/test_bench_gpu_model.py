@@ -12,7 +12,7 @@ from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import tree_bytes
 from qlora_jax.planning.estimate import abstract_base
-from qlora_jax.runfile import ModelConfig
+from qlora_jax.runs.config import ModelConfig
 from scripts.bench_gpu import model as bench
 
 SMALL = LlamaConfig(

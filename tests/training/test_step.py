@@ -756,10 +756,10 @@ def test_noise_is_of_training_alone_and_of_the_step_and_row():
         ({"embedding_learning_rate": -1.0}, "`embedding_learning_rate` must be >= 0"),
         ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
         ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
-        ({"ema_decay": 1.0}, "`ema_decay` must lie between 0 and 1, or be left out"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1, or left out, got"),
         (
             {"groups": (ParameterGroup("(", learning_rate=1.0),)},
-            r"train: group 1: `match` = '\(' is no regular expression: missing \)",
+            r"train: group 1: `match` = '\(' is not a regular expression: missing \)",
         ),
         ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
         (
@@ -781,11 +781,11 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once():
     with pytest.raises(UserError) as caught:
         TrainConfig(steps=0, learning_rate=-1.0, weight_decay=-0.5, ema_decay=2.0)
     assert str(caught.value).splitlines() == [
-        "train: 4 problems:",
-        "- `steps` must be at least 1, got 0.",
-        "- `learning_rate` must be >= 0, got -1.0.",
-        "- `weight_decay` must be >= 0, got -0.5.",
-        "- `ema_decay` must lie between 0 and 1, or be left out, got 2.0.",
+        "4 problems with the [train] settings:",
+        "- train: `steps` must be at least 1, got 0.",
+        "- train: `learning_rate` must be >= 0, got -1.0.",
+        "- train: `weight_decay` must be >= 0, got -0.5.",
+        "- train: `ema_decay` must be between 0 and 1, or left out, got 2.0.",
     ]
 
 

@@ -339,14 +339,20 @@ def test_a_policy_can_keep_what_the_backward_needs(monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"k": (1, 9, 1, 64)}, "keys and values go with the queries"),
-        ({"v": (1, 8, 1, 128)}, "keys and values go with the queries"),
+        (
+            {"k": (1, 9, 1, 64)},
+            "batch, length and head_dim of the queries",
+        ),
+        (
+            {"v": (1, 8, 1, 128)},
+            "batch, length and head_dim of the queries",
+        ),
         (
             {"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)},
             "cannot share 2",
         ),
         ({"q": (1, 0, 2, 64), "k": (1, 0, 1, 64), "v": (1, 0, 1, 64)}, "is empty"),
-        ({"segment_ids": (1, 9)}, "of every token, \\(1, 8\\)"),
+        ({"segment_ids": (1, 9)}, "for every token, \\(1, 8\\)"),
         ({"implementation": "triton"}, "does not exist. Choose 'reference'"),
     ],
 )
@@ -375,7 +381,7 @@ def test_one_dtype_for_all():
     "change, message",
     [
         ({"dtype": "float32"}, "compute in bfloat16, not float32. Use 'xla'"),
-        ({"width": 96}, "know a head_dim of 64 or 128, not 96"),
+        ({"width": 96}, "support a head_dim of 64 or 128, not 96"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_said(change, message):

@@ -174,14 +174,14 @@ def test_any_split_of_the_sums_gives_the_product(groups, parts, chunk, no_races)
     shape = (64, 1024)
     packed = stacks(shape, nested=True, seed=2)
     x = jax.random.normal(jax.random.key(1), (3, 1024)).astype(jnp.bfloat16)
-    got = gpu.product(
+    got = gpu.matmul(
         x,
         gpu.Packed(*packed, jnp.array([2])),
         shape=shape,
         split=gpu.Split(groups, parts, chunk),
         interpret=devices.interpreter(),
     )
-    whole = gpu.product(
+    whole = gpu.matmul(
         x,
         gpu.Packed(*packed, jnp.array([2])),
         shape=shape,
@@ -199,7 +199,7 @@ def test_a_split_that_does_not_divide_is_refused(split):
 
     shape = (64, 512)  # 8 blocks of 64 weights
     with pytest.raises(ValueError, match="does not divide the 8 blocks"):
-        gpu.product(
+        gpu.matmul(
             jnp.ones((8, 512), jnp.bfloat16),
             gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
             shape=shape,
@@ -229,7 +229,7 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch):
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     shape = (64, 256)
     try:
-        gpu.product(
+        gpu.matmul(
             jnp.ones((8, 256), jnp.bfloat16),
             gpu.Packed(*stacks(shape, nested=False), jnp.array([0])),
             shape=shape,
@@ -318,7 +318,7 @@ def test_measured_settings_are_used(monkeypatch):
     }
     monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     used = []
-    for name in ("dequantize", "product"):
+    for name in ("dequantize", "matmul"):
         whole = getattr(gpu, name)
 
         def watched(*args, whole=whole, name=name, **settings):
@@ -333,8 +333,8 @@ def test_measured_settings_are_used(monkeypatch):
         nf4_matmul(jnp.ones((rows, 256), jnp.bfloat16), *packed, **asked)
     assert used == [
         ("dequantize", {"words": 2, "steps": 4}),
-        ("product", {"split": (1, 1, 1)}),
-        ("product", {"split": (1, 2, 2)}),
+        ("matmul", {"split": (1, 1, 1)}),
+        ("matmul", {"split": (1, 2, 2)}),
         ("dequantize", {"words": 2, "steps": 4}),
     ]
 

@@ -55,7 +55,7 @@ def middle(x, packed, layer, shape, *, interpreted=True, **settings):
 
     if "tiling" in settings:
         settings["tiling"] = wgmma.Tiling(*settings["tiling"])
-    return wgmma.middle_product(
+    return wgmma.matmul(
         x,
         gpu.Packed(*packed, jnp.array([layer])),
         shape=shape,
@@ -138,13 +138,13 @@ def test_measured_rows_alone_are_computed_by_it(first, monkeypatch):
     }
     monkeypatch.setattr(devices, "tuned", lambda kind, operation: table)
     asked = {"shape": shape, "layer": 1, "implementation": "interpret"}
-    used, whole = [], wgmma.middle_product
+    used, whole = [], wgmma.matmul
 
     def watched(x, *args, **named):
         used.append((x.shape[0], named["tiling"]._asdict()))
         return whole(x, *args, **named)
 
-    monkeypatch.setattr(wgmma, "middle_product", watched)
+    monkeypatch.setattr(wgmma, "matmul", watched)
     weight = nf4_dequantize(*one(packed, 1), shape=shape, dtype=jnp.bfloat16)
     for leading in ((2,), (3, 1), (6,), (7,)):
         x = jax.random.normal(jax.random.key(0), (*leading, 256)).astype(jnp.bfloat16)
@@ -173,7 +173,7 @@ def test_without_a_measurement_it_is_never_chosen(monkeypatch):
     from pallas_kernels.nf4 import wgmma
 
     monkeypatch.setattr(devices, "tuned", lambda kind, operation: {})
-    monkeypatch.delattr(wgmma, "middle_product")
+    monkeypatch.delattr(wgmma, "matmul")
     shape = (64, 256)
     packed = stacks(shape, nested=False)
     for rows in (1, 100, 256):
