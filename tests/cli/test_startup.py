@@ -11,9 +11,7 @@ from qlora_jax.cli.main import QLORA_JAX, dispatch
 COMMANDS = [(p, name) for p in (QLORA_JAX, QLORA_CONVERT) for name in p.commands]
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers"}
 # Libraries that a command may import to show its options.
-ALLOWED = dict.fromkeys(
-    ("generate", "chat", "plan"), {"jax", "jaxlib", "flax", "optax"}
-)
+ALLOWED = dict.fromkeys(("generate", "chat"), {"jax", "jaxlib"})
 
 
 def imported(module: str, *args: str) -> set[str]:
@@ -65,4 +63,4 @@ def test_a_mistyped_command_gets_the_nearest_one(capsys):
     assert dispatch(QLORA_CONVERT, ["mrege"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("qlora-convert: no command 'mrege'. Did you")
-    assert "mean 'merge'?\n\nusage: qlora-convert COMMAND" in err
+    assert "mean `merge`?\n\nusage: qlora-convert COMMAND" in err
