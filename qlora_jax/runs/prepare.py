@@ -23,16 +23,11 @@ import jax
 
 import convert
 from convert.tokenizer import load_tokenizer
-from qlora_jax.data import (
-    Batches,
-    Examples,
-    Mixture,
-    data_notes,
-    data_size,
-    eval_batches,
-    load_examples,
-)
-from qlora_jax.data.batches import Batch
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.batches import Batch, Batches, eval_batches
+from qlora_jax.data.examples import data_size, load_examples
+from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.lora.init import check_start, continued, given_fields
 from qlora_jax.lora.targets import Selection, select

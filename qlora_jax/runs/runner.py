@@ -45,7 +45,7 @@ from convert.checkpoint import open_checkpoint
 from convert.files import CHAT_TEMPLATE
 from convert.output import write_text
 from convert.peft import TRAINING
-from qlora_jax.data import Batches, prefetch
+from qlora_jax.data.batches import Batches, prefetch
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference.identity import base_form
 from qlora_jax.lora.init import absorb, factor_out, init_adapters

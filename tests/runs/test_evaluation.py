@@ -12,7 +12,8 @@ import pytest
 
 import convert
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
@@ -200,7 +201,7 @@ def test_a_file_is_read_as_the_data_is_unless_told():
     assert same == dataclasses.replace(data, path="held.jsonl", split=None)
     text = EvalConfig(path="held.txt", format="text").data_config(data)
     assert (text.format, text.prompt) == ("text", None)
-    with pytest.raises(UserError, match=r"with what `\[data\]` says: .*text"):
+    with pytest.raises(UserError, match=r"with the settings of \[data\]: .*text"):
         EvalConfig(path="x", text="{t}").data_config(data)
 
 
