@@ -1,7 +1,7 @@
 # Every target works on a machine with make and a Python of at least 3.11, nothing else.
 #
 #   make demo                                       make a model, fine-tune, export
-#   make demo    MODEL=<HF directory> DATA=<file>   the same on a model of yours
+#   make demo    MODEL=<HF directory> DATA=<file>   the same on your model
 #   make test                                       lint, types, tests
 #
 # PYTHON selects the interpreter and VENV the environment made with it, so that several
@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python scripts/demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint types unit
 

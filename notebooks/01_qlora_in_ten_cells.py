@@ -21,7 +21,7 @@ import qlora_jax as qj
 
 work = Path("work")
 if not (work / "held_out.jsonl").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 held_out = [json.loads(line) for line in (work / "held_out.jsonl").open()]
 print(held_out[0]["prompt"] + held_out[0]["completion"])

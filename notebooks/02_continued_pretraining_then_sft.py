@@ -24,7 +24,7 @@ from qlora_jax.cli.eval import measure
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 
 # %% [markdown]

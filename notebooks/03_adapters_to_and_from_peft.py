@@ -25,7 +25,7 @@ from qlora_jax.cli.eval import measure
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 run = work / "short"  # a short run that teaches the model to answer
 qj.run(qj.RunConfig(

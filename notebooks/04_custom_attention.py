@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A custom attention layer with LoRA
 #
-# There is no list of modules that can be adapted. A layer built from the library's `Linear`
+# There is no list of modules that can be adapted. A layer built from `qj.Linear`
 # is adapted, saved, loaded and merged by its name. Here attention gets a gate and the gate a
 # LoRA with a separate rank; the result is compared with plain LoRA of as many parameters.
 # (`scripts/custom_attention.py` does the same as a script.)
@@ -20,13 +20,11 @@ import numpy as np
 
 import convert
 import qlora_jax as qj
-from qlora_jax.models.layers import Linear
-from qlora_jax.models.llama import Attention
 from qlora_jax.lora.targets import select
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 
 # %% [markdown]
@@ -35,11 +33,11 @@ if not (work / "base").exists():
 # A subclass with one more projection. It starts at zero, so the model starts unchanged.
 
 # %%
-class GatedAttention(Attention):
+class GatedAttention(qj.Attention):
     @nn.compact
     def __call__(self, x, rope, segments, kv=None, cached=None):
         out, kv = super().__call__(x, rope, segments, kv, cached)
-        gate = Linear(x.shape[-1], self.compute, initializer_range=0.0, name="gate_attn")(x)
+        gate = qj.Linear(x.shape[-1], self.compute, initializer_range=0.0, name="gate_attn")(x)
         return out * (1 + jnp.tanh(gate)), kv
 
 

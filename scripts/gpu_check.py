@@ -11,7 +11,7 @@ model with random weights of a real model's sizes, with the kernels "xla" and "p
 of that checkpoint; with `--peer-python` transformers and bitsandbytes too (peer.py).
 The most important part comes first.
 
-Each part is a process of its own with a time limit: one that fails, hangs or takes the
+Each part is a separate process with a time limit: one that fails, hangs or takes the
 device down is reported, and the others still run. What no longer fits into `--budget`
 is left out and listed. Progress goes to standard output; gpu_check_DEVICE.json and .md
 in `--output` are rewritten after every part. Exit status 1 if a part failed.

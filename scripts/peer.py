@@ -4,7 +4,7 @@
     python scripts/peer.py gpu decode --batch 1 --context 1024
     python scripts/peer.py gpu kernels     # answers `bench_gpu kernels`, line by line
 
-It runs in an environment of its own, without jax, and loads torch only when it
+It runs in a separate environment without jax, and loads torch only when it
 measures:
 
     pip install torch peft bitsandbytes transformers
@@ -34,7 +34,7 @@ weights in eval mode: the model stays in train mode from beginning to end.
 
 `gpu decode` generates with a random Llama of the given sizes: NF4 linears with double
 quantization, LoRA on each, bf16. `gpu kernels` times `dequantize_4bit`, `matmul_4bit`
-(which picks its own kernel by the number of rows), and dequantization and product for
+(which picks a kernel by the number of rows), and dequantization and product for
 the gradient. Times are replays of a CUDA graph of the calls, between device events
 (launches in turn where a call cannot be captured), over weights and results that
 together exceed any cache.
@@ -139,7 +139,7 @@ def reset_peak_memory() -> None:
     if peak > now + 16:
         raise RuntimeError(
             f"`VmHWM` is {peak:.0f} MiB with {now:.0f} MiB resident: this kernel did "
-            "not reset it, so the peak of the steps cannot be told from the build's."
+            "not reset it, so the peak of the steps is unknown."
         )
 
 

@@ -27,6 +27,18 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 # Columns of a code block of the site; tyro lays its help out for this many.
 HELP_COLUMNS = 84
+# Package of qlora_jax -> title of its public names, in the order of the page.
+CHAPTERS = {
+    "runs": "Load, run, settings",
+    "models": "Models and layers",
+    "nf4": "Quantized weights",
+    "lora": "Adapters",
+    "data": "Data",
+    "training": "Training",
+    "inference": "Generation and comparison",
+    "planning": "Planning",
+    "errors": "Errors",
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -149,28 +161,19 @@ def _flat(text: str) -> str:
 
 
 def python() -> str:
-    """Returns the public names by chapter, as mkdocstrings directives.
-
-    The chapters are the comments `# --- Title ---` above the names in
-    `qlora_jax/__init__.pyi`.
-    """
+    """Returns the public names by package, as mkdocstrings directives."""
     import convert
     import qlora_jax
 
-    names = set(dir(qlora_jax)) - {"__version__"}
+    chapters: dict[str, list[str]] = {package: [] for package in CHAPTERS}
+    for name in qlora_jax.__all__:  # pyright: ignore[reportAttributeAccessIssue]
+        if name != "__version__":
+            module = getattr(qlora_jax, name).__module__
+            package = module.split(".")[1]
+            chapters.setdefault(package, []).append(f"::: {module}.{name}")
     parts = []
-    for line in (
-        Path(qlora_jax.__file__).with_suffix(".pyi").read_text("utf-8").splitlines()
-    ):
-        if chapter := re.match(r"\s*# --- (.+?) ---$", line):
-            parts.append(f"## {chapter[1]}")
-        elif parts:  # above the first chapter stands what type checkers read
-            for name in re.findall(r"\w+", line):
-                if name in names:
-                    names.remove(name)
-                    module = getattr(qlora_jax, name).__module__
-                    parts.append(f"::: {module}.{name}")
-    assert not names, f"no chapter for {sorted(names)}"
+    for package, directives in chapters.items():
+        parts += [f"## {CHAPTERS.get(package, package)}", *directives]
     parts.append("## Hugging Face, bitsandbytes and PEFT files (`convert`)")
     functions = filter(inspect.isfunction, vars(convert).values())
     parts += [f"::: {f.__module__}.{f.__name__}" for f in functions]

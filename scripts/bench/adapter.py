@@ -4,7 +4,7 @@
 
 The adapter is as large as adapters get: r=64 on all linear layers, and embed_tokens and
 lm_head in full; for Llama-3.1-8B 1,218,445,312 parameters, 4.9 GB. Each measurement is
-a process of its own: reading the bytes of the file (loading cannot be faster),
+a separate process: reading the bytes of the file (loading cannot be faster),
 `convert.load_adapter`, `convert.save_adapter`. The files are read from the page cache,
 so that the disk does not count.
 """

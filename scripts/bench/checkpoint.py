@@ -6,7 +6,7 @@ The state is that of a run with r=64 on all linear layers: adapters and AdamW's 
 moments in float32, for Llama-3.1-8B 3 x 167,772,160 numbers, 2.01 GB. With `--whole` it
 has embed_tokens and lm_head as well, 14.6 GB, and needs three times that in memory.
 
-Each measurement is a process of its own. "read" reads the bytes of the files, from the
+Each measurement is a separate process. "read" reads the bytes of the files, from the
 page cache into memory that the process has not touched before; restoring cannot be
 faster. "restore" goes from the directory to arrays on the device, as a run does, with
 the checksum of all of them; "checksum" is that checksum by itself. "save" is all of

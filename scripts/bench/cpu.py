@@ -6,7 +6,7 @@
     python scripts/bench cpu table        # benchmarks/cpu.md from the results there
 
 `compare` runs the same QLoRA step (same architecture, rank, batch, NF4 base with double
-quantization, AdamW) in processes of their own, ours and transformers + PEFT +
+quantization, AdamW) in separate processes, ours and transformers + PEFT +
 bitsandbytes (`peer.py cpu`) alternately, so that both see the same machine, and prints
 tokens/s and the growth of resident memory as ratios. The peer runs with and without
 gradient checkpointing; ours with the matching `remat` policy: "full" recomputes each
@@ -164,7 +164,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# --- Both sides, in processes of their own ---
+# --- Both sides, in separate processes ---
 
 
 def shape_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The numbers of a step are logged as a run logs them (`Loop.note`: from the devic
 metrics.jsonl and the progress line, and to TensorBoard where tensorboardX is
 installed), thousands of times, on a pseudo-terminal where a bar is drawn and without
 one. They are compared with the best step of `bench cpu ours` at its default shape, in a
-process of its own. The bar and loss.png are drawn by threads; their time is given as a
+separate process. The bar and loss.png are drawn by threads; their time is given as a
 share of one core.
 """
 

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, each printing one JSON object last."""
+"""Measurements in separate processes, each printing one JSON object last."""
 
 from __future__ import annotations
 

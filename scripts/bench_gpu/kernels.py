@@ -15,7 +15,7 @@ writes it. `--tune` adds the settings of the kernels, and a third way to multipl
 fastest, and nowhere else. `--peer-python` (torch and bitsandbytes on the same GPU) adds
 bitsandbytes.
 
-timing.py describes how a time is taken, in a process of its own. GB/s counts the bytes
+timing.py describes how a time is taken, in a separate process. GB/s counts the bytes
 that must move (packed weight, `x` and result, once each) whatever an implementation
 moves; the floor of a row is the longer of its bytes and its operations at the two
 ceilings.

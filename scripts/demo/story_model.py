@@ -1,11 +1,11 @@
-"""A small Llama that tells stories, and questions about stories it has not heard.
+"""Makes a small Llama that tells stories, and questions about held-out stories.
 
-    python scripts/story_model.py --output path/to/new
+    python scripts/demo/story_model.py --output path/to/new
 
 writes `base/`, a Hugging Face directory (390,656 parameters, trained here on generated
 stories), and `train.jsonl` and `held_out.jsonl`, prompts and completions in one fixed
-style that the base has never seen. The demo fine-tunes the one
-on the other. Equal arguments give equal files.
+style that the base has never seen. The demo fine-tunes the base on the questions. Equal
+arguments give equal files.
 """
 
 import argparse
@@ -34,36 +34,36 @@ NAMES = "Mia Tom Ana Ben Lily Max Zoe Sam Eva Leo Ida Jon Kim Ned Ola Pia".split
 COLOURS = "red blue green white black brown pink gold".split()
 THINGS = "ball kite hat book drum boat bell cup lamp coin rope ring".split()
 COUNTED = "shells apples stones leaves nuts cards".split()
-PLACES = "park river market school garden bridge harbour mill".split()
+LOCATIONS = "park river market school garden bridge harbour mill".split()
 
 
 class Scene:
-    """Who finds what where, and how many of something come together."""
+    """One who finds a thing somewhere, and things counted together."""
 
     def __init__(self, draw: random.Random) -> None:
         self.name, self.friend = draw.sample(NAMES, 2)
         self.colour, self.thing = draw.choice(COLOURS), draw.choice(THINGS)
-        self.counted, self.place = draw.choice(COUNTED), draw.choice(PLACES)
+        self.counted, self.location = draw.choice(COUNTED), draw.choice(LOCATIONS)
         self.first, self.more = draw.randint(1, 9), draw.randint(1, 9)
         goes = draw.choice(["goes", "walks"])
         finds = draw.choice(["finds", "sees"])
         self.text = (
-            f"{self.name} {goes} to the {self.place}. There {self.name} {finds} a "
+            f"{self.name} {goes} to the {self.location}. There {self.name} {finds} a "
             f"{self.colour} {self.thing} and {self.first} {self.counted}. Then "
             f"{self.friend} brings {self.more} {self.counted} for {self.name}."
         )
 
 
 def story(draw: random.Random) -> str:
-    """A scene and how it goes on: what the base learns.
+    """Returns a scene and how it continues: what the base learns.
 
     Every word of the answers below occurs here. A token that training never showed has
-    next to no output embedding of its own, and no adapter can give it one.
+    next to no output embedding, and no adapter can give it one.
     """
     s = Scene(draw)
     ends = [
         f"Now {s.name} has {s.first + s.more} {s.counted}.",
-        f"The {s.colour} {s.thing} is at the {s.place}.",
+        f"The {s.colour} {s.thing} is at the {s.location}.",
         f"Zoe asks: Who gave {s.name} the {s.counted}? It was {s.friend}, of course.",
     ]
     draw.shuffle(ends)
@@ -71,14 +71,14 @@ def story(draw: random.Random) -> str:
 
 
 def question(draw: random.Random) -> dict[str, str]:
-    """A scene, a question about it, and the answer in one fixed style: task 2."""
+    """Returns a scene with a question, and the answer in one fixed style: task 2."""
     s = Scene(draw)
-    asked, answer = draw.choice(
+    text, answer = draw.choice(
         [
-            (f"Where is {s.name}?", f"{s.name} is at the {s.place}"),
+            (f"Where is {s.name}?", f"{s.name} is at the {s.location}"),
             (
-                f"What is at the {s.place}?",
-                f"The {s.colour} {s.thing} is at the {s.place}",
+                f"What is at the {s.location}?",
+                f"The {s.colour} {s.thing} is at the {s.location}",
             ),
             (
                 f"How many {s.counted} does {s.name} have?",
@@ -88,18 +88,18 @@ def question(draw: random.Random) -> dict[str, str]:
         ]
     )
     return {
-        "prompt": f"{s.text}\nQ: {asked}\nA:",
+        "prompt": f"{s.text}\nQ: {text}\nA:",
         "completion": f" {answer}, of course.",
     }
 
 
 def distinct_questions(draw: random.Random, count: int) -> list[dict[str, str]]:
-    """Questions about scenes that are all different."""
-    found: dict[str, dict[str, str]] = {}
-    while len(found) < count:
+    """Returns questions about scenes that are all different."""
+    by_scene: dict[str, dict[str, str]] = {}
+    while len(by_scene) < count:
         row = question(draw)
-        found.setdefault(row["prompt"].split("\n")[0], row)
-    return list(found.values())
+        by_scene.setdefault(row["prompt"].split("\n")[0], row)
+    return list(by_scene.values())
 
 
 # --- The base: a Llama trained on stories, in Hugging Face form ---
@@ -128,19 +128,21 @@ def make_tokenizer(texts: list[str], path: Path) -> Tokenizer:
     return tokenizer
 
 
-def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
-    """Trains all parameters of a small Llama on stories; returns a summary."""
-    draw = random.Random(1)
-    texts = [story(draw) for _ in range(STORIES)]
-    tokenizer = make_tokenizer(texts[:2000], directory / "tokenizer")
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens, each row padded with its end [N, T], and their numbers [N]."""
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    length = max(map(len, rows)) + 1
-    end = tokenizer.token_to_id("</s>")
-    tokens = np.full((len(rows), length), end, np.int32)
-    for at, row in enumerate(rows):
-        tokens[at, : len(row)] = row
     counts = np.array([len(row) for row in rows])
-    config = LlamaConfig.from_hf(
+    tokens = np.full(
+        (len(rows), counts.max() + 1), tokenizer.token_to_id("</s>"), np.int32
+    )
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return tokens, counts
+
+
+def make_config(tokenizer: Tokenizer) -> LlamaConfig:
+    """Returns the configuration of the small Llama."""
+    return LlamaConfig.from_hf(
         {
             "model_type": "llama",
             "vocab_size": tokenizer.get_vocab_size(),
@@ -152,9 +154,18 @@ def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
             "tie_word_embeddings": True,
             "initializer_range": 0.05,  # 0.02 suits wider models; this learns faster
             "bos_token_id": tokenizer.token_to_id("<s>"),
-            "eos_token_id": end,
+            "eos_token_id": tokenizer.token_to_id("</s>"),
         }
     )
+
+
+def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
+    """Trains all parameters of a small Llama on stories; returns a summary."""
+    draw = random.Random(1)
+    texts = [story(draw) for _ in range(STORIES)]
+    tokenizer = make_tokenizer(texts[:2000], directory / "tokenizer")
+    tokens, counts = tokenize(tokenizer, texts)
+    config = make_config(tokenizer)
     model = Llama(config, Compute(dtype="float32", remat="none"))
     params: Any = model.init(jax.random.key(0), tokens[:1, :4])["params"]
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
@@ -166,7 +177,7 @@ def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
             logits[:, :-1], tokens[:, 1:]
         )
         # The end of the text is learned, what pads the row behind it is not.
-        real = jnp.arange(1, length)[None] <= counts[:, None]
+        real = jnp.arange(1, tokens.shape[1])[None] <= counts[:, None]
         return jnp.where(real, losses, 0.0).sum() / real.sum()
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -178,7 +189,7 @@ def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
     moments = optimizer.init(params)
     losses = []
     for index in range(steps):
-        start = index * batch_size % (len(rows) - batch_size + 1)
+        start = index * batch_size % (len(tokens) - batch_size + 1)
         batch = slice(start, start + batch_size)
         params, moments, loss = step(params, moments, tokens[batch], counts[batch])
         losses.append(loss)
@@ -198,7 +209,7 @@ def main() -> None:
     """Writes the model and the questions."""
     parser = argparse.ArgumentParser(description="Make a story model and questions.")
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="directory to put three things in")
+    add("--output", type=Path, required=True, help="directory to write them to")
     add("--steps", type=int, default=800, help="training of the base (steps)")
     add("--questions", type=int, default=3000, help="in train.jsonl (rows)")
     add("--held-out", type=int, default=100, help="in held_out.jsonl (rows)")
