@@ -437,7 +437,7 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
         assert len(row["text"].split()) == 4
         assert row["prompt"] + row["text"] in said
     # The last sample is what the saved adapter writes.
-    monkeypatch.setattr("convert.tokenizer.load_tokenizer", lambda path: Words())
+    monkeypatch.setattr("qlora_jax.runs.loading.load_tokenizer", lambda path: Words())
     capsys.readouterr()
     args = ["generate", str(tmp_path / "run"), "--prompt", "7 8"]
     assert main([*args, "--max-new-tokens", "4"]) == 0
