@@ -1,4 +1,4 @@
-"""What a run changes in its base's config.json, and where it goes from there."""
+"""Changes that a run makes to its base's config.json follow its adapter."""
 
 import dataclasses
 import json
@@ -82,12 +82,12 @@ def test_fields_are_changed_and_restored(tiny):
         ("[]", r"model: must be an object, got \[\]"),
     ],
 )
-def test_what_cannot_be_changed_is_refused(tiny, changes, message):
+def test_changes_that_are_not_supported_are_refused(tiny, changes, message):
     with pytest.raises(UserError, match=message):
         change(LlamaConfig.from_hf(tiny), changes, "model")
 
 
-def test_settings_are_checked_where_they_are_given():
+def test_the_settings_of_a_run_are_checked_at_construction():
     with pytest.raises(UserError, match="model: rope type 'dynamic' is not supported"):
         ModelConfig("base", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UserError, match="must be a positive integer, got -1"):
@@ -100,7 +100,7 @@ def test_settings_are_checked_where_they_are_given():
     assert ModelConfig("base").config_changes == {}
 
 
-def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
+def test_changes_are_saved_with_an_adapter_and_apply_wherever_it_is_used(
     tiny, tiny_model, make_adapter, tmp_path
 ):
     plain = make_adapter(tiny)
@@ -155,7 +155,7 @@ def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
         open_adapter(place)
 
 
-def test_rows_beyond_the_models_length_are_said(tiny, capsys):
+def test_rows_longer_than_the_context_are_reported(tiny, capsys):
     config = LlamaConfig.from_hf(tiny)
     _note_length(config, 32)
     assert not capsys.readouterr().err
