@@ -21,7 +21,8 @@ from qlora_jax.runs.checkpoint import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
-from qlora_jax.training.step import TrainConfig, TrainState
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import TrainState
 
 # Fields of a LoraConfig that say where its base is found, and which it was.
 _OF_THE_BASE = (

@@ -11,7 +11,7 @@ from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.directory import kept_settings, run_of, run_settings, template_text
 from qlora_jax.runs.loading import quantizes_lm_head, resolve_auto
 from qlora_jax.runs.toml import to_toml
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 MESSAGES = {"path": "rows.jsonl", "format": "messages"}
 

@@ -38,7 +38,8 @@ from qlora_jax.runs.evaluation import (
 from qlora_jax.runs.metrics import Watch, read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.step import TrainConfig, jit_eval
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import jit_eval
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 24

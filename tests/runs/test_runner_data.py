@@ -24,7 +24,7 @@ from qlora_jax.runs.config import (
 )
 from qlora_jax.runs.directory import alone
 from qlora_jax.runs.metrics import Watch
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7
