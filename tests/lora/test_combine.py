@@ -419,13 +419,11 @@ def test_what_replaces_otherwise_is_refused_by_name(models):
     plain = LORAS["plain"]
     one = (HEADS, draw(base, HEADS, 0), 1.0)
     for other in ((HEADS, draw(base, HEADS, 1), 1.0), (plain, draw(base, plain), 1.0)):
-        message = (
-            r"lm_head.weight` is trained whole.*adapter 0 and adapter 1 do not agree"
-        )
+        message = r"lm_head.weight` is trained in full.*differs between adapter 0 and adapter 1"
         with pytest.raises(UserError, match=message):
             combine_adapters([one, other], base)
     rows = (ROWS, draw(base, ROWS, 0), 1.0)
-    message = r"embed_tokens.trainable_tokens_delta` is trained whole.*may only be the"
+    message = r"embed_tokens.trainable_tokens_delta` is trained in full.*must have the same"
     with pytest.raises(UserError, match=message):
         combine_adapters([rows, (ROWS, draw(base, ROWS, 1), 1.0)], base)
     other = dataclasses.replace(ROWS, trainable_token_indices=(1, 3))
@@ -439,7 +437,7 @@ def test_biases_of_the_base_that_go_with_other_modules_are_refused(golden):
     two = dataclasses.replace(one, target_modules=("k_proj",))
     same = (one, draw(base, one), 1.0)
     assert combine_adapters([same, same], base)[0].bias == "lora_only"
-    with pytest.raises(UserError, match=r"q_proj.bias` is trained whole"):
+    with pytest.raises(UserError, match=r"q_proj.bias` is trained in full"):
         combine_adapters([same, (two, draw(base, two), 1.0)], base)
     # Biases that none of them trains are trained by none, whatever their settings say.
     base["model"]["layers"]["mlp"]["up_proj"].pop("bias")
@@ -450,7 +448,7 @@ def test_biases_of_the_base_that_go_with_other_modules_are_refused(golden):
     parts[1][1]["lm_head"] = parts[0][1]["lm_head"]
     assert combine_adapters(parts, base)[0].bias == "none"
     none = dataclasses.replace(two, bias="none")
-    with pytest.raises(UserError, match=r"q_proj.bias` is trained whole"):
+    with pytest.raises(UserError, match=r"q_proj.bias` is trained in full"):
         combine_adapters([same, (none, draw(base, none), 1.0)], base)
 
 
@@ -514,7 +512,7 @@ def test_an_absorbed_adapter_can_be_combined(models):
     "weights, options, message",
     [
         ((1.0,), {"method": "linear"}, "`method` must be 'cat' or 'svd', got 'linear'"),
-        ((1.0,), {"r": 4}, "`r` goes with the method 'svd' .*--method"),
+        ((1.0,), {"r": 4}, "`r` needs the method 'svd' .*--method"),
         (("one",), {}, "adapter 0: its weight must be a finite number, got 'one'"),
         ((1.0,), {"method": "svd", "r": 0}, "`r` must be a positive integer, got 0"),
         ((float("nan"),), {}, "adapter 0: its weight must be a finite number, got nan"),
@@ -749,7 +747,7 @@ def test_what_cannot_differ_from_row_to_row_is_refused(models):
     _, base = models[False]
     for lora, message in (
         (dataclasses.replace(HEADS, use_dora=True), "adapter 1: `use_dora` rescales"),
-        (HEADS, r"adapter 1: `lm_head.weight` replaces what the base has"),
+        (HEADS, r"adapter 1: `lm_head.weight` replaces a tensor of the base"),
         (ROWS, r"adapter 1: `model.embed_tokens.trainable_tokens_delta` replaces"),
         (
             LoraConfig(r=2, init_lora_weights="pissa"),
@@ -784,7 +782,7 @@ def test_a_tree_that_is_no_stack_is_refused(models):
     _, base = models[False]
     for name in ("plain", "tables"):
         bound = bind(draw(base, LORAS[name]), base, LORAS[name])
-        with pytest.raises(UserError, match="holds one adapter and no stack of them"):
+        with pytest.raises(UserError, match="has one adapter, not a stack"):
             with_rows(bound, [0])
 
 
@@ -793,10 +791,10 @@ def test_a_stack_without_rows_and_rows_of_another_batch_are_refused(models):
     for name in ("plain", "tables"):
         lora = LORAS[name]
         stack = stack_adapters([(lora, draw(base, lora))], base)
-        message = r"stack of 1 adapters, .*`with_rows\(stack, rows\)`"
+        message = r"stack of 1 adapters without row indices.*`with_rows\(stack, rows\)`"
         with pytest.raises(UserError, match=message):
             logits(config, base, stack)
-        message = r"adapters of 3 rows, and the batch is of shape \[4, 9"
+        message = r"adapters of 3 rows, and the batch has the shape \[4, 9"
         with pytest.raises(UserError, match=message):
             logits(config, base, with_rows(stack, [0, 0, 0]))
 

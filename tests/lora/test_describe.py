@@ -122,6 +122,6 @@ def test_a_name_is_spelled_out_where_every_end_means_another_too():
     assert shortest_ends(["b.q"], among=["b.q", "d.k"]) == ["q"]
     assert shortest_ends(names, among=names) == ["q"]
     assert shortest_ends(["a.b.q"], among=names) == ["a.b.q"]
-    message = "`b.q` cannot be named alone: `a.b.q` ends alike"
+    message = "`b.q` cannot be targeted without `a.b.q`"
     with pytest.raises(UserError, match=message):
         shortest_ends(["b.q"], among=names)

@@ -890,9 +890,7 @@ def test_a_tree_of_another_configuration_is_refused(name):
 
     (module, leaf), value = next(iter(leaves(trained(case))))
     full = f"{module}.{leaf}".replace(".", r"\.")
-    begin = (
-        "The adapter tree is not the one its LoRA configuration describes for this m"
-    )
+    begin = "The adapter tree does not fit its LoRA configuration on this m"
     with pytest.raises(UserError, match=f"{begin}odel: no {full}"):
         broken(lambda t: get(t, module).pop(leaf))()
     with pytest.raises(UserError, match=rf"unexpected {module}\.lora_C"):

@@ -306,7 +306,9 @@ def test_rows_start_as_the_rows_of_the_table(tied):
 
 def test_a_packed_tensor_cannot_be_trained_whole():
     lora = config("q_proj", modules_to_save=("layers.0.mlp.up_proj",))
-    message = "train `model.layers.mlp.up_proj.weight` whole, and it is packed in 4 bit"
+    message = (
+        "trains `model.layers.mlp.up_proj.weight` in full, and it is packed in 4 b"
+    )
     with pytest.raises(UserError, match=f"{message}.*quantization='none'"):
         start(lora, packed=True)
 
@@ -597,7 +599,9 @@ def test_loftq_where_nothing_was_lost_or_nothing_is_known_is_refused():
         UserError, match="`model.layers.0.self_attn.q_proj.weight` is n"
     ):
         init_adapters(jax.random.key(0), base(), lora, original=unquantized)
-    with pytest.raises(UserError, match="'loftq' needs the unquantized weights beside"):
+    with pytest.raises(
+        UserError, match="'loftq' needs the unquantized weights as well"
+    ):
         init_adapters(jax.random.key(0), base(packed=True), lora)
     head = config("q_proj", "lm_head", init_lora_weights="loftq", r=4)
     with pytest.raises(UserError, match="`lm_head.weight` is not quantized"):

@@ -81,7 +81,7 @@ def test_all_else_is_refused_and_all_of_it_named():
     with pytest.raises(UserError) as caught:
         meet(r=16, use_dora=True, lora_alpha=1, bias="all", target_modules=("q_proj",))
     text = str(caught.value)
-    assert "`adapter` is an adapter with settings of its own" in text
+    assert "The adapter `adapter` has its own settings, which these contradict" in text
     assert "`r`=16 (the adapter's: 4)" in text
     assert "`use_dora`=True (the adapter's: False)" in text
     assert "`target_modules`=('q_proj',) (the adapter's: ('q_proj', 'k_proj'" in text
@@ -100,7 +100,7 @@ def test_all_else_is_refused_and_all_of_it_named():
 )
 def test_what_would_be_another_adapter(given):
     (name,) = given
-    with pytest.raises(UserError, match=f"given: `{name}`="):
+    with pytest.raises(UserError, match=f"contradict: `{name}`="):
         meet(**given)
 
 
