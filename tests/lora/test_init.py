@@ -18,6 +18,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.tree import PROJECTIONS, dotted
+from tests.lora.reference import draw
 
 L, D, F, K, V = 3, 64, 96, 32, 50
 CONFIG = LlamaConfig(
@@ -454,23 +455,10 @@ def weights(lora, tree, frozen):
     return out
 
 
-def moved(tree, lora, frozen, seed=0):
+def moved(tree, lora, frozen):
     """Adapters after training: every used number has changed."""
-    rng = np.random.default_rng(seed)
-    tree = jax.tree.map(np.array, tree)
-    for a in select(frozen, lora).adapted:
-        node = tree
-        for part in a.path:
-            node = node.get(part, {})
-        for i, rank in enumerate(a.ranks):
-            at = () if a.layers is None else i
-            for name, leaf in node.items():
-                if name.endswith("_A"):
-                    place = leaf[at][:rank]
-                elif name.endswith("_B"):
-                    place = leaf[at][:, :rank]
-                place += 0.1 * rng.standard_normal(place.shape).astype(np.float32)
-    return jax.tree.map(jnp.asarray, tree)
+    change = draw(frozen, lora, spread=0.1)
+    return jax.tree.map(lambda leaf, step: jnp.asarray(leaf + step), tree, change)
 
 
 @pytest.mark.parametrize(
