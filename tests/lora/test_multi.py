@@ -142,9 +142,9 @@ def test_bf16_rows_are_as_near_as_bf16_allows(models):
     got = logits(config, base, stack, dtype="bfloat16")
     narrow = by_row(config, base, parts, rows, dtype="bfloat16")
     exact = by_row(config, base, parts, rows)
-    for row, alone, want in zip(got, narrow, exact, strict=True):
+    for row, single, want in zip(got, narrow, exact, strict=True):
         # No further from the float32 result than twice what bf16 is without a stack.
-        assert np.abs(row - want).max() <= 2 * np.abs(alone - want).max()
+        assert np.abs(row - want).max() <= 2 * np.abs(single - want).max()
 
 
 def test_generation_is_that_of_each_row_alone(models):
@@ -333,11 +333,11 @@ def test_a_trained_adapter_and_its_base_in_one_batch(shared_data):
     tokens = np.tile(np.asarray([[1, 403, 407, 261, 378, 300]], np.int32), (4, 1))
     got = np.asarray(logits(config, base, with_rows(stack, [-1, 0, 1, 2]), tokens))
     plain = logits(config, base, None, tokens[:1])
-    own = logits(config, base, bind(tree, base, lora), tokens[:1])
+    adapted = logits(config, base, bind(tree, base, lora), tokens[:1])
     # These logits reach 13; as close as stored outputs of other libraries are held to.
     close = 3e-5
     np.testing.assert_allclose(got[0], plain[0], atol=close)
-    np.testing.assert_allclose(got[1], own[0], atol=close)
-    np.testing.assert_allclose(got[2], own[0], atol=close)
+    np.testing.assert_allclose(got[1], adapted[0], atol=close)
+    np.testing.assert_allclose(got[2], adapted[0], atol=close)
     assert np.abs(got[3] - got[1]).max() > 100 * LOGITS
     assert HEAD not in select(base, lora).shapes()

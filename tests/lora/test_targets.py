@@ -251,14 +251,14 @@ def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_linear_modules_are_the_projections_and_an_untied_head(tied, quantized):
-    found = linear_modules(base(tied=tied, quantized=quantized))
+    linears = linear_modules(base(tied=tied, quantized=quantized))
     stack = ("model", "layers")
-    assert found[(*stack, "mlp", "down_proj")] == (D, F, L)
-    assert found[(*stack, "self_attn", "k_proj")] == (K, D, L)
-    assert (("lm_head",) in found) is not tied
-    assert len(found) == 7 + (not tied)
+    assert linears[(*stack, "mlp", "down_proj")] == (D, F, L)
+    assert linears[(*stack, "self_attn", "k_proj")] == (K, D, L)
+    assert (("lm_head",) in linears) is not tied
+    assert len(linears) == 7 + (not tied)
     if not tied:
-        assert found[("lm_head",)] == (V, D, None)
+        assert linears[("lm_head",)] == (V, D, None)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -649,7 +649,7 @@ def test_tying_ignores_layers_and_an_exclusion_of_the_head():
 @pytest.mark.parametrize(
     "fields, embed, head",
     [
-        # The embedding's rank for both, each side's own scaling, by its own name.
+        # The embedding's rank for both, each with the scaling of its name.
         (dict(rank_pattern={"embed_tokens": 2}), (2, 3.0), (2, 1.5)),
         (dict(rank_pattern={"lm_head": 2}), (4, 1.5), (4, 3.0)),
         (
