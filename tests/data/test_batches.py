@@ -142,7 +142,7 @@ def test_the_end(tmp_path):
         batches[2]
     endless = batches_of(tmp_path, [2, 3])
     endless[10_000]
-    with pytest.raises(TypeError, match="no end; give `steps` or `epochs`"):
+    with pytest.raises(TypeError, match="no end; set `steps` or `epochs`"):
         len(endless)
     with pytest.raises(IndexError, match="batch -1 of endlessly many"):
         endless[-1]

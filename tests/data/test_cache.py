@@ -189,7 +189,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, rows, what, count_encodings):
 
 def test_rows_that_cannot_be_used_leave_nothing_behind(tmp_path, rows):
     rows.write_text(rows.read_text() + '\n{"prompt": 3, "completion": ""}')
-    with pytest.raises(UserError, match=r":701: field `prompt` must be text"):
+    with pytest.raises(UserError, match=r":701: field `prompt` must be a string"):
         load(config_of(rows, tmp_path / "cache"))
     assert caches(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.partial"))
@@ -270,7 +270,7 @@ def test_auto_is_beside_the_run(tmp_path, rows):
     config = config_of(rows, "auto")
     load(config, run_directory=tmp_path / "run")
     assert len(caches(tmp_path / "run.data")) == 1
-    with pytest.raises(UserError, match="'auto' is beside the directory of a run, and"):
+    with pytest.raises(UserError, match="'auto' is named after a run directory"):
         load(config)
 
 

@@ -173,11 +173,15 @@ def test_without_a_template_the_error_says_where_to_get_one(template):
 
 
 def test_a_template_that_is_no_template_is_refused_once(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer's chat template is no valid.*: l"):
+    with pytest.raises(
+        UserError, match=r"tokenizer's chat template is not a valid.*: l"
+    ):
         ChatRenderer(byte_tokenizer("{% for m in messages %}{{ m['role'] "))
     file = tmp_path / "chat.jinja"
     file.write_text("line\n{% nonsense %}")
-    with pytest.raises(UserError, match=r"chat\.jinja is no valid Jinja .* line 2: "):
+    with pytest.raises(
+        UserError, match=r"chat\.jinja is not a valid Jinja .* line 2: "
+    ):
         ChatRenderer(byte_tokenizer(), str(file))
 
 
@@ -218,11 +222,11 @@ def test_messages_are_kept_as_they_are():
         ({"messages": []}, r"`messages` must be a non-empty list .* an empty list"),
         ({"messages": {}}, r"`messages` must be a non-empty list .* got dict"),
         ({"messages": ["hi"]}, r"turn 1 of `messages` must be an object, got str"),
-        ({"messages": [{"content": "x"}]}, r"needs a text `role` .* `content`"),
-        ({"messages": [{"role": "user"}]}, r"needs a text `content` .* got NoneType"),
+        ({"messages": [{"content": "x"}]}, r"needs a string `role` .* `content`"),
+        ({"messages": [{"role": "user"}]}, r"needs a string `content` .* got NoneType"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"turn 1 of `messages` \(user\) needs a text `content` .* got list",
+            r"turn 1 of `messages` \(user\) needs a string `content` .* got list",
         ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
@@ -231,7 +235,7 @@ def test_messages_are_kept_as_they_are():
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"is `from` \['gpt'\]"),
         (
             {"conversations": [{"from": "human", "text": "x"}]},
-            r"needs a text `content` \(ShareGPT: `value`\), got NoneType",
+            r"needs a string `content` \(ShareGPT: `value`\), got NoneType",
         ),
     ],
 )

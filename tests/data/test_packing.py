@@ -74,5 +74,5 @@ def test_a_hundred_thousand_examples_take_a_couple_of_seconds():
 
 @pytest.mark.parametrize("bad", [0, 9, -1])
 def test_an_example_that_cannot_lie_in_a_row_is_refused(bad):
-    with pytest.raises(UserError, match=rf"lie in 1\.\.8 .* got {bad} for example 2"):
+    with pytest.raises(UserError, match=rf"be in 1\.\.8 .* got {bad} for example 2"):
         pack(np.array([1, 8, bad]), 8)

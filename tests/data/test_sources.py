@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import DataConfig, load_examples
-from qlora_jax.data.sources import find_places
+from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import Problems, UserError
 
 ROWS = [{"text": f"row {n} " + "x" * n} for n in range(1, 40)]
@@ -59,8 +59,8 @@ def load(tokenizer):
 
 def rows_of(path, split=None):
     problems = Problems()
-    places = find_places(path, split=split, plain_text=False)
-    found = [row for place in places for row in place.open(problems).rows]
+    sources = list_sources(path, split=split, plain_text=False)
+    found = [row for source in sources for row in source.open(problems).rows]
     problems.raise_if_any()
     return found
 
@@ -92,7 +92,7 @@ def test_a_compressed_book_is_one_document(tmp_path, load):
 )
 def test_a_damaged_compressed_file_is_refused(tmp_path, load, content):
     (tmp_path / "x.jsonl.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.jsonl\.gz is damaged or no gzip file"):
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz is damaged or not a gzip file"):
         load(tmp_path / "x.jsonl.gz")
 
 
@@ -140,7 +140,9 @@ def test_everything_that_is_not_there_is_said_at_once(tmp_path, jsonl, load):
 
 
 def test_a_directory_of_files_needs_a_pattern(tmp_path, jsonl, load):
-    with pytest.raises(UserError, match=r"is a directory, and none .*/\*\.jsonl'"):
+    with pytest.raises(
+        UserError, match=r"is a directory that `datasets` did not .*/\*\.jsonl'"
+    ):
         load(tmp_path)
 
 
@@ -165,7 +167,7 @@ def test_every_bad_row_is_listed_and_the_good_ones_do_not_hide_them(tmp_path, lo
         load(tmp_path / "x.jsonl")
     message = str(error.value)
     assert message.startswith("3 problems with the data:\n")
-    assert ":4: field `text` must be text, got int" in message
+    assert ":4: field `text` must be a string, got int" in message
     assert ":701: malformed JSON" in message
     assert ":1000: a row must be a JSON object, got list" in message
 
