@@ -11,7 +11,7 @@ of the source's rows it is, are functions of `p`, so a mixture resumes like a si
 source: from one number. Rows come in blocks of a fixed size. When `n` rows are
 complete, the first `i` sources have contributed `floor(n * W_i + 1/2)` of them, where
 `W_i` is the sum of their shares, so each stays within one row of its share however long
-the run is. Inside a block the sources are shuffled or, without shuffling, spread evenly.
+the run is. Inside a block the sources are shuffled, or spread evenly.
 """
 
 import dataclasses
