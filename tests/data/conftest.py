@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.examples import load_examples
 
 
 def _byte_tokenizer(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.batches import Batches, eval_batches, prefetch
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 PAD = 7

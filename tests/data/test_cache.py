@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.data import Batches, DataConfig, Source, examples, load_examples
+from qlora_jax.data import examples
 from qlora_jax.data.arrays import MappedExamples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig, Source
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +201,9 @@ def test_the_next_process_clears_what_a_killed_process_left(
     program = f"""
 import os, signal
 from transformers import PreTrainedTokenizerFast
-from qlora_jax.data import DataConfig, arrays, load_examples
+from qlora_jax.data import arrays
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 real = arrays.Sink.add
 count = 0
 def add(self, tokens, labels):
@@ -272,7 +277,9 @@ _MEASURE = """
 import json, re, sys
 import numpy as np
 from transformers import PreTrainedTokenizerFast
-from qlora_jax.data import Batches, DataConfig, load_examples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

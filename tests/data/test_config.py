@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 
 

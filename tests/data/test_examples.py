@@ -8,8 +8,9 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 # --- prompt and completion ---

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import Problems, UserError
 
