@@ -144,6 +144,6 @@ def check_weights(
         raise UserError(
             f"`{path}` has no {', '.join(lost)}, which your modules need. Train them "
             "in full, so that the adapter holds them (`modules_to_save`), or save a "
-            "base that has them: `model, base = add_parameters(model, base, key)`, then "
-            "`convert.save_llama(directory, model.config, base)`."
+            "base that has them: `model, base = add_parameters(model, base, key)`, "
+            "then `convert.save_llama(directory, model.config, base)`."
         )
