@@ -28,7 +28,7 @@ from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError, say
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.overrides import (
@@ -274,7 +274,7 @@ class _Settings:
         options = {name: getattr(command, name) for name in names}
         options = {name: value for name, value in options.items() if value is not None}
         return cls(
-            config=change(_read_config_json(Path(path)), model.config_changes),
+            config=apply_changes(_read_config_json(Path(path)), model.config_changes),
             model=dataclasses.replace(model, **options),
             lora=lora,
             train=_single_step(train, batch_size, accumulation),

@@ -364,14 +364,14 @@ def test_lora_settings_that_contradict_the_initial_adapter_are_refused(
 def test_the_help_explains_which_settings_apply(cli):
     status, text, _ = cli("train", "--help")
     text = " ".join(text.replace("│", " ").split())
-    assert status == 0 and "`[lora]` is then the adapter's own" in text
+    assert status == 0 and "Its configuration replaces `[lora]`" in text
 
 
 def test_the_help_joins_lines_and_hides_what_only_runs_set(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     # Each is in two lines of the source.
     sentences = {
-        "train": "       auto = the fastest that fits the device. (default: full) ",
+        "train": " auto = the fastest policy that fits the device. (default: full) ",
         "inspect": " win; or an adapter or run directory, whose own LoRA ",
     }
     for command, sentence in sentences.items():

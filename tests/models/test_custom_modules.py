@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.directory import kept_settings, run_of, run_settings, template_text
