@@ -17,8 +17,6 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.config import DataConfig, name_of
 from qlora_jax.data.examples import load_examples
 from qlora_jax.data.mixture import Mixture
@@ -50,6 +48,7 @@ class Eval(ModelOptions):
           UserError: data that cannot be read, or that changed since a run held it out.
         """
         from qlora_jax.runs.directory import run_of
+        from qlora_jax.runs.evaluation import Loss, measure
 
         model = self.load()
         run = run_of(Path(self.path))
@@ -78,63 +77,6 @@ class Eval(ModelOptions):
             **sum(totals.values(), Loss()).report(),
             "sources": {name: total.report() for name, total in totals.items()},
         }
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss summed over supervised tokens."""
-
-    total: float = 0.0
-    """Nats."""
-    tokens: int = 0
-    """Supervised tokens."""
-    rows: int = 0
-
-    def __add__(self, other: Loss) -> Loss:
-        """Returns the loss over both."""
-        return Loss(
-            self.total + other.total, self.tokens + other.tokens, self.rows + other.rows
-        )
-
-    def report(self) -> dict[str, Any]:
-        """Returns the numbers to print; `loss` is in nats per supervised token."""
-        from qlora_jax.runs.evaluation import perplexity
-
-        loss = self.total / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "supervised_tokens": self.tokens,
-            "rows": self.rows,
-        }
-
-
-def measure(
-    model: Model, examples: Examples, data: DataConfig, batch_size: int
-) -> Loss:
-    """Sums the loss of all examples of one source.
-
-    Args:
-      model: the model.
-      examples: loaded with `data`.
-      data: how they are laid out in rows.
-      batch_size: rows at a time.
-
-    Raises:
-      UserError: `batch_size` is not a positive integer.
-    """
-    from qlora_jax.runs.evaluation import held_out_loss
-    from qlora_jax.training.step import jit_eval
-
-    batches = eval_batches(
-        examples,
-        data,
-        batch_size=batch_size,
-        pad_token_id=model.config.pad_token_id or 0,
-    )
-    adapters = model.variables.get("lora", {})
-    total, tokens = held_out_loss(jit_eval(model.module), adapters, model.base, batches)
-    return Loss(total, tokens, len(examples))
 
 
 def from_arguments(args: Sequence[str]) -> Eval:
