@@ -17,7 +17,7 @@ import tyro
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.config import Sampling
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
