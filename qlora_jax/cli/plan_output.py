@@ -8,16 +8,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qlora_jax.errors import UserError, readable_bytes, say
 from qlora_jax.planning.plan import ALLOWANCE, Plan, Planner, Policy
 from qlora_jax.planning.step import Step
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _LABELS = {
     "base": "frozen weights",
@@ -151,7 +148,7 @@ def draw_memory(
     return path
 
 
-def _label_axes(axes: Axes, planner: Planner, plan: Plan) -> None:
+def _label_axes(axes: Any, planner: Planner, plan: Plan) -> None:
     limit = planner.card.memory_bytes / 1e9
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(
