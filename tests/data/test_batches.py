@@ -234,35 +234,36 @@ def test_prefetch_gives_the_same_batches_in_order(tmp_path):
     assert not threads()
 
 
+class Numbered:
+    """Batches that hold their index; records which are made."""
+
+    def __init__(self, bad_index=None):
+        self.made, self._bad_index = [], bad_index
+
+    def __getitem__(self, index):
+        if index == self._bad_index:
+            raise UserError(f"row {index} is bad")
+        self.made.append(index)
+        return {"tokens": np.array([index], np.int32)}
+
+
 def test_prefetch_works_ahead_by_its_depth():
-    made = []
-
-    class Source:
-        def __getitem__(self, index):
-            made.append(index)
-            return {"tokens": np.array([index], np.int32)}
-
-    stream = prefetch(Source(), 0, 100, depth=3)
-    assert made == []  # nothing runs before the first batch is asked for
+    batches = Numbered()
+    stream = prefetch(batches, 0, 100, depth=3)
+    assert batches.made == []  # nothing runs before the first batch is due
     next(stream)
     deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:
+    while len(batches.made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert made == [0, 1, 2, 3]
+    assert batches.made == [0, 1, 2, 3]
     stream.close()
 
 
 def test_prefetch_raises_where_the_batch_is_due():
-    class Source:
-        def __getitem__(self, index):
-            if index == 3:
-                raise UserError("row 3 is bad")
-            return {"tokens": np.array([index], np.int32)}
-
     seen = []
     with pytest.raises(UserError, match="row 3 is bad"):
-        for batch in prefetch(Source(), 0, 10):
+        for batch in prefetch(Numbered(bad_index=3), 0, 10):
             seen.append(int(batch["tokens"][0]))
     assert seen == [0, 1, 2]
     assert not threads()

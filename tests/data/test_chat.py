@@ -143,20 +143,27 @@ def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused(chat_tokeni
         ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
 
 
-def test_a_refusal_of_the_template_names_the_row(chat_tokenizer):
-    renderer = ChatRenderer(chat_tokenizer(template=TEMPLATES["mistral"][0]))
-    turns = [{"role": "system", "content": "x"}]
-    with pytest.raises(UserError, match=r"f:7: .* \(system\): no such role"):
-        renderer.text(turns, where="f:7")
-
-
-def test_a_row_the_template_cannot_print_names_the_row(chat_tokenizer):
-    renderer = ChatRenderer(
-        chat_tokenizer(template="{{ 'a' + messages[0].tool_calls[0] }}")
-    )
-    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}
-    with pytest.raises(UserError, match=r"f:7: .* \(assistant\): can only concatenate"):
-        renderer.text(to_messages(row, "f:7"), where="f:7")
+@pytest.mark.parametrize(
+    ("template", "turn", "message"),
+    [
+        (
+            TEMPLATES["mistral"][0],
+            {"role": "system", "content": "x"},
+            r"f:7: .* \(system\): no such role",
+        ),
+        (
+            "{{ 'a' + messages[0].tool_calls[0] }}",
+            {"role": "assistant", "content": None, "tool_calls": [1]},
+            r"f:7: .* \(assistant\): can only concatenate",
+        ),
+    ],
+)
+def test_turns_that_the_template_cannot_render_name_the_row(
+    chat_tokenizer, template, turn, message
+):
+    renderer = ChatRenderer(chat_tokenizer(template=template))
+    with pytest.raises(UserError, match=message):
+        renderer.text(to_messages({"messages": [turn]}, "f:7"), where="f:7")
 
 
 @pytest.mark.parametrize("template", [None, ""])

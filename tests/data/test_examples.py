@@ -55,28 +55,28 @@ def test_a_token_across_the_boundary_is_supervised_and_counted(
     assert "2 rows have a token across" in examples.report.summary()
 
 
-def test_templates_fill_prompt_and_completion_from_fields(write, load, decoded):
-    row = {"question": "{why}?", "n": 3, "turns": ["a", "b"]}
-    examples = load(
-        write([row]),
-        format="prompt_completion",
-        prompt="{{Q}} {question} {n}\n",
-        completion="{turns[1]}",
-    )
-    assert decoded(examples) == ("<s>{Q} {why}? 3\nb</s>", "b</s>")
-
-
-def test_a_constant_prompt_is_fine(write, load, decoded):
-    path = write([{"completion": "x"}])
-    examples = load(path, format="prompt_completion", prompt="Go: ")
-    assert decoded(examples) == ("<s>Go: x</s>", "x</s>")
-
-
-def test_train_on_all_supervises_the_prompt_too(write, load, decoded):
-    path = write([{"prompt": "ab", "completion": "c"}])
-    examples = load(path, format="prompt_completion", train_on="all")
-    assert decoded(examples) == ("<s>abc</s>", "abc</s>")
-    assert examples.report.supervised_tokens == 4
+@pytest.mark.parametrize(
+    ("row", "config", "expected"),
+    [
+        (
+            {"question": "{why}?", "n": 3, "turns": ["a", "b"]},
+            {"prompt": "{{Q}} {question} {n}\n", "completion": "{turns[1]}"},
+            ("<s>{Q} {why}? 3\nb</s>", "b</s>"),
+        ),
+        ({"completion": "x"}, {"prompt": "Go: "}, ("<s>Go: x</s>", "x</s>")),
+        (
+            {"prompt": "ab", "completion": "c"},
+            {"train_on": "all"},
+            ("<s>abc</s>", "abc</s>"),
+        ),
+    ],
+)
+def test_templates_fill_the_fields_and_train_on_all_supervises_the_prompt(
+    write, load, decoded, row, config, expected
+):
+    examples = load(write([row]), format="prompt_completion", **config)
+    assert decoded(examples) == expected
+    assert examples.report.supervised_tokens == len(expected[1].replace("</s>", "."))
 
 
 # --- BOS and EOS ---
@@ -302,6 +302,22 @@ def test_rows_that_lose_every_supervised_token_are_dropped(write, load):
     assert "dropped 1: every supervised token truncated" in report.summary()
 
 
+def test_dropped_and_truncated_rows_are_named(write, load):
+    rows = [
+        {"prompt": "ab", "completion": "cdefgh"},
+        {"prompt": "abcdefgh", "completion": "x"},
+        {"prompt": "a", "completion": ""},
+    ]
+    path = write(rows)
+    report = load(path, format="prompt_completion", max_length=6).report
+    assert report.places == {
+        "truncated": (f"{path}:1",),
+        "every supervised token truncated": (f"{path}:2",),
+        "empty completion": (f"{path}:3",),
+    }
+    assert f"every supervised token truncated ({path}:2)" in report.summary()
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_long_rows_can_be_dropped(write, load, decoded, packing):
     path = write([{"text": "0123456789"}, {"text": "ab"}])
@@ -523,6 +539,8 @@ def test_the_fingerprint_sees_labels(write, load):
 
 # --- real text ---
 
+GSM8K = dict(format="prompt_completion", prompt="{question}\n", completion="{answer}")
+
 
 @pytest.mark.real
 def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
@@ -530,14 +548,7 @@ def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
         rows = [json.loads(next(file)) for _ in range(200)]
     path = write(rows)
     for prompt in ("{question}\n", "Question: {question}\nAnswer:", "{question} "):
-        examples = load(
-            path,
-            mistral,
-            32000,
-            format="prompt_completion",
-            prompt=prompt,
-            completion="{answer}",
-        )
+        examples = load(path, mistral, 32000, **(GSM8K | {"prompt": prompt}))
         for index, row in enumerate(rows):
             tokens, labels = examples[index]
             supervised = mistral.decode(labels[labels != IGNORE])
@@ -555,12 +566,7 @@ def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
     [
         (
             "gsm8k/test.jsonl",
-            dict(
-                format="prompt_completion",
-                prompt="{question}\n",
-                completion="{answer}",
-                packing=True,
-            ),
+            GSM8K | {"packing": True},
             "efcb15b93915f1febd0869cbfdb45eb6651229dac2e503adc1499e6c31a6a3bf",
         ),
         (
@@ -577,34 +583,11 @@ def test_fingerprints_of_real_data_never_change(
     assert report.fingerprint == fingerprint
 
 
-def test_dropped_and_truncated_rows_are_named(write, load):
-    rows = [
-        {"prompt": "ab", "completion": "cdefgh"},
-        {"prompt": "abcdefgh", "completion": "x"},
-        {"prompt": "a", "completion": ""},
-    ]
-    path = write(rows)
-    report = load(path, format="prompt_completion", max_length=6).report
-    assert report.places == {
-        "truncated": (f"{path}:1",),
-        "every supervised token truncated": (f"{path}:2",),
-        "empty completion": (f"{path}:3",),
-    }
-    assert f"every supervised token truncated ({path}:2)" in report.summary()
-
-
 @pytest.mark.real
 def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
     start = time.process_time()
-    report = load(
-        str(shared_data / "text/gsm8k/train.jsonl"),
-        mistral,
-        32000,
-        format="prompt_completion",
-        prompt="{question}\n",
-        completion="{answer}",
-        packing=True,
-    ).report
+    path = shared_data / "text/gsm8k/train.jsonl"
+    report = load(path, mistral, 32000, packing=True, **GSM8K).report
     assert time.process_time() - start < 10  # 2 s are usual
     assert report.rows_read == report.rows_kept == report.supervised_eos == 7473
     assert report.packing_efficiency > 0.98 and report.tokens_lost == 0
@@ -614,14 +597,8 @@ def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
 def test_alpaca_rows_are_read_by_templates(load, shared_data, mistral):
     path = shared_data / "text/llms-from-scratch/instruction-data.json"
     rows = json.loads(path.read_text())
-    examples = load(
-        str(path),
-        mistral,
-        32000,
-        format="prompt_completion",
-        prompt="{instruction}\n{input}\n",
-        completion="{output}",
-    )
+    config = dict(prompt="{instruction}\n{input}\n", completion="{output}")
+    examples = load(path, mistral, 32000, format="prompt_completion", **config)
     assert len(examples) == len(rows) == 1100
     for index in (0, 1, 2, 1099):
         _, labels = examples[index]

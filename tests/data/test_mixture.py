@@ -239,11 +239,8 @@ def test_examples_that_complement_each_other_share_a_row():
     assert rows == [[0, 3], [1, 5], [2, 4]]
 
 
-def test_equal_lengths_keep_their_order():
+def test_packing_is_deterministic_and_equal_lengths_keep_their_order():
     assert pack(np.array([4, 4, 4, 4]), 8).order.tolist() == [0, 1, 2, 3]
-
-
-def test_packing_is_deterministic():
     lengths = np.random.default_rng(0).integers(1, 65, 1000)
     first, second = pack(lengths, 64), pack(lengths.copy(), 64)
     np.testing.assert_array_equal(first.order, second.order)

@@ -46,13 +46,13 @@ def rows_of(path, split=None):
 
 
 def test_compressed_files_are_the_same_rows(tmp_path, jsonl, load):
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
-    listed = tmp_path / "rows.json.gz"
-    listed.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
     expected = load(jsonl).report.fingerprint
-    assert load(packed).report.fingerprint == expected
-    assert load(listed).report.fingerprint == expected
+    for name, content in (
+        ("rows.jsonl.gz", jsonl.read_bytes()),
+        ("rows.json.gz", json.dumps(ROWS).encode()),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        assert load(tmp_path / name).report.fingerprint == expected
 
 
 def test_a_compressed_book_is_one_document(tmp_path, load):
@@ -85,13 +85,11 @@ def test_the_error_locates_a_bad_byte_far_into_a_file(tmp_path, load):
 # --- several files ---
 
 
-def test_several_files_or_a_pattern_are_a_single_source(tmp_path, jsonl, load):
-    names = []
-    for number, start in enumerate(range(0, len(ROWS), 10)):
-        path = tmp_path / f"part-{number}.jsonl"
-        part = ROWS[start : start + 10]
-        path.write_text("".join(json.dumps(row) + "\n" for row in part))
-        names.append(str(path))
+def test_several_files_or_a_pattern_are_a_single_source(write, tmp_path, jsonl, load):
+    names = [
+        write(ROWS[start : start + 10], f"part-{start}.jsonl")
+        for start in range(0, len(ROWS), 10)
+    ]
     expected = load(jsonl).report.fingerprint
     for paths in (tuple(names), tmp_path / "part-*.jsonl"):
         report = load(paths).report
