@@ -13,7 +13,7 @@ from qlora_jax.data.encoding import IGNORE
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
-from qlora_jax.models import llama
+from qlora_jax.models import layers, llama
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
@@ -94,7 +94,7 @@ def plain(lora=LORA):
 
 @pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
 def test_policies_agree_in_bfloat16(remat, monkeypatch):
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 16, "offload": 16})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 16, "offload": 16})
     narrow = {"dtype": "bfloat16"}
     expected = derive(adapters(), base(), batch(), remat="none", **narrow)
     # Programs that fuse differently round to bf16 (2^-9) in different places, a few
@@ -149,9 +149,9 @@ def test_a_chunked_mlp_computes_the_same(remat, tokens, chunk, more, monkeypatch
     lora = dataclasses.replace(LORA, **more)
     tree, params = adapters(lora, config), base(config)
     expected = derive(tree, params, batch(), lora=lora, config=config, remat="none")
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {remat: tokens})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {remat: tokens})
     if tokens == 7:
-        monkeypatch.setattr(llama, "_mlp_chunks", lambda *_: 7)
+        monkeypatch.setattr(llama, "mlp_chunks", lambda *_: 7)
     got = derive(tree, params, batch(), lora=lora, config=config, remat=remat)
     same(got, expected)
     assert widest(remat, config, lora) == chunk
@@ -159,27 +159,27 @@ def test_a_chunked_mlp_computes_the_same(remat, tokens, chunk, more, monkeypatch
 
 def test_the_number_of_chunks_divides_the_length_if_it_can():
     lengths = (4096, 8192, 78475, 917504)
-    counts = {n: llama._mlp_chunks(1, n, 4096) for n in lengths}
+    counts = {n: layers.mlp_chunks(1, n, 4096) for n in lengths}
     assert counts == {4096: 1, 8192: 2, 78475: 25, 917504: 224}
     assert 78475 % 25 == 0  # twenty would do, and leave five tokens over
-    assert llama._mlp_chunks(1, 131071, 16384) == 8  # a prime: one token is padding
+    assert layers.mlp_chunks(1, 131071, 16384) == 8  # a prime: one token is padding
     # Of 16 rows each chunk takes a part, at the least a token.
-    assert llama._mlp_chunks(16, 2048, 16384) == 2
-    assert llama._mlp_chunks(65536, 2, 4096) == 2
-    assert llama._mlp_chunks(1, 1 << 20, None) == 1
+    assert layers.mlp_chunks(16, 2048, 16384) == 2
+    assert layers.mlp_chunks(65536, 2, 4096) == 2
+    assert layers.mlp_chunks(1, 1 << 20, None) == 1
 
 
 def test_a_wider_mlp_has_smaller_chunks():
-    assert [llama.mlp_tokens(14336, r) for r in ("full", "offload")] == [16384, 4096]
-    assert [llama.mlp_tokens(28672, r) for r in ("full", "offload")] == [8192, 2048]
+    assert [layers.mlp_tokens(14336, r) for r in ("full", "offload")] == [16384, 4096]
+    assert [layers.mlp_tokens(28672, r) for r in ("full", "offload")] == [8192, 2048]
     for keeps in ("none", "save_matmuls"):
-        assert llama.mlp_tokens(14336, keeps) is None
+        assert layers.mlp_tokens(14336, keeps) is None
 
 
 def test_chunks_have_different_dropout_masks(monkeypatch):
     # Rows that are all alike: with one mask for all chunks their updates would be too.
     lora = dataclasses.replace(LORA, lora_dropout=0.5, target_modules=("down_proj",))
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 8})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 8})
     model = Llama(CONFIG, Compute("float32", lora=lora, remat="full"))
     variables = {"params": base(), "lora": adapters(lora)}
     tokens = jnp.full((1, 16), 7)
@@ -239,6 +239,6 @@ def test_a_packed_head_computes_as_its_dequantized_values():
 
 
 def test_unavailable_kernels_are_refused_in_chunks_too(monkeypatch):
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"offload": 16})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"offload": 16})
     with pytest.raises(UserError, match="kernels='pallas' cannot be used here: "):
         derive(adapters(), base(), batch(), remat="offload", kernels="pallas")
