@@ -4,7 +4,7 @@
 modules that read their weight from the "params" collection and trained arrays from the
 "lora" collection under the same path. A custom layer built from them can be adapted by
 naming its parts in `target_modules` or `modules_to_save`; there is no list of accepted
-modules.
+modules. `map_chunks` applies a layer to a few tokens at a time.
 
 The "lora" collection holds what `qlora_jax.lora.functional.bind` returns. A trained
 tree with one rank and scaling for all modules also works unbound; the scaling is then
@@ -13,7 +13,7 @@ that of `Compute.lora`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -433,3 +433,55 @@ def rms_norm(
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * _broadcast(weight, x)
+
+
+# Tokens per chunk of the MLP, by `Compute.remat`: enough for products at full speed,
+# few enough that [tokens, intermediate_size] does not limit the length of a row.
+_MLP_TOKENS = {"full": 16384, "offload": 4096}
+# These hold up to this width; a wider MLP takes fewer tokens, a power of two.
+_MLP_WIDTH = 16384
+
+
+def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
+    """Returns the most tokens per chunk of the MLP; None where nothing is chunked.
+
+    Policies that keep the MLP's inner results would not save memory by chunking.
+    """
+    limit = _MLP_TOKENS.get(remat)
+    if limit is None or intermediate_size <= _MLP_WIDTH:
+        return limit
+    return 1 << (limit * _MLP_WIDTH // intermediate_size).bit_length() - 1
+
+
+def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
+    """Returns the number of equal chunks of at most `limit` tokens each."""
+    if limit is None:
+        return 1
+    fewest = -(-rows * length // limit)
+    # A number that divides the length needs no padding, and so no padded copy.
+    divisors = (n for n in range(fewest, 2 * fewest) if length % n == 0)
+    return min(next(divisors, fewest), length)
+
+
+def map_chunks(
+    function: Callable[[Array, Array], Array],
+    x: Float[Array, "B T D"],
+    chunks: int,
+) -> Float[Array, "B T D"]:
+    """Applies (x, index of the chunk) -> y [..., D] chunk by chunk.
+
+    The derivative of a chunk recomputes its inner results, so those of one chunk are
+    all that is ever in memory. Arrays that `function` closes over are computed once. A
+    chunk is a part of every row, so devices that divide the rows stay independent.
+    """
+    rows, length, features = x.shape
+    size = -(-length // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, function(*chunk)
+
+    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
+    _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
+    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]

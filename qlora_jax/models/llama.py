@@ -40,7 +40,15 @@ from qlora_jax.models.attention import (
     rotate,
 )
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import Compute, Embed, Linear, RMSNorm
+from qlora_jax.models.layers import (
+    Compute,
+    Embed,
+    Linear,
+    RMSNorm,
+    map_chunks,
+    mlp_chunks,
+    mlp_tokens,
+)
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
 _POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -295,12 +303,12 @@ class Block(nn.Module):
         chunks = 1
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
-            chunks = _mlp_chunks(x.shape[0], x.shape[1], limit)
+            chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
         if chunks == 1:
             return x + mlp(norm(x))
         norm = norm.function(x.shape[-1])
         update = mlp.function(x.shape[-1], unpack=True)
-        return _in_chunks(lambda x, chunk: x + update(norm(x), chunk), x, chunks)
+        return map_chunks(lambda x, chunk: x + update(norm(x), chunk), x, chunks)
 
 
 class Attention(nn.Module):
@@ -458,58 +466,6 @@ class MLP(nn.Module):
                 return call(down_proj, h.astype(x.dtype), chunk)
 
         return mlp
-
-
-# Tokens per chunk of the MLP, by `Compute.remat`: enough for products at full speed,
-# few enough that [tokens, intermediate_size] does not limit the length of a row.
-_MLP_TOKENS = {"full": 16384, "offload": 4096}
-# These hold up to this width; a wider MLP takes fewer tokens, a power of two.
-_MLP_WIDTH = 16384
-
-
-def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
-    """Returns the most tokens per chunk of the MLP; None where nothing is chunked.
-
-    Policies that keep the MLP's inner results would not save memory by chunking.
-    """
-    limit = _MLP_TOKENS.get(remat)
-    if limit is None or intermediate_size <= _MLP_WIDTH:
-        return limit
-    return 1 << (limit * _MLP_WIDTH // intermediate_size).bit_length() - 1
-
-
-def _mlp_chunks(rows: int, length: int, limit: int | None) -> int:
-    """Returns the number of equal chunks of at most `limit` tokens each."""
-    if limit is None:
-        return 1
-    fewest = -(-rows * length // limit)
-    # A number that divides the length needs no padding, and so no padded copy.
-    divisors = (n for n in range(fewest, 2 * fewest) if length % n == 0)
-    return min(next(divisors, fewest), length)
-
-
-def _in_chunks(
-    function: Callable[[Array, Array], Array],
-    x: Float[Array, "B T D"],
-    chunks: int,
-) -> Float[Array, "B T D"]:
-    """Applies (x, index of the chunk) -> y [..., D] chunk by chunk.
-
-    The derivative of a chunk recomputes its inner results, so those of one chunk are
-    all that is ever in memory. Arrays that `function` closes over are computed once. A
-    chunk is a part of every row, so devices that divide the rows stay independent.
-    """
-    rows, length, features = x.shape
-    size = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, function(*chunk)
-
-    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
-    _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
-    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]
 
 
 def add_parameters(

@@ -204,10 +204,9 @@ def add_tokens(
 ) -> tuple[LlamaConfig, dict[str, Any]]:
     """Adds rows for `count` new tokens: ids `tokenizer_size` to `+ count - 1`.
 
-    A tokenizer gives these ids to the next tokens it gets. Rows that a padded
-    vocabulary already has for them are reused; the rest is appended. Rows of other
-    tokens stay as they are, and no table ever shrinks. If the tokenizer is already
-    larger than the table, its tokens get rows first, means.
+    Rows that a padded vocabulary already has for these ids are reused; the rest is
+    appended. Other rows do not change, and no table ever shrinks. If the tokenizer is
+    already larger than the table, its tokens get rows first, means.
 
     Adapters with a part for every token (of an adapted embedding or head, or full
     tables) only fit the vocabulary they were trained with: add tokens before training.
@@ -219,8 +218,7 @@ def add_tokens(
         `tokenizer.vocab_size`, which leaves out tokens that were added earlier.
       count: number of new tokens; 0 = only those that the tokenizer has already.
       how: value of the new rows: "mean" of the table's trained rows, "zero", or a token
-        id, whose row is copied. A zero row of the head gives the logit 0, which is the
-        largest where a model has all others below it.
+        id to copy. A zero row of the head gives the logit 0, possibly the largest.
       pad_to_multiple_of: a larger table gets a multiple of this many rows. Padding rows
         are means, which are never the likeliest token.
 
@@ -228,8 +226,7 @@ def add_tokens(
       (config, base) of the larger vocabulary, or of the same one if it had room.
 
     Raises:
-      UserError: invalid sizes, a `tokenizer_size` that leaves out special tokens of the
-        model, or as `repair_rows`.
+      UserError: invalid sizes or special tokens left out; or as `repair_rows`.
     """
     step = pad_to_multiple_of or 1
     _check_sizes(config, tokenizer_size, count, step)

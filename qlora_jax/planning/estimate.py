@@ -30,7 +30,7 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.lora.targets import absent_layers, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import mlp_tokens
+from qlora_jax.models.layers import mlp_tokens
 from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
 from qlora_jax.models.sharding import is_on_host, local_bytes, shard_step
 from qlora_jax.planning.gpus import GpuSpec
