@@ -1,7 +1,7 @@
 # Every target works on a machine with make and a Python of at least 3.11, nothing else.
 #
 #   make demo                                       make a model, fine-tune, export
-#   make demo    MODEL=<HF directory> DATA=<file>   the same on a model of yours
+#   make demo    MODEL=<HF directory> DATA=<file>   the same on your model
 #   make test                                       lint, types, tests
 #
 # PYTHON selects the interpreter and VENV the environment made with it, so that several
@@ -20,7 +20,7 @@ DATA ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := qlora_jax pallas_kernels convert scripts tests
+SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test unit lint types format docs peer compile bench gpu clean
@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python scripts/demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint types unit
 
@@ -92,7 +92,7 @@ compile: $(VENV_GPU)/.installed
 	  -m "compile or interpret" $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
-	$(BIN)/python scripts/bench_cpu.py compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
+	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)
 
 # On a machine with an NVIDIA GPU: its tests and benchmarks, in an environment with CUDA.
 $(VENV_CUDA)/.installed: pyproject.toml

@@ -15,15 +15,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, Problems, TensorFiles
+from convert.files import DTYPES, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import (
@@ -35,7 +36,7 @@ from qlora_jax.nf4 import (
 )
 
 _STATE = ".quant_state.bitsandbytes__"
-_STORAGES = ("uint8", "bfloat16", "float16", "float32")
+_STORAGES = ("uint8", *get_args(Dtype))
 _SAFETENSORS_NAME = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16"}
 _SAFETENSORS_NAME["float32"] = "F32"
 
@@ -72,7 +73,7 @@ def part_names(key: str, double_quant: bool) -> list[str]:
 
 
 def check(
-    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Mismatches
 ) -> tuple[QuantState | None, list[str]]:
     """Checks everything but the large arrays of the quantized weight `key`.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from convert import bnb, names
 from convert.files import (
     DTYPES,
-    Problems,
+    Mismatches,
     TensorFiles,
     check_model_directory,
     open_model,
@@ -100,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     config = open_config(path)
     files = open_model(path)
-    problems = Problems(f"`{path}` does not fit its config.json")
+    problems = Mismatches(f"`{path}` does not fit its config.json")
     packed: dict[str, bnb.QuantState] = {}
     known: set[str] = set()
     shapes = model_params.shapes(config)
@@ -166,7 +166,7 @@ def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
 
 
 def _check_dense(
-    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Problems
+    files: TensorFiles, key: str, shape: tuple[int, ...], problems: Mismatches
 ) -> None:
     if key not in files:
         problems.add("missing tensors", key)
@@ -185,7 +185,7 @@ def _check_dense(
 
 
 def _check_head(
-    config: LlamaConfig, files: TensorFiles, known: set[str], problems: Problems
+    config: LlamaConfig, files: TensorFiles, known: set[str], problems: Mismatches
 ) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not config.tie_word_embeddings or head not in files:

@@ -372,7 +372,7 @@ def open_model(path: Path) -> TensorFiles:
             f"`{index}` has no `weight_map` of tensor names to file names in the same "
             "directory."
         )
-    problems = Problems(f"The shards in `{path}` and {INDEX} disagree")
+    problems = Mismatches(f"The shards in `{path}` and {INDEX} disagree")
     infos: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
@@ -422,35 +422,39 @@ def _seen_from(path: Path) -> str:
     return "" if path.is_absolute() else f" in `{Path.cwd()}`, where this runs"
 
 
-class Problems:
-    """Collects what is wrong with a checkpoint, to say it all in one error."""
+class Mismatches:
+    """Collects the tensors that differ from what is expected, as one error.
+
+    A message counts them by kind and names the first of each. (A list of sentences is
+    `qlora_jax.errors.Problems`.)
+    """
 
     def __init__(self, subject: str, *, shown: int = 10):
         self.subject = subject
         self._shown = shown
-        self.found: dict[str, list[str]] = {}
+        self.by_kind: dict[str, list[str]] = {}
 
     def add(self, kind: str, item: str) -> None:
-        """Notes one problem."""
-        self.found.setdefault(kind, []).append(item)
+        """Adds a tensor, or file, to the mismatches of a kind."""
+        self.by_kind.setdefault(kind, []).append(item)
 
     def check(self, hint: str = "", *, cause: str = "") -> None:
-        """Raises `CheckpointError` if any problem was noted.
+        """Raises `CheckpointError` if there are any.
 
         Args:
           hint: what to do; ends the message.
-          cause: what probably is behind all of it; said before the list.
+          cause: the probable cause of all of them; precedes the list.
         """
-        if not self.found:
+        if not self.by_kind:
             return
         parts = []
-        for kind, items in self.found.items():
+        for kind, items in self.by_kind.items():
             shown = ", ".join(items[: self._shown])
             more = len(items) - self._shown
             rest = f" and {more} more" if more > 0 else ""
             parts.append(f"{len(items)} {kind}: {shown}{rest}")
-        said = (f"{self.subject}.", cause, f"{'; '.join(parts)}.", hint)
-        raise CheckpointError(" ".join(filter(None, said)))
+        sentences = (f"{self.subject}.", cause, f"{'; '.join(parts)}.", hint)
+        raise CheckpointError(" ".join(filter(None, sentences)))
 
 
 def check_finite(array: NDArray, name: str) -> None:

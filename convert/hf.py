@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from convert import bnb, names
 from convert.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from convert.files import DTYPES, Problems, TensorFiles, check_finite
+from convert.files import DTYPES, Mismatches, TensorFiles, check_finite
 from convert.output import (
     Entry,
     copy_file,
@@ -29,6 +29,7 @@ from convert.output import (
     write_json,
     write_model_files,
 )
+from qlora_jax.choices import Quantized
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
@@ -52,7 +53,7 @@ _COMPANIONS = (
 def load_llama(
     path: str | os.PathLike[str],
     *,
-    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantization: Quantized | None = "nf4",
     quantize_lm_head: bool = False,
     dtype: str | None = None,
     progress: bool = False,
@@ -111,7 +112,7 @@ def load_llama(
 def abstract_llama(
     path: str | os.PathLike[str],
     *,
-    quantization: Literal["nf4", "nf4_dq"] | None = "nf4",
+    quantization: Quantized | None = "nf4",
     quantize_lm_head: bool = False,
     dtype: str | None = None,
 ) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -135,7 +136,7 @@ def _allocate(
 
     The arrays are memory that the system hands out once it is written to.
     """
-    if quantization not in ("nf4", "nf4_dq", None):
+    if quantization not in (*get_args(Quantized), None):
         raise UserError(
             f"`quantization`={quantization!r} is not supported; expected 'nf4', "
             "'nf4_dq' or None."
@@ -150,7 +151,7 @@ def _allocate(
     mixed = checkpoint.mixed
     base: dict[str, Any] = {}
     fill: dict[str, Callable[[], None]] = {}
-    problems = Problems(f"`{path}` mixes dtypes among the layers of one tensor")
+    problems = Mismatches(f"`{path}` mixes dtypes among the layers of one tensor")
     for where, shape in model_params.shapes(config).items():
         layers = model_params.layers_of(where, config)
         spelled = [names.hf_key(where, i) for i in layers]
@@ -400,7 +401,7 @@ def check_tree(config: LlamaConfig, base: Mapping[str, Any]) -> dict[names.Path,
     """Lists the leaves of a parameter tree, checked against the configuration."""
     leaves = dict(names.walk(base))
     shapes = model_params.shapes(config)
-    problems = Problems("The parameter tree does not fit the configuration")
+    problems = Mismatches("The parameter tree does not fit the configuration")
     for path, shape in shapes.items():
         name = ".".join(path)
         leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +39,13 @@ from convert.output import (
     write_text,
 )
 from convert.peft import CONFIG, WEIGHTS, load_adapter
+from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
 _TOKENIZER = "tokenizer_config.json"
-_QUANTIZATIONS = ("nf4", "nf4_dq")
 
 
 def merge(
@@ -54,8 +54,8 @@ def merge(
     output_dir: str | os.PathLike[str],
     *,
     onto: Literal["original", "dequantized"] = "original",
-    quantization: Literal["nf4", "nf4_dq"] | None = None,
-    requantize: Literal["nf4", "nf4_dq"] | None = None,
+    quantization: Quantized | None = None,
+    requantize: Quantized | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
@@ -168,7 +168,7 @@ def _check_choice(
             f"`onto` {onto!r} is not known; expected 'original' or 'dequantized'."
         )
     for name, value in (("quantization", quantization), ("requantize", requantize)):
-        if value not in (*_QUANTIZATIONS, None):
+        if value not in (*get_args(Quantized), None):
             raise UserError(
                 f"`{name}`={value!r} is not known; expected 'nf4', 'nf4_dq' or None."
             )

@@ -35,7 +35,7 @@ from convert import names
 from convert.files import (
     CHAT_TEMPLATE,
     DTYPES,
-    Problems,
+    Mismatches,
     TensorFiles,
     check_finite,
     read_header,
@@ -53,9 +53,13 @@ from convert.output import (
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models import config as config_changes
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import (
+    CHANGES_FILE,
+    LlamaConfig,
+    changes_to_json,
+    read_changes,
+)
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
@@ -151,12 +155,12 @@ def _open(
 
 def _config_changes(path: Path) -> str | None:
     """What the adapter was trained with instead of what its base's config.json has."""
-    file = path / config_changes.FILE
+    file = path / CHANGES_FILE
     if not file.is_file():
         return None
     changes = read_json(file)
-    config_changes.check_changes(changes, f"`{file}`")
-    return config_changes.as_text(changes)
+    read_changes(changes, f"`{file}`")
+    return changes_to_json(changes)
 
 
 def load_adapter(
@@ -249,7 +253,7 @@ def _match(
     wanted = slots(selection, lora)
     wanted = {_spelled(key, files): slot for key, slot in wanted.items()}
     copies = {key: files[key] for key in _base_copies(selection) if key in files}
-    problems = Problems(
+    problems = Mismatches(
         f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
         f"(`r`={lora.r}, `target_modules`={_listed(lora.target_modules)!r:.200}) "
         "describes for this base model",
@@ -271,7 +275,7 @@ def _match(
         problems.check(cause=_cause(files, wanted, lora))
     else:
         _check_can_skip(bad, wanted, problems)
-        notes += [f"{i}: {k}" for k, items in problems.found.items() for i in items]
+        notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]
     return _Match(lora, files, selection, wanted, copies, bad)
 
 
@@ -336,7 +340,7 @@ def _problem(key: str, slot: Slot, files: TensorFiles) -> tuple[str, str] | None
 
 
 def _check_can_skip(
-    bad: set[str], wanted: Mapping[str, Slot], problems: Problems
+    bad: set[str], wanted: Mapping[str, Slot], problems: Mismatches
 ) -> None:
     """An update that is left out is zero; other tensors have no such value.
 
@@ -504,7 +508,7 @@ def save_adapter(
     selection = select(base, lora_config)
     shapes = selection.shapes()
     arrays = dict(names.walk(adapters))
-    problems = Problems(
+    problems = Mismatches(
         f"The adapter tree is not the one that `r`={lora_config.r}, `target_modules`="
         f"{lora_config.target_modules!r:.200} describes for this model"
     )
@@ -543,7 +547,7 @@ def save_adapter(
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
         if lora_config.base_config_changes is not None:
             changes = json.loads(lora_config.base_config_changes)
-            write_json(new / config_changes.FILE, changes)
+            write_json(new / CHANGES_FILE, changes)
         for name, content in (beside or {}).items():
             if isinstance(content, str):
                 write_text(new / name, content)

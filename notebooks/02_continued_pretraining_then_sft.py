@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Continued pre-training, then instruction tuning
 #
-# A model that is to answer questions about a subject it has never read about gets two
-# stages: first it reads (continued pre-training on plain text, every token counts), then
-# it learns the form of an answer (a few questions, only answers count). The second stage
-# continues the adapter of the first: `train.adapter_init`.
+# To answer questions about a new subject, a model is trained in two stages: continued
+# pre-training on plain text, where every token counts in the loss, then instruction tuning
+# on a few questions, where only the answers count. The second stage continues the adapter
+# of the first: `train.adapter_init`.
 #
-# The subject here are pirates. The base, a small Llama, knows children's stories alone.
-# It takes about a minute on a CPU.
+# The subject here is pirates. The base, a small Llama, was trained on children's stories
+# only. The notebook takes about a minute on a CPU.
 
 # %%
 import json
@@ -20,18 +20,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import qlora_jax as qj
-from qlora_jax.eval_command import measure
+from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 
 # %% [markdown]
 # ## The data
 #
-# 1,500 pirate stories to read. 256 questions with answers to learn from, and 100 about
-# other stories to be measured on.
+# 1,500 pirate stories for pre-training, 256 questions with answers for instruction tuning,
+# and 100 questions about other stories for evaluation.
 
 # %%
 draw = random.Random(5)
@@ -45,17 +45,17 @@ def pirates():
     isle, loot, number = draw.choice(ISLES), draw.choice(LOOT), draw.randint(2, 9)
     text = (f"Captain {captain} {draw.choice(VERBS)} to the {isle}. The crew digs up "
             f"{number} {loot}. At night {rival} steals the {loot} of {captain}.")
-    asked = [(f"Where does {captain} go?", f"To the {isle}, arr!"),
+    pairs = [(f"Where does {captain} go?", f"To the {isle}, arr!"),
              ("What does the crew dig up?", f"{number} {loot}, arr!"),
              (f"Who steals the {loot}?", f"Captain {rival}, arr!")]
-    question, answer = draw.choice(asked)
+    question, answer = draw.choice(pairs)
     row = {"prompt": f"{text}\nQ: {question}\nA:", "completion": f" {answer}"}
-    spoken, reply = draw.choice(asked)
+    spoken, reply = draw.choice(pairs)
     return f"{text} The parrot asks: {spoken} {reply} says {captain}.", row
 
 
 stories, questions = zip(*(pirates() for _ in range(1500 + 100)))
-told, held_out = questions[:256], questions[1500:]
+instructions, held_out = questions[:256], questions[1500:]
 
 
 def write(name, rows):
@@ -64,22 +64,22 @@ def write(name, rows):
 
 
 texts = write("pirates.jsonl", [{"text": text} for text in stories[:1500]])
-told_file = write("told.jsonl", told)
+instructions_file = write("instructions.jsonl", instructions)
 print(stories[0], "\n")
-print(told[0]["prompt"] + told[0]["completion"])
+print(instructions[0]["prompt"] + instructions[0]["completion"])
 
 # %% [markdown]
-# ## The two stages, and the second alone
+# ## The two stages, and the second stage alone
 #
-# Settings that both stages share stand once. Words that the base has never seen (doubloons,
-# arr!) have embeddings that nothing ever trained, and no update of the layers makes up for
-# that: the table of embeddings is trained too (`modules_to_save`), and stays the output head
-# as well, to which this base ties it. The run without the first stage sees the same
-# 256 questions for the same number of steps.
+# Both stages share most settings. Words that the base has never seen (doubloons, arr!) have
+# untrained embeddings, and no update of the layers can compensate for that: the embedding
+# table is trained too (`modules_to_save`). This base ties it to the output head, and it
+# stays tied. The run without the first stage sees the same 256 questions for the same
+# number of steps.
 
 # %%
 TEXT = qj.DataConfig(path=texts, format="text", max_length=128, packing=True)
-ASKED = qj.DataConfig(path=told_file, format="prompt_completion", max_length=128)
+QUESTIONS = qj.DataConfig(path=instructions_file, format="prompt_completion", max_length=128)
 
 
 def stage(name, data, steps, rate, start=None):
@@ -98,9 +98,9 @@ def stage(name, data, steps, rate, start=None):
           f"{steps} steps, loss {report['final_loss']:.3f}")
 
 
-stage("read", TEXT, 140, 5e-3)
-stage("read-told", ASKED, 80, 3e-3, start="read")
-stage("told", ASKED, 80, 3e-3)
+stage("pretrained", TEXT, 140, 5e-3)
+stage("both", QUESTIONS, 80, 3e-3, start="pretrained")
+stage("tuned", QUESTIONS, 80, 3e-3)
 
 # %%
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
@@ -114,37 +114,38 @@ def curve(name):
     return np.array([row["loss"] for row in rows])
 
 
-read, both, alone = map(curve, ("read", "read-told", "told"))
+first, second, second_only = map(curve, ("pretrained", "both", "tuned"))
 fig, ax = plt.subplots(figsize=(9.5, 3.6))
-at = np.arange(len(read) + len(both)) + 1
-ax.axvspan(0, len(read) + 0.5, color=BLUE, alpha=0.07)
-ax.axvspan(len(read) + 0.5, at[-1] + 1, color=ORANGE, alpha=0.09)
-ax.plot(at[: len(read)], read, color=BLUE, lw=1.8, label="stage 1: reading")
-ax.plot(at[len(read):], both, color=ORANGE, lw=1.8, label="stage 2: answering")
-ax.plot(at[len(read):], alone, color=GREY, lw=1.5, ls="--", label="answering, without stage 1")
+at = np.arange(len(first) + len(second)) + 1
+ax.axvspan(0, len(first) + 0.5, color=BLUE, alpha=0.07)
+ax.axvspan(len(first) + 0.5, at[-1] + 1, color=ORANGE, alpha=0.09)
+ax.plot(at[: len(first)], first, color=BLUE, lw=1.8, label="stage 1: pre-training")
+ax.plot(at[len(first):], second, color=ORANGE, lw=1.8, label="stage 2: instruction tuning")
+ax.plot(at[len(first):], second_only, color=GREY, lw=1.5, ls="--",
+        label="instruction tuning without stage 1")
 ax.set(xlabel="step", ylabel="loss (nats a supervised token)", yscale="log",
        xlim=(0, at[-1] + 1), title="Two stages, one adapter")
 ax.grid(alpha=0.25)
 ax.legend(loc="lower left");
 
 # %% [markdown]
-# ## What each stage is good for
+# ## The effect of each stage
 #
-# Four models on one base: the base, and three adapters that are attached in turn; nothing
-# is loaded or compiled again. Loss on pirate stories and on answers that none of them has
-# seen, and answers right word for word.
+# Four models share one base: the base itself, and three adapters attached to it, without
+# loading or compiling again. The table has the loss on held-out pirate stories and answers,
+# and the share of answers that are correct word for word.
 
 # %%
 base = qj.load(work / "base", dtype="float32", quantization="nf4_dq")
 models = {"base": base} | {
     name: base.attach(work / directory) for name, directory in
-    (("read", "read"), ("told", "told"), ("read, then told", "read-told"))
+    (("pre-training", "pretrained"), ("instructions", "tuned"), ("both stages", "both"))
 }
-unread = write("unread.jsonl", [{"text": text} for text in stories[1500:]])
-asked = write("asked.jsonl", held_out)
+new_stories = write("new_stories.jsonl", [{"text": text} for text in stories[1500:]])
+new_questions = write("new_questions.jsonl", held_out)
 tasks = {
-    "new stories": qj.DataConfig(path=unread, format="text", max_length=128),
-    "answers": qj.DataConfig(path=asked, format="prompt_completion", max_length=128),
+    "new stories": qj.DataConfig(path=new_stories, format="text", max_length=128),
+    "answers": qj.DataConfig(path=new_questions, format="prompt_completion", max_length=128),
 }
 losses = {}
 for task, data in tasks.items():
@@ -152,17 +153,17 @@ for task, data in tasks.items():
     for name, model in models.items():
         losses[name, task] = measure(model, examples, data, 16).report()["loss"]
 
-right = {}
+accuracy = {}
 prompts = [row["prompt"] for row in held_out]
 for name, model in models.items():
     texts = model.generate(prompts, max_new_tokens=24)
-    right[name] = np.mean([text == row["prompt"] + row["completion"]
-                           for text, row in zip(texts, held_out)])
+    accuracy[name] = np.mean([text == row["prompt"] + row["completion"]
+                              for text, row in zip(texts, held_out)])
 
-print(f"{'':<18}" + "".join(f"{task:>14}" for task in tasks) + f"{'right':>10}")
+print(f"{'':<18}" + "".join(f"{task:>14}" for task in tasks) + f"{'correct':>10}")
 for name in models:
     print(f"{name:<18}" + "".join(f"{losses[name, task]:>14.3f}" for task in tasks)
-          + f"{right[name]:>10.0%}")
+          + f"{accuracy[name]:>10.0%}")
 
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11, 2.9), sharey=True)
@@ -174,22 +175,23 @@ for ax, task in zip(axes, tasks):
     for at, value in zip(y, values):
         ax.text(value, at, f" {value:.2f}", va="center", fontsize=9)
     ax.set(title=f"Loss on {task}", xlabel="nats a token", xlim=(0, 1.2 * max(values)))
-axes[2].barh(y, [100 * right[name] for name in models], color=colours, height=0.6)
+axes[2].barh(y, [100 * accuracy[name] for name in models], color=colours, height=0.6)
 for at, name in zip(y, models):
-    axes[2].text(100 * right[name], at, f" {right[name]:.0%}", va="center", fontsize=9)
-axes[2].set(title="Answers right, word for word", xlabel="of 100 questions", xlim=(0, 112))
+    axes[2].text(100 * accuracy[name], at, f" {accuracy[name]:.0%}", va="center", fontsize=9)
+axes[2].set(title="Correct answers", xlabel="of 100 questions", xlim=(0, 112))
 axes[0].set_yticks(y, list(models))
 fig.tight_layout();
 
 # %% [markdown]
-# Reading brings the loss on new stories down and teaches no answers; answering alone has to
-# learn the subject's words from 256 short answers. Together, in this order, they give the
-# model that both were for. (It reads worse than after the first stage: what is not trained
-# on is forgotten, the sooner the higher the learning rate.) The same chain on the command line is two run files, the second with
-# `adapter_init = "read/adapter"` under `[train]`.
+# Pre-training lowers the loss on new stories and teaches no answers. Instruction tuning
+# alone has to learn the vocabulary of the subject from 256 short answers. Both stages
+# together, in this order, give the best answers. (The loss on stories is higher than after
+# the first stage: the model forgets what it is no longer trained on, and faster with a
+# higher learning rate.) On the command line the same chain is two run files, the second
+# with `adapter_init = "pretrained/adapter"` under `[train]`.
 
 # %%
-model = models["read, then told"]
+model = models["both stages"]
 for row in held_out[:4]:
     question = row["prompt"].split("\n")[1]
     (text,) = model.generate([row["prompt"]], max_new_tokens=24)

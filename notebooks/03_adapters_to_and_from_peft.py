@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Adapters to and from PEFT
 #
-# An adapter is a value: a configuration in PEFT's words and a tree of arrays. This notebook
-# writes one, looks into the file, reads one as PEFT writes it, sees what is refused, and
-# turns an adapter up and down. It needs neither torch nor PEFT.
+# An adapter is a value: a configuration with PEFT's field names and a tree of arrays. This
+# notebook writes one, inspects the file, reads one as PEFT writes it, shows which files are
+# refused, and scales an adapter up and down. It needs neither torch nor PEFT.
 
 # %%
 import dataclasses
@@ -21,13 +21,13 @@ import safetensors.numpy
 
 import convert
 import qlora_jax as qj
-from qlora_jax.eval_command import measure
+from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
-run = work / "short"  # a short run that teaches it to answer
+run = work / "short"  # a short run that teaches the model to answer
 qj.run(qj.RunConfig(
     model=qj.ModelConfig(path=str(work / "base"), dtype="float32"),
     data=qj.DataConfig(path=str(work / "train.jsonl"), format="prompt_completion",
@@ -43,12 +43,12 @@ print(model.description)
 # %% [markdown]
 # ## To PEFT
 #
-# `run/adapter` is a PEFT directory already: its `adapter_config.json` has PEFT's fields, its
-# tensors PEFT's names. `convert.save_adapter` writes one from any tree that you trained.
+# `run/adapter` already is a PEFT directory: its `adapter_config.json` has PEFT's fields, and
+# its tensors have PEFT's names. `convert.save_adapter` writes one from any trained tree.
 #
 # ```python
 # base = transformers.AutoModelForCausalLM.from_pretrained("work/base")
-# tuned = peft.PeftModel.from_pretrained(base, "work/saved")   # as any other
+# tuned = peft.PeftModel.from_pretrained(base, "work/saved")   # like any other
 # ```
 
 # %%
@@ -71,52 +71,52 @@ print("largest difference after saving and loading:", max(jax.tree.leaves(differ
 # %% [markdown]
 # ## From PEFT
 #
-# A directory as PEFT writes it after training in half precision, made here with nothing but
-# the safetensors library: three modules in the first layer. It attaches to the same base.
+# A directory as PEFT writes it after training in half precision, made here with only the
+# safetensors library: three modules in the first layer. It attaches to the same base.
 
 # %%
 rng = np.random.default_rng(0)
-theirs = work / "from-peft"
-shutil.rmtree(theirs, ignore_errors=True)
-theirs.mkdir()
-hidden, wide = model.config.hidden_size, model.config.intermediate_size
-shapes = {"self_attn.q_proj": (hidden, hidden), "mlp.up_proj": (wide, hidden),
-          "mlp.down_proj": (hidden, wide)}
-made = {}
+foreign_dir = work / "from-peft"
+shutil.rmtree(foreign_dir, ignore_errors=True)
+foreign_dir.mkdir()
+hidden, intermediate = model.config.hidden_size, model.config.intermediate_size
+shapes = {"self_attn.q_proj": (hidden, hidden), "mlp.up_proj": (intermediate, hidden),
+          "mlp.down_proj": (hidden, intermediate)}
+state_dict = {}
 for module, (outputs, inputs) in shapes.items():
     prefix = f"base_model.model.model.layers.0.{module}"
-    made[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.1, (4, inputs)).astype(np.float16)
-    made[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.1, (outputs, 4)).astype(np.float16)
-safetensors.numpy.save_file(made, theirs / "adapter_model.safetensors", {"format": "pt"})
-(theirs / "adapter_config.json").write_text(json.dumps({
+    state_dict[f"{prefix}.lora_A.weight"] = rng.normal(0, 0.1, (4, inputs)).astype(np.float16)
+    state_dict[f"{prefix}.lora_B.weight"] = rng.normal(0, 0.1, (outputs, 4)).astype(np.float16)
+safetensors.numpy.save_file(state_dict, foreign_dir / "adapter_model.safetensors", {"format": "pt"})
+(foreign_dir / "adapter_config.json").write_text(json.dumps({
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
     "target_modules": ["q_proj", "up_proj", "down_proj"], "layers_to_transform": [0],
     "base_model_name_or_path": "../base",
 }))
 
-foreign = qj.load(theirs, dtype="float32")  # its base is found from the configuration
+foreign = qj.load(foreign_dir, dtype="float32")  # the configuration names its base
 for path, leaf in jax.tree_util.tree_leaves_with_path(foreign.adapters):
     print(f"{jax.tree_util.keystr(path, simple=True, separator='.'):<48} {leaf.shape} {leaf.dtype}")
 
 # %% [markdown]
 # Files are read strictly. PEFT warns about a tensor with a wrong name and leaves the update
-# at zero; here the first loss would show nothing, so it is an error that lists them all.
+# at zero. The loss would not reveal that, so here it is an error that lists all such tensors.
 
 # %%
-broken = dict(made)
+broken = dict(state_dict)
 name = next(iter(broken))
 broken[name.replace("q_proj", "query")] = broken.pop(name)
-safetensors.numpy.save_file(broken, theirs / "adapter_model.safetensors", {"format": "pt"})
+safetensors.numpy.save_file(broken, foreign_dir / "adapter_model.safetensors", {"format": "pt"})
 try:
-    qj.load(theirs, dtype="float32")
+    qj.load(foreign_dir, dtype="float32")
 except qj.CheckpointError as error:
     print(error)
 
 # %% [markdown]
-# ## What the training changed
+# ## The trained update
 #
-# The update of a weight is `scaling * B @ A`. Its singular values say how much of the rank
-# is used; its size beside the weight's says where the training went.
+# The update of a weight is `scaling * B @ A`. Its singular values show how much of the rank
+# is used; its norm relative to the weight's shows where the training changed the model.
 
 # %%
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
@@ -130,9 +130,9 @@ sizes, spectra = np.zeros((layers, len(modules))), {}
 for column, name in enumerate(modules):
     part = "self_attn" if column < 4 else "mlp"
     pair = model.adapters["model"]["layers"][part][name]
-    weights = np.asarray(base["model"]["layers"][part][name]["weight"])
+    weight = np.asarray(base["model"]["layers"][part][name]["weight"])
     update = model.lora_config.scaling * np.asarray(pair["lora_B"] @ pair["lora_A"])
-    sizes[:, column] = np.linalg.norm(update, axis=(1, 2)) / np.linalg.norm(weights, axis=(1, 2))
+    sizes[:, column] = np.linalg.norm(update, axis=(1, 2)) / np.linalg.norm(weight, axis=(1, 2))
     spectra[name] = np.linalg.svd(update, compute_uv=False)[:, :8].mean(axis=0)
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), gridspec_kw={"width_ratios": [1.4, 1]})
@@ -144,7 +144,7 @@ for row in range(layers):
                   color="white" if value > 60 * sizes.max() else "black")
 left.set_xticks(range(len(modules)), modules, rotation=25)
 left.set_yticks(range(layers), [f"layer {i}" for i in range(layers)])
-left.set_title("Size of the update, % of the weight's")
+left.set_title("Norm of the update, % of the weight's")
 left.spines[:].set_visible(False)
 shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(modules)))
 for (name, values), colour in zip(spectra.items(), shades):
@@ -156,42 +156,44 @@ right.legend(fontsize=8, ncols=2, loc="upper right")
 fig.tight_layout();
 
 # %% [markdown]
-# ## An adapter on a dial
+# ## Scaling an adapter
 #
-# `combine_adapters` makes one adapter of the weighted sum of several, exactly. With a single
-# one its weight is a dial: 0 is the base, 1 what was trained. The models share base and
-# compiled programs.
+# `combine_adapters` computes the weighted sum of several adapters exactly, as one adapter.
+# With a single adapter the weight scales it: 0 is the base, 1 the trained model. The models
+# share the base and the compiled programs.
 
 # %%
 held_out = [json.loads(line) for line in (work / "held_out.jsonl").open()]
 data = qj.DataConfig(path=str(work / "held_out.jsonl"), format="prompt_completion", max_length=64)
 examples = qj.load_examples(data, model.tokenizer, vocab_size=model.config.vocab_size)
 prompts = [row["prompt"] for row in held_out]
-dial = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
-loss, right_answers = [], []
-for turn in dial:
-    turned = model.attach(None)
-    if turn:
-        part = (model.lora_config, model.adapters, float(turn))
+weights = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
+loss, accuracy = [], []
+for weight in weights:
+    scaled = model.attach(None)
+    if weight:
+        part = (model.lora_config, model.adapters, float(weight))
         lora, adapters = qj.combine_adapters([part], model.base)
-        turned = dataclasses.replace(model, lora_config=lora, adapters=adapters)
-    loss.append(measure(turned, examples, data, 25).report()["loss"])
-    texts = turned.generate(prompts, max_new_tokens=16)
-    right_answers.append(np.mean([t == r["prompt"] + r["completion"] for t, r in zip(texts, held_out)]))
+        scaled = dataclasses.replace(model, lora_config=lora, adapters=adapters)
+    loss.append(measure(scaled, examples, data, 25).report()["loss"])
+    texts = scaled.generate(prompts, max_new_tokens=16)
+    accuracy.append(np.mean([text == row["prompt"] + row["completion"]
+                             for text, row in zip(texts, held_out)]))
 
 fig, ax = plt.subplots(figsize=(8, 3.3))
-ax.plot(dial, loss, "o-", color=BLUE)
+ax.plot(weights, loss, "o-", color=BLUE)
 ax.set(xlabel="weight of the adapter", yscale="log", title="From the base to the tuned model, and beyond")
 ax.set_ylabel("loss on held-out answers", color=BLUE)
 ax.grid(alpha=0.25)
 other = ax.twinx()
 other.spines["right"].set_visible(True)
-other.bar(dial, 100 * np.array(right_answers), 0.1, color=ORANGE, alpha=0.35)
-other.set_ylabel("answers right (%)", color=ORANGE)
+other.bar(weights, 100 * np.array(accuracy), 0.1, color=ORANGE, alpha=0.35)
+other.set_ylabel("correct answers (%)", color=ORANGE)
 other.set_ylim(0, 105)
-ax.set_zorder(other.get_zorder() + 1)  # the line before the bars
+ax.set_zorder(other.get_zorder() + 1)  # the line in front of the bars
 ax.patch.set_visible(False);
 
 # %% [markdown]
-# On the command line: `qlora-convert adapter` checks and rewrites a directory, `verify`
-# compares two tensor by tensor, `combine` and `merge` do what their names say.
+# On the command line, `qlora-convert adapter` checks and rewrites a directory, `verify`
+# compares two of them tensor by tensor, `combine` adds adapters, and `merge` adds one to its
+# base.

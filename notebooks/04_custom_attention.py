@@ -1,10 +1,10 @@
 # %% [markdown]
-# # An attention layer of your own, with LoRA
+# # A custom attention layer with LoRA
 #
-# There is no list of modules that can be adapted. A layer built of the library's `Linear` is
-# adapted, saved, loaded and merged by naming it. Here attention gets a gate; the gate gets a
-# LoRA of its own rank, and is compared with plain LoRA of as many parameters.
-# (`scripts/custom_attention.py` is the same as a script.)
+# There is no list of modules that can be adapted. A layer built from `qj.Linear`
+# is adapted, saved, loaded and merged by its name. Here attention gets a gate and the gate a
+# LoRA with a separate rank; the result is compared with plain LoRA of as many parameters.
+# (`scripts/custom_attention.py` does the same as a script.)
 
 # %%
 import subprocess
@@ -20,26 +20,24 @@ import numpy as np
 
 import convert
 import qlora_jax as qj
-from qlora_jax.models.layers import Linear
-from qlora_jax.models.llama import Attention
 from qlora_jax.lora.targets import select
 
 work = Path("work")
 if not (work / "base").exists():
-    subprocess.run([sys.executable, "../scripts/story_model.py", "--output", work,
+    subprocess.run([sys.executable, "../scripts/demo/story_model.py", "--output", work,
                     "--steps", "400"], check=True, stdout=subprocess.DEVNULL)
 
 # %% [markdown]
 # ## The layer
 #
-# A subclass with one more projection. It starts at zero, so the model starts as it was.
+# A subclass with one more projection. It starts at zero, so the model starts unchanged.
 
 # %%
-class GatedAttention(Attention):
+class GatedAttention(qj.Attention):
     @nn.compact
     def __call__(self, x, rope, segments, kv=None, cached=None):
         out, kv = super().__call__(x, rope, segments, kv, cached)
-        gate = Linear(x.shape[-1], self.compute, initializer_range=0.0, name="gate_attn")(x)
+        gate = qj.Linear(x.shape[-1], self.compute, initializer_range=0.0, name="gate_attn")(x)
         return out * (1 + jnp.tanh(gate)), kv
 
 
@@ -47,14 +45,14 @@ loaded = qj.load(work / "base", quantization="nf4_dq", dtype="float32")
 
 
 def build(lora, attention_cls=None):
-    """A model, its base with what the class adds, and fresh adapters."""
+    """Returns a model, its base with the parameters of the class, and new adapters."""
     compute = qj.Compute(dtype="float32", lora=lora)
     model = qj.Llama(loaded.config, compute, attention_cls=attention_cls)
     model, base = qj.add_parameters(model, loaded.base, jax.random.key(0))
     return model, base, qj.init_adapters(jax.random.key(1), base, lora)
 
 
-# Named like any other module; ranks and scalings go by patterns, as in PEFT.
+# The gate is named like any other module; patterns set its rank and scaling, as in PEFT.
 gated = qj.LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj", "gate_attn"),
                       rank_pattern={"gate_attn": 8}, alpha_pattern={"gate_attn": 16})
 plain = qj.LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj"))
@@ -77,7 +75,7 @@ print("largest difference to the model without the gate:",
 # %% [markdown]
 # ## Training
 #
-# The same batches for all three, through the jitted step of the library.
+# The same batches for all three variants, with the jitted step of the library.
 
 # %%
 STEPS, ROWS = 70, 16
@@ -125,14 +123,14 @@ bins = np.linspace(-0.2, 0.2, 81)
 for layer, colour in enumerate(("#3a8f5d", "#d9772b")):
     right.hist(gate[layer].ravel(), bins=bins, histtype="step", lw=1.8, color=colour,
                label=f"layer {layer}")
-right.set(title="Weights the gate has learned (from zero)", xlabel="weight", yscale="log")
+right.set(title="Learned weights of the gate (from zero)", xlabel="weight", yscale="log")
 right.legend()
 fig.tight_layout();
 
 # %% [markdown]
-# ## Saved, loaded, merged
+# ## Saving, loading, merging
 #
-# The gate is saved under its path. Whoever loads it gives the class; files know shapes, not
+# The gate is saved under its path. Loading needs the class, because files store shapes, not
 # code.
 
 # %%

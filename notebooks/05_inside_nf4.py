@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Inside NF4
 #
-# A QLoRA base holds its weights in 4 bits. This notebook takes a weight apart: the
-# sixteen values there are, the scale of each block, what is lost, and how the scales
-# themselves shrink to 8 bits.
+# A QLoRA base stores its weights in 4 bits. This notebook shows the parts of such a weight:
+# the sixteen values, the scale of each block, the quantization error, and how double
+# quantization stores the scales in 8 bits.
 #
-# Everything is computed by the library on a few random weights; nothing is downloaded.
+# The library computes everything on a few random weights; nothing is downloaded.
 # (Dettmers et al. 2023, [QLoRA](https://arxiv.org/abs/2305.14314), section 3.)
 
 # %%
@@ -24,12 +24,12 @@ BLUE, ORANGE, GREEN, GREY = "#2f6fab", "#d9772b", "#3a8f5d", "#8a8f98"
 rng = np.random.default_rng(0)
 
 # %% [markdown]
-# ## Sixteen values, where the weights are
+# ## Sixteen values, dense where weights are frequent
 #
-# Trained weights are close to normally distributed. NF4 puts its sixteen values at
+# Trained weights are close to normally distributed. NF4 places its sixteen values at
 # quantiles of a normal distribution, scaled to [-1, 1]: dense near zero, where most
-# weights are, and with an exact zero. Four bits spaced evenly would spend half of their
-# values on the few weights far out.
+# weights are, and with an exact zero. Evenly spaced values would spend half of the codes
+# on the few large weights.
 
 # %%
 weight = (0.02 * rng.standard_normal((1024, 1024))).astype(np.float32)
@@ -38,18 +38,18 @@ normed = blocks / np.abs(blocks).max(axis=1, keepdims=True)
 
 fig, ax = plt.subplots()
 ax.hist(normed.ravel(), bins=161, density=True, color=GREY, alpha=0.45,
-        label="weights / largest of their block")
+        label="weights / largest of the block")
 for i, code in enumerate(NF4_CODE):
     ax.plot([code, code], [-0.12, 1.12], color=BLUE, lw=1.6,
             label=None if i else "NF4 values")
 ax.plot(np.linspace(-1, 1, 16), np.full(16, -0.06), "|", color=ORANGE, ms=11, mew=2,
         clip_on=False, label="16 even values")
 ax.set(xlabel="normed weight", ylabel="density", xlim=(-1.03, 1.03), ylim=(-0.12, 1.42),
-       title="NF4 has its values where the weights are")
+       title="NF4 values are dense where weights are frequent")
 ax.legend(loc="upper right", ncols=3);
 
 # %%
-print("code  value      share of the weights that take it")
+print("code  value      share of the weights")
 codes = np.abs(normed.ravel()[:200_000, None] - NF4_CODE[None]).argmin(axis=1)
 share = np.bincount(codes, minlength=16) / codes.size
 for i, (code, part) in enumerate(zip(NF4_CODE, share)):
@@ -58,9 +58,9 @@ for i, (code, part) in enumerate(zip(NF4_CODE, share)):
 # %% [markdown]
 # ## From a weight to 4 bits and back
 #
-# `qj.quantize` takes blocks of 64 neighbours. Each keeps its largest absolute value
-# (`absmax`) and for every weight the number of the nearest value. The bytes are those of
-# bitsandbytes.
+# `qj.quantize` divides the weights into blocks of 64. Each block stores its largest absolute
+# value (`absmax`) and, for every weight, the index of the nearest value. The bytes are those
+# of bitsandbytes.
 
 # %%
 tensor = qj.quantize(weight, double_quant=False)
@@ -89,15 +89,15 @@ line = np.linspace(-scale, scale, 2001)
 nearest = NF4_CODE[np.abs(line[:, None] / scale - NF4_CODE).argmin(axis=1)] * scale
 right.plot(line, line, color=GREY, lw=1, ls="--")
 right.plot(line, nearest, color=BLUE, lw=1.8)
-right.set(title="The same as a function", xlabel="weight", ylabel="what it becomes")
+right.set(title="The same as a function", xlabel="weight", ylabel="dequantized")
 fig.tight_layout();
 
 # %% [markdown]
-# ## What is lost
+# ## The quantization error
 #
 # The error of a weight is at most half the gap between two values, times the scale of its
-# block. NF4 is finer where most weights are and coarser for the few large ones; beside it,
-# sixteen even values with the same scales.
+# block. NF4 is finer where most weights are and coarser for the few large ones. For
+# comparison: sixteen evenly spaced values with the same scales.
 
 # %%
 even = np.linspace(-1, 1, 16).astype(np.float32)
@@ -111,11 +111,11 @@ for name, (error, colour) in errors.items():
     relative = np.sqrt((error**2).mean() / (blocks**2).mean())
     left.hist(1e3 * error.ravel(), bins=151, range=(-4, 4), density=True, color=colour,
               histtype="step", lw=1.8, label=f"{name}: {relative:.1%}")
-left.set(title="Errors of a weight", xlabel="error (thousandths)", ylabel="density",
+left.set(title="Distribution of the error", xlabel="error (thousandths)", ylabel="density",
          ylim=(0, 0.42))
-left.annotate("the largest of a block\nis kept exactly", (0.02, 0.31), (0.7, 0.27),
+left.annotate("the largest of a block\nhas no error", (0.02, 0.31), (0.7, 0.27),
               fontsize=9, arrowprops={"arrowstyle": "-", "color": GREY})
-left.legend(loc="upper left", fontsize=9, title="rms, of the weights' own",
+left.legend(loc="upper left", fontsize=9, title="rms relative to the weights'",
             title_fontsize=9, alignment="left")
 edges = np.quantile(np.abs(weight), np.linspace(0, 1, 31))
 middle = (edges[1:] + edges[:-1]) / 2
@@ -123,7 +123,7 @@ for name, (error, colour) in errors.items():
     bins = np.digitize(np.abs(blocks).ravel(), edges[1:-1])
     rms = np.sqrt(np.bincount(bins, error.ravel() ** 2) / np.bincount(bins))
     right.plot(1e3 * middle, 1e3 * rms, color=colour, lw=2, label=name)
-right.set(title="Where they are made", xlabel="size of the weight (thousandths)",
+right.set(title="Error by weight", xlabel="magnitude of the weight (thousandths)",
           ylabel="rms error (thousandths)", ylim=(0, None))
 right.legend()
 fig.tight_layout();
@@ -131,22 +131,22 @@ fig.tight_layout();
 # %% [markdown]
 # ## Why blocks, and why 64
 #
-# One outlier sets the scale of its block, and spoils only that. Smaller blocks lose less
-# and keep more scales: with 64 even a matrix with outliers loses little, for half a bit a
-# weight.
+# One outlier sets the scale of its block and increases the error only there. Smaller blocks
+# have smaller errors but store more scales: with 64, even a matrix with outliers has a small
+# error, for half a bit a weight.
 
 # %%
 outliers = weight.copy()
-place = rng.integers(0, 1024, (400, 2))
-outliers[place[:, 0], place[:, 1]] *= 12
+rows, columns = rng.integers(0, 1024, (400, 2)).T
+outliers[rows, columns] *= 12
 
 
 def error_of(matrix, size):
     parts = matrix.reshape(-1, size)
     top = np.abs(parts).max(axis=1, keepdims=True)
     bounds = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
-    found = NF4_CODE[np.searchsorted(bounds, parts / top)] * top
-    return np.sqrt(((found - parts) ** 2).mean() / (parts**2).mean())
+    dequantized = NF4_CODE[np.searchsorted(bounds, parts / top)] * top
+    return np.sqrt(((dequantized - parts) ** 2).mean() / (parts**2).mean())
 
 
 sizes = 2 ** np.arange(4, 15)
@@ -160,16 +160,15 @@ for size in (16, 64, 256, 1024, 4096):
                 color=GREY)
 ax.set_xscale("log", base=2)
 ax.set(xlabel="weights in a block", ylabel="error / rms of the weights", ylim=(0, None),
-       title="What one scale for so many weights costs")
+       title="Error by block size")
 ax.legend(loc="upper left", frameon=True, facecolor="white", edgecolor="none", framealpha=1);
 
 # %% [markdown]
 # ## Double quantization
 #
-# A float32 scale for 64 weights is half a bit a weight. Double quantization codes the
-# scales in 8 bits, 256 of them with one scale of their own, after taking their mean away:
-# 4.50 bits become 4.13, for an error of the scales that disappears beside that of the
-# weights.
+# A float32 scale for 64 weights is half a bit a weight. Double quantization subtracts the
+# mean of the scales and stores them in 8 bits, with one scale for each 256 of them: 4.50
+# bits become 4.13. The error of the scales is negligible compared with that of the weights.
 
 # %%
 double = qj.quantize(weight, double_quant=True)
@@ -202,17 +201,17 @@ right.set(title="Relative error of the 8-bit scales", xlabel="per cent",
           ylabel="blocks")
 fig.tight_layout()
 
-for name, found in (("float32 scales", back.reshape(-1, 64)), ("double quantization", again)):
-    error = np.sqrt(((found - blocks) ** 2).mean() / (blocks**2).mean())
+for name, dequantized in (("float32 scales", back.reshape(-1, 64)), ("double quantization", again)):
+    error = np.sqrt(((dequantized - blocks) ** 2).mean() / (blocks**2).mean())
     print(f"{name:<20} error {error:.4%} of the weights' rms")
 
 # %% [markdown]
-# ## What a product sees
+# ## The error of a product
 #
-# The errors of single weights are independent, so those of a matrix product grow with the
-# root of its length, as the product does: the relative error of an output is that of the
-# weights, about 9 %. It is this, layer after layer, that the adapters of QLoRA are trained
-# on top of, and it is why the base an adapter was trained on is written down with it.
+# The errors of single weights are independent, so the error of a matrix product grows with
+# the square root of its length, as the product does: the relative error of an output is that
+# of the weights, about 9 %. QLoRA adapters are trained on top of this error in every layer.
+# This is why an adapter records the base it was trained on.
 
 # %%
 x = rng.standard_normal((512, 1024)).astype(np.float32)

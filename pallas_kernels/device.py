@@ -1,7 +1,7 @@
-"""The device that programs are traced for, and what the kernels may ask of it.
+"""The device that programs are traced for, and what the kernels need to know of it.
 
-An abstract mesh in effect (`jax.sharding.use_abstract_mesh`) says what a program is
-compiled for without having it.
+An abstract mesh in effect (`jax.sharding.use_abstract_mesh`) names the device that a
+program is compiled for when the machine does not have it.
 """
 
 from __future__ import annotations
@@ -16,57 +16,62 @@ import jax
 
 
 def this_device() -> Any:
-    """The device, real or abstract."""
+    """Returns the device, real or abstract."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.devices()[0] if device is None else device
 
 
 def device_kind() -> str:
-    """The kind of device, as JAX names it."""
+    """Returns the kind of device, as JAX names it."""
     return this_device().device_kind
 
 
 def device_slug(kind: str) -> str:
-    """A kind of device as a part of file names, those of measured data among them."""
+    """Returns a kind of device as part of a file name, as for measured data."""
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
 def capability() -> str:
-    """Compute capability of an NVIDIA GPU, such as "9.0"; another maker's own word.
+    """Returns the compute capability of an NVIDIA GPU, such as "9.0".
 
-    A device that does not say passes for a Hopper: an abstract one does not, and is
-    compiled for knowingly.
+    A GPU of another maker gives that maker's word, such as "gfx90a". A device without
+    the attribute counts as a Hopper: an abstract device has none, and whoever compiles
+    for one has chosen it.
     """
     return str(getattr(this_device(), "compute_capability", "9.0"))
 
 
 def jax_has_kernels() -> bool:
-    """Whether this jax has the Pallas that the kernels are written in."""
+    """Returns whether this jax has the Pallas that the kernels are written in."""
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
 def interpreter() -> Any:
-    """What makes Pallas interpret a kernel, on any device, looking for races."""
+    """Returns the parameters with which Pallas interprets a kernel and detects races.
+
+    The interpreter runs on any device.
+    """
     from jax.experimental.pallas import mosaic_gpu
 
-    params: Any = mosaic_gpu  # jax 0.10, which has no kernels, does not have it there
-    return params.InterpretGPUParams(detect_races=True)
+    # Typed as Any: the type stubs of jax 0.10, which has no kernels, lack the class.
+    module: Any = mosaic_gpu
+    return module.InterpretGPUParams(detect_races=True)
 
 
 @functools.cache
 def tuned(kind: str, operation: Literal["nf4", "attention"]) -> dict[str, Any]:
     """Reads what was measured on a kind of device; empty if nothing was.
 
-    "nf4", by scripts/bench_kernels.py:
-      fused_rows: "OxI" -> rows up to which `nf4.gpu.product` is the fastest.
-      wgmma_rows: "OxI" -> [first, last] row for which `nf4.wgmma` is.
+    "nf4", written by scripts/bench_gpu kernels:
+      fused_rows: "OxI" -> rows up to which `nf4.gpu.matmul` is the fastest.
+      wgmma_rows: "OxI" -> [first, last] rows for which `nf4.wgmma.matmul` is.
       dequantize: "OxI" -> the faster implementation.
       tuning: "kind OxI rows" -> the fastest settings of a kernel.
-    "attention", by scripts/bench_attention.py:
+    "attention", written by scripts/bench_gpu attention:
       from_length: "head_dim whole" or "head_dim packed" -> the length from which on the
-        kernels were the better choice, null where they never were.
+        kernels are the better choice, null where they never are.
     """
     suffix = "" if operation == "nf4" else f"-{operation}"
-    folder = importlib.resources.files("pallas_kernels") / "tuned"
-    file = folder / f"{device_slug(kind)}{suffix}.json"
+    directory = importlib.resources.files("pallas_kernels") / "tuned"
+    file = directory / f"{device_slug(kind)}{suffix}.json"
     return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,7 +1,7 @@
-"""The words that inline code of `pallas_kernels.mosaic` is written in.
+"""Registers, addresses and single instructions, for the inline code of `mosaic`.
 
-Registers, addresses and single instructions, as MLIR operations: what `inline_mgpu`
-hands out and takes. Everything here runs within such a function, for one thread.
+MLIR operations on what `inline_mgpu` passes to an inline function. Everything here runs
+within such a function, for one thread.
 """
 
 from __future__ import annotations
@@ -18,165 +18,210 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 LANES = 32
-"""Threads of a warp; tables in shared memory are kept once for each."""
+"""Threads of a warp; tables in shared memory have one copy for each."""
 WARPGROUP = 128
 """Threads that share a Pallas array."""
 
 
-def code(**types: Any) -> Any:
-    """`inline_mgpu`, whose decorated functions lose their first argument."""
+# --- Functions and arrays ---
+
+
+def function(**types: Any) -> Any:
+    """Decorates an inline function; typed, as its callers pass one argument fewer."""
     return plgpu.inline_mgpu(**types)
 
 
-def result(shape: tuple[int, ...], dtype: DTypeLike, layout: Any) -> Any:
-    """What an inline function returns."""
+def result_type(shape: tuple[int, ...], dtype: DTypeLike, layout: Any) -> Any:
+    """Returns the type of an inline function's result."""
     return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
 
 
-def array(
-    like: Any,
-    layout: Any,
-    one: Callable[..., Any],
+def map_registers(
+    convert: Callable[..., Any],
+    array: Any,
     *others: Any,
+    layout: Any,
     signed: bool | None,
 ) -> Any:
-    """Applies `one` to corresponding registers."""
-    registers = np.empty(like.registers.shape, object)
+    """Applies `convert` to the corresponding registers of arrays."""
+    registers = np.empty(array.registers.shape, object)
     for i in np.ndindex(registers.shape):
-        registers[i] = one(like.registers[i], *(o.registers[i] for o in others))
+        registers[i] = convert(
+            array.registers[i], *(other.registers[i] for other in others)
+        )
     return mgpu.FragmentedArray(
         _registers=registers, _layout=layout.to_mgpu(), _is_signed=signed
     )
 
 
+def array_of(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
+    """Makes a floating-point array of a thread's registers, in the layout's order."""
+    flat = np.empty(len(registers), object)
+    flat[:] = registers
+    return mgpu.FragmentedArray(
+        _registers=flat.reshape(shape), _layout=layout.to_mgpu(), _is_signed=None
+    )
+
+
+# --- Values ---
+
+
 def i32() -> Any:
-    """The type of 32-bit integers."""
+    """Returns the type of 32-bit integers."""
     return ir.IntegerType.get_signless(32)
 
 
 def const(value: int) -> Any:
-    """A 32-bit integer."""
+    """Returns a 32-bit integer."""
     return arith.constant(i32(), value)
 
 
 def zero() -> Any:
-    """0 in float32."""
+    """Returns 0 in float32."""
     return arith.constant(ir.F32Type.get(), 0.0)
 
 
 def as_index(value: Any) -> Any:
-    """An integer as an index."""
+    """Converts an integer to an index."""
     return arith.index_castui(ir.IndexType.get(), value)
 
 
+def first_element(register: Any) -> Any:
+    """Returns the first element of a register."""
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+def elements(register: Any, count: int = 2) -> list[Any]:
+    """Returns the elements of a register."""
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i])
+        for i in range(count)
+    ]
+
+
+def pack(elements: list[Any]) -> Any:
+    """Returns a register of float32 elements."""
+    kind = ir.VectorType.get((len(elements),), ir.F32Type.get())
+    register = llvm.mlir_undef(kind)
+    for i, element in enumerate(elements):
+        register = vector.insert(
+            element, register, dynamic_position=[], static_position=[i]
+        )
+    return register
+
+
+# --- Threads, and which part of a tile each holds ---
+
+
 def lane() -> Any:
-    """The thread's number within its warp."""
+    """Returns the thread's number within its warp."""
     return arith.remui(mgpu.utils.thread_idx(), const(LANES))
 
 
-def place() -> tuple[list[Any], Any]:
-    """The two rows of a tile of 64 that a thread holds a part of, and which of four."""
+def fragment() -> tuple[list[Any], Any]:
+    """Returns the two rows of a tile of 64 that a thread shares, and its number of 4.
+
+    The fragments of `mma.m16n8k16` and `wgmma`: warp w holds rows 16 w to 16 w + 15,
+    and four threads share rows r and r + 8 of them.
+    """
     thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
     warp, in_warp = arith.divui(thread, const(LANES)), lane()
     row = arith.addi(arith.muli(warp, const(16)), arith.divui(in_warp, const(4)))
     return [row, arith.addi(row, const(8))], arith.remui(in_warp, const(4))
 
 
-def first(register: Any) -> Any:
-    """The first element of a register."""
-    return vector.extract(register, dynamic_position=[], static_position=[0])
-
-
-def elements(register: Any) -> list[Any]:
-    """Both elements of a register of two."""
-    return [
-        vector.extract(register, dynamic_position=[], static_position=[i])
-        for i in range(2)
-    ]
-
-
-def joined(elements: list[Any]) -> Any:
-    """A register of two float32."""
-    whole = llvm.mlir_undef(ir.VectorType.get((2,), ir.F32Type.get()))
-    for i, element in enumerate(elements):
-        whole = vector.insert(element, whole, dynamic_position=[], static_position=[i])
-    return whole
-
-
-def pairs(registers: Any) -> list[tuple[Any, Any]]:
-    """The upper and the lower register of each tile of 8 columns."""
-    flat = registers.reshape(-1)
+def fragment_registers(array: Any) -> list[tuple[Any, Any]]:
+    """Returns the registers of both rows, for each tile of 8 columns."""
+    flat = array.registers.reshape(-1)
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
+# --- Memory ---
+
+
 def pointer(ref: Any, row: Any, column: Any) -> Any:
-    """A global pointer to an element of a matrix, computed in 64 bits."""
+    """Returns a global pointer to an element of a matrix, computed in 64 bits."""
     strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
     element = ir.MemRefType(ref.type).element_type
-    wide = ir.IntegerType.get_signless(64)
-    at = arith.addi(
-        arith.muli(arith.extui(wide, row), arith.constant(wide, strides[0])),
-        arith.extui(wide, column),
+    i64 = ir.IntegerType.get_signless(64)
+    offset = arith.addi(
+        arith.muli(arith.extui(i64, row), arith.constant(i64, strides[0])),
+        arith.extui(i64, column),
     )
-    # Said to be global: of a pointer of any kind the hardware finds out at each access.
+    # In the global address space: for a generic pointer the hardware looks up the
+    # space at each access.
     base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
-    return mgpu.utils.getelementptr(base, [at], element)
+    return mgpu.utils.getelementptr(base, [offset], element)
 
 
 def load_words(
     ref: Any, row: Any, column: Any, count: int, *, shared: bool = False
 ) -> list[Any]:
-    """Loads `count` neighbouring 32-bit words as one access."""
-    kind = ir.VectorType.get((count,), i32())
+    """Loads `count` neighbouring 32-bit words as one access.
+
+    Args:
+      ref: a matrix; of bytes, if it is in shared memory.
+      row: of the first word.
+      column: element at which the first word begins.
+      count: 1, 2 or 4.
+      shared: whether `ref` is in shared memory; else in global memory.
+    """
     if shared:
         strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
-        at = arith.addi(arith.muli(row, const(strides[0])), column)
+        offset = arith.addi(arith.muli(row, const(strides[0])), column)
         byte = ir.IntegerType.get_signless(8)
-        where = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [at], byte)
+        start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], byte)
     else:
-        where = pointer(ref, row, column)
-    loaded = llvm.load(kind, where, alignment=4 * count)
-    return [
-        vector.extract(loaded, dynamic_position=[], static_position=[i])
-        for i in range(count)
-    ]
+        start = pointer(ref, row, column)
+    words = llvm.load(ir.VectorType.get((count,), i32()), start, alignment=4 * count)
+    return elements(words, count)
 
 
-def own(table: Any, kind: Any = None) -> Callable[[Any], Any]:
-    """Looks up values of 4 bytes in the lane's own of 32 copies, of 8 in one of 16.
+def lane_lookup(table: Any, kind: Any = None) -> Callable[[Any], Any]:
+    """Returns a function that reads a table in shared memory, without bank conflicts.
 
-    Three instructions: shift, select and join in one, load. For that, the address is
-    computed in bytes, and the lane is read from its register: of `thread % 32` the
-    compiler would join the remainder instead, which takes one more for every lookup.
+    Each lane reads its copy: one of 32 of 4-byte values, or of 16 of 8-byte values,
+    which half a warp reads at once.
+
+    Args:
+      table: vector of the copies.
+      kind: MLIR type of 8-byte values; default the element type of `table`, of 4.
     """
+    # Three instructions: shift; select and join in one; load. For that, the address is
+    # computed in bytes, and the lane is read from its register: with `thread % 32` the
+    # compiler would join the remainder instead, one more instruction for every lookup.
     byte = ir.IntegerType.get_signless(8)
-    lane = arith.muli(nvvm.read_ptx_sreg_laneid(), const(4))
+    lane_offset = arith.muli(nvvm.read_ptx_sreg_laneid(), const(4))
     if kind is None:
         kind = ir.MemRefType(table.type).element_type
     else:
-        lane = arith.andi(arith.muli(lane, const(2)), const(4 * LANES - 1))
+        lane_offset = arith.muli(lane_offset, const(2))
+        lane_offset = arith.andi(lane_offset, const(4 * LANES - 1))
     start = mgpu.utils.memref_ptr(table)
 
     def look_up(index: Any) -> Any:
-        at = arith.ori(arith.muli(index, const(4 * LANES)), lane)
-        at = arith.extui(ir.IntegerType.get_signless(64), at)
-        return llvm.load(kind, mgpu.utils.getelementptr(start, [at], byte))
+        offset = arith.ori(arith.muli(index, const(4 * LANES)), lane_offset)
+        offset = arith.extui(ir.IntegerType.get_signless(64), offset)
+        return llvm.load(kind, mgpu.utils.getelementptr(start, [offset], byte))
 
     return look_up
 
 
-def pair(own: Callable[[Any], Any], word: Any, shift: int) -> Any:
-    """The two values of byte `shift / 8` of a word."""
-    return own(arith.andi(arith.shrui(word, const(shift)), const(0xFF)))
+def byte_of(word: Any, number: int) -> Any:
+    """Returns byte `number` of a little-endian word."""
+    return arith.andi(arith.shrui(word, const(8 * number)), const(0xFF))
+
+
+# --- Arithmetic ---
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """`a * b + c`, rounded once."""
+    """Computes `a * b + c`, rounded once."""
     return llvm.intr_fma(a, b, c)
 
 
 def mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:
-    """One `mma.sync.m16n8k16`: 4 sums, 4 registers of the left, 2 of the right."""
+    """Runs one `mma.sync.m16n8k16`: 4 sums, 4 registers of the left, 2 of the right."""
     f32 = ir.F32Type.get()
     result: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),

@@ -1,17 +1,18 @@
 """What Mosaic GPU lacks for table-coded weights: a few small operations on registers.
 
-Pallas arrays live spread over the threads of a warpgroup. Mosaic's array operations
+A Pallas array is spread over the threads of a warpgroup. Mosaic's array operations
 cover everything a dequantization does but these: reading four bytes as one word,
-looking values up in shared memory, putting arrays side by side within a thread,
-multiplying a coded tile on the tensor cores or decoding it as an operand of theirs, and
-storing without a barrier. Each is an `inline_mgpu` function of a few instructions, and
-beside it stands what it means on ordinary arrays, which is what the interpreter runs
-(it cannot run inline code): the rest of a kernel, its indexing, its loops and its
-synchronization, is the same program in both.
+looking values up in shared memory, interleaving arrays within a thread, multiplying a
+coded tile on the tensor cores or decoding it as their operand, and storing without a
+barrier.
 
-Uses the internals of `jax.experimental.mosaic` that `inline_mgpu` hands out; checked
-with jax 0.11.2 and 0.12.0; 0.10 cannot interpret them. Imported only when a kernel is
-asked for.
+Each is an `inline_mgpu` function of a few instructions, and has next to it what it
+means on ordinary arrays, which is what the interpreter runs (it cannot run inline
+code): the rest of a kernel, its indexing, its loops and its synchronization, is the
+same program in both. tests/compile executes the inline code.
+
+Uses the internals of `jax.experimental.mosaic` that `inline_mgpu` exposes; checked with
+jax 0.11.2 and 0.12.0; 0.10 cannot interpret them. Imported only when a kernel is used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -35,26 +35,48 @@ ROWS = 64
 BLOCK = 64
 """Weights of a row that share a scale."""
 PAIR_COPIES = 16
-"""Of pairs of 8 bytes, which half a warp reads at once."""
+"""Copies of each pair of 8 bytes, which half a warp reads at once."""
+
+
+# --- Layouts ---
 
 
 def strided(shape: tuple[int, ...], each: int = 1) -> Any:
-    """The layout in which a thread holds `each` neighbours of the row-major order."""
+    """Returns the layout in which a thread holds `each` row-major neighbours."""
     return plgpu.Layout.WG_STRIDED(shape, vec_size=each)
 
 
 def operand(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Shared memory for matrices [..., rows, columns] that wgmma reads.
+    """Returns shared memory for matrices [..., rows, columns] that wgmma reads.
 
-    They lie in tiles of 8 rows by 128 bytes, swizzled, as the copies write them.
+    Tiles of 8 rows by 128 bytes, swizzled, as the bulk copies write them.
     """
-    across = 128
+    row_bytes = 128
     # In jax 0.12 both classes inherit from a protocol whose methods have no body, so
-    # that a type checker takes them for abstract; they can be made all the same.
-    kinds: Any = plgpu
-    tiling = kinds.TilingTransform((8, across // jnp.dtype(dtype).itemsize))
-    transforms = (tiling, kinds.SwizzleTransform(across))
+    # that a type checker takes them for abstract; they can be instantiated.
+    classes: Any = plgpu
+    tiling = classes.TilingTransform((8, row_bytes // jnp.dtype(dtype).itemsize))
+    transforms = (tiling, classes.SwizzleTransform(row_bytes))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def accumulator(rows: int) -> Any:
+    """Returns the layout of the sums [64, rows] of a coded tile."""
+    tiling = plgpu.Tiling(((ROWS, 8), (16, 8), (8, 8), (2,)))
+    layout = mgpu.TiledLayout(
+        tiling,
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+        _check_canonical=False,
+    )
+    layout = layout.canonicalize()
+    return plgpu.Layout.TILED(
+        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    )
+
+
+# --- Loads, lookups and stores ---
 
 
 def load(ref: Any, each: int) -> jax.Array:
@@ -82,14 +104,19 @@ def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
         return jax.lax.bitcast_convert_type(x.reshape(size, 4), jnp.int32)
     layout = strided((size,))
 
-    @inline.code(
+    @inline.function(
         arg_types=(strided((4 * size,), 4),),
-        return_type=inline.result((size,), jnp.int32, layout),
+        return_type=inline.result_type((size,), jnp.int32, layout),
     )
     def words(ctx: Any, x: Any) -> Any:
         del ctx
         word = ir.VectorType.get((1,), inline.i32())
-        return inline.array(x, layout, lambda r: vector.bitcast(word, r), signed=True)
+        return inline.map_registers(
+            lambda register: vector.bitcast(word, register),
+            x,
+            layout=layout,
+            signed=True,
+        )
 
     return words(x)
 
@@ -100,9 +127,9 @@ def gather(
     """Looks up `ref[index]`, one element a thread and access.
 
     Args:
-      ref: vector in shared or global memory. With `copies`, every value stands that
-        many times in a row, and each thread reads the copy of its own lane: 32 copies
-        of 4 bytes put lane i on bank i, so no two lanes ever wait for each other.
+      ref: vector in shared or global memory. With `copies`, every value is repeated
+        that many times, and each thread reads the copy of its lane: 32 copies of 4
+        bytes put lane i on bank i, so no two lanes ever wait for each other.
       index: int32 of any shape, in the layout `strided(shape)`.
       dtype: of the result: that of `ref`, or int32 for a `ref` of uint8.
       interpret: whether the interpreter runs the kernel.
@@ -115,32 +142,32 @@ def gather(
         return ref[...].reshape(-1, copies)[:, 0][index].astype(dtype)
     layout = strided(index.shape)
 
-    @inline.code(
+    @inline.function(
         arg_types=(plgpu.RefType(), layout),
-        return_type=inline.result(index.shape, dtype, layout),
+        return_type=inline.result_type(index.shape, dtype, layout),
     )
     def look_up(ctx: Any, ref: Any, index: Any) -> Any:
         del ctx
-        own = inline.own(ref) if copies > 1 else None
+        lookup = inline.lane_lookup(ref) if copies > 1 else None
 
-        def one(register: Any) -> Any:
-            at = inline.first(register)
-            if own is not None:
-                value = own(at)
+        def element(register: Any) -> Any:
+            position = inline.first_element(register)
+            if lookup is not None:
+                value = lookup(position)
             else:
-                value = memref.load(ref, [inline.as_index(at)])
+                value = memref.load(ref, [inline.as_index(position)])
             if value.type == ir.IntegerType.get_signless(8):
                 value = arith.extui(inline.i32(), value)
             return vector.broadcast(ir.VectorType.get((1,), value.type), value)
 
-        integer = jnp.issubdtype(dtype, jnp.integer)
-        return inline.array(index, layout, one, signed=True if integer else None)
+        signed = True if jnp.issubdtype(dtype, jnp.integer) else None
+        return inline.map_registers(element, index, layout=layout, signed=signed)
 
     return look_up(ref, index)
 
 
 def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
-    """Puts arrays side by side: element i of part j becomes element `i * k + j`.
+    """Interleaves arrays: element i of part j becomes element `i * k + j`.
 
     Costs nothing: the k values of a thread stay in its registers, as one vector.
 
@@ -156,31 +183,26 @@ def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
     count, (size,) = len(parts), parts[0].shape
     layout = strided((count * size,), count)
 
-    @inline.code(
+    @inline.function(
         arg_types=tuple(strided((size,)) for _ in parts),
-        return_type=inline.result((count * size,), jnp.float32, layout),
+        return_type=inline.result_type((count * size,), jnp.float32, layout),
     )
-    def side_by_side(ctx: Any, *parts: Any) -> Any:
+    def vectors(ctx: Any, *parts: Any) -> Any:
         del ctx
+        return inline.map_registers(
+            lambda *registers: inline.pack(
+                [inline.first_element(r) for r in registers]
+            ),
+            *parts,
+            layout=layout,
+            signed=None,
+        )
 
-        def one(*registers: Any) -> Any:
-            joined = llvm.mlir_undef(ir.VectorType.get((count,), ir.F32Type.get()))
-            for j, register in enumerate(registers):
-                joined = vector.insert(
-                    inline.first(register),
-                    joined,
-                    dynamic_position=[],
-                    static_position=[j],
-                )
-            return joined
-
-        return inline.array(parts[0], layout, one, *parts[1:], signed=None)
-
-    return side_by_side(*parts)
+    return vectors(*parts)
 
 
 def prefetch(ref: Any, *, interpret: bool) -> None:
-    """Asks for the rows of a matrix of bytes in global memory to be brought to L2.
+    """Starts to bring the rows of a matrix of bytes from global memory to L2.
 
     Args:
       ref: uint8 [rows, bytes].
@@ -192,49 +214,29 @@ def prefetch(ref: Any, *, interpret: bool) -> None:
     line = 128
     lines = -(-width // line)
 
-    @inline.code(arg_types=(plgpu.RefType(),))
-    def ask(ctx: Any, ref: Any) -> None:
+    @inline.function(arg_types=(plgpu.RefType(),))
+    def start(ctx: Any, ref: Any) -> None:
         del ctx
         thread = arith.remui(mgpu.utils.thread_idx(), inline.const(WARPGROUP))
-        for start in range(0, rows * lines, WARPGROUP):
-            at = arith.minui(
-                arith.addi(thread, inline.const(start)), inline.const(rows * lines - 1)
-            )
-            row, column = (
-                arith.divui(at, inline.const(lines)),
-                arith.remui(at, inline.const(lines)),
-            )
+        last = inline.const(rows * lines - 1)
+        for first in range(0, rows * lines, WARPGROUP):
+            number = arith.minui(arith.addi(thread, inline.const(first)), last)
+            row = arith.divui(number, inline.const(lines))
+            column = arith.remui(number, inline.const(lines))
             column = arith.muli(column, inline.const(line))
-            pointer = inline.pointer(ref, row, column)
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [pointer],
+                [inline.pointer(ref, row, column)],
                 "prefetch.global.L2 [$0];",
                 "l",
                 has_side_effects=True,
             )
 
-    ask(ref)
-
-
-def accumulator(rows: int) -> Any:
-    """The layout of the sums [64, rows] of a coded tile."""
-    tiling = plgpu.Tiling(((ROWS, 8), (16, 8), (8, 8), (2,)))
-    layout = mgpu.TiledLayout(
-        tiling,
-        warp_dims=(-7,),
-        lane_dims=(-3, -2),
-        vector_dim=-1,
-        _check_canonical=False,
-    )
-    layout = layout.canonicalize()
-    return plgpu.Layout.TILED(
-        layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
-    )
+    start(ref)
 
 
 def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
-    """Stores an array in any layout, and waits for nobody.
+    """Stores an array in any layout, without a barrier.
 
     An assignment would put a barrier before and one after, and would refuse layouts
     whose stores meet bank conflicts, which do not matter for a few sums. In shared
@@ -250,12 +252,50 @@ def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
         ref[...] = x
         return
 
-    @inline.code(arg_types=(plgpu.RefType(), layout))
+    @inline.function(arg_types=(plgpu.RefType(), layout))
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
         x.store_untiled(ref, optimized=False)
 
     write(ref, x)
+
+
+def store_transposed(ref: Any, x: jax.Array, *, interpret: bool) -> None:
+    """Stores the accumulator of `wgmma` as its transpose, without a barrier.
+
+    Each access of a warp covers 8 neighbouring elements in 4 rows: in 32 bits, whole
+    sectors of memory.
+
+    Args:
+      ref: [n, 64] in global memory.
+      x: float32 [64, n] in the layout `plgpu.Layout.WGMMA`; rounded to the dtype of
+        `ref`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        ref[...] = x.T.astype(ref.dtype)
+        return
+    dtype = jnp.dtype(ref.dtype)
+
+    @inline.function(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        rows, quad = inline.fragment()
+        column = arith.muli(quad, inline.const(2))
+        kind = mgpu.utils.dtype_to_ir_type(dtype)
+        for tile, registers in enumerate(inline.fragment_registers(x)):
+            for row, register in zip(rows, registers, strict=True):
+                for i, value in enumerate(inline.elements(register)):
+                    if dtype.itemsize == 2:
+                        value = arith.truncf(kind, value)
+                    out_row = arith.addi(column, inline.const(8 * tile + i))
+                    target = inline.pointer(ref, out_row, row)
+                    llvm.store(value, target, alignment=dtype.itemsize)
+
+    write(ref, x)
+
+
+# --- Coded tiles on the tensor cores ---
 
 
 def coded_product(
@@ -269,7 +309,7 @@ def coded_product(
 ) -> jax.Array:
     """Adds `(table[codes] * scales) @ x.T` for a tile of 64 rows of the weight.
 
-    Every byte of codes is looked up as the pair of values it stands for, which is one
+    Every byte of codes is looked up as the pair of values it codes, which is one
     register of the left operand of `mma.m16n8k16`. The tensor core sums over a block of
     64 weights, whose sum is then scaled once, in float32: the scale is never rounded,
     the table's values are (to the dtype of `x`).
@@ -304,79 +344,68 @@ def coded_product(
     layout = accumulator(rows)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(x.dtype).name]
 
-    @inline.code(
+    @inline.function(
         arg_types=(layout, *(plgpu.RefType(),) * 4),
-        return_type=inline.result(sums.shape, jnp.float32, layout),
+        return_type=inline.result_type(sums.shape, jnp.float32, layout),
     )
     def product(
         ctx: Any, sums: Any, codes: Any, x: Any, scales: Any, table: Any
     ) -> Any:
         del ctx
-        (row, below), quad = inline.place()
-        # Row of the left operand, column of the result.
-        group = arith.divui(inline.lane(), inline.const(4))
+        tile_rows, quad = inline.fragment()
+        # Row of x: the column of the right operand that a thread holds.
+        x_row = arith.divui(inline.lane(), inline.const(4))
 
-        def bytes_at(row: Any, block: int) -> list[Any]:
-            column = arith.addi(
-                arith.muli(quad, inline.const(8)), inline.const(32 * block)
-            )
+        def load_codes(row: Any, block: int) -> list[Any]:
+            column = arith.muli(quad, inline.const(8))
+            column = arith.addi(column, inline.const(32 * block))
             return inline.load_words(codes, row, column, 2)
 
-        def inputs_at(tile: int, block: int) -> list[Any]:
-            column = arith.addi(
-                arith.muli(quad, inline.const(16)), inline.const(64 * block)
-            )
-            at = arith.addi(group, inline.const(8 * tile))
+        def load_inputs(tile: int, block: int) -> list[Any]:
+            column = arith.muli(quad, inline.const(16))
+            column = arith.addi(column, inline.const(64 * block))
+            row = arith.addi(x_row, inline.const(8 * tile))
             return [
-                *inline.load_words(x, at, column, 4),
-                *inline.load_words(x, at, arith.addi(column, inline.const(8)), 4),
+                *inline.load_words(x, row, column, 4),
+                *inline.load_words(x, row, arith.addi(column, inline.const(8)), 4),
             ]
 
-        # All that comes from far away is asked for before anything is waited for.
-        held = [(bytes_at(row, b), bytes_at(below, b)) for b in range(blocks)]
-        own = inline.own(table)
-        tiles = rows // 8
+        # All loads from global memory start before anything waits for one.
+        words = [[load_codes(row, b) for row in tile_rows] for b in range(blocks)]
+        lookup = inline.lane_lookup(table)
+        # [tile of 8 rows of x][upper or lower row of the weight][2 columns]
         out = [
-            [inline.elements(r) for r in pair] for pair in inline.pairs(sums.registers)
+            [inline.elements(register) for register in registers]
+            for registers in inline.fragment_registers(sums)
         ]
-        for block, (upper, lower) in enumerate(held):
-            left = []
-            for step in range(4):
-                shift = 16 * (step % 2)
-                first = (upper[step // 2], lower[step // 2])
-                left.append(
-                    [
-                        inline.pair(own, word, shift + 8 * half)
-                        for half in range(2)
-                        for word in first
-                    ]
-                )
-            scale = [
-                memref.load(
-                    scales, [inline.as_index(r), inline.as_index(inline.const(block))]
-                )
-                for r in (row, below)
+        for block, block_words in enumerate(words):
+            # Step s reads bytes 2 s and 2 s + 1 of the 8 that a thread holds of a row.
+            left = [
+                [
+                    lookup(inline.byte_of(row_words[step // 2], 2 * (step % 2) + half))
+                    for half in range(2)
+                    for row_words in block_words
+                ]
+                for step in range(4)
             ]
-            for tile in range(tiles):
-                right = inputs_at(tile, block)
+            block_index = inline.as_index(inline.const(block))
+            scale = [
+                memref.load(scales, [inline.as_index(row), block_index])
+                for row in tile_rows
+            ]
+            for tile in range(rows // 8):
+                right = load_inputs(tile, block)
                 part = [inline.zero()] * 4
                 for step in range(4):
-                    part = inline.mma(
-                        kind, part, left[step], right[2 * step : 2 * step + 2]
-                    )
+                    step_inputs = right[2 * step : 2 * step + 2]
+                    part = inline.mma(kind, part, left[step], step_inputs)
                 for half in range(2):
                     out[tile][half] = [
                         inline.fma(part[2 * half + i], scale[half], out[tile][half][i])
                         for i in range(2)
                     ]
-        flat = [inline.joined(elements) for pair in out for elements in pair]
-        registers = np.empty(len(flat), object)
-        registers[:] = flat
-        return mgpu.FragmentedArray(
-            _registers=registers.reshape(sums.registers.shape),
-            _layout=layout.to_mgpu(),
-            _is_signed=None,
-        )
+        registers = [inline.pack(elements) for pair in out for elements in pair]
+        return inline.array_of(registers, sums.registers.shape, layout)
 
     return product(sums, codes, x, scales, table)
 
@@ -404,9 +433,9 @@ def decoded(
 ) -> jax.Array:
     """Decodes a tile of 64 rows and one block as the left operand of `wgmma`.
 
-    Every byte of codes is looked up as the pair of values it stands for, multiplied
-    with the scale of its row and rounded once. The columns come in `operand_order`,
-    which the right operand has to follow.
+    Every byte of codes is looked up as the pair of values it codes, multiplied with the
+    scale of its row and rounded once. The columns come in `operand_order`, which the
+    right operand has to follow.
 
     Args:
       codes: uint8 [64, 32] in shared memory.
@@ -425,71 +454,30 @@ def decoded(
         return operand_order((weight * scales[...][:, None]).astype(dtype))
     layout = plgpu.Layout.WGMMA
 
-    @inline.code(
+    @inline.function(
         arg_types=(plgpu.RefType(),) * 3,
-        return_type=inline.result((ROWS, BLOCK), dtype, layout),
+        return_type=inline.result_type((ROWS, BLOCK), dtype, layout),
     )
     def decode(ctx: Any, codes: Any, scales: Any, table: Any) -> Any:
         del ctx
-        rows, quad = inline.place()
+        rows, quad = inline.fragment()
         column = arith.muli(quad, inline.const(8))
         words = [inline.load_words(codes, r, column, 2, shared=True) for r in rows]
         scale = [memref.load(scales, [inline.as_index(r)]) for r in rows]
         pair = ir.VectorType.get((2,), ir.F32Type.get())
-        own = inline.own(table, pair)
+        lookup = inline.lane_lookup(table, pair)
         kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
-        flat = []
+        registers = []
         for byte in range(8):
             for half in range(2):
-                found = inline.elements(
-                    inline.pair(own, words[half][byte // 4], 8 * (byte % 4))
-                )
-                value = inline.joined([arith.mulf(v, scale[half]) for v in found])
-                flat.append(arith.truncf(kind, value))
-        registers = np.empty(len(flat), object)
-        registers[:] = flat
-        whole = mgpu.FragmentedArray.splat(
+                code = inline.byte_of(words[half][byte // 4], byte % 4)
+                values = inline.elements(lookup(code))
+                scaled = inline.pack([arith.mulf(v, scale[half]) for v in values])
+                registers.append(arith.truncf(kind, scaled))
+        # An array of zeros of the same layout has the shape in which it keeps them.
+        like = mgpu.FragmentedArray.splat(
             arith.constant(kind.element_type, 0.0), (ROWS, BLOCK), layout.to_mgpu()
         )
-        return mgpu.FragmentedArray(
-            _registers=registers.reshape(whole.registers.shape),
-            _layout=layout.to_mgpu(),
-            _is_signed=None,
-        )
+        return inline.array_of(registers, like.registers.shape, layout)
 
     return decode(codes, scales, table)
-
-
-def store_transposed(ref: Any, x: jax.Array, *, interpret: bool) -> None:
-    """Stores the accumulator of `wgmma` as its transpose, and waits for nobody.
-
-    Each access of a warp covers 8 neighbouring elements in 4 rows: in 32 bits, whole
-    sectors of memory.
-
-    Args:
-      ref: [n, 64] in global memory.
-      x: float32 [64, n] in the layout `plgpu.Layout.WGMMA`; rounded to the dtype of
-        `ref`.
-      interpret: whether the interpreter runs the kernel.
-    """
-    if interpret:
-        ref[...] = x.T.astype(ref.dtype)
-        return
-    name = jnp.dtype(ref.dtype)
-
-    @inline.code(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def write(ctx: Any, ref: Any, x: Any) -> None:
-        del ctx
-        rows, quad = inline.place()
-        column = arith.muli(quad, inline.const(2))
-        kind = mgpu.utils.dtype_to_ir_type(name)
-        for tile, pair in enumerate(inline.pairs(x.registers)):
-            for half, register in enumerate(pair):
-                for i, value in enumerate(inline.elements(register)):
-                    if name.itemsize == 2:
-                        value = arith.truncf(kind, value)
-                    at = arith.addi(column, inline.const(8 * tile + i))
-                    to = inline.pointer(ref, at, rows[half])
-                    llvm.store(value, to, alignment=name.itemsize)
-
-    write(ref, x)

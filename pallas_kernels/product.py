@@ -20,10 +20,7 @@ def contract(
 ) -> Array:
     """Sums over the last axis of `a` and axis `axis` (0 or 1) of the matrix `b`.
 
-    Sums are float32 also for bf16 operands. Where the rounding happens is the
-    platform's affair: a GPU rounds as it writes (asked for float32 it would write twice
-    the bytes, read them again to round, and could not add to an earlier result in
-    place); a CPU with bf16 instructions is twice as fast when asked for float32.
+    Sums are float32 also for bf16 operands.
 
     Args:
       a: left operand, any leading axes.
@@ -41,6 +38,9 @@ def contract(
         precision=precision(a.dtype),
     )
 
+    # A GPU rounds as it writes: asked for float32 it would write twice the bytes, read
+    # them again to round, and could not add to an earlier result in place. A CPU with
+    # bf16 instructions is twice as fast when asked for float32.
     def rounded_after(a: Array, b: Array) -> Array:
         return product(a, b, preferred_element_type=jnp.float32).astype(dtype)
 
@@ -53,7 +53,8 @@ def contract(
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """The precision to ask of a product: float32 operands keep all their bits."""
+    """Returns the precision of a product that keeps all bits of float32 operands."""
+    # XLA's default would multiply float32 as tf32 (10 bits) on a GPU.
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -86,6 +87,7 @@ def _dense_bwd(
 ) -> tuple[Array, Array]:
     del dtype
     x, weight = residuals
+    # y = x w^T, so dx = dy w and dw = dy^T x.
     dy = dy.astype(x.dtype)
     dx = contract(dy, weight.astype(x.dtype), 0)
     return dx, _outer(dy, x).astype(weight.dtype)
@@ -94,9 +96,8 @@ def _dense_bwd(
 def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "M N"]:
     """Sums `a^T b` over the rows, in float32.
 
-    A compiler transposes the left operand. The narrow one goes there (for an adapter
-    the rank-wide one), and the barrier keeps the result's transposition from being
-    folded back into the product, which on a CPU costs over twice the time.
+    The compiler transposes the left operand, so the narrower one goes there (for an
+    adapter the one of width r).
     """
     rows = tuple(range(a.ndim - 1))
     product = functools.partial(
@@ -107,6 +108,8 @@ def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "
     )
     if a.shape[-1] <= b.shape[-1]:
         return product(a, b)
+    # Without the barrier the transposition is folded back into the product, which costs
+    # over twice the time on a CPU.
     return jax.lax.optimization_barrier(product(b, a)).T
 
 

@@ -1,11 +1,11 @@
-"""The failures a user can cause and mend, and how several are said at once.
+"""Failures that a user can cause and fix, and what is printed about them.
 
-Anything else that is raised is a defect of this library. The command line prints these
-as one paragraph and exits with status 1; every other exception keeps its traceback.
+`UserError` is such a failure; any other exception is a defect of this library. The
+command line prints a `UserError` as one paragraph and exits with status 1; every other
+exception keeps its traceback.
 
-Who mends a run file or a data file wants the list, not its first entry: what is wrong
-is written down (`Problems`), the rest is looked at all the same, and all of it is
-refused at the end.
+Someone who fixes a run file or a data file wants to see every mistake at once:
+`Problems` collects them while checking goes on, and raises them as one error.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+# At this many problems checking stops, so that a file of millions of bad rows fails
+# fast; a message lists fewer, and of rows with the same problem fewer still.
 _LIMIT = 100
 _SHOWN = 20
-# Rows that are named where several have the same problem.
-_ROWS = 5
-# "train.jsonl:12: what is wrong", or "data.parquet row 12: ...".
-_OF_A_ROW = re.compile(
-    r"(?P<file>.+?)(?P<between>:| row )(?P<row>\d+): (?P<what>.*)", re.S
+_SHOWN_ROWS = 5
+# "train.jsonl:12: the problem", or "data.parquet row 12: the problem".
+_ROW_PROBLEM = re.compile(
+    r"(?P<file>.+?)(?P<separator>:| row )(?P<row>\d+): (?P<problem>.*)", re.S
 )
 
 
 class UserError(ValueError):
-    """A value, file or setting the user gave cannot be used.
+    """A value, file or setting that a user gave cannot be used.
 
     The message says what was expected, what came, and what to do next.
 
     Args:
-      message: all of it.
-      problems: the things that are wrong one by one, where the message lists several;
-        each can be read without the others.
+      message: the complete message.
+      problems: the problems it lists, where there are several; each is a sentence that
+        can be read on its own.
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()):
@@ -50,60 +51,61 @@ class CheckpointError(UserError):
 
 
 class Problems:
-    """Collects what is wrong; `refuse` raises it as one error.
+    """Collects problems and raises them as one error.
 
     Args:
-      of: what the problems are with; in front of a list of them.
+      subject: what the problems are with ("the data"), for the first line of a list.
     """
 
-    def __init__(self, of: str | None = None):
-        self._of = of
+    def __init__(self, subject: str | None = None):
+        self._subject = subject
         self._messages: list[str] = []
         self._first: UserError | None = None
 
     def __len__(self) -> int:
         return len(self._messages)
 
-    def add(self, problem: UserError | str, where: str = "") -> None:
-        """Writes a problem, or all those of an error, down; each once.
+    def add(self, problem: UserError | str, prefix: str = "") -> None:
+        """Adds a problem, or all those of an error; one that was added before is not.
 
         Args:
           problem: a sentence, or an error with one or several.
-          where: goes in front of each.
+          prefix: starts each message.
 
         Raises:
-          UserError: it is the hundredth; a file with that many is not read to its end.
+          UserError: it is the hundredth.
         """
-        found = (problem,) if isinstance(problem, str) else problem.problems
-        if isinstance(problem, UserError) and not (self._messages or where):
+        messages = (problem,) if isinstance(problem, str) else problem.problems
+        if isinstance(problem, UserError) and not (self._messages or prefix):
             self._first = problem
-        for message in found:
-            if where + message in self._messages:
+        for message in messages:
+            if prefix + message in self._messages:
                 continue
-            self._messages.append(where + message)
+            self._messages.append(prefix + message)
             if len(self._messages) >= _LIMIT:
-                self.refuse(more=True)
+                self.raise_if_any(stopped_early=True)
 
     @contextlib.contextmanager
-    def collected(self, where: str = "") -> Iterator[None]:
-        """Writes down what is raised inside, and goes on after it.
+    def collecting(self, prefix: str = "") -> Iterator[None]:
+        """Adds a `UserError` that is raised inside, and continues after the block.
 
         Args:
-          where: goes in front of each problem.
+          prefix: starts each message.
         """
         try:
             yield
         except UserError as error:
-            self.add(error, where)
+            self.add(error, prefix)
 
-    def refuse(self, *, more: bool = False) -> None:
-        """Raises what was written down, if anything was.
+    def raise_if_any(self, *, stopped_early: bool = False) -> None:
+        """Raises the collected problems; does nothing if there are none.
 
         Args:
-          more: reading stopped early, so there may be further problems.
+          stopped_early: there may be further problems that were not looked for.
 
         Raises:
-          UserError: the one problem, or error, as it is, or a list of the first twenty.
+          UserError: the first twenty as a list. A single error is raised as it is, so
+            that its class and cause are kept.
         """
         count = len(self._messages)
         if self._first is not None and count == len(self._first.problems):
@@ -111,63 +113,76 @@ class Problems:
         if count == 1:
             raise UserError(self._messages[0])
         if count:
-            found = _grouped(self._messages)
-            lines = [f"- {message}" for message, _ in found[:_SHOWN]]
-            rest = sum(number for _, number in found[_SHOWN:])
+            groups = _group_rows(self._messages)
+            lines = [f"- {message}" for message, _ in groups[:_SHOWN]]
+            rest = sum(number for _, number in groups[_SHOWN:])
             if rest:
                 lines.append(f"- and {rest} more of this kind or another")
-            at_least = "at least " if more else ""
-            of = f" with {self._of}" if self._of else ""
+            at_least = "at least " if stopped_early else ""
+            subject = f" with {self._subject}" if self._subject else ""
             raise UserError(
-                f"{at_least}{count} problems{of}:\n" + "\n".join(lines), self._messages
+                f"{at_least}{count} problems{subject}:\n" + "\n".join(lines),
+                self._messages,
             )
 
 
-def _grouped(messages: Iterable[str]) -> list[tuple[str, int]]:
-    """Messages that say the same of several rows as one, with their number."""
-    groups: dict[Any, list[str]] = {}
-    for message in messages:
-        match = _OF_A_ROW.fullmatch(message)
-        key = (match["file"], match["between"], match["what"]) if match else message
-        groups.setdefault(key, []).append(match["row"] if match else "")
-    found = []
-    for key, rows in groups.items():
-        if isinstance(key, str):
-            found.append((key, 1))
-            continue
-        file, between, what = key
-        some, more = ", ".join(rows[:_ROWS]), len(rows) - _ROWS
-        listed = some + (f" and {more} more" if more > 0 else "")
-        found.append((f"{file}{between}{listed}: {what}", len(rows)))
-    return found
-
-
-def refuse(where: str, problems: Iterable[str]) -> None:
-    """Raises what is wrong in one place as one error, if anything is.
+def raise_problems(subject: str, problems: Iterable[str], prefix: str = "") -> None:
+    """Raises these problems as one error; does nothing if there are none.
 
     Args:
-      where: the place, in a word or two; the message starts with it.
+      subject: what they are with, for the first line of a list.
       problems: sentences.
-
-    Raises:
-      UserError: the one problem, or a list of them.
+      prefix: starts each message.
     """
-    found = list(problems)
-    if len(found) == 1:
-        raise UserError(f"{where}: {found[0]}")
-    if found:
-        lines = "".join(f"\n- {problem}" for problem in found)
-        raise UserError(
-            f"{where}: {len(found)} problems:{lines}",
-            [f"{where}: {problem}" for problem in found],
-        )
+    collected = Problems(subject)
+    for problem in problems:
+        collected.add(problem, prefix)
+    collected.raise_if_any()
+
+
+def _group_rows(messages: Iterable[str]) -> list[tuple[str, int]]:
+    """Joins messages about several rows with the same problem; counts each group."""
+    groups: dict[Any, list[str]] = {}
+    for message in messages:
+        match = _ROW_PROBLEM.fullmatch(message)
+        key = match.group("file", "separator", "problem") if match else message
+        groups.setdefault(key, []).append(match["row"] if match else "")
+    joined = []
+    for key, rows in groups.items():
+        if isinstance(key, str):
+            joined.append((key, 1))
+            continue
+        file, separator, problem = key
+        listed, more = ", ".join(rows[:_SHOWN_ROWS]), len(rows) - _SHOWN_ROWS
+        listed += f" and {more} more" if more > 0 else ""
+        joined.append((f"{file}{separator}{listed}: {problem}", len(rows)))
+    return joined
+
+
+def did_you_mean(names: str | Iterable[str], known: Iterable[str]) -> str:
+    """Suggests known names close to unknown ones.
+
+    Args:
+      names: a name that is not known, or several.
+      known: the names that are.
+
+    Returns:
+      A sentence with a space before it, or "" where no known name is close.
+    """
+    import difflib  # 15 ms, for a message that is rarely needed
+
+    names, known = [names] if isinstance(names, str) else names, list(known)
+    close = {m for name in names for m in difflib.get_close_matches(name, known, n=1)}
+    if not close:
+        return ""
+    return f" Did you mean {', '.join(f'`{name}`' for name in sorted(close))}?"
 
 
 def readable_bytes(nbytes: float) -> str:
-    """A size for people, in units of 1e9 or 1e6 bytes."""
+    """Formats a size in units of 1e9 or 1e6 bytes."""
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
-def say(text: str) -> None:
-    """Tells the person who started the run."""
-    print(text, file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Prints a line of progress on stderr."""
+    print(line, file=sys.stderr, flush=True)

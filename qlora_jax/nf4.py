@@ -1,9 +1,9 @@
 """The NF4 leaf: a quantized weight as one value in a parameter tree.
 
-`NF4Tensor` carries bitsandbytes' bytes unchanged, so a bitsandbytes file loads and is
+`NF4Tensor` holds bitsandbytes' bytes unchanged, so a bitsandbytes file is read and
 written back byte for byte. `quantize` runs on the host with exact IEEE arithmetic in
-numpy (all cores), which reproduces bitsandbytes' codes and scales; `dequantize` and the
-matrix product live in `pallas_kernels.nf4`.
+numpy (all cores), which reproduces bitsandbytes' codes and scales. `dequantize` and
+`matmul` call `pallas_kernels.nf4`.
 
 One short text that says which base weights these are.
 
@@ -24,7 +24,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from pallas_kernels.nf4.api import Unavailable, nf4_dequantize, nf4_matmul
 from pallas_kernels.nf4.reference import NF4_CODE, Nested
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 
 BLOCK_SIZE = 64
@@ -46,13 +47,13 @@ _MIDPOINTS = ((NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2)).astype(np.float32)
 
 
 def _dynamic_map() -> NDArray[np.float32]:
-    """The signed 8-bit "dynamic" table that bitsandbytes codes block scales with.
+    """Computes the signed 8-bit "dynamic" table with which bitsandbytes codes scales.
 
     Seven decades, decade i holding 2^i midpoints of an even grid on [0.1, 1], with both
-    signs, and 0 and 1. The grid is the one `torch.linspace` gives in float32: a fused
-    multiply-add from either end towards the middle, here carried out in float64, where
-    the product is exact, and rounded once.
+    signs, and 0 and 1.
     """
+    # The grid of `torch.linspace` in float32: a fused multiply-add from either end
+    # towards the middle, here in float64, where the product is exact, and rounded once.
     values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for decade in range(7):
         points = 2**decade + 1
@@ -90,7 +91,7 @@ _CHUNK = 1 << 16
 class NF4Tensor:
     """A weight [O, I] in 4 bits; every array may have leading (layer) axes.
 
-    Invariants, with G = I/64 blocks a row and N = ceil(O*I/64) blocks in all:
+    Fields, with G = I/64 blocks a row and N = ceil(O*I/64) blocks in all:
       codes: uint8, [..., O, I/2] if I % 64 == 0 else [..., ceil(O*I/2)].
       absmax: float32, or uint8 under double quantization, [..., O, G] or [..., N].
       nested_absmax: float32 [..., ceil(N/256)], or None without double quantization.
@@ -120,13 +121,13 @@ class NF4Tensor:
 
     @property
     def size(self) -> int:
-        """Weights in all of its layers."""
-        leading = self.codes.shape[: _leading(self)]
+        """Number of weights in all layers."""
+        leading = self.codes.shape[: _leading_axes(self)]
         return math.prod((*leading, *self.shape))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def __getitem__(self, index: Any) -> NF4Tensor:
@@ -156,11 +157,11 @@ def dequantize(
       implementation: as `pallas_kernels.nf4_dequantize` takes it.
 
     Raises:
-      UserError: implementation="pallas" where it cannot be had, with the reason.
+      UserError: implementation="pallas" cannot be used here; with the reason.
     """
     dtype = jnp.dtype(tensor.dtype if dtype is None else dtype)
 
-    def one(t: NF4Tensor) -> Array:
+    def dequantize_layer(t: NF4Tensor) -> Array:
         return nf4_dequantize(
             t.codes,
             t.absmax,
@@ -174,10 +175,10 @@ def dequantize(
         )
 
     if tensor.layer is None:
-        for _ in range(_leading(tensor)):
-            one = jax.vmap(one)
-    with _said(implementation):
-        return one(jax.tree.map(jnp.asarray, tensor))
+        for _ in range(_leading_axes(tensor)):
+            dequantize_layer = jax.vmap(dequantize_layer)
+    with _unavailable_as_user_error(implementation):
+        return dequantize_layer(jax.tree.map(jnp.asarray, tensor))
 
 
 def matmul(
@@ -192,16 +193,16 @@ def matmul(
     Args:
       x: inputs, features last.
       tensor: the weight [O, I].
-      dtype: what the result is rounded to; default that of `x`.
+      dtype: of the result; default that of `x`.
       implementation: as `pallas_kernels.nf4_matmul` takes it.
 
     Returns:
       The product [..., O].
 
     Raises:
-      UserError: implementation="pallas" where it cannot be had, with the reason.
+      UserError: implementation="pallas" cannot be used here; with the reason.
     """
-    with _said(implementation):
+    with _unavailable_as_user_error(implementation):
         return nf4_matmul(
             x,
             tensor.codes,
@@ -217,8 +218,8 @@ def matmul(
 
 
 @contextlib.contextmanager
-def _said(implementation: str | None) -> Iterator[None]:
-    """Says what to do where an implementation cannot be had."""
+def _unavailable_as_user_error(implementation: str | None) -> Iterator[None]:
+    """Raises `Unavailable` as an error about the setting `kernels`."""
     try:
         yield
     except Unavailable as error:
@@ -231,9 +232,9 @@ def _said(implementation: str | None) -> Iterator[None]:
 def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Takes the packed stacks of scanned layers out of a parameter tree.
 
-    A scan hands its body a slice of every array it scans over. An XLA computation reads
-    through the slice; a kernel is given a copy. Lifted, the stack reaches the body
-    whole and the kernel reads the layer it is told:
+    A scan passes its body a slice of every array it scans over. An XLA computation
+    reads through the slice; a kernel gets a copy. Lifted, the stack itself reaches the
+    body, and the kernel reads one layer of it:
 
         params  {... "weight": NF4Tensor(no arrays, layer=[0, ..., L-1])}
         stacks  {... "weight": NF4Tensor([L, ...])}
@@ -245,26 +246,26 @@ def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
       params: parameter tree; tensors with one leading axis are lifted, all others stay.
 
     Returns:
-      The tree without the stacks, and the tree of the stacks alone.
+      The tree without the stacks, and the tree of only the stacks.
     """
-    left: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     stacks: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            left[name], inner = lift_stacks(value)
-            if inner:
-                stacks[name] = inner
-        elif isinstance(value, NF4Tensor) and _leading(value) == 1:
+            rest[name], inner_stacks = lift_stacks(value)
+            if inner_stacks:
+                stacks[name] = inner_stacks
+        elif isinstance(value, NF4Tensor) and _leading_axes(value) == 1:
             layers = jnp.arange(value.codes.shape[0], dtype=jnp.int32)
-            left[name] = replace(_without_arrays(value), layer=layers)
+            rest[name] = replace(_without_arrays(value), layer=layers)
             stacks[name] = value
         else:
-            left[name] = value
-    return left, stacks
+            rest[name] = value
+    return rest, stacks
 
 
 def with_stack(tensor: NF4Tensor, stack: NF4Tensor) -> NF4Tensor:
-    """One layer of a stack that `lift_stacks` took out of its place."""
+    """Returns the layer of a stack that `lift_stacks` took out of the tree."""
     return replace(stack, layer=tensor.layer)
 
 
@@ -272,15 +273,15 @@ def _without_arrays(tensor: NF4Tensor) -> NF4Tensor:
     return jax.tree.map(lambda _: None, tensor)
 
 
-def _leading(tensor: NF4Tensor) -> int:
-    """Number of leading axes; 0 without arrays."""
+def _leading_axes(tensor: NF4Tensor) -> int:
+    """Returns the number of leading axes; 0 without arrays."""
     if tensor.codes is None:
         return 0
     return tensor.codes.ndim - (2 if is_aligned(tensor.shape) else 1)
 
 
 def is_aligned(shape: tuple[int, int], block_size: int = BLOCK_SIZE) -> bool:
-    """Whether blocks lie within rows, so that codes are kept as [O, I/2]."""
+    """Returns whether no block crosses rows, so that codes are kept as [O, I/2]."""
     return shape[1] % block_size == 0
 
 
@@ -300,43 +301,16 @@ def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
       An `NF4Tensor` of numpy arrays without leading axes.
 
     Raises:
-      UserError: a weight that is not a finite, non-empty matrix.
+      UserError: the weight is not a finite, non-empty matrix.
     """
     weight = np.asarray(weight)
-    if weight.ndim != 2 or weight.size == 0:
-        raise UserError(
-            "`quantize`: expected a non-empty matrix [out_features, in_features], got "
-            f"shape {weight.shape}."
-        )
-    if weight.dtype.name not in ("float32", "bfloat16", "float16"):
-        raise UserError(
-            "`quantize`: expected float32, bfloat16 or float16, got "
-            f"{weight.dtype.name}."
-        )
-    size = weight.size
-    blocks = -(-size // BLOCK_SIZE)
-    flat = np.ascontiguousarray(weight).reshape(-1)
-    codes = np.empty(blocks * BLOCK_SIZE // 2, np.uint8)
-    scales = np.empty(blocks, np.float32)
-    starts = range(0, size, _CHUNK)
-    if len(starts) == 1:
-        finite = [_quantize_chunk(flat, 0, codes, scales)]
-    else:
-        finite = list(
-            _pool().map(lambda s: _quantize_chunk(flat, s, codes, scales), starts)
-        )
-    if not all(finite):
-        raise UserError(
-            f"`quantize`: the weight of shape {weight.shape} contains NaN or infinity; "
-            "the checkpoint is damaged or its training diverged."
-        )
-    codes = codes[: -(-size // 2)]
-    out_features, in_features = weight.shape
-    absmax: NDArray = scales
+    _check_weight(weight)
+    codes, absmax = _quantize_blocks(weight)
     nested_absmax = nested_offset = nested_quant_map = None
     if double_quant:
-        absmax, nested_absmax, nested_offset = _quantize_absmax(scales)
+        absmax, nested_absmax, nested_offset = _quantize_absmax(absmax)
         nested_quant_map = DYNAMIC_MAP
+    out_features, in_features = weight.shape
     if is_aligned(weight.shape):
         codes = codes.reshape(out_features, in_features // 2)
         absmax = absmax.reshape(out_features, in_features // BLOCK_SIZE)
@@ -382,29 +356,65 @@ def abstract(
     )
 
 
+def _check_weight(weight: NDArray) -> None:
+    if weight.ndim != 2 or weight.size == 0:
+        raise UserError(
+            "`quantize`: expected a non-empty matrix [out_features, in_features], got "
+            f"shape {weight.shape}."
+        )
+    if weight.dtype.name not in get_args(Dtype):
+        raise UserError(
+            "`quantize`: expected float32, bfloat16 or float16, got "
+            f"{weight.dtype.name}."
+        )
+
+
+def _quantize_blocks(weight: NDArray) -> tuple[NDArray[np.uint8], NDArray]:
+    """Returns the codes, and the largest magnitude of each block in float32."""
+    size = weight.size
+    blocks = -(-size // BLOCK_SIZE)
+    flat = np.ascontiguousarray(weight).reshape(-1)
+    codes = np.empty(blocks * BLOCK_SIZE // 2, np.uint8)
+    absmax = np.empty(blocks, np.float32)
+    starts = range(0, size, _CHUNK)
+    if len(starts) == 1:
+        finite = [_quantize_chunk(flat, 0, codes, absmax)]
+    else:
+        finite = list(
+            _pool().map(lambda s: _quantize_chunk(flat, s, codes, absmax), starts)
+        )
+    if not all(finite):
+        raise UserError(
+            f"`quantize`: the weight of shape {weight.shape} contains NaN or infinity; "
+            "the checkpoint is damaged or its training diverged."
+        )
+    return codes[: -(-size // 2)], absmax
+
+
 def _quantize_chunk(
     flat: NDArray, start: int, codes: NDArray[np.uint8], absmax: NDArray[np.float32]
 ) -> bool:
-    """Codes `flat[start:start + _CHUNK]` in place; returns whether all were finite."""
+    """Codes `flat[start:start + _CHUNK]`; returns whether all weights were finite."""
     x = flat[start : start + _CHUNK].astype(np.float32)
     first, full = start // BLOCK_SIZE, x.size // BLOCK_SIZE * BLOCK_SIZE
     rows = x[:full].reshape(-1, BLOCK_SIZE)
     largest = np.abs(rows).max(axis=1, initial=0.0)
     absmax[first : first + rows.shape[0]] = largest
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        # bitsandbytes multiplies by the reciprocal: a division rounds differently.
         inverse = np.float32(1) / np.maximum(largest, np.float32(1e-38))
         rows *= inverse[:, None]
         finite = bool(np.isfinite(largest).all())
         if full < x.size:
-            # The last, partial block of a tensor: bitsandbytes divides instead of
-            # multiplying by the reciprocal, and stores a zero block's scale as 1e-38.
+            # The last, partial block it divides, and stores a scale of 0 as 1e-38.
             rest = x[full:]
             last = max(np.abs(rest).max(), np.float32(1e-38))
             absmax[first + rows.shape[0]] = last
             rest /= last
             finite &= bool(np.isfinite(last))
-    if x.size % 2:
+    if x.size % 2:  # the low nibble of the last byte codes a zero
         x = np.append(x, np.float32(0))
+    # Counting the midpoints below vectorizes, unlike a binary search (40 times slower).
     index = np.greater(x, _MIDPOINTS[0]).view(np.uint8)
     above = np.empty(x.size, np.bool_)
     for midpoint in _MIDPOINTS[1:]:
@@ -418,7 +428,10 @@ def _quantize_chunk(
 def _quantize_absmax(
     absmax: NDArray[np.float32],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """Returns 8-bit scales, their scales for each 256, and the offset."""
+    """Returns 8-bit scales, their scales for each 256, and the offset.
+
+    absmax ~ DYNAMIC_MAP[code] * scale[group] + offset, with the mean as offset.
+    """
     offset = np.float32(absmax.mean(dtype=np.float64))
     centred = absmax - offset
     groups = -(-centred.size // NESTED_BLOCK_SIZE)

@@ -1,13 +1,12 @@
-"""A Llama with an attention layer of your own, adapted like any other.
+"""Trains a Llama with a custom attention layer, adapted like any other.
 
-An extra linear layer gates the output of attention. Its class is all that is written
-for it: LoRA reaches it by its name, with a rank and alpha of its own, and what is
-trained is saved under its path, loaded again, and merged.
+An extra linear layer gates the output of attention. Only its class is written for it:
+LoRA reaches it by its name, with its rank and alpha, and what is trained is saved under
+its path, loaded again, and merged.
 
     python scripts/custom_attention.py --model HF_LLAMA --data text.txt --output OUT
 
-prints what the layer costs: parameters, and the time of a step beside that of the same
-model without it.
+prints what the layer costs: parameters, and the time of a step with it and without.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from qlora_jax.models.llama import Attention
 
 # --- 1. The layer: a subclass, with an extra projection built of our Linear ----------
 class GatedAttention(Attention):
-    """Attention whose output is scaled, feature by feature, by what the input says."""
+    """Attention whose output is scaled, feature by feature, by a gate of the input."""
 
     @nn.compact
     def __call__(
@@ -52,7 +51,7 @@ class GatedAttention(Attention):
 
 @dataclass
 class Args:
-    """Train a Llama with a gate in its attention, and without one beside it."""
+    """Train a Llama with a gate in its attention, and without one."""
 
     model: Path
     """Hugging Face directory of a Llama."""
@@ -68,7 +67,7 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
-    """Runs all of it; returns what it printed.
+    """Trains, saves, reloads and merges; returns what it printed.
 
     Raises:
       UserError: arguments that cannot be used; before any training.
@@ -95,15 +94,43 @@ def main(args: Args) -> dict[str, Any]:
         loaded.base,
         jax.random.key(0),
     )
-
     # --- 3. Train both on the same batches -------------------------------------------
+    batches = make_batches(args, loaded)
+    # The plain model has no gate_attn: a target that selects nothing is not an error.
+    without_gate = train(plain, loaded.base, lora, args, batches)
+    with_gate = train(gated, base, lora, args, batches)
+    # --- 4. Save, reload, merge ------------------------------------------------------
+    save(args, lora, gated.config, base, with_gate["adapters"])
+    options = {"dtype": "float32", "attention_cls": GatedAttention}
+    reloaded = qj.load(args.output / "adapter", **options)
+    merged = qj.load(args.output / "merged", quantization=None, **options)
+    tokens = jnp.asarray(batches[0]["tokens"][0])
+    trained = {"params": base, "lora": qj.bind(with_gate["adapters"], base, lora)}
+    logits = gated.apply(trained, tokens)
+    gate = base["model"]["layers"]["self_attn"]["gate_attn"]["weight"]
+    report = {
+        "trained_parameters_plain": without_gate["parameters"],
+        "trained_parameters_gated": with_gate["parameters"],
+        "of_which_gate_attn": with_gate["groups"]["gate_attn"],
+        "frozen_parameters_of_the_gate": int(np.prod(gate.shape)),
+        "loss_plain": without_gate["loss"],
+        "loss_gated": with_gate["loss"],
+        "step_ms_plain": without_gate["step_ms"],
+        "step_ms_gated": with_gate["step_ms"],
+        "reloaded_max_abs_difference": _difference(reloaded.logits(tokens), logits),
+        "merged_max_abs_difference": _difference(merged.logits(tokens), logits),
+    }
+    for name, value in report.items():
+        print(f"{name:<32}{value:>12,.6g}")
+    return report
+
+
+def make_batches(args: Args, loaded: qj.Model) -> qj.Batches:
+    """Reads the text into batches for all steps."""
     data = qj.DataConfig(path=str(args.data), format="text", max_length=args.max_length)
     vocabulary = loaded.config.vocab_size
     examples = qj.load_examples(data, loaded.tokenizer, vocab_size=vocabulary)
-    settings = qj.TrainConfig(
-        steps=args.steps, batch_size=args.batch_size, learning_rate=3e-3
-    )
-    batches = qj.Batches(
+    return qj.Batches(
         examples,
         data,
         batch_size=args.batch_size,
@@ -112,61 +139,13 @@ def main(args: Args) -> dict[str, Any]:
         steps=args.steps,
         epochs=None,
     )
-    # The plain model has no gate_attn: a target that selects nothing, no error.
-    without = train(plain, loaded.base, lora, settings, batches)
-    with_gate = train(gated, base, lora, settings, batches)
-
-    # --- 4. Save, reload, merge -------------------------------------------------------
-    convert.save_llama(
-        args.output / "base", gated.config, base, tokenizer_from=args.model
-    )
-    convert.save_adapter(
-        args.output / "adapter",
-        dataclasses.replace(lora, base_model_name_or_path="../base"),
-        jax.device_get(with_gate["adapters"]),
-        gated.config,
-        base_fingerprint=qj.fingerprint_tree(base),
-    )
-    convert.merge(
-        args.output / "base",
-        args.output / "adapter",
-        args.output / "merged",
-        onto="dequantized",
-    )
-    again = qj.load(
-        args.output / "adapter", dtype="float32", attention_cls=GatedAttention
-    )
-    merged = qj.load(
-        args.output / "merged",
-        quantization=None,
-        dtype="float32",
-        attention_cls=GatedAttention,
-    )
-    tokens = jnp.asarray(batches[0]["tokens"][0])
-    trained = {"params": base, "lora": qj.bind(with_gate["adapters"], base, lora)}
-    logits = gated.apply(trained, tokens)
-
-    report = {
-        "trained_parameters_plain": without["parameters"],
-        "trained_parameters_gated": with_gate["parameters"],
-        "of_which_gate_attn": with_gate["groups"]["gate_attn"],
-        "frozen_parameters_of_the_gate": int(
-            np.prod(base["model"]["layers"]["self_attn"]["gate_attn"]["weight"].shape)
-        ),
-        "loss_plain": without["loss"],
-        "loss_gated": with_gate["loss"],
-        "step_ms_plain": without["step_ms"],
-        "step_ms_gated": with_gate["step_ms"],
-        "reloaded_max_abs_difference": _difference(again.logits(tokens), logits),
-        "merged_max_abs_difference": _difference(merged.logits(tokens), logits),
-    }
-    for name, value in report.items():
-        print(f"{name:<32}{value:>12,.6g}")
-    return report
 
 
-def train(model: Any, base: Any, lora: Any, settings: Any, batches: Any) -> dict:
+def train(model: Any, base: Any, lora: Any, args: Args, batches: Any) -> dict:
     """Trains fresh adapters; returns them with their counts and the median step."""
+    settings = qj.TrainConfig(
+        steps=args.steps, batch_size=args.batch_size, learning_rate=3e-3
+    )
     adapters = qj.init_adapters(jax.random.key(0), base, lora)
     optimizer = qj.make_optimizer(settings, len(batches))
     state = qj.init_state(adapters, optimizer, jax.random.key(1))
@@ -187,6 +166,24 @@ def train(model: Any, base: Any, lora: Any, settings: Any, batches: Any) -> dict
         "loss": float(np.mean(losses[-10:])),
         "step_ms": 1e3 * float(np.median(times[1:])),
     }
+
+
+def save(args: Args, lora: Any, config: Any, base: Any, adapters: Any) -> None:
+    """Writes the base with the gate, the adapter, and both merged."""
+    convert.save_llama(args.output / "base", config, base, tokenizer_from=args.model)
+    convert.save_adapter(
+        args.output / "adapter",
+        dataclasses.replace(lora, base_model_name_or_path="../base"),
+        jax.device_get(adapters),
+        config,
+        base_fingerprint=qj.fingerprint_tree(base),
+    )
+    convert.merge(
+        args.output / "base",
+        args.output / "adapter",
+        args.output / "merged",
+        onto="dequantized",
+    )
 
 
 def _difference(a: Any, b: Any) -> float:

@@ -1,22 +1,22 @@
-"""Everything there is to check and to measure on a GPU, in one command.
+"""Checks and measures everything that needs a GPU, in one command.
 
     python scripts/gpu_check.py                      # all parts, 10 minutes at most
     python scripts/gpu_check.py --list
     python scripts/gpu_check.py --only tests --only kernels --budget 300
     python scripts/gpu_check.py --model path/to/hf-llama --peer-python python3
 
-The tests marked `gpu`; the kernels (scripts/bench_kernels.py); decoding and training of
-a model with random weights of a real model's sizes, with the kernels "xla" and "pallas"
-(scripts/bench_gpu.py); attention (scripts/bench_attention.py); with `--model` a short
-training of that checkpoint; with `--peer-python` transformers and bitsandbytes beside
-it (scripts/peer_gpu.py). The most important part comes first.
+The tests marked `gpu`; the kernels (`bench_gpu kernels`); decoding and training of a
+model with random weights of a real model's sizes, with the kernels "xla" and "pallas"
+(`bench_gpu model`); attention (`bench_gpu attention`); with `--model` a short training
+of that checkpoint; with `--peer-python` transformers and bitsandbytes too (peer.py).
+The most important part comes first.
 
-Each part is a process of its own with a time limit: one that fails, hangs or takes the
+Each part is a separate process with a time limit: one that fails, hangs or takes the
 device down is reported, and the others still run. What no longer fits into `--budget`
-is left out, and said to be. Progress goes to standard output; gpu_check_DEVICE.json and
-.md in `--output` are written anew after every part. Exit status 1 if a part failed.
+is left out and listed. Progress goes to standard output; gpu_check_DEVICE.json and .md
+in `--output` are rewritten after every part. Exit status 1 if a part failed.
 
-Without a GPU it says so, writes nothing and ends with 1. The tests take the `dev`
+Without a GPU it prints why, writes nothing and ends with 1. The tests need the `dev`
 extra.
 """
 
@@ -59,100 +59,46 @@ class Part:
 
     name: str
     command: tuple[str, ...]
-    """{folder} stands for a folder of its own, {seconds} for the time it may use."""
+    """{folder} stands for an empty folder, {seconds} for the time it may use."""
     limit: float
     """Seconds."""
-    says: str
+    summary: str
 
 
 def gpu_tests() -> list[str]:
-    """Test files with a test marked `gpu`: the others need packages it does not."""
+    """Returns the test files with a test marked `gpu`: others need more packages."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file) for file in files if "pytest.mark.gpu" in file.read_text()]
 
 
-def parts(args: argparse.Namespace) -> list[Part]:
+def list_parts(args: argparse.Namespace) -> list[Part]:
     """Lists the parts, the most important first."""
-    python = sys.executable
-    bench = (python, str(SCRIPTS / "bench_gpu.py"))
-    size = ("--size", args.size)
-    out = [
+    parts = [
         Part(
             "tests",
-            (python, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
+            (sys.executable, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
             + ("-p", "no:cacheprovider"),
             240,
             "the tests marked gpu",
         ),
-        Part(
-            "kernels",
-            (python, str(SCRIPTS / "bench_kernels.py"), "--budget", "{seconds}")
-            + ("--output", "{folder}", "--tuned", str(args.tuned))
-            + ("--model", args.size)
-            + (() if args.budget > 1200 else ("--quick",))
-            + (("--peer-python", args.peer_python) if args.peer_python else ()),
-            max(200, 0.4 * args.budget),
-            "the kernels, timed beside what the GPU can do",
-        ),
+        kernels_part(args),
     ]
-    attention = Part(
-        "attention",
-        (python, str(SCRIPTS / "bench_attention.py"), "--budget", "{seconds}")
-        + ("--output", "{folder}", "--tuned", str(args.tuned))
-        + (() if args.budget > 1200 else ("--quick",)),
-        max(150, 0.2 * args.budget),
-        "attention, timed beside cuDNN and XLA",
-    )
-
-    def decode(kernels: str, batch: int) -> Part:
-        options = (*size, "--kernels", kernels, "--batch", str(batch))
-        return Part(
-            f"decode {batch} {kernels}",
-            (*bench, "decode", *options),
-            120,
-            f"tokens/s of generation, batch {batch}, 1,024 tokens of context",
-        )
-
-    def train(kernels: str, remat: str) -> Part:
-        options = (*size, "--kernels", kernels, "--remat", remat, "--batch", "4")
-        return Part(
-            f"train {remat} {kernels}",
-            (*bench, "train", *options),
-            150,
-            "24 training steps, batch 4 x 2,048 tokens",
-        )
-
-    out += [decode("xla", 1), decode("pallas", 1)]
-    out += [train("xla", "full"), train("pallas", "full")]
-    out += [attention, decode("xla", 16), decode("pallas", 16)]
+    parts += [decode_part(args, "xla", 1), decode_part(args, "pallas", 1)]
+    parts += [train_part(args, "xla", "full"), train_part(args, "pallas", "full")]
+    parts.append(attention_part(args))
+    parts += [decode_part(args, "xla", 16), decode_part(args, "pallas", 16)]
     if args.model:
         options = ("--checkpoint", str(args.model), "--batch", "4", "--length", "512")
-        out.append(
-            Part(
-                "train checkpoint",
-                (*bench, "train", *options),
-                150,
-                f"24 training steps of {args.model}",
-            )
-        )
-    out.append(train("xla", "save_matmuls"))
-    # Long rows: few steps, for what they take of the memory beside what was planned.
-    for length, remat, steps, limit in (
-        (131072, "full", 2, 300),
-        (262144, "offload", 1, 500),
-    ):
-        options = ("--length", str(length), "--remat", remat, "--steps", str(steps))
-        out.append(
-            Part(
-                f"train {length} {remat}",
-                (*bench, "train", *size, *options),
-                limit,
-                f"{steps} step(s) of one row of {length:,} tokens",
-            )
-        )
+        command = bench_gpu("model", "train", *options)
+        summary = f"24 training steps of {args.model}"
+        parts.append(Part("train checkpoint", command, 150, summary))
+    parts.append(train_part(args, "xla", "save_matmuls"))
+    # Few steps: what matters is the memory that they take, and that was planned.
+    parts.append(long_row_part(args, 131072, "full", steps=2, limit=300))
+    parts.append(long_row_part(args, 262144, "offload", steps=1, limit=500))
     if args.peer_python and args.size == "8b":
-        peer = (args.peer_python, str(SCRIPTS / "peer_gpu.py"), "decode")
-        out += [
+        peer = (args.peer_python, str(SCRIPTS / "peer.py"), "gpu", "decode")
+        parts += [
             Part(
                 f"decode {batch} transformers",
                 (*peer, "--batch", str(batch)),
@@ -161,11 +107,77 @@ def parts(args: argparse.Namespace) -> list[Part]:
             )
             for batch in (1, 16)
         ]
-    return out
+    return parts
+
+
+def bench_gpu(*arguments: str) -> tuple[str, ...]:
+    """Returns the command line of scripts/bench_gpu."""
+    return (sys.executable, str(SCRIPTS / "bench_gpu"), *arguments)
+
+
+def _table_options(args: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the options of a benchmark that writes a table into `{folder}`."""
+    options = ("--budget", "{seconds}", "--output", "{folder}")
+    options += ("--tuned", str(args.tuned))
+    return options if args.budget > 1200 else (*options, "--quick")
+
+
+def kernels_part(args: argparse.Namespace) -> Part:
+    """Returns the part that times the NF4 kernels."""
+    command = bench_gpu("kernels", *_table_options(args), "--model", args.size)
+    if args.peer_python:
+        command += ("--peer-python", args.peer_python)
+    limit = max(200, 0.4 * args.budget)
+    return Part("kernels", command, limit, "the kernels, and what the GPU can do")
+
+
+def attention_part(args: argparse.Namespace) -> Part:
+    """Returns the part that times attention."""
+    command = bench_gpu("attention", *_table_options(args))
+    limit = max(150, 0.2 * args.budget)
+    return Part("attention", command, limit, "attention: ours, cuDNN's and XLA's")
+
+
+def decode_part(args: argparse.Namespace, kernels: str, batch: int) -> Part:
+    """Returns a part that generates."""
+    options = ("--size", args.size, "--kernels", kernels, "--batch", str(batch))
+    return Part(
+        f"decode {batch} {kernels}",
+        bench_gpu("model", "decode", *options),
+        120,
+        f"tokens/s of generation, batch {batch}, 1,024 tokens of context",
+    )
+
+
+def train_part(args: argparse.Namespace, kernels: str, remat: str) -> Part:
+    """Returns a part that trains on short rows."""
+    options = ("--size", args.size, "--kernels", kernels, "--remat", remat)
+    return Part(
+        f"train {remat} {kernels}",
+        bench_gpu("model", "train", *options, "--batch", "4"),
+        150,
+        "24 training steps, batch 4 x 2,048 tokens",
+    )
+
+
+def long_row_part(
+    args: argparse.Namespace, length: int, remat: str, *, steps: int, limit: float
+) -> Part:
+    """Returns a part that trains on one long row."""
+    options = ("--length", str(length), "--remat", remat, "--steps", str(steps))
+    return Part(
+        f"train {length} {remat}",
+        bench_gpu("model", "train", "--size", args.size, *options),
+        limit,
+        f"{steps} step(s) of one row of {length:,} tokens",
+    )
+
+
+# --- Running a part ---
 
 
 def child_environment() -> dict[str, str]:
-    """What the parts run in: this checkout, on the GPU."""
+    """Returns the environment of the parts: this checkout, on the GPU."""
     path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
     return {
         **os.environ,
@@ -211,7 +223,7 @@ def run_child(
 
 
 def last_json(text: str) -> dict[str, Any] | None:
-    """Returns the last line of a text that is a JSON object."""
+    """Returns the last line that is a JSON object, parsed."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:
@@ -270,31 +282,33 @@ def run_part(
     return record
 
 
-def run_parts(
-    todo: Sequence[Part],
-    result: dict[str, Any],
-    budget: float,
-    *,
-    execute: Callable[[Sequence[str], float], tuple[int | None, str]],
-    save: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    """Runs the parts into `result["parts"]`, as far as the budget goes."""
-    started = clock()
-    for part in todo:
-        seconds = min(part.limit, budget - (clock() - started))
-        if seconds < LEAST:
-            record: dict[str, Any] = {"status": "left out", "seconds": 0.0}
-        else:
-            say(f"{part.name}: {part.says} (at most {seconds:.0f} s)")
-            record = run_part(part, seconds, execute=execute)
-        result["parts"][part.name] = record
-        said = f"{part.name}: {record['status']}, {record['seconds']:.0f} s"
-        if record["status"] in ("failed", "out of time"):
-            said += "\n" + record["tail"][-1500:]
-        say(said)
-        save()
+@dataclass(frozen=True)
+class Runner:
+    """Runs parts in turn, as far as the budget goes."""
+
+    execute: Callable[[Sequence[str], float], tuple[int | None, str]]
+    """Runs a command for so many seconds; returns its exit status and output."""
+    save: Callable[[], None] = lambda: None
+    """Called after each part."""
+    say: Callable[[str], None] = lambda text: None
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, todo: Sequence[Part], records: dict[str, Any], budget: float) -> None:
+        """Runs the parts; puts their records into `records`."""
+        started = self.clock()
+        for part in todo:
+            seconds = min(part.limit, budget - (self.clock() - started))
+            if seconds < LEAST:
+                record: dict[str, Any] = {"status": "left out", "seconds": 0.0}
+            else:
+                self.say(f"{part.name}: {part.summary} (at most {seconds:.0f} s)")
+                record = run_part(part, seconds, execute=self.execute)
+            records[part.name] = record
+            line = f"{part.name}: {record['status']}, {record['seconds']:.0f} s"
+            if record["status"] in ("failed", "out of time"):
+                line += "\n" + record["tail"][-1500:]
+            self.say(line)
+            self.save()
 
 
 # --- The table ---
@@ -343,8 +357,8 @@ def table(result: dict[str, Any]) -> str:
     return text
 
 
-def _decode_lines(found: Mapping[str, Any]) -> list[str]:
-    if not found:
+def _decode_lines(results: Mapping[str, Any]) -> list[str]:
+    if not results:
         return []
     lines = [
         "",
@@ -357,52 +371,59 @@ def _decode_lines(found: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     floors = {
-        name.split()[1]: one["floor_tokens_per_s"]
-        for name, one in found.items()
-        if one.get("floor_tokens_per_s")
+        name.split()[1]: result["floor_tokens_per_s"]
+        for name, result in results.items()
+        if result.get("floor_tokens_per_s")
     }
-    for name, one in found.items():
+    for name, result in results.items():
         _, batch, by = name.split()
-        floor = one.get("floor_tokens_per_s") or floors.get(batch)
-        share = f"{floor:,.0f} | {one['tokens_per_s'] / floor:.0%}" if floor else " | "
+        speed = result["tokens_per_s"]
+        floor = result.get("floor_tokens_per_s") or floors.get(batch)
+        share = f"{floor:,.0f} | {speed / floor:.0%}" if floor else " | "
         lines.append(
-            f"| {batch} | {by} | {one['tokens_per_s']:,.1f} | {one['ms_per_step']:.2f} "
-            f"| {one['prefill_ms']:,.1f} | {share} |"
+            f"| {batch} | {by} | {speed:,.1f} | {result['ms_per_step']:.2f} "
+            f"| {result['prefill_ms']:,.1f} | {share} |"
         )
     return lines
 
 
-def _train_lines(found: Mapping[str, Any], product: float | None) -> list[str]:
-    if not found:
+def _train_lines(results: Mapping[str, Any], product: float | None) -> list[str]:
+    if not results:
         return []
     lines = [
         "",
         "## Training",
         "",
-        "The jitted step, median; MFU against the data sheet, beside it against the "
-        "bf16 product measured in the same run.",
+        "The jitted step, median; MFU against the data sheet, and against the bf16 "
+        "product measured in the same run.",
         "",
         "| run | tokens/s | step ms | MFU | of product | peak GB | planned GB | loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in found.items():
-        rate = one["tokens_per_s"] * one["flops_per_token"] / 1e12
+    for name, result in results.items():
+        rate = result["tokens_per_s"] * result["flops_per_token"] / 1e12
         share = f"{rate / product:.0%}" if product else ""
-        mfu = "" if one["mfu"] is None else f"{one['mfu']:.1%}"
-        peak = "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 1e9:.1f}"
-        losses = one["losses"]
+        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        peak = result["peak_bytes"]
+        peak = "" if peak is None else f"{peak / 1e9:.1f}"
+        losses = result["losses"]
         lines.append(
-            f"| {name.removeprefix('train ')} | {one['tokens_per_s']:,.0f} "
-            f"| {1e3 * one['step_s']:,.1f} | {mfu} | {share} | {peak} "
-            f"| {one['planned_bytes'] / 1e9:.1f} "
+            f"| {name.removeprefix('train ')} | {result['tokens_per_s']:,.0f} "
+            f"| {1e3 * result['step_s']:,.1f} | {mfu} | {share} | {peak} "
+            f"| {result['planned_bytes'] / 1e9:.1f} "
             f"| {losses[0]:.3f} to {losses[-1]:.3f} |"
         )
     return lines
 
 
+# --- The command line ---
+
+
 def parser() -> argparse.ArgumentParser:
     """Builds the command line."""
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--list", action="store_true", help="show the parts")
     p.add_argument("--only", action="append", metavar="PART", help="may be repeated")
     p.add_argument("--budget", type=float, default=570, help="seconds for everything")
@@ -414,10 +435,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _why_no_gpu(found: Mapping[str, Any], output: str) -> str:
-    """What jax said where there is no GPU, in a line."""
-    if found.get("device"):
-        return f"its device is {found['device']}"
+def _why_no_gpu(probed: Mapping[str, Any], output: str) -> str:
+    """Returns in a line what jax printed where there is no GPU."""
+    if probed.get("device"):
+        return f"its device is {probed['device']}"
     lines = [line for line in output.splitlines() if line.strip()] or ["no answer"]
     return lines[-1] if len(lines[-1]) <= 300 else f"{lines[-1][:300]} ..."
 
@@ -425,16 +446,17 @@ def _why_no_gpu(found: Mapping[str, Any], output: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts; 1 without a GPU or after a failure."""
     args = parser().parse_args(argv)
-    todo = parts(args)
+    todo = list_parts(args)
     if args.list:
         for part in todo:
-            print(f"{part.name:<22} {part.says} (at most {part.limit:.0f} s)")
+            print(f"{part.name:<22} {part.summary} (at most {part.limit:.0f} s)")
         return 0
     names = [part.name for part in todo]
     unknown = sorted(set(args.only or ()) - set(names))
     if unknown:
         print(
-            f"gpu_check: no part {', '.join(unknown)}; there are {', '.join(names)}",
+            f"gpu_check: there is no part {', '.join(unknown)}; the parts are "
+            f"{', '.join(names)}",
             file=sys.stderr,
         )
         return 2
@@ -442,20 +464,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         todo = [part for part in todo if part.name in args.only]
     started = time.monotonic()
     environment = child_environment()
-    probe = [sys.executable, "-c", PROBE]
-    _, output = run_child(probe, 120, environment)
-    found = last_json(output) or {}
-    if found.pop("platform", None) != "gpu":
-        reason = _why_no_gpu(found, output)
+    _, output = run_child([sys.executable, "-c", PROBE], 120, environment)
+    probed = last_json(output) or {}
+    if probed.pop("platform", None) != "gpu":
         print(
-            f"gpu_check: jax finds no GPU here ({reason}); nothing was checked or "
-            "written.",
+            f"gpu_check: jax finds no GPU here ({_why_no_gpu(probed, output)}); "
+            "nothing was checked or written.",
             file=sys.stderr,
         )
         return 1
     result: dict[str, Any] = {
-        "device": found.pop("device"),
-        "machine": found,
+        "device": probed.pop("device"),
+        "machine": probed,
         "budget_s": args.budget,
         "parts": {},
         "complete": False,
@@ -467,14 +487,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_text(args.output / f"{name}.json", json.dumps(result, indent=1) + "\n")
         write_text(args.output / f"{name}.md", table(result))
 
-    run_parts(
-        todo,
-        result,
-        args.budget - (time.monotonic() - started),
-        execute=partial(run_child, environment=environment),
-        save=save,
-        say=partial(print, flush=True),
-    )
+    execute = partial(run_child, environment=environment)
+    left = args.budget - (time.monotonic() - started)
+    Runner(execute, save, partial(print, flush=True)).run(todo, result["parts"], left)
     result["complete"] = True
     save()
     print(f"{args.output / name}.json, .md")

@@ -1,13 +1,13 @@
-"""The longest row for each size of card, beside Unsloth's published table.
+"""Finds the longest row for each size of card; compares with Unsloth's table.
 
     python scripts/memory_table.py --output benchmarks/memory_8b.json
 
 Llama-3.1-8B, r=32 on the seven linear layers, one row a step, every position real; then
 Llama-3.1-70B, and 8B without offloading. Each row is a search over steps compiled for
-an H200 that has so much memory (`qlora_jax.planning.plan`): planned by the compiler, measured by
-nobody. It needs the GPU compiler (`make compile` installs it), no GPU, and some minutes
-a row; started again it goes on after the last finished row. `--markdown` writes the
-table, also of a file that is there.
+an H200 with that much memory (`qlora_jax.planning.plan`): planned by the compiler, not
+measured. It needs the GPU compiler (`make compile` installs it), no GPU, and some
+minutes a row; started again it continues after the last finished row. `--markdown`
+writes the table, also that of an existing file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.plan import Planner, Policy, policies
 from qlora_jax.planning.step import Step
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 UNSLOTH = "https://unsloth.ai/blog/llama3-3 (10 December 2024)"
 # GpuSpec memory in GB -> longest row that Unsloth publishes, r=32, seven linear layers,
@@ -53,7 +53,7 @@ SPEED = ("none", "save_matmuls", "full")
 
 
 def step_of(model: str, length: int = 2048, batch_size: int = 1) -> Step:
-    """The step of the table."""
+    """Returns the step of the table."""
     return Step(
         LlamaConfig.from_hf(MODELS[model].hf_config),
         Compute(lora=LoraConfig(r=32)),
@@ -63,14 +63,14 @@ def step_of(model: str, length: int = 2048, batch_size: int = 1) -> Step:
 
 
 def allowed(which: str) -> list[Policy]:
-    """Policies of a row."""
+    """Returns the policies that a row may use."""
     if which == "any":
         return policies()
     return [*policies(remat="full"), *policies(remat="full", attention="xla")]
 
 
 def longest(model: str, gigabytes: int, which: str, python: str | None) -> dict:
-    """One row: the longest that fits a card of so much memory."""
+    """Finds the longest row that fits a card of so much memory."""
     card = dataclasses.replace(
         CARDS["h200"], name=f"{gigabytes} GB", memory_bytes=gigabytes * 10**9
     )
@@ -87,14 +87,14 @@ def longest(model: str, gigabytes: int, which: str, python: str | None) -> dict:
 
 
 def at_speed(policy: str, python: str | None) -> dict:
-    """One row: 16 rows of 2,048 tokens on an H200 under a policy."""
+    """Plans 16 rows of 2,048 tokens on an H200 under a policy."""
     planner = Planner(CARDS["h200"], python=python, say=lambda x: print(f"  {x}"))
     plan = planner.plan(step_of("8b", 2048, 16), policies(remat=policy)[0])
     return {"model": "8b", "policies": policy, **plan.report()}
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The tables, as they stand in the README."""
+    """Renders the tables, as the README has them."""
     rows = content["rows"].values()
     how = {"compiled": "compiled", "estimate": "estimated by formula"}
     methods = " and ".join(sorted({how[row["method"]] for row in rows}))
@@ -137,15 +137,22 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Makes what is missing of the table, and prints it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--compiler-python", help="a Python with the GPU compiler")
     parser.add_argument("--only", help="rows whose name contains this")
     parser.add_argument("--estimate", action="store_true", help="by formula")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Makes the missing rows of the table, and prints it."""
+    args = parse_arguments()
     jax.config.update("jax_platforms", "cpu")
     python = None
     if not args.estimate:
@@ -155,23 +162,22 @@ def main() -> None:
     content: dict[str, Any] = {"unsloth": UNSLOTH, "rows": {}}
     if args.output.is_file():
         content = json.loads(args.output.read_text())
-    wanted: dict[str, tuple[Any, ...]] = {
+    makers: dict[str, tuple[Any, ...]] = {
         f"{model} {gigabytes} GB {which}": (longest, model, gigabytes, which)
         for model, gigabytes, which in LENGTHS
     }
-    wanted |= {f"8b 16 x 2048 {policy}": (at_speed, policy) for policy in SPEED}
-    for number, (name, (make, *what)) in enumerate(wanted.items(), 1):
+    makers |= {f"8b 16 x 2048 {policy}": (at_speed, policy) for policy in SPEED}
+    for number, (name, (make, *arguments)) in enumerate(makers.items(), 1):
         if name in content["rows"] or (args.only and args.only not in name):
             continue
-        print(f"[{number}/{len(wanted)}] {name}", flush=True)
+        print(f"[{number}/{len(makers)}] {name}", flush=True)
         began = time.perf_counter()
-        content["rows"][name] = make(*what, python)
+        row = content["rows"][name] = make(*arguments, python)
         # In the table's order, whichever were made first.
         content["rows"] = {
-            k: content["rows"][k] for k in wanted if k in content["rows"]
+            k: content["rows"][k] for k in makers if k in content["rows"]
         }
         write_text(args.output, json.dumps(content, indent=1) + "\n")
-        row = content["rows"][name]
         print(
             f"  {row['max_length']:,} tokens, "
             f"{row['device_bytes']['total'] / 1e9:.2f} GB, '{row['policy']}' "

@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning in one file to copy: every part of the training loop in the open.
+"""Fine-tunes with QLoRA in one file to copy, with every part of the loop in view.
 
 Read it from top to bottom. The base is a tree of frozen arrays, the adapters are a
 second tree, and one jitted function takes the state of training to the next one:
@@ -33,10 +33,11 @@ from qlora_jax import (
     make_optimizer,
     train_step,
 )
-from qlora_jax.data import Batches, load_examples, prefetch
+from qlora_jax.data.batches import Batches, prefetch
+from qlora_jax.data.examples import load_examples
 from qlora_jax.models.layers import Compute
 
-# --- What to do, with units ---
+# --- Options, with units ---
 
 parser = argparse.ArgumentParser(description="Fine-tune with QLoRA.")
 add = parser.add_argument
@@ -64,7 +65,7 @@ args = parser.parse_args()
 if Path(args.output).exists():
     parser.error(f"`{args.output}` exists; give a new directory as --output")
 
-# What the user can mend is found here, the data's part before the base is read.
+# Errors in the options and the data are reported before the base is read.
 try:
     # --- The data: rows become tokens and labels, batch i is a function of i ---
     data = DataConfig(
@@ -101,7 +102,7 @@ try:
     )
     base = jax.tree.map(jnp.asarray, base)
 
-    # --- The adapters: a second tree, and all that is trained ---
+    # --- The adapters: a second tree; nothing else is trained ---
     lora = LoraConfig(r=args.r, lora_alpha=args.lora_alpha)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     adapters = init_adapters(init_key, base, lora)

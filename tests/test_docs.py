@@ -1,14 +1,18 @@
-"""The site builds, and its pages say what is there."""
+"""The site builds, and its generated pages are complete."""
 
+import ast
+import dataclasses
+import html
 import os
 import re
+import runpy
 import subprocess
 import sys
+import typing
 
 import pytest
 
 import qlora_jax
-from qlora_jax.runs.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -26,47 +30,118 @@ def site(repository, tmp_path_factory):
     return out
 
 
+def page(site, name):
+    return html.unescape((site / name / "index.html").read_text("utf-8"))
+
+
 def test_every_page_is_in_the_navigation(site, repository):
     pages = {p.stem for p in (repository / "docs").glob("*.md")} - {"index"}
-    linked = set(re.findall(r'href="([a-z0-9_]+)/"', (site / "index.html").read_text()))
-    assert pages <= linked
+    pages |= {f"notebooks/{p.stem}" for p in (repository / "notebooks").glob("*.ipynb")}
+    links = re.findall(r'href="([a-z0-9_/]+)/"', (site / "index.html").read_text())
+    assert pages <= set(links)
+
+
+def test_the_site_has_no_source_files(site):
+    assert not list(site.rglob("*.py"))
+
+
+def test_no_marker_is_left(site):
+    for path in site.rglob("index.html"):
+        assert "{{ " not in re.sub(r"<pre>.*?</pre>", "", path.read_text(), flags=re.S)
+
+
+def test_the_start_page_has_the_status_of_the_readme(site, repository):
+    readme = (repository / "README.md").read_text()
+    status = readme.partition("<!-- status -->")[2].partition("<!-- /status -->")[0]
+    start = page(site, ".")
+    titles = re.findall(r"^- \*\*(\w+)\*\*", status, re.M)
+    assert len(titles) == 5
+    assert all(f"<strong>{title}</strong>" in start for title in titles)
+    assert 'href="memory/"' in start and "context_lengths.png" in start
 
 
 def test_the_reference_has_every_setting_and_every_name(site):
-    page = (site / "run_file" / "index.html").read_text()
+    reference = page(site, "run_file")
     for section, keys in settings().items():
-        assert f"<code>[{section}]</code>" in page
-        assert all(f"<code>{key}</code>" in page for key in keys), section
-    page = (site / "python" / "index.html").read_text()
+        assert f"<code>[{section}]</code>" in reference
+        assert all(f"<code>{key}</code>" in reference for key in keys), section
+    reference = page(site, "python")
     for name in qlora_jax.__all__:
         if name != "__version__":
-            module = qlora_jax._CONTENTS[name]
-            assert f'id="{module}.{name}"' in page, name
+            module = getattr(qlora_jax, name).__module__
+            assert f'id="{module}.{name}"' in reference, name
+
+
+def test_the_command_line_page_has_the_help_of_every_command(site):
+    reference = page(site, "command_line")
+    for command in (
+        *("train", "eval", "generate", "chat", "data", "report", "inspect", "plan"),
+        *("quantize", "tokens"),
+    ):
+        assert f'id="qlora-jax-{command}"' in reference
+    for command in ("adapter", "combine", "merge", "model", "verify"):
+        assert f'id="qlora-convert-{command}"' in reference
+    assert "--train.learning-rate" in reference and "--requantize" in reference
+
+
+def test_the_map_has_every_module_with_a_description(site, repository):
+    tooling = runpy.run_path(str(repository / "docs/tooling/repository.py"))
+    table = tooling["module_map"]()
+    shown = page(site, "architecture")
+    for top in ("pallas_kernels", "qlora_jax", "convert", "scripts", "docs/tooling"):
+        for path in (repository / top).rglob("*.py"):
+            folder = path.parent.relative_to(repository).as_posix()
+            section = table.partition(f"### {folder}/\n")[2].partition("\n### ")[0]
+            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+            assert docstring, path
+            words = docstring.split()[:3]
+            if path.name == "__init__.py":
+                assert section.split()[: len(words)] == words, path
+            else:
+                assert f"| `{path.stem}` | {' '.join(words)}" in section, path
+                assert f"<td><code>{path.stem}</code></td>" in shown, path
+
+
+def test_notebooks_are_shown_with_their_figures(site, repository):
+    for path in (repository / "notebooks").glob("*.ipynb"):
+        figures = path.read_text("utf-8").count('"image/png"')
+        assert len(list((site / "notebooks").glob(f"{path.stem}_*.png"))) == figures > 0
+        assert page(site, f"notebooks/{path.stem}").count("<img") == figures
+
+
+def test_the_picture_of_the_start_page_is_drawn_from_the_stored_plans(
+    repository, tmp_path
+):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "picture.png"
+    subprocess.run(
+        [sys.executable, "docs/tooling/context_lengths.py", "--output", str(picture)],
+        cwd=repository,
+        check=True,
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def settings():
-    import dataclasses
-    import typing
-
-    hints = typing.get_type_hints(RunConfig)
+    hints = typing.get_type_hints(qlora_jax.RunConfig)
     return {
-        name: [f.name for f in dataclasses.fields(hint)]
+        name: [field.name for field in dataclasses.fields(hint)]
         for name, hint in hints.items()
         if dataclasses.is_dataclass(hint)
     }
 
 
-@pytest.mark.parametrize("page", ["from_unsloth", "from_peft_trl", "tutorial", "gpu"])
-def test_settings_that_a_page_names_exist(page, repository):
-    """`[section] key` in a page, and in tables the further keys behind it."""
-    text = (repository / "docs" / f"{page}.md").read_text()
+def test_settings_that_the_pages_name_exist(repository):
+    """`[section] key` in a page."""
     known = settings()
-    named = re.findall(r"`\[\[?(\w+)(?:\.(\w+))?\]\]?(?: (\w+))?", text)
-    if page.startswith("from_"):
-        assert len(named) > 20
-    for section, inner, key in named:
-        if section == "section":  # how keys are written
-            continue
-        assert section in known, section
-        for word in filter(None, (inner, key)):
-            assert word in known[section], (section, word)
+    for path in (repository / "docs").glob("*.md"):
+        text = path.read_text("utf-8")
+        named = re.findall(r"`\[\[?([a-z]\w*)(?:\.(\w+))?\]\]?(?: (\w+))?", text)
+        if path.stem.startswith("from_"):
+            assert len(named) > 20
+        for section, inner, key in named:
+            if section == "section":  # the placeholder of the notation
+                continue
+            assert section in known, (path.name, section)
+            for word in filter(None, (inner, key)):
+                assert word in known[section], (path.name, section, word)

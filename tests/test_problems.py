@@ -1,4 +1,4 @@
-"""All that is wrong with a run is said at once, and nothing is written."""
+"""All problems of a run are listed in one message, and nothing is written."""
 
 from __future__ import annotations
 
@@ -6,60 +6,7 @@ import json
 
 import pytest
 
-from qlora_jax.cli import main
-from qlora_jax.errors import CheckpointError, Problems, UserError, refuse
-
-
-def test_problems_are_listed_each_once_and_flat():
-    problems = Problems("the data")
-    with problems.collected("[eval] "):
-        refuse("train", ["`a` is wrong.", "`b` is wrong."])
-    problems.add("`c` is wrong.")
-    problems.add("`c` is wrong.")
-    with pytest.raises(UserError) as raised:
-        problems.refuse()
-    assert str(raised.value) == (
-        "3 problems with the data:\n"
-        "- [eval] train: `a` is wrong.\n"
-        "- [eval] train: `b` is wrong.\n"
-        "- `c` is wrong."
-    )
-    assert len(raised.value.problems) == 3
-
-
-def test_one_error_alone_stays_what_it_is():
-    problems = Problems()
-    with problems.collected():
-        raise CheckpointError("damaged")
-    with pytest.raises(CheckpointError, match=r"^damaged$"):
-        problems.refuse()
-    problems.add("and more")
-    with pytest.raises(UserError, match=r"^2 problems:\n- damaged\n- and more$"):
-        problems.refuse()
-
-
-def test_a_hundred_problems_are_enough():
-    problems = Problems("the data")
-    with pytest.raises(UserError, match=r"^at least 100 problems with the data") as e:
-        for number in range(200):
-            problems.add(f"row {number}")
-    assert str(e.value).endswith("- row 19\n- and 80 more of this kind or another")
-
-
-def test_what_several_rows_share_is_said_once():
-    problems = Problems("the data")
-    for row in (3, 1, 7, 8, 9, 10):
-        problems.add(f"a.jsonl:{row}: no field `x`.")
-    problems.add("a.jsonl:4: no field `y`.")
-    problems.add("b.parquet row 2: no field `x`.")
-    with pytest.raises(UserError) as raised:
-        problems.refuse()
-    assert str(raised.value).splitlines() == [
-        "8 problems with the data:",
-        "- a.jsonl:3, 1, 7, 8, 9 and 1 more: no field `x`.",
-        "- a.jsonl:4: no field `y`.",
-        "- b.parquet row 2: no field `x`.",
-    ]
+from qlora_jax.cli.main import main
 
 
 @pytest.fixture
@@ -79,7 +26,7 @@ def refused(capsys, *args):
     return status, error
 
 
-def test_a_run_file_is_refused_with_all_that_is_wrong(rows, tmp_path, capsys):
+def test_all_problems_of_a_run_file_are_listed(rows, tmp_path, capsys):
     file = tmp_path / "run.toml"
     file.write_text(
         f"""
@@ -105,13 +52,13 @@ def test_a_run_file_is_refused_with_all_that_is_wrong(rows, tmp_path, capsys):
         "[model] `quantization` must be one of",
         "`data.max_length` must be an integer from 2",
         "not supported: `use_qalora`=True",
-        "[train] `warmup_stepz` is no option here; did you mean `warmup_steps`?",
+        "[train] `warmup_stepz` is not an option here. Did you mean `warmup_steps`?",
         "eval: `every` must be at least 1",
     ):
         assert part in error
 
 
-def test_options_are_refused_together(llama_dir, rows, tmp_path, capsys):
+def test_all_problems_of_options_are_listed(llama_dir, rows, tmp_path, capsys):
     options = {
         "--output-dir": tmp_path / "run",
         "--model.path": llama_dir,
@@ -159,7 +106,7 @@ def run_file(tmp_path, model, rows):
     return file
 
 
-def test_what_does_not_fit_the_model_and_the_rows_is_said_with_the_settings(
+def test_problems_of_settings_model_and_rows_are_one_list(
     llama_dir, rows, tmp_path, capsys
 ):
     status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
@@ -182,7 +129,7 @@ def test_a_missing_model_does_not_hide_missing_data(tmp_path, capsys):
     assert f"there is no file {gone}" in error and "none` does not exist" in error
 
 
-def test_large_data_are_not_read_for_settings_that_are_wrong(
+def test_large_data_are_not_read_if_settings_are_wrong(
     llama_dir, rows, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("qlora_jax.runs.prepare._READ_ANYWAY", 10)

@@ -1,61 +1,139 @@
-"""What the README says, done: its Python runs, its settings are read, its commands,
-options, targets and files exist."""
+"""The examples of the README and the pages work.
+
+Python runs, run files are read, commands, options, make targets and files exist, and
+the README's recipe is executed from the first command to the last.
+"""
 
 import contextlib
+import functools
 import inspect
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
 import convert
-from qlora_jax.cli import main as jax_main
-from qlora_jax.convert_cli import main as convert_main
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.init import init_adapters
-from qlora_jax.models.layers import Embed, Linear, RMSNorm
+import qlora_jax as qj
+from qlora_jax.cli.convert import main as convert_main
+from qlora_jax.cli.main import main as jax_main
 from qlora_jax.runs.toml import read_config
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
 MAINS = {"qlora-jax": jax_main, "qlora-convert": convert_main}
+README = "README.md"
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for path in (
+        ROOT / README,
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "notebooks/README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+# Name -> page and a part of the one Python example that has it. All are executed below.
+EXAMPLES = {
+    "load": (README, "lora_config.r"),
+    "run": ("docs/adapters.md", "RunConfig"),
+    "peft": ("docs/adapters.md", "import PeftModel"),
+    "several adapters": ("docs/adapters.md", "stack_adapters"),
+    "custom layer": ("docs/custom_layers.md", "GatedAttention"),
+    "stream": ("docs/generation.md", "model.stream("),
+    "chat": ("docs/generation.md", "model.chat("),
+}
+# The README downloads these. Tests have no network: a small local model and local
+# conversations stand in for them.
+HUB_MODEL = "unsloth/Llama-3.2-1B-Instruct"
+HUB_DATA = "hf:HuggingFaceTB/smoltalk/everyday-conversations"
+# Modules that CONTRIBUTING.md describes and that do not exist yet.
+PLANNED = {"qlora_jax/models/families.py"}
+# Files that measurements on a GPU write.
+WRITTEN = {
+    "benchmarks/gpu_check_DEVICE.json",
+    "pallas_kernels/tuned/DEVICE.json",
+    "pallas_kernels/tuned/DEVICE-attention.json",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
+    "{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+def blocks(language: str, text: str) -> list[str]:
+    """Returns the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\b[^\n]*\n(.*?)^```", text, re.S | re.M)
 
 
-def part_of_a_run_file(table: str) -> str:
-    """The first run file, with the lines of one more table under its heading."""
-    heading, lines = table.split("\n", 1)
-    whole = blocks("toml")[0]
-    assert heading in whole.splitlines()
-    return whole.replace(f"{heading}\n", f"{heading}\n{lines}", 1)
-
-
-def commands() -> list[list[str]]:
-    """Every command line of the sh blocks, continued lines joined, comments cut."""
-    found = []
-    for block in blocks("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+def commands(text: str) -> Iterator[list[str]]:
+    """Yields the command lines of the sh blocks, comments removed."""
+    for block in blocks("sh", text):
+        line = ""
+        for part in block.replace("\\\n", " ").splitlines():
+            line += f"{part}\n"
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # the next line continues a quoted string
+                continue
+            line = ""
             if words:
-                found.append(words)
-    return found
+                yield words
 
 
-def of(*programs: str) -> list[list[str]]:
-    return [words for words in commands() if words[0] in programs]
+def command_lines(*programs: str) -> list[list[str]]:
+    """Returns the commands of these programs: in sh blocks, and in prose as code."""
+    lines = []
+    for text in PAGES.values():
+        lines += [words for words in commands(text) if words[0] in programs]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+        for code in re.findall(r"`([^`]+)`", prose):
+            words = code.replace("...", "").split()
+            if words and words[0] in programs and len(words) > 1:
+                lines.append(words)
+    return lines
+
+
+def example(name: str) -> str:
+    page, part = EXAMPLES[name]
+    (block,) = (b for b in blocks("python", PAGES[page]) if part in b)
+    return block
+
+
+def completed(partial: str) -> str:
+    """Returns a partial run file with the other settings of the first complete one."""
+    tables = tomllib.loads(partial)
+    complete = blocks("toml", PAGES["docs/runs.md"])[0]
+    kept = []
+    missing: dict[str, list[str]] = {}
+    section = ""
+    for line in complete.splitlines():
+        section = line.strip("[]") if line.startswith("[") else section
+        if section not in tables:
+            kept.append(line)
+        elif "=" in line:
+            key = line.split("=")[0].strip()
+            of_one_source = "sources" in tables[section] and key in ("path", "format")
+            if key not in tables[section] and not of_one_source:
+                missing.setdefault(section, []).append(line)
+    for section, lines in missing.items():
+        heading = f"[{section}]\n"
+        assert heading in partial
+        partial = partial.replace(heading, heading + "\n".join(lines) + "\n", 1)
+    return "\n".join(kept) + "\n" + partial
 
 
 @pytest.fixture
 def directories(repository, tmp_path) -> tuple[Path, Path]:
-    """A model directory and an adapter directory that leads to it."""
+    """A model directory and an adapter directory that names it as its base."""
     data = repository.parent / "shared" / "data"
     if data.is_dir():
         return (
@@ -64,147 +142,254 @@ def directories(repository, tmp_path) -> tuple[Path, Path]:
         )
     subprocess.run(
         [
-            *(sys.executable, str(repository / "scripts/story_model.py")),
+            *(sys.executable, str(repository / "scripts/demo/story_model.py")),
             *("--output", str(tmp_path), "--steps", "2"),
         ],
         check=True,
         env={**os.environ, "PYTHONPATH": str(repository)},
     )
     config, base = convert.load_llama(tmp_path / "base")
-    lora = LoraConfig(r=4)
+    lora = qj.LoraConfig(r=4)
     convert.save_adapter(
         tmp_path / "adapter",
         lora,
-        init_adapters(jax.random.key(0), base, lora),
+        qj.init_adapters(jax.random.key(0), base, lora),
         config,
         base_model_name_or_path="base",
     )
     return tmp_path / "base", tmp_path / "adapter"
 
 
-def printed_by(example: str, directories) -> list[str]:
-    """Lines that an example prints, run on directories that are here."""
-    for written, real in zip(
+@pytest.fixture
+def chat_model(directories, tmp_path) -> Path:
+    """A copy of the model whose tokenizer has a chat template."""
+    path = tmp_path / "with-template"
+    shutil.copytree(directories[0], path, copy_function=shutil.copyfile)
+    path.chmod(0o755)
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "chat_template": CHAT_TEMPLATE}))
+    return path
+
+
+def run_example(name: str, directories, **namespace) -> list[str]:
+    """Executes an example on local directories; returns the lines that it prints."""
+    source = example(name)
+    for placeholder, path in zip(
         ("path/to/hf-llama", "path/to/peft-adapter"), directories, strict=True
     ):
-        example = example.replace(f'"{written}"', repr(str(real)))
+        source = source.replace(f'"{placeholder}"', repr(str(path)))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(example, "README.md", "exec"), {})
+        exec(compile(source, EXAMPLES[name][0], "exec"), namespace)
     return printed.getvalue().splitlines()
 
 
-def test_the_first_python_example(directories):
-    lines = printed_by(blocks("python")[0], directories)
+# --- Python ---
+
+
+def test_every_python_example_is_executed_by_a_test():
+    executed = {example(name) for name in EXAMPLES}
+    assert executed == {b for text in PAGES.values() for b in blocks("python", text)}
+
+
+def test_the_example_that_loads_a_model(directories):
+    lines = run_example("load", directories)
     assert int(lines[0]) > 0
     assert lines[1].startswith("Once upon a time")
     assert lines[-1].startswith("(1, ")
 
 
-def test_the_python_example_of_a_layer_of_ones_own(directories):
-    (example,) = (block for block in blocks("python") if "GatedAttention" in block)
-    (line,) = printed_by(example, directories)
-    assert ", 4, " in line  # the rank that `rank_pattern` gives it
+def test_the_example_of_a_custom_layer(directories):
+    (line,) = run_example("custom layer", directories)
+    assert ", 4, " in line  # the rank that `rank_pattern` sets
 
 
-def test_the_python_example_of_a_run(directories, tmp_path, monkeypatch):
-    (example,) = (block for block in blocks("python") if "RunConfig" in block)
+def test_the_example_of_a_run_from_python(directories, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("Once upon a time there was a dog.\n" * 40)
-    (line,) = printed_by(example, directories)
+    (line,) = run_example("run", directories)
     assert line.startswith("2 ")
-    one, two = (
+    by_run, by_function = (
         (tmp_path / name / "adapter_model.safetensors").read_bytes()
         for name in ("python-run/adapter", "python-adapter")
     )
-    assert one == two
+    assert by_run == by_function
 
 
-@pytest.mark.parametrize("module", [Linear, Embed, RMSNorm])
-def test_the_modules_to_build_with_are_as_shown(module):
-    (shown,) = re.findall(rf"^\| `{module.__name__}\((.*)\)` \|", README, re.M)
+def test_the_example_of_several_adapters(directories):
+    (line,) = run_example("several adapters", directories)
+    rank, _, shape = line.partition(" ")
+    assert int(rank) in (8, 16) and shape.startswith("(3, ")
+
+
+def test_the_example_of_streaming(directories):
+    reason, tokens = run_example("stream", directories)[-1].split()[-2:]
+    assert reason and 0 < int(tokens) <= 200
+
+
+def test_the_example_of_a_chat(chat_model, directories):
+    namespace = {"model": qj.load(chat_model, dtype="float32")}
+    exec(compile(example("chat"), "docs/generation.md", "exec"), namespace)
+    assert isinstance(namespace["reply"], str)
+    assert "".join(namespace["answer"]) is not None
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # raised within transformers
+def test_the_example_with_peft(directories, tmp_path, monkeypatch, capsys):
+    """A run continued from an adapter of PEFT loads in PEFT with the same logits."""
+    model, adapter = directories
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories260K").symlink_to(model)
+    text = "ROMEO: what is it that you say?\n" * 400
+    (tmp_path / "shakespeare.txt").write_text(text)
+    (settings,) = blocks("toml", PAGES["docs/adapters.md"])
+    settings = settings.replace('"peft-adapter"', repr(str(adapter)))
+    (tmp_path / "more.toml").write_text(settings)
+    assert jax_main(["train", "more.toml", "--train.steps", "2"]) == 0
+    lines = run_example("peft", directories)
+    assert float(lines[-1]) < 3e-5
+
+
+@pytest.mark.parametrize("module", [qj.Linear, qj.Embed, qj.RMSNorm])
+def test_the_modules_to_build_with_have_the_documented_signature(module):
+    page = PAGES["docs/custom_layers.md"]
+    (signature,) = re.findall(rf"^\| `{module.__name__}\((.*)\)` \|", page, re.M)
     parameters = list(inspect.signature(module).parameters.values())
-    own = parameters[: [p.name for p in parameters].index("parent")]
-    for parameter, text in zip(own, shown.split(", "), strict=True):
+    parameters = parameters[: [p.name for p in parameters].index("parent")]
+    for parameter, text in zip(parameters, signature.split(", "), strict=True):
         name, _, default = text.partition("=")
         assert parameter.name == name
         if default:
             assert repr(parameter.default) == default
 
 
-def test_the_python_example_of_several_adapters(directories):
-    (example,) = (block for block in blocks("python") if "stack_adapters" in block)
-    (line,) = printed_by(example, directories)
-    rank, _, shape = line.partition(" ")
-    assert int(rank) in (8, 16) and shape.startswith("(3, ")
+# --- The recipe ---
 
 
-@pytest.mark.peer
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers', of itself
-def test_the_python_example_with_peft(directories, tmp_path, monkeypatch, capsys):
-    """Our run, continued from an adapter of PEFT, loaded by PEFT."""
-    (example,) = (block for block in blocks("python") if "import PeftModel" in block)
-    model, adapter = directories
+def test_the_recipe_of_the_readme(chat_model, shared_data, tmp_path, monkeypatch):
+    """Every command of "Fine-tune a chat model", with stand-ins for the downloads.
+
+    There are too few conversations for a warm-up and for long rows.
+    """
+    recipe = (
+        PAGES[README].partition("## Fine-tune a chat model")[2].partition("\n## ")[0]
+    )
+    (settings,) = blocks("toml", recipe)
+    (download, *lines) = commands(recipe)
+    *start, directory = download
+    assert start == ["hf", "download", HUB_MODEL, "--local-dir"]
+
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "stories260K").symlink_to(model)
-    text = "ROMEO: what is it that you say?\n" * 400
-    (tmp_path / "shakespeare.txt").write_text(text)
-    (settings,) = (b for b in blocks("toml") if "adapter_init" in b)
-    settings = settings.replace('"peft-adapter"', repr(str(adapter)))
-    (tmp_path / "more.toml").write_text(settings)
-    assert jax_main(["train", "more.toml", "--train.steps", "2"]) == 0
-    lines = printed_by(example, directories)
-    assert float(lines[-1]) < 3e-5
+    chat_model.rename(directory)
+    conversations = shared_data / "text/fastchat-dummy/dummy_conversation.json"
+    rows = json.loads(conversations.read_text())[:24]
+    Path("conversations.json").write_text(json.dumps(rows))
+    assert HUB_DATA in settings
+    Path("chat.toml").write_text(settings.replace(HUB_DATA, "conversations.json"))
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n/exit\n"))
+    for program, *words in lines:
+        if words[0] == "train":
+            words += ["--train.warmup-steps", "0", "--data.max-length", "256"]
+        assert MAINS[program](words) == 0, words
+    assert (Path("chat-run") / "adapter/adapter_config.json").is_file()
+    assert (Path("chat-run") / "report.html").is_file()
+    merged = qj.load("chat-model", quantization="none", dtype="float32")
+    assert merged.chat([{"role": "user", "content": "Hi"}], max_new_tokens=2)
 
 
-def test_every_command_is_shown():
-    shown = {tuple(words[:2]) for words in of("qlora-jax", "qlora-convert")}
-    assert shown >= {
-        *(("qlora-jax", name) for name in ("train", "eval", "generate", "inspect")),
-        ("qlora-jax", "chat"),
-        ("qlora-jax", "quantize"),
-        ("qlora-jax", "tokens"),
-        ("qlora-jax", "plan"),
-        ("qlora-jax", "report"),
-        *(("qlora-convert", name) for name in ("adapter", "merge", "model", "verify")),
-        ("qlora-convert", "combine"),
-    }
+# --- Commands and run files ---
+
+
+@functools.cache
+def options_of(program: str, command: str) -> set[str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            status = MAINS[program]([command, "--help"])
+        except SystemExit as stopped:
+            status = stopped.code
+    assert status == 0, (program, command)
+    return set(re.findall(r"--[a-z][a-z0-9.-]*", printed.getvalue()))
 
 
 @pytest.mark.parametrize(
-    "words", of("qlora-jax", "qlora-convert"), ids=lambda words: " ".join(words[:3])
+    "words", command_lines("qlora-jax", "qlora-convert"), ids=" ".join
 )
-def test_every_command_and_option_exists(words, capsys):
-    program, name = words[:2]
-    try:
-        status = MAINS[program]([name, "--help"])
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 0
-    known = set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
-    used = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
-    assert used <= known
+def test_every_command_and_option_exists(words):
+    program, command = words[:2]
+    if command == "COMMAND":
+        return
+    used = {re.split(r"[=)]", word)[0] for word in words[2:] if word.startswith("--")}
+    assert used <= options_of(program, command)
 
 
-@pytest.mark.parametrize("text", blocks("toml"))
-def test_a_run_file_is_read(text, tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text(text if "output_dir" in text else part_of_a_run_file(text))
+def test_every_command_is_shown_in_an_example():
+    lines = [words for text in PAGES.values() for words in commands(text)]
+    shown = {tuple(words[:2]) for words in lines}
+    for program, main in MAINS.items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main(["--help"])
+        names = re.findall(r"^ {2,4}(?:• )?([a-z]+) {2,}", printed.getvalue(), re.M)
+        assert len(names) > 4
+        assert shown >= {(program, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [(page, block) for page, text in PAGES.items() for block in blocks("toml", text)],
+)
+def test_every_run_file_is_read(page, text, directories, tmp_path, capsys):
+    path = tmp_path / "example.toml"
+    if text.startswith("like = "):  # a GPU
+        path.write_text(text)
+        plan = ["plan", "--model", str(directories[0]), "--method", "estimate"]
+        assert jax_main([*plan, "--max-length", "64", "--gpu", str(path)]) == 0
+        return
+    path.write_text(text if "output_dir" in text else completed(text))
     config = read_config(path)
-    assert config.model.path == "stories260K"
-    assert config.train.steps is not None
+    assert config.model.path
+    assert config.train.steps or config.train.epochs
+
+
+# --- Files, targets, numbers ---
 
 
 def test_every_make_target_exists(repository):
     makefile = (repository / "Makefile").read_text()
-    used = {words[1] for words in of("make")}
-    assert used >= {"demo", "test"}
+    used = {words[1] for words in command_lines("make")}
+    assert used >= {"demo", "test", "docs", "bench", "gpu", "compile"}
     for target in used:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_every_script_and_linked_file_exists(repository):
-    named = {word for words in of("python") for word in words if word.endswith(".py")}
-    named |= set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
-    missing = [name for name in named if not (repository / name).is_file()]
-    assert not missing
+@pytest.mark.parametrize("page", PAGES)
+def test_every_linked_or_named_file_exists(page, repository):
+    text, folder = PAGES[page], (repository / page).parent
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
+    missing = [link for link in links if not (folder / link).is_file()]
+    folders = "scripts|tests|docs|benchmarks|qlora_jax|convert|pallas_kernels"
+    named = re.findall(rf"(?<![\w/])(?:{folders})/[\w./-]+\.\w+", text)
+    missing += [name for name in named if not (repository / name).exists()]
+    assert set(missing) <= PLANNED | WRITTEN
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[README].splitlines()) <= 250
+
+
+def test_planned_lengths_are_those_of_the_stored_plans(repository):
+    stored = json.loads((repository / "benchmarks/memory_8b.json").read_text())
+    table = PAGES["docs/memory.md"]
+    rows = [row for row in stored["rows"].values() if "card_gb" in row]
+    for row in rows:
+        published = f"{row['published']:,}" if row["published"] else ""
+        memory = f"{row['device_bytes']['total'] / 1e9:.2f} GB"
+        numbers = rf"{row['card_gb']} GB \| {published} ?\| {row['max_length']:,} \|"
+        assert re.search(rf"\| {numbers}.*\| {memory} \|", table), row["card_gb"]
+    in_readme = re.findall(r"^\| Llama .* \|$", PAGES[README], re.M)
+    assert len(in_readme) > 5
+    assert all(line in table.splitlines() for line in in_readme)

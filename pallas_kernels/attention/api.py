@@ -21,14 +21,14 @@ from pallas_kernels import device
 from pallas_kernels.attention.xla import blockwise_attention, reference_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "interpret")
-"""What computes: the formula; plain XLA, block by block; the kernels; or those run by
-Pallas's interpreter, slowly and anywhere, for tests."""
+"""What computes: the formula; plain XLA, block by block; the kernels; or those kernels
+in Pallas's interpreter, which is slow and runs on any device, for tests."""
 
 HEAD_DIMS = (64, 128)
-"""Head widths that the kernels know."""
+"""Head widths of the kernels."""
 
 BLOCK = 128
-"""The kernels pad a sequence to a multiple of so many tokens."""
+"""Tokens to a multiple of which a sequence is padded for the kernels."""
 
 
 def flash_attention(
@@ -44,16 +44,16 @@ def flash_attention(
     Query head n reads key/value head n // (N // K). Softmax and sums are float32;
     "pallas" rounds the softmax weights to bfloat16 before they are multiplied.
 
-    What "pallas" keeps for its derivative bears the names "attention_out" and
-    "attention_lse", by which a policy of `jax.checkpoint` can keep it.
+    The residuals of "xla" and "pallas" are named "attention_out" and "attention_lse"
+    for policies of `jax.checkpoint`.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       segment_ids: equal ids see each other, 0 = padding; None = one segment.
-      implementation: None = "pallas" where it was measured to be the better one, "xla"
-        elsewhere.
+      implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it was measured to
+        be better, else "xla".
 
     Returns:
       The attention output in the dtype of `q`.
@@ -85,7 +85,7 @@ def flash_attention(
     pad = -length % BLOCK
     segments = None if segment_ids is None else segment_ids.astype(jnp.int32)
     if pad:
-        # Behind all others, so no query sees them.
+        # After all others, so no query sees them.
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (0, pad)))
@@ -96,28 +96,26 @@ def flash_attention(
 def measured(
     q: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"] | None = None
 ) -> bool:
-    """Whether the kernels were measured on this device to be the better choice.
+    """Returns whether the kernels were measured on this device to be the better choice.
 
-    Better than whatever else this library has for the case: cuDNN for rows of one
-    segment, blocks in XLA for packed ones.
+    Better than the alternatives: cuDNN for rows of one segment, "xla" for packed ones.
     """
     if jax.default_backend() != "gpu" or refusal(q) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
-    least = (
-        device.tuned(device.device_kind(), "attention").get("from_length", {}).get(case)
-    )
-    return least is not None and q.shape[1] >= least
+    table = device.tuned(device.device_kind(), "attention").get("from_length", {})
+    min_length = table.get(case)
+    return min_length is not None and q.shape[1] >= min_length
 
 
 def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
-    """Says why the kernels cannot do this, or None; every reason there is.
+    """Returns all reasons why the kernels cannot compute this here, or None.
 
     Args:
       q: queries.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons, known = [], None
+    reasons, capability = [], None
     if not device.jax_has_kernels():
         reasons.append(
             f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
@@ -127,24 +125,24 @@ def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | Non
         if platform not in ("gpu", "cuda"):
             reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
         else:
-            known = device.capability()
-    reasons += refusals(q.dtype, q.shape[-1], known)
+            capability = device.capability()
+    reasons += refusals(q.dtype, q.shape[-1], capability)
     return "; ".join(reasons) + "." if reasons else None
 
 
 def refusals(dtype: Any, head_dim: int, capability: str | None = None) -> list[str]:
-    """Says why the kernels cannot compute a case, in parts of a sentence.
+    """Returns why the kernels cannot compute a case, as clauses of a sentence.
 
     Args:
       dtype: of queries, keys and values.
       head_dim: width of a head.
-      capability: compute capability of the GPU, such as "9.0"; None = not asked.
+      capability: compute capability of the GPU, such as "9.0"; None = unknown.
     """
     reasons = []
     if dtype != jnp.bfloat16:
         reasons.append(f"they compute in bfloat16, not {jnp.dtype(dtype).name}")
     if head_dim not in HEAD_DIMS:
-        reasons.append(f"they know a head_dim of 64 or 128, not {head_dim}")
+        reasons.append(f"they support a head_dim of 64 or 128, not {head_dim}")
     if capability not in (None, "9.0"):
         reasons.append(
             "they use instructions that only NVIDIA's Hopper has (compute capability "
@@ -157,8 +155,9 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
     batch, length, heads, width = q.shape
     if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (batch, length, width):
         raise ValueError(
-            "`flash_attention`: keys and values go with the queries, token by token; "
-            f"got q {q.shape}, k {k.shape} and v {v.shape} as [B, T, heads, head_dim]."
+            "`flash_attention`: keys and values must have the batch, length and "
+            f"head_dim of the queries; got q {q.shape}, k {k.shape} and v {v.shape} as "
+            "[B, T, heads, head_dim]."
         )
     if heads % k.shape[2]:
         raise ValueError(
@@ -167,15 +166,15 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            "`flash_attention`: q, k and v have one dtype, got "
+            "`flash_attention`: q, k and v must have one dtype, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}."
         )
     if min(q.shape) < 1:
         raise ValueError(f"`flash_attention`: q of shape {q.shape} is empty.")
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(
-            f"`flash_attention`: segment_ids say of every token, {(batch, length)}, "
-            f"where it belongs; got {segment_ids.shape}."
+            f"`flash_attention`: expected a segment id for every token, "
+            f"{(batch, length)}; got segment_ids of shape {segment_ids.shape}."
         )
 
 
@@ -192,8 +191,8 @@ def _forward(
     from pallas_kernels.attention import gpu
 
     out, lse = gpu.forward(q, k, v, segments, interpret=_interpreter(interpret))
-    # Without it the XLA of jax 0.11 runs the kernel twice where both results are kept
-    # for all layers: once to use them, and once more to write them into the stack.
+    # Without the barrier, the XLA of jax 0.11 runs the kernel twice where both results
+    # are kept for all layers: once to use them, once to write them into the stack.
     out, lse = jax.lax.optimization_barrier((out, lse))
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
@@ -206,8 +205,9 @@ def _backward(
     from pallas_kernels.attention import gpu
 
     q, k, v, segments, out, lse = residuals
-    interpreter = _interpreter(interpret)
-    dq, dk, dv = gpu.backward(q, k, v, segments, out, lse, dout, interpret=interpreter)
+    dq, dk, dv = gpu.backward(
+        *(q, k, v, segments, out, lse, dout), interpret=_interpreter(interpret)
+    )
     return dq, dk, dv, None
 
 

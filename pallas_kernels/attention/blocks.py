@@ -1,13 +1,12 @@
-"""What the attention kernels share: which blocks meet, how they come and are masked.
+"""What the attention kernels share: which blocks meet, how they are loaded and masked.
 
-Everything here is about blocks of rows. `reach` says, with plain array operations and
-before a kernel runs, which blocks of the other side a block has to look at. The rest
-are the parts of a kernel's body: `stream` brings one block after the other through a
-ring of buffers, `masked` hides what is not to be seen, `products` and `add_products`
-are the tensor cores'.
+Everything here is about blocks of rows. `reach` computes, with plain array operations
+and before a kernel runs, which blocks of the other side a block has to look at. The
+rest are parts of a kernel's body: `stream` brings one block after the other through a
+ring of buffers, `masked` hides what a query may not see, `products` and `add_products`
+use the tensor cores.
 
-Imported only when a kernel is asked for; written for and checked with jax 0.11.2 and
-0.12.0.
+Imported only when a kernel is used; written for and checked with jax 0.11.2 and 0.12.0.
 """
 
 from __future__ import annotations
@@ -33,71 +32,84 @@ MASKED = -(2.0**100)
 exact, so that two masked scores differ by nothing however they are rounded."""
 
 
+# --- Which blocks meet ---
+
+
 class Reach(NamedTuple):
-    """The blocks of the other side that each own block meets; int32 [B, own blocks]."""
+    """For each block, the blocks of the other side that it meets; int32 [B, blocks]."""
 
     first: jax.Array
     last: jax.Array
-    """Those in [first, last] are looked at, the others have nothing to be seen."""
+    """Those in [first, last] are looked at; nothing in the others is visible."""
     clear_from: jax.Array
     clear_to: jax.Array
-    """Those in [clear_from, clear_to) are seen whole, and nothing in them masked."""
+    """Those in [clear_from, clear_to) are visible throughout: no mask is needed."""
 
 
-def reach(segments: jax.Array, own: int, other: int, *, queries: bool) -> Reach:
-    """Finds which blocks meet.
+def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> Reach:
+    """Computes which blocks meet.
 
     Segment ids need not ascend. Two blocks do not meet if the ranges of their ids other
-    than 0 are disjoint, and at most one of them holds a 0: padding stands apart, so
-    that a block of the last document and padding does not meet the whole row.
+    than 0 are disjoint, and at most one of them holds a 0. Padding is not part of the
+    range: else a block of the last document and padding would meet the whole row.
 
     Args:
       segments: int32 [B, T].
-      own: rows of an own block.
-      other: rows of a block of the other side.
-      queries: whether the own rows are queries, and the others keys; or the reverse.
+      rows: of a block.
+      other_rows: of a block of the other side.
+      queries: whether the blocks are of queries, and the others of keys; or the
+        reverse.
 
     Returns:
       The ranges, exact where segments are contiguous.
     """
-    mine, theirs = _ids(segments, own), _ids(segments, other)
-    count = theirs.padded.shape[1]
-    mine = _Ids(*(a[:, :, None] for a in mine))
-    theirs = _Ids(*(a[:, None, :] for a in theirs))
-    meets = (mine.lowest <= theirs.highest) & (theirs.lowest <= mine.highest)
-    meets |= mine.padded & theirs.padded
-    clear = (mine.lowest == theirs.highest) & (theirs.lowest == mine.highest)
-    clear &= ~(mine.padded | theirs.padded)
-    at = jnp.arange(count, dtype=jnp.int32)[None, None, :]
-    start = own * jnp.arange(segments.shape[1] // own, dtype=jnp.int32)[None, :, None]
+    ids, other_ids = _ids(segments, rows), _ids(segments, other_rows)
+    count = other_ids.padded.shape[1]
+    ids = _Ids(*(a[:, :, None] for a in ids))
+    other_ids = _Ids(*(a[:, None, :] for a in other_ids))
+    meets = (ids.lowest <= other_ids.highest) & (other_ids.lowest <= ids.highest)
+    meets |= ids.padded & other_ids.padded
+    # All ids equal: both ranges are one and the same number.
+    clear = (ids.lowest == other_ids.highest) & (other_ids.lowest == ids.highest)
+    clear &= ~(ids.padded | other_ids.padded)
+    other = jnp.arange(count, dtype=jnp.int32)[None, None, :]
+    start = rows * jnp.arange(segments.shape[1] // rows, dtype=jnp.int32)
+    start = start[None, :, None]
+    # Causally visible in part, and throughout.
     if queries:
-        causal, whole = at * other < start + own, (at + 1) * other <= start
+        causal = other * other_rows < start + rows
+        fully_causal = (other + 1) * other_rows <= start
     else:
-        causal, whole = (at + 1) * other > start, at * other >= start + own
+        causal = (other + 1) * other_rows > start
+        fully_causal = other * other_rows >= start + rows
     meets &= causal
-    first = jnp.where(meets, at, count).min(axis=2)
-    last = jnp.where(meets, at, -1).max(axis=2)
-    wholly = whole.sum(axis=2, dtype=jnp.int32)
+    first = jnp.where(meets, other, count).min(axis=2)
+    last = jnp.where(meets, other, -1).max(axis=2)
+    fully_causal_count = fully_causal.sum(axis=2, dtype=jnp.int32)
+    unclear = fully_causal & ~clear
+    # Next to the diagonal, from the last block that holds another segment.
     if queries:
-        clear_from = jnp.where(whole & ~clear, at + 1, 0).max(axis=2)
-        clear_to = jnp.broadcast_to(wholly, first.shape)
+        clear_from = jnp.where(unclear, other + 1, 0).max(axis=2)
+        clear_to = jnp.broadcast_to(fully_causal_count, first.shape)
     else:
-        clear_from = jnp.broadcast_to(count - wholly, first.shape)
-        clear_to = jnp.where(whole & ~clear, at, count).min(axis=2)
+        clear_from = jnp.broadcast_to(count - fully_causal_count, first.shape)
+        clear_to = jnp.where(unclear, other, count).min(axis=2)
     return Reach(first, last, clear_from, clear_to)
 
 
 def causal_reach(
-    batch: int, length: int, own: int, other: int, *, queries: bool
+    batch: int, length: int, rows: int, other_rows: int, *, queries: bool
 ) -> Reach:
-    """What `reach` finds for rows of one segment, without a computation."""
-    count = length // other
-    start = own * np.arange(length // own, dtype=np.int32)
+    """Returns the `reach` of rows of one segment, without a computation."""
+    count = length // other_rows
+    start = rows * np.arange(length // rows, dtype=np.int32)
     if queries:
-        limits = (0 * start, (start + own - 1) // other, 0 * start, start // other)
+        last = (start + rows - 1) // other_rows
+        limits = (0 * start, last, 0 * start, start // other_rows)
     else:
-        limits = (start // other, 0 * start + count - 1)
-        limits += (-(-(start + own) // other), 0 * start + count)
+        clear_from = -(-(start + rows) // other_rows)
+        everything = 0 * start + count
+        limits = (start // other_rows, everything - 1, clear_from, everything)
     return Reach(*(jnp.asarray(np.tile(limit, (batch, 1))) for limit in limits))
 
 
@@ -109,8 +121,8 @@ class _Ids(NamedTuple):
     padded: jax.Array
 
 
-def _ids(segments: jax.Array, block: int) -> _Ids:
-    ids = segments.reshape(segments.shape[0], -1, block)
+def _ids(segments: jax.Array, rows: int) -> _Ids:
+    ids = segments.reshape(segments.shape[0], -1, rows)
     padding = ids == 0
     limits = jnp.iinfo(jnp.int32)
     return _Ids(
@@ -120,63 +132,75 @@ def _ids(segments: jax.Array, block: int) -> _Ids:
     )
 
 
+# --- Loading and masking ---
+
+
+class Ring(NamedTuple):
+    """Barriers of a ring of buffers, one for each slot."""
+
+    ready: Any
+    """Passed when the copies into the slot are complete."""
+    free: Any
+    """Passed when every warpgroup has used the slot."""
+    stages: int
+    """Slots of the ring, at least 2."""
+
+
 def stream(
+    ring: Ring,
     group: Any,
     steps: Any,
-    stages: int,
+    *,
     fetch: Callable[[Any, Any], None],
     compute: Callable[[Any, Any, Any], Any],
     carry: Any,
-    *,
-    ready: Any,
-    free: Any,
     interpret: bool,
 ) -> Any:
     """Loops over steps whose operands come through a ring of buffers.
 
-    The first warpgroup asks for operands, one step after the other one is done with
-    what lay there before: it need not wait as long as they are less than a step apart.
+    The first warpgroup fetches operands, one step after the other group is done with
+    the slot's previous ones: it need not wait as long as they are less than a step
+    apart.
 
     Args:
+      ring: the barriers.
       group: the warpgroup.
       steps: how many, at least 1.
-      stages: buffers of the ring, at least 2.
       fetch: starts the copies of a step into a slot; they arrive at `ready.at[slot]`.
       compute: (step, slot, carry) -> carry.
-      carry: what the first step is given.
-      ready: a barrier for each slot, passed when its copies are there.
-      free: a barrier for each slot, passed when every warpgroup has used it.
+      carry: of the first step.
       interpret: whether the interpreter runs the kernel.
 
     Returns:
-      What the last step gave.
+      The carry of the last step.
     """
+    ready, free, stages = ring
 
     @pl.when(group == 0)
     def _() -> None:
         for stage in range(stages):
             pl.when(stage < steps)(lambda stage=stage: fetch(stage, stage))
 
-    def one(step: Any, carry: Any) -> Any:
-        slot = jax.lax.rem(step, stages)
+    def step(number: Any, carry: Any) -> Any:
+        slot = jax.lax.rem(number, stages)
         plgpu.barrier_wait(ready.at[slot])
-        carry = compute(step, slot, carry)
+        carry = compute(number, slot, carry)
         if interpret:
-            # It wants a fence between a load and a copy to the same place, which a
-            # device does without: a load is over when its thread arrives.
+            # It demands a fence between a load and a copy to the same address. A device
+            # needs none: a load is over when its thread arrives.
             plgpu.commit_smem()
         plgpu.barrier_arrive(free.at[slot])
 
-        @pl.when((group == 0) & (step > 0))
+        @pl.when((group == 0) & (number > 0))
         def _() -> None:
-            before = jax.lax.rem(step - 1, stages)
-            plgpu.barrier_wait(free.at[before])
-            following = step - 1 + stages
-            pl.when(following < steps)(lambda: fetch(following, before))
+            previous_slot = jax.lax.rem(number - 1, stages)
+            plgpu.barrier_wait(free.at[previous_slot])
+            following = number - 1 + stages
+            pl.when(following < steps)(lambda: fetch(following, previous_slot))
 
         return carry
 
-    carry = jax.lax.fori_loop(0, steps, one, carry)
+    carry = jax.lax.fori_loop(0, steps, step, carry)
 
     @pl.when(group == 0)
     def _() -> None:
@@ -198,22 +222,21 @@ def masked(
       scores: float32 [queries, keys], or with `transposed` [keys, queries].
       clear: whether there is nothing to hide.
       marks: of the queries and of the keys, int32 vectors in any memory: their indices,
-        and their segment ids unless all are one.
-      transposed: which side is which.
+        and their segment ids unless there is one segment.
+      transposed: whether the keys come first.
 
     Returns:
       The scores, `MASKED` where hidden.
     """
+    axes = (1, 0) if transposed else (0, 1)
 
     def hide(scores: jax.Array) -> jax.Array:
-        for pair, seen in zip(marks, (jnp.greater_equal, jnp.equal), strict=False):
+        for pair, visible in zip(marks, (jnp.greater_equal, jnp.equal), strict=False):
             queries, keys = (
-                across(vector(side, axis), scores.shape, axis)
-                for side, axis in zip(
-                    pair, (1, 0) if transposed else (0, 1), strict=True
-                )
+                across(vector(mark, axis), scores.shape, axis)
+                for mark, axis in zip(pair, axes, strict=True)
             )
-            scores = jnp.where(seen(queries, keys), scores, MASKED)
+            scores = jnp.where(visible(queries, keys), scores, MASKED)
             # Or all comparisons would come first, and their operands wait in registers.
             scores = jax.lax.optimization_barrier(scores)
         return scores
@@ -221,15 +244,17 @@ def masked(
     return jax.lax.cond(clear, lambda scores: scores, hide, scores)
 
 
+# --- The tensor cores ---
+
 _WGMMA = plgpu.Layout.WGMMA
 _SUMS: Any = plgpu.WGMMAAccumulatorRef
-_LOAD: Any = plgpu.load  # jax 0.10, which has no kernels, knows other arguments
+_LOAD: Any = plgpu.load  # jax 0.10, which has no kernels, declares other arguments
 
 
 def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
-    """Computes `a @ b` for each pair, in float32; all lie in shared memory.
+    """Computes `a @ b` for each pair in shared memory, in float32.
 
-    All are begun before the first is waited for.
+    All are started before the first is waited for.
     """
 
     def multiply(*sums: Any) -> tuple[jax.Array, ...]:
@@ -246,11 +271,11 @@ def add_products(
 ) -> tuple[jax.Array, ...]:
     """Computes `sums + a @ b` for each (sums, a, b).
 
-    All are begun before the first is waited for. `a` is in registers or in shared
-    memory, `b` in shared memory. The interpreter knows no product with an operand in
-    registers, and is given an ordinary one of the same arrays.
+    All are started before the first is waited for. `a` is in registers or in shared
+    memory, `b` in shared memory.
     """
     if interpret:
+        # It has no product with an operand in registers: an ordinary one replaces it.
         return tuple(
             sums + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
             if isinstance(a, jax.Array)
@@ -266,14 +291,13 @@ def add_products(
 
 
 def zeros(rows: int, columns: int) -> jax.Array:
-    """Sums to add products to."""
+    """Returns sums to add products to."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
 
 
 def full(rows: int, value: float) -> jax.Array:
-    """A float32 number for each row of a product."""
-    whole = jnp.full((rows,), value, jnp.float32)
-    return plgpu.layout_cast(whole, _WGMMA.reduce(1))
+    """Returns a float32 number for each row of a product."""
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), _WGMMA.reduce(1))
 
 
 def vector(ref: Any, axis: int) -> jax.Array:
@@ -294,7 +318,7 @@ def launch(
     grid: dict[str, int],
     interpret: Any,
 ) -> Any:
-    """Makes a kernel of two warpgroups out of a body; the last grid axis runs first."""
+    """Makes a kernel of two warpgroups from a body; the last grid axis runs first."""
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
     return plgpu.kernel(
         body,

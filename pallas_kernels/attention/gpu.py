@@ -1,21 +1,20 @@
 """Causal attention within segments for Hopper GPUs, in Pallas (Mosaic GPU).
 
 The blockwise algorithm with a running softmax (Dao 2023,
-https://arxiv.org/abs/2307.08691): scores never leave the registers, and what is kept
-for the backward is one number for each query and head, the logarithm of the sum of its
-exponentials.
+https://arxiv.org/abs/2307.08691): scores never leave the registers, and the backward
+keeps one number for each query and head, the logarithm of the sum of its exponentials.
 
-Three kernels, in each of which a block of threads (two warpgroups of 64 rows) owns the
-rows that it writes:
-  forward     owns queries, goes over keys:     out, lse
-  queries     owns queries, goes over keys:     dq
-  keys        owns keys, goes over queries:     dk, dv
+Three kernels, in each of which a block of threads (two warpgroups of 64 rows) computes
+the rows that it writes:
+  forward     writes queries, goes over keys:     out, lse
+  queries     writes queries, goes over keys:     dq
+  keys        writes keys, goes over queries:     dk, dv
 The two of the backward both recompute the scores. That is 7 products for the 5 of one
 kernel that adds to dq from many blocks at once; it needs no float32 dq in memory, no
 atomic operation, and gives the same bits each time.
 
-These are the bodies; `pallas_kernels.attention.api` chooses, checks and differentiates.
-docs/attention.md has the counts.
+These are the kernels; `pallas_kernels.attention.api` chooses, checks and
+differentiates. docs/attention.md has the counts.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from pallas_kernels.attention.blocks import (
     MASKED,
     ROWS,
     Reach,
+    Ring,
     across,
     add_products,
     causal_reach,
@@ -48,6 +48,7 @@ from pallas_kernels.attention.blocks import (
 )
 from pallas_kernels.mosaic import operand
 
+# exp2 is one instruction; scores are scaled by log2(e) so that it gives exp.
 LOG2E = math.log2(math.e)
 
 
@@ -61,7 +62,7 @@ class Tiles(NamedTuple):
 
 
 # What the registers of a thread (255) and the shared memory of a block (227 KiB) hold;
-# ptxas spills where a step is wider.
+# ptxas spills if a step is wider.
 FORWARD = {64: Tiles(128, 4), 128: Tiles(128, 3)}
 """Head width -> how `forward` goes over the keys."""
 QUERIES = {64: Tiles(128, 4), 128: Tiles(64, 4)}
@@ -96,33 +97,38 @@ def forward(
     sharing = heads // k.shape[2]
     keys, stages = tiles or FORWARD[width]
     scale = LOG2E / math.sqrt(width)
+    packed = segments is not None
 
-    def attention_forward(q: Any, k: Any, v: Any, *rest: Any) -> None:
-        limits, marks, rest = _limits(rest, packed)
-        out, lse, q_s, k_s, v_s, own_ready, ready, free = rest
-        row, head, block, group = _place(length // BLOCK)
-        start = block * BLOCK + group * ROWS
-        own = pl.ds(start, ROWS)
-        mine = (row, own, head)
-        plgpu.copy_gmem_to_smem(q.at[mine], q_s.at[group], own_ready.at[group])
+    def attention_forward(q: Any, k: Any, v: Any, *refs: Any) -> None:
+        limits, marks, refs = _split_refs(refs, packed)
+        out, lse, q_s, k_s, v_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
+        queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, queries, head)
+        plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
         first, last, *clear = (limit[row, block] for limit in limits)
 
         def fetch(step: Any, slot: Any) -> None:
-            at = (row, pl.ds((first + step) * keys, keys), _over(head, sharing))
-            plgpu.copy_gmem_to_smem(k.at[at], k_s.at[slot], ready.at[slot])
-            plgpu.copy_gmem_to_smem(v.at[at], v_s.at[slot], ready.at[slot])
+            source = (
+                row,
+                pl.ds((first + step) * keys, keys),
+                jax.lax.div(head, sharing),
+            )
+            plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
 
         def compute(step: Any, slot: Any, carry: Any) -> Any:
             sums, top, total = carry
-            at = first + step
-            these = pl.ds(at * keys, keys)
+            key_block = first + step
+            step_keys = pl.ds(key_block * keys, keys)
             (scores,) = products((q_s.at[group], k_s.at[slot].transpose((1, 0))))
             scores = masked(
                 scores,
-                (at >= clear[0]) & (at < clear[1]),
-                [(mark.at[row, own], mark.at[row, these]) for mark in marks],
+                (key_block >= clear[0]) & (key_block < clear[1]),
+                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
                 transposed=False,
             )
+            # As in `xla._flash_fwd`, with exponentials of base 2.
             new_top = jnp.maximum(top, scores.max(axis=1) * scale)
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
@@ -133,28 +139,24 @@ def forward(
             )
             return sums, new_top, total
 
-        plgpu.barrier_wait(own_ready.at[group])
-        # The running maximum starts below a masked score, so that the first of those
-        # that count wipes out what came of the masked ones.
-        begin = zeros(ROWS, width), full(ROWS, 2 * MASKED), full(ROWS, 0.0)
+        plgpu.barrier_wait(rows_ready.at[group])
+        # The running maximum starts below a masked score, so that the first visible
+        # score wipes out what came of masked ones.
         sums, top, total = stream(
+            Ring(ready, free, stages),
             group,
             last - first + 1,
-            stages,
-            fetch,
-            compute,
-            begin,
-            ready=ready,
-            free=free,
+            fetch=fetch,
+            compute=compute,
+            carry=(zeros(ROWS, width), full(ROWS, 2 * MASKED), full(ROWS, 0.0)),
             interpret=bool(interpret),
         )
         q_s[group] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
-        lse[row, head, own] = top * (1.0 / LOG2E) + jnp.log(total)
+        lse[row, head, queries] = top * (1.0 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[group], out.at[mine])
+        plgpu.copy_smem_to_gmem(q_s.at[group], out.at[target])
         plgpu.wait_smem_to_gmem(0)
 
-    packed = segments is not None
     run = launch(
         attention_forward,
         (
@@ -190,24 +192,25 @@ def backward(
     key_tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes the derivative from what `forward` gave.
+    """Computes the derivative from the results of `forward`.
 
     Args:
       q: as for `forward`.
       k: as for `forward`.
       v: as for `forward`.
       segments: as for `forward`.
-      out: what it gave.
-      lse: what it gave.
+      out: its output.
+      lse: its log-sum-exp.
       dout: bfloat16, the derivative with respect to `out`.
-      query_tiles: how the kernel that owns queries goes over the keys.
-      key_tiles: how the kernel that owns keys goes over the queries.
+      query_tiles: how the kernel that writes dq goes over the keys.
+      key_tiles: how the kernel that writes dk and dv goes over the queries.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
       dq, dk and dv in bfloat16, each rounded once from float32 sums.
     """
-    # Of the sum over the keys of weight times its derivative, this is all there is.
+    # The softmax's derivative subtracts the sum over the keys of weight times its
+    # derivative, which equals this sum over the head's width.
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
     arrays = (q, k, v, dout, numbers, segments)
@@ -232,66 +235,65 @@ def _backward_queries(
     sharing = heads // k.shape[2]
     keys, stages = tiles or QUERIES[width]
     scale = 1.0 / math.sqrt(width)
+    packed = segments is not None
 
     def attention_backward_queries(
-        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
     ) -> None:
-        limits, marks, rest = _limits(rest, packed)
-        dq, q_s, dout_s, k_s, v_s, own_ready, ready, free = rest
-        row, head, block, group = _place(length // BLOCK)
-        start = block * BLOCK + group * ROWS
-        own = pl.ds(start, ROWS)
-        mine = (row, own, head)
-        plgpu.copy_gmem_to_smem(q.at[mine], q_s.at[group], own_ready.at[group])
-        plgpu.copy_gmem_to_smem(dout.at[mine], dout_s.at[group], own_ready.at[group])
-        own_lse, own_inner = (
-            vector(numbers.at[row, head, i, own], 0) for i in range(2)
-        )
+        limits, marks, refs = _split_refs(refs, packed)
+        dq, q_s, dout_s, k_s, v_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
+        queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, queries, head)
+        plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
+        plgpu.copy_gmem_to_smem(dout.at[target], dout_s.at[group], rows_ready.at[group])
+        lse, inner = (vector(numbers.at[row, head, i, queries], 0) for i in range(2))
         first, last, *clear = (limit[row, block] for limit in limits)
 
         def fetch(step: Any, slot: Any) -> None:
-            at = (row, pl.ds((first + step) * keys, keys), _over(head, sharing))
-            plgpu.copy_gmem_to_smem(k.at[at], k_s.at[slot], ready.at[slot])
-            plgpu.copy_gmem_to_smem(v.at[at], v_s.at[slot], ready.at[slot])
+            source = (
+                row,
+                pl.ds((first + step) * keys, keys),
+                jax.lax.div(head, sharing),
+            )
+            plgpu.copy_gmem_to_smem(k.at[source], k_s.at[slot], ready.at[slot])
+            plgpu.copy_gmem_to_smem(v.at[source], v_s.at[slot], ready.at[slot])
 
         def compute(step: Any, slot: Any, sums: Any) -> Any:
-            at = first + step
-            these = pl.ds(at * keys, keys)
+            key_block = first + step
+            step_keys = pl.ds(key_block * keys, keys)
             scores, dweights = products(
                 (q_s.at[group], k_s.at[slot].transpose((1, 0))),
                 (dout_s.at[group], v_s.at[slot].transpose((1, 0))),
             )
             scores = masked(
                 scores,
-                (at >= clear[0]) & (at < clear[1]),
-                [(mark.at[row, own], mark.at[row, these]) for mark in marks],
+                (key_block >= clear[0]) & (key_block < clear[1]),
+                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
                 transposed=False,
             )
-            weights = jnp.exp2(scores * (scale * LOG2E) - across(own_lse, scores.shape))
-            dscores = weights * (dweights - across(own_inner, scores.shape))
+            weights = jnp.exp2(scores * (scale * LOG2E) - across(lse, scores.shape))
+            dscores = weights * (dweights - across(inner, scores.shape))
             (sums,) = add_products(
                 (sums, dscores.astype(k.dtype), k_s.at[slot]), interpret=bool(interpret)
             )
             return sums
 
-        plgpu.barrier_wait(own_ready.at[group])
+        plgpu.barrier_wait(rows_ready.at[group])
         sums = stream(
+            Ring(ready, free, stages),
             group,
             last - first + 1,
-            stages,
-            fetch,
-            compute,
-            zeros(ROWS, width),
-            ready=ready,
-            free=free,
+            fetch=fetch,
+            compute=compute,
+            carry=zeros(ROWS, width),
             interpret=bool(interpret),
         )
         q_s[group] = (sums * scale).astype(dq.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[group], dq.at[mine])
+        plgpu.copy_smem_to_gmem(q_s.at[group], dq.at[target])
         plgpu.wait_smem_to_gmem(0)
 
-    packed = segments is not None
     run = launch(
         attention_backward_queries,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -324,55 +326,56 @@ def _backward_keys(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes dk and dv.
 
-    Scores stand as [keys, queries], so that they are the left operand of both sums.
+    Scores are [keys, queries], so that they are the left operand of both sums.
     """
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     sharing = heads // groups
     queries, stages = tiles or KEYS[width]
     scale = 1.0 / math.sqrt(width)
+    packed = segments is not None
 
     def attention_backward_keys(
-        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *rest: Any
+        q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
     ) -> None:
-        limits, marks, rest = _limits(rest, packed)
-        dk, dv, k_s, v_s, q_s, dout_s, numbers_s, own_ready, ready, free = rest
-        row, head, block, group = _place(length // BLOCK)
+        limits, marks, refs = _split_refs(refs, packed)
+        dk, dv, k_s, v_s, q_s, dout_s, numbers_s, rows_ready, ready, free = refs
+        row, head, block, group = _program_ids(length // BLOCK)
         # Of keys the first blocks have the most queries to go over.
         block = length // BLOCK - 1 - block
-        start = block * BLOCK + group * ROWS
-        own = pl.ds(start, ROWS)
-        mine = (row, own, head)
-        plgpu.copy_gmem_to_smem(k.at[mine], k_s.at[group], own_ready.at[group])
-        plgpu.copy_gmem_to_smem(v.at[mine], v_s.at[group], own_ready.at[group])
+        keys = pl.ds(block * BLOCK + group * ROWS, ROWS)
+        target = (row, keys, head)
+        plgpu.copy_gmem_to_smem(k.at[target], k_s.at[group], rows_ready.at[group])
+        plgpu.copy_gmem_to_smem(v.at[target], v_s.at[group], rows_ready.at[group])
         first, last, *clear = (limit[row, block] for limit in limits)
-        each = last - first + 1
+        steps_per_head = last - first + 1
 
         def fetch(step: Any, slot: Any) -> None:
             # All queries of one head after another.
-            reader = head * sharing + jax.lax.div(step, each)
-            these = pl.ds((first + jax.lax.rem(step, each)) * queries, queries)
-            for source, target in ((q, q_s), (dout, dout_s)):
-                source = source.at[row, these, reader]
-                plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
-            source = numbers.at[row, reader, :, these]
+            query_head = head * sharing + jax.lax.div(step, steps_per_head)
+            query_block = first + jax.lax.rem(step, steps_per_head)
+            step_queries = pl.ds(query_block * queries, queries)
+            for array, buffer in ((q, q_s), (dout, dout_s)):
+                source = array.at[row, step_queries, query_head]
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], ready.at[slot])
+            source = numbers.at[row, query_head, :, step_queries]
             plgpu.copy_gmem_to_smem(source, numbers_s.at[slot], ready.at[slot])
 
         def compute(step: Any, slot: Any, carry: Any) -> Any:
             dk, dv = carry
-            at = first + jax.lax.rem(step, each)
-            these = pl.ds(at * queries, queries)
-            # Beside dk and dv there are registers for two matrices of scores, but not
-            # while one of them is masked.
+            query_block = first + jax.lax.rem(step, steps_per_head)
+            step_queries = pl.ds(query_block * queries, queries)
+            # With dk and dv in them, the registers have room for two matrices of
+            # scores, but not while one of them is masked.
             (scores,) = products((k_s.at[group], q_s.at[slot].transpose((1, 0))))
             scores = masked(
                 scores,
-                (at >= clear[0]) & (at < clear[1]),
-                [(mark.at[row, these], mark.at[row, own]) for mark in marks],
+                (query_block >= clear[0]) & (query_block < clear[1]),
+                [(mark.at[row, step_queries], mark.at[row, keys]) for mark in marks],
                 transposed=True,
             )
-            their_lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
-            weights = jnp.exp2(scores * (scale * LOG2E) - their_lse)
+            lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
+            weights = jnp.exp2(scores * (scale * LOG2E) - lse)
             dv, dweights = add_products(
                 (dv, weights.astype(q.dtype), dout_s.at[slot]),
                 (
@@ -382,33 +385,30 @@ def _backward_keys(
                 ),
                 interpret=bool(interpret),
             )
-            their_inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
-            dscores = weights * (dweights - their_inner)
+            inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
+            dscores = weights * (dweights - inner)
             (dk,) = add_products(
                 (dk, dscores.astype(q.dtype), q_s.at[slot]), interpret=bool(interpret)
             )
             return dk, dv
 
-        plgpu.barrier_wait(own_ready.at[group])
-        sums = stream(
+        plgpu.barrier_wait(rows_ready.at[group])
+        dk_sums, dv_sums = stream(
+            Ring(ready, free, stages),
             group,
-            each * sharing,
-            stages,
-            fetch,
-            compute,
-            (zeros(ROWS, width), zeros(ROWS, width)),
-            ready=ready,
-            free=free,
+            steps_per_head * sharing,
+            fetch=fetch,
+            compute=compute,
+            carry=(zeros(ROWS, width), zeros(ROWS, width)),
             interpret=bool(interpret),
         )
-        k_s[group] = (sums[0] * scale).astype(dk.dtype)
-        v_s[group] = sums[1].astype(dv.dtype)
+        k_s[group] = (dk_sums * scale).astype(dk.dtype)
+        v_s[group] = dv_sums.astype(dv.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_s.at[group], dk.at[mine])
-        plgpu.copy_smem_to_gmem(v_s.at[group], dv.at[mine])
+        plgpu.copy_smem_to_gmem(k_s.at[group], dk.at[target])
+        plgpu.copy_smem_to_gmem(v_s.at[group], dv.at[target])
         plgpu.wait_smem_to_gmem(0)
 
-    packed = segments is not None
     run = launch(
         attention_backward_keys,
         (
@@ -433,10 +433,10 @@ def _backward_keys(
     return dk, dv
 
 
-def _place(blocks: int) -> tuple[Any, Any, Any, Any]:
-    """Row of the batch, head, block of rows and warpgroup; the last blocks first.
+def _program_ids(blocks: int) -> tuple[Any, Any, Any, Any]:
+    """Returns row of the batch, head, block of rows and warpgroup; last blocks first.
 
-    Of queries the last blocks have the most keys to go over. Whatever takes longest
+    Of queries the last blocks have the most keys to go over, and what takes longest
     should not begin last.
     """
     axis = jax.lax.axis_index
@@ -444,22 +444,23 @@ def _place(blocks: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _operands(
-    segments: jax.Array | None, batch: int, length: int, other: int, *, queries: bool
+    segments: jax.Array | None,
+    batch: int,
+    length: int,
+    other_rows: int,
+    *,
+    queries: bool,
 ) -> list[jax.Array]:
-    """The ranges of blocks, and what is compared where blocks are masked."""
+    """Returns the ranges of blocks, and what is compared where blocks are masked."""
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segments is None:
-        limits = causal_reach(batch, length, BLOCK, other, queries=queries)
+        limits = causal_reach(batch, length, BLOCK, other_rows, queries=queries)
         return [*limits, index]
-    return [*reach(segments, BLOCK, other, queries=queries), index, segments]
+    return [*reach(segments, BLOCK, other_rows, queries=queries), index, segments]
 
 
-def _limits(rest: Any, packed: bool) -> tuple[Reach, Any, Any]:
-    """Takes the refs of `_operands` off the others."""
+def _split_refs(refs: Any, packed: bool) -> tuple[Reach, Any, Any]:
+    """Splits the refs of `_operands` (ranges, marks) from those that follow."""
     limits = len(Reach._fields)
     end = limits + (2 if packed else 1)
-    return Reach(*rest[:limits]), rest[limits:end], rest[end:]
-
-
-def _over(number: Any, by: int) -> Any:
-    return jax.lax.div(number, by)
+    return Reach(*refs[:limits]), refs[limits:end], refs[end:]

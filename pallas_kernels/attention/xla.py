@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.product import precision
 
-# Large and negative but finite: a row with nothing to see stays finite. The running
-# maximum starts lower still, so a block of nothing but masked scores never wins.
+# Large and negative but finite: with -inf a row that sees nothing would be
+# exp(-inf + inf) = NaN.
 _MASKED = -1e30
 
 
@@ -29,22 +29,23 @@ def reference_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
-    """The formula: the output, and the log-sum-exp of every query's scores."""
+    """Computes the formula, with all scores in memory.
+
+    Returns:
+      The output, and the log-sum-exp of every query's scores.
+    """
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     grouped = q.reshape(batch, length, groups, heads // groups, width)
     index = jnp.arange(length)
-    seen = (index[:, None] >= index[None, :])[None]
+    visible = (index[:, None] >= index[None, :])[None]
     if segment_ids is not None:
-        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    product = functools.partial(
-        jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32
-    )
-    scores = product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = _product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - lse).astype(v.dtype)
-    out = product("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    out = _product("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
     return out.astype(q.dtype), lse.reshape(batch, heads, length)
 
 
@@ -56,37 +57,38 @@ def blockwise_attention(
 ) -> Float[Array, "B T N H"]:
     """Computes `flash_attention` block by block, in blocks that suit the platform.
 
-    Differentiable, with memory linear in the length; blocks above the diagonal are
-    skipped, forward and backward.
+    The running softmax of Dao 2023 (https://arxiv.org/abs/2307.08691). Differentiable,
+    with memory linear in the length; blocks above the diagonal are skipped, forward and
+    backward.
     """
-    optional = () if segment_ids is None else (segment_ids,)
+    segments = () if segment_ids is None else (segment_ids,)
 
-    def with_block(block: int) -> Callable[..., Array]:
-        return lambda q, k, v, *rest: _in_blocks(
-            block, q, k, v, rest[0] if rest else None
+    def in_blocks_of(block: int) -> Callable[..., Array]:
+        return lambda q, k, v, *segments: _in_blocks(
+            block, q, k, v, segments[0] if segments else None
         )
 
     # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
     # large steps, a CPU blocks that stay in its cache.
     side = math.isqrt(2**25 // (q.shape[0] * q.shape[2]))
+    power_of_two = 1 << side.bit_length() - 1
     return jax.lax.platform_dependent(
         q,
         k,
         v,
-        *optional,
-        cpu=with_block(256),
-        default=with_block(min(max(1 << side.bit_length() - 1, 128), 1024)),
+        *segments,
+        cpu=in_blocks_of(256),
+        default=in_blocks_of(min(max(power_of_two, 128), 1024)),
     )
 
 
 def _in_blocks(
-    block: int, q: Array, k: Array, v: Array, segment_ids: Array | None
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
 ) -> Array:
-    """Pads to whole blocks."""
+    """Pads to a multiple of the block; queries never see the padding, which is last."""
     length = q.shape[1]
     block = min(block, -(-length // 8) * 8)
     pad = -length % block
-    segments = segment_ids
     if pad:
         if segments is None:
             segments = jnp.ones((q.shape[0], length), jnp.int32)
@@ -96,20 +98,23 @@ def _in_blocks(
     return out[:, :length]
 
 
+# --- Blocks of arrays that stay as the layers around have them, [B, T, heads * H] ---
+
+
 def _rows(
     a: Float[Array, "B T NH"], i: Array, block: int, heads: tuple[int, ...]
 ) -> Array:
-    """Block i of the tokens, heads first: [B, *heads, block, H]."""
-    part = _slice(a, i, block)
-    part = part.reshape(*part.shape[:2], *heads, -1)
-    return jnp.moveaxis(part, 1, -2)
+    """Returns block i of the tokens, heads first: [B, *heads, block, H]."""
+    rows = _slice(a, i, block)
+    rows = rows.reshape(*rows.shape[:2], *heads, -1)
+    return jnp.moveaxis(rows, 1, -2)
 
 
-def _put_rows(whole: Float[Array, "B T NH"], part: Array, i: Array) -> Array:
-    """Writes block i, as `_rows` gives it, where it belongs."""
-    part = jnp.moveaxis(part.astype(whole.dtype), -2, 1)
-    part = part.reshape(*part.shape[:2], -1)
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[1], 1)
+def _put_rows(a: Float[Array, "B T NH"], rows: Array, i: Array) -> Array:
+    """Writes block i, as `_rows` returns it."""
+    rows = jnp.moveaxis(rows.astype(a.dtype), -2, 1)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return jax.lax.dynamic_update_slice_in_dim(a, rows, i * rows.shape[1], 1)
 
 
 def _slice(a: Array, i: Array, block: int, axis: int = 1) -> Array:
@@ -129,15 +134,33 @@ def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
 def _visible(
     segments: Array | None, i: Array, j: Array, block: int
 ) -> Bool[Array, "B t s"]:
-    """Which keys of block j each query of block i sees; [1, t, s] without segments."""
+    """Returns the keys of block j that each query of block i sees.
+
+    [1, t, s] without segments.
+    """
     rows = i * block + jnp.arange(block)
     columns = j * block + jnp.arange(block)
-    seen = (rows[:, None] >= columns[None, :])[None]
+    causal = (rows[:, None] >= columns[None, :])[None]
     if segments is None:
-        return seen
+        return causal
     q_segments = _slice(segments, i, block)
     k_segments = _slice(segments, j, block)
-    return seen & (q_segments[:, :, None] == k_segments[:, None, :])
+    return causal & (q_segments[:, :, None] == k_segments[:, None, :])
+
+
+def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
+    """Returns query and key block of every pair on or below the diagonal, by rows."""
+    # One loop over a known number of pairs: with a trip count that depends on the row,
+    # a GPU would have to ask the host after every one.
+    i, j = np.tril_indices(blocks)
+    pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
+    # The barrier ties the indices to `q`. Without it they are constants to the
+    # derivative of a scan over layers, which then computes the masks of all pairs ahead
+    # of the loop and holds them: memory that grows with the square of the length.
+    return jax.lax.optimization_barrier((pairs, q))[0]
+
+
+# --- The running softmax, and its derivative ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,50 +170,39 @@ def _flash(
     return _flash_fwd(block, q, k, v, segments)[0]
 
 
-def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
-    """Query and key block of every pair on or below the diagonal, row by row.
-
-    One loop over a known number of pairs: with a trip count that depends on the row, a
-    GPU would have to ask the host after every one.
-
-    The barrier ties the indices to `q`. Without it they are constants to the derivative
-    of a scan over layers, which then computes the masks of all pairs ahead of the loop
-    and holds them: memory that grows with the square of the length.
-    """
-    i, j = np.tril_indices(blocks)
-    pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
-    return jax.lax.optimization_barrier((pairs, q))[0]
-
-
 def _flash_fwd(
     block: int, q: Array, k: Array, v: Array, segments: Array | None
 ) -> tuple[Array, tuple]:
-    """Running softmax over key blocks j <= i for each query block i.
+    """Goes over key blocks j <= i for each query block i.
 
-    Whole arrays stay as the layers around have them, [B, T, heads * width], and blocks
-    alone are rearranged: what the backward pass needs is then held once, for them and
-    for us.
+    Arrays keep the layout of the layers around, [B, T, heads * H], and only blocks are
+    rearranged: then what the backward pass needs is held once for them and for us.
     """
     residuals = (q, k, v, segments)
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     scale = 1.0 / math.sqrt(width)
     grouped = (groups, heads // groups)
-    rows = (batch, *grouped, block)
+    rows_shape = (batch, *grouped, block)
     q, k, v = (a.reshape(batch, length, -1) for a in (q, k, v))
 
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
         top, total, acc, out, lse = carry
         i, j = ij
-        fresh = j == 0
-        top = jnp.where(fresh, 2 * _MASKED, top)
-        total = jnp.where(fresh, 0.0, total)
-        acc = jnp.where(fresh, 0.0, acc)
+        # A row begins. Its running maximum starts below a masked score, so that the
+        # first visible score wipes out what came of masked ones.
+        begins = j == 0
+        top = jnp.where(begins, 2 * _MASKED, top)
+        total = jnp.where(begins, 0.0, total)
+        acc = jnp.where(begins, 0.0, acc)
         q_i = _rows(q, i, block, grouped)
         k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
-        seen = _visible(segments, i, j, block)
-        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        visible = _visible(segments, i, j, block)
+        scores = jnp.where(visible[:, None, None], scores, _MASKED)
+        # With m the running maximum, l the sum of exponentials, o the output times l:
+        #   m' = max(m, max s),  l' = l e^(m - m') + sum e^(s - m'),
+        #   o' = o e^(m - m') + e^(s - m') v.
         new_top = jnp.maximum(top, scores.max(axis=-1))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
@@ -198,18 +210,18 @@ def _flash_fwd(
         acc = acc * shrink[..., None] + _product(
             "bkgts,bksh->bkgth", weights.astype(v.dtype), v_j
         )
-        # Written after every pair; what stays is the row's last, on the diagonal.
+        # Written after every pair; the last of the row, on the diagonal, remains.
         out = _put_rows(out, acc / total[..., None], i)
-        row = new_top + jnp.log(total)
-        lse = jax.lax.dynamic_update_slice_in_dim(lse, row, i * block, 3)
+        row_lse = new_top + jnp.log(total)
+        lse = jax.lax.dynamic_update_slice_in_dim(lse, row_lse, i * block, 3)
         return (new_top, total, acc, out, lse), None
 
     start = (
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
-        jnp.zeros((*rows, width), jnp.float32),
+        jnp.zeros(rows_shape, jnp.float32),
+        jnp.zeros(rows_shape, jnp.float32),
+        jnp.zeros((*rows_shape, width), jnp.float32),
         jnp.zeros_like(q),
-        jnp.zeros((*rows[:3], length), jnp.float32),
+        jnp.zeros((*rows_shape[:3], length), jnp.float32),
     )
     pairs = _pairs(length // block, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
@@ -219,7 +231,11 @@ def _flash_fwd(
 
 
 def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
-    """Recomputes each block's weights from the saved log-sum-exp."""
+    """Recomputes each block's weights p = e^(s - lse).
+
+    ds = p * (dout v^T - inner) with inner = sum(dout * out), which equals the sum over
+    the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout.
+    """
     q, k, v, segments, out, lse = residuals
     batch, length, heads, width = q.shape
     groups = k.shape[2]
@@ -238,10 +254,10 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
         k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         # Scores as [key, query]: two of the three products that follow then read
-        # their operands in the order they lie in, and only the third transposes.
+        # their operands in storage order, and only the third transposes.
         scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
-        seen = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
-        weights = jnp.exp(jnp.where(seen, scores, _MASKED) - lse_i[:, :, None])
+        visible = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
+        weights = jnp.exp(jnp.where(visible, scores, _MASKED) - lse_i[:, :, None])
         dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
         dscores = weights * (dweights - inner_i[:, :, None]) * scale
         dscores = dscores.astype(q.dtype)
@@ -257,15 +273,15 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
             dq_i,
         ), None
 
-    # Pairs come row by row: the gradient of a row of queries is summed in float32 for
-    # itself, and lies in the end where those queries were, which are needed no more.
-    row = (batch, *grouped, block, width)
+    # Pairs come row by row: the gradient of a row of queries is summed in float32 on
+    # its own, and then overwrites those queries, which no later row reads.
+    rows_shape = (batch, *grouped, block, width)
     start = (
         q,
         jnp.zeros(k.shape, jnp.float32),
         jnp.zeros(v.shape, jnp.float32),
-        jnp.zeros(row, q.dtype),
-        jnp.zeros(row, jnp.float32),
+        jnp.zeros(rows_shape, q.dtype),
+        jnp.zeros(rows_shape, jnp.float32),
     )
     pairs = _pairs(length // block, q)
     (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)

@@ -1,8 +1,8 @@
 """`nf4_dequantize` and `nf4_matmul`: checks, the choice of a kernel, the derivative.
 
-The one idea of `nf4_matmul`: its derivative keeps the packed bytes as the only residual
-of the weight and dequantizes once more, so training holds no 16-bit copy of a layer
-beyond the layer being computed.
+The derivative of `nf4_matmul` keeps the packed bytes as the only residual of the weight
+and dequantizes once more, so training holds no 16-bit copy of a layer other than the
+one being computed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import device
-from pallas_kernels.nf4.reference import Nested, dequantize
+from pallas_kernels.nf4.reference import Nested, Packed, dequantize
 from pallas_kernels.product import contract
 
 FUSED_ROWS = 32
-"""Rows that "pallas" multiplies without writing the weight out, where none were
+"""Rows up to which "pallas" multiplies from the packed bytes, where nothing was
 measured: bitsandbytes' own table for an H100 has 4 to 32."""
 
 IMPLEMENTATIONS = ("xla", "pallas", "interpret")
-"""What computes: plain XLA; the kernels of `nf4.gpu`; or those run by Pallas's
-interpreter, slowly and anywhere, for tests."""
+"""What computes: plain XLA; the kernels of `nf4.gpu` and `nf4.wgmma`; or those kernels
+in Pallas's interpreter, which is slow and runs on any device, for tests."""
 
 
 class Unavailable(ValueError):
-    """An implementation was asked for that cannot be had; `reason` says why."""
+    """An implementation cannot be used here; `reason` says why."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -60,22 +60,23 @@ def nf4_dequantize(
       dtype: of the result; the product is float32 and rounded to nearest even.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
-      layer: which of the stacked layers, where the arrays are stacks; one that does
-        not exist is the nearest that does, as in all of jax's slicing.
-      implementation: None = what is known to be fastest here.
+      layer: which of the stacked layers, where the arrays are stacks; clipped to those
+        that exist, as in all of jax's slicing.
+      implementation: one of `IMPLEMENTATIONS`; None = the fastest known here.
 
     Returns:
       The weight [O, I].
 
     Raises:
       ValueError: arrays whose size or dtype does not fit, or an implementation that
-        cannot do this here, with the reason. A NaN among the scales is not looked for
-        (values are not known when a program is traced): it gives NaN weights.
+        cannot do this here, with the reason. A NaN among the scales gives NaN weights,
+        since values are not known when a program is traced.
     """
-    meta = _Meta(shape, None, block_size, nested_block_size, implementation)
-    _check("nf4_dequantize", meta, codes, absmax, nested, layer)
-    dtype = _float("nf4_dequantize", "dtype", dtype)
-    return _weight(meta, _packed(codes, absmax, nested, layer), dtype)
+    spec = _Spec(shape, None, block_size, nested_block_size, implementation)
+    packed = _packed(codes, absmax, nested, layer)
+    _check("nf4_dequantize", spec, packed)
+    dtype = _floating("nf4_dequantize", "dtype", dtype)
+    return _weight(spec, packed, dtype)
 
 
 def nf4_matmul(
@@ -99,9 +100,9 @@ def nf4_matmul(
 
     "pallas" multiplies few rows of bfloat16 or float16 straight from the packed bytes,
     which rounds the 16 table values instead of the weights, and dequantizes with its
-    kernel for more. How many are few was measured for each shape and kind of device
+    kernel for more. The limit is measured for each shape and kind of device
     (`device.tuned`); without a measurement it is `FUSED_ROWS`. A middle range of rows
-    goes to `nf4.wgmma` where it was measured to be faster, with the weights that
+    goes to `nf4.wgmma` where that was measured to be faster, with the weights that
     `nf4_dequantize` would write.
 
     Args:
@@ -120,26 +121,28 @@ def nf4_matmul(
       The product [..., O].
 
     Raises:
-      ValueError: as for `nf4_dequantize`, and an `x` of other features.
+      ValueError: as for `nf4_dequantize`, or `x` has other features.
     """
     if x.shape[-1] != shape[1]:
         raise ValueError(
             f"`nf4_matmul`: the weight takes {shape[1]} features, `x` has shape "
             f"{x.shape}."
         )
-    own = _float("nf4_matmul", "the dtype of `x`", x.dtype)
-    name = (own if dtype is None else _float("nf4_matmul", "dtype", dtype)).name
-    meta = _Meta(shape, name, block_size, nested_block_size, implementation)
-    _check("nf4_matmul", meta, codes, absmax, nested, layer)
-    return _matmul(meta, x, _packed(codes, absmax, nested, layer))
+    out_dtype = _floating("nf4_matmul", "the dtype of `x`", x.dtype)
+    if dtype is not None:
+        out_dtype = _floating("nf4_matmul", "dtype", dtype)
+    spec = _Spec(shape, out_dtype.name, block_size, nested_block_size, implementation)
+    packed = _packed(codes, absmax, nested, layer)
+    _check("nf4_matmul", spec, packed)
+    return _matmul(spec, x, packed)
 
 
 def measured() -> bool:
-    """Whether kernels were measured on this device, and may be chosen for it."""
+    """Returns whether kernels were measured on this device and may be chosen."""
     return jax.default_backend() == "gpu" and bool(_tuned())
 
 
-class _Meta(NamedTuple):
+class _Spec(NamedTuple):
     """Everything static about a packed weight and its use; hashable."""
 
     shape: tuple[int, int]
@@ -150,64 +153,60 @@ class _Meta(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The key of the shape in measured data."""
         return f"{self.shape[0]}x{self.shape[1]}"
-
-
-class _Packed(NamedTuple):
-    codes: Array
-    absmax: Array
-    nested: Nested | None
-    layer: Array | None
-
-    def cut(self) -> _Packed:
-        """The one layer that is meant, without the axis of layers."""
-        if self.layer is None:
-            return self
-        arrays = (self.codes, self.absmax, self.nested)
-        layer = jnp.clip(self.layer, 0, self.codes.shape[0] - 1)
-        codes, absmax, nested = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), arrays
-        )
-        return _Packed(codes, absmax, nested, None)
 
 
 def _packed(
     codes: Array, absmax: Array, nested: Nested | None, layer: Array | int | None
-) -> _Packed:
-    number = None if layer is None else jnp.asarray(layer, jnp.int32)
-    return _Packed(codes, absmax, nested, number)
+) -> Packed:
+    index = None if layer is None else jnp.asarray(layer, jnp.int32)
+    return Packed(codes, absmax, nested, index)
 
 
-def _float(caller: str, what: str, given: DTypeLike) -> jnp.dtype:
-    """A dtype that weights can have; in another one they would all be -1, 0 or 1."""
-    dtype = jnp.dtype(given)
+# --- Checks ---
+
+
+def _floating(caller: str, argument: str, dtype: DTypeLike) -> jnp.dtype:
+    """Returns a floating-point dtype; in an integer one weights would be -1, 0 or 1."""
+    dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"`{caller}`: {what} must be one of floating point (bfloat16, float16 or "
-            f"float32), got {dtype}."
+            f"`{caller}`: {argument} must be a floating-point dtype (bfloat16, float16 "
+            f"or float32), got {dtype}."
         )
     return dtype
 
 
-def _check(
-    caller: str,
-    meta: _Meta,
-    codes: Array,
-    absmax: Array,
-    nested: Nested | None,
-    layer: Array | int | None,
-) -> None:
-    out_features, in_features = meta.shape
-    size = out_features * in_features
-    blocks = -(-size // meta.block_size)
-    if min(meta.shape) < 1:
+def _check(caller: str, spec: _Spec, packed: Packed) -> None:
+    _check_arrays(caller, spec, packed)
+    chosen = spec.implementation
+    if chosen is not None and chosen not in IMPLEMENTATIONS:
         raise ValueError(
-            f"`{caller}`: a weight of shape {meta.shape} is empty; give (out_features, "
+            f"`{caller}`: implementation={chosen!r} does not exist. Choose 'xla', "
+            "'pallas', or None for what is known to be fastest here."
+        )
+    if chosen in ("pallas", "interpret"):
+        refusal = _kernel_refusal(spec)
+        if refusal is not None:
+            raise Unavailable(
+                refusal,
+                f"`{caller}`: implementation={chosen!r} cannot be used here: {refusal} "
+                "Use 'xla', or None for the best that can.",
+            )
+
+
+def _check_arrays(caller: str, spec: _Spec, packed: Packed) -> None:
+    codes, absmax, nested, layer = packed
+    size = spec.shape[0] * spec.shape[1]
+    if min(spec.shape) < 1:
+        raise ValueError(
+            f"`{caller}`: a weight of shape {spec.shape} is empty; give (out_features, "
             "in_features), both at least 1."
         )
     if size >= 2**31:
         raise ValueError(
-            f"`{caller}`: a weight of shape {meta.shape} has {size} elements and "
+            f"`{caller}`: a weight of shape {spec.shape} has {size} elements and "
             "indices are 32 bits wide; split it along out_features."
         )
     if codes.dtype != jnp.uint8 or absmax.dtype not in (jnp.uint8, jnp.float32):
@@ -221,106 +220,139 @@ def _check(
             f"absmax of {absmax.dtype} and nested={'given' if nested else None}."
         )
     layers = 1 if layer is None else codes.shape[0]
-    if codes.size != layers * -(-size // 2) or absmax.size != layers * blocks:
+    code_bytes, blocks = -(-size // 2), -(-size // spec.block_size)
+    if (codes.size, absmax.size) != (layers * code_bytes, layers * blocks):
         stacked = "" if layer is None else f" and layer, times {layers} layers"
         raise ValueError(
-            f"`{caller}`: a weight of shape {meta.shape} has {-(-size // 2)} code "
-            f"bytes and {blocks} block scales{stacked}, got {codes.size} and "
-            f"{absmax.size}."
+            f"`{caller}`: a weight of shape {spec.shape} has {code_bytes} code bytes "
+            f"and {blocks} block scales{stacked}, got {codes.size} and {absmax.size}."
         )
-    chosen = meta.implementation
-    if chosen is not None and chosen not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`{caller}`: implementation={chosen!r} does not exist. Choose 'xla', "
-            "'pallas', or None for what is known to be fastest here."
-        )
-    if chosen in ("pallas", "interpret"):
-        refusal = _kernel_refusal(meta)
-        if refusal is not None:
-            raise Unavailable(
-                refusal,
-                f"`{caller}`: implementation={chosen!r} cannot be used here: {refusal} "
-                "Use 'xla', or None for the best that can.",
-            )
 
 
-def _kernel_refusal(meta: _Meta) -> str | None:
-    """Says why the kernels cannot do this weight on this device, or None."""
+def _kernel_refusal(spec: _Spec) -> str | None:
+    """Returns why the kernels cannot compute this weight on this device, or None."""
     if not device.jax_has_kernels():
         return (
             f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}."
         )
-    if meta.block_size != 64 or meta.nested_block_size != 256:
+    if spec.block_size != 64 or spec.nested_block_size != 256:
         return (
             "they know blocks of 64 weights and 256 scales, not "
-            f"{meta.block_size} and {meta.nested_block_size}."
+            f"{spec.block_size} and {spec.nested_block_size}."
         )
-    if meta.implementation == "pallas":
+    if spec.implementation == "pallas":
         platform = device.this_device().platform
         if platform not in ("gpu", "cuda"):
             return f"they need an NVIDIA GPU, and this is a {platform}."
-        found = device.capability()
-        if not found[:1].isdigit() or float(found) < 8.0:
+        capability = device.capability()
+        if not capability[:1].isdigit() or float(capability) < 8.0:
             return (
                 "they need an NVIDIA GPU of compute capability 8.0 or newer, and this "
-                f"one has {found or 'none'}."
+                f"one has {capability or 'none'}."
             )
     from pallas_kernels.nf4 import gpu
 
-    return gpu.dequantize_refusal(meta.shape[0] * meta.shape[1])
+    return gpu.dequantize_refusal(spec.shape[0] * spec.shape[1])
+
+
+# --- What computes: measured choices ---
 
 
 def _tuned() -> dict[str, Any]:
     return device.tuned(device.device_kind(), "nf4")
 
 
-def _measured(meta: _Meta, use: str) -> Any:
-    """What was measured for this shape on the GPU at hand, where kernels may run."""
-    if meta.implementation is None and (
+def _tuned_choice(spec: _Spec, table: str) -> Any:
+    """Returns what was measured for the shape, if kernels can run here."""
+    if spec.implementation is None and (
         not measured()
-        or _kernel_refusal(meta._replace(implementation="pallas")) is not None
+        or _kernel_refusal(spec._replace(implementation="pallas")) is not None
     ):
         return None
-    return _tuned().get(use, {}).get(meta.name)
+    return _tuned().get(table, {}).get(spec.name)
 
 
-def _tuning(meta: _Meta, kind: str, rows: int) -> dict[str, int]:
-    """The kernel's fastest settings that were measured for the shape, or none.
+def _tuned_settings(spec: _Spec, kernel: str, rows: int) -> dict[str, int]:
+    """Returns the fastest settings measured for the shape; empty without any.
 
-    For as many rows, or for the next larger number that was measured.
+    Those of the smallest measured number of rows that is not below `rows`.
     """
-    found = {}
-    for key, choice in _tuned().get("tuning", {}).items():
-        measured_kind, name, count = key.split()
-        if (measured_kind, name) == (kind, meta.name) and int(count) >= rows:
-            found[int(count)] = choice
-    return found[min(found)] if found else {}
+    settings_by_rows = {}
+    for key, settings in _tuned().get("tuning", {}).items():
+        measured_kernel, name, measured_rows = key.split()
+        is_same = (measured_kernel, name) == (kernel, spec.name)
+        if is_same and int(measured_rows) >= rows:
+            settings_by_rows[int(measured_rows)] = settings
+    return settings_by_rows[min(settings_by_rows)] if settings_by_rows else {}
 
 
-def _fused(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
-    """Whether a product of so many rows is computed from the packed bytes."""
-    if meta.implementation == "xla" or dtype.itemsize != 2 or rows == 0:
+def _uses_packed_bytes(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
+    """Returns whether `gpu.matmul` computes a product of so many rows."""
+    # The tensor cores take 16-bit operands; float32 inputs keep all their bits.
+    if spec.implementation == "xla" or dtype.itemsize != 2 or rows == 0:
         return False
-    limit = _measured(meta, "fused_rows")
+    limit = _tuned_choice(spec, "fused_rows")
     if limit is None:
-        limit = 0 if meta.implementation is None else FUSED_ROWS
+        limit = 0 if spec.implementation is None else FUSED_ROWS
     if rows > limit:
         return False
     from pallas_kernels.nf4 import gpu
 
-    return gpu.split_for(meta.shape, rows) is not None
+    return gpu.split_for(spec.shape, rows) is not None
 
 
-def _middle(meta: _Meta, rows: int, dtype: jnp.dtype) -> bool:
-    """Whether so many rows go to `nf4.wgmma`: where it was measured to be fastest."""
-    if meta.implementation == "xla" or dtype.itemsize != 2:
+def _uses_wgmma(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
+    """Returns whether `wgmma.matmul` was measured to be the fastest for the rows."""
+    if spec.implementation == "xla" or dtype.itemsize != 2:
         return False
-    first, last = _measured(meta, "wgmma_rows") or (1, 0)
+    first, last = _tuned_choice(spec, "wgmma_rows") or (1, 0)
     return first <= rows <= last
 
 
-def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
-    if meta.implementation != "interpret" and not device.capability().startswith("9."):
+def _interpret(spec: _Spec) -> Any:
+    return device.interpreter() if spec.implementation == "interpret" else False
+
+
+# --- The computations ---
+
+
+def _weight(spec: _Spec, packed: Packed, dtype: DTypeLike) -> Array:
+    chosen = spec.implementation or _tuned_choice(spec, "dequantize") or "xla"
+    if chosen == "xla":
+        return dequantize(
+            packed,
+            shape=spec.shape,
+            dtype=dtype,
+            block_size=spec.block_size,
+            nested_block_size=spec.nested_block_size,
+        )
+    from pallas_kernels.nf4 import gpu
+
+    return gpu.dequantize(
+        packed.stack(),
+        shape=spec.shape,
+        dtype=dtype,
+        interpret=_interpret(spec),
+        **_tuned_settings(spec, "dequantize", 0),
+    )
+
+
+def _product_of_packed_bytes(spec: _Spec, x: Array, packed: Packed) -> Array:
+    from pallas_kernels.nf4 import gpu
+
+    settings = _tuned_settings(spec, "matmul", x.shape[0])
+    y = gpu.matmul(
+        x,
+        packed.stack(),
+        shape=spec.shape,
+        split=gpu.Split(**settings) if settings else None,
+        interpret=_interpret(spec),
+    )
+    return y.astype(spec.out_dtype)
+
+
+def _product_on_wgmma(spec: _Spec, x: Array, packed: Packed) -> Array:
+    if spec.implementation != "interpret" and not device.capability().startswith("9."):
         reason = (
             "`nf4.wgmma` needs a GPU of compute capability 9 (Hopper), and this one "
             f"has {device.capability()}; take `wgmma_rows` out of the data of "
@@ -329,88 +361,38 @@ def _on_wgmma(meta: _Meta, x: Array, packed: _Packed) -> Array:
         raise Unavailable(reason, f"`nf4_matmul`: {reason}")
     from pallas_kernels.nf4 import wgmma
 
-    choice = _tuning(meta, "wgmma", x.shape[0])
-    return wgmma.middle_product(
+    settings = _tuned_settings(spec, "wgmma", x.shape[0])
+    return wgmma.matmul(
         x,
-        _stacked(packed),
-        shape=meta.shape,
-        dtype=meta.out_dtype or x.dtype,
-        tiling=wgmma.Tiling(**choice) if choice else None,
-        interpret=_interpreter(meta),
-    )
-
-
-def _weight(meta: _Meta, packed: _Packed, dtype: DTypeLike) -> Array:
-    chosen = meta.implementation or _measured(meta, "dequantize") or "xla"
-    if chosen == "xla":
-        codes, absmax, nested, _ = packed.cut()
-        return dequantize(
-            codes,
-            absmax,
-            nested,
-            shape=meta.shape,
-            dtype=dtype,
-            block_size=meta.block_size,
-            nested_block_size=meta.nested_block_size,
-        )
-    from pallas_kernels.nf4 import gpu
-
-    return gpu.dequantize(
-        _stacked(packed),
-        shape=meta.shape,
-        dtype=dtype,
-        interpret=_interpreter(meta),
-        **_tuning(meta, "dequantize", 0),
-    )
-
-
-def _interpreter(meta: _Meta) -> Any:
-    return device.interpreter() if meta.implementation == "interpret" else False
-
-
-def _stacked(packed: _Packed) -> Any:
-    """The weight as the kernels take it: a stack of at least one layer."""
-    from pallas_kernels.nf4 import gpu
-
-    if packed.layer is None:
-        arrays = (packed.codes, packed.absmax, packed.nested)
-        codes, absmax, nested = jax.tree.map(lambda a: a[None], arrays)
-        return gpu.Packed(codes, absmax, nested, jnp.zeros(1, jnp.int32))
-    return gpu.Packed(
-        packed.codes, packed.absmax, packed.nested, packed.layer.reshape(1)
+        packed.stack(),
+        shape=spec.shape,
+        dtype=spec.out_dtype or x.dtype,
+        tiling=wgmma.Tiling(**settings) if settings else None,
+        interpret=_interpret(spec),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(meta: _Meta, x: Array, packed: _Packed) -> Array:
+def _matmul(spec: _Spec, x: Array, packed: Packed) -> Array:
     rows = x.size // x.shape[-1]
-    if _middle(meta, rows, x.dtype):
-        y = _on_wgmma(meta, x.reshape(rows, -1), packed)
-        return y.reshape(*x.shape[:-1], meta.shape[0])
-    if _fused(meta, rows, x.dtype):
-        from pallas_kernels.nf4 import gpu
-
-        choice = _tuning(meta, "matmul", rows)
-        y = gpu.product(
-            x.reshape(rows, -1),
-            _stacked(packed),
-            shape=meta.shape,
-            split=gpu.Split(**choice) if choice else None,
-            interpret=_interpreter(meta),
-        )
-        return y.astype(meta.out_dtype).reshape(*x.shape[:-1], meta.shape[0])
-    return contract(x, _weight(meta, packed, x.dtype), 1, meta.out_dtype)
+    if _uses_wgmma(spec, rows, x.dtype):
+        y = _product_on_wgmma(spec, x.reshape(rows, -1), packed)
+    elif _uses_packed_bytes(spec, rows, x.dtype):
+        y = _product_of_packed_bytes(spec, x.reshape(rows, -1), packed)
+    else:
+        return contract(x, _weight(spec, packed, x.dtype), 1, spec.out_dtype)
+    return y.reshape(*x.shape[:-1], spec.shape[0])
 
 
-def _matmul_fwd(meta: _Meta, x: Array, packed: _Packed) -> tuple[Array, tuple]:
+def _matmul_fwd(spec: _Spec, x: Array, packed: Packed) -> tuple[Array, tuple]:
     # The empty array carries the dtype of `x`, which `dy` need not have.
-    return _matmul(meta, x, packed), (packed, jnp.zeros((0,), x.dtype))
+    return _matmul(spec, x, packed), (packed, jnp.zeros((0,), x.dtype))
 
 
-def _matmul_bwd(meta: _Meta, residuals: tuple, dy: Array) -> tuple[Array, None]:
-    packed, like = residuals
-    dy = dy.astype(like.dtype)
-    return contract(dy, _weight(meta, packed, dy.dtype), 0), None
+def _matmul_bwd(spec: _Spec, residuals: tuple, dy: Array) -> tuple[Array, None]:
+    packed, like_x = residuals
+    dy = dy.astype(like_x.dtype)
+    return contract(dy, _weight(spec, packed, dy.dtype), 0), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -1,16 +1,16 @@
 """The NF4 kernels for NVIDIA GPUs, in Pallas (Mosaic GPU).
 
-`dequantize` writes a weight out, `product` multiplies a few rows with it without ever
-writing it. Both read the packed bytes of one layer where they lie in the stack of all
+`dequantize` writes a weight to memory, `matmul` multiplies a few rows with it without
+writing it. Both read the packed bytes of one layer in place, within the stack of all
 layers, and both decode the 8-bit block scales of double quantization on the way.
 docs/nf4_kernels.md explains them with pictures and counts.
 
-What they share: a packed byte is decoded by looking it up in shared memory, where the
-table is kept once for each of the 32 lanes of a warp, so that no two lanes ever ask one
-bank. (Choosing among 16 values by comparing takes some 19 integer instructions a
-weight, twice the time that the memory traffic takes; a lookup takes three.)
+A packed byte is decoded by looking it up in shared memory, where the table has one copy
+for each of the 32 lanes of a warp, so that no two lanes ever read the same bank.
+(Selecting among 16 values by comparisons takes some 19 integer instructions a weight,
+twice the time of the memory traffic; a lookup takes three.)
 
-These are the bodies; `pallas_kernels.nf4.api` chooses, checks and differentiates.
+These are the kernels; `pallas_kernels.nf4.api` chooses, checks and differentiates.
 """
 
 from __future__ import annotations
@@ -29,37 +29,16 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import BLOCK, LANES, ROWS, WARPGROUP
-from pallas_kernels.nf4.reference import NF4_CODE
+from pallas_kernels.nf4.reference import NF4_CODE, Packed
 
-MOST_ROWS = 64
-"""Rows that `product` takes at most."""
-
-
-class Packed(NamedTuple):
-    """A stack of packed weights; L is 1 for one that stands alone."""
-
-    codes: jax.Array
-    """uint8 [L, ...], N/2 bytes a layer."""
-    absmax: jax.Array
-    """float32 or uint8 [L, ...], N/64 a layer."""
-    nested: tuple[jax.Array, jax.Array, jax.Array] | None
-    """Of double quantization: scales [L, ceil(N/16384)], offset [L], table [L, 256]."""
-    layer: jax.Array
-    """int32 [1]: the layer that is meant."""
-
-    def operands(self, *codes_shape: int) -> list[jax.Array]:
-        """The arrays as a kernel takes them, codes in the given shape a layer."""
-        layers = self.codes.shape[0]
-        out = [self.layer, self.codes.reshape(layers, *codes_shape)]
-        out.append(self.absmax.reshape(layers, -1))
-        if self.nested is not None:
-            scales, offset, table = self.nested
-            out += [scales, offset.reshape(layers), table]
-        return out
+MAX_ROWS = 64
+"""Rows that `matmul` takes at most."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: the work is cut so that each has enough of it."""
 
 
 def dequantize_refusal(size: int, words: int | None = None) -> str | None:
-    """Says why `dequantize` cannot do a weight of so many elements, or None."""
+    """Returns why `dequantize` cannot decode a weight of `size` elements, or None."""
     unit = 8 * WARPGROUP * (words or 1)
     if size % unit:
         return f"it needs a multiple of {unit} weights, and this one has {size}."
@@ -75,19 +54,19 @@ def dequantize(
     steps: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Writes one layer's weight.
+    """Decodes the weight of one layer.
 
     A block of threads goes over `steps` tiles; in each, a thread reads `words` times 4
     bytes of codes, 8 weights, and writes 16 bytes of them at a time (bf16), so that
-    every access of a warp covers neighbouring memory. The next tile's codes are asked
-    for before this tile is decoded.
+    every access of a warp covers neighbouring memory. The next tile's codes are loaded
+    before this tile is decoded.
 
     Args:
       packed: the stack.
       shape: (O, I).
       dtype: of the result.
-      words: 32-bit words of codes a thread and tile: 1, 2, 4 or 8.
-      steps: tiles a block of threads; any number.
+      words: 32-bit words of codes per thread and tile: 1, 2, 4 or 8.
+      steps: tiles per block of threads; lowered to a divisor of their number.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
@@ -98,32 +77,29 @@ def dequantize(
         words = next(w for w in (4, 2, 1) if size % (8 * WARPGROUP * w) == 0)
     tile = 8 * WARPGROUP * words
     tiles = size // tile
-    if steps is None:
-        steps = 8
-    steps = next(s for s in range(min(steps, tiles), 0, -1) if tiles % s == 0)
+    limit = min(steps or 8, tiles)
+    steps = next(s for s in range(limit, 0, -1) if tiles % s == 0)
     nested = packed.nested is not None
-    table = np.repeat(NF4_CODE, LANES)
     interpreted = bool(interpret)
+    gather = functools.partial(mosaic.gather, interpret=interpreted)
 
-    def body(layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
-        levels: Any = rest[:3] if nested else ()
-        rest = rest[len(levels) :]
-        table, out, table_s, *quant_map_s = rest
-        number = existing(layer[0], codes.shape[0])
-        first = jax.lax.axis_index("block") * steps
+    def nf4_dequantize(layer: Any, codes: Any, absmax: Any, *refs: Any) -> None:
+        levels: Any = refs[:3] if nested else ()
+        table, out, table_s, *quant_map_s = refs[len(levels) :]
+        layer_index = clip_layer(layer[0], codes.shape[0])
+        first_tile = jax.lax.axis_index("block") * steps
         table_s[...] = mosaic.load(table, 4)
         if nested:
-            quant_map_s[0][...] = mosaic.load(levels[2].at[number], 2)
+            quant_map_s[0][...] = mosaic.load(levels[2].at[layer_index], 2)
 
         def fetch(step: Any) -> tuple[jax.Array, jax.Array]:
-            at = (first + step) * (tile // 2)
-            raw = mosaic.load(codes.at[number, pl.ds(at, tile // 2)], 4)
-            word = (first + step) * (tile // 8) + mosaic.iota((tile // 8,), 0)
-            kind = jnp.int32 if nested else jnp.float32
+            """Loads a tile's codes as words, and the undecoded scale of each word."""
+            start = (first_tile + step) * (tile // 2)
+            raw = mosaic.load(codes.at[layer_index, pl.ds(start, tile // 2)], 4)
+            word = (first_tile + step) * (tile // 8) + mosaic.iota((tile // 8,), 0)
+            scale_dtype = jnp.int32 if nested else jnp.float32
             # Eight words hold the 64 weights that share a scale.
-            scale = mosaic.gather(
-                absmax.at[number], word >> 3, kind, interpret=interpreted
-            )
+            scale = gather(absmax.at[layer_index], word >> 3, scale_dtype)
             return mosaic.as_words(raw, interpret=interpreted), scale
 
         def step(i: Any, fetched: tuple[jax.Array, jax.Array]) -> Any:
@@ -132,28 +108,23 @@ def dequantize(
             word, scale = fetched
             if nested:
                 # A tile never straddles two groups: both are powers of two.
-                group = (first + i) * (tile // BLOCK) // 256
-                scale = mosaic.gather(
-                    quant_map_s[0], scale, jnp.float32, interpret=interpreted
+                group = (first_tile + i) * (tile // BLOCK) // 256
+                scale = _dequantize_absmax(
+                    gather(quant_map_s[0], scale, jnp.float32),
+                    levels[0][layer_index, group],
+                    levels[1][layer_index],
                 )
-                scale = _absmax(scale, levels[0][number, group], levels[1][number])
             values = []
             for k in range(8):
                 # Byte k // 2 of a little-endian word, the high nibble first.
                 shift = 8 * (k // 2) + (0 if k % 2 else 4)
                 code = (word >> shift) & 0xF
-                value = mosaic.gather(
-                    table_s,
-                    code,
-                    jnp.float32,
-                    interpret=interpreted,
-                    copies=LANES,
-                )
+                value = gather(table_s, code, jnp.float32, copies=LANES)
                 values.append(value * scale)
             weights = mosaic.interleave(values, interpret=interpreted)
-            # An assignment would have the threads wait for each other, twice a tile.
+            # An assignment would make the threads wait for each other, twice a tile.
             mosaic.store(
-                out.at[pl.ds((first + i) * tile, tile)],
+                out.at[pl.ds((first_tile + i) * tile, tile)],
                 weights.astype(out.dtype),
                 mosaic.strided((tile,), 8),
                 interpret=interpreted,
@@ -166,79 +137,81 @@ def dequantize(
     if nested:
         scratch.append(plgpu.SMEM((256,), jnp.float32))
     run = kernel(
-        body,
+        nf4_dequantize,
         jax.ShapeDtypeStruct((size,), dtype),
         scratch,
         grid={"block": tiles // steps},
         interpret=interpret,
     )
-    return run(*packed.operands(size // 2), table).reshape(shape)
+    table = np.repeat(NF4_CODE, LANES)
+    return run(*operands(packed, size // 2), table).reshape(shape)
 
 
 class Split(NamedTuple):
-    """How a product's sums are shared out."""
+    """How the sums of a product are divided."""
 
     groups: int
     """Warpgroups of a block of threads; each sums over its share of in_features."""
     parts: int
     """Blocks of threads that share the sums of the same 64 out_features."""
     chunk: int
-    """Blocks of 64 weights whose codes a thread asks for at once."""
+    """Blocks of 64 weights whose codes a thread loads at once."""
 
 
 def split_for(
-    shape: tuple[int, int], rows: int, *, most_groups: int = 8
+    shape: tuple[int, int], rows: int, *, max_groups: int = 8
 ) -> Split | None:
-    """Shares out the sums of a product; None where the kernel cannot do the shape.
+    """Divides the sums of a product; None if the kernel cannot compute the shape.
 
-    Enough warps to keep the memory busy (at least 16 for each of 132 multiprocessors,
-    where the weight is large enough), few enough registers to let them run.
+    Enough warps to keep the memory busy (at least 16 for each multiprocessor, where the
+    weight is large enough), few enough registers to let them run.
 
     Args:
       shape: (O, I).
       rows: of x.
-      most_groups: warpgroups of a block of threads at most.
+      max_groups: warpgroups of a block of threads at most.
     """
     out_features, in_features = shape
     blocks = in_features // BLOCK
-    if out_features % ROWS or in_features % BLOCK or rows > MOST_ROWS:
+    if out_features % ROWS or in_features % BLOCK or rows > MAX_ROWS:
         return None
-    most_groups = min(most_groups, 8 if rows <= 16 else 4)
+    max_groups = min(max_groups, 8 if rows <= 16 else 4)
     limit = _shared_limit(rows)
     for groups in (8, 4, 2, 1):
-        if groups > most_groups or blocks % (2 * groups):
+        if groups > max_groups or blocks % (2 * groups):
             continue
         tiles, parts = out_features // ROWS, 1
+        # Four warpgroups, 16 warps, for each multiprocessor.
         while blocks % (4 * groups * parts) == 0 and (
-            (tiles * parts * groups < 4 * 132 and parts < 16)
-            or _shared(blocks, rows, groups, parts) > limit
+            (tiles * parts * groups < 4 * MULTIPROCESSORS and parts < 16)
+            or _shared_bytes(blocks, rows, groups, parts) > limit
         ):
             parts *= 2
-        if _shared(blocks, rows, groups, parts) > limit:
+        if _shared_bytes(blocks, rows, groups, parts) > limit:
             continue
-        each = blocks // groups // parts
+        blocks_per_group = blocks // groups // parts
         # What fits in the registers of a thread, 64 of 1,024 threads or 128 of 512;
-        # ptxas spills where one more block's codes and inputs are asked for.
-        chunk = 2 if rows <= 32 and each % 2 == 0 else 1
+        # ptxas spills if one more block's codes and inputs are loaded.
+        chunk = 2 if rows <= 32 and blocks_per_group % 2 == 0 else 1
         return Split(groups, parts, chunk)
     return None
 
 
-def _shared(blocks: int, rows: int, groups: int, parts: int) -> int:
-    """Bytes of shared memory that a block of threads of `product` takes."""
-    table, maps = 256 * LANES, groups * 256
+def _shared_bytes(blocks: int, rows: int, groups: int, parts: int) -> int:
+    """Returns the shared memory of a block of threads of `matmul`."""
+    table, quant_maps = 256 * LANES, groups * 256
     scales, sums = ROWS * blocks // parts, groups * ROWS * -(-rows // 8) * 8
-    return 4 * (table + maps + scales + sums)
+    return 4 * (table + quant_maps + scales + sums)
 
 
 def _shared_limit(rows: int) -> int:
-    # What every device since Ampere has, and for many rows what those for data centers
-    # have.
+    # What every device since Ampere has, and for many rows what the data-center ones
+    # have (CUDA C++ Programming Guide).
     return 99 * 1024 if rows <= 32 else 163 * 1024
 
 
 def candidates(kind: str, shape: tuple[int, int], rows: int = 0) -> list[dict]:
-    """Lists the choices that can be tried for a shape, for a measurement to decide.
+    """Lists the settings to measure for a shape.
 
     Args:
       kind: "dequantize" or "matmul".
@@ -266,11 +239,11 @@ def candidates(kind: str, shape: tuple[int, int], rows: int = 0) -> list[dict]:
         for chunk in (1, 2, 4)
         if blocks % (2 * groups * parts) == 0
         and blocks // groups // parts % chunk == 0
-        and _shared(blocks, rows, groups, parts) <= _shared_limit(rows)
+        and _shared_bytes(blocks, rows, groups, parts) <= _shared_limit(rows)
     ]
 
 
-def product(
+def matmul(
     x: jax.Array,
     packed: Packed,
     *,
@@ -285,72 +258,84 @@ def product(
     warpgroups share in_features and add up at the end through shared memory.
 
     Args:
-      x: [M, I], bfloat16 or float16, M up to `MOST_ROWS`.
+      x: [M, I], bfloat16 or float16, M up to `MAX_ROWS`.
       packed: the stack.
       shape: (O, I).
-      split: how the sums are shared out; default `split_for`.
+      split: how the sums are divided; default `split_for`.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
       float32 [M, O].
+
+    Raises:
+      ValueError: a split that does not divide the weight.
     """
     out_features, in_features = shape
     count = x.shape[0]
     if split is None:
         # The interpreter needs a CPU thread for each warpgroup, or waits for ever.
-        split = split_for(shape, count, most_groups=2 if interpret else 8)
+        split = split_for(shape, count, max_groups=2 if interpret else 8)
     assert split is not None
     x = jnp.pad(x, ((0, -count % 8), (0, 0)))
     rows = x.shape[0]
     groups, parts, chunk = split
     blocks = in_features // BLOCK
-    each = blocks // groups // parts
-    if each * groups * parts != blocks or each % chunk or each % 2:
+    blocks_per_group = blocks // groups // parts
+    if (
+        blocks_per_group * groups * parts != blocks
+        or blocks_per_group % chunk
+        or blocks_per_group % 2
+    ):
         raise ValueError(
-            f"`product`: {split} does not divide the {blocks} blocks of 64 weights of "
+            f"`matmul`: {split} does not divide the {blocks} blocks of 64 weights of "
             f"in_features={in_features} into even shares of whole chunks; `split_for` "
             "gives one that does."
         )
     nested = packed.nested is not None
-    share = 256 * LANES // groups
     interpreted = bool(interpret)
 
-    def body(x: Any, layer: Any, codes: Any, absmax: Any, *rest: Any) -> None:
-        levels: Any = rest[:3] if nested else ()
-        rest = rest[len(levels) :]
-        table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = rest
-        number = existing(layer[0], codes.shape[0])
+    def nf4_matmul(x: Any, layer: Any, codes: Any, absmax: Any, *refs: Any) -> None:
+        levels: Any = refs[:3] if nested else ()
+        refs = refs[len(levels) :]
+        table, out, table_s, scales_s, sums_s, ready, done, *quant_map_s = refs
+        layer_index = clip_layer(layer[0], codes.shape[0])
         tile = jax.lax.axis_index("tile")
         part = jax.lax.axis_index("part")
         group = jax.lax.axis_index("group")
         # In blocks of 64 weights, along in_features.
-        first = (part * groups + group) * each
+        first_block = (part * groups + group) * blocks_per_group
 
-        def weights(block: Any, count: int) -> Any:
-            return codes.at[
-                number, pl.ds(tile * ROWS, ROWS), pl.ds(block * 32, count * 32)
-            ]
+        def codes_of(block: Any, count: int) -> Any:
+            columns = pl.ds(block * (BLOCK // 2), count * (BLOCK // 2))
+            return codes.at[layer_index, pl.ds(tile * ROWS, ROWS), columns]
 
-        mosaic.prefetch(weights(first, each), interpret=interpreted)
-        mine = pl.ds(group * share, share)
-        table_s[mine] = mosaic.load(table.at[mine], 4)
+        mosaic.prefetch(codes_of(first_block, blocks_per_group), interpret=interpreted)
+        # Each warpgroup copies its share of the table.
+        share = table_s.shape[0] // groups
+        entries = pl.ds(group * share, share)
+        table_s[entries] = mosaic.load(table.at[entries], 4)
         if nested:
-            quant_map_s[0][group] = mosaic.load(levels[2].at[number], 2)
-        where = (ROWS, each)
-        index = (tile * ROWS + mosaic.iota(where, 0)) * blocks
-        index = index + (first + mosaic.iota(where, 1))
-        map_s = quant_map_s[0].at[group] if nested else None
+            quant_map_s[0][group] = mosaic.load(levels[2].at[layer_index], 2)
+        scales_shape = (ROWS, blocks_per_group)
+        index = (tile * ROWS + mosaic.iota(scales_shape, 0)) * blocks
+        index = index + (first_block + mosaic.iota(scales_shape, 1))
         scales_s[group] = block_scales(
-            absmax, levels, map_s, number, index, interpret=interpreted
+            absmax,
+            levels,
+            quant_map_s[0].at[group] if nested else None,
+            layer_index,
+            index,
+            interpret=interpreted,
         )
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
 
         def step(i: Any, sums: jax.Array) -> jax.Array:
+            block = first_block + i * chunk
             return mosaic.coded_product(
                 sums,
-                weights(first + i * chunk, chunk),
-                x.at[:, pl.ds((first + i * chunk) * BLOCK, chunk * BLOCK)],
+                codes_of(block, chunk),
+                x.at[:, pl.ds(block * BLOCK, chunk * BLOCK)],
                 scales_s.at[group, :, pl.ds(i * chunk, chunk)],
                 table_s,
                 interpret=interpreted,
@@ -358,7 +343,7 @@ def product(
 
         layout = mosaic.accumulator(rows)
         sums = plgpu.layout_cast(jnp.zeros((ROWS, rows), jnp.float32), layout)
-        sums = jax.lax.fori_loop(0, each // chunk, step, sums)
+        sums = jax.lax.fori_loop(0, blocks_per_group // chunk, step, sums)
         mosaic.store(sums_s.at[group], sums, layout, interpret=interpreted)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
@@ -372,7 +357,7 @@ def product(
 
     scratch = [
         plgpu.SMEM((256 * LANES,), jnp.int32),
-        plgpu.SMEM((groups, ROWS, each), jnp.float32),
+        plgpu.SMEM((groups, ROWS, blocks_per_group), jnp.float32),
         plgpu.SMEM((groups, ROWS, rows), jnp.float32),
         plgpu.Barrier(num_arrivals=groups),
         plgpu.Barrier(num_arrivals=groups),
@@ -380,16 +365,34 @@ def product(
     if nested:
         scratch.append(plgpu.SMEM((groups, 256), jnp.float32))
     run = kernel(
-        body,
+        nf4_matmul,
         jax.ShapeDtypeStruct((parts, out_features, rows), jnp.float32),
         scratch,
         grid={"tile": out_features // ROWS, "part": parts},
-        threads=groups,
+        groups=groups,
         interpret=interpret,
     )
     table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
-    sums = run(x, *packed.operands(out_features, in_features // 2), table)
+    sums = run(x, *operands(packed, out_features, in_features // 2), table)
     return sums.sum(axis=0)[:, :count].T
+
+
+# --- What the kernels share, those of `wgmma` too ---
+
+
+def operands(packed: Packed, *codes_shape: int) -> list[Any]:
+    """Lists the arrays of a stack as a kernel takes them.
+
+    Layer [1], codes [L, *codes_shape], absmax [L, N/64]; under double quantization
+    also scales [L, ceil(N/16384)], offset [L] and table [L, 256].
+    """
+    layers = packed.codes.shape[0]
+    codes = packed.codes.reshape(layers, *codes_shape)
+    arrays = [packed.layer, codes, packed.absmax.reshape(layers, -1)]
+    if packed.nested is not None:
+        scales, offset, table = packed.nested
+        arrays += [scales, offset.reshape(layers), table]
+    return arrays
 
 
 def kernel(
@@ -399,12 +402,12 @@ def kernel(
     *,
     grid: dict[str, int],
     interpret: Any,
-    threads: int | None = None,
+    groups: int | None = None,
 ) -> Any:
-    """A kernel that stores `out`, on a grid of blocks of `threads` warpgroups."""
+    """Makes a kernel that stores `out`, on a grid of blocks of `groups` warpgroups."""
     settings: dict[str, Any] = {"interpret": interpret} if interpret else {}
-    if threads is not None:
-        settings |= {"num_threads": threads, "thread_name": "group"}
+    if groups is not None:
+        settings |= {"num_threads": groups, "thread_name": "group"}
     return plgpu.kernel(
         body,
         out_type=out,
@@ -418,11 +421,19 @@ def kernel(
     )
 
 
+def clip_layer(layer: Any, layers: int) -> Any:
+    """Returns the layer, or the nearest that exists.
+
+    Called in a kernel: outside, another kernel would run to clip one number.
+    """
+    return jnp.minimum(jnp.maximum(layer, 0), layers - 1)
+
+
 def block_scales(
     absmax: Any,
     levels: tuple[Any, ...],
     quant_map: Any,
-    number: Any,
+    layer_index: Any,
     index: jax.Array,
     *,
     interpret: bool,
@@ -433,7 +444,7 @@ def block_scales(
       absmax: [L, N/64] in global memory.
       levels: scales, offset and table of double quantization, in global memory; or ().
       quant_map: float32 [256] in shared memory, the layer's table, with `levels`.
-      number: the layer.
+      layer_index: the layer.
       index: int32, which of the layer's blocks; in the layout `mosaic.strided`.
       interpret: whether the interpreter runs the kernel.
 
@@ -442,19 +453,16 @@ def block_scales(
     """
     gather = functools.partial(mosaic.gather, interpret=interpret)
     if not levels:
-        return gather(absmax.at[number], index, jnp.float32)
-    value = gather(quant_map, gather(absmax.at[number], index, jnp.int32), jnp.float32)
-    above = gather(levels[0].at[number], index >> 8, jnp.float32)
-    return _absmax(value, above, levels[1][number])
+        return gather(absmax.at[layer_index], index, jnp.float32)
+    scales, offset, _ = levels
+    code = gather(absmax.at[layer_index], index, jnp.int32)
+    value = gather(quant_map, code, jnp.float32)
+    # 256 blocks share a scale of the second level.
+    scale = gather(scales.at[layer_index], index >> 8, jnp.float32)
+    return _dequantize_absmax(value, scale, offset[layer_index])
 
 
-def existing(layer: Any, layers: int) -> Any:
-    """The layer, or the nearest that exists."""
-    # In the kernel: outside, a kernel of its own would clip one number.
-    return jnp.minimum(jnp.maximum(layer, 0), layers - 1)
-
-
-def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
+def _dequantize_absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
     # As in `reference.dequantize_absmax`: a maximum that changes nothing finite keeps
     # product and sum from being contracted into one rounding.
     lowest = float(np.finfo(np.float32).min)
@@ -463,7 +471,7 @@ def _absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
 
 @functools.cache
 def _pair_table(dtype: str) -> np.ndarray:
-    """The two values of each byte in 16 bits, as int32, the first in the low half."""
+    """Returns the two values of each byte as int32, the first in the low 16 bits."""
     values = NF4_CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     return (values[byte >> 4] | values[byte & 0xF] << 16).view(np.int32)

@@ -1,12 +1,10 @@
-"""NF4 in plain array operations: what every kernel is compared with.
-
-It is also the "xla" implementation, which most devices run.
-"""
+"""NF4 in plain array operations: the "xla" implementation, and all tests' reference."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -37,14 +35,46 @@ NF4_CODE = np.array(
 
 
 class Nested(NamedTuple):
-    """Second level of double quantization: what turns 8-bit `absmax` into float32."""
+    """Second level of double quantization: turns 8-bit `absmax` into float32."""
 
     absmax: Float32[Array, " M"]
     """Scale of each group of `nested_block_size` blocks."""
     offset: Float32[Array, ""]
-    """Mean of the tensor's absmax, taken off before coding."""
+    """Mean of the tensor's absmax, subtracted before coding."""
     quant_map: Float32[Array, " 256"]
-    """The 256 values an 8-bit code stands for."""
+    """The 256 values of the 8-bit codes."""
+
+
+class Packed(NamedTuple):
+    """The arrays of a packed weight, or of a stack of them and the layer to read."""
+
+    codes: Array
+    """uint8, aligned or flat (see `pallas_kernels.nf4`); [L, ...] with `layer`."""
+    absmax: Array
+    """float32 or uint8 block scales, likewise."""
+    nested: Nested | None
+    """The second level, exactly when `absmax` is uint8; its arrays likewise."""
+    layer: Array | None
+    """int32, which of the stacked layers; None = one weight without that axis."""
+
+    def unstack(self) -> Packed:
+        """Returns the layer without the axis of layers, copied out of the stack."""
+        if self.layer is None:
+            return self
+        arrays = (self.codes, self.absmax, self.nested)
+        layer = jnp.clip(self.layer, 0, self.codes.shape[0] - 1)
+        codes, absmax, nested = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), arrays
+        )
+        return Packed(codes, absmax, nested, None)
+
+    def stack(self) -> Packed:
+        """Returns a stack, as the kernels read it, with `layer` of shape [1]."""
+        if self.layer is not None:
+            return self._replace(layer=self.layer.reshape(1))
+        arrays = (self.codes, self.absmax, self.nested)
+        codes, absmax, nested = jax.tree.map(lambda a: a[None], arrays)
+        return Packed(codes, absmax, nested, jnp.zeros(1, jnp.int32))
 
 
 def dequantize_absmax(
@@ -74,9 +104,7 @@ def dequantize_absmax(
 
 
 def dequantize(
-    codes: Array,
-    absmax: Array,
-    nested: Nested | None,
+    packed: Packed,
     *,
     shape: tuple[int, int],
     dtype: DTypeLike,
@@ -86,9 +114,7 @@ def dequantize(
     """Computes `NF4_CODE[codes] * absmax[block]`, rounded once to `dtype`.
 
     Args:
-      codes: uint8, packed 4-bit indices, aligned or flat (see `pallas_kernels.nf4`).
-      absmax: block scales in the matching layout; float32, or uint8 with `nested`.
-      nested: the second level, exactly when `absmax` is uint8.
+      packed: the weight.
       shape: (O, I) of the weight.
       dtype: of the result.
       block_size: weights that share one scale.
@@ -97,20 +123,23 @@ def dequantize(
     Returns:
       The weight [O, I].
     """
+    codes, absmax, nested, _ = packed.unstack()
     out_features, in_features = shape
-    size = out_features * in_features
     if nested is not None:
         absmax = dequantize_absmax(absmax, nested, nested_block_size=nested_block_size)
     aligned = in_features % block_size == 0
     if aligned:
         codes = codes.reshape(out_features, in_features // 2)
+    # The high nibble is the first weight of a byte.
     indices = jnp.stack([codes >> 4, codes & 0xF], axis=-1)
     values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
     if aligned:
+        # With rows as an axis a sharding of out_features passes through the reshape.
         grouped = values.reshape(out_features, in_features // block_size, block_size)
         scales = absmax.reshape(out_features, in_features // block_size, 1)
         return (grouped * scales).reshape(shape).astype(dtype)
-    blocks = absmax.size
+    size, blocks = out_features * in_features, absmax.size
+    # The last byte may hold one weight, the last block fewer than `block_size`.
     flat = values.reshape(-1)[:size]
     flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
     scaled = (flat * absmax.reshape(blocks, 1)).reshape(-1)[:size]

@@ -1,8 +1,8 @@
-"""The one list of NF4 problem sizes, shared by the tests and the benchmarks.
+"""NF4 problem sizes, shared by the tests and the benchmarks.
 
-Weights are [O, I] (out_features, in_features) as checkpoints have them. `MODELS` holds
-the models people fine-tune, from their published `config.json`; `ODD` what a kernel
-must get right all the same, or refuse; the `*_ROWS` how many rows `x` has.
+Weights are [O, I] (out_features, in_features) as in checkpoints. `MODELS` are models
+that people fine-tune, from their published `config.json`; `ODD` are shapes that a
+kernel must compute or refuse; the `*_ROWS` are numbers of rows of `x`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ class Projection(NamedTuple):
     """A linear layer that occurs once in each layer of a model."""
 
     name: str
-    """Hugging Face's word for it."""
+    """Its Hugging Face name."""
     shape: tuple[int, int]
     """(O, I)."""
     layers: int
-    """How many of it the model has."""
+    """Layers of the model, each with one."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a Llama, in the words of its `config.json`."""
+    """Sizes of a Llama, by the names of its `config.json`."""
 
     name: str
     hidden_size: int
@@ -38,7 +38,7 @@ class Model:
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """Its `config.json`, without the scaling of the rotary embedding."""
+        """The `config.json`, without the scaling of the rotary embedding."""
         sizes = {k: v for k, v in asdict(self).items() if k != "name"}
         context = {"max_position_embeddings": 131072, "rope_theta": 500000.0}
         return {"model_type": "llama", **sizes, **context}
@@ -46,13 +46,13 @@ class Model:
     @property
     def projections(self) -> tuple[Projection, ...]:
         """The seven linear layers that are quantized, in the order they are used."""
-        wide = self.num_attention_heads * self.head_dim
-        narrow = self.num_key_value_heads * self.head_dim
+        query_width = self.num_attention_heads * self.head_dim
+        key_width = self.num_key_value_heads * self.head_dim
         shapes = {
-            "q_proj": (wide, self.hidden_size),
-            "k_proj": (narrow, self.hidden_size),
-            "v_proj": (narrow, self.hidden_size),
-            "o_proj": (self.hidden_size, wide),
+            "q_proj": (query_width, self.hidden_size),
+            "k_proj": (key_width, self.hidden_size),
+            "v_proj": (key_width, self.hidden_size),
+            "o_proj": (self.hidden_size, query_width),
             "gate_proj": (self.intermediate_size, self.hidden_size),
             "up_proj": (self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
@@ -115,7 +115,7 @@ ODD = {
     "one row": (1, 4096),
     "one column of blocks, odd rows": (7, 64),
     "odd rows of a real width": (2047, 4096),
-    "no multiple of a tile either way": (129, 192),
+    "not a multiple of a tile either way": (129, 192),
     "an odd number of blocks a row": (1000, 1088),
     "half a block more, rows cross blocks": (64, 96),
     "odd width, a nibble left over": (3, 65),
@@ -123,10 +123,10 @@ ODD = {
     "Llama 2's MLP": (11008, 4096),
     "Llama 2's MLP, back": (4096, 11008),
 }
-"""What is odd about it -> (O, I). Those with I % 64 != 0 are stored flat."""
+"""What is odd -> (O, I). Those with I % 64 != 0 are stored flat."""
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""A token for each sequence of a batch."""
+"""One token for each sequence of a batch."""
 MIDDLE_ROWS = (128, 256, 512)
 """A short prompt."""
 LARGE_ROWS = (1024, 2048, 4096, 8192)
@@ -136,11 +136,11 @@ ROWS = DECODE_ROWS + MIDDLE_ROWS + LARGE_ROWS
 
 def distinct(models: tuple[str, ...]) -> dict[tuple[int, int], list[str]]:
     """Returns each shape once -> where it occurs ("8b gate_proj"), in model order."""
-    found: dict[tuple[int, int], list[str]] = {}
+    uses: dict[tuple[int, int], list[str]] = {}
     for key in models:
         for projection in MODELS[key].projections:
-            found.setdefault(projection.shape, []).append(f"{key} {projection.name}")
-    return found
+            uses.setdefault(projection.shape, []).append(f"{key} {projection.name}")
+    return uses
 
 
 def packed_bytes(
@@ -154,9 +154,8 @@ def packed_bytes(
 
     Args:
       shape: (O, I).
-      double_quant: whether block scales are 8-bit, with the second level that takes:
-        a float32 scale for each `nested_block_size` of them, a table of 256 and an
-        offset.
+      double_quant: whether block scales are 8-bit, and have a second level: a float32
+        scale for each `nested_block_size` of them, a table of 256 and an offset.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
     """

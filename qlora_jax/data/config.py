@@ -1,59 +1,59 @@
-"""What to train on, and how rows become examples: the `[data]` section of a run.
+"""The `[data]` section of a run: what to train on, and how rows become examples.
 
-`DataConfig` is one source or, with `sources`, a mixture; `parts` gives what each source
-is read with. What is wrong with the settings is said all at once.
+`DataConfig` is one source or, with `sources`, a mixture; `parts` returns the settings
+that each source is read with. All problems with the settings are raised at once.
 """
 
 import dataclasses
 import math
+import string
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from qlora_jax.data.rows import check_template
 from qlora_jax.errors import Problems, UserError
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant"]
 TooLong = Literal["truncate", "drop"]
 
-# The supervised parts each format knows; the first is its natural choice.
+# What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "text": ("all",),
     "prompt_completion": ("completion", "all"),
     "messages": ("assistant", "all"),
     "tokens": (None, "all"),
 }
-# The templates each format reads.
+# The templates that each format reads.
 _TEMPLATES = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("chat_template",),
 }
-# Settings that say where the rows are or how they are held. What they lead to is in the
-# fingerprint of the examples; how they are spelled changes nothing.
-PLACES = ("path", "chat_template", "split", "cache", "sources")
-# What a source may have of its own.
-_OWN = (
+# Settings that locate the rows or the cache. The fingerprint of the examples covers
+# their content instead, so that a moved or renamed file does not change a run.
+LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
+SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
     *("too_long", "append_eos"),
 )
+"""Settings of `[data]` that a source or `[eval]` may override."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One source of a mixture (`[[data.sources]]`).
 
-    What is left out is as `[data]` has it, where the source's format reads it.
+    Settings that are left out come from `[data]`, if the source's format reads them.
 
     Raises:
-      UserError: no path, or a weight that is not a positive number.
+      UserError: the path is empty, or the weight is not a positive number.
     """
 
     path: str | tuple[str, ...]
     """As `data.path`."""
     weight: float | None = None
-    """Share of the rows of the run, relative to the other sources. Either every source
-    has one or none; with none, an epoch sees every row of every source once."""
+    """Share of the rows of the run, relative to the other sources. Either all sources
+    have one or none has; with none, an epoch visits every row of every source once."""
     split: str | None = None
     """As `data.split`."""
     format: Format | None = None
@@ -74,7 +74,7 @@ class Source:
     """As `data.append_eos`."""
 
     def __post_init__(self):
-        """Refuses values that no run could use."""
+        """Raises if a value cannot be used."""
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -98,14 +98,14 @@ class DataConfig:
     """
 
     path: str | tuple[str, ...] = ""
-    """The data, one source: a file, several, or a pattern ("part-*.jsonl"). JSONL (one
-    object a line), JSON (a list of objects), Parquet, Arrow, each of the first two also
-    as .gz; a directory that `datasets` saved, or "hf:owner/name" of the hub; or, for
-    format `text`, any UTF-8 text file, which is then one document."""
+    """The data of one source: a file, several, or a pattern ("part-*.jsonl"). JSONL
+    (one object a line) and JSON (a list of objects), also as .gz; Parquet; Arrow; a
+    directory that `datasets` saved; "hf:owner/name" of the hub; or, for format `text`,
+    any UTF-8 text file, which is one document."""
     format: Format = "text"
     """How rows are read. `text`: one document a row. `prompt_completion`: a question
-    and its answer. `messages`: a conversation (ShareGPT `conversations` too).
-    `tokens`: rows of `input_ids` and `labels`."""
+    and its answer. `messages`: a conversation (or ShareGPT `conversations`). `tokens`:
+    `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
     packing: bool = False
@@ -117,7 +117,7 @@ class DataConfig:
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
     """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels given with `tokens`."""
+    assistant's turns of `messages`, all of `text`, the labels of `tokens`."""
     prompt: str | None = None
     """Prompt of `prompt_completion` as a Python format string over the row's fields,
     e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
@@ -132,31 +132,31 @@ class DataConfig:
     """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. Truncating never shortens plain text files or packed `text`: those are
-    cut into consecutive windows of `max_length` tokens."""
+    or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
+    are cut into consecutive windows of `max_length` tokens."""
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
-    Chat templates write their own end of turn, `tokens` are taken as they are."""
+    Chat templates write their own end of turn; `tokens` are used unchanged."""
     split: str | None = None
-    """Of a `datasets` directory or a data set of the hub: which split is read. Default:
-    `train`, or the only one."""
+    """Split of a `datasets` directory or of a data set of the hub. Default: `train`, or
+    the only one."""
     cache: str | None = None
-    """For data larger than memory: tokenize it once into this directory, and train from
-    there through a memory map. "auto" is the run directory's name with `.data` added.
-    Default: hold the tokens in memory."""
+    """For data larger than memory: tokenize it once into this directory and train from
+    a memory map. "auto" is the run directory's name with `.data` added. Default: keep
+    the tokens in memory."""
     sources: tuple[Source, ...] = ()
-    """A mixture instead of `path`: one table [[data.sources]] a source, with a `path`,
-    a `weight` and settings of its own."""
+    """A mixture instead of `path`: one table [[data.sources]] per source, with `path`,
+    `weight` and the settings that differ from these."""
 
     def __post_init__(self):
-        """Refuses values that no run could use."""
+        """Raises if a value cannot be used."""
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
         if self.sources and not len(problems):
             for _ in self._build_parts(problems):
                 pass
-        problems.refuse()
+        problems.raise_if_any()
 
     def _problems(self) -> Iterator[str]:
         if self.sources and self.path:
@@ -191,8 +191,8 @@ class DataConfig:
         for name in ("split", "cache"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                yield f"`data.{name}` must be text, got {value!r}."
-        if self.sources:  # they are checked with what each source is read with
+                yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.sources:  # formats are checked source by source, in `_build_parts`
             yield from self._weight_problems()
         elif self.format in _TRAIN_ON:
             yield from self._format_problems()
@@ -202,7 +202,7 @@ class DataConfig:
         if self.train_on in get_args(TrainOn) and self.train_on not in allowed:
             known = ", ".join(repr(c) for c in allowed if c)
             yield (
-                f"`data.train_on` = {self.train_on!r} means nothing for format="
+                f"`data.train_on` = {self.train_on!r} does not apply to format="
                 f"{self.format!r}; use {known}, or leave it out."
             )
         for name in ("text", "prompt", "completion", "chat_template"):
@@ -217,7 +217,7 @@ class DataConfig:
                 )
             elif name != "chat_template":
                 try:
-                    check_template(name, template)
+                    _check_template(name, template)
                 except UserError as error:
                     yield str(error)
 
@@ -229,22 +229,23 @@ class DataConfig:
         if missing and len(missing) < len(weights):
             yield (
                 "`data.sources`: some sources have a `weight` and these have none: "
-                f"{', '.join(missing)}. Give every source one, or none."
+                f"{', '.join(missing)}. Give all sources a weight, or none of them."
             )
-        given = [weight for weight in weights if weight is not None]
-        if given and max(given) > 1e5 * min(given):
+        present = [weight for weight in weights if weight is not None]
+        if present and max(present) > 1e5 * min(present):
             yield (
-                f"`data.sources`: weights from {min(given)} to {max(given)}; the "
+                f"`data.sources`: weights from {min(present)} to {max(present)}; the "
                 "largest may be 100,000 times the smallest."
             )
         if len(weights) >= 2**16:
-            yield f"`data.sources`: {len(weights)} sources; at most 65,535 mix."
+            yield f"`data.sources`: {len(weights)} sources; expected at most 65,535."
 
     def _build_parts(
         self, problems: Problems
     ) -> Iterator[tuple[Source, "DataConfig | None"]]:
-        unread = {n for names in _TEMPLATES.values() for n in names}
-        unread = {name for name in unread if getattr(self, name) is not None}
+        """Yields each source with its settings, None if they contradict each other."""
+        templates = {name for names in _TEMPLATES.values() for name in names}
+        unread = {name for name in templates if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
             unread -= set(_TEMPLATES.get(format, ()))
@@ -257,13 +258,13 @@ class DataConfig:
             problems.add(f"`data.{name}` is read by none of the `data.sources`.")
 
     def read_as(self, source: Source) -> "DataConfig":
-        """The settings that one source is read with: its own, and these for the rest.
+        """Returns these settings overridden by those of a source.
 
         Raises:
           UserError: they contradict each other.
         """
-        own = {name: getattr(source, name) for name in _OWN}
-        fields: dict[str, Any] = {k: v for k, v in own.items() if v is not None}
+        values = {name: getattr(source, name) for name in SOURCE_FIELDS}
+        fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
         for name in ("text", "prompt", "completion", "chat_template"):
             if name not in fields and name not in _TEMPLATES.get(format, ()):
@@ -273,29 +274,37 @@ class DataConfig:
         return dataclasses.replace(self, path=source.path, sources=(), **fields)
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
-        """Every source of a mixture with the settings it is read with; [] for one."""
+        """Returns each source of a mixture with its settings; [] without a mixture."""
         problems = Problems("the data")
-        found = [
+        parts = [
             (source, part)
             for source, part in self._build_parts(problems)
             if part is not None
         ]
-        problems.refuse()
-        return found
+        problems.raise_if_any()
+        return parts
 
     @property
     def each(self) -> list["DataConfig"]:
-        """The settings that are read with: those of every source, or these alone."""
+        """The settings that every source is read with; [self] without a mixture."""
         return [part for _, part in self.parts()] or [self]
 
     @property
     def supervised(self) -> str | None:
-        """`train_on` with the format's natural choice filled in (None: as given)."""
+        """`train_on`, or the format's default (None: the labels of the rows)."""
         return self.train_on or _TRAIN_ON[self.format][0]
 
     @property
+    def content_settings(self) -> dict[str, Any]:
+        """The settings of one source that change its batches (not where it is)."""
+        settings = dataclasses.asdict(self) | {"train_on": self.supervised}
+        for name in LOCATION_FIELDS:
+            del settings[name]
+        return settings
+
+    @property
     def needs_tokenizer(self) -> bool:
-        """Whether any source is not given as token ids already."""
+        """Whether any source holds text instead of token ids."""
         return any(config.format != "tokens" for config in self.each)
 
     @property
@@ -307,7 +316,7 @@ class DataConfig:
 
 
 def name_of(path: str | tuple[str, ...]) -> str:
-    """One name for what a source reads."""
+    """Joins the paths of a source, for messages."""
     return path if isinstance(path, str) else ", ".join(path)
 
 
@@ -319,3 +328,28 @@ def _is_path(path: Any) -> bool:
         and bool(path)
         and all(isinstance(p, str) and p for p in path)
     )
+
+
+def _check_template(name: str, template: object) -> None:
+    """Raises for a format string that no row can fill (UserError)."""
+    if not isinstance(template, str):
+        raise UserError(f"`data.{name}` must be a string, got {template!r}.")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(
+            f"`data.{name}` = {template!r} is not a format string: {error}. Write "
+            "a literal brace twice: {{ or }}."
+        ) from error
+    names = [field for field in fields if field is not None]
+    if not names and name != "prompt":  # every row may have the same prompt
+        raise UserError(
+            f"`data.{name}` = {template!r} names no field of a row; write e.g. "
+            '"{question}".'
+        )
+    if any(not n or n[0].isdigit() or "." in n for n in names):
+        raise UserError(
+            f"`data.{name}` = {template!r} must name a row's fields in its braces, "
+            'e.g. "{question}" or "{turns[0]}"; positions and attributes have no '
+            "meaning here."
+        )

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float32
 import convert
 from convert.peft import chat_template_file, in_short, peft_directory
 from qlora_jax.errors import UserError
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, generate_tokens
 from qlora_jax.inference.identity import (
     base_mismatch,
@@ -33,7 +34,6 @@ from qlora_jax.inference.identity import (
     describe_context,
     describe_quantization,
 )
-from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.text import (
     Answer,
     ChatPrompts,
@@ -47,7 +47,7 @@ from qlora_jax.inference.text import (
 )
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig, change, restored
+from qlora_jax.models.config import LlamaConfig, apply_changes, undo_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 
@@ -124,12 +124,14 @@ class Model:
           UserError: one that uses what is not supported.
         """
         if adapter is None:
-            config = restored(self.config)
+            config = undo_changes(self.config)
             bare = {"adapters": None, "lora_config": None, "adapter_path": None}
             return dataclasses.replace(self, config=config, **bare)
         place = peft_directory(Path(adapter))
         lora_config, adapters = _attach(place, self.path, self.base, strict=strict)
-        config = change(restored(self.config), lora_config.base_config_changes)
+        config = apply_changes(
+            undo_changes(self.config), lora_config.base_config_changes
+        )
         return dataclasses.replace(
             self,
             config=config,
@@ -356,7 +358,7 @@ def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
     apply: Any = module.apply  # typed for mutable collections, which this has none of
-    return apply(module.compute.place(variables), tokens, **arrays)
+    return apply(module.compute.arrange(variables), tokens, **arrays)
 
 
 def _attach(

@@ -1,10 +1,5 @@
-"""Low-rank adapters.
+"""LoRA as data and pure functions; nothing here knows a model class.
 
-config       LoraConfig: settings in the words of PEFT
-patterns     regular expressions from files, matched within a time limit
-targets      select: what a configuration trains in a model
-functional   the forward pass: A, B, DoRA, token rows; `bind`
-init         initial values (PiSSA, OLoRA, LoftQ, ...); adapters trained further
-combine      the weighted sum of adapters as one adapter
-multi        several adapters in one batch, one for each row
+config -> targets (what a configuration selects) -> functional (the update) -> init;
+combine and multi work on several adapters.
 """

@@ -9,7 +9,6 @@ the modules of a model that a configuration selects.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
@@ -141,12 +140,12 @@ class LoraConfig:
     def __post_init__(self) -> None:
         problems = Problems("the LoRA settings")
         for name, check in _CHECKS.items():
-            with problems.collected():
+            with problems.collecting():
                 object.__setattr__(self, name, check(name, getattr(self, name)))
-        problems.refuse()
+        problems.raise_if_any()
         for problem in self._contradictions():
             problems.add(f"lora: {problem}")
-        problems.refuse()
+        problems.raise_if_any()
 
     def _contradictions(self) -> Iterator[str]:
         """Yields the combinations of settings that PEFT refuses."""
@@ -271,11 +270,10 @@ class LoraConfig:
         if unknown and strict:
             shown = ", ".join(f"{n!r:.80}" for n in unknown[:10])
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise UserError(
                 "adapter_config.json has unknown fields, which may change what the "
                 f"adapter computes: {shown}{more}."
-                + (f" Did you mean `{near[0]}`?" if near else "")
+                f"{did_you_mean(unknown[0], known)}"
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]

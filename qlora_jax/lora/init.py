@@ -146,7 +146,7 @@ def check_start(
                     f"`{name}.weight` is not quantized. Load the base with "
                     "quantization='nf4', or choose another `init_lora_weights`."
                 )
-    problems.refuse()
+    problems.raise_if_any()
 
 
 def factor_out(

@@ -20,14 +20,13 @@ zero gradients, and so stay zero. A layer that is not adapted has rank 0.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qlora_jax import tree as trees
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import NF4Tensor
@@ -413,7 +412,7 @@ def _full_tensors(inventory: _Inventory, lora: LoraConfig) -> list[FullTensor]:
         modules = {path[-2] for path in tensors}
         raise UserError(
             f"`modules_to_save` names {_quoted(missing)}, which this model does not "
-            f"have.{_near(missing, modules)} Modules here: "
+            f"have.{did_you_mean(missing, modules)} Modules here: "
             f"{', '.join(sorted(modules))}."
         )
     _check_nesting(saved)
@@ -481,7 +480,7 @@ def _token_rows(inventory: _Inventory, lora: LoraConfig) -> list[TokenRows]:
     for name, indices in indices_by_name.items():
         hits = [path for path in tables if hf_key(path).endswith(name)]
         if not hits:
-            near = _near([name], {path[-1] for path in inventory.modules})
+            near = did_you_mean(name, {path[-1] for path in inventory.modules})
             raise UserError(
                 f"`trainable_token_indices` names {name!r:.80}, which is not an "
                 f"embedding or head of this model.{near}"
@@ -559,7 +558,7 @@ def _nothing_matches(inventory: _Inventory, lora: LoraConfig) -> UserError:
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
         f"of this model{' under ' if set_limits else ''}{', '.join(set_limits)}."
         + (f" Layers here: 0 to {count - 1}." if absent_layers(lora, count) else "")
-        + _near((targets,) if isinstance(targets, str) else targets, names)
+        + did_you_mean(targets, names)
         + f" Modules here: {', '.join(sorted(names))}."
     )
 
@@ -569,11 +568,6 @@ def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
     numbers = lora.layers_to_transform or ()
     numbers = (numbers,) if isinstance(numbers, int) else numbers
     return tuple(n for n in numbers if n >= count)
-
-
-def _near(unknown: Iterable[str], names: Iterable[str]) -> str:
-    near = {m for n in unknown for m in difflib.get_close_matches(n, names, n=3)}
-    return f" Did you mean {', '.join(sorted(near))}?" if near else ""
 
 
 def _quoted(names: list[str]) -> str:

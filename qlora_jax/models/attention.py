@@ -1,18 +1,17 @@
-"""Causal self-attention, four ways that compute the same thing.
+"""Causal self-attention: four implementations of one formula, and decoding.
 
-  eager  the textbook formula, scores [T, S] in memory.
-  xla    blockwise with a running softmax (Dao 2023, https://arxiv.org/abs/2307.08691)
-         in plain XLA: memory linear in length, blocks above the diagonal skipped,
-         forward and backward.
-  cudnn  NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
-  pallas our own kernels for Hopper GPUs (`pallas_kernels.attention`).
+  eager   the textbook formula, with scores [T, S] in memory.
+  xla     block by block in plain XLA (`pallas_kernels.attention.xla`): memory linear in
+          the length.
+  cudnn   NVIDIA's fused kernel through `jax.nn.dot_product_attention`.
+  pallas  kernels for Hopper GPUs (`pallas_kernels.attention.gpu`).
 
-What a query may see is said once, for all of them: keys at its own or an earlier index
-whose segment id equals its own. Padding is segment 0, documents of a packed row are
-1, 2, ...; a padding mask is thus the case of a single document.
+In all of them a query sees the keys at its own or an earlier index whose segment id
+equals its own. Padding is segment 0, documents of a packed row are 1, 2, ...; a padding
+mask is thus the case of a single document.
 
-One token at a time against a cache is `decode_attention`, whichever of them computed
-the prompt.
+`decode_attention` computes one token at a time against a cache, after a prompt by any
+of them.
 
 Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 """
@@ -33,8 +32,7 @@ from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
 
-# Large and negative but finite: a row with nothing to see stays finite. The running
-# maximum starts lower still, so a block of nothing but masked scores never wins.
+# Large and negative but finite: with -inf a row that sees nothing would be NaN.
 _MASKED = -1e30
 
 
@@ -55,32 +53,21 @@ def attention(
       k: keys; S == T.
       v: values.
       segment_ids: 0 = padding, equal ids see each other; None = one document.
-      implementation: "eager", "xla", "cudnn", "pallas" ("interpret" for tests of it),
-        or "auto": pallas where it was measured to be the best for this case, else cudnn
-        where it runs it, xla elsewhere.
+      implementation: "eager", "xla", "cudnn", "pallas" ("interpret" for its tests), or
+        "auto": pallas where it was measured to be the best for this case, else cudnn
+        where it supports the case, else xla.
 
     Returns:
       The attention output in the dtype of `q`.
 
     Raises:
-      UserError: an implementation that cannot compute this here, with the reason.
+      UserError: the implementation cannot compute this here; with the reason.
     """
-    if implementation == "auto" and flash.measured(q, segment_ids):
-        implementation = "pallas"
     if implementation == "auto":
-        if _cudnn_refusal(q, k, v, segment_ids) is not None:
-            return blockwise_attention(q, k, v, segment_ids)
-        # Chosen when the program is compiled, for the device it is compiled for.
-        return jax.lax.platform_dependent(
-            q,
-            k,
-            v,
-            cuda=_cudnn,
-            default=lambda q, k, v: blockwise_attention(q, k, v),
-        )
+        return _best_attention(q, k, v, segment_ids)
     if implementation == "eager":
-        seen = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
-        return checkpoint_name(masked_attention(q, k, v, seen), "attention_out")
+        visible = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
+        return checkpoint_name(masked_attention(q, k, v, visible), "attention_out")
     if implementation == "xla":
         return blockwise_attention(q, k, v, segment_ids)
     if implementation == "cudnn":
@@ -106,6 +93,17 @@ def attention(
     )
 
 
+def _best_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    if flash.measured(q, segment_ids):
+        return attention(q, k, v, segment_ids=segment_ids, implementation="pallas")
+    if _cudnn_refusal(q, k, v, segment_ids) is not None:
+        return blockwise_attention(q, k, v, segment_ids)
+    # Chosen when the program is compiled, for the device it is compiled for.
+    return jax.lax.platform_dependent(
+        q, k, v, cuda=_cudnn, default=lambda q, k, v: blockwise_attention(q, k, v)
+    )
+
+
 def causal_mask(
     query_segments: Int[Array, "B T"] | None,
     key_segments: Int[Array, "B S"] | None,
@@ -113,15 +111,15 @@ def causal_mask(
     keys: int,
     start: Int[Array, ""] | int,
 ) -> Array:
-    """Says which keys each query sees, [B or 1, T, S] of bool.
+    """Returns which keys each query sees, [B or 1, T, S] of bool.
 
-    Query t stands at index `start + t` of the keys.
+    Query t is at index `start + t` of the keys.
     """
     index = start + jnp.arange(queries)
-    seen = (index[:, None] >= jnp.arange(keys)[None, :])[None]
+    visible = (index[:, None] >= jnp.arange(keys)[None, :])[None]
     if query_segments is not None and key_segments is not None:
-        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
-    return seen
+        visible = visible & (query_segments[:, :, None] == key_segments[:, None, :])
+    return visible
 
 
 def masked_attention(
@@ -130,7 +128,7 @@ def masked_attention(
     v: Float[Array, "B S K H"],
     seen: Array,
 ) -> Float[Array, "B T N H"]:
-    """The plain formula under a mask [B or 1, T, S]; scores are held in memory."""
+    """Computes the formula under a mask [B or 1, T, S], with all scores in memory."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, queries, groups, heads // groups, width)
@@ -160,24 +158,19 @@ def decode_attention(
     layer: Int[Array, ""],
     seen: Bool[Array, "B S"],
 ) -> Float[Array, "B 1 N H"]:
-    """Attends from one token of each row to what a cache holds for a layer.
-
-    The formula of `masked_attention`. On a GPU block by block of slots (softmax within
-    each, the blocks weighted at the end), with sums in place of matrix products: a
-    library's product would be handed a copy of the layer's keys and values with every
-    token, where a sum reads them in place. No more can be had, since reading them is
-    what the time goes to. On a CPU products are faster than sums.
+    """Computes `masked_attention` of one token of each row against a layer's cache.
 
     Args:
       q: queries.
       keys: of all layers.
       values: of all layers.
       layer: which of them to read.
-      seen: the slots that hold something to see, at least one in each row.
+      seen: the slots that each row sees, at least one.
 
     Returns:
       The attention output in the dtype of `q`.
     """
+    # On a CPU products are faster than sums.
     return jax.lax.platform_dependent(
         q, keys, values, layer, seen, cpu=_decode_by_products, default=_decode_by_sums
     )
@@ -200,6 +193,12 @@ def _decode_by_products(
 def _decode_by_sums(
     q: Array, keys: Array, values: Array, layer: Array, seen: Array
 ) -> Array:
+    """Goes block by block of slots: a softmax within each, weighted at the end.
+
+    With sums in place of matrix products, on a GPU: a library's product would be given
+    a copy of the layer's keys and values with every token, where a sum reads them in
+    place, and reading them is what takes the time.
+    """
     batch, _, heads, width = q.shape
     groups, slots = keys.shape[2:4]
     block = math.gcd(slots, 128)
@@ -224,6 +223,8 @@ def _decode_by_sums(
     parts = [
         (weights[:, :, :, head, :, None] * v).sum(axis=3) for head in range(per_group)
     ]
+    # out = sum_b w_b o_b / sum_b w_b l_b with w_b = exp(m_b - max m): block b has the
+    # maximum m_b, the sum of exponentials l_b and the sum of exponentials times v, o_b.
     share = jnp.exp(top - top.max(axis=2, keepdims=True))
     out = (share * jnp.stack(parts, axis=3)).sum(axis=2)
     total = (share * weights.sum(axis=-1, keepdims=True)).sum(axis=2)
@@ -242,19 +243,19 @@ def refusals(
     packed: bool,
     capability: str | None = None,
 ) -> list[str]:
-    """Says why an implementation cannot compute a case, in parts of a sentence.
+    """Returns why an implementation cannot compute a case, as clauses of a sentence.
 
-    What is wrong with the case itself, before any device or library is asked.
+    Only what is wrong with the case itself; no device or library is queried.
 
     Args:
-      implementation: as `attention` takes it; "auto" finds one for every case.
+      implementation: as `attention` takes it; "auto" supports every case.
       dtype: of queries, keys and values.
       head_dim: width of a head.
       packed: whether there are segment ids.
-      capability: compute capability of the GPU, such as "8.9"; None = not asked.
+      capability: compute capability of the GPU, such as "8.9"; None = unknown.
 
     Returns:
-      The reasons; none if it can.
+      The reasons; empty if it can.
     """
     if implementation in ("pallas", "interpret"):
         return flash.refusals(dtype, head_dim, capability)
@@ -267,10 +268,10 @@ def refusals(
         name = jnp.dtype(dtype).name
         reasons.append(f"it computes in bfloat16 or float16, not {name}")
     if head_dim % 8 or head_dim > 128:
-        reasons.append(f"head_dim={head_dim} is no multiple of 8 up to 128")
+        reasons.append(f"head_dim={head_dim} is not a multiple of 8 up to 128")
     # "8.0" and the like on NVIDIA's, "gfx90a" and the like on other makers' GPUs.
-    known = capability is None or capability[:1].isdigit()
-    if not known or (capability is not None and float(capability) < 8.0):
+    is_nvidia = capability is None or capability[:1].isdigit()
+    if not is_nvidia or (capability is not None and float(capability) < 8.0):
         reasons.append(
             "it needs an NVIDIA GPU of compute capability 8.0 or newer, and this one "
             f"has {capability or 'none'}"
@@ -281,7 +282,7 @@ def refusals(
 def _cudnn_refusal(
     q: Array, k: Array, v: Array, segment_ids: Array | None
 ) -> str | None:
-    """Says why cuDNN cannot compute this, or None."""
+    """Returns why cuDNN cannot compute this, or None."""
     capability = None
     if jax.default_backend() == "gpu":
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))
@@ -302,12 +303,12 @@ def _cudnn_refusal(
 
 
 def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
-    """Computes the rotary frequencies, a function of the configuration alone.
+    """Computes the rotary frequencies from the configuration.
 
-    Plain: `rope_theta ** (-2i / head_dim)`. "linear" divides them by `factor`.
-    "llama3" (as in Llama 3.1) divides those whose wavelength exceeds the original
-    context over `low_freq_factor`, keeps those below it over `high_freq_factor`, and
-    interpolates between.
+    Without scaling: `rope_theta ** (-2i / head_dim)`. "linear" divides them by
+    `factor`. "llama3" (as in Llama 3.1), with c the original context, divides those of
+    a wavelength above c / `low_freq_factor`, keeps those of one below
+    c / `high_freq_factor`, and interpolates between.
 
     Returns:
       float32 [head_dim / 2].
@@ -321,14 +322,15 @@ def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
         return frequency / scaling.factor
     original = scaling.original_max_position_embeddings
     wavelength = 2.0 * math.pi / frequency
+    # 0 at the long end of the interpolated wavelengths, 1 at the short end.
     smooth = (original / wavelength - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    between = (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
+    interpolated = (1.0 - smooth) * frequency / scaling.factor + smooth * frequency
     stretched = jnp.where(
         wavelength > original / scaling.low_freq_factor,
         frequency / scaling.factor,
-        between,
+        interpolated,
     )
     return jnp.where(
         wavelength < original / scaling.high_freq_factor, frequency, stretched
@@ -339,6 +341,7 @@ def rope_table(
     positions: Int[Array, "B T"], config: LlamaConfig
 ) -> tuple[Float32[Array, "B T 1 H2"], Float32[Array, "B T 1 H2"]]:
     """Computes cos and sin of position times frequency, in float32."""
+    # bfloat16 has 8 bits: positions above 256 would coincide.
     frequency = inverse_frequencies(config)
     angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     angle = angle[:, :, None, :]
@@ -348,7 +351,10 @@ def rope_table(
 def rotate(
     x: Float[Array, "B T N H"], rope: tuple[Array, Array]
 ) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (i, i + H/2) of each head, Hugging Face's layout."""
+    """Rotates the pairs (i, i + H/2) of each head, in Hugging Face's layout.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+    """
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate(

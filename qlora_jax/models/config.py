@@ -1,18 +1,17 @@
-"""Model configuration, in the words of Hugging Face.
+"""Model configuration: the fields of a Hugging Face `config.json`.
 
-`LlamaConfig` holds what the computation needs from a `config.json`. It refuses at
-construction what the model cannot honour, so that nothing downstream has to check
-again. Field names are the file's own. The file exists in two generations (transformers
-4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`); both are
-read.
+`LlamaConfig` holds the fields that the computation needs, with their names in the file.
+It raises at construction if the model does not compute what they ask for, so that
+nothing else has to check again. The file exists in two generations: transformers 4
+writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both are read.
 
-What a run changes in the config.json of its base: a longer context.
+A run may change its base's config.json, for a longer context:
 
-    config = change(config, {"max_position_embeddings": 8192, "rope_scaling": {...}})
+    config = apply_changes(config, {"max_position_embeddings": 8192})
 
-The changes are a run's settings (`[model]`). Its adapter means nothing without them, so
-that they lie beside it, in the words of config.json, and hold wherever it is loaded or
-merged. In a `LoraConfig` they are JSON text: hashable, and equal where they are equal.
+The changes are settings of the run (`[model]`). Its adapter is only correct with them,
+so they are saved in the adapter's directory and apply wherever it is loaded or merged.
+A `LoraConfig` holds them as JSON, which is hashable and has one spelling.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from qlora_jax.tree import FrozenDict
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched; the fields of `rope_scaling`."""
+    """How rotary frequencies are scaled; the fields of `rope_scaling`."""
 
     rope_type: Literal["linear", "llama3"]
     factor: float
-    """Ratio of the stretched to the native context length."""
+    """Ratio of the extended to the native context length."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """Context length before stretching (tokens); llama3 only."""
+    """Native context length (tokens); llama3 only."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):
@@ -66,8 +65,8 @@ class RopeScaling:
 class LlamaConfig:
     """Architecture of a Llama checkpoint; hashable, hence a static jit argument.
 
-    `raw` keeps the `config.json` it came from, so that a checkpoint can be written
-    back with every field its author put there. It takes no part in equality.
+    `raw` keeps the `config.json` that was read, so that a checkpoint is written back
+    with all of its fields. It does not take part in comparisons.
     """
 
     vocab_size: int
@@ -78,7 +77,7 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    """Context length the checkpoint is meant for (tokens)."""
+    """Context length of the checkpoint (tokens)."""
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -92,8 +91,8 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     extra_tensors: Mapping[str, tuple[int, ...]] = FrozenDict()
-    """Tensors of modules that no Llama has, yours: dotted path (of a layer's module
-    without the layer's number, `model.layers.self_attn.gate.weight`) -> shape."""
+    """Tensors of custom modules: dotted path, without the number of a layer
+    (`model.layers.self_attn.gate.weight`) -> shape."""
     raw: Mapping[str, Any] = field(
         default_factory=dict, compare=False, hash=False, repr=False
     )
@@ -130,7 +129,7 @@ class LlamaConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All token ids that end a generation (possibly none)."""
+        """The token ids that end a generation; possibly none."""
         if self.eos_token_id is None:
             return ()
         if isinstance(self.eos_token_id, int):
@@ -139,7 +138,7 @@ class LlamaConfig:
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
-        """The `quantization_config` of the file this came from, if any."""
+        """The `quantization_config` of the file, if it has one."""
         return self.raw.get("quantization_config")
 
     @classmethod
@@ -151,7 +150,7 @@ class LlamaConfig:
             activation, quantization method) that this model does not compute.
         """
         _check_types(raw)
-        _refuse_other_architectures(raw)
+        _check_architecture(raw)
         needed = (
             "vocab_size",
             "hidden_size",
@@ -162,8 +161,8 @@ class LlamaConfig:
         missing = [name for name in needed if raw.get(name) is None]
         if missing:
             raise UserError(
-                f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. A Llama "
-                "config.json states all of them; is the file complete?"
+                f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. The "
+                "config.json of a Llama has all of them; is the file complete?"
             )
         heads = raw["num_attention_heads"]
         for name in needed:
@@ -174,7 +173,7 @@ class LlamaConfig:
         if raw.get("head_dim") is None and raw["hidden_size"] % max(heads, 1):
             raise UserError(
                 f"config.json has no `head_dim` and `hidden_size`={raw['hidden_size']} "
-                f"is no multiple of `num_attention_heads`={heads}."
+                f"is not a multiple of `num_attention_heads`={heads}."
             )
         theta, scaling = _read_rope(raw)
         eos = raw.get("eos_token_id")
@@ -202,10 +201,11 @@ class LlamaConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns a `config.json`: `raw` with this configuration's values laid over.
+        """Returns a `config.json`: `raw` updated with this configuration's values.
 
-        The rope fields are written in the form (transformers 4 or 5) that `raw` has,
-        and in the transformers-4 form, which every reader knows, where there is none.
+        The rope fields are written in the form (transformers 4 or 5) that `raw` has. If
+        it has neither, they are written in that of transformers 4, which every reader
+        knows.
         """
         out = dict(self.raw)
         out.setdefault("architectures", ["LlamaForCausalLM"])
@@ -231,13 +231,13 @@ class LlamaConfig:
 
 
 def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
-    fits = isinstance(table, Mapping) and all(
+    valid = isinstance(table, Mapping) and all(
         isinstance(shape, (list, tuple))
         and all(type(n) is int and n > 0 for n in shape)
         and name.replace(".", "").replace("_", "").isalnum()
         for name, shape in table.items()
     )
-    if not fits:
+    if not valid:
         raise UserError(
             "config: `extra_tensors` must map dotted names to shapes (lists of "
             f"positive integers), got {table!r:.80}."
@@ -263,38 +263,40 @@ _ROPE_NUMBERS = (
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
-    """Refuses values of another type than these fields have, where they are given."""
+    """Raises if a field that may be left out has a value of another type."""
 
-    def wrong(name: str, what: str, value: Any) -> UserError:
-        return UserError(f"config.json: `{name}` must be {what}, got {value!r:.80}.")
+    def type_error(name: str, expected: str, value: Any) -> UserError:
+        return UserError(
+            f"config.json: `{name}` must be {expected}, got {value!r:.80}."
+        )
 
     for name in _INTEGERS:
         value = raw.get(name)
         if value is not None and not _is_integer(value):
-            raise wrong(name, "an integer", value)
+            raise type_error(name, "an integer", value)
     for name in _NUMBERS:
         if name in raw and not _is_number(raw[name]):
             if name == "rope_theta" and raw[name] is None:
-                continue  # stands in `rope_parameters`
-            raise wrong(name, "a number", raw[name])
+                continue  # a file of transformers 5 has it in `rope_parameters`
+            raise type_error(name, "a number", raw[name])
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         value = raw.get(name)
         if value is not None and not isinstance(value, Mapping):
-            raise wrong(name, "an object", value)
+            raise type_error(name, "an object", value)
     for name in ("rope_scaling", "rope_parameters"):
         for inner in _ROPE_NUMBERS:
             value = (raw.get(name) or {}).get(inner)
             if value is not None and not _is_number(value):
-                raise wrong(f"{name}.{inner}", "a number", value)
+                raise type_error(f"{name}.{inner}", "a number", value)
     names = raw.get("architectures")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
-        raise wrong("architectures", "a list of names", names)
+        raise type_error("architectures", "a list of names", names)
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [eos]
     if eos is not None and not all(map(_is_integer, ids)):
-        raise wrong("eos_token_id", "an integer, or a list of them", eos)
+        raise type_error("eos_token_id", "an integer, or a list of them", eos)
 
 
 def _is_integer(value: Any) -> bool:
@@ -306,15 +308,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30
 
 
-def _refuse_other_architectures(raw: Mapping[str, Any]) -> None:
+def _check_architecture(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or []
     if kind != "llama" or any(a != "LlamaForCausalLM" for a in architectures):
-        found = f"model_type={kind!r}, architectures={list(architectures)!r}"
         raise UserError(
-            f"This is no Llama causal language model: config.json says {found}. "
-            "Supported: model_type 'llama' with LlamaForCausalLM (Llama 2, 3, 3.1, "
-            "3.2, 3.3, TinyLlama)."
+            f"Not a Llama causal language model: config.json has model_type={kind!r}, "
+            f"architectures={list(architectures)!r}. Supported: model_type 'llama', "
+            "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(
@@ -363,7 +364,7 @@ def read_rope_scaling(
 
     Args:
       scaling: its fields.
-      where: what it is a part of, for a message.
+      where: the file or section it is from; starts a message.
 
     Raises:
       UserError: another type than "linear" and "llama3", or fields that are missing or
@@ -398,24 +399,25 @@ def read_rope_scaling(
     return RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
 
 
-FIELDS = ("max_position_embeddings", "rope_scaling")
+CHANGEABLE_FIELDS = ("max_position_embeddings", "rope_scaling")
 _SCALING = (
     *("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
 )
-FILE = "base_config.json"
-"""Beside adapter_config.json. (A config.json there would make it a model to some.)"""
+CHANGES_FILE = "base_config.json"
+"""In an adapter's directory. (Some tools take a directory with a config.json for a
+model.)"""
 
 
-def change(
+def apply_changes(
     config: LlamaConfig, changes: Mapping[str, Any] | str | None, where: str = "config"
 ) -> LlamaConfig:
-    """Returns a configuration with these fields changed.
+    """Returns a configuration with the changed fields.
 
     Args:
       config: of the base.
-      changes: fields as a config.json has them; or JSON text of them; None = none.
-      where: what the changes are a part of, for a message.
+      changes: fields of config.json, or an object of them as JSON; None = none.
+      where: the file or section they are from; starts a message.
 
     Raises:
       UserError: fields that cannot be changed, or values that no model can have.
@@ -424,13 +426,13 @@ def change(
         try:
             changes = json.loads(changes)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: this is no JSON: {error}.") from error
+            raise UserError(f"{where}: this is not JSON: {error}.") from error
     return dataclasses.replace(
-        config, **check_changes({} if changes is None else changes, where)
+        config, **read_changes({} if changes is None else changes, where)
     )
 
 
-def check_changes(changes: Any, where: str) -> dict[str, Any]:
+def read_changes(changes: Any, where: str) -> dict[str, Any]:
     """Reads changes into the values that a `LlamaConfig` has.
 
     Raises:
@@ -438,9 +440,9 @@ def check_changes(changes: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(changes, Mapping):
         raise UserError(f"{where}: must be an object, got {changes!r:.80}.")
-    _refuse_unknown(changes, FIELDS, where)
+    _check_names(changes, CHANGEABLE_FIELDS, where)
     values: dict[str, Any] = {}
-    length, scaling = (changes.get(name) for name in FIELDS)
+    length, scaling = (changes.get(name) for name in CHANGEABLE_FIELDS)
     if length is not None:
         if type(length) is not int or not 0 < length < 1 << 31:
             raise UserError(
@@ -453,29 +455,35 @@ def check_changes(changes: Any, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: `rope_scaling` must be a table, got {scaling!r:.80}."
             )
-        _refuse_unknown(scaling, _SCALING, f"{where}: rope_scaling")
+        _check_names(scaling, _SCALING, f"{where}: rope_scaling")
         values["rope_scaling"] = read_rope_scaling(scaling, where)
     return values
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: tuple, where: str) -> None:
+def _check_names(table: Mapping[str, Any], known: tuple, where: str) -> None:
     unknown = [name for name in table if name not in known]
     if unknown:
         raise UserError(
-            f"{where}: `{unknown[0]!s:.80}` is nothing that can be changed; "
-            f"{', '.join(f'`{name}`' for name in known)} are."
+            f"{where}: `{unknown[0]!s:.80}` cannot be changed; "
+            f"{', '.join(f'`{name}`' for name in known)} can."
         )
 
 
-def as_text(changes: Mapping[str, Any]) -> str | None:
-    """Changes as a `LoraConfig` holds them; None where there are none."""
-    given = {name: changes[name] for name in FIELDS if changes.get(name) is not None}
-    return json.dumps(given, sort_keys=True) if given else None
+def changes_to_json(changes: Mapping[str, Any]) -> str | None:
+    """Returns changes as a `LoraConfig` holds them; None if there are none."""
+    present = {
+        name: changes[name]
+        for name in CHANGEABLE_FIELDS
+        if changes.get(name) is not None
+    }
+    return json.dumps(present, sort_keys=True) if present else None
 
 
-def restored(config: LlamaConfig) -> LlamaConfig:
-    """The configuration that the base's own config.json has, of a changed one."""
+def undo_changes(config: LlamaConfig) -> LlamaConfig:
+    """Undoes the changes; returns the configuration of the base's config.json."""
     if not config.raw:
         return config
-    own = LlamaConfig.from_hf(config.raw)
-    return dataclasses.replace(config, **{name: getattr(own, name) for name in FIELDS})
+    base = LlamaConfig.from_hf(config.raw)
+    return dataclasses.replace(
+        config, **{name: getattr(base, name) for name in CHANGEABLE_FIELDS}
+    )

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import difflib
 import math
 import os
 import tomllib
@@ -35,7 +34,7 @@ from typing import Any
 
 import jax
 
-from qlora_jax.errors import UserError, readable_bytes
+from qlora_jax.errors import UserError, did_you_mean, readable_bytes
 
 ALLOWANCE = 700_000_000
 """Bytes of a card that no plan of a program holds: the CUDA context with its kernels
@@ -224,11 +223,9 @@ def find_gpu(name: str) -> GpuSpec:
         return CARDS[plain]
     if name.endswith(".toml"):
         return _read_card(Path(name))
-    near = difflib.get_close_matches(plain, CARDS, n=1)
     raise UserError(
-        f"No card `{name}` is known here"
-        + (f"; did you mean `{near[0]}`?" if near else ".")
-        + f" Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
+        f"No card `{name}` is known here.{did_you_mean(plain, CARDS)} "
+        f"Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
     )
 
 
@@ -251,11 +248,9 @@ def _read_card(path: Path) -> GpuSpec:
     options = ("name", "like", "compute_capability", *_UNITS)
     for key in content:
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1)
             raise UserError(
-                f"{path}: `{key}` is no field of a card"
-                + (f"; did you mean `{near[0]}`?" if near else ".")
-                + f" Fields: {', '.join(options)}."
+                f"{path}: `{key}` is no field of a card."
+                f"{did_you_mean(key, options)} Fields: {', '.join(options)}."
             )
     values: dict[str, Any] = {}
     if "like" in content:

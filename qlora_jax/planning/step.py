@@ -18,13 +18,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from qlora_jax.choices import EmbeddingMemory, HeadMemory
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
@@ -33,7 +34,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import abstract_base
-from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
+from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.training.config import ParameterGroup, TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -59,9 +60,9 @@ class Step:
     """Of the linear layers, as `abstract_base` takes it."""
     packed: bool = False
     """Whether rows hold several documents."""
-    embed_tokens: Literal["device", "host"] = "device"
+    embed_tokens: EmbeddingMemory = "device"
     """Where the table of the embedding lies."""
-    lm_head: Literal["device", "host", "nf4"] = "device"
+    lm_head: HeadMemory = "device"
     """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
 
     def __post_init__(self) -> None:
@@ -214,7 +215,7 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
         return jitted.lower(*arguments)
     # For whom to trace: what is chosen by the kind of device is chosen for this one.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.lower(*place(arguments, mesh, step.on_host))
+        return jitted.lower(*shard_step(arguments, mesh, step.on_host))
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ class StepMemory:
         if arguments is None:
             arguments = abstract_arguments(step)
             if mesh is not None:
-                arguments = place(arguments, mesh, step.on_host)
+                arguments = shard_step(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}
@@ -312,7 +313,7 @@ class StepMemory:
 
 def _bytes(tree: Any, *, host: bool) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+    return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
 
 
 def _attention_workspace(text: str, step: Step, mesh: Any) -> int:

@@ -12,12 +12,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora_jax.data import DataConfig, Source
-from qlora_jax.data.config import Format, TooLong, TrainOn
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.choices import (
+    Attention,
+    Dtype,
+    EmbeddingMemory,
+    HeadMemory,
+    Kernels,
+    Quantization,
+    RematOrAuto,
+)
+from qlora_jax.data.config import (
+    SOURCE_FIELDS,
+    DataConfig,
+    Format,
+    Source,
+    TooLong,
+    TrainOn,
+)
+from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import FIELDS as CHANGEABLE_FIELDS
-from qlora_jax.models.config import check_changes
+from qlora_jax.models.config import CHANGEABLE_FIELDS, read_changes
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
 
@@ -27,52 +41,52 @@ class ModelConfig:
     """The `[model]` section: the base and how it is computed."""
 
     path: str
-    """Hugging Face directory, or a bitsandbytes-4bit one (kept as it is packed)."""
-    quantization: Literal["nf4", "nf4_dq", "none"] = "nf4_dq"
-    """Of the linear layers: NF4, NF4 with double quantization, or none."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of activations, matrix products and the tensors that stay dense."""
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto"
+    """Hugging Face directory; a bitsandbytes-4bit one keeps its packed weights."""
+    quantization: Quantization = "nf4_dq"
+    """Format of the linear layers: NF4, NF4 with double quantization, or none."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of activations, matrix products and the tensors that stay dense."""
+    attention: Attention = "auto"
     """Attention implementation."""
-    remat: Literal["auto", "none", "full", "save_matmuls", "offload"] = "full"
+    remat: RematOrAuto = "full"
     """What the backward pass recomputes, or fetches from the host's memory; auto = the
-    fastest that fits the device."""
-    embed_tokens: Literal["auto", "device", "host"] = "auto"
-    """Where the frozen embedding table lies: on the device, or in the host's memory,
-    copied to the device for a moment with every step. auto = on the device, unless
-    remat = "auto" finds that it does not fit."""
-    lm_head: Literal["auto", "device", "host", "nf4"] = "auto"
-    """Where the frozen output head lies, likewise; nf4 = on the device and quantized,
-    of a model whose head is not tied to the embeddings."""
-    kernels: Literal["auto", "xla", "pallas"] = "auto"
-    """Of products with packed weights: XLA's, our own for GPUs, or the best known."""
+    fastest policy that fits the device."""
+    embed_tokens: Literal["auto", EmbeddingMemory] = "auto"
+    """Memory of the frozen embedding table: the device's, or the host's, from which
+    each step copies it to the device. auto = the device's, unless remat = "auto" finds
+    that it does not fit."""
+    lm_head: Literal["auto", HeadMemory] = "auto"
+    """Memory of the frozen output head, likewise; nf4 = on the device and quantized,
+    for a model whose head is not tied to the embeddings."""
+    kernels: Kernels = "auto"
+    """Kernels of products with packed weights: XLA's, Pallas kernels for GPUs, or the
+    faster ones, as measured."""
     max_position_embeddings: int | None = None
-    """Context length of the tuned model, in place of the one in the base's config.json.
-    """
+    """Context length of the tuned model, instead of that in the base's config.json."""
     rope_scaling: Mapping[str, int | float | str] | None = None
-    """How rotary positions are stretched, in place of what config.json has: a table of
-    its fields, `rope_type` ("linear", "llama3", or "default" for not at all), `factor`
-    and, for llama3, `low_freq_factor`, `high_freq_factor` and
+    """How rotary positions are scaled, instead of as in the base's config.json: a table
+    of its fields, `rope_type` ("linear", "llama3", or "default" for no scaling),
+    `factor` and, for llama3, `low_freq_factor`, `high_freq_factor` and
     `original_max_position_embeddings`."""
 
     def __post_init__(self) -> None:
         if self.rope_scaling is not None:
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
-        check_changes(self.config_changes, "model")
+        read_changes(self.config_changes, "model")
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """What is changed in the base's config.json."""
-        given = {name: getattr(self, name) for name in CHANGEABLE_FIELDS}
+        """The fields of the base's config.json that the run changes."""
+        changes = {name: getattr(self, name) for name in CHANGEABLE_FIELDS}
         if self.rope_scaling is not None:
-            given["rope_scaling"] = dict(self.rope_scaling)
-        return {name: value for name, value in given.items() if value is not None}
+            changes["rope_scaling"] = dict(self.rope_scaling)
+        return {name: value for name, value in changes.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The `[checkpoint]` section of a run file."""
+    """The `[checkpoint]` section: how often the state is saved."""
 
     every: int = 100
     """Steps between checkpoints; the last step is always saved."""
@@ -80,64 +94,68 @@ class CheckpointConfig:
     """How many of the newest checkpoints are kept."""
 
     def __post_init__(self) -> None:
+        raise_problems("[checkpoint]", self._problems(), "checkpoint: ")
+
+    def _problems(self) -> Iterator[str]:
         for name in ("every", "keep"):
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"checkpoint: `{name}` must be at least 1, got "
-                    f"{getattr(self, name)}."
-                )
+                yield f"`{name}` must be at least 1, got {getattr(self, name)}."
+
+
+REPORT_TO = ("tensorboard", "wandb")
+"""The trackers that `report_to` may name."""
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The `[log]` section."""
+    """The `[log]` section: how the progress of a run is shown."""
 
     every: int = 10
-    """Steps between lines of progress where stderr is no terminal."""
+    """Steps between lines of progress if stderr is not a terminal."""
     plot: bool = True
-    """Draw loss.png (needs matplotlib), at the end and now and then on the way."""
+    """Draw loss.png (needs matplotlib), from time to time and at the end."""
     report_to: tuple[str, ...] = ()
-    """Where the numbers go as well: "tensorboard" (event files in the run directory),
-    "wandb" (Weights & Biases; WANDB_MODE=offline is theirs)."""
+    """Trackers that get the metrics too: "tensorboard" (event files in the run
+    directory), "wandb" (Weights & Biases; it reads WANDB_MODE=offline)."""
     run_name: str | None = None
-    """Name of the run there; default the name of its directory."""
+    """Name of the run in the trackers; default the name of its directory."""
     project: str = "qlora-jax"
     """Project of Weights & Biases."""
 
     def __post_init__(self) -> None:
-        problems = Problems("[log]")
+        raise_problems("[log]", self._problems(), "log: ")
+
+    def _problems(self) -> Iterator[str]:
         if self.every < 1:
-            problems.add(f"log: `every` must be at least 1, got {self.every}.")
+            yield f"`every` must be at least 1, got {self.every}."
         unknown = [name for name in self.report_to if name not in REPORT_TO]
         if unknown:
-            problems.add(
-                f"log: `report_to` knows {', '.join(map(repr, REPORT_TO))}, got "
-                f"{', '.join(map(repr, unknown))}. An empty list reports to no one "
-                "else."
+            yield (
+                f"`report_to` knows {', '.join(map(repr, REPORT_TO))}, got "
+                f"{', '.join(map(repr, unknown))}. An empty list is no tracker."
             )
         if len(set(self.report_to)) < len(self.report_to):
-            problems.add(f"log: `report_to` = {list(self.report_to)} repeats a name.")
-        problems.refuse()
+            yield f"`report_to` = {list(self.report_to)} repeats a name."
 
 
-# What `report_to` may name.
-REPORT_TO = ("tensorboard", "wandb")
+READING = ("path", *SOURCE_FIELDS)
+"""Settings of `[eval]` that choose its data and how they are read; as in `[data]`."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The `[eval]` section: what is measured on the way, on what, and how often.
+    """The `[eval]` section: what is measured during a run, on which data, how often.
 
-    With `path`, `fraction` or `examples` the loss on data that is not trained on is
-    measured, and the adapter with the best one kept in RUN/best_adapter/.
+    With `path`, `fraction` or `examples` the run measures the loss on data that it is
+    not trained on, and keeps the adapter with the best one in RUN/best_adapter/.
     """
 
     path: str | tuple[str, ...] = ""
-    """Data of its own, as `data.path`."""
+    """Data to measure on, as `data.path`."""
     split: str | None = None
-    """As `data.split`; it is not taken from there."""
+    """As `data.split`, whose value is not taken over."""
     format: Format | None = None
-    """As `data.format`; this and the next are as `[data]` has them, if left out."""
+    """As `data.format`; this and the next default to the values of `[data]`."""
     train_on: TrainOn | None = None
     """As `data.train_on`: the tokens whose loss counts."""
     prompt: str | None = None
@@ -154,11 +172,11 @@ class EvalConfig:
     """As `data.append_eos`."""
     fraction: float | None = None
     """Share of the training examples to hold out instead, chosen by `data.seed` and
-    never trained on; of a mixture each source gives its part."""
+    never trained on; of a mixture, this share of each source."""
     examples: int | None = None
     """How many training examples to hold out instead."""
     every: int = 100
-    """Steps between measurements; the last step is always followed by one."""
+    """Steps between measurements; there is always one after the last step."""
     at_start: bool = False
     """Measure before the first step too."""
     batch_size: int | None = None
@@ -169,34 +187,31 @@ class EvalConfig:
     """A loss is better for `early_stopping_patience` if it is lower by more than this.
     """
     sample_prompts: tuple[str, ...] = ()
-    """Texts that the model continues now and then, likeliest tokens first, to
-    samples.jsonl and stderr."""
+    """Prompts that the model continues from time to time with its most likely tokens,
+    on stderr and in samples.jsonl."""
     sample_every: int | None = None
-    """Steps between these; default `every`. The last step is always followed by one."""
+    """Steps between samples; default `every`. There is always one after the last step.
+    """
     sample_max_new_tokens: int = 64
-    """Tokens to add to a prompt at most."""
+    """Most tokens to add to a prompt."""
 
     def __post_init__(self) -> None:
-        problems = Problems("[eval]")
-        for problem in self._problems():
-            problems.add(f"eval: {problem}")
-        problems.refuse()
+        raise_problems("[eval]", self._problems(), "eval: ")
 
     def _problems(self) -> Iterator[str]:
-        given = [n for n in ("path", "fraction", "examples") if getattr(self, n)]
-        if len(given) > 1:
-            yield f"give one of {', '.join(f'`{name}`' for name in given)}."
-        reading = [n for n in READING[1:] if getattr(self, n) is not None]
-        if reading and not self.path:
-            named = ", ".join(f"`{name}`" for name in reading)
-            yield f"{named} say how `path` is read, and there is none."
+        choices = [n for n in ("path", "fraction", "examples") if getattr(self, n)]
+        if len(choices) > 1:
+            yield f"give one of {', '.join(f'`{name}`' for name in choices)}."
+        unused = [n for n in SOURCE_FIELDS if getattr(self, n) is not None]
+        if unused and not self.path:
+            names = ", ".join(f"`{name}`" for name in unused)
+            yield f"{names}: these apply to `path`, which is not set."
         if self.fraction is not None and not 0 < self.fraction < 1:
-            yield f"`fraction` must lie between 0 and 1, got {self.fraction}."
-        least = (
+            yield f"`fraction` must be between 0 and 1, got {self.fraction}."
+        for name in (
             *("examples", "every", "batch_size", "early_stopping_patience"),
             *("sample_every", "sample_max_new_tokens"),
-        )
-        for name in least:
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"`{name}` must be at least 1, got {value}."
@@ -225,36 +240,29 @@ class EvalConfig:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Settings that were given and have nothing to act on."""
+        """Settings that differ from their defaults and have no effect."""
+        if self.measures or (self.sample_prompts and self.sample_every is None):
+            return ()
         names = ("every", "at_start", "batch_size")
-        used = self.measures or (self.sample_prompts and self.sample_every is None)
-        plain = {one.name: one.default for one in dataclasses.fields(EvalConfig)}
-        return tuple(n for n in names if not used and getattr(self, n) != plain[n])
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return tuple(name for name in names if getattr(self, name) != defaults[name])
 
     def data_config(self, data: DataConfig) -> DataConfig:
-        """How `path` is read: with the settings here, and for the rest with `[data]`.
+        """Returns the settings that `path` is read with: those here over `[data]`'s.
 
         Raises:
           UserError: they contradict each other.
         """
-        own = {name: getattr(self, name) for name in READING}
+        source = Source(**{name: getattr(self, name) for name in READING})
         try:
-            plain = dataclasses.replace(data, split=None)
-            return plain.read_as(Source(**own))
+            return dataclasses.replace(data, split=None).read_as(source)
         except UserError as error:
-            raise UserError(f"`[eval]` with what `[data]` says: {error}") from error
-
-
-READING = (
-    *("path", "split", "format", "train_on", "prompt", "completion", "text"),
-    *("chat_template", "too_long", "append_eos"),
-)
-"""Of `[eval]`, which data are read and how; the same names as in `[data]`."""
+            raise UserError(f"[eval] with the settings of [data]: {error}") from error
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run; what a TOML run file holds."""
+    """All settings of a run; the content of a TOML run file."""
 
     model: ModelConfig
     data: DataConfig
@@ -264,7 +272,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str = "run"
-    """The run directory; given again, the run continues."""
+    """The run directory. If it holds an unfinished run, that run continues."""
 
     @property
     def eval_batch_size(self) -> int:

@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_jax.data import (
-    DataConfig,
-    Examples,
-    Mixture,
-    content_keys,
-    hold_out,
-    load_examples,
-)
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.held_out import content_keys, hold_out
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 
@@ -44,7 +41,7 @@ def of_eval() -> Iterator[None]:
         problems = Problems("the held-out data")
         for problem in error.problems:
             problems.add("[eval] " + _OWN.sub(r"`eval.\1`", problem))
-        problems.refuse()
+        problems.raise_if_any()
 
 
 def load_held_out(

@@ -18,10 +18,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 # Both ask for an end: schedulers send the first, Ctrl-C the second.
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,23 +27,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class AtOnce(KeyboardInterrupt):
     """Someone asked again while the run was being saved, and does not want to wait."""
-
-
-class Terminated(BaseException):
-    """SIGTERM where nothing is there to be saved; see `termination_raises`."""
-
-
-STOPS = (KeyboardInterrupt, Terminated, BrokenPipeError)
-"""What ends a command from outside; the last: whoever read its output has gone."""
-
-
-_RAISED_BY = {
-    KeyboardInterrupt: signal.SIGINT,
-    AtOnce: signal.SIGINT,
-    Terminated: signal.SIGTERM,
-}
-_AGAIN = 0.02
-"""Seconds until a signal is sent again whose exception no one could see."""
 
 
 class Interruption:
@@ -96,72 +77,6 @@ class Interruption:
                 f"{name}: the run is being saved already. Once more ends it at once; "
                 "it then continues from the checkpoint before."
             )
-
-
-@contextlib.contextmanager
-def termination_raises() -> Iterator[None]:
-    """Makes SIGTERM raise `Terminated`, as Ctrl-C raises `KeyboardInterrupt`.
-
-    For a process of our own, so that what it has begun is cleared away. Nothing
-    happens in another thread than the main one, or where someone has set a handler.
-
-    Where a handler raises within a callback of the garbage collector or a `__del__`,
-    Python reports the exception and goes on. Such a signal is sent once more.
-    """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    report = sys.unraisablehook
-
-    def lost(found: Any) -> None:
-        number = _RAISED_BY.get(found.exc_type)
-        if number is None:
-            report(found)
-            return
-        # Not at once: that would be within the same callback.
-        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
-
-    sys.unraisablehook = lost
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sys.unraisablehook = report
-
-
-def stopped(command: str, error: BaseException, hint: str = "") -> int:
-    """Says on stderr which of `STOPS` ended a command; returns its exit status."""
-    if isinstance(error, BrokenPipeError):
-        sys.stderr.close()
-        return 1
-    how = "terminated" if isinstance(error, Terminated) else "interrupted"
-    if isinstance(error, AtOnce):
-        how = "ended at once"
-    print(f"{command}: {how}.{hint}", file=sys.stderr)
-    return 128 + _RAISED_BY[type(error)]
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process; at once where a signal has ended the work.
-
-    Threads of the compiler may still be at work then, which an orderly end would pull
-    the ground from under (a segmentation fault), and threads that write a checkpoint
-    would be waited for.
-    """
-    if status in (128 + number for number in SIGNALS):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def _terminate(_number: int, _frame: Any) -> NoReturn:
-    raise Terminated
 
 
 def _tell(text: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import convert
 from convert.peft import CONFIG, chat_template_file, open_adapter
 from convert.tokenizer import end_tokens, load_tokenizer
+from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.model import Model, _attach
-from qlora_jax.models.config import change
+from qlora_jax.models.config import apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.models.params import check_weights
@@ -146,10 +147,10 @@ def load(
     *,
     adapter: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
-    quantization: Literal["auto", "nf4", "nf4_dq", "none"] | None = "auto",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    attention: Literal["auto", "eager", "xla", "cudnn", "pallas"] = "auto",
-    kernels: Literal["auto", "xla", "pallas"] = "auto",
+    quantization: Auto | Quantization | None = "auto",
+    dtype: Auto | Dtype = "auto",
+    attention: Attention = "auto",
+    kernels: Kernels = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
     strict: bool = True,
@@ -186,7 +187,7 @@ def load(
     path = Path(path)
     trained = run_settings(path)
     quantize_lm_head = quantizes_lm_head(trained, quantization)
-    quantization, prepared = resolve_auto(trained, quantization, dtype)
+    quantize_as, prepared = resolve_auto(trained, quantization, dtype)
     own = adapter_directory(path)
     adapter = None if adapter is None else Path(adapter)
     if own is not None:
@@ -200,7 +201,7 @@ def load(
         raise UserError(
             f"`base` names the base of an adapter directory, and `{path}` is none."
         )
-    if quantization not in ("nf4", "nf4_dq", None):
+    if quantize_as not in (*get_args(Quantized), None):
         raise UserError(
             "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
             f"{quantization!r}."
@@ -208,7 +209,7 @@ def load(
     compute = Compute(dtype=prepared, attention=attention, kernels=kernels)
     config, tree = convert.load_llama(
         path,
-        quantization=quantization,
+        quantization=quantize_as,
         quantize_lm_head=quantize_lm_head,
         dtype=prepared,
         progress=progress,
@@ -220,7 +221,7 @@ def load(
     lora_config = adapters = None
     if adapter is not None:
         lora_config, adapters = _attach(adapter, path, tree, strict=strict)
-        config = change(config, lora_config.base_config_changes)
+        config = apply_changes(config, lora_config.base_config_changes)
     check_weights(drawn, tree, lora_config, path)
     tokenizer = load_tokenizer(path)
     return Model(

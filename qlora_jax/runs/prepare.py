@@ -23,20 +23,15 @@ import jax
 
 import convert
 from convert.tokenizer import load_tokenizer
-from qlora_jax.data import (
-    Batches,
-    Examples,
-    Mixture,
-    data_notes,
-    data_size,
-    eval_batches,
-    load_examples,
-)
-from qlora_jax.data.batches import Batch
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.batches import Batch, Batches, eval_batches
+from qlora_jax.data.examples import data_size, load_examples
+from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.lora.init import check_start, continued, given_fields
 from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.planning.estimate import warnings
@@ -108,31 +103,31 @@ def prepare(
         "dtype": config.model.dtype,
     }
     found = None
-    with problems.collected():
+    with problems.collecting():
         found = _shapes(config, how, attention_cls, mlp_cls)
     if found is None:  # all else is a question of the model
-        problems.refuse()
+        problems.raise_if_any()
     assert found is not None
     model, abstract, drawn = found
     origin = trained = laid_out = None
     architecture = model.config
     initial = config.train.adapter_init
-    with problems.collected():
+    with problems.collecting():
         if initial is not None:
             given = given_fields(config.lora) if given is None else given
             config, origin = _with_initial_adapter(config, given, abstract, resumed)
-    with problems.collected():
-        architecture = change(architecture, config.model.config_changes, "model")
+    with problems.collecting():
+        architecture = apply_changes(architecture, config.model.config_changes, "model")
     if initial is None or origin is not None:
-        with problems.collected():
+        with problems.collecting():
             trained = _trained(config, architecture, abstract)
     if small or not len(problems):
-        with problems.collected():
+        with problems.collecting():
             laid_out = _data(config, architecture)
     if resumed and laid_out is not None:
-        with problems.collected():
+        with problems.collecting():
             check_continues(config, laid_out[0], len(laid_out[1]))
-    problems.refuse()
+    problems.raise_if_any()
     assert trained is not None and laid_out is not None
     model = model.clone(config=architecture)
     examples, batches, held, tokenizer = laid_out
@@ -167,13 +162,13 @@ def prepare(
 
 def _check_places(config: RunConfig, problems: Problems) -> bool:
     """Looks for what the settings name; says whether the data are quickly read."""
-    with problems.collected():
+    with problems.collecting():
         check_trackers(config.log)
     sizes: list[int | None] = []
-    with problems.collected():
+    with problems.collecting():
         sizes.append(data_size(config.data))
     if config.eval.path:
-        with problems.collected(), of_eval():
+        with problems.collecting(), of_eval():
             sizes.append(data_size(config.eval.data_config(config.data)))
     if config.eval.idle:
         say(
@@ -296,9 +291,9 @@ def _data(
         )
     vocab_size = architecture.vocab_size
     examples, held, problems = None, None, Problems()
-    with problems.collected():
+    with problems.collecting():
         check_prompts(config.eval, tokenizer, architecture)
-    with problems.collected():
+    with problems.collecting():
         examples = load_examples(
             config.data,
             tokenizer,
@@ -306,9 +301,9 @@ def _data(
             progress=sys.stderr.isatty(),
             run_directory=config.output_dir,
         )
-    with problems.collected():
+    with problems.collecting():
         held = load_held_out(config, tokenizer, vocab_size=vocab_size)
-    problems.refuse()
+    problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
     examples, held = apart(config, examples, held, eos)

@@ -16,13 +16,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 from convert.files import read_json
-from convert.output import write_text
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED
 from qlora_jax.runs.metrics import read_evaluations, read_metrics, read_samples
@@ -374,32 +372,3 @@ def _format(name: str, value: Any) -> str:
 
 
 # --- The command ---
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write an HTML report about a run, finished or not."""
-
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Run directory."""
-    output: str | None = None
-    """File to write; default report.html in the run directory."""
-    json: bool = False
-    """Print a JSON object."""
-
-    def run(self) -> dict[str, Any]:
-        """Writes the report; returns its path and the main numbers."""
-        run = read_run(Path(self.path))
-        path = Path(self.output) if self.output else run.directory / PAGE
-        try:
-            write_text(path, render_run(run))
-        except OSError as error:
-            raise UserError(f"`{path}` cannot be written: {error.strerror}.") from None
-        best = best_evaluation(run.evaluations)
-        return {
-            "page": str(path),
-            "step": run.metrics[-1]["step"] if run.metrics else 0,
-            "loss": run.metrics[-1]["loss"] if run.metrics else None,
-            "best_step": None if best is None else best["step"],
-            "best_loss": None if best is None else best["eval_loss"],
-        }

@@ -45,15 +45,15 @@ from convert.checkpoint import open_checkpoint
 from convert.files import CHAT_TEMPLATE
 from convert.output import write_text
 from convert.peft import TRAINING
-from qlora_jax.data import Batches, prefetch
+from qlora_jax.data.batches import Batches, prefetch
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference.identity import base_form
 from qlora_jax.lora.init import absorb, factor_out, init_adapters
 from qlora_jax.lora.targets import Selection
-from qlora_jax.models.config import LlamaConfig, as_text
+from qlora_jax.models.config import LlamaConfig, changes_to_json
 from qlora_jax.models.llama import add_parameters
 from qlora_jax.models.params import check_weights, tree_bytes, tree_size
-from qlora_jax.models.sharding import place_base
+from qlora_jax.models.sharding import put_base
 from qlora_jax.models.vocabulary import report_untrained
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
@@ -207,7 +207,7 @@ class Loop:
             dataclasses.replace(
                 lora,
                 base_fingerprint=self.fingerprint,
-                base_config_changes=as_text(self.config.model.config_changes),
+                base_config_changes=changes_to_json(self.config.model.config_changes),
             ),
             adapters,
             self.architecture,
@@ -287,7 +287,7 @@ def run(
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
     with contextlib.ExitStack() as held:
-        with problems.collected():
+        with problems.collecting():
             check_directory(directory)
             held.enter_context(alone(directory))
         prepared = prepare(config, attention_cls, mlp_cls, given, problems=problems)
@@ -308,7 +308,7 @@ def _load(prepared: PreparedRun) -> tuple[Any, str, Any]:
     fingerprint = fingerprint_tree(base)
     key = jax.random.key(config.train.seed)
     _, base = add_parameters(prepared.model, base, key)
-    base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
+    base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     check_weights(prepared.drawn, base, config.lora, Path(path))
     initial = None
     if config.train.adapter_init is not None:

@@ -1,7 +1,8 @@
 """Reads and writes the settings of a run as TOML.
 
-    read_config(path)     TOML -> RunConfig; unknown keys and wrong types are errors
-    to_toml(config)       RunConfig -> TOML that reads back equal
+    read_config(path)             TOML -> RunConfig, strictly
+    read_config(path, overrides)  the same with values that win over the file's
+    to_toml(config)               RunConfig -> TOML that reads back equal
 
 TOML has no null. A setting whose default is None is left out; one that is None although
 its default is not is written as "none".
@@ -10,18 +11,13 @@ its default is not is written as "none".
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import re
 import tomllib
 import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.config import LoraConfig, off_features, refused_features
 from qlora_jax.runs.config import RunConfig
 
@@ -31,255 +27,193 @@ _NONE = "none"
 
 
 def settings_file(path: Path) -> Path:
-    """The run file that a path means: itself, or that of a run directory."""
+    """Returns the run file that a path names: itself, or that of a run directory."""
     return path / SETTINGS if path.is_dir() else path
 
 
-def read_config(path: Path) -> RunConfig:
-    """Reads a TOML run file strictly: unknown keys and wrong types are errors.
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads a TOML file, or that of a run directory, without checking its keys.
 
     Raises:
-      UserError: no such file, no TOML, keys that are unknown, of a wrong type, or
-        missing, settings that cannot be; the message names all of them.
+      UserError: the file cannot be read, or is not valid TOML.
     """
     path = settings_file(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
-    return _build(RunConfig, content, f"{path}: ")
+        raise UserError(f"`{path}` is not valid TOML: {error}.") from error
 
 
-def unchecked(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
-    """Makes RunConfig's like that takes any values, for a parser of options.
-
-    A parser that builds section by section would stop at the first that refuses its
-    values. `checked` refuses them all at once.
+def read_config(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Reads a run file and applies overrides to it.
 
     Args:
-      config: a run whose settings the like is to have; default none.
-
-    Returns:
-      The class, and its instance with the settings of `config`; None without.
-    """
-    sections: dict[str, Any] = {
-        name: type(
-            kind.__name__,
-            (kind,),
-            {"__post_init__": _no_check, "__doc__": kind.__doc__},
-        )
-        for name, kind in _sections().items()
-    }
-    body: dict[str, Any] = {
-        "__annotations__": {**typing.get_type_hints(RunConfig), **sections},
-        "__doc__": RunConfig.__doc__,
-    }
-    for one in dataclasses.fields(RunConfig):
-        if one.default_factory is not dataclasses.MISSING:
-            body[one.name] = field(default_factory=sections[one.name])
-    like = dataclass(frozen=True)(type("RunConfig", (RunConfig,), body))
-    if config is None:
-        return like, None
-    values = _fields(config)
-    for name, kind in sections.items():
-        values[name] = kind(**_fields(values[name]))
-    return like, like(**values)
-
-
-def checked(config: RunConfig) -> RunConfig:
-    """Makes a RunConfig of its unchecked like.
+      path: a run file that is complete in itself, or a run directory; None = there are
+        overrides alone.
+      overrides: dotted key ("train.steps", "output_dir") -> value, in Python's types or
+        in TOML's.
 
     Raises:
-      UserError: all that is wrong with its values.
+      UserError: the file cannot be read; keys that are unknown, of a wrong type, or
+        missing; values that no run can use. The message lists all of them.
     """
-    problems = Problems()
-    values = _fields(config)
-    for name, kind in _sections().items():
-        with problems.collected():
-            values[name] = kind(**_fields(values[name]))
-    problems.refuse()
-    return RunConfig(**values)
+    table: dict[str, Any] = {}
+    if path is not None:
+        table = read_table(path)
+        config = _structure(RunConfig, table, f"{settings_file(path)}: ")
+        if not overrides:
+            return config
+    for key, value in (overrides or {}).items():
+        section, _, name = key.rpartition(".")
+        (table.setdefault(section, {}) if section else table)[name] = value
+    return _structure(RunConfig, table, "")
 
 
-def _sections() -> dict[str, Any]:
-    """The classes of a run's sections."""
-    hints = typing.get_type_hints(RunConfig)
-    return {n: kind for n, kind in hints.items() if dataclasses.is_dataclass(kind)}
-
-
-def _no_check(self: Any) -> None:
-    """In place of a section's own check."""
-
-
-def _fields(of: Any) -> dict[str, Any]:
-    return {one.name: getattr(of, one.name) for one in dataclasses.fields(of)}
-
-
-def given_lora(path: Path) -> set[str]:
-    """The settings that the [lora] section of a readable TOML run file has."""
-    text = settings_file(path).read_text(encoding="utf-8")
-    return set(tomllib.loads(text).get("lora", {}))
-
-
-def lora_options(args: Sequence[str]) -> set[str]:
-    """Names of the LoRA settings among the options of a command line."""
-    found = (re.match(r"--lora\.(?:no[-_])?([a-z_-]+)", arg) for arg in args)
-    return {match[1].replace("-", "_") for match in found if match}
-
-
-def _build(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    """Makes a dataclass of a TOML table."""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
+    """Builds a dataclass from a TOML table; `where` starts each message."""
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     problems = Problems()
-    if kind is LoraConfig:
-        refused = refused_features(content)
-        if refused:
-            problems.add(
-                f"{where}LoRA features that are not supported: {', '.join(refused)}."
-            )
-        # As in a file of PEFT's, which lists what it does not use.
-        unused = off_features(content)
-        content = {
-            key: value
-            for key, value in content.items()
-            if key not in unused and not refused_features({key: value})
-        }
-    for key, value in content.items():
+    if cls is LoraConfig:
+        table = _without_unused_features(table, where, problems)
+    for key, value in table.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
             problems.add(
-                f"{where}`{key}` is no option here"
-                + (f"; did you mean `{near[0]}`?" if near else ".")
-                + f" Options: {', '.join(fields)}."
+                f"{where}`{key}` is not an option here."
+                f"{did_you_mean(key, fields)} Options: {', '.join(fields)}."
             )
-            continue
-        hint = hints[key]
-        with problems.collected():
-            if not dataclasses.is_dataclass(hint):
-                values[key] = _coerce(hint, value, f"{where}`{key}`")
-            elif isinstance(value, dict):
-                values[key] = _build(hint, value, f"{where}[{key}] ")
-            else:
-                problems.add(f"{where}`{key}` must be a table, got {value!r}.")
+        elif not dataclasses.is_dataclass(hints[key]):
+            with problems.collecting():
+                values[key] = _convert(hints[key], value, f"{where}`{key}`")
+        elif isinstance(value, Mapping):
+            with problems.collecting():
+                values[key] = _structure(hints[key], value, f"{where}[{key}] ")
+        else:
+            problems.add(f"{where}`{key}` must be a table, got {value!r}.")
     missing = [
         name
-        for name, f in fields.items()
-        if name not in content
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        for name, field in fields.items()
+        if name not in table
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        tables = [m for m in missing if dataclasses.is_dataclass(hints[m])]
+        tables = [name for name in missing if dataclasses.is_dataclass(hints[name])]
         problems.add(
-            f"{where}missing {', '.join(f'`{m}`' for m in missing)}."
+            f"{where}missing {', '.join(f'`{name}`' for name in missing)}."
             + (f" Write a table [{tables[0]}]." if tables else "")
         )
-    problems.refuse()
-    return kind(**values)
+    problems.raise_if_any()
+    return cls(**values)
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Checks a TOML value against a field's type."""
-    kinds = _kinds(hint)
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            if any(
-                value is a or (type(a) is str and value == a) for a in get_args(kind)
-            ):
+def _without_unused_features(
+    table: Mapping[str, Any], where: str, problems: Problems
+) -> dict[str, Any]:
+    """Returns a `[lora]` table without the features of PEFT that are not computed here.
+
+    Those that are switched off are skipped, as in PEFT's own adapter_config.json, which
+    lists all features; those that are on are problems.
+    """
+    refused = refused_features(table)
+    if refused:
+        problems.add(
+            f"{where}LoRA features that are not supported: {', '.join(refused)}."
+        )
+    unused = off_features(table)
+    return {
+        key: value
+        for key, value in table.items()
+        if key not in unused and not refused_features({key: value})
+    }
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Converts a value to a field's type.
+
+    Raises:
+      UserError: it has another type; `where` starts the message.
+    """
+    alternatives = (
+        get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    )
+    optional = type(None) in alternatives
+    if optional and (value is None or (value == _NONE and str not in alternatives)):
+        return None
+    for kind in alternatives:
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            # True == 1, so that only strings are compared by value.
+            if any(value is a or (type(a) is str and value == a) for a in arguments):
                 return value
-        elif get_origin(kind) is tuple:
-            one = get_args(kind)[0]
-            if isinstance(value, list) and dataclasses.is_dataclass(one):
-                if all(isinstance(v, dict) for v in value):
-                    numbered = enumerate(value, 1)
-                    return tuple(_build(one, v, f"{where} {n}: ") for n, v in numbered)
-            elif isinstance(value, list) and all(type(v) is one for v in value):
-                return tuple(value)
-        elif get_origin(kind) is Mapping:
-            one = get_args(kind)[1]
-            if isinstance(value, dict):
-                return {k: _coerce(one, v, f"{where}.{k}") for k, v in value.items()}
-        elif kind is type(None):
-            if value == _NONE and str not in kinds:
-                return None
+        elif origin is tuple and isinstance(value, (list, tuple)):
+            items = _convert_items(arguments[0], value, where)
+            if items is not None:
+                return items
+        elif origin is Mapping and isinstance(value, Mapping):
+            of = arguments[1]
+            return {k: _convert(of, v, f"{where}.{k}") for k, v in value.items()}
         elif type(value) is kind:
             return value
         elif kind is float and type(value) is int:
             return float(value)
-    expected = " or ".join(_expected(kind) for kind in kinds if kind is not type(None))
+    expected = " or ".join(_expected(k) for k in alternatives if k is not type(None))
     raise UserError(f"{where} must be {expected}, got {value!r}.")
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _convert_items(kind: Any, items: Any, where: str) -> tuple[Any, ...] | None:
+    """Converts the items of a list; None if one has another type."""
+    if all(type(item) is kind for item in items):
+        return tuple(items)
+    if dataclasses.is_dataclass(kind) and all(isinstance(i, Mapping) for i in items):
+        numbered = enumerate(items, 1)
+        return tuple(_structure(kind, item, f"{where} {n}: ") for n, item in numbered)
+    return None
 
 
 def _expected(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(repr(a) for a in get_args(kind))
-    if get_origin(kind) is tuple and dataclasses.is_dataclass(get_args(kind)[0]):
-        return "a list of tables"
-    if get_origin(kind) is tuple:
-        return "a list of " + ("strings" if get_args(kind)[0] is str else "integers")
-    if get_origin(kind) is Mapping:
+    """Describes a type in a message."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin is tuple:
+        items = {str: "strings", int: "integers"}.get(arguments[0], "tables")
+        return f"a list of {items}"
+    if origin is Mapping:
         return "a table"
-    return {
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-    }[kind]
+    names = {int: "an integer", float: "a number", str: "a string"}
+    return names.get(kind, "true or false")
 
 
 def to_toml(config: RunConfig) -> str:
-    """Writes a run configuration as TOML, every setting that has a value."""
-    top, sections = [], []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            sections.append("\n".join([f"[{f.name}]", *_lines(value)]) + "\n")
-            sections += _tables(f.name, value)
-        else:
-            top.append(f"{f.name} = {_toml_value(value)}\n")
-    return "".join(top) + "\n" + "\n".join(sections)
+    """Writes every setting that has a value as TOML that reads back equal."""
+    import tomlkit  # takes 25 ms, and only a run writes
+
+    return tomlkit.dumps(_plain(config))
 
 
-def _tables(name: str, section: Any) -> list[str]:
-    """The lists of tables that a section has."""
-    return [
-        "\n".join([f"[[{name}.{f.name}]]", *_lines(table)]) + "\n"
-        for f in dataclasses.fields(section)
-        if _holds_tables(getattr(section, f.name))
-        for table in getattr(section, f.name)
-    ]
-
-
-def _holds_tables(value: Any) -> bool:
-    return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
-
-
-def _lines(section: Any) -> list[str]:
-    lines = []
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if _holds_tables(value):
-            continue
-        if value is not None:
-            lines.append(f"{f.name} = {_toml_value(value)}")
-        elif f.default is not None:  # left out, it would get its default
-            lines.append(f'{f.name} = "{_NONE}"')
-    return lines
-
-
-def _toml_value(value: Any) -> str:
+def _plain(value: Any) -> Any:
+    """Returns a value in types that tomlkit writes."""
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        rows = [f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()]
-        return "{ " + ", ".join(rows) + " }" if rows else "{}"
-    # JSON's strings, booleans and numbers are TOML's, but for one escape (DEL).
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        from tomlkit import inline_table  # on one line, as `rank_pattern = {}`
+
+        table = inline_table()
+        table.update({key: _plain(item) for key, item in value.items()})
+        return table
+    if not dataclasses.is_dataclass(value):
+        return value
+    table = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if item is not None:
+            table[field.name] = _plain(item)
+        elif field.default is not None:  # left out, it would get its default
+            table[field.name] = _NONE
+    return table

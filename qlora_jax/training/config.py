@@ -1,8 +1,8 @@
 """The `[train]` section of a run file: length, batch and optimizer of a run.
 
-`TrainConfig` refuses at construction what no run could use, all of it at once; what can
-be told only beside a model (a group that matches nothing) is refused by
-`qlora_jax.training.optimizer`, before anything is compiled.
+`TrainConfig` raises at construction if no run could use its values; the message lists
+all problems. What depends on the model (a group that matches nothing) is checked by
+`qlora_jax.training.parameter_groups` before anything is compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from qlora_jax.errors import refuse
+from qlora_jax.errors import raise_problems
 
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "adafactor"]
@@ -21,10 +21,10 @@ Optimizer = Literal["adamw", "adamw_8bit", "lion", "adafactor"]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trained arrays with settings of their own (`[[train.groups]]`).
+    """Parameters with a different learning rate, decay or schedule.
 
-    The first group whose `match` is found in a parameter's path has it. What a group
-    leaves out is for its parameters as it would be without the group.
+    A table [[train.groups]]. A parameter belongs to the first group whose `match` is
+    found in its path; a setting that the group leaves out stays as it is without it.
     """
 
     match: str
@@ -35,7 +35,7 @@ class ParameterGroup:
     """Peak learning rate; neither `loraplus_lr_ratio` nor `embedding_learning_rate`
     changes it."""
     weight_decay: float | None = None
-    """Decoupled weight decay, of norms and biases too where the group matches them."""
+    """Decoupled weight decay, also of norms and biases that the group matches."""
     lr_scheduler: Scheduler | None = None
     """As `train.lr_scheduler`."""
     warmup_steps: int | None = None
@@ -61,46 +61,46 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler: Scheduler = "linear"
-    """What follows the warm-up: constant, or falling to 0 at the last step."""
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; not of norms, biases and DoRA's magnitudes."""
+    """Decoupled weight decay; norms, biases and DoRA's magnitudes are not decayed."""
     max_grad_norm: float | None = 1.0
-    """Global norm that gradients are clipped to; none = not clipped."""
+    """Global norm that gradients are clipped to; none = no clipping."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     adapter_init: str | None = None
-    """PEFT directory whose adapter the run starts from, instead of a fresh one.
-    `[lora]` is then the adapter's own; of what is given there, `lora_alpha`,
-    `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and anything
-    else that does is an error."""
+    """PEFT directory with the adapter that the run starts from, instead of a new one.
+    Its configuration replaces `[lora]`; of the settings there, `lora_alpha`,
+    `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and any other
+    difference is an error."""
     seed: int = 0
-    """Of the adapters' initialization and of dropout."""
+    """Seed of the adapters' initialization and of dropout."""
     embedding_learning_rate: float | None = None
-    """Peak learning rate of what is trained of embed_tokens and lm_head, whole, by rows
-    or by LoRA; default `learning_rate`."""
+    """Peak learning rate of the trained parameters of embed_tokens and lm_head: all
+    rows, single rows or LoRA; default `learning_rate`."""
     loraplus_lr_ratio: float | None = None
-    """LoRA+ (arXiv:2402.12354): every lora_B learns at this multiple of the rate of its
-    lora_A; the paper's choice is 16."""
+    """LoRA+ (arXiv:2402.12354): learning rate of each lora_B as a multiple of that of
+    its lora_A; the paper's choice is 16."""
     optimizer: Optimizer = "adamw"
-    """adamw; adamw_8bit, whose moments take a quarter of the memory; lion, whose rates
-    are three to ten times smaller; or adafactor. lion reads `adam_beta1` and
+    """adamw; adamw_8bit, whose moments take a quarter of the memory; lion, which needs
+    learning rates three to ten times smaller; or adafactor. lion reads `adam_beta1` and
     `adam_beta2` (its paper's are 0.9 and 0.99), adafactor none of `adam_*`."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of what is trained, and write it beside
-    adapter/ as adapter_ema/. A step moves it by 1 - decay, in the first steps by
+    """Keep an exponential moving average of the trained parameters, and write it as
+    adapter_ema/ next to adapter/. A step moves it by 1 - decay, in the first steps by
     more."""
     neftune_noise_alpha: float | None = None
     """NEFTune (arXiv:2310.05914): noise on the embeddings in training; the paper's
     choices are 5 to 15."""
     groups: tuple[ParameterGroup, ...] = ()
-    """Tables [[train.groups]]: parameters with a learning rate, decay or schedule of
-    their own."""
+    """Tables [[train.groups]]: parameters with a different learning rate, decay or
+    schedule."""
 
     def __post_init__(self) -> None:
-        refuse("train", self._problems())
+        raise_problems("the [train] settings", self._problems(), "train: ")
 
     def _problems(self) -> Iterator[str]:
         if (self.steps is None) == (self.epochs is None):
@@ -121,15 +121,15 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 yield f"`{name}` must be at least 0 and less than 1, got {value}."
-        if not _finite(self.adam_epsilon) or self.adam_epsilon <= 0:
+        if not math.isfinite(self.adam_epsilon) or self.adam_epsilon <= 0:
             yield f"`adam_epsilon` must be > 0, got {self.adam_epsilon}."
         for name in ("loraplus_lr_ratio", "neftune_noise_alpha"):
             value = getattr(self, name)
-            if value is not None and not (_finite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 yield f"`{name}` must be > 0, or left out, got {value}."
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             yield (
-                "`ema_decay` must lie between 0 and 1, or be left out, got "
+                "`ema_decay` must be between 0 and 1, or left out, got "
                 f"{self.ema_decay}."
             )
         if self.optimizer not in get_args(Optimizer):
@@ -142,31 +142,31 @@ class TrainConfig:
                 re.compile(group.match)
             except re.error as error:
                 yield (
-                    f"{where}`match` = {group.match!r} is no regular expression: "
+                    f"{where}`match` = {group.match!r} is not a regular expression: "
                     f"{error}."
                 )
-            own = (group.learning_rate, group.weight_decay)
-            if {*own, group.lr_scheduler, group.warmup_steps} == {None}:
+            changes = (group.learning_rate, group.weight_decay)
+            if {*changes, group.lr_scheduler, group.warmup_steps} == {None}:
                 yield (
                     f"{where}it changes nothing. Give it a `learning_rate`, "
                     "`weight_decay`, `lr_scheduler` or `warmup_steps`, or leave it out."
                 )
 
     @staticmethod
-    def _rate_problems(of: Any, steps: int | None, where: str) -> Iterator[str]:
-        """What is wrong with rates and schedules, of the run or of a group."""
+    def _rate_problems(settings: Any, steps: int | None, where: str) -> Iterator[str]:
+        """Yields the problems with the rates and schedule of the run or a group."""
         for name in ("learning_rate", "embedding_learning_rate", "weight_decay"):
-            value = getattr(of, name, None)
-            # 0 is a rate too: of what is to stay as it is.
-            if value is not None and not (_finite(value) and value >= 0):
+            value = getattr(settings, name, None)
+            # A rate of 0 is accepted: it freezes parameters.
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 yield f"{where}`{name}` must be >= 0, got {value}."
-        kind = of.lr_scheduler
-        if kind is not None and kind not in get_args(Scheduler):
+        scheduler = settings.lr_scheduler
+        if scheduler is not None and scheduler not in get_args(Scheduler):
             yield (
                 f"{where}`lr_scheduler` must be 'constant', 'linear' or 'cosine', got "
-                f"{kind!r}."
+                f"{scheduler!r}."
             )
-        warmup = of.warmup_steps
+        warmup = settings.warmup_steps
         if warmup is not None and warmup < 0:
             yield f"{where}`warmup_steps` must be >= 0, got {warmup}."
         if steps is not None and warmup is not None and warmup > steps:
@@ -177,9 +177,5 @@ class TrainConfig:
 
     @property
     def longest_warmup(self) -> int:
-        """The most steps that any parameter's warm-up takes."""
+        """Steps of the longest warm-up of any parameter."""
         return max(self.warmup_steps, *(g.warmup_steps or 0 for g in self.groups), 0)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)

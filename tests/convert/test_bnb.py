@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import convert
 from convert import bnb, names
-from convert.files import Problems, TensorFiles, read_header
+from convert.files import Mismatches, TensorFiles, read_header
 from convert.output import write_safetensors
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
@@ -34,7 +34,7 @@ def test_fragments_dequantize_as_on_cuda_and_are_written_back(
     key = "model.layers.0.mlp.gate_proj.weight"
     text = files.read_bytes(f"{key}.quant_state.bitsandbytes__nf4").tobytes()
     shape = tuple(json.loads(text)["shape"])
-    problems = Problems("fragment")
+    problems = Mismatches("fragment")
     state, parts = bnb.check(files, key, shape, problems)
     problems.check()
     assert set(parts) == {n for n in files if n.startswith(key)}
@@ -70,7 +70,7 @@ def test_any_shape_and_storage_comes_back(tmp_path, shape, storage, double_quant
     write_safetensors(out, bnb.entries("w", tensor, None, quant_storage=storage), {})
     files = open_file(out)
     assert files["w"].shape[1] == 1
-    problems = Problems("x")
+    problems = Mismatches("x")
     state, parts = bnb.check(files, "w", shape, problems)
     problems.check()
     assert sorted(parts) == sorted(files)

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from convert.files import (
-    Problems,
+    Mismatches,
     TensorFiles,
     check_finite,
     open_model,
@@ -469,7 +469,7 @@ def test_nan_and_infinity_are_found_anywhere(dtype, bad):
 
 
 def test_long_lists_of_problems_are_cut_and_counted():
-    problems = Problems("Bad")
+    problems = Mismatches("Bad")
     problems.check()
     for i in range(13):
         problems.add("missing tensors", f"t{i}")

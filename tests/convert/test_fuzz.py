@@ -33,7 +33,7 @@ import safetensors.numpy
 
 import convert
 from convert import names
-from qlora_jax.convert_cli import main
+from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig

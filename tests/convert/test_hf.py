@@ -362,7 +362,7 @@ def test_damaged_config(tiny_model):
 def test_another_architecture(tiny_model, tiny):
     tiny["model_type"] = "mistral"
     (tiny_model / "config.json").write_text(json.dumps(tiny))
-    with pytest.raises(UserError, match="no Llama causal language model"):
+    with pytest.raises(UserError, match="Not a Llama causal language model"):
         convert.load_llama(tiny_model)
 
 

@@ -23,7 +23,7 @@ from convert.hf import write_directory
 from convert.merging import write_dense
 from convert.output import Entry
 from convert.verify import compare
-from qlora_jax.convert_cli import main
+from qlora_jax.cli.convert import main
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.layers import Compute

@@ -483,7 +483,10 @@ def test_a_module_may_be_trained_in_full_in_some_layers_and_adapted_in_others():
 @pytest.mark.parametrize(
     "names, message",
     [
-        ("lm_hed", "names 'lm_hed', which this model does not have. Did you mean lm_h"),
+        (
+            "lm_hed",
+            "names 'lm_hed', which this model does not have. Did you mean `lm_h",
+        ),
         (("norm", "score"), "names 'score', which this model does not have"),
         ("layers.9.mlp", "names 'layers.9.mlp', which .* Modules here: down_proj,"),
         (("a", "b"), "names 'a', 'b', which"),

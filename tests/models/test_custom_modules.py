@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
@@ -22,7 +22,9 @@ from qlora_jax.planning.estimate import parameter_report
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.runner import run
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state, train_step
 
 TOKENS = jnp.asarray([[3, 5, 7, 9, 11, 2, 4, 6]], jnp.int32)
 GATE = "model.layers.self_attn.gate_attn.weight"
@@ -268,7 +270,7 @@ def test_a_block_of_ones_own(llama_dir):
 
 def test_a_target_that_matches_nothing_lists_near_matches(gated):
     _, base = gated
-    with pytest.raises(UserError, match=r"gate_atn.*Did you mean gate_attn"):
+    with pytest.raises(UserError, match=r"gate_atn.*Did you mean `gate_attn"):
         init_adapters(jax.random.key(0), base, LoraConfig(target_modules=("gate_atn",)))
 
 

@@ -35,7 +35,7 @@ def test_the_target_says_what_the_card_is():
 
 
 def test_an_unknown_card_is_refused_with_the_nearest_and_the_list():
-    with pytest.raises(UserError, match="did you mean `rtx-4090`.*Cards: b200, h200"):
+    with pytest.raises(UserError, match="Did you mean `rtx-4090`.*Cards: b200, h200"):
         find_gpu("rtx4090")
     with pytest.raises(UserError, match="No card `abacus` is known here. Cards: b200"):
         find_gpu("abacus")
@@ -72,7 +72,7 @@ def test_a_file_may_describe_a_card_in_full(tmp_path):
         ('like = "h300"', "`like` must be one of .*h200.*, got 'h300'"),
         ('like = "h200"\nmemory_gb = -1', "`memory_gb` must be a positive number"),
         ('like = "h200"\nmemory_gb = nan', "`memory_gb` must be a positive number"),
-        ('like = "h200"\nmemory = 3', "`memory` is no field.*did you mean `memory_gb`"),
+        ('like = "h200"\nmemory = 3', "`memory` is no field.*Did you mean `memory_gb`"),
         ('like = "h200"\ncompute_capability = "9"', "must be like '8.9', got '9'"),
         ("memory_gb = 8", "missing `compute_capability`, `multiprocessors`"),
         ("memory_gb =", "no valid TOML"),

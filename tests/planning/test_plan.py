@@ -12,7 +12,7 @@ from qlora_jax.planning import estimate
 from qlora_jax.planning.gpus import ALLOWANCE, CARDS, find_gpu
 from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, granule, policies
 from qlora_jax.planning.step import Step
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 LORA = LoraConfig(r=32)
 CONFIG = LlamaConfig.from_hf(MODELS["8b"].hf_config)
@@ -173,7 +173,7 @@ def test_limits_of_jax_itself_are_named_where_they_are_too_low():
 
 def test_a_mesh_that_does_not_divide_is_refused():
     planner = Planner(CARD, mesh={"fsdp": 8})
-    with pytest.raises(UserError, match="`batch_size`=1 is no multiple of the 8"):
+    with pytest.raises(UserError, match="`batch_size`=1 must be a multiple of the 8"):
         planner.plan(STEP, LADDER[2])
 
 

@@ -8,19 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.errors import CheckpointError
 from qlora_jax.runs.interruption import (
     SIGNALS,
     AtOnce,
     Interruption,
-    Terminated,
-    termination_raises,
 )
 from qlora_jax.runs.metrics import Watch
 from qlora_jax.runs.runner import run
@@ -71,8 +68,6 @@ def test_handlers_are_given_back_after_an_error():
         assert signal.getsignal(signal.SIGTERM) != mine
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGTERM) == mine
-    with termination_raises():  # someone else's handler stays
-        assert signal.getsignal(signal.SIGTERM) == mine
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -89,7 +84,7 @@ def test_another_thread_sets_no_handler():
     found = []
 
     def body():
-        with Interruption() as interruption, termination_raises():
+        with Interruption() as interruption:
             found.append([signal.getsignal(number) for number in SIGNALS])
             found.append(interruption.signal)
 
@@ -97,48 +92,6 @@ def test_another_thread_sets_no_handler():
     thread.start()
     thread.join()
     assert found == [[signal.SIG_DFL, signal.default_int_handler], None]
-
-
-def test_termination_raises_inside_alone():
-    with pytest.raises(Terminated), termination_raises():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-class Falling:
-    """Receives a signal where no exception gets out."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __del__(self):
-        signal.raise_signal(self.number)
-
-
-@pytest.mark.parametrize(
-    ("number", "raised"),
-    [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)],
-)
-def test_a_signal_in_a_callback_of_the_collector_is_not_lost(number, raised):
-    hook = sys.unraisablehook
-    with pytest.raises(raised), termination_raises():
-        fallen = Falling(number)
-        del fallen  # the exception is raised here, and no one sees it
-        time.sleep(60)
-    assert sys.unraisablehook is hook
-
-
-@pytest.mark.parametrize(("status", "orderly"), [(130, 0), (143, 0), (1, 1), (0, 1)])
-def test_after_a_signal_the_process_leaves_at_once(status, orderly):
-    code = (
-        "import atexit, sys; from qlora_jax.runs.interruption import leave;"
-        "atexit.register(print, 'orderly');"
-        f"print('said'); print('told', file=sys.stderr); leave({status})"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (status, "told\n")
-    assert done.stdout == "said\n" + "orderly\n" * orderly
 
 
 # --- whole runs ---
@@ -300,7 +253,7 @@ AT_ONCE = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_jax import loop
-from qlora_jax.cli import entry
+from qlora_jax.cli.main import entry
 export = loop.Loop.export
 def during_the_save(self, state):
     if int(state.step) == 8:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import jinja2
 import pytest
 
-from qlora_jax.cli import main
+from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.runs.report import read_run, render, render_run
 

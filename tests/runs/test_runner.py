@@ -30,7 +30,9 @@ from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.runner import run, tree_parameters
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state
 
 STEPS = 20
 # Packed rows, two micro-batches, dropout, shuffled; 24 rows make about 6 packed ones,
@@ -158,7 +160,7 @@ noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)
     if number == {number}:
-        newest = self._path.parent / "checkpoints" / "step_{saved}"
+        newest = self.directory / "checkpoints" / "step_{saved}"
         while {saved} and not newest.exists():
             time.sleep(0.01)
         signal.raise_signal(signal.{signal})
@@ -188,7 +190,7 @@ def command(
     """
     file = tmp_path / "settings.toml"
     file.write_text(to_toml(config))
-    program = f"{before}\nfrom qlora_jax.cli import entry\nentry()"
+    program = f"{before}\nfrom qlora_jax.cli.main import entry\nentry()"
     found = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
     return subprocess.run(
         [sys.executable, "-c", program, "train", str(file)],
@@ -606,7 +608,7 @@ noted = Watch.step
 def step(self, number, *rest):
     noted(self, number, *rest)
     if number == 5:
-        while not (self._path.parent / "checkpoints" / "step_4").exists():
+        while not (self.directory / "checkpoints" / "step_4").exists():
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 Watch.step = step

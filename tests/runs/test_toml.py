@@ -1,4 +1,4 @@
-"""Run files: strict in, complete out, and the same when read again."""
+"""Run files are read strictly, written completely, and read back equal."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ def read(tmp_path, text) -> RunConfig:
     return read_config(tmp_path / "run.toml")
 
 
-def test_what_is_left_out_has_its_default(tmp_path):
+def test_a_missing_setting_has_its_default(tmp_path):
     config = read(tmp_path, SMALLEST)
     assert config == RunConfig(
         model=ModelConfig("base"),
@@ -36,7 +36,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
     )
 
 
-def test_values_are_taken_as_they_are(tmp_path):
+def test_values_have_the_types_of_their_fields(tmp_path):
     config = read(
         tmp_path,
         'output_dir = "out"\n'
@@ -51,7 +51,7 @@ def test_values_are_taken_as_they_are(tmp_path):
     assert config.log.plot is False and config.output_dir == "out"
 
 
-def test_the_words_of_peft(tmp_path):
+def test_features_of_peft_are_skipped_if_off_and_refused_if_on(tmp_path):
     lora = "[lora]\ninit_lora_weights = true\ntask_type = 'CAUSAL_LM'\n"
     lora += "fan_in_fan_out = false\nlayer_replication = []\n"
     assert read(tmp_path, SMALLEST + lora).lora == LoraConfig()
@@ -66,7 +66,7 @@ def test_the_words_of_peft(tmp_path):
         read(tmp_path, f"{SMALLEST}[lora]\ntask_type = 'SEQ_CLS'")
 
 
-ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
+ODD = 'a "quoted" \\ path\twith\r\nodd\x7f näme """ \U0001f600\n'
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,14 @@ ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
                 adapter_init="a",
                 adam_epsilon=1e-12,
             ),
-            lora=LoraConfig(r=3, lora_alpha=0.5, target_modules=r".*\.(q|k)_proj"),
+            lora=LoraConfig(
+                r=3,
+                lora_alpha=0.5,
+                target_modules=r".*\.(q|k)_proj",
+                rank_pattern={r"x\d+\.q_proj": 4, "it's": 1, 'say "x"': 2},
+                alpha_pattern={"q_proj": 0.5},
+                trainable_token_indices={"embed_tokens": (1, 2)},
+            ),
             checkpoint=CheckpointConfig(every=7, keep=3),
             log=LogConfig(every=1, plot=False),
             output_dir="läufe/1",
@@ -98,7 +105,7 @@ ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
     ],
     ids=["defaults", "everything"],
 )
-def test_written_and_read_again_it_is_the_same(tmp_path, config):
+def test_a_written_file_reads_back_equal(tmp_path, config):
     assert read(tmp_path, to_toml(config)) == config
     # Nothing is left to a default that a later version may change.
     for section in dataclasses.asdict(config).values():
@@ -106,7 +113,7 @@ def test_written_and_read_again_it_is_the_same(tmp_path, config):
             assert value is None or f"\n{name} = " in to_toml(config)
 
 
-def test_tables_of_train_and_model(tmp_path, repository):
+def test_the_run_file_of_the_docs_reads_back_equal(tmp_path, repository):
     """The run file of docs/training.md, read and written."""
     text = (repository / "docs" / "training.md").read_text()
     (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.S | re.M)
@@ -128,7 +135,9 @@ def test_tables_of_train_and_model(tmp_path, repository):
     assert read(tmp_path, written) == config
     assert written.count("[[train.groups]]") == 2
     wrong = block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6")
-    message = "`groups` 1: `learnign_rate` is no option here; did you mean `learning_r"
+    message = (
+        "`groups` 1: `learnign_rate` is not an option here. Did you mean `learning_r"
+    )
     with pytest.raises(UserError, match=message):
         read(tmp_path, wrong)
 
@@ -136,16 +145,19 @@ def test_tables_of_train_and_model(tmp_path, repository):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[model", "run.toml` is no valid TOML: "),
-        ("[modle]\npath='x'", "`modle` is no option here; did you mean `model`"),
+        ("[model", "run.toml` is not valid TOML: "),
+        ("[modle]\npath='x'", "`modle` is not an option here. Did you mean `model`"),
         ("model = 3", "`model` must be a table, got 3"),
         ("[data]\npath='x'\n[train]\nsteps=1", r"missing `model`\. Write a table \[mo"),
         ("[model]\n", r"\[model\] missing `path`"),
         (
             SMALLEST + "learning_rat = 1",
-            r"\[train\] `learning_rat` is no option here; ",
+            r"\[train\] `learning_rat` is not an option here\. Did",
         ),
-        (SMALLEST + "frobnicate = 1", r"`frobnicate` is no option here\. Options: st"),
+        (
+            SMALLEST + "frobnicate = 1",
+            r"`frobnicate` is not an option here\. Options: st",
+        ),
         (SMALLEST + "batch_size = '4'", "`batch_size` must be an integer, got '4'"),
         (SMALLEST + "batch_size = true", "`batch_size` must be an integer, got True"),
         (SMALLEST + "batch_size = 2.0", "`batch_size` must be an integer, got 2.0"),
@@ -168,7 +180,7 @@ def test_tables_of_train_and_model(tmp_path, repository):
         (SMALLEST + "[log]\nevery = 0", "log: `every` must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(tmp_path, text, message):
+def test_a_problem_is_named_by_its_key(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
 
@@ -177,7 +189,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"nothing.toml` cannot be read: No such file"):
         read_config(tmp_path / "nothing.toml")
     (tmp_path / "latin.toml").write_bytes(b"a = '\xe4'")
-    with pytest.raises(UserError, match="is no valid TOML"):
+    with pytest.raises(UserError, match="is not valid TOML"):
         read_config(tmp_path / "latin.toml")
 
 
@@ -206,7 +218,10 @@ append_eos = false
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[[data.sources]]\nwight = 1", r"sources` 1: `wight` is no option .*`weight`"),
+        (
+            "[[data.sources]]\nwight = 1",
+            r"sources` 1: `wight` is not an option .*`weight`",
+        ),
         ("[[data.sources]]\nweight = 1", r"`sources` 1: missing `path`"),
         ("[data.sources]\npath = 'x'", "`sources` must be a list of tables"),
         ("[[data.sources]]\npath = 'x'", "`data.path` = 'rows.jsonl' and `data.sourc"),

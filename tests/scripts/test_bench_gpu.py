@@ -1,138 +1,228 @@
+"""scripts/bench_gpu: its commands, times, and the processes that take them."""
+
 import json
 import os
-import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-import convert
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.params import tree_bytes
-from qlora_jax.planning.estimate import abstract_base
-from qlora_jax.runs.config import ModelConfig
+from scripts.bench_gpu import attention, kernels, timing, worker
+from scripts.bench_gpu.results import Recorder
 
-SMALL = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=96,  # down_proj is stored flat
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+COMMANDS = {
+    "kernels": ("--quick",),
+    "attention": ("--quick",),
+    "model": ("decode",),
+}
 
 
-@pytest.fixture(scope="module")
-def bench(repository) -> SimpleNamespace:
-    """The names of bench_gpu.py."""
-    path = repository / "scripts/bench_gpu.py"
-    return SimpleNamespace(**runpy.run_path(str(path), run_name="bench_gpu"))
-
-
-@pytest.fixture(scope="module")
-def base(bench):
-    return bench.random_base(SMALL)
-
-
-def test_a_random_base_is_one_as_it_is_loaded(base):
-    want = abstract_base(SMALL, quantization="nf4_dq")
-    assert jax.tree.structure(base) == jax.tree.structure(want)
-    got = jax.tree.map(lambda a: (a.shape, a.dtype), base)
-    assert got == jax.tree.map(lambda a: (a.shape, a.dtype), want)
-    codes = base["model"]["layers"]["mlp"]["gate_proj"]["weight"].codes
-    assert len(np.unique(np.asarray(codes))) == 256
-
-
-def test_decoding_is_timed(bench, base):
-    found = bench.decode(
-        SMALL, base, kernels="xla", batch=2, context=20, tokens=4, repeats=1
-    )
-    assert len(found["seconds"]) == 2 and len(found["seconds"][0]) == 2
-    assert found["prefill_ms"] > 0 and found["floor_tokens_per_s"] is None
-    assert json.loads(json.dumps(found)) == found
-
-
-def test_training_is_timed_and_learns(bench, base):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, SMALL.vocab_size, (1, 2, 16)).astype(np.int32)
-    found = bench.train(
-        SMALL,
-        base,
-        tokens,
-        settings=ModelConfig(path="small", dtype="float32", embed_tokens="host"),
-        steps=8,
-        learning_rate=1e-2,
-    )
-    assert found["finite"] and found["losses"][-1] < found["losses"][0]
-    assert len(found["seconds"]) == 8 and found["tokens_per_s"] > 0
-    assert found["base_bytes"] == tree_bytes(base) and found["mfu"] is None
-    # A CPU does not say what it has used at most.
-    assert found["planned_bytes"] > tree_bytes(base) and found["peak_bytes"] is None
-    assert found["plan"]["embed_tokens"] == "host" and found["policy"] == "full"
-    assert json.loads(json.dumps(found)) == found
-
-
-def test_figures_of_the_8b_are_the_known_ones(bench):
-    config = bench.config_of("8b")
-    reads = bench.read_bytes(config, 1, 1024, 16)
-    floor = bench.COPY["NVIDIA H200"] / reads["weights"]
-    assert floor == pytest.approx(925, rel=1e-3)
-    base = abstract_base(config, quantization="nf4_dq")
-    adapters = abstract_adapters(base, LoraConfig(r=16, target_modules="all-linear"))
-    assert reads["adapters"] == tree_bytes(adapters)
-    assert reads["cache"] == 2 * 2 * 32 * 8 * 128 * 1024
-    # 4 x (6.98 + 0.53) G, 6 x 42 M, attention 3.5 x 2 x 2048 x 4096 x 32.
-    flops = bench.step_flops(config, base, adapters, 2048)
-    assert flops == pytest.approx(32.15e9, rel=1e-3)
-
-
-@pytest.mark.real
-def test_a_checkpoint_is_trained_on_the_text_given(bench, shared_data, repository):
-    directory = shared_data / "stories260K"
-    text = "Once upon a time there was a dog. " * 40
-    tokens = bench.text_batches(directory, text, 3, 2, 24)
-    assert tokens.shape == (3, 2, 24) and tokens.dtype == np.int32
-    config, base = convert.load_llama(directory, quantization="nf4_dq")
-    found = bench.train(
-        config,
-        jax.tree.map(jnp.asarray, base),
-        tokens,
-        settings=ModelConfig(path=str(directory), remat="save_matmuls"),
-        steps=6,
-        learning_rate=1e-3,
-    )
-    assert found["losses"][-1] < found["losses"][0] < 8
-
-
-def test_kernels_that_are_refused_are_said_to_be(bench, monkeypatch, capsys):
-    names = bench.main.__globals__
-
-    def refuse(args):
-        raise ValueError("`nf4_matmul`: not on this device")
-
-    monkeypatch.setitem(names, "run", refuse)
-    fake = SimpleNamespace(platform="gpu", device_kind="Fake GPU 1")
-    monkeypatch.setattr(jax, "devices", lambda: [fake])
-    assert bench.main(["train", "--kernels", "pallas"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["unavailable"] == "`nf4_matmul`: not on this device"
-    with pytest.raises(ValueError, match="not on this device"):
-        bench.main(["train", "--kernels", "xla"])
-
-
-def test_without_a_gpu_nothing_is_said(repository):
-    done = subprocess.run(
-        [sys.executable, str(repository / "scripts/bench_gpu.py"), "decode"],
+def bench_gpu(repository, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, str(repository / "scripts/bench_gpu"), *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        cwd=repository.parent,
     )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_gpu_nothing_is_measured_or_written(repository, tmp_path, command):
+    options = [*COMMANDS[command]]
+    if command != "model":
+        options += ["--output", str(tmp_path / "o"), "--tuned", str(tmp_path / "t")]
+    done = bench_gpu(repository, command, *options)
     assert done.returncode == 1 and done.stdout == ""
-    assert "jax finds no GPU (only cpu)" in done.stderr
+    assert f"bench_gpu {command}: jax finds no GPU" in done.stderr
+    assert "only cpu" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "first", "count"),
+    [
+        (
+            kernels.main,
+            ("--only", "backward"),
+            "backward 2048x2048 2048 rows xla",
+            16,
+        ),
+        (attention.main, ("--quick",), "1b derivative 8192 packed pallas", 10),
+    ],
+)
+def test_a_dry_run_lists_what_would_run(capsys, main, options, first, count):
+    assert main(["--dry-run", "--model", "1b", *options]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0] == first and len(listed) == count
+
+
+# --- timing ---
+
+
+@pytest.mark.parametrize(
+    ("events", "length"),
+    [
+        ([], 0),
+        ([(0, 10), (20, 5)], 15),
+        ([(5, 10), (0, 10), (2, 3)], 15),
+        ([(0, 1), (0, 1)], 1),
+    ],
+)
+def test_busy_time_is_the_union_of_the_events(events, length):
+    assert timing.busy(events) == length
+
+
+@pytest.mark.parametrize(
+    ("share", "method", "device_us"),
+    # 0: no device events; 40: more than the host waited for.
+    [(0.5, "trace", 500), (0.0, "clock", 1000), (40.0, "clock", 1000)],
+)
+def test_a_trace_is_taken_where_it_can_be_true(share, method, device_us):
+    now = [0.0]
+
+    def call(i):
+        now[0] += 1e-3
+        return jnp.int32(i)
+
+    def trace(run):
+        before = now[0]
+        run()
+        return (now[0] - before) * share
+
+    row = timing.measure(call, keep=2, trace=trace, clock=lambda: now[0])
+    assert row["method"] == method
+    assert row["device_us"] == pytest.approx(device_us)
+    assert row["call_us"] == pytest.approx(1000)
+    assert row["calls"] == 40
+
+
+def test_no_time_at_all_is_an_error():
+    with pytest.raises(RuntimeError, match="no time could be measured"):
+        timing.measure(lambda i: None, keep=1, trace=lambda _: 0, clock=lambda: 0.0)
+
+
+def test_a_trace_of_a_cpu_has_no_device_events():
+    assert timing.traced(lambda: jnp.ones(8).block_until_ready()) == 0
+
+
+def test_ceilings_are_a_copy_and_a_product():
+    row = timing.ceilings(size=1 << 16, width=16, seconds=1e-4, traces=1)
+    assert row["copy_gb_s"] > 0 and row["matmul_tflop_s"] > 0
+    assert row["copy"]["bytes"] == 2 << 16
+    assert any(name.startswith("/host") for name in row["trace"])
+
+
+@pytest.mark.gpu
+def test_a_trace_of_a_gpu_has_the_time_of_its_kernels():
+    assert jax.devices()[0].platform == "gpu"
+    row = timing.ceilings(size=256 << 20, width=4096, traces=2)
+    for part in (row["copy"], row["matmul"]):
+        assert part["method"] == "trace"
+        assert part["device_us"] < 1.2 * part["call_us"]
+    # Of any GPU this runs on: between a small card's and twice the fastest known.
+    assert 100 < row["copy_gb_s"] < 16_000
+    assert 5 < row["matmul_tflop_s"] < 5_000
+
+
+# --- worker ---
+
+
+def test_a_budget_leaves_out_what_no_longer_fits():
+    now = [0.0]
+    budget = worker.Budget(10.0, clock=lambda: now[0])
+
+    def work(seconds):
+        now[0] += seconds
+        return seconds
+
+    assert budget.take("a", "slow", lambda: work(4)) == 4
+    assert budget.take("b", "slow", lambda: work(4)) == 4
+    assert budget.take("c", "slow", lambda: work(4)) is None  # 2 left, 4 needed
+    assert budget.take("d", "fast", lambda: work(3)) == 3  # not known to be too long
+    assert budget.take("e", "other", lambda: work(1)) is None
+    assert budget.left_out == ["c", "e"]
+    assert worker.Budget(None).left == float("inf")
+
+
+ECHO = """
+import json, sys, time
+print(json.dumps({"device": "a fake"}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "die":
+        sys.exit("out of luck")
+    if request["do"] == "hang":
+        time.sleep(60)
+    lost = {"alive": False} if request["do"] == "lose" else {}
+    print(json.dumps({"failed": "again"} | lost), flush=True)
+"""
+
+
+def test_a_lost_process_costs_one_answer(tmp_path, monkeypatch):
+    ask = worker.Worker([sys.executable, "-c", ECHO], tmp_path / "log")
+    assert ask.description == {"device": "a fake"}
+    first = ask.process
+    assert ask({"do": "time"}) == {"failed": "again"}
+    assert ask.process is first
+    assert ask({"do": "die"})["failed"] == "process ended with status 1: out of luck"
+    assert ask({"do": "time"}) == {"failed": "again"}
+    assert ask.process is not first
+    assert ask({"do": "lose"})["alive"] is False
+    assert ask.process is None
+    assert ask({"do": "time"}) == {"failed": "again"}
+    monkeypatch.setattr(worker, "LONGEST_ROW", 0.5)
+    began = time.monotonic()
+    assert "no answer within" in ask({"do": "hang"})["failed"]
+    assert time.monotonic() - began < 20
+    ask.close()
+    assert ask.process is None
+
+
+def test_a_missing_python_is_reported(tmp_path):
+    ask = worker.Worker([str(tmp_path / "none")], tmp_path / "log")
+    assert "No such file" in ask.description["error"]
+
+
+def test_the_timing_process_answers_line_by_line(tmp_path):
+    # As it runs on a GPU, but for the check that there is one.
+    program = (
+        "import os\n"
+        "from scripts.bench_gpu import nf4_operations, timing\n"
+        "timing.describe = lambda: {'device': 'none', 'machine': {}}\n"
+        "nf4_operations.ceilings = lambda: print('aside') or os.system('echo x')\n"
+        "timing.serve(nf4_operations.answer)\n"
+    )
+    ask = worker.Worker([sys.executable, "-c", program], tmp_path / "log")
+    assert ask.description == {"device": "none", "machine": {}}
+    assert ask({"do": "ceilings"}) == {"ceilings": 0}
+    task = kernels.Task("dequantize", "xla", (64, 64))
+    assert ask(task.request(1) | {"copies": 2})["timing"]["device_us"] > 0
+    ask.close()
+
+
+# --- results ---
+
+
+@pytest.mark.parametrize(
+    ("script", "todo"),
+    [
+        (kernels, kernels.tasks(("8b",), quick=True)[:3]),
+        (attention, attention.tasks(("8b",), quick=True)),
+    ],
+)
+def test_what_was_left_out_is_listed(script, todo):
+    result = {"device": "NVIDIA H200", "machine": {"jax": "0.0"}, "method": ""}
+    result |= {"ceilings": {"copy_gb_s": 1.0, "matmul_tflop_s": 1.0}, "peer": ""}
+    result |= {"rows": [], "failures": {}, "peer_failures": {}, "unavailable": {}}
+    result |= {"left_out": [], "complete": False}
+    Recorder(result, worker.Budget(0.0)).run(todo, lambda request: {})
+    assert result["left_out"] == [task.name for task in todo]
+    assert result["rows"] == []
+    text = script.table(json.loads(json.dumps(result)))
+    assert "## Left out for want of time" in text and "Not complete" in text
+    assert not any(v for v in script.choices(result).values() if isinstance(v, dict))

@@ -1,4 +1,4 @@
-"""scripts/compare_optimizers.py: every optimizer runs, and its state is counted."""
+"""Every optimizer runs, and its state is counted."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_all_optimizers_run_and_are_told_apart(repository, shared_data, tmp_path):
+def test_every_optimizer_runs_with_its_state_size(repository, shared_data, tmp_path):
     text = (shared_data / "text" / "tinyshakespeare" / "input.txt").read_text()
     data = tmp_path / "text.txt"
     data.write_text(text[:20_000])

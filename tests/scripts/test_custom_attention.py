@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from scripts import custom_attention
+
 TEXT = "Once upon a time there was a little dog who liked to run. " * 60
 
 
@@ -15,45 +17,39 @@ TEXT = "Once upon a time there was a little dog who liked to run. " * 60
         ({"data": "nowhere.txt"}, "no file"),
     ],
 )
-def test_what_cannot_be_used_is_said_without_a_traceback(
+def test_arguments_that_cannot_be_used_end_without_a_traceback(
     repository, llama_dir, tmp_path, monkeypatch, change, message
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    given = {"model": llama_dir, "data": "text.txt", "output": "out", **change}
-    words = [str(w) for name, value in given.items() for w in (f"--{name}", value)]
+    options = {"model": llama_dir, "data": "text.txt", "output": "out", **change}
+    words = [str(w) for name, value in options.items() for w in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["custom_attention.py", *words])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(
             str(repository / "scripts/custom_attention.py"), None, "__main__"
         )
-    said = str(stopped.value.code)  # printed on stderr, with status 1
-    first, *more = said.splitlines()
+    printed = str(stopped.value.code)  # on stderr, with status 1
+    first, *more = printed.splitlines()
     assert first.startswith("custom_attention.py: ")
     # Several problems with the data, as with a model that has no tokenizer, are a list.
     assert all(line.startswith("- ") for line in more)
-    assert message in said
+    assert message in printed
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def result(repository, shared_data, tmp_path):
-    """What the script returns after a few steps on a real model."""
+def test_the_example_trains_saves_reloads_and_merges(shared_data, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    script = str(repository / "scripts/custom_attention.py")
-    module = runpy.run_path(script)
-    args = module["Args"](
-        model=shared_data / "stories260K",
-        data=tmp_path / "text.txt",
-        output=tmp_path / "out",
-        steps=4,
-        batch_size=2,
-        max_length=32,
+    result = custom_attention.main(
+        custom_attention.Args(
+            model=shared_data / "stories260K",
+            data=tmp_path / "text.txt",
+            output=tmp_path / "out",
+            steps=4,
+            batch_size=2,
+            max_length=32,
+        )
     )
-    return module["main"](args)
-
-
-def test_the_example_trains_saves_reloads_and_merges(result, tmp_path):
     # 5 layers: r = 8 on q (64 -> 64) and v (64 -> 32), r = 4 on the gate (64 -> 64).
     assert result["trained_parameters_plain"] == 5 * 8 * (64 + 64 + 64 + 32)
     assert result["of_which_gate_attn"] == 5 * 4 * (64 + 64)

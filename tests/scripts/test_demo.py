@@ -1,7 +1,6 @@
 import json
 import os
 import random
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +9,12 @@ import pytest
 
 import convert
 from convert.tokenizer import load_tokenizer
+from qlora_jax.errors import UserError
+from scripts.demo import __main__ as demo
+from scripts.demo import story_model, user_data
 
 # The one test of every command as a user's machine runs it.
 pytestmark = pytest.mark.usefixtures("optimized")
-
-
-@pytest.fixture(scope="module")
-def demo(repository) -> dict:
-    """The demo's functions, by name."""
-    return runpy.run_path(str(repository / "scripts/demo.py"), run_name="demo")
-
-
-@pytest.fixture(scope="module")
-def world(repository) -> dict:
-    """The story model's functions, by name."""
-    return runpy.run_path(str(repository / "scripts/story_model.py"), run_name="world")
 
 
 def run_script(repository: Path, name: str, *arguments: str):
@@ -39,33 +29,30 @@ def run_script(repository: Path, name: str, *arguments: str):
 # --- The stories and the questions ---
 
 
-def test_every_question_can_be_answered_from_its_scene(world):
-    rows = world["distinct_questions"](random.Random(0), 300)
-    kinds = set()
+def test_questions_are_about_distinct_scenes_that_answer_them():
+    rows = story_model.distinct_questions(random.Random(0), 300)
+    assert rows == story_model.distinct_questions(random.Random(0), 300)
+    scenes, kinds = set(), set()
     for row in rows:
-        scene, asked, _ = row["prompt"].split("\n")
+        scene, question, _ = row["prompt"].split("\n")
         answer = row["completion"]
         assert answer.startswith(" ") and answer.endswith(", of course.")
-        kinds.add(asked.split()[1])
-        said = answer.removesuffix(", of course.").split()
-        if asked.startswith("Q: How"):
-            found = [int(word) for word in scene.split() if word.isdigit()]
-            assert said[2] == str(sum(found))
+        scenes.add(scene)
+        kinds.add(question.split()[1])
+        words = answer.removesuffix(", of course.").split()
+        if question.startswith("Q: How"):
+            numbers = [int(word) for word in scene.split() if word.isdigit()]
+            assert words[2] == str(sum(numbers))
         else:
-            assert said[-1] in scene.replace(".", "").split()
+            assert words[-1] in scene.replace(".", "").split()
+    assert len(scenes) == 300
     assert kinds == {"Where", "What", "How", "Who"}
-
-
-def test_no_two_questions_share_a_scene(world):
-    rows = world["distinct_questions"](random.Random(0), 300)
-    assert len({row["prompt"].split("\n")[0] for row in rows}) == 300
-    assert rows == world["distinct_questions"](random.Random(0), 300)
 
 
 def test_the_story_model_is_a_checkpoint_with_a_tokenizer(repository, tmp_path):
     done = run_script(
         repository,
-        "story_model.py",
+        "demo/story_model.py",
         *("--output", str(tmp_path), "--steps", "2"),
         *("--questions", "10", "--held-out", "5"),
     )
@@ -82,7 +69,7 @@ def test_the_story_model_is_a_checkpoint_with_a_tokenizer(repository, tmp_path):
     assert tokenizer.decode(ids) == rows[0]["prompt"]
 
 
-# --- Data of the user's own ---
+# --- A user's data ---
 
 
 def write(path: Path, rows: list) -> Path:
@@ -90,15 +77,15 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def test_plain_text_is_cut_at_a_line_and_nothing_is_lost(demo, tmp_path):
+def test_plain_text_is_cut_at_a_line_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i} of the text\n" for i in range(100))
-    (tmp_path / "own.txt").write_text(text)
-    kind, ending, prompts = demo["own_data"](tmp_path / "own.txt", tmp_path)
+    (tmp_path / "data.txt").write_text(text)
+    parts = user_data.split(tmp_path / "data.txt", tmp_path)
     train, held = [(tmp_path / f"{n}.txt").read_text() for n in ("train", "held_out")]
-    assert (kind, ending) == ("text", ".txt")
+    assert (parts.format, parts.suffix) == ("text", ".txt")
     assert train + held == text and train.endswith("\n")
     assert 0.08 < len(held) / len(text) < 0.12
-    assert held.startswith(prompts[0][:6])
+    assert held.startswith(parts.prompts[0][:6])
 
 
 @pytest.mark.parametrize(
@@ -117,71 +104,75 @@ def test_plain_text_is_cut_at_a_line_and_nothing_is_lost(demo, tmp_path):
         ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens", None),
     ],
 )
-def test_rows_are_recognised_by_their_fields(demo, tmp_path, row, kind, prompt):
-    path = write(tmp_path / "own.jsonl", [row] * 20)
-    found, ending, prompts = demo["own_data"](path, tmp_path)
-    assert (found, ending) == (kind, ".jsonl")
-    assert prompts == ([] if prompt is None else [prompt] * 2)
+def test_rows_are_recognised_by_their_fields(tmp_path, row, kind, prompt):
+    path = write(tmp_path / "data.jsonl", [row] * 20)
+    parts = user_data.split(path, tmp_path)
+    assert (parts.format, parts.suffix) == (kind, ".jsonl")
+    assert parts.prompts == ([] if prompt is None else [prompt] * 2)
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 18
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("text", "message"),
     [
-        ([{"body": "a"}] * 2, "rows with the fields body. Expected `text`"),
-        ([{"text": "a"}], "has one row; one is needed to train on"),
+        ('{"body": "a"}\n' * 2, "rows with the fields body. Expected `text`"),
+        ('{"text": "a"}\n', "has one row; one is needed to train on"),
+        ("one line", "is one line; a part is needed to train on"),
     ],
 )
-def test_rows_of_no_use_end_the_demo(demo, tmp_path, capsys, rows, message):
-    with pytest.raises(SystemExit) as stopped:
-        demo["own_data"](write(tmp_path / "own.jsonl", rows), tmp_path)
-    assert stopped.value.code == 1
-    assert message in capsys.readouterr().err.replace("\n", " ")
+def test_rows_that_cannot_be_used_are_refused(tmp_path, text, message):
+    path = tmp_path / ("data.jsonl" if text.startswith("{") else "data.txt")
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        user_data.split(path, tmp_path)
 
 
 # --- The directory ---
 
 
-def test_only_a_directory_of_its_own_is_replaced(demo, tmp_path, capsys):
-    own, foreign = tmp_path / "own", tmp_path / "foreign"
-    demo["make_directory"](own)
-    (own / "left from before").write_text("x")
-    demo["make_directory"](own)
-    assert [path.name for path in own.iterdir()] == [demo["MARK"]]
+def test_only_a_directory_of_the_demo_is_replaced(tmp_path, capsys):
+    replaced, foreign = tmp_path / "replaced", tmp_path / "foreign"
+    demo.make_directory(replaced)
+    (replaced / "left from before").write_text("x")
+    demo.make_directory(replaced)
+    assert [path.name for path in replaced.iterdir()] == [demo.MARK]
 
     foreign.mkdir()
     (foreign / "precious").write_text("x")
-    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "link").symlink_to(replaced)
     (tmp_path / "file").write_text("x")
     for path, reason in (
         (foreign, "was not made by this demo"),
-        (tmp_path / "link", "is no directory"),
-        (tmp_path / "file", "is no directory"),
+        (tmp_path / "link", "is not a directory"),
+        (tmp_path / "file", "is not a directory"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            demo["make_directory"](path)
+            demo.make_directory(path)
         assert stopped.value.code == 1
         assert reason in capsys.readouterr().err.replace("\n", " ")
-    assert (foreign / "precious").exists() and (own / demo["MARK"]).exists()
+    assert (foreign / "precious").exists() and (replaced / demo.MARK).exists()
 
 
-def test_model_and_data_are_given_together(demo, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "somewhere"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--model", "somewhere"], "give both"), (["--steps", "19"], "at least 20")],
+)
+def test_options_that_cannot_be_used_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        demo["parse_arguments"]()
+        demo.parse_arguments(options)
     assert stopped.value.code == 2
-    assert "give both" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_whole_way_on_a_real_model(repository, shared_data, tmp_path):
+def test_every_command_runs_on_a_real_model(repository, shared_data, tmp_path):
     text = (shared_data / "text/tinyshakespeare/input.txt").read_text()
     (tmp_path / "text.txt").write_text(text[:60_000])
     done = run_script(
         repository,
-        "demo.py",
+        "demo",
         *("--model", str(shared_data / "stories260K")),
         *("--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")),
         *("--steps", "20", "--learning-rate", "1e-3", "--max-length", "128"),

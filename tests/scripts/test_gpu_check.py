@@ -1,21 +1,14 @@
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import jax
 import pytest
 
-
-@pytest.fixture(scope="module")
-def check(repository) -> SimpleNamespace:
-    """The names of gpu_check.py."""
-    path = repository / "scripts/gpu_check.py"
-    return SimpleNamespace(**runpy.run_path(str(path), run_name="gpu_check"))
-
+from scripts import gpu_check as check
 
 DECODE = {
     "tokens_per_s": 400.0,
@@ -36,24 +29,24 @@ KERNELS = {"ceilings": {"copy_gb_s": 4300.0, "matmul_tflop_s": 800.0}, "rows": [
 
 
 def fake_gpu(command, seconds):
-    """What the parts would say on a machine with a GPU."""
+    """Answers as the parts do on a machine with a GPU."""
     text = " ".join(command)
     if "pytest" in text:
         return 1, "...F\nFAILED tests/x.py::test_y\n1 failed, 3 passed in 2.0s\n"
-    if "bench_kernels" in text:
+    if "bench_gpu kernels" in text:
         folder = Path(command[command.index("--output") + 1])
         (folder / "kernels_fake.json").write_text(json.dumps(KERNELS))
         (folder / "kernels_fake.md").write_text("# NF4 kernels\n\n## matmul\n\nrows\n")
-        return 0, "said\n"
-    if "bench_attention" in text:
+        return 0, "progress\n"
+    if "bench_gpu attention" in text:
         folder = Path(command[command.index("--output") + 1])
-        found = {"rows": [], "unavailable": {"1b": "no cuDNN"}}
-        (folder / "attention_fake.json").write_text(json.dumps(found))
+        result = {"rows": [], "unavailable": {"1b": "no cuDNN"}}
+        (folder / "attention_fake.json").write_text(json.dumps(result))
         (folder / "attention_fake.md").write_text("# Attention\n\n## Failed\n\nit\n")
-        return 0, "said\n"
+        return 0, "progress\n"
     if "--kernels pallas" in text and "decode" in text:
         return 0, "a remark\n" + json.dumps({"unavailable": "no Hopper"}) + "\n"
-    if "peer_gpu" in text:
+    if "peer.py" in text:
         return 0, json.dumps(
             DECODE | {"tokens_per_s": 30.0, "floor_tokens_per_s": None}
         )
@@ -64,36 +57,39 @@ def fake_gpu(command, seconds):
     return 0, json.dumps(TRAIN)
 
 
-def options(check, *arguments):
-    return check.parser().parse_args(arguments)
+def parts(*arguments):
+    return check.list_parts(check.parser().parse_args(arguments))
 
 
-def fresh():
-    return {"device": "Fake GPU 1", "machine": {"jax": "0.0"}, "parts": {}}
-
-
-def test_parts_come_in_order_of_importance(check):
-    names = [part.name for part in check.parts(options(check))]
+def test_parts_come_in_order_of_importance():
+    names = [part.name for part in parts()]
     assert names[:4] == ["tests", "kernels", "decode 1 xla", "decode 1 pallas"]
     assert len(names) == len(set(names))
     assert not any("transformers" in name or "checkpoint" in name for name in names)
-    more = options(check, "--model", "m", "--peer-python", "p", "--budget", "3000")
-    more = {part.name: part for part in check.parts(more)}
+    more = parts("--model", "m", "--peer-python", "p", "--budget", "3000")
+    more = {part.name: part for part in more}
     assert {"train checkpoint", "decode 16 transformers"} < set(more)
     assert "--quick" not in more["kernels"].command
     assert more["kernels"].limit == 1200
 
 
-def test_the_test_files_are_those_with_a_gpu_test(check, repository):
+def test_the_parts_name_files_that_exist():
+    for part in parts("--model", "m", "--peer-python", "p"):
+        for word in part.command[1:2]:
+            assert word == "-m" or Path(word).exists(), part
+
+
+def test_the_test_files_are_those_with_a_gpu_test(repository):
     files = check.gpu_tests()
-    assert str(repository / "tests/scripts/test_bench_kernels.py") in files
+    assert str(repository / "tests/scripts/test_bench_gpu_kernels.py") in files
     assert str(repository / "tests/test_cli.py") not in files
 
 
-def test_each_part_is_reported_and_the_next_still_runs(check):
-    todo = check.parts(options(check, "--peer-python", "p"))
-    result, said = fresh(), []
-    check.run_parts(todo, result, 1e4, execute=fake_gpu, say=said.append)
+def test_each_part_is_reported_and_the_next_still_runs():
+    result = {"device": "Fake GPU 1", "machine": {"jax": "0.0"}, "parts": {}}
+    printed = []
+    runner = check.Runner(fake_gpu, say=printed.append)
+    runner.run(parts("--peer-python", "p"), result["parts"], 1e4)
     outcome = {name: record["status"] for name, record in result["parts"].items()}
     assert outcome == {
         "tests": "failed",
@@ -112,58 +108,56 @@ def test_each_part_is_reported_and_the_next_still_runs(check):
         "decode 16 transformers": "ok",
     }
     assert result["parts"]["kernels"]["result"] == KERNELS
-    assert "1 failed, 3 passed" in said[1]
-    result = json.loads(json.dumps(result))  # as it is written and read
-    text = check.table(result)
-    assert "| tests | failed: 1 failed, 3 passed in 2.0s |" in text
-    assert "| 1 | xla | 400.0 | 2.50 | 60.0 | 925 | 43% |" in text
-    assert "| 1 | transformers | 30.0 | 2.50 | 60.0 | 925 | 3% |" in text
-    assert (
-        "| full xla | 10,000 | 819.2 | 32.4% | 40% | 14.0 | 13.9 | 12.500 to 12.000 |"
-        in text
-    )
-    assert "    no Hopper" in text and "    compiling" in text
-    assert "\n## NF4 kernels\n\n### matmul\n" in text
-    assert "\n## Attention\n\n### Failed\n" in text
+    assert "1 failed, 3 passed" in printed[1]
+    text = check.table(json.loads(json.dumps(result)))  # as it is written and read
+    for line in (
+        "| tests | failed: 1 failed, 3 passed in 2.0s |",
+        "| 1 | xla | 400.0 | 2.50 | 60.0 | 925 | 43% |",
+        "| 1 | transformers | 30.0 | 2.50 | 60.0 | 925 | 3% |",
+        "| full xla | 10,000 | 819.2 | 32.4% | 40% | 14.0 | 13.9 | 12.500 to 12.000 |",
+        "    no Hopper",
+        "    compiling",
+        "\n## NF4 kernels\n\n### matmul\n",
+        "\n## Attention\n\n### Failed\n",
+    ):
+        assert line in text
 
 
-def test_what_does_not_fit_is_left_out(check):
+def test_what_does_not_fit_is_left_out():
     now = [0.0]
 
     def execute(command, seconds):
         now[0] += 100
         return fake_gpu(command, seconds)
 
-    todo = check.parts(options(check))
-    result = fresh()
-    check.run_parts(todo, result, 250.0, execute=execute, clock=lambda: now[0])
-    ran = [n for n, r in result["parts"].items() if r["status"] != "left out"]
+    records = {}
+    check.Runner(execute, clock=lambda: now[0]).run(parts(), records, 250.0)
+    ran = [name for name, r in records.items() if r["status"] != "left out"]
     assert ran == ["tests", "kernels", "decode 1 xla"]
-    assert len(result["parts"]) == len(todo)
-    assert "| train full xla | left out | 0 |" in check.table(result)
+    assert len(records) == len(parts())
+    text = check.table({"device": "Fake GPU 1", "machine": {}, "parts": records})
+    assert "| train full xla | left out | 0 |" in text
 
 
-def test_no_tests_is_no_failure(check):
-    part = check.parts(options(check))[0]
-    record = check.run_part(part, 60, execute=lambda *a: (5, "no tests ran in 1s"))
+def test_no_tests_is_not_a_failure():
+    record = check.run_part(parts()[0], 60, execute=lambda *a: (5, "no tests ran"))
     assert record["status"] == "no tests"
 
 
-def test_a_benchmark_gets_less_time_than_its_part(check):
-    part = check.parts(options(check))[1]
-    seen = []
+@pytest.mark.parametrize(("limit", "budget"), [(200, 155), (40, 20)])
+def test_a_benchmark_gets_less_time_than_its_part(limit, budget):
+    seconds = []
 
-    def execute(command, seconds):
-        seen.append(float(command[command.index("--budget") + 1]))
+    def execute(command, limit):
+        seconds.append(float(command[command.index("--budget") + 1]))
         return 1, "boom"
 
-    check.run_part(part, 200, execute=execute)
-    record = check.run_part(part, 40, execute=execute)
-    assert seen == [155, 20]
+    record = check.run_part(parts()[1], limit, execute=execute)
+    assert seconds == [budget]
     assert record["status"] == "failed" and record["result"] is None
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_started(check, tmp_path):
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path):
     mark = tmp_path / "pid"
     program = (
         "import os, subprocess, sys, time\n"
@@ -189,7 +183,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(check, tmp_path):
     assert check.run_child([str(tmp_path / "none")], 5, os.environ)[0] == 127
 
 
-def test_a_run_writes_one_result_and_a_table(check, tmp_path, monkeypatch, capsys):
+def test_a_run_writes_one_result_and_a_table(tmp_path, monkeypatch, capsys):
     probe = {"platform": "gpu", "device": "Fake GPU 1", "jax": "0.0"}
 
     def child(command, seconds, environment):
@@ -197,7 +191,7 @@ def test_a_run_writes_one_result_and_a_table(check, tmp_path, monkeypatch, capsy
             return 0, json.dumps(probe)
         return fake_gpu(command, seconds)
 
-    monkeypatch.setitem(check.main.__globals__, "run_child", child)
+    monkeypatch.setattr(check, "run_child", child)
     arguments = ["--output", str(tmp_path), "--only", "decode 1 xla", "--only", "tests"]
     assert check.main(arguments) == 1  # a test failed
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
@@ -212,7 +206,7 @@ def test_a_run_writes_one_result_and_a_table(check, tmp_path, monkeypatch, capsy
     assert "decode 1 xla: ok" in capsys.readouterr().out
     assert check.main([*arguments[:2], "--only", "decode 1 xla"]) == 0
     assert check.main(["--only", "decode"]) == 2
-    assert "no part decode; there are tests, kernels" in capsys.readouterr().err
+    assert "no part decode; the parts are tests, kernels" in capsys.readouterr().err
 
 
 def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -226,8 +220,6 @@ def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(repository, tmp_path):
-    import jax
-
     if "gpu" in os.environ.get("JAX_PLATFORMS", "") or jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     out = tmp_path / "out"

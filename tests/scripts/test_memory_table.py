@@ -1,4 +1,4 @@
-"""scripts/memory_table.py: the table is made row by row, and goes on where it was."""
+"""The table is made row by row, and continued after the last one."""
 
 import json
 import subprocess
@@ -27,8 +27,8 @@ def test_the_table_is_made_and_continued(repository, tmp_path):
     assert first["device_bytes"]["total"] <= 8e9
     assert first["max_length"] > 2972
 
-    said = run("--markdown", str(table))
-    assert "8b 8 GB any" not in said  # made before
+    printed = run("--markdown", str(table))
+    assert "8b 8 GB any" not in printed  # made before
     rows = json.loads(output.read_text())["rows"]
     assert rows["8b 8 GB any"] == first
     assert len(rows) == 13

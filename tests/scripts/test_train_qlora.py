@@ -75,12 +75,12 @@ def test_the_loss_falls_and_the_adapter_is_what_was_trained(
         *("--output", str(out), "--steps", "40", "--batch-size", "4", "--r", "8"),
         *("--accumulation", "2", "--learning-rate", "1e-2", "--dtype", "float32"),
     )
-    found = losses(output)
-    assert len(found) == 5  # steps 1, 10, 20, 30, 40
+    curve = losses(output)
+    assert len(curve) == 5  # steps 1, 10, 20, 30, 40
     # The base is random: ln(64) = 4.16 nats at first, whatever the adapter can take
     # off without embeddings or output head afterwards.
-    assert found[0] == pytest.approx(np.log(64), abs=0.1)
-    assert found[-1] < 0.75 * found[0]
+    assert curve[0] == pytest.approx(np.log(64), abs=0.1)
+    assert curve[-1] < 0.75 * curve[0]
     # 2 layers, r=8 times in + out: q, o 128; k, v 96; gate, up, down 192 each.
     assert "training 16,384 parameters\n" in output
     assert re.search(r"[1-9][\d,]* tokens/s", output)
@@ -89,11 +89,11 @@ def test_the_loss_falls_and_the_adapter_is_what_was_trained(
     lora, adapters = convert.load_adapter(out, config)
     assert lora.r == 8
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adapters))
-    # The directory finds its base by itself, and answers as it was trained to.
+    # The directory names its base, and the model answers as it was trained to.
     model = load(out, quantization="nf4_dq", dtype="float32")
     row = jnp.arange(8, 24)[None]
     loss = -jax.nn.log_softmax(model.logits(row))[0, jnp.arange(15), row[0, 1:]].mean()
-    assert loss < 0.75 * found[0]
+    assert loss < 0.75 * curve[0]
 
 
 def test_an_output_that_exists_is_refused(train, tiny, counting, tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_an_output_that_exists_is_refused(train, tiny, counting, tmp_path, capsy
         (("--r", "0"), "`r` must be"),
     ],
 )
-def test_what_the_user_can_mend_is_one_paragraph(
+def test_arguments_that_cannot_be_used_end_in_one_paragraph(
     train, tiny, counting, tmp_path, arguments, message
 ):
     with pytest.raises(SystemExit) as stopped:
@@ -149,8 +149,8 @@ def test_stories260k_learns_shakespeare(train, shared_data, tmp_path):
         *("--output", str(tmp_path / "adapter"), "--steps", "20", "--batch-size", "4"),
         *("--max-length", "64", "--learning-rate", "5e-3", "--dtype", "float32"),
     )
-    found = losses(output)
-    assert found[-1] < found[0] - 1.0
+    curve = losses(output)
+    assert curve[-1] < curve[0] - 1.0
     lora, _ = convert.load_adapter(
         tmp_path / "adapter", convert.load_llama(model, quantization=None)[0]
     )

@@ -257,7 +257,7 @@ def test_all_that_contradicts_the_model_is_said_at_once():
     with pytest.raises(UserError) as caught:
         optimizer_groups(config, norm_alone)
     message = str(caught.value)
-    assert message.startswith("train: 3 problems:\n- ")
+    assert message.startswith("3 problems with the [train] settings:\n- train: ")
     assert "and nothing of embed_tokens or lm_head is trained" in message
     assert "and no lora_B is trained" in message
     assert "Trained are, for example, model.norm.weight" in message

@@ -16,20 +16,16 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.training.config import ParameterGroup
-from qlora_jax.training.step import (
-    TrainConfig,
-    TrainState,
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+from qlora_jax.training.objectives import (
     embedding_noise,
-    eval_step,
     head_variables,
-    init_state,
     loss_sum,
-    make_optimizer,
-    schedule,
     text_lengths,
-    train_step,
 )
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.parameter_groups import schedule
+from qlora_jax.training.step import TrainState, eval_step, init_state, train_step
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -268,7 +264,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
 
 
 def lift(self, variables):
-    """What `Compute.place` does for our own kernels, here with XLA's."""
+    """Does as `Compute.arrange` for the Pallas kernels, here with XLA's."""
     params, stacks = nf4.lift_stacks(variables["params"])
     return {**variables, "params": params, "stacks": stacks}
 
@@ -301,7 +297,7 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     temporaries, results = [], []
     for lifted in (False, True):
         if lifted:
-            monkeypatch.setattr(Compute, "place", lift)
+            monkeypatch.setattr(Compute, "arrange", lift)
         step = functools.partial(train_step, model=model, optimizer=SGD)
         traced = jax.jit(step).trace(state, base(), batch)
         compiled = traced.lower().compile()
@@ -756,10 +752,10 @@ def test_noise_is_of_training_alone_and_of_the_step_and_row():
         ({"embedding_learning_rate": -1.0}, "`embedding_learning_rate` must be >= 0"),
         ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
         ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
-        ({"ema_decay": 1.0}, "`ema_decay` must lie between 0 and 1, or be left out"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1, or left out, got"),
         (
             {"groups": (ParameterGroup("(", learning_rate=1.0),)},
-            r"train: group 1: `match` = '\(' is no regular expression: missing \)",
+            r"train: group 1: `match` = '\(' is not a regular expression: missing \)",
         ),
         ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
         (
@@ -781,11 +777,11 @@ def test_all_that_is_wrong_with_the_settings_is_said_at_once():
     with pytest.raises(UserError) as caught:
         TrainConfig(steps=0, learning_rate=-1.0, weight_decay=-0.5, ema_decay=2.0)
     assert str(caught.value).splitlines() == [
-        "train: 4 problems:",
-        "- `steps` must be at least 1, got 0.",
-        "- `learning_rate` must be >= 0, got -1.0.",
-        "- `weight_decay` must be >= 0, got -0.5.",
-        "- `ema_decay` must lie between 0 and 1, or be left out, got 2.0.",
+        "4 problems with the [train] settings:",
+        "- train: `steps` must be at least 1, got 0.",
+        "- train: `learning_rate` must be >= 0, got -1.0.",
+        "- train: `weight_decay` must be >= 0, got -0.5.",
+        "- train: `ema_decay` must be between 0 and 1, or left out, got 2.0.",
     ]
 
 

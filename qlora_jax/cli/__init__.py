@@ -1,0 +1,1 @@
+"""The command lines `qlora-jax` and `qlora-convert`: one module for each command."""

@@ -1,0 +1,97 @@
+"""The `adapter` command of `qlora-convert`: a PEFT directory, checked and rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.output import print_note, print_report, run_and_print
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Check an adapter against its base and write a clean PEFT directory."""
+
+    input: Annotated[tyro.conf.Positional[Path], path_argument("IN")]
+    """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
+    output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
+    """Directory to create."""
+    base: Path
+    """The base model's directory; its config.json is read, and its embedding and head
+    where IN has copies of them to compare."""
+    base_name: str | None = None
+    """Base to name in the new adapter_config.json. Default: as before, but a relative
+    path that would not lead there from OUT becomes an absolute one."""
+    strict: bool = True
+    """Take what fits of an IN that does not fit exactly, and list on stderr what is
+    left out (default: such an IN is refused)."""
+    json: bool = False
+    """Print a report as JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """Writes the directory; returns the report."""
+        from convert.checkpoint import lazy_base, open_config
+        from convert.files import INDEX, SINGLE, carried, open_model
+        from convert.peft import (
+            in_short,
+            load_adapter,
+            peft_directory,
+            save_adapter,
+        )
+        from qlora_jax.runs.loading import leads_nowhere, name_from
+
+        config = open_config(self.base)
+        has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
+        files = open_model(self.base) if has_weights else None
+        source = peft_directory(self.input)
+        skipped: list[str] = []
+        lora, adapters = load_adapter(
+            source, lazy_base(config, files), strict=self.strict, skipped=skipped
+        )
+        base_name = self.base_name
+        if base_name is None:
+            before = lora.base_model_name_or_path
+            base_name = name_from(before, source, self.output, self.base)
+            if leads_nowhere(before, source):
+                print_note(
+                    f"`{before}`, the base of `{source}`, is not a model directory; "
+                    "--base-name names another"
+                )
+        save_adapter(
+            self.output,
+            lora,
+            adapters,
+            config,
+            base_model_name_or_path=base_name,
+            beside=carried(source),
+        )
+        for skip in in_short(skipped):
+            print_note(f"not taken from `{source}`: {skip}")
+        return {
+            "input": str(source),
+            "output": str(self.output),
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "scaling": lora.scaling,
+            "target_modules": lora.target_modules,
+            "base_model_name_or_path": base_name,
+            "base_fingerprint": lora.base_fingerprint,
+            "skipped": skipped,
+            "bytes": (self.output / "adapter_model.safetensors").stat().st_size,
+        }
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    # What was left out was named on stderr.
+    print_report({**report, "skipped": len(report["skipped"])})
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-convert adapter`; returns the exit status."""
+    command = parse(Adapter, args, prog="qlora-convert adapter", config=FLAGS)
+    return run_and_print(command.run, as_json=command.json, show=_print)

@@ -1,0 +1,90 @@
+"""The `combine` command of `qlora-convert`: the weighted sum of several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.output import run_and_print
+from qlora_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Combine:
+    """Make one adapter of the weighted sum of several."""
+
+    output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
+    """Directory to create."""
+    base: Path
+    """The base model's directory; only its config.json is read."""
+    adapters: tuple[Path, ...]
+    """PEFT directories, or run directories of qlora-jax."""
+    weights: tuple[float, ...] | None = None
+    """One for each adapter (default: 1 each)."""
+    method: Literal["cat", "svd"] = "cat"
+    """cat: the sum itself, ranks add up. svd: the best approximation of rank --r."""
+    r: int | None = None
+    """With --method svd (default: the largest rank among the adapters)."""
+    json: bool = False
+    """Print a report as JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """Writes the directory; returns the report."""
+        from convert.checkpoint import lazy_base, open_config
+        from convert.files import carried
+        from convert.peft import load_adapter, peft_directory, save_adapter
+        from qlora_jax.lora.combine import combine_adapters
+        from qlora_jax.runs.loading import name_from
+
+        config = open_config(self.base)
+        weights = self.weights or (1.0,) * len(self.adapters)
+        if len(weights) != len(self.adapters):
+            raise UserError(
+                f"--weights has {len(weights)} numbers for {len(self.adapters)} "
+                "adapters."
+            )
+        base = lazy_base(config, None)
+        sources = [peft_directory(path) for path in self.adapters]
+        loaded = [load_adapter(path, base) for path in sources]
+        errors: dict[str, float] = {}
+        lora, adapters = combine_adapters(
+            [(*pair, weight) for pair, weight in zip(loaded, weights, strict=True)],
+            base,
+            method=self.method,
+            r=self.r,
+            errors=errors,
+            names=[str(path) for path in self.adapters],
+        )
+        base_names = {
+            name_from(
+                source_lora.base_model_name_or_path, source, self.output, self.base
+            )
+            for source, (source_lora, _) in zip(sources, loaded, strict=True)
+        }
+        save_adapter(
+            self.output,
+            lora,
+            adapters,
+            config,
+            base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
+            beside=carried(*sources),
+        )
+        return {
+            "output": str(self.output),
+            "adapters": [str(path) for path in sources],
+            "weights": list(weights),
+            "method": self.method,
+            "r": lora.r,
+            "relative_error": errors,
+        }
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-convert combine`; returns the exit status."""
+    command = parse(Combine, args, prog="qlora-convert combine", config=FLAGS)
+    return run_and_print(command.run, as_json=command.json)

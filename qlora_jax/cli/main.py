@@ -1,0 +1,159 @@
+"""`qlora-jax`: train, evaluate, ask, inspect, plan and quantize on a command line.
+
+Exit status: 0 done, or a run that a signal stopped and that is saved; 1 a failure the
+user can fix (one paragraph on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
+What a command reports goes to stdout, as a table or, with `--json`, as one JSON object;
+progress goes to stderr.
+
+A program is a table of commands. This module imports next to nothing, and a command's
+module only when that command is chosen, so that `--help` and a typing error answer at
+once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from qlora_jax.cli.output import STOPS, leave, report_stop, signals_raise
+from qlora_jax.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Where a command is implemented, and its line in the program's help."""
+
+    summary: str
+    """The first line of the command's own help."""
+    module: str
+    """Module of this package; imported when the command is chosen."""
+    function: str = "main"
+    """In that module: arguments -> exit status."""
+    failure: int = 1
+    """Exit status of a `UserError`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A console script: a name and its commands."""
+
+    name: str
+    commands: Mapping[str, Command]
+    stop_hint: str = ""
+    """Printed after the name of a command that a signal has stopped."""
+
+    def usage(self) -> str:
+        """Returns the text of `--help`."""
+        rows = "".join(
+            f"  {name:<10}{command.summary}\n"
+            for name, command in self.commands.items()
+        )
+        return (
+            f"usage: {self.name} COMMAND ...\n\ncommands:\n{rows}\n"
+            f"`{self.name} COMMAND --help` lists the options of a command."
+        )
+
+
+QLORA_JAX = Program(
+    name="qlora-jax",
+    commands={
+        "train": Command(
+            summary="Fine-tune a model, or continue a run.", module="train"
+        ),
+        "eval": Command(
+            summary="Measure loss and perplexity on a data file or held-out examples.",
+            module="eval",
+        ),
+        "generate": Command(
+            summary="Continue prompts; prompt and continuation go to stdout.",
+            module="generate",
+        ),
+        "chat": Command(
+            summary="Chat with a model in the terminal.",
+            module="generate",
+            function="chat",
+        ),
+        "data": Command(
+            summary="Show what a run would train on: tokens, labels, lengths.",
+            module="data",
+        ),
+        "report": Command(
+            summary="Write an HTML page about a run, finished or under way.",
+            module="report",
+        ),
+        "inspect": Command(
+            summary="Count what a run trains and stores; reads configurations only.",
+            module="inspect",
+        ),
+        "plan": Command(
+            summary="Plan the memory of a run on a GPU; reads no weights and no data.",
+            module="plan",
+        ),
+        "quantize": Command(
+            summary="Quantize a checkpoint to a bitsandbytes-4bit directory (NF4).",
+            module="quantize",
+        ),
+        "tokens": Command(
+            summary="Find untrained rows of the vocabulary; repair them; add tokens.",
+            module="tokens",
+        ),
+    },
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command of `qlora-jax`; returns the exit status."""
+    return dispatch(QLORA_JAX, sys.argv[1:] if argv is None else argv)
+
+
+def entry() -> NoReturn:
+    """The console script: runs one command and leaves with its status."""
+    leave(main())
+
+
+def dispatch(program: Program, argv: Sequence[str]) -> int:
+    """Imports the module of the chosen command and runs it.
+
+    Args:
+      program: the table of commands.
+      argv: name of a command, and its arguments.
+
+    Returns:
+      The exit status.
+    """
+    name, *args = argv or [""]
+    if name in ("-h", "--help"):
+        print(program.usage())
+        return 0
+    command = program.commands.get(name)
+    if command is None:
+        print(f"{_unknown(program, name)}{program.usage()}", file=sys.stderr)
+        return 2
+    title = f"{program.name} {name}"
+    try:
+        with signals_raise():
+            return _run(command, title, args)
+    except STOPS as error:
+        return report_stop(title, error, program.stop_hint)
+
+
+def _run(command: Command, title: str, args: Sequence[str]) -> int:
+    try:
+        module = importlib.import_module(f"qlora_jax.cli.{command.module}")
+        return getattr(module, command.function)(args)
+    except UserError as error:
+        print(f"{title}: {error}", file=sys.stderr)
+        return command.failure
+    except SystemExit as error:  # how tyro ends, for --help and for wrong usage
+        return error.code if isinstance(error.code, int) else 2
+
+
+def _unknown(program: Program, name: str) -> str:
+    """Returns the paragraph about a command that does not exist."""
+    if not name:
+        return ""
+    hint = did_you_mean(name, program.commands)
+    return f"{program.name}: no command {name!r}.{hint}\n\n"

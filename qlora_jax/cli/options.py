@@ -1,0 +1,134 @@
+"""How options are parsed and explained by `--help`, and those of several commands.
+
+tyro joins the lines of a field's docstring only where they are not indented, and then
+wraps each line anew; here they are joined first, paragraph by paragraph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from qlora_jax.choices import Attention, Auto, Dtype, Quantization
+from qlora_jax.lora.config import LoraConfig
+
+if TYPE_CHECKING:
+    from qlora_jax.inference.model import Model
+
+T = TypeVar("T")
+
+FLAGS = (tyro.conf.FlagCreatePairsOff,)
+"""For `config` of `parse`: a flag has one form, the one that changes its default."""
+
+# What a run notes in its adapter: options that work and that the help leaves out.
+_HIDDEN = ("base_fingerprint", "base_config_changes")
+
+
+def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> T:
+    """Builds a dataclass from the options of a command line.
+
+    Args:
+      kind: the dataclass; each field is an option.
+      args: the command line, without the names of program and command.
+      prog: these names, for usage and errors.
+      **settings: of `tyro.cli`, such as `default`.
+
+    Raises:
+      SystemExit: 0 after `--help`; 2 for wrong usage, with a message on stderr.
+    """
+    with _help_rules():
+        return tyro.cli(kind, args=args, prog=prog, **settings)
+
+
+def path_argument(name: str) -> Any:
+    """Names a path that is given without an option, as `--help` shows it."""
+    return tyro.conf.arg(metavar=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options of every command that computes with a model."""
+
+    path: Annotated[tyro.conf.Positional[str], path_argument("PATH")]
+    """Model directory, adapter directory or run directory."""
+    base: str | None = None
+    """Base of an adapter directory, where its configuration does not lead to it."""
+    quantization: Auto | Quantization = "auto"
+    """Of the base's linear layers; auto = as a run directory was trained (its output
+    head included), else nf4_dq."""
+    dtype: Auto | Dtype = "auto"
+    """Of activations and dense tensors; auto = as a run directory was trained, else
+    bfloat16."""
+    attention: Attention = "auto"
+    """Attention implementation."""
+
+    def load(self) -> Model:
+        """Loads the model and prints its description on stderr."""
+        from qlora_jax.runs.loading import load
+
+        model = load(
+            self.path,
+            base=self.base,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            attention=self.attention,
+            progress=sys.stderr.isatty(),
+        )
+        # A dense checkpoint is quantized on the way in by default, which matters to
+        # whoever compares two losses.
+        print(model.description, file=sys.stderr)
+        return model
+
+
+def _help_rules() -> ConstructorRegistry:
+    """Returns rules for tyro, to enter as a context: they change help texts only."""
+    registry = ConstructorRegistry()
+    asking: list[Any] = []
+
+    @registry.struct_rule
+    def explain(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if asking or not dataclasses.is_dataclass(info.type):
+            return None
+        asking.append(info)  # so that the question below goes to tyro's own rules
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            asking.pop()
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        is_lora = isinstance(info.type, type) and issubclass(info.type, LoraConfig)
+        fields = [
+            _hide(field) if is_lora and field.name in _HIDDEN else _join(field)
+            for field in spec.fields
+        ]
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return registry
+
+
+def _hide(field: StructFieldSpec) -> StructFieldSpec:
+    kind: Any = Annotated[field.type, tyro.conf.Suppress]
+    return dataclasses.replace(field, type=kind)
+
+
+def _join(field: StructFieldSpec) -> StructFieldSpec:
+    return dataclasses.replace(field, helptext=partial(join_lines, field.helptext))
+
+
+def join_lines(helptext: str | Callable[[], str | None] | None) -> str | None:
+    """Joins the lines of a help text; paragraphs stay separate."""
+    text = helptext() if callable(helptext) else helptext
+    return text and re.sub(r"(?<!\n)\n[ \t]*(?!\s)", " ", text)

@@ -1,0 +1,424 @@
+"""The `plan` command: what a run takes on a GPU, as tables, JSON or a picture.
+
+It plans a run file's run, or a model with settings from the command line; no weights
+and no data are read. `qlora_jax.planning.plan` does the planning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from qlora_jax.choices import (
+    Attention,
+    Auto,
+    Dtype,
+    EmbeddingMemory,
+    HeadMemory,
+    Kernels,
+    Quantization,
+    RematOrAuto,
+)
+from qlora_jax.cli.options import parse, path_argument
+from qlora_jax.cli.output import run_and_print
+from qlora_jax.errors import UserError, say
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig, apply_changes
+from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
+from qlora_jax.runs.config import ModelConfig, RunConfig
+from qlora_jax.runs.overrides import (
+    given_lora,
+    option_defaults,
+    option_keys,
+    values_of,
+)
+from qlora_jax.runs.toml import read_config
+from qlora_jax.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from qlora_jax.planning.gpus import GpuSpec
+    from qlora_jax.planning.plan import Plan, Planner, Policy, Quantity
+    from qlora_jax.planning.step import Step
+
+_FIT = "fit"
+_OrFit = int | Literal["fit"]
+# Length of the step that a search for the longest row starts from.
+_FIRST_LENGTH = 128
+
+
+def _default(otherwise: str = "") -> Any:
+    """Describes, for `--help`, the value of an option that is not given."""
+    either = f", or {otherwise}" if otherwise else ""
+    return tyro.conf.arg(help_behavior_hint=f"(default: the run file's{either})")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices of one machine that share the work."""
+
+    data: int = 1
+    """Devices that divide the rows and repeat the weights."""
+    fsdp: int = 1
+    """Devices that divide rows and weights."""
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Plan the memory of a run on a GPU; reads no weights and no data.
+
+    CONFIG.toml is a run file, or a run directory with one; options override it. Without
+    it --model is needed. Exit status 0: planned, whether it fits or not (see "fits" of
+    --json); 1: --max-length fit or --batch-size fit found no size, or another failure.
+    """
+
+    config: Annotated[
+        tyro.conf.Positional[str | None], path_argument("CONFIG.toml")
+    ] = None
+    """Run file."""
+    model: str | None = None
+    """Model directory or its config.json."""
+    gpu: str | None = None
+    """GPU: b200, h200, h100, a100-80, a100-40, l40s, l4, rtx-4090, rtx-3090, t4, or a
+    TOML file that describes one."""
+    max_length: Annotated[_OrFit | None, _default()] = None
+    """Tokens of a row; fit = as many as the GPU holds."""
+    batch_size: Annotated[_OrFit | None, _default("1")] = None
+    """Rows of a micro-batch over all devices; fit = as many as fit."""
+    gradient_accumulation_steps: Annotated[int | None, _default("1")] = None
+    """Micro-batches of a step."""
+    packing: Annotated[bool | None, _default("no")] = None
+    """Whether rows hold several documents."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: Annotated[Quantization | None, _default("nf4_dq")] = None
+    """Of the linear layers."""
+    dtype: Annotated[Dtype | None, _default("what the GPU has")] = None
+    """Of activations and dense tensors."""
+    attention: Annotated[Attention | None, _default("auto")] = None
+    """Attention implementation."""
+    remat: Annotated[RematOrAuto | None, _default("auto")] = None
+    """What is recomputed or kept on the host; auto = the fastest policy that fits. (In
+    a run file the default is full.)"""
+    kernels: Annotated[Kernels | None, _default("auto")] = None
+    """Of products with packed weights."""
+    embed_tokens: Annotated[Literal[Auto, EmbeddingMemory] | None, _default("auto")] = (
+        None
+    )
+    """Memory of the embedding table."""
+    lm_head: Annotated[Literal[Auto, HeadMemory] | None, _default("auto")] = None
+    """Memory of the output head, or nf4 for a quantized one."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    method: Literal["auto", "compiled", "estimate"] = "auto"
+    """Ask the GPU compiler, or a formula; auto = the compiler where it is installed."""
+    compiler_python: str | None = None
+    """A Python that has the GPU compiler, where this one has not."""
+    compare: bool = False
+    """Compare the policies in a table."""
+    plot: str | None = None
+    """Draw memory against length to this file (PNG; needs matplotlib)."""
+    json: bool = False
+    """Print a JSON object."""
+
+    def run(self, explicit: Collection[str] = ()) -> dict[str, Any]:
+        """Plans; returns the report.
+
+        Args:
+          explicit: names of the fields of `lora` that were given as options.
+        """
+        from qlora_jax.cli.plan_output import check_picture_path, draw_memory
+        from qlora_jax.planning.gpus import find_gpu
+        from qlora_jax.planning.plan import Planner, policies
+
+        if self.plot is not None:
+            check_picture_path(Path(self.plot))
+        settings = _Settings.merge(self, explicit)
+        if self.gpu is None:
+            raise UserError("Name the GPU: --gpu NAME (or a TOML file; see --help).")
+        card = find_gpu(self.gpu)
+        planner = Planner(card, python=self._compiler(card), mesh=self._mesh(), say=say)
+        step = settings.step(card)
+        candidates = policies(
+            remat=settings.model.remat,
+            attention=settings.model.attention,
+            embed_tokens=settings.model.embed_tokens,
+            lm_head=settings.model.lm_head,
+            tied=settings.config.tie_word_embeddings,
+            card=card,
+        )
+        if settings.fit is None:
+            plan = planner.fastest(step, candidates)
+        else:
+            plan = planner.longest(step, candidates, settings.fit)
+        report = plan.report()
+        report["notes"] = self._notes(settings, planner, plan)
+        if self.compare:
+            every = policies(attention=settings.model.attention, card=card)
+            report["policies"] = _compare(planner, step, every, settings.fit)
+        if self.plot is not None:
+            drawn = draw_memory(planner, plan, candidates, Path(self.plot))
+            report["plot"] = None if drawn is None else str(drawn)
+        return report
+
+    def _mesh(self) -> dict[str, int]:
+        sizes = dataclasses.asdict(self.mesh)
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"--mesh.{name} must be at least 1, got {size}.")
+        return {name: size for name, size in sizes.items() if size > 1} or {"data": 1}
+
+    def _compiler(self, card: GpuSpec) -> str | None:
+        """Returns the Python whose jax compiles the step; None: estimate it."""
+        if self.method == "estimate":
+            return None
+        python = find_compiler(self.compiler_python)
+        if self.method == "compiled" and python is None:
+            raise UserError(
+                "--method compiled: the GPU compiler is not installed here. Get it "
+                f"with: {how_to_get_the_compiler()}; or name a Python that has it "
+                "(--compiler-python)."
+            )
+        if self.method == "compiled" and not card.compiles:
+            card.target  # noqa: B018 (raises with the reason)
+        return python
+
+    def _notes(self, settings: _Settings, planner: Planner, plan: Plan) -> list[str]:
+        card, notes = planner.card, []
+        if not card.bfloat16:
+            notes.append(
+                f"{_lacks_bfloat16(card)} and no cuDNN attention: planned with float16 "
+                "and 'xla'."
+            )
+        if plan.method == "estimate":
+            notes.append(self._why_estimated(card))
+        if not plan.fits:
+            notes.append(planner.too_large(plan))
+        positions = settings.config.max_position_embeddings
+        if plan.step.length > positions:
+            notes.append(
+                f"rows are longer than the {positions:,} positions the model was made "
+                "for: this is about memory only."
+            )
+        return notes
+
+    def _why_estimated(self, card: GpuSpec) -> str:
+        if self.method == "estimate":
+            return (
+                "an estimate by formula, as asked for; within 10 % of the compiled "
+                "plan as tested, without collectives."
+            )
+        if not card.compiles:
+            major, minor = card.compute_capability
+            return (
+                f"an estimate by formula: for compute capability {major}.{minor} "
+                "nothing can be compiled ahead of time here."
+            )
+        return (
+            "an estimate by formula, because the GPU compiler is not installed here. "
+            f"For the compiled plan: {how_to_get_the_compiler()}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The settings of a run file, overridden by options."""
+
+    config: LlamaConfig
+    model: ModelConfig
+    """`dtype` is in `dtype`."""
+    lora: LoraConfig
+    train: TrainConfig
+    length: int
+    packed: bool
+    dtype: Dtype | None
+    """None: bfloat16 where the GPU has it, else float16."""
+    fit: Quantity | None
+    """The size to search for."""
+
+    @classmethod
+    def merge(cls, command: PlanCommand, explicit: Collection[str]) -> _Settings:
+        """Merges run file and options.
+
+        Args:
+          command: the options.
+          explicit: names of the fields of `lora` that were given as options.
+
+        Raises:
+          UserError: settings that are missing, or that no run can have.
+        """
+        run = None
+        if command.config is not None:
+            options = values_of(command, (f"lora.{name}" for name in explicit))
+            run = read_config(Path(command.config), options)
+        path = command.model or (run and run.model.path)
+        if path is None:
+            raise UserError(
+                "Name the model: --model PATH (a directory or a config.json), or a "
+                "run file."
+            )
+        length, batch_size, fit = _sizes(command, run)
+        accumulation = command.gradient_accumulation_steps
+        if run is None:
+            model, lora = ModelConfig(path, remat="auto"), command.lora
+            train, dtype, packed = TrainConfig(steps=1), None, False
+        else:
+            model, lora = run.model, run.lora
+            train, dtype, packed = run.train, run.model.dtype, run.data.packing
+        names = (
+            *("quantization", "attention", "remat", "kernels"),
+            *("embed_tokens", "lm_head"),
+        )
+        options = {name: getattr(command, name) for name in names}
+        options = {name: value for name, value in options.items() if value is not None}
+        return cls(
+            config=apply_changes(_read_config_json(Path(path)), model.config_changes),
+            model=dataclasses.replace(model, **options),
+            lora=lora,
+            train=_single_step(train, batch_size, accumulation),
+            length=length,
+            packed=packed if command.packing is None else command.packing,
+            dtype=command.dtype or dtype,
+            fit=fit,
+        )
+
+    def step(self, card: GpuSpec) -> Step:
+        """Returns the step to plan.
+
+        Raises:
+          UserError: a dtype that the GPU does not have.
+        """
+        from qlora_jax.models.layers import Compute
+        from qlora_jax.planning.step import Step
+
+        if self.dtype == "bfloat16" and not card.bfloat16:
+            raise UserError(f"{_lacks_bfloat16(card)}: use --dtype float16 or float32.")
+        compute = Compute(
+            dtype=self.dtype or ("bfloat16" if card.bfloat16 else "float16"),
+            kernels=self.model.kernels,
+            lora=self.lora,
+        )
+        quantization = self.model.quantization
+        return Step(
+            self.config,
+            compute,
+            length=self.length,
+            train=self.train,
+            quantization=None if quantization == "none" else quantization,
+            packed=self.packed,
+        )
+
+
+def _sizes(
+    command: PlanCommand, run: RunConfig | None
+) -> tuple[int, int, Quantity | None]:
+    """Returns length, rows, and which of them is to be searched for."""
+    length, batch_size = command.max_length, command.batch_size
+    if length is None and run is not None:
+        length = run.data.max_length
+    if batch_size is None:
+        batch_size = 1 if run is None else run.train.batch_size
+    if length is None:
+        raise UserError(
+            "Give the length of the rows: --max-length N, or --max-length fit for as "
+            "long as the GPU holds."
+        )
+    if length == batch_size == _FIT:
+        raise UserError(
+            "--max-length fit and --batch-size fit: fix one of them, so that the "
+            "other has an answer."
+        )
+    for name, value in (("max-length", length), ("batch-size", batch_size)):
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}.")
+    if isinstance(length, str):
+        assert isinstance(batch_size, int)
+        return _FIRST_LENGTH, batch_size, "length"
+    if isinstance(batch_size, str):
+        return length, command.mesh.data * command.mesh.fsdp, "batch_size"
+    return length, batch_size, None
+
+
+def _single_step(train: TrainConfig, batch_size: int, accumulation: int | None) -> Any:
+    """Returns a run's training settings for one step, which has no warm-up."""
+    if accumulation is None:
+        accumulation = train.gradient_accumulation_steps
+    return dataclasses.replace(
+        train,
+        steps=1,
+        epochs=None,
+        warmup_steps=0,
+        groups=tuple(
+            dataclasses.replace(group, warmup_steps=0) for group in train.groups
+        ),
+        adapter_init=None,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+
+
+def _read_config_json(path: Path) -> LlamaConfig:
+    from convert.files import read_json
+
+    return LlamaConfig.from_hf(
+        read_json(path / "config.json" if path.is_dir() else path)
+    )
+
+
+def _lacks_bfloat16(card: GpuSpec) -> str:
+    major, minor = card.compute_capability
+    return f"{card.name} (compute capability {major}.{minor}) has no bfloat16"
+
+
+def _compare(
+    planner: Planner, step: Step, candidates: Sequence[Policy], fit: Quantity | None
+) -> list[dict[str, Any]]:
+    """Returns a row for each policy: bytes at this size, or at the largest size."""
+    if fit is None:
+        plans: list[Plan | None] = [planner.plan(step, policy) for policy in candidates]
+    else:
+        plans = planner.longest_of_each(step, candidates, fit)
+    rows = []
+    for policy, plan in zip(candidates, plans, strict=True):
+        row: dict[str, Any] = {"policy": policy.name, "fits": False}
+        if plan is not None:
+            report = plan.report()
+            row |= {
+                "fits": plan.fits,
+                "max_length": plan.step.length,
+                "batch_size": plan.step.train.batch_size,
+                "device_bytes": plan.total,
+                "host_bytes": plan.memory.host_bytes,
+                "flops_per_token": report["flops_per_token"],
+                "step_seconds_floor": report["step_seconds_floor"],
+            }
+        rows.append(row)
+    return rows
+
+
+def from_arguments(args: Sequence[str]) -> tuple[PlanCommand, set[str]]:
+    """Reads `plan [CONFIG.toml] [--options]`.
+
+    Returns:
+      The command, and the names of the fields of `lora` that were given as options.
+    """
+    default: Any = tyro.MISSING_NONPROP
+    if args and not args[0].startswith("-"):
+        run = option_defaults(read_config(Path(args[0])))
+        default = PlanCommand(config=args[0], lora=run.lora)
+    command = parse(PlanCommand, args, prog="qlora-jax plan", default=default)
+    return command, given_lora(None, option_keys(args))
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs `qlora-jax plan`; returns the exit status."""
+    command, explicit = from_arguments(args)
+
+    def show(report: dict[str, Any]) -> None:
+        from qlora_jax.cli.plan_output import print_plan
+
+        print_plan(report)
+
+    return run_and_print(lambda: command.run(explicit), as_json=command.json, show=show)

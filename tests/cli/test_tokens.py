@@ -1,0 +1,126 @@
+"""`qlora-jax tokens` on a real model whose tables were damaged, as base models are."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import convert
+from convert.tokenizer import load_tokenizer
+from qlora_jax.cli.main import main
+from qlora_jax.runs.loading import load
+
+TEXT = "Once upon a time there was a little dog."
+
+
+@pytest.fixture
+def damaged(shared_data, tmp_path):
+    """stories260K with two rows zero, one of them of a token that TEXT uses."""
+    source = shared_data / "stories260K"
+    config, base = convert.load_llama(source, quantization=None)
+    used = load_tokenizer(source)(TEXT)["input_ids"]
+    unused = next(i for i in range(300, 512) if i not in used)
+    table = base["model"]["embed_tokens"]["weight"]
+    table[[used[2], unused]] = 0
+    convert.save_llama(tmp_path / "damaged", config, base, tokenizer_from=source)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "damaged", used[2], unused
+
+
+def report(capsys, *args) -> dict:
+    assert main(["tokens", *map(str, args), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, capsys):
+    path, bad, unused = damaged
+    data = ["--data.path", tmp_path / "text.txt"]
+    untrained = report(capsys, path, *data)
+    assert untrained["untrained_rows"] == {"embed_tokens": 2}
+    (named,) = untrained["untrained_and_used"]["embed_tokens"]
+    assert named.startswith(f"{bad} ")
+    # Nothing of the tokenizer's own is untrained.
+    assert report(capsys, path)["untrained_and_used"] == {"embed_tokens": []}
+
+    out = tmp_path / "repaired"
+    report(capsys, path, *data, "--repair", "mean", "--output-dir", out)
+    assert report(capsys, out, *data)["untrained_and_used"] == {"embed_tokens": []}
+    before, after = (
+        convert.load_llama(p, quantization=None)[1]["model"]["embed_tokens"]["weight"]
+        for p in (path, out)
+    )
+    changed = np.flatnonzero((before != after).any(axis=1))
+    np.testing.assert_array_equal(changed, [bad])
+    trained = np.delete(before, [bad, unused], axis=0).mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(after[bad], trained, atol=1e-6)
+
+
+def test_with_nothing_to_repair_the_model_is_written_as_it_is(
+    shared_data, tmp_path, capsys
+):
+    source, out = shared_data / "stories260K", tmp_path / "out"
+    args = ["tokens", source, "--repair", "mean", "--output-dir", out]
+    assert main([str(a) for a in args]) == 0
+    err = capsys.readouterr().err
+    assert "Note: no token that is used has an untrained row" in err
+    before, after = (d / "model.safetensors" for d in (source, out))
+    assert before.read_bytes() == after.read_bytes()
+
+
+def test_new_tokens_get_rows_and_names(shared_data, tmp_path, capsys):
+    source, out = shared_data / "stories260K", tmp_path / "grown"
+    added = report(capsys, source, "--add", "<ask>", "<answer>", "--output-dir", out)
+    assert added["new_tokens"] == [512, 513] and added["new_vocab_size"] == 514
+    tokenizer = load_tokenizer(out)
+    ids = tokenizer("<ask>Once")["input_ids"]
+    assert 512 in ids
+    model = load(out, dtype="float32", quantization=None)
+    assert model.logits([ids]).shape[-1] == 514
+    plain = load(source, dtype="float32", quantization=None)
+    tokens = [plain.tokenizer("Once upon")["input_ids"]]
+    # A product of another width sums in another order.
+    np.testing.assert_allclose(
+        model.logits(tokens)[..., :512], plain.logits(tokens), atol=3e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--repair", "mean"], "--output-dir goes with"),
+        (["--output-dir", "x"], "--output-dir goes with"),
+        (["--add", "the", "the", "--output-dir", "x"], "in the tokenizer already"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    shared_data, capsys, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tokens", str(shared_data / "stories260K"), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_tokenizer(llama_dir, tmp_path, capsys):
+    untrained = report(capsys, llama_dir)
+    assert untrained["tokenizer_size"] is None and untrained["tokens_used"] == 0
+    options = ["--add", "<x>", "--output-dir", str(tmp_path / "out")]
+    assert main(["tokens", str(llama_dir), *options]) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_a_run_warns_of_untrained_tokens_unless_their_rows_are_trained(
+    damaged, tmp_path, capsys
+):
+    path, bad, _ = damaged
+    shutil.copy(tmp_path / "text.txt", tmp_path / "more.txt")
+    args = ["train", "--model.path", path, "--data.path", tmp_path / "more.txt"]
+    args += ["--train.steps", 1, "--output-dir", tmp_path / "run"]
+    assert main([str(a) for a in args]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"1 tokens whose rows of embed_tokens were never trained ({bad})" in err
+    rows = ["--lora.trainable-token-indices", str(bad)]
+    args[-1] = tmp_path / "run2"
+    assert main([*(str(a) for a in args), *rows]) == 0
+    assert "never trained" not in capsys.readouterr().err

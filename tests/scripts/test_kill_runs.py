@@ -1,0 +1,125 @@
+"""Runs that are killed continue, and end as uninterrupted ones do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RUN = """
+{top}
+[model]
+path = "{model}"
+dtype = "float32"
+quantization = "none"
+remat = "none"
+attention = "eager"
+[data]
+path = "{rows}"
+format = "tokens"
+max_length = {length}
+packing = true
+[train]
+steps = {steps}
+batch_size = 2
+learning_rate = 1e-2
+{more}
+[log]
+plot = false
+"""
+CHAIN = """
+[checkpoint]
+every = 40
+[eval]
+examples = 4
+every = 150
+at_start = true
+"""
+STORM = """
+lr_scheduler = "cosine"
+[lora]
+r = 4
+lora_alpha = 8
+lora_dropout = 0.2
+target_modules = ["q_proj", "down_proj"]
+"""
+
+
+@pytest.fixture
+def write_run(tmp_path, llama_dir, rows_file):
+    """Writes a run file for a small model."""
+
+    def write(name, *, length=64, top="", **values):
+        text = RUN.format(
+            model=llama_dir, rows=rows_file, length=length, top=top, **values
+        )
+        (tmp_path / name).write_text(text)
+
+    return write
+
+
+@pytest.fixture
+def kill_runs(repository, tmp_path):
+    """Runs the script in `tmp_path`."""
+    return lambda *args: subprocess.run(
+        [sys.executable, str(repository / "scripts/kill_runs.py"), *args],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+    )
+
+
+def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
+    starts = {"first": (64, ""), "second": (96, 'adapter_init = "first/adapter"')}
+    for name, (length, start) in starts.items():
+        output = f'output_dir = "{name}"'
+        write_run(
+            f"{name}.toml", length=length, steps=300, top=output, more=start + CHAIN
+        )
+    command = ("chain", "first.toml", "second.toml", "--output", "chain.json")
+    done = kill_runs(*command)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "chain.json").read_text())
+    for row in (first, second):
+        assert row["steps"] == 300 and row["killed_after"] >= 150
+        assert 0 < row["continued_from_step"] <= row["killed_after"]
+        assert row["loss_last"] < row["loss_first"]
+    assert first["trainable_parameters_before"] is None
+    assert second["trainable_parameters_before"] == first["trainable_parameters"]
+    assert f"after {second['killed_after']}" in done.stdout
+    # An existing run is never trained over.
+    again = kill_runs(*command)
+    assert again.returncode == 1
+    assert "`first` exists; a chain starts its runs itself." in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "least"),
+    [
+        # That the kills met what they were for; most of them meet the writing. (How
+        # many come while a process starts up depends on how fast the machine is.)
+        (
+            120,
+            ("--kills", "50", "--fork"),
+            {"while training": 30, "left half a checkpoint": 5},
+        ),
+        (12, ("--kills", "2"), {}),
+        (30, ("--kills", "5", "--signal", "TERM", "--fork"), {"said how to go on": 2}),
+    ],
+    ids=["forks", "processes", "asked to stop"],
+)
+def test_a_storm_changes_nothing(kill_runs, write_run, steps, options, least):
+    write_run("run.toml", steps=steps, more=STORM)
+    done = kill_runs("storm", "run.toml", "--every", "1", "--json", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-2])
+    assert figures["differs"] == [] and figures["steps"] == steps
+    assert figures["bytes compared"] > 3 * 4 * 2560  # adapters and two moments
+    for name, number in least.items():
+        assert figures[name] >= number, name
+    if "TERM" in options:  # a process that is asked to stop finishes what it writes
+        assert figures["left half a checkpoint"] == 0
