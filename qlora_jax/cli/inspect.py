@@ -49,7 +49,8 @@ class Inspect:
             file's, and those of an adapter cannot be changed.
         """
         from convert.files import read_json
-        from convert.peft import adapter_bytes, open_adapter
+        from convert.peft import open_adapter
+        from convert.peft_writing import adapter_bytes
         from qlora_jax.lora.init import CHANGEABLE, continued
         from qlora_jax.models.config import LlamaConfig
         from qlora_jax.planning.estimate import (

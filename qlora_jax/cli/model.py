@@ -42,10 +42,10 @@ class Model:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import names
         from convert.checkpoint import open_checkpoint
         from convert.hf import load_llama, save_llama
         from convert.merging import write_dense
+        from qlora_jax.tree import parse_key
 
         checkpoint = open_checkpoint(self.input)
         quantized = checkpoint.quantized
@@ -65,7 +65,7 @@ class Model:
                 "--quantization to keep the weights as they are."
             )
         made_dense = [] if self.dequantize else list(checkpoint.mixed)
-        packed = {names.parse_key(key)[0] for key in checkpoint.packed}
+        packed = {parse_key(key)[0] for key in checkpoint.packed}
         if self.quant_storage is not None and not (
             wanted is not None or not self.dequantize and packed - set(made_dense)
         ):

@@ -106,7 +106,7 @@ class Verify:
 
 def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Loaders of two adapters that share one base in memory."""
-    from convert.peft import load_adapter
+    from convert import load_adapter
     from qlora_jax.inference.compare import load_exact
     from qlora_jax.models.config import change
 

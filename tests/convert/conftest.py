@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import names
+from convert.names import checkpoint_keys
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
 
@@ -40,7 +40,7 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
         for where, shape in model_params.shapes(config).items()
     }
-    table = list(names.keys(config).items())
+    table = list(checkpoint_keys(config).items())
     weight_map = {}
     for i, part in enumerate((table[: len(table) // 2], table[len(table) // 2 :])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"

@@ -13,11 +13,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from convert.checkpoint import open_model
 from convert.files import (
     Mismatches,
     TensorFiles,
     check_finite,
-    open_model,
     read_header,
     read_json,
 )
@@ -174,7 +174,7 @@ def test_empty_metadata_and_unknown_fields_of_an_entry_do_no_harm(tmp_path):
         (header(X).encode("utf-16"), "invalid"),
         (header(f'"\\ud800":{entry()}'), "invalid JSON in header"),
         (header(f"1:{entry()}"), "invalid JSON in header"),
-        (header('"x":["F32",[1],[0,4]]'), "`x` is described by no JSON object"),
+        (header('"x":["F32",[1],[0,4]]'), "the entry of `x` is not a JSON object"),
         (header('"x":' + entry(dtype='{"F32":null}')), "`x` has no dtype and shape"),
         (header(X, f'"\\u0078":{entry()}'), "the same name twice in the header"),
         (header(X, X), "the same name twice in the header"),
@@ -232,26 +232,26 @@ def test_a_header_longer_than_any_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("[]", "the header is no JSON object"),
+        ("[]", "the header is not a JSON object"),
         (header(X, X), "the same name twice"),
-        (header('"__metadata__":{"a":1}'), "the metadata is no table of texts"),
+        (header('"__metadata__":{"a":1}'), "the metadata does not map names to str"),
         (header(X, f'"y":{entry()}'), "tensors overlap, or there is a gap"),
         (header(X, '"y":' + entry(offsets="[8,12]")), "tensors overlap, or there is a"),
         (
             header(X, '"y":' + entry(offsets="[4,8]")),
-            "the tensors end elsewhere than t",
+            "the tensors do not end where the f",
         ),
         (
             header('"x":' + entry(offsets="[0,3]")),
-            "`x` has another size than its shape",
+            "the size of `x` does not match its shape",
         ),
         (
             header('"x":' + entry(offsets="[4,0]")),
-            "`x` has no offsets of its begin and",
+            "`x` has no valid begin and end of",
         ),
         (
             header('"x":' + entry(offsets="[4]")),
-            "`x` has no offsets of its begin and en",
+            "`x` has no valid begin and end of",
         ),
         (header('"x":' + entry(shape="[true]")), "`x` has no dtype and shape"),
     ],
@@ -268,10 +268,10 @@ def test_our_checks_stand_on_their_own(tmp_path, monkeypatch, text, match):
 def test_what_is_no_file_is_said_and_does_not_block(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(
-        CheckpointError, match="pipe` is no file but a pipe or a device"
+        CheckpointError, match="pipe` is not a file but a pipe or device"
     ):
         read(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="no file but a pipe or a device"):
+    with pytest.raises(CheckpointError, match="not a file but a pipe or device"):
         read(Path("/dev/zero"))
     with pytest.raises(CheckpointError, match="Cannot read .*: Is a directory"):
         read(tmp_path)
@@ -515,7 +515,7 @@ def test_directory_with_content_is_left_alone(tmp_path):
 
 def test_file_in_the_way(tmp_path):
     (tmp_path / "x").write_text("1")
-    with pytest.raises(UserError, match="a file is there"):
+    with pytest.raises(UserError, match="it is a file"):
         with new_directory(tmp_path / "x"):
             raise AssertionError("not reached")
 

@@ -32,7 +32,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import names
+from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
@@ -828,7 +828,7 @@ def check_message(message: str) -> None:
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in names.walk(tree)}
+    return {path: np.asarray(leaf) for path, leaf in trees.walk(tree)}
 
 
 def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
@@ -859,8 +859,8 @@ def base_of(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a model, all ones."""
     tree: dict[str, Any] = {}
     for path, shape in model_params.shapes(config).items():
-        leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
-        names.put(tree, path, np.ones((*leading, *shape), np.float32))
+        leading = (config.num_hidden_layers,) if trees.is_stacked(path) else ()
+        trees.put(tree, path, np.ones((*leading, *shape), np.float32))
     return tree
 
 

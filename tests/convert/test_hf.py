@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert import names
-from convert.files import open_model
+from convert.checkpoint import open_model
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
@@ -103,9 +103,9 @@ def test_quantizing_gives_the_bytes_of_bitsandbytes(shared, dense, packed):
 def test_double_quantization_differs_from_bitsandbytes_in_scales_alone(shared):
     _, ours = convert.load_llama(shared / "golden/llama32/fp32", quantization="nf4_dq")
     _, theirs = convert.load_llama(shared / "golden/llama32/nf4_dq")
-    for path, leaf in names.walk(ours):
+    for path, leaf in trees.walk(ours):
         if model_params.is_projection(path):
-            other = dict(names.walk(theirs))[path]
+            other = dict(trees.walk(theirs))[path]
             np.testing.assert_array_equal(leaf.codes, other.codes)
             np.testing.assert_array_equal(leaf.nested_quant_map, other.nested_quant_map)
             # Their mean is summed in another order, their coder is not nearest.
@@ -145,10 +145,10 @@ def test_every_tensor_lands_in_its_place(
     tensors = make_tensors(raw, dtype)
     path = save_model(raw, tensors, shards=shards)
     config, base = convert.load_llama(path, quantization=None)
-    leaves = dict(names.walk(base))
+    leaves = dict(trees.walk(base))
     assert set(leaves) == set(model_params.shapes(config))
     for key, value in tensors.items():
-        where, layer = names.parse_key(key)
+        where, layer = trees.parse_key(key)
         got = leaves[where] if layer is None else leaves[where][layer]
         assert got.dtype == dtype
         assert got.tobytes() == value.tobytes()
@@ -166,12 +166,12 @@ def test_projections_and_they_alone_are_quantized_and_saved_and_loaded_again(
         save_model(raw, tensors), quantization=quantization
     )
     double = quantization == "nf4_dq"
-    for path, leaf in names.walk(base):
+    for path, leaf in trees.walk(base):
         assert isinstance(leaf, NF4Tensor) == model_params.is_projection(path)
     for key, value in tensors.items():
-        where, layer = names.parse_key(key)
+        where, layer = trees.parse_key(key)
         if model_params.is_projection(where):
-            leaf = dict(names.walk(base))[where][layer]
+            leaf = dict(trees.walk(base))[where][layer]
             assert equal_trees(leaf, quantize(value, double_quant=double))
     out = tmp_path / "out"
     convert.save_llama(out, config, base, max_shard_bytes=4000)
@@ -204,8 +204,8 @@ def test_dtype_casts_what_stays_dense_and_nothing_else(
     path = save_model(tiny, tensors)
     _, kept = convert.load_llama(path)
     _, base = convert.load_llama(path, dtype=dtype)
-    for where, leaf in names.walk(base):
-        other = dict(names.walk(kept))[where]
+    for where, leaf in trees.walk(base):
+        other = dict(trees.walk(kept))[where]
         if isinstance(leaf, NF4Tensor):
             assert equal_trees(leaf, other)
         else:
@@ -410,7 +410,7 @@ def test_save_checks_the_tree(tiny_model, tmp_path):
         "model.layers.self_attn.q_proj.weight (32, 64)",
         "1 arrays of another dtype: lm_head.weight float64",
         "1 unexpected arrays: lm_head.bias",
-        "1 quantized arrays that have to stay 16-bit: model.embed_tokens.weight",
+        "1 quantized arrays that must stay 16-bit: model.embed_tokens.weight",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -418,7 +418,7 @@ def test_save_checks_the_tree(tiny_model, tmp_path):
 
 def test_save_with_a_tokenizer_from_nowhere(tiny_model, tmp_path):
     config, base = convert.load_llama(tiny_model)
-    with pytest.raises(UserError, match="`tokenizer_from`: `.*` is no directory"):
+    with pytest.raises(UserError, match="`tokenizer_from`: `.*` is not a directory"):
         convert.save_llama(
             tmp_path / "out", config, base, tokenizer_from=tmp_path / "no"
         )
@@ -452,8 +452,8 @@ def test_a_configuration_without_file_is_written_complete(tmp_path):
     )
     base: dict = {}
     for path, shape in model_params.shapes(config).items():
-        leading = (1,) if names.is_stacked(path) else ()
-        names.put(base, path, np.ones((*leading, *shape), BF16))
+        leading = (1,) if trees.is_stacked(path) else ()
+        trees.put(base, path, np.ones((*leading, *shape), BF16))
     convert.save_llama(tmp_path / "out", config, base)
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["torch_dtype"] == "bfloat16"

@@ -2,9 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import merged as effective
-from convert import names
-from convert.merged import Update, fold
+from convert import merged
+from convert.merged import Update, merged_weights
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -35,7 +35,7 @@ def scaled(w: np.ndarray, norms: np.ndarray, axis: int) -> np.ndarray:
 SUM = W + 0.5 * B @ A
 CASES = {
     "product": (Update(product=(B, A, 0.5)), SUM),
-    "whole": (Update(whole=normal(12, 10, seed=4)), normal(12, 10, seed=4)),
+    "whole": (Update(replacement=normal(12, 10, seed=4)), normal(12, 10, seed=4)),
     "rows": (Update(rows=ROWS), replaced(W)),
     "rows, product": (
         Update(rows=ROWS, product=(B, A, 2.0)),
@@ -54,19 +54,22 @@ CASES = {
         scaled(SUM, np.arange(1, 11)[None], 0),
     ),
     "added": (Update(added=normal(12, seed=5)), None),
-    "whole, added": (Update(whole=normal(12, seed=6), added=normal(12, seed=5)), None),
+    "whole, added": (
+        Update(replacement=normal(12, seed=6), added=normal(12, seed=5)),
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize("block", [1, 30, 1 << 20])  # elements: 1, 3 or all rows
 @pytest.mark.parametrize("name", CASES)
 def test_every_update_in_blocks_of_any_size(monkeypatch, name, block):
-    monkeypatch.setattr(effective, "_BLOCK", block)
+    monkeypatch.setattr(merged, "_BLOCK", block)
     update, expected = CASES[name]
     old = W
     if expected is None:
         old = normal(12, seed=7)
-        start = old if update.whole is None else update.whole
+        start = old if update.replacement is None else update.replacement
         expected = start + update.added
     got, largest = update.apply(old.copy(), np.dtype(np.float32), "w")
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
@@ -120,14 +123,14 @@ def tree(config: LlamaConfig, lora: LoraConfig, value: float = 1.0):
     shapes = select(model_params.abstract_base(config), lora).shapes()
     out: dict = {}
     for path, shape in shapes.items():
-        names.put(out, path, np.full(shape, value, np.float32))
+        trees.put(out, path, np.full(shape, value, np.float32))
     return out
 
 
 def folded(tiny, value=1.0, config=None, **fields):
     config = LlamaConfig.from_hf({**tiny, **(config or {})})
     lora = LoraConfig(**{"r": 2, "target_modules": ("q_proj",), **fields})
-    return config, fold(config, lora, tree(config, lora, value))
+    return config, merged_weights(config, lora, tree(config, lora, value))
 
 
 TIED = {"tie_word_embeddings": True}
@@ -197,7 +200,7 @@ def test_biases_that_the_base_has_not(tiny):
 
 
 def test_biases_without_a_place(tiny):
-    match = "a bias for `lm_head` .`lora_bias`., and a Llama checkpoint has no place"
+    match = "a bias for `lm_head` .`lora_bias`., and a Llama checkpoint has no bias"
     with pytest.raises(UserError, match=match):
         folded(tiny, lora_bias=True, target_modules=("lm_head",))
     extra = {"model.layers.self_attn.gate.weight": [8, 64]}
@@ -223,7 +226,7 @@ def test_layers_that_are_not_adapted_and_updates_of_zero_are_left_alone(tiny):
     _, result = folded(tiny, value=0.0)
     assert result.updates == {}
     _, result = folded(tiny, modules_to_save=("layers.0.mlp",))
-    whole = {k for k, u in result.updates.items() if u.whole is not None}
+    whole = {k for k, u in result.updates.items() if u.replacement is not None}
     assert whole == {
         f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up", "down")
     }

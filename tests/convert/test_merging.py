@@ -16,9 +16,11 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
-from convert.files import open_model
+from convert import bnb
+from convert.checkpoint import open_model
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
+from convert.names import checkpoint_keys
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -108,9 +110,9 @@ def test_onto_the_dequantized_weights_of_a_4bit_directory(golden, tmp_path):
     out = tmp_path / "out"
     report = convert.merge(base, adapter, out, onto="dequantized")
     config, tree = convert.load_llama(base)
-    leaves, merged = dict(names.walk(tree)), read_all(out)
-    assert set(merged) == set(names.keys(config))
-    for key, (path, layer) in names.keys(config).items():
+    leaves, merged = dict(trees.walk(tree)), read_all(out)
+    assert set(merged) == set(checkpoint_keys(config))
+    for key, (path, layer) in checkpoint_keys(config).items():
         leaf = leaves[path] if layer is None else leaves[path][layer]
         dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         update = delta(adapter, key)
@@ -161,9 +163,9 @@ def test_dense_copy_of_a_4bit_directory(golden, tmp_path):
     count = write_dense(source, tmp_path / "out", dtype="bfloat16", max_shard_bytes=1)
     config, tree = convert.load_llama(source)
     _, copy = convert.load_llama(tmp_path / "out", quantization=None)
-    assert count == len(names.keys(config))
-    for path, leaf in names.walk(tree):
-        got = dict(names.walk(copy))[path]
+    assert count == len(checkpoint_keys(config))
+    for path, leaf in trees.walk(tree):
+        got = dict(trees.walk(copy))[path]
         dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         assert got.tobytes() == dense.astype(BF16).tobytes()
 
@@ -226,14 +228,14 @@ def test_requantized_is_the_merged_checkpoint_quantized(
     assert [one[name] for name in counts] == [two[name] for name in counts]
     assert one["requantization_error"] is None
     # What the report says was lost, from the two directories.
-    merged, leaves = read_all(dense), dict(names.walk(convert.load_llama(packed)[1]))
+    merged, leaves = read_all(dense), dict(trees.walk(convert.load_llama(packed)[1]))
     errors = two["requantization_error"]
     assert set(errors) == {
         path[-2] for path in leaves if model_params.is_projection(path)
     }
     for name, error in errors.items():
         old, new = [], []
-        for key, (path, layer) in names.keys(LlamaConfig.from_hf(tiny)).items():
+        for key, (path, layer) in checkpoint_keys(LlamaConfig.from_hf(tiny)).items():
             if path[-2] == name:
                 old.append(merged[key].astype(np.float64))
                 tensor = leaves[path][layer]
@@ -307,7 +309,7 @@ def abstract_ones(config, lora):
     for path, shape in (
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
-        names.put(tree, path, np.ones(shape, np.float32))
+        trees.put(tree, path, np.ones(shape, np.float32))
     return tree
 
 
@@ -366,7 +368,7 @@ def test_which_weights_are_meant_has_to_fit(
     adapter, out = make_adapter(tiny), tmp_path / "out"
     with pytest.raises(UserError, match="no original to merge onto.*'dequantized'"):
         convert.merge(packed, adapter, out)
-    with pytest.raises(UserError, match="is not quantized. Say with `quantization`"):
+    with pytest.raises(UserError, match="is not quantized. Give the `quantization`"):
         convert.merge(tiny_model, adapter, out, onto="dequantized")
     with pytest.raises(UserError, match="`quantization` 'nf4' goes with 'dequantized'"):
         convert.merge(tiny_model, adapter, out, quantization="nf4")
@@ -413,7 +415,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     spool = full if when == "open" else lambda **options: Full()
     monkeypatch.setattr(tempfile, "TemporaryFile", spool)
-    with pytest.raises(UserError, match="Cannot write beside `.*out`: No space left"):
+    with pytest.raises(UserError, match="Cannot write `.*out`: No space left"):
         convert.merge(tiny_model, adapter, folder / "out", requantize="nf4")
     assert not list(folder.iterdir())
 

@@ -17,12 +17,13 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
+from convert import bnb
 from convert.checkpoint import open_checkpoint
-from convert.hf import write_directory
 from convert.merging import write_dense
-from convert.output import Entry
+from convert.names import checkpoint_keys
+from convert.output import Entry, write_json, write_model_files
 from convert.verify import compare
+from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
@@ -35,8 +36,8 @@ Q = ("model", "layers", "self_attn", "q_proj", "weight")
 DOWN = ("model", "layers", "mlp", "down_proj", "weight")
 
 
-def key(path: names.Path, layer: int) -> str:
-    return names.hf_key(path, layer)
+def key(path: trees.Path, layer: int) -> str:
+    return trees.hf_key(path, layer)
 
 
 def replace(
@@ -80,11 +81,11 @@ def mixed(golden, tmp_path) -> Path:
 
 
 @pytest.fixture
-def by_layer(golden) -> Callable[[names.Path, list[int]], np.ndarray]:
+def by_layer(golden) -> Callable[[trees.Path, list[int]], np.ndarray]:
     """A function: what a stack is, with these layers left in 32 bit."""
     _, dense = convert.load_llama(golden / "llama32/fp32", quantization=None)
     _, packed = convert.load_llama(golden / "llama32/nf4_dq")
-    dense, packed = dict(names.walk(dense)), dict(names.walk(packed))
+    dense, packed = dict(trees.walk(dense)), dict(trees.walk(packed))
 
     def stack(path, left):
         return np.stack(
@@ -103,13 +104,13 @@ def test_such_stacks_become_dense_with_the_same_values(
     golden, mixed, by_layer, quantization
 ):
     config, base = convert.load_llama(mixed, quantization=quantization)
-    leaves = dict(names.walk(base))
+    leaves = dict(trees.walk(base))
     left = {DOWN: [3]}
     left |= {(*Q[:3], n, "weight"): [0] for n in ("k_proj", "v_proj", "o_proj")}
     left[Q] = [0, 2]
     assert set(open_checkpoint(mixed).mixed) == set(left)
     _, packed = convert.load_llama(golden / "llama32/nf4_dq")
-    for path, expected in names.walk(packed):
+    for path, expected in trees.walk(packed):
         if path in left:
             want = by_layer(path, left[path])
             assert leaves[path].dtype == want.dtype == np.float32
@@ -122,7 +123,7 @@ def test_such_stacks_become_dense_with_the_same_values(
     # The model computes what a model of the layers' own weights computes.
     reference = jax.tree.map(lambda leaf: leaf, packed)
     for path, layers in left.items():
-        names.put(reference, path, by_layer(path, layers))
+        trees.put(reference, path, by_layer(path, layers))
     tokens = jnp.asarray(np.load(golden / "llama32/logits_fp32.npz")["ids"], jnp.int32)
     run = jax.jit(Llama(config, Compute(dtype="float32")).apply)
     np.testing.assert_array_equal(
@@ -223,8 +224,8 @@ def test_double_quantization_in_some_layers(packed, tiny, make_tensors):
     _, before = convert.load_llama(packed)
     replace(packed, {key(Q, 1): single})
     _, base = convert.load_llama(packed)
-    got = dict(names.walk(base))[Q]
-    first = bnb.dequantize(dict(names.walk(before))[Q][0])
+    got = dict(trees.walk(base))[Q]
+    first = bnb.dequantize(dict(trees.walk(before))[Q][0])
     assert got.dtype == BF16
     assert got.tobytes() == first.tobytes() + bnb.dequantize(single).tobytes()
 
@@ -241,16 +242,16 @@ def test_dtypes_that_differ_have_to_be_decided(
     replace(packed, {key(DOWN, 1): value})
     match = (
         r"mixes dtypes.*1 stacks of layers: model.layers.mlp.down_proj.weight "
-        r"\(\['bfloat16', 'float32'\]\)[.] Say with `dtype` which one"
+        r"\(\['bfloat16', 'float32'\]\)[.] Choose one with `dtype`"
     )
     with pytest.raises(CheckpointError, match=match):
         convert.load_llama(packed)
-    first = bnb.dequantize(dict(names.walk(before))[DOWN][0])
+    first = bnb.dequantize(dict(trees.walk(before))[DOWN][0])
     second = weight if double_quant is None else bnb.dequantize(value)
     for dtype in (np.float32, BF16, np.float16):
         name = np.dtype(dtype).name
         _, base = convert.load_llama(packed, dtype=name)
-        got = dict(names.walk(base))[DOWN]
+        got = dict(trees.walk(base))[DOWN]
         want = np.stack([first.astype(dtype), second.astype(dtype)])
         assert got.dtype == want.dtype
         assert got.tobytes() == want.tobytes()
@@ -321,9 +322,9 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
 ):
     replace(packed, {key(Q, 1): make_tensors(tiny, BF16)[key(Q, 1)]})
     checkpoint = open_checkpoint(big_model)
-    once: dict[names.Path, NF4Tensor] = {}  # all layers hold the same bytes
+    once: dict[trees.Path, NF4Tensor] = {}  # all layers hold the same bytes
     entries = []
-    for name, (path, layer) in names.keys(checkpoint.config).items():
+    for name, (path, layer) in checkpoint_keys(checkpoint.config).items():
         weight = checkpoint.files.read(name)
         if model_params.is_projection(path) and layer != 3:
             if path not in once:
@@ -331,14 +332,9 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
             entries += bnb.entries(name, once[path], None, quant_storage="uint8")
         else:
             entries.append(Entry.of(name, weight))
-    write_directory(
-        tmp_path / "big",
-        checkpoint.config.to_hf(),
-        entries,
-        max_shard_bytes=5_000_000_000,
-        tokenizer_from=None,
-        progress=False,
-    )
+    (tmp_path / "big").mkdir()
+    write_json(tmp_path / "big/config.json", checkpoint.config.to_hf())
+    write_model_files(tmp_path / "big", entries, max_shard_bytes=5_000_000_000)
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, tmp_path / "big", packed],
         capture_output=True,

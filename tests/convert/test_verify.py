@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert import names
 from convert.verify import compare
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -88,7 +88,7 @@ def save(tmp_path, tiny, name, fingerprint=None, value=1.0, config=None, **field
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
         leaf = np.linspace(0, value, int(np.prod(shape)), dtype=np.float32)
-        names.put(tree, path, leaf.reshape(shape))
+        trees.put(tree, path, leaf.reshape(shape))
     convert.save_adapter(tmp_path / name, lora, tree, config)
     return tmp_path / name
 
@@ -187,7 +187,7 @@ def test_what_is_selected_differs(tiny, tmp_path):
     assert found.config["model.layers.self_attn.v_proj"] == ["r 2, scaling 2.0", None]
     assert found.config["model.layers.self_attn.v_proj.weight"] == [
         None,
-        "trained whole in layers [0]",
+        "fully trained in layers [0]",
     ]
     assert found.config["model.embed_tokens"] == [None, "rows [4, 2]"]
     assert found.config["use_dora"] == [False, True]
@@ -206,7 +206,7 @@ def test_bases_they_were_trained_on(tiny, tmp_path):
     assert found.equal
     assert found.notes == [
         "they were trained on different bases (or on different quantizations or dtypes "
-        "of one), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
+        "of the same base), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
     ]
     assert compare(a, a).notes == compare(a, nowhere).notes == []
 
