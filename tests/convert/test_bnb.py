@@ -114,7 +114,7 @@ def test_storage_that_does_not_divide_the_bytes(
     raw["intermediate_size"] = 9
     raw["hidden_size"] = 6
     config, base = convert.load_llama(save_model(raw, make_tensors(raw), "odd"))
-    message = "bytes of codes .*are not a multiple of the size of float32; use quant_storage='u"
+    message = "bytes of codes .*are not a multiple of the size of float32; use quant_st"
     with pytest.raises(UserError, match=message):
         convert.save_llama(tmp_path / "no", config, base, quant_storage="float32")
 

@@ -1,8 +1,6 @@
 import inspect
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -71,8 +69,8 @@ def test_load_then_save_gives_equal_bytes_for_every_tensor(shared, tmp_path, nam
         if (source / file).exists():
             assert (out / file).read_bytes() == (source / file).read_bytes()
     if (source / "model.safetensors").exists():
-        one, two = (d / "model.safetensors" for d in (source, out))
-        assert one.read_bytes() == two.read_bytes()
+        theirs, ours = (d / "model.safetensors" for d in (source, out))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.golden
@@ -196,11 +194,11 @@ def test_trees_on_devices_are_saved_alike(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("own", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
 def test_dtype_casts_what_stays_dense_and_nothing_else(
-    tiny, make_tensors, save_model, own, dtype
+    tiny, make_tensors, save_model, stored, dtype
 ):
-    tensors = make_tensors(tiny, own)
+    tensors = make_tensors(tiny, stored)
     path = save_model(tiny, tensors)
     _, kept = convert.load_llama(path)
     _, base = convert.load_llama(path, dtype=dtype)
@@ -329,53 +327,42 @@ def test_nan_is_reported_with_its_tensor(
         convert.load_llama(save_model(tiny, tensors), quantization=quantization)
 
 
-def test_path_that_does_not_exist():
-    with pytest.raises(
-        CheckpointError,
-        match="does not exist in `.*`, where this runs. A model is a local",
+def test_a_path_that_is_not_a_model_directory_is_described(tiny, make_adapter):
+    adapter = make_adapter(tiny)
+    for path, match in (
+        (adapter, "is a PEFT adapter, not a model"),
+        (adapter / "adapter_config.json", "is a file; give the directory that"),
+        ("meta-llama/Llama-3.2-1B", "not exist in `.*`, where this runs. A model is"),
     ):
-        convert.load_llama("meta-llama/Llama-3.2-1B")
+        with pytest.raises(CheckpointError, match=match):
+            convert.load_llama(path)
 
 
-def test_file_instead_of_directory(tiny_model):
-    with pytest.raises(CheckpointError, match="is a file; give the directory that"):
-        convert.load_llama(tiny_model / "model.safetensors")
-
-
-def test_adapter_instead_of_model(tiny, make_adapter):
-    with pytest.raises(CheckpointError, match="is a PEFT adapter, not a model"):
-        convert.load_llama(make_adapter(tiny))
-
-
-def test_directory_without_config(tiny_model):
-    (tiny_model / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="has no config.json"):
-        convert.load_llama(tiny_model)
-
-
-def test_damaged_config(tiny_model):
-    (tiny_model / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json` is not valid JSON"):
-        convert.load_llama(tiny_model)
-
-
-def test_another_architecture(tiny_model, tiny):
-    tiny["model_type"] = "mistral"
-    (tiny_model / "config.json").write_text(json.dumps(tiny))
-    with pytest.raises(UserError, match="Not a Llama causal language model"):
-        convert.load_llama(tiny_model)
-
-
-def test_truncated_weights(tiny_model):
-    file = tiny_model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="is truncated or damaged"):
-        convert.load_llama(tiny_model)
-
-
-def test_pickle_only_directory(tiny_model):
-    os.rename(tiny_model / "model.safetensors", tiny_model / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle files"):
+@pytest.mark.parametrize(
+    "file, change, match",
+    [
+        ("config.json", Path.unlink, "has no config.json"),
+        ("config.json", lambda f: f.write_text("{"), "config.json` is not valid JSON"),
+        (
+            "config.json",
+            lambda f: f.write_text(f.read_text().replace('"llama"', '"mistral"')),
+            "Not a Llama causal language model",
+        ),
+        (
+            "model.safetensors",
+            lambda f: f.write_bytes(f.read_bytes()[:-1]),
+            "is truncated or damaged",
+        ),
+        (
+            "model.safetensors",
+            lambda f: f.rename(f.with_name("pytorch_model.bin")),
+            "pickle files",
+        ),
+    ],
+)
+def test_a_damaged_directory_is_refused(tiny_model, file, change, match):
+    change(tiny_model / file)
+    with pytest.raises(UserError, match=match):
         convert.load_llama(tiny_model)
 
 
@@ -432,9 +419,7 @@ def test_full_disk_leaves_nothing(tiny_model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(
-        UserError, match="Cannot write `.*out`: No space left on device"
-    ):
+    with pytest.raises(UserError, match="Cannot write `.*out`: No space left"):
         convert.save_llama(target, config, base)
     assert list(target.parent.iterdir()) == []
 
@@ -473,38 +458,17 @@ def test_progress_bars_go_to_stderr(tiny_model, tmp_path, capsys):
 
 # --- Memory ---
 
-_MEASURE = """
-import re, sys
-import convert, jax
 
-def read(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
-
-# The first quantization starts threads and fills caches; they are no part of the peak.
-convert.load_llama(sys.argv[2])
-before = read("VmRSS")
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")  # resets the peak
-config, base = convert.load_llama(sys.argv[1], quantization=sys.argv[3])
-print(read("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
-"""
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
-)
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
 def test_host_memory_peaks_at_the_output_and_two_tensors(
-    tiny_model, big_model, quantization
+    tiny_model, big_model, measure, quantization
 ):
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, big_model, tiny_model, quantization],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    growth, output = map(int, done.stdout.split())
+    program = """
+warm(convert.load_llama, sys.argv[2])
+_, base = peak(convert.load_llama, sys.argv[1], quantization=sys.argv[3])
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
+"""
+    growth, output = measure(program, big_model, tiny_model, quantization)
     # The contract: output plus two of the largest tensors in float32. What is needed
     # is less: one tensor as it is in the file, its codes and scales, and for each
     # thread some chunks of 2^16 weights. 8 MB for the allocator's pages.

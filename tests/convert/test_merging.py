@@ -3,10 +3,7 @@ import errno
 import inspect
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -438,37 +435,18 @@ def test_overflow_in_the_sum_is_named(
     assert not (tmp_path / "out").exists()
 
 
-_MEASURE = """
-import re, sys
-import convert
-
-def read(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
-
+def test_merging_holds_the_adapter_and_one_tensor(
+    tiny, tiny_model, big_model, make_adapter, tmp_path, measure
+):
+    program = """
 base, adapter, dora, out, small, small_adapter = sys.argv[1:]
 onto = dict(onto="dequantized", quantization="nf4")
-convert.merge(small, small_adapter, out + "/small", **onto)  # starts threads
-before = read("VmRSS")
-for name, path, options in (
-    ("original", adapter, {}),
-    ("dora", dora, {}),
-    ("dequantized", adapter, onto),
-    ("requantized", adapter, {"requantize": "nf4_dq"}),
-):
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # resets the peak
-    convert.merge(base, path, out + "/" + name, **options)
-    print(read("VmHWM") - before)
+warm(convert.merge, small, small_adapter, out + "/small", **onto)
+peak(convert.merge, base, adapter, out + "/original")
+peak(convert.merge, base, dora, out + "/dora")
+peak(convert.merge, base, adapter, out + "/dequantized", **onto)
+peak(convert.merge, base, adapter, out + "/requantized", requantize="nf4_dq")
 """
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
-)
-def test_merging_holds_the_adapter_and_one_tensor(
-    tiny, tiny_model, big_model, make_adapter, tmp_path
-):
     config = LlamaConfig.from_hf(json.loads((big_model / "config.json").read_text()))
     adapters = {}
     for name, targets in (
@@ -478,16 +456,10 @@ def test_merging_holds_the_adapter_and_one_tensor(
         lora = LoraConfig(r=8, target_modules=targets, use_dora=name == "dora")
         adapters[name] = tmp_path / name
         convert.save_adapter(adapters[name], lora, abstract_ones(config, lora), config)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", _MEASURE, big_model, *adapters.values()),
-            *(tmp_path / "out", tiny_model, make_adapter(tiny, name="small")),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
+    original, dora, dequantized, requantized = measure(
+        *(program, big_model, *adapters.values(), tmp_path / "out", tiny_model),
+        make_adapter(tiny, name="small"),
     )
-    original, dora, dequantized, requantized = map(int, done.stdout.split())
     size = sum(f.stat().st_size for f in big_model.glob("*.safetensors"))
     largest = 8192 * 2048 * 4
     # In units of the largest tensor in float32. Original: the tensor in bfloat16 (1/2),

@@ -1,10 +1,7 @@
 # Projections that a file has in 4 bit in some layers only.
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,29 +293,8 @@ def test_skipped_modules_that_take_too_long_to_match_are_refused(monkeypatch):
         bnb.skip_modules([r"(?:(?:.|..)+)+[A-Z]"], dense=[], packed=packed)
 
 
-_MEASURE = """
-import re, sys
-import convert, jax
-
-def read(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
-
-# The first dequantization starts threads and compiles; they are no part of the peak.
-convert.load_llama(sys.argv[2])
-before = read("VmRSS")
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")  # resets the peak
-config, base = convert.load_llama(sys.argv[1])
-print(read("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
-"""
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
-)
 def test_host_memory_peaks_at_the_output_and_two_tensors(
-    big_model, packed, tiny, make_tensors, tmp_path
+    big_model, packed, tiny, make_tensors, tmp_path, measure
 ):
     replace(packed, {key(Q, 1): make_tensors(tiny, BF16)[key(Q, 1)]})
     checkpoint = open_checkpoint(big_model)
@@ -335,13 +311,12 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
     (tmp_path / "big").mkdir()
     write_json(tmp_path / "big/config.json", checkpoint.config.to_hf())
     write_model_files(tmp_path / "big", entries, max_shard_bytes=5_000_000_000)
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, tmp_path / "big", packed],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    growth, output = map(int, done.stdout.split())
+    program = """
+warm(convert.load_llama, sys.argv[2])
+_, base = peak(convert.load_llama, sys.argv[1])
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
+"""
+    growth, output = measure(program, tmp_path / "big", packed)
     assert output > 4e8  # all of it dense
     # Output plus two of the largest tensors in float32, as for every other file.
     assert growth <= output + 2 * 8192 * 2048 * 4 + 8e6
