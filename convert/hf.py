@@ -92,8 +92,8 @@ def load_llama(
             if following is not None:
                 files.read_ahead(following)
             path_in_tree, layer = table[key]
-            one_layer = ... if layer is None else slice(layer, layer + 1)
-            _fill(checkpoint, key, leaves[path_in_tree][one_layer])
+            layer_slice = ... if layer is None else slice(layer, layer + 1)
+            _fill(checkpoint, key, leaves[path_in_tree][layer_slice])
             advance(files[key].nbytes)
     return config, base
 
@@ -319,10 +319,7 @@ def save_llama(
     storage = quant_storage or original.get("bnb_4bit_quant_storage") or "uint8"
     leaves = _checked_leaves(config, base)
     packed = {p: v for p, v in leaves.items() if isinstance(v, NF4Tensor)}
-    for path, tensor in packed.items():
-        reason = bnb.storage_problem(tensor, storage)
-        if reason is not None:
-            raise UserError(f"`{'.'.join(path)}`: {reason}.")
+    _check_storage(packed, storage)
     entries: list[Entry] = []
     for key, (path, layer) in checkpoint_keys(config).items():
         leaf = leaves[path]
@@ -343,6 +340,13 @@ def save_llama(
         )
         if tokenizer_from is not None:
             copy_companions(Path(tokenizer_from), new)
+
+
+def _check_storage(packed: Mapping[trees.Path, NF4Tensor], quant_storage: str) -> None:
+    for path, tensor in packed.items():
+        reason = bnb.storage_problem(tensor, quant_storage)
+        if reason is not None:
+            raise UserError(f"`{'.'.join(path)}`: {reason}.")
 
 
 def _quantization_config(

@@ -36,7 +36,7 @@ from qlora_jax.lora.targets import (
     select,
 )
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS, Path, hf_key, walk
 
 # Elements per block: small against a tensor, large enough for fast products.
@@ -179,7 +179,7 @@ def merged_weights(
     tied = config.tie_word_embeddings
     untie = tied and not _stay_equal(selection)
     merged_config = dataclasses.replace(
-        change(config, lora.base_config_changes),
+        apply_changes(config, lora.base_config_changes),
         tie_word_embeddings=tied and not untie,
         **dict.fromkeys(_needed_biases(config, selection, arrays), True),
     )

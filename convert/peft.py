@@ -18,7 +18,7 @@ from convert.files import TensorFiles, read_header, read_json
 from convert.names import adapter_key
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models import config as config_changes
+from qlora_jax.models.config import CHANGES_FILE, changes_to_json, read_changes
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
@@ -147,12 +147,12 @@ def _check_directory(path: Path) -> None:
 
 def _base_config_changes(path: Path) -> str | None:
     """Reads how the base's config.json was changed for training."""
-    file = path / config_changes.FILE
+    file = path / CHANGES_FILE
     if not file.is_file():
         return None
     changes = read_json(file)
-    config_changes.check_changes(changes, f"`{file}`")
-    return config_changes.as_text(changes)
+    read_changes(changes, f"`{file}`")
+    return changes_to_json(changes)
 
 
 def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:

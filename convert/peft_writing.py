@@ -27,8 +27,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import FILE as BASE_CONFIG_CHANGES
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import CHANGES_FILE, LlamaConfig
 from qlora_jax.models.params import abstract_base
 
 
@@ -82,21 +81,18 @@ def save_adapter(
     for key, tensor in tensors.items():
         check_finite(np.ascontiguousarray(tensor.view(arrays[tensor.path])), key)
     entries = [_entry(key, tensor, arrays) for key, tensor in tensors.items()]
-    raw = lora_config.to_peft()
-    if raw["target_modules"] == "all-linear":
-        # Spelled out, as PEFT does: not every reader knows the word.
-        raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
-    if base_model_name_or_path is not None:
-        raw["base_model_name_or_path"] = base_model_name_or_path
     if base_fingerprint is not None:
         lora_config = replace(lora_config, base_fingerprint=base_fingerprint)
+    raw = _adapter_config(lora_config, selection)
+    if base_model_name_or_path is not None:
+        raw["base_model_name_or_path"] = base_model_name_or_path
     with new_directory(Path(directory), overwrite=overwrite) as new:
         write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
         # Sorted at the top only: in patterns the first that matches decides.
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
         if lora_config.base_config_changes is not None:
             changes = json.loads(lora_config.base_config_changes)
-            write_json(new / BASE_CONFIG_CHANGES, changes)
+            write_json(new / CHANGES_FILE, changes)
         for name, content in (extra_files or {}).items():
             if isinstance(content, str):
                 write_text(new / name, content)
@@ -113,6 +109,14 @@ def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> i
         for key, tensor in adapter_keys(select(base, lora), lora).items()
     ]
     return safetensors_bytes(entries, _metadata(lora))
+
+
+def _adapter_config(lora: LoraConfig, selection: Selection) -> dict[str, Any]:
+    raw = lora.to_peft()
+    if raw["target_modules"] == "all-linear":
+        # Spelled out, as PEFT does: not every reader knows the word.
+        raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
+    return raw
 
 
 def _checked_arrays(

@@ -153,13 +153,7 @@ def compare(
             config = _selected_differences(config, config_a, config_b, base)
         elif not (missing or extra) and _same_factors(common, config_a, config_b):
             config = {k: v for k, v in config.items() if k not in _SELECTING}
-        bases = [lora.base_fingerprint for lora in (config_a, config_b)]
-        if None not in bases and bases[0] != bases[1]:
-            notes.append(
-                "they were trained on different bases (or on different quantizations "
-                "or dtypes of the same base), with fingerprints "
-                + " and ".join(str(value)[:12] for value in bases)
-            )
+        notes += _base_notes(config_a.base_fingerprint, config_b.base_fingerprint)
     name_of = {keys_a[key]: key for key in common}
     differences = [
         _difference(files_a, files_b, name, keys_b[name_of[name]])
@@ -189,6 +183,15 @@ def _open(
         lora, files = open_adapter(path)
         return "adapter", lora, files
     return "model", open_config(path), open_model(path)
+
+
+def _base_notes(a: str | None, b: str | None) -> list[str]:
+    if a is None or b is None or a == b:
+        return []
+    return [
+        "they were trained on different bases (or on different quantizations or dtypes "
+        f"of the same base), with fingerprints {a[:12]} and {b[:12]}"
+    ]
 
 
 def _without_copies(

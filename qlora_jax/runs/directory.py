@@ -21,7 +21,7 @@ from typing import Any
 
 from convert.files import read_json
 from convert.peft import CHAT_TEMPLATE, CONFIG, peft_directory
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.metrics import read_metrics

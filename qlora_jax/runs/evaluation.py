@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.tokenizer import end_tokens
-from qlora_jax.data import (
-    eval_batches,
-)
+from qlora_jax.data.batches import eval_batches
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.functional import bind

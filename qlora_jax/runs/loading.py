@@ -22,7 +22,7 @@ from convert.tokenizer import end_tokens, load_tokenizer
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.model import Model, _attach
-from qlora_jax.models.config import change
+from qlora_jax.models.config import apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.models.params import check_weights
@@ -221,7 +221,7 @@ def load(
     lora_config = adapters = None
     if adapter is not None:
         lora_config, adapters = _attach(adapter, path, tree, strict=strict)
-        config = change(config, lora_config.base_config_changes)
+        config = apply_changes(config, lora_config.base_config_changes)
     check_weights(drawn, tree, lora_config, path)
     tokenizer = load_tokenizer(path)
     return Model(

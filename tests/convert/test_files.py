@@ -186,7 +186,7 @@ def test_hostile_headers_are_refused(tmp_path, text, match):
     assert len(str(caught.value)) < 1000
 
 
-def test_a_shape_without_elements_must_still_be_one_that_an_array_can_have(tmp_path):
+def test_a_shape_without_elements_must_still_be_possible_for_an_array(tmp_path):
     path = tmp_path / "x.safetensors"
 
     def of(a: int, b: int) -> Path:
@@ -237,7 +237,7 @@ def test_a_header_longer_than_any_is_not_read(tmp_path):
         (header('"x":' + entry(shape="[true]")), "`x` has no dtype and shape"),
     ],
 )
-def test_our_checks_stand_on_their_own(tmp_path, monkeypatch, text, match):
+def test_our_checks_do_not_rely_on_the_library(tmp_path, monkeypatch, text, match):
     # Between the library's look at the file and ours, another may be put in its place.
     nothing = contextlib.nullcontext()
     monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: nothing)
@@ -345,7 +345,7 @@ def change_index(path: Path, change) -> None:
     (path / INDEX).write_text(json.dumps(index))
 
 
-def test_index_that_names_an_absent_tensor_or_leaves_one_out(sharded):
+def test_an_index_that_disagrees_with_its_shards(sharded):
     def change(weight_map):
         del weight_map["t0"]
         weight_map["nowhere"] = "model-00001-of-00002.safetensors"
@@ -419,7 +419,7 @@ def test_pickle_weights_are_refused_with_the_way_out(tmp_path, name):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_are_found_anywhere(dtype, bad):
+def test_nan_and_infinity_are_noticed_anywhere(dtype, bad):
     array = np.random.default_rng(0).standard_normal((3, 1 << 19)).astype(dtype)
     array[0, 0] = np.finfo(np.float16).max
     check_finite(array, "w")
@@ -459,7 +459,7 @@ def test_directory_appears_at_the_end_and_with_the_usual_mode(tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
-def test_an_empty_directory_is_filled_and_one_with_content_is_left(tmp_path):
+def test_only_an_empty_directory_is_filled(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with new_directory(out) as new:

@@ -935,7 +935,7 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     shutil.rmtree(saved)
 
 
-def test_the_command_line_says_it_in_one_paragraph(sandbox):
+def test_the_command_line_prints_a_paragraph(sandbox):
     (sandbox / "base").mkdir()
     good = sound(np.random.default_rng(0), "plain")
     good.finish_config()

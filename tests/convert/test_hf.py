@@ -98,7 +98,7 @@ def test_quantizing_gives_the_bytes_of_bitsandbytes(shared, dense, packed):
 
 
 @pytest.mark.golden
-def test_double_quantization_differs_from_bitsandbytes_in_scales_alone(shared):
+def test_double_quantization_differs_from_bitsandbytes_only_in_scales(shared):
     _, ours = convert.load_llama(shared / "golden/llama32/fp32", quantization="nf4_dq")
     _, theirs = convert.load_llama(shared / "golden/llama32/nf4_dq")
     for path, leaf in trees.walk(ours):
@@ -136,7 +136,7 @@ RANDOM = [
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("changes", RANDOM)
-def test_every_tensor_lands_in_its_place(
+def test_every_tensor_is_read_into_its_array(
     tiny, make_tensors, save_model, changes, dtype, shards
 ):
     raw = {**tiny, **changes}
@@ -155,7 +155,7 @@ def test_every_tensor_lands_in_its_place(
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("changes", RANDOM)
-def test_projections_and_they_alone_are_quantized_and_saved_and_loaded_again(
+def test_only_projections_are_quantized_and_come_back_from_a_file(
     tiny, make_tensors, save_model, tmp_path, changes, dtype, quantization
 ):
     raw = {**tiny, **changes}
@@ -242,7 +242,7 @@ def test_save_casts_and_says_so_in_config_json(tiny_model, tmp_path):
     assert equal_trees(got, expected)
 
 
-# --- What is refused, and how it is said ---
+# --- What is refused ---
 
 
 @pytest.mark.parametrize("name", ["int8", "", "NF4"])
@@ -265,7 +265,7 @@ def test_unknown_dtype(tiny_model, tmp_path, dtype):
         convert.save_llama(tmp_path / "out", config, base, dtype=dtype)
 
 
-def test_everything_wrong_is_said_at_once(tiny, make_tensors, save_model):
+def test_a_message_lists_everything_wrong(tiny, make_tensors, save_model):
     tensors = make_tensors(tiny)
     del tensors["model.norm.weight"]
     tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((40, 64), np.float32)

@@ -74,17 +74,17 @@ def test_merged_tensors_are_those_of_peft(golden, tmp_path, name):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("own", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("stored_dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_update_is_added_in_float32_and_rounded_once(
-    tiny, make_tensors, save_model, make_adapter, tmp_path, own, dtype, shards
+    tiny, make_tensors, save_model, make_adapter, tmp_path, stored_dtype, dtype, shards
 ):
-    tensors = make_tensors(tiny, own)
+    tensors = make_tensors(tiny, stored_dtype)
     base, adapter = save_model(tiny, tensors, shards=shards), make_adapter(tiny)
     out = tmp_path / "out"
     convert.merge(base, adapter, out, dtype=dtype, max_shard_bytes=9000)
     merged = read_all(out)
-    target = np.dtype(own if dtype is None else dtype)
+    target = np.dtype(stored_dtype if dtype is None else dtype)
     for key, value in tensors.items():
         update = delta(adapter, key)
         assert merged[key].dtype == target
@@ -137,8 +137,8 @@ def test_onto_what_quantization_makes_of_a_dense_base(
     packed = tmp_path / "packed"
     convert.save_llama(packed, *convert.load_llama(base, quantization=quantization))
     convert.merge(packed, adapter, tmp_path / "b", onto="dequantized")
-    one, two = (tmp_path / d / "model.safetensors" for d in "ab")
-    assert one.read_bytes() == two.read_bytes()
+    a, b = (tmp_path / d / "model.safetensors" for d in "ab")
+    assert a.read_bytes() == b.read_bytes()
     key = "model.layers.0.self_attn.v_proj.weight"  # not adapted, yet quantized
     expected = bnb.dequantize(
         quantize(tensors[key], double_quant=quantization == "nf4_dq")
@@ -177,13 +177,15 @@ def test_tensors_that_nothing_changes_keep_their_bytes(
     adapter = make_adapter(tiny, layers_to_transform=[1])
     edit_tensors(
         adapter / "adapter_model.safetensors",
-        lambda found: [found.pop(key) for key in list(found) if ".layers.0." in key],
+        lambda tensors: [
+            tensors.pop(key) for key in list(tensors) if ".layers.0." in key
+        ],
     )
 
-    def silence(found):
-        for key in found:
+    def silence(tensors):
+        for key in tensors:
             if "q_proj.lora_B" in key:
-                found[key] = np.zeros_like(found[key])
+                tensors[key] = np.zeros_like(tensors[key])
 
     edit_tensors(adapter / "adapter_model.safetensors", silence)
     report = convert.merge(base, adapter, tmp_path / "out")
@@ -193,17 +195,20 @@ def test_tensors_that_nothing_changes_keep_their_bytes(
     assert report["tensors_changed"] == 1
 
 
-@pytest.mark.parametrize("own", [np.float32, BF16])
+@pytest.mark.parametrize("stored_dtype", [np.float32, BF16])
 @pytest.mark.parametrize("first", [None, "nf4"])
 @pytest.mark.parametrize("again", ["nf4", "nf4_dq"])
 def test_requantized_is_the_merged_checkpoint_quantized(
-    tiny, make_tensors, save_model, make_adapter, tmp_path, own, first, again
+    tiny, make_tensors, save_model, make_adapter, tmp_path, stored_dtype, first, again
 ):
-    base, adapter = save_model(tiny, make_tensors(tiny, own)), make_adapter(tiny)
+    base, adapter = (
+        save_model(tiny, make_tensors(tiny, stored_dtype)),
+        make_adapter(tiny),
+    )
     onto = {"onto": "original" if first is None else "dequantized"}
     dense, packed, expected = (tmp_path / name for name in ("d", "p", "e"))
-    one = convert.merge(base, adapter, dense, quantization=first, **onto)
-    two = convert.merge(
+    first_report = convert.merge(base, adapter, dense, quantization=first, **onto)
+    report = convert.merge(
         base,
         adapter,
         packed,
@@ -222,11 +227,11 @@ def test_requantized_is_the_merged_checkpoint_quantized(
     )
     assert ours == theirs
     counts = ("tensors", "tensors_changed", "max_abs_change")
-    assert [one[name] for name in counts] == [two[name] for name in counts]
-    assert one["requantization_error"] is None
+    assert [first_report[n] for n in counts] == [report[n] for n in counts]
+    assert first_report["requantization_error"] is None
     # What the report says was lost, from the two directories.
     merged, leaves = read_all(dense), dict(trees.walk(convert.load_llama(packed)[1]))
-    errors = two["requantization_error"]
+    errors = report["requantization_error"]
     assert set(errors) == {
         path[-2] for path in leaves if model_params.is_projection(path)
     }
@@ -260,7 +265,7 @@ def test_requantized_keeps_the_compute_dtype_of_its_base(
     assert made["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_what_the_base_has_not_is_added(
+def test_tensors_that_the_base_lacks_are_added(
     tiny, make_tensors, save_model, tmp_path, edit_tensors
 ):
     tied = {**tiny, "tie_word_embeddings": True}
@@ -349,7 +354,7 @@ def test_the_fingerprint_of_the_base_trained_on_is_reported(
     assert report["adapter_base_fingerprint"] == "ab" * 32
 
 
-# --- What is refused, and how it is said ---
+# --- What is refused ---
 
 
 @pytest.fixture
@@ -359,7 +364,7 @@ def packed(tiny_model, tmp_path) -> Path:
     return out
 
 
-def test_which_weights_are_meant_has_to_fit(
+def test_the_weights_to_merge_onto_must_exist_and_be_unambiguous(
     tiny, tiny_model, packed, make_adapter, tmp_path
 ):
     adapter, out = make_adapter(tiny), tmp_path / "out"
@@ -391,7 +396,7 @@ def test_adapter_of_another_model(tiny, tiny_model, make_adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_output_with_content_is_left_alone(tiny, tiny_model, make_adapter):
+def test_output_with_content_is_kept(tiny, tiny_model, make_adapter):
     before = fingerprint(tiny_model)
     with pytest.raises(UserError, match="exists and is not empty"):
         convert.merge(tiny_model, make_adapter(tiny), tiny_model)
@@ -435,7 +440,7 @@ def test_overflow_in_the_sum_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_merging_holds_the_adapter_and_one_tensor(
+def test_merging_holds_the_adapter_and_a_tensor_in_memory(
     tiny, tiny_model, big_model, make_adapter, tmp_path, measure
 ):
     program = """

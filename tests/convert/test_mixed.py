@@ -117,7 +117,7 @@ def test_such_stacks_become_dense_with_the_same_values(
             for a, b in zip(*map(jax.tree.leaves, (leaves[path], expected))):  # noqa: B905
                 assert a.tobytes() == b.tobytes()
 
-    # The model computes what a model of the layers' own weights computes.
+    # The model computes what a model of the layers' original weights computes.
     reference = jax.tree.map(lambda leaf: leaf, packed)
     for path, layers in left.items():
         trees.put(reference, path, by_layer(path, layers))
@@ -129,14 +129,14 @@ def test_such_stacks_become_dense_with_the_same_values(
 
 
 @pytest.mark.golden
-def test_it_is_said_and_what_it_costs(mixed, capsys):
+def test_a_note_names_such_stacks_and_their_cost(mixed, capsys):
     convert.load_llama(mixed)
     assert capsys.readouterr().err == ""
     convert.load_llama(mixed, progress=True)
-    said = capsys.readouterr().err.splitlines()[0]
+    note = capsys.readouterr().err.splitlines()[0]
     start = f"Dense in every layer, because not all layers are stored alike in `{mixed}"
-    assert said.startswith(start)
-    assert "q_proj, k_proj, v_proj, o_proj, down_proj (0.00 GB in memory, 0." in said
+    assert note.startswith(start)
+    assert "q_proj, k_proj, v_proj, o_proj, down_proj (0.00 GB in memory, 0." in note
 
 
 @pytest.mark.golden
@@ -156,10 +156,10 @@ def test_written_back_the_stacks_are_dense_and_named(mixed, tmp_path):
         assert a.tobytes() == b.tobytes()
     convert.save_llama(tmp_path / "twice", *convert.load_llama(tmp_path / "out"))
     for name in ("config.json", "model.safetensors"):
-        one, two = (tmp_path / d / name for d in ("out", "twice"))
-        assert one.read_bytes() == two.read_bytes()
-    found = compare(mixed, tmp_path / "out")
-    assert {d.name for d in found.different} == {
+        a, b = (tmp_path / d / name for d in ("out", "twice"))
+        assert a.read_bytes() == b.read_bytes()
+    comparison = compare(mixed, tmp_path / "out")
+    assert {d.name for d in comparison.different} == {
         key(p, i) for p in open_checkpoint(mixed).mixed for i in range(4)
     } - {key(p, 0) for p in open_checkpoint(mixed).mixed if p != DOWN} - set(LEFT)
 
@@ -174,8 +174,8 @@ def test_merged_and_dequantized_like_any_other(golden, mixed, by_layer, tmp_path
     adapter = golden / "adapters/llama32/qlora_plain"
     convert.merge(mixed, adapter, tmp_path / "merged", onto="dequantized")
     convert.merge(tmp_path / "dense", adapter, tmp_path / "reference")
-    one, two = (tmp_path / d / "model.safetensors" for d in ("merged", "reference"))
-    assert one.read_bytes() == two.read_bytes()
+    a, b = (tmp_path / d / "model.safetensors" for d in ("merged", "reference"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.golden
@@ -264,7 +264,7 @@ def test_scales_that_are_not_finite_are_named(packed, tiny, make_tensors):
 
 
 @pytest.mark.parametrize(
-    "own, dense, expected",
+    "original, dense, expected",
     [
         (None, [], None),
         ([], [], []),
@@ -280,8 +280,8 @@ def test_scales_that_are_not_finite_are_named(packed, tiny, make_tensors):
         (["b"], ["b.0.q_proj"], ["q_proj"]),
     ],
 )
-def test_the_list_of_skipped_modules(own, dense, expected):
-    got = bnb.skip_modules(own, dense=dense, packed=["b.1.v_proj"])
+def test_the_list_of_skipped_modules(original, dense, expected):
+    got = bnb.skip_modules(original, dense=dense, packed=["b.1.v_proj"])
     assert got == expected
 
 

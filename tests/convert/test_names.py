@@ -29,7 +29,7 @@ def config(**changes) -> LlamaConfig:
 @pytest.mark.parametrize(
     "tied, attention_bias, mlp_bias", [*itertools.product([False, True], repeat=3)]
 )
-def test_parse_is_the_inverse_of_spell(tied, attention_bias, mlp_bias):
+def test_parse_key_inverts_hf_key(tied, attention_bias, mlp_bias):
     c = config(
         tie_word_embeddings=tied, attention_bias=attention_bias, mlp_bias=mlp_bias
     )
@@ -64,7 +64,7 @@ def test_module_names_of_peft_have_a_prefix_and_are_those_of_hf_behind_it():
     assert trees.parse_key(key.removeprefix(PEFT_PREFIX)) == (module, 3)
 
 
-def test_tensors_of_ones_own_modules_are_in_the_table_and_in_the_tree():
+def test_tensors_of_custom_modules_are_in_the_table_and_in_the_tree():
     extra = {"model.layers.self_attn.gate.weight": (4, 8), "model.scale": ()}
     c = config(extra_tensors=extra)
     gate = ("model", "layers", "self_attn", "gate", "weight")

@@ -17,7 +17,7 @@ import convert
 from convert.peft import open_adapter
 from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
