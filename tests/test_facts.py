@@ -118,8 +118,8 @@ def test_a_conversation_longer_than_the_model_reads(tuned):
     ("messages", "message"),
     [
         ([], "`messages` must be a non-empty list"),
-        ([{"role": "user"}], "needs a text `content`"),
-        ([{"content": "x"}], "needs a text `role`"),
+        ([{"role": "user"}], "needs a string `content`"),
+        ([{"content": "x"}], "needs a string `role`"),
     ],
 )
 def test_what_is_no_conversation(tuned, messages, message):

@@ -362,7 +362,7 @@ def _generate(
     eos: tuple[int, ...],
 ) -> Int32[Array, "B new"]:
     """All of it in one program."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     state = _begin(model, variables, tokens, mask, values, slots, rules, eos)
     out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
     out = out.at[:, 0].set(state.token)
@@ -383,7 +383,7 @@ def _start(
     eos: tuple[int, ...],
 ) -> _State:
     """The first token of a `Decoding`."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     return _begin(model, variables, tokens, mask, values, slots, rules, eos)
 
 
@@ -399,7 +399,7 @@ def _continue(
     eos: tuple[int, ...],
 ) -> tuple[_State, Int32[Array, "B chunk"]]:
     """The next tokens of a `Decoding`: a chunk, of which at most `left` are wanted."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     out = jnp.zeros((state.token.shape[0], _CHUNK), jnp.int32)
     end = jnp.minimum(left, _CHUNK)
     return _fill(model, variables, state, values, out, jnp.int32(0), end, rules, eos)

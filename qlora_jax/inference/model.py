@@ -358,7 +358,7 @@ def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
     apply: Any = module.apply  # typed for mutable collections, which this has none of
-    return apply(module.compute.place(variables), tokens, **arrays)
+    return apply(module.compute.arrange(variables), tokens, **arrays)
 
 
 def _attach(

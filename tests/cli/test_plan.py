@@ -224,7 +224,7 @@ def test_memory_is_drawn(capsys, config_json, tmp_path):
         ),
         (
             ("--gpu", "h200", "--max-length", "9", "--mesh.fsdp", "8"),
-            "`batch_size`=1 is no multiple of the 8 devices",
+            "`batch_size`=1 must be a multiple of the 8 devices",
         ),
         (
             ("--gpu", "h200", "--max-length", "9", "--mesh.data", "0"),

@@ -110,7 +110,7 @@ def test_lifted_stacks_generate_the_same(packed, monkeypatch):
 
     # Another model to `jit`, as that of our own kernels is.
     model = model.clone(compute=Compute(dtype="float32", kernels="xla"))
-    monkeypatch.setattr(Compute, "place", lift)
+    monkeypatch.setattr(Compute, "arrange", lift)
     assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
 
 
