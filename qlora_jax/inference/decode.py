@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from qlora_jax.errors import UserError
-from qlora_jax.inference.sampling import Rules, Sampling, Values
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.sampling import Rules, Values
 from qlora_jax.models.llama import Cache, Llama, empty_cache
 
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
@@ -82,10 +83,10 @@ def generate_tokens(
         variables,
         tokens,
         mask,
-        sampling.values(),
+        Values.of(sampling),
         slots=_round(tokens.shape[1] + max_new_tokens),
         max_new_tokens=max_new_tokens,
-        rules=sampling.rules(model.config.vocab_size),
+        rules=Rules.of(sampling, model.config.vocab_size),
         eos=eos_token_ids,
     )
     out = []
@@ -136,9 +137,9 @@ class Decoding:
         self._model = model.clone(
             compute=dataclasses.replace(model.compute, remat="none")
         )
-        self._variables, self._values = variables, sampling.values()
+        self._variables, self._values = variables, Values.of(sampling)
         self._static = {
-            "rules": sampling.rules(model.config.vocab_size),
+            "rules": Rules.of(sampling, model.config.vocab_size),
             "eos": eos_token_ids,
         }
         self._eos, self._most, self._count = frozenset(eos_token_ids), max_new_tokens, 0

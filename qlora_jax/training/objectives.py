@@ -4,7 +4,7 @@ An objective is a pair of pure functions: the summed loss of a micro-batch, and 
 number of terms in that sum. The step adds both up over the accumulation window and
 divides once, so accumulated micro-batches and one large batch have the same gradient.
 
-    train_step(..., objective=NEXT_TOKEN)     the loss of language modelling, the default
+    train_step(..., objective=NEXT_TOKEN)    the loss of language modelling (default)
 """
 
 from __future__ import annotations

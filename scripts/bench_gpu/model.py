@@ -230,7 +230,8 @@ def train(
 ) -> dict[str, Any]:
     """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
 
-    The step is planned, compiled and placed as in a run (`qlora_jax.runs.compiled_step`).
+    The step is planned, compiled and placed as in a run
+    (`qlora_jax.runs.compiled_step`).
     """
     lora, adapters = adapters_for(base, how.rank)
     settings, steps = how.settings, how.steps
