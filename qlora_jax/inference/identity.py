@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert import names
-from convert.checkpoint import FLOATS, open_checkpoint
-from convert.files import DTYPES
-from convert.hf import cast
+from convert.checkpoint import open_checkpoint
+from convert.files import DTYPES, FLOATS
+from convert.hf import cast, dtype_name
+from convert.names import checkpoint_keys
 from convert.peft import training_record
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
@@ -42,7 +42,7 @@ def base_form(base: Mapping[str, Any]) -> dict[str, str]:
     """
     leaves = [leaf for _, leaf in trees.walk(base)]
     packed = next((leaf for leaf in leaves if isinstance(leaf, NF4Tensor)), None)
-    dense = {names.leaf_dtype(x) for x in leaves if not isinstance(x, NF4Tensor)}
+    dense = {dtype_name(x) for x in leaves if not isinstance(x, NF4Tensor)}
     quantization = "none"
     if packed is not None:
         quantization = "nf4_dq" if packed.double_quant else "nf4"
@@ -122,7 +122,7 @@ def _common_dtype(path: Path) -> str | None:
     """float32 where the layers of one tensor differ in dtype, else each its own."""
     checkpoint = open_checkpoint(path)
     found: dict[Any, set[str]] = {}
-    for key, (where, _) in names.keys(checkpoint.config).items():
+    for key, (where, _) in checkpoint_keys(checkpoint.config).items():
         found.setdefault(where, set()).add(checkpoint.dtype(key))
     return "float32" if any(len(dtypes) > 1 for dtypes in found.values()) else None
 
@@ -139,7 +139,7 @@ def dense_dtypes(path: Path) -> set[str]:
     if common is not None:
         return {common}
     checkpoint = open_checkpoint(path)
-    table = names.keys(checkpoint.config)
+    table = checkpoint_keys(checkpoint.config)
     packed = {table[key][0] for key in checkpoint.packed} - set(checkpoint.mixed)
     if not checkpoint.quantized:
         packed = {where for where, _ in table.values() if is_projection(where)}
@@ -176,7 +176,7 @@ def trained_form(path: Path, fingerprint: str) -> str | None:
 
 def _dtypes(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The base as it is and, where that is another tree, in each dtype."""
-    leaves = dict(names.walk(base))
+    leaves = dict(trees.walk(base))
     own = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
     yield ", ".join(sorted(own)), base
     for dtype in ("bfloat16", "float32", "float16"):
@@ -187,7 +187,7 @@ def _dtypes(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             for place, leaf in leaves.items():
                 if not isinstance(leaf, NF4Tensor):
                     leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(place))
-                names.put(tree, place, leaf)
+                trees.put(tree, place, leaf)
         except CheckpointError:  # beyond float16: nothing was trained in that
             continue
         yield dtype, tree

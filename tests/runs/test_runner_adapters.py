@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert.peft import adapter_bytes, open_adapter
+from convert.peft import open_adapter
+from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
 from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
