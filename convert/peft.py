@@ -101,14 +101,20 @@ def chat_template_file(path: Path | None) -> str | None:
     return str(file) if file is not None and file.is_file() else None
 
 
-def open_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, TensorFiles]:
+def open_adapter(
+    path: str | os.PathLike[str], *, strict: bool = True
+) -> tuple[LoraConfig, TensorFiles]:
     """Opens a PEFT directory: its configuration, and its tensors unread.
+
+    Args:
+      path: the directory.
+      strict: raise for settings that are not supported; otherwise they are dropped.
 
     Raises:
       CheckpointError: a path that is no PEFT directory, or damaged files.
       UserError: a configuration that uses what is not supported.
     """
-    return _open(path, strict=True, skipped=[])
+    return _open(path, strict=strict, skipped=[])
 
 
 def _open(

@@ -43,7 +43,7 @@ class Adapter:
             peft_directory,
             save_adapter,
         )
-        from qlora_jax.runs.loading import leads_nowhere, name_from
+        from qlora_jax.runs.loading import base_name_for_copy, is_broken_path
 
         config = open_config(self.base)
         has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
@@ -56,8 +56,8 @@ class Adapter:
         base_name = self.base_name
         if base_name is None:
             before = lora.base_model_name_or_path
-            base_name = name_from(before, source, self.output, self.base)
-            if leads_nowhere(before, source):
+            base_name = base_name_for_copy(before, source, self.output, self.base)
+            if is_broken_path(before, source):
                 print_note(
                     f"`{before}`, the base of `{source}`, is no model directory; "
                     "--base-name names another"

@@ -39,7 +39,7 @@ class Combine:
         from convert.files import carried
         from convert.peft import load_adapter, peft_directory, save_adapter
         from qlora_jax.lora.combine import combine_adapters
-        from qlora_jax.runs.loading import name_from
+        from qlora_jax.runs.loading import base_name_for_copy
 
         config = open_config(self.base)
         weights = self.weights or (1.0,) * len(self.adapters)
@@ -61,7 +61,7 @@ class Combine:
             names=[str(path) for path in self.adapters],
         )
         names = {
-            name_from(one.base_model_name_or_path, place, self.output, self.base)
+            base_name_for_copy(one.base_model_name_or_path, place, self.output, self.base)
             for place, (one, _) in zip(sources, loaded, strict=True)
         }
         save_adapter(

@@ -35,7 +35,7 @@ from qlora_jax.data.mixture import lay_out
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
-from qlora_jax.runs.eval_data import taken_out
+from qlora_jax.runs.eval_data import exclude_held_out
 from qlora_jax.runs.toml import read_config
 
 _BINS = 16
@@ -99,7 +99,7 @@ class DataView:
         )
         if evaluation.measures:
             eos = getattr(tokenizer, "eos_token_id", None)
-            examples, held_out = taken_out(evaluation, self.data, examples, eos)
+            examples, held_out = exclude_held_out(evaluation, self.data, examples, eos)
         wanted = self.example or tuple(range(min(self.show, len(examples))))
         absent = [number for number in wanted if not 0 <= number < len(examples)]
         if absent:

@@ -21,10 +21,10 @@ from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_exa
 from qlora_jax.data.config import name_of
 from qlora_jax.errors import UserError
 from qlora_jax.runs.overrides import option_keys
-from qlora_jax.runs.toml import read_config
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
+    from qlora_jax.runs.config import RunConfig
     from qlora_jax.runs.eval_data import HeldOut
 
 
@@ -46,20 +46,18 @@ class Eval(ModelOptions):
         Raises:
           UserError: data that cannot be read, or are no longer what a run held out.
         """
-        from qlora_jax.runs.directory import run_of
-
-        model = self.load()
-        run = run_of(Path(self.path))
-        if self.held_out and run is not None:
-            held, measured = _held_out(run, model)
+        resolved = self.resolve()
+        model, settings = self.load(resolved), resolved.settings
+        if self.held_out and settings is not None:
+            held, measured = _held_out(settings, model)
             examples, config = held.examples, held.config
         else:
-            config, measured = self.data, _given(self.data, run)
+            config, measured = self.data, _given(self.data, settings)
             examples = load_examples(
                 config,
                 model.tokenizer,
                 vocab_size=model.config.vocab_size,
-                run_directory=self.path if run is None else str(run),
+                run_directory=self.path if settings is None else settings.output_dir,
             )
         about = {"data": config.name, "measured": measured}
         if not isinstance(examples, Mixture):
@@ -142,9 +140,9 @@ def eval_from_arguments(args: Sequence[str]) -> Eval:
     """
     options: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
-        from qlora_jax.runs.directory import run_of
+        from qlora_jax.runs.directory import find_run
 
-        run = run_of(Path(args[0]))
+        run = find_run(Path(args[0]))
         if run is not None:  # rows are read as the run read them, unless told
             options["default"] = _of_a_run(run, args)
     return parse(Eval, args, prog="qlora-jax eval", **options)
@@ -152,9 +150,9 @@ def eval_from_arguments(args: Sequence[str]) -> Eval:
 
 def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
     """What is measured of a run before the options are read."""
-    from qlora_jax.runs.directory import kept_settings
+    from qlora_jax.runs.directory import read_settings
 
-    trained = kept_settings(run)
+    trained = read_settings(run)
     data = trained.data
     given = [key for key in option_keys(args) if key.startswith("data.")]
     if "data.path" in given:
@@ -180,19 +178,18 @@ def _of_a_run(run: Path, args: Sequence[str]) -> Eval:
     return Eval(path=args[0], data=data, held_out=True)
 
 
-def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
+def _held_out(config: RunConfig, model: Model) -> tuple[HeldOut, str]:
     """What a run held out, and what that is called.
 
     Raises:
       UserError: rows that the run was trained on may be among it.
     """
     from convert.files import read_json
-    from qlora_jax.runs.directory import STARTED, kept_settings
-    from qlora_jax.runs.eval_data import held_out_again
+    from qlora_jax.runs.directory import STARTED
+    from qlora_jax.runs.eval_data import reload_held_out
 
-    config = kept_settings(run)
-    held = held_out_again(config, model.tokenizer, vocab_size=model.config.vocab_size)
-    started = run / STARTED
+    held = reload_held_out(config, model.tokenizer, vocab_size=model.config.vocab_size)
+    started = Path(config.output_dir) / STARTED
     same = True  # of a run that was stopped before it noted anything
     if started.is_file():
         known = read_json(started).get("held_out") or {}
@@ -202,19 +199,16 @@ def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
         return held, what if same else f"{what}, changed since"
     if not same:
         raise UserError(
-            f"The data of the run `{run}` ({config.data.name}) are not what they were "
+            f"The data of the run `{config.output_dir}` ({config.data.name}) are not what they were "
             "when it held a part of them out, so that rows it was trained on would be "
             "measured. Bring them back as they were, or give --data.path."
         )
     return held, "what the run held out of its training data"
 
 
-def _given(data: DataConfig, run: Path | None) -> str:
+def _given(data: DataConfig, trained: RunConfig | None) -> str:
     """What data that were named are to the model."""
-    if run is None:
-        return "as given"
-    trained = read_config(run).data
-    if _places(data) & _places(trained):
+    if trained is not None and _places(data) & _places(trained.data):
         return "as given: training data of the run"
     return "as given"
 

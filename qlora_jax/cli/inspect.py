@@ -14,7 +14,6 @@ from qlora_jax.choices import Auto, Dtype, Quantization
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.overrides import given_lora, option_keys, values_of
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import Optimizer, TrainConfig
@@ -49,7 +48,7 @@ class Inspect:
             file's, and those of an adapter cannot be changed.
         """
         from convert.files import read_json
-        from convert.peft import adapter_bytes, open_adapter
+        from convert.peft import adapter_bytes
         from qlora_jax.lora.init import CHANGEABLE, continued
         from qlora_jax.models.config import LlamaConfig
         from qlora_jax.planning.estimate import (
@@ -57,51 +56,43 @@ class Inspect:
             parameter_report,
             warnings,
         )
-        from qlora_jax.runs.directory import adapter_directory, run_settings
-        from qlora_jax.runs.loading import find_base, quantizes_lm_head, resolve_auto
+        from qlora_jax.runs.loading import resolve
 
         path, lora = Path(self.path), self.lora
         planned = path.suffix == ".toml"
         if planned:
             keys = {f"lora.{name}" for name in given}
-            trained = read_config(path, values_of(self, keys))
-            lora, given = trained.lora, given_lora(path, keys)
-            path = Path(self.base or trained.model.path)
-            adapter = _initial_adapter(trained)
+            settings = read_config(path, values_of(self, keys))
+            lora, given = settings.lora, given_lora(path, keys)
+            resolved = resolve(
+                self.base or settings.model.path, adapter=settings.train.adapter_init
+            )
+            resolved = dataclasses.replace(resolved, settings=settings)
         else:
-            trained = run_settings(path)
-            adapter = adapter_directory(path)
-            if adapter is not None:
-                path = find_base(adapter, self.base)
-        quantize_lm_head = quantizes_lm_head(trained, self.quantization)
-        quantization, dtype = resolve_auto(trained, self.quantization, self.dtype)
-        if path.is_dir():
-            path = path / "config.json"
-        config = LlamaConfig.from_hf(read_json(path))
-        if adapter is not None:
+            resolved = resolve(path, self.base)
+            settings = resolved.settings
+        held = resolved.base_options(self.quantization, self.dtype)
+        base = resolved.base
+        config = LlamaConfig.from_hf(
+            read_json(base / "config.json" if base.is_dir() else base)
+        )
+        if resolved.lora is not None:
             lora, _ = continued(
-                open_adapter(adapter)[0],
+                resolved.lora,
                 lora,
                 given,
                 abstract_base(config),
-                name=str(adapter),
+                name=str(resolved.adapter),
                 changeable=CHANGEABLE if planned else (),
             )
         saved = lora.absorbed
-        if saved.base_fingerprint is None and (planned or adapter is None):
+        if saved.base_fingerprint is None and (planned or resolved.lora is None):
             # A run writes one; its digits do not matter, their number does.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
-        train = TrainConfig(steps=1) if trained is None else trained.train
+        train = TrainConfig(steps=1) if settings is None else settings.train
         if self.optimizer is not None:
             train = dataclasses.replace(train, optimizer=self.optimizer)
-        report = parameter_report(
-            config,
-            lora,
-            quantization=quantization,
-            quantize_lm_head=quantize_lm_head,
-            dtype=dtype,
-            train=train,
-        )
+        report = parameter_report(config, lora, **held, train=train)
         return {
             "trainable_parameters": report.trainable_parameters,
             "groups": dict(report.groups),
@@ -109,24 +100,15 @@ class Inspect:
             "optimizer_bytes": report.optimizer_bytes,
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
-            "quantization": quantization or "none",
-            **({"lm_head": "nf4"} if quantize_lm_head else {}),
-            "dtype": dtype,
+            "quantization": held["quantization"] or "none",
+            **({"lm_head": "nf4"} if held["quantize_lm_head"] else {}),
+            "dtype": held["dtype"],
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
             "warnings": warnings(config, lora),
         }
-
-
-def _initial_adapter(run: RunConfig) -> Path | None:
-    """The adapter whose settings a run takes, if it starts from one."""
-    from convert.peft import peft_directory
-
-    if run.train.adapter_init is None:
-        return None
-    return peft_directory(Path(run.train.adapter_init))
 
 
 def main(args: Sequence[str]) -> int:
