@@ -36,7 +36,7 @@ from qlora_jax.lora.targets import (
     select,
 )
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.tree import EMBEDDING, HEAD, PROJECTIONS
 
 # Elements worked on in one go: small against a tensor, large enough for the products.
@@ -177,7 +177,7 @@ def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> 
     untie = tied and not _stay_equal(selection)
     flags = _needed_biases(config, selection, arrays)
     folded = dataclasses.replace(
-        change(config, lora.base_config_changes),
+        apply_changes(config, lora.base_config_changes),
         tie_word_embeddings=tied and not untie,
         **dict.fromkeys(flags, True),
     )

@@ -53,9 +53,13 @@ from convert.output import (
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models import config as config_changes
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config import (
+    CHANGES_FILE,
+    LlamaConfig,
+    changes_to_json,
+    read_changes,
+)
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"
@@ -157,12 +161,12 @@ def _open(
 
 def _config_changes(path: Path) -> str | None:
     """What the adapter was trained with instead of what its base's config.json has."""
-    file = path / config_changes.FILE
+    file = path / CHANGES_FILE
     if not file.is_file():
         return None
     changes = read_json(file)
-    config_changes.check_changes(changes, f"`{file}`")
-    return config_changes.as_text(changes)
+    read_changes(changes, f"`{file}`")
+    return changes_to_json(changes)
 
 
 def load_adapter(
@@ -549,7 +553,7 @@ def save_adapter(
         write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
         if lora_config.base_config_changes is not None:
             changes = json.loads(lora_config.base_config_changes)
-            write_json(new / config_changes.FILE, changes)
+            write_json(new / CHANGES_FILE, changes)
         for name, content in (beside or {}).items():
             if isinstance(content, str):
                 write_text(new / name, content)

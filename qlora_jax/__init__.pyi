@@ -1,70 +1,73 @@
+# The public names of `qlora_jax`, by chapter.
+
 # --- Models ---
-# --- Data ---
-from .data.batches import Batches as Batches
-from .data.batches import prefetch as prefetch
-from .data.config import DataConfig as DataConfig
-from .data.config import Source as Source
-from .data.examples import load_examples as load_examples
-
-# --- Errors ---
-from .errors import CheckpointError as CheckpointError
-from .errors import UserError as UserError
-
-# --- Use ---
-from .inference.compare import compare_logits as compare_logits
-from .inference.decode import generate_tokens as generate_tokens
+from .runs.loading import load as load
 from .inference.model import Model as Model
-
-# --- Adapters ---
-from .lora.combine import combine_adapters as combine_adapters
-from .lora.config import LoraConfig as LoraConfig
-from .lora.functional import bind as bind
-from .lora.init import absorb as absorb
-from .lora.init import factor_out as factor_out
-from .lora.init import init_adapters as init_adapters
-from .lora.multi import stack_adapters as stack_adapters
-from .lora.multi import with_rows as with_rows
-
-# --- Configuration, in the terms of HF and PEFT ---
-from .models.config import LlamaConfig as LlamaConfig
-
-# --- Layers for custom modules ---
-from .models.layers import Compute as Compute
-from .models.layers import Embed as Embed
-from .models.layers import Linear as Linear
-from .models.layers import RMSNorm as RMSNorm
-from .models.llama import MLP as MLP
-from .models.llama import Attention as Attention
 from .models.llama import Llama as Llama
 from .models.llama import add_parameters as add_parameters
 
-# --- Vocabulary ---
-from .models.vocabulary import add_tokens as add_tokens
-from .models.vocabulary import repair_rows as repair_rows
-from .models.vocabulary import report_untrained as report_untrained
-from .models.vocabulary import untrained_rows as untrained_rows
+# --- Layers for custom modules ---
+from .models.layers import Compute as Compute
+from .models.layers import Linear as Linear
+from .models.layers import Embed as Embed
+from .models.layers import RMSNorm as RMSNorm
+from .models.llama import Attention as Attention
+from .models.llama import MLP as MLP
 
-# --- Quantized weights ---
-from .nf4 import NF4Tensor as NF4Tensor
-from .nf4 import dequantize as dequantize
-from .nf4 import fingerprint_tree as fingerprint_tree
-from .nf4 import quantize as quantize
-from .planning.estimate import parameter_report as parameter_report
+# --- Configuration, in the terms of Hugging Face and PEFT ---
+from .models.config import LlamaConfig as LlamaConfig
+from .lora.config import LoraConfig as LoraConfig
+from .data.config import DataConfig as DataConfig
+from .data.config import Source as Source
+from .training.config import TrainConfig as TrainConfig
+from .runs.config import RunConfig as RunConfig
+from .runs.config import ModelConfig as ModelConfig
 from .runs.config import CheckpointConfig as CheckpointConfig
 from .runs.config import EvalConfig as EvalConfig
 from .runs.config import LogConfig as LogConfig
-from .runs.config import ModelConfig as ModelConfig
-from .runs.config import RunConfig as RunConfig
-from .runs.loading import load as load
+
+# --- Quantized weights ---
+from .nf4 import NF4Tensor as NF4Tensor
+from .nf4 import quantize as quantize
+from .nf4 import dequantize as dequantize
+from .nf4 import fingerprint_tree as fingerprint_tree
+
+# --- Adapters ---
+from .lora.init import init_adapters as init_adapters
+from .lora.functional import bind as bind
+from .lora.init import factor_out as factor_out
+from .lora.init import absorb as absorb
+from .lora.combine import combine_adapters as combine_adapters
+from .lora.multi import stack_adapters as stack_adapters
+from .lora.multi import with_rows as with_rows
+
+# --- Vocabulary ---
+from .models.vocabulary import untrained_rows as untrained_rows
+from .models.vocabulary import report_untrained as report_untrained
+from .models.vocabulary import repair_rows as repair_rows
+from .models.vocabulary import add_tokens as add_tokens
+
+# --- Data ---
+from .data.examples import load_examples as load_examples
+from .data.batches import Batches as Batches
+from .data.batches import prefetch as prefetch
 
 # --- Training ---
-from .runs.runner import run as run
-from .training.config import TrainConfig as TrainConfig
-from .training.loss import cross_entropy_sum as cross_entropy_sum
-from .training.optimizer import make_optimizer as make_optimizer
 from .training.step import TrainState as TrainState
-from .training.step import eval_step as eval_step
 from .training.step import init_state as init_state
+from .training.optimizer import make_optimizer as make_optimizer
 from .training.step import train_step as train_step
+from .training.step import eval_step as eval_step
+from .training.loss import cross_entropy_sum as cross_entropy_sum
+from .runs.runner import run as run
+
+# --- Use ---
+from .inference.decode import generate_tokens as generate_tokens
+from .planning.estimate import parameter_report as parameter_report
+from .inference.compare import compare_logits as compare_logits
+
+# --- Errors ---
+from .errors import UserError as UserError
+from .errors import CheckpointError as CheckpointError
 
 __version__: str

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 import jax
 
 from convert.output import write_text
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics

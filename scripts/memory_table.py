@@ -31,7 +31,7 @@ from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.plan import Planner, Policy, policies
 from qlora_jax.planning.step import Step
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 UNSLOTH = "https://unsloth.ai/blog/llama3-3 (10 December 2024)"
 # GpuSpec memory in GB -> longest row that Unsloth publishes, r=32, seven linear layers,

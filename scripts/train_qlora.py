@@ -33,7 +33,8 @@ from qlora_jax import (
     make_optimizer,
     train_step,
 )
-from qlora_jax.data import Batches, load_examples, prefetch
+from qlora_jax.data.batches import Batches, prefetch
+from qlora_jax.data.examples import load_examples
 from qlora_jax.models.layers import Compute
 
 # --- Options, with units ---

@@ -287,11 +287,11 @@ FACT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def fact_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory: a small story model that was taught a fact, in conversations."""
-    from qlora_jax.data import DataConfig
+    from qlora_jax.data.config import DataConfig
     from qlora_jax.lora.config import LoraConfig
     from qlora_jax.runs.config import LogConfig, ModelConfig, RunConfig
     from qlora_jax.runs.runner import run
-    from qlora_jax.training.step import TrainConfig
+    from qlora_jax.training.config import TrainConfig
 
     directory = tmp_path_factory.mktemp("fact")
     base = shutil.copytree(shared_data / "stories260K", directory / "base")

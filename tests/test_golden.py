@@ -21,15 +21,11 @@ from qlora_jax.models.attention import inverse_frequencies, rope_table
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Block, Llama
-from qlora_jax.training.step import (
-    TrainConfig,
-    eval_step,
-    init_state,
-    loss_sum,
-    make_optimizer,
-    schedule,
-    train_step,
-)
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import loss_sum
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.parameter_groups import schedule
+from qlora_jax.training.step import eval_step, init_state, train_step
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("optimized")]
 

@@ -161,12 +161,13 @@ def _flat(text: str) -> str:
 
 
 def python() -> str:
-    """Returns the public names by package, as mkdocstrings directives."""
+    """Returns the public names by package, functions first, for mkdocstrings."""
     import convert
     import qlora_jax
 
     chapters: dict[str, list[str]] = {package: [] for package in CHAPTERS}
-    for name in qlora_jax.__all__:  # pyright: ignore[reportAttributeAccessIssue]
+    names = qlora_jax.__all__  # pyright: ignore[reportAttributeAccessIssue]
+    for name in sorted(names, key=lambda name: (name[0].isupper(), name)):
         if name != "__version__":
             module = getattr(qlora_jax, name).__module__
             package = module.split(".")[1]

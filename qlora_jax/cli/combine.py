@@ -61,7 +61,9 @@ class Combine:
             names=[str(path) for path in self.adapters],
         )
         names = {
-            base_name_for_copy(one.base_model_name_or_path, place, self.output, self.base)
+            base_name_for_copy(
+                one.base_model_name_or_path, place, self.output, self.base
+            )
             for place, (one, _) in zip(sources, loaded, strict=True)
         }
         save_adapter(

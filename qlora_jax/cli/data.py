@@ -22,16 +22,13 @@ import tyro
 from qlora_jax.cli.data_page import render_data
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data import (
-    Batches,
-    DataConfig,
-    Examples,
-    Mixture,
-    data_notes,
-    load_examples,
-)
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.mixture import lay_out
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.mixture import Mixture, lay_out
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig

@@ -17,8 +17,11 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data import DataConfig, Examples, Mixture, eval_batches, load_examples
-from qlora_jax.data.config import name_of
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.config import DataConfig, name_of
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import UserError
 from qlora_jax.runs.overrides import option_keys
 

@@ -33,7 +33,7 @@ from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError, say
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec, find_gpu
@@ -287,7 +287,7 @@ class _Settings:
         )
         lora = command.lora
         if run is not None:
-            config = change(config, run.model.config_changes)
+            config = apply_changes(config, run.model.config_changes)
             lora = run.lora
         quantization = pick(
             command.quantization, lambda r: r.model.quantization, "nf4_dq"

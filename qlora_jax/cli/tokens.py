@@ -21,7 +21,8 @@ import tyro
 
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 _NO_DATA = "none"  # the special tokens and those of the chat template alone

@@ -108,13 +108,13 @@ def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Loaders of two adapters that share one base in memory."""
     from convert.peft import load_adapter
     from qlora_jax.inference.compare import load_exact
-    from qlora_jax.models.config import change
+    from qlora_jax.models.config import apply_changes
 
     model = load_exact(base)
 
     def with_adapter(path: Path) -> Any:
         lora, adapters = load_adapter(path, model.base)
-        config = change(model.config, lora.base_config_changes)
+        config = apply_changes(model.config, lora.base_config_changes)
         return dataclasses.replace(
             model, config=config, lora_config=lora, adapters=adapters
         )

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Using a model: generation, chat, comparison.
+
+model (`Model`) -> text (prompts, chat, streams) -> decode (the loop over tokens) ->
+sampling; identity and compare answer whether an adapter belongs to its base.
+"""

@@ -25,7 +25,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import _common_dtype
 from qlora_jax.inference.model import Model
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 
 PROBE_TOKENS = 128
@@ -176,7 +176,7 @@ def load_exact(
     lora = adapters = None
     if adapter is not None:
         lora, adapters = convert.load_adapter(adapter, base)
-        config = change(config, lora.base_config_changes)
+        config = apply_changes(config, lora.base_config_changes)
         adapters = jax.tree.map(jnp.asarray, adapters)
     return Model(
         config=config,

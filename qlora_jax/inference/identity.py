@@ -20,7 +20,7 @@ from convert.hf import cast
 from convert.peft import training_record
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models.config import FIELDS, LlamaConfig, restored
+from qlora_jax.models.config import CHANGEABLE_FIELDS, LlamaConfig, undo_changes
 from qlora_jax.models.params import is_projection
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
@@ -61,8 +61,8 @@ def describe_adapter(path: Path) -> str:
 
 def describe_context(config: LlamaConfig) -> str:
     """Returns what an adapter changes in its base's context length; "" for nothing."""
-    original = restored(config)
-    length, scaling = (getattr(config, name) for name in FIELDS)
+    original = undo_changes(config)
+    length, scaling = (getattr(config, name) for name in CHANGEABLE_FIELDS)
     changes = []
     if length != original.max_position_embeddings:
         changes.append(

@@ -47,7 +47,7 @@ from qlora_jax.inference.text import (
 )
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig, change, restored
+from qlora_jax.models.config import LlamaConfig, apply_changes, undo_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 
@@ -124,14 +124,16 @@ class Model:
           UserError: one that uses what is not supported.
         """
         if adapter is None:
-            config = restored(self.config)
+            config = undo_changes(self.config)
             bare = {"adapters": None, "lora_config": None, "adapter_path": None}
             return dataclasses.replace(self, config=config, **bare)
         directory = peft_directory(Path(adapter))
         lora_config, adapters = load_attached(
             directory, self.path, self.base, strict=strict
         )
-        config = change(restored(self.config), lora_config.base_config_changes)
+        config = apply_changes(
+            undo_changes(self.config), lora_config.base_config_changes
+        )
         return dataclasses.replace(
             self,
             config=config,

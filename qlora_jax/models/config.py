@@ -5,13 +5,13 @@ It raises at construction if the model does not compute what they ask for, so th
 nothing else has to check again. The file exists in two generations: transformers 4
 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both are read.
 
-Changes that a run makes to its base's config.json: a longer context.
+A run may change its base's config.json, for a longer context:
 
-    config = change(config, {"max_position_embeddings": 8192, "rope_scaling": {...}})
+    config = apply_changes(config, {"max_position_embeddings": 8192})
 
-A run has them as settings (`[model]`). The adapter is only correct with them, so they
-are saved in its directory, as fields of config.json, and apply wherever it is loaded or
-merged. A `LoraConfig` holds them as JSON, which is hashable and has one spelling.
+The changes are settings of the run (`[model]`). Its adapter is only correct with them,
+so they are saved in the adapter's directory and apply wherever it is loaded or merged.
+A `LoraConfig` holds them as JSON, which is hashable and has one spelling.
 """
 
 from __future__ import annotations
@@ -399,20 +399,20 @@ def read_rope_scaling(
     return RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
 
 
-FIELDS = ("max_position_embeddings", "rope_scaling")
+CHANGEABLE_FIELDS = ("max_position_embeddings", "rope_scaling")
 _SCALING = (
     *("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
 )
-FILE = "base_config.json"
+CHANGES_FILE = "base_config.json"
 """In an adapter's directory. (Some tools take a directory with a config.json for a
 model.)"""
 
 
-def change(
+def apply_changes(
     config: LlamaConfig, changes: Mapping[str, Any] | str | None, where: str = "config"
 ) -> LlamaConfig:
-    """Returns a configuration with these fields changed.
+    """Returns a configuration with the changed fields.
 
     Args:
       config: of the base.
@@ -428,11 +428,11 @@ def change(
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: this is not JSON: {error}.") from error
     return dataclasses.replace(
-        config, **check_changes({} if changes is None else changes, where)
+        config, **read_changes({} if changes is None else changes, where)
     )
 
 
-def check_changes(changes: Any, where: str) -> dict[str, Any]:
+def read_changes(changes: Any, where: str) -> dict[str, Any]:
     """Reads changes into the values that a `LlamaConfig` has.
 
     Raises:
@@ -440,9 +440,9 @@ def check_changes(changes: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(changes, Mapping):
         raise UserError(f"{where}: must be an object, got {changes!r:.80}.")
-    _check_names(changes, FIELDS, where)
+    _check_names(changes, CHANGEABLE_FIELDS, where)
     values: dict[str, Any] = {}
-    length, scaling = (changes.get(name) for name in FIELDS)
+    length, scaling = (changes.get(name) for name in CHANGEABLE_FIELDS)
     if length is not None:
         if type(length) is not int or not 0 < length < 1 << 31:
             raise UserError(
@@ -469,15 +469,21 @@ def _check_names(table: Mapping[str, Any], known: tuple, where: str) -> None:
         )
 
 
-def as_text(changes: Mapping[str, Any]) -> str | None:
+def changes_to_json(changes: Mapping[str, Any]) -> str | None:
     """Returns changes as a `LoraConfig` holds them; None if there are none."""
-    present = {name: changes[name] for name in FIELDS if changes.get(name) is not None}
+    present = {
+        name: changes[name]
+        for name in CHANGEABLE_FIELDS
+        if changes.get(name) is not None
+    }
     return json.dumps(present, sort_keys=True) if present else None
 
 
-def restored(config: LlamaConfig) -> LlamaConfig:
+def undo_changes(config: LlamaConfig) -> LlamaConfig:
     """Undoes the changes; returns the configuration of the base's config.json."""
     if not config.raw:
         return config
     base = LlamaConfig.from_hf(config.raw)
-    return dataclasses.replace(config, **{name: getattr(base, name) for name in FIELDS})
+    return dataclasses.replace(
+        config, **{name: getattr(base, name) for name in CHANGEABLE_FIELDS}
+    )

@@ -31,8 +31,7 @@ from qlora_jax.data.config import (
 )
 from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import FIELDS as CHANGEABLE_FIELDS
-from qlora_jax.models.config import check_changes
+from qlora_jax.models.config import CHANGEABLE_FIELDS, read_changes
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
 
@@ -74,7 +73,7 @@ class ModelConfig:
         if self.rope_scaling is not None:
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
-        check_changes(self.config_changes, "model")
+        read_changes(self.config_changes, "model")
 
     @property
     def config_changes(self) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """A run as a directory: its files, its settings, and the lock of the process in it.
 
-    RUN/config.toml       the settings of the run
-    RUN/metrics.jsonl     one object a step, and one an evaluation
-    RUN/samples.jsonl     texts generated during the run
-    RUN/checkpoints/      written by Orbax
-    RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
-    RUN/adapter_ema/      with `train.ema_decay`, its moving average
-    RUN/best_adapter/     the adapter with the best held-out loss
-    RUN/initial_adapter/  with pissa or olora, the part factored out of the base
-    RUN/loss.png          drawn from metrics.jsonl
-    RUN/started.json      data, sizes and versions, written before the first step
-    RUN/report.json       the same with the results, written when the run is complete
-    RUN/report.html       all of it as a page for a browser
+RUN/config.toml       the settings of the run
+RUN/metrics.jsonl     one object a step, and one an evaluation
+RUN/samples.jsonl     texts generated during the run
+RUN/checkpoints/      written by Orbax
+RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
+RUN/adapter_ema/      with `train.ema_decay`, its moving average
+RUN/best_adapter/     the adapter with the best held-out loss
+RUN/initial_adapter/  with pissa or olora, the part factored out of the base
+RUN/loss.png          drawn from metrics.jsonl
+RUN/started.json      data, sizes and versions, written before the first step
+RUN/report.json       the same with the results, written when the run is complete
+RUN/report.html       all of it as a page for a browser
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from convert.files import CHAT_TEMPLATE, read_json
 from convert.peft import CONFIG
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics

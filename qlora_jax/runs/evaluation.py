@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.tokenizer import end_tokens
-from qlora_jax.data import eval_batches
+from qlora_jax.data.batches import eval_batches
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.functional import bind
@@ -130,7 +130,9 @@ class Evaluation:
 
     def measures_at(self, step: int, steps: int) -> bool:
         """Returns whether the loss is measured after `step` of `steps` steps."""
-        return self.held_out is not None and self._is_due(step, steps, self.config.every)
+        return self.held_out is not None and self._is_due(
+            step, steps, self.config.every
+        )
 
     def samples_at(self, step: int, steps: int) -> bool:
         """Returns whether samples are generated after `step` of `steps` steps."""

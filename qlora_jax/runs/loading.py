@@ -31,7 +31,7 @@ from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Qua
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.model import Model, load_attached
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import change
+from qlora_jax.models.config import apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.models.params import check_weights
@@ -61,8 +61,7 @@ class Resolved:
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja file that the adapter's conversations were written with, if it has one.
-        """
+        """Jinja file that the adapter's conversations were written with, if it has one."""
         return chat_template_file(self.adapter)
 
     def base_options(
@@ -220,9 +219,7 @@ def base_name_for_copy(
     if directory is None:
         return name
     # Normalized: ".." leads nowhere from a directory that does not exist yet.
-    candidates = [
-        Path(os.path.normpath(p)) for p in base_candidates(output, name)[1:]
-    ]
+    candidates = [Path(os.path.normpath(p)) for p in base_candidates(output, name)[1:]]
     from_copy = _first_model(candidates)
     if from_copy is not None and from_copy.samefile(directory):
         return name
@@ -292,10 +289,8 @@ def load(
     drawn = set(config.extra_tensors) - set(stored.extra_tensors)
     lora = adapters = None
     if resolved.adapter is not None:
-        lora, adapters = load_attached(
-            resolved.adapter, directory, tree, strict=strict
-        )
-        config = change(config, lora.base_config_changes)
+        lora, adapters = load_attached(resolved.adapter, directory, tree, strict=strict)
+        config = apply_changes(config, lora.base_config_changes)
     check_weights(drawn, tree, lora, directory)
     tokenizer = load_tokenizer(directory)
     return Model(

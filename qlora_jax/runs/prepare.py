@@ -23,20 +23,15 @@ import jax
 
 import convert
 from convert.tokenizer import load_tokenizer
-from qlora_jax.data import (
-    Batches,
-    Examples,
-    Mixture,
-    data_notes,
-    data_size,
-    eval_batches,
-    load_examples,
-)
-from qlora_jax.data.batches import Batch
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.batches import Batch, Batches, eval_batches
+from qlora_jax.data.examples import data_size, load_examples
+from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.lora.init import check_start, continued, given_fields
 from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig, change
+from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.planning.estimate import warnings
@@ -122,7 +117,7 @@ def prepare(
             given = given_fields(config.lora) if given is None else given
             config, origin = _with_initial_adapter(config, given, abstract, resumed)
     with problems.collecting():
-        architecture = change(architecture, config.model.config_changes, "model")
+        architecture = apply_changes(architecture, config.model.config_changes, "model")
     if initial is None or origin is not None:
         with problems.collecting():
             trained = _trained(config, architecture, abstract)

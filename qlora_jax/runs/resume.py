@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data import DataConfig, Examples, Mixture
-from qlora_jax.data.config import PLACES
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.config import PLACES, DataConfig
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.checkpoint import (
@@ -20,7 +21,8 @@ from qlora_jax.runs.checkpoint import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
-from qlora_jax.training.step import TrainConfig, TrainState
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import TrainState
 
 # Fields of a LoraConfig that say where its base is found, and which it was.
 _OF_THE_BASE = (

@@ -45,12 +45,12 @@ from convert.checkpoint import open_checkpoint
 from convert.files import CHAT_TEMPLATE
 from convert.output import write_text
 from convert.peft import TRAINING
-from qlora_jax.data import Batches, prefetch
+from qlora_jax.data.batches import Batches, prefetch
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference.identity import base_form
 from qlora_jax.lora.init import absorb, factor_out, init_adapters
 from qlora_jax.lora.targets import Selection
-from qlora_jax.models.config import LlamaConfig, as_text
+from qlora_jax.models.config import LlamaConfig, changes_to_json
 from qlora_jax.models.llama import add_parameters
 from qlora_jax.models.params import check_weights, tree_bytes, tree_size
 from qlora_jax.models.sharding import place_base
@@ -207,7 +207,7 @@ class Loop:
             dataclasses.replace(
                 lora,
                 base_fingerprint=self.fingerprint,
-                base_config_changes=as_text(self.config.model.config_changes),
+                base_config_changes=changes_to_json(self.config.model.config_changes),
             ),
             adapters,
             self.architecture,

@@ -1,1 +1,4 @@
-"""TODO."""
+"""Training as pure functions: settings, losses, optimizer and one step.
+
+config -> loss -> objectives -> parameter_groups -> optimizer -> step
+"""

@@ -81,7 +81,7 @@ def cross_entropy_sum(
 
 
 def _losses(head: Callable, params: Any, hidden: Array, targets: Array) -> Array:
-    """Sum of one chunk's losses; hidden [B, c, D], targets [B, c]."""
+    """Sums the losses of one chunk; hidden [B, c, D], targets [B, c]."""
     return _loss_and_logit_gradient(head(params, hidden), targets)[0]
 
 
@@ -109,15 +109,19 @@ def _chunked(
 
 
 def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tuple:
-    """Loss and, chunk by chunk, its gradients; only trained head leaves get one."""
+    """Computes the loss and, chunk by chunk, its gradients.
+
+    Of the head only leaves that are differentiated (`perturbed`) get a gradient, so a
+    frozen head costs no [V, D] accumulator.
+    """
     leaves, tree = jax.tree.flatten(params)
     trained = [leaf.perturbed for leaf in leaves]
     leaves = [leaf.value for leaf in leaves]
     hidden, targets = hidden.value, targets.value
-    wanted = [leaf for leaf, t in zip(leaves, trained, strict=True) if t]
+    trained_leaves = [leaf for leaf, t in zip(leaves, trained, strict=True) if t]
 
-    def call(wanted: list, h: Array) -> Array:
-        some = iter(wanted)
+    def call(trained_leaves: list, h: Array) -> Array:
+        some = iter(trained_leaves)
         merged = [
             next(some) if t else leaf for leaf, t in zip(leaves, trained, strict=True)
         ]
@@ -126,13 +130,13 @@ def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tupl
     def step(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
         total, sums = carry
         h, y = chunk
-        logits, pullback = jax.vjp(call, wanted, h)
+        logits, pullback = jax.vjp(call, trained_leaves, h)
         loss, dlogits = _loss_and_logit_gradient(logits, y)
-        dwanted, dh = pullback(dlogits)
-        sums = [s + d.astype(jnp.float32) for s, d in zip(sums, dwanted, strict=True)]
+        dtrained, dh = pullback(dlogits)
+        sums = [s + d.astype(jnp.float32) for s, d in zip(sums, dtrained, strict=True)]
         return (total + loss, sums), dh
 
-    sums = [jnp.zeros(leaf.shape, jnp.float32) for leaf in wanted]
+    sums = [jnp.zeros(leaf.shape, jnp.float32) for leaf in trained_leaves]
     start = (jnp.zeros((), jnp.float32), sums)
     (total, sums), dhidden = jax.lax.scan(step, start, (hidden, targets))
     grads = iter(sums)

@@ -1,15 +1,15 @@
-"""Which trained arrays learn how fast: rates, decays and schedules.
+"""Learning rate, weight decay and schedule of each trained array.
 
     groups = optimizer_groups(train, selection)
 
-Every trained array has a peak rate, a decay and a schedule. They follow from the
-settings in this order: the first of `[[train.groups]]` that matches; LoRA+'s ratio, of
-lora_B; `embedding_learning_rate`, of embed_tokens and lm_head; the run's own.
+Settings apply in this order: the first of `[[train.groups]]` that matches; LoRA+'s
+ratio, for lora_B; `embedding_learning_rate`, for embed_tokens and lm_head; the rate of
+the run.
 
 Decoupled weight decay (arXiv:1711.05101) leaves out norms, biases and DoRA's
-magnitudes, unless a group asks for it. It pulls towards 0. For A and B that is no
-update, the base as it was; a norm's scale and a magnitude (arXiv:2402.09353) start from
-what the base has, and 0 would be no signal.
+magnitudes, unless a group sets it. Decay pulls towards 0. For A and B, 0 means the
+unchanged base; a norm's scale and a magnitude (arXiv:2402.09353) start from the values
+of the base, and 0 would mean no signal.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _NOT_DECAYED = ("bias", "lora_bias", "lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class Rule:
-    """How an array learns."""
+    """How an array is updated."""
 
     learning_rate: float
-    """Its peak."""
+    """At its peak."""
     weight_decay: float
     lr_scheduler: str
     warmup_steps: int
@@ -49,17 +49,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Group:
-    """The arrays that learn alike."""
+    """Arrays that share a rule."""
 
     name: str
     """The pattern of `[[train.groups]]`, "embeddings", "lora_B", "no decay" (where the
-    run decays its weights and not these) as far as they have a say, else "default"."""
+    run decays its weights but not these) where those apply, else "default"."""
     rule: Rule
     paths: tuple[Path, ...]
     parameters: int
 
     def report(self) -> dict[str, Any]:
-        """What report.json holds of it."""
+        """Returns the entry for report.json."""
         return {
             "name": self.name,
             "parameters": self.parameters,
@@ -67,7 +67,7 @@ class Group:
         }
 
     def __str__(self) -> str:
-        """A line for people."""
+        """Returns one line for a person."""
         rule = self.rule
         return (
             f"{self.name}: {self.parameters:,} parameters, learning rate "
@@ -77,10 +77,10 @@ class Group:
 
 
 def note_idle(groups: Sequence[Group]) -> str | None:
-    """Says what is in the adapter and will not learn: its learning rate is 0.
+    """Returns a note on arrays whose learning rate is 0; None if there are none.
 
-    That is allowed, of a part that is to stay as it is, and easily a slip. None if
-    there is none.
+    A rate of 0 is allowed, since a part may be meant to stay as it is, but it is also
+    an easy mistake.
     """
     idle = [group for group in groups if group.rule.learning_rate == 0]
     if not idle:
@@ -104,23 +104,23 @@ class _Trained(NamedTuple):
 
     path: Path
     names: tuple[str, ...]
-    """Its parameter in each layer that is trained, as PEFT spells it."""
+    """PEFT's parameter name in each trained layer."""
     parameters: int
 
 
 def optimizer_groups(
     config: TrainConfig, trained: Selection | Mapping[str, Any]
 ) -> tuple[Group, ...]:
-    """Says which arrays learn at which rate.
+    """Groups the trained arrays by their rule.
 
     Args:
       config: optimizer settings.
-      trained: what is trained: the selection, or the tree of its arrays or shapes,
-        whose layers are then all taken for trained.
+      trained: the selection, or the tree of its arrays or shapes, whose layers then
+        all count as trained.
 
     Raises:
-      UserError: settings that concern nothing that is trained, or a group that would
-        divide an array; all of them.
+      UserError: all settings that apply to nothing that is trained, and groups that
+        would divide an array.
     """
     arrays = _arrays(trained)
     problems: list[str] = []
@@ -163,10 +163,10 @@ def optimizer_groups(
         Group(
             name=name,
             rule=rule,
-            paths=tuple(array.path for array in found),
-            parameters=sum(array.parameters for array in found),
+            paths=tuple(array.path for array in arrays),
+            parameters=sum(array.parameters for array in arrays),
         )
-        for (name, rule), found in members.items()
+        for (name, rule), arrays in members.items()
     )
 
 
@@ -201,17 +201,17 @@ def _arrays(trained: Selection | Mapping[str, Any]) -> list[_Trained]:
 
 
 def _choice(config: TrainConfig, array: _Trained, problems: list[str]) -> int | None:
-    """The number of the group that an array belongs to."""
+    """Returns the index of the group that an array belongs to."""
 
     def first(name: str) -> int | None:
         hits = (i for i, g in enumerate(config.groups) if re.search(g.match, name))
         return next(hits, None)
 
     groups = {name: first(name) for name in array.names}
-    found = set(groups.values())
-    if len(found) <= 1:
-        return found.pop() if found else None
-    number = min(i for i in found if i is not None)
+    indices = set(groups.values())
+    if len(indices) <= 1:
+        return indices.pop() if indices else None
+    number = min(i for i in indices if i is not None)
     inside = [name for name, i in groups.items() if i == number]
     outside = [name for name, i in groups.items() if i != number]
     problems.append(
@@ -224,7 +224,7 @@ def _choice(config: TrainConfig, array: _Trained, problems: list[str]) -> int | 
 
 
 def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rule]:
-    """Name and settings of an array that group `choice` has."""
+    """Returns the group name and the rule of an array in group `choice`."""
     group = None if choice is None else config.groups[choice]
     words = [] if group is None else [group.match]
     rate, decay = config.learning_rate, config.weight_decay
@@ -256,11 +256,11 @@ def _is_decayed(path: Path) -> bool:
 
 
 def _near(pattern: str, names: list[str]) -> str:
-    """Names that are spelled like a pattern; where none is, what there is."""
+    """Returns names spelled like a pattern, or examples of names if none is close."""
     plain = re.sub(r"\\d[+*]?|\d+", "0", pattern)
     plain = re.sub(r"[\\^$()*+?|\[\]]", "", plain)
     first = {re.sub(r"\d+", "0", name): name for name in reversed(names)}
-    # A pattern is a part of a name more often than a whole one.
+    # A pattern more often matches a part of a name than all of it.
     parts = {
         ".".join(name.split(".")[start:stop]): name
         for name in first

@@ -48,7 +48,9 @@ from qlora_jax.nf4 import NF4Tensor, quantize
 from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.planning.gpus import give_back_freed_memory
 from qlora_jax.runs.resume import versions
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state, train_step
 from scripts.bench.measuring import run_bench, run_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from convert.tokenizer import load_tokenizer
-from qlora_jax.data import Batches, DataConfig, load_examples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 from qlora_jax.data.mixture import pack
 
 

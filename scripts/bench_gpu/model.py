@@ -61,7 +61,8 @@ from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.runs.compiled_step import fit
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.resume import versions
-from qlora_jax.training.step import TrainConfig, init_state
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import init_state
 from scripts.bench_gpu.worker import ROOT
 
 # Device -> bytes/s that a large copy reaches, read and written.

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.cli.data import RESET, SUPERVISED, DataView, marked, pieces
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 pytestmark = pytest.mark.real

@@ -5,7 +5,7 @@ import pytest
 from qlora_jax.cli.eval import Eval
 from qlora_jax.cli.main import main
 from qlora_jax.cli.output import print_report
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.config import DataConfig, Source
 
 
 @pytest.mark.parametrize("packing", [False, True])

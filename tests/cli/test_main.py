@@ -85,7 +85,7 @@ def test_help_says_what_there_is(cli):
         assert status == 0 and "--help" in text
     assert cli()[0] == 2
     status, _, err = cli("tain")
-    assert status == 2 and "no command 'tain'. Did you mean 'train'?" in err
+    assert status == 2 and "no command 'tain'. Did you mean `train`?" in err
 
 
 @pytest.mark.parametrize(
@@ -362,14 +362,14 @@ def test_settings_given_beside_an_adapter(cli, settings, tmp_path, adapter):
 def test_the_help_says_whose_settings_hold(cli):
     status, text, _ = cli("train", "--help")
     text = " ".join(text.replace("│", " ").split())
-    assert status == 0 and "`[lora]` is then the adapter's own" in text
+    assert status == 0 and "Its configuration replaces `[lora]`" in text
 
 
 def test_the_help_has_whole_sentences_and_nothing_that_only_we_set(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     # Each is in two lines of the source.
     sentences = {
-        "train": "       auto = the fastest that fits the device. (default: full) ",
+        "train": " auto = the fastest policy that fits the device. (default: full) ",
         "inspect": " win; or an adapter or run directory, whose own LoRA ",
     }
     for command, sentence in sentences.items():

@@ -65,4 +65,4 @@ def test_a_mistyped_command_gets_the_nearest_one(capsys):
     assert dispatch(QLORA_CONVERT, ["mrege"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("qlora-convert: no command 'mrege'. Did you")
-    assert "mean 'merge'?\n\nusage: qlora-convert COMMAND" in err
+    assert "mean `merge`?\n\nusage: qlora-convert COMMAND" in err

@@ -130,7 +130,7 @@ def _training(python: str, wanted: dict[str, Any], _: Path) -> Program:
     from qlora_jax.planning.compile import compile_for
     from qlora_jax.planning.gpus import CARDS
     from qlora_jax.planning.step import Step
-    from qlora_jax.training.step import TrainConfig
+    from qlora_jax.training.config import TrainConfig
 
     lora = {"target_modules": "all-linear", **wanted["lora"]}
     step = Step(

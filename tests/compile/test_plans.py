@@ -16,7 +16,7 @@ from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.plan import LADDER, Planner, granule
 from qlora_jax.planning.step import Step
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.compile
 

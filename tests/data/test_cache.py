@@ -15,8 +15,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.data import Batches, DataConfig, Source, examples, load_examples
+from qlora_jax.data import examples
 from qlora_jax.data.arrays import MappedExamples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig, Source
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,7 +291,9 @@ _MEASURE = """
 import json, re, sys
 import numpy as np
 from transformers import PreTrainedTokenizerFast
-from qlora_jax.data import Batches, DataConfig, load_examples
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

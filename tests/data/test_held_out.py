@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data import DataConfig, Mixture, Source, hold_out, load_examples
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.held_out import content_keys
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.held_out import content_keys, hold_out
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import UserError
 
 

@@ -8,10 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from qlora_jax.data import Batches, DataConfig, Mixture, Source, load_examples
-from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.batches import Batches, eval_batches
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.mixture import Interleaving
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.mixture import Interleaving, Mixture
 from qlora_jax.errors import UserError
 
 # Ids of a source begin with its own thousand, so that a token tells where it is from.

@@ -279,7 +279,7 @@ def test_a_damaged_tokenizer_is_named(shared_data, tmp_path):
 def test_loading_a_tokenizer_says_nothing(shared_data):
     """transformers remarks at import that PyTorch is missing; loggers stay as set."""
     program = (
-        "import logging, sys; from qlora_jax.inference.model import load_tokenizer; "
+        "import logging, sys; from convert.tokenizer import load_tokenizer; "
         "load_tokenizer(sys.argv[1]); assert logging.root.manager.disable == 0; "
         "logging.getLogger('mine').warning('heard')"
     )

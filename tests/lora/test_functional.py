@@ -26,7 +26,7 @@ from qlora_jax.lora.targets import select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.training.step import loss_sum
+from qlora_jax.training.objectives import loss_sum
 from qlora_jax.tree import PROJECTIONS
 
 # --- delta ---

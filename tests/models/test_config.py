@@ -35,7 +35,7 @@ def test_absent_fields_have_the_defaults_of_transformers():
     assert config.eos_token_ids == () and config.quantization_config is None
 
 
-def test_what_the_file_says_wins():
+def test_fields_of_the_file_win_over_defaults():
     config = LlamaConfig.from_hf(
         {
             **TINY,
@@ -66,7 +66,7 @@ def test_no_rope_scaling_in_any_spelling(absent):
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "linear", "factor": 2.0}])
-def test_both_generations_of_rope_fields_say_the_same(scaling):
+def test_both_generations_of_rope_fields_read_equal(scaling):
     four = {**TINY, "rope_theta": 5e5, "rope_scaling": scaling}
     old_name = {k: v for k, v in scaling.items() if k != "rope_type"}
     older = {
@@ -81,7 +81,7 @@ def test_both_generations_of_rope_fields_say_the_same(scaling):
     assert configs[0].rope_theta == 5e5
 
 
-def test_it_is_hashable_and_raw_takes_no_part():
+def test_a_config_is_hashable_and_raw_is_not_compared():
     one = LlamaConfig.from_hf({**TINY, "comment": "a"})
     two = LlamaConfig.from_hf({**TINY, "comment": "b"})
     assert one == two and hash(one) == hash(two)
@@ -101,7 +101,7 @@ def test_it_is_hashable_and_raw_takes_no_part():
         {"eos_token_id": [1, 2], "tie_word_embeddings": True, "torch_dtype": "float16"},
     ],
 )
-def test_writing_and_reading_changes_nothing(extra):
+def test_a_written_config_reads_back_equal(extra):
     raw = {**TINY, **extra, "transformers_version": "4.0", "unknown": [1, {"a": None}]}
     config = LlamaConfig.from_hf(raw)
     written = config.to_hf()
@@ -172,7 +172,7 @@ def test_a_missing_field_is_named(field):
         ),
     ],
 )
-def test_what_is_not_computed_is_refused(change, message):
+def test_features_that_are_not_computed_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         LlamaConfig.from_hf({**TINY, **change})
 
@@ -222,12 +222,12 @@ def test_rope_factors_are_positive_numbers(factor):
         RopeScaling("linear", factor)
 
 
-# --- Tensors of modules of one's own ---
+# --- Tensors of custom modules ---
 
 GATE = "model.layers.self_attn.gate.weight"
 
 
-def test_tensors_of_ones_own_are_kept_through_the_file():
+def test_tensors_of_custom_modules_are_written_and_read():
     raw = {**TINY, "extra_tensors": {GATE: [4, 64], "model.scale": []}}
     config = LlamaConfig.from_hf(raw)
     assert dict(config.extra_tensors) == {GATE: (4, 64), "model.scale": ()}
@@ -253,7 +253,7 @@ def test_tensors_of_ones_own_are_kept_through_the_file():
         {"": [1]},
     ],
 )
-def test_tensors_of_ones_own_have_names_and_shapes(table):
+def test_tensors_of_custom_modules_have_names_and_shapes(table):
     with pytest.raises(UserError, match="`extra_tensors` must map dotted names to sha"):
         LlamaConfig.from_hf({**TINY, "extra_tensors": table})
 

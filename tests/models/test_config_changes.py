@@ -1,4 +1,4 @@
-"""What a run changes in its base's config.json, and where it goes from there."""
+"""Changes that a run makes to its base's config.json follow its adapter."""
 
 import dataclasses
 import json
@@ -9,12 +9,12 @@ import convert
 from convert.peft import open_adapter
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import (
-    FILE,
+    CHANGES_FILE,
     LlamaConfig,
     RopeScaling,
-    as_text,
-    change,
-    restored,
+    apply_changes,
+    changes_to_json,
+    undo_changes,
 )
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.loading import load
@@ -32,20 +32,22 @@ LLAMA3 = {
 
 def test_fields_are_changed_and_restored(tiny):
     config = LlamaConfig.from_hf(tiny)
-    changed = change(config, {"max_position_embeddings": 64, "rope_scaling": LLAMA3})
+    changed = apply_changes(
+        config, {"max_position_embeddings": 64, "rope_scaling": LLAMA3}
+    )
     assert changed.max_position_embeddings == 64
     assert changed.rope_scaling == RopeScaling(**LLAMA3)
     written = changed.to_hf()
     assert written["rope_scaling"] == LLAMA3
     assert LlamaConfig.from_hf(written) == changed
-    assert restored(changed) == config
-    assert change(changed, {"rope_scaling": {"rope_type": "default"}}) == (
+    assert undo_changes(changed) == config
+    assert apply_changes(changed, {"rope_scaling": {"rope_type": "default"}}) == (
         dataclasses.replace(config, max_position_embeddings=64)
     )
-    assert change(config, None) == change(config, {}) == config
-    text = as_text({"rope_scaling": LINEAR})
-    assert change(config, text).rope_scaling == RopeScaling("linear", 2.0)
-    assert as_text({"rope_scaling": None}) is None
+    assert apply_changes(config, None) == apply_changes(config, {}) == config
+    text = changes_to_json({"rope_scaling": LINEAR})
+    assert apply_changes(config, text).rope_scaling == RopeScaling("linear", 2.0)
+    assert changes_to_json({"rope_scaling": None}) is None
 
 
 @pytest.mark.parametrize(
@@ -82,12 +84,12 @@ def test_fields_are_changed_and_restored(tiny):
         ("[]", r"model: must be an object, got \[\]"),
     ],
 )
-def test_what_cannot_be_changed_is_refused(tiny, changes, message):
+def test_changes_that_are_not_supported_are_refused(tiny, changes, message):
     with pytest.raises(UserError, match=message):
-        change(LlamaConfig.from_hf(tiny), changes, "model")
+        apply_changes(LlamaConfig.from_hf(tiny), changes, "model")
 
 
-def test_settings_are_checked_where_they_are_given():
+def test_the_settings_of_a_run_are_checked_at_construction():
     with pytest.raises(UserError, match="model: rope type 'dynamic' is not supported"):
         ModelConfig("base", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UserError, match="must be a positive integer, got -1"):
@@ -100,7 +102,7 @@ def test_settings_are_checked_where_they_are_given():
     assert ModelConfig("base").config_changes == {}
 
 
-def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
+def test_changes_are_saved_with_an_adapter_and_apply_wherever_it_is_used(
     tiny, tiny_model, make_adapter, tmp_path
 ):
     plain = make_adapter(tiny)
@@ -108,18 +110,18 @@ def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
     lora, adapters = convert.load_adapter(plain, config)
     assert lora.base_config_changes is None
     changes = {"max_position_embeddings": 64, "rope_scaling": LINEAR}
-    longer = dataclasses.replace(lora, base_config_changes=as_text(changes))
+    longer = dataclasses.replace(lora, base_config_changes=changes_to_json(changes))
     place = tmp_path / "longer"
     convert.save_adapter(place, longer, adapters, config)
-    assert json.loads((place / FILE).read_text()) == changes
+    assert json.loads((place / CHANGES_FILE).read_text()) == changes
     assert "base_config_changes" not in (place / "adapter_config.json").read_text()
     assert open_adapter(place)[0] == longer
     convert.save_adapter(place, lora, adapters, config, overwrite=True)
-    assert not (place / FILE).exists()
+    assert not (place / CHANGES_FILE).exists()
     convert.save_adapter(place, longer, adapters, config, overwrite=True)
 
     model = load(tiny_model, adapter=place, dtype="float32", quantization="none")
-    assert model.config == change(config, changes)
+    assert model.config == apply_changes(config, changes)
     assert model.description.endswith(
         f"adapter `{place}`; context 64 tokens (the base's own: 32); positions scaled "
         "by 2 (linear)."
@@ -150,12 +152,12 @@ def test_they_lie_beside_an_adapter_and_hold_wherever_it_goes(
     assert report["config_changes"]["rope_scaling"] == [None, LINEAR]
     assert report["config_changes"]["max_position_embeddings"] == [32, 64]
 
-    (place / FILE).write_text('{"rope_scaling": {"rope_type": "dynamic"}}')
+    (place / CHANGES_FILE).write_text('{"rope_scaling": {"rope_type": "dynamic"}}')
     with pytest.raises(UserError, match=r"base_config.json`: rope type 'dynamic'"):
         open_adapter(place)
 
 
-def test_rows_beyond_the_models_length_are_said(tiny, capsys):
+def test_rows_longer_than_the_context_are_reported(tiny, capsys):
     config = LlamaConfig.from_hf(tiny)
     _note_length(config, 32)
     assert not capsys.readouterr().err
@@ -163,5 +165,5 @@ def test_rows_beyond_the_models_length_are_said(tiny, capsys):
     said = capsys.readouterr().err
     assert "the longest example has 33 tokens, and this model is meant for 32" in said
     assert "without scaled positions" in said
-    _note_length(change(config, {"rope_scaling": LINEAR}), 33)
+    _note_length(apply_changes(config, {"rope_scaling": LINEAR}), 33)
     assert "with positions scaled by 2 (linear)" in capsys.readouterr().err

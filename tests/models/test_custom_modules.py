@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
@@ -22,7 +22,9 @@ from qlora_jax.planning.estimate import parameter_report
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.runner import run
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state, train_step
 
 TOKENS = jnp.asarray([[3, 5, 7, 9, 11, 2, 4, 6]], jnp.int32)
 GATE = "model.layers.self_attn.gate_attn.weight"

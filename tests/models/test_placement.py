@@ -18,7 +18,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.sharding import place_base
-from qlora_jax.training.step import loss_sum
+from qlora_jax.training.objectives import loss_sum
 
 CONFIG = LlamaConfig(
     vocab_size=61,

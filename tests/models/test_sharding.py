@@ -8,7 +8,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
 from qlora_jax.planning.step import Step, abstract_arguments
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD
 
 SIZES = {

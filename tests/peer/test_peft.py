@@ -22,7 +22,9 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer, train_step
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state, train_step
 
 pytestmark = [
     pytest.mark.peer,

@@ -18,7 +18,8 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import tree_bytes, tree_size
 from qlora_jax.planning.estimate import abstract_base, parameter_report, warnings
-from qlora_jax.training.step import TrainConfig, make_optimizer
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
 
 
 def config_of(shared_data, name):

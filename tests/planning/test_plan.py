@@ -12,7 +12,7 @@ from qlora_jax.planning import estimate
 from qlora_jax.planning.gpus import ALLOWANCE, CARDS, find_gpu
 from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, granule, policies
 from qlora_jax.planning.step import Step
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 LORA = LoraConfig(r=32)
 CONFIG = LlamaConfig.from_hf(MODELS["8b"].hf_config)

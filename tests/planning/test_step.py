@@ -17,7 +17,7 @@ from qlora_jax.planning.step import (
     lower,
     split_temporaries,
 )
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
 
 SIZES = {

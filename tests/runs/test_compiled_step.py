@@ -23,7 +23,7 @@ from qlora_jax.planning.gpus import (
 from qlora_jax.runs import compiled_step as fits
 from qlora_jax.runs.config import EvalConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.runner import run
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module", name="make")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.directory import kept_settings, run_of, run_settings, template_text
 from qlora_jax.runs.loading import quantizes_lm_head, resolve_auto
 from qlora_jax.runs.toml import to_toml
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 MESSAGES = {"path": "rows.jsonl", "format": "messages"}
 

@@ -12,7 +12,8 @@ import pytest
 
 import convert
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig, load_examples
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
@@ -37,7 +38,8 @@ from qlora_jax.runs.evaluation import (
 from qlora_jax.runs.metrics import Watch, read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.step import TrainConfig, jit_eval
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.step import jit_eval
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 24
@@ -200,7 +202,7 @@ def test_a_file_is_read_as_the_data_is_unless_told():
     assert same == dataclasses.replace(data, path="held.jsonl", split=None)
     text = EvalConfig(path="held.txt", format="text").data_config(data)
     assert (text.format, text.prompt) == ("text", None)
-    with pytest.raises(UserError, match=r"with what `\[data\]` says: .*text"):
+    with pytest.raises(UserError, match=r"with the settings of \[data\]: .*text"):
         EvalConfig(path="x", text="{t}").data_config(data)
 
 
@@ -436,7 +438,7 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
         assert len(row["text"].split()) == 4
         assert row["prompt"] + row["text"] in said
     # The last sample is what the saved adapter writes.
-    monkeypatch.setattr("convert.tokenizer.load_tokenizer", lambda path: Words())
+    monkeypatch.setattr("qlora_jax.runs.loading.load_tokenizer", lambda path: Words())
     capsys.readouterr()
     args = ["generate", str(tmp_path / "run"), "--prompt", "7 8"]
     assert main([*args, "--max-new-tokens", "4"]) == 0

@@ -35,7 +35,8 @@ from qlora_jax.runs.metrics import (
     read_samples,
     work_of,
 )
-from qlora_jax.training.step import TrainConfig, schedule
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.parameter_groups import schedule
 
 CONFIG = TrainConfig(steps=6, learning_rate=0.5, warmup_steps=2)
 

@@ -30,7 +30,9 @@ from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.runner import run, tree_parameters
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.step import TrainConfig, init_state, make_optimizer
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state
 
 STEPS = 20
 # Packed rows, two micro-batches, dropout, shuffled; 24 rows make about 6 packed ones,

@@ -16,7 +16,7 @@ import pytest
 import convert
 from convert.peft import adapter_bytes, open_adapter
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.cli.main import main
-from qlora_jax.data import DataConfig, Source, load_examples
+from qlora_jax.data.config import DataConfig, Source
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs import prepare as prepared
@@ -23,7 +24,7 @@ from qlora_jax.runs.config import (
 )
 from qlora_jax.runs.directory import alone
 from qlora_jax.runs.metrics import Watch
-from qlora_jax.training.step import TrainConfig
+from qlora_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7

@@ -1,4 +1,4 @@
-"""Run files: strict in, complete out, and the same when read again."""
+"""Run files are read strictly, written completely, and read back equal."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ def read(tmp_path, text) -> RunConfig:
     return read_config(tmp_path / "run.toml")
 
 
-def test_what_is_left_out_has_its_default(tmp_path):
+def test_a_missing_setting_has_its_default(tmp_path):
     config = read(tmp_path, SMALLEST)
     assert config == RunConfig(
         model=ModelConfig("base"),
@@ -36,7 +36,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
     )
 
 
-def test_values_are_taken_as_they_are(tmp_path):
+def test_values_have_the_types_of_their_fields(tmp_path):
     config = read(
         tmp_path,
         'output_dir = "out"\n'
@@ -51,7 +51,7 @@ def test_values_are_taken_as_they_are(tmp_path):
     assert config.log.plot is False and config.output_dir == "out"
 
 
-def test_the_words_of_peft(tmp_path):
+def test_features_of_peft_are_skipped_if_off_and_refused_if_on(tmp_path):
     lora = "[lora]\ninit_lora_weights = true\ntask_type = 'CAUSAL_LM'\n"
     lora += "fan_in_fan_out = false\nlayer_replication = []\n"
     assert read(tmp_path, SMALLEST + lora).lora == LoraConfig()
@@ -66,7 +66,7 @@ def test_the_words_of_peft(tmp_path):
         read(tmp_path, f"{SMALLEST}[lora]\ntask_type = 'SEQ_CLS'")
 
 
-ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
+ODD = 'a "quoted" \\ path\twith\r\nodd\x7f näme """ \U0001f600\n'
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,14 @@ ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
                 adapter_init="a",
                 adam_epsilon=1e-12,
             ),
-            lora=LoraConfig(r=3, lora_alpha=0.5, target_modules=r".*\.(q|k)_proj"),
+            lora=LoraConfig(
+                r=3,
+                lora_alpha=0.5,
+                target_modules=r".*\.(q|k)_proj",
+                rank_pattern={r"x\d+\.q_proj": 4, "it's": 1, 'say "x"': 2},
+                alpha_pattern={"q_proj": 0.5},
+                trainable_token_indices={"embed_tokens": (1, 2)},
+            ),
             checkpoint=CheckpointConfig(every=7, keep=3),
             log=LogConfig(every=1, plot=False),
             output_dir="läufe/1",
@@ -98,7 +105,7 @@ ODD = 'a "quoted" \\ path\twith\nodd\x7f näme \U0001f600'
     ],
     ids=["defaults", "everything"],
 )
-def test_written_and_read_again_it_is_the_same(tmp_path, config):
+def test_a_written_file_reads_back_equal(tmp_path, config):
     assert read(tmp_path, to_toml(config)) == config
     # Nothing is left to a default that a later version may change.
     for section in dataclasses.asdict(config).values():
@@ -106,7 +113,7 @@ def test_written_and_read_again_it_is_the_same(tmp_path, config):
             assert value is None or f"\n{name} = " in to_toml(config)
 
 
-def test_tables_of_train_and_model(tmp_path, repository):
+def test_the_run_file_of_the_docs_reads_back_equal(tmp_path, repository):
     """The run file of docs/training.md, read and written."""
     text = (repository / "docs" / "training.md").read_text()
     (block,) = re.findall(r"^```toml\n(.*?)^```", text, re.S | re.M)
@@ -173,7 +180,7 @@ def test_tables_of_train_and_model(tmp_path, repository):
         (SMALLEST + "[log]\nevery = 0", "log: `every` must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(tmp_path, text, message):
+def test_a_problem_is_named_by_its_key(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
 

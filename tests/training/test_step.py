@@ -16,20 +16,16 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.training.config import ParameterGroup
-from qlora_jax.training.step import (
-    TrainConfig,
-    TrainState,
+from qlora_jax.training.config import ParameterGroup, TrainConfig
+from qlora_jax.training.objectives import (
     embedding_noise,
-    eval_step,
     head_variables,
-    init_state,
     loss_sum,
-    make_optimizer,
-    schedule,
     text_lengths,
-    train_step,
 )
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.parameter_groups import schedule
+from qlora_jax.training.step import TrainState, eval_step, init_state, train_step
 
 CONFIG = LlamaConfig(
     vocab_size=61,

@@ -1,0 +1,161 @@
+"""What a training step minimizes.
+
+An objective is a pair of pure functions: the summed loss of a micro-batch, and the
+number of terms in that sum. The step adds both up over the accumulation window and
+divides once, so accumulated micro-batches and one large batch have the same gradient.
+
+    train_step(..., objective=NEXT_TOKEN)     the loss of language modelling, the default
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
+
+from qlora_jax import nf4
+from qlora_jax.data.encoding import IGNORE
+from qlora_jax.lora.functional import bind
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.sharding import gathered, on_device
+from qlora_jax.nf4 import NF4Tensor
+from qlora_jax.training.loss import cross_entropy_sum, supervised_tokens
+
+Batch = Mapping[str, Array]
+
+
+class Objective(NamedTuple):
+    """A loss, as a sum and the number of terms it is divided by."""
+
+    loss_sum: Callable[..., Float32[Array, ""]]
+    """(adapters, base, batch, *, model, key, noise) -> summed loss of a micro-batch."""
+    count: Callable[[Batch], Int[Array, ""]]
+    """batch -> number of terms, over all micro-batches [A, B, T] or one [B, T]."""
+
+
+def loss_sum(
+    adapters: Any,
+    base: Any,
+    batch: Batch,
+    *,
+    model: Llama,
+    key: Array | None = None,
+    noise: Float32[Array, "B T D"] | None = None,
+) -> Float32[Array, ""]:
+    """Sums the loss over the supervised tokens of one micro-batch.
+
+    Args:
+      adapters: trained tree; already bound if `model.compute.lora` is None.
+      base: frozen tree.
+      batch: tokens, labels [B, T] and optionally positions, segment_ids,
+        attention_mask [B, T].
+      model: the architecture.
+      key: PRNG key for dropout; None = no dropout.
+      noise: added to the embeddings; None = none.
+    """
+    lora = model.compute.lora
+    bound = adapters if lora is None else bind(adapters, base, lora)
+    variables = model.compute.place({"params": base, "lora": bound})
+    hidden: Any = model.apply(
+        variables,
+        batch["tokens"],
+        attention_mask=batch.get("attention_mask"),
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+        noise=noise,
+        rngs=None if key is None else {"dropout": key},
+        method="hidden_states",
+    )
+    return cross_entropy_sum(
+        partial(_apply_head, model),
+        _dequantized(head_variables(variables, model), model.compute.dtype),
+        hidden,
+        batch["labels"],
+        vocab_size=model.config.vocab_size,
+    )
+
+
+def embedding_noise(
+    batch: Batch, key: Array, *, alpha: float, features: int
+) -> Float32[Array, "B T D"]:
+    """Draws NEFTune's noise (arXiv:2310.05914): uniform in +-alpha / sqrt(N D).
+
+    N is the length of the document a token belongs to: in a packed row the length of
+    that document, as if each had a row to itself; otherwise the tokens that
+    `attention_mask` keeps, or without a mask the row up to its last supervised token.
+    Later tokens, padding above all, change no loss.
+
+    Args:
+      batch: labels [B, T] and optionally segment_ids or attention_mask [B, T].
+      key: PRNG key.
+      alpha: `neftune_noise_alpha`.
+      features: D.
+    """
+    length = text_lengths(batch).astype(jnp.float32)
+    size = alpha / jnp.sqrt(length * features)
+    shape = (*batch["labels"].shape, features)
+    drawn = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
+    return drawn * size[..., None]
+
+
+def text_lengths(batch: Batch) -> Int[Array, "B T"]:
+    """Returns the length of the document each token belongs to, at least 1 token."""
+    labels = batch["labels"]
+    rows, length = labels.shape
+    if batch.get("segment_ids") is not None:
+        segments = batch["segment_ids"]
+        counts = jax.vmap(partial(jnp.bincount, length=length + 1))(segments)
+        text_length = jnp.take_along_axis(counts, segments, axis=1)
+    elif batch.get("attention_mask") is not None:
+        text_length = (
+            batch["attention_mask"].astype(jnp.int32).sum(axis=1, keepdims=True)
+        )
+    else:
+        positions = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
+        text_length = jnp.where(labels != IGNORE, positions, 0).max(
+            axis=1, keepdims=True
+        )
+    return jnp.maximum(jnp.broadcast_to(text_length, (rows, length)), 1).astype(
+        jnp.int32
+    )
+
+
+def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]:
+    """Returns the part of the variables that the output head reads."""
+    selected: dict[str, Any] = {}
+    for collection, tree in variables.items():
+        selected[collection] = {k: tree[k] for k in ("lm_head",) if k in tree}
+    if model.config.tie_word_embeddings:
+        table = variables["params"]["model"]["embed_tokens"]
+        selected["params"]["model"] = {"embed_tokens": table}
+    return selected
+
+
+def _dequantized(variables: Any, dtype: str) -> Any:
+    """Dequantizes the head once, not again for every chunk of tokens."""
+
+    def dense(leaf: Any) -> Any:
+        return nf4.dequantize(leaf, dtype) if isinstance(leaf, NF4Tensor) else leaf
+
+    return jax.tree.map(
+        dense,
+        gathered(on_device(variables)),
+        is_leaf=lambda leaf: isinstance(leaf, NF4Tensor),
+    )
+
+
+def _apply_head(model: Llama, variables: Any, hidden: Array) -> Array:
+    logits: Any = model.apply(variables, hidden, method="head")
+    return logits
+
+
+def _count_supervised(batch: Batch) -> Int[Array, ""]:
+    return supervised_tokens(batch["labels"])
+
+
+NEXT_TOKEN = Objective(loss_sum, _count_supervised)
+"""Cross-entropy of the next token, averaged over the supervised tokens."""
