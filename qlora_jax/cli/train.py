@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> int:
     try:
         with signals_raise():
             began = time.perf_counter() - process_seconds()
-            report = run(config, given=given, began=began)
+            report = run(config, explicit_lora=given, began=began)
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
         return report_stop("qlora-jax train", error, idle + _CONTINUES)

@@ -61,7 +61,7 @@ class Resolved:
 
     @property
     def chat_template(self) -> str | None:
-        """Jinja file that the adapter's conversations were written with, if it has one."""
+        """Jinja file of the adapter's conversations, if it has one."""
         return chat_template_file(self.adapter)
 
     def base_options(

@@ -20,7 +20,7 @@ from qlora_jax.planning.gpus import (
     give_back_freed_memory,
     this_device,
 )
-from qlora_jax.runs import compiled_step as fits
+from qlora_jax.runs import compiled_step
 from qlora_jax.runs.config import EvalConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.runner import run
 from qlora_jax.training.config import TrainConfig
@@ -50,7 +50,7 @@ def small_card(monkeypatch):
 
     def card_of(nbytes):
         card = dataclasses.replace(this_device(), memory_bytes=nbytes + ALLOWANCE)
-        monkeypatch.setattr(fits, "this_device", lambda: card)
+        monkeypatch.setattr(compiled_step, "this_device", lambda: card)
 
     return card_of
 
@@ -181,12 +181,12 @@ def test_a_run_with_a_quantized_head_loads_as_it_was_trained(
     ids=lambda lora: next(iter(lora.values()), "plain"),
 )
 def test_what_was_compiled_is_what_runs(make, tmp_path, monkeypatch, lora):
-    real = fits._either
+    first_choice = compiled_step._first_choice
 
-    def either(compiled, jitted, planned):
-        return real(compiled, pytest.fail, planned)  # nothing is compiled once more
+    def never_again(compiled, jitted, planned):
+        return first_choice(compiled, pytest.fail, planned)
 
-    monkeypatch.setattr(fits, "_either", either)
+    monkeypatch.setattr(compiled_step, "_first_choice", never_again)
     report = run(make(tmp_path / "run", lora))
     assert report["steps"] == 3
 

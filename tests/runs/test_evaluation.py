@@ -27,7 +27,7 @@ from qlora_jax.runs.config import (
     ModelConfig,
     RunConfig,
 )
-from qlora_jax.runs.eval_data import apart, load_held_out
+from qlora_jax.runs.eval_data import load_held_out, split_held_out
 from qlora_jax.runs.evaluation import (
     Best,
     Evaluation,
@@ -139,7 +139,9 @@ def test_data_to_measure_on_that_is_no_use_is_refused(make, tmp_path, rows_file)
         changed = dataclasses.replace(
             config, eval=dataclasses.replace(config.eval, path=str(path))
         )
-        return apart(changed, examples, load_held_out(changed, None, vocab_size=32))
+        return split_held_out(
+            changed, examples, load_held_out(changed, None, vocab_size=32)
+        )
 
     with pytest.raises(UserError, match="every example there is in the training data"):
         held(rows_file)
@@ -268,7 +270,7 @@ def test_the_reason_to_end_names_the_threshold(llama_dir, threshold, why):
     evaluation = Evaluation(
         config,
         Llama(LlamaConfig.from_hf(raw), Compute()),
-        held=None,
+        held_out=None,
         batch_size=1,
         best=Best(20, 3.736, waited=2),
     )

@@ -252,15 +252,15 @@ def test_before_the_first_step_there_is_nothing_to_save(
 AT_ONCE = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from qlora_jax import loop
+from qlora_jax.runs.runner import AdapterWriter
 from qlora_jax.cli.main import entry
-export = loop.Loop.export
+write = AdapterWriter.write
 def during_the_save(self, state):
     if int(state.step) == 8:
         for name in ("SIGTERM", "SIGTERM", "SIGTERM"):
             signal.raise_signal(signal.Signals[name])
-    export(self, state)
-loop.Loop.export = during_the_save
+    write(self, state)
+AdapterWriter.write = during_the_save
 entry()
 """
 

@@ -22,7 +22,7 @@ from qlora_jax.runs.config import (
     ModelConfig,
     RunConfig,
 )
-from qlora_jax.runs.directory import alone
+from qlora_jax.runs.directory import run_lock
 from qlora_jax.runs.metrics import Watch
 from qlora_jax.training.config import TrainConfig
 
@@ -201,7 +201,7 @@ def test_eval_settings_without_data_to_measure_are_reported(
     ):
         problems = Problems()
         config = dataclasses.replace(config, eval=evaluation)
-        assert prepared._check_places(config, problems) and not len(problems)
+        assert prepared._check_paths(config, problems) and not len(problems)
         error = capsys.readouterr().err
         assert error.startswith(said) and bool(error) == bool(said)
 
@@ -215,7 +215,7 @@ def _said(config: RunConfig) -> str:
     architecture, _ = convert.abstract_llama(config.model.path, quantization=None)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        prepared._data(config, architecture)
+        prepared._load_data(config, architecture)
     return said.getvalue()
 
 
@@ -225,7 +225,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_is_compiled(
     directory = tmp_path / "run"
     config = configure(llama_dir, directory, path=str(rows_file))
     runner.run(config)
-    monkeypatch.setattr(prepared, "fit", pytest.fail)
+    monkeypatch.setattr(prepared, "compile_step", pytest.fail)
     other = dataclasses.replace(config.train, learning_rate=0.5, batch_size=3)
     with pytest.raises(UserError) as refused:
         runner.run(dataclasses.replace(config, train=other))
@@ -233,5 +233,5 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_is_compiled(
     shorter = dataclasses.replace(config.train, steps=STEPS - 1)
     with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
         runner.run(dataclasses.replace(config, train=shorter))
-    with alone(directory), pytest.raises(UserError, match="Another process is trai"):
+    with run_lock(directory), pytest.raises(UserError, match="Another process is trai"):
         runner.run(config)
