@@ -136,14 +136,7 @@ def compile_step(
     optimizer = make_optimizer(train, steps, select(inputs.base, lora))
     state, base = _initial_shapes(inputs.base, lora, optimizer)
     batch = _shapes(inputs.batch)
-    plain = Step(
-        config=model.config,
-        compute=dataclasses.replace(model.compute, remat="full"),
-        length=batch["tokens"].shape[-1],
-        train=train,
-        quantization=None if settings.quantization == "none" else settings.quantization,
-        packed="segment_ids" in batch,
-    )
+    plain = _plain_step(model, batch, settings, train)
     planner = Planner(gpu)
     allowed = policies(
         remat=settings.remat,
@@ -169,6 +162,20 @@ def compile_step(
             return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + _more_memory())
+
+
+def _plain_step(
+    model: Llama, batch: Mapping[str, Any], settings: ModelConfig, train: TrainConfig
+) -> Step:
+    """Describes the step for the planner, before a policy is applied."""
+    return Step(
+        config=model.config,
+        compute=dataclasses.replace(model.compute, remat="full"),
+        length=batch["tokens"].shape[-1],
+        train=train,
+        quantization=None if settings.quantization == "none" else settings.quantization,
+        packed="segment_ids" in batch,
+    )
 
 
 def _initial_shapes(

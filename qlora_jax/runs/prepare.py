@@ -96,7 +96,7 @@ def prepare(
     """Validates a run and compiles its step, before any large file is read.
 
     Args:
-      config: as `runner.run` takes it, like the next ones.
+      config: as `runner.run` takes it, like the next three.
       attention_cls: custom attention modules.
       mlp_cls: custom MLP modules.
       explicit_lora: names of the fields of `config.lora` that the user set.
@@ -117,29 +117,25 @@ def prepare(
         problems.raise_if_any()
     assert loaded is not None
     model, base, drawn = loaded
-    architecture = model.config
     starts_fresh = config.train.adapter_init is None
     origin = trained = data = None
     with problems.collecting():
         if not starts_fresh:
-            if explicit_lora is None:
-                explicit_lora = given_fields(config.lora)
             config, origin = _with_initial_adapter(config, explicit_lora, base, resumed)
     with problems.collecting():
-        architecture = apply_changes(architecture, config.model.config_changes, "model")
+        changes = config.model.config_changes
+        model = model.clone(config=apply_changes(model.config, changes, "model"))
     if starts_fresh or origin is not None:
         with problems.collecting():
-            trained = _select_trained(config, architecture, base)
+            trained = _select_trained(config, model.config, base)
     if quick or not len(problems):
         with problems.collecting():
-            data = _load_data(config, architecture)
+            data = _load_data(config, model.config)
     if resumed and data is not None:
         with problems.collecting():
             check_continues(config, data.examples, len(data.batches))
     problems.raise_if_any()
     assert trained is not None and data is not None
-    _note_length(architecture, data.examples.report.longest_example)
-    model = model.clone(config=architecture)
     selection, optimizer_groups = trained
     return PreparedRun(
         config=config,
@@ -198,7 +194,10 @@ def _abstract_model(
 
 
 def _with_initial_adapter(
-    config: RunConfig, explicit_lora: Collection[str], base: Any, resumed: bool = False
+    config: RunConfig,
+    explicit_lora: Collection[str] | None,
+    base: Any,
+    resumed: bool = False,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Takes over the settings of `train.adapter_init`, except for explicit ones.
 
@@ -209,6 +208,8 @@ def _with_initial_adapter(
     """
     path = config.train.adapter_init
     assert path is not None
+    if explicit_lora is None:
+        explicit_lora = given_fields(config.lora)
     adapter = convert.check_adapter(path, base)
     # The context length that the adapter was trained for is kept.
     changes = json.loads(adapter.base_config_changes or "{}")
@@ -326,6 +327,7 @@ def _load_tokenizer(config: RunConfig) -> Any:
 
 def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> CompiledStep:
     """Compiles the run's step and describes its plan on stderr."""
+    _note_length(model.config, data.examples.report.longest_example)
     held_out, eval_batch = data.held_out, None
     if held_out is not None:
         eval_batch = next(
