@@ -195,6 +195,43 @@ def prepare() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def float64_attention() -> Callable[..., tuple[np.ndarray, ...]]:
+    """Computes attention in float64, one head at a time.
+
+    Returns a function of q, k, v, dout and segment ids: the output, the gradients of q,
+    k and v, and the log-sum-exp of every query's scores.
+    """
+
+    def attention(
+        q: Any, k: Any, v: Any, dout: Any, segments: Any = None
+    ) -> tuple[np.ndarray, ...]:
+        q, k, v, dout = (np.asarray(a, np.float64) for a in (q, k, v, dout))
+        batch, length, heads, width = q.shape
+        visible = np.tril(np.ones((batch, length, length), bool))
+        if segments is not None:
+            ids = np.asarray(segments)
+            visible &= ids[:, :, None] == ids[:, None, :]
+        out, dq, dk, dv = (np.zeros_like(a) for a in (q, q, k, v))
+        lse = np.zeros((batch, heads, length))
+        for b, n in np.ndindex(batch, heads):
+            g = n // (heads // k.shape[2])
+            scores = q[b, :, n] @ k[b, :, g].T / np.sqrt(width)
+            scores = np.where(visible[b], scores, -np.inf)
+            lse[b, n] = np.logaddexp.reduce(scores, axis=1)
+            weights = np.exp(scores - lse[b, n][:, None])
+            out[b, :, n] = weights @ v[b, :, g]
+            dweights = dout[b, :, n] @ v[b, :, g].T
+            inner = (weights * dweights).sum(1, keepdims=True)
+            dscores = weights * (dweights - inner) / np.sqrt(width)
+            dq[b, :, n] = dscores @ k[b, :, g]
+            dk[b, :, g] += dscores.T @ q[b, :, n]
+            dv[b, :, g] += weights.T @ dout[b, :, n]
+        return out, dq, dk, dv, lse
+
+    return attention
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The repository root."""
     return ROOT

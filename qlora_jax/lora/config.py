@@ -1,17 +1,18 @@
-"""LoraConfig: what is adapted and how, in the words of PEFT.
+"""LoraConfig: the settings of an adapter, in the words of PEFT.
 
 Field names and meanings are those of PEFT's `LoraConfig`, whose adapter_config.json is
-read (`from_peft`) and written (`to_peft`). Everything PEFT's LoRA computes for a Llama
-is honoured; what is not is refused by name. Which modules of a model a configuration
-selects is the affair of `qlora_jax.lora.targets`.
+read (`from_peft`) and written (`to_peft`). Everything that PEFT's LoRA computes for a
+Llama is computed here too; the rest is refused by name. `qlora_jax.lora.targets` finds
+the modules of a model that a configuration selects.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,8 +21,8 @@ from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
-# Fields of adapter_config.json that change what an adapter computes and that this
-# project does not compute. The value listed is the one that switches each off.
+# Fields of adapter_config.json for features that are not computed here -> the value
+# that switches each off.
 _REFUSED: Mapping[str, Any] = MappingProxyType(
     {
         "fan_in_fan_out": False,
@@ -40,31 +41,25 @@ _REFUSED: Mapping[str, Any] = MappingProxyType(
         "runtime_config": None,
     }
 )
-# Fields that say nothing about what is computed.
+# Fields that change nothing of what is computed.
 _INERT = (
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
 )
-# Initializations of PEFT that leave the base weights as they are, so that a trained
-# adapter is complete in itself.
+# PEFT's initializations that leave the base weights as they are: a trained adapter is
+# complete without knowing its start.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 _INIT = re.compile(
     r"default|gaussian|orthogonal|pissa|pissa_niter_[1-9]\d?|olora|loftq"
 )
 
-# Kept elsewhere than in adapter_config.json.
+# Not in adapter_config.json, but in the adapter's metadata or base_config.json.
 _OUTSIDE = ("base_fingerprint", "base_config_changes")
 
-# PEFT puts what a file says into these expressions. A name in `modules_to_save` is one
-# of them as well, where it keeps a module from being adapted.
+# The larger expressions into which PEFT puts the patterns of a file: those of
+# `rank_pattern` and `alpha_pattern`, the names in `modules_to_save` (which keep modules
+# from being adapted), and `layers_pattern`.
 AT_END = r"(.*\.)?({})$"
 WITHIN = r"(^|.*\.){}($|\..*)"
 BEFORE_NUMBER = r"(?:^|.*?\.){}\.(\d+)\."
@@ -72,18 +67,18 @@ BEFORE_NUMBER = r"(?:^|.*?\.){}\.(\d+)\."
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What is adapted and how; field names and meanings are PEFT's `LoraConfig`.
+    """Settings of an adapter; field names and meanings are PEFT's `LoraConfig`.
 
     The update of a linear layer is `scaling * B @ A` (Hu et al. 2021,
     https://arxiv.org/abs/2106.09685) with `scaling = lora_alpha / r`, or
     `lora_alpha / sqrt(r)` under `use_rslora` (https://arxiv.org/abs/2312.03732).
 
     Raises:
-      UserError: a value that is out of range, of a wrong type, or that does not go with
-        another.
+      UserError: values out of range, of a wrong type, or that contradict each other;
+        all of them.
     """
 
-    # Frozen, of hashable values: a static argument of compiled functions.
+    # Frozen, with hashable values, so that it can be a static argument under jit.
 
     r: int = 16
     """Rank of the updates."""
@@ -91,19 +86,19 @@ class LoraConfig:
     """Numerator of the scaling."""
     target_modules: tuple[str, ...] | str = PROJECTIONS
     """Module names (matched as path suffixes), "all-linear", or a regular expression
-    that has to match whole module paths."""
+    that has to match the full module path."""
     exclude_modules: tuple[str, ...] | str | None = None
     """Modules never adapted: names (path suffixes), or a regular expression."""
     layers_to_transform: int | tuple[int, ...] | None = None
-    """Numbers of the layers to adapt; goes with a list of target_modules."""
+    """Indices of the layers to adapt; needs a list of target_modules."""
     layers_pattern: tuple[str, ...] | str | None = None
-    """What the list of layers is called, "layers" in a Llama: regular expressions, of
-    which the first that matches holds."""
+    """Regular expressions for the name of the list of layers, "layers" in a Llama; the
+    first that matches counts."""
     rank_pattern: Mapping[str, int] = FrozenDict()
-    """Ranks by module: a regular expression that has to match the end of the module's
-    path, starting at a dot -> rank. The first that matches holds."""
+    """Rank by module: a regular expression that has to match the end of the module's
+    path, from a dot on -> rank. The first that matches counts."""
     alpha_pattern: Mapping[str, float] = FrozenDict()
-    """lora_alpha by module, found in the same way."""
+    """lora_alpha by module, matched in the same way."""
     lora_dropout: float = 0.0
     """Probability of dropping an input element of the adapter while training."""
     use_rslora: bool = False
@@ -111,143 +106,75 @@ class LoraConfig:
     use_dora: bool = False
     """Train the norm of each output row as well (DoRA, arXiv:2402.09353)."""
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Train the base's biases: none, those of adapted modules, or all."""
+    """Which biases of the base to train: none, those of adapted modules, or all."""
     lora_bias: bool = False
     """Give each B a trained bias."""
     modules_to_save: tuple[str, ...] | None = None
-    """Modules trained whole and saved with the adapter: embed_tokens, lm_head, norms,
-    yours."""
+    """Modules trained in full and saved with the adapter: embed_tokens, lm_head, norms,
+    custom ones."""
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = (
         None
     )
-    """Rows of embed_tokens to train (a tied head follows), or rows by module."""
+    """Rows of embed_tokens to train (and of a tied head), or rows by module."""
     ensure_weight_tying: bool = False
-    """With tied embeddings: what trains embed_tokens or lm_head trains both as one."""
+    """With tied embeddings: train embed_tokens and lm_head as one."""
     init_lora_weights: Literal[True] | str = "default"
     """How A and B start: default (A Kaiming-uniform, B zero; PEFT says true), gaussian,
     orthogonal, pissa, pissa_niter_N, olora, or loftq (NF4 base)."""
     task_type: str = "CAUSAL_LM"
-    """PEFT's word for what the model does; there is one here."""
+    """PEFT's word for what the model does; a Llama here is a language model."""
     base_model_name_or_path: str | None = None
-    """Where the base is found; written into adapter_config.json."""
+    """Path or hub name of the base; written into adapter_config.json."""
     revision: str | None = None
-    """Revision of the base, where its name is one of a hub."""
+    """Revision of the base on the hub."""
     base_fingerprint: str | None = None
-    """SHA-256 of the base it was trained on, kept in the adapter file's metadata."""
+    """SHA-256 of the base that was trained on; in the adapter file's metadata."""
     base_config_changes: str | None = None
-    """What it was trained with instead of what the base's config.json has, as JSON; see
+    """The changes to the base's config.json that were trained with, as JSON; see
     `qlora_jax.models.config`."""
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         problems = Problems("the LoRA settings")
-        checked = problems.collecting
-        with checked():
-            _check_rank("r", self.r)
-        with checked():
-            _check_alpha("lora_alpha", self.lora_alpha)
-        for name in ("rank_pattern", "alpha_pattern"):
-            with checked():
-                put(name, _table(name, getattr(self, name)))
-        dropout = self.lora_dropout
-        if not (_is_number(dropout) and 0.0 <= dropout < 1.0):
-            problems.add(
-                f"lora: `lora_dropout` must lie in [0, 1), got {dropout!r:.80}."
-            )
-        for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                problems.add(
-                    f"lora: `{name}` must be true or false, got {value!r:.80}."
-                )
-        with checked():
-            targets = _modules("target_modules", self.target_modules)
-            put("target_modules", targets)
-            if len(targets) == 0:
-                problems.add(
-                    "lora: `target_modules` is empty. Name modules such as 'q_proj', "
-                    "or give 'all-linear'."
-                )
-        with checked():
-            excluded = self.exclude_modules
-            excluded = _modules("exclude_modules", excluded) if excluded else None
-            put("exclude_modules", excluded)
-        for name, inside in (
-            ("layers_pattern", BEFORE_NUMBER),
-            ("modules_to_save", WITHIN),
-        ):
-            with checked():
-                value = getattr(self, name)
-                names = () if value is None else _names(name, value)
-                match_patterns(names, field=f"lora: `{name}`", inside=inside)
-                put(name, names or None)
-        with checked():
-            put("layers_to_transform", _layers(self.layers_to_transform))
-        with checked():
-            put("trainable_token_indices", _tokens(self.trainable_token_indices))
-        if self.bias not in ("none", "lora_only", "all"):
-            problems.add(
-                "lora: `bias` must be 'none', 'lora_only' or 'all', got "
-                f"{self.bias!r:.80}."
-            )
-        if self.task_type != "CAUSAL_LM":
-            problems.add(
-                f"lora: `task_type`={self.task_type!r:.80} is not supported; a Llama "
-                "here is a language model, 'CAUSAL_LM'."
-            )
-        # A text, and no member of PEFT's enumeration.
-        put("task_type", "CAUSAL_LM")
-        if self.init_lora_weights is True:
-            put("init_lora_weights", "default")
-        init = self.init_lora_weights
-        if not (isinstance(init, str) and _INIT.fullmatch(init)):
-            problems.add(
-                f"lora: `init_lora_weights`={init!r:.80} is not supported. Supported: "
-                "'default' (or true), 'gaussian', 'orthogonal', 'pissa', "
-                "'pissa_niter_N', 'olora', 'loftq'."
-            )
-        for name in (*_OUTSIDE, "base_model_name_or_path", "revision"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                problems.add(f"lora: `{name}` must be a text, got {value!r:.80}.")
+        for name, check in _CHECKS.items():
+            with problems.collecting():
+                object.__setattr__(self, name, check(name, getattr(self, name)))
         problems.raise_if_any()
-        for problem in self._combinations():
-            problems.add(problem)
+        for problem in self._contradictions():
+            problems.add(f"lora: {problem}")
         problems.raise_if_any()
 
-    def _combinations(self) -> Iterator[str]:
-        """What PEFT refuses: settings that do not go together."""
+    def _contradictions(self) -> Iterator[str]:
+        """Yields the combinations of settings that PEFT refuses."""
         if self.layers_to_transform is not None and isinstance(
             self.target_modules, str
         ):
             yield (
-                "lora: `layers_to_transform` goes with a list of `target_modules`; "
-                "with a regular expression or 'all-linear', say the layers in the "
-                "expression."
+                "`layers_to_transform` needs a list of `target_modules`; with "
+                "'all-linear' or an expression, put the layers into the expression."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            yield "lora: `layers_pattern` goes with `layers_to_transform`."
+            yield "`layers_pattern` needs `layers_to_transform`."
         if self.lora_bias and self.use_dora:
-            yield "lora: `lora_bias` does not go with `use_dora`."
+            yield "`lora_bias` cannot be combined with `use_dora`."
         if self.lora_bias and self.init_lora_weights != "default":
-            yield "lora: `lora_bias` goes with the default initialization."
+            yield "`lora_bias` needs the default initialization."
         if self.use_dora and self.changes_base:
             yield (
-                f"lora: `init_lora_weights`={self.init_lora_weights!r} does not go "
+                f"`init_lora_weights`={self.init_lora_weights!r} cannot be combined "
                 "with `use_dora`: the magnitudes would be those of another base."
             )
         ranks = [self.r, *self.rank_pattern.values()]
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
-            yield f"lora: orthogonal initialization needs even ranks, got {ranks}."
+            yield f"orthogonal initialization needs even ranks, got {ranks}."
 
     @property
     def scaling(self) -> float:
-        """The factor of `B @ A` where no pattern says otherwise."""
+        """The factor of `B @ A` where no pattern gives another."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def uniform(self) -> bool:
-        """Whether `scaling` holds everywhere and nothing is trained in part."""
+        """Whether the trained tree needs no constants beyond one rank and `scaling`."""
         return not (
             self.rank_pattern
             or self.alpha_pattern
@@ -260,42 +187,38 @@ class LoraConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the start of A and B is taken out of the base weights."""
+        """Whether A and B start from the weights and are subtracted from them."""
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     @property
     def token_rows(self) -> dict[str, tuple[int, ...]]:
-        """`trainable_token_indices` as rows by module, whichever way it was given."""
+        """`trainable_token_indices` as rows by module name."""
         rows = self.trainable_token_indices or {}
         rows = rows if isinstance(rows, Mapping) else {"embed_tokens": rows}
         return {name.rpartition(".")[2]: indices for name, indices in rows.items()}
 
     @property
     def absorbed(self) -> LoraConfig:
-        """What states its adapters on the original base; see `lora_init.absorb`."""
+        """The configuration after `lora.init.absorb`: twice the rank, same scaling."""
         if not self.changes_base:
             return self
-        # lora_alpha / r, or / sqrt(r), has to stay what it was.
-        grown = math.sqrt(2.0) if self.use_rslora else 2
+        # Keeps lora_alpha / r, or lora_alpha / sqrt(r), as r doubles.
+        factor = math.sqrt(2.0) if self.use_rslora else 2
         ranks = {k: 2 * v for k, v in self.rank_pattern.items()}
-        alphas = {k: v * grown for k, v in self.alpha_pattern.items()}
+        alphas = {k: v * factor for k, v in self.alpha_pattern.items()}
         return dataclasses.replace(
             self,
             r=2 * self.r,
-            lora_alpha=self.lora_alpha * grown,
+            lora_alpha=self.lora_alpha * factor,
             rank_pattern=FrozenDict(ranks),
             alpha_pattern=FrozenDict(alphas),
             init_lora_weights="default",
         )
 
-    def rank_and_scaling(self, module_path: str) -> tuple[int, float]:
-        """The rank and the factor of `B @ A` of a module, by its dotted path."""
-        return self.ranks_and_scalings((module_path,))[module_path]
-
     def ranks_and_scalings(
         self, module_paths: Iterable[str]
     ) -> dict[str, tuple[int, float]]:
-        """Returns `rank_and_scaling` of every module."""
+        """Returns dotted module path -> (rank, factor of `B @ A`)."""
         paths = tuple(module_paths)
         ranks = _first_matches("rank_pattern", self.rank_pattern, paths)
         alphas = _first_matches("alpha_pattern", self.alpha_pattern, paths)
@@ -313,70 +236,58 @@ class LoraConfig:
         strict: bool = True,
         skipped: list[str] | None = None,
     ) -> LoraConfig:
-        """Reads the content of PEFT's `adapter_config.json`.
+        """Reads the contents of PEFT's `adapter_config.json`.
 
         PEFT's own defaults apply to absent fields (r=8, lora_alpha=8, q_proj and
         v_proj as targets of a Llama).
 
         Args:
           raw: the file's content.
-          strict: refuse unknown fields that are set; else they are skipped.
-          skipped: where to note what was skipped.
+          strict: refuse unknown fields that are set; otherwise they are skipped.
+          skipped: list to which the skipped fields are added.
 
         Raises:
-          UserError: another method than LoRA, or a LoRA feature that is not computed
-            here, named with its value.
+          UserError: a method other than LoRA, LoRA features that are not computed here,
+            or unusable values; named with their values.
         """
         if not isinstance(raw, Mapping):
-            raise UserError(f"adapter_config.json holds no object but {raw!r:.80}.")
+            raise UserError(
+                f"adapter_config.json must contain a JSON object, got {raw!r:.80}."
+            )
         if raw.get("peft_type") != "LORA":
             raise UserError(
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "
                 "only 'LORA' adapters are supported."
             )
-        refused = refused_features(raw)
         init = raw.get("init_lora_weights", True)
-        if not any(init is start or init == start for start in _PLAIN_STARTS):
-            # The adapter alone, on the original base, would compute something else.
-            refused.append(
-                f"`init_lora_weights`={init!r:.80} (it was trained on a changed base; "
-                "save it with PEFT's `path_initial_model_for_weight_conversion`, which "
-                "makes a plain LoRA of it)"
-            )
-        if refused:
-            raise UserError(
-                "adapter_config.json uses LoRA features that are not supported: "
-                f"{', '.join(refused)}."
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        known -= {*_OUTSIDE, *_INERT}
-        unknown = [
-            name
-            for name, value in raw.items()
-            if name not in known and name not in _INERT and not _off(value, None)
-        ]
-        unknown = [name for name in unknown if name not in _REFUSED]
+        _refuse_features(raw, init)
+        known = {f.name for f in dataclasses.fields(cls)} - {*_OUTSIDE, *_INERT}
+        ignored = {*known, *_INERT, *_REFUSED}
+        unknown = [n for n, v in raw.items() if n not in ignored and not _off(v, None)]
         if unknown and strict:
             shown = ", ".join(f"{n!r:.80}" for n in unknown[:10])
             more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             raise UserError(
-                "adapter_config.json has fields that are not known here and may change "
-                f"what the adapter computes: {shown}{more}."
+                "adapter_config.json has unknown fields, which may change what the "
+                f"adapter computes: {shown}{more}."
                 f"{did_you_mean(unknown[0], known)}"
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
-        values = {name: raw[name] for name in known if raw.get(name) is not None}
-        values.setdefault("r", 8)
-        values.setdefault("lora_alpha", 8)
-        targets = values.setdefault("target_modules", ("q_proj", "v_proj"))
+        values: dict[str, Any] = {
+            "r": 8,
+            "lora_alpha": 8,
+            "target_modules": ("q_proj", "v_proj"),
+        }
+        values |= {name: raw[name] for name in known if raw.get(name) is not None}
+        targets = values["target_modules"]
         if isinstance(targets, (list, set)):
-            # PEFT keeps a set, written in any order.
-            values["target_modules"] = _sorted("target_modules", targets)
-        values["init_lora_weights"] = (
-            init if init in ("gaussian", "orthogonal") else "default"
-        )
-        # Values of any type come from a file: all of them meet `__post_init__`.
+            # PEFT has a set here, and writes it in any order.
+            values["target_modules"] = sorted(_names("target_modules", targets))
+        plain = init in ("gaussian", "orthogonal")
+        values["init_lora_weights"] = init if plain else "default"
+        # A file has values of any type: `__post_init__` reports them, where type checks
+        # of the constructor would raise.
         out = cls()
         for name, value in values.items():
             object.__setattr__(out, name, value)
@@ -388,7 +299,7 @@ class LoraConfig:
         out: dict[str, Any] = dict(_REFUSED)
         del out["runtime_config"]
         for f in dataclasses.fields(self):
-            if f.name in _OUTSIDE:  # no fields of PEFT's
+            if f.name in _OUTSIDE:
                 continue
             value = getattr(self, f.name)
             if isinstance(value, tuple):
@@ -403,7 +314,7 @@ class LoraConfig:
         out.update(
             peft_type="LORA",
             inference_mode=True,
-            # Whatever they started from, what is saved is the whole of A and B.
+            # On loading, PEFT would change the base for "pissa", "olora" and "loftq".
             init_lora_weights=(
                 self.init_lora_weights
                 if self.init_lora_weights in ("gaussian", "orthogonal")
@@ -413,8 +324,23 @@ class LoraConfig:
         return out
 
 
+def _refuse_features(raw: Mapping[str, Any], init: Any) -> None:
+    refused = refused_features(raw)
+    if not any(init is start or init == start for start in _PLAIN_STARTS):
+        refused.append(
+            f"`init_lora_weights`={init!r:.80} (it was trained on a changed base; "
+            "save it with PEFT's `path_initial_model_for_weight_conversion`, which "
+            "makes a plain LoRA of it)"
+        )
+    if refused:
+        raise UserError(
+            "adapter_config.json uses LoRA features that are not supported: "
+            f"{', '.join(refused)}."
+        )
+
+
 def refused_features(raw: Mapping[str, Any]) -> list[str]:
-    """Lists the fields of PEFT that are set here and not computed by this project."""
+    """Lists the fields of PEFT that are set and not computed by this project."""
     return [
         f"`{name}`={raw[name]!r:.80}"
         for name, off in _REFUSED.items()
@@ -423,33 +349,21 @@ def refused_features(raw: Mapping[str, Any]) -> list[str]:
 
 
 def off_features(raw: Mapping[str, Any]) -> list[str]:
-    """Lists the fields of PEFT that are named here, not computed, and switched off."""
+    """Lists the fields of PEFT that are present, switched off, and not computed."""
     return [
         name for name, off in _REFUSED.items() if name in raw and _off(raw[name], off)
     ]
 
 
-def _table(name: str, table: Any) -> FrozenDict:
-    """A `rank_pattern` or `alpha_pattern` whose patterns and values can be used."""
-    if not isinstance(table, Mapping):
-        raise UserError(
-            f"lora: `{name}` must be a table of patterns, got {table!r:.80}."
-        )
-    if not all(isinstance(pattern, str) for pattern in table):
-        raise UserError(
-            f"lora: the patterns of `{name}` must be texts, got {list(table)!r:.80}."
-        )
-    match_patterns(tuple(table), field=f"lora: `{name}`", inside=AT_END)
-    check = _check_rank if name == "rank_pattern" else _check_alpha
-    for pattern, value in table.items():
-        check(f"{name}[{pattern!r:.80}]", value)
-    return FrozenDict(table)
+def _off(value: Any, off: Any) -> bool:
+    """Whether a value means "not used": the field's own off value, or an empty one."""
+    return value is None or value is False or value == off or value in ([], {})
 
 
 def _first_matches(
     name: str, table: Mapping[str, Any], paths: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Values of a table of patterns by module path; the first that matches holds."""
+    """Returns module path -> value of the first pattern of a table that matches it."""
     patterns = tuple(table)
     matched = match_patterns(patterns, paths, field=f"lora: `{name}`", inside=AT_END)
     values: dict[str, Any] = {}
@@ -458,9 +372,30 @@ def _first_matches(
     return values
 
 
-def _off(value: Any, off: Any) -> bool:
-    """Whether a field says "not used": its own off value, or an empty one."""
-    return value is None or value is False or value == off or value in ([], {})
+# --- Checks: (name of the field, value) -> the value as it is stored ---
+
+
+def _error(name: str, expected: str, value: Any) -> UserError:
+    return UserError(f"lora: `{name}` must be {expected}, got {value!r:.80}.")
+
+
+def _rank(name: str, value: Any) -> int:
+    # The bound keeps a damaged file from asking for a tensor that fills memory.
+    if not _is_index(value) or not 0 < value < 1 << 20:
+        raise _error(name, "a positive integer", value)
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    if not _is_number(value) or value <= 0:
+        raise _error(name, "> 0", value)
+    return value
+
+
+def _dropout(name: str, value: Any) -> float:
+    if not (_is_number(value) and 0.0 <= value < 1.0):
+        raise _error(name, "in [0, 1)", value)
+    return value
 
 
 def _is_number(value: Any) -> bool:
@@ -471,84 +406,152 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def _check_rank(name: str, value: Any) -> None:
-    # The bound keeps a damaged file from asking for a tensor that fills memory.
-    if not _is_index(value) or not 0 < value < 1 << 20:
-        raise UserError(
-            f"lora: `{name}` must be a positive integer, got {value!r:.80}."
-        )
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise UserError(f"lora: `{name}` must be > 0, got {value!r:.80}.")
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, Iterable) or isinstance(value, Mapping):
-        raise UserError(f"lora: `{name}` must be a list of names, got {value!r:.80}.")
-    names = tuple(value)
-    if not all(isinstance(n, str) and n for n in names):
-        raise UserError(f"lora: `{name}` must be a list of names, got {names!r:.80}.")
-    return names
-
-
-def _modules(name: str, value: Any) -> tuple[str, ...] | str:
-    """A tuple of names, or one regular expression."""
-    if not isinstance(value, str):
-        names = _names(name, value)
-        # A command line gives a list of one; no module name looks like these two.
-        alone = names[0] if len(names) == 1 else ""
-        if alone != "all-linear" and not set(alone) & set("*+?[](){}|\\^$"):
-            return names
-        value = alone
-    if value.lower() == "all-linear":
-        return "all-linear"
-    match_patterns((value,), field=f"lora: `{name}`")
-    return value
-
-
-def _sorted(name: str, values: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(sorted(_names(name, list(values))))
-
-
-def _layers(value: Any) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    alone = isinstance(value, int)
-    numbers = (value,) if alone else value
-    if not isinstance(numbers, (tuple, list)) or not all(map(_is_index, numbers)):
-        raise UserError(
-            "lora: `layers_to_transform` must be layer numbers (0, 1, ...), got "
-            f"{value!r:.80}."
-        )
-    # An empty list means all, as in PEFT.
-    return value if alone else tuple(numbers) or None
-
-
 def _is_index(value: Any) -> bool:
     return (
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
     )
 
 
-def _tokens(value: Any) -> tuple[int, ...] | FrozenDict[tuple[int, ...]] | None:
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _error(name, "true or false", value)
+    return value
+
+
+def _string(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise _error(name, "a string", value)
+    return value
+
+
+def _bias(name: str, value: Any) -> str:
+    if value not in ("none", "lora_only", "all"):
+        raise _error(name, "'none', 'lora_only' or 'all'", value)
+    return value
+
+
+def _task_type(name: str, value: Any) -> str:
+    if value != "CAUSAL_LM":
+        raise _error(name, "'CAUSAL_LM', as a Llama here is a language model", value)
+    return "CAUSAL_LM"  # a string, not a member of PEFT's enumeration
+
+
+def _init(name: str, value: Any) -> str:
+    value = "default" if value is True else value
+    if not (isinstance(value, str) and _INIT.fullmatch(value)):
+        raise UserError(
+            f"lora: `{name}`={value!r:.80} is not supported. Supported: 'default' (or "
+            "true), 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', 'olora', "
+            "'loftq'."
+        )
+    return value
+
+
+def _table(
+    check: Callable[[str, Any], Any], name: str, table: Any
+) -> FrozenDict[int | float]:
+    if not isinstance(table, Mapping):
+        raise _error(name, "a table of patterns", table)
+    if not all(isinstance(pattern, str) for pattern in table):
+        raise _error(name, "a table whose patterns are strings", list(table))
+    match_patterns(tuple(table), field=f"lora: `{name}`", inside=AT_END)
+    for pattern, value in table.items():
+        check(f"{name}[{pattern!r:.80}]", value)
+    return FrozenDict(table)
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    value = (value,) if isinstance(value, str) else value
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise _error(name, "a list of names", value)
+    names = tuple(value)
+    if not all(isinstance(n, str) and n for n in names):
+        raise _error(name, "a list of names", names)
+    return names
+
+
+def _patterns(inside: str, name: str, value: Any) -> tuple[str, ...] | None:
+    names = () if value is None else _names(name, value)
+    match_patterns(names, field=f"lora: `{name}`", inside=inside)
+    return names or None
+
+
+def _targets(name: str, value: Any) -> tuple[str, ...] | str:
+    """A tuple of names, or one regular expression."""
+    if not isinstance(value, str):
+        names = _names(name, value)
+        # A command line gives a list of one; no module name looks like these two.
+        single = names[0] if len(names) == 1 else ""
+        if single != "all-linear" and not set(single) & set("*+?[](){}|\\^$"):
+            value = names
+        else:
+            value = single
+    if len(value) == 0:
+        raise UserError(
+            f"lora: `{name}` is empty. Name modules such as 'q_proj', or give "
+            "'all-linear'."
+        )
+    if isinstance(value, str):
+        if value.lower() == "all-linear":
+            return "all-linear"
+        match_patterns((value,), field=f"lora: `{name}`")
+    return value
+
+
+def _excluded(name: str, value: Any) -> tuple[str, ...] | str | None:
+    return _targets(name, value) if value else None
+
+
+def _layers(name: str, value: Any) -> int | tuple[int, ...] | None:
+    if value is None or _is_index(value):
+        return value
+    if not isinstance(value, (tuple, list)) or not all(map(_is_index, value)):
+        raise _error(name, "layer numbers (0, 1, ...)", value)
+    return tuple(value) or None  # as in PEFT, an empty list means all
+
+
+def _tokens(
+    name: str, value: Any
+) -> tuple[int, ...] | FrozenDict[tuple[int, ...]] | None:
     if value is None or (isinstance(value, (Mapping, list, tuple)) and not value):
         return None
     table = value if isinstance(value, Mapping) else {"embed_tokens": value}
     out: dict[str, tuple[int, ...]] = {}
-    for name, rows in table.items():
+    for module, rows in table.items():
         if not isinstance(rows, (tuple, list)) or not all(map(_is_index, rows)):
-            raise UserError(
-                "lora: `trainable_token_indices` must be token ids, or module names "
-                f"with token ids, got {value!r:.80}."
-            )
+            raise _error(name, "token ids, or module names with token ids", value)
         if len(set(rows)) != len(rows) or not rows:
             raise UserError(
-                f"lora: `trainable_token_indices` of {name!r} must be distinct token "
-                f"ids, got {list(rows)!r:.80}."
+                f"lora: `{name}` of {module!r} must be distinct token ids, got "
+                f"{list(rows)!r:.80}."
             )
-        out[str(name)] = tuple(rows)
+        out[str(module)] = tuple(rows)
     return FrozenDict(out) if isinstance(value, Mapping) else out["embed_tokens"]
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = MappingProxyType(
+    {
+        "r": _rank,
+        "lora_alpha": _alpha,
+        "target_modules": _targets,
+        "exclude_modules": _excluded,
+        "layers_to_transform": _layers,
+        "layers_pattern": functools.partial(_patterns, BEFORE_NUMBER),
+        "rank_pattern": functools.partial(_table, _rank),
+        "alpha_pattern": functools.partial(_table, _alpha),
+        "lora_dropout": _dropout,
+        "use_rslora": _flag,
+        "use_dora": _flag,
+        "bias": _bias,
+        "lora_bias": _flag,
+        "modules_to_save": functools.partial(_patterns, WITHIN),
+        "trainable_token_indices": _tokens,
+        "ensure_weight_tying": _flag,
+        "init_lora_weights": _init,
+        "task_type": _task_type,
+        "base_model_name_or_path": _string,
+        "revision": _string,
+        "base_fingerprint": _string,
+        "base_config_changes": _string,
+    }
+)

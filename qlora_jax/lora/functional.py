@@ -1,7 +1,7 @@
 """LoRA as pure functions on trees and arrays.
 
-Adapters are a second tree beside the base, with the same module paths; the tree itself
-decides what is adapted. A linear layer `y = W x` with {lora_A, lora_B} becomes
+Adapters are a second tree with the module paths of the base; its leaves decide what is
+adapted. A linear layer `y = W x` with {lora_A, lora_B} becomes
 `y = W x + scaling * B (A x)` (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     base      {"model": {"layers": {"self_attn": {"q_proj": {"weight": [L, O, I]}}}}}
@@ -13,12 +13,13 @@ Arrays of a module (layers are stacked on a leading axis L; float32; PEFT's name
     linear      lora_A [R, I], lora_B [O, R]; lora_bias [O]; lora_magnitude_vector [O]
     embedding   lora_embedding_A [R, V], lora_embedding_B [D, R];
                 lora_magnitude_vector [D]
-    some rows   trainable_tokens_delta [n, D], which replace the rows (PEFT's name)
-    whole       weight or bias, which replace the base's
+    token rows  trainable_tokens_delta [n, D], which replace the rows (PEFT's name)
+    in full     weight or bias, which replace those of the base
 
-`bind` makes of the trained tree what the model takes: it adds the constants (scalings,
-which layers, which rows) and lets a tied head share what it shares. It is called where
-the gradient is taken, so that shared arrays get the sum of their gradients.
+`bind` turns the trained tree into the "lora" collection of the model: it adds the
+constants (scalings, layers, rows) and the arrays that a tied head shares. It is called
+inside the function that is differentiated, so that shared arrays get the sum of their
+gradients.
 """
 
 from __future__ import annotations
@@ -40,19 +41,18 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.tree import Path
+from qlora_jax.tree import Path, Shape
 
 
 def bind(
     adapters: Mapping[str, Any], base: Mapping[str, Any], lora: LoraConfig
 ) -> dict[str, Any]:
-    """Completes a trained tree to the "lora" collection that the model takes.
+    """Returns the "lora" collection of the model: the trained tree with its constants.
 
-    Adds, under the module they belong to: `scaling` ([L], or [] outside the stack),
-    `weight_trained` and `bias_trained` (bool [L]) where a tensor is trained in some
-    layers only, `token_indices` [n] of rows that are trained alone; and, where the
-    output head is tied to the embedding, the head's share of what trains both. Nothing
-    is computed but transposes, so it costs nothing inside a jitted step.
+    Adds to each module: `scaling` ([L], or [] outside the stack), `weight_trained` and
+    `bias_trained` (bool [L]) where a tensor is trained in some layers only,
+    `token_indices` [n] of rows that are trained alone, and to a tied head the arrays it
+    shares with the embedding. It only transposes, which costs nothing under jit.
 
     Args:
       adapters: from `init_adapters` or `convert.load_adapter`.
@@ -60,10 +60,10 @@ def bind(
       lora: the configuration the adapters belong to.
 
     Raises:
-      UserError: arrays that `lora` does not describe for this base, or lack of some.
+      UserError: arrays that are missing, or that `lora` does not have on this base.
     """
     selection = select(base, lora)
-    _check(adapters, selection.shapes())
+    _check_shapes(adapters, selection.shapes())
     bound = trees.copy(adapters)
     for a in selection.adapted:
         node = trees.node(bound, a.path)
@@ -89,7 +89,7 @@ def bind(
 
 
 def abstract_adapters(base: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """Returns the shapes of the trained tree that `lora` describes for this base."""
+    """Returns the shapes of the trained tree of `lora` on this base."""
     tree: dict[str, Any] = {}
     for path, shape in select(base, lora).shapes().items():
         trees.put(tree, path, jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -106,13 +106,13 @@ def delta(
 ) -> Float[Array, "*B O"]:
     """Computes `scaling * (B (A dropout(x)) + lora_bias)` in the dtype of `x`.
 
-    The scale is applied to the rank-wide product, the smallest tensor on the way.
+    The scaling multiplies `A x`, the smallest tensor on the way: [..., R].
 
     Args:
       x: inputs, features last.
-      adapter: {"lora_A": [R, I], "lora_B": [O, R]}, perhaps "lora_bias" [O]; or, with
-        "rows" (int32 [B], an adapter's number for each row of `x`, -1 = none), all of
-        them with a leading axis of adapters.
+      adapter: {"lora_A": [R, I], "lora_B": [O, R]}, optional "lora_bias" [O]; with
+        "rows" (int32 [B], index of the adapter of each row of `x`, -1 = none) all of
+        them have a leading axis of adapters.
       scaling: factor of the update; with "rows" [N].
       dropout: probability of dropping an input element; 0 or no key = none.
       key: PRNG key for the dropout mask.
@@ -121,13 +121,14 @@ def delta(
       The update [..., O].
 
     Raises:
-      UserError: a leading axis of adapters without "rows", or "rows" of another batch.
+      UserError: a leading axis of adapters without "rows", or "rows" of another length
+        than the batch.
     """
     if dropout > 0.0 and key is not None:
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
     if "rows" in adapter:
-        return _mixed(x, adapter, jnp.asarray(scaling))
+        return _delta_by_row(x, adapter, jnp.asarray(scaling))
     refuse_stack(adapter["lora_A"])
     inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
     y: Any = dense_matmul(_scaled(inner, scaling), adapter["lora_B"])
@@ -138,58 +139,63 @@ def delta(
 
 
 def _scaled(x: Array, scaling: float | Array) -> Array:
-    """In float32: a factor rounded to bf16 would be off by up to 0.4 %."""
+    # In float32: a factor rounded to bf16 would be off by up to 0.4 %.
     factor = jnp.asarray(scaling, jnp.float32)
     factor = jnp.expand_dims(factor, range(x.ndim)) if factor.ndim == 0 else factor
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def _mixed(x: Array, adapter: Mapping[str, Array], scaling: Array) -> Array:
-    """The update with an adapter of its own for each row of the batch.
+def _delta_by_row(
+    x: Float[Array, "B ... I"],
+    adapter: Mapping[str, Array],
+    scaling: Float[Array, " N"],
+) -> Float[Array, "B ... O"]:
+    """Computes the update with another adapter for each row of the batch.
 
-    Reads, in every layer, a copy of A and B for each row.
+    Every layer gathers a copy of A and B for each row.
     """
     flat = x.reshape(x.shape[0], -1, x.shape[-1])  # the head in generation has no T
-    number, chosen = pick_rows(adapter["rows"], x)
-    a, b = adapter["lora_A"][number], adapter["lora_B"][number]
-    factor = jnp.expand_dims(scaling[number], (1, 2))
+    index, adapted = pick_rows(adapter["rows"], x)
+    a, b = adapter["lora_A"][index], adapter["lora_B"][index]
+    factor = jnp.expand_dims(scaling[index], (1, 2))
     product = partial(jnp.einsum, precision=precision(x.dtype))
     inner = product("bti,bri->btr", flat, a.astype(x.dtype))
     inner = (inner.astype(jnp.float32) * factor).astype(x.dtype)
     y = product("btr,bor->bto", inner, b.astype(x.dtype))
     if "lora_bias" in adapter:
-        bias = jnp.expand_dims(adapter["lora_bias"][number], 1) * factor
+        bias = jnp.expand_dims(adapter["lora_bias"][index], 1) * factor
         y = y + bias.astype(y.dtype)
-    y = jnp.where(chosen, y, jnp.zeros((), y.dtype))
+    # A choice, not a product with 0: an adapter may contain infinities.
+    y = jnp.where(adapted, y, jnp.zeros((), y.dtype))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def pick_rows(
     rows: Int[Array, " B"], x: Array
 ) -> tuple[Int[Array, " B"], Bool[Array, "B 1 1"]]:
-    """Which adapter each row reads, and whether it has one at all.
+    """Returns the index of each row's adapter, and whether the row has one.
 
     Raises:
-      UserError: a batch that `rows` was not made for.
+      UserError: `rows` of another length than the batch.
     """
     if x.shape[0] != rows.shape[0]:
         raise UserError(
-            f"`rows` names the adapters of {rows.shape[0]} rows, and the batch is of "
-            f"shape {list(x.shape)}. Give `with_rows` one number for each row of it."
+            f"`rows` has the adapters of {rows.shape[0]} rows, and the batch has the "
+            f"shape {list(x.shape)}. Give `with_rows` one index for each row."
         )
     return jnp.maximum(rows, 0), jnp.expand_dims(rows >= 0, (1, 2))
 
 
 def refuse_stack(array: Array) -> None:
-    """Refuses adapters in a stack where nothing says which row has which.
+    """Raises if adapters are stacked and no row indices are given.
 
     Raises:
       UserError: a factor with an axis of adapters.
     """
     if array.ndim == 3:
         raise UserError(
-            f"This is a stack of {array.shape[0]} adapters, and nothing says which row "
-            "of the batch has which. Give the model `with_rows(stack, rows)`."
+            f"This is a stack of {array.shape[0]} adapters without row indices. Give "
+            "the model `with_rows(stack, rows)`."
         )
 
 
@@ -205,29 +211,29 @@ def row_norms(
 
     `|W + sBA|^2 = |W|^2 + 2s (W A^T) . B + s^2 (B (A A^T)) . B`, row by row: one
     product of W with the R rows of A, where forming B A would write another W. No
-    gradient flows through it, as DoRA has it (arXiv:2402.09353, section 4.3).
+    gradient flows through it, as in DoRA (arXiv:2402.09353, section 4.3).
 
     Args:
       weight: array, or NF4 tensor.
       a: lora_A; None = the norms of W alone.
       b: lora_B.
       scaling: factor of `B A`.
-      dtype: in which W is dequantized and multiplied.
+      dtype: in which W is dequantized and multiplied; sums are float32.
     """
     if isinstance(weight, NF4Tensor):
         dense = nf4.dequantize(weight, dtype)
     else:
         dense = weight.astype(dtype)
     dense = jax.lax.stop_gradient(dense)
-    wide = dense.astype(jnp.float32)
-    square = jnp.sum(wide * wide, axis=1)
+    weight_f32 = dense.astype(jnp.float32)
+    square = jnp.sum(weight_f32 * weight_f32, axis=1)  # |W|^2
     if a is not None and b is not None:
         a, b = jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)
         s = jnp.asarray(scaling, jnp.float32)
-        cross: Any = dense_matmul(a.astype(dtype), dense, jnp.float32)  # [R, O]
-        gram: Any = dense_matmul(a, a)
-        both: Any = dense_matmul(b, gram)
-        square = square + jnp.sum((2.0 * s * cross.T + s * s * both) * b, axis=1)
+        cross: Any = dense_matmul(a.astype(dtype), dense, jnp.float32)  # A W^T [R, O]
+        gram: Any = dense_matmul(a, a)  # A A^T [R, R]
+        b_gram: Any = dense_matmul(b, gram)
+        square = square + jnp.sum((2.0 * s * cross.T + s * s * b_gram) * b, axis=1)
     # Rounding may leave a tiny negative number where the row is zero.
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
@@ -237,7 +243,7 @@ def rescale(
     norms: Float32[Array, " O"],
     scaling: float | Array,
 ) -> Float32[Array, " O"]:
-    """DoRA's factor of each output, 1 in a layer that is not adapted (scaling 0)."""
+    """Computes DoRA's factor `m / |W + s B A|`, 1 where not adapted (scaling 0)."""
     norms = checkpoint_name(jax.lax.stop_gradient(norms), "dora_norm")
     # A zero row stays zero, whatever its magnitude.
     factor = magnitude / jnp.where(norms > 0.0, norms, 1.0)
@@ -250,26 +256,23 @@ def replace_columns(
     rows: Float32[Array, "n D"],
     indices: Int[Array, " n"],
 ) -> Float[Array, "*B V"]:
-    """The product `x W^T` after some rows of W were replaced."""
-    own: Any = dense_matmul(x, rows, y.dtype)
-    return y.at[..., indices].set(own, unique_indices=True)
+    """Returns `y = x W^T` with the columns of the rows of W that are replaced."""
+    columns: Any = dense_matmul(x, rows, y.dtype)
+    return y.at[..., indices].set(columns, unique_indices=True)
 
 
-def _check(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:
-    found = {
-        tuple(k.key for k in path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(adapters)
-    }
-    problems = [f"no {'.'.join(p)}" for p in wanted if p not in found]
-    problems += [f"unexpected {'.'.join(p)}" for p in found if p not in wanted]
+def _check_shapes(adapters: Mapping[str, Any], expected: Mapping[Path, Shape]) -> None:
+    shapes = {path: tuple(leaf.shape) for path, leaf in trees.walk(adapters)}
+    problems = [f"no {'.'.join(p)}" for p in expected if p not in shapes]
+    problems += [f"unexpected {'.'.join(p)}" for p in shapes if p not in expected]
     problems += [
-        f"{'.'.join(p)} {list(found[p])} instead of {list(shape)}"
-        for p, shape in wanted.items()
-        if p in found and found[p] != tuple(shape)
+        f"{'.'.join(p)} {list(shapes[p])} instead of {list(shape)}"
+        for p, shape in expected.items()
+        if p in shapes and shapes[p] != tuple(shape)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
-            "The adapter tree is not the one its LoRA configuration describes for "
-            f"this model: {'; '.join(problems[:5])}{more}."
+            "The adapter tree does not fit its LoRA configuration on this model: "
+            f"{'; '.join(problems[:5])}{more}."
         )

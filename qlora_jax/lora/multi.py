@@ -1,8 +1,12 @@
-"""TODO."""
+"""Serves several adapters in one batch, one for each row.
+
+stack = stack_adapters([(lora1, a1), (lora2, a2)], base)
+logits = model.apply({"params": base, "lora": with_rows(stack, [0, 1, -1])}, tokens)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,114 +18,116 @@ from numpy.typing import NDArray
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora.combine import (
-    _adapted_nodes,
-    _check_parts,
-    _numbered,
-    _rank,
-    _read,
-    _union,
+    Use,
+    check_parts,
+    factor_names,
+    modules_of,
+    numbered,
+    read_adapter,
 )
-from qlora_jax.tree import LAYERS
+from qlora_jax.tree import Path, is_stacked
 
 
 def stack_adapters(parts: Any, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts N adapters side by side, so that each row of a batch can have its own.
+    """Stacks N adapters, so that each row of a batch can have another one.
 
     The adapters may differ in rank, scaling, targets and layers: ranks are padded with
     zeros to the largest, and a module that an adapter lacks has zeros there. Arrays get
     an axis of adapters (lora_A [L, N, R, I], `scaling` [L, N]; without L outside the
-    layers). A stack of equal shapes takes the place of another without compiling
-    anything again.
+    layers). A stack of equal shapes can be exchanged without compiling again.
 
     Args:
-      parts: (configuration, trained tree) of each adapter; its number is its place.
+      parts: (configuration, trained tree) of each adapter, in the order of their
+        indices.
       base: parameter tree of the model, of arrays or shapes; only its structure
         matters.
 
     Returns:
-      What `with_rows` takes.
+      The stack, for `with_rows`.
 
     Raises:
       UserError: no adapters, one that does not fit the base, or one that does more than
-        add to weights: DoRA, tensors or token rows trained whole, a changed base.
+        add to weights: DoRA, tensors or token rows trained in full, a changed base.
     """
-    _check_parts(parts, weighted=False)
+    check_parts(parts, weighted=False)
     if not parts:
         raise UserError("A stack needs at least one adapter, got none.")
-    read = [
-        _read(name, number, lora, tree, 1.0, base)
-        for number, (name, (lora, tree)) in enumerate(
-            zip(_numbered(parts), parts, strict=True)
+    adapters = [
+        read_adapter(name, lora, tree, base, index=index)
+        for index, (name, (lora, tree)) in enumerate(
+            zip(numbered(parts), parts, strict=True)
         )
     ]
-    for one in read:
-        for where in one.replaced:
+    for adapter in adapters:
+        for path in adapter.replaced:
             raise UserError(
-                f"{one.name}: `{'.'.join(where)}` replaces what the base "
-                "has, for all rows of a batch. Only updates of low rank can differ "
-                "from row to row; adapt that module with LoRA."
+                f"{adapter.name}: `{'.'.join(path)}` replaces a tensor of the base for "
+                "all rows of a batch. Only low-rank updates can differ by row; adapt "
+                "that module with LoRA."
             )
-    stacked: dict[str, Any] = {}
-    for path, found in _union(read).items():
-        first = found[0][1]
-        leading = () if first.layers is None else (first.layers,)
-        scaling = np.zeros((*leading, len(read)), np.float32)
-        arrays: dict[str, NDArray[np.float32]] = {}
-        wide = max(_rank(a, node) for _, a, node in found)
-        for one, a, node in found:
-            scaling[..., one.number] = a.scalings if a.layers else a.scalings[0]
-            for name in [n for n in node if n.startswith("lora_")]:
-                array = np.asarray(node[name], np.float32)
-                shape, place = list(array.shape[len(leading) :]), [slice(None)]
-                if name.endswith("_A"):
-                    shape[0], place = wide, [slice(shape[0]), slice(None)]
-                elif name.endswith("_B"):
-                    shape[1], place = wide, [slice(None), slice(shape[1])]
-                if name not in arrays:
-                    full = (*leading, len(read), *shape)
-                    arrays[name] = np.zeros(full, np.float32)
-                arrays[name][..., one.number, *place] = array
-        trees.node(stacked, path).update(
-            {name: jnp.asarray(array) for name, array in arrays.items()},
-            scaling=jnp.asarray(scaling),
-        )
-    return stacked
+    stack: dict[str, Any] = {}
+    for path, uses in modules_of(adapters).items():
+        trees.node(stack, path).update(_stack_module(uses, len(adapters)))
+    return stack
+
+
+def _stack_module(uses: Sequence[Use], count: int) -> dict[str, Array]:
+    """Stacks the arrays of one module over `count` adapters."""
+    module = uses[0].module
+    leading = () if module.layers is None else (module.layers,)
+    scaling = np.zeros((*leading, count), np.float32)
+    arrays: dict[str, NDArray[np.float32]] = {}
+    rank = max(use.arrays[factor_names(use.module)[0]].shape[-2] for use in uses)
+    for adapter, a, own_arrays in uses:
+        scaling[..., adapter.index] = a.scalings if a.layers else a.scalings[0]
+        for name in own_arrays:
+            if not name.startswith("lora_"):
+                continue
+            array = np.asarray(own_arrays[name], np.float32)
+            shape = list(array.shape[len(leading) :])
+            used = [slice(n) for n in shape]
+            if name.endswith("_A"):
+                shape[0] = rank
+            elif name.endswith("_B"):
+                shape[1] = rank
+            if name not in arrays:
+                arrays[name] = np.zeros((*leading, count, *shape), np.float32)
+            arrays[name][..., adapter.index, *used] = array
+    return {name: jnp.asarray(v) for name, v in {**arrays, "scaling": scaling}.items()}
 
 
 def with_rows(
     stack: Mapping[str, Any], rows: Int[Array, " B"] | Sequence[int] | NDArray
 ) -> dict[str, Any]:
-    """Says which adapter of a stack each row of the batch has.
+    """Returns the "lora" collection with the adapter of each row of the batch.
 
-    The result is the "lora" collection for `Llama.apply` and `generate_tokens`. Each
-    layer reads the factors of every row, `B (O + I) R` numbers a module, beside the
-    weight that all rows share.
+    It is for `Llama.apply` and `generate_tokens`. Each layer reads the factors of every
+    row, `B (O + I) R` numbers a module, and the weight that all rows share.
 
     Args:
       stack: from `stack_adapters`.
-      rows: int [B], an adapter's number for each row; -1 = the base alone. May be
-        traced: what is compiled does not depend on the numbers.
+      rows: int [B], index of each row's adapter; -1 = the base without one. May be
+        traced: what is compiled does not depend on the values.
 
     Raises:
-      UserError: a tree that is no stack; numbers that are no integers, or of no adapter
-        (as far as they are known when this is called).
+      UserError: a tree that is not a stack; `rows` that are not integers, or no indices
+        of adapters (unless they are traced).
     """
     known = None if isinstance(rows, Tracer) else np.asarray(rows)
-    own = jnp.asarray(rows)
-    if own.ndim != 1 or not jnp.issubdtype(own.dtype, jnp.integer):
+    indices = jnp.asarray(rows)
+    if indices.ndim != 1 or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise UserError(
             "`rows` must be a list of integers, one for each row of the batch, got "
-            f"{own.dtype} of shape {list(own.shape)}."
+            f"{indices.dtype} of shape {list(indices.shape)}."
         )
-    own = own.astype(jnp.int32)
+    indices = indices.astype(jnp.int32)
     out = trees.copy(stack)
     for path, node in _adapted_nodes(out, ()):
-        in_layers = path[: len(LAYERS)] == LAYERS
         scaling = node["scaling"]
-        if scaling.ndim != 1 + in_layers:
+        if scaling.ndim != 1 + is_stacked(path):
             raise UserError(
-                f"`{'.'.join(path)}` holds one adapter and no stack of them. Give "
-                "what `stack_adapters` returns."
+                f"`{'.'.join(path)}` has one adapter, not a stack. Give what "
+                "`stack_adapters` returns."
             )
         count = scaling.shape[-1]
         if known is not None and known.size:
@@ -131,6 +137,16 @@ def with_rows(
                     f"`rows` has {low if low < -1 else high}, and the stack has "
                     f"{count} adapters (0 to {count - 1}; -1 for none)."
                 )
-        shape = (scaling.shape[0], *own.shape) if in_layers else own.shape
-        node["rows"] = jnp.broadcast_to(own, shape)
+        shape = (*scaling.shape[:-1], *indices.shape)
+        node["rows"] = jnp.broadcast_to(indices, shape)
     return out
+
+
+def _adapted_nodes(
+    node: dict[str, Any], path: Path
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if "scaling" in node:
+        yield path, node
+    for name, child in node.items():
+        if isinstance(child, dict):
+            yield from _adapted_nodes(child, (*path, name))

@@ -1,24 +1,25 @@
-"""What a LoraConfig selects in a model: the one table that everything reads.
+"""The selection: what a LoraConfig trains in a model.
 
     selection = select(base, lora_config)
 
 `base` is a parameter tree, of arrays or of their shapes. The selection lists the
-adapted modules with rank and scaling of every layer, the tensors trained whole and the
-embedding rows trained alone. How adapters start, how they enter the model, what an
-adapter file holds, how many parameters are trained: all of it follows from this table.
+adapted modules with rank and scaling of every layer, the tensors trained in full, and
+the embedding rows trained alone. Initialization, the forward pass, adapter files and
+parameter counts all follow from it.
 
-Matching is PEFT's, to the letter, on Hugging Face's module paths
+Matching is PEFT's, rule by rule, on Hugging Face's module paths
 (`model.layers.3.self_attn.q_proj`). Any module with a two-dimensional `weight` can be
-adapted; there is no list of accepted ones. It is a linear layer, or an embedding where
-its name contains "embed".
+adapted, custom ones too. It is an embedding if its name contains "embed", else a linear
+layer.
 
-Layers are stacked, so one array holds a module's `lora_A` in all layers. Where ranks
+Layers are stacked, so one array has the `lora_A` of a module in all layers. Where ranks
 differ, the array has the largest; the surplus rows of A and columns of B are zero, have
 zero gradients, and so stay zero. A layer that is not adapted has rank 0.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.lora.patterns import match_patterns
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, Shape, dotted
+from qlora_jax.tree import EMBEDDING, HEAD, Path, Shape, dotted, hf_key, is_stacked
 
 _TABLES = (EMBEDDING[-1], HEAD[-1])
+
+# Of a tensor: shape in one layer, and number of layers (None outside the stack).
+_Tensor = tuple[Shape, int | None]
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,18 @@ class AdaptedModule:
     path: Path
     kind: Literal["linear", "embedding"]
     shape: tuple[int, int]
-    """Of the weight in one layer: (out, in), or (rows, features) of an embedding."""
+    """Weight in one layer: [out, in], or [rows, features] of an embedding."""
     layers: int | None
     """Length of the leading axis; None outside the stack."""
     ranks: tuple[int, ...]
-    """One for each layer; 0 where the layer is not adapted."""
+    """Rank in each layer; 0 where the layer is not adapted."""
     scalings: tuple[float, ...]
     """Factor of `B @ A` in each layer; 0 where the layer is not adapted."""
     dora: bool = False
     lora_bias: bool = False
     tied_to: Path | None = None
-    """The module whose update this one shares, transposed (a tied head); its only own
-    array is the DoRA magnitude."""
+    """The module whose update this one shares, transposed (a tied head); the only array
+    that is not shared is the DoRA magnitude."""
 
     @property
     def rank(self) -> int:
@@ -61,11 +65,11 @@ class AdaptedModule:
 
     @property
     def parts(self) -> dict[str, Shape]:
-        """Its arrays in one layer of the largest rank: name -> shape."""
+        """Arrays in one layer of the largest rank: name -> shape."""
         return self.parts_of(self.rank)
 
     def parts_of(self, rank: int) -> dict[str, Shape]:
-        """Its arrays in one layer of this rank."""
+        """Arrays in one layer of this rank: name -> shape."""
         rows, columns = self.shape
         out: dict[str, Shape] = {}
         if self.kind == "embedding":
@@ -85,42 +89,41 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class FullTensor:
-    """One tensor of the base that is trained as it is."""
+    """One tensor of the base that is trained in full."""
 
     path: Path
-    """With the name of the tensor at its end."""
     shape: Shape
     """In one layer."""
     layers: int | None
     trained: tuple[bool, ...]
     """Whether it is trained, layer by layer."""
     tied_to: Path | None = None
-    """The tensor it is tied to; it has no array of its own then."""
+    """The tensor it shares its array with (a tied head)."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Some rows of an embedding or head that are trained alone."""
+    """Rows of an embedding or head that are trained alone."""
 
     path: Path
     indices: tuple[int, ...]
     features: int
     tied_to: Path | None = None
-    """The module whose rows these are (a tied head)."""
+    """The module it shares its rows with (a tied head)."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Everything that is trained; see the module's text."""
+    """Everything that is trained."""
 
     adapted: tuple[AdaptedModule, ...]
     full_tensors: tuple[FullTensor, ...]
     rows: tuple[TokenRows, ...]
     unmatched: tuple[str, ...]
-    """Entries of a `target_modules` list that select nothing."""
+    """Entries of a `target_modules` list that match nothing."""
 
     def shapes(self) -> dict[Path, Shape]:
-        """The trained tree: path of each array -> shape with the layer axis."""
+        """Returns the trained tree: path of each array -> shape with the layer axis."""
         out: dict[Path, Shape] = {}
         for a in self.adapted:
             for name, shape in a.parts.items():
@@ -135,7 +138,7 @@ class Selection:
         return out
 
     def groups(self) -> dict[str, int]:
-        """Trained parameters by module name, without the padding of lower ranks."""
+        """Counts trained parameters by module name, without the padding of ranks."""
         out: dict[str, int] = {}
 
         def add(name: str, count: int) -> None:
@@ -159,75 +162,55 @@ def _stacked(layers: int | None, shape: Shape) -> Shape:
 
 
 def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
-    """Finds what `lora` selects in a base tree.
+    """Finds what `lora` trains in a base tree.
 
     Raises:
-      UserError: nothing matches (near matches are listed), a name in `modules_to_save`
-        or `trainable_token_indices` that no module has, or token ids outside the
-        vocabulary.
+      UserError: nothing matches (the message lists near names), a name in
+        `modules_to_save` or `trainable_token_indices` that no module has, token ids
+        outside the vocabulary, or settings that PEFT cannot combine here.
     """
-    tensors = _tensors(base)
-    modules = {p[:-1]: s for p, s in tensors.items() if p[-1] == "weight"}
-    modules = {p: s for p, s in modules.items() if len(s[0]) == 2}
-    tied = HEAD not in modules and EMBEDDING in modules
-    if tied:
-        modules[HEAD] = modules[EMBEDDING]
-    share = tied and lora.ensure_weight_tying
-
-    whole = _whole(tensors, modules, lora, tied)
-    taken = {w.path[:-1]: w.trained for w in whole if w.path[-1] == "weight"}
-    chosen = _ranks(modules, lora, taken)
-    follows = {}
-    if share and EMBEDDING not in taken and HEAD not in taken and _names_table(lora):
-        # PEFT adapts the embedding, and the head with its transpose, whatever
-        # `layers_to_transform` says.
-        if _named((".".join(EMBEDDING),), lora, "exclude_modules"):
-            raise UserError(
-                "`ensure_weight_tying` adapts embed_tokens with its head, and "
-                "`exclude_modules` takes embed_tokens away; give one of the two."
-            )
-        rank, _ = lora.rank_and_scaling(".".join(EMBEDDING))
-        for path in (EMBEDDING, HEAD):
-            chosen[path] = [(rank, lora.rank_and_scaling(".".join(path))[1])]
-        follows[HEAD] = EMBEDDING
-    if not chosen:
-        raise _nothing(lora, modules)
-    embeddings = [path[-1] for path in chosen if is_embedding(path)]
-    if lora.lora_bias and embeddings:
-        raise UserError(
-            f"`lora_bias` does not go with an adapted embedding ({embeddings[0]}): "
-            "PEFT has no place for such a bias. Take the embedding out of "
-            "`target_modules`, or leave `lora_bias` out."
+    inventory = _take_inventory(base)
+    full_tensors = _full_tensors(inventory, lora)
+    in_full = {t.path[:-1]: t.trained for t in full_tensors if t.path[-1] == "weight"}
+    updates = _updates(inventory, lora, in_full)
+    shared = (
+        inventory.tied
+        and lora.ensure_weight_tying
+        and in_full.keys().isdisjoint((EMBEDDING, HEAD))
+        and _names_table(lora)
+    )
+    if shared:
+        updates |= _shared_updates(lora)
+    if not updates:
+        raise _nothing_matches(inventory, lora)
+    adapted = tuple(
+        AdaptedModule(
+            path=path,
+            kind="embedding" if is_embedding(path) else "linear",
+            shape=(shape[0], shape[1]),
+            layers=layers,
+            ranks=tuple(rank for rank, _ in updates[path]),
+            scalings=tuple(scaling for _, scaling in updates[path]),
+            dora=lora.use_dora,
+            lora_bias=lora.lora_bias,
+            tied_to=EMBEDDING if shared and path == HEAD else None,
         )
-    adapted = []
-    for path in [p for p in modules if p in chosen]:
-        (rows, columns), layers = modules[path]
-        ranks, scalings = zip(*chosen[path], strict=True)
-        adapted.append(
-            AdaptedModule(
-                path=path,
-                kind="embedding" if is_embedding(path) else "linear",
-                shape=(rows, columns),
-                layers=layers,
-                ranks=ranks,
-                scalings=scalings,
-                dora=lora.use_dora,
-                lora_bias=lora.lora_bias,
-                tied_to=follows.get(path),
-            )
-        )
-    rows = _token_rows(modules, lora, tied)
-    _check_rows(rows, {a.path: a for a in adapted}, taken)
+        for path, (shape, layers) in inventory.modules.items()
+        if path in updates
+    )
+    _check_lora_bias(adapted)
+    rows = _token_rows(inventory, lora)
+    _check_rows(rows, {a.path: a for a in adapted}, in_full)
     return Selection(
-        tuple(adapted),
-        tuple(_with_biases(whole, tensors, chosen, lora)),
+        adapted,
+        tuple(_with_biases(full_tensors, inventory, updates, lora)),
         tuple(rows),
-        _unmatched(modules, lora),
+        _unmatched(inventory, lora),
     )
 
 
 def is_embedding(module: Path) -> bool:
-    """Whether a module with a two-dimensional weight looks rows up."""
+    """Whether a module with a two-dimensional weight is an embedding."""
     return "embed" in module[-1]
 
 
@@ -252,9 +235,9 @@ def matching(module_paths: Iterable[str], lora: LoraConfig) -> set[str]:
 
 
 def _names_table(lora: LoraConfig) -> bool:
-    """Whether the targets name embed_tokens or lm_head.
+    """Whether the targets name embed_tokens or lm_head, as PEFT reads them.
 
-    As PEFT reads them: the last part of a name, or an expression that matches the word.
+    That is the last part of a name, or an expression that matches the bare word.
     """
     targets = lora.target_modules
     if isinstance(targets, str):
@@ -267,7 +250,7 @@ def _named(
     lora: LoraConfig,
     field: Literal["target_modules", "exclude_modules"],
 ) -> set[str]:
-    """The paths that end in a name of the list, or that the expression matches."""
+    """Returns the paths that end in a name of the list, or match the expression."""
     value = getattr(lora, field) or ()
     if isinstance(value, str):
         return set(match_patterns((value,), paths, field=f"lora: `{field}`")[value])
@@ -279,37 +262,60 @@ def _ends_in(path: str, name: str) -> bool:
 
 
 def _in_layers(paths: tuple[str, ...], lora: LoraConfig) -> set[str]:
-    """The paths in one of `layers_to_transform`."""
-    wanted = lora.layers_to_transform
-    if wanted is None:
+    """Returns the paths in one of `layers_to_transform`."""
+    layers = lora.layers_to_transform
+    if layers is None:
         return set(paths)
-    layers = (wanted,) if isinstance(wanted, int) else wanted
-    # PEFT lets a given pattern begin the path, and looks for any name after a dot.
+    layers = (layers,) if isinstance(layers, int) else layers
+    # As in PEFT, a pattern may begin the path, the default name comes after a dot.
     patterns, inside = lora.layers_pattern, BEFORE_NUMBER
     if patterns is None:
         patterns, inside = ("[^.]*",), r".*?\.{}\.(\d+)\."
     field = "lora: `layers_pattern`"
     matched = match_patterns(patterns, paths, field=field, inside=inside)
-    # The number is the last group: a pattern may have groups of its own.
+    # The number is the last group: a pattern may have groups too.
     numbers: dict[str, str | None] = {}
-    for pattern in reversed(patterns):  # the first that matches holds
+    for pattern in reversed(patterns):  # the first that matches counts
         numbers.update(matched[pattern])
     return {path for path, number in numbers.items() if int(str(number)) in layers}
 
 
-def _tensors(base: Mapping[str, Any]) -> dict[Path, tuple[Shape, int | None]]:
-    """Every tensor of a base: path -> (shape in one layer, layers)."""
-    out = {}
+# --- The tensors of a base ---
+
+
+@dataclass(frozen=True)
+class _Inventory:
+    tensors: Mapping[Path, _Tensor]
+    modules: Mapping[Path, _Tensor]
+    """Those with a two-dimensional weight, a tied head too -> that weight."""
+    tied: bool
+
+
+def _take_inventory(base: Mapping[str, Any]) -> _Inventory:
+    tensors = _tensors(base)
+    modules = {
+        path[:-1]: tensor
+        for path, tensor in tensors.items()
+        if path[-1] == "weight" and len(tensor[0]) == 2
+    }
+    tied = HEAD not in modules and EMBEDDING in modules
+    if tied:
+        modules[HEAD] = modules[EMBEDDING]
+    return _Inventory(tensors, modules, tied)
+
+
+def _tensors(base: Mapping[str, Any]) -> dict[Path, _Tensor]:
+    out: dict[Path, _Tensor] = {}
     for path, leaf in trees.walk(base):
-        if path[-1].startswith("residual_"):  # what `factor_out` put there
+        if path[-1].startswith("residual_"):  # added by `factor_out`
             continue
-        stacked = path[: len(LAYERS)] == LAYERS
         if isinstance(leaf, NF4Tensor):
-            layers = leaf.codes.shape[0] if stacked else None
+            layers = leaf.codes.shape[0] if is_stacked(path) else None
             out[path] = (tuple(leaf.shape), layers)
+        elif is_stacked(path):
+            out[path] = (tuple(leaf.shape[1:]), leaf.shape[0])
         else:
-            shape = tuple(leaf.shape)
-            out[path] = (shape[1:], shape[0]) if stacked else (shape, None)
+            out[path] = (tuple(leaf.shape), None)
     return out
 
 
@@ -322,130 +328,165 @@ def linear_modules(base: Mapping[str, Any]) -> dict[Path, tuple[int, int, int | 
     }
 
 
-def _ranks(
-    modules: Mapping[Path, tuple[Shape, int | None]],
-    lora: LoraConfig,
-    taken: Mapping[Path, tuple[bool, ...]],
-) -> dict[Path, list[tuple[int, float]]]:
-    """Rank and scaling in each layer of the modules with an update in any layer.
+# --- Low-rank updates ---
 
-    A weight that is trained whole has no update.
+
+def _updates(
+    inventory: _Inventory,
+    lora: LoraConfig,
+    in_full: Mapping[Path, tuple[bool, ...]],
+) -> dict[Path, list[tuple[int, float]]]:
+    """Returns rank and scaling in each layer of the modules adapted in any layer.
+
+    A weight that is trained in full has no update.
     """
-    names = {path: dotted(path, layers) for path, (_, layers) in modules.items()}
-    everything = [name for listed in names.values() for name in listed]
-    selected = matching(everything, lora)
-    values = lora.ranks_and_scalings(everything)
+    names = {path: dotted(path, n) for path, (_, n) in inventory.modules.items()}
+    module_paths = [name for layers in names.values() for name in layers]
+    selected = matching(module_paths, lora)
+    values = lora.ranks_and_scalings(module_paths)
     out = {}
-    for path, listed in names.items():
-        whole = taken.get(path, (False,) * len(listed))
-        ranks = [
-            values[name] if name in selected and not saved else (0, 0.0)
-            for name, saved in zip(listed, whole, strict=True)
+    for path, layers in names.items():
+        excluded = in_full.get(path, (False,) * len(layers))
+        updates = [
+            values[name] if name in selected and not full else (0, 0.0)
+            for name, full in zip(layers, excluded, strict=True)
         ]
-        if any(rank for rank, _ in ranks):
-            out[path] = ranks
+        if any(rank for rank, _ in updates):
+            out[path] = updates
     return out
 
 
-def _whole(
-    tensors: Mapping[Path, tuple[Shape, int | None]],
-    modules: Mapping[Path, Any],
-    lora: LoraConfig,
-    tied: bool,
-) -> list[FullTensor]:
-    """The tensors of `modules_to_save`."""
+def _shared_updates(lora: LoraConfig) -> dict[Path, list[tuple[int, float]]]:
+    """Returns the updates of an embedding and of its tied head, of one rank.
+
+    PEFT adapts the embedding, and the head with the transpose, whatever
+    `layers_to_transform` contains.
+    """
+    if _named((hf_key(EMBEDDING),), lora, "exclude_modules"):
+        raise UserError(
+            "`ensure_weight_tying` adapts embed_tokens with its head, and "
+            "`exclude_modules` excludes embed_tokens; give only one of the two."
+        )
+    values = lora.ranks_and_scalings((hf_key(EMBEDDING), hf_key(HEAD)))
+    rank, _ = values[hf_key(EMBEDDING)]
+    return {path: [(rank, values[hf_key(path)][1])] for path in (EMBEDDING, HEAD)}
+
+
+def _check_lora_bias(adapted: Iterable[AdaptedModule]) -> None:
+    for a in adapted:
+        if a.lora_bias and a.kind == "embedding":
+            raise UserError(
+                f"`lora_bias` cannot be combined with an adapted embedding "
+                f"({a.path[-1]}): PEFT has no array for such a bias. Take the "
+                "embedding out of `target_modules`, or leave `lora_bias` out."
+            )
+
+
+# --- Tensors trained in full ---
+
+
+def _full_tensors(inventory: _Inventory, lora: LoraConfig) -> list[FullTensor]:
+    """Returns the tensors of `modules_to_save`."""
     names = lora.modules_to_save or ()
     if not names:
         return []
-    everything = dict(tensors)
-    if tied:
-        everything[*HEAD, "weight"] = tensors[*EMBEDDING, "weight"]
-    found: set[str] = set()
+    tensors = dict(inventory.tensors)
+    if inventory.tied:
+        tensors[*HEAD, "weight"] = tensors[*EMBEDDING, "weight"]
+    matched: set[str] = set()
     saved: set[str] = set()
     out = []
-    for path, (shape, layers) in everything.items():
-        chosen = []
-        for name in dotted(path[:-1], layers):
-            # A module is saved with all that is in it. PEFT compares ends of paths.
-            parts = name.split(".")
-            above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-            hits = {n: a for n in names for a in above if a.endswith(n)}
-            found |= hits.keys()
+    for path, (shape, layers) in tensors.items():
+        trained = []
+        for module in dotted(path[:-1], layers):
+            # A module is saved with all it contains. PEFT compares ends of paths.
+            outer = [*_outer_modules(module), module]
+            hits = {n: m for n in names for m in outer if m.endswith(n)}
+            matched |= hits.keys()
             saved |= set(hits.values())
-            chosen.append(bool(hits))
-        if any(chosen):
-            out.append(FullTensor(path, shape, layers, tuple(chosen)))
-    missing = [name for name in names if name not in found]
+            trained.append(bool(hits))
+        if any(trained):
+            out.append(FullTensor(path, shape, layers, tuple(trained)))
+    missing = [name for name in names if name not in matched]
     if missing:
+        modules = {path[-2] for path in tensors}
         raise UserError(
             f"`modules_to_save` names {_quoted(missing)}, which this model does not "
-            f"have.{did_you_mean(missing, {p[-2] for p in everything})} Modules here: "
-            f"{', '.join(sorted({p[-2] for p in everything}))}."
+            f"have.{did_you_mean(missing, modules)} Modules here: "
+            f"{', '.join(sorted(modules))}."
         )
-    for inner in sorted(saved):
-        outer = inner.rpartition(".")[0]
-        while outer and outer not in saved:
-            outer = outer.rpartition(".")[0]
-        if outer:
-            raise UserError(
-                f"`modules_to_save` selects `{inner}`, and `{outer}` that holds it; "
-                "PEFT loads few of such adapters. Name one of the two."
-            )
-    heads = {(*EMBEDDING, "weight"), (*HEAD, "weight")}
-    named = any(name.rpartition(".")[2] in _TABLES for name in names)
-    if tied and lora.ensure_weight_tying and named:
-        # One tensor for both, wherever it was named.
-        out = [w for w in out if w.path not in heads]
-        shape = tensors[*EMBEDDING, "weight"][0]
-        one = (*EMBEDDING, "weight")
-        out.append(FullTensor(one, shape, None, (True,)))
-        out.append(FullTensor((*HEAD, "weight"), shape, None, (True,), tied_to=one))
+    _check_nesting(saved)
+    if (
+        inventory.tied
+        and lora.ensure_weight_tying
+        and any(name.rpartition(".")[2] in _TABLES for name in names)
+    ):
+        table, head = (*EMBEDDING, "weight"), (*HEAD, "weight")
+        shape = tensors[table][0]
+        out = [t for t in out if t.path not in (table, head)]
+        out.append(FullTensor(table, shape, None, (True,)))
+        out.append(FullTensor(head, shape, None, (True,), tied_to=table))
     return out
 
 
+def _outer_modules(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _check_nesting(saved: set[str]) -> None:
+    for inner in sorted(saved):
+        for outer in reversed(_outer_modules(inner)):
+            if outer in saved:
+                raise UserError(
+                    f"`modules_to_save` selects `{inner}`, and `{outer}` that contains "
+                    "it; PEFT fails to load most such adapters. Name only one of them."
+                )
+
+
 def _with_biases(
-    whole: list[FullTensor],
-    tensors: Mapping[Path, tuple[Shape, int | None]],
-    adapted: Mapping[Path, list[tuple[int, float]]],
+    full_tensors: Iterable[FullTensor],
+    inventory: _Inventory,
+    updates: Mapping[Path, list[tuple[int, float]]],
     lora: LoraConfig,
 ) -> list[FullTensor]:
-    """Adds what `bias` trains; some layers of a bias may be trained already."""
-    out = {w.path: w for w in whole}
-    for path, (shape, layers) in tensors.items():
+    """Adds the biases that `bias` trains; some layers of one may be there already."""
+    out = {t.path: t for t in full_tensors}
+    for path, (shape, layers) in inventory.tensors.items():
         if path[-1] != "bias" or lora.bias == "none":
             continue
         if lora.bias == "all":
-            chosen = [True] * (layers or 1)
+            trained = [True] * (layers or 1)
         else:
-            chosen = [r > 0 for r, _ in adapted.get(path[:-1], ())]
-        if path in out and chosen:
-            before = out[path].trained
-            chosen = [one or two for one, two in zip(before, chosen, strict=True)]
-        if any(chosen):
-            out[path] = FullTensor(path, shape, layers, tuple(chosen))
+            trained = [rank > 0 for rank, _ in updates.get(path[:-1], ())]
+        if path in out and trained:
+            pairs = zip(out[path].trained, trained, strict=True)
+            trained = [saved or bias for saved, bias in pairs]
+        if any(trained):
+            out[path] = FullTensor(path, shape, layers, tuple(trained))
     return list(out.values())
 
 
-def _token_rows(
-    modules: Mapping[Path, tuple[Shape, int | None]], lora: LoraConfig, tied: bool
-) -> list[TokenRows]:
-    wanted = lora.trainable_token_indices
-    if wanted is None:
-        return []
-    if not isinstance(wanted, Mapping):
-        wanted = {EMBEDDING[-1]: wanted}
+# --- Rows of embeddings ---
+
+
+def _token_rows(inventory: _Inventory, lora: LoraConfig) -> list[TokenRows]:
+    tables = {p: shape for p, (shape, n) in inventory.modules.items() if n is None}
     out: dict[Path, TokenRows] = {}
-    for name, indices in wanted.items():
-        hits = [p for p, (_, n) in modules.items() if n is None]
-        hits = [p for p in hits if ".".join(p).endswith(name)]
+    # As in PEFT, names are ends of paths.
+    indices_by_name = lora.trainable_token_indices or {}
+    if not isinstance(indices_by_name, Mapping):
+        indices_by_name = {EMBEDDING[-1]: indices_by_name}
+    for name, indices in indices_by_name.items():
+        hits = [path for path in tables if hf_key(path).endswith(name)]
         if not hits:
-            near = did_you_mean(name, {path[-1] for path in modules})
+            near = did_you_mean(name, {path[-1] for path in inventory.modules})
             raise UserError(
-                f"`trainable_token_indices` names {name!r:.80}, which is no embedding "
-                f"and no head of this model.{near}"
+                f"`trainable_token_indices` names {name!r:.80}, which is not an "
+                f"embedding or head of this model.{near}"
             )
         for path in hits:
-            rows, features = modules[path][0]
+            rows, features = tables[path]
             outside = [i for i in indices if i >= rows]
             if outside:
                 raise UserError(
@@ -454,50 +495,51 @@ def _token_rows(
                 )
             out[path] = TokenRows(path, indices, features)
     embedding, head = out.get(EMBEDDING), out.get(HEAD)
-    if tied and embedding is not None:
-        # A tied head has the rows of the embedding, unless it was given others.
+    if inventory.tied and embedding is not None:
         if head is None or head.indices == embedding.indices:
-            out[HEAD] = TokenRows(
-                HEAD, embedding.indices, embedding.features, tied_to=EMBEDDING
-            )
+            out[HEAD] = dataclasses.replace(embedding, path=HEAD, tied_to=EMBEDDING)
         elif lora.ensure_weight_tying:
             raise UserError(
                 "`trainable_token_indices` gives embed_tokens and lm_head different "
-                "rows, and `ensure_weight_tying` wants them to be one; give one of the "
+                "rows, and `ensure_weight_tying` makes them one; give only one of the "
                 "two."
             )
     return list(out.values())
 
 
 def _check_rows(
-    rows: list[TokenRows],
+    rows: Iterable[TokenRows],
     adapted: Mapping[Path, AdaptedModule],
-    taken: Mapping[Path, Any],
+    in_full: Mapping[Path, Any],
 ) -> None:
-    """Refuses rows of what is trained in another way, as PEFT does."""
+    """Raises if rows are trained in another way too, as PEFT does."""
     for r in rows:
         name = f"`trainable_token_indices` trains rows of {r.path[-1]!r}"
-        if r.path in taken:
+        if r.path in in_full:
             raise UserError(
-                f"{name}, which `modules_to_save` trains whole; give one of the two."
+                f"{name}, which `modules_to_save` trains in full; give only one of the "
+                "two."
             )
         if r.path not in adapted:
             continue
         if r.tied_to is None:
             raise UserError(
-                f"{name}, which `target_modules` adapts; give one of the two."
+                f"{name}, which `target_modules` adapts; give only one of the two."
             )
         if adapted[r.path].dora:
             raise UserError(
                 f"{name}, which is tied to the embedding and adapted with `use_dora`; "
-                "rows and norms of rows cannot be trained at once."
+                "rows and norms of rows cannot be trained together."
             )
 
 
-def _unmatched(modules: Mapping[Path, Any], lora: LoraConfig) -> tuple[str, ...]:
+# --- Names that match nothing ---
+
+
+def _unmatched(inventory: _Inventory, lora: LoraConfig) -> tuple[str, ...]:
     if isinstance(lora.target_modules, str):
         return ()
-    paths = [p for path, (_, n) in modules.items() for p in dotted(path, n)]
+    paths = [p for path, (_, n) in inventory.modules.items() for p in dotted(path, n)]
     return tuple(
         name
         for name in lora.target_modules
@@ -505,35 +547,29 @@ def _unmatched(modules: Mapping[Path, Any], lora: LoraConfig) -> tuple[str, ...]
     )
 
 
-def _nothing(lora: LoraConfig, modules: Mapping[Path, Any]) -> UserError:
+def _nothing_matches(inventory: _Inventory, lora: LoraConfig) -> UserError:
     targets = lora.target_modules
-    wanted = (targets,) if isinstance(targets, str) else targets
-    names = {path[-1] for path in modules}
-    limits = {
-        "exclude_modules": lora.exclude_modules,
-        "layers_to_transform": lora.layers_to_transform,
-        "layers_pattern": lora.layers_pattern,
-        "modules_to_save": lora.modules_to_save,
-    }
-    given = [f"`{k}`={v!r:.200}" for k, v in limits.items() if v is not None]
-    count = max((n for _, n in modules.values() if n is not None), default=0)
-    absent = absent_layers(lora, count)
+    names = {path[-1] for path in inventory.modules}
+    limits = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    values = {name: getattr(lora, name) for name in (*limits, "modules_to_save")}
+    set_limits = [f"`{k}`={v!r:.200}" for k, v in values.items() if v is not None]
+    count = max((n for _, n in inventory.modules.values() if n is not None), default=0)
     return UserError(
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
-        f"of this model{' under ' + ', '.join(given) if given else ''}."
-        + (f" Layers here: 0 to {count - 1}." if absent else "")
-        + f"{did_you_mean(wanted, names)} Modules here: {', '.join(sorted(names))}."
+        f"of this model{' under ' if set_limits else ''}{', '.join(set_limits)}."
+        + (f" Layers here: 0 to {count - 1}." if absent_layers(lora, count) else "")
+        + did_you_mean(targets, names)
+        + f" Modules here: {', '.join(sorted(names))}."
     )
 
 
 def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
-    """Numbers of `layers_to_transform` that a model of so many layers does not have."""
+    """Returns the `layers_to_transform` that a model of `count` layers lacks."""
     numbers = lora.layers_to_transform or ()
     numbers = (numbers,) if isinstance(numbers, int) else numbers
     return tuple(n for n in numbers if n >= count)
 
 
-def _quoted(names: Iterable[str]) -> str:
-    names = list(names)
+def _quoted(names: list[str]) -> str:
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return ", ".join(f"{n!r:.80}" for n in names[:10]) + more

@@ -1,18 +1,119 @@
-"""GPU programs, each compiled once in a process of its own, and how to read one."""
+"""Compiles GPU programs and kernels in processes of their own, and reads them."""
 
+import functools
+import importlib.util
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHILD = Path(__file__).with_name("step_for_gpu.py")
+HERE = Path(__file__).parent
+
+
+def _import_ptx() -> ModuleType:
+    # The tests are not a package.
+    spec = importlib.util.spec_from_file_location("ptx", HERE / "ptx.py")
+    sys.modules["ptx"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_ptx = _import_ptx()
+
+
+@pytest.fixture(scope="session")
+def ptx() -> ModuleType:
+    """The interpreter of PTX."""
+    return _ptx
+
+
+# --- Kernels ---
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """The files of one kernel, read when asked for."""
+
+    directory: Path
+
+    @functools.cached_property
+    def ptx(self) -> str:
+        return (self.directory / "kernel.ptx").read_text()
+
+    @functools.cached_property
+    def program(self) -> Any:
+        return _ptx.parse(self.ptx)
+
+    @functools.cached_property
+    def launch(self) -> Any:
+        return _ptx.read_launch((self.directory / "kernel.ll").read_text())
+
+    @functools.cached_property
+    def report(self) -> str:
+        """What ptxas reports."""
+        return (self.directory / "kernel.ptxas").read_text()
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return int(re.search(r"Used (\d+) registers", self.report)[1])
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes of buffers besides arguments and results."""
+        return json.loads((self.directory / "memory.json").read_text())["temporaries"]
+
+    def assert_fits(self, threads: int, shared: int = 232448) -> None:
+        """Nothing spills, and a multiprocessor holds a block of so many threads.
+
+        Shared memory of a block on request: CUDA C++ Programming Guide, by default for
+        Hopper.
+        """
+        assert " 0 bytes spill stores, 0 bytes spill loads" in self.report
+        assert self.launch.threads == threads
+        assert self.registers * threads <= 65536
+        assert self.launch.shared <= shared
+
+
+@pytest.fixture(scope="session")
+def compile_kernels(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., list[CompiledKernel]]:
+    """Compiles kernels for a card, all of them by one process."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
+
+    def compiled(requests: list[dict], card: str = "h200") -> list[CompiledKernel]:
+        out = tmp_path_factory.mktemp("kernels")
+        arguments = (json.dumps(requests), str(out), card)
+        _run_child(sys.executable, HERE / "kernels_for_gpu.py", *arguments)
+        return [CompiledKernel(out / str(i)) for i in range(len(requests))]
+
+    return compiled
+
+
+def _run_child(python: str, script: Path, *arguments: str) -> None:
+    child = subprocess.run(
+        [python, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if child.returncode != 0:
+        pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}", pytrace=False)
+
+
+# --- Whole programs ---
 
 Shape = tuple[str, tuple[int, ...]]
 """A dtype by XLA's name, and dimensions."""
@@ -24,26 +125,26 @@ _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Instruction:
     """One instruction of a scheduled program."""
 
     operation: str
     results: tuple[Shape, ...]
     text: str
-    """The whole line."""
+    """Its line."""
     fused: str
     """The lines of the computation it fuses; empty for others."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the GPU compiler made of one program."""
+    """A program as the GPU compiler schedules it."""
 
     memory: dict[str, int]
     text: str
     computations: dict[str, list[str]]
 
-    def loop(self, inside: str) -> list[Kernel]:
+    def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""
         bodies = {
             re.search(r"body=%?([\w.\-]+)", line)[1]
@@ -51,30 +152,30 @@ class Program:
             if " while(" in line and f'op_name="{inside}"' in line
         }
         (body,) = bodies
-        return [self._kernel(line) for line in self.computations[body]]
+        return [self._instruction(line) for line in self.computations[body]]
 
     def shapes(self) -> set[Shape]:
-        """Every array that has memory of its own: results outside fusions."""
+        """Every array in memory: the results of instructions outside fusions."""
         fused = set(re.findall(r"\bcalls=%?([\w.\-]+)", self.text))
         return {
             shape
             for name, lines in self.computations.items()
             if name not in fused
             for line in lines
-            for shape in self._kernel(line).results
+            for shape in self._instruction(line).results
         }
 
-    def _kernel(self, line: str) -> Kernel:
+    def _instruction(self, line: str) -> Instruction:
         match = _INSTRUCTION.match(line)
         if match is None:
-            return Kernel("", (), line, "")
+            return Instruction("", (), line, "")
         results = tuple(
             (dtype, tuple(int(d) for d in dims.split(",") if d))
             for dtype, dims in _ARRAY.findall(match[2])
         )
         called = re.search(r"\bcalls=%?([\w.\-]+)", line)
         fused = "\n".join(self.computations.get(called[1], ())) if called else ""
-        return Kernel(match[3], results, line, fused)
+        return Instruction(match[3], results, line, fused)
 
 
 def _read(text: str, memory: dict[str, int]) -> Program:
@@ -107,23 +208,23 @@ def compile_step(
     gpu_compiler: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Program]:
     """Compiles a training step, or generation, for an H200; equal requests once."""
-    made: dict[str, Program] = {}
+    programs: dict[str, Program] = {}
 
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
-        wanted = {"config": config, "batch": 4, "length": 2048, "packed": False}
-        wanted |= {"attention": "auto", "remat": "full", "kernels": "xla"}
-        wanted |= {"lora": {}, "generate": 0, "places": {}} | settings
-        request = json.dumps(wanted, sort_keys=True)
-        if request not in made:
-            compile_one = _generation if wanted["generate"] else _training
+        request = {"config": config, "batch": 4, "length": 2048, "packed": False}
+        request |= {"attention": "auto", "remat": "full", "kernels": "xla"}
+        request |= {"lora": {}, "generate": 0, "places": {}} | settings
+        key = json.dumps(request, sort_keys=True)
+        if key not in programs:
+            compile_one = _generation if request["generate"] else _training
             folder = tmp_path_factory.mktemp("program")
-            made[request] = compile_one(gpu_compiler, wanted, folder)
-        return made[request]
+            programs[key] = compile_one(gpu_compiler, request, folder)
+        return programs[key]
 
     return compiled
 
 
-def _training(python: str, wanted: dict[str, Any], _: Path) -> Program:
+def _training(python: str, request: dict[str, Any], _: Path) -> Program:
     from qlora_jax.lora.config import LoraConfig
     from qlora_jax.models.config import LlamaConfig
     from qlora_jax.models.layers import Compute
@@ -132,34 +233,26 @@ def _training(python: str, wanted: dict[str, Any], _: Path) -> Program:
     from qlora_jax.planning.step import Step
     from qlora_jax.training.config import TrainConfig
 
-    lora = {"target_modules": "all-linear", **wanted["lora"]}
+    lora = {"target_modules": "all-linear", **request["lora"]}
     step = Step(
-        LlamaConfig.from_hf(wanted["config"]),
+        LlamaConfig.from_hf(request["config"]),
         Compute(
-            attention=wanted["attention"],
-            remat=wanted["remat"],
-            kernels=wanted["kernels"],
+            attention=request["attention"],
+            remat=request["remat"],
+            kernels=request["kernels"],
             lora=LoraConfig(r=16, lora_alpha=32, **lora),
         ),
-        length=wanted["length"],
-        train=TrainConfig(steps=1000, batch_size=wanted["batch"]),
-        packed=wanted["packed"],
-        **wanted["places"],
+        length=request["length"],
+        train=TrainConfig(steps=1000, batch_size=request["batch"]),
+        packed=request["packed"],
+        **request["places"],
     )
     compiled = compile_for(step, CARDS["h200"], python=python, program=True)
     assert compiled.program is not None
     return _read(compiled.program, dict(compiled.sizes))
 
 
-def _generation(python: str, wanted: dict[str, Any], folder: Path) -> Program:
-    child = subprocess.run(
-        [python, str(CHILD), json.dumps(wanted), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if child.returncode != 0:
-        pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}")
+def _generation(python: str, request: dict[str, Any], folder: Path) -> Program:
+    _run_child(python, HERE / "step_for_gpu.py", json.dumps(request), str(folder))
     memory = json.loads((folder / "memory.json").read_text())
     return _read((folder / "program.txt").read_text(), memory)

@@ -3,6 +3,10 @@
     program, launch = parse(ptx_text), read_launch(host_llvm_text)
     trace = run(program, launch, [inputs..., outputs])     # numpy arrays
 
+Nothing else executes the inline code of `pallas_kernels.mosaic` without a GPU: Pallas's
+interpreter runs a stand-in for it, and registers and spills do not tell what it
+computes.
+
 One block of threads after another. A register is a uint64 array over the threads of a
 block, so an instruction is a few numpy operations. Threads have their own counters:
 those at the lowest address go first, those at a barrier wait, so branches and warps
@@ -33,17 +37,17 @@ import numpy as np
 
 WARP = 32
 SHARED_BASE = 1024
-"""Where shared memory begins; addresses below are nobody's."""
+"""Where shared memory begins; addresses below belong to no array."""
 _REGION = 40
-"""Array i lies at (i + 1) << _REGION, far from every other one."""
+"""Array i begins at (i + 1) << _REGION, far from every other one."""
 
 
 class Fault(AssertionError):
-    """The program does what no kernel may do."""
+    """The program does something that no kernel may do."""
 
 
 class Unsupported(NotImplementedError):
-    """The program uses what this interpreter does not know."""
+    """The program uses an instruction that is not implemented here."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,16 @@ class Program:
 
     def contractions(self) -> list[str]:
         """Sums of products that ptxas may round once: no `.rn` says otherwise."""
-        products, found = set(), []
+        products, contracted = set(), []
         for i in self.instructions:
             if i.op == ("add", "f32") or i.op == ("sub", "f32"):
                 if any(o[1] in products for o in i.operands[1:] if o[0] == "reg"):
-                    found.append(i.text)
+                    contracted.append(i.text)
             for name in _written(i):
                 products.discard(name)
                 if i.op == ("mul", "f32"):
                     products.add(name)
-        return found
+        return contracted
 
 
 def _written(i: Instruction) -> list[str]:
@@ -113,13 +117,13 @@ def read_launch(host: str) -> Launch:
     """Reads the launch from the host code (LLVM) that goes with the PTX."""
     number = r"%(\d+)"
     (array,) = set(re.findall(rf"getelementptr ptr, ptr {number}, i32 1\n", host))
-    places = {array: 0}
+    offsets = {array: 0}
     for name, at in re.findall(
         rf"{number} = getelementptr ptr, ptr %{array}, i32 (\d+)", host
     ):
-        places[name] = int(at)
+        offsets[name] = int(at)
     loads = re.findall(rf"{number} = load ptr, ptr {number}", host)
-    values = {name: places[source] for name, source in loads}
+    values = {name: offsets[source] for name, source in loads}
     slots = dict(
         re.findall(
             rf"{number} = getelementptr {{.*}}, ptr %\d+, i32 0, i32 (\d+)", host
@@ -234,7 +238,7 @@ def _operand(text: str, named: Callable[[str], str]) -> tuple:
 
 @dataclass
 class Access:
-    """What one instruction does to memory, the worst of all times and warps."""
+    """The memory accesses of one instruction, the worst of all times and warps."""
 
     text: str
     kind: str
@@ -252,12 +256,10 @@ class Access:
 
 @dataclass
 class Trace:
-    """What happened."""
+    """The accesses to memory."""
 
     accesses: dict[tuple[int, int | None], Access] = field(default_factory=dict)
     """By instruction and array."""
-    executed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """For each instruction, how many threads have done it."""
 
 
 @dataclass
@@ -278,17 +280,17 @@ def run(program: Program, launch: Launch, arrays: Sequence[np.ndarray]) -> Trace
       program: the kernel.
       launch: how it is started.
       arrays: those the host passes, inputs and then the one output, which is written
-        in place.
+        in word.
 
     Returns:
-      Counts of what was done.
+      The accesses to memory.
 
     Raises:
-      Fault: the kernel is wrong; see the module's text.
-      Unsupported: the kernel uses what is not known here.
+      Fault: the kernel is wrong; see the module docstring.
+      Unsupported: the kernel uses an instruction that is not implemented here.
     """
     memory = _Memory(arrays)
-    trace = Trace(executed=np.zeros(len(program.instructions), np.int64))
+    trace = Trace()
     x, y, z = launch.grid
     with np.errstate(all="ignore"):
         for block in itertools.product(range(z), range(y), range(x)):
@@ -304,16 +306,16 @@ class _Memory:
         self.sizes = [a.nbytes for a in arrays]
         self.bytes = []
         for a in arrays:
-            held = np.zeros(-(-a.nbytes // 16) * 16, np.uint8)
-            held[: a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-            self.bytes.append(held)
+            padded = np.zeros(-(-a.nbytes // 16) * 16, np.uint8)
+            padded[: a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+            self.bytes.append(padded)
         self.output = arrays[-1]
         self.written = np.zeros(len(self.bytes[-1]), np.int32)
 
     def locate(
         self, address: np.ndarray, width: int, text: str
     ) -> tuple[int, np.ndarray]:
-        """Array and offsets of addresses, which must all lie in one."""
+        """Returns the one array of all addresses, and the offsets in it."""
         (array,) = set((address >> np.uint64(_REGION)).tolist()) or {0}
         array -= 1
         offset = (address & np.uint64((1 << _REGION) - 1)).astype(np.int64)
@@ -402,9 +404,8 @@ class _Block:
                 i = instructions[here]
                 self.active = mask
                 if i.guard is not None:
-                    held = self._read(i.guard[0]).astype(bool)
-                    self.active = mask & (held == i.guard[1])
-                self.trace.executed[here] += np.count_nonzero(self.active)
+                    predicate = self._read(i.guard[0]).astype(bool)
+                    self.active = mask & (predicate == i.guard[1])
                 if i.op[0] in ("bra", "ret", "exit"):
                     self.at[mask] = here + 1
                     self.at[self.active] = i.target
@@ -479,23 +480,23 @@ class _Block:
             self.put(out, np.bitwise_or.reduce(parts), bits)
         elif out[0] == "vec":
             each = bits // len(out[1])
-            whole = self.u(value, bits)
+            joined = self.u(value, bits)
             for k, o in enumerate(out[1]):
-                self.put(o, whole >> np.uint64(k * each), each)
+                self.put(o, joined >> np.uint64(k * each), each)
         else:
             self.put(out, self.u(value, bits), bits)
 
-    def _arithmetic(self, i: Instruction, one: Callable[..., Any]) -> None:
+    def _arithmetic(self, i: Instruction, compute: Callable[..., Any]) -> None:
         out, *values = i.operands
         kind = i.op[-1]
         if kind == "f32":
             if set(i.op[1:-1]) - {"rn"}:
                 raise Unsupported(i.text)
-            self.put(out, one(*(self.f(v) for v in values)), 32)
+            self.put(out, compute(*(self.f(v) for v in values)), 32)
         elif kind[0] in "us" and len(i.op) == 2:
             # Modulo 2^64, whose low bits are those of the sum modulo 2^32.
             bits = _bits(kind)
-            self.put(out, one(*(self.u(v, bits) for v in values)), bits)
+            self.put(out, compute(*(self.u(v, bits) for v in values)), bits)
         else:
             raise Unsupported(i.text)
 
@@ -537,8 +538,8 @@ class _Block:
     def _extreme(self, i: Instruction, numpy: Any, number: Any) -> None:
         kind, bits = i.op[-1], _bits(i.op[-1])
         if kind == "f32" and i.op[1:-1] in ((), ("NaN",)):
-            one = numpy if i.op[1:-1] else number
-            value = one(self.f(i.operands[1]), self.f(i.operands[2]))
+            compare = numpy if i.op[1:-1] else number
+            value = compare(self.f(i.operands[1]), self.f(i.operands[2]))
             if i.op[1:-1] and np.isnan(value).any():
                 value = np.where(np.isnan(value), _NAN, value)
         elif kind[0] in "us" and len(i.op) == 2:
@@ -569,9 +570,10 @@ class _Block:
             value = np.where(by < bits, self.u(i.operands[1], bits) >> by, np.uint64(0))
         self.put(i.operands[0], value, bits)
 
-    def _bitwise(self, i: Instruction, one: Callable[..., Any]) -> None:
+    def _bitwise(self, i: Instruction, compute: Callable[..., Any]) -> None:
         bits = _bits(i.op[-1])
-        self.put(i.operands[0], one(*(self.u(o, bits) for o in i.operands[1:])), bits)
+        values = (self.u(o, bits) for o in i.operands[1:])
+        self.put(i.operands[0], compute(*values), bits)
 
     def _and(self, i: Instruction) -> None:
         self._bitwise(i, np.bitwise_and)
@@ -584,41 +586,6 @@ class _Block:
 
     def _not(self, i: Instruction) -> None:
         self._bitwise(i, np.bitwise_not)
-
-    def _lop3(self, i: Instruction) -> None:
-        a, b, c = (self.u(o, 32) for o in i.operands[1:4])
-        (table,) = {int(v) for v in self.u(i.operands[4], 32)}
-        value = np.zeros(self.n, np.uint64)
-        for k in range(8):
-            if table >> k & 1:
-                pick = [v if k >> j & 1 else ~v for v, j in ((a, 2), (b, 1), (c, 0))]
-                value |= pick[0] & pick[1] & pick[2]
-        self.put(i.operands[0], value, 32)
-
-    def _bfe(self, i: Instruction) -> None:
-        if i.op != ("bfe", "u32"):
-            raise Unsupported(i.text)
-        a, at, count = (self.u(o, 32) for o in i.operands[1:])
-        at, count = (
-            at & np.uint64(255),
-            np.minimum(count & np.uint64(255), np.uint64(32)),
-        )
-        value = np.where(at < 32, a >> np.minimum(at, np.uint64(31)), np.uint64(0))
-        self.put(i.operands[0], value & ((np.uint64(1) << count) - np.uint64(1)), 32)
-
-    def _prmt(self, i: Instruction) -> None:
-        if i.op != ("prmt", "b32"):
-            raise Unsupported(i.text)
-        a, b, select = (self.u(o, 32) for o in i.operands[1:])
-        both = a | b << np.uint64(32)
-        value = np.zeros(self.n, np.uint64)
-        for k in range(4):
-            nibble = select >> np.uint64(4 * k)
-            byte = both >> (np.uint64(8) * (nibble & np.uint64(7))) & np.uint64(255)
-            sign = np.where(byte >> np.uint64(7), np.uint64(255), np.uint64(0))
-            byte = np.where(nibble & np.uint64(8), sign, byte)
-            value |= byte << np.uint64(8 * k)
-        self.put(i.operands[0], value, 32)
 
     def _setp(self, i: Instruction) -> None:
         compare, *join, kind = i.op[1:]
@@ -846,7 +813,7 @@ class _Block:
             self.put(target, total.astype(np.float32), 32)
 
     def _fence(self, i: Instruction) -> None:
-        """Orders nothing here: stores are seen at once."""
+        """Orders nothing here: stores are visible at once."""
 
     def _release(self, threads: np.ndarray) -> np.ndarray:
         """What is done when these threads arrive; their next epoch begins."""
@@ -888,25 +855,25 @@ class _Block:
         address = self._address(memory)
         active = np.flatnonzero(self.active)
         at = self._shared(i, address[active], 8)
-        for place in np.unique(at).tolist():
-            threads = active[at == place]
-            words = np.full(len(threads), place)
+        for word in np.unique(at).tolist():
+            threads = active[at == word]
+            words = np.full(len(threads), word)
             self._ordered(i, words, 2, threads, load=what != "init")
             warps = len(self.epoch)
             if what == "init" and len(threads) == 1:
                 count = int(self.u(i.operands[1], 32)[threads[0]])
                 clocks = np.zeros(warps, np.int64), np.zeros(warps, np.int64)
-                self.mbarriers[place] = _Barrier(count, count, 0, *clocks)
-                self.shared[place : place + 2] = 0
+                self.mbarriers[word] = _Barrier(count, count, 0, *clocks)
+                self.shared[word : word + 2] = 0
             elif what == "arrive" and i.operands[0] == ("reg", "_"):
-                self._arrive(i, self.mbarriers[place], threads)
+                self._arrive(i, self.mbarriers[word], threads)
             elif what in ("try_wait", "test_wait") and "parity" in i.op:
                 # A wait that may time out is one that does not: the loop around it
                 # would only ask again.
                 (parity,) = set(self.u(i.operands[2], 32)[threads].tolist())
                 self.put(i.operands[0], np.ones(self.n, np.uint64), 1)
                 self.blocked[threads] = True
-                self.mwaiting.append((threads, place, parity))
+                self.mwaiting.append((threads, word, parity))
             else:
                 raise Unsupported(i.text)
         self._pass()
@@ -926,13 +893,13 @@ class _Block:
 
     def _pass(self) -> None:
         still = []
-        for threads, place, parity in self.mwaiting:
+        for threads, word, parity in self.mwaiting:
             # A wait for parity p is over once a phase of that parity is.
-            if self.mbarriers[place].phase % 2 != parity:
+            if self.mbarriers[word].phase % 2 != parity:
                 self.blocked[threads] = False
-                self._acquire(threads, self.mbarriers[place].passed)
+                self._acquire(threads, self.mbarriers[word].passed)
             else:
-                still.append((threads, place, parity))
+                still.append((threads, word, parity))
         self.mwaiting = still
 
 

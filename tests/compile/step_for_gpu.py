@@ -38,23 +38,23 @@ from qlora_jax.planning.step import gpu_mesh
 H200 = CARDS["h200"].target
 
 
-def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
-    """Traces generation with the wanted model, everything on one H200."""
+def lower(request: dict[str, Any]) -> jax.stages.Lowered:
+    """Traces generation with the requested model, everything on one H200."""
     mesh = gpu_mesh(CARDS["h200"])
     device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    settings = {"target_modules": "all-linear", **wanted["lora"]}
+    settings = {"target_modules": "all-linear", **request["lora"]}
     lora = LoraConfig(r=16, lora_alpha=32, **settings)
     compute = Compute(
-        attention=wanted["attention"],
-        remat=wanted["remat"],
-        kernels=wanted["kernels"],
+        attention=request["attention"],
+        remat=request["remat"],
+        kernels=request["kernels"],
         lora=lora,
     )
-    config = LlamaConfig.from_hf(wanted["config"])
+    config = LlamaConfig.from_hf(request["config"])
     base = abstract_base(config, quantization="nf4_dq")
     # The adapters as they are trained: one rank and scaling for all.
     variables = {"params": base, "lora": abstract_adapters(base, lora)}
-    rows = jax.ShapeDtypeStruct((wanted["batch"], wanted["length"]), jnp.int32)
+    rows = jax.ShapeDtypeStruct((request["batch"], request["length"]), jnp.int32)
     values = jax.eval_shape(Sampling().values)
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
@@ -64,15 +64,15 @@ def lower(wanted: dict[str, Any]) -> jax.stages.Lowered:
         return _generate.lower(
             Llama(config, compute),
             *arguments,
-            slots=wanted["length"] + wanted["generate"],
-            max_new_tokens=wanted["generate"],
+            slots=request["length"] + request["generate"],
+            max_new_tokens=request["generate"],
             rules=Rules(),
             eos=(2,),
         )
 
 
-def main(wanted: dict[str, Any], out: Path) -> None:
-    compiled = lower(wanted).compile()
+def main(request: dict[str, Any], out: Path) -> None:
+    compiled = lower(request).compile()
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,

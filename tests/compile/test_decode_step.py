@@ -50,30 +50,32 @@ def written(kernels: list) -> list:
     ]
 
 
-def test_a_token_is_written_into_the_cache_where_it_lies(case):
+def test_a_token_is_written_into_the_cache_in_place(case):
     config, rows, program = case
-    one = cache_of_a_layer(config, rows)
-    whole = config["num_hidden_layers"] * one
+    layer_size = cache_of_a_layer(config, rows)
+    cache_size = config["num_hidden_layers"] * layer_size
     layer, token = program.loop(LAYER), program.loop(TOKEN)
-    updates = [k for k, _, size in written(layer) if size == whole]
+    updates = [k for k, _, size in written(layer) if size == cache_size]
     assert len(updates) == 2  # keys, values
     for k in updates:
         assert k.operation == "fusion" and "dynamic-update-slice(" in k.fused
     # Nor is the cache, or a layer of it, written between layers or between tokens.
-    assert not [k.text for k, _, size in written(token) if size in (one, whole)]
+    assert not [
+        k.text for k, _, size in written(token) if size in (layer_size, cache_size)
+    ]
     copies = [k for k in token + layer if "copy" in k.operation]
-    assert not [k.text for k, _, size in written(copies) if size >= one]
+    assert not [k.text for k, _, size in written(copies) if size >= layer_size]
 
 
 def test_keys_and_values_of_a_layer_are_read_in_place(case):
     config, rows, program = case
     # No slice, conversion or product of the size of a layer's cache is written.
     heads = config["num_attention_heads"] // config["num_key_value_heads"]
-    one = cache_of_a_layer(config, rows)
+    layer_size = cache_of_a_layer(config, rows)
     assert not [
         k.text
         for k, dtype, size in written(program.loop(LAYER))
-        if size in (one, heads * one) and dtype in ("bf16", "f32")
+        if size in (layer_size, heads * layer_size) and dtype in ("bf16", "f32")
     ]
 
 
@@ -90,6 +92,6 @@ def test_no_weights_of_all_layers_are_ever_dequantized(case):
     kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
     layers = config["num_hidden_layers"]
     stacked = {layers * size for size in (d * d, d * kv, d * f)}
-    found = [s for s in program.shapes() if s[1][:1] == (layers,)]
-    assert found  # the packed stacks
-    assert not [s for s in found if s[0] != "u8" and math.prod(s[1]) in stacked]
+    stacks = [s for s in program.shapes() if s[1][:1] == (layers,)]
+    assert stacks  # the packed stacks
+    assert not [s for s in stacks if s[0] != "u8" and math.prod(s[1]) in stacked]

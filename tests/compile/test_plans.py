@@ -78,14 +78,14 @@ def test_the_formula_is_within_10_percent_of_the_compiled_plan(
 
 def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
     card = dataclasses.replace(CARDS["h200"], name="small", memory_bytes=4 * 10**9)
-    said = []
-    planner = Planner(card, python=gpu_compiler, say=said.append)
+    messages = []
+    planner = Planner(card, python=gpu_compiler, say=messages.append)
     plan = planner.longest(step_of("1b", 128), LADDER)
     assert plan.method == "compiled"
     assert plan.fits
     assert plan.report()["compiled_for"] == "NVIDIA H200"
     # A handful of compilations, not a bisection of the whole range.
-    assert len(said) <= 8
+    assert len(messages) <= 8
     more = dataclasses.replace(
         plan.step, length=plan.step.length + granule(plan.step.length)
     )
@@ -103,17 +103,17 @@ def test_two_to_the_31_elements_and_more_are_compiled(gpu_compiler):
 
 def test_over_several_devices_each_holds_its_share(gpu_compiler):
     step = step_of("1b", 2048, batch_size=8)
-    alone = compile_for(step, CARDS["h100"], python=gpu_compiler)
-    assert alone.collectives == {}
+    single = compile_for(step, CARDS["h100"], python=gpu_compiler)
+    assert single.collectives == {}
     shared = compile_for(step, CARDS["h100"], python=gpu_compiler, mesh={"fsdp": 8})
-    assert shared.memory.base < alone.memory.base / 7
-    assert shared.memory.activations == alone.memory.activations // 8
+    assert shared.memory.base < single.memory.base / 7
+    assert shared.memory.activations == single.memory.activations // 8
     # Weights come together for a layer, gradients of adapters are summed.
     assert shared.collectives["all-gather"]["count"] >= 2 * 16
     assert {"all-reduce", "reduce-scatter"} & set(shared.collectives)
     repeated = compile_for(step, CARDS["h100"], python=gpu_compiler, mesh={"data": 8})
-    assert repeated.memory.base == alone.memory.base
-    assert repeated.memory.batch == alone.memory.batch // 8
+    assert repeated.memory.base == single.memory.base
+    assert repeated.memory.batch == single.memory.batch // 8
     # Nothing but the adapters' gradients has to be summed, and the loss.
     sums = repeated.collectives["all-reduce"]["bytes"]
     assert sums == pytest.approx(repeated.memory.adapters, rel=0.05)

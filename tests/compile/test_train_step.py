@@ -117,7 +117,7 @@ def test_a_weight_is_dequantized_once_forward_and_once_backward(full, save_matmu
         assert dequantized(program.loop(BACKWARD)) == weights(LLAMA_8B)
 
 
-def test_products_are_written_in_bf16_and_added_to_where_they_lie(full):
+def test_products_are_written_in_bf16_and_added_to_in_place(full):
     for loop, adapted in ((FORWARD, 7), (BACKWARD, 13)):
         products = [k for k in full.loop(loop) if "__cublas" in k.text]
         wide = [
@@ -198,7 +198,7 @@ def test_offload_keeps_nothing_of_the_layers_on_the_device(compile_step):
     d, wide = LLAMA_8B["hidden_size"], LLAMA_8B["intermediate_size"]
     stacked = [s for s in program.shapes() if s[1] == (32, 1, length, d)]
     assert stacked == [("bf16", (32, 1, length, d))]
-    # With its layout an array says where it lies: S(5) is the host's memory.
+    # With its layout an array names its memory: S(5) is the host's memory.
     layouts = re.findall(rf"bf16\[32,1,{length},{d}\]\{{(.*?)\}}", program.text)
     assert layouts and set(layouts) == {"3,2,1,0:S(5)"}
     # The MLP at work on 4,096 tokens, never on the whole row.

@@ -20,7 +20,7 @@ def abstract(*shape):
 
 
 def base(*, tied=False):
-    """Shapes of a model with a `q_proj` of yours beside the usual one."""
+    """Shapes of a model with a custom `q_proj` next to the usual one."""
 
     def linear():
         return {"weight": abstract(L, D, D)}
@@ -48,20 +48,20 @@ def layer(i, name):
 def described(ranks, tree):
     """The configuration, checked: it selects these ranks, scaled by 1, no others."""
     lora = describe(ranks, tree)
-    found = {}
+    selected = {}
     for a in select(tree, lora).adapted:
         for name, rank, scaling in zip(
             dotted(a.path, a.layers), a.ranks, a.scalings, strict=True
         ):
             if rank:
-                found[name] = rank
+                selected[name] = rank
                 assert scaling == 1.0
-    assert found == ranks
+    assert selected == ranks
     assert lora.rank_pattern == lora.alpha_pattern
     return lora
 
 
-def test_modules_are_called_by_the_shortest_name_that_means_no_other():
+def test_modules_have_the_shortest_name_that_selects_no_other():
     tree = base()
     keys = {layer(i, "self_attn.k_proj"): 2 for i in range(L)}
     assert described(keys, tree).target_modules == ("k_proj",)
@@ -104,7 +104,7 @@ def test_any_ranks_can_be_described(tied, seed):
     assert select(tree, other) == select(tree, lora)
 
 
-def test_other_fields_are_taken_over():
+def test_other_fields_are_kept():
     lora = describe({"lm_head": 3}, base(), lora_dropout=0.5, base_fingerprint="f")
     assert (lora.lora_dropout, lora.base_fingerprint) == (0.5, "f")
 
@@ -122,6 +122,6 @@ def test_a_name_is_spelled_out_where_every_end_means_another_too():
     assert shortest_ends(["b.q"], among=["b.q", "d.k"]) == ["q"]
     assert shortest_ends(names, among=names) == ["q"]
     assert shortest_ends(["a.b.q"], among=names) == ["a.b.q"]
-    message = "`b.q` cannot be named alone: `a.b.q` ends alike"
+    message = "`b.q` cannot be targeted without `a.b.q`"
     with pytest.raises(UserError, match=message):
         shortest_ends(["b.q"], among=names)

@@ -1,9 +1,9 @@
-"""Adapters in a model, against the weights that they stand for.
+"""Adapters in a model, against a model with the effective weights.
 
 Most of it is one comparison: the weight, bias and table that PEFT's formulas give,
 written out in `effective`, in a model without adapters. In float64 numpy it gives the
-logits, under `jax.grad` the gradients. Which module has which rank and scaling is said
-by hand for each case, not asked of the code under test.
+logits, under `jax.grad` the gradients. Rank and scaling of each module are written by
+hand for each case, not taken from the code under test.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def test_dropout_drops_inputs_and_keeps_their_mean(getkey):
     assert abs(columns - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 2000)
 
 
-def test_dropout_depends_on_its_key_alone(getkey):
+def test_dropout_depends_on_its_key_only(getkey):
     x, key = jnp.ones((4, 40)), getkey()
     one = lora.delta(x, adapter(), 1.0, dropout=0.5, key=key)
     np.testing.assert_array_equal(
@@ -121,8 +121,8 @@ def test_row_norms_are_those_of_the_sum(packed, scaling):
     got = lora.row_norms(weight, a, b, scaling)
     # Float32 sums of 64 squares; the three parts are of the size of the result.
     np.testing.assert_allclose(got, np.linalg.norm(total, axis=1), rtol=1e-5)
-    alone = np.linalg.norm(np.asarray(dense, np.float64), axis=1)
-    np.testing.assert_allclose(lora.row_norms(weight), alone, rtol=1e-6)
+    norms = np.linalg.norm(np.asarray(dense, np.float64), axis=1)
+    np.testing.assert_allclose(lora.row_norms(weight), norms, rtol=1e-6)
 
 
 def test_norms_pass_no_gradient_and_zero_rows_make_no_nan():
@@ -144,7 +144,7 @@ def test_norms_pass_no_gradient_and_zero_rows_make_no_nan():
     np.testing.assert_array_equal(unused, jnp.ones(3))
 
 
-# --- The model with adapters, and the weights they stand for ---
+# --- The model with adapters, and with the effective weights ---
 
 L, V, D = 3, 37, 64
 CONFIG = LlamaConfig(
@@ -171,8 +171,8 @@ class Case:
     lora: LoraConfig
     update: Callable[[str], Found] = lambda name: None
     """Dotted name of a module -> (rank, scaling)."""
-    whole: Callable[[str], bool] = lambda name: False
-    """Dotted name of a tensor -> whether it is trained whole."""
+    full: Callable[[str], bool] = lambda name: False
+    """Dotted name of a tensor -> whether it is trained in full."""
     rows: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Rows trained alone: of the embedding, of the head."""
     tied: bool = False
@@ -407,7 +407,7 @@ def trained(case, seed=1):
             one = ".".join(["model.layers", str(i), *module[2:]])
             rank, _ = case.update(one) or (0, 0)
             if name in ("weight", "bias"):
-                value[i] *= case.whole(f"{one}.{name}")
+                value[i] *= case.full(f"{one}.{name}")
             elif name == "lora_A":
                 value[i, rank:] = 0
             elif name == "lora_B":
@@ -447,7 +447,7 @@ def wide(tree):
 
 
 def effective(xp, frozen, tree, case):
-    """The weights that the adapters stand for: an untied model with all biases.
+    """The effective weights: an untied model with all biases.
 
     `xp` is numpy or jax.numpy. Every formula is written for one layer of one module.
     """
@@ -463,14 +463,14 @@ def effective(xp, frozen, tree, case):
 
     def linear(name, node, i, weight, bias):
         """Weight and bias of one linear layer."""
-        if case.whole(f"{name}.weight"):
+        if case.full(f"{name}.weight"):
             weight = at(node, "weight", i)
-        if case.whole(f"{name}.bias"):
+        if case.full(f"{name}.bias"):
             bias = at(node, "bias", i)
-        found = case.update(name)
-        if found is None:
+        update = case.update(name)
+        if update is None:
             return weight, bias
-        r, s = found
+        r, s = update
         a, b = at(node, "lora_A", i)[:r], at(node, "lora_B", i)[:, :r]
         weight = weight + s * (b @ a)
         if "lora_magnitude_vector" in node:
@@ -502,41 +502,41 @@ def effective(xp, frozen, tree, case):
     for name in ("input_layernorm", "post_attention_layernorm"):
         node = get(tree, f"model.layers.{name}")
         old = frozen["model"]["layers"][name]["weight"]
-        chosen = [case.whole(f"model.layers.{i}.{name}.weight") for i in range(L)]
+        chosen = [case.full(f"model.layers.{i}.{name}.weight") for i in range(L)]
         rows = [node["weight"][i] if chosen[i] else old[i] for i in range(L)]
         layers[name] = {"weight": xp.stack(rows)}
     norm = frozen["model"]["norm"]["weight"]
-    if case.whole("model.norm.weight"):
+    if case.full("model.norm.weight"):
         norm = tree["model"]["norm"]["weight"]
 
     # The head, before the embedding changes.
     table = frozen["model"]["embed_tokens"]["weight"]
     weight = table if case.tied else frozen["lm_head"]["weight"]
     node = dict(get(tree, HEAD))
-    own = get(tree, EMBED)
+    embed = get(tree, EMBED)
     if case.lora.ensure_weight_tying and case.tied:
-        if "lora_embedding_A" in own:
-            node["lora_A"] = own["lora_embedding_B"].T
-            node["lora_B"] = own["lora_embedding_A"].T
-        node |= {"weight": own["weight"]} if "weight" in own else {}
+        if "lora_embedding_A" in embed:
+            node["lora_A"] = embed["lora_embedding_B"].T
+            node["lora_B"] = embed["lora_embedding_A"].T
+        node |= {"weight": embed["weight"]} if "weight" in embed else {}
     embed_rows, head_rows = case.rows
     if head_rows:
         shared = "trainable_tokens_delta" not in node
-        delta = (own if shared else node)["trainable_tokens_delta"]
+        delta = (embed if shared else node)["trainable_tokens_delta"]
         weight = replaced(weight, head_rows, delta)
     head = linear(HEAD, node, None, weight, 0.0 * weight[:, 0])
 
-    if case.whole(f"{EMBED}.weight"):
-        table = own["weight"]
+    if case.full(f"{EMBED}.weight"):
+        table = embed["weight"]
     if embed_rows:
-        table = replaced(table, embed_rows, own["trainable_tokens_delta"])
-    found = case.update(EMBED)
-    if found is not None:
-        r, s = found
-        a, b = own["lora_embedding_A"][:r], own["lora_embedding_B"][:, :r]
+        table = replaced(table, embed_rows, embed["trainable_tokens_delta"])
+    update = case.update(EMBED)
+    if update is not None:
+        r, s = update
+        a, b = embed["lora_embedding_A"][:r], embed["lora_embedding_B"][:, :r]
         table = table + s * (b @ a).T
-        if "lora_magnitude_vector" in own:
-            table = rescaled(table, own["lora_magnitude_vector"], 0)
+        if "lora_magnitude_vector" in embed:
+            table = rescaled(table, embed["lora_magnitude_vector"], 0)
     return {
         "model": {
             "embed_tokens": {"weight": table},
@@ -662,7 +662,7 @@ def results(name):
 
 
 @each_case
-def test_logits_are_those_of_the_weights_the_adapters_stand_for(name):
+def test_logits_equal_those_of_the_effective_weights(name):
     case = CASES[name]
     tree, logits, *_ = results(name)
     double = functools.partial(
@@ -683,7 +683,7 @@ def test_logits_are_those_of_the_weights_the_adapters_stand_for(name):
 
 
 @each_case
-def test_gradients_are_those_of_the_weights_the_adapters_stand_for(name):
+def test_gradients_equal_those_of_the_effective_weights(name):
     case = CASES[name]
     tree, _, loss, got = results(name)
     frozen = wide(base_of(case))
@@ -753,7 +753,7 @@ def all_close(a, b, tolerance):
 
 @pytest.mark.parametrize("name", ["tied_shared", "rows_of_both_and_an_adapted_head"])
 def test_the_loss_of_training_has_the_same_gradients(name):
-    # Its head works on chunks of tokens and sees a part of the variables alone.
+    # Its head works on chunks of tokens and sees only a part of the variables.
     case = CASES[name]
     tree, _, loss, want = results(name)
     model = model_of(case, attention="eager", remat="none")
@@ -844,7 +844,7 @@ def test_bind_adds_constants_under_the_modules_they_belong_to():
     )
     np.testing.assert_array_equal(bound["lm_head"]["token_indices"], [9, 20, 0])
     assert "weight_trained" not in bound["model"]["norm"]
-    # What was given is neither copied nor changed.
+    # The arguments are neither copied nor changed.
     assert shapes(tree) == shapes(trained(case))
     for (module, name), leaf in leaves(tree):
         assert get(bound, module)[name] is leaf
@@ -855,14 +855,18 @@ def test_a_tied_head_gets_the_transposed_update(name):
     case = CASES[name]
     tree = trained(case)
     bound = lora.bind(tree, base_of(case), case.lora)
-    own = tree["model"]["embed_tokens"]
-    np.testing.assert_array_equal(bound["lm_head"]["lora_A"], own["lora_embedding_B"].T)
-    np.testing.assert_array_equal(bound["lm_head"]["lora_B"], own["lora_embedding_A"].T)
+    embed = tree["model"]["embed_tokens"]
+    np.testing.assert_array_equal(
+        bound["lm_head"]["lora_A"], embed["lora_embedding_B"].T
+    )
+    np.testing.assert_array_equal(
+        bound["lm_head"]["lora_B"], embed["lora_embedding_A"].T
+    )
     assert bound["lm_head"]["scaling"].shape == ()
 
 
 @each_case
-def test_shapes_are_enough_to_bind_and_to_describe_the_trained_tree(name):
+def test_shapes_are_enough_for_bind_and_abstract_adapters(name):
     case = CASES[name]
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base_of(case)
@@ -890,9 +894,7 @@ def test_a_tree_of_another_configuration_is_refused(name):
 
     (module, leaf), value = next(iter(leaves(trained(case))))
     full = f"{module}.{leaf}".replace(".", r"\.")
-    begin = (
-        "The adapter tree is not the one its LoRA configuration describes for this m"
-    )
+    begin = "The adapter tree does not fit its LoRA configuration on this m"
     with pytest.raises(UserError, match=f"{begin}odel: no {full}"):
         broken(lambda t: get(t, module).pop(leaf))()
     with pytest.raises(UserError, match=rf"unexpected {module}\.lora_C"):
@@ -929,8 +931,8 @@ def test_a_fresh_adapter_is_the_base(name, dtype):
     got = run({"params": base_of(case), "lora": bound}, tokens)
     want = run({"params": base_of(case)}, tokens)
     if not case.lora.use_dora:
-        # Rows of the head that are trained alone are multiplied in a product of their
-        # own, which may sum in another order.
+        # Rows of the head that are trained alone are multiplied in a separate product,
+        # which may sum in another order.
         rows = np.asarray(case.rows[1], int)
         np.testing.assert_allclose(got[..., rows], want[..., rows], atol=1e-6)
         others = np.setdiff1d(np.arange(V), rows)

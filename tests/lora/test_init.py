@@ -17,7 +17,8 @@ from qlora_jax.lora.targets import select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.tree import PROJECTIONS, dotted
+from qlora_jax.tree import PROJECTIONS, dotted, parse_key
+from tests.lora.reference import draw
 
 L, D, F, K, V = 3, 64, 96, 32, 50
 CONFIG = LlamaConfig(
@@ -155,15 +156,15 @@ def test_an_embedding_starts_with_a_of_zero_and_b_normal(init, tied):
         "embed_tokens", r=32, init_lora_weights=init, ensure_weight_tying=tied
     )
     tree = start(lora, tied=tied)
-    own = tree["model"]["embed_tokens"]
-    assert own["lora_embedding_A"].shape == (32, V)
-    assert not own["lora_embedding_A"].any()
-    b = np.asarray(own["lora_embedding_B"])
+    embed = tree["model"]["embed_tokens"]
+    assert embed["lora_embedding_A"].shape == (32, V)
+    assert not embed["lora_embedding_A"].any()
+    b = np.asarray(embed["lora_embedding_B"])
     assert b.shape == (D, 32)
     # 2,048 draws: five standard errors.
     assert abs(b.mean()) < 5 / np.sqrt(b.size)
     assert abs(b.std() - 1) < 5 * 0.71 / np.sqrt(b.size)
-    assert set(tree) == {"model"}  # a head that follows has nothing of its own
+    assert set(tree) == {"model"}  # a tied head has no arrays
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa"])
@@ -185,7 +186,7 @@ def test_ranks_and_layers_that_are_not_used_are_zero(init):
             assert not a[rank:].any() and not b[:, rank:].any()
 
 
-def test_modules_and_layers_start_differently_and_by_their_name_alone():
+def test_modules_and_layers_start_differently_and_by_their_name_only():
     few = config("q_proj", "k_proj", r=4)
     many = config("q_proj", "k_proj", "v_proj", "o_proj", r=4)
     one = start(few, key=3)["model"]["layers"]["self_attn"]
@@ -225,7 +226,7 @@ def test_shapes_are_enough_and_init_works_under_jit():
     )
 
 
-def test_the_error_repeats_what_was_asked_for():
+def test_targets_that_match_nothing_are_refused():
     with pytest.raises(UserError, match=re.escape("`target_modules`=('wq',) matches")):
         start(config("wq"))
 
@@ -247,8 +248,8 @@ def test_magnitudes_start_as_the_norms_of_the_weight(packed):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
     close(projection(tree, "up_proj")["lora_magnitude_vector"], up)
     table = dense(frozen["model"]["embed_tokens"]["weight"])
-    own = tree["model"]["embed_tokens"]["lora_magnitude_vector"]
-    close(own, np.linalg.norm(table, axis=0))  # of the columns
+    embed = tree["model"]["embed_tokens"]["lora_magnitude_vector"]
+    close(embed, np.linalg.norm(table, axis=0))  # of the columns
     head = np.linalg.norm(dense(frozen["lm_head"]["weight"]), axis=1)
     close(tree["lm_head"]["lora_magnitude_vector"], head)
     k = np.asarray(projection(tree, "k_proj")["lora_magnitude_vector"])
@@ -269,7 +270,7 @@ def test_a_tied_head_has_magnitudes_of_its_own(ensure):
     )
 
 
-def test_what_is_trained_whole_starts_as_the_base():
+def test_tensors_trained_in_full_start_as_the_base():
     lora = config(
         "q_proj",
         modules_to_save=("model.norm", "layers.1.mlp.up_proj", "lm_head"),
@@ -291,12 +292,12 @@ def test_what_is_trained_whole_starts_as_the_base():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_start_as_the_rows_of_the_table(tied):
-    wanted = {"embed_tokens": (7, 3), "lm_head": (9, 0, 1)}
-    tree = start(config(trainable_token_indices=wanted), tied=tied)
+    rows = {"embed_tokens": (7, 3), "lm_head": (9, 0, 1)}
+    tree = start(config(trainable_token_indices=rows), tied=tied)
     table = base(tied=tied)["model"]["embed_tokens"]["weight"]
     head = table if tied else base()["lm_head"]["weight"]
-    own = tree["model"]["embed_tokens"]["trainable_tokens_delta"]
-    np.testing.assert_array_equal(own, table[np.asarray([7, 3])])
+    embed = tree["model"]["embed_tokens"]["trainable_tokens_delta"]
+    np.testing.assert_array_equal(embed, table[np.asarray([7, 3])])
     np.testing.assert_array_equal(
         tree["lm_head"]["trainable_tokens_delta"], head[np.asarray([9, 0, 1])]
     )
@@ -304,9 +305,11 @@ def test_rows_start_as_the_rows_of_the_table(tied):
     assert set(both) == {"model"}
 
 
-def test_a_packed_tensor_cannot_be_trained_whole():
+def test_a_packed_tensor_cannot_be_trained_in_full():
     lora = config("q_proj", modules_to_save=("layers.0.mlp.up_proj",))
-    message = "train `model.layers.mlp.up_proj.weight` whole, and it is packed in 4 bit"
+    message = (
+        "trains `model.layers.mlp.up_proj.weight` in full, and it is packed in 4 b"
+    )
     with pytest.raises(UserError, match=f"{message}.*quantization='none'"):
         start(lora, packed=True)
 
@@ -452,23 +455,10 @@ def weights(lora, tree, frozen):
     return out
 
 
-def moved(tree, lora, frozen, seed=0):
+def moved(tree, lora, frozen):
     """Adapters after training: every used number has changed."""
-    rng = np.random.default_rng(seed)
-    tree = jax.tree.map(np.array, tree)
-    for a in select(frozen, lora).adapted:
-        node = tree
-        for part in a.path:
-            node = node.get(part, {})
-        for i, rank in enumerate(a.ranks):
-            at = () if a.layers is None else i
-            for name, leaf in node.items():
-                if name.endswith("_A"):
-                    place = leaf[at][:rank]
-                elif name.endswith("_B"):
-                    place = leaf[at][:, :rank]
-                place += 0.1 * rng.standard_normal(place.shape).astype(np.float32)
-    return jax.tree.map(jnp.asarray, tree)
+    change = draw(frozen, lora, spread=0.1)
+    return jax.tree.map(lambda leaf, step: jnp.asarray(leaf + step), tree, change)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +471,7 @@ def moved(tree, lora, frozen, seed=0):
         ("shared", False),
     ],
 )
-def test_the_start_is_the_base_and_what_was_trained_goes_back_to_it(name, packed):
+def test_the_start_is_the_base_and_training_is_absorbed(name, packed):
     lora = CHANGING[name]
     old = base(packed=packed, tied=name in ("tied", "shared"))
     fresh = init_adapters(jax.random.key(1), old, lora)
@@ -528,7 +518,7 @@ def logits(model, variables, tokens):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_model_with_a_part_taken_out_computes_the_base(packed):
+def test_a_factored_model_computes_the_base(packed):
     lora, old = CHANGING["pissa"], base(packed=packed)
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     model = Llama(CONFIG, Compute("float32"))
@@ -546,7 +536,7 @@ def test_a_model_with_a_part_taken_out_computes_the_base(packed):
     close(run({"params": old, "lora": bind(absorbed, old, plain_lora)}), got)
 
 
-def test_absorb_leaves_plain_adapters_alone_and_refuses_a_plain_base():
+def test_absorb_keeps_plain_adapters_and_refuses_a_plain_base():
     lora = config("q_proj", r=4)
     tree = start(lora)
     same, again = absorb(lora, tree, base())
@@ -564,11 +554,11 @@ def test_absorb_leaves_plain_adapters_alone_and_refuses_a_plain_base():
 
 def unquantized(key):
     """Hugging Face key -> tensor."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight", key)
-    return original(found[2])[int(found[1])]
+    path, layer = parse_key(key)
+    return original(path[-2])[layer]
 
 
-def test_loftq_makes_up_for_what_quantization_lost():
+def test_loftq_is_the_best_approximation_of_the_quantization_error():
     lora = config(
         *("q_proj", "down_proj"),
         r=8,
@@ -591,13 +581,15 @@ def test_loftq_makes_up_for_what_quantization_lost():
             assert left < 0.9 * np.linalg.norm(lost)
 
 
-def test_loftq_where_nothing_was_lost_or_nothing_is_known_is_refused():
+def test_loftq_needs_a_packed_base_and_the_original_weights():
     lora = config("q_proj", init_lora_weights="loftq", r=4)
     with pytest.raises(
         UserError, match="`model.layers.0.self_attn.q_proj.weight` is n"
     ):
         init_adapters(jax.random.key(0), base(), lora, original=unquantized)
-    with pytest.raises(UserError, match="'loftq' needs the unquantized weights beside"):
+    with pytest.raises(
+        UserError, match="'loftq' needs the unquantized weights as well"
+    ):
         init_adapters(jax.random.key(0), base(packed=True), lora)
     head = config("q_proj", "lm_head", init_lora_weights="loftq", r=4)
     with pytest.raises(UserError, match="`lm_head.weight` is not quantized"):

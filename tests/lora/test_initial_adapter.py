@@ -1,4 +1,4 @@
-"""An adapter that is trained further: its settings, and those given beside it."""
+"""An adapter that is trained further: its settings, and those of the run."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ BASE = {
     },
     "lm_head": abstract(32, D),
 }
-OWN = LoraConfig(
+ADAPTER = LoraConfig(
     r=4,
     lora_alpha=8,
     lora_dropout=0.1,
@@ -37,18 +37,16 @@ OWN = LoraConfig(
 )
 
 
-def meet(**given):
-    return continued(OWN, LoraConfig(**given), given, BASE, name="adapter")
-
-
-def test_what_is_not_given_is_the_adapters():
-    assert meet() == (OWN, [])
-    assert meet(base_model_name_or_path="elsewhere", base_fingerprint="x") == (OWN, [])
+def merge(**fields):
+    return continued(ADAPTER, LoraConfig(**fields), fields, BASE, name="adapter")
 
 
 @pytest.mark.parametrize(
-    "given",
+    "fields",
     [
+        {},
+        # Properties of the base.
+        dict(base_model_name_or_path="elsewhere", base_fingerprint="x"),
         dict(r=4, lora_alpha=8.0, lora_dropout=0.1, use_dora=False, bias="none"),
         dict(target_modules=PROJECTIONS[::-1]),
         dict(target_modules="all-linear"),
@@ -59,29 +57,29 @@ def test_what_is_not_given_is_the_adapters():
         dict(init_lora_weights="default", task_type="CAUSAL_LM"),
     ],
 )
-def test_another_spelling_contradicts_nothing(given):
-    assert meet(**given) == (OWN, [])
+def test_fields_not_set_and_other_spellings_change_nothing(fields):
+    assert merge(**fields) == (ADAPTER, [])
 
 
-def test_the_factor_and_the_dropout_may_change():
-    lora, changes = meet(lora_alpha=16, lora_dropout=0.0, use_rslora=True)
+def test_scaling_and_dropout_may_change():
+    lora, changes = merge(lora_alpha=16, lora_dropout=0.0, use_rslora=True)
     assert lora == dataclasses.replace(
-        OWN, lora_alpha=16, lora_dropout=0.0, use_rslora=True
+        ADAPTER, lora_alpha=16, lora_dropout=0.0, use_rslora=True
     )
     assert changes == [
         "lora_alpha 8 -> 16",
         "lora_dropout 0.1 -> 0.0",
         "use_rslora False -> True",
     ]
-    lora, changes = meet(alpha_pattern={"q_proj": 2})
+    lora, changes = merge(alpha_pattern={"q_proj": 2})
     assert lora.alpha_pattern == {"q_proj": 2} and len(changes) == 1
 
 
-def test_all_else_is_refused_and_all_of_it_named():
+def test_all_contradictions_are_named():
     with pytest.raises(UserError) as caught:
-        meet(r=16, use_dora=True, lora_alpha=1, bias="all", target_modules=("q_proj",))
+        merge(r=16, use_dora=True, lora_alpha=1, bias="all", target_modules=("q_proj",))
     text = str(caught.value)
-    assert "`adapter` is an adapter with settings of its own" in text
+    assert "The adapter `adapter` has its own settings, which these contradict" in text
     assert "`r`=16 (the adapter's: 4)" in text
     assert "`use_dora`=True (the adapter's: False)" in text
     assert "`target_modules`=('q_proj',) (the adapter's: ('q_proj', 'k_proj'" in text
@@ -90,26 +88,26 @@ def test_all_else_is_refused_and_all_of_it_named():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "fields",
     [
         dict(init_lora_weights="pissa"),
         dict(trainable_token_indices=(5, 6)),
         dict(layers_to_transform=(0,)),
-        dict(target_modules=("query",)),  # which is nothing in this model
+        dict(target_modules=("query",)),  # which no module has
     ],
 )
-def test_what_would_be_another_adapter(given):
-    (name,) = given
-    with pytest.raises(UserError, match=f"given: `{name}`="):
-        meet(**given)
+def test_settings_of_another_adapter_are_refused(fields):
+    (name,) = fields
+    with pytest.raises(UserError, match=f"contradict: `{name}`="):
+        merge(**fields)
 
 
 def test_nothing_may_change_where_nothing_is_trained():
-    wanted = LoraConfig(lora_alpha=16)
+    run = LoraConfig(lora_alpha=16)
     with pytest.raises(UserError, match=r"`lora_alpha`=16 .*Leave these out\.$"):
-        continued(OWN, wanted, ["lora_alpha"], BASE, name="a", changeable=())
+        continued(ADAPTER, run, ["lora_alpha"], BASE, name="a", changeable=())
 
 
-def test_given_in_python_is_what_is_not_at_its_default():
+def test_fields_at_their_defaults_are_not_set():
     assert given_fields(LoraConfig()) == set()
     assert given_fields(LoraConfig(r=16, lora_dropout=0.1)) == {"lora_dropout"}

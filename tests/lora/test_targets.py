@@ -22,16 +22,16 @@ from qlora_jax.tree import PROJECTIONS, dotted
 
 L, D, F, K, V = 3, 64, 96, 32, 50
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
-SHAPES = {
-    "q_proj": (D, D),
-    "k_proj": (K, D),
-    "v_proj": (K, D),
-    "o_proj": (D, D),
-    "gate_proj": (F, D),
-    "up_proj": (F, D),
-    "down_proj": (D, F),
-}
-EMBED, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+
+
+def shapes_of(hidden, ffn, kv):
+    square, narrow, wide = (hidden, hidden), (kv, hidden), (ffn, hidden)
+    sizes = (square, narrow, narrow, square, wide, wide, wide[::-1])
+    return dict(zip(PROJECTIONS, sizes, strict=True))
+
+
+SHAPES = shapes_of(D, F, K)
+EMBED, HEAD = "model.embed_tokens", "lm_head"
 LINEARS = [
     f"model.layers.{i}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
     for i in range(L)
@@ -43,32 +43,35 @@ def abstract(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def base(*, tied=False, quantized=False, biases=False):
+def base(
+    *, tied=False, quantized=False, biases=False, shapes=SHAPES, layers=L, vocab=V
+):
     """Shapes of a small model, of arrays or packed leaves."""
+    width = shapes["q_proj"][1]
 
     def linear(name):
-        out, inner = SHAPES[name]
-        node = {"weight": abstract(L, out, inner)}
+        out, inner = shapes[name]
+        node = {"weight": abstract(layers, out, inner)}
         if quantized:
             node["weight"] = nf4.abstract(
-                (out, inner), double_quant=True, dtype="float32", leading=(L,)
+                (out, inner), double_quant=True, dtype="float32", leading=(layers,)
             )
-        return {**node, "bias": abstract(L, out)} if biases else node
+        return {**node, "bias": abstract(layers, out)} if biases else node
 
     tree = {
         "model": {
-            "embed_tokens": {"weight": abstract(V, D)},
+            "embed_tokens": {"weight": abstract(vocab, width)},
             "layers": {
-                "input_layernorm": {"weight": abstract(L, D)},
+                "input_layernorm": {"weight": abstract(layers, width)},
                 "self_attn": {name: linear(name) for name in ATTENTION},
-                "post_attention_layernorm": {"weight": abstract(L, D)},
+                "post_attention_layernorm": {"weight": abstract(layers, width)},
                 "mlp": {name: linear(name) for name in MLP},
             },
-            "norm": {"weight": abstract(D)},
+            "norm": {"weight": abstract(width)},
         }
     }
     if not tied:
-        tree["lm_head"] = {"weight": abstract(V, D)}
+        tree["lm_head"] = {"weight": abstract(vocab, width)}
     return tree
 
 
@@ -95,7 +98,7 @@ def adapted(lora, **kinds):
     return spelled(select(base(**kinds), lora).adapted)
 
 
-def whole(lora, **kinds):
+def full_tensors(lora, **kinds):
     return set(spelled(select(base(**kinds), lora).full_tensors))
 
 
@@ -107,102 +110,83 @@ def named(*patterns):
 # --- One module at a time ---
 
 PATH = "model.layers.3.self_attn.q_proj"
+HOSTILE = r"(?:(?:.|..)+)+[A-Z]"
+
+
+def selects(lora, path=PATH):
+    return matching([path], lora) == {path}
 
 
 @pytest.mark.parametrize(
-    "targets, path, selected",
+    "path, targets, others",
     [
         # Names in a list: whole paths, or ends of them that begin behind a dot.
-        (("q_proj",), PATH, True),
-        (("self_attn.q_proj",), PATH, True),
-        (("3.self_attn.q_proj",), PATH, True),
-        (("layers.3.self_attn.q_proj",), PATH, True),
-        ((PATH,), PATH, True),
-        (("v_proj", "q_proj"), PATH, True),
-        (("_proj",), PATH, False),
-        (("proj",), PATH, False),
-        (("attn.q_proj",), PATH, False),
-        (("q_proj.weight",), PATH, False),
-        (("layers.3",), PATH, False),  # what is above does not count
-        (("self_attn",), PATH, False),
-        (("layers.2.self_attn.q_proj",), PATH, False),
-        (("Q_proj",), PATH, False),
-        (("lm_head",), "lm_head", True),
-        (("embed_tokens",), EMBED, True),
-        ((EMBED,), EMBED, True),
-        (("model.lm_head",), "lm_head", False),
-        # In a list of several a name is no pattern.
-        ((".*q_proj", "v_proj"), PATH, False),
-        (("all-linear", "v_proj"), PATH, False),
+        (
+            PATH,
+            [
+                *(("q_proj",), ("self_attn.q_proj",), ("3.self_attn.q_proj",)),
+                *(("layers.3.self_attn.q_proj",), (PATH,), ("v_proj", "q_proj")),
+            ],
+            [
+                *(("_proj",), ("proj",), ("attn.q_proj",), ("q_proj.weight",)),
+                *(("layers.3",), ("self_attn",)),  # what contains it does not count
+                *(("layers.2.self_attn.q_proj",), ("Q_proj",)),
+                # In a list of several a name is not a pattern.
+                *((".*q_proj", "v_proj"), ("all-linear", "v_proj")),
+            ],
+        ),
+        (HEAD, [("lm_head",)], [("model.lm_head",)]),
+        (EMBED, [("embed_tokens",), (EMBED,)], []),
         # A string is a pattern for the whole path.
-        ("q_proj", PATH, False),
-        (r".*q_proj", PATH, True),
-        (r".*_proj", PATH, True),
-        (r".*\.layers\.[12]\..*", PATH, False),
-        (r".*\.layers\.[1-3]\..*", PATH, True),
-        (r"model\.layers\.3", PATH, False),
-        (r"model\.layers\.3.*", PATH, True),
-        (r".*(lm_head|q_proj)", "lm_head", True),
-        (r".*embed.*", EMBED, True),
-        ("lm_head", "lm_head", True),
+        (
+            PATH,
+            [r".*q_proj", r".*_proj", r".*\.layers\.[1-3]\..*", r"model\.layers\.3.*"],
+            ["q_proj", r".*\.layers\.[12]\..*", r"model\.layers\.3"],
+        ),
+        (HEAD, [r".*(lm_head|q_proj)", "lm_head"], []),
+        (EMBED, [r".*embed.*"], []),
         # Everything but embedding and head.
-        ("all-linear", PATH, True),
-        ("ALL-linear", PATH, True),
-        ("all-linear", "lm_head", False),
-        ("all-linear", EMBED, False),
-        ("all-linear", "model.layers.0.mlp.router", True),
+        *((path, ["all-linear", "ALL-linear"], []) for path in (PATH, "a.mlp.router")),
+        *((path, [], ["all-linear"]) for path in (EMBED, HEAD)),
     ],
 )
-def test_target_modules(targets, path, selected):
-    lora = LoraConfig(target_modules=targets)
-    assert (matching([path], lora) == {path}) is selected
+def test_target_modules(path, targets, others):
+    assert all(selects(LoraConfig(target_modules=t), path) for t in targets)
+    assert not any(selects(LoraConfig(target_modules=t), path) for t in others)
 
 
+@pytest.mark.parametrize("targets", [("q_proj",), (PATH,), "all-linear", ".*q_proj"])
 @pytest.mark.parametrize(
-    "exclude, selected",
+    "field, away, kept",
     [
-        (("q_proj",), False),
-        (("self_attn.q_proj",), False),
-        ((PATH,), False),
-        (("v_proj", "layers.3.self_attn.q_proj"), False),
-        (("self_attn",), True),  # a container's name excludes nothing
-        (("layers.3",), True),
-        (("proj",), True),
-        ("q_proj", True),  # a string is a pattern for the whole path
-        (".*q_proj", False),
-        (r".*\.3\..*", False),
-        (r".*\.[02]\..*", True),
+        (
+            "exclude_modules",
+            [
+                *(("q_proj",), ("self_attn.q_proj",), (PATH,)),
+                *(("v_proj", "layers.3.self_attn.q_proj"), ".*q_proj", r".*\.3\..*"),
+            ],
+            # The name of a container excludes nothing; a string is a pattern.
+            [("self_attn",), ("layers.3",), ("proj",), "q_proj", r".*\.[02]\..*"],
+        ),
+        (
+            "modules_to_save",
+            # With all it contains; whole parts of a path; a name is a pattern here.
+            [
+                *(("q_proj",), ("self_attn",), ("layers.3",), ("3",), ("layers",)),
+                *(("model",), ("self_attn.q_proj",), ("[kq]_proj",), (r"layers\.\d",)),
+            ],
+            [("proj",), ("layers.2",), ("attn",), ("v_proj",), ("norm",)],
+        ),
     ],
 )
-def test_exclude_modules_wins(exclude, selected):
-    for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
-        lora = LoraConfig(target_modules=targets, exclude_modules=exclude)
-        assert (matching([PATH], lora) == {PATH}) is selected
+def test_excluded_and_saved_modules_are_not_adapted(field, away, kept, targets):
+    for value in away:
+        assert not selects(LoraConfig(target_modules=targets, **{field: value}))
+    for value in kept:
+        assert selects(LoraConfig(target_modules=targets, **{field: value}))
 
 
-@pytest.mark.parametrize(
-    "saved, selected",
-    [
-        ("q_proj", False),
-        ("self_attn", False),  # with all that is in it
-        ("layers.3", False),
-        ("3", False),
-        ("layers", False),
-        ("model", False),
-        ("self_attn.q_proj", False),
-        ("[kq]_proj", False),  # a name is a pattern here
-        (r"layers\.\d", False),
-        ("proj", True),  # whole parts of a path
-        ("layers.2", True),
-        ("attn", True),
-        ("v_proj", True),
-        ("norm", True),
-    ],
-)
-def test_what_is_trained_whole_is_not_adapted(saved, selected):
-    for targets in (("q_proj",), (PATH,), "all-linear", ".*q_proj"):
-        lora = LoraConfig(target_modules=targets, modules_to_save=(saved,))
-        assert (matching([PATH], lora) == {PATH}) is selected
+EXPERT = "model.layers.1.experts.3.q_proj"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +198,7 @@ def test_what_is_trained_whole_is_not_adapted(saved, selected):
         (0, None, PATH, False),
         ((1, 3), None, PATH, True),
         ((1, 2), None, PATH, False),
-        ((3, 99), None, PATH, True),  # layers that are not there are no error
+        ((3, 99), None, PATH, True),  # layers that the model lacks are no error
         ((13,), None, PATH, False),
         ((3,), None, "model.layers.13.self_attn.q_proj", False),
         ((3,), ("layers",), PATH, True),
@@ -224,34 +208,26 @@ def test_what_is_trained_whole_is_not_adapted(saved, selected):
         ((3,), ("ayers",), PATH, False),  # from a dot on
         ((3,), ("model.layers",), PATH, True),
         ((3,), ("(h|layers)",), PATH, True),
-        # The first pattern that matches holds.
-        ((1,), None, "model.layers.1.experts.3.q_proj", True),
-        ((3,), None, "model.layers.1.experts.3.q_proj", False),
-        ((3,), ("experts", "layers"), "model.layers.1.experts.3.q_proj", True),
-        # What is in no layer is in none of these, unless its whole name is given.
-        ((0,), None, "lm_head", True),
+        # The first pattern that matches counts.
+        ((1,), None, EXPERT, True),
+        ((3,), None, EXPERT, False),
+        ((3,), ("experts", "layers"), EXPERT, True),
+        # What is outside the layers is selected by its whole name only.
+        ((0,), None, HEAD, True),
         ((0,), None, EMBED, False),
         ((0,), None, "model.q_proj", False),
     ],
 )
 def test_layers_to_transform(layers, pattern, path, selected):
-    lora = config(
-        *("q_proj", "lm_head", "embed_tokens"),
-        layers_to_transform=layers,
-        layers_pattern=pattern,
-    )
-    assert (matching([path], lora) == {path}) is selected
+    names = ("q_proj", "lm_head", "embed_tokens")
+    fields = dict(layers_to_transform=layers, layers_pattern=pattern)
+    assert selects(config(*names, **fields), path) is selected
 
 
-def test_an_empty_list_of_layers_means_all_and_whole_names_are_not_asked():
-    assert matching([PATH], config(layers_to_transform=()))
-    assert matching([PATH], config(PATH, layers_to_transform=(0,)))
-    assert matching([EMBED], config(EMBED, layers_to_transform=(0,)))
-    assert not matching([EMBED], config("embed_tokens", layers_to_transform=(0,)))
-    assert not matching([PATH], config("q_proj", layers_to_transform=(0,)))
-
-
-HOSTILE = r"(?:(?:.|..)+)+[A-Z]"
+def test_an_empty_list_of_layers_means_all_and_whole_names_ignore_layers():
+    assert selects(config(layers_to_transform=()))
+    assert selects(config(PATH, layers_to_transform=(0,)))
+    assert selects(config(EMBED, layers_to_transform=(0,)), EMBED)
 
 
 @pytest.mark.parametrize(
@@ -265,9 +241,8 @@ HOSTILE = r"(?:(?:.|..)+)+[A-Z]"
 )
 def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
     monkeypatch.setattr("qlora_jax.lora.patterns.SECONDS", 0.05)
-    lora = LoraConfig(**fields)
     with pytest.raises(UserError, match=f"`{[*fields][-1]}`: .* takes too long to mat"):
-        matching([PATH], lora)
+        selects(LoraConfig(**fields))
 
 
 # --- A whole model ---
@@ -276,14 +251,14 @@ def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_linear_modules_are_the_projections_and_an_untied_head(tied, quantized):
-    found = linear_modules(base(tied=tied, quantized=quantized))
+    linears = linear_modules(base(tied=tied, quantized=quantized))
     stack = ("model", "layers")
-    assert found[(*stack, "mlp", "down_proj")] == (D, F, L)
-    assert found[(*stack, "self_attn", "k_proj")] == (K, D, L)
-    assert (("lm_head",) in found) is not tied
-    assert len(found) == 7 + (not tied)
+    assert linears[(*stack, "mlp", "down_proj")] == (D, F, L)
+    assert linears[(*stack, "self_attn", "k_proj")] == (K, D, L)
+    assert (("lm_head",) in linears) is not tied
+    assert len(linears) == 7 + (not tied)
     if not tied:
-        assert found[("lm_head",)] == (V, D, None)
+        assert linears[("lm_head",)] == (V, D, None)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -293,61 +268,51 @@ def test_packed_and_dense_models_select_alike(quantized):
     assert select(base(biases=True, quantized=quantized), lora) == dense
 
 
+ALL = "all-linear"
+QV = ("q_proj", "v_proj")
+
+
 @pytest.mark.parametrize(
-    "fields, names",
+    "targets, fields, names",
     [
-        (dict(target_modules="all-linear"), set(LINEARS)),
-        (dict(target_modules=PROJECTIONS), set(LINEARS)),
-        (dict(target_modules=("q_proj",)), named(".*q_proj")),
-        (dict(target_modules=("mlp.up_proj",)), named(".*up_proj")),
-        (
-            dict(target_modules=("layers.1.mlp.up_proj", "k_proj")),
-            named(r".*1\.mlp\.up_proj", ".*k_proj"),
-        ),
-        (
-            dict(target_modules=r".*\.(0|2)\..*(q|down)_proj"),
-            named(r".*\.[02]\..*(q|down)_proj"),
-        ),
-        (
-            dict(target_modules=("q_proj", "v_proj"), layers_to_transform=(0, 2)),
-            named(r".*\.[02]\..*(q|v)_proj"),
-        ),
-        (
-            dict(target_modules=("q_proj",), layers_to_transform=1),
-            named(r".*1\..*q_proj"),
-        ),
+        (ALL, {}, set(LINEARS)),
+        (PROJECTIONS, {}, set(LINEARS)),
+        (("q_proj",), {}, named(".*q_proj")),
+        (("mlp.up_proj",), {}, named(".*up_proj")),
+        (("layers.1.mlp.up_proj", "k_proj"), {}, named(".*1.mlp.up_proj", ".*k_proj")),
+        (r".*\.(0|2)\..*(q|down)_proj", {}, named(r".*\.[02]\..*(q|down)_proj")),
+        (QV, dict(layers_to_transform=(0, 2)), named(r".*\.[02]\..*(q|v)_proj")),
+        (("q_proj",), dict(layers_to_transform=1), named(r".*1\..*q_proj")),
         (
             # Whole names pass by the filter of layers.
-            dict(
-                target_modules=("q_proj", "lm_head", "model.layers.1.mlp.up_proj"),
-                layers_to_transform=(0,),
-            ),
+            ("q_proj", "lm_head", "model.layers.1.mlp.up_proj"),
+            dict(layers_to_transform=(0,)),
             named(r".*0\..*q_proj", r".*1\.mlp\.up_proj") | {HEAD},
         ),
         (
-            dict(target_modules="all-linear", exclude_modules=("k_proj", "o_proj")),
+            ALL,
+            dict(exclude_modules=("k_proj", "o_proj")),
             named(".*(q|v|gate|up|down)_proj"),
         ),
         (
-            dict(target_modules="all-linear", exclude_modules=r".*\.1\..*|.*mlp.*"),
+            ALL,
+            dict(exclude_modules=r".*\.1\..*|.*mlp.*"),
             named(r".*\.[02]\.self_attn.*"),
         ),
         (
-            dict(target_modules="all-linear", modules_to_save=("layers.1.mlp",)),
+            ALL,
+            dict(modules_to_save=("layers.1.mlp",)),
             set(LINEARS) - named(r".*1\.mlp.*"),
         ),
-        (
-            # Saved as "proj" they are trained whole, though no part is called so.
-            dict(target_modules=("q_proj", "lm_head"), modules_to_save=("proj",)),
-            {HEAD},
-        ),
-        (dict(target_modules=("lm_head", "embed_tokens")), {HEAD, EMBED}),
-        (dict(target_modules=r"lm_head|.*1\..*q_proj"), {HEAD} | named(".*1.*q_proj")),
+        # Saved as "proj" they are trained in full, though no part has that name.
+        (("q_proj", "lm_head"), dict(modules_to_save=("proj",)), {HEAD}),
+        (("lm_head", "embed_tokens"), {}, {HEAD, EMBED}),
+        (r"lm_head|.*1\..*q_proj", {}, {HEAD} | named(".*1.*q_proj")),
     ],
 )
-def test_layers_and_modules_that_are_adapted(fields, names):
-    got = adapted(LoraConfig(r=4, lora_alpha=8, **fields))
-    assert got == dict.fromkeys(names, (4, 2.0))
+def test_layers_and_modules_that_are_adapted(targets, fields, names):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, **fields)
+    assert adapted(lora) == dict.fromkeys(names, (4, 2.0))
 
 
 def test_norms_are_never_adapted():
@@ -423,28 +388,11 @@ def test_an_embedding_takes_no_lora_bias():
     select(base(), config("lm_head", lora_bias=True))
 
 
-def test_layers_that_are_not_there_are_said():
-    lora = config("q_proj", layers_to_transform=7)
-    with pytest.raises(
-        UserError, match=r"`layers_to_transform`=7. Layers here: 0 to 2"
-    ):
-        select(base(), lora)
-    with pytest.raises(UserError) as caught:
-        select(base(), config("query", layers_to_transform=1))
-    assert "Layers here" not in str(caught.value)
-
-
-def test_paths_are_spelled_as_hugging_face_does():
-    path = ("model", "layers", "mlp", "up_proj")
-    assert dotted(path, 2) == [
-        "model.layers.0.mlp.up_proj",
-        "model.layers.1.mlp.up_proj",
-    ]
-    assert dotted(("lm_head",), None) == ["lm_head"]
+def test_an_embedding_is_known_by_its_name():
     assert is_embedding(("model", "embed_tokens")) and not is_embedding(("lm_head",))
 
 
-def test_modules_of_ones_own_are_selected_by_their_name():
+def test_custom_modules_are_selected_by_their_name():
     tree = base()
     tree["model"]["layers"]["mixer"] = {"my_linear": {"weight": abstract(L, 5, D)}}
     tree["extra"] = {"word_embeddings": {"weight": abstract(9, 7)}}
@@ -463,46 +411,46 @@ def test_modules_of_ones_own_are_selected_by_their_name():
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "targets, fields, message",
     [
         (
-            dict(target_modules=("q_projj",)),
+            "q_projj",
+            {},
             r"=\('q_projj',\) matches no linear module and no embedding of this model. "
             r"Did you mean .*q_proj.* Modules here: down_proj, embed_tokens, gate_proj",
         ),
+        (("wq", "wk"), {}, r"=\('wq', 'wk'\) matches no .* Modules he"),
+        ("norm", {}, "matches no linear module"),
+        (r".*nothing", {}, r"='\.\*nothing' matches no linear module"),
         (
-            dict(target_modules=("wq", "wk")),
-            r"=\('wq', 'wk'\) matches no .* Modules he",
-        ),
-        (dict(target_modules=("norm",)), "matches no linear module"),
-        (dict(target_modules=r".*nothing"), r"='\.\*nothing' matches no linear module"),
-        (
-            dict(target_modules=("q_proj",), layers_to_transform=(7,)),
-            r"of this model under `layers_to_transform`=\(7,\)\.",
+            "q_proj",
+            dict(layers_to_transform=(7,)),
+            r"this model under `layers_to_transform`=\(7,\)\. Layers here: 0 to 2\.",
         ),
         (
-            dict(
-                target_modules=("q_proj",), layers_to_transform=0, layers_pattern=("h",)
-            ),
-            r"under `layers_to_transform`=0, `layers_pattern`=\('h',\)",
+            "q_proj",
+            dict(layers_to_transform=0, layers_pattern=("h",)),
+            r"under `layers_to_transform`=0, `layers_pattern`=\('h',\)\. Did you mean",
         ),
+        ("embed_tokens", dict(layers_to_transform=0), "matches no linear module"),
         (
-            dict(target_modules=("embed_tokens",), layers_to_transform=0),
-            "matches no linear module",
-        ),
-        (
-            dict(target_modules=("q_proj",), exclude_modules=("q_proj",)),
+            "q_proj",
+            dict(exclude_modules=("q_proj",)),
             r"under `exclude_modules`=\('q_proj',\)",
         ),
         (
-            dict(target_modules=("q_proj",), modules_to_save=("self_attn",)),
+            "q_proj",
+            dict(modules_to_save=("self_attn",)),
             r"under `modules_to_save`=\('self_attn',\)",
         ),
     ],
 )
-def test_targets_that_select_nothing_are_refused_with_what_is_there(fields, message):
+def test_targets_that_select_nothing_are_refused_with_what_is_there(
+    targets, fields, message
+):
+    targets = (targets,) if isinstance(targets, str) else targets
     with pytest.raises(UserError, match=message):
-        select(base(), LoraConfig(**fields))
+        select(base(), config(*targets, **fields))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -517,12 +465,16 @@ def test_targets_that_select_nothing_beside_others_are_listed(tied):
     assert select(base(tied=tied), pattern).unmatched == ()
 
 
-# --- Modules trained whole ---
+# --- Modules trained in full ---
 
 NORMS = {
     *(f"model.layers.{i}.input_layernorm.weight" for i in range(L)),
     *(f"model.layers.{i}.post_attention_layernorm.weight" for i in range(L)),
 }
+
+
+def with_bias(pattern):
+    return {f"{n}.{part}" for n in named(pattern) for part in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(
@@ -536,35 +488,20 @@ NORMS = {
         (("embed_tokens",), {"model.embed_tokens.weight"}),
         (("embed_tokens", "lm_head"), {"model.embed_tokens.weight", "lm_head.weight"}),
         (("head",), {"lm_head.weight"}),
-        # A module with all that is in it.
-        (
-            ("layers.1.mlp",),
-            {f"model.layers.1.mlp.{n}.{p}" for n in MLP for p in ("weight", "bias")},
-        ),
-        (
-            ("v_proj",),
-            {
-                f"model.layers.{i}.self_attn.v_proj.{p}"
-                for i in range(L)
-                for p in ("weight", "bias")
-            },
-        ),
+        # A module with all it contains.
+        (("layers.1.mlp",), with_bias(r".*1\.mlp.*")),
+        (("v_proj",), with_bias(".*v_proj")),
         (
             ("layers.0.self_attn.v_proj", "layers.2.mlp.up_proj"),
-            {
-                f"model.layers.{name}.{p}"
-                for name in ("0.self_attn.v_proj", "2.mlp.up_proj")
-                for p in ("weight", "bias")
-            },
+            with_bias(r".*0\..*v_proj|.*2\..*up_proj"),
         ),
     ],
 )
 def test_modules_to_save(names, want):
-    lora = config("q_proj", modules_to_save=names)
-    assert whole(lora, biases=True) == want
+    assert full_tensors(config(modules_to_save=names), biases=True) == want
 
 
-def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
+def test_a_module_may_be_trained_in_full_in_some_layers_and_adapted_in_others():
     lora = config("up_proj", r=4, modules_to_save=("layers.1.mlp",), bias="all")
     selection = select(base(biases=True), lora)
     (up,) = selection.adapted
@@ -589,17 +526,22 @@ def test_a_module_may_be_trained_whole_in_some_layers_and_adapted_in_others():
     "names, message",
     [
         (
-            ("lm_hed",),
+            "lm_hed",
             "names 'lm_hed', which this model does not have. Did you mean `lm_h",
         ),
         (("norm", "score"), "names 'score', which this model does not have"),
-        (("layers.9.mlp",), "names 'layers.9.mlp', which .* Modules here: down_proj,"),
+        ("layers.9.mlp", "names 'layers.9.mlp', which .* Modules here: down_proj,"),
         (("a", "b"), "names 'a', 'b', which"),
+        (
+            ("mlp", "up_proj"),
+            r"selects `model\.layers\.0\.mlp\.up_proj`, and `.*mlp`",
+        ),
     ],
 )
-def test_modules_to_save_that_are_not_there_are_refused(names, message):
+def test_modules_to_save_that_are_absent_or_nested_are_refused(names, message):
+    names = (names,) if isinstance(names, str) else names
     with pytest.raises(UserError, match=message):
-        select(base(), config("q_proj", modules_to_save=names))
+        select(base(), config(modules_to_save=names))
 
 
 # --- Biases ---
@@ -610,7 +552,7 @@ def test_modules_to_save_that_are_not_there_are_refused(names, message):
 @pytest.mark.parametrize("biases", [False, True])
 def test_biases(biases, bias, layers):
     lora = config("q_proj", "down_proj", bias=bias, layers_to_transform=layers)
-    got = whole(lora, biases=biases)
+    got = full_tensors(lora, biases=biases)
     one = r"1" if layers else r"\d"
     if not biases or bias == "none":
         assert got == set()
@@ -626,96 +568,91 @@ def test_biases(biases, bias, layers):
 # --- Tied embeddings ---
 
 
+KINDS = {"AdaptedModule": "adapted", "FullTensor": "full", "TokenRows": "rows"}
+TIED = {"embed_tokens": None, "lm_head": "embed_tokens"}
+
+
 def tables(lora, tied=True):
-    """What is adapted or trained of embedding and head: name -> whom it follows."""
+    """How embedding and head are trained: (kind, name) -> what it is tied to."""
     selection = select(base(tied=tied), lora)
-    parts = [
-        *selection.adapted,
-        *(w for w in selection.full_tensors if w.path[-1] == "weight"),
-        *selection.rows,
-    ]
     out = {}
-    for part in parts:
-        path = [p for p in part.path if p != "weight"]
-        if path[-1] in ("embed_tokens", "lm_head"):
-            follows = part.tied_to and [p for p in part.tied_to if p != "weight"][-1]
-            out[type(part).__name__, path[-1]] = follows
+    for part in (*selection.adapted, *selection.full_tensors, *selection.rows):
+        name, other = (
+            next((p for p in reversed(path or ()) if p != "weight"), None)
+            for path in (part.path, part.tied_to)
+        )
+        if name in TIED:
+            out[KINDS[type(part).__name__], name] = other
     return out
 
 
 def both(kind):
-    return {(kind, "embed_tokens"): None, (kind, "lm_head"): "embed_tokens"}
-
-
-@pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), (EMBED, HEAD)])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("ensure", [False, True])
-def test_adapters_of_tied_tables_are_apart_unless_tying_is_ensured(
-    ensure, tied, targets
-):
-    lora = config(*targets, "q_proj", ensure_weight_tying=ensure)
-    apart = {("AdaptedModule", t.rpartition(".")[2]): None for t in targets}
-    assert tables(lora, tied) == (both("AdaptedModule") if ensure and tied else apart)
+    return {(kind, name): other for name, other in TIED.items()}
 
 
 @pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), (EMBED, HEAD)])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("ensure", [False, True])
-def test_tied_tables_trained_whole_are_apart_unless_tying_is_ensured(
-    ensure, tied, names
-):
-    lora = config(modules_to_save=names, ensure_weight_tying=ensure)
-    apart = {("FullTensor", t.rpartition(".")[2]): None for t in names}
-    assert tables(lora, tied) == (both("FullTensor") if ensure and tied else apart)
+def test_tied_tables_are_trained_apart_unless_tying_is_ensured(ensure, tied, names):
+    fields = dict(ensure_weight_tying=ensure)
+    for kind, lora in (
+        ("adapted", config(*names, "q_proj", **fields)),
+        ("full", config(modules_to_save=names, **fields)),
+    ):
+        apart = {(kind, name.rpartition(".")[2]): None for name in names}
+        assert tables(lora, tied) == (both(kind) if ensure and tied else apart)
 
 
 @pytest.mark.parametrize(
-    "targets, shared",
+    "fields, expected",
     [
-        ("lm_head|.*q_proj", True),  # an expression that matches the bare word
-        (r".*(embed_tokens|q_proj)", True),
-        (r"model\.embed_tokens|.*q_proj", False),
-        (("embed_tokens", "q_proj"), True),
-        ((EMBED, "q_proj"), True),
-        (("some.lm_head", "q_proj"), True),  # the last part of a name
+        # An expression that matches the bare word; the last part of a name.
+        (dict(target_modules="lm_head|.*q_proj"), both("adapted")),
+        (dict(target_modules=r".*(embed_tokens|q_proj)"), both("adapted")),
+        (
+            dict(target_modules=r"model\.embed_tokens|.*q_proj"),
+            {("adapted", "embed_tokens"): None},
+        ),
+        (dict(target_modules=("embed_tokens", "q_proj")), both("adapted")),
+        (dict(target_modules=(EMBED, "q_proj")), both("adapted")),
+        (dict(target_modules=("some.lm_head", "q_proj")), both("adapted")),
+        (dict(target_modules="all-linear"), {}),
+        (dict(modules_to_save=("head",)), {("full", "lm_head"): None}),
+        (dict(modules_to_save=("norm",)), {}),
+        # A table trained in full has no update.
+        (
+            dict(target_modules=("embed_tokens", HEAD, "o_proj"), modules_to_save=HEAD),
+            both("full"),
+        ),
     ],
 )
-def test_tying_acts_by_the_names_that_are_given(targets, shared):
-    lora = LoraConfig(target_modules=targets, ensure_weight_tying=True)
-    apart = {("AdaptedModule", "embed_tokens"): None}
-    assert tables(lora) == (both("AdaptedModule") if shared else apart)
+def test_tying_goes_by_the_names_in_the_configuration(fields, expected):
+    saved = fields.pop("modules_to_save", None)
+    saved = (saved,) if isinstance(saved, str) else saved
+    fields = {"target_modules": ("q_proj",), **fields, "modules_to_save": saved}
+    assert tables(LoraConfig(**fields, ensure_weight_tying=True)) == expected
 
 
-def test_tying_of_modules_trained_whole_acts_by_name_too():
-    lora = config(modules_to_save=("head",), ensure_weight_tying=True)
-    assert tables(lora) == {("FullTensor", "lm_head"): None}
-    lora = config(modules_to_save=("norm",), ensure_weight_tying=True)
-    assert tables(lora) == {}
-    assert (
-        tables(LoraConfig(target_modules="all-linear", ensure_weight_tying=True)) == {}
-    )
-
-
-def test_tying_asks_no_layers_and_no_exclusion_of_the_head():
+def test_tying_ignores_layers_and_an_exclusion_of_the_head():
     lora = config(
         *("embed_tokens", "q_proj"),
         ensure_weight_tying=True,
         layers_to_transform=(0,),
         exclude_modules=("lm_head",),
     )
-    assert tables(lora) == both("AdaptedModule")
+    assert tables(lora) == both("adapted")
     assert set(adapted(lora, tied=True)) == {EMBED, HEAD, *named(r".*0\..*q_proj")}
     lora = config(
         "lm_head", ensure_weight_tying=True, exclude_modules=("embed_tokens",)
     )
-    with pytest.raises(UserError, match="`exclude_modules` takes embed_tokens away"):
+    with pytest.raises(UserError, match="`exclude_modules` excludes embed_tokens"):
         select(base(tied=True), lora)
 
 
 @pytest.mark.parametrize(
     "fields, embed, head",
     [
-        # The embedding's rank for both, each side's own scaling, by its own name.
+        # The embedding's rank for both, each with the scaling of its name.
         (dict(rank_pattern={"embed_tokens": 2}), (2, 3.0), (2, 1.5)),
         (dict(rank_pattern={"lm_head": 2}), (4, 1.5), (4, 3.0)),
         (
@@ -728,12 +665,14 @@ def test_tying_asks_no_layers_and_no_exclusion_of_the_head():
         ),
     ],
 )
-def test_rank_and_scaling_of_a_head_that_follows(fields, embed, head):
+def test_a_tied_head_has_the_rank_of_the_embedding_and_its_own_scaling(
+    fields, embed, head
+):
     lora = config("lm_head", r=4, lora_alpha=6, ensure_weight_tying=True, **fields)
     assert adapted(lora, tied=True) == {EMBED: embed, HEAD: head}
 
 
-def test_a_head_that_follows_has_no_arrays_but_its_magnitude():
+def test_a_tied_head_has_no_arrays_but_its_magnitude():
     lora = config("lm_head", r=4, ensure_weight_tying=True)
     plain = {
         ("model", "embed_tokens", "lora_embedding_A"): (4, V),
@@ -752,15 +691,6 @@ def test_a_head_that_follows_has_no_arrays_but_its_magnitude():
     }
 
 
-def test_a_table_trained_whole_for_both_takes_its_updates_away():
-    lora = config(
-        *("embed_tokens", "lm_head", "q_proj"),
-        ensure_weight_tying=True,
-        modules_to_save=("lm_head",),
-    )
-    assert tables(lora) == both("FullTensor")
-
-
 # --- Token rows ---
 
 
@@ -771,49 +701,29 @@ def rows(lora, tied):
     }
 
 
+def apart(embed, head):
+    return {"embed_tokens": (embed, None), "lm_head": (head, None)}
+
+
 @pytest.mark.parametrize(
-    "wanted, tied, want",
+    "indices, tied, want",
     [
         ((5, 2), False, {"embed_tokens": ((5, 2), None)}),
-        (
-            (5, 2),
-            True,  # the head follows
-            {"embed_tokens": ((5, 2), None), "lm_head": ((5, 2), "embed_tokens")},
+        *(
+            (i, True, {"embed_tokens": ((5, 2), None), HEAD: ((5, 2), "embed_tokens")})
+            for i in ((5, 2), {EMBED: (5, 2)}, {"embed_tokens": (5, 2), HEAD: (5, 2)})
         ),
-        (
-            {EMBED: (5,)},
-            True,
-            {"embed_tokens": ((5,), None), "lm_head": ((5,), "embed_tokens")},
-        ),
-        (
-            {"embed_tokens": (5, 2), "lm_head": (5, 2)},
-            True,
-            {"embed_tokens": ((5, 2), None), "lm_head": ((5, 2), "embed_tokens")},
-        ),
-        (
-            {"embed_tokens": (5, 2), "lm_head": (5, 2)},
-            False,
-            {"embed_tokens": ((5, 2), None), "lm_head": ((5, 2), None)},
-        ),
-        # Different rows, or the same in another order: each has its own.
-        (
-            {"embed_tokens": (5, 2), "lm_head": (3,)},
-            True,
-            {"embed_tokens": ((5, 2), None), "lm_head": ((3,), None)},
-        ),
-        (
-            {"embed_tokens": (5, 2), "lm_head": (2, 5)},
-            True,
-            {"embed_tokens": ((5, 2), None), "lm_head": ((2, 5), None)},
-        ),
-        # The head alone: the embedding does not follow.
-        ({"lm_head": (3,)}, True, {"lm_head": ((3,), None)}),
-        ({"lm_head": (3,)}, False, {"lm_head": ((3,), None)}),
+        ({"embed_tokens": (5, 2), HEAD: (5, 2)}, False, apart((5, 2), (5, 2))),
+        # Different rows, or the same in another order, are not shared.
+        ({"embed_tokens": (5, 2), HEAD: (3,)}, True, apart((5, 2), (3,))),
+        ({"embed_tokens": (5, 2), HEAD: (2, 5)}, True, apart((5, 2), (2, 5))),
+        # Those of the head alone train nothing of the embedding.
+        *(({HEAD: (3,)}, tied, {HEAD: ((3,), None)}) for tied in (True, False)),
     ],
 )
 @pytest.mark.parametrize("ensure", [False, True])
-def test_token_rows(wanted, tied, want, ensure):
-    lora = config(trainable_token_indices=wanted, ensure_weight_tying=ensure)
+def test_token_rows(indices, tied, want, ensure):
+    lora = config(trainable_token_indices=indices, ensure_weight_tying=ensure)
     if tied and ensure and len({v for v, _ in want.values()}) > 1:
         with pytest.raises(UserError, match="embed_tokens and lm_head different rows"):
             rows(lora, tied)
@@ -821,83 +731,72 @@ def test_token_rows(wanted, tied, want, ensure):
     assert rows(lora, tied) == want
     shapes = select(base(tied=tied), lora).shapes()
     deltas = {p[-2]: s for p, s in shapes.items() if p[-1] == "trainable_tokens_delta"}
-    assert deltas == {n: (len(v), D) for n, (v, follows) in want.items() if not follows}
+    assert deltas == {n: (len(v), D) for n, (v, other) in want.items() if not other}
+
+
+SAVED = "which `modules_to_save` trains in full; give only one of the two"
 
 
 @pytest.mark.parametrize(
-    "fields, tied, message",
+    "indices, fields, tied, message",
     [
+        ((3, V), {}, False, rf"{V}, and 'embed_tokens' has {V} rows \(0 to {V - 1}\)"),
         (
-            dict(trainable_token_indices=(3, V)),
+            {"lm_hed": (3,)},
+            {},
             False,
-            rf"has {V}, and 'embed_tokens' has {V} rows \(0 to {V - 1}\)",
+            "names 'lm_hed', which is not an embedding or head of this model. Did you",
         ),
+        ({"up_proj": (3,)}, {}, False, "which is not an embedding or head"),
+        ((3,), dict(modules_to_save=("embed_tokens",)), False, f"_tokens', {SAVED}"),
         (
-            dict(trainable_token_indices={"lm_hed": (3,)}),
-            False,
-            "names 'lm_hed', which is no embedding and no head of this model. Did yo",
-        ),
-        (dict(trainable_token_indices={"up_proj": (3,)}), False, "is no embedding and"),
-        (
-            dict(trainable_token_indices=(3,), modules_to_save=("embed_tokens",)),
-            False,
-            "of 'embed_tokens', which `modules_to_save` trains whole; give one of the",
-        ),
-        (
-            dict(
-                trainable_token_indices=(3,),
-                modules_to_save=("lm_head",),
-                ensure_weight_tying=True,
-            ),
+            (3,),
+            dict(modules_to_save=(HEAD,), ensure_weight_tying=True),
             True,
-            "'embed_tokens', which `modules_to_save` trains whole",
+            f"'embed_tokens', {SAVED}",
         ),
-        (  # the head would follow
-            dict(trainable_token_indices=(3,), modules_to_save=("lm_head",)),
-            True,
-            "'lm_head', which `modules_to_save` trains whole",
-        ),
+        ((3,), dict(modules_to_save=(HEAD,)), True, f"'lm_head', {SAVED}"),
         (
-            dict(trainable_token_indices=(3,), target_modules=("embed_tokens",)),
+            (3,),
+            dict(target_modules=("embed_tokens",)),
             False,
-            "'embed_tokens', which `target_modules` adapts; give one of the two",
+            "'embed_tokens', which `target_modules` adapts; give only one of the two",
         ),
         (
-            dict(
-                trainable_token_indices={"lm_head": (3,)}, target_modules=("lm_head",)
-            ),
+            {HEAD: (3,)},
+            dict(target_modules=(HEAD,)),
             True,
             "'lm_head', which `target_modules` adapts",
         ),
         (
-            dict(
-                trainable_token_indices=(3,), target_modules=("lm_head",), use_dora=True
-            ),
+            (3,),
+            dict(target_modules=(HEAD,), use_dora=True),
             True,
             "'lm_head', which is tied to the embedding and adapted with `use_dora`",
         ),
     ],
 )
-def test_rows_that_cannot_be_trained_are_refused(fields, tied, message):
+def test_rows_that_cannot_be_trained_are_refused(indices, fields, tied, message):
+    fields = {"target_modules": ("q_proj",), **fields}
     with pytest.raises(UserError, match=message):
-        select(base(tied=tied), LoraConfig(**{"target_modules": ("q_proj",), **fields}))
+        select(base(tied=tied), LoraConfig(trainable_token_indices=indices, **fields))
 
 
 def test_rows_go_with_other_parts_of_the_tables():
     lora = config("lm_head", trainable_token_indices=(3,))
     assert tables(lora, tied=False) == {
-        ("AdaptedModule", "lm_head"): None,
-        ("TokenRows", "embed_tokens"): None,
+        ("adapted", "lm_head"): None,
+        ("rows", "embed_tokens"): None,
     }
     assert tables(lora, tied=True) == {
-        ("AdaptedModule", "lm_head"): None,
-        ("TokenRows", "embed_tokens"): None,
-        ("TokenRows", "lm_head"): "embed_tokens",
+        ("adapted", "lm_head"): None,
+        ("rows", "embed_tokens"): None,
+        ("rows", "lm_head"): "embed_tokens",
     }
     lora = config(trainable_token_indices=(3,), modules_to_save=("lm_head",))
     assert tables(lora, tied=False) == {
-        ("FullTensor", "lm_head"): None,
-        ("TokenRows", "embed_tokens"): None,
+        ("full", "lm_head"): None,
+        ("rows", "embed_tokens"): None,
     }
 
 
@@ -937,25 +836,8 @@ def test_groups_count_what_is_trained_without_padding():
     ],
 )
 def test_counts_of_published_models(hidden, ffn, layers, heads, groups, unit, rank):
-    kv = hidden // heads * groups
-    tree = {
-        "model": {
-            "embed_tokens": {"weight": abstract(128_256, hidden)},
-            "layers": {
-                "self_attn": {
-                    "q_proj": {"weight": abstract(layers, hidden, hidden)},
-                    "k_proj": {"weight": abstract(layers, kv, hidden)},
-                    "v_proj": {"weight": abstract(layers, kv, hidden)},
-                    "o_proj": {"weight": abstract(layers, hidden, hidden)},
-                },
-                "mlp": {
-                    "gate_proj": {"weight": abstract(layers, ffn, hidden)},
-                    "up_proj": {"weight": abstract(layers, ffn, hidden)},
-                    "down_proj": {"weight": abstract(layers, hidden, ffn)},
-                },
-            },
-        }
-    }
+    shapes = shapes_of(hidden, ffn, hidden // heads * groups)
+    tree = base(tied=True, shapes=shapes, layers=layers, vocab=128_256)
     selection = select(tree, LoraConfig(r=rank, target_modules="all-linear"))
     assert sum(selection.groups().values()) == unit * rank
     assert sum(map(math.prod, selection.shapes().values())) == unit * rank

@@ -49,10 +49,10 @@ def test_packed_bytes_are_those_of_the_tensor(shape, double_quant):
 
 
 def test_shapes_are_listed_once_with_where_they_occur():
-    found = distinct(("1b", "8b"))
-    assert found[(4096, 4096)] == ["8b q_proj", "8b o_proj"]
-    assert found[(2048, 8192)] == ["1b down_proj"]
-    assert sum(map(len, found.values())) == 14
+    uses = distinct(("1b", "8b"))
+    assert uses[(4096, 4096)] == ["8b q_proj", "8b o_proj"]
+    assert uses[(2048, 8192)] == ["1b down_proj"]
+    assert sum(map(len, uses.values())) == 14
     assert len(ROWS) == len(set(ROWS)) and sorted(ROWS) == list(ROWS)
 
 

@@ -1,0 +1,69 @@
+"""Which blocks the attention kernels look at."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.interpret  # the module needs the jax of the kernels
+
+LENGTH = 384
+
+
+@pytest.fixture(params=["one", "random", "many"])
+def other_row(request):
+    """Further kinds of rows, and their segment ids."""
+    rows = {
+        "one": np.ones(LENGTH, int),
+        "random": np.random.default_rng(0).integers(0, 9, LENGTH),
+        "many": np.repeat(np.arange(48) + 1, 8),
+    }
+    return request.param, rows[request.param]
+
+
+def assert_covers(kind, row, other_rows, *, queries):
+    """No visible block is left out, and a clear one is visible throughout."""
+    from pallas_kernels.attention.blocks import BLOCK, reach
+
+    visible = np.tril(row[:, None] == row[None, :])
+    visible = visible if queries else visible.T  # [rows, rows of the other side]
+    shape = (LENGTH // BLOCK, BLOCK, LENGTH // other_rows, other_rows)
+    blocks = visible.reshape(shape)
+    in_part, throughout = blocks.any((1, 3)), blocks.all((1, 3))
+    segments = jnp.asarray(row[None], jnp.int32)
+    limits = reach(segments, BLOCK, other_rows, queries=queries)
+    for i in range(LENGTH // BLOCK):
+        first, last, clear_from, clear_to = (int(limit[0, i]) for limit in limits)
+        assert first <= last
+        assert not in_part[i, :first].any() and not in_part[i, last + 1 :].any()
+        assert throughout[i, max(first, clear_from) : min(last + 1, clear_to)].all()
+        if kind != "random":  # contiguous or nearly: not a block too many
+            assert in_part[i, first] and in_part[i, last]
+        if kind == "one" or (kind == "a block within a document" and i > 0):
+            # The diagonal, and the one block that holds two documents.
+            masked = (last + 1 - first) - max(0, clear_to - max(first, clear_from))
+            assert masked <= BLOCK // other_rows * (1 if kind == "one" else 2)
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("other_rows", [64, 128])
+def test_no_block_that_is_seen_is_left_out(segment_row, other_rows, queries):
+    assert_covers(*segment_row, other_rows, queries=queries)
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("other_rows", [64, 128])
+def test_nor_with_one_many_or_scattered_segments(other_row, other_rows, queries):
+    assert_covers(*other_row, other_rows, queries=queries)
+
+
+@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("other_rows", [64, 128])
+def test_rows_of_one_segment_need_no_search(other_rows, queries):
+    from pallas_kernels.attention.blocks import BLOCK, causal_reach, reach
+
+    ones = jnp.ones((2, 640), jnp.int32)
+    searched = reach(ones, BLOCK, other_rows, queries=queries)
+    known = causal_reach(2, 640, BLOCK, other_rows, queries=queries)
+    for a, b in zip(searched, known, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)

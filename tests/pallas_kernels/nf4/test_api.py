@@ -1,0 +1,415 @@
+"""The laws of `nf4_dequantize` and `nf4_matmul`, for every implementation.
+
+"interpret" runs the GPU kernels' own programs, block by block and with a race detector,
+wherever jax can (0.11 and newer). What their inline instructions do on the device is
+checked on compiled code, in tests/compile.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import device, nf4_dequantize, nf4_matmul
+from pallas_kernels.nf4.api import FUSED_ROWS
+from pallas_kernels.product import dense_matmul
+
+LAYERS = 3
+
+
+def bits(array):
+    return np.asarray(array).view(np.uint8)
+
+
+# --- Dequantization ---
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dequantize_gives_the_same_bits(implementation, nested, dtype, stack, layer_of):
+    shape = (32, 192)
+    packed = stack(shape, nested=nested)
+    for layer in (0, LAYERS - 1):
+        single = layer_of(packed, layer)
+        want = nf4_dequantize(*single, shape=shape, dtype=dtype, implementation="xla")
+        named = {"shape": shape, "dtype": dtype, "implementation": implementation}
+        for got in (
+            nf4_dequantize(*single, **named),
+            nf4_dequantize(*packed, layer=layer, **named),
+            jax.jit(lambda n: nf4_dequantize(*packed, layer=n, **named))(layer),  # noqa: B023
+        ):
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(bits(got), bits(want))
+
+
+def test_a_layer_that_does_not_exist_is_the_nearest_that_does(implementation, stack):
+    packed = stack((16, 64), nested=False)
+    named = {"shape": (16, 64), "dtype": "float32", "implementation": implementation}
+    for layer, nearest in ((LAYERS, LAYERS - 1), (-1, 0)):
+        np.testing.assert_array_equal(
+            nf4_dequantize(*packed, layer=layer, **named),
+            nf4_dequantize(*packed, layer=nearest, **named),
+        )
+
+
+def test_nan_in_a_scale_is_seen_in_its_block_alone(implementation, random_packed):
+    codes, absmax, _ = random_packed((16, 64), nested=False)
+    got = nf4_dequantize(
+        codes,
+        absmax.at[3, 0].set(jnp.nan),
+        shape=(16, 64),
+        dtype="float32",
+        implementation=implementation,
+    )
+    expected = np.zeros((16, 64), bool)
+    expected[3] = True
+    # 0 * nan is nan too: every weight of the block says that its scale was lost.
+    np.testing.assert_array_equal(np.isnan(got), expected)
+
+
+# --- The product ---
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(8, 64), (24, 192), (7, 352), (5, 7)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_product_and_gradient_equal_the_dense_ones_exactly(
+    shape, lead, nested, random_packed
+):
+    # Operation by operation the packed product runs the very matrix products of the
+    # dense one on the very same weights: no tolerance.
+    packed = random_packed(shape, nested=nested)
+    dense = nf4_dequantize(*packed, shape=shape, dtype=jnp.float32)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((*lead, shape[1])), jnp.float32)
+    dy = jnp.asarray(rng.standard_normal((*lead, shape[0])), jnp.float32)
+    y, pullback = jax.vjp(lambda x: nf4_matmul(x, *packed, shape=shape), x)
+    want, dense_pullback = jax.vjp(lambda x: dense_matmul(x, dense), x)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(pullback(dy)[0], dense_pullback(dy)[0])
+
+
+@pytest.mark.parametrize("shape", [(48, 192), (32, 352)])
+def test_bf16_product_and_gradient_are_within_their_roundings(shape, random_packed):
+    # Against float64 on the unrounded weights, elementwise. u = 2^-8 is half an ulp of
+    # bf16: one rounding of each weight (a compiler may skip it), one of the result; the
+    # float32 sum of K terms adds K * 2^-24 (any order).
+    u, e = 2.0**-8, 2.0**-24
+    packed = random_packed(shape, nested=False)
+    w = np.asarray(nf4_dequantize(*packed, shape=shape, dtype="float32"), np.float64)
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((6, shape[1])), jnp.bfloat16)
+    dy = jnp.asarray(rng.standard_normal((6, shape[0])), jnp.bfloat16)
+
+    @jax.jit
+    def both(x, dy):
+        y, pullback = jax.vjp(lambda x: nf4_matmul(x, *packed, shape=shape), x)
+        return y, pullback(dy)[0]
+
+    y, dx = both(x, dy)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    for got, a, b in ((y, x, w.T), (dx, dy, w)):
+        a = np.asarray(a, np.float64)
+        want, size = a @ b, np.abs(a) @ np.abs(b)
+        bound = (u + a.shape[1] * e) * size * (1 + u) + u * np.abs(want)
+        assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
+
+
+def rounding_bound(x, weight, y):
+    """What the roundings of a product in 16 bits amount to at most.
+
+    The weights (or the 16 table values they are made of) are rounded to the dtype of x,
+    half a unit in the last place each, and the result once more; the float32 sums add
+    2^-24 for each of their terms.
+    """
+    half = float(jnp.finfo(x.dtype).eps) / 2
+    x, weight = jnp.abs(x.astype(jnp.float32)), jnp.abs(weight)
+    total = jnp.matmul(x, weight.T, precision="highest")
+    return (half * 1.01 + x.shape[-1] * 2.0**-24) * total + half * 1.01 * jnp.abs(y)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("leading", "dtype"),
+    [((1,), "bfloat16"), ((2, 5), "bfloat16"), ((16,), "float16"), ((40,), "bfloat16")],
+)
+def test_product_is_that_of_the_exact_weight(
+    implementation, nested, leading, dtype, stack, layer_of
+):
+    shape = (128, 512)
+    packed = stack(shape, nested=nested)
+    x = jax.random.normal(jax.random.key(0), (*leading, shape[1])).astype(dtype)
+    for layer in (0, 2):
+        exact = nf4_dequantize(*layer_of(packed, layer), shape=shape, dtype="float32")
+        want = jnp.matmul(x.astype(jnp.float32), exact.T, precision="highest")
+        got = nf4_matmul(
+            x, *packed, shape=shape, layer=layer, implementation=implementation
+        )
+        assert got.dtype == x.dtype and got.shape == (*leading, shape[0])
+        flat = x.reshape(-1, shape[1])
+        bound = rounding_bound(flat, exact, want.reshape(-1, shape[0]))
+        error = jnp.abs(got.astype(jnp.float32) - want)
+        assert bool((error <= bound.reshape(want.shape)).all())
+
+
+def test_float32_inputs_are_multiplied_with_all_their_bits(
+    implementation, stack, layer_of
+):
+    shape = (64, 256)
+    packed = stack(shape, nested=True)
+    x = jax.random.normal(jax.random.key(0), (2, 256))
+    exact = nf4_dequantize(*layer_of(packed, 1), shape=shape, dtype=jnp.float32)
+    want = jnp.matmul(x, exact.T, precision="highest")
+    got = nf4_matmul(x, *packed, shape=shape, layer=1, implementation=implementation)
+    # 256 terms of about 0.05, in any order.
+    np.testing.assert_allclose(got, want, atol=256 * 2.0**-24, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [4, FUSED_ROWS + 8])
+def test_gradient_is_the_product_with_the_dequantized_weight(
+    implementation, rows, stack, layer_of
+):
+    shape = (64, 256)
+    packed = stack(shape, nested=True)
+    x = jax.random.normal(jax.random.key(0), (rows, 256)).astype(jnp.bfloat16)
+    dy = jax.random.normal(jax.random.key(1), (rows, 64)).astype(jnp.bfloat16)
+
+    def product(x):
+        return nf4_matmul(
+            x, *packed, shape=shape, layer=1, implementation=implementation
+        )
+
+    got = jax.vjp(product, x)[1](dy)[0]
+    weight = nf4_dequantize(*layer_of(packed, 1), shape=shape, dtype=jnp.bfloat16)
+    dy, weight = dy.astype(jnp.float32), weight.astype(jnp.float32)
+    want = jnp.matmul(dy, weight, precision="highest")
+    assert got.dtype == x.dtype
+    # One rounding to bfloat16, and float32 sums of 64 terms in any order.
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want, rtol=2.0**-8, atol=64 * 2.0**-22
+    )
+
+
+def test_a_float32_result_of_bf16_inputs_is_not_rounded_to_bf16(random_packed):
+    codes, absmax, _ = random_packed((8, 192), nested=False)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 192)), jnp.bfloat16)
+
+    def product(x):
+        return nf4_matmul(x, codes, absmax, shape=(8, 192), dtype=jnp.float32)
+
+    y = product(x)
+    assert y.dtype == jnp.float32
+    assert (y != y.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+    # The gradient comes back in the dtype of x whatever the dtype of y.
+    assert jax.grad(lambda x: product(x).sum())(x).dtype == jnp.bfloat16
+
+
+def test_the_product_maps_over_inputs_and_over_weights(random_packed):
+    shape = (16, 128)
+    codes, absmax, _ = random_packed(shape, nested=False, layers=3)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 128)), jnp.float32)
+
+    def product(x, codes, absmax):
+        return nf4_matmul(x, codes, absmax, shape=shape)
+
+    want = jnp.stack([product(x[i], codes[i], absmax[i]) for i in range(3)])
+    # Batched products sum in another order: K = 128 float32 terms of size ~ 0.3.
+    np.testing.assert_allclose(jax.vmap(product)(x, codes, absmax), want, atol=1e-5)
+    gradient = jax.vmap(jax.grad(lambda *a: product(*a).sum()))(x, codes, absmax)
+    weights = [
+        nf4_dequantize(c, a, shape=shape, dtype=jnp.float32)
+        for c, a in zip(codes, absmax, strict=True)
+    ]
+    want = jnp.stack([jnp.broadcast_to(w.sum(0), (5, 128)) for w in weights])
+    np.testing.assert_allclose(gradient, want, atol=1e-5)
+
+
+# --- What is kept for the backward ---
+
+
+def residuals(function, *args):
+    """What reverse mode keeps between forward and backward."""
+    return jax.tree.leaves(jax.vjp(function, *args)[1])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_residual_is_the_packed_bytes_and_no_float_weight(nested, random_packed):
+    shape = (128, 256)
+    packed = random_packed(shape, nested=nested)
+    x = jnp.ones((2, shape[1]), jnp.float32)
+    kept = residuals(lambda x: nf4_matmul(x, *packed, shape=shape), x)
+    floats = [a for a in kept if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert any(a.dtype == jnp.uint8 and a.size == packed[0].size for a in kept)
+    # The scales are the largest float array: one for each 64 weights.
+    assert max(a.size for a in floats) <= shape[0] * shape[1] // 64
+    # The check can fail: a product that dequantizes under autodiff keeps the weight.
+    naive = residuals(
+        lambda x: x @ nf4_dequantize(*packed, shape=shape, dtype="float32").T, x
+    )
+    assert max(a.size for a in naive) == shape[0] * shape[1]
+
+
+def test_nothing_of_the_input_is_kept_either(random_packed):
+    codes, absmax, _ = random_packed((64, 64), nested=False)
+    x = jnp.ones((1000, 64), jnp.float32)
+    kept = residuals(lambda x: nf4_matmul(x, codes, absmax, shape=(64, 64)), x)
+    assert sum(a.nbytes for a in kept) <= codes.nbytes + absmax.nbytes
+
+
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("interpret", marks=pytest.mark.interpret)]
+)
+def test_a_scan_over_layers_keeps_packed_bytes_only(implementation, stack):
+    shape = (64, 64 * 4)
+    packed = stack(shape, nested=False)
+
+    def model(x):
+        def layer(x, number):
+            y = nf4_matmul(
+                x, *packed, shape=shape, layer=number, implementation=implementation
+            )
+            return x + jnp.tile(y, 4), None
+
+        return jax.lax.scan(layer, x, jnp.arange(LAYERS))[0].sum()
+
+    x = jnp.ones((2, 256), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(model, x)[1], x))
+    # No array as large as a layer's weight times the layers, dequantized or copied.
+    size = LAYERS * shape[0] * shape[1]
+    assert max((a.size for a in kept), default=0) <= size // 2
+    floats = [a.size for a in kept if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert max(floats, default=0) <= size // 64
+
+
+# --- What is chosen ---
+
+
+def test_nothing_measured_means_xla():
+    assert device.tuned("A device that nobody has measured", "nf4") == {}
+
+
+@pytest.mark.interpret
+def test_measured_settings_are_used(monkeypatch, stack):
+    from pallas_kernels.nf4 import gpu
+
+    shape = (64, 256)
+    packed = stack(shape, nested=False)
+    table = {
+        "fused_rows": {"64x256": 8},
+        "tuning": {
+            "dequantize 64x256 0": {"words": 2, "steps": 4},
+            "matmul 64x256 1": {"groups": 1, "parts": 1, "chunk": 1},
+            "matmul 64x256 8": {"groups": 1, "parts": 2, "chunk": 2},
+            "matmul 64x512 2": {"groups": 9, "parts": 9, "chunk": 9},
+        },
+    }
+    monkeypatch.setattr(device, "tuned", lambda kind, operation: table)
+    used = []
+    kernels = {name: getattr(gpu, name) for name in ("dequantize", "matmul")}
+    for name, kernel in kernels.items():
+
+        def recorded(*args, kernel=kernel, name=name, **settings):
+            kept = ("words", "steps", "split")
+            used.append((name, {k: v for k, v in settings.items() if k in kept}))
+            return kernel(*args, **settings)
+
+        monkeypatch.setattr(gpu, name, recorded)
+    named = {"shape": shape, "layer": 1, "implementation": "interpret"}
+    nf4_dequantize(*packed, dtype="bfloat16", **named)
+    for rows in (1, 2, 9):
+        nf4_matmul(jnp.ones((rows, 256), jnp.bfloat16), *packed, **named)
+    assert used == [
+        ("dequantize", {"words": 2, "steps": 4}),
+        ("matmul", {"split": (1, 1, 1)}),
+        ("matmul", {"split": (1, 2, 2)}),
+        ("dequantize", {"words": 2, "steps": 4}),
+    ]
+
+
+# --- What is refused ---
+
+
+def call(shape=(16, 64), *, codes=None, absmax=None, nested=None, **settings):
+    size = shape[0] * shape[1]
+    codes = np.zeros(-(-size // 2), np.uint8) if codes is None else codes
+    absmax = np.ones(-(-size // 64), np.float32) if absmax is None else absmax
+    codes, absmax = jnp.asarray(codes), jnp.asarray(absmax)
+    settings = {"dtype": "bfloat16", **settings}
+    return nf4_dequantize(codes, absmax, nested, shape=shape, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codes": np.zeros(512, np.int8)}, "uint8"),
+        ({"absmax": np.ones(16, np.float16)}, "float16"),
+        ({"absmax": np.ones(16, np.uint8)}, "absmax of uint8 and nested=None"),
+        ({"absmax": np.ones(15, np.float32)}, "16 block scales, got 512 and 15"),
+        ({"codes": np.zeros(511, np.uint8)}, r"shape \(16, 64\) has 512 code bytes"),
+        ({"shape": (0, 64)}, "empty"),
+        ({"shape": (16, 0)}, "empty"),
+        ({"layer": 1}, "times 512 layers"),
+        ({"implementation": "triton"}, "does not exist"),
+        # As integers, weights would all be -1, 0 or 1, silently.
+        ({"dtype": jnp.int8}, r"nf4_dequantize`: dtype .* got int8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        call(**arguments)
+
+
+def test_a_second_level_of_float32_scales_is_refused(random_packed):
+    codes, absmax, nested = random_packed((4, 128), nested=True)
+    absmax = absmax.astype(jnp.float32)
+    with pytest.raises(ValueError, match="absmax of float32 and nested=given"):
+        nf4_dequantize(codes, absmax, nested, shape=(4, 128), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype", "message"),
+    [
+        (jnp.ones((2, 63)), None, r"takes 64 features, `x` has shape \(2, 63\)"),
+        (jnp.ones((2, 64), jnp.int32), None, r"dtype of `x` must .* got int32"),
+        (jnp.ones((2, 64)), jnp.int32, r"nf4_matmul`: dtype must .* got int32"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(x, dtype, message, random_packed):
+    codes, absmax, _ = random_packed((8, 64), nested=False)
+    with pytest.raises(ValueError, match=message):
+        # Without the checks of annotations, as users have it.
+        inspect.unwrap(nf4_matmul)(x, codes, absmax, shape=(8, 64), dtype=dtype)
+
+
+def test_more_weights_than_indices_is_refused():
+    shape = (2**16, 2**15)
+    codes = jax.ShapeDtypeStruct((shape[0], shape[1] // 2), jnp.uint8)
+    absmax = jax.ShapeDtypeStruct((shape[0], shape[1] // 64), jnp.float32)
+
+    def dequantize(codes, absmax):
+        return nf4_dequantize(codes, absmax, shape=shape, dtype="bfloat16")
+
+    with pytest.raises(ValueError, match="split it along out_features"):
+        jax.eval_shape(dequantize, codes, absmax)
+
+
+def test_kernels_that_cannot_run_here_say_why():
+    if jax.default_backend() == "gpu":
+        pytest.skip("they can")
+    with pytest.raises(ValueError, match=r"NVIDIA GPU|jax 0\.11"):
+        call(implementation="pallas")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        ((15, 64), {}, "multiple of 1024"),
+        ((16, 128), {"block_size": 128, "absmax": np.ones(16, np.float32)}, "blocks"),
+    ],
+)
+def test_weights_that_the_kernels_cannot_do_are_refused(shape, settings, message):
+    with pytest.raises(ValueError, match=message):
+        call(shape, implementation="interpret", **settings)
