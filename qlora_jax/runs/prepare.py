@@ -133,7 +133,8 @@ def prepare(
             data = _load_data(config, model.config)
     if resumed and data is not None:
         with problems.collecting():
-            check_continues(config, data.examples, len(data.batches))
+            data_fingerprint = data.examples.report.fingerprint
+            check_continues(config, data_fingerprint, len(data.batches))
     problems.raise_if_any()
     assert trained is not None and data is not None
     selection, optimizer_groups = trained

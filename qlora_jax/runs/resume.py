@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.arrays import Examples
 from qlora_jax.data.config import PLACES
-from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.runs.checkpoint import (
     Checkpoints,
@@ -35,12 +33,17 @@ _MEANINGS = {
 
 
 def run_record(
-    config: RunConfig, fingerprint: str, examples: Examples | Mixture
+    config: RunConfig, base_fingerprint: str, data_fingerprint: str
 ) -> dict[str, Any]:
     """Returns what must be unchanged for a run to be continued.
 
     It leaves out what does not change the arithmetic: where files are, how long the run
     is, what is saved and shown during it.
+
+    Args:
+      config: the run.
+      base_fingerprint: of the base as it was loaded.
+      data_fingerprint: of the training examples.
     """
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
@@ -58,8 +61,8 @@ def run_record(
     # Of `lm_head` only "nf4" changes numbers; its other values are memories.
     quantized_head = config.model.lm_head == "nf4"
     return {
-        "base_fingerprint": fingerprint,
-        "data": {"fingerprint": examples.report.fingerprint, **data},
+        "base_fingerprint": base_fingerprint,
+        "data": {"fingerprint": data_fingerprint, **data},
         "lora": lora,
         "train": train,
         "model": {
@@ -109,9 +112,7 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
-def check_continues(
-    config: RunConfig, examples: Examples | Mixture, steps: int
-) -> None:
+def check_continues(config: RunConfig, data_fingerprint: str, steps: int) -> None:
     """Raises early what `continue_run` would raise once the base is loaded.
 
     Ignores damaged checkpoints, and what the base contains.
@@ -126,7 +127,7 @@ def check_continues(
                 saved = checkpoints.record(step)
             except DamagedCheckpointError:
                 continue
-            record = run_record(config, saved["base_fingerprint"], examples)
+            record = run_record(config, saved["base_fingerprint"], data_fingerprint)
             _check_record(saved, record, steps)
             return
 

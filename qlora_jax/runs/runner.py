@@ -150,7 +150,8 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
     """Takes the remaining steps; returns the report."""
     config, data, compiled = prepared.config, prepared.data, prepared.compiled
     directory, steps = Path(config.output_dir), len(data.batches)
-    record = run_record(config, loaded.fingerprint, data.examples)
+    data_fingerprint = data.examples.report.fingerprint
+    record = run_record(config, loaded.fingerprint, data_fingerprint)
     template = template_text(config.data, say)
     evaluation = Evaluation(
         config=config.eval,

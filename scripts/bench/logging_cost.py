@@ -2,7 +2,7 @@
 
     python scripts/bench logging --output benchmarks/logging.json
 
-The numbers of a step are logged as a run logs them (`Loop.note`: from the device to
+The numbers of a step are logged as a run logs them (`log_step`: from the device to
 metrics.jsonl and the progress line, and to TensorBoard where tensorboardX is
 installed), thousands of times, on a pseudo-terminal where a bar is drawn and without
 one. They are compared with the best step of `bench cpu ours` at its default shape, in a

@@ -326,9 +326,7 @@ def test_several_damaged_checkpoints_are_kept_under_new_names(saved, tmp_path, c
 
 
 @LATE_READS
-def test_without_an_intact_checkpoint_nothing_is_moved(
-    saved, tmp_path
-):
+def test_without_an_intact_checkpoint_nothing_is_moved(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "checkpoints")
     for step in (2, 4, 6):
         flip(largest(directory / f"step_{step}"))

@@ -42,9 +42,7 @@ pytestmark = pytest.mark.usefixtures("handlers")
         (("SIGTERM", "SIGINT", "SIGINT"), True),
     ],
 )
-def test_the_first_signal_is_noted_and_the_third_obeyed(
-    sent, at_once, capfd
-):
+def test_the_first_signal_is_noted_and_the_third_obeyed(sent, at_once, capfd):
     with Interruption() as interruption:
         assert interruption.signal is None
         for name in sent[:-1]:

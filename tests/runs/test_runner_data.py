@@ -10,10 +10,8 @@ import pytest
 import convert
 from qlora_jax.cli.main import main
 from qlora_jax.data.config import Source
-from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs import prepare as prepared
-from qlora_jax.runs import resume as run_record
 from qlora_jax.runs import runner
 from qlora_jax.runs.config import (
     EvalConfig,
@@ -21,6 +19,7 @@ from qlora_jax.runs.config import (
 )
 from qlora_jax.runs.directory import run_lock
 from qlora_jax.runs.metrics import Watch, read_metrics
+from qlora_jax.runs.resume import run_record
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7
@@ -160,8 +159,7 @@ def test_the_held_out_part_of_a_mixture_is_measured_by_source(
 
 def test_the_record_has_what_makes_the_rows(make, rows_file):
     config = make("run", path=str(rows_file))
-    examples = load_examples(config.data, None, vocab_size=32)
-    record = run_record.run_record(config, "base", examples)
+    record = run_record(config, "base", "data")
     assert set(record["data"]) == {
         *("fingerprint", "format", "max_length", "packing", "shuffle", "seed"),
         *("train_on", "prompt", "completion", "text", "too_long", "append_eos"),
