@@ -15,6 +15,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
@@ -63,6 +64,7 @@ def make(make, held_file):
             model={"quantization": "none"},
             data={"max_length": 32},
             train={"steps": STEPS, "learning_rate": 3e-2},
+            lora={"lora_alpha": LoraConfig.lora_alpha},
             checkpoint={"every": 5},
             eval={"path": str(held_file), "every": 3, "batch_size": 4} | settings,
             log={"every": 50},
@@ -421,7 +423,7 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
     assert [step._cache_size() for step in jitted] == [0]
     assert len(read_evaluations(tmp_path / "run")) == 2
     err = capsys.readouterr().err
-    assert "Held out of the training data: 6 examples" in said
+    assert "Held out of the training data: 6 examples" in err
     assert report["held_out"]["examples"] == 6 and report["data"]["examples"] == 18
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

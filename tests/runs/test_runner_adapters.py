@@ -394,5 +394,5 @@ def test_hot_swap(make, straight, tmp_path):
 
 def test_a_module_inside_another_that_is_saved_is_refused(make, tmp_path):
     kind = {"target_modules": ("q_proj",), "modules_to_save": ("mlp", "up_proj")}
-    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that holds it"):
+    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that contains it"):
         run(make(tmp_path / "run", kind))
