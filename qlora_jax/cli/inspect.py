@@ -1,4 +1,4 @@
-"""The `inspect` command: parameters and bytes of a run, from configurations alone."""
+"""The `inspect` command: parameters and bytes of a run, from configurations only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,9 +14,13 @@ from qlora_jax.choices import Auto, Dtype, Quantization
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.overrides import given_lora, option_keys, values_of
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import Optimizer, TrainConfig
+
+if TYPE_CHECKING:
+    from qlora_jax.runs.loading import Resolved
 
 
 @dataclass(frozen=True)
@@ -40,59 +44,34 @@ class Inspect:
     json: bool = False
     """Print a JSON object."""
 
-    def run(self, given: Collection[str] = ()) -> dict[str, Any]:
+    def run(self, explicit: Collection[str] = ()) -> dict[str, Any]:
         """Counts; returns the report.
 
         Args:
-          given: names of the fields of `lora` that were given; they win over a run
-            file's, and those of an adapter cannot be changed.
+          explicit: names of the fields of `lora` that were given as options; they
+            override a run file's, and those of an adapter cannot be changed.
         """
         from convert.files import read_json
         from convert.peft import adapter_bytes
-        from qlora_jax.lora.init import CHANGEABLE, continued
-        from qlora_jax.models.config import LlamaConfig
-        from qlora_jax.planning.estimate import (
-            abstract_base,
-            parameter_report,
-            warnings,
-        )
-        from qlora_jax.runs.loading import resolve
+        from qlora_jax.planning.estimate import parameter_report, warnings
 
-        path, lora = Path(self.path), self.lora
-        planned = path.suffix == ".toml"
-        if planned:
-            keys = {f"lora.{name}" for name in given}
-            settings = read_config(path, values_of(self, keys))
-            lora, given = settings.lora, given_lora(path, keys)
-            resolved = resolve(
-                self.base or settings.model.path, adapter=settings.train.adapter_init
-            )
-            resolved = dataclasses.replace(resolved, settings=settings)
-        else:
-            resolved = resolve(path, self.base)
-            settings = resolved.settings
+        resolved = self._resolve(explicit)
+        base, run = resolved.base, resolved.settings
+        if base.is_dir():
+            base = base / "config.json"
+        config = LlamaConfig.from_hf(read_json(base))
+        lora = self._lora(resolved, explicit, config)
         held = resolved.base_options(self.quantization, self.dtype)
-        base = resolved.base
-        config = LlamaConfig.from_hf(
-            read_json(base / "config.json" if base.is_dir() else base)
-        )
-        if resolved.lora is not None:
-            lora, _ = continued(
-                resolved.lora,
-                lora,
-                given,
-                abstract_base(config),
-                name=str(resolved.adapter),
-                changeable=CHANGEABLE if planned else (),
-            )
-        saved = lora.absorbed
-        if saved.base_fingerprint is None and (planned or resolved.lora is None):
-            # A run writes one; its digits do not matter, their number does.
-            saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
-        train = TrainConfig(steps=1) if settings is None else settings.train
+        train = TrainConfig(steps=1) if run is None else run.train
         if self.optimizer is not None:
             train = dataclasses.replace(train, optimizer=self.optimizer)
         report = parameter_report(config, lora, **held, train=train)
+        saved = lora.absorbed
+        if saved.base_fingerprint is None and (
+            self._is_run_file or resolved.lora is None
+        ):
+            # A run writes one; its digits do not matter, their number does.
+            saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
         return {
             "trainable_parameters": report.trainable_parameters,
             "groups": dict(report.groups),
@@ -110,9 +89,47 @@ class Inspect:
             "warnings": warnings(config, lora),
         }
 
+    @property
+    def _is_run_file(self) -> bool:
+        return Path(self.path).suffix == ".toml"
+
+    def _resolve(self, explicit: Collection[str]) -> Resolved:
+        """Returns the run, the adapter and the base that `path` refers to."""
+        from qlora_jax.runs.loading import resolve
+
+        if not self._is_run_file:
+            return resolve(self.path, self.base)
+        options = values_of(self, (f"lora.{name}" for name in explicit))
+        run = read_config(Path(self.path), options)
+        base = self.base or run.model.path
+        resolved = resolve(base, adapter=run.train.adapter_init)
+        return dataclasses.replace(resolved, settings=run)
+
+    def _lora(
+        self, resolved: Resolved, explicit: Collection[str], config: LlamaConfig
+    ) -> LoraConfig:
+        """Returns the adapter's settings, or those of run file and options."""
+        lora = self.lora
+        if resolved.settings is not None and self._is_run_file:
+            lora = resolved.settings.lora
+            explicit = {*explicit, *given_lora(Path(self.path), ())}
+        if resolved.lora is None:
+            return lora
+        from qlora_jax.lora.init import CHANGEABLE, continued
+        from qlora_jax.models.params import abstract_base
+
+        return continued(
+            resolved.lora,
+            lora,
+            explicit,
+            abstract_base(config),
+            name=str(resolved.adapter),
+            changeable=CHANGEABLE if self._is_run_file else (),
+        )[0]
+
 
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax inspect`; returns the exit status."""
     command = parse(Inspect, args, prog="qlora-jax inspect")
-    given = given_lora(None, option_keys(args))
-    return run_and_print(lambda: command.run(given), as_json=command.json)
+    explicit = given_lora(None, option_keys(args))
+    return run_and_print(lambda: command.run(explicit), as_json=command.json)

@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from qlora_jax.errors import UserError
-from qlora_jax.inference.sampling import Rules, Sampling, Values
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.sampling import Rules, Values
 from qlora_jax.models.llama import Cache, Llama, empty_cache
 
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
@@ -82,10 +83,10 @@ def generate_tokens(
         variables,
         tokens,
         mask,
-        sampling.values(),
+        Values.of(sampling),
         slots=_round(tokens.shape[1] + max_new_tokens),
         max_new_tokens=max_new_tokens,
-        rules=sampling.rules(model.config.vocab_size),
+        rules=Rules.of(sampling, model.config.vocab_size),
         eos=eos_token_ids,
     )
     out = []
@@ -136,9 +137,9 @@ class Decoding:
         self._model = model.clone(
             compute=dataclasses.replace(model.compute, remat="none")
         )
-        self._variables, self._values = variables, sampling.values()
+        self._variables, self._values = variables, Values.of(sampling)
         self._static = {
-            "rules": sampling.rules(model.config.vocab_size),
+            "rules": Rules.of(sampling, model.config.vocab_size),
             "eos": eos_token_ids,
         }
         self._eos, self._most, self._count = frozenset(eos_token_ids), max_new_tokens, 0
@@ -362,7 +363,7 @@ def _generate(
     eos: tuple[int, ...],
 ) -> Int32[Array, "B new"]:
     """All of it in one program."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     state = _begin(model, variables, tokens, mask, values, slots, rules, eos)
     out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
     out = out.at[:, 0].set(state.token)
@@ -383,7 +384,7 @@ def _start(
     eos: tuple[int, ...],
 ) -> _State:
     """The first token of a `Decoding`."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     return _begin(model, variables, tokens, mask, values, slots, rules, eos)
 
 
@@ -399,7 +400,7 @@ def _continue(
     eos: tuple[int, ...],
 ) -> tuple[_State, Int32[Array, "B chunk"]]:
     """The next tokens of a `Decoding`: a chunk, of which at most `left` are wanted."""
-    variables = model.compute.place(variables)
+    variables = model.compute.arrange(variables)
     out = jnp.zeros((state.token.shape[0], _CHUNK), jnp.int32)
     end = jnp.minimum(left, _CHUNK)
     return _fill(model, variables, state, values, out, jnp.int32(0), end, rules, eos)

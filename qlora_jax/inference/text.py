@@ -22,8 +22,8 @@ from jaxtyping import Array, Int32
 from qlora_jax.data.chat import ChatRenderer, to_messages
 from qlora_jax.data.encoding import Segmented, tokenize
 from qlora_jax.errors import UserError
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding
-from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.llama import Llama
 
 

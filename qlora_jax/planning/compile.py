@@ -7,9 +7,9 @@ A training step compiled for a card that is not there, in a process of its own.
 
     compiled = compile_for(step, find_gpu("rtx-4090"), python=find_compiler())
 
-starts `python -m qlora_jax.planning.compile FOLDER`, which reads FOLDER/request.json and
-writes FOLDER/answer.json, whole or not at all. A process for each compilation: XLA's
-settings have to stand before jax starts, and a failed compilation may abort the
+starts `python -m qlora_jax.planning.compile FOLDER`, which reads FOLDER/request.json
+and writes FOLDER/answer.json, whole or not at all. A process for each compilation:
+XLA's settings have to stand before jax starts, and a failed compilation may abort the
 process. The Python may be another one, of an environment that has the GPU compiler
 where this one has not.
 """

@@ -32,7 +32,7 @@ from qlora_jax.lora.targets import absent_layers, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import mlp_tokens
 from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
-from qlora_jax.models.sharding import lies_on_host, local_bytes, place
+from qlora_jax.models.sharding import is_on_host, local_bytes, shard_step
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.planning.step import Step, StepMemory, abstract_arguments
 from qlora_jax.training.config import TrainConfig
@@ -106,7 +106,7 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
 @functools.lru_cache(maxsize=64)  # a search asks for many lengths of one model
 def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
     names, sizes = zip(*mesh, strict=True)
-    state, base, batch = place(
+    state, base, batch = shard_step(
         abstract_arguments(step), AbstractMesh(sizes, names), step.on_host
     )
     weights = again = features = head = 0
@@ -143,7 +143,7 @@ def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
 
 def _bytes(tree: Any, *, host: bool = False) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+    return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
 
 
 def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory:

@@ -4,10 +4,10 @@
     plan = planner.longest(step, policies(remat="auto"))
     plan.report()
 
-The bytes are those of the compiled step (`qlora_jax.planning.compile`), or without the GPU
-compiler those of the closed form (`qlora_jax.planning.estimate`); `Plan.method` says which. A
-search compiles few steps: memory is nearly a straight line over tokens, so two points
-and a check at both sides of the limit prepare it.
+The bytes are those of the compiled step (`qlora_jax.planning.compile`), or without the
+GPU compiler those of the closed form (`qlora_jax.planning.estimate`); `Plan.method`
+says which. A search compiles few steps: memory is nearly a straight line over tokens,
+so two points and a check at both sides of the limit prepare it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import abstract_base
-from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
+from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.training.config import ParameterGroup, TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -215,7 +215,7 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
         return jitted.lower(*arguments)
     # For whom to trace: what is chosen by the kind of device is chosen for this one.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.lower(*place(arguments, mesh, step.on_host))
+        return jitted.lower(*shard_step(arguments, mesh, step.on_host))
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class StepMemory:
         if arguments is None:
             arguments = abstract_arguments(step)
             if mesh is not None:
-                arguments = place(arguments, mesh, step.on_host)
+                arguments = shard_step(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}
@@ -313,7 +313,7 @@ class StepMemory:
 
 def _bytes(tree: Any, *, host: bool) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+    return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
 
 
 def _attention_workspace(text: str, step: Step, mesh: Any) -> int:

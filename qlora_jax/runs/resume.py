@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.config import PLACES
+from qlora_jax.data.config import LOCATION_FIELDS
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.runs.checkpoint import (
     Checkpoints,
@@ -56,7 +56,7 @@ def run_record(
         lora["target_modules"] = sorted(lora["target_modules"])
     # The files may be moved: their content is in the fingerprint.
     data = dataclasses.asdict(config.data)
-    for name in PLACES:
+    for name in LOCATION_FIELDS:
         del data[name]
     # Of `lm_head` only "nf4" changes numbers; its other values are memories.
     quantized_head = config.model.lm_head == "nf4"

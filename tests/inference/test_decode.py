@@ -11,8 +11,9 @@ import pytest
 
 import convert
 from qlora_jax.errors import UserError
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, _generate, generate_tokens
-from qlora_jax.inference.sampling import Rules, Sampling
+from qlora_jax.inference.sampling import Rules, Values
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
@@ -110,7 +111,7 @@ def test_lifted_stacks_generate_the_same(packed, monkeypatch):
 
     # Another model to `jit`, as that of our own kernels is.
     model = model.clone(compute=Compute(dtype="float32", kernels="xla"))
-    monkeypatch.setattr(Compute, "place", lift)
+    monkeypatch.setattr(Compute, "arrange", lift)
     assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
 
 
@@ -123,7 +124,7 @@ def test_a_token_is_written_into_the_cache_where_it_lies(packed):
         variables,
         np.ones((3, 32), np.int32),
         np.ones((3, 32), np.int32),
-        Sampling().values(),
+        Values.of(Sampling()),
         slots=96,
         max_new_tokens=64,
         rules=Rules(),

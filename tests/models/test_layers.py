@@ -7,7 +7,15 @@ from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora import functional as lora
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.layers import Compute, Embed, Linear, RMSNorm, embed, linear
+from qlora_jax.models.layers import (
+    Compute,
+    Embed,
+    Linear,
+    ModuleAdapter,
+    RMSNorm,
+    embed,
+    linear,
+)
 
 OUT, IN = 24, 64
 
@@ -34,7 +42,7 @@ RESIDUAL = (draw(2, IN, seed=7), draw(OUT, 2, seed=8))
 def test_it_is_weight_plus_bias_plus_scaled_update(packed, bias, adapter):
     x = draw(2, 5, IN, seed=4)
     weight = PACKED if packed else WEIGHT
-    got = linear(x, weight, bias, adapter, scaling=0.5)
+    got = linear(x, weight, bias, adapter and ModuleAdapter(adapter, 0.5))
     dense = np.asarray(nf4.dequantize(PACKED) if packed else WEIGHT, np.float64)
     wide = np.asarray(x, np.float64)
     want = wide @ dense.T
@@ -52,7 +60,7 @@ def test_a_zero_adapter_changes_no_bit(packed):
     x = draw(3, IN, seed=5, dtype="bfloat16")
     weight = PACKED if packed else WEIGHT
     zero = {**ADAPTER, "lora_B": jnp.zeros_like(ADAPTER["lora_B"])}
-    with_zero = linear(x, weight, BIAS, zero, scaling=2.0)
+    with_zero = linear(x, weight, BIAS, ModuleAdapter(zero, 2.0))
     np.testing.assert_array_equal(with_zero, linear(x, weight, BIAS))
 
 
@@ -61,8 +69,9 @@ def test_a_zero_adapter_changes_no_bit(packed):
 def test_the_result_has_the_dtype_of_the_input_or_the_one_asked_for(packed, compute):
     x = draw(3, IN, dtype=compute)
     weight = PACKED if packed else WEIGHT
-    assert linear(x, weight, BIAS, ADAPTER).dtype == compute
-    assert linear(x, weight, BIAS, ADAPTER, dtype=jnp.float32).dtype == jnp.float32
+    assert linear(x, weight, BIAS, ModuleAdapter(ADAPTER)).dtype == compute
+    wide = linear(x, weight, BIAS, ModuleAdapter(ADAPTER), dtype=jnp.float32)
+    assert wide.dtype == jnp.float32
 
 
 def double(tree):
@@ -103,9 +112,8 @@ def test_every_form_of_adapter_is_the_weight_it_stands_for(packed, bias, form):
     for residual in (None, RESIDUAL):
         if residual is not None and form == "dora":
             continue  # refused by LoraConfig
-        got = linear(
-            x, weight, bias, FORMS[form], scaling=jnp.float32(0.5), residual=residual
-        )
+        adapter = ModuleAdapter(FORMS[form], jnp.float32(0.5), residual)
+        got = linear(x, weight, bias, adapter)
         full, offset = stands_for(weight, bias, FORMS[form], 0.5, residual)
         # float32 sums of 64 terms; the update is of order 20.
         np.testing.assert_allclose(got, double(x) @ full.T + offset, atol=1e-4)
@@ -116,9 +124,10 @@ def test_every_form_of_adapter_is_the_weight_it_stands_for(packed, bias, form):
 def test_every_form_computes_in_every_dtype(compute, form):
     x = draw(3, IN, seed=4).astype(compute)
     for weight in (WEIGHT, PACKED):
-        wide = linear(x.astype(jnp.float32), weight, BIAS, FORMS[form], scaling=0.5)
+        adapter = ModuleAdapter(FORMS[form], 0.5)
+        wide = linear(x.astype(jnp.float32), weight, BIAS, adapter)
         for dtype in (None, jnp.float32):
-            got = linear(x, weight, BIAS, FORMS[form], scaling=0.5, dtype=dtype)
+            got = linear(x, weight, BIAS, adapter, dtype=dtype)
             assert got.dtype == (dtype or compute)
             error = np.abs(np.asarray(got, np.float32) - wide).max()
             # A few roundings of 2^-8 or 2^-11, of values of order 20.
@@ -132,9 +141,9 @@ def test_a_layer_with_a_scaling_of_zero_is_the_plain_one_with_no_gradient():
         **jax.tree.map(jnp.zeros_like, ADAPTER),
         "lora_magnitude_vector": jnp.zeros(OUT),
     }
-    got = linear(x, WEIGHT, BIAS, unused, scaling=zero)
+    got = linear(x, WEIGHT, BIAS, ModuleAdapter(unused, zero))
     np.testing.assert_array_equal(got, linear(x, WEIGHT, BIAS))
-    gradient = jax.grad(lambda a: linear(x, WEIGHT, BIAS, a, scaling=zero).sum())
+    gradient = jax.grad(lambda a: linear(x, WEIGHT, BIAS, ModuleAdapter(a, zero)).sum())
     for leaf in jax.tree.leaves(gradient(unused)):
         assert not leaf.any()
 
@@ -146,7 +155,9 @@ def test_padding_of_a_rank_has_no_gradient():
         "lora_B": ADAPTER["lora_B"].at[:, 2:].set(0.0),
         "lora_magnitude_vector": MAGNITUDE,
     }
-    gradient = jax.grad(lambda a: (linear(x, PACKED, BIAS, a) ** 2).sum())(padded)
+    gradient = jax.grad(
+        lambda a: (linear(x, PACKED, BIAS, ModuleAdapter(a)) ** 2).sum()
+    )(padded)
     assert np.asarray(gradient["lora_A"][:2]).all()
     assert not gradient["lora_A"][2:].any() and not gradient["lora_B"][:, 2:].any()
 
@@ -162,7 +173,7 @@ def test_the_norm_of_dora_is_a_constant_to_the_gradient():
         return ((x @ (factor[:, None] * weight).T + BIAS[None]) ** 2).sum()
 
     def ours(x, adapter):
-        return (linear(x, WEIGHT, BIAS, adapter, scaling=0.5) ** 2).sum()
+        return (linear(x, WEIGHT, BIAS, ModuleAdapter(adapter, 0.5)) ** 2).sum()
 
     got, want = (jax.grad(f, argnums=(0, 1))(x, adapter) for f in (ours, detached))
     for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
@@ -175,7 +186,7 @@ def test_rows_that_are_replaced_take_their_gradient_from_the_others():
 
     def total(rows, columns):
         adapter = {**ROWS, "trainable_tokens_delta": rows}
-        return linear(x, WEIGHT, None, adapter)[:, columns].sum()
+        return linear(x, WEIGHT, None, ModuleAdapter(adapter))[:, columns].sum()
 
     of_others = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([1, 2, 3]))
     assert not of_others.any()
@@ -187,7 +198,8 @@ def test_rows_that_are_replaced_take_their_gradient_from_the_others():
 def test_gradients_reach_input_and_adapter():
     x = draw(3, IN)
     dx, da = jax.grad(
-        lambda x, a: linear(x, PACKED, None, a, scaling=0.5).sum(), argnums=(0, 1)
+        lambda x, a: linear(x, PACKED, None, ModuleAdapter(a, 0.5)).sum(),
+        argnums=(0, 1),
     )(x, ADAPTER)
     dense = nf4.dequantize(PACKED)
     a, b = ADAPTER["lora_A"], ADAPTER["lora_B"]
@@ -214,7 +226,7 @@ def test_the_module_reads_a_dense_a_packed_and_an_adapted_weight():
         )
         np.testing.assert_array_equal(
             module.apply({"params": params, "lora": ADAPTER}, x),
-            linear(x, weight, None, ADAPTER, scaling=0.5),
+            linear(x, weight, None, ModuleAdapter(ADAPTER, 0.5)),
         )
 
 
@@ -256,7 +268,7 @@ def test_a_bound_adapter_brings_its_own_scaling(form):
     params = {"weight": PACKED, "bias": BIAS}
     np.testing.assert_array_equal(
         module.apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, BIAS, FORMS[form], scaling=0.25),
+        linear(x, PACKED, BIAS, ModuleAdapter(FORMS[form], 0.25)),
     )
 
 
@@ -270,7 +282,7 @@ def test_a_part_that_was_taken_out_of_the_weight_is_subtracted():
     bound = {**ADAPTER, "scaling": jnp.float32(0.25)}
     np.testing.assert_array_equal(
         Linear(OUT, Compute("float32")).apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, None, ADAPTER, scaling=0.25, residual=RESIDUAL),
+        linear(x, PACKED, None, ModuleAdapter(ADAPTER, 0.25, RESIDUAL)),
     )
 
 
@@ -326,7 +338,7 @@ def test_dropout_is_active_with_a_key_only():
     x = draw(3, IN)
     plain = module.apply(variables, x)
     np.testing.assert_array_equal(
-        plain, linear(x, WEIGHT, None, ADAPTER, scaling=config.scaling)
+        plain, linear(x, WEIGHT, None, ModuleAdapter(ADAPTER, config.scaling))
     )
     keys = [{"dropout": jax.random.key(i)} for i in range(2)]
     one, two = (module.apply(variables, x, rngs=key) for key in keys)
@@ -370,10 +382,11 @@ def test_embed_looks_up_in_the_table_it_stands_for(form):
     if form == "dora":  # columns, over the vocabulary
         factor = adapter["lora_magnitude_vector"] / np.linalg.norm(table, axis=0)
         table = table * factor[None, :]
-    got = embed(tokens, TABLE, TABLE_FORMS[form], scaling=jnp.float32(0.5))
+    got = embed(tokens, TABLE, ModuleAdapter(TABLE_FORMS[form], jnp.float32(0.5)))
     # Float32 sums of four terms and of 24 squares.
     np.testing.assert_allclose(got, table[np.asarray(tokens)], atol=1e-5)
-    narrow = embed(tokens, TABLE, TABLE_FORMS[form], scaling=0.5, dtype=jnp.bfloat16)
+    half = ModuleAdapter(TABLE_FORMS[form], 0.5)
+    narrow = embed(tokens, TABLE, half, dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.bfloat16
     error = np.abs(narrow.astype(jnp.float32) - got)
     assert (error <= 3 * 2.0**-8 * (np.abs(got) + 4)).all()  # of both summands
@@ -392,8 +405,8 @@ def test_gradients_of_an_embedding_are_those_of_the_table(form):
     indices = {"token_indices": ROWS["token_indices"]} if form == "rows" else {}
 
     def ours(adapter):
-        adapter = {**adapter, **indices}
-        return (weights * embed(tokens, TABLE, adapter, scaling=0.5)).sum()
+        half = ModuleAdapter({**adapter, **indices}, 0.5)
+        return (weights * embed(tokens, TABLE, half)).sum()
 
     def plain(adapter):
         table = TABLE
@@ -453,11 +466,11 @@ def test_stacks_are_placed_apart_for_our_own_kernels_alone():
     stack = jax.tree.map(lambda a: a[None], PACKED)
     variables = {"params": {"q_proj": {"weight": stack}}, "lora": {}}
     for kernels in ("auto", "xla"):
-        assert Compute(kernels=kernels).place(variables) == variables
-    placed = Compute(kernels="pallas").place(variables)
+        assert Compute(kernels=kernels).arrange(variables) == variables
+    placed = Compute(kernels="pallas").arrange(variables)
     assert placed["stacks"] == variables["params"] and placed["lora"] == {}
     assert placed["params"]["q_proj"]["weight"].codes is None
-    assert Compute(kernels="pallas").place(placed) == placed
+    assert Compute(kernels="pallas").arrange(placed) == placed
 
 
 def test_kernels_that_cannot_be_had_are_refused_with_the_reason():

@@ -17,7 +17,7 @@ from qlora_jax.models import llama
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.models.sharding import place_base
+from qlora_jax.models.sharding import put_base
 from qlora_jax.training.objectives import loss_sum
 
 CONFIG = LlamaConfig(
@@ -204,7 +204,7 @@ TABLES = {"embed_tokens": "host", "lm_head": "host"}
 
 @pytest.mark.parametrize("remat", ["none", "offload"])
 def test_tables_in_host_memory_train_the_same(remat):
-    placed = place_base(base(), **TABLES)
+    placed = put_base(base(), **TABLES)
     kinds = {
         jax.tree_util.keystr(path): leaf.sharding.memory_kind
         for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
@@ -218,14 +218,14 @@ def test_a_tied_table_in_host_memory_is_embedding_and_head():
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     tree = adapters(LORA, config)
     wanted = derive(tree, base(config), batch(), config=config)
-    placed = place_base(base(config), embed_tokens="host", lm_head="host")
+    placed = put_base(base(config), embed_tokens="host", lm_head="host")
     same(derive(tree, placed, batch(), config=config), wanted)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapted_tables_can_lie_in_host_memory(target):
     lora = LoraConfig(r=4, target_modules=("q_proj", target))
-    placed = place_base(base(), **TABLES)
+    placed = put_base(base(), **TABLES)
     same(derive(adapters(lora), placed, batch(), lora=lora), plain(lora))
 
 

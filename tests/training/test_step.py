@@ -264,7 +264,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
 
 
 def lift(self, variables):
-    """What `Compute.place` does for our own kernels, here with XLA's."""
+    """Does as `Compute.arrange` for the Pallas kernels, here with XLA's."""
     params, stacks = nf4.lift_stacks(variables["params"])
     return {**variables, "params": params, "stacks": stacks}
 
@@ -297,7 +297,7 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     temporaries, results = [], []
     for lifted in (False, True):
         if lifted:
-            monkeypatch.setattr(Compute, "place", lift)
+            monkeypatch.setattr(Compute, "arrange", lift)
         step = functools.partial(train_step, model=model, optimizer=SGD)
         traced = jax.jit(step).trace(state, base(), batch)
         compiled = traced.lower().compile()
