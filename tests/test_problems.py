@@ -132,7 +132,7 @@ def test_a_missing_model_does_not_hide_missing_data(tmp_path, capsys):
 def test_large_data_are_not_read_if_settings_are_wrong(
     llama_dir, rows, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("qlora_jax.runs.prepare._READ_ANYWAY", 10)
+    monkeypatch.setattr("qlora_jax.runs.prepare._QUICK_BYTES", 10)
     status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
     assert status == 1 and "2 problems:" in error
     assert "malformed" not in error and "q_porj" in error

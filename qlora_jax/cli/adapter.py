@@ -38,8 +38,15 @@ class Adapter:
         from convert import load_adapter, save_adapter
         from convert.checkpoint import lazy_base, open_config, open_model
         from convert.files import INDEX, SINGLE
-        from convert.peft import common_chat_template, in_short, peft_directory
-        from qlora_jax.runs.loading import leads_nowhere, name_from
+        from convert.peft import (
+            common_chat_template,
+            in_short,
+            peft_directory,
+        )
+        from qlora_jax.runs.loading import (
+            base_name_for_copy,
+            is_broken_path,
+        )
 
         config = open_config(self.base)
         has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
@@ -52,8 +59,8 @@ class Adapter:
         base_name = self.base_name
         if base_name is None:
             before = lora.base_model_name_or_path
-            base_name = name_from(before, source, self.output, self.base)
-            if leads_nowhere(before, source):
+            base_name = base_name_for_copy(before, source, self.output, self.base)
+            if is_broken_path(before, source):
                 print_note(
                     f"`{before}`, the base of `{source}`, is not a model directory; "
                     "--base-name names another"

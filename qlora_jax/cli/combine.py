@@ -39,7 +39,7 @@ class Combine:
         from convert.checkpoint import lazy_base, open_config
         from convert.peft import common_chat_template, peft_directory
         from qlora_jax.lora.combine import combine_adapters
-        from qlora_jax.runs.loading import name_from
+        from qlora_jax.runs.loading import base_name_for_copy
 
         config = open_config(self.base)
         weights = self.weights or (1.0,) * len(self.adapters)
@@ -61,7 +61,7 @@ class Combine:
             names=[str(path) for path in self.adapters],
         )
         base_names = {
-            name_from(
+            base_name_for_copy(
                 source_lora.base_model_name_or_path, source, self.output, self.base
             )
             for source, (source_lora, _) in zip(sources, loaded, strict=True)

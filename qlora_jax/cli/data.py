@@ -32,7 +32,7 @@ from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import EvalConfig
-from qlora_jax.runs.eval_data import HeldOut, taken_out
+from qlora_jax.runs.eval_data import HeldOut, exclude_held_out
 from qlora_jax.runs.toml import read_config
 
 _BINS = 16
@@ -122,7 +122,7 @@ class DataView:
         if not config.measures:
             return examples, None
         eos = getattr(tokenizer, "eos_token_id", None)
-        return taken_out(config, self.data, examples, eos)
+        return exclude_held_out(config, self.data, examples, eos)
 
     def _shown_numbers(self, count: int) -> tuple[int, ...]:
         numbers = self.example or tuple(range(min(self.show, count)))

@@ -22,10 +22,10 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import UserError
 from qlora_jax.runs.overrides import option_keys
-from qlora_jax.runs.toml import read_config
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
+    from qlora_jax.runs.config import RunConfig
     from qlora_jax.runs.eval_data import HeldOut
 
 
@@ -47,11 +47,10 @@ class Eval(ModelOptions):
         Raises:
           UserError: data that cannot be read, or that changed since a run held it out.
         """
-        from qlora_jax.runs.directory import run_of
         from qlora_jax.runs.evaluation import Loss, measure
 
-        model = self.load()
-        run = run_of(Path(self.path))
+        resolved = self.resolve()
+        model, run = self.load(resolved), resolved.settings
         if self.held_out and run is not None:
             held, measured = _held_out(run, model)
             examples, config = held.examples, held.config
@@ -61,7 +60,7 @@ class Eval(ModelOptions):
                 config,
                 model.tokenizer,
                 vocab_size=model.config.vocab_size,
-                run_directory=self.path if run is None else str(run),
+                run_directory=self.path if run is None else run.output_dir,
             )
         header = {"data": config.name, "measured": measured}
         if not isinstance(examples, Mixture):
@@ -87,9 +86,9 @@ def from_arguments(args: Sequence[str]) -> Eval:
     """
     options: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
-        from qlora_jax.runs.directory import run_of
+        from qlora_jax.runs.directory import find_run
 
-        run = run_of(Path(args[0]))
+        run = find_run(Path(args[0]))
         if run is not None:
             options["default"] = _run_defaults(run, args)
     return parse(Eval, args, prog="qlora-jax eval", **options)
@@ -97,9 +96,9 @@ def from_arguments(args: Sequence[str]) -> Eval:
 
 def _run_defaults(run: Path, args: Sequence[str]) -> Eval:
     """Returns what is measured of a run, before the options are parsed."""
-    from qlora_jax.runs.directory import kept_settings
+    from qlora_jax.runs.directory import read_settings
 
-    config = kept_settings(run)
+    config = read_settings(run)
     data = config.data
     data_options = [key for key in option_keys(args) if key.startswith("data.")]
     if "data.path" in data_options:
@@ -125,19 +124,18 @@ def _run_defaults(run: Path, args: Sequence[str]) -> Eval:
     return Eval(path=args[0], data=data, held_out=True)
 
 
-def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
+def _held_out(config: RunConfig, model: Model) -> tuple[HeldOut, str]:
     """Loads what a run held out; returns it with a description.
 
     Raises:
       UserError: rows that the run was trained on may be among it.
     """
     from convert.files import read_json
-    from qlora_jax.runs.directory import STARTED, kept_settings
-    from qlora_jax.runs.eval_data import held_out_again
+    from qlora_jax.runs.directory import STARTED
+    from qlora_jax.runs.eval_data import reload_held_out
 
-    config = kept_settings(run)
-    held = held_out_again(config, model.tokenizer, vocab_size=model.config.vocab_size)
-    started = run / STARTED
+    held = reload_held_out(config, model.tokenizer, vocab_size=model.config.vocab_size)
+    started = Path(config.output_dir) / STARTED
     unchanged = True  # of a run that was stopped before it recorded anything
     if started.is_file():
         recorded = read_json(started).get("held_out") or {}
@@ -147,16 +145,16 @@ def _held_out(run: Path, model: Model) -> tuple[HeldOut, str]:
         return held, description if unchanged else f"{description}, changed since"
     if not unchanged:
         raise UserError(
-            f"The data of the run `{run}` ({config.data.name}) are not what they were "
-            "when it held a part of them out, so that rows it was trained on would be "
-            "measured. Restore the data, or give --data.path."
+            f"The data of the run `{config.output_dir}` ({config.data.name}) are not "
+            "what they were when it held a part of them out, so that rows it was "
+            "trained on would be measured. Restore the data, or give --data.path."
         )
     return held, "what the run held out of its training data"
 
 
-def _origin(data: DataConfig, run: Path | None) -> str:
+def _origin(data: DataConfig, run: RunConfig | None) -> str:
     """Describes data that were named, and whether the run was trained on them."""
-    if run is not None and _files(data) & _files(read_config(run).data):
+    if run is not None and _files(data) & _files(run.data):
         return "as given: training data of the run"
     return "as given"
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,10 +15,12 @@ from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.overrides import given_lora, option_keys, values_of
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import Optimizer, TrainConfig
+
+if TYPE_CHECKING:
+    from qlora_jax.runs.loading import Resolved
 
 
 @dataclass(frozen=True)
@@ -52,28 +54,22 @@ class Inspect:
         from convert.files import read_json
         from convert.peft_writing import adapter_bytes
         from qlora_jax.planning.estimate import parameter_report, warnings
-        from qlora_jax.runs.loading import quantizes_lm_head, resolve_auto
 
-        run, adapter, base = self._resolve(explicit)
+        resolved = self._resolve(explicit)
+        base, run = resolved.base, resolved.settings
         if base.is_dir():
             base = base / "config.json"
         config = LlamaConfig.from_hf(read_json(base))
-        lora = self._lora(run, adapter, explicit, config)
-        quantization, dtype = resolve_auto(run, self.quantization, self.dtype)
-        quantize_lm_head = quantizes_lm_head(run, self.quantization)
+        lora = self._lora(resolved, explicit, config)
+        held = resolved.base_options(self.quantization, self.dtype)
         train = TrainConfig(steps=1) if run is None else run.train
         if self.optimizer is not None:
             train = dataclasses.replace(train, optimizer=self.optimizer)
-        report = parameter_report(
-            config,
-            lora,
-            quantization=quantization,
-            quantize_lm_head=quantize_lm_head,
-            dtype=dtype,
-            train=train,
-        )
+        report = parameter_report(config, lora, **held, train=train)
         saved = lora.absorbed
-        if saved.base_fingerprint is None and (self._is_run_file or adapter is None):
+        if saved.base_fingerprint is None and (
+            self._is_run_file or resolved.lora is None
+        ):
             # A run writes one; its digits do not matter, their number does.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
         return {
@@ -83,9 +79,9 @@ class Inspect:
             "optimizer_bytes": report.optimizer_bytes,
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
-            "quantization": quantization or "none",
-            **({"lm_head": "nf4"} if quantize_lm_head else {}),
-            "dtype": dtype,
+            "quantization": held["quantization"] or "none",
+            **({"lm_head": "nf4"} if held["quantize_lm_head"] else {}),
+            "dtype": held["dtype"],
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
@@ -97,49 +93,37 @@ class Inspect:
     def _is_run_file(self) -> bool:
         return Path(self.path).suffix == ".toml"
 
-    def _resolve(
-        self, explicit: Collection[str]
-    ) -> tuple[RunConfig | None, Path | None, Path]:
+    def _resolve(self, explicit: Collection[str]) -> Resolved:
         """Returns the run, the adapter and the base that `path` refers to."""
-        from convert.peft import peft_directory
-        from qlora_jax.runs.directory import adapter_directory, run_settings
-        from qlora_jax.runs.loading import find_base
+        from qlora_jax.runs.loading import resolve
 
-        path = Path(self.path)
-        if self._is_run_file:
-            options = values_of(self, (f"lora.{name}" for name in explicit))
-            run = read_config(path, options)
-            initial = run.train.adapter_init
-            adapter = None if initial is None else peft_directory(Path(initial))
-            return run, adapter, Path(self.base or run.model.path)
-        adapter = adapter_directory(path)
-        base = path if adapter is None else find_base(adapter, self.base)
-        return run_settings(path), adapter, base
+        if not self._is_run_file:
+            return resolve(self.path, self.base)
+        options = values_of(self, (f"lora.{name}" for name in explicit))
+        run = read_config(Path(self.path), options)
+        base = self.base or run.model.path
+        resolved = resolve(base, adapter=run.train.adapter_init)
+        return dataclasses.replace(resolved, settings=run)
 
     def _lora(
-        self,
-        run: RunConfig | None,
-        adapter: Path | None,
-        explicit: Collection[str],
-        config: LlamaConfig,
+        self, resolved: Resolved, explicit: Collection[str], config: LlamaConfig
     ) -> LoraConfig:
         """Returns the adapter's settings, or those of run file and options."""
         lora = self.lora
-        if run is not None and self._is_run_file:
-            lora = run.lora
+        if resolved.settings is not None and self._is_run_file:
+            lora = resolved.settings.lora
             explicit = {*explicit, *given_lora(Path(self.path), ())}
-        if adapter is None:
+        if resolved.lora is None:
             return lora
-        from convert.peft import open_adapter
         from qlora_jax.lora.init import CHANGEABLE, continued
         from qlora_jax.models.params import abstract_base
 
         return continued(
-            open_adapter(adapter)[0],
+            resolved.lora,
             lora,
             explicit,
             abstract_base(config),
-            name=str(adapter),
+            name=str(resolved.adapter),
             changeable=CHANGEABLE if self._is_run_file else (),
         )[0]
 

@@ -27,6 +27,7 @@ from qlora_jax.lora.config import LoraConfig
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
+    from qlora_jax.runs.loading import Resolved
 
 T = TypeVar("T")
 
@@ -75,13 +76,18 @@ class ModelOptions:
     attention: Attention = "auto"
     """Attention implementation."""
 
-    def load(self) -> Model:
-        """Loads the model and prints its description on stderr."""
+    def resolve(self) -> Resolved:
+        """Returns the base, adapter and run that `path` stands for."""
+        from qlora_jax.runs.loading import resolve
+
+        return resolve(self.path, self.base)
+
+    def load(self, resolved: Resolved | None = None) -> Model:
+        """Loads the model (`resolve()`, if not given) and describes it on stderr."""
         from qlora_jax.runs.loading import load
 
         model = load(
-            self.path,
-            base=self.base,
+            self.resolve() if resolved is None else resolved,
             quantization=self.quantization,
             dtype=self.dtype,
             attention=self.attention,

@@ -38,7 +38,7 @@ def main(args: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         began = time.perf_counter() - process_seconds()
-        report = run(config, given=explicit, began=began)
+        report = run(config, explicit_lora=explicit, began=began)
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
         return report_stop("qlora-jax train", error, idle + _CONTINUES)

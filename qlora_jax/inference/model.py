@@ -127,8 +127,10 @@ class Model:
             config = undo_changes(self.config)
             bare = {"adapters": None, "lora_config": None, "adapter_path": None}
             return dataclasses.replace(self, config=config, **bare)
-        place = peft_directory(Path(adapter))
-        lora_config, adapters = _attach(place, self.path, self.base, strict=strict)
+        directory = peft_directory(Path(adapter))
+        lora_config, adapters = load_attached(
+            directory, self.path, self.base, strict=strict
+        )
         config = apply_changes(
             undo_changes(self.config), lora_config.base_config_changes
         )
@@ -137,8 +139,8 @@ class Model:
             config=config,
             adapters=adapters,
             lora_config=lora_config,
-            chat_template=chat_template_file(place),
-            adapter_path=place,
+            chat_template=chat_template_file(directory),
+            adapter_path=directory,
         )
 
     def logits(
@@ -361,10 +363,19 @@ def _logits(
     return apply(module.compute.arrange(variables), tokens, **arrays)
 
 
-def _attach(
+def load_attached(
     adapter: Path, path: Path, base: Mapping[str, Any], *, strict: bool
 ) -> tuple[LoraConfig, Any]:
-    """Loads an adapter for a base; says what was not used, and if it is another's."""
+    """Loads an adapter for a loaded base onto the device.
+
+    Notes on stderr tell what was not used, and that it was trained on another base.
+
+    Args:
+      adapter: PEFT directory.
+      path: directory of the base.
+      base: its parameter tree.
+      strict: raise for an adapter that does not fit exactly.
+    """
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
     for note in in_short(skipped):

@@ -1,13 +1,14 @@
-"""Checkpoints of a run: what changes, saved with Orbax, and what must not, compared.
+"""Checkpoints of a run: the state that changes, saved with Orbax and checked.
 
 A checkpoint holds the train state (step, adapters, optimizer moments, PRNG key) and a
-JSON record: how many batches were used (the whole data cursor, since batches are a
-function of their index), the configuration, and fingerprints of the base and of the
-data. The frozen base is not saved again. Orbax writes in the background into a
-temporary directory that it renames when complete, and keeps the newest few.
+JSON record: how many batches were used (which is all of the data cursor, since batches
+are a function of their index) and what must be unchanged to continue
+(`qlora_jax.runs.resume`). The frozen base is not saved again. Orbax writes in the
+background into a temporary directory that it renames when complete, and keeps the
+newest few.
 
-The record also holds checksums, of the arrays and of itself: Orbax notices a file that
-is cut off or missing, but reads most flipped bits without a word.
+The record also holds checksums of the arrays and of itself: Orbax notices a file that
+is truncated or missing, but reads most flipped bits silently.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError
 from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
 from qlora_jax.runs.interruption import AtOnce
 from qlora_jax.training.step import TrainState
 
-# Bytes that a checkpoint may need beside its arrays.
+# Bytes that a checkpoint may need in addition to its arrays.
 _SLACK = 1 << 20
 _CHECKSUMS = "checksums"
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not what was saved; an older one may be."""
+    """A checkpoint differs from what was saved; an older one may be intact."""
 
 
 class Checkpoints:
@@ -58,7 +59,7 @@ class Checkpoints:
             max_to_keep=config.keep,
             step_prefix="step",
             create=True,
-            # What a killed process left half-written.
+            # Half-written checkpoints of a process that was killed.
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -67,8 +68,8 @@ class Checkpoints:
                 self.directory,
                 options=options,
                 item_handlers={
-                    # Floats that were trained do not compress, and it costs more
-                    # time than the disk takes.
+                    # Trained floats hardly compress, and trying takes longer than
+                    # writing them.
                     "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                     "record": ocp.JsonCheckpointHandler(),
                 },
@@ -80,45 +81,45 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         """Waits for a save under way and closes."""
-        if kind is AtOnce:  # what is half-written goes with the next start
+        if kind is AtOnce:  # the next start removes what is half-written
             return
         try:
             with disk_errors(self.directory):
                 self._manager.close()
         except CheckpointError:
-            if kind is None:  # else the error on its way out came first
+            if kind is None:  # else the first error is already being raised
                 raise
 
     def latest(self) -> int | None:
-        """The newest step that is complete or being saved, or None."""
+        """Returns the newest step that is complete or being saved, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Every step that has a directory, damaged or not, the newest first."""
-        found = {*self._manager.all_steps(), *saved_steps(self.directory)}
-        return sorted(found, reverse=True)
+        """Returns the steps that have a directory, newest first, damaged or not."""
+        steps = {*self._manager.all_steps(), *saved_steps(self.directory)}
+        return sorted(steps, reverse=True)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a step's directory so that it is no checkpoint; returns its place."""
-        place, number = self.directory / f"damaged_step_{step}", 1
-        while place.exists():
+        """Renames a damaged checkpoint so that it is not one; returns the new path."""
+        path, number = self.directory / f"damaged_step_{step}", 1
+        while path.exists():
             number += 1
-            place = self.directory / f"damaged_step_{step}_{number}"
+            path = self.directory / f"damaged_step_{step}_{number}"
         with disk_errors(self.directory):
-            os.rename(self.path(step), place)
+            os.rename(self.path(step), path)
             self._manager.reload()
-        return place
+        return path
 
     def path(self, step: int) -> Path:
-        """Directory of a step."""
+        """Returns the directory of a step."""
         return self.directory / f"step_{step}"
 
     def save(self, state: TrainState, record: Mapping[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied to the host.
 
         Raises:
-          CheckpointError: the disk is full or not writable (now, or in the save
-            before); earlier checkpoints are intact.
+          CheckpointError: the disk is full or not writable, now or during the previous
+            save; earlier checkpoints are intact.
         """
         step = int(state.step)
         if step == self.latest():
@@ -137,10 +138,10 @@ class Checkpoints:
             )
 
     def _check_space(self, nbytes: int) -> None:
-        """Reserves the bytes for a moment; `OSError` where they are not to be had.
+        """Reserves the bytes for a moment; raises `OSError` if the disk lacks them.
 
-        Orbax would notice in its background threads, which say it in many words and at
-        the next save.
+        Orbax would notice only in its background threads, which report it verbosely,
+        at the next save.
         """
         if not hasattr(os, "posix_fallocate"):
             return
@@ -150,12 +151,12 @@ class Checkpoints:
                 os.posix_fallocate(file.fileno(), 0, nbytes + _SLACK)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise  # else: a file system that cannot reserve
+                raise  # the others mean that the file system cannot reserve
         finally:
             probe.unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Returns when the save under way is complete on disk."""
+        """Waits until the current save is complete on disk."""
         with disk_errors(self.directory):
             self._manager.wait_until_finished()
 
@@ -163,26 +164,20 @@ class Checkpoints:
         """Reads the record of a step.
 
         Raises:
-          DamagedCheckpointError: it is missing, or not what was saved.
+          DamagedCheckpointError: it is missing, or differs from what was saved.
         """
-        record = self._record(step)
-        record.pop(_CHECKSUMS, None)
-        return record
+        return self._record_and_checksums(step)[0]
 
-    def _record(self, step: int) -> dict[str, Any]:
-        """The record with its checksums, itself checked."""
-
-        def read() -> dict[str, Any]:
+    def _record_and_checksums(self, step: int) -> tuple[dict[str, Any], dict[str, str]]:
+        def read() -> tuple[dict[str, Any], dict[str, str]]:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
             )["record"]
-            rest = {key: value for key, value in record.items() if key != _CHECKSUMS}
-            # Runs that were started before there were checksums have none.
-            if len(rest) < len(record):
-                _check("record", record[_CHECKSUMS]["record"], _digest(rest))
-            return record
+            checksums = record.pop(_CHECKSUMS, {})
+            _compare_checksum("record", checksums, _digest(record))
+            return record, checksums
 
-        return _read(self.path(step), read)
+        return _read_checkpoint(self.path(step), read)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads the state of a step into the structure, shapes and devices of `like`.
@@ -192,25 +187,16 @@ class Checkpoints:
           CheckpointError: files that cannot be read now.
         """
         target = jax.tree.map(_abstract, _saveable(like))
-        checksums = self._record(step).get(_CHECKSUMS)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        checksums = self._record_and_checksums(step)[1]
 
         def read() -> Any:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        target,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(
-                            target
-                        ),
-                    )
-                ),
-            )["state"]
-            if checksums is not None:
-                _check("state", checksums["state"], _checksum(restored))
-            return restored
+            args = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+            state = self._manager.restore(step, args=ocp.args.Composite(state=args))
+            _compare_checksum("state", checksums, _checksum(state["state"]))
+            return state["state"]
 
-        restored = _read(self.path(step), read)
+        restored = _read_checkpoint(self.path(step), read)
         return TrainState(
             step=restored["step"],
             adapters=restored["adapters"],
@@ -218,47 +204,6 @@ class Checkpoints:
             key=jax.random.wrap_key_data(
                 restored["key"], impl=jax.random.key_impl(like.key)
             ),
-        )
-
-
-# What a hash in a record is of.
-_DATA = "data.fingerprint"
-_MEANT = {
-    "base_fingerprint": " (the weights of the base, or how they are quantized)",
-    _DATA: " (the rows of the data files, the tokenizer, or the chat template)",
-}
-
-
-def compare_records(
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
-    """Refuses to continue a run whose base, adapter, data or arithmetic has changed.
-
-    Args:
-      saved: record of the checkpoint; a nested mapping of plain values.
-      now: the record that the run would write.
-      defaults: of settings that a run may be older than, nested likewise.
-
-    Raises:
-      UserError: every entry that differs, with both values.
-    """
-    before = _flat(defaults or {}) | _flat(saved)
-    after = _flat(now)
-    known = _flat(saved).keys() | after.keys()
-    keys = {key for key in known if before.get(key) != after.get(key)}
-    if any(key.startswith("data.") for key in keys - {_DATA}):
-        keys.discard(_DATA)  # which follows from the others
-    if keys:
-        changed = "".join(
-            f"\n- {key}: {before.get(key)!r} -> {after.get(key)!r}{_MEANT.get(key, '')}"
-            for key in sorted(keys)
-        )
-        raise UserError(
-            "This run cannot be continued: what it was started with has changed:"
-            f"{changed}\nUndo the change to continue, or give another --output-dir to "
-            "start a new run."
         )
 
 
@@ -277,7 +222,10 @@ def _abstract(leaf: Any) -> Any:
 
 
 def _checksum(tree: Any) -> str:
-    """Of the arrays in their order; a library may rename what they are kept in."""
+    """Hashes the arrays in their order, not the names of the containers.
+
+    Libraries may rename those (the fields of an optax state, for example).
+    """
     return fingerprint_tree(jax.tree.leaves(tree), crc32)
 
 
@@ -285,23 +233,12 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _check(name: str, saved: str, found: str) -> None:
-    if saved != found:
+def _compare_checksum(name: str, saved: Mapping[str, str], checksum: str) -> None:
+    if saved.get(name) != checksum:
         raise ValueError(f"the {name} is not what was saved, by its checksum")
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Entries by their dotted names, with the values that JSON gives back."""
-    out: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = json.loads(json.dumps(value))
-    return out
-
-
-# What libraries that hide the errno say, in the words of strerror or of their own.
+# In messages of libraries that hide the errno: strerror's words or their own.
 _DISK_WORDS = (
     "No space left",
     "RESOURCE_EXHAUSTED",
@@ -315,7 +252,7 @@ _DISK_WORDS = (
 
 @contextlib.contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """Turns a failure to write below `directory` into one that says what to do.
+    """Turns a failure to write in `directory` into an error with advice.
 
     Raises:
       CheckpointError: the disk is full, a quota is used up, no permission.
@@ -324,7 +261,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # tensorstore says ValueError, Orbax what it likes
+    except Exception as error:  # tensorstore raises ValueError, Orbax various types
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
         else:
@@ -339,8 +276,8 @@ def disk_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
-# What keeps a good checkpoint from being read: an older one would fare no better.
-_PASSING_WORDS = (
+# Reasons that may pass: an intact checkpoint cannot be read, nor could an older one.
+_TRANSIENT_WORDS = (
     "Permission denied",
     "PERMISSION_DENIED",
     "RESOURCE_EXHAUSTED",
@@ -352,43 +289,45 @@ _PASSING_WORDS = (
 _T = TypeVar("_T")
 
 
-def _read(path: Path, read: Callable[[], _T]) -> _T:
-    """Returns `read()`, which reads something of the checkpoint at `path`.
+def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
+    """Returns `read()`, which reads a part of the checkpoint at `path`.
 
     Raises:
-      DamagedCheckpointError: it failed for what lies there.
-      CheckpointError: it failed for what may pass.
+      DamagedCheckpointError: the files are to blame.
+      CheckpointError: the failure may be transient.
     """
-    with _quiet_about_unfinished():
+    with _silenced_unfinished_reads():
         try:
             return read()
         except Exception as error:  # Orbax and tensorstore raise a dozen types here
-            failed = _read_error(path, error)
-        # Where one of many reads has failed Orbax leaves the others behind.
+            read_error = _read_error(path, error)
+        # If one of many reads fails, Orbax abandons the others: collect them while
+        # their complaints are silenced.
         gc.collect()
-    raise failed
+    raise read_error
 
 
 def _read_error(path: Path, error: Exception) -> CheckpointError:
-    whole, cause = "", error
-    while True:
-        whole += str(cause)
-        if cause.__cause__ is None or not isinstance(cause.__cause__, Exception):
-            break
-        cause = cause.__cause__  # says why; those above say where, at length
+    # The innermost cause has the reason; those around it have the path, at length.
+    messages, cause = str(error), error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+        messages += str(cause)
     reason = (str(cause).strip().splitlines() or ["no message"])[0]
     if len(reason) > 160:
         reason = reason[:160] + "..."
     text = f"The checkpoint `{path}` cannot be read ({type(cause).__name__}: {reason})."
-    passing = isinstance(error, MemoryError) or any(w in whole for w in _PASSING_WORDS)
-    return (CheckpointError if passing else DamagedCheckpointError)(text)
+    transient = isinstance(error, MemoryError) or any(
+        words in messages for words in _TRANSIENT_WORDS
+    )
+    return (CheckpointError if transient else DamagedCheckpointError)(text)
 
 
 @contextlib.contextmanager
-def _quiet_about_unfinished() -> Iterator[None]:
-    """Drops what unfinished reads say when they die: a page on stderr for each.
+def _silenced_unfinished_reads() -> Iterator[None]:
+    """Drops the messages of abandoned reads: a page on stderr for each.
 
-    Some come to an end in threads of tensorstore, after the event loop has.
+    Some end in threads of tensorstore after the event loop was closed.
     """
     hook = sys.unraisablehook
 

@@ -1,13 +1,14 @@
-"""A run's step, compiled and weighed before its base is loaded.
+"""Compiles the step of a run before its base is loaded.
 
-    fitted = fit(model, settings, base, batch, train, steps)   base and batch: shapes
-    fitted.plan                         bytes by kind, beside what the device has
-    state, metrics = fitted.step(state, base, batch)
-    total, tokens = fitted.eval_step(state.adapters, base, held_out_batch)
+    inputs = StepInputs(base, batch)          arrays or shapes
+    compiled = compile_step(model, inputs, settings, train, steps)
+    compiled.plan                             bytes by kind, and those of the device
+    state, metrics = compiled.step(state, base, batch)
+    total, tokens = compiled.eval_step(state.adapters, base, held_out_batch)
 
-The step is compiled for the device at hand with shapes alone, so a run that cannot fit
-ends here, in seconds, with the settings that would make it fit. What was compiled is
-what runs.
+The step is compiled for the device at hand from shapes alone, so a run that cannot fit
+ends here, in seconds, with the settings that would make it fit. The program that was
+compiled is the one that runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.errors import UserError, readable_bytes
+from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.lora.init import factor_out
 from qlora_jax.lora.targets import select
@@ -44,8 +46,19 @@ from qlora_jax.tree import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True)
+class StepInputs:
+    """What the steps of a run compute on, as arrays or shapes."""
+
+    base: Any
+    batch: Mapping[str, Any]
+    """[accumulation, B, T] for training."""
+    held_out: Mapping[str, Any] | None = None
+    """[B, T] to measure the held-out loss on, if the run does."""
+
+
+@dataclass(frozen=True)
 class CompiledStep:
-    """A step that fits, compiled."""
+    """A compiled step that fits."""
 
     plan: Plan
     model: Llama
@@ -56,10 +69,10 @@ class CompiledStep:
     eval_step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
     eval_bytes: int | None = None
-    """Of device memory while it runs, with all that the training keeps there."""
+    """Device memory while it runs, with all that the training keeps there."""
 
     def summary(self) -> str:
-        """One line for a person."""
+        """Returns one line for the user."""
         plan = self.plan
         limit = plan.card.memory_bytes - ALLOWANCE
         kinds = ", ".join(
@@ -67,27 +80,19 @@ class CompiledStep:
             for name, size in device_bytes(plan.memory).items()
             if size
         )
-        where = (
-            ""
-            if limit >= _ENDLESS
-            else f" of {readable_bytes(limit)} on {plan.card.name}"
-        )
-        host = plan.memory.host_bytes
-        return (
-            f"Plan: {readable_bytes(plan.memory.device_bytes)}{where}, policy "
-            f"'{plan.policy.name}' ({kinds})"
-            + (f"; {readable_bytes(host)} pinned on the host" if host else "")
-            + (
-                f"; {readable_bytes(self.eval_bytes)} while the held-out loss is "
-                "measured"
-                if self.eval_bytes is not None
-                else ""
-            )
-            + "."
-        )
+        text = f"Plan: {readable_bytes(plan.memory.device_bytes)}"
+        if limit < _ENDLESS:
+            text += f" of {readable_bytes(limit)} on {plan.card.name}"
+        text += f", policy '{plan.policy.name}' ({kinds})"
+        if plan.memory.host_bytes:
+            text += f"; {readable_bytes(plan.memory.host_bytes)} pinned on the host"
+        if self.eval_bytes is not None:
+            measuring = readable_bytes(self.eval_bytes)
+            text += f"; {measuring} while the held-out loss is measured"
+        return text + "."
 
     def report(self) -> dict[str, Any]:
-        """What report.json holds of it."""
+        """Returns the entry of report.json."""
         plan = self.plan
         return {
             "policy": plan.policy.name,
@@ -101,38 +106,82 @@ class CompiledStep:
         }
 
 
-def fit(
+def compile_step(
     model: Llama,
+    inputs: StepInputs,
     settings: ModelConfig,
-    base: Any,
-    batch: Mapping[str, Any],
     train: TrainConfig,
     steps: int,
     *,
-    held_out: Mapping[str, Any] | None = None,
-    card: GpuSpec | None = None,
+    gpu: GpuSpec | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
     Args:
       model: the architecture, with the LoRA configuration in its `compute`.
-      settings: `[model]`: remat, attention, and where the tables lie; "auto" is
-        prepared here.
-      base: shapes of the base.
-      batch: one batch of the run, or its shapes.
+      inputs: what the step computes on.
+      settings: remat, attention, and the memory of embedding and head; "auto" is
+        decided here.
       train: optimizer and batch.
       steps: optimizer steps of the run.
-      held_out: one batch [B, T] of held-out data, or its shapes; None = there are none.
-      card: what it has to fit on; default the device at hand.
+      gpu: what it has to fit on; default the device at hand.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
-        would. Or measuring the held-out loss does not.
+        would. Or measuring the held-out loss does not fit.
     """
-    card = this_device() if card is None else card
+    gpu = this_device() if gpu is None else gpu
     lora = model.compute.lora
     assert lora is not None
-    optimizer = make_optimizer(train, steps, select(base, lora))
+    optimizer = make_optimizer(train, steps, select(inputs.base, lora))
+    state, base = _initial_shapes(inputs.base, lora, optimizer)
+    batch = _shapes(inputs.batch)
+    plain = _plain_step(model, batch, settings, train)
+    planner = Planner(gpu)
+    allowed = policies(
+        remat=settings.remat,
+        attention=settings.attention,
+        embed_tokens=settings.embed_tokens,
+        lm_head=settings.lm_head,
+        tied=model.config.tie_word_embeddings,
+    )
+    too_large: list[Plan] = []
+    for policy in allowed:
+        # The estimate errs by less than half: beyond that a compilation is wasted.
+        estimate = planner.estimate(plain, policy).total
+        if estimate > 1.5 * gpu.memory_bytes and policy is not allowed[-1]:
+            continue
+        arguments = (state, _in_memory_of(policy, base), batch)
+        compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
+        if not compiled.plan.fits:
+            too_large.append(compiled.plan)
+        elif inputs.held_out is None:
+            return compiled
+        else:
+            arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
+            return _with_eval(compiled, arguments)
+    nearest = min(too_large, key=lambda plan: plan.total)
+    raise UserError(planner.too_large(nearest) + _more_memory())
+
+
+def _plain_step(
+    model: Llama, batch: Mapping[str, Any], settings: ModelConfig, train: TrainConfig
+) -> Step:
+    """Describes the step for the planner, before a policy is applied."""
+    return Step(
+        config=model.config,
+        compute=dataclasses.replace(model.compute, remat="full"),
+        length=batch["tokens"].shape[-1],
+        train=train,
+        quantization=None if settings.quantization == "none" else settings.quantization,
+        packed="segment_ids" in batch,
+    )
+
+
+def _initial_shapes(
+    base: Any, lora: LoraConfig, optimizer: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """Returns the shapes of the train state and of the base as it is trained on."""
     adapters = abstract_adapters(base, lora)
     if lora.changes_base:
         base = jax.eval_shape(
@@ -141,116 +190,102 @@ def fit(
     state = jax.eval_shape(
         lambda tree, key: init_state(tree, optimizer, key), adapters, jax.random.key(0)
     )
-    batch = _shapes(batch)
-    plain = Step(
-        config=model.config,
-        compute=dataclasses.replace(model.compute, remat="full"),
-        length=batch["tokens"].shape[-1],
-        train=train,
-        quantization=None if settings.quantization == "none" else settings.quantization,
-        packed="segment_ids" in batch,
-    )
-    planner = Planner(card)
-    among = policies(
-        remat=settings.remat,
-        attention=settings.attention,
-        embed_tokens=settings.embed_tokens,
-        lm_head=settings.lm_head,
-        tied=model.config.tie_word_embeddings,
-    )
-    refused: list[Plan] = []
-    for policy in among:
-        step = policy.apply(plain)
-        # What is far off by the estimate is not worth a compilation.
-        far = planner.estimate(plain, policy).total > 1.5 * card.memory_bytes
-        if far and policy is not among[-1]:
-            continue
-        chosen = model.clone(compute=step.compute)
-        arguments = (state, _placed(base, policy), batch)
-        jitted = jit_step(
-            chosen, optimizer, neftune_noise_alpha=train.neftune_noise_alpha
-        )
-        compiled = jitted.lower(*arguments).compile()
-        give_back_freed_memory()
-        memory = StepMemory.of(compiled, step, arguments=arguments)
-        versions = {"jax": jax.__version__}
-        plan = Plan(step, policy, card, {"data": 1}, memory, "compiled", versions, {})
-        if not plan.fits:
-            refused.append(plan)
-            continue
-        fitted = CompiledStep(
-            plan, chosen, optimizer, _either(compiled, jitted, arguments)
-        )
-        if held_out is None:
-            return fitted
-        return _with_eval(fitted, state.adapters, arguments[1], _shapes(held_out))
-    nearest = min(refused, key=lambda plan: plan.total)
-    raise UserError(planner.too_large(nearest) + _more_memory())
+    return state, base
 
 
-def _with_eval(
-    fitted: CompiledStep, adapters: Any, base: Any, batch: Any
+def _compile_policy(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    plain: Step,
+    policy: Policy,
+    arguments: tuple,
+    gpu: GpuSpec,
 ) -> CompiledStep:
-    """Compiles and weighs what measures the held-out loss, before the run needs it."""
-    jitted = jit_eval(fitted.model)
-    arguments = (adapters, base, batch)
+    """Compiles the step under one policy; its plan tells whether it fits."""
+    step = policy.apply(plain)
+    model = model.clone(compute=step.compute)
+    jitted = jit_step(
+        model, optimizer, neftune_noise_alpha=plain.train.neftune_noise_alpha
+    )
     compiled = jitted.lower(*arguments).compile()
     give_back_freed_memory()
-    stats = compiled.memory_analysis()
-    kept = fitted.plan.memory
+    memory = StepMemory.of(compiled, step, arguments=arguments)
+    versions = {"jax": jax.__version__}
+    plan = Plan(step, policy, gpu, {"data": 1}, memory, "compiled", versions, {})
+    run = _first_choice(compiled, jitted, arguments)
+    return CompiledStep(plan, model, optimizer, run)
+
+
+def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
+    """Adds the compiled measurement of the held-out loss.
+
+    Raises:
+      UserError: with what the training keeps on the device it does not fit.
+    """
+    jitted = jit_eval(compiled.model)
+    eval_step = jitted.lower(*arguments).compile()
+    give_back_freed_memory()
+    batch = arguments[-1]
+    stats = eval_step.memory_analysis()
+    kept = compiled.plan.memory
     size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
     size += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    size += sum(one.size * one.dtype.itemsize for one in batch.values())
-    card = fitted.plan.card
-    if size + ALLOWANCE > card.memory_bytes:
+    size += sum(array.size * array.dtype.itemsize for array in batch.values())
+    gpu = compiled.plan.card
+    if size + ALLOWANCE > gpu.memory_bytes:
         rows, length = batch["tokens"].shape
-        way = "A smaller `eval.batch_size` needs less"
+        advice = "A smaller `eval.batch_size` needs less"
         if rows == 1:
-            way = "Shorter rows need less (`data.max_length`)"
-        limit = readable_bytes(card.memory_bytes - ALLOWANCE)
+            advice = "Shorter rows need less (`data.max_length`)"
+        limit = readable_bytes(gpu.memory_bytes - ALLOWANCE)
         raise UserError(
             f"Measuring the held-out loss takes {readable_bytes(size)}, and "
-            f"{card.name} has {limit}: {rows:,} rows of {length:,} tokens at a time, "
-            f"beside what the training keeps. {way}."
+            f"{gpu.name} has {limit}: {rows:,} rows of {length:,} tokens at a time, "
+            f"in addition to what the training keeps. {advice}."
         )
-    step = _either(compiled, jitted, arguments)
-    return dataclasses.replace(fitted, eval_step=step, eval_bytes=size)
+    run = _first_choice(eval_step, jitted, arguments)
+    return dataclasses.replace(compiled, eval_step=run, eval_bytes=size)
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
 
 
-def _placed(base: Any, policy: Policy) -> Any:
-    """Shapes of a base with its tables where the policy has them."""
-    places = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
+def _in_memory_of(policy: Policy, base: Any) -> Any:
+    """Assigns embedding and head of a base's shapes to the memories of a policy."""
+    memories = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
     host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
-    def one(path: tuple, leaf: Any) -> Any:
+    def assign(path: tuple, leaf: Any) -> Any:
         keys = tuple(str(getattr(key, "key", "")) for key in path)
         on_host = any(
-            where == "host" and keys[: len(p)] == p for p, where in places.items()
+            memory == "host" and keys[: len(module)] == module
+            for module, memory in memories.items()
         )
         if not on_host:
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
 
-    return jax.tree_util.tree_map_with_path(one, base)
+    return jax.tree_util.tree_map_with_path(assign, base)
 
 
-def _either(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
-    """The compiled step; for arguments unlike those planned, one compiled for them."""
+def _first_choice(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., Any]:
+    """Returns `compiled`, or `jitted` if the first arguments are not as planned.
 
-    def shape(tree: Any) -> Any:
+    A compiled program raises for arguments of other shapes; `jitted` compiles for them.
+    """
+
+    def signature(tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)
-        return structure, [(a.shape, a.dtype) for a in leaves]
+        return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    wanted = shape(planned)
+    expected = signature(planned)
     chosen: list[Any] = []
 
     def step(*arguments: Any) -> Any:
         if not chosen:
-            chosen.append(compiled if shape(arguments) == wanted else jitted)
+            same = signature(arguments) == expected
+            chosen.append(compiled if same else jitted)
         return chosen[0](*arguments)
 
     return step

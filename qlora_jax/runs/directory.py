@@ -1,10 +1,17 @@
-"""What a directory is: a base, an adapter, or a run, and what it says for itself.
+"""A run as a directory: its files, its settings, and the lock of the process in it.
 
-A path given to a command may be any of the three. What a run directory was trained with
-is taken from its settings, so that it is loaded again as it was, and so is each of the
-adapters in it.
-
-A run as a directory: what may become one, and that one process writes there.
+RUN/config.toml       the settings of the run
+RUN/metrics.jsonl     one object a step, and one an evaluation
+RUN/samples.jsonl     texts generated during the run
+RUN/checkpoints/      written by Orbax
+RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
+RUN/adapter_ema/      with `train.ema_decay`, its moving average
+RUN/best_adapter/     the adapter with the best held-out loss
+RUN/initial_adapter/  with pissa or olora, the part factored out of the base
+RUN/loss.png          drawn from metrics.jsonl
+RUN/started.json      data, sizes and versions, written before the first step
+RUN/report.json       the same with the results, written when the run is complete
+RUN/report.html       all of it as a page for a browser
 """
 
 from __future__ import annotations
@@ -17,38 +24,69 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from convert.files import read_json
-from convert.peft import CHAT_TEMPLATE, CONFIG, peft_directory
-from qlora_jax.data.config import DataConfig
+from convert.peft import CHAT_TEMPLATE, CONFIG
+from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.toml import SETTINGS, read_config
 
-# What lies in a run directory, beside its settings.
-ADAPTER, START = "adapter", "initial_adapter"
-ADAPTER_EMA = "adapter_ema"
-REPORT, CHECKPOINTS = "report.json", "checkpoints"
-# The adapter with the best held-out loss.
-BEST = "best_adapter"
-# What is known of a run when its first step is about to be taken.
-STARTED = "started.json"
-# What is asked and measured as the run is.
+ADAPTER, ADAPTER_EMA = "adapter", "adapter_ema"
+BEST, START = "best_adapter", "initial_adapter"
+REPORT, CHECKPOINTS, STARTED = "report.json", "checkpoints", "started.json"
+# Adapters that are used like the run itself: on its base, in its form. START is not
+# among them, since it belongs to the base that the run changed.
 _ADAPTERS = (ADAPTER, ADAPTER_EMA, BEST)
 _STEP = re.compile(r"step_(\d+)")
+_Templated = TypeVar("_Templated", Source, DataConfig, EvalConfig)
+
+
+def find_run(path: Path) -> Path | None:
+    """Returns the run directory that `path` is, or is an adapter of; else None."""
+    if (path / SETTINGS).is_file():
+        return path
+    absolute = Path(os.path.abspath(path))  # "." has no name
+    is_adapter = absolute.name in _ADAPTERS and (absolute / CONFIG).is_file()
+    if not is_adapter or not (absolute.parent / SETTINGS).is_file():
+        return None
+    return path.parent if path.name == absolute.name else absolute.parent
+
+
+def read_settings(run: Path) -> RunConfig:
+    """Reads the settings of a run directory, adapted to where and what it is now.
+
+    The directory may have been moved and the chat template file edited since the run:
+    `output_dir` is the directory, and the run's copy of the template replaces the file.
+    """
+    config = dataclasses.replace(read_config(run), output_dir=str(run))
+    original = _template_files(config.data)[0]
+    copies = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
+    copy = next((file for file in copies if file.is_file()), None)
+    if original is None or copy is None:
+        return config
+
+    def with_copy(settings: _Templated) -> _Templated:
+        if settings.chat_template != original:
+            return settings
+        return dataclasses.replace(settings, chat_template=str(copy))
+
+    sources = tuple(map(with_copy, config.data.sources))
+    data = dataclasses.replace(with_copy(config.data), sources=sources)
+    return dataclasses.replace(config, data=data, eval=with_copy(config.eval))
 
 
 def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
-    """The text of the template file that conversations are written with.
+    """Reads the chat template file that a run's conversations are written with.
 
     Args:
-      data: of a run. Of several sources with conversations, the first one's counts.
-      say: is told where they do not agree.
+      data: of a run. Of several sources with conversations, the first one counts.
+      say: receives a note if they use different templates.
 
     Returns:
-      The text; None where there are no conversations, or the tokenizer's own template
+      The text; None if there are no conversations, or the tokenizer's own template
       writes them.
 
     Raises:
@@ -56,11 +94,10 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     """
     first, *others = _template_files(data)
     if others:
-        own = "the tokenizer's own"
+        names = ", ".join(f or "the tokenizer's own" for f in (first, *others))
         say(
             "Note: the sources write conversations with several chat templates: "
-            f"{', '.join(f or own for f in (first, *others))}. The first is the one "
-            "that `chat` takes"
+            f"{names}. The first is the one that `chat` takes"
             + ("." if first is None else f", and is kept as {CHAT_TEMPLATE}.")
         )
     if first is None:
@@ -74,78 +111,37 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
 
 
 def _template_files(data: DataConfig) -> list[str | None]:
-    """The templates of conversations, each once; None stands for the tokenizer's."""
-    found = [one.chat_template for one in data.each if one.format == "messages"]
-    return list(dict.fromkeys(found)) or [None]
-
-
-def run_of(path: Path) -> Path | None:
-    """The run directory that `path` is, or an adapter of; else None."""
-    if (path / SETTINGS).is_file():
-        return path
-    # By its whole path: "." has no name.
-    whole = Path(os.path.abspath(path))
-    inside = whole.name in _ADAPTERS and (whole / CONFIG).is_file()
-    if not inside or not (whole.parent / SETTINGS).is_file():
-        return None
-    return path.parent if path.name == whole.name else whole.parent
-
-
-def run_settings(path: Path) -> RunConfig | None:
-    """The settings of the run that `path` is, or an adapter of; else None."""
-    run = run_of(path)
-    return None if run is None else read_config(run)
-
-
-def kept_settings(run: Path) -> RunConfig:
-    """The settings of a run directory, to read its data with once more.
-
-    The directory may have been moved since, and the template file edited: it is named
-    where it is, and the text that the run kept takes the place of the file.
-    """
-    config = read_config(run)
-    config = dataclasses.replace(config, output_dir=str(run))
-    own = _template_files(config.data)[0]
-    places = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
-    kept = next((place for place in places if place.is_file()), None)
-    if own is None or kept is None:
-        return config
-
-    def swapped(one: Any) -> Any:
-        same = one.chat_template == own
-        return dataclasses.replace(one, chat_template=str(kept)) if same else one
-
-    sources = tuple(map(swapped, config.data.sources))
-    data = dataclasses.replace(swapped(config.data), sources=sources)
-    return dataclasses.replace(config, data=data, eval=swapped(config.eval))
+    """Returns the distinct templates of conversations; None is the tokenizer's own."""
+    files = [s.chat_template for s in data.each if s.format == "messages"]
+    return list(dict.fromkeys(files)) or [None]
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a directory among checkpoints, damaged or not, the newest first.
+    """Returns the steps that have a checkpoint directory, newest first, damaged or not.
 
     Args:
-      directory: of the checkpoints; it need not exist.
+      directory: of the checkpoints; need not exist.
     """
-    found = directory.iterdir() if directory.is_dir() else ()
-    matches = (_STEP.fullmatch(path.name) for path in found)
+    paths = directory.iterdir() if directory.is_dir() else ()
+    matches = (_STEP.fullmatch(path.name) for path in paths)
     return sorted((int(m[1]) for m in matches if m), reverse=True)
 
 
-def adapter_directory(path: Path) -> Path | None:
-    """The PEFT directory that `path` is, or holds as a run directory; else None."""
-    place = peft_directory(path)
-    return place if (place / CONFIG).is_file() else None
-
-
 def check_directory(directory: Path) -> None:
-    """Refuses, before any work is done, what cannot become a run directory."""
-    above = next(p for p in [directory, *directory.absolute().parents] if p.exists())
-    if not above.is_dir():
-        raise UserError(f"The output directory `{directory}`: `{above}` is a file.")
-    if not os.access(above, os.W_OK | os.X_OK):
+    """Raises if a directory cannot become, or is not, a run directory.
+
+    Raises:
+      UserError: a file, no permission, or a directory with other content.
+      CheckpointError: a run whose checkpoints are lost.
+    """
+    parents = [directory, *directory.absolute().parents]
+    existing = next(p for p in parents if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"The output directory `{directory}`: `{existing}` is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"The output directory `{directory}` cannot be written: no permission to "
-            f"write in `{above}`."
+            f"write in `{existing}`."
         )
     if not directory.is_dir():
         return
@@ -160,10 +156,10 @@ def check_directory(directory: Path) -> None:
 
 
 def _check_not_lost(directory: Path) -> None:
-    """Refuses a run whose adapter is there and whose checkpoints are gone.
+    """Raises if a run has an adapter but no checkpoints.
 
-    It would start over, and write over the adapter. A run that was killed before its
-    first checkpoint has no adapter yet: that is written after it.
+    It would start over and overwrite the adapter. (A run that was killed before its
+    first checkpoint has no adapter yet: the checkpoint is written first.)
     """
     adapter, checkpoints = directory / ADAPTER, directory / CHECKPOINTS
     if not adapter.is_dir() or any(checkpoints.glob("step_*")):
@@ -180,13 +176,15 @@ def _check_not_lost(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def run_lock(directory: Path) -> Iterator[None]:
     """Makes the run directory and keeps other processes from training in it.
 
     A start that fails before anything was written leaves no empty directory behind.
+
+    Raises:
+      UserError: the directory cannot be made, or another process holds the lock.
     """
-    places = [directory, *directory.parents]
-    made = [place for place in places if not place.exists()]
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)
@@ -195,8 +193,8 @@ def alone(directory: Path) -> Iterator[None]:
             f"The output directory `{directory}` cannot be made: {error.strerror}."
         ) from error
     try:
-        # The system gives the lock back when the process ends, however it ends.
-        # Some network file systems have no locks; there the user has to know.
+        # The system releases the lock when the process ends, however it ends. Some
+        # network file systems have no locks; the run goes on without one there.
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,20 +203,20 @@ def alone(directory: Path) -> Iterator[None]:
                     f"Another process is training in `{directory}`. Wait until it "
                     "ends, or give another --output-dir."
                 ) from None
-        # What a killed process left of an adapter half-written.
-        for name in (ADAPTER, ADAPTER_EMA, BEST, START):
-            for left in directory.glob(f".{name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+        # Half-written adapters of a process that was killed.
+        for name in (*_ADAPTERS, START):
+            for partial in directory.glob(f".{name}.*"):
+                shutil.rmtree(partial, ignore_errors=True)
         yield
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # one that holds something stays
-            for place in made:
-                place.rmdir()
+        with contextlib.suppress(OSError):  # directories with content remain
+            for path in created:
+                path.rmdir()
 
 
 def finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
-    """The report of a run that has nothing left to do; None if something is left."""
+    """Returns the report of a complete run; None if something is left to do."""
     path = directory / REPORT
     if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
         return None

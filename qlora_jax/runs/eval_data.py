@@ -1,4 +1,9 @@
-"""TODO."""
+"""Held-out data: read, split from the training data, and read again later.
+
+`[eval]` names a file to measure on, or a share of the training examples to hold out.
+Either way no example is both trained on and measured, and a run directory is enough to
+find the same examples again.
+"""
 
 from __future__ import annotations
 
@@ -17,127 +22,126 @@ from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 
-# Settings that `[eval]` has too.
-_OWN = re.compile(rf"`data\.({'|'.join(READING)})`")
+_SHARED_SETTINGS = re.compile(rf"`data\.({'|'.join(READING)})`")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Data to measure on."""
+    """Examples to measure on."""
 
     examples: Examples | Mixture
     config: DataConfig
-    """What they were read with."""
+    """Settings that they were read with."""
     note: str
-    """One line for people."""
+    """A line for the user."""
 
 
 @contextlib.contextmanager
-def of_eval() -> Iterator[None]:
-    """Names the settings of `[eval]` in what is wrong with its data."""
+def eval_errors() -> Iterator[None]:
+    """Names the settings `eval.*` instead of `data.*` in errors of held-out data."""
     try:
         yield
     except UserError as error:
         problems = Problems("the held-out data")
         for problem in error.problems:
-            problems.add("[eval] " + _OWN.sub(r"`eval.\1`", problem))
+            problems.add("[eval] " + _SHARED_SETTINGS.sub(r"`eval.\1`", problem))
         problems.raise_if_any()
 
 
 def load_held_out(
     config: RunConfig, tokenizer: Any, *, vocab_size: int
 ) -> HeldOut | None:
-    """Reads the file that `[eval]` names; None if it names none.
+    """Reads the file that `eval.path` names; None if it names none.
 
     Raises:
-      UserError: it cannot be read, or holds nothing to measure.
+      UserError: it cannot be read, or has no supervised token.
     """
     if not config.eval.path:
         return None
-    how = config.eval.data_config(config.data)
-    with of_eval():
+    settings = config.eval.data_config(config.data)
+    with eval_errors():
         examples = load_examples(
-            how, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
+            settings, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
         )
-    return HeldOut(examples, how, f"Held out: {examples.report.summary()}")
+    return HeldOut(examples, settings, f"Held out: {examples.report.summary()}")
 
 
-def held_out_again(config: RunConfig, tokenizer: Any, *, vocab_size: int) -> HeldOut:
-    """Reads what a run held out, or had of its own, once more.
+def reload_held_out(config: RunConfig, tokenizer: Any, *, vocab_size: int) -> HeldOut:
+    """Reads again what a finished or stopped run was measured on.
 
     Args:
-      config: of the run, which measures something.
-      tokenizer: as the run had it.
+      config: settings of the run, with `eval.measures`.
+      tokenizer: as the run used it.
       vocab_size: of its model.
 
     Raises:
       UserError: data that cannot be read.
     """
-    held = load_held_out(config, tokenizer, vocab_size=vocab_size)
-    if held is not None:
-        return held
+    held_out = load_held_out(config, tokenizer, vocab_size=vocab_size)
+    if held_out is not None:
+        return held_out
     examples = load_examples(
         config.data, tokenizer, vocab_size=vocab_size, run_directory=config.output_dir
     )
     eos = getattr(tokenizer, "eos_token_id", None)
-    return taken_out(config.eval, config.data, examples, eos)[1]
+    return exclude_held_out(config.eval, config.data, examples, eos)[1]
 
 
-def apart(
+def split_held_out(
     config: RunConfig,
     examples: Examples | Mixture,
-    held: HeldOut | None,
+    held_out: HeldOut | None,
     eos_token_id: int | None = None,
 ) -> tuple[Examples | Mixture, HeldOut | None]:
-    """Makes sure that what is measured is not trained on.
+    """Separates the examples to train on from those to measure on.
 
     Args:
       config: the run.
-      examples: those to train on.
-      held: data of its own to measure on, if there is any; else it is taken out of
-        the examples, as `eval.fraction` or `eval.examples` say.
+      examples: training examples.
+      held_out: separate data to measure on; None = hold out the part of the training
+        examples that `eval.fraction` or `eval.examples` selects, if any.
       eos_token_id: the tokenizer's.
 
     Returns:
       Examples to train on, and those to measure on; None without `[eval]` data.
 
     Raises:
-      UserError: all of `eval.path` is trained on too, or nothing is left on one side.
+      UserError: all of `eval.path` is trained on too, or one side is empty.
     """
-    if held is None:
+    if held_out is None:
         if not config.eval.measures:
             return examples, None
-        return taken_out(config.eval, config.data, examples, eos_token_id)
-    trained = set(content_keys(examples).tolist())
-    own = content_keys(held.examples).tolist()
-    both = sum(key in trained for key in own)
-    if both == len(own):
+        return exclude_held_out(config.eval, config.data, examples, eos_token_id)
+    training_keys = set(content_keys(examples).tolist())
+    keys = content_keys(held_out.examples).tolist()
+    shared = sum(key in training_keys for key in keys)
+    if shared == len(keys):
         raise UserError(
-            f"[eval] {held.config.name}: every example there is in the training data "
-            "too, so its loss would say nothing about what was not trained on. Give "
-            "other data, or hold some out of the training data: `eval.fraction` = "
-            "0.05."
+            f"[eval] {held_out.config.name}: every example there is in the training "
+            "data too, so its loss would say nothing about what was not trained on. "
+            "Give other data, or hold some out of the training data: `eval.fraction` "
+            "= 0.05."
         )
-    if both:
+    if shared:
         note = (
-            f"\nNote: {both:,} of the {len(own):,} held-out examples are in the "
+            f"\nNote: {shared:,} of the {len(keys):,} held-out examples are in the "
             "training data too; the model learns those by heart."
         )
-        held = dataclasses.replace(held, note=held.note + note)
-    return examples, held
+        held_out = dataclasses.replace(held_out, note=held_out.note + note)
+    return examples, held_out
 
 
-def taken_out(
+def exclude_held_out(
     config: EvalConfig,
     data: DataConfig,
     examples: Examples | Mixture,
     eos_token_id: int | None = None,
 ) -> tuple[Examples | Mixture, HeldOut]:
-    """Takes the part of the examples that `fraction` or `examples` name out of them.
+    """Removes the part that `fraction` or `examples` selects, with all its copies.
 
     Args:
-      config: says how many.
-      data: what the examples were loaded with.
+      config: how many examples to hold out.
+      data: settings that the examples were loaded with.
       examples: all of them.
       eos_token_id: the tokenizer's.
 
@@ -145,9 +149,9 @@ def taken_out(
       Examples to train on, and those to measure on.
 
     Raises:
-      UserError: nothing is left on one side.
+      UserError: one side is empty.
     """
-    before = len(examples)
+    total = len(examples)
     examples, chosen = hold_out(
         data,
         examples,
@@ -155,7 +159,7 @@ def taken_out(
         count=config.examples,
         eos_token_id=eos_token_id,
     )
-    copies = before - len(examples) - len(chosen)
+    copies = total - len(examples) - len(chosen)
     note = f"Held out of the training data: {len(chosen):,} examples, " + (
         f"{chosen.report.supervised_tokens:,} supervised tokens"
     )

@@ -1,12 +1,11 @@
-"""A run measured on the way: held-out loss, the best adapter, early stopping, samples.
+"""Measures a run on held-out data: its loss, the best adapter, early stopping, samples.
 
-    held = held_out_data(config, examples, tokenizer, vocab_size)     before anything
-    evaluation = Evaluation(...)                                      is compiled
+    evaluation = Evaluation(config, model, held_out, batch_size)
     row = evaluation.measure(adapters, base, step)
 
-Everything that decides is a function of the rows in metrics.jsonl (`Best`), so a run
-that is killed and continued decides as one that was not: the rows up to its checkpoint
-are on disk before the checkpoint is, and later ones are measured again.
+Every decision is a function of the rows in metrics.jsonl (`Best`), so a run that is
+killed and continued decides like one that was not: rows up to a checkpoint are on disk
+before the checkpoint is, and later ones are measured again.
 """
 
 from __future__ import annotations
@@ -32,34 +31,36 @@ from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import HeldOut
 from qlora_jax.training.step import jit_eval
 
-_LARGEST_EXPONENT = 700.0  # of a double
+# exp(710) overflows a double.
+_LARGEST_EXPONENT = 700.0
 
 
 def held_out_loss(
     step: Callable[..., Any], adapters: Any, base: Any, batches: Iterable[Any]
 ) -> tuple[float, int]:
-    """Summed loss of the supervised tokens of batches, in nats, and their number.
+    """Returns the summed loss of the supervised tokens, in nats, and their number.
 
     Args:
       step: from `jit_eval`.
-      adapters: trained tree, or what is bound already.
+      adapters: trained tree, or one that is bound to the base already.
       base: frozen tree.
       batches: of one shape [B, T], from `eval_batches`.
     """
     total, count, pending = 0.0, 0, None
     for batch in batches:
-        ahead = step(adapters, base, batch)
-        # The sums of the batch before are read while this one is computed.
+        sums = step(adapters, base, batch)
+        # Reading sums waits for them: those of the previous batch are read while the
+        # device computes this one.
         if pending is not None:
             total, count = total + float(pending[0]), count + int(pending[1])
-        pending = ahead
+        pending = sums
     if pending is not None:
         total, count = total + float(pending[0]), count + int(pending[1])
     return total, count
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), the largest double where that is larger."""
+    """Returns exp(loss), bounded so that it stays finite."""
     return math.exp(min(loss, _LARGEST_EXPONENT))
 
 
@@ -117,20 +118,20 @@ def measure(
 
 @dataclass(frozen=True)
 class Best:
-    """The best measurement so far, and how long ago it was."""
+    """The best measurement so far, and how many followed without a better one."""
 
     step: int | None = None
     loss: float = math.inf
     waited: int = 0
-    """Measurements in a row, up to the last, that were not better by more than the
-    threshold."""
+    """The latest measurements in a row that were not better by more than the threshold.
+    """
 
     def after(self, step: int, loss: float, threshold: float = 0.0) -> Best:
-        """What it is after one more measurement.
+        """Returns the state after another measurement.
 
-        As `EarlyStoppingCallback` of transformers counts: any lower loss is the new
-        best, and one lower by more than `threshold` ends the waiting. A loss that is
-        not a number is never better.
+        Counts like `EarlyStoppingCallback` of transformers: any lower loss is the new
+        best, and a loss that is lower by more than `threshold` resets `waited`. NaN is
+        never better.
         """
         if not loss < self.loss:
             return dataclasses.replace(self, waited=self.waited + 1)
@@ -140,15 +141,15 @@ class Best:
 
 @dataclass
 class Evaluation:
-    """What is done on the way of a run, beside its steps."""
+    """Measurements and samples during a run, and its early stopping."""
 
     config: EvalConfig
     model: Llama
     """With the settings of the run."""
-    held: HeldOut | None
+    held_out: HeldOut | None
     batch_size: int
     tokenizer: Any = None
-    """Of the samples."""
+    """Encodes prompts and decodes samples."""
     step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens); default `jit_eval`'s."""
     best: Best = Best()
@@ -157,22 +158,22 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self._step = self.step or jit_eval(self.model)
-        # What a loss is comparable with: the same rows, read alike.
+        # Losses are comparable only on the same rows, encoded alike.
         self._data = ""
-        if self.held is not None:
-            self._data = self.held.examples.report.fingerprint[:16]
+        if self.held_out is not None:
+            self._data = self.held_out.examples.report.fingerprint[:16]
         prompts = self.config.sample_prompts
         check_prompts(self.config, self.tokenizer, self.model.config)
         self._prompts = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
 
     def resume(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Takes up the measurements of a run that is continued.
+        """Counts the measurements of a run that is continued.
 
         Args:
           rows: of metrics.jsonl, up to the step where it continues.
 
         Returns:
-          How many of them do not count, because they are of other data.
+          The number of rows that were measured on other data, and are ignored.
         """
         others = 0
         for row in rows:
@@ -183,11 +184,13 @@ class Evaluation:
         return others
 
     def measures_at(self, step: int, steps: int) -> bool:
-        """Whether the loss is measured after `step` of `steps` steps."""
-        return self.held is not None and self._is_due(step, steps, self.config.every)
+        """Returns whether the loss is measured after `step` of `steps` steps."""
+        return self.held_out is not None and self._is_due(
+            step, steps, self.config.every
+        )
 
     def samples_at(self, step: int, steps: int) -> bool:
-        """Whether the model writes something after `step` of `steps` steps."""
+        """Returns whether samples are generated after `step` of `steps` steps."""
         every = self.config.sample_every or self.config.every
         return bool(self._prompts) and self._is_due(step, steps, every)
 
@@ -197,12 +200,12 @@ class Evaluation:
         return step % every == 0 or step == steps
 
     def measure(self, adapters: Any, base: Any, step: int) -> dict[str, Any]:
-        """Measures the held-out loss after `step` steps; the row for metrics.jsonl."""
-        assert self.held is not None
+        """Measures the held-out loss; returns the row for metrics.jsonl."""
+        assert self.held_out is not None
         began = time.perf_counter()
         batches = eval_batches(
-            self.held.examples,
-            self.held.config,
+            self.held_out.examples,
+            self.held_out.config,
             batch_size=self.batch_size,
             pad_token_id=self.model.config.pad_token_id or 0,
         )
@@ -225,13 +228,13 @@ class Evaluation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether early stopping has waited long enough."""
+        """Whether the patience of early stopping is exhausted."""
         patience = self.config.early_stopping_patience
         return patience is not None and self.best.waited >= patience
 
     @property
     def reason(self) -> str | None:
-        """Why the run ends early; None if it does not."""
+        """Why early stopping ends the run; None if it does not."""
         if not self.exhausted:
             return None
         best = (
@@ -239,11 +242,11 @@ class Evaluation:
             if self.best.step is None
             else f"the best is {self.best.loss:.4f}, after step {self.best.step}"
         )
-        waited, least = self.best.waited, self.config.early_stopping_threshold
-        if least:  # the best may be one of these, by less than counts
+        waited, threshold = self.best.waited, self.config.early_stopping_threshold
+        if threshold:  # then the best may be among these, by less than the threshold
             return (
                 f"none of {waited} measurements (`early_stopping_patience`) lowered "
-                f"the best held-out loss by more than {least:g} "
+                f"the best held-out loss by more than {threshold:g} "
                 f"(`early_stopping_threshold`); {best}"
             )
         return (
@@ -252,7 +255,7 @@ class Evaluation:
         )
 
     def sample(self, adapters: Any, base: Any) -> dict[str, str]:
-        """What the model writes after each prompt now."""
+        """Returns the greedy continuation of each prompt."""
         lora = self.model.compute.lora
         assert lora is not None
         rows = generate_tokens(
@@ -266,33 +269,32 @@ class Evaluation:
         for prompt, tokens, row in zip(
             self.config.sample_prompts, self._prompts, rows, strict=True
         ):
-            # A tokenizer may drop a space at the start of what it is given.
-            before, whole = (
+            # Decoding the new tokens by themselves may lose their leading space.
+            start, text = (
                 self.tokenizer.decode(ids, skip_special_tokens=True)
                 for ids in (tokens, row)
             )
-            texts[prompt] = whole.removeprefix(before)
+            texts[prompt] = text.removeprefix(start)
         return texts
 
     def report(self) -> dict[str, Any] | None:
-        """What report.json holds of it; None where nothing is measured."""
-        if self.held is None:
+        """Returns the entry of report.json; None if nothing is measured."""
+        if self.held_out is None:
             return None
+        unmeasured = self.best.step is None
         return {
             "best_step": self.best.step,
-            "best_loss": None if self.best.step is None else self.best.loss,
-            "best_perplexity": (
-                None if self.best.step is None else perplexity(self.best.loss)
-            ),
+            "best_loss": None if unmeasured else self.best.loss,
+            "best_perplexity": None if unmeasured else perplexity(self.best.loss),
             "measurements": self.measured,
         }
 
 
 def check_prompts(config: EvalConfig, tokenizer: Any, model: LlamaConfig) -> None:
-    """Refuses prompts that cannot be continued, before anything is compiled.
+    """Checks that the model can continue the prompts, before anything is compiled.
 
     Raises:
-      UserError: all that is wrong with them.
+      UserError: every problem of the prompts.
     """
     if not config.sample_prompts:
         return
@@ -301,25 +303,25 @@ def check_prompts(config: EvalConfig, tokenizer: Any, model: LlamaConfig) -> Non
             "eval: `sample_prompts` need a tokenizer, and the model's directory has "
             "none. Put the model's tokenizer files there, or leave them out."
         )
-    wrong = []
+    problems = []
     for prompt in config.sample_prompts:
         tokens = tokenizer(prompt)["input_ids"]
         room = model.max_position_embeddings - config.sample_max_new_tokens
         if not tokens:
-            wrong.append(f"{prompt!r} has no tokens")
+            problems.append(f"{prompt!r} has no tokens")
         elif max(tokens) >= model.vocab_size:
-            wrong.append(
+            problems.append(
                 f"{prompt!r} has token {max(tokens)}, and the model has "
                 f"{model.vocab_size}"
             )
         elif len(tokens) > room:
-            wrong.append(
+            problems.append(
                 f"{prompt!r:.60} has {len(tokens)} tokens, and with "
                 f"`sample_max_new_tokens`={config.sample_max_new_tokens} the model's "
                 f"{model.max_position_embeddings} positions leave room for {room}"
             )
-    twice = len(config.sample_prompts) - len(set(config.sample_prompts))
-    if twice:
-        wrong.append(f"{twice} of them are there twice")
-    if wrong:
-        raise UserError(f"eval: `sample_prompts`: {'; '.join(wrong)}.")
+    repeats = len(config.sample_prompts) - len(set(config.sample_prompts))
+    if repeats:
+        problems.append(f"{repeats} of them are there twice")
+    if problems:
+        raise UserError(f"eval: `sample_prompts`: {'; '.join(problems)}.")

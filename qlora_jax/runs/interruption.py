@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it stops between two steps, with everything saved.
+"""Stops a run on a signal: between two steps, with everything saved.
 
     with Interruption() as interruption:
         for batch in batches:
@@ -8,9 +8,9 @@
                 break
 
 A handler only takes a note, because Python may call it between any two instructions;
-the loop looks at the note where stopping is safe. The handlers exist inside the `with`
-block alone, and only in the main thread, where Python allows them: a run that a
-notebook server starts in another thread goes on as if this module did not exist.
+the loop reads the note where stopping is safe. The handlers exist only inside the
+`with` block and only in the main thread, where Python allows them: a run that a
+notebook server starts in another thread handles no signals.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import signal
 import threading
 from typing import Any
 
-# Both ask for an end: schedulers send the first, Ctrl-C the second.
+# Requests to end: schedulers send the first, Ctrl-C the second.
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class AtOnce(KeyboardInterrupt):
-    """Someone asked again while the run was being saved, and does not want to wait."""
+    """The user signalled again during the save, and does not want to wait for it."""
 
 
 class Interruption:
     """Notes SIGTERM and SIGINT while its `with` block runs.
 
-    The first signal is noted in `signal`. A second one is answered with a line that
-    says what the process is doing. A third one, or a second SIGINT, raises `AtOnce`.
-    A signal that is ignored, as SIGINT under a shell's `&`, stays ignored; handlers
-    that were not set from Python are left alone.
+    The first signal is noted in `signal`. A second one prints what the process is
+    doing. A third one, or a second SIGINT, raises `AtOnce`. A signal that is ignored,
+    as SIGINT under a shell's `&`, stays ignored; handlers that were not set from Python
+    are not replaced.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
         """Name of the first signal, such as "SIGTERM"; None before."""
         self._received: list[int] = []
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         """Sets the handlers, in the main thread."""
@@ -50,39 +50,39 @@ class Interruption:
             return self
         try:
             for number in SIGNALS:
-                before = signal.getsignal(number)
-                if before is not None and before != signal.SIG_IGN:
-                    self._before[number] = before
+                previous = signal.getsignal(number)
+                if previous is not None and previous != signal.SIG_IGN:
+                    self._previous[number] = previous
                     signal.signal(number, self._note)
-        except BaseException:  # one that came between the two
+        except BaseException:  # a signal between the two
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Puts back the handlers that were there."""
-        while self._before:
-            signal.signal(*self._before.popitem())
+        """Restores the previous handlers."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _note(self, number: int, _frame: Any) -> None:
         self._received.append(number)
         name = signal.Signals(number).name
         if self.signal is None:
             self.signal = name
-            _tell(f"{name}: the step under way is finished, then the run is saved.")
+            _print(f"{name}: the step under way is finished, then the run is saved.")
         elif len(self._received) > 2 or self._received == [signal.SIGINT] * 2:
             raise AtOnce(name)
         else:
-            _tell(
+            _print(
                 f"{name}: the run is being saved already. Once more ends it at once; "
                 "it then continues from the checkpoint before."
             )
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     """Writes a line to stderr from a handler.
 
-    Python's own stream refuses to be entered twice, and may be in use just now.
+    sys.stderr is not reentrant, and the interrupted code may be using it.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

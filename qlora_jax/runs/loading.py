@@ -1,7 +1,14 @@
-"""Where the base of an adapter lies: the places looked at, and how a copy names it.
+"""Resolves the path that a user gives, and loads the model it stands for.
 
-An adapter_config.json names its base by a path or by a name on a hub. A path may be
-relative, to the directory we are in (what PEFT takes it for) or to the adapter, so that
+    resolved = resolve("run/best_adapter")    # its base, its adapter, its run
+    model = load(resolved)                    # or load("run/best_adapter")
+
+A path is a model directory, a PEFT adapter directory, a run directory or an adapter in
+one. What a run was trained with is read from its settings, so that it is loaded again
+as it was, and so is each of its adapters.
+
+adapter_config.json names the base of an adapter by a path or by a name on a hub. A path
+may be relative to the working directory (as PEFT reads it) or to the adapter, so that
 directories that belong together can be moved together.
 """
 
@@ -9,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,133 +25,217 @@ import jax
 import jax.numpy as jnp
 
 import convert
-from convert.peft import CONFIG, chat_template_file, open_adapter
+from convert.peft import CONFIG, chat_template_file, open_adapter, peft_directory
 from convert.tokenizer import end_tokens, load_tokenizer
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference.model import Model, _attach
+from qlora_jax.inference.model import Model, load_attached
+from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.models.params import check_weights
-from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.directory import adapter_directory, run_settings
+from qlora_jax.runs.config import ModelConfig, RunConfig
+from qlora_jax.runs.directory import find_run, read_settings
 
 
-def base_places(adapter: Path, name: str) -> list[Path]:
-    """Where the base of an adapter may be; the first place depends on where we are."""
-    here = adapter.resolve()
-    return [Path(name), here / name, here.parent / name, here.parent.parent / name]
+@dataclass(frozen=True)
+class Resolved:
+    """The directories and settings that a path stands for."""
+
+    base: Path
+    """Directory of the base model."""
+    adapter: Path | None = None
+    """PEFT directory of the adapter."""
+    run: Path | None = None
+    """Run directory, if the path is one or an adapter in one."""
+    settings: RunConfig | None = None
+    """Settings of the run."""
+    lora: LoraConfig | None = None
+    """Configuration of the adapter."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the base that the adapter was trained on, if recorded."""
+        return None if self.lora is None else self.lora.base_fingerprint
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja file of the adapter's conversations, if it has one."""
+        return chat_template_file(self.adapter)
+
+    def base_options(
+        self,
+        quantization: Auto | Quantization | None = "auto",
+        dtype: Auto | Dtype = "auto",
+    ) -> dict[str, Any]:
+        """Returns the arguments of `convert.load_llama`; see `base_options`."""
+        model = None if self.settings is None else self.settings.model
+        return base_options(model, quantization, dtype)
 
 
-def name_from(
-    name: str | None, source: Path, output: Path, base: Path | None = None
-) -> str | None:
-    """Returns what leads from a copy of an adapter to the base that the adapter names.
-
-    A relative path that does so from the copy too is kept. Another becomes absolute,
-    which PEFT finds as well, wherever it is started. What leads to no directory, such
-    as a name on a hub, is left alone.
-
-    Args:
-      name: `base_model_name_or_path` of the adapter.
-      source: its directory.
-      output: that of the copy, which need not exist.
-      base: a model directory, by whose path the base is called if it is the same one.
-    """
-    if not name or Path(name).is_absolute():
-        return name
-    found = _first(base_places(source, name))
-    if found is None:
-        return name
-    # Without "..", which leads nowhere from a directory that does not exist yet.
-    places = [Path(os.path.normpath(p)) for p in base_places(output, name)[1:]]
-    kept = _first(places)
-    if kept is not None and kept.samefile(found):
-        return name
-    same = base is not None and base.samefile(found)
-    return os.path.abspath(base if same and base is not None else found)
-
-
-def leads_nowhere(name: str | None, source: Path) -> bool:
-    """Whether an adapter names a path, and no name on a hub, where no model is."""
-    if not name or not (Path(name).is_absolute() or name.startswith(".")):
-        return False
-    return _first(base_places(source, name)) is None
-
-
-def _first(places: list[Path]) -> Path | None:
-    return next((p for p in places if (p / "config.json").is_file()), None)
-
-
-def resolve_auto(
-    trained: RunConfig | None, quantization: Any, dtype: Any
-) -> tuple[Any, Any]:
-    """Settles "auto": as a run was trained, or is to be, else nf4_dq, bfloat16.
+def base_options(
+    trained: ModelConfig | None,
+    quantization: Auto | Quantization | None = "auto",
+    dtype: Auto | Dtype = "auto",
+) -> dict[str, Any]:
+    """Returns how a base is held, as arguments of `convert.load_llama`.
 
     Args:
-      trained: settings of the run, if there is one.
-      quantization: as given.
-      dtype: as given.
+      trained: `[model]` of a run. "auto" takes its values, or nf4_dq and bfloat16
+        without a run. A run in another quantization than it was trained with is another
+        model; its head stays dense then.
+      quantization: of the linear layers.
+      dtype: of the tensors that stay dense.
 
     Returns:
-      Quantization, with None for "none", and dtype.
-    """
-    if quantization == "auto":
-        quantization = "nf4_dq" if trained is None else trained.model.quantization
-    if dtype == "auto":
-        dtype = "bfloat16" if trained is None else trained.model.dtype
-    return None if quantization == "none" else quantization, dtype
-
-
-def quantizes_lm_head(trained: RunConfig | None, quantization: Any) -> bool:
-    """Whether the head is packed too: as a run was trained, or is to be.
-
-    A run that is asked for in another quantization is another model; its head stays
-    dense then.
-
-    Args:
-      trained: settings of the run, if there is one.
-      quantization: as given, "auto" included.
-    """
-    return (
-        trained is not None
-        and trained.model.lm_head == "nf4"
-        and quantization in ("auto", trained.model.quantization)
-    )
-
-
-def find_base(adapter: Path, base: str | os.PathLike[str] | None = None) -> Path:
-    """Finds the base of a PEFT directory on this machine.
-
-    Looks at `base`, then at `base_model_name_or_path` as a path: as it stands, beside
-    the adapter directory, and beside its parent. The network is never asked.
+      "quantization" (None for "none"), "quantize_lm_head" and "dtype".
 
     Raises:
-      CheckpointError: no such directory.
+      UserError: an unknown quantization.
+    """
+    default = ModelConfig(path="") if trained is None else trained
+    packed_head = default.lm_head == "nf4" and quantization in (
+        "auto",
+        default.quantization,
+    )
+    resolved = default.quantization if quantization == "auto" else quantization
+    if resolved == "none":
+        resolved = None
+    if resolved not in (*get_args(Quantized), None):
+        raise UserError(
+            "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
+            f"{quantization!r}."
+        )
+    return {
+        "quantization": resolved,
+        "quantize_lm_head": packed_head,
+        "dtype": default.dtype if dtype == "auto" else dtype,
+    }
+
+
+def resolve(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    strict: bool = True,
+) -> Resolved:
+    """Finds the base, adapter and run that a path stands for; reads no weights.
+
+    Args:
+      path: model directory, PEFT adapter directory, run directory, or adapter in one.
+      base: directory of the base, if `path` is an adapter whose adapter_config.json
+        does not lead to it.
+      adapter: PEFT or run directory of an adapter to attach, if `path` is a model.
+      strict: raise for an adapter configuration that uses what is not supported.
+
+    Raises:
+      CheckpointError: no base here, or damaged adapter files.
+      UserError: arguments that contradict each other, or an unsupported adapter.
+    """
+    path = Path(path)
+    run = find_run(path)
+    settings = None if run is None else read_settings(run)
+    inside = peft_directory(path)
+    if (inside / CONFIG).is_file():
+        if adapter is not None:
+            raise UserError(
+                f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
+                "cannot be attached to it. Give the base as `path`."
+            )
+        lora = open_adapter(inside, strict=strict)[0]
+        return Resolved(_base_of(inside, lora, base), inside, run, settings, lora)
+    if base is not None:
+        raise UserError(
+            f"`base` names the base of an adapter directory, and `{path}` is none."
+        )
+    if adapter is None:
+        return Resolved(path, run=run, settings=settings)
+    inside = peft_directory(Path(adapter))
+    lora = open_adapter(inside, strict=strict)[0]
+    return Resolved(path, inside, run, settings, lora)
+
+
+def _base_of(
+    adapter: Path, lora: LoraConfig, base: str | os.PathLike[str] | None
+) -> Path:
+    """Returns the base of an adapter: `base`, else where its configuration leads.
+
+    Only directories of this machine are considered, never a hub.
     """
     if base is not None:
         if not Path(base).is_dir():
-            raise CheckpointError(f"The base `{base}` is no directory.")
+            raise CheckpointError(f"The base `{base}` is not a directory.")
         return Path(base)
-    name = open_adapter(adapter)[0].base_model_name_or_path
+    name = lora.base_model_name_or_path
     if not name:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
             f"{CONFIG} is empty). Give it with `base=` (--base)."
         )
-    tried = base_places(adapter, name)
-    for place in tried:
-        if (place / "config.json").is_file():
-            return place
-    raise CheckpointError(
-        f"The base of `{adapter}` is {name!r}, which is no directory here (looked at "
-        f"{', '.join(f'`{p}`' for p in tried)}). Give it with `base=` (--base)."
-    )
+    candidates = base_candidates(adapter, name)
+    directory = _first_model(candidates)
+    if directory is None:
+        raise CheckpointError(
+            f"The base of `{adapter}` is {name!r}, which is not a directory here "
+            f"(looked at {', '.join(f'`{p}`' for p in candidates)}). Give it with "
+            "`base=` (--base)."
+        )
+    return directory
+
+
+def base_candidates(adapter: Path, name: str) -> list[Path]:
+    """Returns where the base of an adapter may be.
+
+    The first depends on the working directory; the others are next to the adapter.
+    """
+    here = adapter.resolve()
+    return [Path(name), here / name, here.parent / name, here.parent.parent / name]
+
+
+def _first_model(candidates: list[Path]) -> Path | None:
+    return next((p for p in candidates if (p / "config.json").is_file()), None)
+
+
+def base_name_for_copy(
+    name: str | None, source: Path, output: Path, base: Path | None = None
+) -> str | None:
+    """Returns the name that leads from a copy of an adapter to the adapter's base.
+
+    A relative path that does so from the copy too is kept. Another becomes absolute,
+    which PEFT finds from any working directory. A name that leads to no directory, such
+    as one on a hub, is kept.
+
+    Args:
+      name: `base_model_name_or_path` of the adapter.
+      source: its directory.
+      output: that of the copy, which need not exist.
+      base: a model directory; its path is used if it is the same directory.
+    """
+    if not name or Path(name).is_absolute():
+        return name
+    directory = _first_model(base_candidates(source, name))
+    if directory is None:
+        return name
+    # Normalized: ".." leads nowhere from a directory that does not exist yet.
+    candidates = [Path(os.path.normpath(p)) for p in base_candidates(output, name)[1:]]
+    from_copy = _first_model(candidates)
+    if from_copy is not None and from_copy.samefile(directory):
+        return name
+    same = base is not None and base.samefile(directory)
+    return os.path.abspath(base if same and base is not None else directory)
+
+
+def is_broken_path(name: str | None, source: Path) -> bool:
+    """Returns whether an adapter names a path, not a hub name, that has no model."""
+    if not name or not (Path(name).is_absolute() or name.startswith(".")):
+        return False
+    return _first_model(base_candidates(source, name)) is None
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Resolved,
     *,
     adapter: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
@@ -161,80 +253,57 @@ def load(
     Args:
       path: Hugging Face directory, bitsandbytes-4bit directory (its packed weights are
         kept as they are, whatever `quantization` says), PEFT adapter directory, or a
-        run directory of `qlora-jax train`.
+        run directory of `qlora-jax train`; or the result of `resolve`.
       adapter: PEFT directory to attach.
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
       quantization: of the linear layers: NF4, NF4 with double quantization, or none
-        (None says the same). "auto" is what a run directory was trained with, the
+        (None means the same). "auto" is what a run directory was trained with, the
         output head included, and "nf4_dq" elsewhere.
       dtype: of activations and of the tensors that stay dense. "auto" is what a run
         directory was trained with, and "bfloat16" elsewhere.
       attention: implementation.
       kernels: of products with packed weights, as `Compute` takes them.
-      attention_cls: attention modules of yours, as `Llama` takes them. Their tensors
+      attention_cls: custom attention modules, as `Llama` takes them. Their tensors
         come from the directory (`LlamaConfig.extra_tensors`) or from an adapter that
-        holds them whole (`modules_to_save`).
-      mlp_cls: MLP modules of yours.
-      strict: refuse an adapter that does not fit to the letter; otherwise what was not
-        used is said on stderr.
+        saves the modules completely (`modules_to_save`).
+      mlp_cls: custom MLP modules.
+      strict: raise for an adapter that does not fit exactly; otherwise what was not
+        used is printed on stderr.
       progress: show a progress bar on stderr.
 
     Raises:
       CheckpointError: files that are missing, damaged, or of another model.
       UserError: an argument that cannot be used.
     """
-    path = Path(path)
-    trained = run_settings(path)
-    quantize_lm_head = quantizes_lm_head(trained, quantization)
-    quantize_as, prepared = resolve_auto(trained, quantization, dtype)
-    own = adapter_directory(path)
-    adapter = None if adapter is None else Path(adapter)
-    if own is not None:
-        if adapter is not None:
-            raise UserError(
-                f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
-                "cannot be attached to it. Give the base as `path`."
-            )
-        adapter, path = own, find_base(own, base)
-    elif base is not None:
-        raise UserError(
-            f"`base` names the base of an adapter directory, and `{path}` is none."
-        )
-    if quantize_as not in (*get_args(Quantized), None):
-        raise UserError(
-            "`quantization` must be 'nf4', 'nf4_dq', 'none' or 'auto', got "
-            f"{quantization!r}."
-        )
-    compute = Compute(dtype=prepared, attention=attention, kernels=kernels)
-    config, tree = convert.load_llama(
-        path,
-        quantization=quantize_as,
-        quantize_lm_head=quantize_lm_head,
-        dtype=prepared,
-        progress=progress,
-    )
-    custom = Llama(config, compute, attention_cls, mlp_cls)
-    complete, tree = add_parameters(custom, tree, jax.random.key(0))
-    drawn = set(complete.config.extra_tensors) - set(config.extra_tensors)
-    config = complete.config
-    lora_config = adapters = None
-    if adapter is not None:
-        lora_config, adapters = _attach(adapter, path, tree, strict=strict)
-        config = apply_changes(config, lora_config.base_config_changes)
-    check_weights(drawn, tree, lora_config, path)
-    tokenizer = load_tokenizer(path)
+    resolved = path
+    if not isinstance(resolved, Resolved):
+        resolved = resolve(resolved, base, adapter, strict=strict)
+    directory = resolved.base
+    options = resolved.base_options(quantization, dtype)
+    compute = Compute(dtype=options["dtype"], attention=attention, kernels=kernels)
+    stored, tree = convert.load_llama(directory, **options, progress=progress)
+    module = Llama(stored, compute, attention_cls, mlp_cls)
+    module, tree = add_parameters(module, tree, jax.random.key(0))
+    config = module.config
+    drawn = set(config.extra_tensors) - set(stored.extra_tensors)
+    lora = adapters = None
+    if resolved.adapter is not None:
+        lora, adapters = load_attached(resolved.adapter, directory, tree, strict=strict)
+        config = apply_changes(config, lora.base_config_changes)
+    check_weights(drawn, tree, lora, directory)
+    tokenizer = load_tokenizer(directory)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),
         adapters=adapters,
-        lora_config=lora_config,
+        lora_config=lora,
         tokenizer=tokenizer,
         compute=compute,
-        path=path,
+        path=directory,
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
-        eos_token_ids=end_tokens(config, tokenizer, path),
-        chat_template=chat_template_file(adapter),
-        adapter_path=adapter,
+        eos_token_ids=end_tokens(config, tokenizer, directory),
+        chat_template=resolved.chat_template,
+        adapter_path=resolved.adapter,
     )

@@ -113,7 +113,8 @@ class Work:
 def work_of(step: Step, lengths: Integer[np.ndarray, " documents"]) -> Work | None:
     """Returns the MFU terms on the current device; None if its peak is not known.
 
-    The peaks in `qlora_jax.planning.gpus` are those of 16-bit products, so float32 has none.
+    The peaks in `qlora_jax.planning.gpus` are those of 16-bit products: float32 has
+    none.
 
     Args:
       step: the training step.

@@ -1,11 +1,10 @@
-"""A run as far as shapes can tell: what is trained, on what data, that it fits.
+"""Prepares a run from shapes alone: trained parameters, data, compiled step.
 
-    prepared = prepare(config)
+    prepared = prepare(config, problems=Problems())
 
-All of it before anything large is read or compiled, and all that is wrong with it at
-once: settings that contradict each other or the model, paths that lead nowhere, an
-adapter to start from that does not fit, libraries that are missing, rows that cannot be
-used.
+This comes before anything large is read, and collects every problem: settings that
+contradict each other or the model, missing files, an adapter to start from that does
+not fit, missing libraries, unusable rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import jax
 import convert
 from convert.tokenizer import load_tokenizer
 from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import Batch, Batches, eval_batches
+from qlora_jax.data.batches import Batches, eval_batches
 from qlora_jax.data.examples import data_size, load_examples
 from qlora_jax.data.mixture import Mixture
 from qlora_jax.data.notes import data_notes
@@ -35,140 +34,132 @@ from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.planning.estimate import warnings
-from qlora_jax.runs.compiled_step import CompiledStep, fit
+from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
-from qlora_jax.runs.eval_data import HeldOut, apart, load_held_out, of_eval
+from qlora_jax.runs.eval_data import (
+    HeldOut,
+    eval_errors,
+    load_held_out,
+    split_held_out,
+)
 from qlora_jax.runs.evaluation import check_prompts
+from qlora_jax.runs.loading import base_options
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
 from qlora_jax.training.parameter_groups import Group, note_idle, optimizer_groups
 
-# Bytes of data that are read although the settings are refused already, to say what is
-# wrong with the rows as well: some seconds of tokenizing.
-_READ_ANYWAY = 16 << 20
+# Data up to this size are read even after the settings were refused, so that their
+# problems are reported too: some seconds of tokenizing.
+_QUICK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run is trained and measured on."""
+
+    examples: Examples | Mixture
+    batches: Batches
+    held_out: HeldOut | None
+    tokenizer: Any
+    """None if nothing needs it."""
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What is adapted, on what data, and that it fits: all that shapes can say."""
+    """A run that fits the device, before its base is loaded."""
 
     config: RunConfig
     """With the settings of the adapter that the run starts from."""
     model: Llama
-    how: dict[str, Any]
+    base_options: Mapping[str, Any]
     """Arguments of `convert.load_llama`."""
     drawn: set[str]
-    """Parameters of modules of the user's own that are in no file."""
+    """Parameters of custom modules that are in no file."""
     selection: Selection
-    rates: Sequence[Group]
+    """The trained parameters."""
+    optimizer_groups: Sequence[Group]
     origin: dict[str, Any] | None
-    """Where the run starts from, for its report."""
-    examples: Examples | Mixture
-    batches: Batches
-    held: HeldOut | None
-    tokenizer: Any
-    fitted: CompiledStep
+    """The adapter that the run starts from, for its report."""
+    data: RunData
+    compiled: CompiledStep
 
 
 def prepare(
     config: RunConfig,
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
-    given: Collection[str] | None = None,
+    explicit_lora: Collection[str] | None = None,
     *,
     problems: Problems,
 ) -> PreparedRun:
-    """Settles on shapes what can be, before anything large is read.
+    """Validates a run and compiles its step, before any large file is read.
 
     Args:
-      config: as `runner.run` takes it, like the next ones.
-      attention_cls: attention modules of yours.
-      mlp_cls: MLP modules of yours.
-      given: names of the fields of `config.lora` that someone gave.
-      problems: what was found wrong so far, to be said with the rest.
+      config: as `runner.run` takes it, like the next three.
+      attention_cls: custom attention modules.
+      mlp_cls: custom MLP modules.
+      explicit_lora: names of the fields of `config.lora` that the user set.
+      problems: problems so far, raised together with those of this function.
 
     Raises:
-      UserError: all that is wrong. Large data are read only where nothing else is.
+      UserError: every problem. Large data are read only if there is no other problem.
       CheckpointError: files of the model or of an adapter are missing or damaged, and
-        nothing else is wrong.
+        there is no other problem.
     """
-    small = _check_places(config, problems)
+    quick = _check_paths(config, problems)
     resumed = bool(saved_steps(Path(config.output_dir) / CHECKPOINTS))
-    how: Any = {
-        "quantization": None
-        if config.model.quantization == "none"
-        else config.model.quantization,
-        "quantize_lm_head": config.model.lm_head == "nf4",
-        "dtype": config.model.dtype,
-    }
-    found = None
+    options = base_options(config.model)
+    loaded = None
     with problems.collecting():
-        found = _shapes(config, how, attention_cls, mlp_cls)
-    if found is None:  # all else is a question of the model
+        loaded = _abstract_model(config, options, attention_cls, mlp_cls)
+    if loaded is None:  # nothing else can be checked without the model
         problems.raise_if_any()
-    assert found is not None
-    model, abstract, drawn = found
-    origin = trained = laid_out = None
-    architecture = model.config
-    initial = config.train.adapter_init
+    assert loaded is not None
+    model, base, drawn = loaded
+    starts_fresh = config.train.adapter_init is None
+    origin = trained = data = None
     with problems.collecting():
-        if initial is not None:
-            given = given_fields(config.lora) if given is None else given
-            config, origin = _with_initial_adapter(config, given, abstract, resumed)
+        if not starts_fresh:
+            config, origin = _with_initial_adapter(config, explicit_lora, base, resumed)
     with problems.collecting():
-        architecture = apply_changes(architecture, config.model.config_changes, "model")
-    if initial is None or origin is not None:
+        changes = config.model.config_changes
+        model = model.clone(config=apply_changes(model.config, changes, "model"))
+    if starts_fresh or origin is not None:
         with problems.collecting():
-            trained = _trained(config, architecture, abstract)
-    if small or not len(problems):
+            trained = _select_trained(config, model.config, base)
+    if quick or not len(problems):
         with problems.collecting():
-            laid_out = _data(config, architecture)
-    if resumed and laid_out is not None:
+            data = _load_data(config, model.config)
+    if resumed and data is not None:
         with problems.collecting():
-            check_continues(config, laid_out[0], len(laid_out[1]))
+            data_fingerprint = data.examples.report.fingerprint
+            check_continues(config, data_fingerprint, len(data.batches))
     problems.raise_if_any()
-    assert trained is not None and laid_out is not None
-    model = model.clone(config=architecture)
-    examples, batches, held, tokenizer = laid_out
-    _note_length(architecture, examples.report.longest_example)
-    compute = Compute(
-        dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
-    )
-    fitted = fit(
-        model.clone(compute=compute),
-        config.model,
-        abstract,
-        batches[0],
-        config.train,
-        len(batches),
-        held_out=None if held is None else _first_held_out(config, held),
-    )
-    say(fitted.summary())
+    assert trained is not None and data is not None
+    selection, optimizer_groups = trained
     return PreparedRun(
-        config,
-        model,
-        how,
-        drawn,
-        *trained,
-        origin,
-        examples,
-        batches,
-        held,
-        tokenizer,
-        fitted,
+        config=config,
+        model=model,
+        base_options=options,
+        drawn=drawn,
+        selection=selection,
+        optimizer_groups=optimizer_groups,
+        origin=origin,
+        data=data,
+        compiled=_compile(config, model, base, data),
     )
 
 
-def _check_places(config: RunConfig, problems: Problems) -> bool:
-    """Looks for what the settings name; says whether the data are quickly read."""
+def _check_paths(config: RunConfig, problems: Problems) -> bool:
+    """Checks trackers and data files; returns whether the data are quick to read."""
     with problems.collecting():
         check_trackers(config.log)
     sizes: list[int | None] = []
     with problems.collecting():
         sizes.append(data_size(config.data))
     if config.eval.path:
-        with problems.collecting(), of_eval():
+        with problems.collecting(), eval_errors():
             sizes.append(data_size(config.eval.data_config(config.data)))
     if config.eval.idle:
         say(
@@ -176,57 +167,57 @@ def _check_places(config: RunConfig, problems: Problems) -> bool:
             "and there is nothing to measure. `path`, `fraction` or `examples` say "
             "what the held-out data are."
         )
-    return all(size is not None and size <= _READ_ANYWAY for size in sizes)
+    return all(size is not None and size <= _QUICK_BYTES for size in sizes)
 
 
-def _shapes(
+def _abstract_model(
     config: RunConfig,
-    how: Mapping[str, Any],
+    options: Mapping[str, Any],
     attention_cls: Callable[..., nn.Module] | None,
     mlp_cls: Callable[..., nn.Module] | None,
 ) -> tuple[Llama, Any, set[str]]:
-    """The model, its parameters as shapes, and those of them that are in no file."""
-    architecture, shapes = convert.abstract_llama(config.model.path, **how)
-    model = Llama(architecture, Compute(), attention_cls, mlp_cls)
-    model, abstract = _abstract(model, shapes)
-    drawn = set(model.config.extra_tensors) - set(architecture.extra_tensors)
-    return model, abstract, drawn
+    """Returns the model, the shapes of its base, and those of them that are in no file.
 
-
-def _abstract(model: Llama, shapes: Any) -> tuple[Llama, Any]:
-    """Adds the parameters of the model's own modules, as shapes.
-
-    Without modules of its own it refuses a checkpoint that has some.
+    Raises:
+      UserError: the checkpoint has custom modules, and no classes were given.
     """
-    complete = [model]
+    architecture, shapes = convert.abstract_llama(config.model.path, **options)
+    complete = Llama(architecture, Compute(), attention_cls, mlp_cls)
 
     def add(base: Any) -> Any:
-        complete[0], base = add_parameters(model, base, jax.random.key(0))
+        nonlocal complete
+        complete, base = add_parameters(complete, base, jax.random.key(0))
         return base
 
-    abstract = jax.eval_shape(add, shapes)
-    return complete[0], abstract
+    base = jax.eval_shape(add, shapes)
+    drawn = set(complete.config.extra_tensors) - set(architecture.extra_tensors)
+    return complete, base, drawn
 
 
 def _with_initial_adapter(
-    config: RunConfig, given: Collection[str], base: Any, resumed: bool = False
+    config: RunConfig,
+    explicit_lora: Collection[str] | None,
+    base: Any,
+    resumed: bool = False,
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Takes the settings of the adapter that the run starts from, but for those given.
+    """Takes over the settings of `train.adapter_init`, except for explicit ones.
 
-    Its file is checked against the base as well, on shapes.
+    The adapter's file is also checked against the shapes of the base.
 
     Returns:
-      The configuration, and what report.json says of where the run started.
+      The configuration, and the origin of the run for report.json.
     """
-    place = config.train.adapter_init
-    assert place is not None
-    own = convert.check_adapter(place, base)
-    # All that was trained is trained again, at the context length it was trained for.
-    changes = json.loads(own.base_config_changes or "{}")
+    path = config.train.adapter_init
+    assert path is not None
+    if explicit_lora is None:
+        explicit_lora = given_fields(config.lora)
+    adapter = convert.check_adapter(path, base)
+    # The context length that the adapter was trained for is kept.
+    changes = json.loads(adapter.base_config_changes or "{}")
     model = dataclasses.replace(
         config.model, **{**changes, **config.model.config_changes}
     )
-    lora, notes = continued(own, config.lora, given, base, name=place)
+    lora, notes = continued(adapter, config.lora, explicit_lora, base, name=path)
     notes += [
         f"{name} {changes.get(name, 'as in the base')} -> {value}"
         for name, value in config.model.config_changes.items()
@@ -240,57 +231,46 @@ def _with_initial_adapter(
         base_fingerprint=None,
         base_config_changes=None,
     )
-    counts = [sum(select(base, one).groups().values()) for one in (own, lora)]
-    if not resumed:  # else the checkpoint is where it goes on
+    before, after = (
+        sum(select(base, settings).groups().values()) for settings in (adapter, lora)
+    )
+    if not resumed:  # else the run continues from its checkpoint
         say(
-            f"Starting from the adapter `{place}` (r={lora.r}, lora_alpha="
+            f"Starting from the adapter `{path}` (r={lora.r}, lora_alpha="
             f"{lora.lora_alpha}, lora_dropout={lora.lora_dropout}): it has "
-            f"{counts[0]:,} trained parameters, and this run trains {counts[1]:,}. It "
+            f"{before:,} trained parameters, and this run trains {after:,}. It "
             "carries no optimizer state, so the optimizer starts afresh."
             + (f" Changed: {', '.join(notes)}." if notes else "")
         )
     origin = {
-        "path": place,
-        "trainable_parameters_before": counts[0],
-        "trainable_parameters": counts[1],
+        "path": path,
+        "trainable_parameters_before": before,
+        "trainable_parameters": after,
     }
     return dataclasses.replace(config, lora=lora, model=model), origin
 
 
-def _trained(
-    config: RunConfig, architecture: LlamaConfig, abstract: Any
+def _select_trained(
+    config: RunConfig, architecture: LlamaConfig, base: Any
 ) -> tuple[Selection, Sequence[Group]]:
-    """What is trained, and how fast; says what may surprise."""
-    selection = select(abstract, config.lora)
+    """Selects the trained parameters and their optimizer groups; notes surprises."""
+    selection = select(base, config.lora)
     if config.train.adapter_init is None:
-        check_start(abstract, config.lora, selection)
-    for warning in warnings(architecture, config.lora, abstract):
+        check_start(base, config.lora, selection)
+    for warning in warnings(architecture, config.lora, base):
         say(f"Note: {warning}")
-    rates = optimizer_groups(config.train, selection)
-    idle = note_idle(rates)
+    groups = optimizer_groups(config.train, selection)
+    idle = note_idle(groups)
     if idle is not None:
         say(f"Note: {idle}")
-    return selection, rates
+    return selection, groups
 
 
-def _data(
-    config: RunConfig, architecture: LlamaConfig
-) -> tuple[Examples | Mixture, Batches, HeldOut | None, Any]:
-    """Loads the examples and lays them out in batches; held-out ones; tokenizer."""
-    needs = config.data.needs_tokenizer
-    if config.eval.path:
-        needs = needs or config.eval.data_config(config.data).needs_tokenizer
-    tokenizer = None
-    if needs or config.eval.sample_prompts:
-        tokenizer = load_tokenizer(config.model.path)
-    if needs and tokenizer is None:
-        raise UserError(
-            f"`{config.model.path}` has no tokenizer, and data.format="
-            f"{config.data.format!r} needs one. Put the model's tokenizer files "
-            "there, or give token ids (data.format = 'tokens')."
-        )
+def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
+    """Loads the examples, holds some out, and arranges the others in batches."""
+    tokenizer = _load_tokenizer(config)
     vocab_size = architecture.vocab_size
-    examples, held, problems = None, None, Problems()
+    examples, held_out, problems = None, None, Problems()
     with problems.collecting():
         check_prompts(config.eval, tokenizer, architecture)
     with problems.collecting():
@@ -302,14 +282,14 @@ def _data(
             run_directory=config.output_dir,
         )
     with problems.collecting():
-        held = load_held_out(config, tokenizer, vocab_size=vocab_size)
+        held_out = load_held_out(config, tokenizer, vocab_size=vocab_size)
     problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
-    examples, held = apart(config, examples, held, eos)
+    examples, held_out = split_held_out(config, examples, held_out, eos)
     say(examples.report.summary())
-    if held is not None:
-        say(held.note)
+    if held_out is not None:
+        say(held_out.note)
     batches = Batches(
         examples,
         config.data,
@@ -326,21 +306,55 @@ def _data(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run."
         )
-    return examples, batches, held, tokenizer
+    return RunData(examples, batches, held_out, tokenizer)
 
 
-def _first_held_out(config: RunConfig, held: HeldOut) -> Batch:
-    batches = eval_batches(
-        held.examples,
-        held.config,
-        batch_size=config.eval_batch_size,
-        pad_token_id=0,
+def _load_tokenizer(config: RunConfig) -> Any:
+    """Loads the model's tokenizer if data or samples need it; else None."""
+    needed = config.data.needs_tokenizer
+    if config.eval.path:
+        needed = needed or config.eval.data_config(config.data).needs_tokenizer
+    tokenizer = None
+    if needed or config.eval.sample_prompts:
+        tokenizer = load_tokenizer(config.model.path)
+    if needed and tokenizer is None:
+        raise UserError(
+            f"`{config.model.path}` has no tokenizer, and data.format="
+            f"{config.data.format!r} needs one. Put the model's tokenizer files "
+            "there, or give token ids (data.format = 'tokens')."
+        )
+    return tokenizer
+
+
+def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> CompiledStep:
+    """Compiles the run's step and describes its plan on stderr."""
+    _note_length(model.config, data.examples.report.longest_example)
+    held_out, eval_batch = data.held_out, None
+    if held_out is not None:
+        eval_batch = next(
+            eval_batches(
+                held_out.examples,
+                held_out.config,
+                batch_size=config.eval_batch_size,
+                pad_token_id=0,
+            )
+        )
+    compute = Compute(
+        dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
     )
-    return next(batches)
+    compiled = compile_step(
+        model.clone(compute=compute),
+        StepInputs(base, data.batches[0], eval_batch),
+        config.model,
+        config.train,
+        len(data.batches),
+    )
+    say(compiled.summary())
+    return compiled
 
 
 def _note_length(architecture: LlamaConfig, longest: int) -> None:
-    """Says so where rows are longer than the model is meant for."""
+    """Notes rows that are longer than the model's context."""
     limit = architecture.max_position_embeddings
     if longest <= limit:
         return

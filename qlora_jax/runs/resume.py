@@ -1,116 +1,133 @@
-"""What a run was started with: to continue it, all of this has to be the same."""
+"""Continues a run from its newest intact checkpoint, if nothing essential changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.config import LOCATION_FIELDS, DataConfig
-from qlora_jax.data.mixture import Mixture
+from qlora_jax.data.config import LOCATION_FIELDS
 from qlora_jax.errors import CheckpointError, UserError, say
-from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
-    compare_records,
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
-from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import TrainState
 
-# Fields of a LoraConfig that say where its base is found, and which it was.
-_OF_THE_BASE = (
+# Fields of a LoraConfig that name the base. Its weights are in the fingerprint.
+_BASE_FIELDS = (
     *("base_model_name_or_path", "revision", "base_fingerprint"),
     "base_config_changes",
 )
+_DATA = "data.fingerprint"
+_MEANINGS = {
+    "base_fingerprint": " (the weights of the base, or how they are quantized)",
+    _DATA: " (the rows of the data files, the tokenizer, or the chat template)",
+}
 
 
 def run_record(
-    config: RunConfig, fingerprint: str, examples: Examples | Mixture
+    config: RunConfig, base_fingerprint: str, data_fingerprint: str
 ) -> dict[str, Any]:
-    """What has to stay the same for a run to be continued.
+    """Returns what must be unchanged for a run to be continued.
 
-    What does not change the arithmetic is not in it: where files lie, how long the run
-    is, what is saved and shown on the way.
+    It leaves out what does not change the arithmetic: where files are, how long the run
+    is, what is saved and shown during it.
+
+    Args:
+      config: the run.
+      base_fingerprint: of the base as it was loaded.
+      data_fingerprint: of the training examples.
     """
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
     lora = dataclasses.asdict(config.lora)
-    for name in (*_OF_THE_BASE, "task_type"):
+    for name in (*_BASE_FIELDS, "task_type"):
         del lora[name]
     lora["trainable_token_indices"] = config.lora.token_rows
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
-    # Where the files lie may change; what is in them is in the fingerprint.
+    # The files may be moved: their content is in the fingerprint.
     data = dataclasses.asdict(config.data)
     for name in LOCATION_FIELDS:
         del data[name]
+    # Of `lm_head` only "nf4" changes numbers; its other values are memories.
+    quantized_head = config.model.lm_head == "nf4"
     return {
-        "base_fingerprint": fingerprint,
-        "data": {"fingerprint": examples.report.fingerprint, **data},
+        "base_fingerprint": base_fingerprint,
+        "data": {"fingerprint": data_fingerprint, **data},
         "lora": lora,
         "train": train,
         "model": {
             "dtype": config.model.dtype,
             "quantization": config.model.quantization,
-            "lm_head": _head(config),
+            "lm_head": "nf4" if quantized_head else "auto, device or host",
             **config.model.config_changes,
         },
     }
 
 
-def _head(config: RunConfig) -> str:
-    """What `model.lm_head` says about the numbers; its other values are places."""
-    return "nf4" if config.model.lm_head == "nf4" else "auto, device or host"
+def compare_records(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises if base, adapter, data or arithmetic of a run have changed.
+
+    Args:
+      saved: record of the checkpoint; a nested mapping of plain values.
+      current: the record that the run would write.
+
+    Raises:
+      UserError: every entry that differs, with both values.
+    """
+    before, after = _flatten(saved), _flatten(current)
+    keys = {key for key in before | after if before.get(key) != after.get(key)}
+    if any(key.startswith("data.") for key in keys - {_DATA}):
+        keys.discard(_DATA)  # a consequence of the others
+    if keys:
+        changed = "".join(
+            f"\n- {key}: {before.get(key)!r} -> {after.get(key)!r}"
+            f"{_MEANINGS.get(key, '')}"
+            for key in sorted(keys)
+        )
+        raise UserError(
+            "This run cannot be continued: what it was started with has changed:"
+            f"{changed}\nUndo the change to continue, or give another --output-dir to "
+            "start a new run."
+        )
 
 
-def _before_they_existed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings did in runs that were recorded before the settings existed."""
-    kinds = {"data": DataConfig, "lora": LoraConfig, "train": TrainConfig}
-    defaults: dict[str, Any] = {}
-    for section, kind in kinds.items():
-        defaults[section] = {}
-        for f in dataclasses.fields(kind):
-            if f.default_factory is not dataclasses.MISSING:
-                value = f.default_factory()
-            else:
-                value = f.default
-            if value is not dataclasses.MISSING:
-                defaults[section][f.name] = _plain(value)
-    # Nothing told a head in NF4 from another one but the fingerprint of the base.
-    defaults["model"] = {"lm_head": record["model"]["lm_head"]}
-    return defaults
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns entries by their dotted names, with the values that JSON gives back."""
+    entries: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            entries.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            entries[prefix + key] = json.loads(json.dumps(value))
+    return entries
 
 
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+def check_continues(config: RunConfig, data_fingerprint: str, steps: int) -> None:
+    """Raises early what `continue_run` would raise once the base is loaded.
 
-
-def check_continues(
-    config: RunConfig, examples: Examples | Mixture, steps: int
-) -> None:
-    """Refuses early what `continue_run` would refuse once the base is loaded.
-
-    What the base holds is not looked at, and damaged checkpoints are passed over.
+    Ignores damaged checkpoints, and what the base contains.
 
     Raises:
       UserError: the run was started with something else, or is longer already.
     """
     directory = Path(config.output_dir) / CHECKPOINTS
     with Checkpoints(directory, config.checkpoint) as checkpoints:
-        for newest in checkpoints.steps():
+        for step in checkpoints.steps():
             try:
-                saved = checkpoints.record(newest)
+                saved = checkpoints.record(step)
             except DamagedCheckpointError:
                 continue
-            record = run_record(config, saved["base_fingerprint"], examples)
+            record = run_record(config, saved["base_fingerprint"], data_fingerprint)
             _check_record(saved, record, steps)
             return
 
@@ -118,9 +135,13 @@ def check_continues(
 def _check_record(
     saved: dict[str, Any], record: Mapping[str, Any], steps: int
 ) -> tuple[int, int]:
-    """Compares a checkpoint's record with the run; returns its steps and its length."""
+    """Compares a checkpoint's record with the run's.
+
+    Returns:
+      The steps that the checkpoint has taken, and those that its run was to take.
+    """
     start, length = saved.pop("batches"), saved.pop("steps")
-    compare_records(saved, record, _before_they_existed(record))
+    compare_records(saved, record)
     if start > steps:
         raise UserError(
             f"This run has taken {start} steps already, and is now to end after "
@@ -132,15 +153,15 @@ def _check_record(
 def continue_run(
     checkpoints: Checkpoints, state: TrainState, record: Mapping[str, Any], steps: int
 ) -> tuple[TrainState, int]:
-    """The newest saved state and its number of steps; else the given one and 0.
+    """Returns the newest saved state and its number of steps, or `state` and 0.
 
-    A damaged checkpoint is passed over for the one before, and kept under another name.
+    A damaged checkpoint is skipped for an older one, and kept under another name.
 
     Args:
       checkpoints: of the run.
-      state: before the first step; its structure and devices are those of the result.
+      state: before the first step; has the structure and devices of the result.
       record: from `run_record`.
-      steps: that the run is to take.
+      steps: length of the run.
 
     Raises:
       UserError: the run was started with something else, or is longer already.
@@ -156,9 +177,9 @@ def continue_run(
             damaged[newest] = error
             continue
         for step, error in damaged.items():
-            place = checkpoints.set_aside(step)
+            path = checkpoints.set_aside(step)
             say(
-                f"{error} It is damaged; it is kept as `{place}`, for you to delete, "
+                f"{error} It is damaged; it is kept as `{path}`, for you to delete, "
                 f"and the run goes on from the checkpoint before, of step {start}: "
                 f"{step - start} steps are taken again."
             )
@@ -183,12 +204,12 @@ def continue_run(
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Returns the versions of Python and of the libraries that a result depends on."""
     names = ("qlora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed

@@ -2,7 +2,7 @@
 
     python scripts/bench logging --output benchmarks/logging.json
 
-The numbers of a step are logged as a run logs them (`Loop.note`: from the device to
+The numbers of a step are logged as a run logs them (`log_step`: from the device to
 metrics.jsonl and the progress line, and to TensorBoard where tensorboardX is
 installed), thousands of times, on a pseudo-terminal where a bar is drawn and without
 one. They are compared with the best step of `bench cpu ours` at its default shape, in a
@@ -34,16 +34,8 @@ from qlora_jax.runs.config import LogConfig
 from qlora_jax.runs.metrics import Watch, open_trackers
 from qlora_jax.runs.plots import draw_loss
 from qlora_jax.runs.resume import versions
-from qlora_jax.runs.runner import Loop
+from qlora_jax.runs.runner import log_step
 from scripts.bench.measuring import run_bench
-
-
-class Tokens:
-    """Stands for the batches, of which logging needs the number of tokens."""
-
-    def tokens(self, index: int) -> int:
-        """Returns the tokens of a batch."""
-        return 2048
 
 
 def schedule(step: jax.Array) -> jax.Array:
@@ -106,13 +98,11 @@ def log_steps(directory: Path, steps: int, report_to: tuple[str, ...]) -> list[f
             trackers=trackers,
         ) as watch,
     ):
-        loop: Any = object.__new__(Loop)  # `note` uses only these two of its parts
-        loop.watch, loop.batches = watch, Tokens()
         for index in range(steps):
             # New arrays, as each step gives them.
             fresh = jax.block_until_ready(jax.tree.map(jnp.array, metrics))
             started = time.perf_counter()
-            loop.note(index, fresh, {})
+            log_step(watch, index + 1, fresh, tokens=2048)
             seconds.append(time.perf_counter() - started)
     return seconds
 

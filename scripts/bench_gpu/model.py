@@ -58,7 +58,7 @@ from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import tree_bytes, tree_size
 from qlora_jax.models.sharding import put_base
 from qlora_jax.planning.estimate import abstract_base
-from qlora_jax.runs.compiled_step import fit
+from qlora_jax.runs.compiled_step import StepInputs, compile_step
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.resume import versions
 from qlora_jax.training.config import TrainConfig
@@ -248,24 +248,25 @@ def train(
     )
     started = time.perf_counter()
     model, shapes = Llama(config, compute), jax.tree.map(_shape, base)
-    fitted = fit(model, settings, shapes, batches[0], train_config, steps)
+    inputs = StepInputs(shapes, batches[0])
+    compiled = compile_step(model, inputs, settings, train_config, steps)
     compile_s = time.perf_counter() - started
-    policy = fitted.plan.policy
+    policy = compiled.plan.policy
     base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
-    state = init_state(adapters, fitted.optimizer, jax.random.key(2))
+    state = init_state(adapters, compiled.optimizer, jax.random.key(2))
     # The step donates the state's buffers, and two of its leaves may share one.
     state = jax.tree.map(jnp.array, state)
     del adapters
     seconds, losses = [], []
     for i in range(steps):
         started = time.perf_counter()
-        state, metrics = fitted.step(state, base, batches[i % len(batches)])
+        state, metrics = compiled.step(state, base, batches[i % len(batches)])
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - started)
     middle = statistics.median(seconds[1:] or seconds)
     per_second = math.prod(tokens.shape[1:]) / middle
     peak = PEAK.get(jax.devices()[0].device_kind)
-    used, planned = peak_bytes(), fitted.plan.memory.device_bytes
+    used, planned = peak_bytes(), compiled.plan.memory.device_bytes
     return {
         "tokens_per_s": per_second,
         "step_s": middle,
@@ -276,7 +277,7 @@ def train(
         "flops_per_token": flops,
         "mfu": per_second * flops / peak if peak else None,
         "policy": policy.name,
-        "plan": fitted.report(),
+        "plan": compiled.report(),
         "planned_bytes": planned,
         "peak_bytes": used,
         "peak_over_planned": used / planned if used else None,

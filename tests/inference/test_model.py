@@ -19,7 +19,7 @@ from qlora_jax.inference.text import beside_tokens, check_text, check_turns, tok
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.runs.loading import find_base, load
+from qlora_jax.runs.loading import load, resolve
 
 ADAPTER = "stories260K-lora-r8-shakespeare"
 
@@ -104,24 +104,24 @@ def test_the_base_of_an_adapter(llama_dir, adapter_dir, tmp_path, monkeypatch):
     shutil.copytree(llama_dir, tmp_path / "beside")
     for value in ("beside", "../beside"):
         name(value)
-        assert find_base(adapter_dir).samefile(tmp_path / "beside")
+        assert resolve(adapter_dir).base.samefile(tmp_path / "beside")
     monkeypatch.chdir(tmp_path)
     name("beside")
-    assert find_base(adapter_dir).samefile(tmp_path / "beside")
+    assert resolve(adapter_dir).base.samefile(tmp_path / "beside")
     name("meta-llama/Llama-3.2-1B")
     with pytest.raises(CheckpointError, match=r"'meta-llama/Llama-3.2-1B', which is"):
-        find_base(adapter_dir)
+        resolve(adapter_dir)
     name(None)
     with pytest.raises(CheckpointError, match="does not say what its base is"):
-        find_base(adapter_dir)
-    with pytest.raises(CheckpointError, match="The base `nowhere` is no directory"):
-        find_base(adapter_dir, "nowhere")
+        resolve(adapter_dir)
+    with pytest.raises(CheckpointError, match="The base `nowhere` is not a directory"):
+        resolve(adapter_dir, "nowhere")
 
 
 @pytest.mark.real
 def test_the_base_of_a_shared_adapter_is_found(shared_data):
     adapter = shared_data / "adapters" / ADAPTER
-    assert find_base(adapter).samefile(shared_data / "stories260K")
+    assert resolve(adapter).base.samefile(shared_data / "stories260K")
     model = load(adapter, quantization=None, dtype="float32")
     (text,) = model.generate(["Once"], max_new_tokens=8)
     plain = load(shared_data / "stories260K", quantization=None, dtype="float32")

@@ -1,4 +1,4 @@
-"""A run is weighed before its base is loaded, and what was compiled is what runs."""
+"""The step is compiled before the base is loaded, and the run takes that program."""
 
 import dataclasses
 import json
@@ -11,66 +11,56 @@ import pytest
 import convert
 import qlora_jax as qj
 from qlora_jax.cli.main import main
-from qlora_jax.data.examples import DataConfig
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
 from qlora_jax.planning.gpus import (
     ALLOWANCE,
     available_memory,
     give_back_freed_memory,
     this_device,
 )
-from qlora_jax.runs import compiled_step as fits
-from qlora_jax.runs.config import EvalConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs import compiled_step
+from qlora_jax.runs.config import EvalConfig
+from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.runner import run
-from qlora_jax.training.config import TrainConfig
 
 
-@pytest.fixture(scope="module", name="make")
-def configuration(llama_dir, rows_file):
-    """A function: directory, settings of [model] -> a short run."""
+@pytest.fixture(scope="module")
+def make(make):
+    """A function: directory, settings of [lora] and [model] -> a short run."""
 
-    def make(directory, lora=None, **model):
-        lora = {"r": 4, "target_modules": "all-linear"} | (lora or {})
-        return RunConfig(
-            model=ModelConfig(**{"path": str(llama_dir), "dtype": "float32"} | model),
-            data=DataConfig(path=str(rows_file), format="tokens", max_length=64),
-            train=TrainConfig(steps=3, batch_size=2, learning_rate=1e-2),
-            lora=LoraConfig(**lora),
-            log=LogConfig(plot=False),
-            output_dir=str(directory),
-        )
+    def short(directory, lora=None, **model):
+        lora = {"target_modules": "all-linear"} | (lora or {})
+        return make(directory, model=model, lora=lora, train={"steps": 3})
 
-    return make
+    return short
 
 
-@pytest.fixture(name="card_of")
-def small_card(monkeypatch):
-    """Gives the device at hand so many bytes."""
+@pytest.fixture
+def set_memory(monkeypatch):
+    """A function: bytes -> the device has so many for a run."""
 
-    def card_of(nbytes):
+    def set_memory(nbytes):
         card = dataclasses.replace(this_device(), memory_bytes=nbytes + ALLOWANCE)
-        monkeypatch.setattr(fits, "this_device", lambda: card)
+        monkeypatch.setattr(compiled_step, "this_device", lambda: card)
 
-    return card_of
+    return set_memory
 
 
-@pytest.fixture(scope="module", name="plain")
-def finished(make, tmp_path_factory):
+@pytest.fixture(scope="module")
+def plain(make, tmp_path_factory):
     """A run that held everything on the device."""
     directory = tmp_path_factory.mktemp("plain") / "run"
     return run(make(directory, remat="full")), directory
 
 
 def losses(directory):
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [row["loss"] for row in read_metrics(directory)]
 
 
 def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
-    make, tmp_path, card_of, monkeypatch
+    make, tmp_path, set_memory, monkeypatch
 ):
-    card_of(1000)
+    set_memory(1000)
     monkeypatch.setattr(convert, "load_llama", pytest.fail)
     with pytest.raises(UserError) as refused:
         run(make(tmp_path / "run"))
@@ -81,7 +71,7 @@ def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
 
 
 def test_auto_takes_the_fastest_policy_that_fits(
-    make, plain, tmp_path, card_of, capsys
+    make, plain, tmp_path, set_memory, capsys
 ):
     report, directory = plain
     keeps_all = run(make(tmp_path / "all", remat="auto"))["plan"]
@@ -90,7 +80,7 @@ def test_auto_takes_the_fastest_policy_that_fits(
     assert full["policy"] == "full"
     need = sum(full["device_bytes"].values())
     assert need < sum(keeps_all["device_bytes"].values())
-    card_of(need)
+    set_memory(need)
     capsys.readouterr()
     chosen = run(make(tmp_path / "fitted", remat="auto"))["plan"]
     assert chosen == full
@@ -108,8 +98,8 @@ def test_bytes_of_the_plan_are_those_of_the_run(plain):
     assert planned["temporaries"] > 0
 
 
-def test_measuring_is_weighed_before_the_run_as_well(
-    make, plain, rows_file, tmp_path, card_of, monkeypatch
+def test_a_run_that_cannot_be_measured_ends_before_its_base_is_loaded(
+    make, plain, rows_file, tmp_path, set_memory, monkeypatch
 ):
     need = sum(plain[0]["plan"]["device_bytes"].values())
     assert plain[0]["plan"]["eval_bytes"] is None
@@ -126,7 +116,7 @@ def test_measuring_is_weighed_before_the_run_as_well(
     assert few["eval_bytes"] > sum(
         few["device_bytes"][kind] for kind in ("base", "adapters", "optimizer")
     )
-    card_of(max(need, few["eval_bytes"]))
+    set_memory(max(need, few["eval_bytes"]))
     run(measured(tmp_path / "again", 1))
     monkeypatch.setattr(convert, "load_llama", pytest.fail)
     with pytest.raises(UserError, match=r"Measuring the .*: 512 rows of 64 tok.*sma"):
@@ -180,18 +170,18 @@ def test_a_run_with_a_quantized_head_loads_as_it_was_trained(
     ],
     ids=lambda lora: next(iter(lora.values()), "plain"),
 )
-def test_what_was_compiled_is_what_runs(make, tmp_path, monkeypatch, lora):
-    real = fits._either
+def test_the_program_that_was_compiled_runs(make, tmp_path, monkeypatch, lora):
+    first_choice = compiled_step._first_choice
 
-    def either(compiled, jitted, planned):
-        return real(compiled, pytest.fail, planned)  # nothing is compiled once more
+    def never_again(compiled, jitted, planned):
+        return first_choice(compiled, pytest.fail, planned)
 
-    monkeypatch.setattr(fits, "_either", either)
+    monkeypatch.setattr(compiled_step, "_first_choice", never_again)
     report = run(make(tmp_path / "run", lora))
     assert report["steps"] == 3
 
 
-def test_the_memory_of_this_machine_is_known():
+def test_this_device_has_the_memory_of_the_machine():
     card = this_device()
     assert card.name == "this machine"
     assert 1 << 28 < available_memory() < 1 << 50
@@ -199,7 +189,7 @@ def test_the_memory_of_this_machine_is_known():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_freed_memory_is_given_back():
+def test_freed_memory_returns_to_the_system():
     def resident():
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")

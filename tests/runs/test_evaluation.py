@@ -21,13 +21,11 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.runs.config import (
-    CheckpointConfig,
     EvalConfig,
     LogConfig,
-    ModelConfig,
     RunConfig,
 )
-from qlora_jax.runs.eval_data import apart, load_held_out
+from qlora_jax.runs.eval_data import load_held_out, split_held_out
 from qlora_jax.runs.evaluation import (
     Best,
     Evaluation,
@@ -38,7 +36,6 @@ from qlora_jax.runs.evaluation import (
 from qlora_jax.runs.metrics import Watch, read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import jit_eval
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
@@ -58,23 +55,22 @@ def held_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(llama_dir, rows_file, held_file):
-    def make(directory, **measured) -> RunConfig:
-        measured = {"path": str(held_file), "every": 3, "batch_size": 4} | measured
-        return RunConfig(
-            model=ModelConfig(str(llama_dir), quantization="none", dtype="float32"),
-            data=DataConfig(str(rows_file), format="tokens", max_length=32),
-            train=TrainConfig(
-                steps=STEPS, batch_size=2, learning_rate=3e-2, lr_scheduler="constant"
-            ),
-            lora=LoraConfig(r=4, target_modules=("q_proj", "down_proj")),
-            checkpoint=CheckpointConfig(every=5),
-            eval=EvalConfig(**measured),
-            log=LogConfig(plot=False, every=50),
-            output_dir=str(directory),
+def make(make, held_file):
+    """A function: directory, settings of [eval] -> a run that overfits."""
+
+    def measured(directory, **settings) -> RunConfig:
+        return make(
+            directory,
+            model={"quantization": "none"},
+            data={"max_length": 32},
+            train={"steps": STEPS, "learning_rate": 3e-2},
+            lora={"lora_alpha": LoraConfig.lora_alpha},
+            checkpoint={"every": 5},
+            eval={"path": str(held_file), "every": 3, "batch_size": 4} | settings,
+            log={"every": 50},
         )
 
-    return make
+    return measured
 
 
 # --- What is best, and for how long nothing was ---
@@ -97,7 +93,7 @@ def by_the_callback(losses, patience, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
-def test_it_stops_where_the_callback_of_transformers_does(threshold):
+def test_early_stopping_counts_like_the_callback_of_transformers(threshold):
     rng = np.random.default_rng(0)
     ends = set()
     for patience in (1, 3, 12, 31):
@@ -114,7 +110,7 @@ def test_it_stops_where_the_callback_of_transformers_does(threshold):
     assert None in ends and len(ends) > 5
 
 
-def test_a_loss_that_is_no_number_is_never_the_best():
+def test_nan_is_never_the_best_loss():
     best = Best().after(0, math.nan).after(1, 2.0).after(2, math.nan).after(3, math.inf)
     assert best == Best(1, 2.0, 2)
     assert perplexity(math.log(7.0)) == pytest.approx(7.0, rel=1e-15)
@@ -131,7 +127,7 @@ def test_the_sum_is_over_all_batches():
 # --- Data that cannot be measured on ---
 
 
-def test_data_to_measure_on_that_is_no_use_is_refused(make, tmp_path, rows_file):
+def test_unusable_held_out_data_are_refused(make, tmp_path, rows_file):
     config = make(tmp_path / "run")
     examples = load_examples(config.data, None, vocab_size=32)
 
@@ -139,15 +135,18 @@ def test_data_to_measure_on_that_is_no_use_is_refused(make, tmp_path, rows_file)
         changed = dataclasses.replace(
             config, eval=dataclasses.replace(config.eval, path=str(path))
         )
-        return apart(changed, examples, load_held_out(changed, None, vocab_size=32))
+        return split_held_out(
+            changed, examples, load_held_out(changed, None, vocab_size=32)
+        )
 
     with pytest.raises(UserError, match="every example there is in the training data"):
         held(rows_file)
     lines = rows_file.read_text().splitlines()
     some = tmp_path / "some.jsonl"
     some.write_text("\n".join([*lines[:2], '{"input_ids": [5, 6], "labels": [5, 6]}']))
-    _, found = held(some)
-    assert "2 of the 3 held-out examples are in the training data too" in found.note
+    _, held_out = held(some)
+    note = "2 of the 3 held-out examples are in the training data too"
+    assert note in held_out.note
     masked = tmp_path / "masked.jsonl"
     masked.write_text('{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}')
     with pytest.raises(UserError, match=r"\[eval\] .*nothing to supervise"):
@@ -157,7 +156,7 @@ def test_data_to_measure_on_that_is_no_use_is_refused(make, tmp_path, rows_file)
         held(tmp_path / "empty.jsonl")
 
 
-def test_what_is_wrong_with_both_files_is_said_at_once(make, tmp_path):
+def test_problems_of_both_files_are_reported_together(make, tmp_path):
     config = make(tmp_path / "run", path=str(tmp_path / "no.jsonl"))
     data = dataclasses.replace(config.data, path=str(tmp_path / "neither.jsonl"))
     with pytest.raises(UserError) as caught:
@@ -175,7 +174,7 @@ def test_settings_of_eval_are_checked_all_at_once():
             sample_every=3,
             prompt="{q}",
         )
-    said = str(caught.value)
+    message = str(caught.value)
     for part in (
         "`fraction` must be between 0 and 1, got 1.5",
         "`every` must be at least 1, got 0",
@@ -183,7 +182,7 @@ def test_settings_of_eval_are_checked_all_at_once():
         "`sample_every` needs `sample_prompts`",
         "`prompt`: these apply to `path`, which is not set",
     ):
-        assert part in said
+        assert part in message
     with pytest.raises(UserError, match="needs data to measure"):
         EvalConfig(early_stopping_patience=2)
     with pytest.raises(UserError, match="give one of `path`, `examples`"):
@@ -194,7 +193,7 @@ def test_settings_of_eval_are_checked_all_at_once():
         )
 
 
-def test_a_file_is_read_as_the_data_is_unless_told():
+def test_held_out_data_take_the_settings_of_the_training_data():
     data = DataConfig(
         "train.jsonl", format="prompt_completion", prompt="Q {q}", split="train"
     )
@@ -268,7 +267,7 @@ def test_the_reason_to_end_names_the_threshold(llama_dir, threshold, why):
     evaluation = Evaluation(
         config,
         Llama(LlamaConfig.from_hf(raw), Compute()),
-        held=None,
+        held_out=None,
         batch_size=1,
         best=Best(20, 3.736, waited=2),
     )
@@ -338,11 +337,8 @@ def test_the_numbers_are_those_of_the_kept_adapter(
         chosen = logits[np.arange(len(ids) - 1), ids[1:]]
         total += float((np.log(np.exp(logits).sum(-1)) - chosen).sum())
         count += len(ids) - 1
-    (row,) = (
-        row
-        for row in read_evaluations(directory)
-        if row["step"] == report["eval"]["best_step"]
-    )
+    step = report["eval"]["best_step"]
+    (row,) = (row for row in read_evaluations(directory) if row["step"] == step)
     assert row["eval_tokens"] == count
     # float32 sums over 64 and 128 features in two layers and 130 tokens' losses.
     np.testing.assert_allclose(row["eval_loss"], total / count, rtol=1e-5)
@@ -351,18 +347,17 @@ def test_the_numbers_are_those_of_the_kept_adapter(
     capsys.readouterr()
     assert main(["eval", str(directory / "best_adapter"), "--json"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found["data"] == str(held_file) and found["supervised_tokens"] == count
-    assert found["measured"] == "the data that the run was measured on ([eval])"
+    report = json.loads(out)
+    assert report["data"] == str(held_file) and report["supervised_tokens"] == count
+    assert report["measured"] == "the data that the run was measured on ([eval])"
     # The same float32 sums in batches of another size.
-    np.testing.assert_allclose(found["loss"], row["eval_loss"], rtol=1e-5)
-    step = report["eval"]["best_step"]
+    np.testing.assert_allclose(report["loss"], row["eval_loss"], rtol=1e-5)
     assert f"dense; computed in float32; adapter `{directory}/best_adapter`" in err
     assert f"(step {step})." in err and "Note" not in err
 
 
 @pytest.mark.parametrize("at", [4, 17])
-def test_killed_and_continued_it_decides_as_one_that_was_not(
+def test_a_run_that_was_killed_decides_as_an_undisturbed_run(
     straight, make, tmp_path, monkeypatch, at
 ):
     """Step 4: before any checkpoint, after a measurement; 17: continued from 15, with
@@ -383,19 +378,19 @@ def test_killed_and_continued_it_decides_as_one_that_was_not(
     assert report["steps"] == 18 and report["eval"]["best_step"] == 9
     again = run(config)
 
-    def told(directory):
+    def measurements(directory):
         return [
             {k: v for k, v in row.items() if k != "eval_seconds"}
             for row in read_evaluations(directory)
         ]
 
-    assert told(tmp_path / "run") == told(directory)
+    assert measurements(tmp_path / "run") == measurements(directory)
     assert again["eval"] == report["eval"]
     assert again["stopped_early"] == report["stopped_early"]
     for name in ("adapter", "best_adapter"):
         weights = Path(name) / "adapter_model.safetensors"
-        one, two = (d / weights for d in (directory, tmp_path / "run"))
-        assert one.read_bytes() == two.read_bytes()
+        files = [d / weights for d in (directory, tmp_path / "run")]
+        assert files[0].read_bytes() == files[1].read_bytes()
     best = Path("best_adapter/training.json")
     assert (directory / best).read_bytes() == (tmp_path / "run" / best).read_bytes()
 
@@ -413,8 +408,9 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
     )
     train = dataclasses.replace(config.train, steps=4)
     data = Path(shutil.copy(rows_file, tmp_path / "rows.jsonl"))
-    own = dataclasses.replace(config.data, path=str(data))
-    config = dataclasses.replace(config, train=train, data=own)
+    config = dataclasses.replace(
+        config, train=train, data=dataclasses.replace(config.data, path=str(data))
+    )
     jitted = []
 
     def jit_once(model):
@@ -426,8 +422,8 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
     # One program, compiled before the run, whatever the rows of the last batch.
     assert [step._cache_size() for step in jitted] == [0]
     assert len(read_evaluations(tmp_path / "run")) == 2
-    said = capsys.readouterr().err
-    assert "Held out of the training data: 6 examples" in said
+    err = capsys.readouterr().err
+    assert "Held out of the training data: 6 examples" in err
     assert report["held_out"]["examples"] == 6 and report["data"]["examples"] == 18
     lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -436,7 +432,7 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
     ]
     for row in rows:
         assert len(row["text"].split()) == 4
-        assert row["prompt"] + row["text"] in said
+        assert row["prompt"] + row["text"] in err
     # The last sample is what the saved adapter writes.
     monkeypatch.setattr("qlora_jax.runs.loading.load_tokenizer", lambda path: Words())
     capsys.readouterr()
@@ -446,12 +442,12 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
     # `eval` finds the part that was held out again, or says that it cannot.
     command = ["eval", str(tmp_path / "run")]
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["measured"] == "what the run held out of its training data"
-    assert found["rows"] == 6 and found["data"] == str(data)
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["measured"] == "what the run held out of its training data"
+    assert measured["rows"] == 6 and measured["data"] == str(data)
     last = read_evaluations(tmp_path / "run")[-1]
     # The same float32 sums in batches of another size.
-    np.testing.assert_allclose(found["loss"], last["eval_loss"], rtol=1e-5)
+    np.testing.assert_allclose(measured["loss"], last["eval_loss"], rtol=1e-5)
     assert main([*command, "--data.max-length", "8"]) == 1
     assert "--data.max-length would read other rows" in capsys.readouterr().err
     data.write_text("".join(data.read_text().splitlines(keepends=True)[2:]))

@@ -19,7 +19,7 @@ from qlora_jax.runs.interruption import (
     AtOnce,
     Interruption,
 )
-from qlora_jax.runs.metrics import Watch
+from qlora_jax.runs.metrics import Watch, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("handlers")
         (("SIGTERM", "SIGINT", "SIGINT"), True),
     ],
 )
-def test_the_first_is_noted_the_second_answered_the_third_obeyed(sent, at_once, capfd):
+def test_the_first_signal_is_noted_and_the_third_obeyed(sent, at_once, capfd):
     with Interruption() as interruption:
         assert interruption.signal is None
         for name in sent[:-1]:
@@ -59,7 +59,7 @@ def test_the_first_is_noted_the_second_answered_the_third_obeyed(sent, at_once, 
     assert err.count("the run is being saved already") == len(sent) - 1 - at_once
 
 
-def test_handlers_are_given_back_after_an_error():
+def test_handlers_are_restored_after_an_error():
     def mine(number, frame):
         raise AssertionError
 
@@ -81,17 +81,17 @@ def test_what_is_ignored_stays_ignored():
 
 
 def test_another_thread_sets_no_handler():
-    found = []
+    states = []
 
     def body():
         with Interruption() as interruption:
-            found.append([signal.getsignal(number) for number in SIGNALS])
-            found.append(interruption.signal)
+            states.append([signal.getsignal(number) for number in SIGNALS])
+            states.append(interruption.signal)
 
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert found == [[signal.SIG_DFL, signal.default_int_handler], None]
+    assert states == [[signal.SIG_DFL, signal.default_int_handler], None]
 
 
 # --- whole runs ---
@@ -131,10 +131,10 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def write(tmp_path_factory, llama_dir, rows_file):
     """A function: name of a run directory -> its run file, and the directory."""
-    place = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
 
     def write(name):
-        file, output = place / f"{name}.toml", place / name
+        file, output = folder / f"{name}.toml", folder / name
         text = RUN.format(model=llama_dir, rows=rows_file, output=output, steps=STEPS)
         file.write_text(text)
         return file, output
@@ -150,20 +150,17 @@ def straight(write):
     return output
 
 
-def assert_same(one: Path, two: Path) -> None:
+def assert_same(expected: Path, actual: Path) -> None:
     weights = "adapter/adapter_model.safetensors"
-    assert (one / weights).read_bytes() == (two / weights).read_bytes()
-    rows = []
-    for directory in (one, two):
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        rows.append([(r["step"], r["loss"]) for r in map(json.loads, lines)])
-        assert (directory / "report.json").is_file()
-    assert rows[0] == rows[1] and len(rows[0]) == STEPS
-    # The checksums that are stored are those of step, adapter, moments and key.
-    records = [
-        json.loads((d / f"checkpoints/step_{STEPS}/record/metadata").read_text())
-        for d in (one, two)
-    ]
+    assert (actual / weights).read_bytes() == (expected / weights).read_bytes()
+    assert (actual / "report.json").is_file()
+    steps, records = [], []
+    for directory in (expected, actual):
+        steps.append([(r["step"], r["loss"]) for r in read_metrics(directory)])
+        record = directory / f"checkpoints/step_{STEPS}/record/metadata"
+        records.append(json.loads(record.read_text()))
+    assert steps[0] == steps[1] and len(steps[0]) == STEPS
+    # Checksums of step, adapter, moments and key.
     assert records[0]["checksums"]["state"] == records[1]["checksums"]["state"]
 
 
@@ -179,7 +176,7 @@ def stopping_at(monkeypatch, step, name):
     monkeypatch.setattr(Watch, "step", note)
 
 
-# See tests/test_checkpoint.py: reads that end late, where one of many has failed.
+# See test_checkpoint.py: reads that end late, where one of many has failed.
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
 )
@@ -244,28 +241,28 @@ def test_before_the_first_step_there_is_nothing_to_save(
     monkeypatch.setattr(prepared, "load_examples", loading)
     assert main(["train", str(file)]) == status
     stopped = "terminated" if name == "SIGTERM" else "interrupted"
-    said = f"qlora-jax train: {stopped}. No step was under way. The same command"
-    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+    message = f"qlora-jax train: {stopped}. No step was under way. The same command"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
     assert not output.exists()
 
 
 AT_ONCE = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from qlora_jax import loop
+from qlora_jax.runs.runner import AdapterWriter
 from qlora_jax.cli.main import entry
-export = loop.Loop.export
+write = AdapterWriter.write
 def during_the_save(self, state):
     if int(state.step) == 8:
         for name in ("SIGTERM", "SIGTERM", "SIGTERM"):
             signal.raise_signal(signal.Signals[name])
-    export(self, state)
-loop.Loop.export = during_the_save
+    write(self, state)
+AdapterWriter.write = during_the_save
 entry()
 """
 
 
-def test_whoever_insists_is_obeyed_and_loses_steps_alone(write, straight):
+def test_an_immediate_stop_loses_nothing_but_steps(write, straight):
     file, output = write("at once")
     done = subprocess.run(
         [sys.executable, "-c", AT_ONCE, "train", str(file)],

@@ -1,8 +1,19 @@
-"""Where the base of an adapter lies; the command that copies one is tested with it."""
+"""A path stands for a base, an adapter and a run; copies of adapters find the base."""
 
+import json
 from pathlib import Path
 
-from qlora_jax.runs.loading import base_places, leads_nowhere, name_from
+import pytest
+
+from qlora_jax.errors import UserError
+from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.loading import (
+    base_candidates,
+    base_name_for_copy,
+    base_options,
+    is_broken_path,
+    resolve,
+)
 
 
 def model(path: Path) -> Path:
@@ -11,25 +22,63 @@ def model(path: Path) -> Path:
     return path
 
 
-def test_places_beside_the_adapter(tmp_path, monkeypatch):
+def test_a_base_is_also_looked_for_next_to_the_adapter(tmp_path, monkeypatch):
     base, adapter = model(tmp_path / "base"), tmp_path / "run" / "adapter"
     monkeypatch.chdir(tmp_path)
-    first, *others = base_places(adapter, "base")
+    first, *others = base_candidates(adapter, "base")
     assert first == Path("base") and base in others
 
 
-def test_a_name_that_is_no_directory_is_left_alone(tmp_path):
+def test_the_copy_of_an_adapter_names_the_same_base(tmp_path):
     for name in (None, "", "org/name", "/nowhere/base", "../nowhere"):
-        assert name_from(name, tmp_path / "a", tmp_path / "b") == name
-    assert not leads_nowhere("org/name", tmp_path) and not leads_nowhere(None, tmp_path)
-    assert leads_nowhere("../nowhere", tmp_path) and leads_nowhere("/nowhere", tmp_path)
-
-
-def test_another_model_of_the_same_name_beside_the_copy(tmp_path):
-    """A path that leads somewhere else is not kept."""
+        assert base_name_for_copy(name, tmp_path / "a", tmp_path / "b") == name
+    # Another model has the relative path that leads from the copy.
     base = model(tmp_path / "here" / "base")
     model(tmp_path / "there" / "base")
     source, output = tmp_path / "here" / "a", tmp_path / "there" / "b"
     source.mkdir()
-    assert name_from("../base", source, output) == str(base)
-    assert name_from("../base", source, tmp_path / "here" / "b") == "../base"
+    assert base_name_for_copy("../base", source, output) == str(base)
+    assert base_name_for_copy("../base", source, source.with_name("b")) == "../base"
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [(None, False), ("org/name", False), ("../nowhere", True), ("/nowhere", True)],
+)
+def test_a_hub_name_is_not_a_broken_path(tmp_path, name, broken):
+    assert is_broken_path(name, tmp_path) == broken
+
+
+@pytest.mark.parametrize(
+    ("asked", "quantization", "packed_head"),
+    [("auto", "nf4", True), ("nf4", "nf4", True), ("nf4_dq", "nf4_dq", False)],
+)
+def test_the_head_is_packed_as_in_the_run(asked, quantization, packed_head):
+    run = ModelConfig("base", quantization="nf4", lm_head="nf4", dtype="float32")
+    assert base_options(run, asked) == {
+        "quantization": quantization,
+        "quantize_lm_head": packed_head,
+        "dtype": "float32",
+    }
+    default = {"quantization": "nf4_dq", "dtype": "bfloat16"}
+    assert base_options(None) == {**default, "quantize_lm_head": False}
+    assert base_options(run, "none", "float16")["quantization"] is None
+
+
+def test_every_path_of_a_run_resolves_to_it(fact_run):
+    run, base = fact_run, fact_run.parent / "base"
+    resolved = resolve(run)
+    assert resolved.run == run and resolved.adapter == run / "adapter"
+    assert resolved.settings is not None and resolved.lora is not None
+    assert resolved.base == Path(resolved.settings.model.path) == base
+    report = json.loads((run / "report.json").read_text())
+    assert resolved.fingerprint == report["base_fingerprint"]
+    assert resolved.chat_template == str(run / "adapter" / "chat_template.jinja")
+    assert resolve(run / "adapter") == resolved
+    attached = resolve(base, adapter=run)
+    assert (attached.adapter, attached.lora) == (resolved.adapter, resolved.lora)
+    assert attached.run is attached.settings is None
+    with pytest.raises(UserError, match="is an adapter itself"):
+        resolve(run, adapter=run)
+    with pytest.raises(UserError, match="names the base of an adapter directory"):
+        resolve(base, base=run)

@@ -5,7 +5,6 @@ given step, or between writing a checkpoint and giving it its name.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -22,15 +21,15 @@ import safetensors.numpy
 
 import convert
 from qlora_jax.data.batches import Batches
-from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.runs.checkpoint import Checkpoints
-from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
-from qlora_jax.runs.runner import run, tree_parameters
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config, to_toml
-from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import init_state
 
@@ -48,54 +47,14 @@ EVERYTHING = {
 }
 
 
-def configure(llama_dir, rows_file, output_dir, **sections) -> RunConfig:
-    """A run's configuration, with some fields of some sections changed."""
-
-    def section(kind, name, **defaults):
-        return kind(**defaults | sections.get(name, {}))
-
-    return RunConfig(
-        model=section(ModelConfig, "model", path=str(llama_dir), dtype="float32"),
-        data=section(
-            DataConfig, "data", path=str(rows_file), format="tokens", max_length=64
-        ),
-        # With a constant rate runs of any length are the same program.
-        train=section(
-            TrainConfig,
-            "train",
-            steps=STEPS,
-            batch_size=2,
-            learning_rate=1e-2,
-            lr_scheduler="constant",
-        ),
-        lora=section(
-            LoraConfig,
-            "lora",
-            r=4,
-            lora_alpha=8,
-            target_modules=("q_proj", "down_proj"),
-        ),
-        checkpoint=section(CheckpointConfig, "checkpoint", every=4),
-        log=section(LogConfig, "log", plot=False),
-        output_dir=str(output_dir),
-    )
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cache(compile_each_program_once):
     """Many runs here are the same program; see also `command`."""
     return compile_each_program_once
 
 
-@pytest.fixture(scope="session")
-def make(llama_dir, rows_file):
-    """A function: directory, sections to change -> a run's configuration."""
-    return functools.partial(configure, llama_dir, rows_file)
-
-
 def losses(directory: Path) -> list[tuple[int, float, float]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(directory)
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
@@ -111,23 +70,23 @@ def final_state(directory: Path, config: RunConfig):
     return dataclasses.replace(state, key=jax.random.key_data(state.key))
 
 
-def assert_same_trees(one, two) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_array_equal(a, b)
+def assert_same_trees(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def assert_same_runs(one: Path, two: Path, config: RunConfig) -> None:
-    assert losses(one) == losses(two)
-    assert [step for step, _, _ in losses(one)] == list(range(1, STEPS + 1))
+def assert_same_runs(expected: Path, actual: Path, config: RunConfig) -> None:
+    assert losses(actual) == losses(expected)
+    assert [step for step, _, _ in losses(actual)] == list(range(1, STEPS + 1))
     weights = Path("adapter/adapter_model.safetensors")
-    assert (one / weights).read_bytes() == (two / weights).read_bytes()
-    first, second = (final_state(d, config) for d in (one, two))
-    assert int(first.step) == STEPS
-    assert_same_trees(first, second)
-    leftovers = {p.name for p in two.iterdir()} - {p.name for p in one.iterdir()}
-    assert not leftovers
-    assert {p.name for p in (two / "checkpoints").iterdir()} == {"step_16", "step_20"}
+    assert (actual / weights).read_bytes() == (expected / weights).read_bytes()
+    states = [final_state(directory, config) for directory in (expected, actual)]
+    assert int(states[0].step) == STEPS
+    assert_same_trees(*states)
+    files = [{p.name for p in run.iterdir()} for run in (expected, actual)]
+    assert not files[1] - files[0]
+    saved = {path.name for path in (actual / "checkpoints").iterdir()}
+    assert saved == {"step_16", "step_20"}
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +150,13 @@ def command(
     file = tmp_path / "settings.toml"
     file.write_text(to_toml(config))
     program = f"{before}\nfrom qlora_jax.cli.main import entry\nentry()"
-    found = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
+    known = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": cache}
     return subprocess.run(
         [sys.executable, "-c", program, "train", str(file)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | found,
+        env=os.environ | known,
         timeout=300,
     )
 
@@ -238,7 +197,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_a_finished_run_says_so_and_is_left_alone(tmp_path, make, capsys):
+def test_a_finished_run_is_not_changed(tmp_path, make, capsys):
     config = make(tmp_path / "run", train={"steps": 3})
     first = run(config)
     before = snapshot(tmp_path / "run")
@@ -272,9 +231,9 @@ def test_a_longer_run_continues_with_a_note(tmp_path, make, capsys):
     run(make(tmp_path / "run", train={"steps": 3}))
     report = run(make(tmp_path / "run", train={"steps": 5}))
     assert report["steps"] == 5
-    said = capsys.readouterr().err
-    assert "was to take 3 steps and now takes 5; from here the learning rate" in said
-    assert "Continuing from step 3 of 5." in said
+    err = capsys.readouterr().err
+    assert "was to take 3 steps and now takes 5; from here the learning rate" in err
+    assert "Continuing from step 3 of 5." in err
     assert len(losses(tmp_path / "run")) == 5
     assert read_config(tmp_path / "run" / "config.toml").train.steps == 5
     with pytest.raises(UserError, match="has taken 5 steps already, and is now to end"):
@@ -317,7 +276,7 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(
     assert snapshot(started) == before
 
 
-def test_one_changed_byte_of_the_base_is_noticed(started, make, llama_dir, tmp_path):
+def test_a_changed_byte_of_the_base_is_refused(started, make, llama_dir, tmp_path):
     for file in llama_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = bytearray((tmp_path / "model.safetensors").read_bytes())
@@ -332,7 +291,7 @@ def test_one_changed_byte_of_the_base_is_noticed(started, make, llama_dir, tmp_p
     assert snapshot(started) == before
 
 
-def test_changed_data_is_noticed_and_moved_data_is_not(
+def test_changed_data_is_refused_and_moved_data_is_not(
     started, make, rows_file, tmp_path
 ):
     moved = tmp_path / "moved.jsonl"
@@ -374,10 +333,7 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir, rows_file):
     assert json.loads((directory / "report.json").read_text()) == report
 
     # metrics.jsonl: the fields, and tokens counted from the batches themselves.
-    rows = [
-        json.loads(line)
-        for line in (directory / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = read_metrics(directory)
     examples = load_examples(config.data, None, vocab_size=32)
     batches = Batches(
         examples,
@@ -402,8 +358,9 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir, rows_file):
     assert report["final_loss"] == rows[-1]["loss"]
 
     # adapter/: what the newest checkpoint holds.
-    architecture, base = convert.load_llama(llama_dir, quantization="nf4_dq")
-    lora, adapters = convert.load_adapter(directory / "adapter", architecture)
+    lora, adapters = convert.load_adapter(
+        directory / "adapter", convert.abstract_llama(llama_dir)[0]
+    )
     assert (lora.r, lora.lora_alpha) == (4, 8)
     assert lora.base_model_name_or_path == str(llama_dir)
     state = final_state(directory, config)
@@ -417,7 +374,6 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir, rows_file):
     assert report["adapter_bytes"] == weights.stat().st_size
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     assert report["optimizer_bytes"] == nbytes == trained * 8 + 8
-    assert report["base_parameters"] == tree_parameters(base)
     dense = safetensors.numpy.load_file(llama_dir / "model.safetensors").values()
     assert report["base_parameters"] == sum(tensor.size for tensor in dense)
     assert report["versions"]["jax"] == jax.__version__
@@ -480,7 +436,7 @@ def test_a_start_that_fails_leaves_nothing_behind(
         tensors[key] = np.full((64, 4), np.nan, np.float32)
 
     # Of another base: said before large data are read.
-    monkeypatch.setattr(prepared, "_READ_ANYWAY", -1)
+    monkeypatch.setattr(prepared, "_QUICK_BYTES", -1)
     monkeypatch.setattr(prepared, "load_examples", None)
     edit_tensors(source / "adapter_model.safetensors", widen)
     with pytest.raises(CheckpointError, match=r"\[72, 4\] instead of \[64, 4\]"):
@@ -518,7 +474,7 @@ def test_modules_of_the_base_need_their_classes(tmp_path, make, llama_dir):
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_are_the_same_rows_however_they_are_given(tmp_path, make, capsys):
+def test_rows_are_the_same_by_list_and_by_module(tmp_path, make, capsys):
     rows = {"target_modules": ("q_proj",), "trainable_token_indices": (5, 6)}
     run(make(tmp_path / "run", lora=rows, train={"steps": 1}))
     rows["trainable_token_indices"] = {"embed_tokens": (5, 6)}
@@ -541,10 +497,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
     with pytest.raises(UserError, match="Step 7 is not finite: loss ") as stopped:
         run(config)
     message = str(stopped.value)
-    place = tmp_path / "run" / "nonfinite_step_7.npz"
-    assert str(place) in message and "(number 6)" in message
+    file = tmp_path / "run" / "nonfinite_step_7.npz"
+    assert str(file) in message and "(number 6)" in message
     assert str(tmp_path / "run" / "checkpoints" / "step_4") in message
-    batch = np.load(place)
+    batch = np.load(file)
     assert batch["tokens"].shape == batch["labels"].shape == (1, 2, 64)
     # Whatever it was is over: the same command goes on.
     monkeypatch.undo()
@@ -565,12 +521,13 @@ def test_a_learning_rate_far_too_high_stops_the_run(tmp_path, make):
 
 def test_the_output_directory_has_to_be_a_run_or_empty(tmp_path, make):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="`.*file` is a file"):
-        run(make(tmp_path / "file"))
-    with pytest.raises(UserError, match="`.*/file` is a file"):
-        run(make(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match="not empty and holds no run"):
-        run(make(tmp_path))
+    for directory, problem in (
+        ("file", "`.*file` is a file"),
+        ("file/run", "`.*/file` is a file"),
+        ("", "not empty and holds no run"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            run(make(tmp_path / directory))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -585,7 +542,7 @@ def test_a_directory_that_cannot_be_written_is_refused_at_once(
         run(make("/proc/run"))
 
 
-def test_two_processes_do_not_train_in_one_directory(tmp_path, make):
+def test_two_processes_do_not_train_in_the_same_directory(tmp_path, make):
     import fcntl
 
     config = make(tmp_path / "run", train={"steps": 1})
@@ -619,13 +576,13 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, make, straight, cache):
     config = make(tmp_path / "run", **EVERYTHING)
     full = command(config, tmp_path, FULL, cache)
     assert full.returncode == 1, full.stderr
-    *before, said = full.stderr.splitlines()
-    # What every run says, and nothing of the threads that write.
+    *lines, last = full.stderr.splitlines()
+    # The lines of every run, and none of the threads that write.
     known = ("24 of 24 rows", "Plan: ", "Training ", "  default: ")
-    assert all(line.startswith(known) for line in before), before
-    assert said.startswith("qlora-jax train: ")
-    assert "cannot be written: File too large. The checkpoints there are" in said
-    assert "give the same command to continue" in said
+    assert all(line.startswith(known) for line in lines), lines
+    assert last.startswith("qlora-jax train: ")
+    assert "cannot be written: File too large. The checkpoints there are" in last
+    assert "give the same command to continue" in last
     assert (tmp_path / "run" / "checkpoints" / "step_4").is_dir()
     run(config)
     assert_same_runs(straight("everything"), tmp_path / "run", config)

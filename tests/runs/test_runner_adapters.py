@@ -17,17 +17,16 @@ import convert
 from convert.peft import open_adapter
 from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
-from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models.config import LlamaConfig, RopeScaling
-from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
+from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.prepare import _with_initial_adapter
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
-from qlora_jax.training.config import ParameterGroup, TrainConfig
+from qlora_jax.training.config import ParameterGroup
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 TOKENS = [[3, 5, 7, 9, 11, 2, 4, 6]]
@@ -58,22 +57,19 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def make(llama_dir, rows_file):
-    """A function: directory, LoRA settings -> a run's configuration."""
+def make(make):
+    """A function: directory, settings of [lora] and [train] -> a configuration."""
 
-    def make(directory: Path, lora: dict, **train) -> RunConfig:
-        settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, **train}
-        return RunConfig(
-            model=ModelConfig(path=str(llama_dir), dtype="float32"),
-            data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
-            train=TrainConfig(lr_scheduler="constant", **settings),
-            lora=LoraConfig(**{"r": 4, "lora_alpha": 8, **lora}),
-            checkpoint=CheckpointConfig(every=2),
-            log=LogConfig(plot=False),
-            output_dir=str(directory),
+    def short(directory: Path, lora: dict, **train) -> RunConfig:
+        return make(
+            directory,
+            data={"max_length": 32},
+            lora={"target_modules": LoraConfig.target_modules, **lora},
+            train={"steps": 4, **train},
+            checkpoint={"every": 2},
         )
 
-    return make
+    return short
 
 
 @dataclasses.dataclass
@@ -83,8 +79,8 @@ class Finished:
     directory: Path
     config: RunConfig
     report: dict
-    said: str
-    """What it wrote to stderr, its spaces made single."""
+    err: str
+    """What it wrote to stderr, with single spaces."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +156,7 @@ def test_stopped_and_continued_it_is_the_same(kind, make, straight, stopped, tmp
     assert weights(tmp_path / "parts") == weights(straight(kind).directory)
 
 
-def test_what_pissa_took_out_is_kept(make, straight, stopped, tmp_path, monkeypatch):
+def test_what_pissa_factors_out_is_kept(make, straight, stopped, tmp_path, monkeypatch):
     """A decomposition of another machine may differ; the run goes on with the first."""
     from qlora_jax.runs import runner
 
@@ -270,15 +266,13 @@ def test_an_adapter_is_continued_at_a_longer_context(
     assert written == dataclasses.replace(longer("parts", 2), lora=written.lora)
     started = " ".join(capsys.readouterr().err.split())
     report = run(longer("parts", 4))
-    said = " ".join(capsys.readouterr().err.split())
-    run(longer("one", 4))
-    for name in ("adapter", "adapter_ema"):
-        one, two = (
-            (tmp_path / place / name / "adapter_model.safetensors").read_bytes()
-            for place in ("parts", "one")
-        )
-        assert one == two, name
-    assert weights(tmp_path / "one") != one  # the average is another adapter
+    err = " ".join(capsys.readouterr().err.split())
+    run(longer("straight", 4))
+    straight_run, parts = tmp_path / "straight", tmp_path / "parts"
+    average = Path("adapter_ema/adapter_model.safetensors")
+    averages = [(d / average).read_bytes() for d in (straight_run, parts)]
+    assert weights(straight_run) == weights(parts) and averages[0] == averages[1]
+    assert weights(straight_run) != averages[0]
 
     # What was trained is trained again, and its rates are said and reported.
     trained = before.report["trainable_parameters"]
@@ -288,8 +282,8 @@ def test_an_adapter_is_continued_at_a_longer_context(
         "trainable_parameters": trained,
     }
     assert f"it has {trained:,} trained parameters, and this run trains" in started
-    assert "optimizer starts afresh" in started and "afresh" not in said
-    assert "the longest example has" not in said
+    assert "optimizer starts afresh" in started and "afresh" not in err
+    assert "the longest example has" not in err
     groups = {group["name"]: group for group in report["optimizer_groups"]}
     assert set(groups) == {
         *("default", "default, no decay", "lora_B"),
@@ -298,10 +292,10 @@ def test_an_adapter_is_continued_at_a_longer_context(
     assert sum(g["parameters"] for g in report["optimizer_groups"]) == trained
     assert groups["lora_B"]["learning_rate"] == 0.04
     assert groups["default, no decay"]["weight_decay"] == 0.0
-    assert "lora_B: " in said and "learning rate 0.04 (constant" in said
+    assert "lora_B: " in err and "learning rate 0.04 (constant" in err
     start, end = (
-        convert.load_adapter(place / "adapter", _config(llama_dir))[1]["model"]
-        for place in (before.directory, tmp_path / "one")
+        convert.load_adapter(directory / "adapter", _config(llama_dir))[1]["model"]
+        for directory in (before.directory, straight_run)
     )
     for module, part, moves in (
         ("self_attn.q_proj", "lora_A", True),
@@ -315,15 +309,12 @@ def test_an_adapter_is_continued_at_a_longer_context(
     # The longer context goes where the adapter goes.
     changes = {"max_position_embeddings": 128}
     changes["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
-    assert json.loads((tmp_path / "one/adapter/base_config.json").read_text()) == (
-        changes
-    )
-    assert load(tmp_path / "one").config.rope_scaling == RopeScaling("linear", 2.0)
-    average = load(tmp_path / "one" / "adapter_ema", dtype="float32")
+    file = straight_run / "adapter" / "base_config.json"
+    assert json.loads(file.read_text()) == changes
+    assert load(straight_run).config.rope_scaling == RopeScaling("linear", 2.0)
+    average = load(straight_run / "adapter_ema", dtype="float32")
     assert average.config.max_position_embeddings == 128
-    config = make(
-        tmp_path / "three", {}, adapter_init=str(tmp_path / "one" / "adapter")
-    )
+    config = make(tmp_path / "next", {}, adapter_init=str(straight_run / "adapter"))
     kept, origin = _with_initial_adapter(config, (), _abstract_base(llama_dir))
     assert kept.model.config_changes == changes
     assert origin["trainable_parameters_before"] == trained
@@ -337,10 +328,10 @@ def _abstract_base(llama_dir):
     return convert.abstract_llama(llama_dir, quantization="nf4_dq")[1]
 
 
-def test_tables_that_dominate_are_said_with_the_figure(straight):
+def test_tables_that_dominate_are_noted_with_their_share(straight):
     # 2 tables of 32 x 64, 5 norms of 64, and of q_proj 2 x 4 x 128.
-    said = "make 4,096 of 5,440 trained parameters (75%): 0.02 MB"
-    assert said in straight("tables").said
+    note = "make 4,096 of 5,440 trained parameters (75%): 0.02 MB"
+    assert note in straight("tables").err
 
 
 def test_an_adapter_of_other_weights_is_noted(straight, tmp_path, llama_dir, capsys):
@@ -383,23 +374,23 @@ def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
 def test_hot_swap(make, straight, tmp_path):
     """Another adapter of the same shapes: no new program, and the right logits."""
     run(make(tmp_path / "two", {"lora_alpha": 32}, steps=2))
-    one, two = load(straight("plain").directory), load(tmp_path / "two")
-    expected = two.logits(TOKENS)
-    one.logits(TOKENS)
+    first, second = load(straight("plain").directory), load(tmp_path / "two")
+    expected = second.logits(TOKENS)
+    first.logits(TOKENS)
     from qlora_jax.inference import model
 
     before = model._logits._cache_size()
     swapped = dataclasses.replace(
-        one, adapters=two.adapters, lora_config=two.lora_config
+        first, adapters=second.adapters, lora_config=second.lora_config
     )
     np.testing.assert_array_equal(swapped.logits(TOKENS), expected)
     assert model._logits._cache_size() == before
-    attached = one.attach(tmp_path / "two")
+    attached = first.attach(tmp_path / "two")
     np.testing.assert_array_equal(attached.logits(TOKENS), expected)
     assert model._logits._cache_size() == before
-    bare = one.attach(None)
-    assert bare.adapters is None and bare.base is one.base
-    assert jax.tree.structure(one.adapters) == jax.tree.structure(two.adapters)
+    bare = first.attach(None)
+    assert bare.adapters is None and bare.base is first.base
+    assert jax.tree.structure(first.adapters) == jax.tree.structure(second.adapters)
 
 
 def test_a_module_inside_another_that_is_saved_is_refused(make, tmp_path):

@@ -7,24 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import convert
 from qlora_jax.cli.main import main
-from qlora_jax.data.config import DataConfig, Source
-from qlora_jax.data.examples import load_examples
+from qlora_jax.data.config import Source
 from qlora_jax.errors import Problems, UserError
-from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs import prepare as prepared
-from qlora_jax.runs import resume as run_record
 from qlora_jax.runs import runner
 from qlora_jax.runs.config import (
-    CheckpointConfig,
     EvalConfig,
-    LogConfig,
-    ModelConfig,
     RunConfig,
 )
-from qlora_jax.runs.directory import alone
-from qlora_jax.runs.metrics import Watch
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.runs.directory import run_lock
+from qlora_jax.runs.metrics import Watch, read_metrics
+from qlora_jax.runs.resume import run_record
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7
@@ -35,35 +30,32 @@ def sources(rows_file, tmp_path_factory):
     """Three sources of few rows, so that a run passes through each many times."""
     rows = rows_file.read_text().splitlines()
     folder = tmp_path_factory.mktemp("sources")
-    found = []
+    sources = []
     for number, part in enumerate((rows[:13], rows[13:17], rows[17:])):
         path = folder / f"{number}.jsonl"
         path.write_text("\n".join(part))
-        found.append(Source(path=str(path), weight=(3, 1, 2)[number]))
-    return tuple(found)
+        sources.append(Source(path=str(path), weight=(3, 1, 2)[number]))
+    return tuple(sources)
 
 
-def configure(llama_dir, directory, **data) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(path=str(llama_dir), dtype="float32"),
-        data=DataConfig(format="tokens", max_length=64, packing=True, **data),
-        train=TrainConfig(
-            steps=STEPS,
-            batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            lr_scheduler="constant",
-        ),
-        lora=LoraConfig(r=2, lora_alpha=4, target_modules=("q_proj",)),
-        checkpoint=CheckpointConfig(every=2),
-        log=LogConfig(plot=False),
-        output_dir=str(directory),
-    )
+@pytest.fixture(scope="module")
+def make(make):
+    """A function: directory, settings of [data] -> a run of packed rows."""
+
+    def packed(directory, **data) -> RunConfig:
+        return make(
+            directory,
+            data={"packing": True, **data},
+            train={"steps": STEPS, "gradient_accumulation_steps": 2},
+            lora={"r": 2, "lora_alpha": 4, "target_modules": ("q_proj",)},
+            checkpoint={"every": 2},
+        )
+
+    return packed
 
 
 def losses(directory: Path) -> list[tuple[int, float]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    return [(row["step"], row["loss"]) for row in read_metrics(directory)]
 
 
 def adapter(directory: Path) -> bytes:
@@ -82,28 +74,26 @@ def stop_after(monkeypatch, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(llama_dir, sources, tmp_path_factory):
+def straight(make, sources, tmp_path_factory):
     """A run on the mixture that nothing disturbed."""
     directory = tmp_path_factory.mktemp("straight") / "run"
-    report = runner.run(configure(llama_dir, directory, sources=sources, seed=5))
+    report = runner.run(make(directory, sources=sources, seed=5))
     return directory, report
 
 
 @pytest.mark.parametrize("step", [2, 5])
 @pytest.mark.parametrize("cache", [None, "auto"])
 def test_a_mixture_continues_to_the_same_bits(
-    straight, llama_dir, sources, tmp_path, monkeypatch, step, cache
+    straight, make, sources, tmp_path, monkeypatch, step, cache
 ):
-    config = configure(
-        llama_dir, tmp_path / "run", sources=sources, seed=5, cache=cache
-    )
+    config = make(tmp_path / "run", sources=sources, seed=5, cache=cache)
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(KeyboardInterrupt):
             runner.run(config)
     # Where the tokens are held has no part in what a run is.
-    other = configure(
-        *(llama_dir, tmp_path / "run"),
+    other = make(
+        tmp_path / "run",
         sources=sources,
         seed=5,
         cache=str(tmp_path / "elsewhere") if cache is None else None,
@@ -117,7 +107,7 @@ def test_a_mixture_continues_to_the_same_bits(
     assert (tmp_path / "run.data").exists() == (cache == "auto")
 
 
-def test_a_mixture_that_changed_is_refused(llama_dir, sources, tmp_path, straight):
+def test_a_mixture_that_changed_is_refused(make, sources, tmp_path, straight):
     directory, _ = straight
     first, *rest = sources
     heavier = (Source(path=first.path, weight=4), *rest)
@@ -129,12 +119,12 @@ def test_a_mixture_that_changed_is_refused(llama_dir, sources, tmp_path, straigh
         (Source(path=str(shorter), weight=3), *rest),
         sources[::-1],
     ):
-        config = configure(llama_dir, directory, sources=changed, seed=5)
+        config = make(directory, sources=changed, seed=5)
         with pytest.raises(UserError, match=r"data\.fingerprint: '\w+' -> "):
             runner.run(config)
 
 
-def test_the_run_file_of_a_mixture_continues(straight, capsys):
+def test_the_settings_of_a_run_with_a_mixture_continue_it(straight, capsys):
     directory, _ = straight
     assert main(["train", str(directory / "config.toml")]) == 0
     assert "This run is finished" in capsys.readouterr().err
@@ -149,10 +139,10 @@ def test_the_run_file_of_a_mixture_continues(straight, capsys):
     file.write_text(before)
 
 
-def test_what_a_mixture_held_out_is_measured_by_source(
-    llama_dir, sources, rows_file, tmp_path, capsys
+def test_the_held_out_part_of_a_mixture_is_measured_by_source(
+    make, sources, rows_file, tmp_path, capsys
 ):
-    config = configure(llama_dir, tmp_path / "run", sources=sources)
+    config = make(tmp_path / "run", sources=sources)
     short = dataclasses.replace(config.train, steps=1)
     held = EvalConfig(examples=6)
     report = runner.run(dataclasses.replace(config, train=short, eval=held))
@@ -167,33 +157,30 @@ def test_what_a_mixture_held_out_is_measured_by_source(
     assert json.loads(capsys.readouterr().out)["rows"] == 24
 
 
-def test_the_record_of_a_single_file_is_what_it_always_was(llama_dir, rows_file):
-    config = configure(llama_dir, "run", path=str(rows_file))
-    examples = load_examples(config.data, None, vocab_size=32)
-    record = run_record.run_record(config, "base", examples)
+def test_the_record_has_what_makes_the_rows(make, rows_file):
+    config = make("run", path=str(rows_file))
+    record = run_record(config, "base", "data")
     assert set(record["data"]) == {
         *("fingerprint", "format", "max_length", "packing", "shuffle", "seed"),
         *("train_on", "prompt", "completion", "text", "too_long", "append_eos"),
     }
 
 
-def test_fewer_rows_than_a_step_takes_are_reported(llama_dir, rows_file, tmp_path):
-    # Before the first compilation: the loop is never reached.
-    config = configure(llama_dir, tmp_path / "run", path=str(rows_file))
+def test_fewer_rows_than_a_step_takes_are_noted(make, rows_file, tmp_path, capsys):
+    config = make(tmp_path / "run", path=str(rows_file))
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(rows_file.read_text().splitlines()[:3]))
-    assert "repeated" not in _said(config)
-    config = configure(llama_dir, tmp_path / "run", path=str(few))
-    assert "the data make 1 row and a step takes 4, so that rows are rep" in _said(
-        config
-    )
+    assert "repeated" not in notes_of(config, capsys)
+    config = make(tmp_path / "run", path=str(few))
+    note = "the data make 1 row and a step takes 4, so that rows are rep"
+    assert note in notes_of(config, capsys)
 
 
 def test_eval_settings_without_data_to_measure_are_reported(
-    llama_dir, rows_file, tmp_path, capsys
+    make, rows_file, tmp_path, capsys
 ):
-    config = configure(llama_dir, tmp_path / "run", path=str(rows_file))
-    for evaluation, said in (
+    config = make(tmp_path / "run", path=str(rows_file))
+    for evaluation, note in (
         (EvalConfig(every=7, at_start=True), "Note: eval: `every`, `at_start` given"),
         (EvalConfig(every=7, fraction=0.5), ""),
         (EvalConfig(every=7, sample_prompts=("a",)), ""),
@@ -201,31 +188,24 @@ def test_eval_settings_without_data_to_measure_are_reported(
     ):
         problems = Problems()
         config = dataclasses.replace(config, eval=evaluation)
-        assert prepared._check_places(config, problems) and not len(problems)
+        assert prepared._check_paths(config, problems) and not len(problems)
         error = capsys.readouterr().err
-        assert error.startswith(said) and bool(error) == bool(said)
+        assert error.startswith(note) and bool(error) == bool(note)
 
 
-def _said(config: RunConfig) -> str:
-    import contextlib
-    import io
-
-    import convert
-
+def notes_of(config: RunConfig, capsys) -> str:
     architecture, _ = convert.abstract_llama(config.model.path, quantization=None)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        prepared._data(config, architecture)
-    return said.getvalue()
+    prepared._load_data(config, architecture)
+    return capsys.readouterr().err
 
 
-def test_a_run_that_cannot_go_on_is_refused_before_anything_is_compiled(
-    llama_dir, rows_file, tmp_path, monkeypatch
+def test_a_changed_run_is_refused_before_anything_is_compiled(
+    make, rows_file, tmp_path, monkeypatch
 ):
     directory = tmp_path / "run"
-    config = configure(llama_dir, directory, path=str(rows_file))
+    config = make(directory, path=str(rows_file))
     runner.run(config)
-    monkeypatch.setattr(prepared, "fit", pytest.fail)
+    monkeypatch.setattr(prepared, "compile_step", pytest.fail)
     other = dataclasses.replace(config.train, learning_rate=0.5, batch_size=3)
     with pytest.raises(UserError) as refused:
         runner.run(dataclasses.replace(config, train=other))
@@ -233,5 +213,5 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_is_compiled(
     shorter = dataclasses.replace(config.train, steps=STEPS - 1)
     with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
         runner.run(dataclasses.replace(config, train=shorter))
-    with alone(directory), pytest.raises(UserError, match="Another process is trai"):
+    with run_lock(directory), pytest.raises(UserError, match="Another process is trai"):
         runner.run(config)
