@@ -19,7 +19,7 @@ from qlora_jax.cli.output import run_and_print, signals_raise
 from qlora_jax.errors import UserError
 from qlora_jax.inference.model import Model
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.inference.text import Answer, ChatPrompts
+from qlora_jax.inference.text import ChatPrompts, TextStream
 
 _COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -162,7 +162,7 @@ def _note_joined(model: Model, chat_template: str | None) -> None:
         )
 
 
-def _print_pieces(answer: Answer) -> bool:
+def _print_pieces(answer: TextStream) -> bool:
     """Prints an answer as it comes; returns whether Ctrl-C stopped it."""
     stopped = False
     try:

@@ -1,5 +1,6 @@
 """Generation: greedy as Hugging Face, a batch as its rows alone, sampling as told."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,8 +12,14 @@ import pytest
 
 import convert
 from qlora_jax.errors import UserError
-from qlora_jax.inference.decode import Decoding, _generate, generate_tokens
-from qlora_jax.inference.sampling import Rules, Sampling
+from qlora_jax.inference.decode import (
+    Decoding,
+    DecodingConfig,
+    _generate,
+    _Program,
+    generate_tokens,
+)
+from qlora_jax.inference.sampling import Sampling
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
@@ -118,19 +125,17 @@ def test_a_token_is_written_into_the_cache_where_it_lies(packed):
     """By the compiled program: nothing of the size of a cache is copied in a loop."""
     model, variables = packed
     c = model.config
-    program = _generate.lower(
-        model,
+    greedy, ones = Sampling(), np.ones((3, 32), np.int32)
+    lowered = _generate.lower(
+        _Program.of(model, greedy, (), cache_size=96),
         variables,
-        np.ones((3, 32), np.int32),
-        np.ones((3, 32), np.int32),
-        Sampling().values(),
-        slots=96,
+        ones,
+        ones,
+        greedy.values(),
         max_new_tokens=64,
-        rules=Rules(),
-        eos=(),
     )
     layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
-    text = program.compile().as_text()
+    text = lowered.compile().as_text()
     assert f"f32[2,{layer}" in text
     loops = re.split(r"\nENTRY ", text)[0]
     copies = re.findall(r"= (\S+) copy\(", loops)
@@ -193,28 +198,23 @@ def test_a_decoding_gives_the_tokens_of_the_one_loop(tiny, settings):
     """First token, whole chunks, a part of one; a row that ends and one ended."""
     rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=40, **settings)
     added = [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows, strict=True)]
-    decoding = Decoding(
-        *tiny, PROMPTS, max_new_tokens=40, sampling=Sampling(**settings)
-    )
-    found, visits = [[], [], []], []
+    config = DecodingConfig(40, Sampling(**settings))
+    decoding = Decoding(*tiny, PROMPTS, config)
+    streamed, visits = [[], [], []], []
     while not decoding.done:
         new = decoding.advance()
         visits.append(len(new[0]))
-        for row, tokens in zip(found, new, strict=True):
+        for row, tokens in zip(streamed, new, strict=True):
             row += tokens
         if len(visits) == 2:
             decoding.end(1)
-    assert found == [added[0], added[1][:17], added[2]]
+    assert streamed == [added[0], added[1][:17], added[2]]
     assert visits == [1, 16, 16, 7] and decoding.advance() == [[], [], []]
     end = added[0][20]
-    stops = Decoding(
-        *tiny,
-        PROMPTS[:1],
-        max_new_tokens=40,
-        sampling=Sampling(**settings),
-        eos_token_ids=(end,),
-        doubling=True,
+    config = dataclasses.replace(
+        config, eos_token_ids=(end,), power_of_two_lengths=True
     )
+    stops = Decoding(*tiny, PROMPTS[:1], config)
     out = []
     while not stops.done:
         out += stops.advance()[0]
