@@ -1,5 +1,5 @@
-"""Using a model: generation, chat, comparison.
+"""Loaded models: generation, chat and comparison.
 
-model (`Model`) -> text (prompts, chat, streams) -> decode (the loop over tokens) ->
-sampling; identity and compare answer whether an adapter belongs to its base.
+Reading order: model (`Model`), text (input checks, streams, chat prompts), decode (the
+generation loop), sampling; identity (which base an adapter belongs to), compare.
 """
