@@ -160,7 +160,7 @@ class PlanCommand:
             embed_tokens=settings.embed_tokens,
             lm_head=settings.lm_head,
             tied=settings.config.tie_word_embeddings,
-            card=card,
+            gpu=card,
         )
         if settings.fit is None:
             plan = planner.fastest(step, among)
@@ -178,7 +178,7 @@ class PlanCommand:
             )
         report["notes"] = notes
         if self.compare:
-            every = policies(attention=settings.attention, card=card)
+            every = policies(attention=settings.attention, gpu=card)
             report["policies"] = _compared(planner, step, every, settings.fit)
         if self.plot is not None:
             drawn = draw_memory(planner, plan, among, Path(self.plot))
@@ -497,7 +497,7 @@ def draw_memory(
             file=sys.stderr,
         )
         return None
-    limit = planner.card.memory_bytes / 1e9
+    limit = planner.gpu.memory_bytes / 1e9
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for policy in among:
@@ -509,7 +509,7 @@ def draw_memory(
         axes.plot(lengths, totals, "o", markersize=3.5, color=line.get_color())
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(
-        f"{planner.card.name}: {limit:,.0f} GB",
+        f"{planner.gpu.name}: {limit:,.0f} GB",
         (0, limit),
         xycoords=("axes fraction", "data"),
         xytext=(4, 4),
@@ -538,7 +538,7 @@ def draw_memory(
 
 def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, float]]:
     """Lengths and GB under a policy, from short rows to beyond the card."""
-    limit = planner.card.memory_bytes
+    limit = planner.gpu.memory_bytes
 
     def estimated(length: int) -> int:
         longer = dataclasses.replace(step, length=length)

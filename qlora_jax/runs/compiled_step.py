@@ -61,7 +61,7 @@ class CompiledStep:
     def summary(self) -> str:
         """One line for a person."""
         plan = self.plan
-        limit = plan.card.memory_bytes - ALLOWANCE
+        limit = plan.gpu.memory_bytes - ALLOWANCE
         kinds = ", ".join(
             f"{name} {readable_bytes(size)}"
             for name, size in device_bytes(plan.memory).items()
@@ -70,7 +70,7 @@ class CompiledStep:
         where = (
             ""
             if limit >= _ENDLESS
-            else f" of {readable_bytes(limit)} on {plan.card.name}"
+            else f" of {readable_bytes(limit)} on {plan.gpu.name}"
         )
         host = plan.memory.host_bytes
         return (
@@ -201,7 +201,7 @@ def _with_eval(
     size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
     size += stats.output_size_in_bytes - stats.alias_size_in_bytes
     size += sum(one.size * one.dtype.itemsize for one in batch.values())
-    card = fitted.plan.card
+    card = fitted.plan.gpu
     if size + ALLOWANCE > card.memory_bytes:
         rows, length = batch["tokens"].shape
         way = "A smaller `eval.batch_size` needs less"
