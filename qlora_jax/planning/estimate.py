@@ -103,8 +103,8 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
     )
     compute = dataclasses.replace(step.compute, remat="full", attention="auto")
     # Settings that change no count are set to one value, for the cache.
-    one_token = dataclasses.replace(step, length=1, train=train, compute=compute)
-    return _model_sizes(one_token, tuple((mesh or {"data": 1}).items()))
+    unit_step = dataclasses.replace(step, length=1, train=train, compute=compute)
+    return _model_sizes(unit_step, tuple((mesh or {"data": 1}).items()))
 
 
 @functools.lru_cache(maxsize=64)  # a search tries many lengths of one model

@@ -69,7 +69,7 @@ def test_the_fastest_policy_that_fits_is_taken():
 @pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
 @pytest.mark.parametrize("gpu", ["rtx-4090", "h200"])
 def test_the_longest_fits_and_one_unit_more_does_not(policy, gpu):
-    planner = Planner(GPUS[card])
+    planner = Planner(CARDS[gpu])
     plan = planner.longest(STEP, [policy])
     unit = granule(plan.step.length)
     assert plan.step.length % unit == 0
@@ -130,7 +130,7 @@ def test_a_search_plans_few_steps_where_memory_is_not_linear():
 def test_the_error_of_a_model_that_does_not_fit_has_excess_and_advice():
     config = LlamaConfig.from_hf(MODELS["70b"].hf_config)
     step = Step(config, Compute(lora=LORA), length=4096)
-    planner = Planner(GPUS["l4"])
+    planner = Planner(CARDS["l4"])
     with pytest.raises(DoesNotFit, match=r"128 tokens take .* GB more than the 24.00"):
         planner.longest(step, policies())
     with pytest.raises(DoesNotFit, match="no setting alone is enough.*--mesh.fsdp"):
@@ -163,12 +163,12 @@ def test_the_report_is_json_and_adds_up():
 
 def test_limits_of_jax_itself_are_named_where_they_are_too_low():
     long = dataclasses.replace(STEP, length=524288)
-    lean = Planner(GPUS["l40s"]).plan(long, LADDER[-1])
+    lean = Planner(CARDS["l40s"]).plan(long, LADDER[-1])
     assert float(lean.settings["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.75
     # 140 GB pinned, and JAX pins 64 GiB at most.
     limit = int(lean.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
     assert limit * 2**30 > lean.memory.host_bytes
-    assert Planner(GPUS["h200"]).plan(STEP, LADDER[2]).settings == {}
+    assert Planner(CARDS["h200"]).plan(STEP, LADDER[2]).settings == {}
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
