@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import qlora_jax as qj
-from qlora_jax.cli.eval import measure
+from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():

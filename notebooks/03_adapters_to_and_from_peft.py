@@ -21,7 +21,7 @@ import safetensors.numpy
 
 import convert
 import qlora_jax as qj
-from qlora_jax.cli.eval import measure
+from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():

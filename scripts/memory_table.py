@@ -4,10 +4,10 @@
 
 Llama-3.1-8B, r=32 on the seven linear layers, one row a step, every position real; then
 Llama-3.1-70B, and 8B without offloading. Each row is a search over steps compiled for
-an H200 with that much memory (`qlora_jax.planning.plan`): planned by the compiler, not measured.
-It needs the GPU compiler (`make compile` installs it), no GPU, and some minutes a row;
-started again it continues after the last finished row. `--markdown` writes the table,
-also that of an existing file.
+an H200 with that much memory (`qlora_jax.planning.plan`): planned by the compiler, not
+measured. It needs the GPU compiler (`make compile` installs it), no GPU, and some
+minutes a row; started again it continues after the last finished row. `--markdown`
+writes the table, also that of an existing file.
 """
 
 from __future__ import annotations

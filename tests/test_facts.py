@@ -118,8 +118,8 @@ def test_a_conversation_longer_than_the_model_reads(tuned):
     ("messages", "message"),
     [
         ([], "`messages` must be a non-empty list"),
-        ([{"role": "user"}], "needs a text `content`"),
-        ([{"content": "x"}], "needs a text `role`"),
+        ([{"role": "user"}], "needs a string `content`"),
+        ([{"content": "x"}], "needs a string `role`"),
     ],
 )
 def test_what_is_no_conversation(tuned, messages, message):
@@ -193,7 +193,7 @@ def test_a_prompt_that_runs_into_the_answer_is_noted(talk, tmp_path):
     template.write_text("{% for m in messages %}[Q] {{ m.content }} [A] {% endfor %}")
     status, _, err = talk(options=["--chat-template", str(template)])
     (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
-    assert status == 0 and "ends with '[Q] a [A] ', of which" in note
+    assert status == 0 and "ends with '[Q] a [A] ', which this tokenizer" in note
 
 
 def test_generate_notes_where_the_positions_end(fact_run, capsys):

@@ -25,11 +25,11 @@ class Adapter:
     """The base model's directory; its config.json is read, and its embedding and head
     where IN has copies of them to compare."""
     base_name: str | None = None
-    """What the new adapter_config.json names as its base. Default: as before, but a
-    relative path that would not lead there from OUT becomes an absolute one."""
+    """Base to name in the new adapter_config.json. Default: as before, but a relative
+    path that would not lead there from OUT becomes an absolute one."""
     strict: bool = True
-    """Take what fits of an IN that does not fit to the letter, and name on stderr what
-    is left out (default: such an IN is refused)."""
+    """Take what fits of an IN that does not fit exactly, and list on stderr what is
+    left out (default: such an IN is refused)."""
     json: bool = False
     """Print a report as JSON."""
 
@@ -59,7 +59,7 @@ class Adapter:
             base_name = name_from(before, source, self.output, self.base)
             if leads_nowhere(before, source):
                 print_note(
-                    f"`{before}`, the base of `{source}`, is no model directory; "
+                    f"`{before}`, the base of `{source}`, is not a model directory; "
                     "--base-name names another"
                 )
         save_adapter(

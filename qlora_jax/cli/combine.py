@@ -53,23 +53,25 @@ class Combine:
         loaded = [load_adapter(path, base) for path in sources]
         errors: dict[str, float] = {}
         lora, adapters = combine_adapters(
-            [(*one, w) for one, w in zip(loaded, weights, strict=True)],
+            [(*pair, weight) for pair, weight in zip(loaded, weights, strict=True)],
             base,
             method=self.method,
             r=self.r,
             errors=errors,
             names=[str(path) for path in self.adapters],
         )
-        names = {
-            name_from(one.base_model_name_or_path, place, self.output, self.base)
-            for place, (one, _) in zip(sources, loaded, strict=True)
+        base_names = {
+            name_from(
+                source_lora.base_model_name_or_path, source, self.output, self.base
+            )
+            for source, (source_lora, _) in zip(sources, loaded, strict=True)
         }
         save_adapter(
             self.output,
             lora,
             adapters,
             config,
-            base_model_name_or_path=names.pop() if len(names) == 1 else None,
+            base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
             beside=carried(*sources),
         )
         return {

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qlora_jax.cli.main import Command, Program, dispatch, enter
+from qlora_jax.cli.main import Command, Program, dispatch
+from qlora_jax.cli.output import leave
 
 QLORA_CONVERT = Program(
     name="qlora-convert",
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script: runs one command and leaves with its status."""
-    enter(QLORA_CONVERT)
+    leave(main())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `inspect` command: parameters and bytes of a run, from configurations alone."""
+"""The `inspect` command: parameters and bytes of a run, from configurations only."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qlora_jax.choices import Auto, Dtype, Quantization
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.overrides import given_lora, option_keys, values_of
 from qlora_jax.runs.toml import read_config
@@ -41,57 +42,26 @@ class Inspect:
     json: bool = False
     """Print a JSON object."""
 
-    def run(self, given: Collection[str] = ()) -> dict[str, Any]:
+    def run(self, explicit: Collection[str] = ()) -> dict[str, Any]:
         """Counts; returns the report.
 
         Args:
-          given: names of the fields of `lora` that were given; they win over a run
-            file's, and those of an adapter cannot be changed.
+          explicit: names of the fields of `lora` that were given as options; they
+            override a run file's, and those of an adapter cannot be changed.
         """
         from convert.files import read_json
-        from convert.peft import adapter_bytes, open_adapter
-        from qlora_jax.lora.init import CHANGEABLE, continued
-        from qlora_jax.models.config import LlamaConfig
-        from qlora_jax.planning.estimate import (
-            abstract_base,
-            parameter_report,
-            warnings,
-        )
-        from qlora_jax.runs.directory import adapter_directory, run_settings
-        from qlora_jax.runs.loading import find_base, quantizes_lm_head, resolve_auto
+        from convert.peft import adapter_bytes
+        from qlora_jax.planning.estimate import parameter_report, warnings
+        from qlora_jax.runs.loading import quantizes_lm_head, resolve_auto
 
-        path, lora = Path(self.path), self.lora
-        planned = path.suffix == ".toml"
-        if planned:
-            keys = {f"lora.{name}" for name in given}
-            trained = read_config(path, values_of(self, keys))
-            lora, given = trained.lora, given_lora(path, keys)
-            path = Path(self.base or trained.model.path)
-            adapter = _initial_adapter(trained)
-        else:
-            trained = run_settings(path)
-            adapter = adapter_directory(path)
-            if adapter is not None:
-                path = find_base(adapter, self.base)
-        quantize_lm_head = quantizes_lm_head(trained, self.quantization)
-        quantization, dtype = resolve_auto(trained, self.quantization, self.dtype)
-        if path.is_dir():
-            path = path / "config.json"
-        config = LlamaConfig.from_hf(read_json(path))
-        if adapter is not None:
-            lora, _ = continued(
-                open_adapter(adapter)[0],
-                lora,
-                given,
-                abstract_base(config),
-                name=str(adapter),
-                changeable=CHANGEABLE if planned else (),
-            )
-        saved = lora.absorbed
-        if saved.base_fingerprint is None and (planned or adapter is None):
-            # A run writes one; its digits do not matter, their number does.
-            saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
-        train = TrainConfig(steps=1) if trained is None else trained.train
+        run, adapter, base = self._resolve(explicit)
+        if base.is_dir():
+            base = base / "config.json"
+        config = LlamaConfig.from_hf(read_json(base))
+        lora = self._lora(run, adapter, explicit, config)
+        quantization, dtype = resolve_auto(run, self.quantization, self.dtype)
+        quantize_lm_head = quantizes_lm_head(run, self.quantization)
+        train = TrainConfig(steps=1) if run is None else run.train
         if self.optimizer is not None:
             train = dataclasses.replace(train, optimizer=self.optimizer)
         report = parameter_report(
@@ -102,6 +72,10 @@ class Inspect:
             dtype=dtype,
             train=train,
         )
+        saved = lora.absorbed
+        if saved.base_fingerprint is None and (self._is_run_file or adapter is None):
+            # A run writes one; its digits do not matter, their number does.
+            saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
         return {
             "trainable_parameters": report.trainable_parameters,
             "groups": dict(report.groups),
@@ -119,18 +93,59 @@ class Inspect:
             "warnings": warnings(config, lora),
         }
 
+    @property
+    def _is_run_file(self) -> bool:
+        return Path(self.path).suffix == ".toml"
 
-def _initial_adapter(run: RunConfig) -> Path | None:
-    """The adapter whose settings a run takes, if it starts from one."""
-    from convert.peft import peft_directory
+    def _resolve(
+        self, explicit: Collection[str]
+    ) -> tuple[RunConfig | None, Path | None, Path]:
+        """Returns the run, the adapter and the base that `path` refers to."""
+        from convert.peft import peft_directory
+        from qlora_jax.runs.directory import adapter_directory, run_settings
+        from qlora_jax.runs.loading import find_base
 
-    if run.train.adapter_init is None:
-        return None
-    return peft_directory(Path(run.train.adapter_init))
+        path = Path(self.path)
+        if self._is_run_file:
+            options = values_of(self, (f"lora.{name}" for name in explicit))
+            run = read_config(path, options)
+            initial = run.train.adapter_init
+            adapter = None if initial is None else peft_directory(Path(initial))
+            return run, adapter, Path(self.base or run.model.path)
+        adapter = adapter_directory(path)
+        base = path if adapter is None else find_base(adapter, self.base)
+        return run_settings(path), adapter, base
+
+    def _lora(
+        self,
+        run: RunConfig | None,
+        adapter: Path | None,
+        explicit: Collection[str],
+        config: LlamaConfig,
+    ) -> LoraConfig:
+        """Returns the adapter's settings, or those of run file and options."""
+        lora = self.lora
+        if run is not None and self._is_run_file:
+            lora = run.lora
+            explicit = {*explicit, *given_lora(Path(self.path), ())}
+        if adapter is None:
+            return lora
+        from convert.peft import open_adapter
+        from qlora_jax.lora.init import CHANGEABLE, continued
+        from qlora_jax.models.params import abstract_base
+
+        return continued(
+            open_adapter(adapter)[0],
+            lora,
+            explicit,
+            abstract_base(config),
+            name=str(adapter),
+            changeable=CHANGEABLE if self._is_run_file else (),
+        )[0]
 
 
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax inspect`; returns the exit status."""
     command = parse(Inspect, args, prog="qlora-jax inspect")
-    given = given_lora(None, option_keys(args))
-    return run_and_print(lambda: command.run(given), as_json=command.json)
+    explicit = given_lora(None, option_keys(args))
+    return run_and_print(lambda: command.run(explicit), as_json=command.json)

@@ -13,19 +13,18 @@ once.
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from qlora_jax.cli.output import STOPS, exit_on_signals, leave, report_stop
+from qlora_jax.cli.output import STOPS, leave, report_stop, signals_raise
 from qlora_jax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Where a command is implemented, and what the program's help says of it."""
+    """Where a command is implemented, and its line in the program's help."""
 
     summary: str
     """The first line of the command's own help."""
@@ -44,7 +43,7 @@ class Program:
     name: str
     commands: Mapping[str, Command]
     stop_hint: str = ""
-    """What a user is told whose command a signal has stopped."""
+    """Printed after the name of a command that a signal has stopped."""
 
     def usage(self) -> str:
         """Returns the text of `--help`."""
@@ -112,13 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script: runs one command and leaves with its status."""
-    enter(QLORA_JAX)
-
-
-def enter(program: Program) -> NoReturn:
-    """Runs the command that the process was started with, and ends the process."""
-    exit_on_signals(program.name)
-    leave(dispatch(program, sys.argv[1:]))
+    leave(main())
 
 
 def dispatch(program: Program, argv: Sequence[str]) -> int:
@@ -139,19 +132,23 @@ def dispatch(program: Program, argv: Sequence[str]) -> int:
     if command is None:
         print(f"{_unknown(program, name)}{program.usage()}", file=sys.stderr)
         return 2
-    # Orbax logs, thread by thread, the errors that it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    prog = f"{program.name} {name}"
+    title = f"{program.name} {name}"
+    try:
+        with signals_raise():
+            return _run(command, title, args)
+    except STOPS as error:
+        return report_stop(title, error, program.stop_hint)
+
+
+def _run(command: Command, title: str, args: Sequence[str]) -> int:
     try:
         module = importlib.import_module(f"qlora_jax.cli.{command.module}")
         return getattr(module, command.function)(args)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{title}: {error}", file=sys.stderr)
         return command.failure
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2
-    except STOPS as error:
-        return report_stop(prog, error, program.stop_hint)
 
 
 def _unknown(program: Program, name: str) -> str:

@@ -15,7 +15,7 @@ import tyro
 from qlora_jax.choices import Dtype, Quantized
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import format_value, print_note, print_report, run_and_print
-from qlora_jax.cli.verify import elsewhere, form_of, own_modules
+from qlora_jax.cli.verify import custom_modules_note, other_base_note, trained_form_of
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
@@ -46,8 +46,8 @@ class Merge:
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
     """Load nothing after merging (default: the model is loaded before and after, their
-    logits are compared, and it is found out whether BASE, in the form that is merged
-    onto, is what ADAPTER was trained on)."""
+    logits are compared, and BASE, in the form that is merged onto, is compared with
+    what ADAPTER was trained on)."""
     probe: str | None = None
     """Text to compare logits on (default: 128 fixed token ids)."""
     max_shard_bytes: int = 5_000_000_000
@@ -82,7 +82,7 @@ class Merge:
         if not self.check:
             return report
         try:
-            report.update(self._checked(config, source, lora, tokens))
+            report.update(self._check_result(config, source, lora, tokens))
         except (MemoryError, UserError, jax.errors.JaxRuntimeError) as error:
             raise UserError(
                 f"`{self.output}` was written, and could not be checked: {error} "
@@ -91,43 +91,46 @@ class Merge:
         add_to_report(self.output, report)
         return report
 
-    def _checked(
+    def _check_result(
         self, config: LlamaConfig, source: Path, lora: LoraConfig, tokens: np.ndarray
     ) -> dict[str, Any]:
-        """What the report gets from loading the models."""
+        """Loads the models before and after; returns what the report gets from that."""
         from qlora_jax.inference.compare import compare_logits, load_exact
 
-        form = form_of(self.base, lora)
-        here: bool | None = None
-        if form is False:
-            here = False
-            print_note(elsewhere(source, self.base))
-        elif form is not None:
-            # The original weights were asked for by name, whatever was trained on.
-            onto = form if self.onto == "original" else self._form()
-            here = form == onto
-            if not here:
-                print_note(
-                    f"`{source}` was trained on `{self.base}` as {form}, and was "
-                    f"merged onto {onto}"
-                )
-        out: dict[str, Any] = {
-            "trained_on_this_base": here,
+        form = trained_form_of(self.base, lora)
+        report: dict[str, Any] = {
+            "trained_on_this_base": self._is_trained_form(form, source),
             "trained_form": form or None,
             "logits": None,
         }
         if config.extra_tensors:
-            print_note(own_modules(self.base))
-            return out
+            print_note(custom_modules_note(self.base))
+            return report
         before = partial(
             load_exact, self.base, adapter=source, quantization=self.quantization
         )
         after = partial(load_exact, self.output)
-        out["logits"] = compare_logits(before, after, tokens)
-        return out
+        report["logits"] = compare_logits(before, after, tokens)
+        return report
 
-    def _form(self) -> str:
-        """How the 4-bit weights merged onto are called, in words of `trained_form`."""
+    def _is_trained_form(self, form: str | Literal[False] | None, source: Path) -> Any:
+        """Whether the adapter was trained on what it was merged onto; None: unknown."""
+        if form is None:
+            return None
+        if form is False:
+            print_note(other_base_note(source, self.base))
+            return False
+        # With --onto original the user chose these weights, whatever was trained on.
+        onto = form if self.onto == "original" else self._dequantized_form()
+        if form != onto:
+            print_note(
+                f"`{source}` was trained on `{self.base}` as {form}, and was "
+                f"merged onto {onto}"
+            )
+        return form == onto
+
+    def _dequantized_form(self) -> str:
+        """Names the dequantized weights as `trained_form` does."""
         from qlora_jax.inference.identity import dense_dtypes
 
         # Tensors that stay dense are cast to the dtype of the result.

@@ -26,7 +26,7 @@ class Model:
     """Directory to create."""
     quantization: Quantization = "none"
     """nf4 or nf4_dq (double quantization) write a bitsandbytes-4bit directory; none
-    leaves every weight as it is, but for a projection that IN has in 4 bit in some
+    leaves every weight as it is, except a projection that IN has in 4 bits in some
     layers only: it becomes dense in all."""
     dequantize: bool = False
     """Write the 4-bit weights of IN as dense ones, in the dtype they were quantized
@@ -48,17 +48,9 @@ class Model:
         from convert.merging import write_dense
 
         checkpoint = open_checkpoint(self.input)
-        quantized = checkpoint.quantized
-        wanted = None if self.quantization == "none" else self.quantization
-        show = sys.stderr.isatty()
-        if self.dequantize and (wanted is not None or not quantized):
-            reason = (
-                "goes without --quantization"
-                if wanted is not None
-                else f"needs 4-bit weights, and `{self.input}` has none"
-            )
-            raise UserError(f"--dequantize {reason}.")
-        if quantized and wanted is not None:
+        quantization = None if self.quantization == "none" else self.quantization
+        self._check_dequantize(checkpoint.quantized, quantization)
+        if checkpoint.quantized and quantization is not None:
             raise UserError(
                 f"`{self.input}` is quantized already; quantizing again would lose "
                 "precision twice. Start from the original checkpoint, or leave out "
@@ -66,13 +58,13 @@ class Model:
             )
         made_dense = [] if self.dequantize else list(checkpoint.mixed)
         packed = {names.parse_key(key)[0] for key in checkpoint.packed}
-        if self.quant_storage is not None and not (
-            wanted is not None or not self.dequantize and packed - set(made_dense)
-        ):
+        stays_packed = not self.dequantize and bool(packed - set(made_dense))
+        if self.quant_storage is not None and not (quantization or stays_packed):
             raise UserError("--quant-storage goes with 4-bit output only.")
-        if quantized and not self.dequantize or wanted is not None:
+        show = sys.stderr.isatty()
+        if quantization is not None or (checkpoint.quantized and not self.dequantize):
             config, base = load_llama(
-                self.input, quantization=wanted, dtype=self.dtype, progress=show
+                self.input, quantization=quantization, dtype=self.dtype, progress=show
             )
             save_llama(
                 self.output,
@@ -95,12 +87,22 @@ class Model:
         return {
             "input": str(self.input),
             "output": str(self.output),
-            "quantization": wanted,
+            "quantization": quantization,
             "dequantized": self.dequantize,
             "made_dense": [".".join(path[:-1]) for path in made_dense],
             "files": len(written),
             "bytes": sum(f.stat().st_size for f in written),
         }
+
+    def _check_dequantize(self, quantized: bool, quantization: str | None) -> None:
+        if not self.dequantize:
+            return
+        if quantization is not None:
+            raise UserError("--dequantize goes without --quantization.")
+        if not quantized:
+            raise UserError(
+                f"--dequantize needs 4-bit weights, and `{self.input}` has none."
+            )
 
 
 def _print(report: Mapping[str, Any]) -> None:

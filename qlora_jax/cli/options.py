@@ -94,7 +94,7 @@ class ModelOptions:
 
 
 def _help_rules() -> ConstructorRegistry:
-    """Returns rules for tyro, to enter as a context: they change help texts alone."""
+    """Returns rules for tyro, to enter as a context: they change help texts only."""
     registry = ConstructorRegistry()
     asking: list[Any] = []
 

@@ -4,12 +4,9 @@ A report goes to stdout: in two columns for people, or with `--json` as one obje
 every digit. `console` and `print_report` import rich when they are called, because
 `qlora-jax --help` goes without it.
 
-Until a command begins its work, SIGINT and SIGTERM end the process at once, so that no
-signal is lost, or becomes a traceback, inside an import:
-
-    exit_on_signals("qlora-jax")    in the console script, before large imports
-    with signals_raise(): ...       around the work, which cleans up after itself
-    leave(status)                   at the end
+    with signals_raise(): ...     around all of a command, its imports included
+    report_stop(name, error)      what to print, and the exit status
+    leave(status)                 ends the process
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_jax.runs.interruption import SIGNALS, AtOnce
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Columns of a line where output is piped: programs that read it want whole lines.
-_UNLIMITED = 100_000
+UNLIMITED = 100_000
 
 # --- Reports ---
 
@@ -43,19 +41,18 @@ def run_and_print(
     """Runs a command and prints its report.
 
     Args:
-      run: does the work, with signals that raise; returns the report.
+      run: does the work; returns the report.
       as_json: print the report as a JSON object.
       show: prints it for people; default `print_report`.
 
     Returns:
       The exit status, 0.
     """
-    with signals_raise():
-        report = run()
-        if as_json:
-            print(json.dumps(report))
-        else:
-            (show or print_report)(report)
+    report = run()
+    if as_json:
+        print(json.dumps(report))
+    else:
+        (show or print_report)(report)
     return 0
 
 
@@ -119,14 +116,14 @@ def console() -> Console:
     printer = Console(markup=False, emoji=False, highlight=False)
     if printer.is_terminal:
         return printer
-    return Console(markup=False, emoji=False, highlight=False, width=_UNLIMITED)
+    return Console(markup=False, emoji=False, highlight=False, width=UNLIMITED)
 
 
 # --- The end of a process ---
 
 
 class Terminated(BaseException):
-    """SIGTERM, where `signals_raise` is in force."""
+    """SIGTERM within `signals_raise`."""
 
 
 STOPS = (KeyboardInterrupt, Terminated, BrokenPipeError)
@@ -140,65 +137,87 @@ _RAISED_BY = {
 _RESEND_SECONDS = 0.02
 
 
-def exit_on_signals(program: str) -> None:
-    """Makes SIGINT and SIGTERM end the process, with a line on stderr.
-
-    Signals that are ignored, as SIGINT is under a shell's `&`, stay ignored.
-    """
-    for number, handler in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGTERM, signal.SIG_DFL),
-    ):
-        if signal.getsignal(number) == handler:
-            signal.signal(number, _Exit(program))
-
-
-class _Exit:
-    """A signal handler that ends the process.
-
-    An exception would not do: libraries catch what is raised while they are imported,
-    and Python only reports what is raised in a callback.
-    """
-
-    def __init__(self, program: str):
-        self._program = program
-
-    def __call__(self, number: int, _frame: Any) -> NoReturn:
-        how = "interrupted" if number == signal.SIGINT else "terminated"
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{self._program}: {how}.\n".encode())
-        os._exit(128 + number)
-
-
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
     """Makes SIGTERM raise `Terminated`, as Ctrl-C raises `KeyboardInterrupt`.
 
     So what a command has begun to write is removed. Nothing changes outside the main
-    thread, or for a signal that has a handler of someone else's.
+    thread, or for a signal that is ignored or has a handler of someone else's.
 
-    Where a handler raises within a callback of the garbage collector or a `__del__`,
-    Python reports the exception and goes on. Such a signal is sent once more.
+    An exception can be lost: a library may catch it while it is imported, or turn it
+    into an ImportError or a crash, and in a callback of the garbage collector or a
+    `__del__` Python reports it and goes on. So a signal waits for the end of an import
+    (a second one does not), and one whose exception was lost is sent once more.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {
+            number: signal.getsignal(number)
+            for number in SIGNALS
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+        }
     report = sys.unraisablehook
-    changed = []
+    handlers = [_RaisingHandler(number) for number in before]
     try:
-        if isinstance(before.get(signal.SIGINT), _Exit):
-            changed.append(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminate = before.get(signal.SIGTERM)
-        if isinstance(terminate, _Exit) or terminate == signal.SIG_DFL:
-            changed.append(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, _terminate)
+        for handler in handlers:
+            signal.signal(handler.number, handler)
+        if before:
             sys.unraisablehook = _resend_or(report)
         yield
     finally:
-        for number in changed:
-            signal.signal(number, before[number])
+        for number, default in before.items():
+            signal.signal(number, default)
         sys.unraisablehook = report
+        for handler in handlers:
+            handler.raise_deferred()
+
+
+class _RaisingHandler:
+    """Raises for a signal, at once or after the import that is under way."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self._deferred = self._resent = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal from outside, or one that `_resend` sent."""
+        resent, self._resent = self._resent, False
+        if _is_importing(frame):
+            if self._deferred and not resent:
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nEnded during an import.\n")
+                os._exit(128 + number)
+            self._deferred = True
+            _call_soon(self._resend)
+            return
+        self._deferred = True
+        self.raise_deferred()
+
+    def raise_deferred(self) -> None:
+        """Raises if a signal came that has not raised yet."""
+        if self._deferred:
+            self._deferred = False
+            raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated
+
+    def _resend(self) -> None:
+        if self._deferred:
+            self._resent = True
+            os.kill(os.getpid(), self.number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _call_soon(function: Callable[..., None], *args: Any) -> None:
+    """Calls a function in another thread, when this handler or callback has ended."""
+    timer = threading.Timer(_RESEND_SECONDS, function, args)
+    timer.daemon = True
+    timer.start()
 
 
 def _resend_or(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -208,17 +227,10 @@ def _resend_or(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
         number = _RAISED_BY.get(unraisable.exc_type)
         if number is None:
             report(unraisable)
-            return
-        # Not at once: that would be within the same callback.
-        again = threading.Timer(_RESEND_SECONDS, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        else:
+            _call_soon(os.kill, os.getpid(), number)
 
     return hook
-
-
-def _terminate(_number: int, _frame: Any) -> NoReturn:
-    raise Terminated
 
 
 def report_stop(command: str, error: BaseException, hint: str = "") -> int:

@@ -1,9 +1,9 @@
 """The `tokens` command: untrained rows of the vocabulary, repaired; new tokens, added.
 
-Which rows were never trained is the affair of `qlora_jax.models.vocabulary`; here are the
-files: the tokens that a data file, the chat template and the tokenizer's special tokens
-use, and a new model directory with the tables changed and all else byte for byte as it
-was.
+`qlora_jax.models.vocabulary` detects untrained rows. This module finds the tokens that
+matter, those of a data file, the chat template and the tokenizer's special tokens, and
+writes a new model directory in which all but the changed tables is the same byte for
+byte.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 import tyro
 
 from qlora_jax.cli.options import parse, path_argument
-from qlora_jax.cli.output import run_and_print
+from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
-_NO_DATA = "none"  # the special tokens and those of the chat template alone
+_NO_DATA = "none"  # special tokens and those of the chat template only
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,13 @@ class Tokens:
     """Print a JSON object."""
 
     def run(self) -> dict[str, Any]:
-        """Reports untrained rows and writes the changed model, if one is asked for."""
-        import jax
-
-        from convert.hf import load_llama, save_llama
+        """Reports untrained rows, and writes the changed model if there are changes."""
+        from convert.hf import load_llama
         from convert.output import check_new_directory
         from convert.tokenizer import load_tokenizer
-        from qlora_jax.models.vocabulary import (
-            add_tokens,
-            repair_rows,
-            report_untrained,
-        )
+        from qlora_jax.models.vocabulary import report_untrained
 
-        changes = self.repair != "none" or bool(self.add)
-        if changes != (self.output_dir is not None):
+        if (self.repair != "none" or bool(self.add)) != (self.output_dir is not None):
             raise UserError(
                 "--output-dir goes with --repair or --add, and they with it: the "
                 "changed model is written there."
@@ -68,7 +61,7 @@ class Tokens:
             check_new_directory(Path(self.output_dir))
         tokenizer: Any = load_tokenizer(self.path)
         config, base = load_llama(self.path, quantization=None)
-        used = _used(self.data, tokenizer, config.vocab_size)
+        used = self._used(tokenizer, config.vocab_size)
         untrained = report_untrained(base, used)
         report: dict[str, Any] = {
             "vocab_size": config.vocab_size,
@@ -76,51 +69,15 @@ class Tokens:
             "tokens_used": len(used),
             "untrained_rows": dict(untrained.untrained),
             "untrained_and_used": {
-                name: [_named(i, tokenizer) for i in ids]
+                name: [_token_label(i, tokenizer) for i in ids]
                 for name, ids in untrained.rows.items()
             },
         }
         if self.output_dir is None:
             return report
-        if self.repair != "none" and not any(untrained.rows.values()):
-            print(
-                "Note: no token that is used has an untrained row, so --repair has "
-                f"nothing to do; `{self.output_dir}` gets "
-                + ("the new tokens alone." if self.add else "the model as it is."),
-                file=sys.stderr,
-            )
-        first = 0 if tokenizer is None else len(tokenizer)
-        if self.repair != "none":
-            base = repair_rows(base, untrained.rows, self.repair)
-        if self.add:
-            if tokenizer is None:
-                raise UserError(f"`{self.path}` has no tokenizer to add tokens to.")
-            known = set(self.add) & set(tokenizer.get_vocab())
-            if known or len(set(self.add)) != len(self.add):
-                raise UserError(
-                    f"--add: {', '.join(map(repr, sorted(known) or self.add))} is in "
-                    "the tokenizer already, or given twice."
-                )
-            config, base = add_tokens(
-                config, base, tokenizer_size=len(tokenizer), count=len(self.add)
-            )
-        with tempfile.TemporaryDirectory() as grown:
-            companions = Path(self.path)
-            if self.add:
-                assert tokenizer is not None
-                tokenizer.add_tokens(list(self.add), special_tokens=True)
-                tokenizer.save_pretrained(grown)
-                generation = companions / "generation_config.json"
-                if generation.is_file():
-                    shutil.copy(generation, grown)
-                companions = Path(grown)
-            save_llama(
-                self.output_dir,
-                config,
-                jax.tree.map(np.asarray, base),
-                tokenizer_from=companions,
-                progress=sys.stderr.isatty(),
-            )
+        output = Path(self.output_dir)
+        config = self._write(output, config, base, untrained.rows, tokenizer)
+        first = 0 if tokenizer is None else len(tokenizer) - len(self.add)
         return {
             **report,
             "new_tokens": list(range(first, first + len(self.add))),
@@ -128,33 +85,84 @@ class Tokens:
             "output": self.output_dir,
         }
 
+    def _write(
+        self, output: Path, config: Any, base: Any, rows: Any, tokenizer: Any
+    ) -> Any:
+        """Writes the changed model; returns its configuration."""
+        import jax
+
+        from convert.hf import save_llama
+        from qlora_jax.models.vocabulary import add_tokens, repair_rows
+
+        if self.repair != "none":
+            if not any(rows.values()):
+                print_note(
+                    "no token that is used has an untrained row, so --repair has "
+                    f"nothing to do; `{output}` gets "
+                    + ("the new tokens only" if self.add else "the model as it is")
+                )
+            base = repair_rows(base, rows, self.repair)
+        if self.add:
+            self._check_new(tokenizer)
+            config, base = add_tokens(
+                config, base, tokenizer_size=len(tokenizer), count=len(self.add)
+            )
+        with tempfile.TemporaryDirectory() as temporary:
+            tokenizer_files = Path(self.path)
+            if self.add:
+                tokenizer.add_tokens(list(self.add), special_tokens=True)
+                tokenizer.save_pretrained(temporary)
+                generation = tokenizer_files / "generation_config.json"
+                if generation.is_file():
+                    shutil.copy(generation, temporary)
+                tokenizer_files = Path(temporary)
+            save_llama(
+                output,
+                config,
+                jax.tree.map(np.asarray, base),
+                tokenizer_from=tokenizer_files,
+                progress=sys.stderr.isatty(),
+            )
+        return config
+
+    def _check_new(self, tokenizer: Any) -> None:
+        """Raises unless `add` names tokens that the tokenizer does not have."""
+        if tokenizer is None:
+            raise UserError(f"`{self.path}` has no tokenizer to add tokens to.")
+        known = set(self.add) & set(tokenizer.get_vocab())
+        if known or len(set(self.add)) != len(self.add):
+            raise UserError(
+                f"--add: {', '.join(map(repr, sorted(known) or self.add))} is in "
+                "the tokenizer already, or given twice."
+            )
+
+    def _used(self, tokenizer: Any, vocab_size: int) -> list[int]:
+        """Returns the ids of the tokens that `data` and the tokenizer use."""
+        if self.data.path == _NO_DATA:
+            special = [] if tokenizer is None else tokenizer.all_special_ids
+            return used_tokens(np.asarray(special, np.int32), tokenizer)
+        if tokenizer is None and self.data.needs_tokenizer:
+            raise UserError("The model has no tokenizer, which the data needs.")
+        examples = load_examples(self.data, tokenizer, vocab_size=vocab_size)
+        print(examples.report.summary(), file=sys.stderr)
+        return used_tokens(examples.used(), tokenizer)
+
 
 def used_tokens(tokens: np.ndarray, tokenizer: Any) -> list[int]:
-    """Ids in an array of tokens, and those that the chat template may produce."""
-    found = set(np.unique(tokens).tolist())
+    """Returns the ids in an array, and those that the chat template may produce."""
+    ids = set(np.unique(tokens).tolist())
     if tokenizer is not None:
         template = tokenizer.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
-        found |= {
+        ids |= {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
             if any(str(token) in text for text in texts)
         }
-    return sorted(found)
+    return sorted(ids)
 
 
-def _used(data: DataConfig, tokenizer: Any, vocab_size: int) -> list[int]:
-    if data.path == _NO_DATA:
-        special = [] if tokenizer is None else tokenizer.all_special_ids
-        return used_tokens(np.asarray(special, np.int32), tokenizer)
-    if tokenizer is None and data.needs_tokenizer:
-        raise UserError("The model has no tokenizer, which the data needs.")
-    examples = load_examples(data, tokenizer, vocab_size=vocab_size)
-    print(examples.report.summary(), file=sys.stderr)
-    return used_tokens(examples.used(), tokenizer)
-
-
-def _named(index: int, tokenizer: Any) -> str:
+def _token_label(index: int, tokenizer: Any) -> str:
     if tokenizer is None:
         return str(index)
     return f"{index} {tokenizer.convert_ids_to_tokens(index)!r}"

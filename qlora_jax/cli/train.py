@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import tyro
 
 from qlora_jax.cli.options import parse
-from qlora_jax.cli.output import Terminated, print_report, report_stop, signals_raise
+from qlora_jax.cli.output import Terminated, print_report, report_stop
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.interruption import AtOnce
 from qlora_jax.runs.overrides import (
@@ -28,15 +29,16 @@ _CONTINUES = " The same command continues from the newest checkpoint, if there i
 
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax train`; returns the exit status."""
-    config, given = config_from_arguments(args)
+    config, explicit = from_arguments(args)
     # What a run needs takes seconds to import, and `--help` does without it.
     from qlora_jax.runs.metrics import process_seconds
     from qlora_jax.runs.runner import run
 
+    # Orbax logs, thread by thread, the errors that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with signals_raise():
-            began = time.perf_counter() - process_seconds()
-            report = run(config, given=given, began=began)
+        began = time.perf_counter() - process_seconds()
+        report = run(config, given=explicit, began=began)
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
         return report_stop("qlora-jax train", error, idle + _CONTINUES)
@@ -44,7 +46,7 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def config_from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
+def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     """Reads the run file, if one is given, and the options, which win.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The `verify` command: two adapters or checkpoints, their tensors and their logits.
+"""The `verify` command of `qlora-convert`: two directories, tensors and logits.
 
-Also what a merge says when it compares what it wrote with what it was made of.
+`merge` checks its result with the same notes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from qlora_jax.cli.options import FLAGS, parse, path_argument
-from qlora_jax.cli.output import console, signals_raise
+from qlora_jax.cli.output import console
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 
@@ -26,25 +26,28 @@ if TYPE_CHECKING:
     from convert.verify import Comparison
 
 
-def form_of(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
-    """In which form of this base an adapter was trained; None if it does not say."""
-    if lora.base_fingerprint is None:
-        return None
+def trained_form_of(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
+    """Returns the form of this base that an adapter was trained on, as "nf4, float32".
+
+    False: it was trained on another base; None: it does not record its base.
+    """
     from qlora_jax.inference.identity import trained_form
 
+    if lora.base_fingerprint is None:
+        return None
     return trained_form(base, lora.base_fingerprint) or False
 
 
-def own_modules(base: Path | None) -> str:
-    """Why the logits of a model with modules of one's own were not compared."""
+def custom_modules_note(base: Path | None) -> str:
+    """Returns why the logits of a model with custom modules were not compared."""
     return (
         f"logits were not compared: `{base}` has modules of its own, and a directory "
         "does not say how they compute"
     )
 
 
-def elsewhere(adapter: Path, base: Path) -> str:
-    """That an adapter is used on a base it was not trained on."""
+def other_base_note(adapter: Path, base: Path) -> str:
+    """Returns the note that an adapter is used on a base it was not trained on."""
     return f"`{adapter}` was trained on another base than `{base}`"
 
 
@@ -60,8 +63,8 @@ class Verify:
     b: Annotated[tyro.conf.Positional[Path], path_argument("B")]
     """Another of the same kind."""
     base: Path | None = None
-    """The base of two adapters: compare what they select in it, and the logits that
-    they give it, and find out whether it is what they were trained on."""
+    """The base of two adapters: compare what they select in it and the logits with
+    either, and check that they were trained on it."""
     logits: bool = False
     """Compare the logits of two checkpoints as well."""
     probe: str | None = None
@@ -76,36 +79,37 @@ class Verify:
         from convert.verify import compare
         from qlora_jax.inference.compare import compare_logits, load_exact, probe
 
-        base = None if self.base is None else open_config(self.base)
-        found = compare(self.a, self.b, base=base)
-        if base is not None and base.extra_tensors:
-            found.notes.append(own_modules(self.base))
-            return found
-        if self.base is not None and base is not None:
+        config = None if self.base is None else open_config(self.base)
+        comparison = compare(self.a, self.b, base=config)
+        if config is not None and config.extra_tensors:
+            comparison.notes.append(custom_modules_note(self.base))
+            return comparison
+        if self.base is not None and config is not None:
             a, b = peft_directory(self.a), peft_directory(self.b)
             loras = {path: open_adapter(path)[0] for path in (a, b)}
-            tokens = probe(self.base, base, self.probe, list(loras.values()))
-            found.notes.extend(
-                elsewhere(path, self.base)
+            tokens = probe(self.base, config, self.probe, list(loras.values()))
+            comparison.notes.extend(
+                other_base_note(path, self.base)
                 for path, lora in loras.items()
-                if form_of(self.base, lora) is False
+                if trained_form_of(self.base, lora) is False
             )
-            one, two = _on_one_base(self.base, a, b)
-        elif found.kind == "model" and (self.logits or self.probe is not None):
+            load_a, load_b = _adapter_loaders(self.base, a, b)
+        elif not self.logits and self.probe is None:
+            return comparison
+        elif comparison.kind == "model":
             tokens = probe(self.a, open_config(self.a), self.probe)
-            one, two = partial(load_exact, self.a), partial(load_exact, self.b)
-        elif self.logits or self.probe is not None:
+            load_a, load_b = partial(load_exact, self.a), partial(load_exact, self.b)
+        else:
             raise UserError(
                 "The logits of two adapters are compared on their base; give it with "
                 "--base."
             )
-        else:
-            return found
-        return dataclasses.replace(found, logits=compare_logits(one, two, tokens))
+        logits = compare_logits(load_a, load_b, tokens)
+        return dataclasses.replace(comparison, logits=logits)
 
 
-def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
-    """Loaders of two adapters that share one base in memory."""
+def _adapter_loaders(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
+    """Returns loaders of two adapters that share one base in memory."""
     from convert.peft import load_adapter
     from qlora_jax.inference.compare import load_exact
     from qlora_jax.models.config import apply_changes
@@ -123,7 +127,7 @@ def _on_one_base(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
 
 
 # Differences shown; a dense and a 4-bit checkpoint differ in thousands of tensors.
-_ROWS = 40
+_MAX_ROWS = 40
 
 
 def print_comparison(report: Comparison) -> None:
@@ -164,11 +168,11 @@ def _print_differences(report: Comparison, printer: Console) -> None:
         rows.append((d.name, d.a, d.b, "" if largest is None else f"{largest:.3g}"))
     rows += [(name, "present", "missing", "") for name in report.missing]
     rows += [(name, "missing", "present", "") for name in report.extra]
-    for row in rows[:_ROWS]:
+    for row in rows[:_MAX_ROWS]:
         table.add_row(*row)
     printer.print(table)
-    if len(rows) > _ROWS:
-        printer.print(f"... and {len(rows) - _ROWS:,} more (--json lists all).")
+    if len(rows) > _MAX_ROWS:
+        printer.print(f"... and {len(rows) - _MAX_ROWS:,} more (--json lists all).")
     printer.print(
         f"Different: {len(report.different)} of {report.tensors} tensors; "
         f"{len(report.missing)} missing, {len(report.extra)} extra, "
@@ -179,10 +183,9 @@ def _print_differences(report: Comparison, printer: Console) -> None:
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-convert verify`; returns the exit status."""
     command = parse(Verify, args, prog="qlora-convert verify", config=FLAGS)
-    with signals_raise():
-        report = command.run()
-        if command.json:
-            print(json.dumps(report.to_json()))
-        else:
-            print_comparison(report)
+    report = command.run()
+    if command.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print_comparison(report)
     return 0 if report.equal else 1

@@ -1,7 +1,10 @@
 """From data files to batches, in numpy alone.
 
-    sources, rows -> encoding (chat) -> examples (arrays) -> mixture -> batches
+Modules in reading order: `config` (the settings), `rows` and `sources` (what is read),
+`chat` and `encoding` (rows to tokens and labels), `arrays` (the examples and their
+cache), `examples` (`load_examples`, which runs all of these), `mixture` (packing and
+several sources), `held_out`, `batches`; `report` and `notes` describe the data.
 
-`load_examples` reads and labels the data once; `Batches` is a function of an index, so
-the whole cursor of a run is one number.
+`load_examples` reads and labels the data once. `Batches` is a function of an index, so
+the position of a run in its data is one number.
 """

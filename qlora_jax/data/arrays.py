@@ -1,17 +1,17 @@
-"""Tokens and labels of all examples, one after the other: in memory, or on disk.
+"""Token and label arrays of all examples, in memory or in a memory-mapped cache.
 
-The one idea: an example is a slice, so a data set of any size is two flat arrays and a
-list of offsets. `Sink` writes them, `Examples` reads them, `MappedExamples` reads them
-from files that need not fit in memory: it gives the pages it has touched back to the
-system again and again, so that the process stays small however much it reads.
+An example is a slice, so a data set of any size is two flat arrays and a list of
+offsets. `Sink` writes them, `Examples` reads them. `MappedExamples` reads them from
+files that need not fit in memory: it regularly returns the pages it has read to the
+system, so that the process stays small however much it reads.
 
-Tokenized once, kept on disk: the examples of one source, mapped into memory.
+The cache holds the arrays of one source:
 
     DIR/KEY/tokens.i4, labels.i4, lengths.npy, supervised.npy, meta.json
 
-The one idea: KEY is a hash of all that the tokens depend on (what the files hold, the
-tokenizer, the settings), so a cache is right or is not found. It is written beside its
-place and renamed when it is complete; one process writes it while others wait for it.
+KEY hashes everything that the tokens depend on (file contents, tokenizer, settings), so
+a cache cannot be stale. It is written under another name and renamed when complete; one
+process writes it while others wait.
 """
 
 import array
@@ -26,32 +26,35 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from qlora_jax.data.config import PLACES, DataConfig
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.report import DataReport, from_dict
-from qlora_jax.data.sources import Place
 from qlora_jax.errors import UserError
 
-# On disk too. All that jax runs on is little-endian, where this is int32 itself.
+# The dtype in memory and on disk; on every platform of JAX it is the native int32.
 _INT32 = np.dtype("<i4")
-# Entries of an array looked at in one go (4 MiB).
-PIECE = 1 << 20
-# Examples read from a map before its pages are given back. One read maps some 64 KiB
-# around it in each of two files, so this is about 32 MiB.
-_READS = 256
-NAMES = ("tokens.i4", "labels.i4")
+# Array entries processed at a time (4 MiB).
+CHUNK = 1 << 20
+# Examples read from a map before its pages are released. One read faults in about
+# 64 KiB around it in each of two files, so this is about 32 MiB.
+_READS_PER_RELEASE = 256
+_ARRAY_FILES = ("tokens.i4", "labels.i4")
+# To be raised when the same rows give other tokens or labels, or the files change.
+_CACHE_VERSION = 1
+# Settings that change the order of the examples and not their content.
+_ORDER_FIELDS = ("seed", "shuffle")
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Token and label arrays of all examples, one after the other.
+    """Concatenated token and label arrays of all examples.
 
     Attributes:
       tokens: int32 [N], token ids.
@@ -60,7 +63,7 @@ class Examples:
         the same example predicts.
       offsets: int64 [examples + 1]; example `i` is `offsets[i] : offsets[i + 1]`.
       supervised: int32 [examples], supervised tokens of each.
-      report: what was read, kept and dropped.
+      report: counts of rows read, kept and dropped.
     """
 
     tokens: Int32[np.ndarray, " N"]
@@ -76,7 +79,7 @@ class Examples:
     def __getitem__(
         self, index: int
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
-        """Tokens and labels of one example (views)."""
+        """Returns tokens and labels of one example (views)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         span = slice(self.offsets[index], self.offsets[index + 1])
@@ -88,35 +91,41 @@ class Examples:
         return np.diff(self.offsets)
 
     def used(self) -> Int32[np.ndarray, " ids"]:
-        """The different token ids that occur, ascending."""
-        found = np.zeros(0, np.int32)
-        for piece in self._pieces(self.tokens):
-            found = np.union1d(found, piece).astype(np.int32)
-        return found
+        """Returns the distinct token ids that occur, ascending."""
+        ids = np.zeros(0, np.int32)
+        for chunk in self._chunks(self.tokens):
+            ids = np.union1d(ids, chunk).astype(np.int32)
+        return ids
 
     def hash_into(self, digest: Any) -> None:
-        """Feeds tokens, labels and offsets to a hash of `hashlib`, with their sizes."""
+        """Updates a `hashlib` digest with tokens, labels, offsets and their sizes."""
         for values in (self.tokens, self.labels, self.offsets):
             digest.update(str(len(values)).encode() + b":")
-            for piece in self._pieces(values):
-                little = piece.astype(piece.dtype.newbyteorder("<"), copy=False)
+            for chunk in self._chunks(values):
+                little = chunk.astype(chunk.dtype.newbyteorder("<"), copy=False)
                 digest.update(np.ascontiguousarray(little))
 
     def release(self) -> None:
-        """Gives memory back that can be read again from disk; here there is none."""
+        """Frees memory that can be read from disk again; does nothing here."""
 
-    def _pieces(self, values: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(values), PIECE):
-            yield values[start : start + PIECE]
+    def count_label(self, token_id: int | None) -> int:
+        """Counts how often a token id is supervised; None never is."""
+        if token_id is None:
+            return 0
+        return sum(int((c == token_id).sum()) for c in self._chunks(self.labels))
+
+    def _chunks(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(values), CHUNK):
+            yield values[start : start + CHUNK]
             self.release()
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedExamples(Examples):
-    """`Examples` whose tokens and labels are files, mapped into memory.
+    """`Examples` whose tokens and labels are memory-mapped files.
 
     Attributes:
-      maps: the two maps.
+      maps: the maps of both files.
     """
 
     maps: tuple[mmap.mmap, ...] = ()
@@ -125,51 +134,25 @@ class MappedExamples(Examples):
     def __getitem__(
         self, index: int
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
-        """Tokens and labels of one example (copies)."""
+        """Returns tokens and labels of one example (copies)."""
         tokens, labels = super().__getitem__(index)
         copies = tokens.copy(), labels.copy()
-        if next(self._reads) % _READS == _READS - 1:
+        if next(self._reads) % _READS_PER_RELEASE == _READS_PER_RELEASE - 1:
             self.release()
         return copies
 
     def release(self) -> None:
-        """Takes the pages that were read out of this process's memory."""
+        """Removes the pages that were read from this process's memory."""
         for view in self.maps:
             if hasattr(mmap, "MADV_DONTNEED"):
                 view.madvise(mmap.MADV_DONTNEED)
 
 
-def map_examples(
-    directory: Path, lengths: Any, supervised: Any, report: DataReport
-) -> MappedExamples:
-    """Maps the files that a `Sink` wrote.
-
-    Args:
-      directory: where they are.
-      lengths: int64 [examples], tokens in each example.
-      supervised: int32 [examples], supervised tokens of each.
-      report: what was read, kept and dropped.
-    """
-    maps = []
-    for name in NAMES:
-        with open(directory / name, "rb") as file:
-            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    tokens, labels = (np.frombuffer(view, _INT32) for view in maps)
-    return MappedExamples(
-        tokens=tokens,
-        labels=labels,
-        offsets=_offsets(lengths),
-        supervised=supervised,
-        report=report,
-        maps=tuple(maps),
-    )
-
-
 class Sink:
-    """Takes examples one by one.
+    """Writes examples one by one.
 
     Args:
-      directory: where the arrays are written; None keeps them in memory.
+      directory: directory for the arrays; None keeps them in memory.
     """
 
     def __init__(self, directory: Path | None):
@@ -178,7 +161,7 @@ class Sink:
         self._supervised = array.array("i")
         self._streams: list[IO[bytes]] = [
             io.BytesIO() if directory is None else open(directory / name, "wb")
-            for name in NAMES
+            for name in _ARRAY_FILES
         ]
 
     def __len__(self) -> int:
@@ -204,14 +187,14 @@ class Sink:
         return np.array(self._supervised, np.int32)
 
     def examples(self, report: DataReport) -> Examples:
-        """What was added, to be read; nothing more can be added."""
+        """Returns the examples added so far; no more can be added."""
         lengths, supervised = self.lengths, self.supervised
         if self.directory is not None:
             for stream in self._streams:
                 stream.flush()
                 os.fsync(stream.fileno())
             self.close()
-            return map_examples(self.directory, lengths, supervised, report)
+            return _map_examples(self.directory, lengths, supervised, report)
         buffers = [stream.getbuffer() for stream in self._streams]  # pyright: ignore[reportAttributeAccessIssue]
         tokens, labels = (np.frombuffer(buffer, _INT32) for buffer in buffers)
         return Examples(tokens, labels, _offsets(lengths), supervised, report)
@@ -223,23 +206,9 @@ class Sink:
                 stream.close()
 
 
-def quartiles(supervised: np.ndarray) -> tuple[int, ...]:
-    """Least, quartiles and most of a count per example, each one that occurs."""
-    places = np.percentile(supervised, (0, 25, 50, 75, 100), method="lower")
-    return tuple(int(value) for value in places)
-
-
-def settings_of(config: DataConfig) -> dict[str, Any]:
-    """The settings of one source that change what its batches hold."""
-    settings = dataclasses.asdict(config) | {"train_on": config.supervised}
-    for name in PLACES:
-        del settings[name]
-    return settings
-
-
 def fingerprint(config: DataConfig, examples: Examples) -> str:
-    """Hash of what an `Examples` holds and of the settings of its source."""
-    settings = json.dumps(settings_of(config), sort_keys=True)
+    """Hashes the content of examples and the settings of their source."""
+    settings = json.dumps(config.content_settings, sort_keys=True)
     digest = hashlib.sha256(settings.encode())
     examples.hash_into(digest)
     return digest.hexdigest()
@@ -251,19 +220,34 @@ def _offsets(lengths: np.ndarray) -> Int64[np.ndarray, " examples_plus_1"]:
     return offsets
 
 
-# Raise it when the same rows give other tokens or labels, or the files change.
-_VERSION = 1
-# Settings that change the order of examples and not what they hold.
-_ORDER = ("seed", "shuffle")
+def _map_examples(
+    directory: Path, lengths: Any, supervised: Any, report: DataReport
+) -> MappedExamples:
+    maps = []
+    for name in _ARRAY_FILES:
+        with open(directory / name, "rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    tokens, labels = (np.frombuffer(view, _INT32) for view in maps)
+    return MappedExamples(
+        tokens=tokens,
+        labels=labels,
+        offsets=_offsets(lengths),
+        supervised=supervised,
+        report=report,
+        maps=tuple(maps),
+    )
+
+
+# --- The cache ---
 
 
 def cache_directory(
     config: DataConfig, run_directory: str | Path | None
 ) -> Path | None:
-    """Where `data.cache` is; None without one.
+    """Resolves `data.cache`; None without a cache.
 
     Raises:
-      UserError: it is "auto", and there is no run it could be beside.
+      UserError: it is "auto" and there is no run directory.
     """
     if config.cache is None:
         return None
@@ -271,27 +255,29 @@ def cache_directory(
         return Path(config.cache)
     if run_directory is None:
         raise UserError(
-            "`data.cache` = 'auto' is beside the directory of a run, and here is none. "
-            "Name a directory, or leave it out."
+            "`data.cache` = 'auto' is named after a run directory, and there is none "
+            "here. Name a directory, or leave it out."
         )
     run = Path(run_directory)
     return run.with_name(run.name + ".data")
 
 
 def cache_key(
-    config: DataConfig, places: list[Place], tokenizer: Any, vocab_size: int
+    config: DataConfig, content_hashes: Sequence[str], tokenizer: Any, vocab_size: int
 ) -> str:
-    """Hash of all that the tokens of a source depend on."""
-    settings = {k: v for k, v in settings_of(config).items() if k not in _ORDER}
+    """Hashes everything that the tokens of a source depend on."""
+    settings = config.content_settings
+    for name in _ORDER_FIELDS:
+        del settings[name]
     template = None
     if config.chat_template is not None:
-        with contextlib.suppress(OSError):  # reading it says what is wrong with it
+        with contextlib.suppress(OSError):  # the renderer reports a missing template
             template = Path(config.chat_template).read_bytes().hex()
     parts = {
-        "version": _VERSION,
+        "version": _CACHE_VERSION,
         "settings": settings,
         "chat_template": template,
-        "content": [_content(place) for place in places],
+        "content": list(content_hashes),
         "tokenizer": None if config.format == "tokens" else _tokenizer_key(tokenizer),
         "vocab_size": vocab_size,
         "libraries": {
@@ -299,8 +285,8 @@ def cache_key(
             for name in ("transformers", "tokenizers")
         },
     }
-    whole = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    serialized = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(serialized.encode()).hexdigest()[:32]
 
 
 def cached(
@@ -309,48 +295,48 @@ def cached(
     config: DataConfig,
     build: Callable[[Path], Examples],
 ) -> Examples:
-    """Maps the cache of a key, and builds it before if it is not there.
+    """Maps the cache of a key, building it first if it does not exist.
 
     Args:
-      directory: of all caches.
-      key: what `cache_key` gave.
+      directory: parent directory of all caches.
+      key: from `cache_key`.
       config: the source, for the fingerprint of its examples.
       build: writes the arrays into a directory and returns the examples.
 
     Raises:
-      UserError: the directory cannot be written; what `build` raises.
+      UserError: the directory cannot be written, or `build` raises it.
     """
-    place = directory / key
+    entry = directory / key
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f".{key}.lock"):
-            if not _complete(place):
-                shutil.rmtree(place, ignore_errors=True)
-                _build(place, directory / f".{key}.partial", config, build)
+            if not _is_complete(entry):
+                shutil.rmtree(entry, ignore_errors=True)
+                _build_entry(entry, directory / f".{key}.partial", config, build)
     except OSError as error:
         raise UserError(
             f"`data.cache`: cannot write {directory}: {error}. Tokens and labels take "
-            "8 bytes a token there; give another directory, or make room."
+            "8 bytes a token there; name another directory, or free disk space."
         ) from error
-    meta = json.loads((place / "meta.json").read_text())
+    meta = json.loads((entry / "meta.json").read_text())
     report = from_dict(meta["report"])
-    examples = map_examples(
-        place, np.load(place / "lengths.npy"), np.load(place / "supervised.npy"), report
-    )
-    if meta["settings"] == settings_of(config):
+    lengths = np.load(entry / "lengths.npy")
+    supervised = np.load(entry / "supervised.npy")
+    examples = _map_examples(entry, lengths, supervised, report)
+    if meta["settings"] == config.content_settings:
         return examples
     # Another seed gives another fingerprint of the same examples.
     values = report.as_dict() | {"fingerprint": fingerprint(config, examples)}
     return dataclasses.replace(examples, report=from_dict(values))
 
 
-def _build(
-    place: Path,
+def _build_entry(
+    entry: Path,
     partial: Path,
     config: DataConfig,
     build: Callable[[Path], Examples],
 ) -> None:
-    # Whoever left it has no lock on it any more.
+    # A leftover is of a process that was killed: this one holds the lock.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -358,25 +344,26 @@ def _build(
         np.save(partial / "lengths.npy", examples.lengths)
         np.save(partial / "supervised.npy", examples.supervised)
         meta = {
-            "settings": settings_of(config),
+            "settings": config.content_settings,
             "report": examples.report.as_dict(),
-            "sizes": {name: (partial / name).stat().st_size for name in NAMES},
+            "sizes": {name: (partial / name).stat().st_size for name in _ARRAY_FILES},
         }
         (partial / "meta.json").write_text(json.dumps(meta) + "\n")
+        # The rename must not reach the disk before the files do.
         for file in partial.iterdir():
-            _sync(file)
-        os.rename(partial, place)
-        _sync(place.parent)
+            _fsync(file)
+        os.rename(partial, entry)
+        _fsync(entry.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _complete(place: Path) -> bool:
-    """Whether all files are there with the sizes they were written with."""
+def _is_complete(entry: Path) -> bool:
+    """Whether the array files exist with the sizes they were written with."""
     try:
-        sizes = json.loads((place / "meta.json").read_text())["sizes"]
-        return all((place / n).stat().st_size == size for n, size in sizes.items())
+        sizes = json.loads((entry / "meta.json").read_text())["sizes"]
+        return all((entry / n).stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -385,8 +372,8 @@ def _complete(place: Path) -> bool:
 def _locked(path: Path) -> Iterator[None]:
     """Waits for other processes that build the same cache.
 
-    The system gives the lock back when a process ends, however it ends. Some network
-    file systems have no locks; there two processes must not start at once.
+    The operating system releases the lock when a process ends, however it ends. Some
+    network file systems have no locks; there two processes must not start at once.
     """
     with open(path, "w") as file:
         with contextlib.suppress(OSError):
@@ -394,7 +381,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -402,29 +389,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _content(place: Place) -> str:
-    try:
-        return place.content()
-    except OSError as error:
-        raise UserError(f"`data.path`: cannot read {place.name}: {error}") from error
-
-
 def _tokenizer_key(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does to a text."""
+    """Hashes everything that a tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else _vocabulary(tokenizer)
+    if backend is not None:
+        rules = backend.to_str()
+    else:  # a slow tokenizer cannot print its rules; its vocabulary stands for them
+        vocabulary = tokenizer.get_vocab().items()
+        rules = json.dumps(sorted(vocabulary, key=lambda item: item[1]))
     parts = [
         type(tokenizer).__name__,
         rules,
         repr(getattr(tokenizer, "chat_template", None)),
         repr(getattr(tokenizer, "bos_token_id", None)),
         repr(getattr(tokenizer, "eos_token_id", None)),
-        # What transformers puts around a text may be a setting beside the rules.
+        # Whether transformers adds BOS may be a setting outside the rules.
         repr(tokenizer("a", add_special_tokens=True)["input_ids"]),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """The vocabulary of a tokenizer that has no rules to print, as one text."""
-    return json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))

@@ -1,17 +1,17 @@
 """Batches as a pure function of an integer.
 
-The one idea: batch `i` of a run is computed from the examples, the config and `i`
-alone, so the cursor to save in a checkpoint is the number of the next batch, and
-continuing costs nothing however far the run has come.
+Batch `i` of a run is computed from the examples, the config and `i` alone. So the data
+position that a checkpoint saves is the number of the next batch, and resuming costs
+nothing however long the run is.
 
 The examples of all epochs form one endless stream, each epoch in its own order; batch
-`i` is the `i`-th run of `accumulation_steps * batch_size` rows of it. A batch that
-reaches past the end of an epoch goes on into the next one, so every step has a full
-window, no row is skipped, and a data set smaller than a batch repeats. In a mixture
-with weights each source is such a stream, and `mixture` says whose turn it is.
+`i` is the `i`-th block of `accumulation_steps * batch_size` rows. A batch that reaches
+past the end of an epoch continues with the next one, so every step is full, no row is
+skipped, and a data set smaller than a batch repeats. In a mixture with weights every
+source is such a stream, and `Interleaving` chooses the source of each row.
 
-Why not `grain`: its iterators keep their position in a state object of their own and
-importing it takes 1.2 to 1.5 s; all that is needed here is an index.
+`grain` is not used: its iterators keep their position in a state object, and importing
+it takes 1.2 to 1.5 s, where an index is all that is needed.
 """
 
 import itertools
@@ -25,32 +25,31 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data.arrays import Examples
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.mixture import Interleaving, Mixture, lay_out, random_keys
+from qlora_jax.data.mixture import AnyExamples, Interleaving, lay_out, random_keys
 from qlora_jax.errors import UserError
 
 Batch = dict[str, Int32[np.ndarray, "..."]]
-"""`tokens` and `labels`, packed also `positions` and `segment_ids`."""
+"""`tokens` and `labels`; with packing also `positions` and `segment_ids`."""
 
-# Row lengths are rounded up to this many tokens (kernels like multiples of 64).
-_ROUND = 64
+# Row lengths are rounded up to a multiple of this many tokens, which kernels can tile.
+_LENGTH_MULTIPLE = 64
 
 
 @runtime_checkable
 class Indexed(Protocol):
-    """Anything `prefetch` can read: batches by index, and their number."""
+    """Batches by index, as `prefetch` reads them."""
 
     def __getitem__(self, index: int, /) -> Batch: ...  # noqa: D102
 
 
 class _Rows:
-    """Examples laid out in rows of one length, packed or one to a row."""
+    """Examples in rows of one length, packed or one per row."""
 
     def __init__(
         self,
-        examples: Examples | Mixture,
+        examples: AnyExamples,
         config: DataConfig,
         pad_token_id: int,
         sequence_length: int | None = None,
@@ -58,13 +57,13 @@ class _Rows:
         if type(pad_token_id) is not int or pad_token_id < 0:
             raise UserError(
                 f"`pad_token_id` must be a token id, got {pad_token_id!r}. Any id of "
-                "the model serves (0, say): padding is masked by labels and segment "
+                "the model will do (e.g. 0): padding is masked by labels and segment "
                 "ids, never recognised by its token."
             )
         self._examples, self._pad = examples, pad_token_id
         longest = int(examples.lengths.max())
         if sequence_length is None:
-            rounded = -(-longest // _ROUND) * _ROUND
+            rounded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
             sequence_length = config.max_length
             if not config.packing:
                 sequence_length = min(sequence_length, rounded)
@@ -87,33 +86,33 @@ class _Rows:
         return len(self._examples if self._packing is None else self._packing)
 
     def tokens(self, rows: list[int]) -> int:
-        """Tokens in the given rows that are not padding."""
+        """Returns the number of tokens in some rows that are not padding."""
         return int(self._tokens[rows].sum())
 
     def assemble(self, rows: list[int], size: int) -> Batch:
-        """The given rows, then fully masked ones up to `size`: arrays [size, T]."""
+        """Returns arrays [size, T]: these rows, then masked ones up to `size`."""
         shape = (size, self.length)
         batch = {
             "tokens": np.full(shape, self._pad, np.int32),
             "labels": np.full(shape, IGNORE, np.int32),
         }
         if self._packing is None:
-            for at, row in enumerate(rows):
+            for i, row in enumerate(rows):
                 tokens, labels = self._examples[row]
-                batch["tokens"][at, : len(tokens)] = tokens
-                batch["labels"][at, : len(tokens)] = labels
+                batch["tokens"][i, : len(tokens)] = tokens
+                batch["labels"][i, : len(tokens)] = labels
             return batch
         batch["positions"] = np.zeros(shape, np.int32)
         batch["segment_ids"] = np.zeros(shape, np.int32)
-        for at, row in enumerate(rows):
+        for i, row in enumerate(rows):
             start = 0
             for segment, example in enumerate(self._packing[row].tolist(), 1):
                 tokens, labels = self._examples[example]
-                place = at, slice(start, start + len(tokens))
-                batch["tokens"][place] = tokens
-                batch["labels"][place] = labels
-                batch["positions"][place] = np.arange(len(tokens))
-                batch["segment_ids"][place] = segment
+                span = i, slice(start, start + len(tokens))
+                batch["tokens"][span] = tokens
+                batch["labels"][span] = labels
+                batch["positions"][span] = np.arange(len(tokens))
+                batch["segment_ids"][span] = segment
                 start += len(tokens)
         return batch
 
@@ -128,18 +127,18 @@ class Batches:
     - `labels`, aligned with `tokens`, -100 where nothing is supervised: on padding and
       at the first position of every example, so that nothing is predicted across the
       boundary of two packed examples.
-    - packed only: `positions`, from 0 in every example, and `segment_ids`, 1, 2, ...
+    - with packing: `positions`, from 0 in every example, and `segment_ids`, 1, 2, ...
       in each row; both are 0 on padding.
 
     Args:
-      examples: what `load_examples` returned.
+      examples: from `load_examples`.
       config: the config they were loaded with (packing, max_length, shuffle, seed).
       batch_size: rows in a microbatch (sequences).
       accumulation_steps: microbatches in a step.
       pad_token_id: any token id of the model.
       steps: number of batches.
-      epochs: number of batches as passes over the data, rounded up to a whole batch.
-        With neither `steps` nor `epochs`, the batches go on without end.
+      epochs: passes over the data instead of `steps`, rounded up to a full batch. With
+        neither, there is no last batch.
 
     Raises:
       UserError: a size is not a positive integer, both `steps` and `epochs` are given,
@@ -148,7 +147,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Examples | Mixture,
+        examples: AnyExamples,
         config: DataConfig,
         *,
         batch_size: int,
@@ -162,7 +161,7 @@ class Batches:
             _check_positive(name, value)
         if steps is not None and epochs is not None:
             raise UserError(
-                f"give `steps` (= {steps}) or `epochs` (= {epochs}), not both."
+                f"set `steps` (= {steps}) or `epochs` (= {epochs}), not both."
             )
         if steps is not None:
             _check_positive("steps", steps)
@@ -180,7 +179,7 @@ class Batches:
                 self._rows.shares, seed=seed, shuffle=shuffle
             )
 
-        # A batch touches two epochs of a source at most, or very short ones.
+        # A batch touches at most two epochs of a source, unless they are very short.
         @lru_cache(maxsize=2 * len(counts))
         def order(source: int, epoch: int) -> np.ndarray:
             if not shuffle:
@@ -193,54 +192,54 @@ class Batches:
 
     @property
     def sequence_length(self) -> int:
-        """T: `max_length` when packing, else the longest example rounded up to 64."""
+        """T: `max_length` with packing, else the longest example rounded up to 64."""
         return self._rows.length
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that a step takes."""
+        """Rows in a step."""
         return math.prod(self._shape)
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows (packed rows when packing) in one pass over the data.
+        """Rows, or packed rows, in one pass over the data.
 
-        In a mixture with weights, as many rows as its sources have together.
+        In a mixture with weights: as many rows as its sources have together.
         """
         return len(self._rows)
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in one pass over the data (not a whole number in general)."""
+        """Batches in one pass over the data (in general not an integer)."""
         return len(self._rows) / self.rows_per_step
 
     def __len__(self) -> int:
         """Number of batches of the run."""
         if self._steps is None:
-            raise TypeError("these batches have no end; give `steps` or `epochs`")
+            raise TypeError("these batches have no end; set `steps` or `epochs`")
         return self._steps
 
     def __getitem__(self, index: int) -> Batch:
-        """Batch `index` of the run, from 0: arrays [A, B, T]."""
+        """Returns batch `index` of the run, from 0: arrays [A, B, T]."""
         rows = self._rows_of(index)
         batch = self._rows.assemble(rows, len(rows))
         return {k: v.reshape(*self._shape, -1) for k, v in batch.items()}
 
     def tokens(self, index: int) -> int:
-        """Tokens of batch `index` that are not padding, supervised or not."""
+        """Returns the number of tokens in a batch that are not padding."""
         return self._rows.tokens(self._rows_of(index))
 
     def _rows_of(self, index: int) -> list[int]:
         if index < 0 or (self._steps is not None and index >= self._steps):
             raise IndexError(f"batch {index} of {self._steps or 'endlessly many'}")
-        size = math.prod(self._shape)
+        size = self.rows_per_step
         rows = []
-        for place in range(index * size, (index + 1) * size):
+        for position in range(index * size, (index + 1) * size):
             source = 0
             if self._interleaving is not None:
-                source, place = self._interleaving[place]
-            epoch, at = divmod(place, self._rows.counts[source])
-            rows.append(self._firsts[source] + int(self._order(source, epoch)[at]))
+                source, position = self._interleaving[position]
+            epoch, rank = divmod(position, self._rows.counts[source])
+            rows.append(self._firsts[source] + int(self._order(source, epoch)[rank]))
         return rows
 
 
@@ -249,15 +248,14 @@ def prefetch(
 ) -> Generator[Batch, None, None]:
     """Yields `batches[start], ..., batches[stop - 1]`, prepared ahead by a thread.
 
-    An exception raised while making a batch is raised where that batch is due. When
-    the consumer stops early (or the generator is closed) at most one batch in the
-    making is waited for.
+    An exception that a batch raises is raised where that batch is due. Closing the
+    generator waits for at most one unfinished batch.
 
     Args:
       batches: indexable, e.g. `Batches`.
-      start: first index; after a restart, the number of batches already used.
+      start: first index; when resuming, the number of batches already used.
       stop: index to stop before.
-      depth: batches to hold ready.
+      depth: batches prepared ahead.
 
     Raises:
       UserError: `depth` is not a positive integer.
@@ -284,7 +282,7 @@ def _prefetch(
 
 
 def eval_batches(
-    examples: Examples | Mixture,
+    examples: AnyExamples,
     config: DataConfig,
     *,
     batch_size: int,
@@ -293,16 +291,16 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields every example once, in order, as arrays [B, T] (no accumulation axis).
 
-    The last batch is filled up with rows whose labels are all -100 (and segment ids
-    0), so that all batches have one shape and none of the padding counts.
+    The last batch is padded with rows whose labels are all -100 (and segment ids 0), so
+    that all batches have the same shape and no padding is measured.
 
     Args:
-      examples: what `load_examples` returned.
-      config: the config they were loaded with; packing is honoured.
+      examples: from `load_examples`.
+      config: the config they were loaded with (packing, max_length).
       batch_size: rows in a batch (sequences).
       pad_token_id: any token id of the model.
-      sequence_length: T; default as in `Batches`. Give the training batches' to share
-        one compiled function with them.
+      sequence_length: T; default as for `Batches`. With that of the training batches,
+        both share one compiled function.
 
     Raises:
       UserError: `batch_size` is not a positive integer, or an example is longer than

@@ -1,15 +1,15 @@
-"""Conversations as text, with the characters the assistant wrote marked.
+"""Renders conversations with a chat template and marks what the assistant wrote.
 
-The one idea: which part of a rendered conversation is the assistant's is known at the
-moment it is rendered, so no marker is ever searched for in the text or in the tokens.
+The spans of the assistant are known while a conversation is rendered, so nothing is
+searched for in the text or in the tokens.
 
-A template that has `{% generation %}` blocks says itself what the assistant writes: it
-is rendered with a character at each end of every such block, which are taken out again.
-Any other is rendered on growing prefixes of the conversation; what turn `i` adds after
-the generation prompt is exactly what a model answering at that point has to write,
-end-of-turn token included. This needs a template under which an earlier turn reads the
-same whatever follows it. That is checked, and a template that rewrites earlier turns is
-refused instead of being labelled wrongly.
+A template with `{% generation %}` blocks marks them itself: it is rendered with a
+private character at both ends of every block, and the characters are removed again.
+Any other template is rendered on growing prefixes of the conversation: what turn `i`
+adds after the generation prompt is exactly what a model has to write there, end-of-turn
+token included. This needs a template that renders an earlier turn the same whatever
+follows it. That is checked: a template that rewrites earlier turns is refused, because
+its labels would be wrong.
 """
 
 import re
@@ -19,18 +19,18 @@ from typing import Any
 from qlora_jax.data.rows import fields_of
 from qlora_jax.errors import UserError
 
-# Templates of the Llama 3 family print today's date unless they are given one. Tokens
-# must not change between the day a run starts and the day it continues, so they are
-# given the date those templates fall back to themselves.
+# Templates of the Llama 3 family print today's date by default. Tokens must not change
+# between the day a run starts and the day it resumes, so the date is fixed to the one
+# that those templates use as their own fallback.
 _DATE = "26 Jul 2024"
 
-# What Python raises inside a template when a row has not the shape it expects, e.g.
-# `content` null where text is joined to it.
+# What Python raises inside a template for a row of an unexpected shape, e.g. where
+# text is joined to a null `content`.
 _DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
 
-# `{% generation %}`, `{%- endgeneration -%}` and the like.
+# `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-# Unicode's private use area: characters that mean nothing to anyone.
+# Unicode's private use area: real text rarely holds these characters.
 _PRIVATE = range(0xE000, 0xF8FF)
 
 _SHAREGPT_ROLES = {
@@ -50,15 +50,15 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
     Args:
       row: `{"messages": [{"role", "content"}, ...]}`, or
-        `{"conversations": [{"from", "value"}, ...]}` with an optional `system` text.
-      where: the row's place ("file.jsonl:12"), for messages.
+        `{"conversations": [{"from", "value"}, ...]}` with an optional `system` string.
+      where: location of the row ("file.jsonl:12"), for messages.
 
     Returns:
       A new list of `{"role": str, "content": str, ...}`; further keys (`tool_calls`,
       `name`, ...) are kept for the template.
 
     Raises:
-      UserError: no such field, wrong types, an unknown speaker, no turn at all.
+      UserError: the field is missing or empty, has wrong types or an unknown speaker.
     """
     field = next((f for f in ("messages", "conversations") if f in row), None)
     if field is None:
@@ -83,12 +83,12 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
                 raise UserError(
                     f"{at} is `from` {speaker!r}; known speakers are "
                     f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or write the row with "
-                    "`messages`, whose roles go to the template as they are."
+                    "`messages`, whose roles are passed to the template unchanged."
                 )
             turn = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
         if not isinstance(turn.get("role"), str):
             raise UserError(
-                f"{at} needs a text `role` (ShareGPT: `from`), it has "
+                f"{at} needs a string `role` (ShareGPT: `from`), it has "
                 f"{fields_of(turn)}."
             )
         content = turn.get("content")
@@ -96,7 +96,7 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             content is None and turn.get("tool_calls")
         ):
             raise UserError(
-                f"{at} ({turn['role']}) needs a text `content` (ShareGPT: `value`), "
+                f"{at} ({turn['role']}) needs a string `content` (ShareGPT: `value`), "
                 f"got {type(content).__name__}."
             )
         messages.append(dict(turn))
@@ -108,14 +108,14 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 class ChatRenderer:
-    """Renders conversations with one tokenizer's chat template (or a file's).
+    """Renders conversations with the chat template of a tokenizer or a file.
 
     Args:
       tokenizer: a `transformers` tokenizer.
-      template_path: a Jinja chat template file; None uses the tokenizer's own.
+      template_path: a Jinja chat template; None uses the tokenizer's own.
 
     Raises:
-      UserError: neither gives a template, or the file cannot be read.
+      UserError: there is no template, or it cannot be read or parsed.
     """
 
     def __init__(self, tokenizer: Any, template_path: str | None = None):
@@ -142,14 +142,14 @@ class ChatRenderer:
         specials.update(str(token) for token in added.values())
         self._specials = tuple(s for s in specials if s.strip())
         source = self._template or getattr(tokenizer, "chat_template", None)
-        if isinstance(source, dict):  # several, by name; transformers takes this one
+        if isinstance(source, dict):  # several by name: transformers uses `default`
             source = source.get("default")
         self._marked = source if source and _MARK.search(source) else None
         self._check_syntax(template_path)
 
     @property
     def has_marks(self) -> bool:
-        """Whether the template says itself what the assistant writes."""
+        """Whether the template marks the assistant's text with `{% generation %}`."""
         return self._marked is not None
 
     def text(
@@ -160,10 +160,10 @@ class ChatRenderer:
         tools: list[Any] | None = None,
         where: str = "conversation",
     ) -> str:
-        """Renders a conversation to text, with the template's own BOS and no other.
+        """Renders a conversation to text; a BOS comes from the template alone.
 
         Raises:
-          UserError: the template refuses the conversation.
+          UserError: the template cannot render the conversation.
         """
         return self._render(
             messages, self._template, add_generation_prompt, tools, where
@@ -171,16 +171,15 @@ class ChatRenderer:
 
     @property
     def writes_generation_prompt(self) -> bool:
-        """Whether the template writes something where an answer is asked for."""
+        """Whether `add_generation_prompt` changes the text."""
         turns = [{"role": "user", "content": "a"}]
         try:
-            asked = self.text(turns, add_generation_prompt=True)
-            return asked != self.text(turns)
-        except UserError:  # it takes other turns
+            return self.text(turns, add_generation_prompt=True) != self.text(turns)
+        except UserError:  # the template needs other turns, so it cannot be tried
             return True
 
     def _check_syntax(self, template_path: str | None) -> None:
-        """Refuses once what is wrong with the template for all conversations."""
+        """Raises syntax errors once, instead of once for every conversation."""
         import jinja2
 
         try:
@@ -193,11 +192,11 @@ class ChatRenderer:
             )
             why = str(error.message).rstrip(".")
             raise UserError(
-                f"{what} is no valid Jinja template: line {error.lineno}: {why}. Mend "
-                "it, or give the path of another one as `data.chat_template`."
+                f"{what} is not a valid Jinja template: line {error.lineno}: {why}. "
+                "Correct it, or give the path of another one as `data.chat_template`."
             ) from error
         except (jinja2.TemplateError, *_DATA_ERRORS):
-            pass  # it may well take the turns of the data
+            pass  # this template needs other turns; those of the data may fit
 
     def _apply(
         self,
@@ -230,7 +229,7 @@ class ChatRenderer:
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(
-                f"{where}: the chat template refuses the turns ({roles}): {error}"
+                f"{where}: the chat template cannot render the turns ({roles}): {error}"
             ) from error
 
     def spans(
@@ -242,30 +241,29 @@ class ChatRenderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Renders a conversation and marks what the assistant wrote.
 
-        With a template that has generation marks, the spans are its blocks. Without,
-        a span starts after the generation prompt and ends after the end-of-turn token.
-        White space that the template puts after that token (ChatML's newline) is left
-        out, since a model stops at the token and never writes it; where a turn ends
-        without a special token, the span runs to the turn's end.
+        With generation marks, the spans are the marked blocks. Without, a span starts
+        after the generation prompt and ends after the end-of-turn token. White space
+        that the template writes after that token (ChatML's newline) is left out,
+        because a model stops at the token and never writes it; where a turn ends
+        without a special token, the span runs to the end of the turn.
 
         Returns:
-          The rendered text and (start, end) character spans: the template's blocks
-          that hold anything, or one per assistant turn.
+          The rendered text and (start, end) character spans: the marked blocks that
+          are not empty, or one span per assistant turn.
 
         Raises:
-          UserError: the template refuses the conversation, renders a turn
+          UserError: the template cannot render the conversation, renders a turn
             differently when others follow, or has marks that cannot be followed.
         """
         if self._marked is not None:
             return self._spans_by_marks(messages, tools, where)
+        return self._spans_by_prefixes(messages, tools, where)
 
+    def _spans_by_prefixes(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         def prefix(turns: int, prompt: bool) -> str:
-            return self.text(
-                messages[:turns],
-                add_generation_prompt=prompt,
-                tools=tools,
-                where=where,
-            )
+            return self._render(messages[:turns], self._template, prompt, tools, where)
 
         full = prefix(len(messages), False)
         spans = []
@@ -281,8 +279,8 @@ class ChatRenderer:
                     "once other turns follow it (templates of reasoning models strip "
                     "earlier answers this way), so the text of that answer cannot be "
                     "supervised. Give `data.chat_template` a Jinja file that writes "
-                    "every turn the same wherever it stands, or split the "
-                    "conversation into rows with one answer each."
+                    "a turn the same wherever it occurs, or split the conversation "
+                    "into rows with one answer each."
                 )
             if not after.startswith(before):
                 raise UserError(
@@ -303,17 +301,16 @@ class ChatRenderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         assert self._marked is not None
         text = self.text(messages, tools=tools, where=where)
-        taken = set(text)
-        free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
+        used = set(text)
+        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         opening, closing = next(free), next(free)
 
-        def mark(found: re.Match[str]) -> str:
-            # A block stands where the tag stood, so that white space beside it is
-            # trimmed as before.
-            character = closing if found[2] else opening
+        def mark(tag: re.Match[str]) -> str:
+            # A block tag replaces the tag, so that Jinja trims the white space around
+            # it as before.
+            character = closing if tag[2] else opening
             return (
-                f'{{%{found[1]} if true %}}{{{{ "{character}" }}}}'
-                f"{{% endif {found[3]}%}}"
+                f'{{%{tag[1]} if true %}}{{{{ "{character}" }}}}{{% endif {tag[3]}%}}'
             )
 
         template = _MARK.sub(mark, self._marked)
@@ -328,7 +325,7 @@ class ChatRenderer:
                 if start < length:
                     spans.append((start, length))
                 start = None
-            elif piece in (opening, closing):
+            elif piece in (opening, closing):  # nested or unbalanced
                 start = -1
                 break
             else:
@@ -337,8 +334,8 @@ class ChatRenderer:
         if start is not None or "".join(pieces) != text:
             raise UserError(
                 f"{where}: the chat template's `{{% generation %}}` blocks do not mark "
-                "its text plainly (they are nested, or what is inside is changed "
+                "its text plainly (they are nested, or their content is changed "
                 "afterwards). Give `data.chat_template` a Jinja file whose blocks "
-                "stand around what the assistant writes, or that has none."
+                "enclose what the assistant writes, or that has none."
             )
         return text, spans

@@ -6,10 +6,10 @@ that each source is read with. All problems with the settings are raised at once
 
 import dataclasses
 import math
+import string
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from qlora_jax.data.rows import check_template
 from qlora_jax.errors import Problems, UserError
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
@@ -30,23 +30,23 @@ _TEMPLATES = {
     "messages": ("chat_template",),
 }
 # Settings that locate the rows or the cache. The fingerprint of the examples covers
-# their content, so that a moved or renamed file does not change a run.
-PLACES = ("path", "chat_template", "split", "cache", "sources")
+# their content instead, so that a moved or renamed file does not change a run.
+LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
     *("too_long", "append_eos"),
 )
-"""Settings of `[data]` that a source or `[eval]` may have different values of."""
+"""Settings of `[data]` that a source or `[eval]` may override."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One source of a mixture (`[[data.sources]]`).
 
-    A setting that is left out is taken from `[data]`, if the source's format reads it.
+    Settings that are left out come from `[data]`, if the source's format reads them.
 
     Raises:
-      UserError: no path, or a weight that is not a positive number.
+      UserError: the path is empty, or the weight is not a positive number.
     """
 
     path: str | tuple[str, ...]
@@ -74,7 +74,7 @@ class Source:
     """As `data.append_eos`."""
 
     def __post_init__(self):
-        """Raises if no run could use the values."""
+        """Raises if a value cannot be used."""
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -98,14 +98,14 @@ class DataConfig:
     """
 
     path: str | tuple[str, ...] = ""
-    """The data, one source: a file, several, or a pattern ("part-*.jsonl"). JSONL (one
-    object a line), JSON (a list of objects), Parquet, Arrow, each of the first two also
-    as .gz; a directory that `datasets` saved, or "hf:owner/name" of the hub; or, for
-    format `text`, any UTF-8 text file, which is then one document."""
+    """The data of one source: a file, several, or a pattern ("part-*.jsonl"). JSONL
+    (one object a line) and JSON (a list of objects), also as .gz; Parquet; Arrow; a
+    directory that `datasets` saved; "hf:owner/name" of the hub; or, for format `text`,
+    any UTF-8 text file, which is one document."""
     format: Format = "text"
     """How rows are read. `text`: one document a row. `prompt_completion`: a question
-    and its answer. `messages`: a conversation (ShareGPT `conversations` too).
-    `tokens`: rows of `input_ids` and `labels`."""
+    and its answer. `messages`: a conversation (or ShareGPT `conversations`). `tokens`:
+    `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
     packing: bool = False
@@ -132,24 +132,24 @@ class DataConfig:
     """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. Truncating never shortens plain text files or packed `text`: those are
-    cut into consecutive windows of `max_length` tokens."""
+    or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
+    are cut into consecutive windows of `max_length` tokens."""
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
-    Chat templates write their own end of turn, `tokens` are taken as they are."""
+    Chat templates write their own end of turn; `tokens` are used unchanged."""
     split: str | None = None
-    """Of a `datasets` directory or a data set of the hub: which split is read. Default:
-    `train`, or the only one."""
+    """Split of a `datasets` directory or of a data set of the hub. Default: `train`, or
+    the only one."""
     cache: str | None = None
-    """For data larger than memory: tokenize it once into this directory, and train from
-    there through a memory map. "auto" is the run directory's name with `.data` added.
-    Default: hold the tokens in memory."""
+    """For data larger than memory: tokenize it once into this directory and train from
+    a memory map. "auto" is the run directory's name with `.data` added. Default: keep
+    the tokens in memory."""
     sources: tuple[Source, ...] = ()
-    """A mixture instead of `path`: one table [[data.sources]] a source, with a `path`,
-    a `weight` and settings that differ from those here."""
+    """A mixture instead of `path`: one table [[data.sources]] per source, with `path`,
+    `weight` and the settings that differ from these."""
 
     def __post_init__(self):
-        """Raises if no run could use the values."""
+        """Raises if a value cannot be used."""
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
@@ -217,7 +217,7 @@ class DataConfig:
                 )
             elif name != "chat_template":
                 try:
-                    check_template(name, template)
+                    _check_template(name, template)
                 except UserError as error:
                     yield str(error)
 
@@ -229,7 +229,7 @@ class DataConfig:
         if missing and len(missing) < len(weights):
             yield (
                 "`data.sources`: some sources have a `weight` and these have none: "
-                f"{', '.join(missing)}. Give every source one, or none."
+                f"{', '.join(missing)}. Give all sources a weight, or none of them."
             )
         present = [weight for weight in weights if weight is not None]
         if present and max(present) > 1e5 * min(present):
@@ -258,7 +258,7 @@ class DataConfig:
             problems.add(f"`data.{name}` is read by none of the `data.sources`.")
 
     def read_as(self, source: Source) -> "DataConfig":
-        """Returns the settings that a source is read with: its values over these.
+        """Returns these settings overridden by those of a source.
 
         Raises:
           UserError: they contradict each other.
@@ -286,7 +286,7 @@ class DataConfig:
 
     @property
     def each(self) -> list["DataConfig"]:
-        """The settings of every source; of a single one, these."""
+        """The settings that every source is read with; [self] without a mixture."""
         return [part for _, part in self.parts()] or [self]
 
     @property
@@ -295,20 +295,28 @@ class DataConfig:
         return self.train_on or _TRAIN_ON[self.format][0]
 
     @property
+    def content_settings(self) -> dict[str, Any]:
+        """The settings of one source that change its batches (not where it is)."""
+        settings = dataclasses.asdict(self) | {"train_on": self.supervised}
+        for name in LOCATION_FIELDS:
+            del settings[name]
+        return settings
+
+    @property
     def needs_tokenizer(self) -> bool:
-        """Whether any source holds text, not token ids."""
+        """Whether any source holds text instead of token ids."""
         return any(config.format != "tokens" for config in self.each)
 
     @property
     def name(self) -> str:
-        """The path or paths in a message."""
+        """The path or paths, for messages."""
         if self.sources:
             return ", ".join(name_of(source.path) for source in self.sources)
         return name_of(self.path)
 
 
 def name_of(path: str | tuple[str, ...]) -> str:
-    """Names the file or files of a source in a message."""
+    """Joins the paths of a source, for messages."""
     return path if isinstance(path, str) else ", ".join(path)
 
 
@@ -320,3 +328,28 @@ def _is_path(path: Any) -> bool:
         and bool(path)
         and all(isinstance(p, str) and p for p in path)
     )
+
+
+def _check_template(name: str, template: object) -> None:
+    """Raises for a format string that no row can fill (UserError)."""
+    if not isinstance(template, str):
+        raise UserError(f"`data.{name}` must be a string, got {template!r}.")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(
+            f"`data.{name}` = {template!r} is not a format string: {error}. Write "
+            "a literal brace twice: {{ or }}."
+        ) from error
+    names = [field for field in fields if field is not None]
+    if not names and name != "prompt":  # every row may have the same prompt
+        raise UserError(
+            f"`data.{name}` = {template!r} names no field of a row; write e.g. "
+            '"{question}".'
+        )
+    if any(not n or n[0].isdigit() or "." in n for n in names):
+        raise UserError(
+            f"`data.{name}` = {template!r} must name a row's fields in its braces, "
+            'e.g. "{question}" or "{turns[0]}"; positions and attributes have no '
+            "meaning here."
+        )

@@ -1,19 +1,13 @@
-"""Text with supervised character spans, and the tokens and labels it gives.
+"""Encodes rows as tokens and labels.
 
-The one idea: the whole text is tokenized once, and a token is supervised if its last
-character lies in a supervised span. So a label boundary is never found by searching
-tokens, and the tokens are those of the text as a model reads it, not of glued-together
-pieces.
+Every text format becomes one string with supervised character spans. The string is
+tokenized once, and a token is supervised if its last character is inside a span. So no
+label boundary is searched for among the tokens, and the tokens are those of the
+complete text as a model reads it, not of concatenated pieces.
 
 A token that straddles the start of a span (prompt `"a "` and completion `"b"` may share
-the token `" b"`) holds supervised characters and is supervised: leaving it out would
-leave the first characters of the answer unlearned. Such texts are counted.
-
-From rows to tokens and labels.
-
-The one idea: every text format becomes one string and the character spans of it that
-are supervised (`segments` labels the tokens, `chat` marks the spans of a conversation).
-A row that cannot be used is written down as a problem and the next one is read.
+the token `" b"`) holds supervised characters and is supervised: masking it would leave
+the first characters of the answer untrained. Rows with such tokens are counted.
 """
 
 import dataclasses
@@ -34,7 +28,7 @@ IGNORE = -100
 
 @dataclasses.dataclass(frozen=True)
 class Segmented:
-    """A text and its supervised character spans; None = all of it."""
+    """A text and its supervised character spans; None supervises all of it."""
 
     text: str
     spans: list[tuple[int, int]] | None = None
@@ -47,11 +41,11 @@ class Encoded:
     tokens: Int32[np.ndarray, " T"]
     labels: Int32[np.ndarray, " T"]
     straddles: bool = False
-    """Whether a token holds characters on both sides of a span's start."""
+    """Whether a token holds characters on both sides of the start of a span."""
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
-    """Returns the ids a tokenizer puts before a text (BOS, or nothing)."""
+    """Returns the ids that a tokenizer puts before a text (BOS, or none)."""
     ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     for start in range(len(ids) - len(bare) + 1):
@@ -62,11 +56,11 @@ def text_prefix(tokenizer: Any) -> list[int]:
 
 
 def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
-    """Yields tokens and labels of each text, without special tokens around it.
+    """Yields the tokens and labels of each text, without special tokens around it.
 
-    A tokenizer that gives no character offsets (none of the fast ones) tokenizes each
-    segment by itself, so that boundaries stay exact; the tokens beside a boundary may
-    then differ from those of the whole text.
+    A slow tokenizer has no character offsets and tokenizes each segment separately, so
+    that boundaries stay exact; the tokens next to a boundary may then differ from those
+    of the complete text.
     """
     if not pieces:
         return
@@ -75,11 +69,11 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # lengths are this module's business
+        verbose=False,  # no warning about long texts: they are cut or dropped later
     )
     if marked and not getattr(tokenizer, "is_fast", False):
         for piece in pieces:
-            yield _tokenize_apart(tokenizer, piece, options)
+            yield _tokenize_segments(tokenizer, piece, options)
         return
     encoding = tokenizer(
         [piece.text for piece in pieces], return_offsets_mapping=marked, **options
@@ -100,7 +94,7 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         yield Encoded(ids, labels, straddles)
 
 
-def _tokenize_apart(
+def _tokenize_segments(
     tokenizer: Any, piece: Segmented, options: dict[str, Any]
 ) -> Encoded:
     cuts = [0, *(cut for span in piece.spans or () for cut in span), len(piece.text)]
@@ -111,23 +105,24 @@ def _tokenize_apart(
             continue
         part = list(tokenizer(piece.text[start:end], **options)["input_ids"])
         ids += part
-        labels += part if number % 2 else [IGNORE] * len(part)  # spans are odd
+        # The cuts alternate: segments of even number are outside every span.
+        labels += part if number % 2 else [IGNORE] * len(part)
     return Encoded(np.array(ids, np.int32), np.array(labels, np.int32))
 
 
-def given_tokens(
+def encode_token_row(
     row: dict[str, Any], where: str, *, all_supervised: bool, vocab_size: int
 ) -> Encoded:
-    """Checks a row of `input_ids` and `labels` and takes it as it is.
+    """Checks a row of `input_ids` and `labels` and returns it unchanged.
 
     Args:
       row: the fields.
-      where: the row's place, for messages.
+      where: location of the row, for messages.
       all_supervised: every token is its own label; `labels` is not read.
       vocab_size: ids must be below it.
 
     Raises:
-      UserError: wrong types, ids out of range, lengths that differ, no labels.
+      UserError: wrong types, ids out of range, lengths that differ, missing labels.
     """
 
     def integers(name: str, low: int) -> np.ndarray:
@@ -162,22 +157,97 @@ def given_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What `make_encoder` makes.
+    """Encodes the rows of one source; `make_encoder` creates it.
 
     Attributes:
-      encode: rows -> for each its tokens and labels, the reason to drop it, or None
-        where it was written down as a problem.
-      assistant_mask: as the report has it.
+      encode: returns for each row its tokens and labels, the reason to drop it, or None
+        if it was added to the problems.
+      assistant_mask: `DataReport.assistant_mask`.
     """
 
     encode: Callable[[list[Row]], list[Encoded | str | None]]
     assistant_mask: str | None
 
 
-def _segmenter(
+def make_encoder(
+    config: DataConfig, tokenizer: Any, *, vocab_size: int, problems: Problems
+) -> Encoder:
+    """Creates the encoder of a source.
+
+    Args:
+      config: the source and how to read it.
+      tokenizer: a `transformers` tokenizer; None for format `tokens`.
+      vocab_size: ids must be below it.
+      problems: collects rows that cannot be encoded.
+
+    Raises:
+      UserError: the format needs a tokenizer, chat template or EOS and there is none.
+    """
+    if config.format == "tokens":
+        return Encoder(_token_row_encode(config, vocab_size, problems), None)
+    if tokenizer is None:
+        raise UserError(
+            f"format={config.format!r} needs a tokenizer and the model came without "
+            "one. Put the tokenizer's files into the model's directory, or use "
+            "format='tokens'."
+        )
+    chat = mask = None
+    prefix: list[int] = []
+    suffix: list[int] = []
+    if config.format == "messages":  # templates write BOS and end of turn themselves
+        chat = ChatRenderer(tokenizer, config.chat_template)
+        if config.supervised == "assistant":
+            mask = "template" if chat.has_marks else "renderer"
+    else:
+        prefix = text_prefix(tokenizer)
+        suffix = _eos(tokenizer) if config.append_eos else []
+    segment = _row_segmenter(config, chat)
+
+    def segment_row(where: str, row: dict[str, Any]) -> Segmented | str | None:
+        try:
+            segmented = segment(where, row)
+            if isinstance(segmented, Segmented):
+                _check_encodable(segmented.text, where)
+            return segmented
+        except UserError as error:
+            problems.add(error)
+            return None
+
+    def encode(rows: list[Row]) -> list[Encoded | str | None]:
+        segmented = [segment_row(where, row) for where, row in rows]
+        texts = [text for text in segmented if isinstance(text, Segmented)]
+        encoded = tokenize(tokenizer, texts)
+        return [
+            _enclose(next(encoded), prefix, suffix)
+            if isinstance(text, Segmented)
+            else text
+            for text in segmented
+        ]
+
+    return Encoder(encode, mask)
+
+
+def _token_row_encode(
+    config: DataConfig, vocab_size: int, problems: Problems
+) -> Callable[[list[Row]], list[Encoded | str | None]]:
+    all_supervised = config.supervised == "all"
+
+    def encode_row(where: str, row: dict[str, Any]) -> Encoded | None:
+        try:
+            return encode_token_row(
+                row, where, all_supervised=all_supervised, vocab_size=vocab_size
+            )
+        except UserError as error:
+            problems.add(error)
+            return None
+
+    return lambda rows: [encode_row(where, row) for where, row in rows]
+
+
+def _row_segmenter(
     config: DataConfig, chat: ChatRenderer | None
 ) -> Callable[[str, dict[str, Any]], Segmented | str]:
-    """The function (place, row) -> `Segmented`, or the reason to drop the row."""
+    """Returns the function (location, row) -> `Segmented` or the reason to drop it."""
     if config.format == "text":
 
         def text(where: str, row: dict[str, Any]) -> Segmented | str:
@@ -192,10 +262,10 @@ def _segmenter(
             completion = text_of(row, where, "completion", config.completion)
             if not completion:
                 return "empty completion"
-            whole = prompt + completion
+            text = prompt + completion
             if config.supervised == "all":
-                return Segmented(whole)
-            return Segmented(whole, [(len(prompt), len(whole))])
+                return Segmented(text)
+            return Segmented(text, [(len(prompt), len(text))])
 
         return prompt_completion
     assert chat is not None
@@ -205,108 +275,41 @@ def _segmenter(
         tools = row.get("tools") or None
         if config.supervised == "all":
             return Segmented(chat.text(turns, tools=tools, where=where))
-        whole, spans = chat.spans(turns, tools=tools, where=where)
+        text, spans = chat.spans(turns, tools=tools, where=where)
         if not spans and any(turn["role"] == "assistant" for turn in turns):
             return "assistant turns that the chat template does not mark"
-        return Segmented(whole, spans) if spans else "no assistant turn"
+        return Segmented(text, spans) if spans else "no assistant turn"
 
     return messages
 
 
-def _given(
-    config: DataConfig, vocab_size: int, problems: Problems
-) -> Callable[[list[Row]], list[Encoded | str | None]]:
-    all_supervised = config.supervised == "all"
-
-    def one(where: str, row: dict[str, Any]) -> Encoded | None:
-        try:
-            return given_tokens(
-                row, where, all_supervised=all_supervised, vocab_size=vocab_size
-            )
-        except UserError as error:
-            problems.add(error)
-            return None
-
-    return lambda rows: [one(where, row) for where, row in rows]
-
-
-def make_encoder(
-    config: DataConfig, tokenizer: Any, *, vocab_size: int, problems: Problems
-) -> Encoder:
-    """Makes the function from rows to tokens and labels.
-
-    Args:
-      config: one source and how to read it.
-      tokenizer: a `transformers` tokenizer; None serves format `tokens`.
-      vocab_size: ids must be below it.
-      problems: where rows go that cannot be used.
-
-    Raises:
-      UserError: no tokenizer, no chat template or no EOS where one is needed.
-    """
-    if config.format == "tokens":
-        return Encoder(_given(config, vocab_size, problems), None)
-    if tokenizer is None:
-        raise UserError(
-            f"format={config.format!r} needs a tokenizer and the model came without "
-            "one. Put the tokenizer's files beside the model, or use format='tokens'."
-        )
-    chat = None
-    if config.format == "messages":
-        chat = ChatRenderer(tokenizer, config.chat_template)
-    segment = _segmenter(config, chat)
-    prefix: list[int] = []
-    suffix: list[int] = []
-    if config.format != "messages":
-        prefix = text_prefix(tokenizer)
-        if config.append_eos:
-            eos = getattr(tokenizer, "eos_token_id", None)
-            if eos is None:
-                raise UserError(
-                    "`data.append_eos` is true and this tokenizer has no EOS token. "
-                    "Set its `eos_token`, or set `data.append_eos` to false."
-                )
-            suffix = [int(eos)]
-
-    def piece_of(where: str, row: dict[str, Any]) -> Segmented | str | None:
-        try:
-            return _encodable(segment(where, row), where)
-        except UserError as error:
-            problems.add(error)
-            return None
-
-    def encode(rows: list[Row]) -> list[Encoded | str | None]:
-        pieces = [piece_of(where, row) for where, row in rows]
-        texts = [piece for piece in pieces if isinstance(piece, Segmented)]
-        encoded = tokenize(tokenizer, texts)
-        return [
-            complete(next(encoded)) if isinstance(piece, Segmented) else piece
-            for piece in pieces
-        ]
-
-    def complete(bare: Encoded) -> Encoded:
-        ids = bare.tokens
-        before = prefix if ids[: len(prefix)].tolist() != prefix else []
-        after = suffix if ids[-1:].tolist() != suffix else []
-        tokens = np.concatenate([before, ids, after])
-        labels = np.concatenate([[IGNORE] * len(before), bare.labels, after])
-        return Encoded(tokens.astype(np.int32), labels.astype(np.int32), bare.straddles)
-
-    mask = None
-    if chat is not None and config.supervised == "assistant":
-        mask = "template" if chat.has_marks else "renderer"
-    return Encoder(encode, mask)
-
-
-def _encodable(piece: Segmented | str, where: str) -> Segmented | str:
-    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+def _check_encodable(text: str, where: str) -> None:
+    """Raises for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
     try:
-        if isinstance(piece, Segmented):
-            piece.text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: character {error.start} of the text is half of a surrogate pair "
-            f"({ascii(error.object[error.start])}), which is no valid text. Repair or "
-            "remove it."
+            f"({ascii(error.object[error.start])}), which is not valid Unicode. Repair "
+            "or remove it."
         ) from error
-    return piece
+
+
+def _eos(tokenizer: Any) -> list[int]:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        raise UserError(
+            "`data.append_eos` is true and this tokenizer has no EOS token. Set its "
+            "`eos_token`, or set `data.append_eos` to false."
+        )
+    return [int(eos)]
+
+
+def _enclose(encoded: Encoded, prefix: list[int], suffix: list[int]) -> Encoded:
+    """Adds BOS and EOS unless the text already has them; EOS is supervised."""
+    ids = encoded.tokens
+    before = prefix if ids[: len(prefix)].tolist() != prefix else []
+    after = suffix if ids[-1:].tolist() != suffix else []
+    tokens = np.concatenate([before, ids, after]).astype(np.int32)
+    labels = np.concatenate([[IGNORE] * len(before), encoded.labels, after])
+    return Encoded(tokens, labels.astype(np.int32), encoded.straddles)

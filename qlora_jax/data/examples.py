@@ -1,20 +1,14 @@
-"""From files of rows to token and label arrays.
+"""Loads data: reads rows, encodes them, fits them to `max_length` and counts them.
 
-The one idea: nothing that happens to a row goes uncounted, and nothing that is wrong
-with one hides what is wrong with the next.
-
-`encoding` labels the rows, `arrays` holds what becomes of them, `packing` puts examples
-side by side, `batches` makes batches.
+Every row is counted, whether it is kept, truncated or dropped. A row that cannot be
+used is collected as a problem and reading continues, so that one error lists them all.
 """
 
-import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qlora_jax.data.arrays import (
     Examples,
@@ -23,21 +17,16 @@ from qlora_jax.data.arrays import (
     cache_key,
     cached,
     fingerprint,
-    quartiles,
 )
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, Encoded, make_encoder
-from qlora_jax.data.mixture import Mixture, mix, pack
+from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, make_encoder
+from qlora_jax.data.mixture import AnyExamples, count_examples, mix
 from qlora_jax.data.report import DataReport
-from qlora_jax.data.rows import Row, RowFile
-from qlora_jax.data.sources import HUB, Place, find_places
+from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
 from qlora_jax.errors import Problems, UserError
 
-# Rows tokenized at a time, and their characters: enough to keep a fast tokenizer's
-# threads busy, and little beside what a tokenizer holds for each (some 100 bytes).
-_CHUNK, _CHARACTERS = 512, 1 << 18
-# Places written down for each reason to drop a row.
-_PLACES = 5
+# Locations recorded for each reason to drop a row.
+_MAX_LOCATIONS = 5
 
 
 def load_examples(
@@ -47,204 +36,134 @@ def load_examples(
     vocab_size: int,
     progress: bool = False,
     run_directory: str | Path | None = None,
-) -> Examples | Mixture:
-    """Reads, tokenizes and labels a source of rows, or a mixture of sources.
+) -> AnyExamples:
+    """Reads, tokenizes and labels one source of rows or a mixture of sources.
 
-    Begins an example with what the tokenizer puts before a text (BOS), unless the text
-    brings it along already; chat templates write their own and get no second one.
+    An example starts with what the tokenizer puts before a text (BOS), unless the text
+    already has it; chat templates write their own and get no second one.
 
     Args:
       config: the data and how to read it.
       tokenizer: a `transformers` tokenizer (unused by format `tokens`).
       vocab_size: rows of the model's embedding table.
       progress: draw a progress bar on stderr.
-      run_directory: what `data.cache` = "auto" is beside.
+      run_directory: names the directory of `data.cache` = "auto".
 
     Returns:
       The examples, in the order of the sources and their rows.
 
     Raises:
-      UserError: rows cannot be used (the message lists them, each with file and line),
-        nothing is left to train on, or a token id is not below `vocab_size`.
+      UserError: lists the rows that cannot be used, each with file and line; or no row
+        is left to train on, or a token id is not below `vocab_size`.
     """
     directory = cache_directory(config, run_directory)
-    parts = config.parts()
     problems = Problems("the data")
-    found = []
-    for one in [part for _, part in parts] or [config]:
+    parts = []
+    for settings in config.each:
         with problems.collecting():
-            found.append(_load_one(one, tokenizer, vocab_size, directory, progress))
+            loader = _Loader(settings, tokenizer, vocab_size, progress)
+            parts.append(loader.load(directory))
     problems.raise_if_any()
-    if not parts:
-        return found[0]
-    return mix(config, [source for source, _ in parts], found)
+    return mix(config, parts) if config.sources else parts[0]
 
 
 def data_size(config: DataConfig) -> int | None:
-    """Bytes on disk of all that is to be read; None with a data set of the hub.
+    """Returns the bytes on disk of all sources; None with a data set of the hub.
 
     Raises:
-      UserError: every path that leads to nothing, of all sources.
+      UserError: lists every path that cannot be read.
     """
     problems = Problems("the data")
-    places: list[Place] = []
-    for one in config.each:
+    sources: list[RowSource] = []
+    for settings in config.each:
         with problems.collecting():
-            places += _places(one)
+            sources += _row_sources(settings)
     problems.raise_if_any()
-    if any(place.name.startswith(HUB) for place in places):
+    if any(source.on_hub for source in sources):
         return None
-    return sum(place.size for place in places)
+    return sum(source.size for source in sources)
 
 
-def _places(config: DataConfig) -> list[Place]:
-    """What one source reads."""
+def _row_sources(config: DataConfig) -> list[RowSource]:
     plain_text = config.format == "text"
-    return find_places(config.path, split=config.split, plain_text=plain_text)
+    return list_sources(config.path, split=config.split, plain_text=plain_text)
 
 
-def _load_one(
-    config: DataConfig,
-    tokenizer: Any,
-    vocab_size: int,
-    directory: Path | None,
-    progress: bool,
-) -> Examples:
-    """Loads one source, through the cache in a directory if there is one."""
-    problems = Problems("the data")
-    places: list[Place] = []
-    encoder = None
-    with problems.collecting():
-        places = _places(config)
-    with problems.collecting():
-        encoder = make_encoder(
-            config, tokenizer, vocab_size=vocab_size, problems=problems
+class _Loader:
+    """Loads one source.
+
+    Raises:
+      UserError: lists all problems of the paths and of the tokenizer.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Any, vocab_size: int, progress: bool
+    ):
+        self._config, self._tokenizer = config, tokenizer
+        self._vocab_size, self._progress = vocab_size, progress
+        self._problems = Problems("the data")
+        with self._problems.collecting():
+            self._sources = _row_sources(config)
+        with self._problems.collecting():
+            self._encoder = make_encoder(
+                config, tokenizer, vocab_size=vocab_size, problems=self._problems
+            )
+        self._problems.raise_if_any()
+
+    def load(self, directory: Path | None) -> Examples:
+        """Returns the examples, through the cache in a directory if there is one."""
+        if directory is None:
+            return self._read(None)
+        key = cache_key(
+            self._config,
+            [source.content_hash() for source in self._sources],
+            self._tokenizer,
+            self._vocab_size,
         )
-    problems.raise_if_any()
-    assert encoder is not None
+        return cached(directory, key, self._config, self._read)
 
-    def build(into: Path | None) -> Examples:
-        sink = Sink(into)
-        eos = getattr(tokenizer, "eos_token_id", None)
-        collector = _Collector(config, vocab_size, eos, sink, problems)
+    def _read(self, directory: Path | None) -> Examples:
+        """Reads all rows into memory or into files in a directory."""
+        sink = Sink(directory)
+        eos = getattr(self._tokenizer, "eos_token_id", None)
+        collector = _Collector(self._config, self._vocab_size, eos, sink)
+        problems = self._problems
         try:
-            with _progress(places, progress) as show:
-                for rows, plain in _chunks(places, problems, show):
-                    if plain and config.text is not None:
+            with progress_bar(self._sources, enabled=self._progress) as on_read:
+                for rows, plain in read_chunks(self._sources, problems, on_read):
+                    if plain and self._config.text is not None:
                         problems.add(
                             "`data.text` is a template over a row's fields, but "
                             f"{rows[0][0]} is plain text without fields. Leave "
                             "`data.text` out."
                         )
                         continue
-                    encoded = encoder.encode(rows)
-                    for (where, _), one in zip(rows, encoded, strict=True):
-                        collector.add(where, one, plain)
+                    encoded_rows = self._encoder.encode(rows)
+                    for (where, _), encoded in zip(rows, encoded_rows, strict=True):
+                        with problems.collecting():
+                            collector.add(where, encoded, plain)
             problems.raise_if_any()
-            return collector.finish(encoder.assistant_mask)
+            return collector.finish(self._encoder)
         finally:
             sink.close()
 
-    if directory is None:
-        return build(None)
-    key = cache_key(config, places, tokenizer, vocab_size)
-    return cached(directory, key, config, build)
-
-
-def _chunks(
-    places: list[Place],
-    problems: Problems,
-    show: Callable[[int, RowFile], None],
-) -> Iterator[tuple[list[Row], bool]]:
-    """Yields rows, some at a time, and whether they are one plain text."""
-    for number, place in enumerate(places):
-        with problems.collecting():
-            file = place.open(problems)
-            rows = iter(file.rows)
-            while chunk := _take(rows):
-                yield chunk, file.plain
-                show(number, file)
-
-
-def _take(rows: Iterator[Row]) -> list[Row]:
-    chunk: list[Row] = []
-    size = 0
-    for where, row in rows:
-        chunk.append((where, row))
-        size += _characters(row)
-        if len(chunk) == _CHUNK or size >= _CHARACTERS:
-            break
-    return chunk
-
-
-def _characters(row: dict[str, Any]) -> int:
-    """About how much text a row holds."""
-    total, left = 0, [*row.values()]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            total += len(value)
-        elif isinstance(value, dict):
-            left += value.values()
-        elif isinstance(value, list) and value and isinstance(value[0], int):
-            total += len(value)
-        elif isinstance(value, list):
-            left += value
-    return total
-
-
-@contextlib.contextmanager
-def _progress(
-    places: list[Place], wanted: bool
-) -> Iterator[Callable[[int, RowFile], None]]:
-    """Gives a function that draws how far the reading is, on stderr if asked."""
-    if not wanted:
-        yield lambda number, file: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    sizes = [place.size for place in places]
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("tokenizing", total=max(sum(sizes), 1))
-
-        def show(number: int, file: RowFile) -> None:
-            bar.update(
-                task, completed=sum(sizes[:number]) + sizes[number] * file.done()
-            )
-
-        yield show
-
 
 class _Collector:
-    """Fits encoded rows to `max_length`, counts, and builds the `Examples`."""
+    """Fits encoded rows to `max_length`, counts them and writes them to a sink."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        vocab_size: int,
-        eos: int | None,
-        sink: Sink,
-        problems: Problems,
+        self, config: DataConfig, vocab_size: int, eos: int | None, sink: Sink
     ):
         self._config, self._vocab_size, self._eos = config, vocab_size, eos
-        self._sink, self._problems = sink, problems
+        self._sink = sink
         self._dropped: Counter[str] = Counter()
-        self._places: dict[str, list[str]] = {}
+        self._locations: dict[str, list[str]] = {}
         self._rows_read = self._supervised_eos = 0
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
 
-    def _drop(self, where: str, reason: str) -> None:
-        self._dropped[reason] += 1
-        self._place(where, reason)
-
-    def _place(self, where: str, reason: str) -> None:
-        places = self._places.setdefault(reason, [])
-        if len(places) < _PLACES and where not in places:
-            places.append(where)
-
     def add(self, where: str, encoded: Encoded | str | None, plain: bool) -> None:
+        """Adds what the encoder made of a row."""
         self._rows_read += 1
         if encoded is None:
             return
@@ -255,34 +174,18 @@ class _Collector:
         if not len(tokens):
             self._drop(where, "no tokens")
             return
-        largest = int(tokens.max())
-        if largest >= self._vocab_size:
-            self._problems.add(
-                f"{where}: the tokenizer gives token id {largest}, but the model has "
-                f"`vocab_size` = {self._vocab_size}. Is this the model's own "
-                "tokenizer? If tokens were added to it, the embeddings must be resized "
-                "first."
-            )
-            return
+        self._check_ids(where, int(tokens.max()))
         self._longest = max(self._longest, len(tokens))
-        limit = self._config.max_length
-        lost = 0
-        if len(tokens) <= limit:
-            pieces = [slice(0, len(tokens))]
-        elif self._config.too_long == "drop":
-            self._drop(where, f"longer than max_length={limit}")
+        windows, lost = self._fit(len(tokens), plain)
+        if not windows:
+            self._drop(where, f"longer than max_length={self._config.max_length}")
             return
-        elif self._config.format == "text" and (plain or self._config.packing):
-            pieces = list(_windows(len(tokens), limit))
-            self._documents_cut += 1
-        else:
-            pieces, lost = [slice(0, limit)], len(tokens) - limit
         kept = 0
-        for piece in pieces:
-            label = labels[piece].copy()
-            label[0] = IGNORE  # nothing in the example comes before it
+        for window in windows:
+            label = labels[window].copy()
+            label[0] = IGNORE  # no token of the example comes before it
             if (label != IGNORE).any():
-                self._sink.add(tokens[piece], label)
+                self._sink.add(tokens[window], label)
                 if self._eos is not None:
                     self._supervised_eos += int((label == self._eos).sum())
                 kept += 1
@@ -294,11 +197,41 @@ class _Collector:
             self._rows_kept += 1
             if lost:
                 self._truncated += 1
-                self._place(where, "truncated")
+                self._locate(where, "truncated")
             self._tokens_lost += lost
             self._straddling += encoded.straddles
 
-    def finish(self, assistant_mask: str | None) -> Examples:
+    def _fit(self, length: int, plain: bool) -> tuple[list[slice], int]:
+        """Returns the windows of a row to keep, and how many tokens are lost."""
+        config, limit = self._config, self._config.max_length
+        if length <= limit:
+            return [slice(0, length)], 0
+        if config.too_long == "drop":
+            return [], 0
+        if config.format == "text" and (plain or config.packing):
+            self._documents_cut += 1
+            return list(_windows(length, limit)), 0
+        return [slice(0, limit)], length - limit
+
+    def _check_ids(self, where: str, largest: int) -> None:
+        if largest >= self._vocab_size:
+            raise UserError(
+                f"{where}: the tokenizer returns token id {largest}, but the model has "
+                f"`vocab_size` = {self._vocab_size}. Is this the tokenizer of the "
+                "model? If tokens were added to it, resize the embeddings first."
+            )
+
+    def _drop(self, where: str, reason: str) -> None:
+        self._dropped[reason] += 1
+        self._locate(where, reason)
+
+    def _locate(self, where: str, reason: str) -> None:
+        locations = self._locations.setdefault(reason, [])
+        if len(locations) < _MAX_LOCATIONS and where not in locations:
+            locations.append(where)
+
+    def finish(self, encoder: Encoder) -> Examples:
+        """Returns the examples with their report."""
         config, sink = self._config, self._sink
         if not len(sink):
             reasons = ", ".join(f"{n} {why}" for why, n in self._dropped.items())
@@ -308,31 +241,20 @@ class _Collector:
                 f"longest row {self._longest} tokens). Check `data.max_length`, "
                 "`data.train_on` and the labels."
             )
-        lengths, supervised = sink.lengths, sink.supervised
-        packed = len(pack(lengths, config.max_length)) if config.packing else None
-        total = int(lengths.sum())
         report = DataReport(
+            **count_examples(config, sink.lengths, sink.supervised),
             rows_read=self._rows_read,
             rows_kept=self._rows_kept,
-            examples=len(lengths),
             dropped=dict(self._dropped),
             truncated=self._truncated,
             tokens_lost=self._tokens_lost,
             documents_cut=self._documents_cut,
-            tokens=total,
-            supervised_tokens=int(supervised.sum(dtype=np.int64)),
             supervised_eos=self._supervised_eos,
             longest_row=self._longest,
-            longest_example=int(lengths.max()),
             straddling_rows=self._straddling,
-            packed_rows=packed,
-            packing_efficiency=(
-                total / (packed * config.max_length) if packed else None
-            ),
             fingerprint="",
-            supervised_per_example=quartiles(supervised),
-            assistant_mask=assistant_mask,
-            places={k: tuple(v) for k, v in self._places.items()},
+            assistant_mask=encoder.assistant_mask,
+            places={k: tuple(v) for k, v in self._locations.items()},
         )
         examples = sink.examples(report)
         report = dataclasses.replace(report, fingerprint=fingerprint(config, examples))
@@ -340,10 +262,10 @@ class _Collector:
 
 
 def _windows(length: int, limit: int) -> Iterator[slice]:
-    """Consecutive windows of `limit` tokens that cover `length`.
+    """Yields consecutive windows of `limit` tokens that cover `length`.
 
-    A last window of one token could predict nothing, so it takes a second one from the
-    window before it where that leaves both something to predict.
+    A last window of one token could not predict anything, so it takes a second token
+    from the window before it, if that leaves both something to predict.
     """
     cuts = list(range(0, length, limit)) + [length]
     if length % limit == 1 and limit > 2:

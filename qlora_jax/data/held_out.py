@@ -1,8 +1,8 @@
-"""Examples kept out of training, to measure a run on what it has not seen.
+"""Holds examples out of training, to measure a run on unseen data.
 
-The one idea: which examples those are is a function of the seed and of how many there
-are, and of their content only where two are the same: a copy of a held-out example is
-not trained on either, or the measure would be of what was learned by heart.
+Which examples are held out depends on the seed and on the number of examples. Their
+content matters only for copies: a copy of a held-out example is not trained on, because
+the loss would then measure memorization.
 """
 
 import dataclasses
@@ -13,53 +13,57 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
 
-from qlora_jax.data.arrays import PIECE, Examples, quartiles
+from qlora_jax.data.arrays import CHUNK, Examples
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.mixture import BLOCKS, Mixture, mix, pack, random_keys
-from qlora_jax.data.report import SourceReport, combined
+from qlora_jax.data.mixture import (
+    HOLD_OUT_STREAM,
+    AnyExamples,
+    Mixture,
+    concatenate,
+    count_examples,
+    mix,
+    random_keys,
+)
 from qlora_jax.errors import UserError
-
-# Of the random stream that chooses; sources and blocks have those below it.
-_STREAM = BLOCKS + 1
 
 
 @dataclasses.dataclass(frozen=True)
-class ChosenExamples(Examples):
-    """Some of the examples of an `Examples`, which stay where they are.
+class ExampleSubset(Examples):
+    """A selection from `Examples`, without a copy of the arrays.
 
     Attributes:
-      tokens: those of `whole`, the examples that were not chosen included.
+      tokens: the tokens of `parent`, including examples that are not selected.
       labels: likewise.
-      offsets: int64 [examples + 1], sums of the lengths of those chosen.
-      whole: what they were chosen from.
-      rows: int64 [examples], their numbers there, ascending.
+      offsets: int64 [examples + 1], sums of the lengths of the selected examples.
+      parent: the examples that were selected from.
+      rows: int64 [examples], indices in `parent`, ascending.
     """
 
-    whole: Examples
+    parent: Examples
     rows: Int64[np.ndarray, " examples"]
 
     def __getitem__(
         self, index: int
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
-        """Tokens and labels of one example."""
+        """Returns tokens and labels of one example."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self.whole[int(self.rows[index])]
+        return self.parent[int(self.rows[index])]
 
     def release(self) -> None:
-        """Gives memory back that can be read again from disk."""
-        self.whole.release()
+        """Frees memory that can be read from disk again."""
+        self.parent.release()
 
-    def _pieces(self, values: np.ndarray) -> Iterator[np.ndarray]:
+    def _chunks(self, values: np.ndarray) -> Iterator[np.ndarray]:
         if values is self.offsets:
-            yield from super()._pieces(values)
+            yield from super()._chunks(values)
             return
         gathered, size = [], 0
         for row in self.rows.tolist():
-            span = slice(self.whole.offsets[row], self.whole.offsets[row + 1])
+            span = slice(self.parent.offsets[row], self.parent.offsets[row + 1])
             gathered.append(values[span])
             size += len(gathered[-1])
-            if size >= PIECE:
+            if size >= CHUNK:
                 yield np.concatenate(gathered)
                 gathered, size = [], 0
                 self.release()
@@ -67,10 +71,10 @@ class ChosenExamples(Examples):
             yield np.concatenate(gathered)
 
 
-def content_keys(examples: Examples | Mixture) -> UInt64[np.ndarray, " examples"]:
-    """uint64 [examples]: equal where tokens and labels are, and practically only there.
+def content_keys(examples: AnyExamples) -> UInt64[np.ndarray, " examples"]:
+    """Hashes each example: uint64 [examples], equal for equal tokens and labels.
 
-    Two examples of 64 random bits are mistaken for each other once in 10^7 runs of a
+    With 64 bits, different examples collide in one of about 4 * 10^7 data sets of a
     million examples.
     """
     keys = np.empty(len(examples), np.uint64)
@@ -84,86 +88,109 @@ def content_keys(examples: Examples | Mixture) -> UInt64[np.ndarray, " examples"
 
 def hold_out(
     config: DataConfig,
-    examples: Examples | Mixture,
+    examples: AnyExamples,
     *,
     fraction: float | None = None,
     count: int | None = None,
     eos_token_id: int | None = None,
-) -> tuple[Examples | Mixture, Examples | Mixture]:
-    """Splits examples into those to train on and those held out.
+) -> tuple[AnyExamples, AnyExamples]:
+    """Splits examples into training and held-out ones.
 
-    Of a mixture each source gives its part. Chosen by `config.seed`, the same under
-    any version of numpy.
+    Of a mixture, each source contributes in proportion to its examples. The choice
+    depends on `config.seed` and is the same under any version of numpy.
 
     Args:
-      config: what the examples were loaded with.
-      examples: all of them.
+      config: the config that the examples were loaded with.
+      examples: all examples.
       fraction: share of the examples to hold out, between 0 and 1; or
-      count: how many.
-      eos_token_id: the tokenizer's, for the report.
+      count: number of examples to hold out.
+      eos_token_id: EOS of the tokenizer, for the report.
 
     Returns:
-      Training examples without any copy of a held-out one, and the held-out ones in
-      the order of the data. The fingerprints of both say what they hold.
+      Training examples without any copy of a held-out one, and the held-out examples,
+      both in the order of the data. Their fingerprints cover the choice.
 
     Raises:
-      UserError: nothing would be held out, or nothing left to train on.
+      UserError: nothing would be held out, or nothing would be left to train on.
     """
-    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
     total = len(examples)
-    wanted = count if count is not None else int(total * (fraction or 0.0))
-    if not 0 < wanted < total:
-        asked = f"{count} examples" if count is not None else f"{fraction} of them"
+    held_count = count if count is not None else int(total * (fraction or 0.0))
+    if not 0 < held_count < total:
+        share = f"{count} examples" if count is not None else f"{fraction} of them"
         raise UserError(
-            f"`eval`: of {total:,} examples {asked} cannot be held out; at least one "
+            f"`eval`: of {total:,} examples {share} cannot be held out; at least one "
             "has to be left for each side. Change `eval.fraction` or `eval.examples`, "
             "or give the evaluation a file of its own (`eval.path`)."
         )
-    keys = np.concatenate(
-        [
-            random_keys(config.seed, source, _STREAM, len(part))
-            for source, part in enumerate(parts)
-        ]
-    )
-    # From each source in the proportion of its examples.
-    places = np.concatenate([_ranks(keys[span]) for span in _spans(parts)])
-    held = np.zeros(total, bool)
-    held[np.lexsort((keys, places))[:wanted]] = True
-    content = content_keys(examples)
-    left = ~np.isin(content, content[held])
-    if not left.any():
+    held = _choose_held(config.seed, examples, held_count)
+    keys = content_keys(examples)
+    training = ~np.isin(keys, keys[held])
+    if not training.any():
         raise UserError(
             f"`eval`: every one of the {total:,} examples is a copy of one that would "
             "be held out, so nothing is left to train on. Give the evaluation a file "
             "of its own (`eval.path`)."
         )
-    if not isinstance(examples, Mixture):
-        return (
-            choose(config, examples, left, "training", eos_token_id),
-            choose(config, examples, held, "held out", eos_token_id),
-        )
-    each = config.parts()
-    sides: dict[str, list[tuple[int, Examples]]] = {"training": [], "held out": []}
-    for number, (span, part) in enumerate(zip(_spans(parts), parts, strict=True)):
-        for side, chosen in (("training", left[span]), ("held out", held[span])):
-            if chosen.any():
-                one = choose(each[number][1], part, chosen, side, eos_token_id)
-                sides[side].append((number, one))
-    if len(sides["training"]) < len(parts):
-        there = {number for number, _ in sides["training"]}
-        gone = next(n for n in range(len(parts)) if n not in there)
-        raise UserError(
-            f"`eval`: holding out {wanted:,} examples leaves nothing of the source "
-            f"{each[gone][1].name} to train on. Hold out fewer, or give the "
-            "evaluation a file of its own (`eval.path`)."
-        )
-    sources = [source for source, _ in each]
+    if isinstance(examples, Mixture):
+        return _split_mixture(config, examples, training, held, eos_token_id)
     return (
-        mix(config, sources, [part for _, part in sides["training"]]),
-        _side_by_side(
-            config, [(each[n][1].name, part) for n, part in sides["held out"]]
-        ),
+        _select(config, examples, training, "training", eos_token_id),
+        _select(config, examples, held, "held out", eos_token_id),
     )
+
+
+def _choose_held(
+    seed: int, examples: AnyExamples, count: int
+) -> Bool[np.ndarray, " examples"]:
+    """Chooses examples at random, from each source in proportion to its examples.
+
+    Random keys alone would draw a random number from each source. Their ranks within a
+    source, scaled to 0..1, are spread evenly: the examples of rank below `x` are a
+    share `x` of every source. Keys break the ties between sources.
+    """
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    keys = [
+        random_keys(seed, source, HOLD_OUT_STREAM, len(part))
+        for source, part in enumerate(parts)
+    ]
+    ranks = np.concatenate([_scaled_ranks(part_keys) for part_keys in keys])
+    held = np.zeros(len(examples), bool)
+    held[np.lexsort((np.concatenate(keys), ranks))[:count]] = True
+    return held
+
+
+def _scaled_ranks(keys: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(keys))
+    ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
+    return ranks / len(keys)
+
+
+def _split_mixture(
+    config: DataConfig,
+    examples: Mixture,
+    training: Bool[np.ndarray, " examples"],
+    held: Bool[np.ndarray, " examples"],
+    eos_token_id: int | None,
+) -> tuple[Mixture, Mixture]:
+    train_parts, held_parts, held_names = [], [], []
+    for span, part, settings in zip(
+        _spans(examples.parts), examples.parts, config.each, strict=True
+    ):
+        if not training[span].any():
+            raise UserError(
+                f"`eval`: holding out {int(held.sum()):,} examples leaves nothing of "
+                f"the source {settings.name} to train on. Hold out fewer, or give the "
+                "evaluation a file of its own (`eval.path`)."
+            )
+        train_parts.append(
+            _select(settings, part, training[span], "training", eos_token_id)
+        )
+        if held[span].any():
+            held_names.append(settings.name)
+            held_parts.append(
+                _select(settings, part, held[span], "held out", eos_token_id)
+            )
+    return mix(config, train_parts), concatenate(config, held_names, held_parts)
 
 
 def _spans(parts: tuple[Examples, ...]) -> Iterator[slice]:
@@ -173,74 +200,39 @@ def _spans(parts: tuple[Examples, ...]) -> Iterator[slice]:
         start += len(part)
 
 
-def _ranks(keys: np.ndarray) -> np.ndarray:
-    """Where each key comes when they are sorted, from 0 to 1."""
-    ranks = np.empty(len(keys))
-    ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
-    return ranks / len(keys)
-
-
-def choose(
+def _select(
     config: DataConfig,
-    whole: Examples,
-    chosen: Bool[np.ndarray, " examples"],
+    examples: Examples,
+    mask: Bool[np.ndarray, " examples"],
     purpose: str,
-    eos_token_id: int | None = None,
-) -> ChosenExamples:
-    """The chosen examples of one source, with a report of their own.
+    eos_token_id: int | None,
+) -> ExampleSubset:
+    """Selects examples of one source and reports on them.
 
     Args:
-      config: what they were loaded with.
-      whole: all of them.
-      chosen: which.
-      purpose: what for, so that two choices have different fingerprints.
-      eos_token_id: the tokenizer's, to count those that are supervised.
+      config: the config that they were loaded with.
+      examples: all examples of the source.
+      mask: selects them.
+      purpose: part of the fingerprint.
+      eos_token_id: EOS of the tokenizer, to count where it is supervised.
     """
-    rows = np.flatnonzero(chosen).astype(np.int64)
-    lengths, supervised = whole.lengths[rows], whole.supervised[rows]
-    packed = len(pack(lengths, config.max_length)) if config.packing else None
-    total = int(lengths.sum())
-    digest = hashlib.sha256(json.dumps([whole.report.fingerprint, purpose]).encode())
+    rows = np.flatnonzero(mask).astype(np.int64)
+    lengths, supervised = examples.lengths[rows], examples.supervised[rows]
+    digest = hashlib.sha256(json.dumps([examples.report.fingerprint, purpose]).encode())
     digest.update(rows.astype("<i8").data)
+    subset = ExampleSubset(
+        tokens=examples.tokens,
+        labels=examples.labels,
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        supervised=supervised,
+        report=examples.report,
+        parent=examples,
+        rows=rows,
+    )
     report = dataclasses.replace(
-        whole.report,
-        examples=len(rows),
-        tokens=total,
-        supervised_tokens=int(supervised.sum(dtype=np.int64)),
-        longest_example=int(lengths.max()),
-        packed_rows=packed,
-        packing_efficiency=total / (packed * config.max_length) if packed else None,
-        supervised_per_example=quartiles(supervised),
+        examples.report,
+        **count_examples(config, lengths, supervised),
+        supervised_eos=subset.count_label(eos_token_id),
         fingerprint=digest.hexdigest(),
     )
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    examples = ChosenExamples(
-        whole.tokens, whole.labels, offsets, supervised, report, whole, rows
-    )
-    ends = sum(
-        int((piece == eos_token_id).sum()) for piece in examples._pieces(whole.labels)
-    )
-    return dataclasses.replace(
-        examples, report=dataclasses.replace(report, supervised_eos=ends)
-    )
-
-
-def _side_by_side(config: DataConfig, named: list[tuple[str, Examples]]) -> Mixture:
-    """Examples of several sources, each once."""
-    parts = [part for _, part in named]
-    total = sum(map(len, parts))
-    lengths = np.concatenate([part.lengths for part in parts])
-    fingerprints = json.dumps([part.report.fingerprint for part in parts])
-    report = combined(
-        [
-            SourceReport(name, len(part) / total, 1.0, part.report)
-            for name, part in named
-        ],
-        packed_rows=len(pack(lengths, config.max_length)) if config.packing else None,
-        max_length=config.max_length,
-        supervised_per_example=quartiles(
-            np.concatenate([part.supervised for part in parts])
-        ),
-        fingerprint=hashlib.sha256(fingerprints.encode()).hexdigest(),
-    )
-    return Mixture(tuple(parts), None, report)
+    return dataclasses.replace(subset, report=report)

@@ -1,25 +1,17 @@
-"""Packing: put whole examples side by side in rows of a fixed number of tokens.
+"""Lays examples out as rows: packs short ones together, mixes several sources.
 
-The one idea: best fit decreasing. Examples are taken from the longest to the shortest
-and each goes into the open row it fills best, so that no example is cut and few rows
-hold padding. The guarantee of the method is 11/9 of the smallest possible number of
-rows (D. S. Johnson, "Near-optimal bin packing algorithms", 1973); on real chat and
-instruction data it stays within a fraction of a percent of full.
+`pack` puts complete examples into rows of a fixed number of tokens, best fit
+decreasing: from the longest example to the shortest, each goes into the open row that
+it fills best. No example is cut. The number of rows is at most about 11/9 of the
+smallest possible one (D. S. Johnson, "Near-optimal bin packing algorithms", 1973); on
+real chat and instruction data, rows are full to within a fraction of a percent.
 
-The free space of a row is an integer up to the row's length, so the open rows are kept
-in one bucket per amount of free space, and one Python integer says which buckets hold
-something: the tightest row for an example is the lowest set bit at or above its length.
-
-Several sources as one stream of rows, in given shares.
-
-The one idea: which source the `p`-th row of a run comes from, and which of its rows
-that is, is a function of `p`, so a mixture is continued like a single source: by one
-number.
-
-The stream is made in blocks of a fixed size. After `n` rows the first `i` sources have
-had `floor(n * W_i + 1/2)` of them, where `W_i` is the sum of their shares: integers
-that stay within one row of the shares however long the run is. Inside a block the
-sources are shuffled, or, without shuffling, spread evenly.
+`Interleaving` mixes sources by share. The source of the `p`-th row of a run, and which
+of the source's rows it is, are functions of `p`, so a mixture resumes like a single
+source: from one number. Rows come in blocks of a fixed size. When `n` rows are
+complete, the first `i` sources have contributed `floor(n * W_i + 1/2)` of them, where
+`W_i` is the sum of their shares, so each stays within one row of its share however long
+the run is. Inside a block the sources are shuffled, or spread evenly.
 """
 
 import dataclasses
@@ -30,19 +22,25 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from qlora_jax.data.arrays import Examples, quartiles
-from qlora_jax.data.config import DataConfig, Source, name_of
+from qlora_jax.data.arrays import Examples
+from qlora_jax.data.config import DataConfig, name_of
 from qlora_jax.data.report import DataReport, SourceReport, combined
 from qlora_jax.errors import UserError
+
+# Streams of `random_keys`. A source has the stream of its index, at most 65,534.
+_BLOCK_STREAM = 2**16
+HOLD_OUT_STREAM = _BLOCK_STREAM + 1
+_SMALLEST_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Which examples share a row; `pack` makes it.
+    """Assignment of examples to rows, from `pack`.
 
     Attributes:
       order: int64 [examples], example indices, row after row.
@@ -59,16 +57,15 @@ class Packing:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> Int64[np.ndarray, " documents"]:
-        """Indices of the examples in packed row `row`, in the order they lie there."""
+        """Returns the indices of the examples in a row, in their order."""
         return self.order[self.starts[row] : self.starts[row + 1]]
 
 
 def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
-    """Packs whole examples into rows of `capacity` tokens, best fit decreasing.
+    """Packs examples into rows of `capacity` tokens, best fit decreasing.
 
-    Deterministic: equal lengths are taken in the order given, and the result depends
-    on nothing but the arguments. Costs O(n log n) plus n operations on a bit set of
-    `capacity` bits.
+    The result depends on the arguments alone; equal lengths keep their order. Costs
+    O(n log n) plus n operations on an integer of `capacity` bits.
 
     Args:
       lengths: int64 [examples], the examples' lengths in tokens, each in
@@ -86,12 +83,16 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
     if outside.size:
         first = outside[0]
         raise UserError(
-            f"`pack`: every length must lie in 1..{capacity} (the row's tokens), got "
+            f"`pack`: every length must be in 1..{capacity} (the row's tokens), got "
             f"{lengths[first]} for example {first}. Cut or drop such examples first."
         )
+    # The free space of a row is an integer of at most `capacity`, so open rows are kept
+    # in one bucket per amount of free space. Bit `f` of `occupied` is set while bucket
+    # `f` holds a row: the tightest row that fits is the lowest set bit at or above the
+    # length, found without a search.
     rows: list[list[int]] = []
-    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free tokens
-    occupied = 0  # bit f is set when buckets[f] holds a row
+    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occupied = 0
     descending = np.argsort(-lengths, kind="stable")
     for example, length in zip(
         descending.tolist(), lengths[descending].tolist(), strict=True
@@ -107,7 +108,7 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
             free, row = capacity, len(rows)
             rows.append([example])
         free -= length
-        if free:  # a full row takes nothing more
+        if free:  # a full row is closed
             buckets[free].append(row)
             occupied |= 1 << free
     starts = np.zeros(len(rows) + 1, np.int64)
@@ -116,22 +117,17 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
     return Packing(order=order, starts=starts, capacity=capacity)
 
 
-# The counter of the random stream that orders blocks; sources have those below it.
-BLOCKS = 2**16
-_SMALLEST_BLOCK = 256
-
-
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The examples of several sources, one source after the other.
+    """The concatenated examples of several sources.
 
-    It is read as `Examples` are: by length, index and `lengths`.
+    Is read like `Examples`: by length, index and `lengths`.
 
     Attributes:
       parts: the examples of each source.
-      shares: of each source in the rows of a run, adding up to 1; None where every row
-        of every source comes once in an epoch.
-      report: of all of them together, and each by itself.
+      shares: share of each source in the rows of a run, with sum 1; None if an epoch
+        visits every row of every source once.
+      report: of all sources together and of each.
     """
 
     parts: tuple[Examples, ...]
@@ -145,13 +141,13 @@ class Mixture:
     def __getitem__(
         self, index: int
     ) -> tuple[Int32[np.ndarray, " T"], Int32[np.ndarray, " T"]]:
-        """Tokens and labels of one example."""
+        """Returns tokens and labels of one example."""
         if index >= 0:
-            at = index
+            local = index
             for part in self.parts:
-                if at < len(part):
-                    return part[at]
-                at -= len(part)
+                if local < len(part):
+                    return part[local]
+                local -= len(part)
         raise IndexError(f"example {index} of {len(self)}")
 
     @property
@@ -165,69 +161,119 @@ class Mixture:
         return np.concatenate([part.supervised for part in self.parts])
 
     def used(self) -> Int32[np.ndarray, " ids"]:
-        """The different token ids that occur, ascending."""
+        """Returns the distinct token ids that occur, ascending."""
         return np.unique(np.concatenate([part.used() for part in self.parts]))
 
 
-def mix(
-    config: DataConfig, sources: Sequence[Source], parts: Sequence[Examples]
-) -> Mixture:
-    """Puts the examples of several sources together.
+AnyExamples = Examples | Mixture
+"""Examples of one source or of several."""
+
+
+def mix(config: DataConfig, parts: Sequence[Examples]) -> Mixture:
+    """Mixes the examples of several sources by their weights.
 
     Args:
       config: the mixture.
-      sources: its sources.
-      parts: the examples of each, loaded with the settings it is read with.
+      parts: the examples of each of its sources.
     """
-    given = [source.weight for source in sources if source.weight is not None]
+    weights = [source.weight for source in config.sources if source.weight is not None]
     shares = None
-    if given:
-        # As they are written: 0.1 is a tenth.
-        weights = [Fraction(repr(weight)) for weight in given]
-        shares = tuple(weight / sum(weights) for weight in weights)
-    rows = [part.report.packed_rows or len(part) for part in parts]
-    if config.packing and shares is None:
-        lengths = np.concatenate([part.lengths for part in parts])
-        packed_rows = len(pack(lengths, config.max_length))
-    else:
-        packed_rows = sum(rows) if config.packing else None
-    of_each = [
-        SourceReport(
-            name=name_of(source.path),
-            share=float(shares[i]) if shares else len(parts[i]) / sum(map(len, parts)),
-            passes_per_epoch=float(shares[i] * sum(rows) / rows[i]) if shares else 1.0,
-            report=parts[i].report,
-        )
-        for i, source in enumerate(sources)
-    ]
+    if weights:
+        # The decimal that was written: 0.1 is exactly a tenth.
+        exact = [Fraction(repr(weight)) for weight in weights]
+        shares = tuple(weight / sum(exact) for weight in exact)
     settings = {
         name: getattr(config, name)
         for name in ("max_length", "packing", "shuffle", "seed")
     }
     settings["shares"] = None if shares is None else [str(share) for share in shares]
     settings["sources"] = [part.report.fingerprint for part in parts]
-    whole = json.dumps(settings, sort_keys=True)
-    report = combined(
-        of_each,
-        packed_rows=packed_rows,
-        max_length=config.max_length,
-        supervised_per_example=quartiles(
-            np.concatenate([part.supervised for part in parts])
-        ),
-        fingerprint=hashlib.sha256(whole.encode()).hexdigest(),
+    names = [name_of(source.path) for source in config.sources]
+    return _join(config, names, parts, shares, json.dumps(settings, sort_keys=True))
+
+
+def concatenate(
+    config: DataConfig, names: Sequence[str], parts: Sequence[Examples]
+) -> Mixture:
+    """Joins the examples of named sources without weights."""
+    fingerprints = json.dumps([part.report.fingerprint for part in parts])
+    return _join(config, names, parts, None, fingerprints)
+
+
+def _join(
+    config: DataConfig,
+    names: Sequence[str],
+    parts: Sequence[Examples],
+    shares: tuple[Fraction, ...] | None,
+    content: str,
+) -> Mixture:
+    """Joins the examples of sources; the fingerprint is the hash of `content`."""
+    rows = [part.report.packed_rows or len(part) for part in parts]
+    total = sum(map(len, parts))
+    reports = [
+        SourceReport(
+            name=name,
+            share=float(shares[i]) if shares else len(parts[i]) / total,
+            passes_per_epoch=float(shares[i] * sum(rows) / rows[i]) if shares else 1.0,
+            report=parts[i].report,
+        )
+        for i, name in enumerate(names)
+    ]
+    counts = count_examples(
+        config,
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.supervised for part in parts]),
+        # Sources with shares are packed separately.
+        packed_rows=sum(rows) if shares else None,
     )
-    return Mixture(tuple(parts), shares, report)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    return Mixture(tuple(parts), shares, combined(reports, counts, fingerprint))
+
+
+def count_examples(
+    config: DataConfig,
+    lengths: Int64[np.ndarray, " examples"],
+    supervised: Int32[np.ndarray, " examples"],
+    *,
+    packed_rows: int | None = None,
+) -> dict[str, Any]:
+    """Returns the fields of a `DataReport` that count examples, not rows read.
+
+    Args:
+      config: with packing, the examples are packed to count the rows.
+      lengths: int64 [examples], tokens in each.
+      supervised: int32 [examples], supervised tokens of each.
+      packed_rows: rows after packing, where they are known.
+    """
+    tokens = int(lengths.sum())
+    if not config.packing:
+        packed_rows = None
+    elif packed_rows is None:
+        packed_rows = len(pack(lengths, config.max_length))
+    # Counts that occur, so that no quartile is a fraction.
+    quartiles = np.percentile(supervised, (0, 25, 50, 75, 100), method="lower")
+    return dict(
+        examples=len(lengths),
+        tokens=tokens,
+        supervised_tokens=int(supervised.sum(dtype=np.int64)),
+        longest_example=int(lengths.max()),
+        packed_rows=packed_rows,
+        packing_efficiency=(
+            tokens / (packed_rows * config.max_length) if packed_rows else None
+        ),
+        supervised_per_example=tuple(int(value) for value in quartiles),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Examples in rows of one length.
+    """Assignment of examples to rows of one length.
 
     Attributes:
-      packing: which examples share a row; None with one in each.
-      counts: rows of each source, one source after the other. A single source, and a
-        mixture without shares, is one.
-      shares: of each source in the rows of a run; None for one.
+      packing: which examples share a row; None puts one in each.
+      counts: rows of each stream. Sources with shares are streams of their own, one
+        after the other; everything else is a single stream.
+      shares: share of each stream in the rows of a run; None for a single one.
     """
 
     packing: Packing | None
@@ -235,8 +281,8 @@ class Layout:
     shares: tuple[Fraction, ...] | None
 
 
-def lay_out(examples: Examples | Mixture, *, packing: bool, length: int) -> Layout:
-    """Lays examples out in rows of `length` tokens; sources with shares apart."""
+def lay_out(examples: AnyExamples, *, packing: bool, length: int) -> Layout:
+    """Assigns examples to rows of `length` tokens; sources with shares separately."""
     shares = examples.shares if isinstance(examples, Mixture) else None
     if shares is None:
         packed = pack(examples.lengths, length) if packing else None
@@ -258,66 +304,65 @@ def lay_out(examples: Examples | Mixture, *, packing: bool, length: int) -> Layo
 
 
 class Interleaving:
-    """The `p`-th row of a run -> its source, and how many of that source came before.
+    """Maps the position of a row in a run to its source and its index there.
 
     Args:
-      shares: of the sources, adding up to 1.
-      seed: of the order inside a block.
-      shuffle: whether there is a random order; else sources are spread evenly.
+      shares: share of each source, with sum 1.
+      seed: seed of the order in a block.
+      shuffle: shuffle each block; else sources are spread evenly.
     """
 
     def __init__(self, shares: tuple[Fraction, ...], *, seed: int, shuffle: bool):
-        # Large enough that a block never has less than none of a source: two whole
-        # numbers differ from what they are rounded from by less than 1 each.
+        # At least 4 rows of the rarest source, so that the counts of a block, which are
+        # differences of rounded numbers, are never negative.
         self.block = max(_SMALLEST_BLOCK, math.ceil(4 / min(shares)))
         self._ends = tuple(itertools.accumulate(shares))
 
+        # A batch rarely touches more than two blocks.
         @lru_cache(maxsize=2)
-        def places(block: int) -> tuple[np.ndarray, np.ndarray]:
+        def block_rows(block: int) -> tuple[np.ndarray, np.ndarray]:
             before, after = self._counts(block), self._counts(block + 1)
             counts = after - before
             source = np.repeat(np.arange(len(shares)), counts)
             within = np.concatenate([np.arange(count) for count in counts.tolist()])
             if shuffle:
-                keys = random_keys(seed, block, BLOCKS, self.block)
+                keys = random_keys(seed, block, _BLOCK_STREAM, self.block)
             else:
                 keys = (within + 0.5) / counts[source]
-            order = np.argsort(keys, kind="stable")
-            source = source[order]
-            # The rows of a source come in their order whatever the shuffle.
+            source = source[np.argsort(keys, kind="stable")]
+            # The rows of a source keep their order whatever the shuffle.
             index = np.empty(self.block, np.int64)
             for number, first in enumerate(before.tolist()):
-                mine = source == number
-                index[mine] = first + np.arange(int(mine.sum()))
+                selected = source == number
+                index[selected] = first + np.arange(int(selected.sum()))
             return source, index
 
-        self._places = places
+        self._block_rows = block_rows
 
     def _counts(self, block: int) -> Int64[np.ndarray, " sources"]:
-        """Rows that each source has had before a block."""
+        """Returns the rows of each source before a block."""
         rows = block * self.block
         ends = [math.floor(rows * end + Fraction(1, 2)) for end in self._ends]
         return np.diff(np.array([0, *ends], np.int64))
 
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        """Source of row `place`, and the number of earlier rows of that source."""
-        block, at = divmod(place, self.block)
-        source, index = self._places(block)
-        return int(source[at]), int(index[at])
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Returns the source of a row and how many rows of that source come before."""
+        block, offset = divmod(position, self.block)
+        source, index = self._block_rows(block)
+        return int(source[offset]), int(index[offset])
 
 
 def random_keys(seed: int, period: int, stream: int, count: int) -> np.ndarray:
-    """uint64 [count] to sort by: random, and the same under any version of numpy.
+    """Returns uint64 [count], random keys to sort by.
 
-    The bit stream of Philox is fixed by numpy's compatibility promise (that of
-    `Generator.permutation` is not), and a run must continue in the same order under a
-    later numpy.
+    They are raw output of Philox, which numpy promises never to change (unlike that of
+    `Generator.permutation`): a run must resume in the same order under a later numpy.
 
     Args:
-      seed: of the run.
+      seed: seed of the run.
       period: an epoch, or a block.
-      stream: 0 for a single source; else what is ordered.
-      count: how many.
+      stream: the index of a source, or one of the streams above.
+      count: number of keys.
     """
     key = np.array([seed, period], np.uint64)
     counter = np.array([0, 0, 0, stream], np.uint64)

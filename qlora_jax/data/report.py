@@ -1,4 +1,4 @@
-"""What became of the rows: counted while they are read, for people and report.json."""
+"""Counts of rows read, kept, dropped and truncated, for people and report.json."""
 
 import dataclasses
 import json
@@ -9,30 +9,30 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """What became of the rows; all figures after truncation unless said otherwise."""
+    """Counts of rows and tokens; after truncation unless stated otherwise."""
 
     rows_read: int
-    """Rows in the file."""
+    """Rows in the files."""
     rows_kept: int
-    """Rows that gave at least one example."""
+    """Rows with at least one example."""
     examples: int
     """Examples (more than `rows_kept` when documents were cut into windows)."""
     dropped: dict[str, int]
-    """Rows (of cut documents: windows) left out, by reason."""
+    """Rows that were left out (windows, where documents were cut), by reason."""
     truncated: int
-    """Rows that lost their end, and are kept."""
+    """Rows that were kept without their end."""
     tokens_lost: int
-    """Tokens those rows lost."""
+    """Tokens that truncation removed."""
     documents_cut: int
-    """Documents cut into windows of `max_length` tokens (they lose nothing)."""
+    """Documents cut into windows of `max_length` tokens, which loses no token."""
     tokens: int
     """Tokens in all examples, without padding."""
     supervised_tokens: int
-    """Tokens whose prediction is trained. The first of an example never is one."""
+    """Tokens whose prediction is trained; never the first of an example."""
     supervised_eos: int
-    """Supervised tokens that are the tokenizer's EOS; 0 teaches no model to stop."""
+    """Supervised tokens that are the tokenizer's EOS; 0 means EOS is never learned."""
     longest_row: int
-    """Longest row in the file, before any cut (tokens)."""
+    """Longest row before truncation (tokens)."""
     longest_example: int
     """Longest example (tokens)."""
     straddling_rows: int
@@ -45,20 +45,20 @@ class DataReport:
     """Share of the packed rows that is not padding; None without packing."""
     fingerprint: str
     """Hash of tokens, labels and the settings that change content or order. Equal
-    fingerprints give equal batches, wherever the file lies."""
+    fingerprints give equal batches, whatever the path of the file."""
     supervised_per_example: tuple[int, ...] = ()
-    """Supervised tokens of an example: least, quartiles, most (five numbers)."""
+    """Supervised tokens of an example: minimum, quartiles, maximum (five numbers)."""
     assistant_mask: str | None = None
-    """Who said what the assistant wrote: `template` (its `{% generation %}` marks),
-    `renderer` (what each turn adds after the generation prompt), or None where nobody
-    was asked."""
+    """How the assistant's text was located: `template` (`{% generation %}` marks),
+    `renderer` (what each turn adds after the generation prompt), or None where it was
+    not needed."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """The first rows that were dropped, by reason, and those `truncated`."""
+    """Locations of the first rows that were dropped, by reason, or `truncated`."""
     sources: tuple["SourceReport", ...] = ()
-    """Of a mixture: each source by itself."""
+    """Of a mixture: the report of each source."""
 
     def summary(self) -> str:
-        """One paragraph for people; of a mixture, one more for each source."""
+        """Returns a paragraph for people, and another for each source of a mixture."""
         parts = [
             f"{self.rows_kept:,} of {self.rows_read:,} rows kept, "
             f"{self.examples:,} examples, {self.tokens:,} tokens, "
@@ -106,7 +106,7 @@ class DataReport:
         return f" ({', '.join(places)})" if 0 < len(places) < 4 else ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
+        """Returns plain values, as JSON decodes them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
@@ -117,15 +117,15 @@ class SourceReport:
     name: str
     """Its path or paths."""
     share: float
-    """Of the rows of the run."""
+    """Share of the rows of the run."""
     passes_per_epoch: float
-    """How often each of its rows is seen in an epoch."""
+    """How often an epoch visits each of its rows."""
     report: DataReport
-    """What became of its rows."""
+    """Its own counts."""
 
 
 def from_dict(values: dict[str, Any]) -> DataReport:
-    """Makes the report of one source of what `as_dict` gave, through JSON."""
+    """Restores the report of one source from the values of `as_dict`."""
     values = dict(values, sources=())
     values["supervised_per_example"] = tuple(values["supervised_per_example"])
     values["places"] = {k: tuple(v) for k, v in values["places"].items()}
@@ -133,43 +133,33 @@ def from_dict(values: dict[str, Any]) -> DataReport:
 
 
 def combined(
-    sources: Sequence[SourceReport],
-    *,
-    packed_rows: int | None,
-    max_length: int,
-    supervised_per_example: tuple[int, ...],
-    fingerprint: str,
+    sources: Sequence[SourceReport], example_counts: dict[str, Any], fingerprint: str
 ) -> DataReport:
-    """The report of a mixture: sums and maxima over its sources."""
+    """Combines the reports of a mixture's sources.
+
+    Args:
+      sources: their reports.
+      example_counts: the fields that count the examples of all sources together.
+      fingerprint: of the mixture.
+    """
     reports = [source.report for source in sources]
-
-    def total(name: str) -> int:
-        return sum(getattr(report, name) for report in reports)
-
+    summed = (
+        *("rows_read", "rows_kept", "truncated", "tokens_lost", "documents_cut"),
+        *("supervised_eos", "straddling_rows"),
+    )
     dropped: Counter[str] = Counter()
-    places: dict[str, tuple[str, ...]] = {}
+    locations: dict[str, tuple[str, ...]] = {}
     for report in reports:
         dropped.update(report.dropped)
-        for reason, found in report.places.items():
-            places[reason] = (*places.get(reason, ()), *found)
-    counts = (
-        *("rows_read", "rows_kept", "examples", "truncated", "tokens_lost"),
-        *("documents_cut", "tokens", "supervised_tokens", "supervised_eos"),
-        "straddling_rows",
-    )
+        for reason, rows in report.places.items():
+            locations[reason] = (*locations.get(reason, ()), *rows)
     return DataReport(
-        **{name: total(name) for name in counts},
+        **{name: sum(getattr(report, name) for report in reports) for name in summed},
+        **example_counts,
         dropped=dict(dropped),
         longest_row=max(report.longest_row for report in reports),
-        longest_example=max(report.longest_example for report in reports),
-        packed_rows=packed_rows,
-        packing_efficiency=(
-            None if packed_rows is None else total("tokens") / packed_rows / max_length
-        ),
         fingerprint=fingerprint,
-        supervised_per_example=supervised_per_example,
-        # Each source says its own.
-        assistant_mask=None,
-        places=places,
+        assistant_mask=None,  # sources may differ
+        places=locations,
         sources=tuple(sources),
     )

@@ -1,7 +1,7 @@
-"""Rows of a data file, and the text their fields give.
+"""Reads the rows of JSON and text files, and text from their fields.
 
-The one idea: a row travels with its place ("file.jsonl:12"), so that whatever is wrong
-with it can be said together with where it is.
+Every row travels with its location ("file.jsonl:12"), so that each message about it
+says where to look.
 """
 
 import codecs
@@ -20,22 +20,22 @@ from typing import Any
 from qlora_jax.errors import Problems, UserError, did_you_mean
 
 Row = tuple[str, dict[str, Any]]
-"""A row's place, for messages, and its fields."""
+"""The location of a row, for messages, and its fields."""
 
 
 def fields_of(row: dict[str, Any]) -> str:
-    """Names of a row's fields, quoted, for messages."""
+    """Quotes the names of a row's fields, for messages."""
     return ", ".join(f"`{name}`" for name in row) or "no fields"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """One file (or data set) opened for reading, row after row.
+    """An open file or data set.
 
     Attributes:
-      rows: the rows with their places, to be taken once.
-      plain: the file is plain text, one document.
-      done: how much of it has been read, 0 to 1.
+      rows: iterates over the rows once.
+      plain: whether the file is plain text, one document.
+      done: returns the fraction that has been read, 0 to 1.
     """
 
     rows: Iterator[Row]
@@ -44,18 +44,18 @@ class RowFile:
 
 
 def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
-    """Reads JSONL, a JSON list of objects or, if asked, a plain text file.
+    """Reads JSONL, a JSON list of objects or, optionally, a plain text file.
 
     Args:
-      path: the file, UTF-8. What it holds decides, not its name alone.
-      plain_text: take a file that is not JSON as one row with the field `text`.
+      path: a UTF-8 file. Its content decides the format, not its name alone.
+      plain_text: read a file that is not JSON as one row with the field `text`.
 
     Returns:
       The rows, and whether the file was plain text.
 
     Raises:
-      UserError: no such file, not UTF-8, empty, malformed (with the lines), or a row
-        that is not an object.
+      UserError: the file is missing, empty, not UTF-8, or malformed (lists the lines),
+        or a row is not an object.
     """
     problems = Problems("the data")
     file = open_rows(path, plain_text=plain_text, problems=problems)
@@ -65,18 +65,18 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
 
 
 def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
-    """Opens what `read_rows` reads, for one pass with one line in memory.
+    """Opens a file as `read_rows` does, for one pass with one line in memory.
 
-    A JSON list and a plain text are read whole: they are one value. A name ending in
-    .gz is decompressed on the way.
+    A JSON list and a plain text file are single values and are read completely. A name
+    that ends in .gz is decompressed while reading.
 
     Args:
       path: the file.
-      plain_text: as `read_rows` has it.
-      problems: where malformed lines go; the lines after them are read all the same.
+      plain_text: as for `read_rows`.
+      problems: collects malformed lines; reading continues after them.
 
     Raises:
-      UserError: no such file, not UTF-8, or empty; from the rows also a file that
+      UserError: the file is missing, empty or not UTF-8; raised by the rows too if it
         cannot be read to its end.
     """
     head: list[str] = []  # up to the first line that is not blank
@@ -84,21 +84,20 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
         stack.enter_context(_reading(path))
         raw = stack.enter_context(open(path, "rb"))
         size = max(os.fstat(raw.fileno()).st_size, 1)
-        binary: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        # Lines end as in any text file (\n, \r\n, \r), and not at U+2028, which JSON
-        # strings may hold.
-        lines = stack.enter_context(io.TextIOWrapper(binary, encoding="utf-8-sig"))
+        # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
+        lines = stack.enter_context(
+            io.TextIOWrapper(_decompressed(path, raw), encoding="utf-8-sig")
+        )
         for line in lines:
             head.append(line)
             if line.strip():
                 break
         else:
             raise UserError(f"{path} is empty.")
-        stack.pop_all()  # the rows close it
-    first = head[-1]
+        stack.pop_all()  # the row iterator closes the file
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     is_json = suffix in (".json", ".jsonl", ".ndjson")
-    plain = plain_text and not is_json and not _is_object(first)
+    plain = plain_text and not is_json and not _is_object(head[-1])
 
     def rows() -> Iterator[Row]:
         with contextlib.closing(raw), lines:
@@ -107,15 +106,11 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
                     text = "".join(head) + lines.read()
                 yield f"{path}", {"text": text}
                 return
-            if first.lstrip().startswith("["):
-                with _reading(path):
-                    content = "".join(head) + lines.read()
-                found = _json_list(path, content)
-                if not found:
-                    raise UserError(f"{path} has no rows.")
+            if head[-1].lstrip().startswith("["):
+                values = _json_list(path, head, lines)
             else:
-                found = _json_lines(path, len(head), first, lines, problems)
-            for where, row in found:
+                values = _json_lines(path, head, lines, problems)
+            for where, row in values:
                 if isinstance(row, dict):
                     yield where, row
                 else:
@@ -124,13 +119,17 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
                         f"{type(row).__name__}."
                     )
 
-    # Not `tell` of the text, which is slow: the file's own position is near enough.
+    # `tell` of a text stream is slow; the position in the raw file is close enough.
     return RowFile(rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size)
+
+
+def _decompressed(path: Path, raw: Any) -> Any:
+    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with a file into a UserError that says what."""
+    """Raises what can go wrong with a file as a UserError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -141,18 +140,21 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
-            f"{path} is damaged or no gzip file: {error}. Compress it anew."
+            f"{path} is damaged or not a gzip file: {error}. Compress it again."
         ) from error
     except OSError as error:
         raise UserError(f"`data.path`: cannot read {path}: {error}") from error
 
 
 def _bad_byte(path: Path) -> str:
-    """Where a file stops being UTF-8; a decoder of a stream knows its own part only."""
+    """Locates the first byte that is not UTF-8.
+
+    The error of a stream counts from the start of its buffer, not of the file.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     with open(path, "rb") as raw:
-        binary: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        binary = _decompressed(path, raw)
         while True:
             piece = binary.read(1 << 20)
             pending = len(decoder.getstate()[0])
@@ -172,20 +174,27 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _json_list(path: Path, content: str) -> list[tuple[str, Any]]:
+def _json_list(
+    path: Path, head: list[str], lines: io.TextIOWrapper
+) -> list[tuple[str, Any]]:
+    with _reading(path):
+        content = "".join(head) + lines.read()
     try:
         rows = json.loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", "?")
         raise UserError(f"{path}:{line}: malformed JSON list: {error}") from error
+    if not rows:
+        raise UserError(f"{path} has no rows.")
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _json_lines(
-    path: Path, number: int, first: str, lines: Iterator[str], problems: Problems
+    path: Path, head: list[str], lines: io.TextIOWrapper, problems: Problems
 ) -> Iterator[tuple[str, Any]]:
-    """Yields places and values of `first`, which is line `number`, and what follows."""
-    line: str | None = first
+    """Yields locations and values of the last line of `head` and of all later lines."""
+    number = len(head)
+    line: str | None = head[-1]
     while line is not None:
         if line.strip():
             try:
@@ -203,33 +212,8 @@ def _json_lines(
         number += 1
 
 
-def check_template(name: str, template: object) -> None:
-    """Refuses a format string that cannot be filled from a row (UserError)."""
-    if not isinstance(template, str):
-        raise UserError(f"`data.{name}` must be text, got {template!r}.")
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
-    except ValueError as error:
-        raise UserError(
-            f"`data.{name}` = {template!r} is not a format string: {error}. Write "
-            "a literal brace twice: {{ or }}."
-        ) from error
-    names = [field for field in fields if field is not None]
-    if not names and name != "prompt":  # one prompt for all rows is fine
-        raise UserError(
-            f"`data.{name}` = {template!r} names no field of a row; write e.g. "
-            '"{question}".'
-        )
-    if any(not n or n[0].isdigit() or "." in n for n in names):
-        raise UserError(
-            f"`data.{name}` = {template!r} must name a row's fields in its braces, "
-            'e.g. "{question}" or "{turns[0]}"; positions and attributes have no '
-            "meaning here."
-        )
-
-
 class Fields(Mapping):
-    """A row for `str.format_map`, refusing what would be printed as rubbish."""
+    """A row for `str.format_map` that raises for missing and null fields."""
 
     def __init__(self, row: dict[str, Any], where: str):
         self._row, self._where = row, where
@@ -254,10 +238,10 @@ class Fields(Mapping):
 def text_of(
     row: dict[str, Any], where: str, name: str, template: str | None = None
 ) -> str:
-    """Returns the text field `name`, or the row filled into a format string.
+    """Returns the text field `name`, or a format string filled from the row.
 
     Raises:
-      UserError: a field is missing (with those present), null, or not text.
+      UserError: a field is missing (lists those present), null, or not a string.
     """
     fields = Fields(row, where)
     if template is not None:
@@ -265,7 +249,7 @@ def text_of(
             value = fields[field] if field and "[" not in field else None
             if isinstance(value, dict | list):
                 raise UserError(
-                    f"{where}: field `{field}` of `data.{name}` must be text or a "
+                    f"{where}: field `{field}` of `data.{name}` must be a string or a "
                     f"number, got {type(value).__name__}."
                 )
         try:
@@ -280,6 +264,7 @@ def text_of(
     if not isinstance(value, str):
         hint = " Use format='messages' for turns." if isinstance(value, list) else ""
         raise UserError(
-            f"{where}: field `{name}` must be text, got {type(value).__name__}.{hint}"
+            f"{where}: field `{name}` must be a string, got {type(value).__name__}."
+            f"{hint}"
         )
     return value

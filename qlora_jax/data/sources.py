@@ -1,12 +1,14 @@
-"""Where rows come from: files of several kinds, patterns, data sets of `datasets`.
+"""Opens every kind of data source as one stream of rows.
 
-The one idea: whatever holds the rows, it is read once from start to end and gives plain
-Python values with their places, so that nothing after it knows the difference.
+JSON and text files, file patterns, Parquet, Arrow, and data sets of the `datasets`
+library are all read once from start to end and yield plain Python dicts with their
+location, so that no later stage depends on the kind of source.
 
-Parquet and Arrow are read by `pyarrow`, saved data sets and those of the hub by
-`datasets`; both are imported when such a source is opened and not before.
+`pyarrow` (Parquet, Arrow) and `datasets` (saved data sets and those of the hub) are
+imported only when such a source is opened.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -20,75 +22,158 @@ from qlora_jax.errors import Problems, UserError
 
 HUB = "hf:"
 # Rows converted from columns at a time.
-_BATCH = 512
-_SAVED = ("dataset_dict.json", "state.json")
+_TABLE_ROWS = 512
+# Rows in a chunk, and their characters: enough to keep a fast tokenizer's threads
+# busy, and little memory next to the tokenizer's output (about 100 bytes a token).
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 18
+# Files that `save_to_disk` of a DatasetDict or a Dataset always writes.
+_SAVED_MARKERS = ("dataset_dict.json", "state.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """One thing to read: a file, a directory of `datasets`, or a name of the hub.
+class RowSource:
+    """A file, a directory of `datasets`, or a data set of the hub, not yet opened.
 
     Attributes:
       name: the path, or "hf:owner/name".
-      size: weight in a bar of progress (bytes, where they are known).
-      open: opens it; takes the problems that its rows may have.
-      content: a hash of what it holds.
+      size: bytes where they are known, else 1; weight in the progress bar.
+      open: opens it; malformed rows are added to the problems it is passed.
+      content_hash: hashes everything it holds.
     """
 
     name: str
     size: int
     open: Callable[[Problems], RowFile]
-    content: Callable[[], str]
+    content_hash: Callable[[], str]
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is a data set of the hub, whose size is unknown."""
+        return self.name.startswith(HUB)
 
 
-def find_places(
+def list_sources(
     path: str | tuple[str, ...], *, split: str | None, plain_text: bool
-) -> list[Place]:
-    """Finds what a path, a pattern, a list of them or a hub name stands for.
+) -> list[RowSource]:
+    """Resolves a path, a pattern, a hub name or a tuple of them.
 
     Args:
-      path: as `data.path` has it.
-      split: of data sets that have splits.
-      plain_text: whether a text file that is no JSON may be one document.
+      path: `data.path`.
+      split: split to read from data sets that have splits.
+      plain_text: read a text file that is not JSON as one document.
 
     Returns:
-      The places, in the order given; those of a pattern in the order of their names.
+      The sources in the order of `path`; matches of a pattern sorted by name.
 
     Raises:
-      UserError: every path that leads to nothing, at once.
+      UserError: lists every path that cannot be read.
     """
     problems = Problems("the data")
-    places: list[Place] = []
-    splits = False
+    sources: list[RowSource] = []
+    has_splits = False
     for entry in (path,) if isinstance(path, str) else path:
         if entry.startswith(HUB):
-            places.append(_hub(entry, split))
-            splits = True
+            sources.append(_hub_source(entry, split))
+            has_splits = True
             continue
-        found = [entry]
+        names = [entry]
         if not Path(entry).exists() and glob.has_magic(entry):
-            found = sorted(glob.glob(entry, recursive=True))
-            found = [name for name in found if Path(name).is_file()]
-            if not found:
+            names = sorted(glob.glob(entry, recursive=True))
+            names = [name for name in names if Path(name).is_file()]
+            if not names:
                 problems.add(f"`data.path`: no file matches the pattern {entry!r}.")
-        for name in found:
+        for name in names:
             with problems.collecting():
-                if any((Path(name) / file).is_file() for file in _SAVED):
-                    places.append(_saved(Path(name), split))
-                    splits = True
+                if any((Path(name) / file).is_file() for file in _SAVED_MARKERS):
+                    sources.append(_saved_source(Path(name), split))
+                    has_splits = True
                 else:
-                    places.append(_file(Path(name), plain_text))
+                    sources.append(_file_source(Path(name), plain_text))
     problems.raise_if_any()
-    if split is not None and not splits:
+    if split is not None and not has_splits:
         raise UserError(
             f"`data.split` = {split!r} is for data sets that have splits (a directory "
             f"that `datasets` saved, or {HUB}owner/name), and there is none in "
             f"`data.path` = {path!r}. Leave it out."
         )
-    return places
+    return sources
 
 
-def _file(path: Path, plain_text: bool) -> Place:
+def read_chunks(
+    sources: Iterable[RowSource],
+    problems: Problems,
+    on_read: Callable[[int, RowFile], None],
+) -> Iterator[tuple[list[Row], bool]]:
+    """Yields rows in chunks, each with whether it is a plain text file.
+
+    Args:
+      sources: read one after the other.
+      problems: collects what is wrong with a source or its rows; reading continues
+        with the next one.
+      on_read: called after each chunk with the source's index and its open file.
+    """
+    for index, source in enumerate(sources):
+        with problems.collecting():
+            file = source.open(problems)
+            rows = iter(file.rows)
+            while chunk := _take_chunk(rows):
+                yield chunk, file.plain
+                on_read(index, file)
+
+
+def _take_chunk(rows: Iterator[Row]) -> list[Row]:
+    chunk: list[Row] = []
+    size = 0
+    for where, row in rows:
+        chunk.append((where, row))
+        size += _count_characters(row)
+        if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
+            break
+    return chunk
+
+
+def _count_characters(row: dict[str, Any]) -> int:
+    """Estimates how much text a row holds."""
+    total, pending = 0, [*row.values()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list) and value and isinstance(value[0], int):
+            total += len(value)
+        elif isinstance(value, list):
+            pending += value
+    return total
+
+
+@contextlib.contextmanager
+def progress_bar(
+    sources: list[RowSource], *, enabled: bool
+) -> Iterator[Callable[[int, RowFile], None]]:
+    """Draws reading progress on stderr; yields the `on_read` of `read_chunks`."""
+    if not enabled:
+        yield lambda index, file: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    sizes = [source.size for source in sources]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("tokenizing", total=max(sum(sizes), 1))
+
+        def update(index: int, file: RowFile) -> None:
+            done = sum(sizes[:index]) + sizes[index] * file.done()
+            bar.update(task, completed=done)
+
+        yield update
+
+
+# --- Files ---
+
+
+def _file_source(path: Path, plain_text: bool) -> RowSource:
     try:
         size = path.stat().st_size
     except FileNotFoundError as error:
@@ -100,20 +185,20 @@ def _file(path: Path, plain_text: bool) -> Place:
         raise UserError(f"`data.path`: cannot read {path}: {error}") from error
     if path.is_dir():
         raise UserError(
-            f"`data.path`: cannot read {path}: it is a directory, and none that "
-            f"`datasets` saved. Give its files, e.g. '{path}/*.jsonl'."
+            f"`data.path`: {path} is a directory that `datasets` did not save. Give "
+            f"its files, e.g. '{path}/*.jsonl'."
         )
 
     def open_file(problems: Problems) -> RowFile:
         if path.suffix in (".parquet", ".arrow"):
-            return _columns(path)
+            return _open_columns(path)
         return open_rows(path, plain_text=plain_text, problems=problems)
 
-    return Place(str(path), size, open_file, lambda: _hash_files([path]))
+    return RowSource(str(path), size, open_file, lambda: _hash_files(path, [path]))
 
 
-def _columns(path: Path) -> RowFile:
-    """Rows of a Parquet or Arrow file."""
+def _open_columns(path: Path) -> RowFile:
+    """Opens a Parquet or Arrow file."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -128,12 +213,12 @@ def _columns(path: Path) -> RowFile:
     def batches() -> Iterator[Any]:
         if path.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
-                yield from file.iter_batches(batch_size=_BATCH)
+                yield from file.iter_batches(batch_size=_TABLE_ROWS)
             return
         with pyarrow.memory_map(str(path)) as source:
             try:
                 file = pyarrow.ipc.open_file(source)
-            except pyarrow.ArrowInvalid:  # the format of a stream, as `datasets` writes
+            except pyarrow.ArrowInvalid:  # the streaming format, as `datasets` writes
                 source.seek(0)
                 file = pyarrow.ipc.open_stream(source)
                 yield from file
@@ -141,11 +226,11 @@ def _columns(path: Path) -> RowFile:
             for number in range(file.num_record_batches):
                 yield file.get_batch(number)
 
-    def pieces() -> Iterator[Any]:
+    def tables() -> Iterator[Any]:
         try:
             for batch in batches():
-                for start in range(0, batch.num_rows, _BATCH):
-                    yield batch.slice(start, _BATCH)
+                for start in range(0, batch.num_rows, _TABLE_ROWS):
+                    yield batch.slice(start, _TABLE_ROWS)
         except errors as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
 
@@ -155,44 +240,58 @@ def _columns(path: Path) -> RowFile:
             total = max(pyarrow.parquet.read_metadata(path).num_rows, 1)
         except errors as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-    return _counted(str(path), pieces(), total)
+    return _table_rows(str(path), tables(), total)
 
 
-def _saved(path: Path, split: str | None) -> Place:
+def _hash_files(name: Path, paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"`data.path`: cannot read {name}: {error}") from error
+    return digest.hexdigest()
+
+
+# --- The `datasets` library ---
+
+
+def _saved_source(path: Path, split: str | None) -> RowSource:
     """A directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
 
     def load() -> Any:
-        datasets = _datasets(str(path))
+        datasets = _import_datasets(str(path))
         try:
-            found = datasets.load_from_disk(str(path))
-        except Exception as error:  # its own, pyarrow's and the system's
+            dataset = datasets.load_from_disk(str(path))
+        except Exception as error:  # of `datasets`, pyarrow or the operating system
             raise UserError(f"{path}: `datasets` cannot load it: {error}") from error
-        if isinstance(found, dict):
-            return found[_split_of(str(path), list(found), split)]
+        if isinstance(dataset, dict):
+            return dataset[_choose_split(str(path), list(dataset), split)]
         if split is not None:
             raise UserError(
                 f"{path} has no splits; leave out `data.split` = {split!r}."
             )
-        return found
+        return dataset
 
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return Place(
+    return RowSource(
         name=str(path),
         size=sum(file.stat().st_size for file in files),
-        open=lambda _: _data_set(str(path), load()),
-        content=lambda: f"{split}:{_hash_files(files)}",
+        open=lambda _: _open_dataset(str(path), load()),
+        content_hash=lambda: f"{split}:{_hash_files(path, files)}",
     )
 
 
-def _hub(entry: str, split: str | None) -> Place:
-    """`hf:owner/name`, `hf:owner/name/config`, each with `@revision` or without."""
+def _hub_source(entry: str, split: str | None) -> RowSource:
+    """`hf:owner/name` or `hf:owner/name/configuration`, optionally `@revision`."""
     name, _, revision = entry.removeprefix(HUB).partition("@")
     parts = name.split("/")
     if not 1 <= len(parts) <= 3 or not all(parts):
         raise UserError(
             f"`data.path` = {entry!r}: a data set of the hub is written "
-            f"'{HUB}owner/name' or '{HUB}owner/name/configuration', with '@revision' "
-            "at the end or without."
+            f"'{HUB}owner/name' or '{HUB}owner/name/configuration', optionally with "
+            "'@revision' at the end."
         )
     repository, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
     loaded: list[Any] = []
@@ -200,29 +299,29 @@ def _hub(entry: str, split: str | None) -> Place:
     def load() -> Any:
         if loaded:
             return loaded[0]
-        datasets = _datasets(entry)
+        datasets = _import_datasets(entry)
         options = dict(name=config, revision=revision or None)
         try:
-            found = datasets.load_dataset(repository, split=split, **options)
-        except Exception as error:  # of the network, the hub, its files, the split
+            dataset = datasets.load_dataset(repository, split=split, **options)
+        except Exception as error:  # the network, the hub, its files, the split
             raise UserError(
                 f"{entry}: `datasets` cannot load it: {error} Without a network, give "
                 "files, or a directory that `save_to_disk` wrote."
             ) from error
-        if isinstance(found, dict):
-            found = found[_split_of(entry, list(found), None)]
-        loaded.append(found)
-        return found
+        if isinstance(dataset, dict):
+            dataset = dataset[_choose_split(entry, list(dataset), None)]
+        loaded.append(dataset)
+        return dataset
 
-    return Place(
+    return RowSource(
         name=entry,
         size=1,
-        open=lambda _: _data_set(entry, load()),
-        content=lambda: f"{entry}:{split}:{load()._fingerprint}",
+        open=lambda _: _open_dataset(entry, load()),
+        content_hash=lambda: f"{entry}:{split}:{load()._fingerprint}",
     )
 
 
-def _datasets(name: str) -> Any:
+def _import_datasets(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -233,8 +332,8 @@ def _datasets(name: str) -> Any:
     return datasets
 
 
-def _split_of(name: str, known: list[str], split: str | None) -> str:
-    """The split asked for, else `train`, else the only one."""
+def _choose_split(name: str, known: list[str], split: str | None) -> str:
+    """Returns the configured split, else `train`, else the only one."""
     if split is None:
         split = "train" if "train" in known or len(known) != 1 else known[0]
     if split not in known:
@@ -245,14 +344,17 @@ def _split_of(name: str, known: list[str], split: str | None) -> str:
     return split
 
 
-def _data_set(name: str, found: Any) -> RowFile:
-    # As tables: nothing is decoded (images, audio) that is not read.
-    tables = found.with_format("arrow").iter(batch_size=_BATCH)
-    return _counted(name, tables, max(len(found), 1))
+def _open_dataset(name: str, dataset: Any) -> RowFile:
+    # As Arrow tables, so that unused columns (images, audio) are never decoded.
+    tables = dataset.with_format("arrow").iter(batch_size=_TABLE_ROWS)
+    return _table_rows(name, tables, max(len(dataset), 1))
 
 
-def _counted(name: str, tables: Iterable[Any], total: int) -> RowFile:
-    """Rows of Arrow tables, numbered from 1."""
+# --- Arrow tables ---
+
+
+def _table_rows(name: str, tables: Iterable[Any], total: int) -> RowFile:
+    """Numbers the rows of Arrow tables from 1."""
     count = 0
 
     def rows() -> Iterator[Row]:
@@ -260,29 +362,21 @@ def _counted(name: str, tables: Iterable[Any], total: int) -> RowFile:
         for table in tables:
             for row in table.to_pylist():
                 count += 1
-                yield f"{name} row {count}", {k: _pruned(v) for k, v in row.items()}
+                yield f"{name} row {count}", {k: _drop_nulls(v) for k, v in row.items()}
         if not count:
             raise UserError(f"{name} has no rows.")
 
     return RowFile(rows(), False, lambda: min(count / total, 1.0))
 
 
-def _pruned(value: Any) -> Any:
-    """Takes out what a column holds only because another row has it.
+def _drop_nulls(value: Any) -> Any:
+    """Removes keys that a nested object has only because another row has them.
 
-    A column of objects has every key that any of them has, null where it is missing;
-    chat templates ask whether a turn has a key, not whether it is null.
+    Every object of an Arrow column has the union of all keys, null where one is
+    missing; chat templates test whether a turn has a key, not whether it is null.
     """
     if isinstance(value, dict):
-        return {k: _pruned(v) for k, v in value.items() if v is not None}
+        return {k: _drop_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list) and value and isinstance(value[0], dict | list):
-        return [_pruned(item) for item in value]
+        return [_drop_nulls(item) for item in value]
     return value
-
-
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

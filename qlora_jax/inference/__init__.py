@@ -1,5 +1,6 @@
 """Loaded models: generation, chat and comparison.
 
 Reading order: model (`Model`), text (input checks, streams, chat prompts), decode (the
-generation loop), sampling; identity (which base an adapter belongs to), compare.
+generation loop), sampling (config: its settings); identity (which base an adapter
+belongs to), compare.
 """

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from qlora_jax.errors import UserError
-from qlora_jax.inference.sampling import Rules, Sampling, Values
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.sampling import Rules, Values
 from qlora_jax.models.llama import Cache, Llama, empty_cache
 
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
@@ -87,7 +88,7 @@ def generate_tokens(
         variables,
         tokens,
         mask,
-        sampling.values(),
+        Values.of(sampling),
         max_new_tokens=max_new_tokens,
     )
     return [
@@ -141,7 +142,7 @@ class Decoding:
     ) -> None:
         check_prompts(prompts, model.config.vocab_size, config.max_new_tokens)
         self._config = config
-        self._variables, self._values = variables, config.sampling.values()
+        self._variables, self._values = variables, Values.of(config.sampling)
         self.ended = np.zeros(len(prompts), bool)
         self._num_tokens = 0
         self._state: _State | None = None
@@ -271,7 +272,7 @@ class _Program:
     ) -> _Program:
         # No gradient is taken, so rematerialization would only split the program.
         model = model.clone(compute=dataclasses.replace(model.compute, remat="none"))
-        rules = sampling.rules(model.config.vocab_size)
+        rules = Rules.of(sampling, model.config.vocab_size)
         return cls(model, rules, eos_token_ids, cache_size)
 
     def decode(self, variables: Any, tokens: Any, cache: Cache, **arrays: Any) -> Any:
@@ -387,7 +388,7 @@ def _generate(
     max_new_tokens: int,
 ) -> Int32[Array, "B new"]:
     """Runs prefill and loop as one program; `out` has 0 after every row has ended."""
-    variables = program.model.compute.place(variables)
+    variables = program.model.compute.arrange(variables)
     state = _prefill(program, variables, tokens, mask, values)
     out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
     out = out.at[:, 0].set(state.token)
@@ -404,7 +405,7 @@ def _start(
     values: Values,
 ) -> _State:
     """Returns the state of a `Decoding` after its first token."""
-    variables = program.model.compute.place(variables)
+    variables = program.model.compute.arrange(variables)
     return _prefill(program, variables, tokens, mask, values)
 
 
@@ -417,7 +418,7 @@ def _continue(
     remaining: Int32[Array, ""],
 ) -> tuple[_State, Int32[Array, "B chunk"]]:
     """Generates the next chunk of a `Decoding`, at most `remaining` tokens of it."""
-    variables = program.model.compute.place(variables)
+    variables = program.model.compute.arrange(variables)
     out = jnp.zeros((state.token.shape[0], _CHUNK), jnp.int32)
     columns = (jnp.int32(0), jnp.minimum(remaining, _CHUNK))
     return _fill(program, variables, state, values, out, columns)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32
 import convert
 from convert.peft import chat_template_file, in_short, peft_directory
 from qlora_jax.errors import UserError
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
 from qlora_jax.inference.identity import (
     base_mismatch,
@@ -32,7 +33,6 @@ from qlora_jax.inference.identity import (
     describe_context,
     describe_quantization,
 )
-from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.text import (
     ChatPrompts,
     Detokenizer,
@@ -350,7 +350,7 @@ def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
     apply: Any = module.apply  # typed for mutable collections; the model has none
-    return apply(module.compute.place(variables), tokens, **arrays)
+    return apply(module.compute.arrange(variables), tokens, **arrays)
 
 
 def _attach(

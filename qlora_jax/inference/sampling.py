@@ -11,8 +11,6 @@ arguments of it (`Values`), so another temperature does not recompile.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,70 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-from qlora_jax.errors import raise_problems
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings.
-
-    Raises:
-      UserError: values out of their ranges; lists all of them.
-    """
-
-    temperature: float = 0.0
-    """0 chooses the most likely token; higher is more varied."""
-    top_k: int | None = None
-    """Sample among this many of the likeliest tokens."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this probability."""
-    min_p: float = 0.0
-    """Sample among tokens at least this probable, as a share of the likeliest one's."""
-    repetition_penalty: float = 1.0
-    """Tokens of the text so far get their logit divided by this where it is positive,
-    multiplied where it is negative; 1 changes nothing."""
-    seed: int = 0
-    """Seed of the draws; every row of a batch has a random stream of its own."""
-
-    def __post_init__(self) -> None:
-        """Raises if values are out of their ranges."""
-        raise_problems("the sampling settings", self._problems(), "sampling: ")
-
-    def _problems(self) -> Iterator[str]:
-        if not 0.0 <= self.temperature < math.inf:
-            yield f"`temperature` must be >= 0, got {self.temperature}."
-        if self.top_k is not None and self.top_k < 1:
-            yield f"`top_k` must be at least 1, got {self.top_k}."
-        if not 0.0 < self.top_p <= 1.0:
-            yield f"`top_p` must lie in (0, 1], got {self.top_p}."
-        if not 0.0 <= self.min_p <= 1.0:
-            yield f"`min_p` must lie in [0, 1], got {self.min_p}."
-        if not 0.0 < self.repetition_penalty < math.inf:
-            yield (
-                "`repetition_penalty` must be positive (1 changes nothing), got "
-                f"{self.repetition_penalty}."
-            )
-
-    def rules(self, vocab_size: int) -> Rules:
-        """Returns the static part, for which a program is compiled."""
-        greedy = self.temperature == 0.0
-        return Rules(
-            greedy=greedy,
-            top_k=None if greedy or self.top_k is None else min(self.top_k, vocab_size),
-            top_p=not greedy and self.top_p < 1.0,
-            min_p=not greedy and self.min_p > 0.0,
-            repetition_penalty=self.repetition_penalty != 1.0,
-        )
-
-    def values(self) -> Values:
-        """Returns the arguments of a compiled program."""
-        return Values(
-            jax.random.key(self.seed),
-            *map(
-                jnp.float32,
-                (self.temperature, self.top_p, self.min_p, self.repetition_penalty),
-            ),
-        )
+from qlora_jax.inference.config import Sampling
 
 
 class Values(NamedTuple):
@@ -98,6 +33,17 @@ class Values(NamedTuple):
     min_p: Any
     repetition_penalty: Any
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> Values:
+        """Returns the values of these settings."""
+        return cls(
+            jax.random.key(sampling.seed),
+            temperature=jnp.float32(sampling.temperature),
+            top_p=jnp.float32(sampling.top_p),
+            min_p=jnp.float32(sampling.min_p),
+            repetition_penalty=jnp.float32(sampling.repetition_penalty),
+        )
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -108,6 +54,18 @@ class Rules:
     top_p: bool = False
     min_p: bool = False
     repetition_penalty: bool = False
+
+    @classmethod
+    def of(cls, sampling: Sampling, vocab_size: int) -> Rules:
+        """Returns which of these settings are on, for a vocabulary of this size."""
+        greedy, top_k = sampling.temperature == 0.0, sampling.top_k
+        return cls(
+            greedy=greedy,
+            top_k=None if greedy or top_k is None else min(top_k, vocab_size),
+            top_p=not greedy and sampling.top_p < 1.0,
+            min_p=not greedy and sampling.min_p > 0.0,
+            repetition_penalty=sampling.repetition_penalty != 1.0,
+        )
 
     def pick(
         self,

@@ -1,22 +1,22 @@
-"""Layers with weights: the one place where a weight, packed or dense, meets an adapter.
+"""Layers that combine a weight, packed or dense, with an adapter.
 
-`linear` and `embed` are the computations; `Linear`, `Embed` and `RMSNorm` the thin Flax
-modules that find their weight in the "params" collection and what is trained, if
-anything is, in the "lora" collection under the same path. A layer of yours that is
-built of them can be adapted by naming its parts in `target_modules` or
-`modules_to_save`; no list of accepted modules exists.
+`linear` and `embed` are the computations. `Linear`, `Embed` and `RMSNorm` are thin Flax
+modules that read their weight from the "params" collection and trained arrays from the
+"lora" collection under the same path. A custom layer built from them can be adapted by
+naming its parts in `target_modules` or `modules_to_save`; there is no list of accepted
+modules. `map_chunks` applies a layer to a few tokens at a time.
 
-The "lora" collection holds what `qlora_jax.lora.functional.bind` returns. A trained tree that
-needs no constants of its own (one rank and scaling for all) can be given as it is; the
-scaling is then that of `Compute.lora`.
+The "lora" collection holds what `qlora_jax.lora.functional.bind` returns. A trained
+tree with one rank and scaling for all modules also works unbound; the scaling is then
+that of `Compute.lora`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -32,12 +32,30 @@ from qlora_jax.choices import Attention, Dtype, Kernels, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import functional as lora_lib
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.sharding import gathered, on_device
+from qlora_jax.models.sharding import gather_shared, on_device
+
+_LINEAR_ARRAYS = (
+    "lora_A",
+    "lora_B",
+    "lora_bias",
+    "lora_magnitude_vector",
+    "rows",
+    "trainable_tokens_delta",
+    "token_indices",
+)
+_EMBEDDING_ARRAYS = (
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "rows",
+    "trainable_tokens_delta",
+    "token_indices",
+)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model is computed; what it is stands in its configuration. Hashable."""
+    """How a model is computed (its architecture is in `LlamaConfig`). Hashable."""
 
     dtype: Dtype = "bfloat16"
     """Activations and matrix products; sums, norms and softmax are float32."""
@@ -45,14 +63,14 @@ class Compute:
     """Attention implementation; see `qlora_jax.models.attention`."""
     remat: Remat = "full"
     """What the backward pass recomputes: nothing; each layer from its input; each layer
-    but for the results of its matrix products and its attention; or each layer from its
-    input, which in the meantime lies in the host's memory."""
+    except the results of its matrix products and its attention; or each layer from its
+    input, which is kept in host memory until then."""
     kernels: Kernels = "auto"
-    """Of products with packed weights: XLA's, kernels of our own for GPUs, or the best
-    known for the device; see `pallas_kernels.nf4`."""
+    """Implementation of products with packed weights: XLA, the Pallas kernels for GPUs,
+    or the best known for the device; see `pallas_kernels.nf4`."""
     lora: LoraConfig | None = None
-    """Of the adapters in the "lora" collection: their dropout, what training binds them
-    with, and the scaling of a tree that is not bound."""
+    """Adapters of the "lora" collection: their dropout, what training binds them with,
+    and the scaling of an unbound tree."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -72,33 +90,46 @@ class Compute:
         """`kernels` as `pallas_kernels` takes it."""
         return None if self.kernels == "auto" else self.kernels
 
-    def place(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Arranges variables as the chosen kernels read them best.
+    def arrange(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the variables in the layout that the chosen kernels read fastest.
 
-        To be called inside the jitted function that calls `apply`. What comes back
-        means the same to every module; where our kernels may be chosen, the packed
-        stacks of the layers are in a collection of their own (`nf4.lift_stacks`).
+        Call it inside the jitted function that calls `apply`. Every module accepts the
+        result. Where the Pallas kernels may be chosen, the packed stacks of the layers
+        move to the collection "stacks" (`nf4.lift_stacks`).
 
         Args:
           variables: {"params": base, "lora": adapters}.
         """
-        ours = self.kernels == "pallas" or (self.kernels == "auto" and measured())
-        if not ours or "stacks" in variables:
+        pallas = self.kernels == "pallas" or (self.kernels == "auto" and measured())
+        if not pallas or "stacks" in variables:
             return dict(variables)
         params, stacks = nf4.lift_stacks(variables["params"])
         return {**variables, "params": params, "stacks": stacks}
+
+
+class ModuleAdapter(NamedTuple):
+    """The adapter of one module, as `linear` and `embed` apply it."""
+
+    arrays: Mapping[str, Array]
+    """Arrays by PEFT's names, as `qlora_jax.lora.functional` lists them: a pair A and
+    B, optional lora_bias, lora_magnitude_vector and rows; and the pair
+    trainable_tokens_delta and token_indices, with or without the others."""
+    scaling: float | Array = 1.0
+    """Factor of the update."""
+    residual: tuple[Array, Array] | None = None
+    """(A [R, I], B [O, R]) subtracted from the weight: `(W - B A) x`."""
+    dropout: float = 0.0
+    """Rate of the dropout on the input of lora_A."""
+    key: Array | None = None
+    """PRNG key of the dropout; None = no dropout."""
 
 
 def linear(
     x: Float[Array, "*B I"],
     weight: Any,
     bias: Float[Array, " O"] | None = None,
-    adapter: Mapping[str, Array] | None = None,
+    adapter: ModuleAdapter | None = None,
     *,
-    scaling: float | Array = 1.0,
-    residual: tuple[Array, Array] | None = None,
-    dropout: float = 0.0,
-    key: Array | None = None,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B O"]:
@@ -106,29 +137,23 @@ def linear(
 
     With a magnitude m in the adapter, `g (W x + scaling * B (A x)) + bias` with
     `g = m / |W + scaling * B A|` row by row (arXiv:2402.09353). Dropout acts on the
-    low-rank branch alone; PEFT drops the input of `(g - 1) W x` as well, which takes a
+    low-rank branch only; PEFT drops the input of `(g - 1) W x` as well, which takes a
     second product with W.
 
     Args:
       x: inputs, features last.
       weight: [O, I] array or `NF4Tensor`.
       bias: [O], optional.
-      adapter: arrays as `qlora_jax.lora.functional` lists them; lora_A and lora_B, optional
-        lora_bias, lora_magnitude_vector and rows, and the pair trainable_tokens_delta
-        and token_indices, which may also be alone.
-      scaling: factor of the adapter's update.
-      residual: (A [R, I], B [O, R]) taken out of the weight: `(W - B A) x`.
-      dropout: of the adapter's input.
-      key: PRNG key for the dropout.
-      dtype: of the result; default that of `x`. Products are those of the dtype of
-        `x` either way; float32 logits are thus not rounded to bf16 first.
+      adapter: the module's adapter, if any.
+      dtype: of the result; default that of `x`. Products are computed from operands in
+        the dtype of `x` either way, so float32 logits are not rounded to bf16 first.
       implementation: of the product with an `NF4Tensor`; see `pallas_kernels.nf4`.
 
     Returns:
       [..., O] in `dtype`.
     """
     dtype = x.dtype if dtype is None else dtype
-    adapter = adapter or {}
+    arrays, scaling, residual, dropout, key = adapter or ModuleAdapter({})
     y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
         y = nf4.matmul(x, weight, dtype, implementation=implementation)
@@ -137,110 +162,114 @@ def linear(
     if residual is not None:
         inner: Any = dense_matmul(x, residual[0])
         y = y - dense_matmul(inner, residual[1], dtype)
-    if "trainable_tokens_delta" in adapter:
-        # They are rows of the weight: an update is added to them as to the others.
-        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
+    if "trainable_tokens_delta" in arrays:
+        # Trained rows replace rows of the weight, so a LoRA update adds to them too.
+        rows, indices = arrays["trainable_tokens_delta"], arrays["token_indices"]
         y = lora_lib.replace_columns(y, x, rows, indices)
-    magnitude = adapter.get("lora_magnitude_vector")
+    magnitude = arrays.get("lora_magnitude_vector")
     if bias is not None and magnitude is None:
-        y = y + _row(bias, y)
-    if "lora_A" in adapter:
-        update = lora_lib.delta(x, adapter, scaling, dropout=dropout, key=key)
+        y = y + _broadcast(bias, y)
+    if "lora_A" in arrays:
+        update = lora_lib.delta(x, arrays, scaling, dropout=dropout, key=key)
         y = y + update.astype(dtype)
-    if magnitude is None:
-        y = checkpoint_name(y, "linear_out")
-    else:
-        # What is kept is what the rescaling's derivative needs.
-        y = checkpoint_name(y, "linear_out")
+    # Named before DoRA's rescaling, whose derivative needs its input, not its output.
+    y = checkpoint_name(y, "linear_out")
+    if magnitude is not None:
         norms = lora_lib.row_norms(
-            weight, adapter["lora_A"], adapter["lora_B"], scaling, dtype=x.dtype
+            weight, arrays["lora_A"], arrays["lora_B"], scaling, dtype=x.dtype
         )
         y = _scale(y, lora_lib.rescale(magnitude, norms, scaling))
         if bias is not None:
-            y = y + _row(bias, y)
+            y = y + _broadcast(bias, y)
     return y
 
 
 def embed(
     tokens: Int[Array, "*B"],
     weight: Float[Array, "V D"],
-    adapter: Mapping[str, Array] | None = None,
+    adapter: ModuleAdapter | None = None,
     *,
-    scaling: float | Array = 1.0,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*B D"]:
     """Looks tokens up in `E + scaling * (B A)^T`, or its DoRA, with rows replaced.
 
     With a magnitude, columns are rescaled: `g = m / |E + scaling * (B A)^T|`, norms
-    over the vocabulary, as PEFT has it.
+    over the vocabulary, as in PEFT.
 
     Args:
       tokens: token ids.
       weight: E.
-      adapter: lora_embedding_A and lora_embedding_B, optional lora_magnitude_vector and
-        rows; the pair trainable_tokens_delta and token_indices.
-      scaling: factor of the update.
+      adapter: the module's adapter, if any.
       dtype: of the result; default that of `weight`.
     """
     dtype = weight.dtype if dtype is None else dtype
-    adapter = adapter or {}
+    arrays, scaling, *_ = adapter or ModuleAdapter({})
     x = jnp.take(weight, tokens, axis=0).astype(dtype)
-    if "trainable_tokens_delta" in adapter:
-        rows, indices = adapter["trainable_tokens_delta"], adapter["token_indices"]
+    if "trainable_tokens_delta" in arrays:
+        # Position of each token's trained row; -1 where it has none.
         slots = jnp.full(weight.shape[0], -1, jnp.int32)
+        indices = arrays["token_indices"]
         slots = slots.at[indices].set(jnp.arange(indices.size, dtype=jnp.int32))
         slot = slots[tokens]
-        own = rows[jnp.maximum(slot, 0)].astype(dtype)
-        x = jnp.where(jnp.expand_dims(slot >= 0, -1), own, x)
-    if "lora_embedding_A" not in adapter:
+        trained = arrays["trainable_tokens_delta"][jnp.maximum(slot, 0)].astype(dtype)
+        x = jnp.where(jnp.expand_dims(slot >= 0, -1), trained, x)
+    if "lora_embedding_A" not in arrays:
         return x
-    a, b = adapter["lora_embedding_A"], adapter["lora_embedding_B"]
-    if "rows" in adapter:
-        number, chosen = lora_lib.pick_rows(adapter["rows"], tokens)
-        # [B, T, R]: columns are picked one by one, no adapter is copied for a row.
-        inner = a[jnp.expand_dims(number, 1), :, tokens]
-        inner = inner * jnp.expand_dims(jnp.asarray(scaling)[number], (1, 2))
-        update = jnp.einsum(
-            "btr,bdr->btd", inner, b[number], precision=jax.lax.Precision.HIGHEST
-        )
-        update = jnp.where(chosen, update, 0.0)
-    else:
+    x = x + _embedding_delta(tokens, arrays, scaling).astype(dtype)
+    if "lora_magnitude_vector" in arrays:
+        a, b = arrays["lora_embedding_A"], arrays["lora_embedding_B"]
+        norms = lora_lib.row_norms(weight.T, a, b, scaling)  # of the columns
+        magnitude = arrays["lora_magnitude_vector"]
+        x = _scale(x, lora_lib.rescale(magnitude, norms, scaling))
+    return x
+
+
+def _embedding_delta(
+    tokens: Int[Array, "*B"], arrays: Mapping[str, Array], scaling: float | Array
+) -> Float32[Array, "*B D"]:
+    """Returns rows of `scaling * (B A)^T`, of one adapter or one per batch row."""
+    a, b = arrays["lora_embedding_A"], arrays["lora_embedding_B"]
+    if "rows" not in arrays:
         lora_lib.refuse_stack(a)
         inner = jnp.moveaxis(jnp.take(a, tokens, axis=1), 0, -1)
         inner = inner * jnp.asarray(scaling, jnp.float32).reshape((1,) * inner.ndim)
         update: Any = dense_matmul(inner, b)
-    x = x + update.astype(dtype)
-    if "lora_magnitude_vector" in adapter:
-        norms = lora_lib.row_norms(weight.T, a, b, scaling)  # of the columns
-        x = _scale(
-            x, lora_lib.rescale(adapter["lora_magnitude_vector"], norms, scaling)
-        )
-    return x
+        return update
+    number, has_adapter = lora_lib.pick_rows(arrays["rows"], tokens)
+    # [B, T, R]: gathers single columns of A, never a copy of A for each batch row.
+    inner = a[jnp.expand_dims(number, 1), :, tokens]
+    inner = inner * jnp.expand_dims(jnp.asarray(scaling)[number], (1, 2))
+    update = jnp.einsum(
+        "btr,bdr->btd", inner, b[number], precision=jax.lax.Precision.HIGHEST
+    )
+    return jnp.where(has_adapter, update, 0.0)
 
 
-def _row(bias: Array, like: Array) -> Array:
-    return jnp.expand_dims(bias.astype(like.dtype), range(like.ndim - 1))
+def _broadcast(vector: Array, like: Array) -> Array:
+    # JAX's rank promotion may be set to raise, so the leading axes are explicit.
+    return jnp.expand_dims(vector.astype(like.dtype), range(like.ndim - 1))
 
 
 def _scale(y: Array, factor: Float32[Array, " O"]) -> Array:
+    # In float32: a factor rounded to bf16 would be off by up to 0.4 %.
     factor = jnp.expand_dims(factor, range(y.ndim - 1))
     return (y.astype(jnp.float32) * factor).astype(y.dtype)
 
 
 class _Adaptable(nn.Module):
-    """Finds the parameters of a module, frozen or trained, and its adapter."""
+    """Reads the parameters of a module, frozen or trained, and its adapter."""
 
     def trained(self, name: str) -> Any:
-        """A value of the "lora" collection at this path; None if it has none."""
+        """Returns a value of the "lora" collection at this path, or None."""
         if self.has_variable("lora", name):
             return self.get_variable("lora", name)
         return None
 
     def parameter(self, name: str, init: Any, shape: tuple[int, ...]) -> Any:
-        """A tensor of the base, or what is trained in its place."""
+        """Returns a tensor of the base, or the trained one that replaces it."""
         value = self.trained(name)
-        chosen = self.trained(f"{name}_trained")
-        if value is not None and chosen is None:
+        is_trained = self.trained(f"{name}_trained")
+        if value is not None and is_trained is None:
             return value
         # `self.param` compares shapes, which a packed leaf does not have.
         if self.has_variable("params", name):
@@ -252,18 +281,18 @@ class _Adaptable(nn.Module):
         frozen = on_device(frozen)
         if value is None:
             return frozen
+        # Trained in some layers only. The scan has one program for all of them, so the
+        # choice between the two tensors is data.
         if isinstance(frozen, nf4.NF4Tensor):
             frozen = nf4.dequantize(frozen)
-        return jnp.where(chosen, value, frozen.astype(value.dtype))
+        return jnp.where(is_trained, value, frozen.astype(value.dtype))
 
-    def adapter(
-        self, compute: Compute, names: tuple[str, ...]
-    ) -> tuple[dict[str, Array], float | Array]:
-        """What `linear` and `embed` take of the "lora" collection, and the scaling."""
-        found = {n: v for n in names if (v := self.trained(n)) is not None}
+    def adapter(self, compute: Compute, names: tuple[str, ...]) -> ModuleAdapter:
+        """Returns the arrays `names` of the "lora" collection with their scaling."""
+        arrays = {n: v for n in names if (v := self.trained(n)) is not None}
         scaling: Any = self.trained("scaling")
-        if scaling is not None or not any(n.endswith("_A") for n in found):
-            return found, 1.0 if scaling is None else scaling
+        if scaling is not None or not any(n.endswith("_A") for n in arrays):
+            return ModuleAdapter(arrays, 1.0 if scaling is None else scaling)
         config = compute.lora
         if config is None or not config.uniform:
             raise UserError(
@@ -272,16 +301,16 @@ class _Adaptable(nn.Module):
                 '"lora" collection, or, where one scaling holds for all modules, '
                 "build it with `Compute(lora=lora_config)`."
             )
-        return found, config.scaling
+        return ModuleAdapter(arrays, config.scaling)
 
 
 class Linear(_Adaptable):
     """A linear layer with optional bias and optional adapter.
 
-    Collections: "params" {weight: [O, I] or NF4Tensor, bias: [O]; perhaps residual_A
-    and residual_B}, "stacks" {weight} where `Compute.place` put it there, "lora" as
-    `qlora_jax.lora.functional` lists it. Dropout acts on the adapter's
-    input when a "dropout" PRNG key is given to `apply`.
+    Collections: "params" {weight: [O, I] or NF4Tensor, bias: [O], optional residual_A
+    and residual_B}, "stacks" {weight} if `Compute.arrange` moved it there, "lora" as
+    `qlora_jax.lora.functional` lists it. Dropout acts on the adapter's input when a
+    "dropout" PRNG key is passed to `apply`.
     """
 
     features: int
@@ -297,7 +326,7 @@ class Linear(_Adaptable):
         Args:
           x: inputs.
           dtype: of the result; default that of `x`.
-          weight: of another module, used in place of an own one (tied embeddings).
+          weight: of another module, instead of this one's (tied embeddings).
         """
         function = self.function(x.shape[-1], weight)
         with jax.named_scope(self.name or "linear"):
@@ -307,71 +336,54 @@ class Linear(_Adaptable):
     def function(
         self, in_features: int, weight: Any = None, *, unpack: DTypeLike | None = None
     ) -> partial[Array]:
-        """The layer as a function of its inputs: `linear` with all else filled in.
+        """Returns the layer as a function of its inputs: `linear` with the rest bound.
 
-        For a caller that applies it piece by piece: inside a loop of plain JAX no
+        For a caller that applies the layer in chunks: inside `jax.lax.scan` no Flax
         module can be called.
 
         Args:
           in_features: I.
-          weight: of another module, used in place of an own one.
-          unpack: a dtype to dequantize a packed weight to now, once, rather than
-            whenever the function is called.
+          weight: of another module, instead of this one's.
+          unpack: a dtype to dequantize a packed weight to now, once, rather than with
+            every call.
         """
+        # A tied head that is trained in full has a weight in "lora", which comes first.
         if weight is None or self.trained("weight") is not None:
             weight = self.parameter(
                 "weight",
                 nn.initializers.normal(self.initializer_range),
                 (self.features, in_features),
             )
-        weight = gathered(weight)
+        weight = gather_shared(weight)
+        implementation = self.compute.implementation
         if unpack is not None and isinstance(weight, nf4.NF4Tensor):
-            weight = nf4.dequantize(
-                weight, unpack, implementation=self.compute.implementation
-            )
-        bias = (
-            self.parameter("bias", nn.initializers.zeros, (self.features,))
-            if self.use_bias
-            else None
-        )
-        adapter, scaling = self.adapter(
-            self.compute,
-            (
-                "lora_A",
-                "lora_B",
-                "lora_bias",
-                "lora_magnitude_vector",
-                "rows",
-                "trainable_tokens_delta",
-                "token_indices",
-            ),
-        )
-        residual = None
-        if self.has_variable("params", "residual_A"):
-            residual = (
-                self.get_variable("params", "residual_A"),
-                self.get_variable("params", "residual_B"),
-            )
-        dropout, key = 0.0, None
-        config = self.compute.lora
-        if "lora_A" in adapter and config is not None and config.lora_dropout > 0.0:
-            dropout = config.lora_dropout
-            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            weight = nf4.dequantize(weight, unpack, implementation=implementation)
+        bias = None
+        if self.use_bias:
+            bias = self.parameter("bias", nn.initializers.zeros, (self.features,))
         return partial(
             linear,
             weight=weight,
             bias=bias,
-            adapter=gathered(adapter),
-            scaling=scaling,
-            residual=residual,
-            dropout=dropout,
-            key=key,
-            implementation=self.compute.implementation,
+            adapter=self._adapter(),
+            implementation=implementation,
         )
+
+    def _adapter(self) -> ModuleAdapter:
+        adapter = self.adapter(self.compute, _LINEAR_ARRAYS)
+        if self.has_variable("params", "residual_A"):
+            a, b = (self.get_variable("params", f"residual_{n}") for n in "AB")
+            adapter = adapter._replace(residual=(a, b))
+        config = self.compute.lora
+        if "lora_A" in adapter.arrays and config is not None and config.lora_dropout:
+            # Without a key (evaluation, generation) nothing is dropped.
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            adapter = adapter._replace(dropout=config.lora_dropout, key=key)
+        return adapter._replace(arrays=gather_shared(adapter.arrays))
 
 
 class Embed(_Adaptable):
-    """Token embedding with optional adapter."""
+    """A token embedding with optional adapter."""
 
     num_embeddings: int
     features: int
@@ -386,26 +398,16 @@ class Embed(_Adaptable):
             nn.initializers.normal(self.initializer_range),
             (self.num_embeddings, self.features),
         )
-        adapter, scaling = self.adapter(
-            self.compute,
-            (
-                "lora_embedding_A",
-                "lora_embedding_B",
-                "lora_magnitude_vector",
-                "rows",
-                "trainable_tokens_delta",
-                "token_indices",
-            ),
-        )
-        return embed(tokens, weight, adapter, scaling=scaling, dtype=self.compute.dtype)
+        adapter = self.adapter(self.compute, _EMBEDDING_ARRAYS)
+        return embed(tokens, weight, adapter, dtype=self.compute.dtype)
 
     def table(self) -> Float[Array, "V D"]:
-        """The base's weight, for an output head that is tied to it."""
+        """Returns the base's weight, for an output head that is tied to it."""
         return on_device(self.get_variable("params", "weight"))
 
 
 class RMSNorm(_Adaptable):
-    """`rms_norm` with a weight of its own."""
+    """`rms_norm` with its weight as a parameter."""
 
     eps: float
 
@@ -415,7 +417,7 @@ class RMSNorm(_Adaptable):
 
     @nn.compact
     def function(self, features: int) -> partial[Array]:
-        """The norm as a function of its inputs; `features` is D."""
+        """Returns the norm as a function of its inputs; `features` is D."""
         weight = self.parameter("weight", nn.initializers.ones, (features,))
         return partial(rms_norm, weight=weight, eps=self.eps)
 
@@ -425,8 +427,61 @@ def rms_norm(
 ) -> Float[Array, "*B D"]:
     """Computes x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467).
 
-    Mean and quotient are float32; the result has the dtype of `x`.
+    Mean and quotient are float32, since a sum of squares over D terms in bf16 loses
+    most of its digits; the result has the dtype of `x`.
     """
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * _row(weight, x)
+    return (wide * scale).astype(x.dtype) * _broadcast(weight, x)
+
+
+# Tokens per chunk of the MLP, by `Compute.remat`: enough for products at full speed,
+# few enough that [tokens, intermediate_size] does not limit the length of a row.
+_MLP_TOKENS = {"full": 16384, "offload": 4096}
+# These hold up to this width; a wider MLP takes fewer tokens, a power of two.
+_MLP_WIDTH = 16384
+
+
+def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
+    """Returns the most tokens per chunk of the MLP; None where nothing is chunked.
+
+    Policies that keep the MLP's inner results would not save memory by chunking.
+    """
+    limit = _MLP_TOKENS.get(remat)
+    if limit is None or intermediate_size <= _MLP_WIDTH:
+        return limit
+    return 1 << (limit * _MLP_WIDTH // intermediate_size).bit_length() - 1
+
+
+def mlp_chunks(rows: int, length: int, limit: int | None) -> int:
+    """Returns the number of equal chunks of at most `limit` tokens each."""
+    if limit is None:
+        return 1
+    fewest = -(-rows * length // limit)
+    # A number that divides the length needs no padding, and so no padded copy.
+    divisors = (n for n in range(fewest, 2 * fewest) if length % n == 0)
+    return min(next(divisors, fewest), length)
+
+
+def map_chunks(
+    function: Callable[[Array, Array], Array],
+    x: Float[Array, "B T D"],
+    chunks: int,
+) -> Float[Array, "B T D"]:
+    """Applies (x, index of the chunk) -> y [..., D] chunk by chunk.
+
+    The derivative of a chunk recomputes its inner results, so those of one chunk are
+    all that is ever in memory. Arrays that `function` closes over are computed once. A
+    chunk is a part of every row, so devices that divide the rows stay independent.
+    """
+    rows, length, features = x.shape
+    size = -(-length // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, function(*chunk)
+
+    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
+    _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
+    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]

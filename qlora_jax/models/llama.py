@@ -1,14 +1,18 @@
 """The Llama model (Touvron et al. 2023, https://arxiv.org/abs/2307.09288) in Flax.
 
-Thin Linen modules over the functions of `linear` and `attention`; the mathematics is
-that of Hugging Face's `LlamaForCausalLM`, to rounding. Parameters carry its names and
-orientation; the layers are one scanned module, so every leaf under `model.layers` has a
-leading layer axis and neither compile time nor the program grows with depth.
+Thin Linen modules over the functions of `layers` and `attention`, equal to Hugging
+Face's `LlamaForCausalLM` up to rounding, with its parameter names and orientation.
 
     logits = Llama(config).apply({"params": base, "lora": adapters}, tokens)
 
-`apply` takes what it needs and changes nothing: dropout is active exactly when a
-"dropout" key is given, the key/value cache goes in and comes out.
+The layers are one scanned module: every leaf under `model.layers` has a leading layer
+axis, and neither compile time nor program size grows with depth. Each layer is a
+rematerialized block, so training keeps one [B, T, D] array per layer (on the device, or
+offloaded to the host) plus the inner results of the layer at work; `_POLICIES` has the
+trade-offs.
+
+`apply` has no side effects: dropout is active exactly when a "dropout" key is passed,
+and the key/value cache is an argument and a result.
 
 Read in order: Llama -> LlamaModel -> Block -> Attention, MLP.
 """
@@ -16,7 +20,7 @@ Read in order: Llama -> LlamaModel -> Block -> Attention, MLP.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,17 +32,51 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
-from qlora_jax.models import attention as attention_lib
-from qlora_jax.models.attention import rope_table, rotate
+from qlora_jax.models.attention import (
+    attention,
+    causal_mask,
+    decode_attention,
+    rope_table,
+    rotate,
+)
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import Compute, Embed, Linear, RMSNorm
+from qlora_jax.models.layers import (
+    Compute,
+    Embed,
+    Linear,
+    RMSNorm,
+    map_chunks,
+    mlp_chunks,
+    mlp_tokens,
+)
+
+# What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
+_POLICIES: dict[str, Callable[..., bool] | None] = {
+    # DoRA's norms cost a product with the full weight and are O numbers to keep.
+    "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["dora_norm"],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(
+            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
+        ),
+        # cuDNN's output and log-sum-exp, which cannot be named from outside.
+        lambda primitive, *_, **__: primitive.name.startswith(
+            "dot_product_attention_fwd"
+        ),
+    ),
+}
 
 
 class Cache(NamedTuple):
     """Keys and values of tokens already seen, for all layers."""
 
     k: Array
-    """[L, B, K, S, H]: a head's keys lie together, as the products read them."""
+    """[L, B, K, S, H]: the keys of a head are contiguous, as the products read them."""
     v: Array
     """[L, B, K, S, H]."""
     segment_ids: Int[Array, "B S"]
@@ -48,10 +86,10 @@ class Cache(NamedTuple):
 
 
 class Llama(nn.Module):
-    """A causal language model; see the module's text.
+    """A causal language model.
 
-    `attention_cls` and `mlp_cls` put modules of yours into every layer; they are built
-    as `cls(config=config, compute=compute)` and called as `Attention` and `MLP` are.
+    `attention_cls` and `mlp_cls` replace the modules of every layer. They are built as
+    `cls(config=config, compute=compute)` and called like `Attention` and `MLP`.
     """
 
     config: LlamaConfig
@@ -60,7 +98,7 @@ class Llama(nn.Module):
     mlp_cls: Callable[..., nn.Module] | None = None
 
     def setup(self) -> None:
-        """Builds `model` and `lm_head`, which has no weight where it is tied."""
+        """Builds `model` and `lm_head`, which has no weight if it is tied."""
         self.model = LlamaModel(
             self.config, self.compute, self.attention_cls, self.mlp_cls
         )
@@ -87,7 +125,7 @@ class Llama(nn.Module):
           segment_ids: documents of packed rows, 1, 2, ...; 0 = padding.
 
         Returns:
-          float32 logits. They are meaningless at padded positions.
+          float32 logits, meaningless at padded positions.
         """
         hidden = self.hidden_states(
             tokens,
@@ -106,9 +144,9 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         noise: Float32[Array, "B T D"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Computes the normed output of the last layer; arguments as `__call__`.
+        """Computes the normed output of the last layer.
 
-        `noise` is added to the embeddings.
+        Arguments as for `__call__`; `noise` is added to the embeddings.
         """
         segments = _segments(attention_mask, segment_ids)
         return self.model(tokens, positions, segments, None, noise)[0]
@@ -116,6 +154,7 @@ class Llama(nn.Module):
     def head(self, hidden: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Maps hidden states to float32 logits."""
         with jax.named_scope("head"):
+            # A tied head reads the frozen table; its adapter is the head's (`bind`).
             tied = self.config.tie_word_embeddings
             table = self.model.embed_tokens.table() if tied else None
             return self.lm_head(hidden, dtype=jnp.float32, weight=table)
@@ -130,8 +169,8 @@ class Llama(nn.Module):
     ) -> tuple[Float32[Array, "B V"], Cache]:
         """Appends tokens to the cache; returns the logits after the last one.
 
-        The first call on an empty cache takes whole prompts (the prefill, T > 1, all
-        of them padded on the left to one length); later calls take T == 1.
+        The first call on an empty cache takes the prompts (the prefill, T > 1, all
+        padded on the left to one length); later calls take T == 1.
 
         Args:
           tokens: new tokens.
@@ -168,15 +207,15 @@ class LlamaModel(nn.Module):
         block = Block
         if self.compute.remat != "none":
             # Inside a scan the forward and backward bodies are separate programs, so
-            # merging equal expressions within the backward one is wanted: recomputation
-            # and input gradient then share one dequantization of each weight.
+            # merging equal expressions cannot undo the recomputation. It lets the
+            # recomputation and the input gradient share a weight's dequantization.
             block = nn.remat(
                 Block, prevent_cse=False, policy=_POLICIES[self.compute.remat]
             )
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
-            variable_broadcast="stacks",  # the layer's number is in "params"
+            variable_broadcast="stacks",  # a leaf of "params" has its layer's index
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
@@ -191,7 +230,7 @@ class LlamaModel(nn.Module):
         cache: Cache | None,
         noise: Float32[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Returns normed hidden states, and the longer cache if one was given."""
+        """Returns normed hidden states, and the longer cache if there is one."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         rope = rope_table(positions, self.config)
@@ -205,9 +244,9 @@ class LlamaModel(nn.Module):
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
-        # The stacks of all layers are carried, and each layer writes its new tokens
-        # where they belong. As inputs and outputs of the scan they would be copied
-        # layer by layer, and whole: with every token.
+        # The stacks of all layers are in the carry, and each layer writes only its new
+        # tokens. As scanned inputs and outputs the stacks would be copied completely,
+        # layer by layer, for every token.
         layers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
         (x, kv), _ = self.layers(
             (x, (cache.k, cache.v)),
@@ -241,33 +280,35 @@ class Block(nn.Module):
         """Returns the new residual stream, and the cache with this layer's tokens."""
         x, kv = carry
         x = checkpoint_name(x, "layer_input")
-        attention = self.attention_cls or Attention
-        mlp = (self.mlp_cls or MLP)(
-            config=self.config, compute=self.compute, name="mlp"
-        )
-        eps = self.config.rms_norm_eps
         if cached is not None and layer is not None:
             cached = (*cached, layer)
-        self_attn = attention(
+        attention_cls = self.attention_cls or Attention
+        self_attn = attention_cls(
             config=self.config, compute=self.compute, name="self_attn"
         )
-        norm = RMSNorm(eps, name="input_layernorm")
+        norm = RMSNorm(self.config.rms_norm_eps, name="input_layernorm")
         if self.compute.remat == "offload" and type(self_attn) is Attention:
+            # Rows are longest here, so the normed input is recomputed, not kept.
             norm = norm.function(x.shape[-1])
             h, kv = self_attn(x, rope, segments, kv, cached, norm)
         else:
             h, kv = self_attn(norm(x), rope, segments, kv, cached)
-        x = x + h
-        norm = RMSNorm(eps, name="post_attention_layernorm")
+        return (self._add_mlp(x + h, training=kv is None), kv), None
+
+    def _add_mlp(self, x: Float[Array, "B T D"], training: bool) -> Array:
+        """Returns x + mlp(norm(x)), in chunks of tokens where that saves memory."""
+        mlp_cls = self.mlp_cls or MLP
+        mlp = mlp_cls(config=self.config, compute=self.compute, name="mlp")
+        norm = RMSNorm(self.config.rms_norm_eps, name="post_attention_layernorm")
         chunks = 1
-        if kv is None and type(mlp) is MLP:
-            most = mlp_tokens(self.config.intermediate_size, self.compute.remat)
-            chunks = _mlp_chunks(x.shape[0], x.shape[1], most)
+        if training and type(mlp) is MLP:
+            limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
+            chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
         if chunks == 1:
-            return (x + mlp(norm(x)), kv), None
+            return x + mlp(norm(x))
         norm = norm.function(x.shape[-1])
         update = mlp.function(x.shape[-1], unpack=True)
-        return (_in_chunks(lambda x, n: x + update(norm(x), n), x, chunks), kv), None
+        return map_chunks(lambda x, chunk: x + update(norm(x), chunk), x, chunks)
 
 
 class Attention(nn.Module):
@@ -286,7 +327,7 @@ class Attention(nn.Module):
         cached: tuple[Array, ...] | None = None,
         norm: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """Attends within `x`, or to the cache as well.
+        """Attends within `x` and to the cache, if there is one.
 
         Args:
           x: normed residual stream.
@@ -294,13 +335,13 @@ class Attention(nn.Module):
           segments: segment ids of `x`.
           kv: keys and values of all layers, [L, B, K, S, H]; None in training.
           cached: segment ids [B, S] of the cache including `x`, slots in use before
-            `x`, and the number of this layer.
-          norm: where given, `x` is not normed yet; the backward pass then norms it
-            again rather than hold it normed.
+            `x`, and the index of this layer.
+          norm: applied to `x` first, if present; the backward pass then recomputes the
+            normed stream instead of keeping it.
 
         Returns:
           The output, and `kv` with this layer's keys and values of `x` written in.
-          A class of yours that calls this one hands `kv` and `cached` on as they are.
+          A custom class that calls this one passes `kv` and `cached` on unchanged.
         """
         c = self.config
         q_proj = self.projection("q_proj", x, c.num_attention_heads)
@@ -317,55 +358,57 @@ class Attention(nn.Module):
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
                 all_segments, start, layer = cached
-                place = (layer, 0, 0, start, 0)
-                new_k, new_v = (a.swapaxes(1, 2)[None] for a in (k, v))
-                kv = (
-                    jax.lax.dynamic_update_slice(kv[0], new_k, place),
-                    jax.lax.dynamic_update_slice(kv[1], new_v, place),
-                )
+                kv = _write_tokens(kv, (k, v), layer, start)
             if kv is None or x.shape[1] > 1:
-                # A prefill starts on an empty cache: it sees nothing but itself.
-                out = attention_lib.attention(
-                    q,
-                    k,
-                    v,
-                    segment_ids=segments,
-                    implementation=self.compute.attention,
+                # A prefill starts on an empty cache, so it attends within itself only.
+                implementation = self.compute.attention
+                out = attention(
+                    q, k, v, segment_ids=segments, implementation=implementation
                 )
             else:
                 slots = kv[0].shape[3]
-                seen = attention_lib.causal_mask(
-                    segments, all_segments, 1, slots, start
-                )
-                out = attention_lib.decode_attention(q, *kv, layer, seen[:, 0])
+                mask = causal_mask(segments, all_segments, 1, slots, start)
+                out = decode_attention(q, *kv, layer, mask[:, 0])
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
-        out = Linear(
-            c.hidden_size,
-            self.compute,
-            use_bias=c.attention_bias,
-            initializer_range=c.initializer_range,
-            name="o_proj",
-        )(out)
-        return out, kv
+        return self._linear("o_proj", c.hidden_size)(out), kv
 
     def projection(
         self, name: str, x: Float[Array, "B T D"], heads: int
     ) -> Callable[[Array], Float[Array, "B T N H"]]:
-        """The projection `name` of inputs like `x`, its output split into heads."""
-        c = self.config
-        layer = Linear(
-            heads * c.head_dim,
-            self.compute,
-            use_bias=c.attention_bias,
-            initializer_range=c.initializer_range,
-            name=name,
-        ).function(x.shape[-1])
+        """Returns the projection `name` of inputs like `x`, split into heads."""
+        features = heads * self.config.head_dim
+        layer = self._linear(name, features).function(x.shape[-1])
 
         def project(x: Array) -> Array:
             with jax.named_scope(name):
-                return layer(x).reshape(*x.shape[:2], heads, c.head_dim)
+                return layer(x).reshape(*x.shape[:2], heads, self.config.head_dim)
 
         return project
+
+    def _linear(self, name: str, features: int) -> Linear:
+        return Linear(
+            features,
+            self.compute,
+            use_bias=self.config.attention_bias,
+            initializer_range=self.config.initializer_range,
+            name=name,
+        )
+
+
+def _write_tokens(
+    kv: tuple[Array, Array],
+    new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    layer: Array,
+    start: Array,
+) -> tuple[Array, Array]:
+    """Returns the caches with one layer's new keys and values from slot `start` on."""
+    k, v = (
+        jax.lax.dynamic_update_slice(
+            stack, tokens.swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
+        )
+        for stack, tokens in zip(kv, new, strict=True)
+    )
+    return k, v
 
 
 class MLP(nn.Module):
@@ -380,15 +423,14 @@ class MLP(nn.Module):
 
     @nn.compact
     def function(self, in_features: int, *, unpack: bool = False) -> Callable:
-        """The module as a function of its inputs, for a caller that chunks them.
+        """Returns the module as a function of its inputs, to be applied in chunks.
 
         Args:
           in_features: D.
-          unpack: dequantize packed weights now rather than with every call.
+          unpack: dequantize packed weights now instead of with every call.
 
         Returns:
-          (x [..., D], number of the chunk or None) -> update [..., D]; every chunk has
-          a dropout of its own.
+          (x [..., D], index of the chunk or None) -> update [..., D].
         """
         c = self.config
 
@@ -406,10 +448,12 @@ class MLP(nn.Module):
         down_proj = projection("down_proj", c.intermediate_size, in_features)
 
         def call(layer: partial[Array], x: Array, chunk: Array | None) -> Array:
-            key = layer.keywords["key"]
-            if chunk is None or key is None:
+            adapter = layer.keywords["adapter"]
+            if chunk is None or adapter.key is None:
                 return layer(x)
-            return layer(x, key=jax.random.fold_in(key, chunk))
+            # Otherwise all chunks would have the same dropout mask.
+            key = jax.random.fold_in(adapter.key, chunk)
+            return layer(x, adapter=adapter._replace(key=key))
 
         def mlp(x: Array, chunk: Array | None = None) -> Array:
             with jax.named_scope("gate_proj"):
@@ -424,129 +468,98 @@ class MLP(nn.Module):
         return mlp
 
 
-# Tokens of an MLP that are at work at a time: enough for products at full speed, few
-# enough that [tokens, intermediate_size] does not decide how long a row can be.
-_MLP_TOKENS = {"full": 16384, "offload": 4096}
-# The width for which they are meant; of a wider MLP fewer, a power of two.
-_MLP_WIDTH = 16384
-
-
-def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
-    """Tokens of an MLP at work at a time; None where its inner results are kept."""
-    most = _MLP_TOKENS.get(remat)
-    if most is None or intermediate_size <= _MLP_WIDTH:
-        return most
-    return 1 << (most * _MLP_WIDTH // intermediate_size).bit_length() - 1
-
-
-def _mlp_chunks(rows: int, length: int, most: int | None) -> int:
-    """How many equal chunks of at most so many tokens to take the MLP in."""
-    if most is None:
-        return 1
-    fewest = -(-rows * length // most)
-    # Chunks that come out even need no padding, so no copy of what is padded.
-    even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
-    return min(next(even, fewest), length)
-
-
-def _in_chunks(
-    function: Callable[[Array, Array], Array],
-    x: Float[Array, "B T D"],
-    chunks: int,
-) -> Float[Array, "B T D"]:
-    """Applies (x, number of the chunk) -> y [..., D] chunk by chunk.
-
-    Each chunk's derivative recomputes what it needs, so one chunk's inner results are
-    all that is ever held. What `function` refers to is computed once. A chunk is a part
-    of every row: where devices share the rows, each works on its own.
-    """
-    rows, length, features = x.shape
-    size = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def one(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, function(*xs)
-
-    parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
-    _, out = jax.lax.scan(one, None, (parts, jnp.arange(chunks)))
-    return out.swapaxes(0, 1).reshape(x.shape)[:, :length]
-
-
 def add_parameters(
     model: Llama, base: Mapping[str, Any], key: Array
 ) -> tuple[Llama, dict[str, Any]]:
-    """Makes the parameters of your modules that a Llama checkpoint does not have.
+    """Draws the parameters of custom modules that the checkpoint does not have.
 
     Args:
-      model: with your `attention_cls` or `mlp_cls`.
+      model: with a custom `attention_cls` or `mlp_cls`.
       base: parameter tree, loaded from a checkpoint.
-      key: PRNG key of what is drawn, with your modules' own initializers.
+      key: PRNG key for the initializers of the custom modules.
 
     Returns:
-      The model, whose configuration now lists them (`extra_tensors`), and the base with
-      them, in the dtype of the embeddings. With nothing to add, what was given.
+      The model, whose configuration now lists these tensors (`extra_tensors`), and the
+      base with them, in the dtype of the embeddings. Unchanged if nothing is missing.
 
     Raises:
-      UserError: the base lacks tensors that every Llama has, has yours in another
-        shape, or has others that your modules do not use.
+      UserError: the base lacks tensors that every Llama has, has a custom tensor in
+        another shape, or has tensors that the custom modules do not use.
     """
-    known = model.config.extra_tensors
-    if model.attention_cls is None and model.mlp_cls is None and not known:
+    if not (model.attention_cls or model.mlp_cls or model.config.extra_tensors):
         return model, trees.copy(base)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def shapes(one: Llama) -> dict[tuple[str, ...], Any]:
-        tree = jax.eval_shape(one.init, jax.random.key(0), tokens)["params"]
-        return dict(trees.walk(tree))
-
-    plain = shapes(Llama(model.config))
-    wanted, found = shapes(model), dict(trees.walk(base))
-    lacking = [".".join(p) for p in wanted if p in plain and p not in found]
-    if lacking:
-        raise UserError(
-            f"The base lacks {', '.join(lacking[:5])}, which every Llama of this "
-            "configuration has. Load it with `convert.load_llama`."
-        )
-    extra = {p: leaf for p, leaf in wanted.items() if p not in plain}
-    unused = sorted(set(known) - {".".join(p) for p in extra})
-    if unused:
-        raise UserError(
-            f"This checkpoint has {', '.join(unused[:5])}, of modules that this model "
-            "does not have. Give the classes that use them, in Python "
-            "(`attention_cls`, `mlp_cls`); the command line takes none."
-        )
-    wrong = [
-        f"{'.'.join(p)} {list(found[p].shape)} instead of {list(leaf.shape)}"
-        for p, leaf in extra.items()
-        if p in found and tuple(found[p].shape) != leaf.shape
-    ]
-    if wrong:
-        raise UserError(f"The base does not fit your modules: {'; '.join(wrong[:5])}.")
-    missing = [p for p in extra if p not in found]
-    out = trees.copy(base)
+    plain = _parameter_shapes(Llama(model.config))
+    expected, present = _parameter_shapes(model), dict(trees.walk(base))
+    extra = {path: leaf for path, leaf in expected.items() if path not in plain}
+    _check_llama_tensors(plain.keys() & expected.keys(), present)
+    _check_extra_tensors(extra, present, model.config)
+    missing = [path for path in extra if path not in present]
+    complete = trees.copy(base)
     if missing:
 
-        @jax.jit  # what is not asked for is never computed
+        @jax.jit  # XLA drops the parameters that are not returned
         def draw(key: Array) -> list[Array]:
-            leaves = dict(trees.walk(model.init(key, tokens)["params"]))
-            return [leaves[p] for p in missing]
+            leaves = dict(trees.walk(_initialize(model, key)))
+            return [leaves[path] for path in missing]
 
         dtype = base["model"]["embed_tokens"]["weight"].dtype
         for path, value in zip(missing, draw(key), strict=True):
-            trees.put(out, path, value.astype(dtype))
-    listed = {
-        ".".join(p): leaf.shape[1:] if p[:2] == ("model", "layers") else leaf.shape
-        for p, leaf in extra.items()
+            trees.put(complete, path, value.astype(dtype))
+    extra_tensors = {
+        ".".join(path): leaf.shape[1:] if trees.is_stacked(path) else leaf.shape
+        for path, leaf in extra.items()
     }
-    config = dataclasses.replace(model.config, extra_tensors=listed)
-    return model.clone(config=config), out
+    config = dataclasses.replace(model.config, extra_tensors=extra_tensors)
+    return model.clone(config=config), complete
+
+
+def _initialize(model: Llama, key: Array) -> Mapping[str, Any]:
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _parameter_shapes(model: Llama) -> dict[trees.Path, jax.ShapeDtypeStruct]:
+    tree = jax.eval_shape(partial(_initialize, model), jax.random.key(0))
+    return dict(trees.walk(tree))
+
+
+def _check_llama_tensors(
+    expected: Collection[trees.Path], present: Collection[trees.Path]
+) -> None:
+    missing = sorted(".".join(path) for path in expected if path not in present)
+    if missing:
+        raise UserError(
+            f"The base lacks {', '.join(missing[:5])}, which every Llama of this "
+            "configuration has. Load it with `convert.load_llama`."
+        )
+
+
+def _check_extra_tensors(
+    extra: Mapping[trees.Path, jax.ShapeDtypeStruct],
+    present: Mapping[trees.Path, Any],
+    config: LlamaConfig,
+) -> None:
+    unused = sorted(set(config.extra_tensors) - {".".join(path) for path in extra})
+    if unused:
+        raise UserError(
+            f"This checkpoint has {', '.join(unused[:5])}, of modules that this model "
+            "does not have. Pass the classes that use them, in Python "
+            "(`attention_cls`, `mlp_cls`); the command line takes none."
+        )
+    mismatches = [
+        f"{'.'.join(path)} {list(present[path].shape)} instead of {list(leaf.shape)}"
+        for path, leaf in extra.items()
+        if path in present and tuple(present[path].shape) != leaf.shape
+    ]
+    if mismatches:
+        raise UserError(
+            f"The base does not fit the custom modules: {'; '.join(mismatches[:5])}."
+        )
 
 
 def empty_cache(
     config: LlamaConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16
 ) -> Cache:
-    """Makes a cache for `slots` tokens in each of `batch` rows."""
+    """Returns an empty cache for `slots` tokens in each of `batch` rows."""
     shape = (
         config.num_hidden_layers,
         batch,
@@ -555,10 +568,10 @@ def empty_cache(
         config.head_dim,
     )
     return Cache(
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros((batch, slots), jnp.int32),
-        jnp.zeros((), jnp.int32),
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        segment_ids=jnp.zeros((batch, slots), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
     )
 
 
@@ -567,24 +580,3 @@ def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array 
         return segment_ids
     mask = attention_mask.astype(jnp.int32)
     return mask if segment_ids is None else mask * segment_ids
-
-
-_POLICIES: dict[str, Callable[..., bool] | None] = {
-    # DoRA's norms take a product with the whole weight, and a few numbers to keep.
-    "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["dora_norm"],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(
-            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
-        ),
-        # cuDNN's output with its log-sum-exp, which has no name.
-        lambda primitive, *_, **__: primitive.name.startswith(
-            "dot_product_attention_fwd"
-        ),
-    ),
-}

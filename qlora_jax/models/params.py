@@ -1,6 +1,6 @@
-"""Names, shapes and counts of a model's parameters, from its configuration alone.
+"""Names, shapes and counts of a model's parameters, from its configuration only.
 
-`shapes` is the one list of tensors of a configuration: the converters check files
+`shapes` is the single list of a configuration's tensors: the converters check files
 against it, and plans count with it. Nothing here imports Flax.
 """
 
@@ -25,16 +25,16 @@ from qlora_jax.tree import HEAD, LAYERS, PROJECTIONS, Path, Shape, at, is_stacke
 def shapes(config: LlamaConfig) -> dict[Path, Shape]:
     """Lists every tensor of a model and its shape in the file (one layer's).
 
-    Order: embeddings, the parts of a layer, final norm, output head, tensors of modules
-    that no Llama has (`config.extra_tensors`). A tied model has no head of its own.
+    In this order: embeddings, the parts of a layer, final norm, output head (unless
+    tied), tensors of custom modules (`config.extra_tensors`).
     """
     d, f = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    out: dict[Path, Shape] = {
+    tensors: dict[Path, Shape] = {
         ("model", "embed_tokens", "weight"): (config.vocab_size, d)
     }
-    out[*LAYERS, "input_layernorm", "weight"] = (d,)
+    tensors[*LAYERS, "input_layernorm", "weight"] = (d,)
     for block, biased, linears in (
         (
             "self_attn",
@@ -48,26 +48,26 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
         ),
     ):
         for name, shape in linears.items():
-            out[*LAYERS, block, name, "weight"] = shape
+            tensors[*LAYERS, block, name, "weight"] = shape
             if biased:
-                out[*LAYERS, block, name, "bias"] = shape[:1]
+                tensors[*LAYERS, block, name, "bias"] = shape[:1]
         if block == "self_attn":
-            out[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
-    out["model", "norm", "weight"] = (d,)
+            tensors[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
+    tensors["model", "norm", "weight"] = (d,)
     if not config.tie_word_embeddings:
-        out["lm_head", "weight"] = (config.vocab_size, d)
+        tensors["lm_head", "weight"] = (config.vocab_size, d)
     for name, shape in config.extra_tensors.items():
-        out[tuple(name.split("."))] = tuple(shape)
-    return out
+        tensors[tuple(name.split("."))] = tuple(shape)
+    return tensors
 
 
 def is_projection(path: Path) -> bool:
-    """Whether `path` is the weight of one of the linear layers that are quantized."""
+    """Returns whether `path` is the weight of a linear layer that is quantized."""
     return path[-1] == "weight" and path[-2] in PROJECTIONS
 
 
 def layers_of(path: Path, config: LlamaConfig) -> list[int | None]:
-    """The layer numbers to spell `path` with: [None] where it is not stacked."""
+    """Returns the layer numbers for the names of `path`; [None] if not stacked."""
     return list(range(config.num_hidden_layers)) if is_stacked(path) else [None]
 
 
@@ -95,7 +95,7 @@ def abstract_base(
     for path, (out_features, in_features, layers) in linear_modules(tree).items():
         is_packed = layers is not None and path[-1] in PROJECTIONS
         if not is_packed and not (quantize_lm_head and path == HEAD):
-            continue  # modules that no Llama has stay dense
+            continue  # custom modules stay dense
         at(tree, path)["weight"] = nf4.abstract(
             (out_features, in_features),
             double_quant=quantization == "nf4_dq",
@@ -106,12 +106,12 @@ def abstract_base(
 
 
 def tree_size(tree: Any) -> int:
-    """Number of elements of a tree of arrays or shapes."""
+    """Returns the number of elements of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
+    """Returns the bytes of a tree of arrays or shapes."""
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -124,12 +124,12 @@ def check_weights(
     lora: LoraConfig | None,
     path: str | os.PathLike[str],
 ) -> None:
-    """Refuses modules of the user's whose weights are not anywhere.
+    """Raises if weights of custom modules are stored nowhere.
 
     Args:
       drawn: names of the tensors that were drawn, not loaded.
       base: parameter tree.
-      lora: configuration of the adapter; what it holds whole is not lost.
+      lora: configuration of the adapter, which may hold full tensors.
       path: directory of the base, for the message.
 
     Raises:
@@ -137,13 +137,13 @@ def check_weights(
     """
     if not drawn:
         return
-    whole = () if lora is None else select(base, lora).full_tensors
-    kept = {".".join(w.path) for w in whole if all(w.trained)}
-    lost = sorted(set(drawn) - kept)
+    full_tensors = () if lora is None else select(base, lora).full_tensors
+    stored = {".".join(t.path) for t in full_tensors if all(t.trained)}
+    lost = sorted(set(drawn) - stored)
     if lost:
         raise UserError(
             f"`{path}` has no {', '.join(lost)}, which your modules need. Train them "
-            "whole, so that the adapter holds them (`modules_to_save`), or save a base "
-            "that has them: `model, base = add_parameters(model, base, key)`, then "
-            "`convert.save_llama(directory, model.config, base)`."
+            "in full, so that the adapter holds them (`modules_to_save`), or save a "
+            "base that has them: `model, base = add_parameters(model, base, key)`, "
+            "then `convert.save_llama(directory, model.config, base)`."
         )

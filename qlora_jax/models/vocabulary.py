@@ -1,16 +1,17 @@
-"""Rows of the vocabulary: those that were never trained, and new ones.
+"""Untrained and new rows of the vocabulary tables.
 
-A base model's tables have rows for tokens that its training never showed: reserved
-tokens, those of a chat template that only the instruct model was trained on, padding up
-to a round size. Fine-tuning with such tokens starts from rows that are zero or alike.
+The embedding and the output head of a base model have rows for tokens that it was never
+trained on: reserved tokens, chat-template tokens that only the instruct model has seen,
+padding up to a round size. Fine-tuning with such tokens starts from rows that are zero
+or equal.
 
-    report = report_untrained(base, used_token_ids)     # which rows do my data use?
+    report = report_untrained(base, used_token_ids)     # which rows does my data use?
     base = repair_rows(base, report.rows)               # an explicit change of the base
     config, base = add_tokens(config, base, tokenizer_size=len(tokenizer), count=2)
 
-What changes here is the base, not an adapter, so it must be kept: `convert.save_llama`
-writes the changed base, or the rows are trained (`trainable_token_indices`,
-`modules_to_save`) and so go into the adapter file.
+These functions change the base, which no adapter file contains. Save it with
+`convert.save_llama`, or train the rows (`trainable_token_indices`, `modules_to_save`),
+which puts them into the adapter file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from qlora_jax.tree import EMBEDDING, HEAD
 
 TokenIds = Iterable[int] | NDArray[np.integer] | jax.Array
 
-# Rows that are looked at at a time.
+# Rows read at a time: a table in float32 may not fit in memory twice.
 _CHUNK = 1024
 
 
@@ -48,27 +49,27 @@ def untrained_rows(
 ) -> Bool[np.ndarray, " V"]:
     """Finds the rows of an embedding or output head that were never trained.
 
-    A token that never occurs leaves its embedding where it started (or where weight
-    decay took it), and pulls its row of the head exactly where it pulls those of all
-    other tokens that never occur. So a row counts as untrained if
+    A token that never occurs keeps its initial embedding (but for weight decay), and
+    its row of the head gets the same gradient as those of all other tokens that never
+    occur. So a row counts as untrained if
 
     - its largest magnitude is at most `eps`: zero (Unsloth's rule and threshold,
       https://unsloth.ai/blog/llama3, which found 287 such rows in Llama 3), or not
       finite;
     - its largest magnitude is at most `tiny` times the median over the rows that are
-      not zero. In models at hand no trained row is below 0.4 of it;
-    - it equals at least `alike` - 1 other rows bit by bit. Trained rows are never
+      not zero. In the models we measured no trained row is below 0.4 of it;
+    - it equals at least `alike` - 1 other rows bit by bit. Trained rows never become
       equal; two or three may have been copied on purpose.
 
-    Rows that were drawn at random and never trained look like others and are not found
-    (Land and Bartolo 2024, https://arxiv.org/abs/2405.05417, find some of them with
-    more work). Rows that were all set to one mean still count as untrained.
+    Rows that were drawn at random and never trained look like trained ones and are not
+    detected (Land and Bartolo 2024, https://arxiv.org/abs/2405.05417, detect some of
+    them with more work). Rows that were all set to one mean still count as untrained.
 
     Args:
-      table: any float dtype, numpy or jax; read in chunks, never copied whole.
+      table: any float dtype, numpy or jax; read in chunks, never copied at once.
       eps: largest magnitude of a row that is zero.
       tiny: largest magnitude, relative to the median, of a row that is too small.
-      alike: number of equal rows from which on they count as untrained.
+      alike: smallest number of equal rows that count as untrained.
     """
     rows = table.shape[0]
     size = np.zeros(rows, np.float32)
@@ -78,8 +79,8 @@ def untrained_rows(
         size[start:stop] = np.abs(chunk.astype(np.float32)).max(axis=1)
         for row in chunk.view(np.uint8):
             digests.append(hashlib.blake2b(row, digest_size=16).digest())
-    something = size[np.isfinite(size) & (size > eps)]
-    median = float(np.median(something)) if something.size else 0.0
+    nonzero = size[np.isfinite(size) & (size > eps)]
+    median = float(np.median(nonzero)) if nonzero.size else 0.0
     count = Counter(digests)
     equal = np.array([count[digest] >= alike for digest in digests])
     # Not `size <= ...`, which is false of NaN.
@@ -88,7 +89,7 @@ def untrained_rows(
 
 @dataclass(frozen=True)
 class UntrainedReport:
-    """Untrained rows of tokens that are used."""
+    """Untrained rows of tokens that the data uses."""
 
     rows: Mapping[str, tuple[int, ...]]
     """Token ids by table: "embed_tokens", and "lm_head" unless it is tied."""
@@ -97,14 +98,14 @@ class UntrainedReport:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The token ids of all tables."""
+        """Returns the token ids of all tables."""
         return tuple(sorted({i for ids in self.rows.values() for i in ids}))
 
     @property
     def trainable_token_indices(self) -> dict[str, tuple[int, ...]] | None:
-        """What `LoraConfig.trainable_token_indices` takes to train these rows.
+        """Returns the value of `LoraConfig.trainable_token_indices` for these rows.
 
-        A tied head follows the embedding. None if there are none.
+        A tied head follows the embedding. None if there are no such rows.
         """
         return {name: ids for name, ids in self.rows.items() if ids} or None
 
@@ -113,15 +114,15 @@ class UntrainedReport:
             return "Every token that is used has trained rows."
         lines = [
             f"{name}: {len(ids)} of {self.untrained[name]} untrained rows belong to "
-            f"tokens that are used: {_shown(ids)}"
+            f"tokens that are used: {_format_ids(ids)}"
             for name, ids in self.rows.items()
             if ids
         ]
         lines.append(
-            "Training starts from rows that mean nothing there. `repair_rows` sets "
-            "them to something better; that changes the base, so write it with "
+            "Training would start from meaningless rows. `repair_rows` sets them to a "
+            "better start; that changes the base, so write it with "
             "`convert.save_llama` and train on that, or train the rows as well: "
-            "`trainable_token_indices` (rows alone) or `modules_to_save` (whole "
+            "`trainable_token_indices` (only these rows) or `modules_to_save` (full "
             "tables) put them into the adapter file."
         )
         return "\n".join(lines)
@@ -130,12 +131,12 @@ class UntrainedReport:
 def report_untrained(
     base: Mapping[str, Any], used_token_ids: TokenIds, **rule: Any
 ) -> UntrainedReport:
-    """Lists the untrained rows that the data or the chat template use.
+    """Reports the untrained rows that the data or the chat template use.
 
     Args:
-      base: parameter tree; a quantized output head is left out, since rounding hides
+      base: parameter tree; a quantized output head is skipped, since rounding hides
         what an untrained row looks like.
-      used_token_ids: every token that occurs; in any order, as often as you like.
+      used_token_ids: every token that occurs, in any order, repeated or not.
       rule: thresholds of `untrained_rows`.
 
     Raises:
@@ -147,9 +148,9 @@ def report_untrained(
         if isinstance(table, NF4Tensor):
             continue
         _check_ids(used, table, name)
-        found = untrained_rows(table, **rule)
-        rows[name] = tuple(used[found[used]].tolist())
-        untrained[name] = int(found.sum())
+        mask = untrained_rows(table, **rule)
+        rows[name] = tuple(used[mask[used]].tolist())
+        untrained[name] = int(mask.sum())
     return UntrainedReport(rows, untrained)
 
 
@@ -158,19 +159,19 @@ def repair_rows(
     ids: TokenIds | Mapping[str, TokenIds],
     how: Literal["mean"] | int = "mean",
 ) -> dict[str, Any]:
-    """Sets rows of the tables to something that training can start from.
+    """Sets rows of the tables to a value that training can start from.
 
-    The base changes, so keep it or train the rows; see the module's text.
+    The base changes, so save it or train the rows; see the module docstring.
 
     Args:
       base: parameter tree; not changed.
-      ids: token ids, for the embedding and an untied head alike; or by table, as
-        `UntrainedReport.rows` has them.
+      ids: token ids, for both the embedding and an untied head; or by table, as in
+        `UntrainedReport.rows`.
       how: "mean" = the mean of the table's trained rows; a token id = that token's row
         (say, the end-of-text token's for a new end-of-turn token).
 
     Returns:
-      A tree with new tables; all other arrays are the given ones.
+      A tree with new tables, which shares all other arrays with `base`.
 
     Raises:
       UserError: a token or table that the model does not have, or no trained row.
@@ -178,18 +179,18 @@ def repair_rows(
     _check_how(how, ("mean",))
     tables = _tables(base)
     by_table = ids if isinstance(ids, Mapping) else dict.fromkeys(tables, _ids(ids))
-    out = base
-    for name, some in by_table.items():
+    repaired = base
+    for name, table_ids in by_table.items():
         if name not in tables:
             raise UserError(
                 f"`ids` names the table {name!r}; this model has {', '.join(tables)}."
             )
-        rows = _ids(some)
+        rows = _ids(table_ids)
         _check_ids(rows, tables[name], name)
         if rows.size:
-            value = _start(tables[name], how, name, excluded=rows)
-            out = _replace(out, name, _set_rows(tables[name], rows, value))
-    return dict(out)
+            value = _new_row(tables[name], how, name, excluded=rows)
+            repaired = _replace(repaired, name, _set_rows(tables[name], rows, value))
+    return dict(repaired)
 
 
 def add_tokens(
@@ -201,15 +202,14 @@ def add_tokens(
     how: Literal["mean", "zero"] | int = "mean",
     pad_to_multiple_of: int | None = None,
 ) -> tuple[LlamaConfig, dict[str, Any]]:
-    """Gives `count` new tokens rows: ids `tokenizer_size` to `+ count - 1`.
+    """Adds rows for `count` new tokens: ids `tokenizer_size` to `+ count - 1`.
 
-    Those are the ids that a tokenizer gives to the tokens it gets next. Rows that a
-    padded vocabulary has for them already are used; the rest is appended. Rows of
-    other tokens stay as they are, and no table ever shrinks. Where the tokenizer is
-    larger than the table already, its own tokens get rows first, means.
+    Rows that a padded vocabulary already has for these ids are reused; the rest is
+    appended. Other rows do not change, and no table ever shrinks. If the tokenizer is
+    already larger than the table, its tokens get rows first, means.
 
-    Adapters that have a part for every token (of an adapted embedding or head, or whole
-    tables) fit the vocabulary they were trained with; add tokens before training.
+    Adapters with a part for every token (of an adapted embedding or head, or full
+    tables) only fit the vocabulary they were trained with: add tokens before training.
 
     Args:
       config: of the model.
@@ -217,29 +217,56 @@ def add_tokens(
       tokenizer_size: tokens before the new ones, `len(tokenizer)`. Not
         `tokenizer.vocab_size`, which leaves out tokens that were added earlier.
       count: number of new tokens; 0 = only those that the tokenizer has already.
-      how: their rows: "mean" of the table's trained rows, "zero", or a token id, whose
-        row is copied. A zero row of the head gives the logit 0, which is the largest
-        where a model has all others below it.
-      pad_to_multiple_of: a larger table gets a multiple of this many rows. Rows that
-        are padding are means, which are never the likeliest token.
+      how: value of the new rows: "mean" of the table's trained rows, "zero", or a token
+        id to copy. A zero row of the head gives the logit 0, possibly the largest.
+      pad_to_multiple_of: a larger table gets a multiple of this many rows. Padding rows
+        are means, which are never the likeliest token.
 
     Returns:
-      (config, base) of the larger vocabulary, or of the same where there was room.
+      (config, base) of the larger vocabulary, or of the same one if it had room.
 
     Raises:
-      UserError: sizes that are no counts, a `tokenizer_size` that leaves out special
-        tokens of the model, or as `repair_rows`.
+      UserError: invalid sizes or special tokens left out; or as `repair_rows`.
     """
-    for name, value, least in (
+    step = pad_to_multiple_of or 1
+    _check_sizes(config, tokenizer_size, count, step)
+    _check_how(how, ("mean", "zero"))
+    old_size, used_size = config.vocab_size, tokenizer_size + count
+    new_size = max(old_size, used_size)
+    if new_size > old_size:
+        new_size = -(-new_size // step) * step
+    extended = base
+    for name, table in _tables(base).items():
+        if table.shape[0] != old_size:
+            raise UserError(
+                f"`{name}` has {table.shape[0]} rows, and `vocab_size` is {old_size}. "
+                "Give the configuration that belongs to this base."
+            )
+        # The mean leaves out padding that becomes used now, not only appended rows.
+        fresh = np.arange(min(tokenizer_size, old_size), new_size)
+        mean = _new_row(table, "mean", name, excluded=fresh)
+        value = mean if how == "mean" else _new_row(table, how, name, excluded=fresh)
+        padding = np.broadcast_to(mean, (new_size - old_size, table.shape[1]))
+        xp: Any = jnp if isinstance(table, jax.Array) else np
+        padded = xp.concatenate([table, xp.asarray(padding, table.dtype)])
+        new_ids = np.arange(tokenizer_size, used_size)
+        extended = _replace(extended, name, _set_rows(padded, new_ids, value))
+    raw = {**config.raw, "vocab_size": new_size} if config.raw else config.raw
+    return dataclasses.replace(config, vocab_size=new_size, raw=raw), dict(extended)
+
+
+def _check_sizes(
+    config: LlamaConfig, tokenizer_size: int, count: int, pad_to_multiple_of: int
+) -> None:
+    for name, value, minimum in (
         ("tokenizer_size", tokenizer_size, 1),
         ("count", count, 0),
-        ("pad_to_multiple_of", pad_to_multiple_of or 1, 1),
+        ("pad_to_multiple_of", pad_to_multiple_of, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise UserError(
-                f"`{name}` must be an integer of at least {least}, got {value!r}."
+                f"`{name}` must be an integer of at least {minimum}, got {value!r}."
             )
-    _check_how(how, ("mean", "zero"))
     special = [("bos_token_id", config.bos_token_id)]
     special += [("eos_token_id", token) for token in config.eos_token_ids]
     special += [("pad_token_id", config.pad_token_id)]
@@ -250,32 +277,10 @@ def add_tokens(
                 f"{token}, whose row would become a new token's. Give "
                 "`len(tokenizer)`; `tokenizer.vocab_size` does not count added tokens."
             )
-    old, needed = config.vocab_size, tokenizer_size + count
-    new, step = max(old, needed), pad_to_multiple_of or 1
-    if new > old:
-        new = -(-new // step) * step
-    out = base
-    for name, table in _tables(base).items():
-        if table.shape[0] != old:
-            raise UserError(
-                f"`{name}` has {table.shape[0]} rows, and `vocab_size` is {old}. Give "
-                "the configuration that belongs to this base."
-            )
-        # Not only what is appended: padding that is used now holds nothing either.
-        fresh = np.arange(min(tokenizer_size, old), new)
-        own = np.arange(tokenizer_size, needed)
-        mean = _start(table, "mean", name, excluded=fresh)
-        value = mean if how == "mean" else _start(table, how, name, excluded=fresh)
-        appended = np.broadcast_to(mean, (new - old, table.shape[1]))
-        xp: Any = jnp if isinstance(table, jax.Array) else np
-        grown = xp.concatenate([table, xp.asarray(appended, table.dtype)])
-        out = _replace(out, name, _set_rows(grown, own, value))
-    raw = {**config.raw, "vocab_size": new} if config.raw else config.raw
-    return dataclasses.replace(config, vocab_size=new, raw=raw), dict(out)
 
 
 def _tables(base: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables with a row for each token, by module name."""
+    """Returns the tables with a row for each token, by module name."""
     out = {}
     for path in (EMBEDDING, HEAD):
         node: Any = base
@@ -291,10 +296,10 @@ def _chunks(table: Any) -> Iterator[tuple[int, NDArray]]:
         yield start, np.ascontiguousarray(table[start : start + _CHUNK])
 
 
-def _start(
+def _new_row(
     table: Any, how: Any, name: str, *, excluded: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """The row [D] that `how` means; the mean is that of trained rows not `excluded`."""
+    """Returns the row [D] for `how`; "mean" is over trained rows not in `excluded`."""
     if how == "zero":
         return np.zeros(table.shape[1], np.float32)
     if how != "mean":
@@ -309,13 +314,13 @@ def _start(
         )
     total = np.zeros(table.shape[1], np.float64)
     for start, chunk in _chunks(table):
-        some = chunk[trained[start : start + len(chunk)]]
-        total += some.astype(np.float32).sum(axis=0, dtype=np.float64)
+        rows = chunk[trained[start : start + len(chunk)]]
+        total += rows.astype(np.float32).sum(axis=0, dtype=np.float64)
     return (total / trained.sum()).astype(np.float32)
 
 
 def _set_rows(table: Any, rows: NDArray[np.int64], value: NDArray[np.float32]) -> Any:
-    """A copy of a table, numpy or jax as it is, with some rows replaced by `value`."""
+    """Returns a copy of a table, numpy or jax like it, with `rows` set to `value`."""
     if isinstance(table, jax.Array):
         return table.at[rows].set(jnp.asarray(value, table.dtype))
     out = np.array(table)
@@ -324,7 +329,7 @@ def _set_rows(table: Any, rows: NDArray[np.int64], value: NDArray[np.float32]) -
 
 
 def _replace(base: Mapping[str, Any], name: str, table: Any) -> dict[str, Any]:
-    """A tree with another table; everything else is shared."""
+    """Returns a tree with another table that shares everything else."""
     if name == HEAD[-1]:
         return {**base, name: {**base[name], "weight": table}}
     model = base["model"]
@@ -332,18 +337,18 @@ def _replace(base: Mapping[str, Any], name: str, table: Any) -> dict[str, Any]:
 
 
 def _ids(ids: TokenIds) -> NDArray[np.int64]:
-    """Distinct token ids, from a list or an array of any shape."""
+    """Returns the sorted distinct token ids of a list or an array of any shape."""
     array = np.asarray(ids if isinstance(ids, (np.ndarray, jax.Array)) else list(ids))
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"Token ids must be integers, got {array.dtype}.")
     return np.unique(array.astype(np.int64))
 
 
-def _check_how(how: Any, named: tuple[str, ...]) -> None:
-    if how in named or (isinstance(how, int) and not isinstance(how, bool)):
+def _check_how(how: Any, words: tuple[str, ...]) -> None:
+    if how in words or (isinstance(how, int) and not isinstance(how, bool)):
         return
-    words = ", ".join(repr(name) for name in named)
-    raise UserError(f"`how` must be {words} or a token id, got {how!r}.")
+    choices = ", ".join(map(repr, words))
+    raise UserError(f"`how` must be {choices} or a token id, got {how!r}.")
 
 
 def _check_ids(ids: NDArray[np.int64], table: Any, name: str) -> None:
@@ -355,6 +360,6 @@ def _check_ids(ids: NDArray[np.int64], table: Any, name: str) -> None:
         )
 
 
-def _shown(ids: tuple[int, ...]) -> str:
+def _format_ids(ids: tuple[int, ...]) -> str:
     more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
     return ", ".join(map(str, ids[:10])) + more + "."

@@ -28,9 +28,9 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.lora.targets import Selection, absent_layers, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import mlp_tokens
+from qlora_jax.models.layers import mlp_tokens
 from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
-from qlora_jax.models.sharding import place
+from qlora_jax.models.sharding import shard_step
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.planning.step import (
     Step,
@@ -110,7 +110,7 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
 @functools.lru_cache(maxsize=64)  # a search tries many lengths of one model
 def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
     names, sizes = zip(*mesh, strict=True)
-    state, base, batch = place(
+    state, base, batch = shard_step(
         abstract_arguments(step), AbstractMesh(sizes, names), step.on_host
     )
     weights = recomputed = features = head = 0

@@ -289,7 +289,8 @@ def _capability(value: Any, path: Path) -> tuple[int, int]:
 
 # Share of JAX's memory that its allocator can give out in the large blocks of a plan.
 _USABLE = 0.98
-_UNLIMITED = 1 << 60
+UNLIMITED = 1 << 60
+"""Bytes of a memory whose size is not known."""
 
 
 def this_device() -> GpuSpec:
@@ -302,7 +303,7 @@ def this_device() -> GpuSpec:
     elif device.platform == "cpu":
         usable = available_memory()
     else:
-        usable = _UNLIMITED
+        usable = UNLIMITED
     capability = str(getattr(device, "compute_capability", "9.0"))
     major, _, minor = capability.partition(".")
     return GpuSpec(
@@ -331,14 +332,14 @@ def available_memory() -> int:
         try:
             limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (OSError, ValueError):
-            return _UNLIMITED
+            return UNLIMITED
     try:  # the limit of a container
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         limits.append(int(limit) - int(used))
     except (OSError, ValueError):  # none, or "max"
         pass
-    return min(limits, default=_UNLIMITED)
+    return min(limits, default=UNLIMITED)
 
 
 def give_back_freed_memory() -> bool:
@@ -354,7 +355,7 @@ def give_back_freed_memory() -> bool:
     return True
 
 
-def _more_memory() -> str:
+def more_memory_advice() -> str:
     """Returns advice on how to let JAX use more of a GPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:

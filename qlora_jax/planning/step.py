@@ -33,7 +33,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import abstract_base
-from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
+from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.training.config import ParameterGroup, TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
@@ -214,7 +214,7 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
         return jitted.lower(*arguments)
     # Kernels are chosen by the device kind of the mesh in context.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.lower(*place(arguments, mesh, step.on_host))
+        return jitted.lower(*shard_step(arguments, mesh, step.on_host))
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class StepMemory:
         if arguments is None:
             arguments = abstract_arguments(step)
             if mesh is not None:
-                arguments = place(arguments, mesh, step.on_host)
+                arguments = shard_step(arguments, mesh, step.on_host)
         state, base, batch = arguments
         text = compiled.as_text()
         kinds = {"temporaries": stats.temp_size_in_bytes}
@@ -311,7 +311,7 @@ class StepMemory:
 def device_tree_bytes(tree: Any, *, host: bool = False) -> int:
     """Returns the bytes of a tree on each device, or (`host`) in pinned host memory."""
     leaves = jax.tree.leaves(tree)
-    return sum(local_bytes(leaf) for leaf in leaves if lies_on_host(leaf) == host)
+    return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
 
 
 def _attention_workspace(text: str, step: Step, mesh: Any) -> int:

@@ -27,11 +27,11 @@ from qlora_jax.lora.init import factor_out
 from qlora_jax.lora.targets import select
 from qlora_jax.models.llama import Llama
 from qlora_jax.planning.gpus import (
-    _ENDLESS,
     ALLOWANCE,
+    UNLIMITED,
     GpuSpec,
-    _more_memory,
     give_back_freed_memory,
+    more_memory_advice,
     this_device,
 )
 from qlora_jax.planning.plan import Plan, Planner, Policy, device_bytes, policies
@@ -69,7 +69,7 @@ class CompiledStep:
         )
         where = (
             ""
-            if limit >= _ENDLESS
+            if limit >= UNLIMITED
             else f" of {readable_bytes(limit)} on {plan.gpu.name}"
         )
         host = plan.memory.host_bytes
@@ -185,7 +185,7 @@ def fit(
             return fitted
         return _with_eval(fitted, state.adapters, arguments[1], _shapes(held_out))
     nearest = min(refused, key=lambda plan: plan.total)
-    raise UserError(planner.too_large(nearest) + _more_memory())
+    raise UserError(planner.too_large(nearest) + more_memory_advice())
 
 
 def _with_eval(

@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.tokenizer import end_tokens
+from qlora_jax.data.arrays import Examples
 from qlora_jax.data.batches import eval_batches
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
+from qlora_jax.inference.model import Model
 from qlora_jax.lora.functional import bind
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
@@ -58,6 +61,58 @@ def held_out_loss(
 def perplexity(loss: float) -> float:
     """exp(loss), the largest double where that is larger."""
     return math.exp(min(loss, _LARGEST_EXPONENT))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss summed over supervised tokens."""
+
+    total: float = 0.0
+    """Nats."""
+    tokens: int = 0
+    """Supervised tokens."""
+    rows: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        """Returns the loss over both."""
+        return Loss(
+            self.total + other.total, self.tokens + other.tokens, self.rows + other.rows
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Returns the numbers to print; `loss` is in nats per supervised token."""
+        loss = self.total / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "supervised_tokens": self.tokens,
+            "rows": self.rows,
+        }
+
+
+def measure(
+    model: Model, examples: Examples, data: DataConfig, batch_size: int
+) -> Loss:
+    """Sums the loss of all examples of one source.
+
+    Args:
+      model: the model.
+      examples: loaded with `data`.
+      data: how they are laid out in rows.
+      batch_size: rows at a time.
+
+    Raises:
+      UserError: `batch_size` is not a positive integer.
+    """
+    batches = eval_batches(
+        examples,
+        data,
+        batch_size=batch_size,
+        pad_token_id=model.config.pad_token_id or 0,
+    )
+    adapters = model.variables.get("lora", {})
+    total, tokens = held_out_loss(jit_eval(model.module), adapters, model.base, batches)
+    return Loss(total, tokens, len(examples))
 
 
 @dataclass(frozen=True)

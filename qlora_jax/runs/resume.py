@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.arrays import Examples
-from qlora_jax.data.config import PLACES, DataConfig
+from qlora_jax.data.config import LOCATION_FIELDS, DataConfig
 from qlora_jax.data.mixture import Mixture
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.lora.config import LoraConfig
@@ -50,7 +50,7 @@ def run_record(
         lora["target_modules"] = sorted(lora["target_modules"])
     # Where the files lie may change; what is in them is in the fingerprint.
     data = dataclasses.asdict(config.data)
-    for name in PLACES:
+    for name in LOCATION_FIELDS:
         del data[name]
     return {
         "base_fingerprint": fingerprint,

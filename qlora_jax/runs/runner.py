@@ -53,7 +53,7 @@ from qlora_jax.lora.targets import Selection
 from qlora_jax.models.config import LlamaConfig, changes_to_json
 from qlora_jax.models.llama import add_parameters
 from qlora_jax.models.params import check_weights, tree_bytes, tree_size
-from qlora_jax.models.sharding import place_base
+from qlora_jax.models.sharding import put_base
 from qlora_jax.models.vocabulary import report_untrained
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
@@ -308,7 +308,7 @@ def _load(prepared: PreparedRun) -> tuple[Any, str, Any]:
     fingerprint = fingerprint_tree(base)
     key = jax.random.key(config.train.seed)
     _, base = add_parameters(prepared.model, base, key)
-    base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
+    base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     check_weights(prepared.drawn, base, config.lora, Path(path))
     initial = None
     if config.train.adapter_init is not None:

@@ -4,7 +4,7 @@ An objective is a pair of pure functions: the summed loss of a micro-batch, and 
 number of terms in that sum. The step adds both up over the accumulation window and
 divides once, so accumulated micro-batches and one large batch have the same gradient.
 
-    train_step(..., objective=NEXT_TOKEN)     the loss of language modelling, the default
+    train_step(..., objective=NEXT_TOKEN)    the loss of language modelling (default)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_jax import nf4
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.lora.functional import bind
 from qlora_jax.models.llama import Llama
-from qlora_jax.models.sharding import gathered, on_device
+from qlora_jax.models.sharding import gather_shared, on_device
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.training.loss import cross_entropy_sum, supervised_tokens
 
@@ -59,7 +59,7 @@ def loss_sum(
     """
     lora = model.compute.lora
     bound = adapters if lora is None else bind(adapters, base, lora)
-    variables = model.compute.place({"params": base, "lora": bound})
+    variables = model.compute.arrange({"params": base, "lora": bound})
     hidden: Any = model.apply(
         variables,
         batch["tokens"],
@@ -143,7 +143,7 @@ def _dequantized(variables: Any, dtype: str) -> Any:
 
     return jax.tree.map(
         dense,
-        gathered(on_device(variables)),
+        gather_shared(on_device(variables)),
         is_leaf=lambda leaf: isinstance(leaf, NF4Tensor),
     )
 

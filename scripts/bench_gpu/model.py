@@ -56,7 +56,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import tree_bytes, tree_size
-from qlora_jax.models.sharding import place_base
+from qlora_jax.models.sharding import put_base
 from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.runs.compiled_step import fit
 from qlora_jax.runs.config import ModelConfig
@@ -230,7 +230,8 @@ def train(
 ) -> dict[str, Any]:
     """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
 
-    The step is planned, compiled and placed as in a run (`qlora_jax.runs.compiled_step`).
+    The step is planned, compiled and placed as in a run
+    (`qlora_jax.runs.compiled_step`).
     """
     lora, adapters = adapters_for(base, how.rank)
     settings, steps = how.settings, how.steps
@@ -250,7 +251,7 @@ def train(
     fitted = fit(model, settings, shapes, batches[0], train_config, steps)
     compile_s = time.perf_counter() - started
     policy = fitted.plan.policy
-    base = place_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
+    base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
     state = init_state(adapters, fitted.optimizer, jax.random.key(2))
     # The step donates the state's buffers, and two of its leaves may share one.
     state = jax.tree.map(jnp.array, state)

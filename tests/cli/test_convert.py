@@ -214,7 +214,7 @@ def test_an_adapter_of_which_little_or_nothing_fits(
     assert table(text)["skipped"] == "14"
 
 
-def test_the_base_is_found_from_the_copy(
+def test_the_copy_of_an_adapter_leads_to_its_base(
     capsys, tiny, tiny_model, make_adapter, tmp_path, monkeypatch
 ):
     """By the path it had, where that leads there; else by an absolute one."""
@@ -241,8 +241,8 @@ def test_the_base_is_found_from_the_copy(
     # The same directory by the path that was given, a link perhaps.
     (tmp_path / "link").symlink_to(tiny_model)
     assert named("../model", far / "e", tmp_path / "link")[0] == str(tmp_path / "link")
-    one, two = far / "a", tmp_path / "near"
-    args = ("combine", far / "f", "--base", tiny_model, "--adapters", one, two)
+    first, second = far / "a", tmp_path / "near"
+    args = ("combine", far / "f", "--base", tiny_model, "--adapters", first, second)
     assert run(capsys, *args)[0] == 0
     raw = json.loads((far / "f" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == str(tiny_model)
@@ -252,12 +252,12 @@ def test_the_base_is_found_from_the_copy(
 def test_the_help_of_a_flag_says_what_the_flag_does(capsys, command, option):
     assert main([command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    said = text.split(f"--no-{option} ")[-1]
-    assert said.startswith(("Take what fits", "Load nothing after merging"))
+    helptext = text.split(f"--no-{option} ")[-1]
+    assert helptext.startswith(("Take what fits", "Load nothing after merging"))
 
 
 @pytest.mark.parametrize("command", ["model", "merge"])
-def test_an_adapter_in_the_place_of_a_model(
+def test_an_adapter_is_not_taken_for_a_model(
     capsys, tiny, make_adapter, tmp_path, command
 ):
     adapter = make_adapter(tiny)
@@ -279,7 +279,8 @@ def test_adapter_with_copies_of_its_base(capsys, golden, tmp_path, edit_tensors)
     assert json.loads(text)["logits"]["max_abs_difference"] == 0
     key = "model.embed_tokens.weight"
     edit_tensors(
-        base / "model.safetensors", lambda found: found.update({key: 2 * found[key]})
+        base / "model.safetensors",
+        lambda tensors: tensors.update({key: 2 * tensors[key]}),
     )
     status, _, err = run(capsys, "adapter", source, tmp_path / "b", "--base", base)
     assert status == 1
@@ -296,12 +297,12 @@ def test_every_adapter_written_again_is_the_same_file(capsys, golden, tmp_path):
     for adapter in sorted((golden / "adapters").glob("*/*")):
         raw = json.loads((adapter / "adapter_config.json").read_text())
         base = golden / raw["base_model_name_or_path"]
-        one, two = (tmp_path / f"{adapter.name}-{n}" for n in (1, 2))
-        assert run(capsys, "adapter", adapter, one, "--base", base)[0] == 0
-        assert run(capsys, "adapter", one, two, "--base", base)[0] == 0
+        first, second = (tmp_path / f"{adapter.name}-{n}" for n in (1, 2))
+        assert run(capsys, "adapter", adapter, first, "--base", base)[0] == 0
+        assert run(capsys, "adapter", first, second, "--base", base)[0] == 0
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (one / name).read_bytes() == (two / name).read_bytes()
-        assert compare(adapter, two).equal
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert compare(adapter, second).equal
 
 
 def test_adapter_is_checked_against_its_base(
@@ -407,9 +408,9 @@ def test_the_base_that_was_trained_on(capsys, tiny, tiny_model, make_adapter, tm
     args = ("verify", known, other, "--base", tiny_model, "--json")
     status, text, _ = run(capsys, *args)
     assert status == 0
-    found = json.loads(text)
-    assert len(found["notes"]) == 2
-    assert f"`{other}` was trained on another base" in found["notes"][1]
+    report = json.loads(text)
+    assert len(report["notes"]) == 2
+    assert f"`{other}` was trained on another base" in report["notes"][1]
     # It stays with an adapter that is written again.
     again = tmp_path / "again"
     status, text, _ = run(capsys, "adapter", known, again, "--base", tiny_model)
@@ -418,7 +419,7 @@ def test_the_base_that_was_trained_on(capsys, tiny, tiny_model, make_adapter, tm
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_check_that_fails_is_said(
+def test_a_check_that_fails_is_reported_after_the_merge(
     capsys, monkeypatch, tiny, tiny_model, make_adapter, tmp_path
 ):
     def fail(*args):
@@ -457,12 +458,12 @@ def test_a_probe_text_without_a_tokenizer(
     assert not (tmp_path / "o").exists()
 
 
-def test_merge_of_modules_of_ones_own(
+def test_merge_of_custom_modules_compares_no_logits(
     capsys, tiny, make_tensors, save_model, make_adapter, tmp_path
 ):
-    own = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
-    base, out = save_model(own, make_tensors(own)), tmp_path / "o"
-    adapter = make_adapter(own, ("q_proj", "gate"))
+    custom = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
+    base, out = save_model(custom, make_tensors(custom)), tmp_path / "o"
+    adapter = make_adapter(custom, ("q_proj", "gate"))
     status, text, err = run(
         capsys, "merge", base, adapter, out, "--onto", "original", "--json"
     )
@@ -476,9 +477,9 @@ def test_verify_compares_logits(capsys, tiny, tiny_model, make_adapter, tmp_path
     a, b = make_adapter(tiny, name="a"), make_adapter(tiny, name="b", seed=2)
     args = ("verify", a, b, "--base", tiny_model)
     status, text, _ = run(capsys, *args, "--json")
-    found = json.loads(text)
-    assert (status, found["equal"], len(found["different"])) == (1, False, 8)
-    assert found["logits"]["max_kl"] > 0.01
+    report = json.loads(text)
+    assert (status, report["equal"], len(report["different"])) == (1, False, 8)
+    assert report["logits"]["max_kl"] > 0.01
     status, text, _ = run(capsys, "verify", a, a, "--base", tiny_model)
     assert status == 0
     assert "The same: 8 tensors, byte for byte." in text
@@ -493,22 +494,22 @@ def test_verify_compares_logits(capsys, tiny, tiny_model, make_adapter, tmp_path
     merged = json.loads(text)["logits"]
     assert status == 1
     for name in ("mean_kl", "max_abs_difference", "max_abs_logit"):
-        assert merged[name] == pytest.approx(found["logits"][name], rel=1e-3)
+        assert merged[name] == pytest.approx(report["logits"][name], rel=1e-3)
 
 
-def test_verify_of_modules_of_ones_own(
+def test_verify_of_custom_modules_compares_no_logits(
     capsys, tiny, make_tensors, save_model, make_adapter
 ):
-    own = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
-    base = save_model(own, make_tensors(own))
-    a = make_adapter(own, ("q_proj", "gate"), name="a")
-    b = make_adapter(own, ("q_proj", "gate"), name="b", seed=2)
+    custom = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
+    base = save_model(custom, make_tensors(custom))
+    a = make_adapter(custom, ("q_proj", "gate"), name="a")
+    b = make_adapter(custom, ("q_proj", "gate"), name="b", seed=2)
     for other, same in ((a, True), (b, False)):
         status, text, err = run(capsys, "verify", a, other, "--base", base, "--json")
         assert (status, err) == (0 if same else 1, "")
-        found = json.loads(text)
-        assert found["equal"] is same and found["logits"] is None
-        (note,) = found["notes"]
+        report = json.loads(text)
+        assert report["equal"] is same and report["logits"] is None
+        (note,) = report["notes"]
         assert note.startswith(f"logits were not compared: `{base}` has modules of its")
 
 
@@ -541,10 +542,10 @@ def test_model_to_4bit_and_back(capsys, tiny_model, tmp_path, quantization):
     )
     assert compare(four, tmp_path / "u8").equal
     assert run(capsys, "model", same, dense, "--dequantize")[0] == 0
-    found = compare(tiny_model, dense)
-    assert not found.missing and not found.extra
-    assert len(found.different) == 14
-    assert all(d.max_abs_difference < 1 for d in found.different)
+    comparison = compare(tiny_model, dense)
+    assert not comparison.missing and not comparison.extra
+    assert len(comparison.different) == 14
+    assert all(d.max_abs_difference < 1 for d in comparison.different)
 
 
 def test_model_cast_and_sharding(capsys, tiny_model, tmp_path):
@@ -582,8 +583,8 @@ def test_model_settings_that_contradict(capsys, tiny_model, packed, tmp_path):
 def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
     one = make_adapter(tiny, name="one", seed=1)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
-    for place in (one, two):
-        (place / CHAT_TEMPLATE).write_text("{{ messages }}")
+    for directory in (one, two):
+        (directory / CHAT_TEMPLATE).write_text("{{ messages }}")
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
     status, text, _ = run(capsys, "combine", tmp_path / "sum", *both, "--json")
     assert status == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qlora_jax.cli.data import RESET, SUPERVISED, DataView, marked, pieces
+from qlora_jax.cli.data import RESET, SUPERVISED, DataView, mark_supervised, token_texts
 from qlora_jax.cli.main import main
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
@@ -90,17 +90,17 @@ def test_the_rows_are_those_of_packing_and_of_none(model, data, rows):
 @pytest.mark.parametrize(
     "text", ["plain words", " two  spaces ", "Grüße 🙂🙃 日本\n\n\tx", "🙂", "a\ufffdb"]
 )
-def test_pieces_of_a_text_are_the_text(tokenizer, text):
+def test_token_texts_join_to_the_text(tokenizer, text):
     ids = tokenizer.encode(text * 7)
-    found = pieces(tokenizer, ids)
-    assert len(found) == len(ids)
-    assert "".join(found) == tokenizer.decode(ids)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
 
 
-def test_every_token_of_random_ids_has_its_piece(tokenizer):
+def test_every_token_of_random_ids_has_its_text(tokenizer):
     for seed in range(20):
         ids = np.random.default_rng(seed).integers(0, 512, 80).tolist()
-        assert len(pieces(tokenizer, ids)) == len(ids)
+        assert len(token_texts(tokenizer, ids)) == len(ids)
 
 
 def test_brackets_stand_around_what_is_supervised(call, model, rows):
@@ -127,10 +127,10 @@ def test_colours_on_a_terminal_end_with_each_line():
         "supervised": [False, True, True],
         "not_shown": 0,
     }
-    text = marked(example, colour=True)
+    text = mark_supervised(example, colour=True)
     assert text.endswith(f"{SUPERVISED}c{RESET}\n{SUPERVISED}d{RESET}")
     assert re.sub(r"\x1b\[[0-9;]*m", "", text) == "abc\nd"
-    assert marked(example, colour=False) == "ab⟦c\nd⟧"
+    assert mark_supervised(example, colour=False) == "ab⟦c\nd⟧"
 
 
 def test_the_page_shows_the_same_and_runs_nothing_of_the_data(
@@ -182,7 +182,7 @@ def test_json_holds_everything(call, model, rows):
     assert report["examples"][0]["supervised_tokens"] > 0
 
 
-def test_a_run_file_says_what_it_trains_on(call, model, rows, tmp_path):
+def test_a_run_file_is_read_with_its_mixture_and_cache(call, model, rows, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         f'output_dir = "{tmp_path}/run"\n[model]\npath = "{model}"\n'
@@ -249,14 +249,14 @@ def test_token_rows_are_shown_without_a_tokenizer(llama_dir, rows_file, capsys):
     assert [int(n) for n in re.findall(r"\d+", shown)] == tokens
 
 
-def test_a_long_example_is_cut_for_the_eye_alone(model, tmp_path):
+def test_a_long_example_is_cut_where_it_is_shown_only(model, tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("words " * 5000)
     view = DataView(model, DataConfig(path=str(path), max_length=4000), show=1).run()
     (example,) = view["examples"]
     assert example["length"] == example["supervised_tokens"] + 1 == 4000
     assert example["not_shown"] == 2500 and len(example["tokens"]) == 1500
-    assert "... and 2,500 more tokens" in marked(example, colour=False)
+    assert "... and 2,500 more tokens" in mark_supervised(example, colour=False)
 
 
 def test_a_template_that_ends_no_turn_with_eos_is_noted(model, tmp_path):

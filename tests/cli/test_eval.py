@@ -9,7 +9,7 @@ from qlora_jax.data.config import DataConfig, Source
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_sources_are_measured_one_by_one(
+def test_sources_of_a_mixture_are_measured_separately(
     llama_dir, rows_file, tmp_path, packing, capsys
 ):
     lines = rows_file.read_text().splitlines(keepends=True)
@@ -22,20 +22,20 @@ def test_sources_are_measured_one_by_one(
         how = {"quantization": "none", "dtype": "float32", "batch_size": 24}
         return Eval(path=str(llama_dir), data=data, **how).run()
 
-    one, two = (measured(path=str(file)) for file in files)
+    first, second = (measured(path=str(file)) for file in files)
     # Weights are shares of a run; an evaluation reads every row once.
     sources = [
         Source(path=str(f), weight=w) for f, w in zip(files, (3, 1), strict=True)
     ]
     both = measured(sources=tuple(sources))
-    for part, file in ((one, files[0]), (two, files[1])):
+    for part, file in ((first, files[0]), (second, files[1])):
         assert (part.pop("data"), part.pop("measured")) == (str(file), "as given")
     assert both["data"] == f"{files[0]}, {files[1]}"
-    assert both["sources"] == {str(files[0]): one, str(files[1]): two}
-    assert both["rows"] == 24 and one["rows"] == 15
-    tokens = [part["supervised_tokens"] for part in (one, two)]
+    assert both["sources"] == {str(files[0]): first, str(files[1]): second}
+    assert both["rows"] == 24 and first["rows"] == 15
+    tokens = [part["supervised_tokens"] for part in (first, second)]
     assert both["supervised_tokens"] == sum(tokens)
-    weighted = one["loss"] * tokens[0] + two["loss"] * tokens[1]
+    weighted = first["loss"] * tokens[0] + second["loss"] * tokens[1]
     assert both["loss"] == pytest.approx(weighted / sum(tokens), rel=1e-12)
     if not packing:  # rows in another order: float32 sums of 24 rows
         assert both["loss"] == pytest.approx(
@@ -48,7 +48,7 @@ def test_sources_are_measured_one_by_one(
         assert printed[at + 1] == f"  {files[0]}" and "    loss  " in printed[at + 2]
 
 
-def test_eval_takes_a_file_of_its_own(llama_dir, rows_file, capsys):
+def test_a_batch_size_of_zero_is_refused(llama_dir, rows_file, capsys):
     command = ["eval", str(llama_dir), "--data.path", str(rows_file)]
     assert main([*command, "--data.format", "tokens", "--batch-size", "0"]) == 1
     assert "`batch_size` must be a positive integer" in capsys.readouterr().err

@@ -173,8 +173,8 @@ def test_train_then_ask_about_the_run(cli, settings, tmp_path, model_dir, rows_f
     assert f"{result['loss']:.6g}" in out and "NF4, double-quantized" in err
     # It held nothing out; the help is there all the same.
     status, _, err = cli("eval", run, "--json")
-    said = paragraph(err, "eval")
-    assert status == 1 and "held nothing out" in said and str(rows_file) in said
+    message = paragraph(err, "eval")
+    assert status == 1 and "held nothing out" in message and str(rows_file) in message
     assert cli("eval", run, "--help")[0] == 0
     assert result["supervised_tokens"] == count == report["data"]["supervised_tokens"]
     assert result["rows"] == 24
@@ -340,7 +340,9 @@ def adapter(model_dir, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_settings_given_beside_an_adapter(cli, settings, tmp_path, adapter):
+def test_lora_settings_that_contradict_the_initial_adapter_are_refused(
+    cli, settings, tmp_path, adapter
+):
     """A default that someone wrote down counts as well as any other value."""
     init = f"adapter_init = '{adapter}'"
     for text, options in (
@@ -359,13 +361,13 @@ def test_settings_given_beside_an_adapter(cli, settings, tmp_path, adapter):
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (4, 16, 0.1)
 
 
-def test_the_help_says_whose_settings_hold(cli):
+def test_the_help_explains_which_settings_apply(cli):
     status, text, _ = cli("train", "--help")
     text = " ".join(text.replace("│", " ").split())
     assert status == 0 and "Its configuration replaces `[lora]`" in text
 
 
-def test_the_help_has_whole_sentences_and_nothing_that_only_we_set(cli, monkeypatch):
+def test_the_help_joins_lines_and_hides_what_only_runs_set(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     # Each is in two lines of the source.
     sentences = {
@@ -385,8 +387,8 @@ def test_an_adapter_is_inspected_as_it_is(cli, adapter, model_dir):
     assert status == 0 and json.loads(out)["r"] == 4
     status, out, err = cli("inspect", adapter, "--lora.lora-alpha", "16", "--lora.r=2")
     assert status == 1 and out == ""
-    said = paragraph(err, "inspect")
-    assert "`r`=2 (the adapter's: 4), `lora_alpha`=16 (the adapter's: 8)." in said
+    message = paragraph(err, "inspect")
+    assert "`r`=2 (the adapter's: 4), `lora_alpha`=16 (the adapter's: 8)." in message
 
 
 def test_a_run_file_is_inspected_and_options_win(cli, settings, model_dir, adapter):
@@ -433,8 +435,8 @@ def test_an_option_replaces_the_patterns_of_the_file(cli, settings, tmp_path):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         options = [*options, "--output-dir", out, "--train.steps", "1"]
         assert cli("train", settings(lora + patterns), *options)[0] == 0
-        found = read_config(out / "config.toml").lora
-        assert (found.rank_pattern, found.alpha_pattern) == want
+        lora_config = read_config(out / "config.toml").lora
+        assert (lora_config.rank_pattern, lora_config.alpha_pattern) == want
 
 
 def test_text_needs_a_tokenizer(cli, settings, tmp_path):
@@ -445,7 +447,7 @@ def test_text_needs_a_tokenizer(cli, settings, tmp_path):
     assert status == 1 and "has no tokenizer" in paragraph(err, "train")
 
 
-def test_the_output_directory_is_not_taken_from_anyone(cli, settings, tmp_path):
+def test_a_directory_that_is_not_a_run_is_never_written_to(cli, settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("mine")
     status, _, err = cli("train", settings())

@@ -11,7 +11,6 @@ import pytest
 from qlora_jax.cli.output import (
     Terminated,
     console,
-    exit_on_signals,
     format_value,
     print_report,
     signals_raise,
@@ -68,7 +67,6 @@ def test_sigterm_raises_inside_and_handlers_of_others_stay():
 
     signal.signal(signal.SIGTERM, other)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_on_signals("qlora-jax")
     with signals_raise():
         assert signal.getsignal(signal.SIGTERM) == other
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -117,34 +115,44 @@ def run_python(code: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "how"),
-    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")],
-)
-def test_before_the_work_a_signal_ends_the_process_whatever_catches(name, status, how):
-    """As an import of a library may catch what is raised in it."""
+IMPORTED = """
+import signal, time
+for name in {names}:
+    try:
+        signal.raise_signal(signal.Signals[name])
+    except BaseException:
+        print("caught")
+    time.sleep(0.1)
+print("imported", flush=True)
+"""
+
+
+@pytest.mark.parametrize("then", ["signal.pause()", "pass"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_the_end_of_an_import_and_a_second_one_does_not(
+    name, then, tmp_path
+):
+    """A library may catch the exception, or turn it into an ImportError."""
+    status = 128 + signal.Signals[name]
+    (tmp_path / "library.py").write_text(IMPORTED.format(names=[name]))
     lines = [
-        "import signal",
-        "from qlora_jax.cli.output import exit_on_signals, signals_raise",
+        "import signal, sys",
+        "from qlora_jax.cli.output import report_stop, signals_raise",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
-        "exit_on_signals('qlora-jax')",
+        f"sys.path.insert(0, {str(tmp_path)!r})",
         "try:",
         "    with signals_raise():",
-        f"        signal.raise_signal(signal.{name})",
+        "        import library",
+        f"        {then}",
         "except BaseException as error:",
-        "    print(type(error).__name__, flush=True)",
-        "try:",
-        f"    signal.raise_signal(signal.{name})",
-        "except BaseException:",
-        "    pass",
-        "print('went on')",
+        "    sys.exit(report_stop('qlora-jax', error))",
     ]
-    raised = "KeyboardInterrupt" if name == "SIGINT" else "Terminated"
-    assert run_python("\n".join(lines)) == (
-        status,
-        f"{raised}\n",
-        f"\nqlora-jax: {how}.\n",
-    )
+    how = "interrupted" if name == "SIGINT" else "terminated"
+    expected = (status, "imported\n", f"qlora-jax: {how}.\n")
+    assert run_python("\n".join(lines)) == expected
+    (tmp_path / "library.py").write_text(IMPORTED.format(names=[name, name]))
+    expected = (status, "", "\nEnded during an import.\n")
+    assert run_python("\n".join(lines)) == expected
 
 
 @pytest.mark.parametrize(("status", "orderly"), [(130, 0), (143, 0), (1, 1), (0, 1)])

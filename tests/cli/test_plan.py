@@ -90,25 +90,23 @@ def test_a_run_file_is_planned_as_it_would_run_and_options_win(capsys, run_file)
     assert adapters < changed["device_bytes"]["adapters"] < 2 * adapters
 
 
-def test_a_card_without_bfloat16_is_planned_with_float16_and_told_so(
-    capsys, config_json
-):
+def test_a_card_without_bfloat16_is_planned_with_float16_and_noted(capsys, config_json):
     args = ("--model", config_json, "--gpu", "t4", "--max-length", "2048")
     report = planned(capsys, *args)
     assert (report["dtype"], report["attention"]) == ("float16", "xla")
     assert any("no bfloat16" in note for note in report["notes"])
     assert "use --dtype float16" in refused(capsys, *args, "--dtype", "bfloat16")
-    said = refused(capsys, *args, "--attention", "cudnn")
-    assert "compute capability 8.0 or newer, and this one has 7.5. Use 'auto'" in said
+    error = refused(capsys, *args, "--attention", "cudnn")
+    assert "compute capability 8.0 or newer, and this one has 7.5. Use 'auto'" in error
 
 
 def test_the_estimate_refuses_what_the_compiler_would(capsys, config_json, run_file):
     args = ("--model", config_json, "--gpu", "rtx-4090", "--max-length", "2048")
-    said = refused(capsys, *args, "--attention", "pallas", "--dtype", "float32")
-    assert "attention='pallas' cannot be used on rtx-4090: they compute in" in said
-    assert "not float32; they use instructions that only NVIDIA's Hopper has" in said
-    said = refused(capsys, *args, "--attention", "cudnn", "--packing", "True")
-    assert "takes neither segment ids nor padding masks. Use 'auto' or 'xla'" in said
+    error = refused(capsys, *args, "--attention", "pallas", "--dtype", "float32")
+    assert "attention='pallas' cannot be used on rtx-4090: they compute in" in error
+    assert "not float32; they use instructions that only NVIDIA's Hopper has" in error
+    error = refused(capsys, *args, "--attention", "cudnn", "--packing", "True")
+    assert "takes neither segment ids nor padding masks. Use 'auto' or 'xla'" in error
     assert planned(capsys, *args, "--attention", "cudnn")["attention"] == "cudnn"
 
 
@@ -116,19 +114,19 @@ def test_a_run_directory_is_planned_by_its_run_file(capsys, run_file, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(Path(run_file).read_text())
     args = ("--gpu", "l4")
-    whole = planned(capsys, str(run_file), *args)
-    assert planned(capsys, str(tmp_path / "run"), *args) == whole
+    expected = planned(capsys, str(run_file), *args)
+    assert planned(capsys, str(tmp_path / "run"), *args) == expected
 
 
 def test_several_devices_hold_less_each(capsys, config_json):
     args = ("--model", config_json, "--gpu", "l4", "--max-length", "2048")
     args += ("--batch-size", "8", "--remat", "full")
-    one = planned(capsys, *args)
+    single = planned(capsys, *args)
     eight = planned(capsys, *args, "--mesh.fsdp", "8")
     assert eight["mesh"] == {"fsdp": 8}
-    assert eight["device_bytes"]["base"] < one["device_bytes"]["base"] / 7
+    assert eight["device_bytes"]["base"] < single["device_bytes"]["base"] / 7
     assert eight["device_bytes"]["activations"] == (
-        one["device_bytes"]["activations"] / 8
+        single["device_bytes"]["activations"] / 8
     )
 
 
@@ -210,8 +208,8 @@ def test_memory_is_drawn(capsys, config_json, tmp_path):
     ("args", "message"),
     [
         (("--gpu", "rtx4090", "--max-length", "9"), "Did you mean `rtx-4090`"),
-        (("--max-length", "9"), "say for which card"),
-        (("--gpu", "h200"), "say how long rows are"),
+        (("--max-length", "9"), "Name the GPU: --gpu"),
+        (("--gpu", "h200"), "Give the length of the rows"),
         (("--gpu", "h200", "--max-length", "0"), "--max-length must be at least 1"),
         (("--gpu", "h200", "--max-length", "-5"), "--max-length must be at least 1"),
         (
@@ -224,7 +222,7 @@ def test_memory_is_drawn(capsys, config_json, tmp_path):
         ),
         (
             ("--gpu", "h200", "--max-length", "9", "--mesh.fsdp", "8"),
-            "`batch_size`=1 is no multiple of the 8 devices",
+            "`batch_size`=1 must be a multiple of the 8 devices",
         ),
         (
             ("--gpu", "h200", "--max-length", "9", "--mesh.data", "0"),
@@ -232,30 +230,30 @@ def test_memory_is_drawn(capsys, config_json, tmp_path):
         ),
     ],
 )
-def test_nonsense_is_refused(capsys, config_json, args, message):
+def test_settings_that_no_run_can_have_are_refused(capsys, config_json, args, message):
     error = refused(capsys, "--model", config_json, "--method", "estimate", *args)
     assert message in error
     assert error.startswith("qlora-jax plan: ")
 
 
 def test_a_model_is_needed(capsys, tmp_path):
-    assert "say which model" in refused(capsys, "--gpu", "h200", "--max-length", "9")
+    assert "Name the model" in refused(capsys, "--gpu", "h200", "--max-length", "9")
     missing = str(tmp_path / "nowhere")
     args = ("--model", missing, "--gpu", "h200", "--max-length", "9")
     assert "nowhere" in refused(capsys, *args)
 
 
-@pytest.mark.parametrize("place", ["nowhere/memory.png", "memory.txt"])
+@pytest.mark.parametrize("name", ["nowhere/memory.png", "memory.txt"])
 def test_a_picture_that_cannot_be_drawn_is_refused_first(
-    capsys, config_json, tmp_path, place
+    capsys, config_json, tmp_path, name
 ):
     args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
-    assert cli.main([*args, "--plot", str(tmp_path / place)]) == 1
-    said = capsys.readouterr()
-    assert "`plot`" in said.err and not said.out
+    assert cli.main([*args, "--plot", str(tmp_path / name)]) == 1
+    error = capsys.readouterr()
+    assert "`plot`" in error.err and not error.out
 
 
-def test_what_a_policy_means_for_a_run_file_is_said(capsys, config_json):
+def test_a_policy_is_printed_as_settings_of_a_run_file(capsys, config_json):
     args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
     assert cli.main([*args, "--method", "estimate", "--remat", "offload"]) == 0
     assert '  remat = "offload"\n' in capsys.readouterr().out

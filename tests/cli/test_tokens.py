@@ -36,9 +36,9 @@ def report(capsys, *args) -> dict:
 def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, capsys):
     path, bad, unused = damaged
     data = ["--data.path", tmp_path / "text.txt"]
-    found = report(capsys, path, *data)
-    assert found["untrained_rows"] == {"embed_tokens": 2}
-    (named,) = found["untrained_and_used"]["embed_tokens"]
+    untrained = report(capsys, path, *data)
+    assert untrained["untrained_rows"] == {"embed_tokens": 2}
+    (named,) = untrained["untrained_and_used"]["embed_tokens"]
     assert named.startswith(f"{bad} ")
     # Nothing of the tokenizer's own is untrained.
     assert report(capsys, path)["untrained_and_used"] == {"embed_tokens": []}
@@ -64,8 +64,8 @@ def test_with_nothing_to_repair_the_model_is_written_as_it_is(
     assert main([str(a) for a in args]) == 0
     err = capsys.readouterr().err
     assert "Note: no token that is used has an untrained row" in err
-    one, two = (d / "model.safetensors" for d in (source, out))
-    assert one.read_bytes() == two.read_bytes()
+    before, after = (d / "model.safetensors" for d in (source, out))
+    assert before.read_bytes() == after.read_bytes()
 
 
 def test_new_tokens_get_rows_and_names(shared_data, tmp_path, capsys):
@@ -103,14 +103,16 @@ def test_options_that_do_not_go_together(
 
 
 def test_a_model_without_tokenizer(llama_dir, tmp_path, capsys):
-    found = report(capsys, llama_dir)
-    assert found["tokenizer_size"] is None and found["tokens_used"] == 0
+    untrained = report(capsys, llama_dir)
+    assert untrained["tokenizer_size"] is None and untrained["tokens_used"] == 0
     options = ["--add", "<x>", "--output-dir", str(tmp_path / "out")]
     assert main(["tokens", str(llama_dir), *options]) == 1
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_a_run_says_so(damaged, tmp_path, capsys):
+def test_a_run_warns_of_untrained_tokens_unless_their_rows_are_trained(
+    damaged, tmp_path, capsys
+):
     path, bad, _ = damaged
     shutil.copy(tmp_path / "text.txt", tmp_path / "more.txt")
     args = ["train", "--model.path", path, "--data.path", tmp_path / "more.txt"]

@@ -24,8 +24,9 @@ os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import _generate, _Program
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling import Values
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.models.config import LlamaConfig
@@ -55,7 +56,7 @@ def lower(request: dict[str, Any]) -> jax.stages.Lowered:
     # The adapters as they are trained: one rank and scaling for all.
     variables = {"params": base, "lora": abstract_adapters(base, lora)}
     rows = jax.ShapeDtypeStruct((request["batch"], request["length"]), jnp.int32)
-    values = jax.eval_shape(Sampling().values)
+    values = jax.eval_shape(lambda: Values.of(Sampling()))
     arguments = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
         (variables, rows, rows, values),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.batches import Batches, eval_batches, prefetch
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 PAD = 7
@@ -57,7 +58,7 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 37).tolist()
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_batch_depends_on_its_index_alone(tmp_path, packing):
+def test_a_batch_depends_only_on_its_index(tmp_path, packing):
     config = dict(packing=packing, max_length=64, seed=3)
     straight = batches_of(tmp_path, LENGTHS, 3, 2, steps=40, **config)
     expected = list(straight)
@@ -121,14 +122,14 @@ def test_fewer_rows_than_a_batch_repeat(tmp_path):
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 19), (0.5, 5), (0.01, 1)])
-def test_epochs_are_rounded_up_to_a_whole_batch(tmp_path, epochs, steps):
+def test_epochs_are_rounded_up_to_a_full_batch(tmp_path, epochs, steps):
     batches = batches_of(tmp_path, LENGTHS, 2, 2, epochs=epochs)
     assert batches.steps_per_epoch == 9.25
     assert len(batches) == steps
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_tokens_of_a_batch_are_those_that_are_no_padding(tmp_path, packing):
+def test_tokens_counts_what_is_not_padding(tmp_path, packing):
     batches = batches_of(
         tmp_path, LENGTHS, 3, 2, packing=packing, max_length=64, epochs=2
     )
@@ -136,13 +137,13 @@ def test_the_tokens_of_a_batch_are_those_that_are_no_padding(tmp_path, packing):
         assert batches.tokens(index) == (batches[index]["tokens"] != PAD).sum()
 
 
-def test_the_end(tmp_path):
+def test_batches_end_after_their_steps(tmp_path):
     batches = batches_of(tmp_path, [2, 3], steps=2)
     with pytest.raises(IndexError, match="batch 2 of 2"):
         batches[2]
     endless = batches_of(tmp_path, [2, 3])
     endless[10_000]
-    with pytest.raises(TypeError, match="no end; give `steps` or `epochs`"):
+    with pytest.raises(TypeError, match="no end; set `steps` or `epochs`"):
         len(endless)
     with pytest.raises(IndexError, match="batch -1 of endlessly many"):
         endless[-1]
@@ -233,35 +234,36 @@ def test_prefetch_gives_the_same_batches_in_order(tmp_path):
     assert not threads()
 
 
+class Numbered:
+    """Batches that hold their index; records which are made."""
+
+    def __init__(self, bad_index=None):
+        self.made, self._bad_index = [], bad_index
+
+    def __getitem__(self, index):
+        if index == self._bad_index:
+            raise UserError(f"row {index} is bad")
+        self.made.append(index)
+        return {"tokens": np.array([index], np.int32)}
+
+
 def test_prefetch_works_ahead_by_its_depth():
-    made = []
-
-    class Source:
-        def __getitem__(self, index):
-            made.append(index)
-            return {"tokens": np.array([index], np.int32)}
-
-    stream = prefetch(Source(), 0, 100, depth=3)
-    assert made == []  # nothing runs before the first batch is asked for
+    batches = Numbered()
+    stream = prefetch(batches, 0, 100, depth=3)
+    assert batches.made == []  # nothing runs before the first batch is due
     next(stream)
     deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:
+    while len(batches.made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert made == [0, 1, 2, 3]
+    assert batches.made == [0, 1, 2, 3]
     stream.close()
 
 
 def test_prefetch_raises_where_the_batch_is_due():
-    class Source:
-        def __getitem__(self, index):
-            if index == 3:
-                raise UserError("row 3 is bad")
-            return {"tokens": np.array([index], np.int32)}
-
     seen = []
     with pytest.raises(UserError, match="row 3 is bad"):
-        for batch in prefetch(Source(), 0, 10):
+        for batch in prefetch(Numbered(bad_index=3), 0, 10):
             seen.append(int(batch["tokens"][0]))
     assert seen == [0, 1, 2]
     assert not threads()

@@ -1,5 +1,6 @@
-"""The memory-mapped cache: the same examples, made once, whole or not at all."""
+"""The memory-mapped cache: the same examples, built once, complete or not at all."""
 
+import dataclasses
 import gzip
 import json
 import multiprocessing
@@ -12,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data import examples
 from qlora_jax.data.arrays import MappedExamples
@@ -23,20 +22,6 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def byte_tokenizer(eos="</s>"):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<s>", "</s>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token=eos
-    )
-
-
-TOKENIZER = byte_tokenizer()
 
 
 @pytest.fixture
@@ -57,37 +42,48 @@ def config_of(path, cache=None, **more):
     )
 
 
-def load(config, tokenizer=TOKENIZER, **more):
-    return load_examples(config, tokenizer, vocab_size=300, **more)
+@pytest.fixture
+def load(tokenizer):
+    def load(config, tokenizer=tokenizer, vocab_size=300, **more):
+        return load_examples(config, tokenizer, vocab_size=vocab_size, **more)
+
+    return load
 
 
 def caches(directory):
     return sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
 
 
+def counting(make_encoder, counts, delay=0.0):
+    """`make_encoder` whose encoders record the rows of each call."""
+
+    def make(*args, **options):
+        encoder = make_encoder(*args, **options)
+
+        def encode(rows):
+            counts.append(len(rows))
+            time.sleep(delay)
+            return encoder.encode(rows)
+
+        return dataclasses.replace(encoder, encode=encode)
+
+    return make
+
+
 @pytest.fixture
-def count_encodings(monkeypatch):
-    """Counts how often rows are tokenized."""
-    made = []
-    real = examples.make_encoder
-
-    def counting(*args, **options):
-        encoder = real(*args, **options)
-        encode = encoder.encode
-        object.__setattr__(
-            encoder, "encode", lambda rows: made.append(len(rows)) or encode(rows)
-        )
-        return encoder
-
-    monkeypatch.setattr(examples, "make_encoder", counting)
-    return made
+def encoded(monkeypatch):
+    """The number of rows of each call of an encoder."""
+    counts = []
+    make = counting(examples.make_encoder, counts)
+    monkeypatch.setattr(examples, "make_encoder", make)
+    return counts
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_examples_are_those_in_memory(tmp_path, rows, packing):
+def test_cached_examples_equal_those_in_memory(load, tmp_path, rows, packing):
     plain = load(config_of(rows, packing=packing))
     config = config_of(rows, tmp_path / "cache", packing=packing)
-    for _ in range(2):  # made, then found
+    for _ in range(2):  # built, then read
         stored = load(config)
         assert isinstance(stored, MappedExamples)
         assert stored.report == plain.report
@@ -106,48 +102,47 @@ def test_the_examples_are_those_in_memory(tmp_path, rows, packing):
                 np.testing.assert_array_equal(ours[index][key], values)
 
 
-def test_rows_are_tokenized_once(tmp_path, rows, count_encodings):
+def test_rows_are_tokenized_once(load, tmp_path, rows, encoded):
     config = config_of(rows, tmp_path / "cache")
     load(config)
-    assert sum(count_encodings) == 700
+    assert sum(encoded) == 700
     load(config)
     moved = rows.rename(tmp_path / "elsewhere.jsonl")
     load(config_of(moved, tmp_path / "cache"))
-    assert sum(count_encodings) == 700
+    assert sum(encoded) == 700
 
 
-def test_another_order_needs_no_tokenizing_but_has_its_own_fingerprint(
-    tmp_path, rows, count_encodings
+def test_another_order_reuses_the_cache_under_another_fingerprint(
+    load, tmp_path, rows, encoded
 ):
     load(config_of(rows, tmp_path / "cache"))
     for more in ({"seed": 5}, {"shuffle": False}):
+        expected = load(config_of(rows, **more)).report.fingerprint
+        encoded.clear()
         stored = load(config_of(rows, tmp_path / "cache", **more))
-        assert sum(count_encodings) == 700
-        assert (
-            stored.report.fingerprint
-            == load(config_of(rows, **more)).report.fingerprint
-        )
-        count_encodings.clear()
-        count_encodings.append(700)
+        assert not encoded
+        assert stored.report.fingerprint == expected
 
 
-def test_whatever_changes_the_tokens_makes_another_cache(tmp_path, rows):
+def test_whatever_changes_the_tokens_makes_another_cache(
+    load, byte_tokenizer, tmp_path, rows
+):
     cache = tmp_path / "cache"
     load(config_of(rows, cache))
     for more in ({"max_length": 20}, {"train_on": "all"}, {"append_eos": False}):
         load(config_of(rows, cache, **more))
     load(config_of(rows, cache), byte_tokenizer(eos="<s>"))
-    load_examples(config_of(rows, cache), TOKENIZER, vocab_size=301)
+    load(config_of(rows, cache), vocab_size=301)
     rows.write_text(rows.read_text() + "\n" + '{"prompt": "a", "completion": "b"}')
     load(config_of(rows, cache))
     assert len(caches(cache)) == 7
 
 
-def test_a_chat_template_is_part_of_the_key(tmp_path):
+def test_a_chat_template_is_part_of_the_key(load, tokenizer, tmp_path):
     path, template = tmp_path / "chat.jsonl", tmp_path / "t.jinja"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text(json.dumps({"messages": turns}))
-    found = []
+    tokens = []
     for end in ("!", "?"):
         template.write_text(
             "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "{% endfor %}"
@@ -156,14 +151,14 @@ def test_a_chat_template_is_part_of_the_key(tmp_path):
         config = config_of(
             path, tmp_path / "c", format="messages", chat_template=str(template)
         )
-        found.append(load(config)[0][0].tolist())
-    assert found == [
-        TOKENIZER.encode(text)
+        tokens.append(load(config)[0][0].tolist())
+    assert tokens == [
+        tokenizer.encode(text, add_special_tokens=False)
         for text in ("user:a!assistant:b!", "user:a?assistant:b?")
     ]
 
 
-def test_every_source_of_a_mixture_has_its_own(tmp_path, rows, count_encodings):
+def test_each_source_of_a_mixture_has_a_cache(load, tmp_path, rows, encoded):
     other = tmp_path / "other.jsonl.gz"
     other.write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 9))
     sources = (Source(path=str(rows), weight=3), Source(path=str(other), weight=1))
@@ -175,37 +170,40 @@ def test_every_source_of_a_mixture_has_its_own(tmp_path, rows, count_encodings):
     stored = load(mixture(tmp_path / "cache"))
     assert len(caches(tmp_path / "cache")) == 2
     assert stored.report == load(mixture(None)).report
-    count_encodings.clear()
+    encoded.clear()
     load(mixture(tmp_path / "cache", seed=4))
-    assert not count_encodings
+    assert not encoded
 
 
 @pytest.mark.parametrize("what", ["tokens.i4", "meta.json", "labels.i4"])
-def test_a_damaged_cache_is_made_again(tmp_path, rows, what, count_encodings):
+def test_a_damaged_cache_is_made_again(load, tmp_path, rows, what, encoded):
     config = config_of(rows, tmp_path / "cache")
     expected = load(config).report
-    (place,) = (tmp_path / "cache" / name for name in caches(tmp_path / "cache"))
-    (place / what).write_bytes((place / what).read_bytes()[:-7])
+    (entry,) = (tmp_path / "cache" / name for name in caches(tmp_path / "cache"))
+    (entry / what).write_bytes((entry / what).read_bytes()[:-7])
     assert load(config).report == expected
-    assert sum(count_encodings) == 1400
+    assert sum(encoded) == 1400
 
 
-def test_rows_that_cannot_be_used_leave_nothing_behind(tmp_path, rows):
+def test_rows_that_cannot_be_used_leave_nothing_behind(load, tmp_path, rows):
     rows.write_text(rows.read_text() + '\n{"prompt": 3, "completion": ""}')
-    with pytest.raises(UserError, match=r":701: field `prompt` must be text"):
+    with pytest.raises(UserError, match=r":701: field `prompt` must be a string"):
         load(config_of(rows, tmp_path / "cache"))
     assert caches(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.partial"))
 
 
-def test_a_killed_process_leaves_what_the_next_one_clears(tmp_path, rows):
+def test_the_next_process_clears_what_a_killed_process_left(
+    load, tokenizer, tmp_path, rows
+):
     cache = tmp_path / "cache"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     program = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "tests" / "data")!r})
 import os, signal
-import test_cache
+from transformers import PreTrainedTokenizerFast
 from qlora_jax.data import arrays
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.examples import load_examples
 real = arrays.Sink.add
 count = 0
 def add(self, tokens, labels):
@@ -216,7 +214,8 @@ def add(self, tokens, labels):
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, tokens, labels)
 arrays.Sink.add = add
-test_cache.load(test_cache.config_of({str(rows)!r}, {str(cache)!r}))
+tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
+load_examples({config_of(rows, cache)!r}, tokenizer, vocab_size=300)
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -232,52 +231,39 @@ test_cache.load(test_cache.config_of({str(rows)!r}, {str(cache)!r}))
     assert not list(cache.glob(".*.partial")) and len(caches(cache)) == 1
 
 
-def _load_slowly(path, cache, queue):
-    made = []
-    real = examples.make_encoder
-
-    def counting(*args, **options):
-        encoder = real(*args, **options)
-        encode = encoder.encode
-
-        def slow(rows):
-            made.append(len(rows))
-            time.sleep(0.2)
-            return encode(rows)
-
-        object.__setattr__(encoder, "encode", slow)
-        return encoder
-
-    examples.make_encoder = counting
-    report = load(config_of(path, cache)).report
-    queue.put((sum(made), report.fingerprint))
+def _load_slowly(config, tokenizer, queue):
+    counts = []
+    examples.make_encoder = counting(examples.make_encoder, counts, delay=0.2)
+    report = load_examples(config, tokenizer, vocab_size=300).report
+    queue.put((sum(counts), report.fingerprint))
 
 
-def test_processes_that_start_together_tokenize_once(tmp_path, rows):
+def test_processes_that_start_together_tokenize_once(tokenizer, tmp_path, rows):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
+    config = config_of(rows, tmp_path / "cache")
     processes = [
-        context.Process(target=_load_slowly, args=(rows, tmp_path / "cache", queue))
+        context.Process(target=_load_slowly, args=(config, tokenizer, queue))
         for _ in range(2)
     ]
     for process in processes:
         process.start()
-    found = [queue.get(timeout=120) for _ in processes]
+    results = [queue.get(timeout=120) for _ in processes]
     for process in processes:
         process.join()
-    assert sorted(count for count, _ in found) == [0, 700]
-    assert len({fingerprint for _, fingerprint in found}) == 1
+    assert sorted(count for count, _ in results) == [0, 700]
+    assert len({fingerprint for _, fingerprint in results}) == 1
 
 
-def test_auto_is_beside_the_run(tmp_path, rows):
+def test_auto_is_named_after_the_run_directory(load, tmp_path, rows):
     config = config_of(rows, "auto")
     load(config, run_directory=tmp_path / "run")
     assert len(caches(tmp_path / "run.data")) == 1
-    with pytest.raises(UserError, match="'auto' is beside the directory of a run, and"):
+    with pytest.raises(UserError, match="'auto' is named after a run directory"):
         load(config)
 
 
-def test_a_cache_that_cannot_be_written_says_so(tmp_path, rows):
+def test_a_cache_that_cannot_be_written_is_refused(load, tmp_path, rows):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError, match="`data.cache`: cannot write .* 8 bytes a token"

@@ -1,10 +1,10 @@
 """Assistant spans, against the text, the tokens and HF's `{% generation %}` masks."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.chat import ChatRenderer, to_messages
@@ -50,19 +50,10 @@ CONVERSATION = [
 ]
 
 
-def byte_tokenizer(template=None):
-    """One token a byte, and the special tokens: every text survives a round trip."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    )
-    wrapped.chat_template = template
-    return wrapped
+@pytest.fixture
+def chat_tokenizer(byte_tokenizer):
+    """A function that makes a tokenizer with a chat template."""
+    return functools.partial(byte_tokenizer, specials=SPECIALS)
 
 
 def supervised_texts(text, spans):
@@ -70,17 +61,17 @@ def supervised_texts(text, spans):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(name):
+def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(chat_tokenizer, name):
     template, end = TEMPLATES[name]
-    text, spans = ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+    text, spans = ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
     second = CONVERSATION[3]["content"]
     second = second.strip() if name == "llama-3" else second  # it trims contents
     expected = [CONVERSATION[1]["content"] + end, second + end]
     assert supervised_texts(text, spans) == expected
 
 
-def test_labels_agree_with_generation_marks():
-    tokenizer = byte_tokenizer(CHATML)
+def test_labels_agree_with_generation_marks(chat_tokenizer):
+    tokenizer = chat_tokenizer(template=CHATML)
     text, spans = ChatRenderer(tokenizer).spans(CONVERSATION)
     (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
     hf = tokenizer.apply_chat_template(
@@ -91,39 +82,39 @@ def test_labels_agree_with_generation_marks():
     assert 0 < sum(hf["assistant_masks"]) < len(hf["assistant_masks"])
 
 
-def test_a_conversation_without_assistant_has_no_span():
-    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(CONVERSATION[:1])
+def test_a_conversation_without_assistant_has_no_span(chat_tokenizer):
+    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(CONVERSATION[:1])
     assert text == "<|im_start|>user\nHi there<|im_end|>\n" and spans == []
 
 
-def test_an_empty_answer_supervises_its_end_of_turn():
+def test_an_empty_answer_supervises_its_end_of_turn(chat_tokenizer):
     turns = [CONVERSATION[0], {"role": "assistant", "content": ""}]
-    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(turns)
+    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(turns)
     assert supervised_texts(text, spans) == ["<|im_end|>"]
 
 
-def test_the_template_file_takes_the_place_of_the_tokenizers(tmp_path):
+def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text(TEMPLATES["plain"][0])
-    tokenizer = byte_tokenizer("{{ raise_exception('not this one') }}")
+    tokenizer = chat_tokenizer(template="{{ raise_exception('not this one') }}")
     text = ChatRenderer(tokenizer, str(path)).text(CONVERSATION[:1])
     assert text == "user: Hi there\n"
 
 
-def test_dated_templates_give_the_same_text_every_day():
+def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
     llama32 = (
         "{% if not date_string is defined %}"
         "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
         "Today: {{ date_string }}"
     )
-    text = ChatRenderer(byte_tokenizer(llama32)).text(CONVERSATION)
+    text = ChatRenderer(chat_tokenizer(template=llama32)).text(CONVERSATION)
     assert text == "Today: 26 Jul 2024"
 
 
-def test_tools_and_tool_calls_reach_the_template():
+def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):
     template = "{{ tools[0].name }}{{ messages[0].tool_calls[0] }}"
     row = {"messages": [{"role": "assistant", "content": None, "tool_calls": ["call"]}]}
-    renderer = ChatRenderer(byte_tokenizer(template))
+    renderer = ChatRenderer(chat_tokenizer(template=template))
     text = renderer.text(to_messages(row, "r"), tools=[{"name": "t"}])
     assert text == "tcall"
 
@@ -131,7 +122,7 @@ def test_tools_and_tool_calls_reach_the_template():
 # --- templates that cannot be labelled ---
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer):
     strips = (
         "{% for m in messages %}<{{ m.role }}>"
         "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}"
@@ -140,50 +131,65 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     turns = [dict(turn) for turn in CONVERSATION]
     turns[1]["content"] = "hmm</think>yes"
     with pytest.raises(UserError, match=r"f:3: .* turn 2 differently once other turns"):
-        ChatRenderer(byte_tokenizer(strips)).spans(turns, where="f:3")
+        ChatRenderer(chat_tokenizer(template=strips)).spans(turns, where="f:3")
 
 
-def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused():
+def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused(chat_tokenizer):
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant><think>{% endif %}"
     )
     with pytest.raises(UserError, match=r"generation prompt \('.*<think>'\) is not"):
-        ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+        ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
 
 
-def test_a_refusal_of_the_template_names_the_row():
-    renderer = ChatRenderer(byte_tokenizer(TEMPLATES["mistral"][0]))
-    turns = [{"role": "system", "content": "x"}]
-    with pytest.raises(UserError, match=r"f:7: .* \(system\): no such role"):
-        renderer.text(turns, where="f:7")
-
-
-def test_a_row_the_template_cannot_print_names_the_row():
-    renderer = ChatRenderer(byte_tokenizer("{{ 'a' + messages[0].tool_calls[0] }}"))
-    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}
-    with pytest.raises(UserError, match=r"f:7: .* \(assistant\): can only concatenate"):
-        renderer.text(to_messages(row, "f:7"), where="f:7")
+@pytest.mark.parametrize(
+    ("template", "turn", "message"),
+    [
+        (
+            TEMPLATES["mistral"][0],
+            {"role": "system", "content": "x"},
+            r"f:7: .* \(system\): no such role",
+        ),
+        (
+            "{{ 'a' + messages[0].tool_calls[0] }}",
+            {"role": "assistant", "content": None, "tool_calls": [1]},
+            r"f:7: .* \(assistant\): can only concatenate",
+        ),
+    ],
+)
+def test_turns_that_the_template_cannot_render_name_the_row(
+    chat_tokenizer, template, turn, message
+):
+    renderer = ChatRenderer(chat_tokenizer(template=template))
+    with pytest.raises(UserError, match=message):
+        renderer.text(to_messages({"messages": [turn]}, "f:7"), where="f:7")
 
 
 @pytest.mark.parametrize("template", [None, ""])
-def test_without_a_template_the_error_says_where_to_get_one(template):
+def test_the_error_for_a_missing_template_says_where_to_get_it(
+    chat_tokenizer, template
+):
     with pytest.raises(UserError, match=r"no chat template.*`chat_template\.jinja`"):
-        ChatRenderer(byte_tokenizer(template))
+        ChatRenderer(chat_tokenizer(template=template))
 
 
-def test_a_template_that_is_no_template_is_refused_once(tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer's chat template is no valid.*: l"):
-        ChatRenderer(byte_tokenizer("{% for m in messages %}{{ m['role'] "))
+def test_a_template_with_a_syntax_error_is_refused_once(chat_tokenizer, tmp_path):
+    with pytest.raises(
+        UserError, match=r"tokenizer's chat template is not a valid.*: l"
+    ):
+        ChatRenderer(chat_tokenizer(template="{% for m in messages %}{{ m['role'] "))
     file = tmp_path / "chat.jinja"
     file.write_text("line\n{% nonsense %}")
-    with pytest.raises(UserError, match=r"chat\.jinja is no valid Jinja .* line 2: "):
-        ChatRenderer(byte_tokenizer(), str(file))
+    with pytest.raises(
+        UserError, match=r"chat\.jinja is not a valid Jinja .* line 2: "
+    ):
+        ChatRenderer(chat_tokenizer(), str(file))
 
 
-def test_a_template_file_that_is_not_there(tmp_path):
+def test_a_missing_template_file_is_refused(chat_tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
-        ChatRenderer(byte_tokenizer(CHATML), str(tmp_path / "absent.jinja"))
+        ChatRenderer(chat_tokenizer(template=CHATML), str(tmp_path / "absent.jinja"))
 
 
 # --- rows to messages ---
@@ -206,7 +212,7 @@ def test_sharegpt_becomes_messages():
     ]
 
 
-def test_messages_are_kept_as_they_are():
+def test_messages_are_kept_unchanged():
     assert to_messages({"messages": CONVERSATION}, "r") == CONVERSATION
 
 
@@ -218,11 +224,11 @@ def test_messages_are_kept_as_they_are():
         ({"messages": []}, r"`messages` must be a non-empty list .* an empty list"),
         ({"messages": {}}, r"`messages` must be a non-empty list .* got dict"),
         ({"messages": ["hi"]}, r"turn 1 of `messages` must be an object, got str"),
-        ({"messages": [{"content": "x"}]}, r"needs a text `role` .* `content`"),
-        ({"messages": [{"role": "user"}]}, r"needs a text `content` .* got NoneType"),
+        ({"messages": [{"content": "x"}]}, r"needs a string `role` .* `content`"),
+        ({"messages": [{"role": "user"}]}, r"needs a string `content` .* got NoneType"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"turn 1 of `messages` \(user\) needs a text `content` .* got list",
+            r"turn 1 of `messages` \(user\) needs a string `content` .* got list",
         ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
@@ -231,7 +237,7 @@ def test_messages_are_kept_as_they_are():
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"is `from` \['gpt'\]"),
         (
             {"conversations": [{"from": "human", "text": "x"}]},
-            r"needs a text `content` \(ShareGPT: `value`\), got NoneType",
+            r"needs a string `content` \(ShareGPT: `value`\), got NoneType",
         ),
     ],
 )
@@ -296,7 +302,7 @@ MARKED = (
 
 @pytest.mark.parametrize("trim", ["", "-"])
 @pytest.mark.parametrize("gap", ["", " ", "\n", "\n   "])
-def test_marks_change_no_white_space_of_the_text(trim, gap):
+def test_marks_change_no_white_space_of_the_text(chat_tokenizer, trim, gap):
     parts = (
         *("{% for m in messages %}", gap, "[", gap),
         *("{%", trim, " generation ", trim, "%}", gap, "{{ m.content }}", gap),
@@ -305,7 +311,7 @@ def test_marks_change_no_white_space_of_the_text(trim, gap):
     template = "".join(parts)
     # HF's mask leaves out the last bytes of a character that is several tokens.
     turns = [{**turn, "content": ascii(turn["content"])} for turn in CONVERSATION]
-    tokenizer = byte_tokenizer(template)
+    tokenizer = chat_tokenizer(template=template)
     renderer = ChatRenderer(tokenizer)
     text, spans = renderer.spans(turns)
     assert text == renderer.text(turns)
@@ -317,10 +323,12 @@ def test_marks_change_no_white_space_of_the_text(trim, gap):
     assert (encoded.labels != IGNORE).astype(int).tolist() == hf["assistant_masks"]
 
 
-def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks():
+def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks(
+    chat_tokenizer,
+):
     turns = [dict(turn) for turn in CONVERSATION]
     turns[1]["thinking"], turns[3]["thinking"] = "hm", "so"
-    renderer = ChatRenderer(byte_tokenizer(MARKED))
+    renderer = ChatRenderer(chat_tokenizer(template=MARKED))
     assert renderer.has_marks
     text, spans = renderer.spans(turns)
     first, second = turns[1]["content"], turns[3]["content"]
@@ -330,31 +338,31 @@ def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks():
     ]
     # Without the marks, the same template cannot be labelled.
     bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
-    unmarked = ChatRenderer(byte_tokenizer(bare))
+    unmarked = ChatRenderer(chat_tokenizer(template=bare))
     assert not unmarked.has_marks
     with pytest.raises(UserError, match="writes turn 2 differently once other turns"):
         unmarked.spans(turns)
 
 
-def test_marks_of_what_is_not_the_whole_turn_are_taken_as_they_are():
+def test_marks_may_cover_part_of_a_turn(chat_tokenizer):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}"
         "{{ m.content }}{% endgeneration %}</s>{% else %}U:{{ m.content }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    text, spans = ChatRenderer(byte_tokenizer(template)).spans(CONVERSATION)
+    text, spans = ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
     assert supervised_texts(text, spans) == [
         CONVERSATION[1]["content"],
         CONVERSATION[3]["content"],
     ]
 
 
-def test_private_characters_in_the_text_are_no_marks():
+def test_private_characters_in_the_text_are_no_marks(chat_tokenizer):
     turns = [
         {"role": "user", "content": "\ue000 and \ue001"},
         {"role": "assistant", "content": "\ue000"},
     ]
-    text, spans = ChatRenderer(byte_tokenizer(CHATML)).spans(turns)
+    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(turns)
     assert supervised_texts(text, spans) == ["\ue000<|im_end|>"]
     assert "\ue000 and \ue001" in text
 
@@ -368,8 +376,8 @@ def test_private_characters_in_the_text_are_no_marks():
         "{% endgeneration %}{% endfor %}{% endset %}{{ x[1:] }}",
     ],
 )
-def test_marks_that_cannot_be_followed_are_refused(template):
-    renderer = ChatRenderer(byte_tokenizer(template))
+def test_marks_that_cannot_be_followed_are_refused(chat_tokenizer, template):
+    renderer = ChatRenderer(chat_tokenizer(template=template))
     with pytest.raises(
         UserError, match=r"row 7: .* blocks do not mark its text plainly"
     ):

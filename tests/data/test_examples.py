@@ -1,84 +1,17 @@
-"""Rows to examples: what is read, what is supervised, what is refused."""
+"""Rows to examples: reading, supervision, length, refusals, fingerprints."""
 
-import dataclasses
 import json
 import time
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import DataConfig, load_examples
+from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
-
-VOCAB = 300
-
-
-def byte_tokenizer(merges=(), bos="<s>", eos="</s>"):
-    """One token a byte but for the merges, BOS put first by the tokenizer itself."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<s>", "</s>", *alphabet, *(a + b for a, b in merges)]
-    vocab = {token: i for i, token in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos
-    )
-
-
-TOKENIZER = byte_tokenizer()
-
-
-class WithoutOffsets:
-    """A tokenizer of the slow kind: ids alone."""
-
-    is_fast = False
-    eos_token_id = 1
-    bos_token_id = 0
-    all_special_tokens = ("<s>", "</s>")
-
-    def __call__(self, text, **options):
-        assert not options.pop("return_offsets_mapping", False)
-        return TOKENIZER(text, **options)
-
-
-@pytest.fixture(scope="session")
-def mistral(shared_data):
-    return PreTrainedTokenizerFast.from_pretrained(
-        shared_data / "tokenizers" / "mistral-v1-32000"
-    )
-
-
-def write(tmp_path, rows, name="data.jsonl"):
-    path = tmp_path / name
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return str(path)
-
-
-def load(path, tokenizer=TOKENIZER, vocab_size=VOCAB, **config):
-    return load_examples(
-        DataConfig(path=path, **config), tokenizer, vocab_size=vocab_size
-    )
-
-
-def decoded(examples, index=0, tokenizer=TOKENIZER):
-    """The text of an example, and of its supervised tokens."""
-    tokens, labels = examples[index]
-    supervised = labels != IGNORE
-    np.testing.assert_array_equal(labels[supervised], tokens[supervised])
-    return tokenizer.decode(tokens), tokenizer.decode(labels[supervised])
-
 
 # --- prompt and completion ---
 
@@ -98,9 +31,12 @@ def decoded(examples, index=0, tokenizer=TOKENIZER):
         ("2 2", "2"),  # the answer occurs in the prompt: no searching finds it
     ],
 )
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, WithoutOffsets()])
-def test_labels_are_the_completion_and_eos(tmp_path, prompt, completion, tokenizer):
-    path = write(tmp_path, [{"prompt": prompt, "completion": completion}])
+@pytest.mark.parametrize("name", ["tokenizer", "slow_tokenizer"])
+def test_labels_are_the_completion_and_eos(
+    write, load, decoded, request, prompt, completion, name
+):
+    path = write([{"prompt": prompt, "completion": completion}])
+    tokenizer = request.getfixturevalue(name)
     examples = load(path, tokenizer, format="prompt_completion")
     text, supervised = decoded(examples)
     assert text == f"<s>{prompt}{completion}</s>"
@@ -108,80 +44,86 @@ def test_labels_are_the_completion_and_eos(tmp_path, prompt, completion, tokeniz
     assert examples.report.straddling_rows == 0
 
 
-def test_a_token_across_the_boundary_is_supervised_and_counted(tmp_path):
+def test_a_token_across_the_boundary_is_supervised_and_counted(
+    write, load, decoded, byte_tokenizer
+):
     tokenizer = byte_tokenizer(merges=[("Ġ", "2")])
-    path = write(tmp_path, [{"prompt": "Q: ", "completion": "2!"}] * 2)
+    path = write([{"prompt": "Q: ", "completion": "2!"}] * 2)
     examples = load(path, tokenizer, format="prompt_completion")
     assert decoded(examples, 1, tokenizer) == ("<s>Q: 2!</s>", " 2!</s>")
     assert examples.report.straddling_rows == 2
     assert "2 rows have a token across" in examples.report.summary()
 
 
-def test_templates_fill_prompt_and_completion_from_fields(tmp_path):
-    row = {"question": "{why}?", "n": 3, "turns": ["a", "b"]}
-    examples = load(
-        write(tmp_path, [row]),
-        format="prompt_completion",
-        prompt="{{Q}} {question} {n}\n",
-        completion="{turns[1]}",
-    )
-    assert decoded(examples) == ("<s>{Q} {why}? 3\nb</s>", "b</s>")
-
-
-def test_a_constant_prompt_is_fine(tmp_path):
-    path = write(tmp_path, [{"completion": "x"}])
-    examples = load(path, format="prompt_completion", prompt="Go: ")
-    assert decoded(examples) == ("<s>Go: x</s>", "x</s>")
-
-
-def test_train_on_all_supervises_the_prompt_too(tmp_path):
-    path = write(tmp_path, [{"prompt": "ab", "completion": "c"}])
-    examples = load(path, format="prompt_completion", train_on="all")
-    assert decoded(examples) == ("<s>abc</s>", "abc</s>")
-    assert examples.report.supervised_tokens == 4
+@pytest.mark.parametrize(
+    ("row", "config", "expected"),
+    [
+        (
+            {"question": "{why}?", "n": 3, "turns": ["a", "b"]},
+            {"prompt": "{{Q}} {question} {n}\n", "completion": "{turns[1]}"},
+            ("<s>{Q} {why}? 3\nb</s>", "b</s>"),
+        ),
+        ({"completion": "x"}, {"prompt": "Go: "}, ("<s>Go: x</s>", "x</s>")),
+        (
+            {"prompt": "ab", "completion": "c"},
+            {"train_on": "all"},
+            ("<s>abc</s>", "abc</s>"),
+        ),
+    ],
+)
+def test_templates_fill_the_fields_and_train_on_all_supervises_the_prompt(
+    write, load, decoded, row, config, expected
+):
+    examples = load(write([row]), format="prompt_completion", **config)
+    assert decoded(examples) == expected
+    assert examples.report.supervised_tokens == len(expected[1].replace("</s>", "."))
 
 
 # --- BOS and EOS ---
 
 
-@pytest.mark.parametrize("text", ["hello", "<s>hello"])
-def test_bos_stands_once(tmp_path, text):
-    examples = load(write(tmp_path, [{"text": text}]))
-    assert decoded(examples) == ("<s>hello</s>", "hello</s>")
+@pytest.mark.parametrize(
+    ("text", "config", "expected"),
+    [
+        ("hello", {}, ("<s>hello</s>", "hello</s>")),
+        ("<s>hello", {}, ("<s>hello</s>", "hello</s>")),
+        ("hello</s>", {}, ("<s>hello</s>", "hello</s>")),
+        ("hello", {"append_eos": False}, ("<s>hello", "hello")),
+    ],
+)
+def test_bos_and_eos_stand_once_and_eos_is_supervised(
+    write, load, decoded, text, config, expected
+):
+    examples = load(write([{"text": text}]), **config)
+    assert decoded(examples) == expected
+    assert examples.report.supervised_eos == expected[1].count("</s>")
 
 
-@pytest.mark.parametrize("text", ["hello", "hello</s>"])
-def test_eos_stands_once_and_is_supervised(tmp_path, text):
-    examples = load(write(tmp_path, [{"text": text}]))
-    assert decoded(examples) == ("<s>hello</s>", "hello</s>")
-    assert examples.report.supervised_eos == 1
-
-
-def test_eos_can_be_left_out(tmp_path):
-    examples = load(write(tmp_path, [{"text": "hello"}]), append_eos=False)
-    assert decoded(examples) == ("<s>hello", "hello")
-    assert examples.report.supervised_eos == 0
-
-
-def test_a_tokenizer_without_bos_gets_none(tmp_path):
+def test_no_bos_is_added_for_a_tokenizer_without_bos(
+    write, load, decoded, byte_tokenizer
+):
     tokenizer = byte_tokenizer(bos=None)
-    examples = load(write(tmp_path, [{"text": "hello"}]), tokenizer)
+    examples = load(write([{"text": "hello"}]), tokenizer)
     # The first token has nothing before it to be predicted from.
     assert decoded(examples, 0, tokenizer) == ("hello</s>", "ello</s>")
 
 
-def test_a_tokenizer_that_adds_eos_itself_gets_one(tmp_path):
+def test_an_eos_that_the_tokenizer_adds_is_not_doubled(
+    write, load, decoded, byte_tokenizer
+):
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    examples = load(write(tmp_path, [{"text": "hello"}]), tokenizer)
+    examples = load(write([{"text": "hello"}]), tokenizer)
     assert decoded(examples, 0, tokenizer)[0] == "<s>hello</s>"
 
 
-def test_a_tokenizer_without_eos_must_be_told(tmp_path):
+def test_a_tokenizer_without_eos_needs_append_eos_false(
+    write, load, decoded, byte_tokenizer
+):
     tokenizer = byte_tokenizer(eos=None)
-    path = write(tmp_path, [{"text": "hello"}])
+    path = write([{"text": "hello"}])
     with pytest.raises(UserError, match="`data.append_eos` is true .* no EOS token"):
         load(path, tokenizer)
     assert decoded(load(path, tokenizer, append_eos=False), 0, tokenizer)[0] == (
@@ -189,7 +131,9 @@ def test_a_tokenizer_without_eos_must_be_told(tmp_path):
     )
 
 
-def test_what_is_wrong_with_file_and_tokenizer_comes_together(tmp_path):
+def test_problems_of_file_and_tokenizer_are_raised_together(
+    load, byte_tokenizer, tmp_path
+):
     with pytest.raises(UserError) as error:
         load(str(tmp_path / "absent.txt"), byte_tokenizer(eos=None))
     message = str(error.value)
@@ -197,15 +141,17 @@ def test_what_is_wrong_with_file_and_tokenizer_comes_together(tmp_path):
     assert "no EOS token" in message and "no file" in message
 
 
-def test_a_tokenizer_without_a_pad_token_trains_as_any_other(tmp_path):
+def test_a_tokenizer_without_a_pad_token_trains_as_any_other(
+    write, load, byte_tokenizer, tokenizer
+):
     # Padding is masked by labels and segment ids, never recognised by its token.
-    path = write(tmp_path, [{"text": "hello"}, {"text": "a"}])
-    assert TOKENIZER.pad_token_id is None
+    path = write([{"text": "hello"}, {"text": "a"}])
+    assert tokenizer.pad_token_id is None
     padded = byte_tokenizer()
     padded.pad_token = padded.eos_token
-    one, other = load(path), load(path, padded)
-    assert one.report == other.report
-    assert one.report.supervised_eos == 2
+    report = load(path).report
+    assert load(path, padded).report == report
+    assert report.supervised_eos == 2
 
 
 # --- messages ---
@@ -230,8 +176,8 @@ def template(tmp_path):
     return str(path)
 
 
-def test_messages_supervise_the_assistant(tmp_path, template):
-    path = write(tmp_path, [{"messages": TURNS}])
+def test_messages_supervise_the_assistant(write, load, decoded, template):
+    path = write([{"messages": TURNS}])
     examples = load(path, format="messages", chat_template=template)
     text, supervised = decoded(examples)
     assert text == "<s>user:hi\nassistant:yo</s>\nuser:more\nassistant:no</s>\n"
@@ -240,27 +186,25 @@ def test_messages_supervise_the_assistant(tmp_path, template):
     assert decoded(everything) == (text, text.removeprefix("<s>"))
 
 
-def test_messages_without_offsets_give_the_same(tmp_path, template):
-    class Slow(WithoutOffsets):
-        def apply_chat_template(self, messages, **options):
-            return TOKENIZER.apply_chat_template(messages, **options)
-
-    path = write(tmp_path, [{"messages": TURNS}, {"messages": TURNS[:3]}])
+def test_messages_without_offsets_give_the_same(write, load, slow_tokenizer, template):
+    path = write([{"messages": TURNS}, {"messages": TURNS[:3]}])
     config = dict(format="messages", chat_template=template)
-    fast, slow = load(path, **config), load(path, Slow(), **config)
+    fast, slow = load(path, **config), load(path, slow_tokenizer, **config)
     np.testing.assert_array_equal(fast.tokens, slow.tokens)
     np.testing.assert_array_equal(fast.labels, slow.labels)
 
 
-def test_a_conversation_without_an_answer_is_dropped_and_counted(tmp_path, template):
-    path = write(tmp_path, [{"messages": TURNS}, {"messages": TURNS[:1]}])
+def test_a_conversation_without_an_answer_is_dropped_and_counted(write, load, template):
+    path = write([{"messages": TURNS}, {"messages": TURNS[:1]}])
     report = load(path, format="messages", chat_template=template).report
     assert report.dropped == {"no assistant turn": 1}
     assert (report.rows_read, report.rows_kept) == (2, 1)
 
 
-def test_the_report_says_who_marked_the_assistants_text(tmp_path, template):
-    path = write(tmp_path, [{"messages": TURNS}])
+def test_the_report_says_how_the_assistants_text_was_located(
+    write, load, decoded, tmp_path, template
+):
+    path = write([{"messages": TURNS}])
     config = dict(format="messages", chat_template=template)
     report = load(path, **config).report
     assert report.assistant_mask == "renderer"
@@ -277,10 +221,12 @@ def test_the_report_says_who_marked_the_assistants_text(tmp_path, template):
     assert decoded(examples)[1] == "hiyomoreno"
 
 
-def test_a_template_that_marks_nothing_is_said(tmp_path, template):
+def test_rows_are_dropped_if_the_template_marks_no_assistant_turn(
+    write, load, tmp_path, template
+):
     nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
     (tmp_path / "chat.jinja").write_text(CHAT + nothing)
-    path = write(tmp_path, [{"messages": TURNS}])
+    path = write([{"messages": TURNS}])
     with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
         load(path, format="messages", chat_template=template)
 
@@ -288,12 +234,12 @@ def test_a_template_that_marks_nothing_is_said(tmp_path, template):
 # --- tokens ---
 
 
-def test_tokens_are_taken_as_they_are(tmp_path):
+def test_token_rows_are_used_unchanged(write, load):
     rows = [
         {"input_ids": [5, 6, 7], "labels": [5, -100, 9]},
         {"input_ids": [8, 8], "labels": [-100, 8]},
     ]
-    examples = load(write(tmp_path, rows), None, format="tokens")
+    examples = load(write(rows), None, format="tokens")
     assert examples.tokens.tolist() == [5, 6, 7, 8, 8]
     # But for the first label of an example, which nothing in it could predict.
     assert examples.labels.tolist() == [-100, -100, 9, -100, 8]
@@ -301,8 +247,8 @@ def test_tokens_are_taken_as_they_are(tmp_path):
     assert examples.tokens.dtype == examples.labels.dtype == np.int32
 
 
-def test_tokens_with_train_on_all_need_no_labels(tmp_path):
-    path = write(tmp_path, [{"input_ids": [5, 6, 7]}])
+def test_tokens_with_train_on_all_need_no_labels(write, load):
+    path = write([{"input_ids": [5, 6, 7]}])
     examples = load(path, None, format="tokens", train_on="all")
     assert examples.labels.tolist() == [-100, 6, 7]
 
@@ -326,8 +272,8 @@ def test_tokens_with_train_on_all_need_no_labels(tmp_path):
         ({"input_ids": None, "labels": []}, r"field `input_ids` is null"),
     ],
 )
-def test_bad_token_rows_are_refused(tmp_path, row, message):
-    path = write(tmp_path, [{"input_ids": [1, 2], "labels": [1, 2]}, row])
+def test_bad_token_rows_are_refused(write, load, row, message):
+    path = write([{"input_ids": [1, 2], "labels": [1, 2]}, row])
     with pytest.raises(UserError, match=message):
         load(path, None, format="tokens")
 
@@ -335,9 +281,9 @@ def test_bad_token_rows_are_refused(tmp_path, row, message):
 # --- length ---
 
 
-def test_truncation_keeps_the_beginning_and_is_counted(tmp_path):
+def test_truncation_keeps_the_beginning_and_is_counted(write, load, decoded):
     rows = [{"prompt": "ab", "completion": "cdefgh"}, {"prompt": "", "completion": "x"}]
-    examples = load(write(tmp_path, rows), format="prompt_completion", max_length=6)
+    examples = load(write(rows), format="prompt_completion", max_length=6)
     assert decoded(examples) == ("<s>abcde", "cde")
     report = examples.report
     assert (report.truncated, report.tokens_lost) == (1, 4)
@@ -345,36 +291,48 @@ def test_truncation_keeps_the_beginning_and_is_counted(tmp_path):
     assert "1 rows truncated (4 tokens lost)" in report.summary()
 
 
-def test_rows_that_lose_every_supervised_token_are_dropped(tmp_path):
+def test_rows_that_lose_every_supervised_token_are_dropped(write, load):
     rows = [
         {"prompt": "abcdefgh", "completion": "x"},
         {"prompt": "", "completion": "x"},
     ]
-    report = load(
-        write(tmp_path, rows), format="prompt_completion", max_length=6
-    ).report
+    report = load(write(rows), format="prompt_completion", max_length=6).report
     assert report.dropped == {"every supervised token truncated": 1}
     assert (report.rows_kept, report.truncated, report.tokens_lost) == (1, 0, 0)
     assert "dropped 1: every supervised token truncated" in report.summary()
 
 
-def test_long_rows_can_be_dropped(tmp_path):
-    rows = [{"text": "0123456789"}, {"text": "ab"}]
-    for packing in (False, True):
-        examples = load(
-            write(tmp_path, rows), max_length=6, too_long="drop", packing=packing
-        )
-        assert decoded(examples)[0] == "<s>ab</s>"
-        assert examples.report.dropped == {"longer than max_length=6": 1}
+def test_dropped_and_truncated_rows_are_named(write, load):
+    rows = [
+        {"prompt": "ab", "completion": "cdefgh"},
+        {"prompt": "abcdefgh", "completion": "x"},
+        {"prompt": "a", "completion": ""},
+    ]
+    path = write(rows)
+    report = load(path, format="prompt_completion", max_length=6).report
+    assert report.places == {
+        "truncated": (f"{path}:1",),
+        "every supervised token truncated": (f"{path}:2",),
+        "empty completion": (f"{path}:3",),
+    }
+    assert f"every supervised token truncated ({path}:2)" in report.summary()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_long_rows_can_be_dropped(write, load, decoded, packing):
+    path = write([{"text": "0123456789"}, {"text": "ab"}])
+    examples = load(path, max_length=6, too_long="drop", packing=packing)
+    assert decoded(examples)[0] == "<s>ab</s>"
+    assert examples.report.dropped == {"longer than max_length=6": 1}
 
 
 @pytest.mark.parametrize("length", range(3, 40))
-def test_windows_of_a_plain_text_lose_nothing(tmp_path, length):
+def test_windows_of_a_plain_text_lose_nothing(load, tokenizer, tmp_path, length):
     text = "".join(chr(97 + i % 26) for i in range(length))
     path = tmp_path / "book.txt"
     path.write_text(text)
     examples = load(str(path), max_length=8)
-    pieces = [TOKENIZER.decode(examples[i][0]) for i in range(len(examples))]
+    pieces = [tokenizer.decode(examples[i][0]) for i in range(len(examples))]
     assert "".join(pieces) == f"<s>{text}</s>"
     assert len(examples) == -(-(length + 2) // 8)
     # Each window predicts all its tokens but its first.
@@ -387,8 +345,8 @@ def test_windows_of_a_plain_text_lose_nothing(tmp_path, length):
     assert not examples.report.dropped and not examples.report.truncated
 
 
-def test_packed_documents_are_cut_and_unpacked_rows_truncated(tmp_path):
-    path = write(tmp_path, [{"text": "0123456789"}, {"text": "ab"}])
+def test_packed_documents_are_cut_and_unpacked_rows_truncated(write, load, decoded):
+    path = write([{"text": "0123456789"}, {"text": "ab"}])
     packed = load(path, max_length=8, packing=True)
     assert [decoded(packed, i)[0] for i in range(3)] == [
         "<s>0123456",
@@ -403,8 +361,8 @@ def test_packed_documents_are_cut_and_unpacked_rows_truncated(tmp_path):
     assert unpacked.report.packed_rows is unpacked.report.packing_efficiency is None
 
 
-def test_a_long_answer_is_truncated_in_packed_rows_too(tmp_path):
-    path = write(tmp_path, [{"prompt": "ab", "completion": "cdefgh"}])
+def test_a_long_answer_is_truncated_in_packed_rows_too(write, load):
+    path = write([{"prompt": "ab", "completion": "cdefgh"}])
     config = dict(format="prompt_completion", max_length=6, packing=True)
     report = load(path, **config).report
     assert (report.examples, report.truncated, report.documents_cut) == (1, 1, 0)
@@ -413,28 +371,30 @@ def test_a_long_answer_is_truncated_in_packed_rows_too(tmp_path):
 # --- files ---
 
 
-def test_a_json_list_a_jsonl_and_a_txt_of_jsonl_are_the_same_rows(tmp_path):
+def test_a_json_list_a_jsonl_and_a_txt_of_jsonl_are_the_same_rows(
+    write, load, tmp_path
+):
     rows = [{"text": "ab"}, {"text": "cd"}]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
     paths = [
         str(tmp_path / "a.json"),
-        write(tmp_path, rows, "b.jsonl"),
-        write(tmp_path, rows, "c.txt"),
-        write(tmp_path, ["", json.dumps(rows[0]) + "\r", " ", rows[1]], "d.jsonl"),
-        write(tmp_path, ["\ufeff" + json.dumps(rows[0]), rows[1]], "e.jsonl"),
+        write(rows, "b.jsonl"),
+        write(rows, "c.txt"),
+        write(["", json.dumps(rows[0]) + "\r", " ", rows[1]], "d.jsonl"),
+        write(["\ufeff" + json.dumps(rows[0]), rows[1]], "e.jsonl"),
     ]
     fingerprints = {load(path).report.fingerprint for path in paths}
     assert len(fingerprints) == 1
 
 
-def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
+def test_a_line_separator_inside_a_string_does_not_end_the_row(load, decoded, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
     assert decoded(load(str(path)))[0] == "<s>a\u2028b\u0085c</s>"
 
 
 @pytest.mark.parametrize("start", ["[Act 1]", "{ not json", '"quoted"'])
-def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
+def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
     path = tmp_path / "play.txt"
     path.write_text(start + "\nline")
     assert decoded(load(str(path)))[0] == f"<s>{start}\nline</s>"
@@ -452,7 +412,7 @@ def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
         ),
         ('[{"text": "a"}, {}]', {}, r"d\.jsonl row 2: no field `text`; .* no fields"),
         ('{"text": null}', {}, r"d\.jsonl:1: field `text` is null"),
-        ('{"text": 3}', {}, r"d\.jsonl:1: field `text` must be text, got int"),
+        ('{"text": 3}', {}, r"d\.jsonl:1: field `text` must be a string, got int"),
         (
             '{"text": "ab\\ud83dc"}',
             {},
@@ -467,7 +427,7 @@ def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
         (
             '{"prompt": [{"role": "user"}], "completion": "x"}',
             {"format": "prompt_completion"},
-            r"`prompt` must be text, got list. Use format='messages'",
+            r"`prompt` must be a string, got list. Use format='messages'",
         ),
         (
             '{"prompt": "x"}',
@@ -477,7 +437,7 @@ def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
         (
             '{"q": ["x"]}',
             {"text": "{q}"},
-            r":1: field `q` of `data.text` must be text or a number, got list",
+            r":1: field `q` of `data.text` must be a string or a number, got list",
         ),
         ('{"q": ["x"]}', {"text": "{q[3]}"}, r"cannot fill `data.text` = '{q\[3\]}'"),
         ('{"q": "x"}', {"text": "{q:d}"}, r"cannot fill .*Unknown format code"),
@@ -496,17 +456,17 @@ def test_plain_text_may_begin_with_a_bracket(tmp_path, start):
         ),
     ],
 )
-def test_unusable_files_are_refused(tmp_path, content, config, message):
+def test_unusable_files_are_refused(load, tmp_path, content, config, message):
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load(str(path), **config)
 
 
-def test_missing_and_unreadable_files_are_refused(tmp_path):
+def test_missing_and_unreadable_files_are_refused(load, tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*absent"):
         load(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a directory that"):
         load(str(tmp_path))
     latin = tmp_path / "latin.txt"
     latin.write_bytes("naïve".encode("latin-1"))
@@ -514,16 +474,16 @@ def test_missing_and_unreadable_files_are_refused(tmp_path):
         load(str(latin))
 
 
-def test_a_template_over_plain_text_is_refused(tmp_path):
+def test_a_template_over_plain_text_is_refused(load, tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("words")
     with pytest.raises(UserError, match="plain text without fields"):
         load(str(path), text="{text}")
 
 
-def test_a_token_beyond_the_embeddings_names_the_row(tmp_path):
-    path = write(tmp_path, [{"text": "ab"}, {"text": "z"}])
-    largest = TOKENIZER.convert_tokens_to_ids("z")
+def test_a_token_beyond_the_embeddings_names_the_row(write, load, tokenizer):
+    path = write([{"text": "ab"}, {"text": "z"}])
+    largest = tokenizer.convert_tokens_to_ids("z")
     with pytest.raises(
         UserError, match=rf"data\.jsonl:2: .* id {largest}, but the mod"
     ):
@@ -531,89 +491,31 @@ def test_a_token_beyond_the_embeddings_names_the_row(tmp_path):
     load(path, vocab_size=largest + 1)
 
 
-def test_text_without_a_tokenizer_is_refused(tmp_path):
-    path = write(tmp_path, [{"text": "ab"}])
+def test_text_without_a_tokenizer_is_refused(write, load, tokenizer):
+    path = write([{"text": "ab"}])
     with pytest.raises(UserError, match="format='text' needs a tokenizer"):
         load(path, None)
-
-
-# --- the config ---
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"path": ""}, "`data.path` must name a file"),
-        ({"format": "csv"}, r"`data.format` must be one of 'text', .*got 'csv'"),
-        ({"too_long": "cut"}, "`data.too_long` must be one of"),
-        ({"packing": 1}, "`data.packing` must be one of False, True, got 1"),
-        ({"shuffle": "no"}, "`data.shuffle` must be one of"),
-        ({"append_eos": None}, "`data.append_eos` must be one of"),
-        ({"max_length": 1}, "`data.max_length` must be an integer from 2"),
-        ({"max_length": 8.0}, "`data.max_length` must be an integer"),
-        ({"seed": -1}, "`data.seed` must be an integer from 0"),
-        ({"seed": True}, "`data.seed` must be an integer"),
-        ({"train_on": "answers"}, "`data.train_on` must be one of None, 'all'"),
-        ({"train_on": "assistant"}, r"'assistant' does not apply .*'text'; use 'all'"),
-        (
-            {"format": "messages", "train_on": "completion"},
-            "does not apply to format='messages'; use 'assistant', 'all'",
-        ),
-        (
-            {"format": "tokens", "train_on": "completion"},
-            "does not apply to format='tokens'; use 'all'",
-        ),
-        ({"prompt": "{q}"}, "`data.prompt` is read by format='prompt_completion' only"),
-        (
-            {"format": "messages", "text": "{q}"},
-            "`data.text` is read by format='text' only, and the format is 'messages'",
-        ),
-        ({"chat_template": "x"}, "`data.chat_template` is read by format='messages'"),
-        ({"text": "{q"}, r"`data.text` = '{q' is not a format string.*literal brace"),
-        ({"text": "q"}, "`data.text` = 'q' names no field"),
-        ({"text": "{}"}, "must name a row's fields in its braces"),
-        ({"text": "{0}"}, "must name a row's fields in its braces"),
-        ({"text": "{q.__class__}"}, "attributes have no meaning here"),
-        ({"text": 3}, "`data.text` must be text, got 3"),
-    ],
-)
-def test_bad_settings_are_refused_at_construction(fields, message):
-    # Wrong types are refused by our own words too, where nothing else checks them.
-    config = object.__new__(DataConfig)
-    defaults = {f.name: f.default for f in dataclasses.fields(DataConfig)}
-    config.__dict__.update(defaults | {"path": "x.jsonl"} | fields)
-    with pytest.raises(UserError, match=message):
-        config.__post_init__()
-
-
-def test_every_setting_is_documented_for_the_command_line():
-    import inspect
-
-    source = inspect.getsource(DataConfig)
-    for field in dataclasses.fields(DataConfig):
-        line = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
-        assert line.strip().startswith('"""'), field.name
 
 
 # --- the fingerprint ---
 
 
-def test_the_fingerprint_follows_content_and_order_and_not_the_path(tmp_path):
+def test_the_fingerprint_follows_content_and_order_and_not_the_path(write, load):
     rows = [{"text": "ab"}, {"text": "cd"}]
-    path = write(tmp_path, rows)
+    path = write(rows)
 
     def fingerprint(path=path, **config):
         return load(path, **config).report.fingerprint
 
     same = [
         fingerprint(),
-        fingerprint(write(tmp_path, rows, "copy.jsonl")),
+        fingerprint(write(rows, "copy.jsonl")),
         fingerprint(train_on="all"),
     ]
     different = [
-        fingerprint(write(tmp_path, rows[::-1], "reversed.jsonl")),
-        fingerprint(write(tmp_path, [{"text": "ab"}, {"text": "ce"}], "other.jsonl")),
-        fingerprint(write(tmp_path, [{"text": "abcd"}], "joined.jsonl")),
+        fingerprint(write(rows[::-1], "reversed.jsonl")),
+        fingerprint(write([{"text": "ab"}, {"text": "ce"}], "other.jsonl")),
+        fingerprint(write([{"text": "abcd"}], "joined.jsonl")),
         fingerprint(seed=1),
         fingerprint(shuffle=False),
         fingerprint(packing=True),
@@ -626,33 +528,27 @@ def test_the_fingerprint_follows_content_and_order_and_not_the_path(tmp_path):
     assert len(same[0]) == 64 and int(same[0], 16)
 
 
-def test_the_fingerprint_sees_labels(tmp_path):
+def test_the_fingerprint_sees_labels(write, load):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     masked = [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}]
     prints = {
-        load(write(tmp_path, r), None, format="tokens").report.fingerprint
-        for r in (rows, masked)
+        load(write(r), None, format="tokens").report.fingerprint for r in (rows, masked)
     }
     assert len(prints) == 2
 
 
 # --- real text ---
 
+GSM8K = dict(format="prompt_completion", prompt="{question}\n", completion="{answer}")
+
 
 @pytest.mark.real
-def test_gsm8k_labels_decode_to_the_answers(shared_data, mistral, tmp_path):
+def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
     with open(shared_data / "text/gsm8k/train.jsonl") as file:
         rows = [json.loads(next(file)) for _ in range(200)]
-    path = write(tmp_path, rows)
+    path = write(rows)
     for prompt in ("{question}\n", "Question: {question}\nAnswer:", "{question} "):
-        examples = load(
-            path,
-            mistral,
-            32000,
-            format="prompt_completion",
-            prompt=prompt,
-            completion="{answer}",
-        )
+        examples = load(path, mistral, 32000, **(GSM8K | {"prompt": prompt}))
         for index, row in enumerate(rows):
             tokens, labels = examples[index]
             supervised = mistral.decode(labels[labels != IGNORE])
@@ -670,12 +566,7 @@ def test_gsm8k_labels_decode_to_the_answers(shared_data, mistral, tmp_path):
     [
         (
             "gsm8k/test.jsonl",
-            dict(
-                format="prompt_completion",
-                prompt="{question}\n",
-                completion="{answer}",
-                packing=True,
-            ),
+            GSM8K | {"packing": True},
             "efcb15b93915f1febd0869cbfdb45eb6651229dac2e503adc1499e6c31a6a3bf",
         ),
         (
@@ -685,58 +576,29 @@ def test_gsm8k_labels_decode_to_the_answers(shared_data, mistral, tmp_path):
         ),
     ],
 )
-def test_runs_started_by_earlier_versions_find_their_data_unchanged(
-    shared_data, mistral, name, config, fingerprint
+def test_fingerprints_of_real_data_never_change(
+    load, shared_data, mistral, name, config, fingerprint
 ):
     report = load(str(shared_data / "text" / name), mistral, 32000, **config).report
     assert report.fingerprint == fingerprint
 
 
-def test_dropped_and_truncated_rows_are_named(tmp_path):
-    rows = [
-        {"prompt": "ab", "completion": "cdefgh"},
-        {"prompt": "abcdefgh", "completion": "x"},
-        {"prompt": "a", "completion": ""},
-    ]
-    path = write(tmp_path, rows)
-    report = load(path, format="prompt_completion", max_length=6).report
-    assert report.places == {
-        "truncated": (f"{path}:1",),
-        "every supervised token truncated": (f"{path}:2",),
-        "empty completion": (f"{path}:3",),
-    }
-    assert f"every supervised token truncated ({path}:2)" in report.summary()
-
-
 @pytest.mark.real
-def test_gsm8k_loads_within_ten_seconds(shared_data, mistral):
-    start = time.perf_counter()
-    report = load(
-        str(shared_data / "text/gsm8k/train.jsonl"),
-        mistral,
-        32000,
-        format="prompt_completion",
-        prompt="{question}\n",
-        completion="{answer}",
-        packing=True,
-    ).report
-    assert time.perf_counter() - start < 10  # 2 s on two quiet cores
+def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
+    start = time.process_time()
+    path = shared_data / "text/gsm8k/train.jsonl"
+    report = load(path, mistral, 32000, packing=True, **GSM8K).report
+    assert time.process_time() - start < 10  # 2 s are usual
     assert report.rows_read == report.rows_kept == report.supervised_eos == 7473
     assert report.packing_efficiency > 0.98 and report.tokens_lost == 0
 
 
 @pytest.mark.real
-def test_alpaca_rows_are_read_by_templates(shared_data, mistral):
+def test_alpaca_rows_are_read_by_templates(load, shared_data, mistral):
     path = shared_data / "text/llms-from-scratch/instruction-data.json"
     rows = json.loads(path.read_text())
-    examples = load(
-        str(path),
-        mistral,
-        32000,
-        format="prompt_completion",
-        prompt="{instruction}\n{input}\n",
-        completion="{output}",
-    )
+    config = dict(prompt="{instruction}\n{input}\n", completion="{output}")
+    examples = load(path, mistral, 32000, format="prompt_completion", **config)
     assert len(examples) == len(rows) == 1100
     for index in (0, 1, 2, 1099):
         _, labels = examples[index]
@@ -746,7 +608,7 @@ def test_alpaca_rows_are_read_by_templates(shared_data, mistral):
 
 @pytest.mark.real
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_book_comes_back_whole(shared_data, packing):
+def test_a_book_loses_no_token(load, shared_data, packing):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(shared_data / "stories260K")
     path = shared_data / "text/tinyshakespeare/input.txt"
     examples = load(str(path), tokenizer, 512, max_length=512, packing=packing)
@@ -757,10 +619,10 @@ def test_a_book_comes_back_whole(shared_data, packing):
     assert examples.report.longest_row == len(expected)
 
 
-def test_progress_draws_on_stderr_only_when_asked(tmp_path, capsys):
-    config = DataConfig(path=write(tmp_path, [{"text": "ab"}] * 600))
-    quiet = load_examples(config, TOKENIZER, vocab_size=VOCAB)
+def test_the_progress_bar_is_on_stderr_and_changes_nothing(write, tokenizer, capsys):
+    config = DataConfig(path=write([{"text": "ab"}] * 600))
+    quiet = load_examples(config, tokenizer, vocab_size=300)
     assert capsys.readouterr() == ("", "")
-    shown = load_examples(config, TOKENIZER, vocab_size=VOCAB, progress=True)
+    shown = load_examples(config, tokenizer, vocab_size=300, progress=True)
     assert capsys.readouterr().out == ""
     assert shown.report == quiet.report

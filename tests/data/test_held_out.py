@@ -1,4 +1,4 @@
-"""Examples kept out of training: which, how many, and that no copy is trained on."""
+"""Held-out examples: which, how many, and that no copy of one is trained on."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from qlora_jax.errors import UserError
 
 
 def rows(path, start, count, copies=1):
-    """A file whose examples start with the token start + n, each so often."""
+    """Writes examples that start with the tokens start, start + 1, ..."""
     lines = [
         json.dumps({"input_ids": [start + n, *range(2, 4 + n % 5)]})
         for n in range(count)
@@ -35,22 +35,24 @@ def firsts(examples):
 
 
 @pytest.mark.parametrize("cache", [None, "cache"])
-@pytest.mark.parametrize("wanted", [{"fraction": 0.23}, {"count": 23}])
-def test_a_split_by_the_seed_alone(tmp_path, wanted, cache):
+@pytest.mark.parametrize("amount", [{"fraction": 0.23}, {"count": 23}])
+def test_the_seed_decides_the_split_and_each_side_reports_its_arrays(
+    tmp_path, amount, cache
+):
     where = None if cache is None else str(tmp_path / cache)
     path = rows(tmp_path / "a.jsonl", 100, 100)
     config, examples = load(path=path, cache=where, seed=7)
-    train, held = hold_out(config, examples, **wanted, eos_token_id=2)
+    train, held = hold_out(config, examples, **amount, eos_token_id=2)
     assert len(held) == 23 and len(train) == 77
     # Both sides together are all examples, each in the order of the file.
-    one, other = firsts(train), firsts(held)
-    assert sorted(one + other) == list(range(100, 200))
-    assert one == sorted(one) and other == sorted(other)
-    again = hold_out(config, examples, **wanted)[1]
-    assert firsts(again) == other
-    reseeded = hold_out(dataclasses.replace(config, seed=8), examples, **wanted)[1]
-    assert firsts(reseeded) != other
-    # What each side says of itself, counted from its arrays.
+    trained, measured = firsts(train), firsts(held)
+    assert sorted(trained + measured) == list(range(100, 200))
+    assert trained == sorted(trained) and measured == sorted(measured)
+    again = hold_out(config, examples, **amount)[1]
+    assert firsts(again) == measured
+    reseeded = hold_out(dataclasses.replace(config, seed=8), examples, **amount)[1]
+    assert firsts(reseeded) != measured
+    # The report of each side agrees with its arrays.
     for side in (train, held):
         lengths = [len(side[i][0]) for i in range(len(side))]
         supervised = [int((side[i][1] != IGNORE).sum()) for i in range(len(side))]
@@ -91,16 +93,16 @@ def test_each_source_of_a_mixture_gives_its_part(tmp_path):
     counts = [sum(first // 1000 == s for first in firsts(held)) for s in (1, 2)]
     assert counts == [20, 4]
     assert sorted(firsts(train) + firsts(held)) == sorted(firsts(examples))
-    # Trained in the shares that were asked for; measured as it is.
+    # Training keeps the shares; the held-out examples have none.
     assert train.shares == examples.shares and held.shares is None
     assert train.report.examples == 216 and held.report.examples == 24
 
 
-def test_what_cannot_be_split_is_refused(tmp_path):
+def test_a_split_with_an_empty_side_is_refused(tmp_path):
     config, examples = load(path=rows(tmp_path / "a.jsonl", 100, 5))
-    for wanted in ({"count": 5}, {"fraction": 0.1}):
+    for amount in ({"count": 5}, {"fraction": 0.1}):
         with pytest.raises(UserError, match="of 5 examples .* cannot be held out"):
-            hold_out(config, examples, **wanted)
+            hold_out(config, examples, **amount)
     config, examples = load(path=rows(tmp_path / "b.jsonl", 100, 1, copies=5))
     with pytest.raises(UserError, match="is a copy of one that would be held out"):
         hold_out(config, examples, count=1)

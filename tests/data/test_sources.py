@@ -1,19 +1,18 @@
-"""Where rows come from: every kind of file gives the same rows."""
+"""Sources of rows: every kind of file gives the same rows."""
 
 import gzip
 import importlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
-from qlora_jax.data.sources import find_places
+from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import Problems, UserError
 
 ROWS = [{"text": f"row {n} " + "x" * n} for n in range(1, 40)]
@@ -30,53 +29,30 @@ def library(name):
         pytest.skip(f"`{name}` is not installed (pip install '.[data]')")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.add_special_tokens(["<s>", "</s>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
-    )
-
-
 @pytest.fixture
-def jsonl(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-@pytest.fixture
-def load(tokenizer):
-    def load(path, **config):
-        path = path if isinstance(path, tuple) else str(path)
-        return load_examples(DataConfig(path=path, **config), tokenizer, vocab_size=300)
-
-    return load
+def jsonl(write):
+    return Path(write(ROWS, "rows.jsonl"))
 
 
 def rows_of(path, split=None):
     problems = Problems()
-    places = find_places(path, split=split, plain_text=False)
-    found = [row for place in places for row in place.open(problems).rows]
+    sources = list_sources(path, split=split, plain_text=False)
+    rows = [row for source in sources for row in source.open(problems).rows]
     problems.raise_if_any()
-    return found
+    return rows
 
 
 # --- text files ---
 
 
 def test_compressed_files_are_the_same_rows(tmp_path, jsonl, load):
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
-    listed = tmp_path / "rows.json.gz"
-    listed.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
     expected = load(jsonl).report.fingerprint
-    assert load(packed).report.fingerprint == expected
-    assert load(listed).report.fingerprint == expected
+    for name, content in (
+        ("rows.jsonl.gz", jsonl.read_bytes()),
+        ("rows.json.gz", json.dumps(ROWS).encode()),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        assert load(tmp_path / name).report.fingerprint == expected
 
 
 def test_a_compressed_book_is_one_document(tmp_path, load):
@@ -93,35 +69,32 @@ def test_a_compressed_book_is_one_document(tmp_path, load):
 )
 def test_a_damaged_compressed_file_is_refused(tmp_path, load, content):
     (tmp_path / "x.jsonl.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.jsonl\.gz is damaged or no gzip file"):
+    with pytest.raises(UserError, match=r"x\.jsonl\.gz is damaged or not a gzip file"):
         load(tmp_path / "x.jsonl.gz")
 
 
-def test_the_byte_that_is_no_text_is_found_far_into_a_file(tmp_path, load):
+def test_the_error_locates_a_bad_byte_far_into_a_file(tmp_path, load):
     line = ('{"text": "' + "naïve " * 5000 + '"}\n').encode()
     bad = line * 60 + b'{"text": "\xff"}\n'
     (tmp_path / "x.jsonl").write_bytes(bad)
-    place = bad.index(b"\xff")
-    with pytest.raises(UserError, match=rf"not UTF-8 text \(byte {place}\)"):
+    offset = bad.index(b"\xff")
+    with pytest.raises(UserError, match=rf"not UTF-8 text \(byte {offset}\)"):
         load(tmp_path / "x.jsonl")
 
 
 # --- several files ---
 
 
-def test_several_files_and_a_pattern_are_one_source(tmp_path, jsonl, load):
-    names = []
-    for number, start in enumerate(range(0, len(ROWS), 10)):
-        path = tmp_path / f"part-{number}.jsonl"
-        part = ROWS[start : start + 10]
-        path.write_text("".join(json.dumps(row) + "\n" for row in part))
-        names.append(str(path))
-    whole = load(jsonl)
+def test_several_files_or_a_pattern_are_a_single_source(write, tmp_path, jsonl, load):
+    names = [
+        write(ROWS[start : start + 10], f"part-{start}.jsonl")
+        for start in range(0, len(ROWS), 10)
+    ]
+    expected = load(jsonl).report.fingerprint
     for paths in (tuple(names), tmp_path / "part-*.jsonl"):
-        found = load(paths)
-        assert found.report.fingerprint == whole.report.fingerprint
-        assert found.report.rows_read == len(ROWS)
-    assert load(tuple(names[::-1])).report.fingerprint != whole.report.fingerprint
+        report = load(paths).report
+        assert (report.fingerprint, report.rows_read) == (expected, len(ROWS))
+    assert load(tuple(names[::-1])).report.fingerprint != expected
 
 
 def test_a_file_with_the_characters_of_a_pattern_in_its_name(tmp_path, jsonl, load):
@@ -130,7 +103,7 @@ def test_a_file_with_the_characters_of_a_pattern_in_its_name(tmp_path, jsonl, lo
     assert load(odd).report.rows_read == len(ROWS)
 
 
-def test_everything_that_is_not_there_is_said_at_once(tmp_path, jsonl, load):
+def test_all_missing_paths_are_listed_together(tmp_path, jsonl, load):
     paths = (str(tmp_path / "no-*.jsonl"), str(jsonl), str(tmp_path / "nothing.jsonl"))
     with pytest.raises(UserError) as error:
         load(paths)
@@ -141,7 +114,9 @@ def test_everything_that_is_not_there_is_said_at_once(tmp_path, jsonl, load):
 
 
 def test_a_directory_of_files_needs_a_pattern(tmp_path, jsonl, load):
-    with pytest.raises(UserError, match=r"is a directory, and none .*/\*\.jsonl'"):
+    with pytest.raises(
+        UserError, match=r"is a directory that `datasets` did not .*/\*\.jsonl'"
+    ):
         load(tmp_path)
 
 
@@ -158,7 +133,7 @@ def test_a_split_of_a_file_is_refused(jsonl, load):
 # --- all problems at once ---
 
 
-def test_every_bad_row_is_listed_and_the_good_ones_do_not_hide_them(tmp_path, load):
+def test_every_bad_row_is_listed(tmp_path, load):
     lines = ['{"text": "a"}'] * 1000
     lines[3], lines[700], lines[999] = '{"text": 3}', '{"text": ', '["a"]'
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
@@ -166,12 +141,12 @@ def test_every_bad_row_is_listed_and_the_good_ones_do_not_hide_them(tmp_path, lo
         load(tmp_path / "x.jsonl")
     message = str(error.value)
     assert message.startswith("3 problems with the data:\n")
-    assert ":4: field `text` must be text, got int" in message
+    assert ":4: field `text` must be a string, got int" in message
     assert ":701: malformed JSON" in message
     assert ":1000: a row must be a JSON object, got list" in message
 
 
-def test_problems_of_all_files_and_their_rows_come_together(tmp_path, load):
+def test_problems_of_all_files_are_raised_together(tmp_path, load):
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "b.jsonl").write_text("[")
     (tmp_path / "c.jsonl").write_text(" ")
@@ -181,7 +156,7 @@ def test_problems_of_all_files_and_their_rows_come_together(tmp_path, load):
         assert part in str(error.value)
 
 
-def test_a_file_that_is_all_wrong_is_not_read_to_its_end(tmp_path, load):
+def test_reading_stops_after_a_hundred_problems(tmp_path, load):
     (tmp_path / "x.jsonl").write_text('{"body": "a"}\n' * 100_000)
     with pytest.raises(UserError) as error:
         load(tmp_path / "x.jsonl")
@@ -223,7 +198,7 @@ def test_a_row_of_a_column_file_is_named(tmp_path, load):
         load(path)
 
 
-def test_keys_that_only_other_turns_have_are_not_there(tmp_path):
+def test_keys_that_only_other_turns_have_are_removed(tmp_path):
     tools = [{"name": "f", "arguments": None}]
     turns = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": tools}]
     path = parquet(tmp_path / "x.parquet", [{"messages": turns}])
@@ -294,23 +269,23 @@ def test_a_selection_that_was_saved_keeps_its_order(tmp_path):
     datasets = library("datasets")
     saved = datasets.Dataset.from_list(ROWS).select([7, 3, 30])
     saved.save_to_disk(tmp_path / "some")
-    found = [row["text"] for _, row in rows_of(str(tmp_path / "some"))]
-    assert found == [ROWS[7]["text"], ROWS[3]["text"], ROWS[30]["text"]]
+    texts = [row["text"] for _, row in rows_of(str(tmp_path / "some"))]
+    assert texts == [ROWS[7]["text"], ROWS[3]["text"], ROWS[30]["text"]]
 
 
 def test_a_hub_name_reaches_the_library(monkeypatch, load, jsonl):
     datasets = library("datasets")
-    asked = []
+    calls = []
 
     def load_dataset(path, **options):
-        asked.append((path, options))
+        calls.append((path, options))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = load("hf:openai/gsm8k/main@abc", split="test")
-    assert found.report.fingerprint == load(jsonl).report.fingerprint
+    examples = load("hf:openai/gsm8k/main@abc", split="test")
+    assert examples.report.fingerprint == load(jsonl).report.fingerprint
     expected = {"name": "main", "revision": "abc", "split": "test"}
-    assert asked == [("openai/gsm8k", expected)]
+    assert calls == [("openai/gsm8k", expected)]
 
 
 def test_without_a_network_a_hub_name_fails_with_a_way_out(load):
@@ -320,7 +295,7 @@ def test_without_a_network_a_hub_name_fails_with_a_way_out(load):
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:a/b/c/d", "hf:a//b"])
-def test_a_hub_name_that_is_none_is_refused(load, name):
+def test_malformed_hub_names_are_refused(load, name):
     with pytest.raises(UserError, match="a data set of the hub is written"):
         load(name)
 

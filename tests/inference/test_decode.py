@@ -12,6 +12,7 @@ import pytest
 
 import convert
 from qlora_jax.errors import UserError
+from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import (
     Decoding,
     DecodingConfig,
@@ -19,7 +20,7 @@ from qlora_jax.inference.decode import (
     _Program,
     generate_tokens,
 )
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling import Values
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
@@ -117,7 +118,7 @@ def test_lifted_stacks_generate_the_same(packed, monkeypatch):
 
     # Another model to `jit`, as that of our own kernels is.
     model = model.clone(compute=Compute(dtype="float32", kernels="xla"))
-    monkeypatch.setattr(Compute, "place", lift)
+    monkeypatch.setattr(Compute, "arrange", lift)
     assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
 
 
@@ -131,7 +132,7 @@ def test_the_cache_is_updated_in_place(packed):
         variables,
         ones,
         ones,
-        greedy.values(),
+        Values.of(greedy),
         max_new_tokens=64,
     )
     layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.errors import UserError
-from qlora_jax.inference.sampling import Sampling, penalize
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.sampling import Rules, Values, penalize
 
 PROBABILITIES = [0.3, 0.06, 0.4, 0.2, 0.04]
 
@@ -14,8 +15,8 @@ def kept(probabilities, **settings):
     """Returns the indices of the tokens that remain."""
     sampling = Sampling(temperature=1.0, **settings)
     logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
-    rules = sampling.rules(len(probabilities))
-    left = rules.filter(logits, sampling.values())
+    rules = Rules.of(sampling, len(probabilities))
+    left = rules.filter(logits, Values.of(sampling))
     return np.flatnonzero(np.isfinite(left[0])).tolist()
 
 
@@ -59,10 +60,13 @@ def test_the_penalty_lowers_seen_tokens():
 
 
 def test_values_of_settings_do_not_recompile():
-    assert Sampling(top_k=3, top_p=0.5, min_p=0.5).rules(8) == Sampling().rules(8)
-    warm = Sampling(temperature=0.5, top_p=0.9).rules(8)
-    assert warm == Sampling(temperature=2.0, top_p=0.1, seed=4).rules(8)
-    assert Sampling(repetition_penalty=2.0).rules(8) != Sampling().rules(8)
+    def rules(**settings):
+        return Rules.of(Sampling(**settings), 8)
+
+    assert rules(top_k=3, top_p=0.5, min_p=0.5) == rules()
+    warm = rules(temperature=0.5, top_p=0.9)
+    assert warm == rules(temperature=2.0, top_p=0.1, seed=4)
+    assert rules(repetition_penalty=2.0) != rules()
 
 
 def test_all_invalid_settings_are_listed_at_once():

@@ -1,17 +1,65 @@
-"""Small adapters and what they compute, written out for comparison."""
+"""Small models and adapters, and what adapters compute, for comparison."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax import nf4
 from qlora_jax import tree as trees
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters, bind
 from qlora_jax.lora.targets import select
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.params import abstract_base, is_projection
 from qlora_jax.tree import dotted
+
+L, D, F, K, V = 3, 64, 96, 32, 37
+CONFIG = LlamaConfig(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,  # not a multiple of 64: packed flat
+    num_hidden_layers=L,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+def config_of(tied=False, biases=False):
+    return dataclasses.replace(
+        CONFIG, tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases
+    )
+
+
+def abstract(tied=False, biases=False, packed=False):
+    """Shapes of the model that `random_base` returns."""
+    quantization = "nf4_dq" if packed else None
+    config = config_of(tied, biases)
+    return abstract_base(config, quantization=quantization, dtype="float32")
+
+
+@functools.cache
+def random_base(tied=False, biases=False, packed=False, spread=0.1):
+    """Random weights, norms and biases; packed or not, projections are the same."""
+
+    def draw(path, leaf):
+        names = tuple(key.key for key in path)
+        rng = np.random.default_rng(list(".".join(names).encode()))
+        value = rng.standard_normal(leaf.shape).astype(np.float32)
+        if "norm" in names[-2]:
+            return jnp.asarray(1 + 0.1 * value)
+        if packed and is_projection(names):
+            layers = [nf4.quantize(spread * w, double_quant=True) for w in value]
+            return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+        return jnp.asarray(spread * value)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract(tied, biases))
+
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
 # float32 logits of order one, summed in another order.

@@ -1,9 +1,10 @@
 """Adapters in a model, against a model with the effective weights.
 
 Most of it is one comparison: the weight, bias and table that PEFT's formulas give,
-written out in `effective`, in a model without adapters. In float64 numpy it gives the
-logits, under `jax.grad` the gradients. Rank and scaling of each module are written by
-hand for each case, not taken from the code under test.
+written out in `effective`, in a model without adapters: its logits, and by `jax.grad`
+its gradients. (tests/models/test_llama.py compares that model with float64 numpy.) Rank
+and scaling of each module are written by hand for each case, not taken from the code
+under test.
 """
 
 import dataclasses
@@ -23,11 +24,11 @@ from qlora_jax.lora import functional as lora
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.lora.targets import select
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.training.objectives import loss_sum
 from qlora_jax.tree import PROJECTIONS
+from tests.lora.reference import CONFIG, L, V, config_of, random_base
 
 # --- delta ---
 
@@ -146,16 +147,6 @@ def test_norms_pass_no_gradient_and_zero_rows_make_no_nan():
 
 # --- The model with adapters, and with the effective weights ---
 
-L, V, D = 3, 37, 64
-CONFIG = LlamaConfig(
-    vocab_size=V,
-    hidden_size=D,
-    intermediate_size=96,  # not a multiple of 64: packed flat
-    num_hidden_layers=L,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
 BLOCKS = {
     name: "self_attn" if name in PROJECTIONS[:4] else "mlp" for name in PROJECTIONS
 }
@@ -352,46 +343,14 @@ CASES = {
 each_case = pytest.mark.parametrize("name", CASES)
 
 
-@functools.cache
-def base(tied=False, biases=False, packed=False):
-    """Random weights, norms and biases too."""
-    rng = np.random.default_rng(0)
-    config = dataclasses.replace(CONFIG, attention_bias=biases, mlp_bias=biases)
-
-    def draw(path, leaf):
-        names = [key.key for key in path]
-        value = rng.standard_normal(leaf.shape).astype(np.float32)
-        if "norm" in names[-2]:
-            return jnp.asarray(1 + 0.1 * value)
-        if packed and names[-2] in PROJECTIONS and names[-1] == "weight":
-            layers = [nf4.quantize(0.15 * w, double_quant=True) for w in value]
-            return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-        return jnp.asarray(0.15 * value)
-
-    shapes = jax.eval_shape(
-        Llama(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
-    )["params"]
-    tree = jax.tree_util.tree_map_with_path(draw, shapes)
-    if tied:
-        del tree["lm_head"]
-    return tree
-
-
 def base_of(case):
-    return base(case.tied, case.biases, case.packed)
-
-
-def shape_of(case):
-    return dataclasses.replace(
-        CONFIG,
-        tie_word_embeddings=case.tied,
-        attention_bias=case.biases,
-        mlp_bias=case.biases,
-    )
+    return random_base(case.tied, case.biases, case.packed, spread=0.15)
 
 
 def model_of(case, dtype="float32", **compute):
-    return Llama(shape_of(case), Compute(dtype, lora=case.lora, **compute))
+    return Llama(
+        config_of(case.tied, case.biases), Compute(dtype, lora=case.lora, **compute)
+    )
 
 
 def trained(case, seed=1):
@@ -547,55 +506,6 @@ def effective(xp, frozen, tree, case):
     }
 
 
-def numpy_llama(tree, tokens):
-    """A model with all biases in float64 numpy, written from the formulas."""
-    width = CONFIG.head_dim
-    heads, groups = CONFIG.num_attention_heads, CONFIG.num_key_value_heads
-    length = tokens.shape[1]
-    angle = np.arange(length)[:, None] * CONFIG.rope_theta ** (
-        -np.arange(0, width, 2) / width
-    )
-    turn = np.exp(1j * angle)[None, :, None]
-
-    def apply(node, x, i=None):
-        weight, bias = node["weight"], node["bias"]
-        if i is not None:
-            weight, bias = weight[i], bias[i]
-        return x @ weight.T + bias
-
-    def norm(x, weight):
-        size = np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps)
-        return x / size * weight
-
-    def rotated(x):
-        z = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * turn
-        return np.concatenate([z.real, z.imag], -1)
-
-    layers = tree["model"]["layers"]
-    attention, mlp = layers["self_attn"], layers["mlp"]
-    x = tree["model"]["embed_tokens"]["weight"][tokens]
-    for i in range(L):
-        h = norm(x, layers["input_layernorm"]["weight"][i])
-        q, k, v = (
-            apply(attention[f"{n}_proj"], h, i).reshape(*h.shape[:2], -1, width)
-            for n in "qkv"
-        )
-        q, k = rotated(q), rotated(k)
-        k, v = (np.repeat(y, heads // groups, 2) for y in (k, v))
-        scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(width)
-        scores = np.where(np.tril(np.ones((length, length))) > 0, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out = np.einsum("bnts,bsnh->btnh", weights, v).reshape(*x.shape[:2], -1)
-        x = x + apply(attention["o_proj"], out, i)
-        h = norm(x, layers["post_attention_layernorm"]["weight"][i])
-        gate = apply(mlp["gate_proj"], h, i)
-        h = gate / (1 + np.exp(-gate)) * apply(mlp["up_proj"], h, i)
-        x = x + apply(mlp["down_proj"], h, i)
-    x = norm(x, tree["model"]["norm"]["weight"])
-    return apply(tree["lm_head"], x)
-
-
 def batch(seed=0):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, (3, 14))
@@ -622,15 +532,15 @@ def cross_entropy(logits, labels):
 
 @jax.jit
 def plain_gradients(tree, batch):
-    """Loss and gradients of a model without adapters."""
+    """(Loss, logits) and gradients of a model without adapters."""
 
     def loss(tree):
         head = {"weight": tree["lm_head"]["weight"]}
         logits = PLAIN.apply({"params": {**tree, "lm_head": head}}, batch["tokens"])
         logits = logits + tree["lm_head"]["bias"][None, None]
-        return cross_entropy(logits, batch["labels"])
+        return cross_entropy(logits, batch["labels"]), logits
 
-    return jax.value_and_grad(loss)(tree)
+    return jax.value_and_grad(loss, has_aux=True)(tree)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -662,34 +572,15 @@ def results(name):
 
 
 @each_case
-def test_logits_equal_those_of_the_effective_weights(name):
+def test_logits_and_gradients_equal_those_of_the_effective_weights(name):
     case = CASES[name]
-    tree, logits, *_ = results(name)
-    double = functools.partial(
-        jax.tree.map, lambda leaf: np.asarray(leaf).astype(np.float64)
-    )
-    frozen = double(wide(base_of(case)))
-    stands_for = effective(np, frozen, double(tree), case)
-    want = numpy_llama(stands_for, np.asarray(batch()["tokens"]))
-    # Float32 sums of at most 96 terms through three layers; logits of order one to ten.
-    np.testing.assert_allclose(logits, want, rtol=1e-5, atol=2e-5)
-    # The comparison can tell: without any one array it does not hold.
-    for (module, leaf), _ in leaves(tree):
-        less = jax.tree.map(np.copy, double(tree))
-        get(less, module)[leaf][...] *= 0.9
-        other = effective(np, frozen, less, case)
-        moved = numpy_llama(other, np.asarray(batch()["tokens"])) - want
-        assert np.abs(moved).max() > 1e-3, (module, leaf)
-
-
-@each_case
-def test_gradients_equal_those_of_the_effective_weights(name):
-    case = CASES[name]
-    tree, _, loss, got = results(name)
+    tree, logits, loss, got = results(name)
     frozen = wide(base_of(case))
     host = functools.partial(jax.tree.map, np.asarray)
-    stands_for = effective(np, host(frozen), host(tree), case)
-    want_loss, gradients = plain_gradients(stands_for, batch())
+    weights = effective(np, host(frozen), host(tree), case)
+    (want_loss, want_logits), gradients = plain_gradients(weights, batch())
+    # Float32 sums of at most 96 terms through three layers; logits of order one to ten.
+    np.testing.assert_allclose(logits, want_logits, rtol=1e-5, atol=2e-5)
 
     @jax.jit
     def back(frozen, tree, gradients):
@@ -903,7 +794,7 @@ def test_a_tree_of_another_configuration_is_refused(name):
     with pytest.raises(UserError, match=rf"{full} \[{size}\] instead of \["):
         broken(lambda t: get(t, module).update({leaf: value[..., :1]}))()
     with pytest.raises(UserError, match=r"no .*; no .* and \d+ more\."):
-        lora.bind({}, base(), LoraConfig(target_modules=(*PROJECTIONS, "lm_head")))
+        lora.bind({}, random_base(), LoraConfig(target_modules=".*_proj|lm_head"))
 
 
 # --- Starts ---

@@ -14,70 +14,17 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import absorb, factor_out, init_adapters
 from qlora_jax.lora.targets import select
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.tree import PROJECTIONS, dotted, parse_key
-from tests.lora.reference import draw
+from qlora_jax.tree import PROJECTIONS, at, dotted, parse_key
+from tests.lora.reference import CONFIG, D, F, K, L, V, draw, random_base
 
-L, D, F, K, V = 3, 64, 96, 32, 50
-CONFIG = LlamaConfig(
-    vocab_size=V,
-    hidden_size=D,
-    intermediate_size=F,
-    num_hidden_layers=L,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
-SHAPES = {
-    "q_proj": (D, D),
-    "k_proj": (K, D),
-    "v_proj": (K, D),
-    "o_proj": (D, D),
-    "gate_proj": (F, D),
-    "up_proj": (F, D),
-    "down_proj": (D, F),
-}
+base = random_base
 
 
-@functools.cache
 def original(name):
     """The weights of one projection, before any quantization."""
-    rng = np.random.default_rng(list(name.encode()))
-    return 0.1 * rng.standard_normal((L, *SHAPES[name])).astype(np.float32)
-
-
-@functools.cache
-def base(packed=False, tied=False, biases=False):
-    rng = np.random.default_rng(7)
-
-    def draw(*shape):
-        return jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32)
-
-    def linear(name):
-        weight = jnp.asarray(original(name))
-        if packed:
-            layers = [nf4.quantize(w, double_quant=True) for w in original(name)]
-            weight = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-        bias = {"bias": draw(L, SHAPES[name][0])} if biases else {}
-        return {"weight": weight, **bias}
-
-    tree = {
-        "model": {
-            "embed_tokens": {"weight": draw(V, D)},
-            "layers": {
-                "input_layernorm": {"weight": 1 + draw(L, D)},
-                "self_attn": {name: linear(name) for name in PROJECTIONS[:4]},
-                "post_attention_layernorm": {"weight": 1 + draw(L, D)},
-                "mlp": {name: linear(name) for name in PROJECTIONS[4:]},
-            },
-            "norm": {"weight": 1 + draw(D)},
-        }
-    }
-    if not tied:
-        tree["lm_head"] = {"weight": draw(V, D)}
-    return tree
+    return np.asarray(projection(base(), name)["weight"])
 
 
 def config(*targets, **fields):
@@ -555,7 +502,7 @@ def test_absorb_keeps_plain_adapters_and_refuses_a_plain_base():
 def unquantized(key):
     """Hugging Face key -> tensor."""
     path, layer = parse_key(key)
-    return original(path[-2])[layer]
+    return np.asarray(at(base(), path))[layer]
 
 
 def test_loftq_is_the_best_approximation_of_the_quantization_error():

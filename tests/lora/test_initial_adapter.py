@@ -2,32 +2,15 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import continued, given_fields
 from qlora_jax.tree import PROJECTIONS
+from tests.lora.reference import abstract
 
-L, D = 2, 8
-
-
-def abstract(*shape):
-    return {"weight": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-
-BASE = {
-    "model": {
-        "embed_tokens": abstract(32, D),
-        "layers": {
-            "self_attn": {name: abstract(L, D, D) for name in PROJECTIONS[:4]},
-            "mlp": {name: abstract(L, D, D) for name in PROJECTIONS[4:]},
-        },
-    },
-    "lm_head": abstract(32, D),
-}
+BASE = abstract()
 ADAPTER = LoraConfig(
     r=4,
     lora_alpha=8,

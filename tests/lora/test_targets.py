@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import (
@@ -18,61 +17,19 @@ from qlora_jax.lora.targets import (
     matching,
     select,
 )
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import abstract_base
 from qlora_jax.tree import PROJECTIONS, dotted
+from tests.lora.reference import D, F, K, L, V
+from tests.lora.reference import abstract as base
 
-L, D, F, K, V = 3, 64, 96, 32, 50
 ATTENTION, MLP = PROJECTIONS[:4], PROJECTIONS[4:]
-
-
-def shapes_of(hidden, ffn, kv):
-    square, narrow, wide = (hidden, hidden), (kv, hidden), (ffn, hidden)
-    sizes = (square, narrow, narrow, square, wide, wide, wide[::-1])
-    return dict(zip(PROJECTIONS, sizes, strict=True))
-
-
-SHAPES = shapes_of(D, F, K)
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 LINEARS = [
     f"model.layers.{i}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"
     for i in range(L)
     for name in PROJECTIONS
 ]
-
-
-def abstract(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def base(
-    *, tied=False, quantized=False, biases=False, shapes=SHAPES, layers=L, vocab=V
-):
-    """Shapes of a small model, of arrays or packed leaves."""
-    width = shapes["q_proj"][1]
-
-    def linear(name):
-        out, inner = shapes[name]
-        node = {"weight": abstract(layers, out, inner)}
-        if quantized:
-            node["weight"] = nf4.abstract(
-                (out, inner), double_quant=True, dtype="float32", leading=(layers,)
-            )
-        return {**node, "bias": abstract(layers, out)} if biases else node
-
-    tree = {
-        "model": {
-            "embed_tokens": {"weight": abstract(vocab, width)},
-            "layers": {
-                "input_layernorm": {"weight": abstract(layers, width)},
-                "self_attn": {name: linear(name) for name in ATTENTION},
-                "post_attention_layernorm": {"weight": abstract(layers, width)},
-                "mlp": {name: linear(name) for name in MLP},
-            },
-            "norm": {"weight": abstract(width)},
-        }
-    }
-    if not tied:
-        tree["lm_head"] = {"weight": abstract(vocab, width)}
-    return tree
 
 
 def config(*targets, **fields):
@@ -248,10 +205,10 @@ def test_a_pattern_that_takes_too_long_is_refused(fields, monkeypatch):
 # --- A whole model ---
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_linear_modules_are_the_projections_and_an_untied_head(tied, quantized):
-    linears = linear_modules(base(tied=tied, quantized=quantized))
+def test_linear_modules_are_the_projections_and_an_untied_head(tied, packed):
+    linears = linear_modules(base(tied=tied, packed=packed))
     stack = ("model", "layers")
     assert linears[(*stack, "mlp", "down_proj")] == (D, F, L)
     assert linears[(*stack, "self_attn", "k_proj")] == (K, D, L)
@@ -261,11 +218,11 @@ def test_linear_modules_are_the_projections_and_an_untied_head(tied, quantized):
         assert linears[("lm_head",)] == (V, D, None)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_packed_and_dense_models_select_alike(quantized):
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_and_dense_models_select_alike(packed):
     lora = config(*PROJECTIONS, "lm_head", "embed_tokens", bias="all")
     dense = select(base(biases=True), lora)
-    assert select(base(biases=True, quantized=quantized), lora) == dense
+    assert select(base(biases=True, packed=packed), lora) == dense
 
 
 ALL = "all-linear"
@@ -393,9 +350,10 @@ def test_an_embedding_is_known_by_its_name():
 
 
 def test_custom_modules_are_selected_by_their_name():
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     tree = base()
-    tree["model"]["layers"]["mixer"] = {"my_linear": {"weight": abstract(L, 5, D)}}
-    tree["extra"] = {"word_embeddings": {"weight": abstract(9, 7)}}
+    tree["model"]["layers"]["mixer"] = {"my_linear": {"weight": shape(L, 5, D)}}
+    tree["extra"] = {"word_embeddings": {"weight": shape(9, 7)}}
     lora = config("my_linear", "word_embeddings", r=2)
     assert select(tree, lora).shapes() == {
         ("model", "layers", "mixer", "my_linear", "lora_A"): (L, 2, D),
@@ -836,9 +794,17 @@ def test_groups_count_what_is_trained_without_padding():
     ],
 )
 def test_counts_of_published_models(hidden, ffn, layers, heads, groups, unit, rank):
-    shapes = shapes_of(hidden, ffn, hidden // heads * groups)
-    tree = base(tied=True, shapes=shapes, layers=layers, vocab=128_256)
-    selection = select(tree, LoraConfig(r=rank, target_modules="all-linear"))
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=hidden // heads,
+    )
+    lora = LoraConfig(r=rank, target_modules="all-linear")
+    selection = select(abstract_base(config), lora)
     assert sum(selection.groups().values()) == unit * rank
     assert sum(map(math.prod, selection.shapes().values())) == unit * rank
 

@@ -1,4 +1,4 @@
-"""Modules that no list foresaw: adapted, trained, saved, reloaded, merged by name."""
+"""Custom modules are adapted, trained, saved, reloaded and merged by name."""
 
 import dataclasses
 from functools import partial
@@ -41,7 +41,7 @@ class GatedAttention(Attention):
 
 
 class NormedMLP(nn.Module):
-    """A block of one's own: not a subclass, another norm and another projection."""
+    """A custom block that is no subclass: another norm and another projection."""
 
     config: LlamaConfig
     compute: Compute
@@ -134,7 +134,7 @@ def test_a_plain_llama_gets_nothing(llama_dir):
     assert jax.tree.structure(same) == jax.tree.structure(base)
 
 
-def test_its_own_rank_and_alpha(gated):
+def test_a_custom_module_has_its_rank_and_alpha_by_pattern(gated):
     _, base = gated
     adapters = init_adapters(jax.random.key(0), base, LORA)
     node = adapters["model"]["layers"]["self_attn"]
@@ -145,7 +145,7 @@ def test_its_own_rank_and_alpha(gated):
     np.testing.assert_array_equal(bound["q_proj"]["scaling"], [2.0, 2.0])
 
 
-def test_the_update_is_that_of_the_formula(gated, moved):
+def test_its_update_follows_the_formula(gated, moved):
     model, base = gated
     adapters, got = moved
     node = adapters["model"]["layers"]["self_attn"]["gate_attn"]
@@ -161,7 +161,7 @@ def test_the_update_is_that_of_the_formula(gated, moved):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
+def test_trained_weights_survive_saving_and_reloading(gated, tmp_path, llama_dir):
     model, base = gated
     adapters, metrics = trained(model, base, steps=3)
     assert bool(metrics["finite"])
@@ -187,12 +187,12 @@ def test_trained_saved_reloaded(gated, tmp_path, llama_dir):
         again.module, variables["params"], variables["lora"], attention_mask=mask
     )
     np.testing.assert_allclose(rows, expected, atol=1e-6)
-    # The class forgotten: not silently another model.
+    # Without the class there is an error, not another model.
     with pytest.raises(UserError, match=r"gate_attn.*attention_cls"):
         load(tmp_path / "adapter", dtype="float32")
 
 
-def test_merged(gated, moved, tmp_path):
+def test_merged_weights_compute_the_same(gated, moved, tmp_path):
     model, base = gated
     adapters, expected = moved
     convert.save_llama(tmp_path / "base", model.config, jax.device_get(base))
@@ -211,8 +211,7 @@ def test_merged(gated, moved, tmp_path):
     np.testing.assert_allclose(merged.logits(TOKENS), expected, atol=3e-5)
 
 
-def test_weights_that_only_the_adapter_holds(llama_dir, tmp_path):
-    """A module trained whole needs no base of its own."""
+def test_weights_may_be_in_the_adapter_only(llama_dir, tmp_path):
     config, base = convert.load_llama(llama_dir, quantization="nf4")
     base = jax.tree.map(jnp.asarray, base)
     lora = dataclasses.replace(
@@ -238,26 +237,20 @@ def test_weights_that_only_the_adapter_holds(llama_dir, tmp_path):
     )
 
 
-def test_weights_that_nothing_holds_are_refused(llama_dir):
+def test_weights_that_are_stored_nowhere_are_refused(llama_dir):
     with pytest.raises(UserError, match=r"has no .*gate_attn.*modules_to_save"):
         load(llama_dir, dtype="float32", attention_cls=GatedAttention)
 
 
-def test_a_block_of_ones_own(llama_dir):
+def test_a_custom_block_may_nest_the_usual_mlp(llama_dir):
     config, base = convert.load_llama(llama_dir, quantization=None)
     base = jax.tree.map(jnp.asarray, base)
     # The usual MLP under another path: its weights go where the block looks for them.
     layers = base["model"]["layers"]
-    layers["mlp"]["inner"] = layers["mlp"]
-    layers["mlp"] = {
-        **{k: v for k, v in layers["mlp"].items() if k == "inner"},
-        **{k: v for k, v in layers["mlp"].items() if k != "inner"},
-    }
     lora = LoraConfig(r=2, target_modules=("bypass",), modules_to_save=("bypass_norm",))
     compute = Compute(dtype="float32", lora=lora)
     model = Llama(config, compute, mlp_cls=NormedMLP)
-    inner = {k: v for k, v in layers["mlp"].items() if k != "inner"}
-    layers["mlp"] = {**inner, "inner": dict(inner)}
+    layers["mlp"] = {**layers["mlp"], "inner": dict(layers["mlp"])}
     model, base = add_parameters(model, base, jax.random.key(0))
     added = set(model.config.extra_tensors)
     assert "model.layers.mlp.bypass.weight" in added
@@ -274,20 +267,16 @@ def test_a_target_that_matches_nothing_lists_near_matches(gated):
         init_adapters(jax.random.key(0), base, LoraConfig(target_modules=("gate_atn",)))
 
 
-def test_the_report_counts_it(gated):
+def test_the_report_counts_custom_modules(gated):
     model, _ = gated
     report = parameter_report(model.config, LORA)
+    plain_config = dataclasses.replace(model.config, extra_tensors={})
+    plain = parameter_report(plain_config, LORA)
     assert report.groups["gate_attn"] == 2 * 2 * (64 + 64)
-    assert (
-        report.base_parameters
-        == 2 * 64 * 64
-        + (
-            parameter_report(dataclasses.replace(model.config, extra_tensors={}), LORA)
-        ).base_parameters
-    )
+    assert report.base_parameters == plain.base_parameters + 2 * 64 * 64
 
 
-def test_a_whole_run_with_it(llama_dir, rows_file, tmp_path):
+def test_a_run_trains_and_reloads_custom_modules(llama_dir, rows_file, tmp_path):
     config = RunConfig(
         model=ModelConfig(path=str(llama_dir), dtype="float32"),
         data=DataConfig(path=str(rows_file), format="tokens", max_length=32),
@@ -307,7 +296,7 @@ def test_a_whole_run_with_it(llama_dir, rows_file, tmp_path):
         load(tmp_path / "run")
 
 
-def test_modules_that_would_be_lost_stop_a_run(llama_dir, rows_file, tmp_path):
+def test_a_run_that_would_lose_weights_is_refused(llama_dir, rows_file, tmp_path):
     config = RunConfig(
         model=ModelConfig(path=str(llama_dir), dtype="float32"),
         data=DataConfig(path=str(rows_file), format="tokens", max_length=32),

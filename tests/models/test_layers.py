@@ -7,7 +7,15 @@ from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora import functional as lora
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.layers import Compute, Embed, Linear, RMSNorm, embed, linear
+from qlora_jax.models.layers import (
+    Compute,
+    Embed,
+    Linear,
+    ModuleAdapter,
+    RMSNorm,
+    embed,
+    linear,
+)
 
 OUT, IN = 24, 64
 
@@ -31,10 +39,10 @@ RESIDUAL = (draw(2, IN, seed=7), draw(OUT, 2, seed=8))
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bias", [None, BIAS])
 @pytest.mark.parametrize("adapter", [None, ADAPTER])
-def test_it_is_weight_plus_bias_plus_scaled_update(packed, bias, adapter):
+def test_linear_is_weight_plus_bias_plus_scaled_update(packed, bias, adapter):
     x = draw(2, 5, IN, seed=4)
     weight = PACKED if packed else WEIGHT
-    got = linear(x, weight, bias, adapter, scaling=0.5)
+    got = linear(x, weight, bias, adapter and ModuleAdapter(adapter, 0.5))
     dense = np.asarray(nf4.dequantize(PACKED) if packed else WEIGHT, np.float64)
     wide = np.asarray(x, np.float64)
     want = wide @ dense.T
@@ -52,25 +60,26 @@ def test_a_zero_adapter_changes_no_bit(packed):
     x = draw(3, IN, seed=5, dtype="bfloat16")
     weight = PACKED if packed else WEIGHT
     zero = {**ADAPTER, "lora_B": jnp.zeros_like(ADAPTER["lora_B"])}
-    with_zero = linear(x, weight, BIAS, zero, scaling=2.0)
+    with_zero = linear(x, weight, BIAS, ModuleAdapter(zero, 2.0))
     np.testing.assert_array_equal(with_zero, linear(x, weight, BIAS))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
-def test_the_result_has_the_dtype_of_the_input_or_the_one_asked_for(packed, compute):
+def test_the_result_has_the_dtype_of_the_input_or_the_requested_one(packed, compute):
     x = draw(3, IN, dtype=compute)
     weight = PACKED if packed else WEIGHT
-    assert linear(x, weight, BIAS, ADAPTER).dtype == compute
-    assert linear(x, weight, BIAS, ADAPTER, dtype=jnp.float32).dtype == jnp.float32
+    assert linear(x, weight, BIAS, ModuleAdapter(ADAPTER)).dtype == compute
+    wide = linear(x, weight, BIAS, ModuleAdapter(ADAPTER), dtype=jnp.float32)
+    assert wide.dtype == jnp.float32
 
 
 def double(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)
 
 
-def stands_for(weight, bias, adapter, scaling, residual):
-    """Weight and bias, in float64, that a layer with all of this is."""
+def equivalent(weight, bias, adapter, scaling, residual):
+    """Returns the dense weight and bias, in float64, that compute the same."""
     weight = double(nf4.dequantize(weight) if weight is PACKED else weight)
     adapter = double(adapter)
     if residual is not None:
@@ -97,16 +106,15 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bias", [None, BIAS])
-def test_every_form_of_adapter_is_the_weight_it_stands_for(packed, bias, form):
+def test_every_form_of_adapter_equals_its_dense_weight(packed, bias, form):
     x = draw(2, 5, IN, seed=4)
     weight = PACKED if packed else WEIGHT
     for residual in (None, RESIDUAL):
         if residual is not None and form == "dora":
             continue  # refused by LoraConfig
-        got = linear(
-            x, weight, bias, FORMS[form], scaling=jnp.float32(0.5), residual=residual
-        )
-        full, offset = stands_for(weight, bias, FORMS[form], 0.5, residual)
+        adapter = ModuleAdapter(FORMS[form], jnp.float32(0.5), residual)
+        got = linear(x, weight, bias, adapter)
+        full, offset = equivalent(weight, bias, FORMS[form], 0.5, residual)
         # float32 sums of 64 terms; the update is of order 20.
         np.testing.assert_allclose(got, double(x) @ full.T + offset, atol=1e-4)
 
@@ -116,25 +124,26 @@ def test_every_form_of_adapter_is_the_weight_it_stands_for(packed, bias, form):
 def test_every_form_computes_in_every_dtype(compute, form):
     x = draw(3, IN, seed=4).astype(compute)
     for weight in (WEIGHT, PACKED):
-        wide = linear(x.astype(jnp.float32), weight, BIAS, FORMS[form], scaling=0.5)
+        adapter = ModuleAdapter(FORMS[form], 0.5)
+        wide = linear(x.astype(jnp.float32), weight, BIAS, adapter)
         for dtype in (None, jnp.float32):
-            got = linear(x, weight, BIAS, FORMS[form], scaling=0.5, dtype=dtype)
+            got = linear(x, weight, BIAS, adapter, dtype=dtype)
             assert got.dtype == (dtype or compute)
             error = np.abs(np.asarray(got, np.float32) - wide).max()
             # A few roundings of 2^-8 or 2^-11, of values of order 20.
             assert error <= {"bfloat16": 0.4, "float16": 0.05, "float32": 1e-5}[compute]
 
 
-def test_a_layer_with_a_scaling_of_zero_is_the_plain_one_with_no_gradient():
-    # What stands for a layer that is not adapted: zeros, the magnitude too.
+def test_a_scaling_of_zero_is_the_plain_layer_without_gradient():
+    # In a stack, a layer without adapter has zeros, also as magnitude.
     x, zero = draw(3, IN), jnp.float32(0.0)
     unused = {
         **jax.tree.map(jnp.zeros_like, ADAPTER),
         "lora_magnitude_vector": jnp.zeros(OUT),
     }
-    got = linear(x, WEIGHT, BIAS, unused, scaling=zero)
+    got = linear(x, WEIGHT, BIAS, ModuleAdapter(unused, zero))
     np.testing.assert_array_equal(got, linear(x, WEIGHT, BIAS))
-    gradient = jax.grad(lambda a: linear(x, WEIGHT, BIAS, a, scaling=zero).sum())
+    gradient = jax.grad(lambda a: linear(x, WEIGHT, BIAS, ModuleAdapter(a, zero)).sum())
     for leaf in jax.tree.leaves(gradient(unused)):
         assert not leaf.any()
 
@@ -146,12 +155,14 @@ def test_padding_of_a_rank_has_no_gradient():
         "lora_B": ADAPTER["lora_B"].at[:, 2:].set(0.0),
         "lora_magnitude_vector": MAGNITUDE,
     }
-    gradient = jax.grad(lambda a: (linear(x, PACKED, BIAS, a) ** 2).sum())(padded)
+    gradient = jax.grad(
+        lambda a: (linear(x, PACKED, BIAS, ModuleAdapter(a)) ** 2).sum()
+    )(padded)
     assert np.asarray(gradient["lora_A"][:2]).all()
     assert not gradient["lora_A"][2:].any() and not gradient["lora_B"][:, 2:].any()
 
 
-def test_the_norm_of_dora_is_a_constant_to_the_gradient():
+def test_the_norm_of_dora_has_no_gradient():
     x = draw(3, IN)
     adapter = FORMS["dora"]
     norms = lora.row_norms(WEIGHT, ADAPTER["lora_A"], ADAPTER["lora_B"], 0.5)
@@ -162,7 +173,7 @@ def test_the_norm_of_dora_is_a_constant_to_the_gradient():
         return ((x @ (factor[:, None] * weight).T + BIAS[None]) ** 2).sum()
 
     def ours(x, adapter):
-        return (linear(x, WEIGHT, BIAS, adapter, scaling=0.5) ** 2).sum()
+        return (linear(x, WEIGHT, BIAS, ModuleAdapter(adapter, 0.5)) ** 2).sum()
 
     got, want = (jax.grad(f, argnums=(0, 1))(x, adapter) for f in (ours, detached))
     for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
@@ -170,24 +181,25 @@ def test_the_norm_of_dora_is_a_constant_to_the_gradient():
         assert np.abs(g - w).max() <= 1e-5 * np.abs(w).max()
 
 
-def test_rows_that_are_replaced_take_their_gradient_from_the_others():
+def test_a_replaced_row_only_has_the_gradient_of_its_column():
     x = draw(3, IN)
 
     def total(rows, columns):
         adapter = {**ROWS, "trainable_tokens_delta": rows}
-        return linear(x, WEIGHT, None, adapter)[:, columns].sum()
+        return linear(x, WEIGHT, None, ModuleAdapter(adapter))[:, columns].sum()
 
-    of_others = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([1, 2, 3]))
-    assert not of_others.any()
-    own = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([0]))
-    np.testing.assert_allclose(own[1], x.sum(0), rtol=1e-6)
-    assert not own[0].any() and not own[2].any()
+    unrelated = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([1, 2, 3]))
+    assert not unrelated.any()
+    gradient = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([0]))
+    np.testing.assert_allclose(gradient[1], x.sum(0), rtol=1e-6)
+    assert not gradient[0].any() and not gradient[2].any()
 
 
 def test_gradients_reach_input_and_adapter():
     x = draw(3, IN)
     dx, da = jax.grad(
-        lambda x, a: linear(x, PACKED, None, a, scaling=0.5).sum(), argnums=(0, 1)
+        lambda x, a: linear(x, PACKED, None, ModuleAdapter(a, 0.5)).sum(),
+        argnums=(0, 1),
     )(x, ADAPTER)
     dense = nf4.dequantize(PACKED)
     a, b = ADAPTER["lora_A"], ADAPTER["lora_B"]
@@ -214,7 +226,7 @@ def test_the_module_reads_a_dense_a_packed_and_an_adapted_weight():
         )
         np.testing.assert_array_equal(
             module.apply({"params": params, "lora": ADAPTER}, x),
-            linear(x, weight, None, ADAPTER, scaling=0.5),
+            linear(x, weight, None, ModuleAdapter(ADAPTER, 0.5)),
         )
 
 
@@ -248,19 +260,19 @@ def test_an_adapter_without_a_scaling_is_refused(config):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_bound_adapter_brings_its_own_scaling(form):
+def test_a_bound_adapter_brings_its_scaling(form):
     x = draw(3, IN)
-    # That of the configuration, 1, is not asked.
+    # The scaling of the configuration, 1, is not used.
     module = Linear(OUT, Compute("float32", lora=LoraConfig()), use_bias=True)
     bound = {**FORMS[form], "scaling": jnp.float32(0.25)}
     params = {"weight": PACKED, "bias": BIAS}
     np.testing.assert_array_equal(
         module.apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, BIAS, FORMS[form], scaling=0.25),
+        linear(x, PACKED, BIAS, ModuleAdapter(FORMS[form], 0.25)),
     )
 
 
-def test_a_part_that_was_taken_out_of_the_weight_is_subtracted():
+def test_a_residual_is_subtracted_from_the_weight():
     x = draw(3, IN)
     params = {
         "weight": PACKED,
@@ -270,32 +282,32 @@ def test_a_part_that_was_taken_out_of_the_weight_is_subtracted():
     bound = {**ADAPTER, "scaling": jnp.float32(0.25)}
     np.testing.assert_array_equal(
         Linear(OUT, Compute("float32")).apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, None, ADAPTER, scaling=0.25, residual=RESIDUAL),
+        linear(x, PACKED, None, ModuleAdapter(ADAPTER, 0.25, RESIDUAL)),
     )
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("chosen", [None, True, False])
-def test_what_is_trained_whole_takes_the_place_of_the_base(packed, chosen):
+@pytest.mark.parametrize("is_trained", [None, True, False])
+def test_a_tensor_trained_in_full_replaces_that_of_the_base(packed, is_trained):
     x, weight, bias = draw(3, IN), draw(OUT, IN, seed=11), draw(OUT, seed=12)
     frozen = {"weight": PACKED if packed else WEIGHT, "bias": BIAS}
-    whole = {"weight": weight, "bias": bias}
-    if chosen is not None:
-        whole |= {f"{n}_trained": jnp.asarray(chosen) for n in ("weight", "bias")}
+    full = {"weight": weight, "bias": bias}
+    if is_trained is not None:
+        full |= {f"{n}_trained": jnp.asarray(is_trained) for n in ("weight", "bias")}
     module = Linear(OUT, Compute("float32"), use_bias=True)
-    variables = {"params": frozen, "lora": whole}
+    variables = {"params": frozen, "lora": full}
     dense = nf4.dequantize(PACKED) if packed else WEIGHT
-    want = linear(x, dense, BIAS) if chosen is False else linear(x, weight, bias)
+    want = linear(x, dense, BIAS) if is_trained is False else linear(x, weight, bias)
     np.testing.assert_array_equal(module.apply(variables, x), want)
 
     def loss(trained):
-        return module.apply({"params": frozen, "lora": {**whole, **trained}}, x).sum()
+        return module.apply({"params": frozen, "lora": {**full, **trained}}, x).sum()
 
     for leaf in jax.tree.leaves(jax.grad(loss)({"weight": weight, "bias": bias})):
-        assert np.asarray(leaf).any() == (chosen is not False)
+        assert np.asarray(leaf).any() == (is_trained is not False)
 
 
-def test_a_norm_and_a_table_can_be_trained_whole():
+def test_a_norm_and_a_table_can_be_trained_in_full():
     x, scale = draw(3, IN), draw(IN, seed=13)
     params = {"params": {"weight": jnp.ones(IN)}}
     np.testing.assert_array_equal(
@@ -310,13 +322,13 @@ def test_a_norm_and_a_table_can_be_trained_whole():
     np.testing.assert_array_equal(got, table[tokens])
 
 
-def test_a_tied_head_takes_a_weight_of_its_own_before_that_of_the_embedding():
-    x, own = draw(3, IN), draw(OUT, IN, seed=15)
+def test_a_trained_weight_of_a_tied_head_precedes_the_embedding():
+    x, head = draw(3, IN), draw(OUT, IN, seed=15)
     module = Linear(OUT, Compute("float32"))
     tied = module.apply({"params": {}}, x, weight=WEIGHT)
     np.testing.assert_array_equal(tied, linear(x, WEIGHT))
-    trained = module.apply({"params": {}, "lora": {"weight": own}}, x, weight=WEIGHT)
-    np.testing.assert_array_equal(trained, linear(x, own))
+    trained = module.apply({"params": {}, "lora": {"weight": head}}, x, weight=WEIGHT)
+    np.testing.assert_array_equal(trained, linear(x, head))
 
 
 def test_dropout_is_active_with_a_key_only():
@@ -326,12 +338,12 @@ def test_dropout_is_active_with_a_key_only():
     x = draw(3, IN)
     plain = module.apply(variables, x)
     np.testing.assert_array_equal(
-        plain, linear(x, WEIGHT, None, ADAPTER, scaling=config.scaling)
+        plain, linear(x, WEIGHT, None, ModuleAdapter(ADAPTER, config.scaling))
     )
     keys = [{"dropout": jax.random.key(i)} for i in range(2)]
-    one, two = (module.apply(variables, x, rngs=key) for key in keys)
-    assert (one != plain).any() and (one != two).any()
-    np.testing.assert_array_equal(one, module.apply(variables, x, rngs=keys[0]))
+    first, second = (module.apply(variables, x, rngs=key) for key in keys)
+    assert (first != plain).any() and (first != second).any()
+    np.testing.assert_array_equal(first, module.apply(variables, x, rngs=keys[0]))
     # The base is not dropped: the average over many keys is the plain result.
     keys = jax.random.split(jax.random.key(9), 2000)
     mean = jax.vmap(lambda k: module.apply(variables, x, rngs={"dropout": k}))(
@@ -358,7 +370,7 @@ TABLE_FORMS = {
 
 
 @pytest.mark.parametrize("form", TABLE_FORMS)
-def test_embed_looks_up_in_the_table_it_stands_for(form):
+def test_embed_equals_a_lookup_in_the_dense_table(form):
     tokens = jnp.asarray([[3, 17, 0, 3], [5, 23, 17, 1]], jnp.int32)
     adapter = double(TABLE_FORMS[form])
     table = double(TABLE)
@@ -370,10 +382,11 @@ def test_embed_looks_up_in_the_table_it_stands_for(form):
     if form == "dora":  # columns, over the vocabulary
         factor = adapter["lora_magnitude_vector"] / np.linalg.norm(table, axis=0)
         table = table * factor[None, :]
-    got = embed(tokens, TABLE, TABLE_FORMS[form], scaling=jnp.float32(0.5))
+    got = embed(tokens, TABLE, ModuleAdapter(TABLE_FORMS[form], jnp.float32(0.5)))
     # Float32 sums of four terms and of 24 squares.
     np.testing.assert_allclose(got, table[np.asarray(tokens)], atol=1e-5)
-    narrow = embed(tokens, TABLE, TABLE_FORMS[form], scaling=0.5, dtype=jnp.bfloat16)
+    half = ModuleAdapter(TABLE_FORMS[form], 0.5)
+    narrow = embed(tokens, TABLE, half, dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.bfloat16
     error = np.abs(narrow.astype(jnp.float32) - got)
     assert (error <= 3 * 2.0**-8 * (np.abs(got) + 4)).all()  # of both summands
@@ -392,8 +405,8 @@ def test_gradients_of_an_embedding_are_those_of_the_table(form):
     indices = {"token_indices": ROWS["token_indices"]} if form == "rows" else {}
 
     def ours(adapter):
-        adapter = {**adapter, **indices}
-        return (weights * embed(tokens, TABLE, adapter, scaling=0.5)).sum()
+        half = ModuleAdapter({**adapter, **indices}, 0.5)
+        return (weights * embed(tokens, TABLE, half)).sum()
 
     def plain(adapter):
         table = TABLE
@@ -429,14 +442,14 @@ def test_gradients_of_an_embedding_are_those_of_the_table(form):
         ("kernels", "triton"),
     ],
 )
-def test_a_way_of_computing_that_does_not_exist_is_refused(field, value):
+def test_unknown_choices_are_refused(field, value):
     compute = Compute()
     object.__setattr__(compute, field, value)  # past the type checks of the tests
     with pytest.raises(UserError, match=rf"`{field}` must be one of .*, got '{value}'"):
         compute.__post_init__()
 
 
-def test_a_layer_finds_its_weight_in_a_stack_that_was_lifted():
+def test_a_layer_reads_its_weight_from_a_lifted_stack():
     x = draw(3, IN)
     stack = jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), a]), PACKED)
     params, stacks = nf4.lift_stacks({"weight": stack})
@@ -449,27 +462,27 @@ def test_a_layer_finds_its_weight_in_a_stack_that_was_lifted():
         )
 
 
-def test_stacks_are_placed_apart_for_our_own_kernels_alone():
+def test_stacks_are_lifted_only_for_the_pallas_kernels():
     stack = jax.tree.map(lambda a: a[None], PACKED)
     variables = {"params": {"q_proj": {"weight": stack}}, "lora": {}}
     for kernels in ("auto", "xla"):
-        assert Compute(kernels=kernels).place(variables) == variables
-    placed = Compute(kernels="pallas").place(variables)
-    assert placed["stacks"] == variables["params"] and placed["lora"] == {}
-    assert placed["params"]["q_proj"]["weight"].codes is None
-    assert Compute(kernels="pallas").place(placed) == placed
+        assert Compute(kernels=kernels).arrange(variables) == variables
+    lifted = Compute(kernels="pallas").arrange(variables)
+    assert lifted["stacks"] == variables["params"] and lifted["lora"] == {}
+    assert lifted["params"]["q_proj"]["weight"].codes is None
+    assert Compute(kernels="pallas").arrange(lifted) == lifted
 
 
-def test_kernels_that_cannot_be_had_are_refused_with_the_reason():
+def test_unavailable_kernels_are_refused_with_the_reason():
     # 13 features do not fill a block, which no kernel takes on any device.
     odd = nf4.quantize(np.ones((4, 13), np.float32), double_quant=False)
     params = {"weight": jax.tree.map(jnp.asarray, odd)}
     module = Linear(4, Compute("float32", kernels="pallas"))
     with pytest.raises(UserError) as refused:
         module.apply({"params": params}, draw(3, 13))
-    said = str(refused.value)
-    assert said.startswith("kernels='pallas' cannot be used here: ")
-    assert said.endswith("Use 'auto' or 'xla'.") and said.count("Use ") == 1
+    message = str(refused.value)
+    assert message.startswith("kernels='pallas' cannot be used here: ")
+    assert message.endswith("Use 'auto' or 'xla'.") and message.count("Use ") == 1
 
 
 def test_compute_is_a_static_argument():

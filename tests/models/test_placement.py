@@ -1,4 +1,4 @@
-"""What a step keeps, recomputes or fetches changes none of its numbers."""
+"""Rematerialization, chunks and host memory change no number of a step."""
 
 import dataclasses
 import functools
@@ -13,11 +13,11 @@ from qlora_jax.data.encoding import IGNORE
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
-from qlora_jax.models import llama
+from qlora_jax.models import layers, llama
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.models.sharding import place_base
+from qlora_jax.models.sharding import put_base
 from qlora_jax.training.objectives import loss_sum
 
 CONFIG = LlamaConfig(
@@ -75,16 +75,16 @@ def derive(tree, params, rows, *, key=None, lora=LORA, config=CONFIG, **compute)
     return jax.jit(step)(tree, params, rows)
 
 
-def same(results, wanted, rtol=RTOL, loss_rtol=RTOL):
-    np.testing.assert_allclose(results[0], wanted[0], rtol=loss_rtol)
+def same(results, expected, rtol=RTOL, loss_rtol=RTOL):
+    np.testing.assert_allclose(results[0], expected[0], rtol=loss_rtol)
     got, want = (
-        dict(jax.tree_util.tree_leaves_with_path(r[1])) for r in (results, wanted)
+        dict(jax.tree_util.tree_leaves_with_path(r[1])) for r in (results, expected)
     )
     assert got.keys() == want.keys()
     for path, value in want.items():
         size = float(jnp.linalg.norm(value.ravel()))
-        apart = float(jnp.linalg.norm((got[path] - value).ravel()))
-        assert size > 0 and apart <= rtol * size, (path, apart / size)
+        distance = float(jnp.linalg.norm((got[path] - value).ravel()))
+        assert size > 0 and distance <= rtol * size, (path, distance / size)
 
 
 @functools.cache
@@ -94,13 +94,13 @@ def plain(lora=LORA):
 
 @pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
 def test_policies_agree_in_bfloat16(remat, monkeypatch):
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 16, "offload": 16})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 16, "offload": 16})
     narrow = {"dtype": "bfloat16"}
-    wanted = derive(adapters(), base(), batch(), remat="none", **narrow)
+    expected = derive(adapters(), base(), batch(), remat="none", **narrow)
     # Programs that fuse differently round to bf16 (2^-9) in different places, a few
     # dozen times on the way through the layers and back.
     got = derive(adapters(), base(), batch(), remat=remat, **narrow)
-    same(got, wanted, rtol=0.04, loss_rtol=5e-4)
+    same(got, expected, rtol=0.04, loss_rtol=5e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "xla"])
@@ -110,7 +110,7 @@ def test_every_policy_gives_the_same_loss_and_gradients(remat, attention):
 
 
 def widest(remat, config, lora):
-    """Most tokens whose [tokens, intermediate_size] is held at a time."""
+    """Returns the most tokens of any [tokens, intermediate_size] in the program."""
     model = Llama(config, Compute("float32", lora=lora, remat=remat))
     step = jax.grad(functools.partial(loss_sum, model=model))
     jaxpr = jax.make_jaxpr(step)(adapters(lora, config), base(config), batch())
@@ -144,42 +144,42 @@ def results(jaxpr):
         ("full", 16, 16, {"bias": "lora_only"}),
     ],
 )
-def test_an_mlp_in_chunks_computes_the_same(remat, tokens, chunk, more, monkeypatch):
+def test_a_chunked_mlp_computes_the_same(remat, tokens, chunk, more, monkeypatch):
     config = dataclasses.replace(CONFIG, mlp_bias="bias" in more)
     lora = dataclasses.replace(LORA, **more)
     tree, params = adapters(lora, config), base(config)
-    wanted = derive(tree, params, batch(), lora=lora, config=config, remat="none")
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {remat: tokens})
+    expected = derive(tree, params, batch(), lora=lora, config=config, remat="none")
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {remat: tokens})
     if tokens == 7:
-        monkeypatch.setattr(llama, "_mlp_chunks", lambda *_: 7)
+        monkeypatch.setattr(llama, "mlp_chunks", lambda *_: 7)
     got = derive(tree, params, batch(), lora=lora, config=config, remat=remat)
-    same(got, wanted)
+    same(got, expected)
     assert widest(remat, config, lora) == chunk
 
 
-def test_chunks_of_an_mlp_come_out_even_where_they_can():
+def test_the_number_of_chunks_divides_the_length_if_it_can():
     lengths = (4096, 8192, 78475, 917504)
-    counts = {n: llama._mlp_chunks(1, n, 4096) for n in lengths}
+    counts = {n: layers.mlp_chunks(1, n, 4096) for n in lengths}
     assert counts == {4096: 1, 8192: 2, 78475: 25, 917504: 224}
     assert 78475 % 25 == 0  # twenty would do, and leave five tokens over
-    assert llama._mlp_chunks(1, 131071, 16384) == 8  # a prime: one token is padding
+    assert layers.mlp_chunks(1, 131071, 16384) == 8  # a prime: one token is padding
     # Of 16 rows each chunk takes a part, at the least a token.
-    assert llama._mlp_chunks(16, 2048, 16384) == 2
-    assert llama._mlp_chunks(65536, 2, 4096) == 2
-    assert llama._mlp_chunks(1, 1 << 20, None) == 1
+    assert layers.mlp_chunks(16, 2048, 16384) == 2
+    assert layers.mlp_chunks(65536, 2, 4096) == 2
+    assert layers.mlp_chunks(1, 1 << 20, None) == 1
 
 
-def test_of_a_wider_mlp_fewer_tokens_are_at_work():
-    assert [llama.mlp_tokens(14336, r) for r in ("full", "offload")] == [16384, 4096]
-    assert [llama.mlp_tokens(28672, r) for r in ("full", "offload")] == [8192, 2048]
+def test_a_wider_mlp_has_smaller_chunks():
+    assert [layers.mlp_tokens(14336, r) for r in ("full", "offload")] == [16384, 4096]
+    assert [layers.mlp_tokens(28672, r) for r in ("full", "offload")] == [8192, 2048]
     for keeps in ("none", "save_matmuls"):
-        assert llama.mlp_tokens(14336, keeps) is None
+        assert layers.mlp_tokens(14336, keeps) is None
 
 
-def test_each_chunk_draws_dropout_of_its_own(monkeypatch):
+def test_chunks_have_different_dropout_masks(monkeypatch):
     # Rows that are all alike: with one mask for all chunks their updates would be too.
     lora = dataclasses.replace(LORA, lora_dropout=0.5, target_modules=("down_proj",))
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"full": 8})
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 8})
     model = Llama(CONFIG, Compute("float32", lora=lora, remat="full"))
     variables = {"params": base(), "lora": adapters(lora)}
     tokens = jnp.full((1, 16), 7)
@@ -204,41 +204,41 @@ TABLES = {"embed_tokens": "host", "lm_head": "host"}
 
 @pytest.mark.parametrize("remat", ["none", "offload"])
 def test_tables_in_host_memory_train_the_same(remat):
-    placed = place_base(base(), **TABLES)
+    moved = put_base(base(), **TABLES)
     kinds = {
         jax.tree_util.keystr(path): leaf.sharding.memory_kind
-        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(moved)
     }
     on_host = {path for path, kind in kinds.items() if kind == "pinned_host"}
     assert on_host == {"['model']['embed_tokens']['weight']", "['lm_head']['weight']"}
-    same(derive(adapters(), placed, batch(), remat=remat), plain())
+    same(derive(adapters(), moved, batch(), remat=remat), plain())
 
 
 def test_a_tied_table_in_host_memory_is_embedding_and_head():
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     tree = adapters(LORA, config)
-    wanted = derive(tree, base(config), batch(), config=config)
-    placed = place_base(base(config), embed_tokens="host", lm_head="host")
-    same(derive(tree, placed, batch(), config=config), wanted)
+    expected = derive(tree, base(config), batch(), config=config)
+    moved = put_base(base(config), embed_tokens="host", lm_head="host")
+    same(derive(tree, moved, batch(), config=config), expected)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_adapted_tables_can_lie_in_host_memory(target):
+def test_adapted_tables_may_be_in_host_memory(target):
     lora = LoraConfig(r=4, target_modules=("q_proj", target))
-    placed = place_base(base(), **TABLES)
-    same(derive(adapters(lora), placed, batch(), lora=lora), plain(lora))
+    moved = put_base(base(), **TABLES)
+    same(derive(adapters(lora), moved, batch(), lora=lora), plain(lora))
 
 
-def test_a_packed_head_is_that_of_its_values():
+def test_a_packed_head_computes_as_its_dequantized_values():
     head = nf4.quantize(base()["lm_head"]["weight"], double_quant=True)
     packed = {**base(), "lm_head": {"weight": head}}
     dense = {**base(), "lm_head": {"weight": np.asarray(nf4.dequantize(head))}}
-    wanted = derive(adapters(), dense, batch())
-    same(derive(adapters(), packed, batch()), wanted)
-    assert abs(float(wanted[0]) - float(plain()[0])) > 1e-3  # it is another head
+    expected = derive(adapters(), dense, batch())
+    same(derive(adapters(), packed, batch()), expected)
+    assert abs(float(expected[0]) - float(plain()[0])) > 1e-3  # it is another head
 
 
-def test_kernels_that_cannot_be_had_are_refused_in_chunks_too(monkeypatch):
-    monkeypatch.setattr(llama, "_MLP_TOKENS", {"offload": 16})
+def test_unavailable_kernels_are_refused_in_chunks_too(monkeypatch):
+    monkeypatch.setattr(layers, "_MLP_TOKENS", {"offload": 16})
     with pytest.raises(UserError, match="kernels='pallas' cannot be used here: "):
         derive(adapters(), base(), batch(), remat="offload", kernels="pallas")

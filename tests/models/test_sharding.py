@@ -6,7 +6,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
-from qlora_jax.models.sharding import check_mesh, lies_on_host, local_bytes, place
+from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
 from qlora_jax.planning.step import Step, abstract_arguments
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD
@@ -37,9 +37,9 @@ def spec(leaf):
     return leaf.sharding.spec
 
 
-def test_rows_of_weights_lie_over_fsdp_and_packed_ones_with_their_scales():
+def test_fsdp_divides_rows_of_weights_and_packed_ones_with_their_scales():
     mesh = AbstractMesh((2, 4), ("data", "fsdp"))
-    state, base, batch = place(arguments(), mesh)
+    state, base, batch = shard_step(arguments(), mesh)
     down = base["model"]["layers"]["mlp"]["down_proj"]["weight"]
     assert down.codes.shape == (2, 1024, 2048)
     assert spec(down.codes) == PartitionSpec(None, "fsdp")
@@ -51,9 +51,9 @@ def test_rows_of_weights_lie_over_fsdp_and_packed_ones_with_their_scales():
     assert spec(state.key) == PartitionSpec()
 
 
-def test_adapters_and_their_moments_lie_along_the_long_axis():
+def test_fsdp_divides_adapters_and_moments_along_the_long_axis():
     mesh = AbstractMesh((4,), ("fsdp",))
-    state, _, _ = place(arguments(batch_size=4), mesh)
+    state, _, _ = shard_step(arguments(batch_size=4), mesh)
     moments = state.opt_state[1][0].mu
     for tree in (state.adapters, moments):
         gate = tree["model"]["layers"]["mlp"]["gate_proj"]
@@ -64,36 +64,35 @@ def test_adapters_and_their_moments_lie_along_the_long_axis():
         assert local_bytes(gate["lora_B"]) == 4 * 2 * 4096 * 256 // 4
 
 
-def test_over_data_alone_weights_are_repeated():
+def test_data_parallelism_replicates_weights():
     mesh = AbstractMesh((2,), ("data",))
-    whole = arguments(batch_size=2)
-    state, base, batch = place(whole, mesh)
+    unsharded = arguments(batch_size=2)
+    state, base, batch = shard_step(unsharded, mesh)
     assert all(spec(leaf) == PartitionSpec() for leaf in jax.tree.leaves(base))
     assert all(spec(leaf) == PartitionSpec() for leaf in jax.tree.leaves(state))
-    assert local_bytes(batch["labels"]) == local_bytes(whole[2]["labels"]) // 2
+    assert local_bytes(batch["labels"]) == local_bytes(unsharded[2]["labels"]) // 2
 
 
-def test_tables_asked_for_on_the_host_lie_there_and_nothing_else_does():
+def test_only_the_named_tables_are_in_host_memory():
     mesh = AbstractMesh((1,), ("data",))
-    state, base, batch = place(arguments(), mesh, (EMBEDDING, HEAD))
+    state, base, batch = shard_step(arguments(), mesh, (EMBEDDING, HEAD))
     on_host = [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in jax.tree_util.tree_leaves_with_path((state, base, batch))
-        if lies_on_host(leaf)
+        if is_on_host(leaf)
     ]
     assert on_host == ["1.lm_head.weight", "1.model.embed_tokens.weight"]
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="`batch_size`=6 is no multiple of the 4"):
-        check_mesh({"data": 2, "fsdp": 2}, 6)
-    with pytest.raises(UserError, match="8 would do"):
+    message = "`batch_size`=6 must be a multiple of the 4 .* 8 would do"
+    with pytest.raises(UserError, match=message):
         check_mesh({"data": 2, "fsdp": 2}, 6)
     check_mesh({"data": 2, "fsdp": 2}, 8)
 
 
-def test_axes_and_sizes_that_mean_nothing_are_refused():
-    with pytest.raises(UserError, match="axes data and fsdp; `tensor` is none"):
+def test_unknown_axes_and_sizes_below_one_are_refused():
+    with pytest.raises(UserError, match="axes data and fsdp, got `tensor`"):
         check_mesh({"tensor": 2}, 2)
     with pytest.raises(UserError, match="`fsdp` must be at least 1, got 0"):
         check_mesh({"fsdp": 0}, 2)
@@ -102,4 +101,4 @@ def test_axes_and_sizes_that_mean_nothing_are_refused():
 def test_weights_that_fsdp_does_not_divide_are_named():
     mesh = AbstractMesh((3,), ("fsdp",))
     with pytest.raises(UserError, match="fsdp=3 does not divide .* of shape"):
-        place(arguments(batch_size=3), mesh)
+        shard_step(arguments(batch_size=3), mesh)

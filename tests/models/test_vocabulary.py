@@ -1,4 +1,4 @@
-"""Rows of the vocabulary: never trained, repaired, new."""
+"""Untrained, repaired and new rows of the vocabulary tables."""
 
 import dataclasses
 
@@ -53,13 +53,13 @@ def test_zero_tiny_equal_and_broken_rows_are_untrained(dtype, kind, chunk, monke
     rows = table(dtype)
     rows[3] = 0
     rows[5] = rows[5] * np.asarray(1e-4, dtype)
-    rows[[8, 20, 21, 39]] = rows[8]  # four alike, far apart
+    rows[[8, 20, 21, 39]] = rows[8]  # four equal rows, far apart
     rows[[30, 31]] = rows[30]  # two: a copy made on purpose
     rows[33, 2] = np.nan
     rows[34, 2] = np.inf
-    found = untrained_rows(kind(rows))
-    assert found.shape == (V,) and found.dtype == bool
-    assert np.flatnonzero(found).tolist() == [3, 5, 8, 20, 21, 33, 34, 39]
+    mask = untrained_rows(kind(rows))
+    assert mask.shape == (V,) and mask.dtype == bool
+    assert np.flatnonzero(mask).tolist() == [3, 5, 8, 20, 21, 33, 34, 39]
 
 
 def test_thresholds_are_arguments():
@@ -73,7 +73,7 @@ def test_thresholds_are_arguments():
     assert np.flatnonzero(untrained_rows(rows, eps=0.0, tiny=0.0)).tolist() == []
 
 
-def test_a_table_of_zeros_is_untrained_and_one_of_few_trained_rows_is_not():
+def test_zeros_are_untrained_even_if_most_rows_are_zero():
     assert untrained_rows(np.zeros((V, D), np.float32)).all()
     rows = np.zeros((V, D), np.float32)
     rows[[4, 9]] = table()[:2]
@@ -81,7 +81,7 @@ def test_a_table_of_zeros_is_untrained_and_one_of_few_trained_rows_is_not():
 
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-char105"])
-def test_no_row_of_a_trained_model_is_called_untrained(shared_data, name):
+def test_no_row_of_a_trained_model_counts_as_untrained(shared_data, name):
     _, base = convert.load_llama(shared_data / name, quantization=None)
     rows = base["model"]["embed_tokens"]["weight"]
     assert not untrained_rows(rows).any()
@@ -216,25 +216,50 @@ def test_a_repair_ends_the_report_and_survives_saving(shared_data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, repaired)
 
 
-def test_unusable_repairs_are_refused(model):
-    _, base = model
-    last = "lm_head" if "lm_head" in base else "embed_tokens"
-    with pytest.raises(
-        UserError, match=r"Token 32 has no row in `embed_tokens`, which"
-    ):
-        repair_rows(base, [3, 32])
-    with pytest.raises(UserError, match=r"Token -1 has no row .*0 to 31.*`add_tokens`"):
-        report_untrained(base, [-1])
-    with pytest.raises(UserError, match=rf"names the table 'head'; .* {last}"):
-        repair_rows(base, {"head": [1]})
-    with pytest.raises(UserError, match="Token ids must be integers, got float32"):
-        report_untrained(base, jnp.asarray([1.5]))
-    with pytest.raises(UserError, match=r"Token 99 has no row in `embed_tokens`"):
-        repair_rows(base, [3], how=99)
-    with pytest.raises(
-        UserError, match="`how` must be 'mean' or a token id, got 'zero'"
-    ):
-        bare(repair_rows)(base, [3], how="zero")
+REFUSALS = {
+    "missing_id": (
+        repair_rows,
+        ([3, 32],),
+        {},
+        "Token 32 has no row in `embed_tokens`, which",
+    ),
+    "negative_id": (
+        report_untrained,
+        ([-1],),
+        {},
+        "Token -1 has no row .*0 to 31.*`add_tokens`",
+    ),
+    "table": (repair_rows, ({"head": [1]},), {}, "names the table 'head'; .* {last}"),
+    "dtype": (
+        report_untrained,
+        (jnp.asarray([1.5]),),
+        {},
+        "Token ids must be integers, got float32",
+    ),
+    "how_id": (
+        repair_rows,
+        ([3],),
+        {"how": 99},
+        "Token 99 has no row in `embed_tokens`",
+    ),
+    "how_word": (
+        bare(repair_rows),
+        ([3],),
+        {"how": "zero"},
+        "`how` must be 'mean' or a token id, got 'zero'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_invalid_rows_are_refused(model, case):
+    function, arguments, options, message = REFUSALS[case]
+    last = "lm_head" if "lm_head" in model[1] else "embed_tokens"
+    with pytest.raises(UserError, match=message.replace("{last}", last)):
+        function(model[1], *arguments, **options)
+
+
+def test_a_mean_of_no_trained_rows_is_refused():
     empty = {"model": {"embed_tokens": {"weight": np.zeros((4, 2), np.float32)}}}
     with pytest.raises(UserError, match="`embed_tokens` has no trained row"):
         repair_rows(empty, [1])
@@ -315,7 +340,7 @@ def test_a_padded_vocabulary_is_used_first_and_never_shrinks(model):
     assert same.vocab_size == 32
 
 
-def test_a_tokenizer_that_is_larger_already_gets_its_rows(model):
+def test_a_tokenizer_larger_than_the_table_gets_its_rows(model):
     config, base = model
     larger, new = add_tokens(config, base, tokenizer_size=34, count=0)
     assert larger.vocab_size == 34
@@ -349,11 +374,11 @@ def test_numpy_tables_stay_numpy(llama_dir):
         ({"how": 32}, "Token 32 has no row in `embed_tokens`"),
     ],
 )
-def test_unusable_sizes_are_refused(model, settings, message):
+def test_invalid_sizes_are_refused(model, settings, message):
     config, base = model
-    given = {"tokenizer_size": 32, "count": 1, **settings}
+    arguments = {"tokenizer_size": 32, "count": 1, **settings}
     with pytest.raises(UserError, match=message):
-        bare(add_tokens)(config, base, **given)
+        bare(add_tokens)(config, base, **arguments)
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
@@ -382,7 +407,7 @@ def test_a_configuration_without_a_file_stays_without_one(model):
     assert larger.raw == {} and larger.to_hf()["vocab_size"] == 33
 
 
-def test_the_functions_are_in_the_table_of_contents():
+def test_the_functions_are_public():
     assert qj.add_tokens is add_tokens and qj.repair_rows is repair_rows
     assert qj.untrained_rows is untrained_rows
     assert qj.report_untrained is report_untrained

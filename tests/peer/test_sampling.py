@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.inference.sampling import Sampling, penalize
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.sampling import Rules, Values, penalize
 
 pytestmark = pytest.mark.peer
 
@@ -48,11 +49,11 @@ def test_processors_of_transformers_leave_the_same(torch, transformers, settings
     theirs = processors(torch.tensor(ids), torch.tensor(logits)).numpy()
 
     sampling = Sampling(**settings)
-    values = sampling.values()
+    values = Values.of(sampling)
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, ids, True, axis=1)
     ours = penalize(jnp.asarray(logits), jnp.asarray(seen), values.repetition_penalty)
-    ours = sampling.rules(1000).filter(ours / values.temperature, values)
+    ours = Rules.of(sampling, 1000).filter(ours / values.temperature, values)
 
     assert np.array_equal(np.isfinite(ours), np.isfinite(theirs))
     left = np.isfinite(theirs)

@@ -199,8 +199,8 @@ def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
             dict(modules_to_save=("embed_tokens", "lm_head"), r=1),
             [
                 r"embed_tokens and lm_head, trained in full, make 4,096 of 6,144 "
-                r"trained parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB of "
-                "AdamW's state. `trainable_token_indices` trains single rows."
+                r"trained parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB "
+                "of AdamW's state. `trainable_token_indices` trains single rows."
             ],
         ),
         (

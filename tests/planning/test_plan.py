@@ -173,7 +173,7 @@ def test_limits_of_jax_itself_are_named_where_they_are_too_low():
 
 def test_a_mesh_that_does_not_divide_is_refused():
     planner = Planner(GPU, mesh={"fsdp": 8})
-    with pytest.raises(UserError, match="`batch_size`=1 is no multiple of the 8"):
+    with pytest.raises(UserError, match="`batch_size`=1 must be a multiple of the 8"):
         planner.plan(STEP, LADDER[2])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax import nf4
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.models.layers import linear
+from qlora_jax.models.layers import ModuleAdapter, linear
 from qlora_jax.training.loss import cross_entropy_sum, shift_labels, supervised_tokens
 
 V, D = 37, 64
@@ -115,7 +115,7 @@ def test_only_the_trained_part_of_a_head_gets_a_gradient():
 
     def adapted(parts, h):
         weight, adapter = parts
-        return linear(h, weight, None, adapter, scaling=0.1, dtype=jnp.float32)
+        return linear(h, weight, None, ModuleAdapter(adapter, 0.1), dtype=jnp.float32)
 
     def loss(adapter):
         parts = (packed, adapter)

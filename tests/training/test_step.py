@@ -10,19 +10,13 @@ import pytest
 
 from qlora_jax import nf4
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.training.config import ParameterGroup, TrainConfig
-from qlora_jax.training.objectives import (
-    embedding_noise,
-    head_variables,
-    loss_sum,
-    text_lengths,
-)
+from qlora_jax.training.config import TrainConfig
+from qlora_jax.training.objectives import loss_sum
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.parameter_groups import schedule
 from qlora_jax.training.step import TrainState, eval_step, init_state, train_step
@@ -40,8 +34,8 @@ CONFIG = LlamaConfig(
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
 
-# `run` below and the stored runs of test_golden.py compile as users do.
-AS_USERS = {
+# `run` below and the stored runs of test_golden.py compile as in use, not as tests do.
+DEFAULT_OPTIMIZATION = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
@@ -165,7 +159,7 @@ def run():
     step = jax.jit(
         functools.partial(train_step, model=model, optimizer=ADAM),
         donate_argnums=0,
-        compiler_options=AS_USERS,
+        compiler_options=DEFAULT_OPTIMIZATION,
     )
     before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
     state = begin()
@@ -179,12 +173,12 @@ def run():
     return Run(before, after, losses, step._cache_size(), state, old)
 
 
-def test_steps_leave_the_base_as_it_was(run):
+def test_steps_do_not_change_the_base(run):
     for before, after in zip(run.before, run.after, strict=True):
         np.testing.assert_array_equal(before, after)
 
 
-def test_equal_shaped_batches_are_one_compilation(run):
+def test_equal_shapes_compile_once(run):
     assert run.compilations == 1
 
 
@@ -197,7 +191,7 @@ def test_the_state_is_donated_and_the_base_is_not(run):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base()))
 
 
-def test_the_step_is_counted_and_the_key_stays(run):
+def test_the_step_is_counted_and_the_key_is_kept(run):
     assert run.state.step == 8
     same = jax.random.key_data(run.state.key) == jax.random.key_data(jax.random.key(0))
     assert same.all()
@@ -230,20 +224,20 @@ def test_a_zero_adapter_has_the_loss_of_the_base():
     all_equal(plain, evaluate(adapters(trained=False), base(), rows(4), model=llama()))
 
 
-def test_accumulated_micro_batches_are_one_large_batch():
+def test_accumulated_micro_batches_equal_one_large_batch():
     # The micro-batches hold different numbers of supervised tokens: the mean of their
     # means would be another number.
     labels = window(4, 2)["labels"]
     assert len({int((part != IGNORE).sum()) for part in labels}) > 1
     step = step_of(llama(), SGD)
-    one, first = step(begin(SGD), base(), window(1, 8))
+    big, first = step(begin(SGD), base(), window(1, 8))
     many, metrics = step(begin(SGD), base(), window(4, 2))
     # Another order of the float32 sum over tokens.
     np.testing.assert_allclose(metrics["loss"], first["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], first["grad_norm"], rtol=1e-5)
     assert metrics["supervised_tokens"] == first["supervised_tokens"]
     updates = [
-        jax.tree.map(jnp.subtract, state.adapters, adapters()) for state in (many, one)
+        jax.tree.map(jnp.subtract, state.adapters, adapters()) for state in (many, big)
     ]
     all_close(*updates, GRADIENT)
 
@@ -264,7 +258,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens():
 
 
 def lift(self, variables):
-    """What `Compute.place` does for our own kernels, here with XLA's."""
+    """Does as `Compute.arrange` for the Pallas kernels, here with XLA's."""
     params, stacks = nf4.lift_stacks(variables["params"])
     return {**variables, "params": params, "stacks": stacks}
 
@@ -297,7 +291,7 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     temporaries, results = [], []
     for lifted in (False, True):
         if lifted:
-            monkeypatch.setattr(Compute, "place", lift)
+            monkeypatch.setattr(Compute, "arrange", lift)
         step = functools.partial(train_step, model=model, optimizer=SGD)
         traced = jax.jit(step).trace(state, base(), batch)
         compiled = traced.lower().compile()
@@ -314,10 +308,10 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     assert temporaries[1] <= temporaries[0] + 4096
 
 
-def test_packed_documents_train_as_separate_ones():
+def test_packed_documents_train_like_separate_rows():
     lengths = [7, 5, 4]
     parts = [rows(1, n, seed=n) for n in lengths]
-    # The first token of a document is predicted by nothing.
+    # Nothing predicts the first token of a document.
     parts = [{**part, "labels": part["labels"].at[:, 0].set(IGNORE)} for part in parts]
     packed = {
         key: jnp.concatenate([part[key] for part in parts], axis=1)
@@ -445,11 +439,11 @@ def test_evaluation_has_no_dropout():
     all_equal(with_dropout, evaluate(adapters(), base(), rows(4), model=llama()))
 
 
-# --- What is not finite, and what is not there ---
+# --- Steps that are not finite or have no labels ---
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_the_step_number_alone(bad):
+def test_a_step_that_is_not_finite_changes_only_the_step_number(bad):
     step = step_of(llama(), ADAM)
     state, _ = step(begin(), base(), window(1, 4))  # moments that are not zero
     kept = jax.tree.map(np.array, (state.adapters, state.opt_state))
@@ -480,7 +474,7 @@ def test_a_window_without_supervision_is_a_step_of_zero():
 # --- State ---
 
 
-def test_a_state_that_was_stored_continues_bit_for_bit():
+def test_a_restored_state_continues_bit_for_bit():
     step = step_of(llama(DROPOUT), ADAM)
     state = begin(seed=3)
     for i in range(2):
@@ -496,29 +490,10 @@ def test_a_state_that_was_stored_continues_bit_for_bit():
     all_equal((through.adapters, through.opt_state), (again.adapters, again.opt_state))
 
 
-def test_the_head_reads_its_own_part_of_the_variables():
-    variables = {"params": base(), "lora": adapters()}
-    picked = head_variables(variables, llama())
-    assert picked == {"params": {"lm_head": base()["lm_head"]}, "lora": {}}
-    tied = llama(config=dataclasses.replace(CONFIG, tie_word_embeddings=True))
-    without = {"model": base()["model"]}
-    picked = head_variables({"params": without, "lora": adapters()}, tied)
-    embedding = base()["model"]["embed_tokens"]
-    assert picked == {"params": {"model": {"embed_tokens": embedding}}, "lora": {}}
-    # What a tied head has of its own goes with it.
-    residual, own = {"residual_A": jnp.ones((1, 64))}, {"scaling": jnp.ones(())}
-    picked = head_variables(
-        {"params": {**without, "lm_head": residual}, "lora": {"lm_head": own}}, tied
-    )
-    assert picked["params"]["lm_head"] is residual and picked["lora"] == {
-        "lm_head": own
-    }
+# --- Weight decay and masks ---
 
 
-# --- What stays ---
-
-
-def test_what_is_not_trained_stays_as_it_was_under_weight_decay():
+def test_weight_decay_does_not_change_untrained_parts():
     lora = LoraConfig(
         r=4,
         target_modules=("q_proj", "layers.0.mlp.up_proj"),
@@ -645,7 +620,7 @@ def test_the_optimizer_is_adamw_with_clipping_before(norm, decay):
     np.testing.assert_allclose(parameters["w"], want, rtol=1e-5)  # float32
 
 
-def test_the_reported_norm_is_that_before_clipping():
+def test_the_reported_norm_is_from_before_clipping():
     clipped = optax.chain(optax.clip_by_global_norm(1e-3), SGD)
     norms = []
     for optimizer in (SGD, clipped):
@@ -653,44 +628,17 @@ def test_the_reported_norm_is_that_before_clipping():
         state, metrics = step(begin(optimizer), base(), window(1, 4))
         moved = jax.tree.map(jnp.subtract, state.adapters, adapters())
         norms.append((float(metrics["grad_norm"]), float(optax.tree.norm(moved))))
-    (plain, all_of_it), (reported, part) = norms
+    (plain, unclipped_update), (reported, clipped_update) = norms
     assert plain == reported > 1e-3
     # The update is the difference of parameters of order 0.1: ulps of 1e-8 each.
-    np.testing.assert_allclose(all_of_it, plain, rtol=1e-4)
-    np.testing.assert_allclose(part, 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(unclipped_update, plain, rtol=1e-4)
+    np.testing.assert_allclose(clipped_update, 1e-3, rtol=1e-3)
 
 
 # --- Noise on the embeddings ---
 
 
-def test_the_length_of_a_text_is_that_of_its_document():
-    labels = jnp.full((2, 6), IGNORE)
-    packed = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 2]], jnp.int32)
-    lengths = text_lengths({"labels": labels, "segment_ids": packed})
-    # Two documents of three and two tokens and a pad; one and five.
-    assert lengths.tolist() == [[3, 3, 3, 2, 2, 1], [1, 5, 5, 5, 5, 5]]
-    masked = jnp.asarray([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], jnp.int32)
-    lengths = text_lengths({"labels": labels, "attention_mask": masked})
-    assert lengths[:, 0].tolist() == [4, 1]
-    # With neither: up to the last supervised token.
-    supervised = labels.at[0, 2].set(7).at[0, 4].set(7)
-    assert text_lengths({"labels": supervised})[:, 0].tolist() == [5, 1]
-
-
-def test_the_noise_is_uniform_and_of_the_papers_size():
-    labels = jnp.zeros((2, 400), jnp.int32).at[0, 100:].set(IGNORE)
-    noise = embedding_noise(
-        {"labels": labels}, jax.random.key(0), alpha=5.0, features=64
-    )
-    for row, length in enumerate((100, 400)):
-        bound = 5.0 / math.sqrt(length * 64)
-        drawn = np.asarray(noise[row], np.float64) / bound
-        # 25,600 draws of a uniform distribution on [-1, 1].
-        assert 0.999 < np.abs(drawn).max() <= 1 + 1e-6
-        assert abs(drawn.mean()) < 0.02 and abs(drawn.var() - 1 / 3) < 0.01
-
-
-def test_noise_is_of_training_alone_and_of_the_step_and_row():
+def test_noise_depends_on_the_key_and_step_and_is_absent_when_off():
     @functools.cache
     def jitted(alpha, remat):
         step = functools.partial(
@@ -722,74 +670,10 @@ def test_noise_is_of_training_alone_and_of_the_step_and_row():
         jax.tree.map(jnp.subtract, s.adapters, adapters()) for s in (moved, state)
     ]
     all_close(*updates, GRADIENT)
-    # Off, nothing of it is in the program.
+    # When off, the program contains none of it.
     arguments = begin(SGD), base(), window(2, 2)
     texts = [jitted(alpha, "full").lower(*arguments).as_text() for alpha in (5.0, None)]
     assert ["_uniform" in text for text in texts] == [True, False]
-
-
-# --- TrainConfig ---
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"steps": None}, "either `steps` or `epochs`, got steps=None and epochs=None"),
-        ({"epochs": 1.0}, "either `steps` or `epochs`, got steps=5 and epochs=1.0"),
-        ({"steps": 0}, "`steps` must be at least 1, got 0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"gradient_accumulation_steps": -1}, "`gradient_accumulation_steps` must be"),
-        ({"steps": None, "epochs": 0.0}, "`epochs` must be > 0, got 0.0"),
-        ({"learning_rate": -1.0}, "`learning_rate` must be >= 0, got -1.0"),
-        ({"learning_rate": math.nan}, "`learning_rate` must be >= 0, got nan"),
-        ({"warmup_steps": -1}, "`warmup_steps` must be >= 0, got -1"),
-        ({"warmup_steps": 6}, "`warmup_steps`=6 exceeds `steps`=5; the learning rate"),
-        ({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or none, got 0.0"),
-        ({"weight_decay": -0.1}, "`weight_decay` must be >= 0, got -0.1"),
-        ({"weight_decay": math.nan}, "`weight_decay` must be >= 0, got nan"),
-        ({"adam_beta2": 1.0}, "`adam_beta2` must be at least 0 and less than 1"),
-        ({"adam_epsilon": 0.0}, "`adam_epsilon` must be > 0, got 0.0"),
-        ({"embedding_learning_rate": -1.0}, "`embedding_learning_rate` must be >= 0"),
-        ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
-        ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
-        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1, or left out, got"),
-        (
-            {"groups": (ParameterGroup("(", learning_rate=1.0),)},
-            r"train: group 1: `match` = '\(' is not a regular expression: missing \)",
-        ),
-        ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
-        (
-            {"groups": (ParameterGroup("q_proj", learning_rate=-1.0),)},
-            "group 1: `learning_rate` must be >= 0, got -1.0",
-        ),
-        (
-            {"groups": (ParameterGroup("q_proj", warmup_steps=9),)},
-            "group 1: `warmup_steps`=9 exceeds `steps`=5",
-        ),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        TrainConfig(**{"steps": 5, **change})
-
-
-def test_all_that_is_wrong_with_the_settings_is_said_at_once():
-    with pytest.raises(UserError) as caught:
-        TrainConfig(steps=0, learning_rate=-1.0, weight_decay=-0.5, ema_decay=2.0)
-    assert str(caught.value).splitlines() == [
-        "4 problems with the [train] settings:",
-        "- train: `steps` must be at least 1, got 0.",
-        "- train: `learning_rate` must be >= 0, got -1.0.",
-        "- train: `weight_decay` must be >= 0, got -0.5.",
-        "- train: `ema_decay` must be between 0 and 1, or left out, got 2.0.",
-    ]
-
-
-def test_an_unknown_schedule_is_refused():
-    config = TrainConfig(steps=5)
-    object.__setattr__(config, "lr_scheduler", "polynomial")  # past the type checks
-    with pytest.raises(UserError, match="'linear' or 'cosine', got 'polynomial'"):
-        config.__post_init__()
 
 
 # --- The structure of the compiled step: from shapes alone, nothing is allocated ---

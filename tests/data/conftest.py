@@ -1,0 +1,128 @@
+"""Fixtures of the data tests: a byte tokenizer, files of rows, loaded examples."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.examples import load_examples
+
+
+def _byte_tokenizer(
+    *,
+    merges=(),
+    specials=("<s>", "</s>"),
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """One token a byte but for the merges; puts BOS before a text by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*specials, *alphabet, *(a + b for a, b in merges)]
+    vocab = {token: i for i, token in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(specials))
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """A function that makes tokenizers of one token a byte."""
+    return _byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The plain byte tokenizer: `<s>` is 0, `</s>` is 1."""
+    return _byte_tokenizer()
+
+
+class _SlowTokenizer:
+    """Like the slow tokenizers of transformers: no character offsets."""
+
+    is_fast = False
+    eos_token_id = 1
+    bos_token_id = 0
+    all_special_tokens = ("<s>", "</s>")
+
+    def __init__(self, fast: PreTrainedTokenizerFast):
+        self._fast = fast
+
+    def __call__(self, text, **options):
+        assert not options.pop("return_offsets_mapping", False)
+        return self._fast(text, **options)
+
+    def apply_chat_template(self, messages, **options):
+        return self._fast.apply_chat_template(messages, **options)
+
+
+@pytest.fixture(scope="session")
+def slow_tokenizer(tokenizer: PreTrainedTokenizerFast) -> _SlowTokenizer:
+    """`tokenizer` without character offsets."""
+    return _SlowTokenizer(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def mistral(shared_data: Path) -> PreTrainedTokenizerFast:
+    """A real tokenizer with 32,000 tokens."""
+    return PreTrainedTokenizerFast.from_pretrained(
+        shared_data / "tokenizers" / "mistral-v1-32000"
+    )
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes rows (or raw lines) to a JSONL file; returns its path."""
+
+    def write(rows, name: str = "data.jsonl") -> str:
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (tmp_path / name).write_text(
+            "".join(line + "\n" for line in lines), encoding="utf-8"
+        )
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def load(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
+    """A function that loads a path with the settings of a `DataConfig`."""
+
+    def load(path, tokenizer=tokenizer, vocab_size: int = 300, **config):
+        path = path if isinstance(path, tuple) else str(path)
+        config = DataConfig(path=path, **config)
+        return load_examples(config, tokenizer, vocab_size=vocab_size)
+
+    return load
+
+
+@pytest.fixture
+def decoded(tokenizer: PreTrainedTokenizerFast) -> Callable[..., tuple[str, str]]:
+    """A function that decodes an example, and its supervised tokens."""
+
+    def decoded(examples, index: int = 0, tokenizer=tokenizer) -> tuple[str, str]:
+        tokens, labels = examples[index]
+        supervised = labels != IGNORE
+        np.testing.assert_array_equal(labels[supervised], tokens[supervised])
+        return tokenizer.decode(tokens), tokenizer.decode(labels[supervised])
+
+    return decoded
