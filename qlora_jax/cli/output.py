@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Columns of a line where output is piped: programs that read it want whole lines.
-UNLIMITED = 100_000
+_UNLIMITED = 100_000
 
 # --- Reports ---
 
@@ -116,7 +116,7 @@ def console() -> Console:
     printer = Console(markup=False, emoji=False, highlight=False)
     if printer.is_terminal:
         return printer
-    return Console(markup=False, emoji=False, highlight=False, width=UNLIMITED)
+    return Console(markup=False, emoji=False, highlight=False, width=_UNLIMITED)
 
 
 # --- The end of a process ---
