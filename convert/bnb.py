@@ -2,9 +2,9 @@
 
 A quantized weight `P.weight` is several tensors: the codes (bytes, [n/2, 1], viewed as
 `bnb_4bit_quant_storage`), `.absmax`, `.quant_map`, under double quantization
-`.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`, a JSON
-text as bytes. The presence of that last one, not the configuration, says that a weight
-is quantized. Bytes are taken over and given back unchanged.
+`.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`, JSON as
+bytes. A weight is quantized if it has this last tensor, whatever the configuration
+says. Bytes are read and written unchanged.
 """
 
 from __future__ import annotations
@@ -15,35 +15,27 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, Mismatches, TensorFiles
+from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
-from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 from qlora_jax.lora.patterns import match_patterns
-from qlora_jax.nf4 import (
-    BLOCK_SIZE,
-    NESTED_BLOCK_SIZE,
-    NF4_CODE,
-    NF4Tensor,
-    abstract,
-)
+from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 
 _STATE = ".quant_state.bitsandbytes__"
-_STORAGES = ("uint8", *get_args(Dtype))
-_SAFETENSORS_NAME = {"uint8": "U8", "bfloat16": "BF16", "float16": "F16"}
-_SAFETENSORS_NAME["float32"] = "F32"
+# dtypes that packed bytes may be viewed as -> safetensors' names.
+_STORAGES = {"uint8": "U8", **FLOATS}
 
 
 @dataclass(frozen=True)
 class QuantState:
-    """What the JSON text of one quantized weight says."""
+    """The JSON of one quantized weight."""
 
     shape: tuple[int, int]
     dtype: str
@@ -65,7 +57,7 @@ def packed_type(files: TensorFiles, key: str) -> str | None:
 
 
 def part_names(key: str, double_quant: bool) -> list[str]:
-    """Names of all tensors that make up the quantized weight `key`."""
+    """Returns the names of all tensors of the quantized weight `key`."""
     parts = ["", ".absmax", ".quant_map", f"{_STATE}nf4"]
     if double_quant:
         parts += [".nested_absmax", ".nested_quant_map"]
@@ -75,11 +67,16 @@ def part_names(key: str, double_quant: bool) -> list[str]:
 def check(
     files: TensorFiles, key: str, shape: tuple[int, ...], problems: Mismatches
 ) -> tuple[QuantState | None, list[str]]:
-    """Checks everything but the large arrays of the quantized weight `key`.
+    """Checks a quantized weight without reading its large arrays.
+
+    Args:
+      files: of the checkpoint.
+      key: of the weight.
+      shape: expected shape.
+      problems: collects what is wrong.
 
     Returns:
-      Its state (None if there is a problem, which is noted), and the names of the
-      tensors that belong to it.
+      (its state, or None if there is a problem; the names of its tensors).
     """
     double = f"{key}.nested_absmax" in files or (
         f"{key}.absmax" in files and files[f"{key}.absmax"].dtype == "U8"
@@ -102,48 +99,52 @@ def check(
             f"{key} {list(state.shape)} instead of {list(shape)}",
         )
         return None, names
-    blocks = -(-math.prod(shape) // BLOCK_SIZE)
-    wanted = {
+    mismatches = _mismatches(files, key, math.prod(shape), double)
+    if not mismatches and (
+        files.read(f"{key}.quant_map").tobytes() != NF4_CODE.tobytes()
+    ):
+        kind = "tables of values that are not NF4's"
+        mismatches.append((kind, f"{key}.quant_map"))
+    for kind, description in mismatches:
+        problems.add(kind, description)
+    return (None if mismatches else state), names
+
+
+def _mismatches(
+    files: TensorFiles, key: str, size: int, double: bool
+) -> list[tuple[str, str]]:
+    """Compares dtypes and sizes with those of a weight of `size` elements."""
+    blocks = -(-size // BLOCK_SIZE)
+    expected = {
         f"{key}.absmax": ("U8" if double else "F32", blocks),
         f"{key}.quant_map": ("F32", 16),
     }
     if double:
         groups = -(-blocks // NESTED_BLOCK_SIZE)
-        wanted[f"{key}.nested_absmax"] = ("F32", groups)
-        wanted[f"{key}.nested_quant_map"] = ("F32", 256)
-    good = True
-    for name, (dtype, size) in wanted.items():
-        if files[name].dtype != dtype:
-            problems.add(
-                "tensors of another dtype",
-                f"{name} {files[name].dtype} instead of {dtype}",
-            )
-            good = False
-        elif math.prod(files[name].shape) != size:
-            problems.add(
-                "tensors of another shape",
-                f"{name} {list(files[name].shape)} instead of [{size}]",
-            )
-            good = False
-    info = files[key]
-    if info.dtype not in _SAFETENSORS_NAME.values():
-        problems.add("tensors of another dtype", f"{key} {info.dtype} instead of U8")
-        good = False
-    elif info.nbytes != -(-math.prod(shape) // 2):
-        problems.add(
-            "tensors of another shape",
-            f"{key} {info.nbytes} bytes instead of {-(-math.prod(shape) // 2)} (two "
-            "weights a byte)",
+        expected[f"{key}.nested_absmax"] = ("F32", groups)
+        expected[f"{key}.nested_quant_map"] = ("F32", 256)
+    wrong_dtype, wrong_shape = "tensors of another dtype", "tensors of another shape"
+    mismatches = []
+    for name, (dtype, length) in expected.items():
+        info = files[name]
+        if info.dtype != dtype:
+            mismatches.append((wrong_dtype, f"{name} {info.dtype} instead of {dtype}"))
+        elif math.prod(info.shape) != length:
+            description = f"{name} {list(info.shape)} instead of [{length}]"
+            mismatches.append((wrong_shape, description))
+    info, code_bytes = files[key], -(-size // 2)
+    if info.dtype not in _STORAGES.values():
+        mismatches.append((wrong_dtype, f"{key} {info.dtype} instead of U8"))
+    elif info.nbytes != code_bytes:
+        description = (
+            f"{key} {info.nbytes} bytes instead of {code_bytes} (two weights a byte)"
         )
-        good = False
-    if good and files.read(f"{key}.quant_map").tobytes() != NF4_CODE.tobytes():
-        problems.add("tables of values that are not NF4's", f"{key}.quant_map")
-        good = False
-    return (state if good else None), names
+        mismatches.append((wrong_shape, description))
+    return mismatches
 
 
 def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
-    """Reads the JSON text; raises ValueError with what is not supported."""
+    """Reads the JSON of a weight; raises ValueError for unsupported values."""
     if raw["quant_type"] != "nf4":
         raise ValueError(f"`quant_type` is {raw['quant_type']!r}; only 'nf4' is read")
     if raw["blocksize"] != BLOCK_SIZE:
@@ -151,7 +152,7 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
             f"`blocksize` is {raw['blocksize']}; only {BLOCK_SIZE}, which transformers "
             "writes, is read"
         )
-    if raw["dtype"] not in _STORAGES[1:]:
+    if raw["dtype"] not in FLOATS:
         raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
     offset = None
     if double:
@@ -196,12 +197,12 @@ def empty(
     """Makes an `NF4Tensor` of uninitialized numpy arrays."""
     return jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
+        nf4.abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
     )
 
 
 def dequantize(tensor: NF4Tensor) -> NDArray:
-    """Dequantizes on the CPU, even where there is an accelerator, to its own dtype."""
+    """Dequantizes to the dtype before packing; on the CPU, so that no GPU is needed."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
@@ -213,8 +214,8 @@ def dequantize(tensor: NF4Tensor) -> NDArray:
 _dequantize = jax.jit(nf4.dequantize)
 
 
-def _state_text(tensor: NF4Tensor, layer: int | None) -> bytes:
-    """The JSON text of one weight, to the character as bitsandbytes writes it."""
+def _state_json(tensor: NF4Tensor, layer: int | None) -> bytes:
+    """Returns the JSON of one weight, character for character as bitsandbytes does."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": tensor.block_size,
@@ -231,13 +232,13 @@ def _state_text(tensor: NF4Tensor, layer: int | None) -> bytes:
 def entries(
     key: str, tensor: NF4Tensor, layer: int | None, *, quant_storage: str
 ) -> list[Entry]:
-    """The tensors that the weight `key`, layer `layer` of `tensor`, becomes in a file.
+    """Returns the tensors of a file that hold one layer of a quantized weight.
 
-    `quant_storage` has been checked with `storage_problem`.
+    `quant_storage` must have passed `storage_problem`.
     """
     blocks = -(-math.prod(tensor.shape) // tensor.block_size)
     code_bytes = -(-math.prod(tensor.shape) // 2)
-    storage = DTYPES[_SAFETENSORS_NAME[quant_storage]]
+    storage = DTYPES[_STORAGES[quant_storage]]
     absmax_dtype = np.dtype(np.uint8 if tensor.double_quant else np.float32)
 
     def codes() -> NDArray:
@@ -246,12 +247,12 @@ def entries(
     def absmax() -> NDArray:
         return _host(tensor.absmax, layer).reshape(-1)
 
-    text = np.frombuffer(_state_text(tensor, layer), np.uint8)
+    state = np.frombuffer(_state_json(tensor, layer), np.uint8)
     out = [
         Entry(key, storage, (code_bytes // storage.itemsize, 1), codes),
         Entry(f"{key}.absmax", absmax_dtype, (blocks,), absmax),
         Entry.of(f"{key}.quant_map", NF4_CODE),
-        Entry.of(f"{key}{_STATE}nf4", text),
+        Entry.of(f"{key}{_STATE}nf4", state),
     ]
     if tensor.double_quant:
         out += [
@@ -262,23 +263,23 @@ def entries(
 
 
 def _host(array: Any, layer: int | None) -> NDArray:
-    """One layer of an array, on the host; a view where it is there already."""
+    """Returns one layer of an array on the host, as a view where possible."""
     return np.ascontiguousarray(np.asarray(array if layer is None else array[layer]))
 
 
 def storage_problem(tensor: NF4Tensor, quant_storage: str) -> str | None:
-    """Says why the codes of `tensor` cannot be viewed as `quant_storage`, if so."""
+    """Returns why the codes cannot be viewed as `quant_storage`; None if they can."""
     if quant_storage not in _STORAGES:
         return (
             f"`quant_storage`={quant_storage!r} is not known; expected one of "
             f"{', '.join(_STORAGES)}"
         )
-    size = DTYPES[_SAFETENSORS_NAME[quant_storage]].itemsize
+    size = DTYPES[_STORAGES[quant_storage]].itemsize
     count = -(-math.prod(tensor.shape) // 2)
     if count % size:
         return (
-            f"{count} bytes of codes (shape {list(tensor.shape)}) are no whole number "
-            f"of {quant_storage}; use quant_storage='uint8'"
+            f"{count} bytes of codes (shape {list(tensor.shape)}) are not a multiple "
+            f"of the size of {quant_storage}; use quant_storage='uint8'"
         )
     return None
 
@@ -289,7 +290,7 @@ def new_quantization_config(
     quant_storage: str,
     double_quant: bool,
 ) -> dict[str, Any]:
-    """The `quantization_config` that transformers writes for such a checkpoint."""
+    """Returns the `quantization_config` that transformers would write."""
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -308,20 +309,19 @@ def new_quantization_config(
 
 
 def skip_modules(
-    own: Sequence[str] | None, *, dense: Sequence[str], packed: Sequence[str]
+    original: Sequence[str] | None, *, dense: Sequence[str], packed: Sequence[str]
 ) -> list[str] | None:
-    """The `llm_int8_skip_modules` for such dense and packed linear modules.
+    """Returns the `llm_int8_skip_modules` for these dense and packed linear modules.
 
-    It is `own`, the list of the file the model came from, as far as that holds: without
-    entries that select a packed module, and with the projections whose dense modules it
-    does not all select. None stands for the output head alone, so a list has to name
-    that too.
+    The list of the original file is kept where it still holds: entries that select a
+    packed module are removed, and projections with dense modules that no entry selects
+    are added. None stands for the output head, so a list must name the head too.
     """
     entries = None
     missing = list(dense)
-    if own is not None:
-        selected = _selected(own, [*dense, *packed])
-        entries = [entry for entry in own if selected[entry].isdisjoint(packed)]
+    if original is not None:
+        selected = _selected(original, [*dense, *packed])
+        entries = [entry for entry in original if selected[entry].isdisjoint(packed)]
         in_16_bit = set().union(*(selected[entry] for entry in entries))
         missing = [module for module in dense if module not in in_16_bit]
     if not missing:
@@ -331,7 +331,7 @@ def skip_modules(
 
 
 def _selected(entries: Sequence[str], modules: Sequence[str]) -> dict[str, set[str]]:
-    """The modules that transformers leaves in 16 bit for each entry of the list.
+    """Returns the modules that transformers keeps in 16 bit for each entry.
 
     Raises:
       UserError: an entry takes too long to match.

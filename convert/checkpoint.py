@@ -1,7 +1,7 @@
-"""A model directory, checked against its config.json before any weight is read.
+"""A Hugging Face model directory, checked against its config.json.
 
 Names, shapes, dtypes and quantization states come from headers and small tensors, so a
-wrong download fails in milliseconds, and the message says everything that is wrong.
+wrong download fails in milliseconds with one message that lists every problem.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import bnb, names
+from convert import bnb
 from convert.files import (
     DTYPES,
+    FLOAT_NAMES,
+    INDEX,
+    SINGLE,
     Mismatches,
     TensorFiles,
-    check_model_directory,
-    open_model,
+    TensorInfo,
+    is_name,
+    read_header,
     read_json,
 )
+from convert.names import checkpoint_keys
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.tree import EMBEDDING, HEAD
-
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-FLOAT_NAMES = {v: k for k, v in FLOATS.items()}
+from qlora_jax.tree import EMBEDDING, HEAD, hf_key, put
+from qlora_jax.tree import Path as TreePath
 
 # Computed from the configuration; files of old transformers versions carry it.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -51,27 +55,27 @@ class Checkpoint:
         return bool(self.packed)
 
     @property
-    def mixed(self) -> tuple[names.Path, ...]:
-        """The projections whose layers are not all stored in one form.
+    def mixed(self) -> tuple[TreePath, ...]:
+        """The projections whose layers are stored in different forms.
 
-        Some layers are in 4 bit and others are not (`llm_int8_skip_modules` named
+        Some layers are in 4 bit and others are not (`llm_int8_skip_modules` names
         single layers), or they differ in double quantization or in the dtype before
         quantization.
         """
-        found = []
+        paths = []
         for path in filter(
             model_params.is_projection, model_params.shapes(self.config)
         ):
             states = (
-                self.packed.get(names.hf_key(path, layer))
+                self.packed.get(hf_key(path, layer))
                 for layer in model_params.layers_of(path, self.config)
             )
             if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
-                found.append(path)
-        return tuple(found)
+                paths.append(path)
+        return tuple(paths)
 
     def dtype(self, key: str) -> str:
-        """Name of the dtype of a weight, of a packed one that before quantization."""
+        """Name of a weight's dtype; of a packed weight, its dtype before packing."""
         if key in self.packed:
             return self.packed[key].dtype
         return FLOAT_NAMES[self.files[key].dtype]
@@ -81,7 +85,7 @@ def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
     """Reads the config.json of a Llama directory.
 
     Raises:
-      CheckpointError: a directory that is something else.
+      CheckpointError: the path is not a model directory.
       UserError: a config.json of another architecture.
     """
     path = Path(path)
@@ -89,12 +93,114 @@ def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
     return LlamaConfig.from_hf(read_json(path / "config.json"))
 
 
+def check_model_directory(path: Path) -> None:
+    """Raises if a path is not a Hugging Face model directory.
+
+    Raises:
+      CheckpointError: names what the path is instead.
+    """
+    if not path.exists():
+        where = "" if path.is_absolute() else f" in `{Path.cwd()}`, where this runs"
+        raise CheckpointError(
+            f"`{path}` does not exist{where}. A model is a local Hugging "
+            "Face directory; a name on the Hub has to be downloaded first (`hf "
+            "download NAME --local-dir DIR`)."
+        )
+    if not path.is_dir():
+        raise CheckpointError(
+            f"`{path}` is a file; give the directory that holds config.json and the "
+            "safetensors files."
+        )
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
+            "model here."
+        )
+    raise CheckpointError(
+        f"`{path}` has no config.json, so it is not a Hugging Face model directory."
+    )
+
+
+def open_model(path: Path) -> TensorFiles:
+    """Opens the safetensors files of a model directory, sharded or not.
+
+    Raises:
+      CheckpointError: no safetensors files, a missing shard, or an index that
+        disagrees with its shards; the message lists all disagreements.
+    """
+    single, index = path / SINGLE, path / INDEX
+    if single.is_file() and index.is_file():
+        raise CheckpointError(
+            f"`{path}` has both {SINGLE} and {INDEX}, and only one can be current. "
+            "Remove the stale one."
+        )
+    if single.is_file():
+        return TensorFiles(path, read_header(single)[0])
+    if not index.is_file():
+        raise CheckpointError(_no_weights(path))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        is_name(key) and isinstance(f, str) and is_name(f) and f == os.path.basename(f)
+        for key, f in weight_map.items()
+    ):
+        raise CheckpointError(
+            f"`{index}` has no `weight_map` of tensor names to file names in the same "
+            "directory."
+        )
+    problems = Mismatches(f"The shards in `{path}` and {INDEX} disagree")
+    infos: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (path / name).is_file():
+            problems.add("missing files", name)
+            continue
+        for key, info in read_header(path / name)[0].items():
+            if key in infos:
+                problems.add(
+                    "tensors in two shards", f"{key} ({infos[key].file.name}, {name})"
+                )
+            elif key not in weight_map:
+                problems.add("tensors that the index does not name", f"{key} ({name})")
+            elif weight_map[key] != name:
+                problems.add(
+                    "tensors in another shard than the index says",
+                    f"{key} ({name} instead of {weight_map[key]})",
+                )
+            infos[key] = info
+    for key, name in weight_map.items():
+        if key not in infos and (path / name).is_file():
+            problems.add("tensors that their shard lacks", f"{key} ({name})")
+    problems.check(hint="Download or copy the checkpoint again.")
+    return TensorFiles(path, infos)
+
+
+def _no_weights(path: Path) -> str:
+    """Returns the message for a directory without safetensors weights."""
+    names = sorted(p.name for p in path.iterdir())
+    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    shards = [n for n in names if n.endswith(".safetensors")]
+    if pickles and not shards:
+        return (
+            f"`{path}` holds its weights in pickle files ({', '.join(pickles[:3])}), "
+            "which can run any code when they are opened and are therefore not read. "
+            "Convert once with transformers: "
+            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)`."
+        )
+    if shards:
+        return (
+            f"`{path}` has {', '.join(shards[:3])} but neither {SINGLE} nor {INDEX}; "
+            "download the index file too."
+        )
+    return f"`{path}` has no weights: neither {SINGLE} nor {INDEX} is there."
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a Llama directory and checks all names, shapes and dtypes.
 
     Raises:
-      CheckpointError: anything missing, unknown, duplicate, mis-shaped or of another
-        dtype, all in one message; or a directory that is something else.
+      CheckpointError: tensors that are missing, unknown, duplicate or of another
+        shape or dtype, all in one message; or the path is not a model directory.
       UserError: a config.json of another architecture.
     """
     path = Path(path)
@@ -104,27 +210,27 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     packed: dict[str, bnb.QuantState] = {}
     known: set[str] = set()
     shapes = model_params.shapes(config)
-    for key, (where, _) in names.keys(config).items():
+    for key, (tree_path, _) in checkpoint_keys(config).items():
         kind = bnb.packed_type(files, key)
         if kind == "fp4":
             problems.add("weights in FP4, which is not supported (only NF4 is)", key)
             known.update(n for n in files if n.startswith(f"{key}."))
             known.add(key)
-        elif kind is not None and not model_params.is_projection(where):
+        elif kind is not None and not model_params.is_projection(tree_path):
             problems.add(
-                "quantized tensors that have to stay 16-bit (keep them out with "
+                "quantized tensors that must stay 16-bit (keep them out with "
                 "`llm_int8_skip_modules`)",
                 key,
             )
             known.update(bnb.part_names(key, double_quant=True))
         elif kind is not None:
-            state, parts = bnb.check(files, key, shapes[where], problems)
+            state, parts = bnb.check(files, key, shapes[tree_path], problems)
             known.update(parts)
             if state is not None:
                 packed[key] = state
         else:
             known.add(key)
-            _check_dense(files, key, shapes[where], problems)
+            _check_dense(files, key, shapes[tree_path], problems)
     _check_head(config, files, known, problems)
     for key in files:
         if key not in known and not key.endswith(_DERIVED):
@@ -134,7 +240,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 class StoredTensor:
-    """A tensor of a directory, read when its values are asked for."""
+    """A tensor of a directory, read when it is converted to an array."""
 
     def __init__(self, files: TensorFiles, key: str):
         self._files, self._key = files, key
@@ -147,21 +253,21 @@ class StoredTensor:
 
 
 def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
-    """The parameter tree as shapes, with embedding and head that can be read.
+    """Returns the parameter tree as shapes, with readable embedding and head.
 
     With it `load_adapter` compares the copies of these tables that an adapter file may
-    have, and reads no table for a file that has none.
+    hold, and reads no table if the file has none.
 
     Args:
       config: of the model.
-      files: its tensors; None gives the shapes alone.
+      files: its tensors; None gives shapes only.
     """
     tree = model_params.abstract_base(config)
     for path in (EMBEDDING, HEAD):
         key = ".".join((*path, "weight"))
         if files is not None and key in files and files[key].dtype in FLOAT_NAMES:
             if path != HEAD or not config.tie_word_embeddings:
-                names.put(tree, (*path, "weight"), StoredTensor(files, key))
+                put(tree, (*path, "weight"), StoredTensor(files, key))
     return tree
 
 

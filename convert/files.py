@@ -1,10 +1,10 @@
-"""safetensors on disk, read strictly.
+"""safetensors and JSON files, read strictly.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}
 and the tensors' bytes (https://huggingface.co/docs/safetensors). The safetensors
 library checks a file when it is opened; tensors are then read with plain file reads
-straight into the place where they are wanted, so that no tensor is held twice and a
-file that shrinks under us is an error and not a bus error.
+straight into their destination, so that no tensor is held twice and a file that is
+truncated meanwhile is an error and not a bus error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from qlora_jax.errors import CheckpointError
 
 # safetensors' names -> numpy dtypes, in the library's order. Others (F8_E5M2, ...)
-# exist; no file that this project reads may have them, and the checks say so by name.
+# exist; the checks refuse files that have them and name the tensor.
 DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -41,11 +41,12 @@ DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
 }
+# Dtypes of weights that are not quantized -> safetensors' names, and back.
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOAT_NAMES = {name: dtype for dtype, name in FLOATS.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-"""Beside an adapter or a tokenizer: how conversations are written."""
 
 MAX_JSON_BYTES = 4_000_000
 """The longest JSON that is read; the header of a 405B model in 4 bits has a fifth."""
@@ -53,7 +54,7 @@ MAX_JSON_BYTES = 4_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is."""
+    """Location, dtype and shape of one tensor."""
 
     file: Path
     dtype: str
@@ -101,13 +102,13 @@ class TensorFiles:
         return out
 
     def read_into(self, name: str, out: NDArray) -> None:
-        """Reads the bytes of one tensor into `out`, which has as many, contiguous."""
+        """Reads the bytes of one tensor into `out`, contiguous and of the same size."""
         info = self[name]
         if out.nbytes == info.nbytes == 0:
             return
         flat = out.reshape(-1).view(np.uint8)
         if flat.size != info.nbytes or not np.may_share_memory(out, flat):
-            raise AssertionError(f"`{name}`: no place for {info.nbytes} bytes")
+            raise AssertionError(f"`{name}`: `out` does not hold {info.nbytes} bytes")
         target = memoryview(flat)
         try:
             with _open_file(info.file) as file:
@@ -127,7 +128,7 @@ class TensorFiles:
             ) from error
 
     def read_ahead(self, name: str) -> None:
-        """Asks the system to start reading a tensor that will be wanted next."""
+        """Asks the system to start reading a tensor that will be read next."""
         info = self[name]
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError), open(info.file, "rb") as file:
@@ -165,16 +166,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if MAX_JSON_BYTES < length <= size:
                 raise CheckpointError(
                     f"`{path}` has a header of {length:,} bytes, and at most "
-                    f"{MAX_JSON_BYTES:,} are read. No checkpoint of a Llama has as "
-                    "many; is it one?"
+                    f"{MAX_JSON_BYTES:,} are read. No Llama checkpoint needs as many; "
+                    "is it one?"
                 )
             # The library's checks: header length, JSON, offsets without gap or overlap
             # that end where the file ends.
             with safetensors.safe_open(path, framework="np"):
                 pass
             header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
-        # What is handed out is checked here as well: the library lets pass what other
-        # readers of the header would stumble over.
+        # Checked again because the library accepts names and shapes that numpy and
+        # error messages cannot take, and because the file can change in between.
         return _read_entries(header, path, data=8 + length, size=size)
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` does not exist.") from None
@@ -202,52 +203,52 @@ def _read_entries(
     """Reads a parsed header of a file of `size` bytes, whose tensors start at `data`.
 
     Raises:
-      ValueError: anything in it is not as it has to be.
+      ValueError: an invalid entry.
     """
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise ValueError("the metadata is no table of texts")
+        raise ValueError("the metadata does not map names to strings")
     infos = {}
     for name, entry in header.items():
         if not is_name(name):
             raise ValueError(f"a tensor with the name {name[:100]!r}")
         if not isinstance(entry, dict):
-            raise ValueError(f"`{name}` is described by no JSON object")
+            raise ValueError(f"the entry of `{name}` is not a JSON object")
         dtype, shape = entry.get("dtype"), entry.get("shape")
         if not (isinstance(dtype, str) and _is_shape(shape)):
             raise ValueError(f"`{name}` has no dtype and shape")
         offsets = entry.get("data_offsets")
         if not (_is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-            raise ValueError(f"`{name}` has no offsets of its begin and end")
+            raise ValueError(f"`{name}` has no valid begin and end offsets")
         begin, end = offsets
-        # numpy's own bounds, which hold for an array without elements too.
+        # numpy's bounds, which an empty array has to keep too.
         itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 1
         if math.prod(max(n, 1) for n in shape) * itemsize >= 1 << 63:
             raise ValueError(f"`{name}` has a shape that no array can have")
         if dtype in DTYPES and math.prod(shape) * itemsize != end - begin:
-            raise ValueError(f"`{name}` has another size than its shape says")
+            raise ValueError(f"the size of `{name}` does not match its shape")
         infos[name] = TensorInfo(path, dtype, tuple(shape), data + begin, end - begin)
-    place = data
+    end = data
     for info in sorted(infos.values(), key=lambda i: (i.start, i.nbytes)):
-        if info.start != place:
+        if info.start != end:
             raise ValueError("tensors overlap, or there is a gap between them")
-        place += info.nbytes
-    if place != size:
-        raise ValueError("the tensors end elsewhere than the file")
+        end += info.nbytes
+    if end != size:
+        raise ValueError("the tensors do not end where the file ends")
     return infos, metadata
 
 
 def is_name(text: str) -> bool:
-    """Whether this may be the name of a tensor, and stand in a message as it is."""
+    """Whether this can name a tensor or file, and be printed unescaped."""
     return 0 < len(text) <= 500 and text.isprintable()
 
 
 def _is_shape(value: Any) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of numbers >= 0, no longer than a numpy shape."""
+    """Whether `value` is a list of integers >= 0 of at most numpy's rank."""
     return (
         isinstance(value, list)
         and len(value) <= 64
@@ -256,7 +257,11 @@ def _is_shape(value: Any) -> TypeGuard[list[int]]:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON object; a malformed file is named."""
+    """Reads a JSON object.
+
+    Raises:
+      CheckpointError: a missing, oversized or malformed file.
+    """
     try:
         with _open_file(path) as file:
             text = file.read(MAX_JSON_BYTES + 1)
@@ -290,7 +295,7 @@ def read_json(path: Path) -> Any:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a JSON value has more than 50 levels, too many to print or compare it."""
+    """Whether a JSON value has more than 50 levels, too many to print or compare."""
     level = [value]
     for _ in range(50):
         level = [
@@ -303,17 +308,17 @@ def _is_deep(value: Any) -> bool:
 
 
 def _short(error: Exception) -> str:
-    """The text of an error, which may quote the file: one line, and not the whole."""
+    """Returns the start of an error's text, which may quote the file, on one line."""
     text = str(error) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def _open_file(path: Path) -> io.BufferedReader:
-    """Opens for reading what is a file, not what blocks (a pipe) or never ends."""
+    """Opens a regular file; a pipe or device could block or never end."""
     file = open(path, "rb", opener=_open_now)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise CheckpointError(f"`{path}` is no file but a pipe or a device.")
+        raise CheckpointError(f"`{path}` is not a file but a pipe or device.")
     return file
 
 
@@ -321,112 +326,11 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def check_model_directory(path: Path) -> None:
-    """Refuses what is no Hugging Face model directory, saying what it is instead."""
-    if not path.exists():
-        raise CheckpointError(
-            f"`{path}` does not exist{_seen_from(path)}. A model is a local Hugging "
-            "Face directory; a name on the Hub has to be downloaded first (`hf "
-            "download NAME --local-dir DIR`)."
-        )
-    if not path.is_dir():
-        raise CheckpointError(
-            f"`{path}` is a file; give the directory that holds config.json and the "
-            "safetensors files."
-        )
-    if (path / "config.json").is_file():
-        return
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
-            "model here."
-        )
-    raise CheckpointError(
-        f"`{path}` has no config.json, so it is no Hugging Face model directory."
-    )
-
-
-def open_model(path: Path) -> TensorFiles:
-    """Opens the safetensors files of a model directory, sharded or not.
-
-    Raises:
-      CheckpointError: no or other weight files, a missing shard, an index that
-        disagrees with its shards; all disagreements in one message.
-    """
-    single, index = path / SINGLE, path / INDEX
-    if single.is_file() and index.is_file():
-        raise CheckpointError(
-            f"`{path}` has both {SINGLE} and {INDEX}; which one is meant cannot be "
-            "told. Remove the stale one."
-        )
-    if single.is_file():
-        return TensorFiles(path, read_header(single)[0])
-    if not index.is_file():
-        raise CheckpointError(_no_weights(path))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        is_name(key) and isinstance(f, str) and is_name(f) and f == os.path.basename(f)
-        for key, f in weight_map.items()
-    ):
-        raise CheckpointError(
-            f"`{index}` has no `weight_map` of tensor names to file names in the same "
-            "directory."
-        )
-    problems = Mismatches(f"The shards in `{path}` and {INDEX} disagree")
-    infos: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        if not (path / name).is_file():
-            problems.add("missing files", name)
-            continue
-        for key, info in read_header(path / name)[0].items():
-            if key in infos:
-                problems.add(
-                    "tensors in two shards", f"{key} ({infos[key].file.name}, {name})"
-                )
-            elif key not in weight_map:
-                problems.add("tensors that the index does not name", f"{key} ({name})")
-            elif weight_map[key] != name:
-                problems.add(
-                    "tensors in another shard than the index says",
-                    f"{key} ({name} instead of {weight_map[key]})",
-                )
-            infos[key] = info
-    for key, name in weight_map.items():
-        if key not in infos and (path / name).is_file():
-            problems.add("tensors that their shard lacks", f"{key} ({name})")
-    problems.check(hint="Download or copy the checkpoint again.")
-    return TensorFiles(path, infos)
-
-
-def _no_weights(path: Path) -> str:
-    names = sorted(p.name for p in path.iterdir())
-    pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
-    shards = [n for n in names if n.endswith(".safetensors")]
-    if pickles and not shards:
-        return (
-            f"`{path}` holds its weights in pickle files ({', '.join(pickles[:3])}), "
-            "which can run any code when they are opened and are therefore not read. "
-            "Convert once with transformers: "
-            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)`."
-        )
-    if shards:
-        return (
-            f"`{path}` has {', '.join(shards[:3])} but neither {SINGLE} nor {INDEX}; "
-            "download the index file too."
-        )
-    return f"`{path}` has no weights: neither {SINGLE} nor {INDEX} is there."
-
-
-def _seen_from(path: Path) -> str:
-    """Where a relative path was looked for."""
-    return "" if path.is_absolute() else f" in `{Path.cwd()}`, where this runs"
-
-
 class Mismatches:
     """Collects the tensors that differ from what is expected, as one error.
 
-    A message counts them by kind and names the first of each. (A list of sentences is
-    `qlora_jax.errors.Problems`.)
+    The message counts them by kind and names the first of each. (For problems that are
+    sentences, see `qlora_jax.errors.Problems`.)
     """
 
     def __init__(self, subject: str, *, shown: int = 10):
@@ -468,35 +372,9 @@ def check_finite(array: NDArray, name: str) -> None:
     mask = integer(exponent)
     step = 1 << 20  # bounds the scratch memory
     for start in range(0, bits.size, step):
-        # NaN and infinity, and they alone, have all exponent bits set.
+        # Exactly NaN and infinity have all exponent bits set.
         if ((bits[start : start + step] & mask) == mask).any():
             raise CheckpointError(
                 f"Tensor `{name}` contains NaN or infinity; the file is damaged or its "
                 "training diverged."
             )
-
-
-def carried(*paths: Path) -> dict[str, str]:
-    """What goes with adapters wherever they go: the chat template they have in common.
-
-    Args:
-      *paths: PEFT directories.
-
-    Returns:
-      What `save_adapter` takes as `beside`.
-
-    Raises:
-      CheckpointError: a template that cannot be read.
-    """
-    found: set[str | None] = set()
-    for path in paths:
-        file = path / CHAT_TEMPLATE
-        try:
-            found.add(file.read_text("utf-8") if file.is_file() else None)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"`{file}` cannot be read as text: {error}. Mend it, or delete it: the "
-                "tokenizer's own template is used then."
-            ) from error
-    template = found.pop() if len(found) == 1 else None
-    return {} if template is None else {CHAT_TEMPLATE: template}

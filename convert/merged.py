@@ -1,17 +1,17 @@
-"""What each tensor of a base becomes when an adapter is folded into it.
+"""The weights of a base with an adapter merged in, tensor by tensor.
 
     linear      W' = W + s B A;  DoRA: its rows times m / |row|
     embedding   E' = E + s (B A)^T;  DoRA: its columns times m / |column|
     some rows   replaced, before the update is added
     bias        b' = b + s lora_bias
-    whole       replaced
+    full        replaced (modules_to_save)
 
-The sums are float32 and are rounded once. A tensor is worked on in blocks of rows, in
-its own place where the dtype allows, so that nothing of its size is held beside it.
+The sums are float32 and are rounded once. A tensor is updated in blocks of rows, in
+place where the dtype allows, so that no second array of its size is needed.
 
-The result may need what the base has not: a bias, where an adapter has `lora_bias`, and
-a head of its own, where embedding and head of a tied model come apart. `fold` says so
-with the configuration it returns.
+The result may have tensors that the base lacks: a bias, where the adapter has
+`lora_bias`, and a separate head, where embedding and head of a tied model become
+different. The configuration that `merged_weights` returns has them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import names
 from convert.hf import cast
+from convert.names import checkpoint_keys
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import (
@@ -37,28 +37,29 @@ from qlora_jax.lora.targets import (
 )
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.tree import EMBEDDING, HEAD, PROJECTIONS
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS, Path, hf_key, walk
 
-# Elements worked on in one go: small against a tensor, large enough for the products.
+# Elements per block: small against a tensor, large enough for fast products.
 _BLOCK = 1 << 21
 
-_BIASED = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+# Block of a layer -> the configuration field that gives its projections a bias.
+_BIAS_FIELDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is done to one tensor, in this order."""
+    """The steps that change one tensor, in this order."""
 
-    whole: NDArray[np.float32] | None = None
-    """Takes its place."""
+    replacement: NDArray[np.float32] | None = None
+    """Replaces the tensor."""
     rows: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
-    """Numbers of rows, and what takes their place."""
+    """Row numbers, and the rows that replace them."""
     product: tuple[NDArray[np.float32], NDArray[np.float32], float] | None = None
-    """[O, R], [R, I] and a factor: their product is added."""
+    """[O, R], [R, I] and a factor; their product is added."""
     magnitude: NDArray[np.float32] | None = None
-    """Norms that the rows get, or ..."""
+    """DoRA's norms, to which the rows (or columns) are rescaled."""
     of_columns: bool = False
-    """... the columns."""
+    """Whether `magnitude` has the norms of columns."""
     added: NDArray[np.float32] | None = None
     """Is added (to a bias)."""
 
@@ -68,7 +69,7 @@ class Update:
         """Computes the new tensor; `tensor` may be overwritten.
 
         Returns:
-          It, and the largest absolute difference from the old one.
+          (new tensor, largest absolute difference from the old one).
 
         Raises:
           CheckpointError: NaN, infinity or overflow, naming `key`.
@@ -89,7 +90,7 @@ class Update:
     def _new(
         self, block: slice, old: NDArray, factors: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        """The rows `block` in float32."""
+        """Returns the rows `block` in float32."""
         new = self._sum(block, old)
         if factors is not None:
             new *= factors
@@ -99,9 +100,9 @@ class Update:
         return new
 
     def _sum(self, block: slice, old: NDArray) -> NDArray[np.float32]:
-        """The rows `block` before they are rescaled."""
-        if self.whole is not None:
-            new = np.array(self.whole[block], np.float32)
+        """Returns the rows `block` before they are rescaled."""
+        if self.replacement is not None:
+            new = np.array(self.replacement[block], np.float32)
         elif self.product is not None:
             left, right, scaling = self.product
             new = left[block] @ right
@@ -134,7 +135,7 @@ class Update:
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the leading axis."""
+    """Yields slices of the leading axis, of about `_BLOCK` elements."""
     width = int(np.prod(shape[1:], dtype=np.int64))
     step = max(_BLOCK // max(width, 1), 1)
     for start in range(0, shape[0], step):
@@ -142,26 +143,28 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _ratio(magnitude: NDArray[np.float32], squares: NDArray) -> NDArray[np.float32]:
-    """DoRA's factors. A row (or column) of zeros stays one."""
+    """DoRA's factors m / |row|, from the sums of squares."""
     norms = np.sqrt(squares).astype(np.float32)
-    norms[norms == 0] = 1
+    norms[norms == 0] = 1  # a row of zeros stays one
     return magnitude / norms
 
 
 @dataclass(frozen=True)
-class Folded:
-    """A base with an adapter in it: what it is, and what is done to which tensor."""
+class MergedWeights:
+    """How a base with an adapter merged in differs from the base."""
 
     config: LlamaConfig
     """Of the result."""
     updates: Mapping[str, Update]
-    """Hugging Face key -> what is done; other tensors are not changed."""
+    """Hugging Face key -> its update; other tensors are unchanged."""
     sources: Mapping[str, str | None]
-    """Tensors that the base has not -> the one they start from, or None for zeros."""
+    """Added key -> key of the base that the tensor starts from; None for zeros."""
 
 
-def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> Folded:
-    """Finds what an adapter does to each tensor of a base.
+def merged_weights(
+    config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]
+) -> MergedWeights:
+    """Finds the update of each tensor of a base.
 
     Args:
       config: of the base.
@@ -169,137 +172,140 @@ def fold(config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]) -> 
       adapters: its tree (numpy arrays).
 
     Raises:
-      UserError: a trained bias where the base can have none.
+      UserError: a trained bias of a module that has none in a Llama checkpoint.
     """
     selection = select(model_params.abstract_base(config), lora)
-    arrays = dict(names.walk(adapters))
+    arrays = dict(walk(adapters))
     tied = config.tie_word_embeddings
     untie = tied and not _stay_equal(selection)
-    flags = _needed_biases(config, selection, arrays)
-    folded = dataclasses.replace(
+    merged_config = dataclasses.replace(
         apply_changes(config, lora.base_config_changes),
         tie_word_embeddings=tied and not untie,
-        **dict.fromkeys(flags, True),
+        **dict.fromkeys(_needed_biases(config, selection, arrays), True),
     )
-    parts: dict[str, dict[str, Any]] = {}
-    for w in selection.full_tensors:
-        _whole(parts, w, arrays)
-    for r in selection.rows:
-        _rows(parts, r, arrays)
-    for a in selection.adapted:
-        _adapted(parts, a, arrays)
-    known = names.keys(config)
+    fields: dict[str, dict[str, Any]] = {}
+    for full in selection.full_tensors:
+        _add_replacement(fields, full, arrays)
+    for rows in selection.rows:
+        _add_rows(fields, rows, arrays)
+    for module in selection.adapted:
+        _add_low_rank(fields, module, arrays)
+    base_keys = checkpoint_keys(config)
     sources: dict[str, str | None] = {
-        key: None for key in names.keys(folded) if key not in known
+        key: None for key in checkpoint_keys(merged_config) if key not in base_keys
     }
     head, embedding = (".".join((*path, "weight")) for path in (HEAD, EMBEDDING))
     if untie:
         sources[head] = embedding
     elif tied:
-        parts.pop(head, None)  # the embedding's, which it equals
-    return Folded(
-        folded, {key: Update(**given) for key, given in parts.items()}, sources
-    )
+        fields.pop(head, None)  # equal to the embedding's
+    updates = {key: Update(**values) for key, values in fields.items()}
+    return MergedWeights(merged_config, updates, sources)
 
 
 def _stay_equal(selection: Selection) -> bool:
     """Whether embedding and head of a tied model remain one table."""
-    table, head = (*EMBEDDING, "weight"), (*HEAD, "weight")
-    wholes = {w.path: w for w in selection.full_tensors}
-    rows = {r.path: r for r in selection.rows}
-    adapted = {a.path: a for a in selection.adapted}
-    for one, two in (
-        (wholes.get(table), wholes.get(head)),
+    table, head_table = (*EMBEDDING, "weight"), (*HEAD, "weight")
+    full = {tensor.path: tensor for tensor in selection.full_tensors}
+    rows = {rows.path: rows for rows in selection.rows}
+    adapted = {module.path: module for module in selection.adapted}
+    for embedding, head in (
+        (full.get(table), full.get(head_table)),
         (rows.get(EMBEDDING), rows.get(HEAD)),
         (adapted.get(EMBEDDING), adapted.get(HEAD)),
     ):
-        if one is None and two is None:
+        if embedding is None and head is None:
             continue
-        if one is None or two is None or two.tied_to is None:
+        if embedding is None or head is None or head.tied_to is None:
             return False
-        if isinstance(one, AdaptedModule) and isinstance(two, AdaptedModule):
-            # DoRA rescales the columns of the one and the rows of the other.
-            if one.dora or one.scalings != two.scalings:
+        if isinstance(embedding, AdaptedModule) and isinstance(head, AdaptedModule):
+            # DoRA rescales the columns of the embedding and the rows of the head.
+            if embedding.dora or embedding.scalings != head.scalings:
                 return False
     return True
 
 
 def _needed_biases(
-    config: LlamaConfig, selection: Selection, arrays: Mapping[names.Path, NDArray]
+    config: LlamaConfig, selection: Selection, arrays: Mapping[Path, NDArray]
 ) -> set[str]:
-    """The configuration's switches of biases that `lora_bias` needs."""
-    known = model_params.shapes(config)
+    """The configuration fields that give the result the biases of `lora_bias`."""
+    base_shapes = model_params.shapes(config)
     needed = set()
-    for a in selection.adapted:
-        if not a.lora_bias or (*a.path, "bias") in known:
+    for module in selection.adapted:
+        path = module.path
+        if not module.lora_bias or (*path, "bias") in base_shapes:
             continue
-        if not arrays[*a.path, "lora_bias"].any():
+        if not arrays[*path, "lora_bias"].any():
             continue
-        block = a.path[-2] if a.path[:-2] == names.LAYERS else ""
-        if block not in _BIASED or a.path[-1] not in PROJECTIONS:
+        block = path[-2] if path[:-2] == LAYERS else ""
+        if block not in _BIAS_FIELDS or path[-1] not in PROJECTIONS:
             raise UserError(
-                f"The adapter has a bias for `{'.'.join(a.path)}` (`lora_bias`), and "
-                "a Llama checkpoint has no place for a bias there, so it cannot be "
-                "merged. Use it as an adapter, or train without `lora_bias` on that "
-                "module."
+                f"The adapter has a bias for `{'.'.join(path)}` (`lora_bias`), and a "
+                "Llama checkpoint has no bias there, so it cannot be merged. Use it as "
+                "an adapter, or train without `lora_bias` on that module."
             )
-        needed.add(_BIASED[block])
+        needed.add(_BIAS_FIELDS[block])
     return needed
 
 
-def _whole(
-    parts: dict[str, dict[str, Any]],
-    w: FullTensor,
-    arrays: Mapping[names.Path, NDArray],
+def _add_replacement(
+    fields: dict[str, dict[str, Any]],
+    full: FullTensor,
+    arrays: Mapping[Path, NDArray],
 ) -> None:
-    array = arrays[w.tied_to or w.path]
-    for index, chosen in enumerate(w.trained):
-        if chosen:
-            layer = None if w.layers is None else index
+    array = arrays[full.tied_to or full.path]
+    for index, is_trained in enumerate(full.trained):
+        if is_trained:
+            layer = None if full.layers is None else index
             value = array if layer is None else array[layer]
-            parts.setdefault(names.hf_key(w.path, layer), {})["whole"] = value
+            fields.setdefault(hf_key(full.path, layer), {})["replacement"] = value
 
 
-def _rows(
-    parts: dict[str, dict[str, Any]], r: TokenRows, arrays: Mapping[names.Path, NDArray]
+def _add_rows(
+    fields: dict[str, dict[str, Any]],
+    rows: TokenRows,
+    arrays: Mapping[Path, NDArray],
 ) -> None:
-    rows = arrays[*(r.tied_to or r.path), "trainable_tokens_delta"]
-    part = parts.setdefault(".".join((*r.path, "weight")), {})
-    part["rows"] = np.asarray(r.indices, np.int64), rows
+    values = arrays[*(rows.tied_to or rows.path), "trainable_tokens_delta"]
+    update = fields.setdefault(hf_key((*rows.path, "weight")), {})
+    update["rows"] = np.asarray(rows.indices, np.int64), values
 
 
-def _adapted(
-    parts: dict[str, dict[str, Any]],
-    a: AdaptedModule,
-    arrays: Mapping[names.Path, NDArray],
+def _add_low_rank(
+    fields: dict[str, dict[str, Any]],
+    module: AdaptedModule,
+    arrays: Mapping[Path, NDArray],
 ) -> None:
-    by_table = a.kind == "embedding" or a.tied_to is not None
-    left, right = (
+    by_table = module.kind == "embedding" or module.tied_to is not None
+    left_name, right_name = (
         ("lora_embedding_A", "lora_embedding_B") if by_table else ("lora_B", "lora_A")
     )
-    place = a.tied_to or a.path
-    for index, (rank, scaling) in enumerate(zip(a.ranks, a.scalings, strict=True)):
+    source = module.tied_to or module.path
+    for index, (rank, scaling) in enumerate(
+        zip(module.ranks, module.scalings, strict=True)
+    ):
         if not rank:
             continue
-        layer = None if a.layers is None else index
+        layer = None if module.layers is None else index
 
-        def take(path: names.Path, layer: int | None = layer) -> NDArray:
+        def take(path: Path, layer: int | None = layer) -> NDArray:
             return arrays[path] if layer is None else arrays[path][layer]
 
-        one, two = take((*place, left)), take((*place, right))
+        left, right = take((*source, left_name)), take((*source, right_name))
         if by_table:  # E + s (B A)^T
-            one, two = one[:rank].T, two[:, :rank].T
+            left, right = left[:rank].T, right[:, :rank].T
         else:
-            one, two = one[:, :rank], two[:rank]
+            left, right = left[:, :rank], right[:rank]
         magnitude = None
-        if a.dora:
-            magnitude = take((*a.path, "lora_magnitude_vector"))
-        if a.dora or (one.any() and two.any()):  # else nothing is added
-            part = parts.setdefault(names.hf_key((*a.path, "weight"), layer), {})
-            part.update(product=(one, two, scaling), magnitude=magnitude)
-            part["of_columns"] = a.dora and a.kind == "embedding"
-        if a.lora_bias:
-            bias = take((*a.path, "lora_bias")) * np.float32(scaling)
+        if module.dora:
+            magnitude = take((*module.path, "lora_magnitude_vector"))
+        if module.dora or (left.any() and right.any()):  # else nothing is added
+            update = fields.setdefault(hf_key((*module.path, "weight"), layer), {})
+            update["product"] = left, right, scaling
+            update["magnitude"] = magnitude
+            update["of_columns"] = module.dora and module.kind == "embedding"
+        if module.lora_bias:
+            bias = take((*module.path, "lora_bias")) * np.float32(scaling)
             if bias.any():
-                key = names.hf_key((*a.path, "bias"), layer)
-                parts.setdefault(key, {})["added"] = bias
+                key = hf_key((*module.path, "bias"), layer)
+                fields.setdefault(key, {})["added"] = bias

@@ -1,9 +1,8 @@
-"""Hugging Face checkpoints out of others: cast, dequantized, with an adapter merged in.
+"""Converts checkpoints: casts, dequantizes, merges an adapter, requantizes.
 
-One stream serves all: each tensor is read, dequantized if it is packed, given what the
-adapter does to it in float32 (`convert.merged`), rounded once to its dtype and
-written. Nothing but the adapter and the tensor in hand is in memory, and a tensor that
-is not changed keeps its bytes.
+All of it is one stream: each tensor is read, dequantized if it is packed, updated in
+float32 (`convert.merged`), rounded once to its dtype and written. Memory holds the
+adapter and one tensor; an unchanged tensor keeps its bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -20,32 +19,34 @@ from typing import IO, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from convert import bnb, names
-from convert.checkpoint import FLOATS, Checkpoint, lazy_base, open_checkpoint
-from convert.files import DTYPES, carried, read_json
-from convert.hf import (
-    cast,
-    check_dtype,
-    config_json,
-    quantize_tensor,
-    write_directory,
-)
-from convert.merged import Folded, fold
+from convert import bnb
+from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
+from convert.files import DTYPES, FLOATS, read_json
+from convert.hf import cast, check_dtype, config_json, quantize_tensor
+from convert.merged import MergedWeights, merged_weights
+from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
     check_new_directory,
+    copy_companions,
+    new_directory,
     progress_bar,
     write_json,
+    write_model_files,
     write_text,
 )
-from convert.peft import CONFIG, WEIGHTS, load_adapter
+from convert.peft import CONFIG, WEIGHTS, common_chat_template
+from convert.peft_reading import load_adapter
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
+from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
-_TOKENIZER = "tokenizer_config.json"
+
+# What `checkpoint_keys` returns.
+_Table = Mapping[str, tuple[TreePath, int | None]]
 
 
 def merge(
@@ -63,16 +64,16 @@ def merge(
     """Merges an adapter into its base: a checkpoint that needs no PEFT.
 
     Everything an adapter can hold is merged: LoRA and DoRA with their ranks and
-    scalings layer by layer, biases, modules trained whole, embeddings, single rows. It
-    is computed in float32 and rounded to the tensor's dtype. Where the base has no
-    place for it, the result gets one, and its config.json says so: biases
-    (`attention_bias`, `mlp_bias`; zero where nothing was trained), and a head of its
-    own where embedding and head of a tied model come apart. A chat template beside the
-    adapter (chat_template.jinja) takes the place of the base's.
+    scalings layer by layer, biases, fully trained modules, embeddings, single rows. It
+    is computed in float32 and rounded to the tensor's dtype. The result and its
+    config.json gain what the base lacks: biases (`attention_bias`, `mlp_bias`; zero
+    where nothing was trained), and a separate head where embedding and head of a tied
+    model become different. The adapter's chat template (chat_template.jinja) replaces
+    the base's.
 
-    Which weights the adapter is added to is said, never guessed:
+    You choose the weights that the adapter is added to:
 
-    - "original": the 16 or 32-bit base, though the adapter may have been trained on
+    - "original": the 16 or 32-bit base, although the adapter may have been trained on
       its quantized form.
     - "dequantized": what the adapter was trained on, the 4-bit weights of a
       bitsandbytes directory, or those that `quantization` makes of a dense one,
@@ -85,8 +86,7 @@ def merge(
       onto: see above.
       quantization: "nf4" or "nf4_dq", for "dequantized" on a dense base only.
       requantize: quantize the merged weights again, all projections of all layers, and
-        write a bitsandbytes-4bit directory. This loses precision, and the report says
-        how much.
+        write a bitsandbytes-4bit directory. The report states the loss of precision.
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
         keeps each tensor's own.
       max_shard_bytes: size above which the weights are split over several files.
@@ -95,18 +95,18 @@ def merge(
     Returns:
       A report, which is also written into the directory as merge_report.json: "base",
       "base_sha256" (over the base's files), "adapter", "adapter_sha256",
-      "adapter_base_fingerprint" (of the base it was trained on, as it was loaded for
-      that; null if the adapter does not say), "output", "onto", "quantization",
+      "adapter_base_fingerprint" (of the base as it was loaded for training; null if
+      the adapter has none), "output", "onto", "quantization",
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
-      base has not), "config_changes" (field -> [before, after]), "max_abs_change"
+      base lacks), "config_changes" (field -> [before, after]), "max_abs_change"
       (against the weights merged onto), "requantization_error" (null, or projection ->
       {"max_abs", "relative"}, the latter as a ratio of Frobenius norms) and
       "qlora_jax_version".
 
     Raises:
-      CheckpointError: a directory, file or tensor that is not as it should be.
-      UserError: `onto` that does not fit the base, a trained bias that has no place in
-        a Llama, or a directory that cannot be written.
+      CheckpointError: a damaged or incomplete directory, file or tensor.
+      UserError: `onto` that does not suit the base, a trained bias that a Llama
+        checkpoint cannot have, or a directory that cannot be written.
     """
     checkpoint = open_checkpoint(base_path)
     _check_choice(checkpoint, onto, quantization, requantize)
@@ -116,52 +116,45 @@ def merge(
     lora, adapters = load_adapter(
         adapter_path, lazy_base(checkpoint.config, checkpoint.files)
     )
-    folded = fold(checkpoint.config, lora, adapters)
-    stream = _Stream(checkpoint, folded, dtype, quantization, requantize)
-    report: dict[str, Any] = {}
-    # Tokenizers take this file before what tokenizer_config.json has.
-    texts = carried(Path(adapter_path))
-
-    def finish(directory: Path) -> None:
-        for name, text in texts.items():
-            write_text(directory / name, text)
-        changes = _config_changes(checkpoint, folded)
-        changes.update(_lengthen(directory / _TOKENIZER, checkpoint, folded))
-        report.update(
-            {
-                "base": str(base_path),
-                "base_sha256": fingerprint(base_path),
-                "adapter": str(adapter_path),
-                "adapter_sha256": _sha256(
-                    Path(adapter_path) / name for name in (CONFIG, WEIGHTS)
-                ),
-                "adapter_base_fingerprint": lora.base_fingerprint,
-                "output": str(output_dir),
-                "onto": onto,
-                "quantization": quantization,
-                "requantize": requantize,
-                "dtype": dtype,
-                "tensors": stream.written,
-                "tensors_changed": stream.changed,
-                "tensors_added": len(folded.sources),
-                "config_changes": changes,
-                "max_abs_change": stream.max_abs_change,
-                "requantization_error": stream.errors(),
-                "qlora_jax_version": __version__,
-            }
-        )
-        write_json(directory / REPORT, report, sort_keys=False)
-
-    stream.write(
-        output, max_shard_bytes=max_shard_bytes, progress=progress, finish=finish
-    )
+    merged = merged_weights(checkpoint.config, lora, adapters)
+    stream = _Stream(checkpoint, merged, dtype, quantization, requantize)
+    # Tokenizers prefer this file to the template in tokenizer_config.json.
+    template = common_chat_template(Path(adapter_path))
+    with new_directory(output) as new:
+        stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
+        for name, text in template.items():
+            write_text(new / name, text)
+        changes = _config_changes(checkpoint, merged)
+        changes.update(_lengthen_tokenizer(new, checkpoint, merged))
+        report = {
+            "base": str(base_path),
+            "base_sha256": fingerprint(base_path),
+            "adapter": str(adapter_path),
+            "adapter_sha256": _sha256(
+                Path(adapter_path) / name for name in (CONFIG, WEIGHTS)
+            ),
+            "adapter_base_fingerprint": lora.base_fingerprint,
+            "output": str(output_dir),
+            "onto": onto,
+            "quantization": quantization,
+            "requantize": requantize,
+            "dtype": dtype,
+            "tensors": stream.written,
+            "tensors_changed": stream.changed,
+            "tensors_added": len(merged.sources),
+            "config_changes": changes,
+            "max_abs_change": stream.max_abs_change,
+            "requantization_error": stream.errors(),
+            "qlora_jax_version": __version__,
+        }
+        write_json(new / REPORT, report, sort_keys=False)
     return report
 
 
 def _check_choice(
     checkpoint: Checkpoint, onto: Any, quantization: Any, requantize: Any
 ) -> None:
-    """Refuses weights to merge onto that are not there, or not said."""
+    """Raises if the weights to merge onto do not exist, or are ambiguous."""
     base_path = checkpoint.path
     if onto not in ("original", "dequantized"):
         raise UserError(
@@ -190,8 +183,8 @@ def _check_choice(
         )
     if onto == "dequantized" and not checkpoint.quantized and quantization is None:
         raise UserError(
-            f"`{base_path}` is not quantized. Say with `quantization` ('nf4' or "
-            "'nf4_dq') what the adapter was trained on, or choose 'original' (`onto`, "
+            f"`{base_path}` is not quantized. Give the `quantization` ('nf4' or "
+            "'nf4_dq') that the adapter was trained on, or choose 'original' (`onto`, "
             "--onto)."
         )
 
@@ -204,21 +197,25 @@ def write_dense(
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> int:
-    """Writes a dense copy of a checkpoint, dequantized and cast; counts its tensors.
+    """Writes a dense copy of a checkpoint, dequantized and cast.
+
+    Returns:
+      The number of its tensors.
 
     Raises:
-      CheckpointError: a directory, file or tensor that is not as it should be.
+      CheckpointError: a damaged or incomplete directory, file or tensor.
       UserError: a directory that cannot be written.
     """
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    stream = _Stream(checkpoint, Folded(checkpoint.config, {}, {}), dtype)
-    stream.write(Path(output_dir), max_shard_bytes=max_shard_bytes, progress=progress)
+    stream = _Stream(checkpoint, MergedWeights(checkpoint.config, {}, {}), dtype)
+    with new_directory(Path(output_dir)) as new:
+        stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
     return stream.written
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the names and bytes of config.json and the weight files."""
+    """Returns a SHA-256 over the names and bytes of config.json and weight files."""
     return _sha256(
         file
         for file in sorted(Path(path).iterdir())
@@ -231,47 +228,45 @@ def _sha256(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:
-            one = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{file.name} {one}\n".encode())
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()
 
 
 def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> None:
-    """Replaces the report in a merged directory, which has one at every moment.
+    """Replaces the report in a merged directory.
 
     Raises:
       UserError: it cannot be written.
     """
-    place = Path(directory) / REPORT
-    temporary = place.with_name(f".{REPORT}.new")
+    path = Path(directory) / REPORT
     try:
-        write_json(temporary, report, sort_keys=False)
-        os.replace(temporary, place)
+        write_json(path, report, sort_keys=False)
     except OSError as error:
-        raise UserError(
-            f"Cannot write `{place}`: {error.strerror or error}."
-        ) from error
-    finally:  # a signal as well
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write `{path}`: {error.strerror or error}.") from error
 
 
-def _config_changes(checkpoint: Checkpoint, folded: Folded) -> dict[str, list[Any]]:
-    before, after = checkpoint.config.to_hf(), folded.config.to_hf()
+def _config_changes(
+    checkpoint: Checkpoint, merged: MergedWeights
+) -> dict[str, list[Any]]:
+    before, after = checkpoint.config.to_hf(), merged.config.to_hf()
     fields = ("tie_word_embeddings", "attention_bias", "mlp_bias")
     fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
     pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _lengthen(
-    file: Path, checkpoint: Checkpoint, folded: Folded
+def _lengthen_tokenizer(
+    directory: Path, checkpoint: Checkpoint, merged: MergedWeights
 ) -> dict[str, list[Any]]:
-    """Gives a copied tokenizer the merged model's context where it had the base's.
+    """Sets the copied tokenizer's limit to the merged model's context length.
 
-    Whoever truncates to `model_max_length` would not see the longer context.
+    Only where it was the base's: callers that truncate to `model_max_length` would
+    never use the longer context.
     """
+    file = directory / "tokenizer_config.json"
     before, after = (
-        config.max_position_embeddings for config in (checkpoint.config, folded.config)
+        config.max_position_embeddings for config in (checkpoint.config, merged.config)
     )
     if before == after or not file.is_file():
         return {}
@@ -283,10 +278,10 @@ def _lengthen(
 
 
 class _Spool:
-    """Tensors in a nameless file beside the output, until their turn comes."""
+    """Keeps tensors in a nameless file on the output's disk until they are written."""
 
-    def __init__(self, output: Path):
-        self._output = output
+    def __init__(self, directory: Path):
+        self._directory = directory
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> _Spool:
@@ -297,23 +292,15 @@ class _Spool:
             self._file.close()
 
     def keep(self, entry: Entry) -> Entry:
-        """Writes a tensor down; returns one that reads it again."""
-        try:
-            if self._file is None:
-                parent = self._output.absolute().parent
-                parent.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=parent)
-            start = self._file.seek(0, os.SEEK_END)
-            data = np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8)
-            self._file.write(memoryview(data))
-        except OSError as error:
-            raise UserError(
-                f"Cannot write beside `{self._output}`: {error.strerror or error}. "
-                "Nothing was left behind."
-            ) from error
-        return replace(entry, read=lambda: self._take(entry, start))
+        """Writes a tensor to the file; returns an entry that reads it from there."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory)
+        start = self._file.seek(0, os.SEEK_END)
+        data = np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8)
+        self._file.write(memoryview(data))
+        return replace(entry, read=lambda: self._read(entry, start))
 
-    def _take(self, entry: Entry, start: int) -> NDArray:
+    def _read(self, entry: Entry, start: int) -> NDArray:
         assert self._file is not None
         self._file.seek(start)
         data = np.frombuffer(self._file.read(entry.nbytes), entry.dtype)
@@ -321,55 +308,56 @@ class _Spool:
 
 
 @dataclass
-class _Error:
-    """What quantizing some weights lost, summed up."""
+class _QuantizationError:
+    """Accumulates the error of quantizing some weights."""
 
     max_abs: float = 0.0
-    square: float = 0.0
-    of_square: float = 0.0
+    error_square: float = 0.0
+    weight_square: float = 0.0
 
     def add(self, weight: NDArray, quantized: NDArray) -> None:
-        """Adds one weight, in slices that bound the scratch."""
-        one, two = weight.reshape(-1), quantized.reshape(-1)
-        for start in range(0, one.size, 1 << 20):
-            wide = one[start : start + (1 << 20)].astype(np.float32)
-            gap = wide - two[start : start + (1 << 20)].astype(np.float32)
-            self.max_abs = max(self.max_abs, float(np.abs(gap).max()))
-            self.square += float(np.vdot(gap, gap))
-            self.of_square += float(np.vdot(wide, wide))
+        """Adds one weight, in slices that bound the scratch memory."""
+        exact, rounded = weight.reshape(-1), quantized.reshape(-1)
+        for start in range(0, exact.size, 1 << 20):
+            wide = exact[start : start + (1 << 20)].astype(np.float32)
+            error = wide - rounded[start : start + (1 << 20)].astype(np.float32)
+            self.max_abs = max(self.max_abs, float(np.abs(error).max()))
+            self.error_square += float(np.vdot(error, error))
+            self.weight_square += float(np.vdot(wide, wide))
 
     def to_json(self) -> dict[str, float]:
-        """The largest error, and the ratio of Frobenius norms."""
-        relative = math.sqrt(self.square / self.of_square) if self.of_square else 0.0
+        """Returns the largest error, and the ratio of Frobenius norms."""
+        relative = 0.0
+        if self.weight_square:
+            relative = math.sqrt(self.error_square / self.weight_square)
         return {"max_abs": self.max_abs, "relative": relative}
 
 
 @dataclass
 class _Stream:
-    """A checkpoint on its way to another, and what was counted on the way."""
+    """Converts one checkpoint into another, tensor by tensor, and counts changes."""
 
     checkpoint: Checkpoint
-    folded: Folded
+    merged: MergedWeights
     dtype: str | None
     quantization: str | None = None
     requantize: str | None = None
     written: int = 0
     changed: int = 0
     max_abs_change: float = 0.0
-    _errors: dict[str, _Error] = field(default_factory=dict)
+    _errors: dict[str, _QuantizationError] = field(default_factory=dict)
 
-    def write(self, output: Path, *, progress: bool, **options: Any) -> None:
-        """Writes the directory; `options` as `write_directory`."""
-        table = names.keys(self.folded.config)
-        raw = config_json(self.folded.config, self._dtype(next(iter(table))).name)
-        raw.pop("quantization_config", None)
-        with _Spool(output) as spool:
+    def write(self, directory: Path, *, max_shard_bytes: int, progress: bool) -> None:
+        """Writes config.json, weights and tokenizer into a directory."""
+        table = checkpoint_keys(self.merged.config)
+        raw = config_json(self.merged.config, self._dtype(next(iter(table))).name)
+        with _Spool(directory) as spool:
             packed: dict[str, list[Entry]] = {}
             if self.requantize is not None:
                 packed = self._quantize(table, spool, progress)
-                own = self.checkpoint.config.quantization_config or {}
+                original = self.checkpoint.config.quantization_config or {}
                 raw["quantization_config"] = bnb.new_quantization_config(
-                    compute_dtype=own.get(
+                    compute_dtype=original.get(
                         "bnb_4bit_compute_dtype", self._dtype(next(iter(packed))).name
                     ),
                     quant_storage="uint8",
@@ -380,89 +368,86 @@ class _Stream:
                 for key, (path, _) in table.items()
                 for entry in packed.get(key) or [self._entry(key, path)]
             ]
-            write_directory(
-                output,
-                raw,
-                entries,
-                tokenizer_from=self.checkpoint.path,
-                progress=progress,
-                **options,
+            write_json(directory / "config.json", raw)
+            write_model_files(
+                directory, entries, max_shard_bytes=max_shard_bytes, progress=progress
             )
+        copy_companions(self.checkpoint.path, directory)
 
     def errors(self) -> dict[str, dict[str, float]] | None:
-        """What quantizing lost, by projection."""
+        """Returns the error of quantizing, by projection."""
         if self.requantize is None:
             return None
         return {name: error.to_json() for name, error in self._errors.items()}
 
     def _quantize(
-        self, table: dict[str, Any], spool: _Spool, progress: bool
+        self, table: _Table, spool: _Spool, progress: bool
     ) -> dict[str, list[Entry]]:
-        """Merges and quantizes the projections, into a file beside the output.
+        """Merges and quantizes the projections into the spool.
 
-        How long the texts that describe them are is known only then, and a file says
-        at its beginning how long everything in it is.
+        A file begins with the length of everything in it, and the length of the
+        quantization states is known only after quantizing.
         """
-        out: dict[str, list[Entry]] = {}
+        entries: dict[str, list[Entry]] = {}
         keys = [
             key for key, (path, _) in table.items() if model_params.is_projection(path)
         ]
-        shapes = model_params.shapes(self.folded.config)
+        double_quant = self.requantize == "nf4_dq"
+        shapes = model_params.shapes(self.merged.config)
         sizes = {key: math.prod(shapes[table[key][0]]) for key in keys}
         with progress_bar("Quantizing", sum(sizes.values()), progress) as advance:
             for key in keys:
                 path = table[key][0]
                 weight = self._tensor(key, path)
-                packed = quantize_tensor(
-                    weight, key, double_quant=self.requantize == "nf4_dq"
-                )
-                error = self._errors.setdefault(path[-2], _Error())
+                packed = quantize_tensor(weight, key, double_quant=double_quant)
+                error = self._errors.setdefault(path[-2], _QuantizationError())
                 error.add(weight, bnb.dequantize(packed))
-                out[key] = [
+                entries[key] = [
                     spool.keep(entry)
                     for entry in bnb.entries(key, packed, None, quant_storage="uint8")
                 ]
                 advance(sizes[key])
-        return out
+        return entries
 
-    def _entry(self, key: str, path: names.Path) -> Entry:
-        shape = model_params.shapes(self.folded.config)[path]
+    def _entry(self, key: str, path: TreePath) -> Entry:
+        shape = model_params.shapes(self.merged.config)[path]
         return Entry(key, self._dtype(key), shape, lambda: self._tensor(key, path))
 
     def _dtype(self, key: str) -> np.dtype:
-        """The dtype of a tensor of the result, of a packed one before quantization."""
+        """The dtype of a tensor of the result; of a packed one, before quantization."""
         if self.dtype is not None:
             return DTYPES[FLOATS[self.dtype]]
-        if key in self.folded.sources:
-            # A bias is of its weight's dtype.
-            source = self.folded.sources[key] or f"{key.removesuffix('.bias')}.weight"
-            key = source
+        if key in self.merged.sources:
+            # A new bias gets the dtype of its weight.
+            weight = f"{key.removesuffix('.bias')}.weight"
+            key = self.merged.sources[key] or weight
         return DTYPES[FLOATS[self.checkpoint.dtype(key)]]
 
-    def _tensor(self, key: str, path: names.Path) -> NDArray:
-        """One tensor of the result."""
-        dtype, update = self._dtype(key), self.folded.updates.get(key)
-        source = self.folded.sources.get(key, key)
+    def _tensor(self, key: str, path: TreePath) -> NDArray:
+        """Computes one tensor of the result."""
+        dtype, update = self._dtype(key), self.merged.updates.get(key)
+        source = self.merged.sources.get(key, key)
         if source is None:
-            tensor = np.zeros(model_params.shapes(self.folded.config)[path], dtype)
+            tensor = np.zeros(model_params.shapes(self.merged.config)[path], dtype)
         else:
-            tensor = self._read(source, path)
+            tensor = self._base_tensor(source, path)
         self.written += 1
         if update is None:
             return cast(tensor, dtype, key)
-        merged, largest = update.apply(tensor, dtype, key)
+        tensor, largest = update.apply(tensor, dtype, key)
         self.changed += largest > 0
         self.max_abs_change = max(self.max_abs_change, largest)
-        return merged
+        return tensor
 
-    def _read(self, key: str, path: names.Path) -> NDArray:
+    def _base_tensor(self, key: str, path: TreePath) -> NDArray:
+        """Reads a tensor of the base, in the form that is merged onto."""
         files = self.checkpoint.files
         if key in self.checkpoint.packed:
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
         weight = files.read(key)
         if self.quantization is not None and model_params.is_projection(path):
-            packed = quantize_tensor(
-                weight, key, double_quant=self.quantization == "nf4_dq"
+            double_quant = self.quantization == "nf4_dq"
+            return bnb.dequantize(
+                quantize_tensor(weight, key, double_quant=double_quant)
             )
-            return bnb.dequantize(packed)
         return weight

@@ -1,13 +1,15 @@
-"""The key table: Hugging Face tensor names <-> paths in our parameter tree.
+"""The key tables: the name of each tensor in a file -> its path in our parameter tree.
 
-`qlora_jax.tree` spells a path as a Hugging Face key and back. PEFT writes the same
-module names behind `base_model.model.`. `shapes` lists the tensors of a configuration;
-everything that is read or written is checked against it.
+`qlora_jax.tree` spells a path as a Hugging Face key and back. `checkpoint_keys` lists
+the keys of a dense checkpoint, `adapter_keys` those of a PEFT adapter, which are module
+names of the checkpoint between a prefix and the name of an array:
 
-Every tensor of a PEFT adapter file, and its place in our tree.
-
-What has to be in the file follows from what the configuration selects in the model
-(`qlora_jax.lora.targets`): one key for each array of each adapted layer, as PEFT spells it.
+    base_model.model. <module>  .lora_A.weight [r, in], .lora_B.weight [out, r]
+                                .lora_B.bias, .lora_magnitude_vector [out]
+                                .lora_embedding_A [r, rows], .lora_embedding_B
+                                .token_adapter.trainable_tokens_delta [n, features]
+                                .base_layer.bias of an adapted module, .bias of others
+                                .weight of a fully trained module
 """
 
 from __future__ import annotations
@@ -15,49 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from convert import names
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Selection
+from qlora_jax.lora.targets import AdaptedModule, Selection
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import shapes
-from qlora_jax.tree import LAYERS as LAYERS
-from qlora_jax.tree import Path as Path
-from qlora_jax.tree import Shape as Shape
-from qlora_jax.tree import hf_key as hf_key
-from qlora_jax.tree import is_stacked as is_stacked
-from qlora_jax.tree import parse_key as parse_key
-from qlora_jax.tree import put as put
-from qlora_jax.tree import walk as walk
+from qlora_jax.tree import Path, Shape, hf_key, is_stacked
 
 PEFT_PREFIX = "base_model.model."
 
-
-def keys(config: LlamaConfig) -> dict[str, tuple[Path, int | None]]:
-    """Every Hugging Face key of a dense checkpoint, layer by layer."""
-    table = list(shapes(config))
-    stacked = [p for p in table if is_stacked(p)]
-    first = table.index(stacked[0])
-    out: dict[str, tuple[Path, int | None]] = {}
-    for path in table[:first]:
-        out[hf_key(path)] = (path, None)
-    for layer in range(config.num_hidden_layers):
-        for path in stacked:
-            out[hf_key(path, layer)] = (path, layer)
-    for path in table[first:]:
-        if not is_stacked(path):
-            out[hf_key(path)] = (path, None)
-    return out
-
-
-def leaf_dtype(leaf: Any) -> str:
-    """Name of an array's dtype ("bfloat16"), be it numpy's or jax's."""
-    return np.dtype(leaf.dtype).name
-
-
 # Name of an array in our tree -> what PEFT's key has behind the module.
-_SUFFIX = {
+_SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
     "lora_bias": "lora_B.bias",
@@ -67,75 +36,129 @@ _SUFFIX = {
 }
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of an adapter file, and its place in our tree."""
+def checkpoint_keys(config: LlamaConfig) -> dict[str, tuple[Path, int | None]]:
+    """Returns (path, layer) of every key of a dense checkpoint, layer by layer."""
+    paths = list(shapes(config))
+    stacked = [path for path in paths if is_stacked(path)]
+    first = paths.index(stacked[0])
+    single: list[tuple[Path, int | None]] = [
+        (path, None) for path in paths if not is_stacked(path)
+    ]
+    layers: list[tuple[Path, int | None]] = [
+        (path, layer) for layer in range(config.num_hidden_layers) for path in stacked
+    ]
+    # The layers follow the embeddings, as in a checkpoint; nothing stacked precedes.
+    table = (*single[:first], *layers, *single[first:])
+    return {hf_key(path, layer): (path, layer) for path, layer in table}
 
-    path: names.Path
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of an adapter file, and the array in our tree that holds it."""
+
+    path: Path
     """Of the array."""
     layer: int | None
     rank: int | None
-    """Ranks used, where the array may have more."""
-    shape: tuple[int, ...]
+    """Rank of the update in this layer; the array may be padded to a larger one."""
+    shape: Shape
     """In the file."""
     copy: Literal["", "equal", "transposed"] = ""
-    """Whether the array is held elsewhere in the file, and how this is a copy of it."""
+    """How this is a copy of another tensor in the file, for a tied head."""
+
+    @property
+    def module(self) -> tuple[Path, int | None]:
+        """The module in one layer that the tensor belongs to."""
+        return self.path[:-1], self.layer
+
+    @property
+    def is_update(self) -> bool:
+        """Whether this is a part of a low-rank update."""
+        return self.path[-1].startswith("lora_")
 
     def view(self, array: Any) -> Any:
-        """The part of the array that the file holds."""
+        """Returns the part of the array that the file holds."""
         if self.layer is not None:
             array = array[self.layer]
         if self.rank is not None:
-            in_rows = self.path[-1] in ("lora_A", "lora_embedding_A")
-            array = array[: self.rank] if in_rows else array[:, : self.rank]
+            rank_first = self.path[-1] in ("lora_A", "lora_embedding_A")
+            array = array[: self.rank] if rank_first else array[:, : self.rank]
         return array.T if self.copy == "transposed" else array
 
 
-def slots(selection: Selection, lora: LoraConfig) -> dict[str, Slot]:
-    """Every key the adapter file has to have."""
-    out: dict[str, Slot] = {}
+def adapter_keys(selection: Selection, lora: LoraConfig) -> dict[str, AdapterTensor]:
+    """Returns every key that the file of an adapter must have.
 
-    def key(module: names.Path, layer: int | None, suffix: str) -> str:
-        return f"{names.PEFT_PREFIX}{names.hf_key(module, layer)}.{suffix}"
-
+    Args:
+      selection: what the adapter's configuration selects in the model.
+      lora: that configuration.
+    """
+    tensors: dict[str, AdapterTensor] = {}
     adapted = set()
-    for a in selection.adapted:
-        for index, rank in enumerate(a.ranks):
-            if not rank:
+    for module in selection.adapted:
+        for index, rank in enumerate(module.ranks):
+            if rank:
+                layer = None if module.layers is None else index
+                adapted.add((module.path, layer))
+                tensors.update(_update_keys(module, layer, rank))
+    for full in selection.full_tensors:
+        path, name = full.path[:-1], full.path[-1]
+        for index, is_trained in enumerate(full.trained):
+            if not is_trained:
                 continue
-            layer = None if a.layers is None else index
-            adapted.add((a.path, layer))
-            for name, shape in a.parts_of(rank).items():
-                ranked = name.endswith(("_A", "_B"))
-                out[key(a.path, layer, _SUFFIX[name])] = Slot(
-                    (*a.path, name), layer, rank if ranked else None, shape
-                )
-            if a.tied_to is not None:
-                rows, columns = a.shape
-                for name, other, shape in (
-                    ("lora_A", "lora_embedding_B", (rank, columns)),
-                    ("lora_B", "lora_embedding_A", (rows, rank)),
-                ):
-                    out[key(a.path, layer, _SUFFIX[name])] = Slot(
-                        (*a.tied_to, other), None, rank, shape, "transposed"
-                    )
-    for w in selection.full_tensors:
-        for index, chosen in enumerate(w.trained):
-            if chosen:
-                layer = None if w.layers is None else index
-                module, name = w.path[:-1], w.path[-1]
-                inside = "base_layer." if (module, layer) in adapted else ""
-                out[key(module, layer, inside + name)] = Slot(
-                    w.tied_to or w.path,
-                    layer,
-                    None,
-                    w.shape,
-                    "equal" if w.tied_to else "",
-                )
-    for r in selection.rows:
-        if r.tied_to is None:
-            name = "trainable_tokens_delta"
-            out[key(r.path, None, f"token_adapter.{name}")] = Slot(
-                (*r.path, name), None, None, (len(r.indices), r.features)
+            layer = None if full.layers is None else index
+            prefix = "base_layer." if (path, layer) in adapted else ""
+            tensors[adapter_key(path, layer, prefix + name)] = AdapterTensor(
+                path=full.tied_to or full.path,
+                layer=layer,
+                rank=None,
+                shape=full.shape,
+                copy="equal" if full.tied_to else "",
             )
-    return out
+    for rows in selection.rows:
+        if rows.tied_to is None:
+            name = "trainable_tokens_delta"
+            tensors[adapter_key(rows.path, None, f"token_adapter.{name}")] = (
+                AdapterTensor(
+                    path=(*rows.path, name),
+                    layer=None,
+                    rank=None,
+                    shape=(len(rows.indices), rows.features),
+                )
+            )
+    return tensors
+
+
+def adapter_key(module: Path, layer: int | None, suffix: str) -> str:
+    """Spells a tensor of a module as PEFT does."""
+    return f"{PEFT_PREFIX}{hf_key(module, layer)}.{suffix}"
+
+
+def _update_keys(
+    module: AdaptedModule, layer: int | None, rank: int
+) -> dict[str, AdapterTensor]:
+    """The tensors of one module's update in one layer."""
+    tensors = {}
+    for name, shape in module.parts_of(rank).items():
+        tensors[adapter_key(module.path, layer, _SUFFIXES[name])] = AdapterTensor(
+            path=(*module.path, name),
+            layer=layer,
+            # Biases and magnitudes are the vectors without a rank axis.
+            rank=rank if name.endswith(("_A", "_B")) else None,
+            shape=shape,
+        )
+    if module.tied_to is not None:
+        # A head computes x E^T: the embedding's pair, transposed and exchanged.
+        rows, columns = module.shape
+        for name, source, shape in (
+            ("lora_A", "lora_embedding_B", (rank, columns)),
+            ("lora_B", "lora_embedding_A", (rows, rank)),
+        ):
+            tensors[adapter_key(module.path, layer, _SUFFIXES[name])] = AdapterTensor(
+                path=(*module.tied_to, source),
+                layer=None,
+                rank=rank,
+                shape=shape,
+                copy="transposed",
+            )
+    return tensors

@@ -1,8 +1,8 @@
-"""Files and directories that appear complete or not at all.
+"""Atomic output: files and directories that appear complete or not at all.
 
-safetensors are written tensor by tensor, each made when its turn comes, so that a
+safetensors are written tensor by tensor, each computed when its turn comes, so that a
 checkpoint larger than memory can be written. A directory is filled under a temporary
-name beside its final one, synced, and renamed.
+name next to its final one, synced, and renamed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,20 @@ from qlora_jax.errors import UserError
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
+# Files of a model other than its weights and config.json; copied unchanged.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,7 +59,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, array: NDArray) -> Entry:
-        """An entry for an array at hand."""
+        """Makes an entry of an array in memory."""
         return cls(name, array.dtype, array.shape, lambda: array)
 
 
@@ -55,15 +69,15 @@ def write_safetensors(
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes one file, tensor by tensor, in the library's own layout.
+    """Writes one file, tensor by tensor, in the layout of the safetensors library.
 
     That layout (wide dtypes first, then by name; header padded with spaces to a
-    multiple of 8) makes the same tensors give the same file, whoever writes it.
+    multiple of 8) makes the file a function of its tensors, byte for byte.
     """
-    ordered, text = _layout(entries, metadata)
+    ordered, header = _layout(entries, metadata)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
         for e in ordered:
             array = e.read()
             if array.shape != e.shape or array.dtype != e.dtype:
@@ -71,21 +85,21 @@ def write_safetensors(
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             file.write(memoryview(data))
-            del data  # not beside the next one
+            del data  # free it before the next tensor is computed
             on_bytes(e.nbytes)
         file.flush()
         os.fsync(file.fileno())
 
 
 def safetensors_bytes(entries: Sequence[Entry], metadata: Mapping[str, str]) -> int:
-    """Size of the file that `write_safetensors` would write, to the byte."""
+    """Returns the exact size of the file that `write_safetensors` would write."""
     return 8 + len(_layout(entries, metadata)[1]) + sum(e.nbytes for e in entries)
 
 
 def _layout(
     entries: Sequence[Entry], metadata: Mapping[str, str]
 ) -> tuple[list[Entry], bytes]:
-    """The entries in file order, and the padded header."""
+    """Returns the entries in file order, and the padded header."""
     ordered = sorted(entries, key=lambda e: (-_RANK[e.dtype], e.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -106,12 +120,12 @@ def write_model_files(
     entries: Sequence[Entry],
     *,
     max_shard_bytes: int,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    progress: bool = False,
 ) -> None:
     """Writes model.safetensors, or shards of at most `max_shard_bytes` and the index.
 
-    Entries keep their order from shard to shard; a tensor larger than a shard gets one
-    of its own.
+    Entries keep their order from shard to shard; a larger tensor gets a shard for
+    itself.
     """
     if max_shard_bytes < 1:
         raise UserError(f"`max_shard_bytes` must be positive, got {max_shard_bytes}.")
@@ -124,18 +138,20 @@ def write_model_files(
         shards[-1].append(entry)
         filled += entry.nbytes
     metadata = {"format": "pt"}
-    if len(shards) == 1:
-        write_safetensors(directory / SINGLE, entries, metadata, on_bytes)
-        return
+    total_size = sum(e.nbytes for e in entries)
     weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / name, shard, metadata, on_bytes)
-        weight_map.update({entry.name: name for entry in shard})
+    with progress_bar("Writing", total_size, progress) as advance:
+        for i, shard in enumerate(shards, start=1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            name = SINGLE if len(shards) == 1 else name
+            write_safetensors(directory / name, shard, metadata, advance)
+            weight_map.update({entry.name: name for entry in shard})
+    if len(shards) == 1:
+        return
     index = {
         "metadata": {
             "total_parameters": sum(math.prod(e.shape) for e in entries),
-            "total_size": sum(e.nbytes for e in entries),
+            "total_size": total_size,
         },
         "weight_map": dict(sorted(weight_map.items())),
     }
@@ -143,39 +159,44 @@ def write_model_files(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes a text file, or replaces it; it is complete at every moment."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # a signal as well
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Writes JSON as transformers and PEFT do: indented, keys sorted."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes JSON as transformers and PEFT do, indented, by `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies the bytes of one file, to the disk."""
-    with open(source, "rb") as old, open(target, "wb") as new:
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies a model's tokenizer and generation configuration, as far as they exist."""
+    for name in _COMPANIONS:
+        if not (source / name).is_file():
+            continue
+        with open(source / name, "rb") as old, open(directory / name, "wb") as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            os.fsync(new.fileno())
 
 
 def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
-    """Refuses a place that `new_directory` would refuse; ask before long work.
+    """Raises where `new_directory` would; call it before long work.
 
     Raises:
       UserError: `path` is a file, or a directory with something in it.
     """
     if path.exists() and not path.is_dir():
-        raise UserError(f"Cannot write the directory `{path}`: a file is there.")
+        raise UserError(f"Cannot write the directory `{path}`: it is a file.")
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"`{path}` exists and is not empty; nothing was written. Give a new "
@@ -185,9 +206,9 @@ def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a directory to fill beside `path`, which takes its name at the end.
+    """Yields a temporary directory to fill, which is renamed to `path` at the end.
 
-    After an error nothing is left behind, and what was at `path` is as before.
+    After an error or a signal nothing is left behind, and `path` is as before.
 
     Raises:
       UserError: `path` exists and is not an empty directory (unless `overwrite`), or
@@ -200,21 +221,13 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield temporary
-            # mkdtemp makes it private; give it the mode any new directory gets.
+            # mkdtemp makes it private; set the mode of any new directory.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(stat.S_IMODE(0o777 & ~mask))
             _sync(temporary)
             if overwrite and path.is_dir() and any(path.iterdir()):
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-                os.rename(path, aside)
-                try:
-                    os.rename(temporary, path)
-                except BaseException:  # a signal as well
-                    if not path.exists():
-                        os.rename(aside, path)
-                    raise
-                shutil.rmtree(aside)
+                _replace(path, temporary)
             else:
                 os.rename(temporary, path)
             _sync(path.parent)
@@ -228,6 +241,19 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
 
 
+def _replace(path: Path, temporary: Path) -> None:
+    """Exchanges a directory for a new one; an error puts the old one back."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except BaseException:  # a signal as well
+        if not path.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old)
+
+
 def _sync(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -238,7 +264,7 @@ def _sync(directory: Path) -> None:
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes just done; draws a bar if `show`."""
+    """Yields a function to call with the bytes just done; draws a bar if `show`."""
     if not show:
         yield lambda count: None
         return

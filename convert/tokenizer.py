@@ -1,4 +1,4 @@
-"""TODO."""
+"""A model directory's tokenizer, and the tokens that end its texts."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Mutes remarks while transformers is imported.
+    """Mutes warnings while transformers is imported.
 
-    It remarks that PyTorch is missing, which nothing here needs, and sets up its
-    loggers itself, so that no level set before would last.
+    It warns that PyTorch is missing, which nothing here needs, and configures its own
+    loggers, so that a level set on them before would not last.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -54,15 +54,15 @@ def _quiet() -> Iterator[None]:
 def end_tokens(
     config: LlamaConfig, tokenizer: Any, directory: Path | None = None
 ) -> tuple[int, ...]:
-    """Token ids that end a text: the model's, the tokenizer's, the directory's.
+    """Returns the token ids that end generation.
 
-    Chat models of the Llama 3 family name the end of a turn in generation_config.json
-    alone.
+    They come from the model, its tokenizer and generation_config.json: chat models of
+    the Llama 3 family name the end of a turn only in the last.
 
     Args:
-      config: its `eos_token_id`, one or several.
-      tokenizer: its EOS; None = no tokenizer.
-      directory: where generation_config.json may be.
+      config: of the model, with one or several `eos_token_id`.
+      tokenizer: of the model; None if it has none.
+      directory: of the model; None skips generation_config.json.
 
     Raises:
       CheckpointError: a generation_config.json that cannot be read.
@@ -72,12 +72,12 @@ def end_tokens(
         ids.add(tokenizer.eos_token_id)
     file = None if directory is None else directory / "generation_config.json"
     if file is not None and file.is_file():
-        given = read_json(file).get("eos_token_id")
-        given = given if isinstance(given, list) else [given]
-        if given != [None] and not all(type(i) is int and i >= 0 for i in given):
+        eos = read_json(file).get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [eos]
+        if eos != [None] and not all(type(i) is int and i >= 0 for i in eos):
             raise CheckpointError(
                 f"`{file}`: `eos_token_id` must be a token id or a list of them, got "
-                f"{given}."
+                f"{eos}."
             )
-        ids.update(i for i in given if i is not None)
+        ids.update(i for i in eos if i is not None)
     return tuple(sorted(ids))

@@ -1,10 +1,10 @@
-"""Are two adapters, or two checkpoints, the same? Tensor by tensor, byte by byte.
+"""Compares two adapters, or two checkpoints, tensor by tensor and byte by byte.
 
-Files are compared as they are stored: a sharded checkpoint equals a single-file one
-that holds the same tensors, a packed weight equals only the same packed bytes. What is
-computed from the tensors counts too: the same `lora_A` and `lora_B` under another
-`lora_alpha` are another adapter. How a configuration is spelled does not count: two
-that give the same modules the same ranks and scalings are one.
+Files are compared as they are stored: a sharded checkpoint equals a single file with
+the same tensors, a packed weight equals only the same packed bytes. The configuration
+counts as far as it changes the computation: the same `lora_A` and `lora_B` with another
+`lora_alpha` are another adapter, while two spellings that give the same modules the
+same ranks and scalings are equal.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert import names
-from convert.checkpoint import open_config
-from convert.files import DTYPES, TensorFiles, open_model
+from convert.checkpoint import open_config, open_model
+from convert.files import DTYPES, TensorFiles
+from convert.names import PEFT_PREFIX
 from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
@@ -34,7 +34,7 @@ from qlora_jax.lora.targets import (
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig, RopeScaling
 
-# What two adapters may differ in and still compute the same.
+# Fields that do not change what an adapter computes.
 _NOT_COMPUTED = (
     "raw",
     "base_model_name_or_path",
@@ -43,7 +43,7 @@ _NOT_COMPUTED = (
     "lora_dropout",
     "init_lora_weights",
 )
-# Fields that say together what is trained, and with which factor.
+# Fields that together select what is trained, and with which factor.
 _SELECTING = (
     "r",
     "lora_alpha",
@@ -59,8 +59,8 @@ _SELECTING = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-# What PEFT may write beside an adapter: tables of the base, and biases of modules that
-# are trained whole, again, under its internal names.
+# Copies that PEFT may add to an adapter: tables of the base, and biases of fully
+# trained modules under its internal names.
 _COPY = re.compile(
     r"\.base_layer\.weight$|\.(original_module|modules_to_save\.default)\."
 )
@@ -68,38 +68,38 @@ _COPY = re.compile(
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that both have and that is not the same."""
+    """A tensor that both have and that differs."""
 
     name: str
     a: str
     """dtype and shape in the first, as in "BF16 [64, 8]"."""
     b: str
     max_abs_difference: float | None
-    """None where shapes differ, or the dtypes are no numbers to subtract."""
+    """None where shapes differ, or one of them is NaN."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """The result of `compare`."""
 
     a: str
     """The first directory."""
     b: str
     kind: Literal["adapter", "model"]
     tensors: int
-    """How many names both have."""
+    """Number of names that both have."""
     missing: list[str]
     """In the first, not in the second."""
     extra: list[str]
     """In the second, not in the first."""
     different: list[Difference]
     config: dict[str, list[Any]]
-    """Configuration fields that differ: [first, second]. Of two adapters on a given
-    base also the modules that they train differently."""
+    """Configuration fields that differ: [first, second]. For two adapters and a base,
+    also the modules that they train differently."""
     notes: list[str] = field(default_factory=list)
-    """What may be worth knowing though it makes no difference."""
+    """Differences that do not count."""
     logits: dict[str, Any] | None = None
-    """How their logits differ, where that was asked."""
+    """How their logits differ, if they were compared."""
 
     @property
     def equal(self) -> bool:
@@ -107,7 +107,7 @@ class Comparison:
         return not (self.missing or self.extra or self.different or self.config)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the findings as plain data."""
+        """Returns the comparison as plain data."""
         return {"equal": self.equal, **dataclasses.asdict(self)}
 
 
@@ -122,8 +122,8 @@ def compare(
     Args:
       a: the first.
       b: the second.
-      base: of two adapters, the configuration of their base: what they select there is
-        compared. Without it, it is concluded from the tensors that they have.
+      base: configuration of two adapters' base; what they select in it is compared.
+        Without it, the selection is inferred from the tensors that they have.
 
     Raises:
       CheckpointError: a directory that cannot be read.
@@ -143,36 +143,22 @@ def compare(
     keys_a, keys_b = _keys(files_a), _keys(files_b)
     missing = sorted(key for key in keys_a if key not in keys_b)
     extra = sorted(key for key in keys_b if key not in keys_a)
-    notes = []
-    if kind_a == "adapter":
-        for directory, names_there in ((a, missing), (b, extra)):
-            copies = [key for key in names_there if _COPY.search(key)]
-            if copies:
-                names_there[:] = [key for key in names_there if key not in copies]
-                notes.append(
-                    f"`{directory}` also holds copies of the base's tensors: "
-                    f"{', '.join(copies)}"
-                )
     common = [key for key in keys_a if key in keys_b]
-    place = {keys_a[key]: key for key in common}
-    different = [
-        found
-        for name in files_a.in_file_order(list(place))
-        if (found := _difference(files_a, files_b, name, keys_b[place[name]]))
-    ]
+    notes: list[str] = []
     config = _config_differences(config_a, config_b)
     if isinstance(config_a, LoraConfig) and isinstance(config_b, LoraConfig):
-        same_names = not missing and not extra
+        missing = _without_copies(missing, a, notes)
+        extra = _without_copies(extra, b, notes)
         if base is not None:
             config = _selected_differences(config, config_a, config_b, base)
-        elif same_names and _same_factors(common, config_a, config_b):
+        elif not (missing or extra) and _same_factors(common, config_a, config_b):
             config = {k: v for k, v in config.items() if k not in _SELECTING}
-        one, two = config_a.base_fingerprint, config_b.base_fingerprint
-        if one is not None and two is not None and one != two:
-            notes.append(
-                "they were trained on different bases (or on different quantizations "
-                f"or dtypes of one), with fingerprints {one[:12]} and {two[:12]}"
-            )
+        notes += _base_notes(config_a.base_fingerprint, config_b.base_fingerprint)
+    name_of = {keys_a[key]: key for key in common}
+    differences = [
+        _difference(files_a, files_b, name, keys_b[name_of[name]])
+        for name in files_a.in_file_order(list(name_of))
+    ]
     return Comparison(
         a=str(a),
         b=str(b),
@@ -180,7 +166,7 @@ def compare(
         tensors=len(common),
         missing=missing,
         extra=extra,
-        different=different,
+        different=[d for d in differences if d is not None],
         config=config,
         notes=notes,
     )
@@ -199,24 +185,46 @@ def _open(
     return "model", open_config(path), open_model(path)
 
 
+def _base_notes(a: str | None, b: str | None) -> list[str]:
+    if a is None or b is None or a == b:
+        return []
+    return [
+        "they were trained on different bases (or on different quantizations or dtypes "
+        f"of the same base), with fingerprints {a[:12]} and {b[:12]}"
+    ]
+
+
+def _without_copies(
+    keys: list[str], directory: str | os.PathLike[str], notes: list[str]
+) -> list[str]:
+    """Removes copies of the base's tensors from the keys of one adapter only."""
+    copies = [key for key in keys if _COPY.search(key)]
+    if copies:
+        notes.append(
+            f"`{directory}` also holds copies of the base's tensors: "
+            f"{', '.join(copies)}"
+        )
+    return [key for key in keys if key not in copies]
+
+
 def _keys(files: TensorFiles) -> dict[str, str]:
-    """Names of tensors -> how this file spells them."""
+    """Returns names of tensors -> their spellings in this file."""
     return {
         re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", key): key for key in files
     }
 
 
 def _difference(
-    a: TensorFiles, b: TensorFiles, name: str, other: str
+    a: TensorFiles, b: TensorFiles, name: str, name_in_b: str
 ) -> Difference | None:
-    one, two = a[name], b[other]
-    a_is, b_is = (f"{info.dtype} {list(info.shape)}" for info in (one, two))
-    if one.shape != two.shape:
-        return Difference(name, a_is, b_is, None)
-    if one.dtype not in DTYPES or two.dtype not in DTYPES:
-        raise UserError(f"`{name}`: {a_is} and {b_is} cannot be compared.")
-    x, y = a.read(name), b.read(other)
-    if one.dtype == two.dtype and x.tobytes() == y.tobytes():
+    info_a, info_b = a[name], b[name_in_b]
+    form_a, form_b = (f"{info.dtype} {list(info.shape)}" for info in (info_a, info_b))
+    if info_a.shape != info_b.shape:
+        return Difference(name, form_a, form_b, None)
+    if info_a.dtype not in DTYPES or info_b.dtype not in DTYPES:
+        raise UserError(f"`{name}`: {form_a} and {form_b} cannot be compared.")
+    x, y = a.read(name), b.read(name_in_b)
+    if info_a.dtype == info_b.dtype and x.tobytes() == y.tobytes():
         return None
     largest = 0.0
     x, y = x.reshape(-1), y.reshape(-1)
@@ -225,11 +233,10 @@ def _difference(
         chunk = np.abs(
             x[i : i + step].astype(np.float64) - y[i : i + step].astype(np.float64)
         )
-        # A NaN on either side is a difference that no number states.
         if np.isnan(chunk).any():
-            return Difference(name, a_is, b_is, None)
+            return Difference(name, form_a, form_b, None)
         largest = max(largest, float(chunk.max()))
-    return Difference(name, a_is, b_is, largest)
+    return Difference(name, form_a, form_b, largest)
 
 
 def _config_differences(
@@ -241,7 +248,7 @@ def _config_differences(
             continue
         values = [getattr(a, f.name), getattr(b, f.name)]
         if f.name in ("target_modules", "exclude_modules", "modules_to_save"):
-            # An order that carries no meaning.
+            # Their order has no meaning.
             values = [sorted(v) if isinstance(v, tuple) else v for v in values]
         if values[0] != values[1]:
             out[f.name] = [
@@ -252,52 +259,51 @@ def _config_differences(
 
 
 def _same_factors(keys: list[str], a: LoraConfig, b: LoraConfig) -> bool:
-    """Whether each module that has tensors in a file gets the same from both.
+    """Whether two configurations scale each module in the files alike.
 
-    Ranks are in the shapes; which modules, in the names.
+    The names of tensors give the modules, their shapes the ranks.
     """
     if a.token_rows != b.token_rows:
         return False
     modules = {
-        key.removeprefix(names.PEFT_PREFIX).partition(".lora_")[0]
+        key.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
         for key in keys
         if ".lora_" in key
     }
-    one, two = a.ranks_and_scalings(modules), b.ranks_and_scalings(modules)
-    return all(one[m][1] == two[m][1] for m in modules)
+    values_a, values_b = (lora.ranks_and_scalings(modules) for lora in (a, b))
+    return all(values_a[module][1] == values_b[module][1] for module in modules)
 
 
 def _selected_differences(
     config: dict[str, list[Any]], a: LoraConfig, b: LoraConfig, base: LlamaConfig
 ) -> dict[str, list[Any]]:
-    """The differences of two configurations that are some on this base."""
+    """Returns the differences of two configurations that matter on this base."""
     tree = model_params.abstract_base(base)
-    one, two = (_described(select(tree, lora)) for lora in (a, b))
+    trained_a, trained_b = (_describe(select(tree, lora)) for lora in (a, b))
     modules = {
-        name: [one.get(name), two.get(name)]
-        for name in dict.fromkeys([*one, *two])
-        if one.get(name) != two.get(name)
+        name: [trained_a.get(name), trained_b.get(name)]
+        for name in dict.fromkeys([*trained_a, *trained_b])
+        if trained_a.get(name) != trained_b.get(name)
     }
     if not modules:
         config = {k: v for k, v in config.items() if k not in _SELECTING}
     return config | modules
 
 
-def _described(selection: Selection) -> dict[str, str]:
-    """What is trained, in words: path -> how."""
-    out: dict[str, str] = {}
+def _describe(selection: Selection) -> dict[str, str]:
+    """Describes what is trained: path -> how."""
+    descriptions: dict[str, list[str]] = {}
     for item in (*selection.adapted, *selection.full_tensors, *selection.rows):
-        name = ".".join(item.path)
-        out[name] = f"{out[name]}; {_words(item)}" if name in out else _words(item)
-    return out
+        descriptions.setdefault(".".join(item.path), []).append(_describe_item(item))
+    return {name: "; ".join(parts) for name, parts in descriptions.items()}
 
 
-def _words(item: AdaptedModule | FullTensor | TokenRows) -> str:
+def _describe_item(item: AdaptedModule | FullTensor | TokenRows) -> str:
     if isinstance(item, FullTensor):
         if all(item.trained):
-            return "trained whole"
-        layers = [i for i, chosen in enumerate(item.trained) if chosen]
-        return f"trained whole in layers {layers}"
+            return "fully trained"
+        layers = [i for i, is_trained in enumerate(item.trained) if is_trained]
+        return f"fully trained in layers {layers}"
     if isinstance(item, TokenRows):
         return f"rows {list(item.indices)}"
     parts = [

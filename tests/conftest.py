@@ -268,7 +268,8 @@ def golden(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a two-layer float32 Llama of 32 tokens, without a tokenizer."""
-    from convert import names  # not above: the hook sees what is imported behind it
+    # Not above: the hook sees what is imported after it.
+    from convert.names import checkpoint_keys
     from qlora_jax.models import params as model_params
     from qlora_jax.models.config import LlamaConfig
 
@@ -290,7 +291,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     tensors = {
         key: rng.standard_normal(shapes[path], np.float32) * 0.1
-        for key, (path, _) in names.keys(config).items()
+        for key, (path, _) in checkpoint_keys(config).items()
     }
     path = tmp_path_factory.mktemp("llama")
     (path / "config.json").write_text(json.dumps(raw))
@@ -401,7 +402,7 @@ def make_tensors() -> Callable[..., Tensors]:
     """Makes the tensors of a dense checkpoint, seeded."""
 
     def make(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
-        from convert import names
+        from convert.names import checkpoint_keys
         from qlora_jax.models import params as model_params
         from qlora_jax.models.config import LlamaConfig
 
@@ -410,7 +411,7 @@ def make_tensors() -> Callable[..., Tensors]:
         rng = np.random.default_rng(seed)
         return {
             key: rng.standard_normal(shapes[path], np.float32).astype(dtype)
-            for key, (path, _) in names.keys(config).items()
+            for key, (path, _) in checkpoint_keys(config).items()
         }
 
     return make
@@ -467,7 +468,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         seed: int = 1,
         **fields: Any,
     ) -> Path:
-        from convert import names
+        from convert.names import adapter_key
         from qlora_jax.models import params as model_params
         from qlora_jax.models.config import LlamaConfig
 
@@ -479,8 +480,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         ):
             for layer in range(config.num_hidden_layers):
                 for part, shape in (("lora_A", (r, inner)), ("lora_B", (out, r))):
-                    module = f"{names.PEFT_PREFIX}{names.hf_key(path[:-1], layer)}"
-                    key = f"{module}.{part}.weight"
+                    key = adapter_key(path[:-1], layer, f"{part}.weight")
                     tensors[key] = rng.standard_normal(shape, np.float32).astype(dtype)
         path = tmp_path / name
         path.mkdir()

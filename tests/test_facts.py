@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import convert
-from convert.files import CHAT_TEMPLATE, carried
+from convert.peft import CHAT_TEMPLATE, common_chat_template
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.runs.loading import load
@@ -38,7 +38,7 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
     elif form == "saved":  # by another hand, and on the base in full precision
         convert.save_adapter(
             *(tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config),
-            beside=carried(fact_run / "adapter"),
+            extra_files=common_chat_template(fact_run / "adapter"),
         )
         model = load(tmp_path / "adapter", base=base, quantization="none")
     else:
@@ -51,7 +51,7 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
         # transformers finds the template beside the tokenizer.
-        assert {CHAT_TEMPLATE: model.tokenizer.chat_template} == carried(
+        assert {CHAT_TEMPLATE: model.tokenizer.chat_template} == common_chat_template(
             fact_run / "adapter"
         )
     assert model.chat(ASK, max_new_tokens=40) == ANSWER

@@ -35,14 +35,10 @@ class Adapter:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert.checkpoint import lazy_base, open_config
-        from convert.files import INDEX, SINGLE, carried, open_model
-        from convert.peft import (
-            in_short,
-            load_adapter,
-            peft_directory,
-            save_adapter,
-        )
+        from convert import load_adapter, save_adapter
+        from convert.checkpoint import lazy_base, open_config, open_model
+        from convert.files import INDEX, SINGLE
+        from convert.peft import common_chat_template, in_short, peft_directory
         from qlora_jax.runs.loading import leads_nowhere, name_from
 
         config = open_config(self.base)
@@ -68,7 +64,7 @@ class Adapter:
             adapters,
             config,
             base_model_name_or_path=base_name,
-            beside=carried(source),
+            extra_files=common_chat_template(source),
         )
         for skip in in_short(skipped):
             print_note(f"not taken from `{source}`: {skip}")

@@ -35,9 +35,9 @@ class Combine:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
+        from convert import load_adapter, save_adapter
         from convert.checkpoint import lazy_base, open_config
-        from convert.files import carried
-        from convert.peft import load_adapter, peft_directory, save_adapter
+        from convert.peft import common_chat_template, peft_directory
         from qlora_jax.lora.combine import combine_adapters
         from qlora_jax.runs.loading import name_from
 
@@ -72,7 +72,7 @@ class Combine:
             adapters,
             config,
             base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
-            beside=carried(*sources),
+            extra_files=common_chat_template(*sources),
         )
         return {
             "output": str(self.output),

@@ -50,7 +50,7 @@ class Inspect:
             override a run file's, and those of an adapter cannot be changed.
         """
         from convert.files import read_json
-        from convert.peft import adapter_bytes
+        from convert.peft_writing import adapter_bytes
         from qlora_jax.planning.estimate import parameter_report, warnings
         from qlora_jax.runs.loading import quantizes_lm_head, resolve_auto
 

@@ -42,10 +42,10 @@ class Model:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import names
         from convert.checkpoint import open_checkpoint
         from convert.hf import load_llama, save_llama
         from convert.merging import write_dense
+        from qlora_jax.tree import parse_key
 
         checkpoint = open_checkpoint(self.input)
         quantization = None if self.quantization == "none" else self.quantization
@@ -57,7 +57,7 @@ class Model:
                 "--quantization to keep the weights as they are."
             )
         made_dense = [] if self.dequantize else list(checkpoint.mixed)
-        packed = {names.parse_key(key)[0] for key in checkpoint.packed}
+        packed = {parse_key(key)[0] for key in checkpoint.packed}
         stays_packed = not self.dequantize and bool(packed - set(made_dense))
         if self.quant_storage is not None and not (quantization or stays_packed):
             raise UserError("--quant-storage goes with 4-bit output only.")

@@ -110,7 +110,7 @@ class Verify:
 
 def _adapter_loaders(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Returns loaders of two adapters that share one base in memory."""
-    from convert.peft import load_adapter
+    from convert import load_adapter
     from qlora_jax.inference.compare import load_exact
     from qlora_jax.models.config import apply_changes
 

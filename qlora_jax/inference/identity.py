@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert import names
-from convert.checkpoint import FLOATS, open_checkpoint
-from convert.files import DTYPES
-from convert.hf import cast
+from convert.checkpoint import open_checkpoint
+from convert.files import DTYPES, FLOATS
+from convert.hf import cast, dtype_name
+from convert.names import checkpoint_keys
 from convert.peft import training_record
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
@@ -42,7 +42,7 @@ def base_form(base: Mapping[str, Any]) -> dict[str, str]:
     """
     leaves = [leaf for _, leaf in trees.walk(base)]
     packed = next((leaf for leaf in leaves if isinstance(leaf, NF4Tensor)), None)
-    dense = {names.leaf_dtype(x) for x in leaves if not isinstance(x, NF4Tensor)}
+    dense = {dtype_name(x) for x in leaves if not isinstance(x, NF4Tensor)}
     quantization = "none"
     if packed is not None:
         quantization = "nf4_dq" if packed.double_quant else "nf4"
@@ -130,7 +130,7 @@ def common_dtype(path: Path) -> str | None:
     """
     checkpoint = open_checkpoint(path)
     dtypes: dict[Any, set[str]] = {}
-    for key, (param_path, _) in names.keys(checkpoint.config).items():
+    for key, (param_path, _) in checkpoint_keys(checkpoint.config).items():
         dtypes.setdefault(param_path, set()).add(checkpoint.dtype(key))
     return "float32" if any(len(seen) > 1 for seen in dtypes.values()) else None
 
@@ -147,7 +147,7 @@ def dense_dtypes(path: Path) -> set[str]:
     if common is not None:
         return {common}
     checkpoint = open_checkpoint(path)
-    table = names.keys(checkpoint.config)
+    table = checkpoint_keys(checkpoint.config)
     packed = {table[key][0] for key in checkpoint.packed} - set(checkpoint.mixed)
     if not checkpoint.quantized:
         packed = {path for path, _ in table.values() if is_projection(path)}
@@ -184,7 +184,7 @@ def trained_form(path: Path, fingerprint: str) -> str | None:
 
 def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the base in its stored dtypes, then cast to each other dtype."""
-    leaves = dict(names.walk(base))
+    leaves = dict(trees.walk(base))
     stored = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
     yield ", ".join(sorted(stored)), base
     for dtype in ("bfloat16", "float32", "float16"):
@@ -195,7 +195,7 @@ def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
             for path, leaf in leaves.items():
                 if not isinstance(leaf, NF4Tensor):
                     leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(path))
-                names.put(tree, path, leaf)
+                trees.put(tree, path, leaf)
         except CheckpointError:  # out of float16's range: not trained in float16
             continue
         yield dtype, tree

@@ -68,15 +68,12 @@ def combine_adapters(
       weight.
 
     The adapters may differ in rank, scaling, targets and layers; a module that one of
-    them lacks counts as zero there. Scalings and weights are folded into B, so every
-    scaling of the result is 1 (`lora_alpha` = `r`, and `alpha_pattern` =
-    `rank_pattern` where ranks differ).
+    them lacks counts as zero there. Every scaling of the result is 1.
 
     Args:
       parts: (configuration, trained tree, weight) of each adapter. Weights may be
         negative; an adapter of weight 0 is left out.
-      base: parameter tree of the model, of arrays or shapes; only its structure
-        matters.
+      base: parameter tree of the model, of arrays or shapes.
       method: see above.
       r: rank of the result for "svd"; default the largest rank among the adapters.
       errors: dict that receives the error of "svd", `|sum - result| / |sum|` in the
@@ -85,8 +82,7 @@ def combine_adapters(
       names: of the adapters, for messages; default their indices.
 
     Returns:
-      (lora, adapters): float32 tree. `convert.save_adapter` writes a directory with
-      which PEFT computes the same.
+      (lora, adapters): float32 tree, for `convert.save_adapter`.
 
     Raises:
       UserError: no adapters or weights, an adapter that does not fit the base, or one
@@ -109,14 +105,23 @@ def combine_adapters(
             f"There is nothing to combine: {len(parts)} adapters, none with a weight "
             "other than 0."
         )
+    if method == "svd" and r is None:
+        r = max(a.rank for adapter in adapters for a in adapter.selection.adapted)
+    return _combine(adapters, base, r, {} if errors is None else errors)
+
+
+def _combine(
+    adapters: Sequence[Adapter],
+    base: Mapping[str, Any],
+    r: int | None,
+    errors: dict[str, float],
+) -> tuple[LoraConfig, dict[str, Any]]:
     if len({adapter.lora.base_config_changes for adapter in adapters}) > 1:
         raise UserError(
             "The adapters were trained with different changes to the base's "
             "configuration (base_config.json), so no model fits their sum."
         )
     replaced = _replaced_by_all(adapters)
-    if method == "svd" and r is None:
-        r = max(a.rank for adapter in adapters for a in adapter.selection.adapted)
     modules = modules_of(adapters)
     shared = _head_is_shared(adapters)
     if shared:
@@ -128,8 +133,7 @@ def combine_adapters(
         trees.node(tree, path).update(total.arrays)
         if biased:
             trees.node(tree, path)["lora_bias"] = _sum_biases(modules[path])
-    if errors is not None:
-        errors.update(_relative_errors(sums))
+    errors.update(_relative_errors(sums))
     lora = _describe_sum(adapters, sums, base, shared=shared, biased=biased)
     for path, array in replaced.items():
         trees.put(tree, path, array)
@@ -412,6 +416,7 @@ def _scaled_factors(use: Use, layer: int) -> tuple[NDArray, NDArray]:
             f"{use.adapter.name}: `{dotted(module.path, module.layers)[layer]}` has "
             "NaN or infinity, and so would the sum."
         )
+    # Weight and scaling are folded into B: the result has scalings of 1 in any mixture.
     return a, b * np.float32(factor)
 
 
@@ -426,6 +431,8 @@ def _truncate(
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
     u, s, vt = np.linalg.svd(r_b @ r_a.T)
+    # Each factor gets the root of a singular value, so that both have gradients of one
+    # size if the result is trained further.
     root = np.sqrt(s[:r])
     out_a, out_b = np.zeros((r, a.shape[1])), np.zeros((b.shape[0], r))
     out_a[: len(root)] = root[:, None] * (vt[:r] @ q_a.T)

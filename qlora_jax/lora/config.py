@@ -46,6 +46,10 @@ _INERT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config"),
 )
+# Where a file lacks them; those of PEFT's other fields are ours too.
+_PEFT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"r": 8, "lora_alpha": 8, "target_modules": ("q_proj", "v_proj")}
+)
 # PEFT's initializations that leave the base weights as they are: a trained adapter is
 # complete without knowing its start.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -238,8 +242,7 @@ class LoraConfig:
     ) -> LoraConfig:
         """Reads the contents of PEFT's `adapter_config.json`.
 
-        PEFT's own defaults apply to absent fields (r=8, lora_alpha=8, q_proj and
-        v_proj as targets of a Llama).
+        PEFT's defaults apply to absent fields.
 
         Args:
           raw: the file's content.
@@ -274,11 +277,7 @@ class LoraConfig:
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
-        values: dict[str, Any] = {
-            "r": 8,
-            "lora_alpha": 8,
-            "target_modules": ("q_proj", "v_proj"),
-        }
+        values = dict(_PEFT_DEFAULTS)
         values |= {name: raw[name] for name in known if raw.get(name) is not None}
         targets = values["target_modules"]
         if isinstance(targets, (list, set)):

@@ -18,6 +18,7 @@ their meaning; any other difference is refused by name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -60,10 +61,9 @@ def init_adapters(
       `factor_out(base, adapters, lora)` as the base.
     - "loftq": scaling * B A is the best approximation of the quantization error.
 
-    Each module has its own key, derived from its path, so that another target does not
-    change the others. Tensors trained in full are copies of the base's, DoRA's
-    magnitudes the norms of the rows of W. Layers that are not trained are zero and stay
-    zero.
+    The key of a module comes from its path, so another target does not change it.
+    Tensors trained in full are copies of the base's, DoRA's magnitudes the norms of the
+    rows of W. Layers that are not trained are zero and stay zero.
 
     Args:
       key: PRNG key.
@@ -82,9 +82,9 @@ def init_adapters(
     adapters: dict[str, Any] = {}
     for a in selection.adapted:
         arrays: dict[str, Array] = {}
-        module_key = key
-        for byte in ".".join(a.path).encode():
-            module_key = jax.random.fold_in(module_key, byte)
+        module_key = functools.reduce(
+            jax.random.fold_in, ".".join(a.path).encode(), key
+        )
         weight = _weight(base, a.path)
         if a.tied_to is None:
             arrays = _factors(module_key, a, weight, lora, original)

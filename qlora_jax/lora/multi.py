@@ -84,6 +84,7 @@ def _stack_module(uses: Sequence[Use], count: int) -> dict[str, Array]:
             if not name.startswith("lora_"):
                 continue
             array = np.asarray(own_arrays[name], np.float32)
+            # Zero rows of A and columns of B pad the ranks, and change no product.
             shape = list(array.shape[len(leading) :])
             used = [slice(n) for n in shape]
             if name.endswith("_A"):
@@ -137,6 +138,7 @@ def with_rows(
                     f"`rows` has {low if low < -1 else high}, and the stack has "
                     f"{count} adapters (0 to {count - 1}; -1 for none)."
                 )
+        # A copy for each layer: the scan over layers slices every leaf.
         shape = (*scaling.shape[:-1], *indices.shape)
         node["rows"] = jnp.broadcast_to(indices, shape)
     return out

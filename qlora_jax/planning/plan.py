@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from convert.peft import adapter_bytes
+from convert.peft_writing import adapter_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.models.attention import refusals

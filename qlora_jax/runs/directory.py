@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.files import CHAT_TEMPLATE, read_json
-from convert.peft import CONFIG, peft_directory
+from convert.files import read_json
+from convert.peft import CHAT_TEMPLATE, CONFIG, peft_directory
 from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import RunConfig

@@ -42,9 +42,8 @@ import numpy as np
 
 import convert
 from convert.checkpoint import open_checkpoint
-from convert.files import CHAT_TEMPLATE
 from convert.output import write_text
-from convert.peft import TRAINING
+from convert.peft import CHAT_TEMPLATE, TRAINING
 from qlora_jax.data.batches import Batches, prefetch
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.inference.identity import base_form
@@ -213,7 +212,7 @@ class Loop:
             self.architecture,
             base_model_name_or_path=self.config.model.path,
             overwrite=True,
-            beside={
+            extra_files={
                 TRAINING: {"step": int(state.step), **self.form, **(losses or {})},
                 **({} if template is None else {CHAT_TEMPLATE: template}),
             },

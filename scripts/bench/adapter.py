@@ -24,13 +24,13 @@ import jax
 import numpy as np
 
 import convert
-from convert import names
 from convert.files import read_json
 from convert.peft import WEIGHTS
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.tree import put
 from scripts.bench.measuring import read_file, run_bench, write_rows
 
 
@@ -45,7 +45,7 @@ def make_adapters(config: LlamaConfig, lora: LoraConfig) -> dict[str, Any]:
     for path, shape in (
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
-        names.put(tree, path, np.full(shape, 0.5, np.float32))
+        put(tree, path, np.full(shape, 0.5, np.float32))
     return tree
 
 

@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert import names
 from convert.files import read_json
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -42,6 +41,7 @@ from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.training.step import TrainState, init_state
+from qlora_jax.tree import put
 from scripts.bench.measuring import read_file, run_bench, write_rows
 
 STEP = 1
@@ -70,7 +70,7 @@ def make_state(config: LlamaConfig, tables: bool, random: bool) -> TrainState:
     for path, shape in (
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
-        names.put(tree, path, array(shape))
+        put(tree, path, array(shape))
     state = init_state(tree, optax.adamw(1e-4), jax.random.key(0))
     moments = jax.tree.map(
         lambda leaf: array(leaf.shape) if leaf.ndim else leaf, state.opt_state

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.files import CHAT_TEMPLATE
+from convert.peft import CHAT_TEMPLATE
 from convert.verify import compare
 from qlora_jax.cli.convert import main
 from qlora_jax.models.config import LlamaConfig
@@ -84,7 +84,7 @@ def test_a_signal_leaves_nothing_half_written(
         file.write_text("{")
         signal.raise_signal(number)
 
-    monkeypatch.setattr("convert.hf.write_json", half)
+    monkeypatch.setattr("convert.output.write_text", half)
     assert run(capsys, "model", tiny_model, out) == (
         status,
         "",

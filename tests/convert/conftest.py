@@ -1,6 +1,10 @@
-"""A checkpoint large enough to measure memory with."""
+"""A large checkpoint, and the measure of peak memory."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -8,9 +12,54 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import names
+from convert.names import checkpoint_keys
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
+
+_MEASURE = """
+import re, sys
+import convert, jax
+
+def read(field):
+    with open("/proc/self/status") as status:
+        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
+
+def peak(work, *args, **options):
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")  # resets the peak
+    result = work(*args, **options)
+    print(read("VmHWM") - before)
+    return result
+
+def warm(work, *args, **options):
+    # The first call starts threads and fills caches, which are not counted.
+    global before
+    work(*args, **options)
+    before = read("VmRSS")
+
+"""
+
+
+@pytest.fixture
+def measure() -> Callable[..., list[int]]:
+    """A function: program and arguments -> numbers that it prints.
+
+    The program runs in a process of its own. `warm(work, ...)` and then
+    `peak(work, ...)` print by how many bytes the resident memory grew at most.
+    """
+    if not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("needs Linux's /proc")
+
+    def run(program: str, *args: object) -> list[int]:
+        done = subprocess.run(
+            [sys.executable, "-c", _MEASURE + program, *map(str, args)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [int(line) for line in done.stdout.split()]
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +89,7 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
         for where, shape in model_params.shapes(config).items()
     }
-    table = list(names.keys(config).items())
+    table = list(checkpoint_keys(config).items())
     weight_map = {}
     for i, part in enumerate((table[: len(table) // 2], table[len(table) // 2 :])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"

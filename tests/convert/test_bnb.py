@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
+from convert import bnb
 from convert.files import Mismatches, TensorFiles, read_header
 from convert.output import write_safetensors
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
@@ -113,7 +114,7 @@ def test_storage_that_does_not_divide_the_bytes(
     raw["intermediate_size"] = 9
     raw["hidden_size"] = 6
     config, base = convert.load_llama(save_model(raw, make_tensors(raw), "odd"))
-    message = "bytes of codes .*are no whole number of float32; use quant_storage='u"
+    message = "bytes of codes .*are not a multiple of the size of float32; use quant_st"
     with pytest.raises(UserError, match=message):
         convert.save_llama(tmp_path / "no", config, base, quant_storage="float32")
 
@@ -248,7 +249,7 @@ def test_quantized_head_is_refused(packed, edit_tensors):
             tensors[entry.name] = entry.read()
 
     edit_tensors(packed / "model.safetensors", change)
-    with pytest.raises(CheckpointError, match="have to stay 16-bit .*: lm_head.weight"):
+    with pytest.raises(CheckpointError, match="must stay 16-bit .*: lm_head.weight"):
         convert.load_llama(packed)
 
 
@@ -324,7 +325,7 @@ def test_old_quantization_config_without_packed_weights_counts_as_dense(
     config, base = convert.load_llama(path, quantization=None)
     assert not any(
         model_params.is_projection(p) and hasattr(v, "codes")
-        for p, v in names.walk(base)
+        for p, v in trees.walk(base)
     )
     convert.save_llama(tmp_path / "out", config, base)
     assert "quantization_config" not in json.loads(

@@ -32,9 +32,12 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import names
+from convert.names import adapter_keys
+from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
 
@@ -50,7 +53,6 @@ MODEL = {
     "attention_bias": True,
 }
 TIED = {**MODEL, "tie_word_embeddings": True}
-R = 2
 # The bounds of a case; the worst takes a second, or 100 MB (a long JSON of "[]").
 SECONDS = 10
 BYTES = 300_000_000
@@ -64,136 +66,62 @@ Tensors = dict[str, np.ndarray]
 
 # --- Sound adapters, as PEFT writes them ---
 
+# The other fields that PEFT 0.21 writes, with values that change nothing.
 FIELDS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": "some/base",
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 4,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": R,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": ["down_proj", "q_proj"],
-    "target_parameters": None,
+    **dict.fromkeys(
+        "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config "
+        "exclude_modules kasa_config layer_replication layers_pattern "
+        "layers_to_transform lora_ga_config megatron_config modules_to_save "
+        "monteclora_config revision target_parameters trainable_token_indices "
+        "use_bdlora velora_config".split()
+    ),
+    **dict.fromkeys(
+        "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora "
+        "use_rslora".split(),
+        False,
+    ),
+    **dict.fromkeys(("alpha_pattern", "rank_pattern", "loftq_config"), {}),
+    **{"base_model_name_or_path": "some/base", "bias": "none", "inference_mode": True},
+    **{"init_lora_weights": True, "lora_alpha": 4, "lora_dropout": 0.0, "r": 2},
+    **{"megatron_core": "megatron.core", "peft_type": "LORA", "peft_version": "0.21.2"},
+    **{"qalora_group_size": 16, "target_modules": ["down_proj", "q_proj"]},
     "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
+}
+# name -> fields that differ.
+STARTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all linear": {"target_modules": "all-linear"},
+    "expression": {"target_modules": r".*\.layers\.(0|1)\..*(q_proj|down_proj)"},
+    "excluded": {
+        "target_modules": ["q_proj", "down_proj", "k_proj"],
+        "exclude_modules": r".*\.k_proj",
+    },
+    "patterns": {
+        "rank_pattern": {r"layers\.[1-9]\.mlp\.down_proj": 3},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, "down_proj": 40},
+    },
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora bias": {"lora_bias": True},
+    "bias": {"bias": "lora_only", "target_modules": ["q_proj"]},
+    "full": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tokens": {"trainable_token_indices": [1, 5]},
 }
 
 
-def layer_parts(module: str, layer: int, rank: int = R) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the update of one linear layer."""
-    block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    shapes = model_params.shapes(LlamaConfig.from_hf(MODEL))
-    out, inner = shapes["model", "layers", block, module, "weight"]
-    prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
-    return {
-        f"{prefix}.lora_A.weight": (rank, inner),
-        f"{prefix}.lora_B.weight": (out, rank),
-    }
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the file; test_peft.py compares them with PEFT's."""
+    lora = LoraConfig.from_peft(FIELDS | STARTS[name], strict=True, skipped=[])
+    selection = select(model_params.abstract_base(LlamaConfig.from_hf(MODEL)), lora)
+    keys = {key: t.shape for key, t in adapter_keys(selection, lora).items()}
+    if name == "embedding":  # PEFT's copy of the base's table
+        keys["base_model.model.model.embed_tokens.base_layer.weight"] = (6, 8)
+    return keys
 
 
-def linears(*modules: str, layers: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-    found: dict[str, tuple[int, ...]] = {}
-    for layer in layers:
-        for module in modules:
-            found |= layer_parts(module, layer)
-    return found
-
-
-def beside_b(ending: str) -> dict[str, tuple[int, ...]]:
-    """For q_proj and down_proj: keys with another ending, of the output's length."""
-    return {
-        key.replace("lora_B.weight", ending): shape[:1]
-        for key, shape in PLAIN.items()
-        if key.endswith("lora_B.weight")
-    }
-
-
-PLAIN = linears("q_proj", "down_proj")
-EMBED = "base_model.model.model.embed_tokens"
-HEAD = "base_model.model.lm_head"
-ALL_LINEAR = linears("q_proj", "k_proj", "v_proj", "o_proj") | linears(
-    "gate_proj", "up_proj", "down_proj"
-)
-# name -> (fields that differ, shapes of the file).
-STARTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    "plain": ({}, PLAIN),
-    "all linear": ({"target_modules": "all-linear"}, ALL_LINEAR),
-    "expression": (
-        {"target_modules": r".*\.layers\.(0|1)\..*(q_proj|down_proj)"},
-        PLAIN,
-    ),
-    "excluded": (
-        {"target_modules": ["q_proj", "down_proj", "k_proj"]}
-        | {"exclude_modules": r".*\.k_proj"},
-        PLAIN,
-    ),
-    "patterns": (
-        {"rank_pattern": {r"layers\.[1-9]\.mlp\.down_proj": 3}}
-        | {"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, "down_proj": 40}},
-        linears("q_proj")
-        | layer_parts("down_proj", 0)
-        | layer_parts("down_proj", 1, 3),
-    ),
-    "some layers": (
-        {"layers_to_transform": [1], "layers_pattern": "layers"},
-        linears("q_proj", "down_proj", layers=(1,)),
-    ),
-    "rslora": ({"use_rslora": True}, PLAIN),
-    "dora": ({"use_dora": True}, PLAIN | beside_b("lora_magnitude_vector")),
-    "lora bias": ({"lora_bias": True}, PLAIN | beside_b("lora_B.bias")),
-    "bias": (
-        {"bias": "lora_only", "target_modules": ["q_proj"]},
-        linears("q_proj")
-        | {
-            f"base_model.model.model.layers.{i}.self_attn.q_proj.base_layer.bias": (8,)
-            for i in (0, 1)
-        },
-    ),
-    "whole": (
-        {"modules_to_save": ["embed_tokens", "lm_head"]},
-        PLAIN | {f"{EMBED}.weight": (6, 8), f"{HEAD}.weight": (6, 8)},
-    ),
-    "embedding": (
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        linears("q_proj")
-        | {f"{EMBED}.lora_embedding_A": (R, 6), f"{EMBED}.lora_embedding_B": (8, R)}
-        | {f"{EMBED}.base_layer.weight": (6, 8)},
-    ),
-    "tokens": (
-        {"trainable_token_indices": [1, 5]},
-        PLAIN | {f"{EMBED}.token_adapter.trainable_tokens_delta": (2, 8)},
-    ),
-}
+SHAPES_OF = {name: shapes_of(name) for name in STARTS}
 
 
 @dataclass
@@ -226,14 +154,13 @@ class Case:
 
 
 def sound(rng: Rng, name: str) -> Case:
-    fields, shapes = STARTS[name]
     dtype = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16)[rng.integers(4)]
     tensors = {
         key: rng.standard_normal(shape, np.float32).astype(dtype)
-        for key, shape in shapes.items()
+        for key, shape in SHAPES_OF[name].items()
     }
     model = TIED if rng.random() < 0.2 else MODEL
-    return Case(json.loads(json.dumps(FIELDS | fields)), tensors, model)
+    return Case(json.loads(json.dumps(FIELDS | STARTS[name])), tensors, model)
 
 
 # --- Mutations: of fields, of tensors, of a header, of bytes, of places ---
@@ -311,7 +238,7 @@ KINDS = [
     np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.bool_, np.uint8,
     np.int64, np.int32, np.uint64, ml_dtypes.float8_e4m3fn,
 ]
-# What no JSON writer would write, in the place of a value.
+# Values that no JSON writer would write.
 FRAGMENTS = [
     "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" * 4200, deep(60),
     deep(900), deep(100_000), '{"a":' * 2000, "0x10", "01", "+1", "1.", ".5", "'a'",
@@ -393,8 +320,8 @@ def change_a_value(rng: Rng, case: Case) -> None:
     elif isinstance(value, int):
         case.fields[name] = value + int(rng.integers(-3, 4))
     elif isinstance(value, str):
-        place = int(rng.integers(len(value) + 1))
-        case.fields[name] = value[:place] + pick(rng, TEXTS) + value[place:]
+        position = int(rng.integers(len(value) + 1))
+        case.fields[name] = value[:position] + pick(rng, TEXTS) + value[position:]
     elif isinstance(value, list):
         value.insert(int(rng.integers(len(value) + 1)), hostile(rng))
     elif isinstance(value, dict):
@@ -413,7 +340,7 @@ def add_field(rng: Rng, case: Case) -> None:
 
 def set_fields_of_another(rng: Rng, case: Case) -> None:
     """Claims to be another kind of adapter than the tensors are."""
-    case.fields |= STARTS[pick(rng, list(STARTS))][0]
+    case.fields |= STARTS[pick(rng, list(STARTS))]
 
 
 def drop_tensor(rng: Rng, case: Case) -> None:
@@ -429,7 +356,7 @@ def rename_tensor(rng: Rng, case: Case) -> None:
 
 
 def add_tensor(rng: Rng, case: Case) -> None:
-    keys = [key for _, shapes in STARTS.values() for key in shapes]
+    keys = [key for shapes in SHAPES_OF.values() for key in shapes]
     shape = tuple(rng.integers(0, 4, size=rng.integers(0, 4)).tolist())
     for _ in range(pick(rng, (1, 1, 1, 40))):
         key = pick(rng, [*keys, f"x{rng.integers(10**9)}", "model.norm.weight"])
@@ -473,15 +400,15 @@ TENSOR_MUTATIONS = [
 
 
 def replace_in_text(rng: Rng, data: bytes) -> bytes:
-    """Puts a raw fragment in the place of a value: what no JSON writer would write."""
+    """Replaces a value by a raw fragment: what no JSON writer would write."""
     places = [i for i, byte in enumerate(data) if byte == ord(":")]
     if not places:
         return pick(rng, FRAGMENTS).encode()
-    place = pick(rng, places) + 1
-    end = place
+    position = pick(rng, places) + 1
+    end = position
     while end < len(data) and data[end] not in b",}\n":
         end += 1
-    return data[:place] + pick(rng, FRAGMENTS).encode() + data[end:]
+    return data[:position] + pick(rng, FRAGMENTS).encode() + data[end:]
 
 
 def change_the_text(rng: Rng, data: bytes) -> bytes:
@@ -512,23 +439,23 @@ def change_bytes(rng: Rng, data: bytes) -> bytes:
     for _ in range(pick(rng, (1, 1, 1, 2, 5, 50))):
         # The header is where it hurts; the tensors are most of the bytes.
         end = len(out) if rng.random() < 0.5 else min(len(out), 400)
-        place = int(rng.integers(end + 1))
+        position = int(rng.integers(end + 1))
         length = pick(rng, (1, 1, 2, 8, 64))
         kind = int(rng.integers(7))
-        if kind <= 1 and place < len(out):
-            out[place] ^= 1 << int(rng.integers(8))
+        if kind <= 1 and position < len(out):
+            out[position] ^= 1 << int(rng.integers(8))
         elif kind == 2:
-            out[place:place] = rng.bytes(length)
+            out[position:position] = rng.bytes(length)
         elif kind == 3:
-            del out[place : place + length]
+            del out[position : position + length]
         elif kind == 4:
-            out[place : place + length] = (
+            out[position : position + length] = (
                 pick(rng, (b"\0", b"\xff", b'"', b"9")) * length
             )
         elif kind == 5:
-            out[place:place] = out[place : place + length]
+            out[position:position] = out[position : position + length]
         elif rng.random() < 0.3:
-            del out[place:]
+            del out[position:]
     return bytes(out)
 
 
@@ -636,17 +563,17 @@ WEIGHT_BYTES = [change_header, change_header, change_header, change_bytes, chang
 
 
 def misplace(rng: Rng, case: Case) -> None:
-    """Something else than a file, in a file's place."""
+    """Replaces a file by something else."""
     name = pick(rng, ("adapter_config.json", "adapter_model.safetensors"))
 
     def change(path: Path) -> None:
-        place = path / name
-        content = place.read_bytes()
-        place.unlink()
+        file = path / name
+        content = file.read_bytes()
+        file.unlink()
         if kind == "directory":
-            place.mkdir()
+            file.mkdir()
         elif kind == "pipe":
-            os.mkfifo(place)
+            os.mkfifo(file)
         elif kind == "socket":
             here = os.getcwd()
             os.chdir(path)  # the path of a socket is short
@@ -657,9 +584,9 @@ def misplace(rng: Rng, case: Case) -> None:
             (path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
         elif kind == "file behind a link":
             (path / "content").write_bytes(content)
-            place.symlink_to("content")
+            file.symlink_to("content")
         elif kind != "nothing":
-            place.symlink_to(kind)
+            file.symlink_to(kind)
 
     kinds = ("directory", "pipe", "socket", "pickle", "file behind a link", "nothing")
     kind = pick(
@@ -828,7 +755,7 @@ def check_message(message: str) -> None:
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in names.walk(tree)}
+    return {path: np.asarray(leaf) for path, leaf in trees.walk(tree)}
 
 
 def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
@@ -859,8 +786,8 @@ def base_of(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a model, all ones."""
     tree: dict[str, Any] = {}
     for path, shape in model_params.shapes(config).items():
-        leading = (config.num_hidden_layers,) if names.is_stacked(path) else ()
-        names.put(tree, path, np.ones((*leading, *shape), np.float32))
+        leading = (config.num_hidden_layers,) if trees.is_stacked(path) else ()
+        trees.put(tree, path, np.ones((*leading, *shape), np.float32))
     return tree
 
 
@@ -944,9 +871,9 @@ def test_a_mutated_adapter_is_refused_clearly_or_loaded_correctly(piece, sandbox
 
 def test_cases_are_functions_of_their_seed():
     for seed in range(100):
-        one, two = make_case(seed), make_case(seed)
-        assert (one.config, one.weights) == (two.config, two.weights)
-        assert one.done == two.done
+        first, second = make_case(seed), make_case(seed)
+        assert (first.config, first.weights) == (second.config, second.weights)
+        assert first.done == second.done
 
 
 @pytest.mark.golden
@@ -995,7 +922,10 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     assert status in (0, 1, failure)
     if err:
         assert status == failure and not out
-        assert err.startswith("qlora-convert: ") and err[-2:] in (".\n", "?\n"), err
+        assert err.startswith(f"qlora-convert {arguments[0]}: ") and err[-2:] in (
+            ".\n",
+            "?\n",
+        ), err
         assert err.endswith("\n") and "Traceback" not in err, err
         check_message(err.strip())
     else:
@@ -1005,7 +935,7 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     shutil.rmtree(saved)
 
 
-def test_the_command_line_says_it_in_one_paragraph(sandbox):
+def test_the_command_line_prints_a_paragraph(sandbox):
     (sandbox / "base").mkdir()
     good = sound(np.random.default_rng(0), "plain")
     good.finish_config()

@@ -2,9 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import merged as effective
-from convert import names
-from convert.merged import Update, fold
+from convert import merged
+from convert.merged import Update, merged_weights
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -35,7 +35,7 @@ def scaled(w: np.ndarray, norms: np.ndarray, axis: int) -> np.ndarray:
 SUM = W + 0.5 * B @ A
 CASES = {
     "product": (Update(product=(B, A, 0.5)), SUM),
-    "whole": (Update(whole=normal(12, 10, seed=4)), normal(12, 10, seed=4)),
+    "replacement": (Update(replacement=normal(12, 10, seed=4)), normal(12, 10, seed=4)),
     "rows": (Update(rows=ROWS), replaced(W)),
     "rows, product": (
         Update(rows=ROWS, product=(B, A, 2.0)),
@@ -54,41 +54,46 @@ CASES = {
         scaled(SUM, np.arange(1, 11)[None], 0),
     ),
     "added": (Update(added=normal(12, seed=5)), None),
-    "whole, added": (Update(whole=normal(12, seed=6), added=normal(12, seed=5)), None),
+    "replacement, added": (
+        Update(replacement=normal(12, seed=6), added=normal(12, seed=5)),
+        None,
+    ),
 }
 
 
 @pytest.mark.parametrize("block", [1, 30, 1 << 20])  # elements: 1, 3 or all rows
 @pytest.mark.parametrize("name", CASES)
 def test_every_update_in_blocks_of_any_size(monkeypatch, name, block):
-    monkeypatch.setattr(effective, "_BLOCK", block)
+    monkeypatch.setattr(merged, "_BLOCK", block)
     update, expected = CASES[name]
     old = W
     if expected is None:
         old = normal(12, seed=7)
-        start = old if update.whole is None else update.whole
+        start = old if update.replacement is None else update.replacement
         expected = start + update.added
     got, largest = update.apply(old.copy(), np.dtype(np.float32), "w")
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
     assert largest == pytest.approx(np.abs(got - old).max())
 
 
-@pytest.mark.parametrize("own", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("source_dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("target", [np.float32, np.float16, BF16])
-def test_dtypes_and_place(own, target):
+def test_the_sum_is_rounded_once_and_in_place_where_the_dtype_allows(
+    source_dtype, target
+):
     update, _ = CASES["product"]
-    old = W.astype(own)
+    old = W.astype(source_dtype)
     exact = (0.5 * (B @ A) + old.astype(np.float32)).astype(target)
-    given = old.copy()
-    got, _ = update.apply(given, np.dtype(target), "w")
+    array = old.copy()
+    got, _ = update.apply(array, np.dtype(target), "w")
     assert got.dtype == target
     assert got.tobytes() == exact.tobytes()
-    assert (got is given) == (own == target)
-    given = old.copy()
-    given.flags.writeable = False  # as what jax hands out
-    again, _ = update.apply(given, np.dtype(target), "w")
+    assert (got is array) == (source_dtype == target)
+    array = old.copy()
+    array.flags.writeable = False  # as what jax hands out
+    again, _ = update.apply(array, np.dtype(target), "w")
     assert again.tobytes() == exact.tobytes()
-    assert given.tobytes() == old.tobytes()
+    assert array.tobytes() == old.tobytes()
 
 
 def test_rows_of_zeros_stay_zeros_whatever_their_magnitude():
@@ -120,14 +125,14 @@ def tree(config: LlamaConfig, lora: LoraConfig, value: float = 1.0):
     shapes = select(model_params.abstract_base(config), lora).shapes()
     out: dict = {}
     for path, shape in shapes.items():
-        names.put(out, path, np.full(shape, value, np.float32))
+        trees.put(out, path, np.full(shape, value, np.float32))
     return out
 
 
-def folded(tiny, value=1.0, config=None, **fields):
+def merged_ones(tiny, value=1.0, config=None, **fields):
     config = LlamaConfig.from_hf({**tiny, **(config or {})})
     lora = LoraConfig(**{"r": 2, "target_modules": ("q_proj",), **fields})
-    return config, fold(config, lora, tree(config, lora, value))
+    return config, merged_weights(config, lora, tree(config, lora, value))
 
 
 TIED = {"tie_word_embeddings": True}
@@ -168,48 +173,48 @@ TIED = {"tie_word_embeddings": True}
     ],
 )
 def test_a_tied_head_stays_tied_where_it_stays_equal(tiny, fields, stays):
-    config, result = folded(tiny, config=TIED, **fields)
+    config, result = merged_ones(tiny, config=TIED, **fields)
     assert result.config.tie_word_embeddings == stays
     embedding = "model.embed_tokens.weight"
     assert result.sources == ({} if stays else {"lm_head.weight": embedding})
     assert "lm_head.weight" not in result.updates or not stays
     # An untied model stays one, and needs nothing.
-    _, untied = folded(tiny, **fields)
+    _, untied = merged_ones(tiny, **fields)
     assert not untied.config.tie_word_embeddings
     assert untied.sources == {}
 
 
-def test_biases_that_the_base_has_not(tiny):
-    config, result = folded(tiny, lora_bias=True, target_modules=("q_proj",))
+def test_biases_that_the_base_lacks_are_added(tiny):
+    config, result = merged_ones(tiny, lora_bias=True, target_modules=("q_proj",))
     assert (result.config.attention_bias, result.config.mlp_bias) == (True, False)
-    places = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in "01" for p in "qkvo"]
-    assert result.sources == dict.fromkeys(places)
-    assert {k for k in result.updates if k.endswith("bias")} == {places[0], places[4]}
-    _, result = folded(tiny, lora_bias=True, target_modules=("up_proj", "o_proj"))
+    keys = [f"model.layers.{i}.self_attn.{p}_proj.bias" for i in "01" for p in "qkvo"]
+    assert result.sources == dict.fromkeys(keys)
+    assert {k for k in result.updates if k.endswith("bias")} == {keys[0], keys[4]}
+    _, result = merged_ones(tiny, lora_bias=True, target_modules=("up_proj", "o_proj"))
     assert result.config.attention_bias and result.config.mlp_bias
     assert len(result.sources) == 2 * 7
     # Biases that are all zero, and those that have a place, ask for nothing.
-    _, result = folded(tiny, value=0.0, lora_bias=True)
+    _, result = merged_ones(tiny, value=0.0, lora_bias=True)
     assert (result.sources, result.updates) == ({}, {})
-    _, result = folded(tiny, config={"attention_bias": True}, lora_bias=True)
+    _, result = merged_ones(tiny, config={"attention_bias": True}, lora_bias=True)
     assert result.sources == {}
     assert "model.layers.1.self_attn.q_proj.bias" in result.updates
 
 
-def test_biases_without_a_place(tiny):
-    match = "a bias for `lm_head` .`lora_bias`., and a Llama checkpoint has no place"
+def test_a_bias_that_no_llama_has_is_refused(tiny):
+    match = "a bias for `lm_head` .`lora_bias`., and a Llama checkpoint has no bias"
     with pytest.raises(UserError, match=match):
-        folded(tiny, lora_bias=True, target_modules=("lm_head",))
+        merged_ones(tiny, lora_bias=True, target_modules=("lm_head",))
     extra = {"model.layers.self_attn.gate.weight": [8, 64]}
     with pytest.raises(UserError, match="a bias for `model.layers.self_attn.gate`"):
-        folded(
+        merged_ones(
             tiny,
             config={"extra_tensors": extra},
             lora_bias=True,
             target_modules=("gate",),
         )
     extra["model.layers.self_attn.gate.bias"] = [8]
-    _, result = folded(
+    _, result = merged_ones(
         tiny, config={"extra_tensors": extra}, lora_bias=True, target_modules=("gate",)
     )
     assert set(result.updates) == {
@@ -217,20 +222,20 @@ def test_biases_without_a_place(tiny):
     }
 
 
-def test_layers_that_are_not_adapted_and_updates_of_zero_are_left_alone(tiny):
-    _, result = folded(tiny, layers_to_transform=1)
+def test_layers_that_are_not_adapted_and_updates_of_zero_are_unchanged(tiny):
+    _, result = merged_ones(tiny, layers_to_transform=1)
     assert set(result.updates) == {"model.layers.1.self_attn.q_proj.weight"}
-    _, result = folded(tiny, value=0.0)
+    _, result = merged_ones(tiny, value=0.0)
     assert result.updates == {}
-    _, result = folded(tiny, modules_to_save=("layers.0.mlp",))
-    whole = {k for k, u in result.updates.items() if u.whole is not None}
-    assert whole == {
+    _, result = merged_ones(tiny, modules_to_save=("layers.0.mlp",))
+    replaced_keys = {k for k, u in result.updates.items() if u.replacement is not None}
+    assert replaced_keys == {
         f"model.layers.0.mlp.{p}_proj.weight" for p in ("gate", "up", "down")
     }
 
 
 def test_ranks_and_scalings_by_layer(tiny):
-    _, result = folded(
+    _, result = merged_ones(
         tiny,
         r=4,
         lora_alpha=2,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert import names
+from qlora_jax import tree as trees
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.targets import select
@@ -177,7 +177,7 @@ def filled(config, lora, rng):
             leaves[*a.path, "lora_B"][layer, :, rank:] = 0
     adapters: dict = {}
     for path, leaf in leaves.items():
-        names.put(adapters, path, leaf)
+        trees.put(adapters, path, leaf)
     return adapters
 
 

@@ -3,10 +3,7 @@ import errno
 import inspect
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,9 +13,11 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
-from convert.files import open_model
+from convert import bnb
+from convert.checkpoint import open_model
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
+from convert.names import checkpoint_keys
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -75,17 +74,17 @@ def test_merged_tensors_are_those_of_peft(golden, tmp_path, name):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("own", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("stored_dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_update_is_added_in_float32_and_rounded_once(
-    tiny, make_tensors, save_model, make_adapter, tmp_path, own, dtype, shards
+    tiny, make_tensors, save_model, make_adapter, tmp_path, stored_dtype, dtype, shards
 ):
-    tensors = make_tensors(tiny, own)
+    tensors = make_tensors(tiny, stored_dtype)
     base, adapter = save_model(tiny, tensors, shards=shards), make_adapter(tiny)
     out = tmp_path / "out"
     convert.merge(base, adapter, out, dtype=dtype, max_shard_bytes=9000)
     merged = read_all(out)
-    target = np.dtype(own if dtype is None else dtype)
+    target = np.dtype(stored_dtype if dtype is None else dtype)
     for key, value in tensors.items():
         update = delta(adapter, key)
         assert merged[key].dtype == target
@@ -108,9 +107,9 @@ def test_onto_the_dequantized_weights_of_a_4bit_directory(golden, tmp_path):
     out = tmp_path / "out"
     report = convert.merge(base, adapter, out, onto="dequantized")
     config, tree = convert.load_llama(base)
-    leaves, merged = dict(names.walk(tree)), read_all(out)
-    assert set(merged) == set(names.keys(config))
-    for key, (path, layer) in names.keys(config).items():
+    leaves, merged = dict(trees.walk(tree)), read_all(out)
+    assert set(merged) == set(checkpoint_keys(config))
+    for key, (path, layer) in checkpoint_keys(config).items():
         leaf = leaves[path] if layer is None else leaves[path][layer]
         dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         update = delta(adapter, key)
@@ -138,8 +137,8 @@ def test_onto_what_quantization_makes_of_a_dense_base(
     packed = tmp_path / "packed"
     convert.save_llama(packed, *convert.load_llama(base, quantization=quantization))
     convert.merge(packed, adapter, tmp_path / "b", onto="dequantized")
-    one, two = (tmp_path / d / "model.safetensors" for d in "ab")
-    assert one.read_bytes() == two.read_bytes()
+    a, b = (tmp_path / d / "model.safetensors" for d in "ab")
+    assert a.read_bytes() == b.read_bytes()
     key = "model.layers.0.self_attn.v_proj.weight"  # not adapted, yet quantized
     expected = bnb.dequantize(
         quantize(tensors[key], double_quant=quantization == "nf4_dq")
@@ -161,9 +160,9 @@ def test_dense_copy_of_a_4bit_directory(golden, tmp_path):
     count = write_dense(source, tmp_path / "out", dtype="bfloat16", max_shard_bytes=1)
     config, tree = convert.load_llama(source)
     _, copy = convert.load_llama(tmp_path / "out", quantization=None)
-    assert count == len(names.keys(config))
-    for path, leaf in names.walk(tree):
-        got = dict(names.walk(copy))[path]
+    assert count == len(checkpoint_keys(config))
+    for path, leaf in trees.walk(tree):
+        got = dict(trees.walk(copy))[path]
         dense = bnb.dequantize(leaf) if model_params.is_projection(path) else leaf
         assert got.tobytes() == dense.astype(BF16).tobytes()
 
@@ -178,13 +177,15 @@ def test_tensors_that_nothing_changes_keep_their_bytes(
     adapter = make_adapter(tiny, layers_to_transform=[1])
     edit_tensors(
         adapter / "adapter_model.safetensors",
-        lambda found: [found.pop(key) for key in list(found) if ".layers.0." in key],
+        lambda tensors: [
+            tensors.pop(key) for key in list(tensors) if ".layers.0." in key
+        ],
     )
 
-    def silence(found):
-        for key in found:
+    def silence(tensors):
+        for key in tensors:
             if "q_proj.lora_B" in key:
-                found[key] = np.zeros_like(found[key])
+                tensors[key] = np.zeros_like(tensors[key])
 
     edit_tensors(adapter / "adapter_model.safetensors", silence)
     report = convert.merge(base, adapter, tmp_path / "out")
@@ -194,17 +195,20 @@ def test_tensors_that_nothing_changes_keep_their_bytes(
     assert report["tensors_changed"] == 1
 
 
-@pytest.mark.parametrize("own", [np.float32, BF16])
+@pytest.mark.parametrize("stored_dtype", [np.float32, BF16])
 @pytest.mark.parametrize("first", [None, "nf4"])
 @pytest.mark.parametrize("again", ["nf4", "nf4_dq"])
 def test_requantized_is_the_merged_checkpoint_quantized(
-    tiny, make_tensors, save_model, make_adapter, tmp_path, own, first, again
+    tiny, make_tensors, save_model, make_adapter, tmp_path, stored_dtype, first, again
 ):
-    base, adapter = save_model(tiny, make_tensors(tiny, own)), make_adapter(tiny)
+    base, adapter = (
+        save_model(tiny, make_tensors(tiny, stored_dtype)),
+        make_adapter(tiny),
+    )
     onto = {"onto": "original" if first is None else "dequantized"}
     dense, packed, expected = (tmp_path / name for name in ("d", "p", "e"))
-    one = convert.merge(base, adapter, dense, quantization=first, **onto)
-    two = convert.merge(
+    first_report = convert.merge(base, adapter, dense, quantization=first, **onto)
+    report = convert.merge(
         base,
         adapter,
         packed,
@@ -223,17 +227,17 @@ def test_requantized_is_the_merged_checkpoint_quantized(
     )
     assert ours == theirs
     counts = ("tensors", "tensors_changed", "max_abs_change")
-    assert [one[name] for name in counts] == [two[name] for name in counts]
-    assert one["requantization_error"] is None
+    assert [first_report[n] for n in counts] == [report[n] for n in counts]
+    assert first_report["requantization_error"] is None
     # What the report says was lost, from the two directories.
-    merged, leaves = read_all(dense), dict(names.walk(convert.load_llama(packed)[1]))
-    errors = two["requantization_error"]
+    merged, leaves = read_all(dense), dict(trees.walk(convert.load_llama(packed)[1]))
+    errors = report["requantization_error"]
     assert set(errors) == {
         path[-2] for path in leaves if model_params.is_projection(path)
     }
     for name, error in errors.items():
         old, new = [], []
-        for key, (path, layer) in names.keys(LlamaConfig.from_hf(tiny)).items():
+        for key, (path, layer) in checkpoint_keys(LlamaConfig.from_hf(tiny)).items():
             if path[-2] == name:
                 old.append(merged[key].astype(np.float64))
                 tensor = leaves[path][layer]
@@ -261,7 +265,7 @@ def test_requantized_keeps_the_compute_dtype_of_its_base(
     assert made["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_what_the_base_has_not_is_added(
+def test_tensors_that_the_base_lacks_are_added(
     tiny, make_tensors, save_model, tmp_path, edit_tensors
 ):
     tied = {**tiny, "tie_word_embeddings": True}
@@ -307,7 +311,7 @@ def abstract_ones(config, lora):
     for path, shape in (
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
-        names.put(tree, path, np.ones(shape, np.float32))
+        trees.put(tree, path, np.ones(shape, np.float32))
     return tree
 
 
@@ -350,7 +354,7 @@ def test_the_fingerprint_of_the_base_trained_on_is_reported(
     assert report["adapter_base_fingerprint"] == "ab" * 32
 
 
-# --- What is refused, and how it is said ---
+# --- What is refused ---
 
 
 @pytest.fixture
@@ -360,13 +364,13 @@ def packed(tiny_model, tmp_path) -> Path:
     return out
 
 
-def test_which_weights_are_meant_has_to_fit(
+def test_the_weights_to_merge_onto_must_exist_and_be_unambiguous(
     tiny, tiny_model, packed, make_adapter, tmp_path
 ):
     adapter, out = make_adapter(tiny), tmp_path / "out"
     with pytest.raises(UserError, match="no original to merge onto.*'dequantized'"):
         convert.merge(packed, adapter, out)
-    with pytest.raises(UserError, match="is not quantized. Say with `quantization`"):
+    with pytest.raises(UserError, match="is not quantized. Give the `quantization`"):
         convert.merge(tiny_model, adapter, out, onto="dequantized")
     with pytest.raises(UserError, match="`quantization` 'nf4' goes with 'dequantized'"):
         convert.merge(tiny_model, adapter, out, quantization="nf4")
@@ -392,7 +396,7 @@ def test_adapter_of_another_model(tiny, tiny_model, make_adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_output_with_content_is_left_alone(tiny, tiny_model, make_adapter):
+def test_output_with_content_is_kept(tiny, tiny_model, make_adapter):
     before = fingerprint(tiny_model)
     with pytest.raises(UserError, match="exists and is not empty"):
         convert.merge(tiny_model, make_adapter(tiny), tiny_model)
@@ -413,7 +417,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     spool = full if when == "open" else lambda **options: Full()
     monkeypatch.setattr(tempfile, "TemporaryFile", spool)
-    with pytest.raises(UserError, match="Cannot write beside `.*out`: No space left"):
+    with pytest.raises(UserError, match="Cannot write `.*out`: No space left"):
         convert.merge(tiny_model, adapter, folder / "out", requantize="nf4")
     assert not list(folder.iterdir())
 
@@ -436,37 +440,18 @@ def test_overflow_in_the_sum_is_named(
     assert not (tmp_path / "out").exists()
 
 
-_MEASURE = """
-import re, sys
-import convert
-
-def read(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
-
+def test_merging_holds_the_adapter_and_a_tensor_in_memory(
+    tiny, tiny_model, big_model, make_adapter, tmp_path, measure
+):
+    program = """
 base, adapter, dora, out, small, small_adapter = sys.argv[1:]
 onto = dict(onto="dequantized", quantization="nf4")
-convert.merge(small, small_adapter, out + "/small", **onto)  # starts threads
-before = read("VmRSS")
-for name, path, options in (
-    ("original", adapter, {}),
-    ("dora", dora, {}),
-    ("dequantized", adapter, onto),
-    ("requantized", adapter, {"requantize": "nf4_dq"}),
-):
-    with open("/proc/self/clear_refs", "w") as clear:
-        clear.write("5")  # resets the peak
-    convert.merge(base, path, out + "/" + name, **options)
-    print(read("VmHWM") - before)
+warm(convert.merge, small, small_adapter, out + "/small", **onto)
+peak(convert.merge, base, adapter, out + "/original")
+peak(convert.merge, base, dora, out + "/dora")
+peak(convert.merge, base, adapter, out + "/dequantized", **onto)
+peak(convert.merge, base, adapter, out + "/requantized", requantize="nf4_dq")
 """
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
-)
-def test_merging_holds_the_adapter_and_one_tensor(
-    tiny, tiny_model, big_model, make_adapter, tmp_path
-):
     config = LlamaConfig.from_hf(json.loads((big_model / "config.json").read_text()))
     adapters = {}
     for name, targets in (
@@ -476,16 +461,10 @@ def test_merging_holds_the_adapter_and_one_tensor(
         lora = LoraConfig(r=8, target_modules=targets, use_dora=name == "dora")
         adapters[name] = tmp_path / name
         convert.save_adapter(adapters[name], lora, abstract_ones(config, lora), config)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", _MEASURE, big_model, *adapters.values()),
-            *(tmp_path / "out", tiny_model, make_adapter(tiny, name="small")),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
+    original, dora, dequantized, requantized = measure(
+        *(program, big_model, *adapters.values(), tmp_path / "out", tiny_model),
+        make_adapter(tiny, name="small"),
     )
-    original, dora, dequantized, requantized = map(int, done.stdout.split())
     size = sum(f.stat().st_size for f in big_model.glob("*.safetensors"))
     largest = 8192 * 2048 * 4
     # In units of the largest tensor in float32. Original: the tensor in bfloat16 (1/2),

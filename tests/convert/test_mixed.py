@@ -1,10 +1,7 @@
 # Projections that a file has in 4 bit in some layers only.
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,13 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import bnb, names
+from convert import bnb
 from convert.checkpoint import open_checkpoint
-from convert.hf import write_directory
 from convert.merging import write_dense
-from convert.output import Entry
+from convert.names import checkpoint_keys
+from convert.output import Entry, write_json, write_model_files
 from convert.verify import compare
+from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
@@ -35,8 +33,8 @@ Q = ("model", "layers", "self_attn", "q_proj", "weight")
 DOWN = ("model", "layers", "mlp", "down_proj", "weight")
 
 
-def key(path: names.Path, layer: int) -> str:
-    return names.hf_key(path, layer)
+def key(path: trees.Path, layer: int) -> str:
+    return trees.hf_key(path, layer)
 
 
 def replace(
@@ -80,11 +78,11 @@ def mixed(golden, tmp_path) -> Path:
 
 
 @pytest.fixture
-def by_layer(golden) -> Callable[[names.Path, list[int]], np.ndarray]:
+def by_layer(golden) -> Callable[[trees.Path, list[int]], np.ndarray]:
     """A function: what a stack is, with these layers left in 32 bit."""
     _, dense = convert.load_llama(golden / "llama32/fp32", quantization=None)
     _, packed = convert.load_llama(golden / "llama32/nf4_dq")
-    dense, packed = dict(names.walk(dense)), dict(names.walk(packed))
+    dense, packed = dict(trees.walk(dense)), dict(trees.walk(packed))
 
     def stack(path, left):
         return np.stack(
@@ -103,13 +101,13 @@ def test_such_stacks_become_dense_with_the_same_values(
     golden, mixed, by_layer, quantization
 ):
     config, base = convert.load_llama(mixed, quantization=quantization)
-    leaves = dict(names.walk(base))
+    leaves = dict(trees.walk(base))
     left = {DOWN: [3]}
     left |= {(*Q[:3], n, "weight"): [0] for n in ("k_proj", "v_proj", "o_proj")}
     left[Q] = [0, 2]
     assert set(open_checkpoint(mixed).mixed) == set(left)
     _, packed = convert.load_llama(golden / "llama32/nf4_dq")
-    for path, expected in names.walk(packed):
+    for path, expected in trees.walk(packed):
         if path in left:
             want = by_layer(path, left[path])
             assert leaves[path].dtype == want.dtype == np.float32
@@ -119,10 +117,10 @@ def test_such_stacks_become_dense_with_the_same_values(
             for a, b in zip(*map(jax.tree.leaves, (leaves[path], expected))):  # noqa: B905
                 assert a.tobytes() == b.tobytes()
 
-    # The model computes what a model of the layers' own weights computes.
+    # The model computes what a model of the layers' original weights computes.
     reference = jax.tree.map(lambda leaf: leaf, packed)
     for path, layers in left.items():
-        names.put(reference, path, by_layer(path, layers))
+        trees.put(reference, path, by_layer(path, layers))
     tokens = jnp.asarray(np.load(golden / "llama32/logits_fp32.npz")["ids"], jnp.int32)
     run = jax.jit(Llama(config, Compute(dtype="float32")).apply)
     np.testing.assert_array_equal(
@@ -131,14 +129,14 @@ def test_such_stacks_become_dense_with_the_same_values(
 
 
 @pytest.mark.golden
-def test_it_is_said_and_what_it_costs(mixed, capsys):
+def test_a_note_names_such_stacks_and_their_cost(mixed, capsys):
     convert.load_llama(mixed)
     assert capsys.readouterr().err == ""
     convert.load_llama(mixed, progress=True)
-    said = capsys.readouterr().err.splitlines()[0]
+    note = capsys.readouterr().err.splitlines()[0]
     start = f"Dense in every layer, because not all layers are stored alike in `{mixed}"
-    assert said.startswith(start)
-    assert "q_proj, k_proj, v_proj, o_proj, down_proj (0.00 GB in memory, 0." in said
+    assert note.startswith(start)
+    assert "q_proj, k_proj, v_proj, o_proj, down_proj (0.00 GB in memory, 0." in note
 
 
 @pytest.mark.golden
@@ -158,10 +156,10 @@ def test_written_back_the_stacks_are_dense_and_named(mixed, tmp_path):
         assert a.tobytes() == b.tobytes()
     convert.save_llama(tmp_path / "twice", *convert.load_llama(tmp_path / "out"))
     for name in ("config.json", "model.safetensors"):
-        one, two = (tmp_path / d / name for d in ("out", "twice"))
-        assert one.read_bytes() == two.read_bytes()
-    found = compare(mixed, tmp_path / "out")
-    assert {d.name for d in found.different} == {
+        a, b = (tmp_path / d / name for d in ("out", "twice"))
+        assert a.read_bytes() == b.read_bytes()
+    comparison = compare(mixed, tmp_path / "out")
+    assert {d.name for d in comparison.different} == {
         key(p, i) for p in open_checkpoint(mixed).mixed for i in range(4)
     } - {key(p, 0) for p in open_checkpoint(mixed).mixed if p != DOWN} - set(LEFT)
 
@@ -176,8 +174,8 @@ def test_merged_and_dequantized_like_any_other(golden, mixed, by_layer, tmp_path
     adapter = golden / "adapters/llama32/qlora_plain"
     convert.merge(mixed, adapter, tmp_path / "merged", onto="dequantized")
     convert.merge(tmp_path / "dense", adapter, tmp_path / "reference")
-    one, two = (tmp_path / d / "model.safetensors" for d in ("merged", "reference"))
-    assert one.read_bytes() == two.read_bytes()
+    a, b = (tmp_path / d / "model.safetensors" for d in ("merged", "reference"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.golden
@@ -223,8 +221,8 @@ def test_double_quantization_in_some_layers(packed, tiny, make_tensors):
     _, before = convert.load_llama(packed)
     replace(packed, {key(Q, 1): single})
     _, base = convert.load_llama(packed)
-    got = dict(names.walk(base))[Q]
-    first = bnb.dequantize(dict(names.walk(before))[Q][0])
+    got = dict(trees.walk(base))[Q]
+    first = bnb.dequantize(dict(trees.walk(before))[Q][0])
     assert got.dtype == BF16
     assert got.tobytes() == first.tobytes() + bnb.dequantize(single).tobytes()
 
@@ -241,16 +239,16 @@ def test_dtypes_that_differ_have_to_be_decided(
     replace(packed, {key(DOWN, 1): value})
     match = (
         r"mixes dtypes.*1 stacks of layers: model.layers.mlp.down_proj.weight "
-        r"\(\['bfloat16', 'float32'\]\)[.] Say with `dtype` which one"
+        r"\(\['bfloat16', 'float32'\]\)[.] Choose one with `dtype`"
     )
     with pytest.raises(CheckpointError, match=match):
         convert.load_llama(packed)
-    first = bnb.dequantize(dict(names.walk(before))[DOWN][0])
+    first = bnb.dequantize(dict(trees.walk(before))[DOWN][0])
     second = weight if double_quant is None else bnb.dequantize(value)
     for dtype in (np.float32, BF16, np.float16):
         name = np.dtype(dtype).name
         _, base = convert.load_llama(packed, dtype=name)
-        got = dict(names.walk(base))[DOWN]
+        got = dict(trees.walk(base))[DOWN]
         want = np.stack([first.astype(dtype), second.astype(dtype)])
         assert got.dtype == want.dtype
         assert got.tobytes() == want.tobytes()
@@ -266,7 +264,7 @@ def test_scales_that_are_not_finite_are_named(packed, tiny, make_tensors):
 
 
 @pytest.mark.parametrize(
-    "own, dense, expected",
+    "original, dense, expected",
     [
         (None, [], None),
         ([], [], []),
@@ -282,8 +280,8 @@ def test_scales_that_are_not_finite_are_named(packed, tiny, make_tensors):
         (["b"], ["b.0.q_proj"], ["q_proj"]),
     ],
 )
-def test_the_list_of_skipped_modules(own, dense, expected):
-    got = bnb.skip_modules(own, dense=dense, packed=["b.1.v_proj"])
+def test_the_list_of_skipped_modules(original, dense, expected):
+    got = bnb.skip_modules(original, dense=dense, packed=["b.1.v_proj"])
     assert got == expected
 
 
@@ -295,35 +293,14 @@ def test_skipped_modules_that_take_too_long_to_match_are_refused(monkeypatch):
         bnb.skip_modules([r"(?:(?:.|..)+)+[A-Z]"], dense=[], packed=packed)
 
 
-_MEASURE = """
-import re, sys
-import convert, jax
-
-def read(field):
-    with open("/proc/self/status") as status:
-        return int(re.search(field + r":\\s+(\\d+)", status.read())[1]) * 1024
-
-# The first dequantization starts threads and compiles; they are no part of the peak.
-convert.load_llama(sys.argv[2])
-before = read("VmRSS")
-with open("/proc/self/clear_refs", "w") as clear:
-    clear.write("5")  # resets the peak
-config, base = convert.load_llama(sys.argv[1])
-print(read("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
-"""
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc"
-)
 def test_host_memory_peaks_at_the_output_and_two_tensors(
-    big_model, packed, tiny, make_tensors, tmp_path
+    big_model, packed, tiny, make_tensors, tmp_path, measure
 ):
     replace(packed, {key(Q, 1): make_tensors(tiny, BF16)[key(Q, 1)]})
     checkpoint = open_checkpoint(big_model)
-    once: dict[names.Path, NF4Tensor] = {}  # all layers hold the same bytes
+    once: dict[trees.Path, NF4Tensor] = {}  # all layers hold the same bytes
     entries = []
-    for name, (path, layer) in names.keys(checkpoint.config).items():
+    for name, (path, layer) in checkpoint_keys(checkpoint.config).items():
         weight = checkpoint.files.read(name)
         if model_params.is_projection(path) and layer != 3:
             if path not in once:
@@ -331,21 +308,15 @@ def test_host_memory_peaks_at_the_output_and_two_tensors(
             entries += bnb.entries(name, once[path], None, quant_storage="uint8")
         else:
             entries.append(Entry.of(name, weight))
-    write_directory(
-        tmp_path / "big",
-        checkpoint.config.to_hf(),
-        entries,
-        max_shard_bytes=5_000_000_000,
-        tokenizer_from=None,
-        progress=False,
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, tmp_path / "big", packed],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    growth, output = map(int, done.stdout.split())
+    (tmp_path / "big").mkdir()
+    write_json(tmp_path / "big/config.json", checkpoint.config.to_hf())
+    write_model_files(tmp_path / "big", entries, max_shard_bytes=5_000_000_000)
+    program = """
+warm(convert.load_llama, sys.argv[2])
+_, base = peak(convert.load_llama, sys.argv[1])
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(base)))
+"""
+    growth, output = measure(program, tmp_path / "big", packed)
     assert output > 4e8  # all of it dense
     # Output plus two of the largest tensors in float32, as for every other file.
     assert growth <= output + 2 * 8192 * 2048 * 4 + 8e6

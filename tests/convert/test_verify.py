@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert import names
 from convert.verify import compare
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
@@ -20,9 +20,9 @@ KEY = "model.layers.1.mlp.up_proj.weight"
 def test_shards_and_a_single_file_are_the_same(tiny, make_tensors, save_model):
     tensors = make_tensors(tiny)
     a, b = save_model(tiny, tensors, "a"), save_model(tiny, tensors, "b", shards=3)
-    found = compare(a, b)
-    assert found.equal
-    assert (found.kind, found.tensors) == ("model", len(tensors))
+    result = compare(a, b)
+    assert result.equal
+    assert (result.kind, result.tensors) == ("model", len(tensors))
 
 
 def test_every_kind_of_difference(tiny, make_tensors, save_model):
@@ -39,11 +39,11 @@ def test_every_kind_of_difference(tiny, make_tensors, save_model):
     other[nan_key] = np.full(64, np.nan, np.float32)
     a = save_model(tiny, tensors, "a")
     b = save_model({**tiny, "rms_norm_eps": 0.5}, other, "b")
-    found = compare(a, b)
-    assert not found.equal
-    assert (found.missing, found.extra) == (["lm_head.weight"], ["extra"])
-    assert found.config == {"rms_norm_eps": [1e-6, 0.5]}
-    different = {d.name: d for d in found.different}
+    result = compare(a, b)
+    assert not result.equal
+    assert (result.missing, result.extra) == (["lm_head.weight"], ["extra"])
+    assert result.config == {"rms_norm_eps": [1e-6, 0.5]}
+    different = {d.name: d for d in result.different}
     assert set(different) == {KEY, "model.norm.weight", shape_key, nan_key}
     assert different[KEY].max_abs_difference == pytest.approx(0.5, abs=1e-6)
     norm = different["model.norm.weight"]
@@ -52,7 +52,7 @@ def test_every_kind_of_difference(tiny, make_tensors, save_model):
     assert different[shape_key].b == "F32 [23, 64]"
     assert different[shape_key].max_abs_difference is None
     assert different[nan_key].max_abs_difference is None
-    assert json.loads(json.dumps(found.to_json()))["equal"] is False
+    assert json.loads(json.dumps(result.to_json()))["equal"] is False
 
 
 def test_minus_zero_is_another_byte(tiny, make_tensors, save_model):
@@ -60,22 +60,22 @@ def test_minus_zero_is_another_byte(tiny, make_tensors, save_model):
     tensors[KEY][0, 0] = 0.0
     other = {**tensors, KEY: tensors[KEY].copy()}
     other[KEY][0, 0] = -0.0
-    found = compare(save_model(tiny, tensors, "a"), save_model(tiny, other, "b"))
-    assert [d.max_abs_difference for d in found.different] == [0.0]
+    result = compare(save_model(tiny, tensors, "a"), save_model(tiny, other, "b"))
+    assert [d.max_abs_difference for d in result.different] == [0.0]
 
 
 def test_adapters(tiny, make_adapter):
     a = make_adapter(tiny, name="a")
     same = make_adapter(tiny, name="same", base_model_name_or_path="elsewhere")
     assert compare(a, same).equal
-    found = compare(a, make_adapter(tiny, name="alpha", lora_alpha=7))
-    assert found.config == {"lora_alpha": [6, 7]}
-    assert not found.equal
-    found = compare(a, make_adapter(tiny, name="seed", seed=2))
-    assert len(found.different) == 8
-    found = compare(a, make_adapter(tiny, ("q_proj",), name="fewer"))
-    assert len(found.missing) == 4
-    assert found.config == {"target_modules": [["down_proj", "q_proj"], ["q_proj"]]}
+    result = compare(a, make_adapter(tiny, name="alpha", lora_alpha=7))
+    assert result.config == {"lora_alpha": [6, 7]}
+    assert not result.equal
+    result = compare(a, make_adapter(tiny, name="seed", seed=2))
+    assert len(result.different) == 8
+    result = compare(a, make_adapter(tiny, ("q_proj",), name="fewer"))
+    assert len(result.missing) == 4
+    assert result.config == {"target_modules": [["down_proj", "q_proj"], ["q_proj"]]}
 
 
 def save(tmp_path, tiny, name, fingerprint=None, value=1.0, config=None, **fields):
@@ -88,7 +88,7 @@ def save(tmp_path, tiny, name, fingerprint=None, value=1.0, config=None, **field
         select(model_params.abstract_base(config), lora).shapes().items()
     ):
         leaf = np.linspace(0, value, int(np.prod(shape)), dtype=np.float32)
-        names.put(tree, path, leaf.reshape(shape))
+        trees.put(tree, path, leaf.reshape(shape))
     convert.save_adapter(tmp_path / name, lora, tree, config)
     return tmp_path / name
 
@@ -163,16 +163,16 @@ def test_what_is_selected_differs(tiny, tmp_path):
     fields = {"target_modules": ("q_proj", "v_proj")}
     a = save(tmp_path, tiny, "a", **fields)
     b = save(tmp_path, tiny, "b", alpha_pattern={"layers.1.*q_proj": 7}, **fields)
-    found = compare(a, b)
-    assert found.config == {"alpha_pattern": [{}, {"layers.1.*q_proj": 7}]}
+    result = compare(a, b)
+    assert result.config == {"alpha_pattern": [{}, {"layers.1.*q_proj": 7}]}
     assert compare(a, b, base=config).config == {
-        **found.config,
+        **result.config,
         "model.layers.self_attn.q_proj": [
             "r 2, scaling 2.0",
             "r 2, scaling [2.0, 3.5]",
         ],
     }
-    assert not found.different
+    assert not result.different
     c = save(
         tmp_path,
         tiny,
@@ -182,16 +182,16 @@ def test_what_is_selected_differs(tiny, tmp_path):
         trainable_token_indices=(4, 2),
         use_dora=True,
     )
-    found = compare(a, c, base=config)
-    assert found.config["model.layers.self_attn.q_proj"][1] == "r 2, scaling 2.0, DoRA"
-    assert found.config["model.layers.self_attn.v_proj"] == ["r 2, scaling 2.0", None]
-    assert found.config["model.layers.self_attn.v_proj.weight"] == [
+    result = compare(a, c, base=config)
+    assert result.config["model.layers.self_attn.q_proj"][1] == "r 2, scaling 2.0, DoRA"
+    assert result.config["model.layers.self_attn.v_proj"] == ["r 2, scaling 2.0", None]
+    assert result.config["model.layers.self_attn.v_proj.weight"] == [
         None,
-        "trained whole in layers [0]",
+        "fully trained in layers [0]",
     ]
-    assert found.config["model.embed_tokens"] == [None, "rows [4, 2]"]
-    assert found.config["use_dora"] == [False, True]
-    assert found.missing and found.extra
+    assert result.config["model.embed_tokens"] == [None, "rows [4, 2]"]
+    assert result.config["use_dora"] == [False, True]
+    assert result.missing and result.extra
     d = save(tmp_path, tiny, "d", trainable_token_indices=(2, 4), **fields)
     e = save(tmp_path, tiny, "e", trainable_token_indices=(4, 2), **fields)
     assert compare(d, e).config == {"trainable_token_indices": [(2, 4), (4, 2)]}
@@ -202,11 +202,11 @@ def test_bases_they_were_trained_on(tiny, tmp_path):
     a = save(tmp_path, tiny, "a", fingerprint="a" * 64)
     b = save(tmp_path, tiny, "b", fingerprint="b" * 64)
     nowhere = save(tmp_path, tiny, "nowhere")
-    found = compare(a, b)
-    assert found.equal
-    assert found.notes == [
+    result = compare(a, b)
+    assert result.equal
+    assert result.notes == [
         "they were trained on different bases (or on different quantizations or dtypes "
-        "of one), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
+        "of the same base), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
     ]
     assert compare(a, a).notes == compare(a, nowhere).notes == []
 
@@ -227,10 +227,12 @@ def test_copies_of_tensors_of_the_base_are_no_part_of_an_adapter(
         tensors[f"{magnitude}.weight"] = tensors.pop(magnitude)
 
     edit_tensors(b / "adapter_model.safetensors", change)
-    for one, two in ((a, b), (b, a)):
-        found = compare(one, two)
-        assert found.equal
-        assert found.notes == [f"`{b}` also holds copies of the base's tensors: {copy}"]
+    for pair in ((a, b), (b, a)):
+        result = compare(*pair)
+        assert result.equal
+        assert result.notes == [
+            f"`{b}` also holds copies of the base's tensors: {copy}"
+        ]
     table = table * 2
     edit_tensors(
         a / "adapter_model.safetensors", lambda tensors: tensors.update({copy: table})
@@ -251,9 +253,9 @@ def test_run_directory_stands_for_its_adapter(tiny, make_adapter, tmp_path):
 def test_packed_and_dense_differ(tiny_model, tmp_path):
     out = tmp_path / "packed"
     convert.save_llama(out, *convert.load_llama(tiny_model))
-    found = compare(tiny_model, out)
-    assert len(found.extra) == 14 * 3
-    assert len(found.different) == 14
+    result = compare(tiny_model, out)
+    assert len(result.extra) == 14 * 3
+    assert len(result.different) == 14
 
 
 def test_adapter_against_model(tiny, tiny_model, make_adapter):

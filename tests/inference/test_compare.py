@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert import names
+from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.compare import (
     PROBE_TOKENS,
@@ -31,11 +31,11 @@ from qlora_jax.nf4 import fingerprint_tree
 def model(llama_dir, **changes):
     """A model whose tensors are changed: dotted path -> function of the array."""
     loaded = load_exact(llama_dir)
-    leaves = dict(names.walk(loaded.base))
+    leaves = dict(trees.walk(loaded.base))
     tree: dict = {}
     for path, leaf in leaves.items():
         change = changes.get("_".join(path), lambda leaf: leaf)
-        names.put(tree, path, jnp.asarray(change(leaf)))
+        trees.put(tree, path, jnp.asarray(change(leaf)))
     return dataclasses.replace(loaded, base=tree)
 
 

@@ -15,8 +15,7 @@ import pytest
 import safetensors.numpy
 
 import convert
-from convert.checkpoint import open_checkpoint
-from convert.files import open_model
+from convert.checkpoint import open_checkpoint, open_model
 from convert.merging import write_dense
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import convert
-from convert.peft import adapter_bytes
+from convert.peft_writing import adapter_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert.peft import adapter_bytes, open_adapter
+from convert.peft import open_adapter
+from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
 from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
@@ -403,5 +404,5 @@ def test_hot_swap(make, straight, tmp_path):
 
 def test_a_module_inside_another_that_is_saved_is_refused(make, tmp_path):
     kind = {"target_modules": ("q_proj",), "modules_to_save": ("mlp", "up_proj")}
-    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that holds it"):
+    with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that contains it"):
         run(make(tmp_path / "run", kind))

@@ -1,0 +1,345 @@
+"""A PEFT directory -> our adapter tree, checked tensor by tensor.
+
+The configuration and the model determine which tensors a file must have
+(`convert.names.adapter_keys`). A file with missing, additional or mis-shaped tensors is
+refused, where PEFT would load the tensors that match and leave the others at their
+initial values.
+
+PEFT adds copies: `.base_layer.weight` of an adapted embedding or head is the base's
+table, and a tied head that shares the embedding's update repeats its tensors. Copies
+are compared with their originals.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
+from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
+from convert.peft import CONFIG, WEIGHTS, open_adapter
+from qlora_jax import tree as trees
+from qlora_jax.errors import CheckpointError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.targets import Selection, select
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.params import abstract_base
+from qlora_jax.tree import EMBEDDING, HEAD
+
+# With bias="all" PEFT saves the biases of fully trained modules twice more, under names
+# that it does not look up when it loads.
+_STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: LlamaConfig | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    skipped: list[str] | None = None,
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """Loads a PEFT LoRA directory for a model.
+
+    A float32 file is read straight into the result, so that the adapter is held in
+    memory once. float16 and bfloat16 files are widened.
+
+    Args:
+      path: directory with adapter_config.json and adapter_model.safetensors.
+      model: the base's configuration, or its parameter tree. With the tree, copies of
+        base tables in the file (`base_layer.weight`) are compared with the base.
+      strict: raise if a tensor is missing, unexpected or of another shape. Otherwise
+        such tensors are skipped; an update with a missing part is skipped entirely.
+      skipped: collects a note on each item that was skipped.
+
+    Returns:
+      (lora, adapters): float32 numpy arrays under the module paths of the base tree,
+      as `qlora_jax.lora.functional` lists them. `lora.unmatched` targets are not an
+      error. Embedding tables that the file holds though its configuration does not name
+      them (after a resized vocabulary) are added to `modules_to_save`.
+
+    Raises:
+      CheckpointError: tensors that are missing, unknown, of another shape, rank or
+        dtype, or not finite; or the path is not a PEFT directory.
+      UserError: an adapter_config.json that uses what is not supported, or targets
+        that are not in this model.
+    """
+    notes: list[str] = [] if skipped is None else skipped
+    base = abstract_base(model) if isinstance(model, LlamaConfig) else model
+    match = _match(path, base, strict=strict, notes=notes)
+    adapters = _read_tree(match)
+    _compare_base_copies(match, base, strict=strict, notes=notes)
+    return match.lora, adapters
+
+
+def check_adapter(
+    path: str | os.PathLike[str], model: LlamaConfig | Mapping[str, Any]
+) -> LoraConfig:
+    """Checks that a PEFT directory fits a model; reads no tensor.
+
+    Args:
+      path: directory with adapter_config.json and adapter_model.safetensors.
+      model: the base's configuration, or its parameter tree, of arrays or shapes.
+
+    Returns:
+      The adapter's configuration.
+
+    Raises:
+      CheckpointError: as `load_adapter`, except for errors in the tensors' values.
+      UserError: as `load_adapter`.
+    """
+    base = abstract_base(model) if isinstance(model, LlamaConfig) else model
+    return _match(path, base, strict=True, notes=[]).lora
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An adapter file, compared with what its configuration selects in a model."""
+
+    lora: LoraConfig
+    files: TensorFiles
+    selection: Selection
+    tensors: Mapping[str, AdapterTensor]
+    """Every expected tensor, by its key in this file."""
+    base_copies: tuple[str, ...]
+    """Keys of the base's tables in the file."""
+    bad: set[str]
+    """Keys that are missing, unexpected or of another shape or dtype."""
+
+
+def _match(
+    path: str | os.PathLike[str],
+    base: Mapping[str, Any],
+    *,
+    strict: bool,
+    notes: list[str],
+) -> _Match:
+    lora, files = open_adapter(path, strict=strict, skipped=notes)
+    selection = select(base, lora)
+    tensors = {
+        _key_in_file(key, files): tensor
+        for key, tensor in adapter_keys(selection, lora).items()
+    }
+    copies = tuple(key for key in _base_copy_keys(selection) if key in files)
+    targets = lora.target_modules
+    if not isinstance(targets, str):
+        targets = ", ".join(targets or ())
+    problems = Mismatches(
+        f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
+        f"(`r`={lora.r}, `target_modules`={targets!r:.200}) "
+        "describes for this base model",
+        shown=3,
+    )
+    bad: set[str] = set()
+    for key, tensor in tensors.items():
+        problem = _problem(key, tensor, files)
+        if problem is not None:
+            bad.add(key)
+            problems.add(*problem)
+    for key in files:
+        if lora.bias == "all" and _STRAY_BIAS.search(key):
+            notes.append(f"{key}: a stray copy that PEFT writes and does not read")
+        elif key not in tensors and key not in copies:
+            bad.add(key)
+            problems.add("unexpected tensors", key)
+    if strict:
+        problems.check(cause=_probable_cause(files, tensors, lora))
+    else:
+        _check_can_skip(bad, tensors, problems)
+        notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]
+    return _Match(lora, files, selection, tensors, copies, bad)
+
+
+def _key_in_file(key: str, files: TensorFiles) -> str:
+    """Returns the key as this file spells it.
+
+    Some PEFT versions add `.weight` to a magnitude, and a state dict saved without PEFT
+    keeps wrapper names that PEFT removes.
+    """
+    module, _, name = key.rpartition(".")
+    spellings = [f"{module}.modules_to_save{part}.{name}" for part in ("", ".default")]
+    if name == "lora_magnitude_vector":
+        spellings = [f"{key}.weight"]
+    return next((k for k in (key, *spellings) if k in files), key)
+
+
+def _base_copy_keys(selection: Selection) -> list[str]:
+    """Lists the keys under which PEFT may have saved tables of the base."""
+    return [
+        adapter_key(module.path, None, "base_layer.weight")
+        for module in selection.adapted
+        if module.path in (EMBEDDING, HEAD)
+    ]
+
+
+def _problem(
+    key: str, tensor: AdapterTensor, files: TensorFiles
+) -> tuple[str, str] | None:
+    """Returns the kind of mismatch and its description; None if there is none."""
+    if key not in files:
+        return "missing tensors", key
+    info = files[key]
+    if info.dtype not in FLOAT_NAMES:
+        return "tensors of another dtype", f"{key} {info.dtype}"
+    if info.shape != tensor.shape:
+        return (
+            "tensors of another shape",
+            f"{key} {list(info.shape)} instead of {list(tensor.shape)}",
+        )
+    return None
+
+
+def _check_can_skip(
+    bad: set[str], tensors: Mapping[str, AdapterTensor], problems: Mismatches
+) -> None:
+    """Raises if a bad tensor has no neutral value, or nothing would remain.
+
+    A skipped update is zero. Other tensors have no such value, nor has DoRA: its
+    magnitude without the update is not the base.
+    """
+    dora = {
+        tensor.module
+        for tensor in tensors.values()
+        if tensor.path[-1] == "lora_magnitude_vector"
+    }
+    for key in sorted(bad & set(tensors)):
+        tensor = tensors[key]
+        if tensor.copy:
+            continue  # the file holds the original
+        if not tensor.is_update or tensor.module in dora:
+            problems.check(hint=f"`{key}` cannot be skipped: it has no neutral value.")
+    # An update is skipped with all its parts; every other tensor by itself.
+    units = {
+        key: tensor.module if tensor.is_update else key
+        for key, tensor in tensors.items()
+        if not tensor.copy
+    }
+    if set(units.values()) <= {units[key] for key in bad if key in units}:
+        # What is left would be the base, under the name of an adapter.
+        problems.check(hint="None of its tensors could be used.")
+
+
+def _read_tree(match: _Match) -> dict[str, Any]:
+    """Reads the tensors into a new tree; updates with a bad part stay zero."""
+    files, tensors = match.files, match.tensors
+    adapters: dict[str, Any] = {}
+    leaves: dict[trees.Path, NDArray[np.float32]] = {}
+    for path, shape in match.selection.shapes().items():
+        leaves[path] = np.zeros(shape, np.float32)
+        trees.put(adapters, path, leaves[path])
+    bad = [tensors[key] for key in match.bad if key in tensors]
+    incomplete = {tensor.module for tensor in bad if not tensor.copy}
+    copies = []
+    for key in files.in_file_order([key for key in tensors if key in files]):
+        tensor = tensors[key]
+        if tensor.is_update and tensor.module in incomplete:
+            continue
+        if tensor.copy:
+            copies += [key] * (key not in match.bad)
+            continue
+        destination = tensor.view(leaves[tensor.path])
+        if files[key].dtype == "F32" and destination.flags.c_contiguous:
+            files.read_into(key, destination)
+            check_finite(destination, key)
+        else:
+            array = files.read(key)
+            check_finite(array, key)
+            destination[...] = array
+    for key in copies:
+        _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
+    return adapters
+
+
+def _compare_tied_copy(
+    key: str, tensor: AdapterTensor, files: TensorFiles, original: NDArray
+) -> None:
+    array = files.read(key)
+    check_finite(array, key)
+    if not np.array_equal(array, tensor.view(original)):
+        raise CheckpointError(
+            f"`{key}` and `{'.'.join(tensor.path)}` are tied (`ensure_weight_tying`) "
+            "and differ in the file, so it is ambiguous which to use. Save the adapter "
+            "again with PEFT."
+        )
+
+
+def _compare_base_copies(
+    match: _Match, base: Mapping[str, Any], *, strict: bool, notes: list[str]
+) -> None:
+    """Compares tables that PEFT saved with those of the base."""
+    for key in match.base_copies:
+        name = key.removeprefix(PEFT_PREFIX).removesuffix(".base_layer.weight")
+        path = tuple(name.split("."))
+        if path == HEAD and "weight" not in base.get(HEAD[-1], {}):
+            path = EMBEDDING  # tied
+        table = trees.at(base, path)["weight"]
+        if not hasattr(table, "__array__"):
+            notes.append(f"{key}: not compared, no weights of the base were given")
+            continue
+        if _is_same_table(match.files, key, np.asarray(table)):
+            continue
+        if strict:
+            raise CheckpointError(
+                f"`{key}` is not the table of this base, so the adapter was trained on "
+                "another base (or another vocabulary). Give that base, or use the "
+                "adapter on this one with `strict`=False (--no-strict)."
+            )
+        notes.append(f"{key}: differs from the base's own, which is used")
+
+
+def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+    if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
+        return False
+    saved = files.read(key)
+    # In the narrower of the two dtypes: either may be a rounded form of the other.
+    narrow = min(saved.dtype, table.dtype, key=lambda d: d.itemsize)
+    return np.array_equal(saved.astype(narrow), table.astype(narrow))
+
+
+def _probable_cause(
+    files: TensorFiles, tensors: Mapping[str, AdapterTensor], lora: LoraConfig
+) -> str:
+    """Returns the usual cause of such mismatches, where names and shapes show it."""
+    if not any(key.startswith(PEFT_PREFIX) for key in files):
+        example = next(iter(tensors))
+        return f"PEFT's keys look like {example}; save the adapter with PEFT."
+    if any(".lora_A.default." in key for key in files):
+        return "The keys carry an adapter name; save the adapter with PEFT."
+    others = {
+        key.split(".lora_")[0].rpartition(".")[2]
+        for key in files
+        if key not in tensors and ".lora_" in key
+    }
+    selected = {tensor.path[-2] for tensor in tensors.values()}
+    if others - selected and all(key in files for key in tensors):
+        return (
+            f"The file also adapts {', '.join(sorted(others - selected))}, which "
+            "`target_modules` does not select: the configuration is not the one of "
+            "this file."
+        )
+    ranks = {
+        files[key].shape[0]
+        for key, tensor in tensors.items()
+        if key in files and tensor.path[-1] == "lora_A" and files[key].shape
+    }
+    if len(ranks) == 1 and ranks != {lora.r}:
+        return f"The tensors are of rank {ranks.pop()}."
+    layers, model_layers = _layer_count(files), _layer_count(tensors)
+    if layers > model_layers > 0:
+        return (
+            f"Is it the adapter of another model? The file has layers 0 to {layers - 1}"
+            f", this model 0 to {model_layers - 1}."
+        )
+    return "Is it the adapter of another model?"
+
+
+def _layer_count(keys: Iterable[str]) -> int:
+    """Returns one more than the highest layer number in names of tensors."""
+    matches = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in keys)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
