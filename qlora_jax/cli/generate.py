@@ -21,7 +21,7 @@ from qlora_jax.inference.config import Sampling
 
 if TYPE_CHECKING:
     from qlora_jax.inference.model import Model
-    from qlora_jax.inference.text import Answer
+    from qlora_jax.inference.text import TextStream
 
 _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -113,7 +113,9 @@ class Chat(ModelOptions):
                 self._take_turn(model, messages, line)
         return {"messages": messages}
 
-    def _answer(self, model: Model, messages: Sequence[Mapping[str, Any]]) -> Answer:
+    def _answer(
+        self, model: Model, messages: Sequence[Mapping[str, Any]]
+    ) -> TextStream:
         return model.stream_chat(
             messages,
             max_new_tokens=self.max_new_tokens,
@@ -171,7 +173,7 @@ def _warn_of_joined_tokens(model: Model, chat_template: str | None) -> None:
         )
 
 
-def _print_stream(answer: Answer) -> bool:
+def _print_stream(answer: TextStream) -> bool:
     """Prints an answer while it is generated; returns whether Ctrl-C stopped it."""
     interrupted = False
     try:

@@ -147,7 +147,7 @@ class PlanCommand:
             embed_tokens=settings.model.embed_tokens,
             lm_head=settings.model.lm_head,
             tied=settings.config.tie_word_embeddings,
-            card=card,
+            gpu=card,
         )
         if settings.fit is None:
             plan = planner.fastest(step, candidates)
@@ -156,7 +156,7 @@ class PlanCommand:
         report = plan.report()
         report["notes"] = self._notes(settings, planner, plan)
         if self.compare:
-            every = policies(attention=settings.model.attention, card=card)
+            every = policies(attention=settings.model.attention, gpu=card)
             report["policies"] = _compare(planner, step, every, settings.fit)
         if self.plot is not None:
             drawn = draw_memory(planner, plan, candidates, Path(self.plot))
@@ -186,7 +186,7 @@ class PlanCommand:
         return python
 
     def _notes(self, settings: _Settings, planner: Planner, plan: Plan) -> list[str]:
-        card, notes = planner.card, []
+        card, notes = planner.gpu, []
         if not card.bfloat16:
             notes.append(
                 f"{_lacks_bfloat16(card)} and no cuDNN attention: planned with float16 "

@@ -149,10 +149,10 @@ def draw_memory(
 
 
 def _label_axes(axes: Any, planner: Planner, plan: Plan) -> None:
-    limit = planner.card.memory_bytes / 1e9
+    limit = planner.gpu.memory_bytes / 1e9
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(
-        f"{planner.card.name}: {limit:,.0f} GB",
+        f"{planner.gpu.name}: {limit:,.0f} GB",
         (0, limit),
         xycoords=("axes fraction", "data"),
         xytext=(4, 4),
@@ -177,7 +177,7 @@ def _label_axes(axes: Any, planner: Planner, plan: Plan) -> None:
 
 def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, float]]:
     """Returns lengths and GB under a policy, from short rows to beyond the GPU."""
-    limit = planner.card.memory_bytes
+    limit = planner.gpu.memory_bytes
 
     def estimate_bytes(length: int) -> int:
         return planner.estimate(dataclasses.replace(step, length=length), policy).total

@@ -1,6 +1,6 @@
-"""Using a model: generation, chat, comparison.
+"""Loaded models: generation, chat and comparison.
 
-model (`Model`) -> text (prompts, chat, streams) -> decode (the loop over tokens) ->
-sampling (config: its settings); identity and compare answer whether an adapter belongs
-to its base.
+Reading order: model (`Model`), text (input checks, streams, chat prompts), decode (the
+generation loop), sampling (config: its settings); identity (which base an adapter
+belongs to), compare.
 """

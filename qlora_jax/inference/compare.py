@@ -1,9 +1,9 @@
-"""Do two models compute the same, and is this the base that was trained on?
+"""Compares two models by their logits on the same tokens.
 
-Whatever was done to a model's files (an adapter merged in, weights rounded or quantized
-again), what it costs is seen in what the model says: the largest difference of a logit,
-and how far the distribution of the next token moves, KL(first || second) in nats.
-Everything is computed in float32, with one model in memory at a time.
+The effect of merging an adapter, of rounding or of quantizing is measured on the
+model's outputs: the largest difference of a logit, and the divergence of the
+distribution of the next token, KL(first || second) in nats. Logits are computed in
+float32, with one model in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 import convert
 from convert.tokenizer import load_tokenizer
 from qlora_jax.errors import UserError
-from qlora_jax.inference.identity import _common_dtype
+from qlora_jax.inference.identity import common_dtype
 from qlora_jax.inference.model import Model
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.models.layers import Compute
 
 PROBE_TOKENS = 128
-"""How many tokens are looked at, unless a text is given."""
+"""Number of tokens that models are compared on; a probe text may have fewer."""
 _ROWS = 2
 _LARGEST_ID = 1 << 31
 
@@ -42,35 +42,35 @@ def compare_logits(
     """Compares the logits of two models on the same tokens.
 
     Args:
-      first: a model, or what loads it; then it is let go before the second is loaded.
+      first: a model, or a function that loads it, so that it is freed before the second
+        is loaded.
       second: likewise.
       tokens: token ids [B, T], an array or nested lists; e.g. from `probe_tokens`.
 
     Returns:
-      "probe_tokens" (how many), "max_abs_logit" (the largest of the first),
-      "max_abs_difference", "mean_kl" and "max_kl" (of a token's distribution, nats) and
-      "same_top_token" (share of the tokens after which both find the same one most
-      probable).
+      "probe_tokens" (their number), "max_abs_logit" (of the first model),
+      "max_abs_difference", "mean_kl" and "max_kl" (over tokens, in nats) and
+      "same_top_token" (share of the positions with the same most probable next token).
 
     Raises:
       UserError: vocabularies of different sizes.
     """
     tokens = np.asarray(tokens, np.int32)
-    one = _logits(first, tokens)
-    two = _logits(second, tokens)
-    if one.shape != two.shape:
+    logits1 = _logits(first, tokens)
+    logits2 = _logits(second, tokens)
+    if logits1.shape != logits2.shape:
         raise UserError(
-            f"The models have vocabularies of {one.shape[1]} and {two.shape[1]} "
-            "tokens; their logits cannot be compared."
+            f"The models have vocabularies of {logits1.shape[1]} and "
+            f"{logits2.shape[1]} tokens; their logits cannot be compared."
         )
-    divergence = np.array([_kl(a, b) for a, b in zip(one, two, strict=True)])
+    divergence = np.array([_kl(a, b) for a, b in zip(logits1, logits2, strict=True)])
     return {
-        "probe_tokens": one.shape[0],
-        "max_abs_logit": float(np.abs(one).max()),
-        "max_abs_difference": float(np.abs(one - two).max()),
+        "probe_tokens": logits1.shape[0],
+        "max_abs_logit": float(np.abs(logits1).max()),
+        "max_abs_difference": float(np.abs(logits1 - logits2).max()),
         "mean_kl": float(divergence.mean()),
         "max_kl": float(divergence.max()),
-        "same_top_token": float((one.argmax(1) == two.argmax(1)).mean()),
+        "same_top_token": float((logits1.argmax(1) == logits2.argmax(1)).mean()),
     }
 
 
@@ -83,34 +83,36 @@ def _logits(
 
 
 def _kl(a: Float32[np.ndarray, " V"], b: Float32[np.ndarray, " V"]) -> float:
-    p, q = (x.astype(np.float64) for x in (a, b))
-    p, q = (x - x.max() for x in (p, q))
-    p, q = (x - math.log(np.exp(x).sum()) for x in (p, q))
+    """KL(p || q) = sum p (log p - log q) of the softmax of two rows of logits."""
+    # In float64: the terms nearly cancel where the models are nearly equal.
+    log_p, log_q = (x.astype(np.float64) for x in (a, b))
+    log_p, log_q = (x - x.max() for x in (log_p, log_q))
+    log_p, log_q = (x - math.log(np.exp(x).sum()) for x in (log_p, log_q))
     # Rounding may leave a tiny negative number where both are the same.
-    return max(float((np.exp(p) * (p - q)).sum()), 0.0)
+    return max(float((np.exp(log_p) * (log_p - log_q)).sum()), 0.0)
 
 
 def probe_tokens(
     config: LlamaConfig, include: Iterable[int] = ()
 ) -> Int[np.ndarray, "B T"]:
-    """Token ids to ask models about: the same ones in every run.
+    """Returns token ids to compare models on, the same ones in every run.
 
     Args:
       config: of the model.
-      include: ids that shall be among them, such as those whose rows were trained; as
-        many as there is room for.
+      include: ids to include, such as those whose rows were trained, as many as half of
+        the tokens hold.
     """
     length = min(PROBE_TOKENS // _ROWS, config.max_position_embeddings)
-    # Frozen by numpy for good, unlike the streams of its newer generators.
+    # NumPy guarantees the stream of `RandomState`, unlike those of its new generators.
     drawn = np.random.RandomState(0).randint(0, _LARGEST_ID, (_ROWS, length))
     tokens = (drawn % config.vocab_size).astype(np.int32)
-    wanted = np.array(sorted(set(include)), np.int32)[: tokens.size // 2]
-    tokens.reshape(-1)[: 2 * wanted.size : 2] = wanted
+    included = np.array(sorted(set(include)), np.int32)[: tokens.size // 2]
+    tokens.reshape(-1)[: 2 * included.size : 2] = included
     return tokens
 
 
 def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1 T"]:
-    """The tokens of a text, at most `PROBE_TOKENS` of them.
+    """Returns the tokens of a text, at most `PROBE_TOKENS` of them.
 
     Raises:
       UserError: a model without a tokenizer, or a text without tokens.
@@ -119,7 +121,7 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
     if tokenizer is None:
         raise UserError(
             f"`{path}` has no tokenizer to read a probe text with. Put its tokenizer "
-            "files there, or leave the text out: then fixed token ids are taken."
+            "files there, or leave the text out to compare on fixed token ids."
         )
     ids = tokenizer(text)["input_ids"]
     ids = ids[: min(PROBE_TOKENS, config.max_position_embeddings)]
@@ -131,13 +133,13 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
 def probe(
     path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
 ) -> Int[np.ndarray, "B T"]:
-    """What models are asked: a text, or fixed ids with those that were trained.
+    """Returns the tokens to compare models on: a text, or fixed ids with trained ones.
 
     Args:
       path: directory of the model, for its tokenizer.
       config: of the model.
-      text: to be asked, if any.
-      loras: adapters whose trained rows of tokens shall be among the ids.
+      text: the probe text, if any.
+      loras: adapters whose `trainable_token_indices` are included in fixed ids.
 
     Raises:
       UserError: see `probe_text`.
@@ -155,22 +157,22 @@ def probe(
 def load_exact(
     path: Path, *, adapter: Path | None = None, quantization: Any = None
 ) -> Model:
-    """Loads a model as its directory holds it, to be computed in float32.
+    """Loads a model without rounding its weights, to be computed in float32.
 
-    Weights keep their dtype and, in a bitsandbytes-4bit directory, their bytes; they
-    are widened as they are used.
+    Weights keep their dtype and, in a bitsandbytes-4bit directory, their bytes; each is
+    cast to float32 when it is used.
 
     Args:
       path: Hugging Face directory.
       adapter: PEFT directory.
-      quantization: "nf4" or "nf4_dq" quantize the projections of a dense one first.
+      quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
 
     Raises:
       CheckpointError: files that are missing, damaged, or of another model.
-      UserError: modules of one's own, which no directory says how to compute.
+      UserError: the model has custom modules.
     """
     config, base = convert.load_llama(
-        path, quantization=quantization, dtype=_common_dtype(path)
+        path, quantization=quantization, dtype=common_dtype(path)
     )
     check_plain(config, path)
     lora = adapters = None
@@ -190,15 +192,14 @@ def load_exact(
 
 
 def check_plain(config: LlamaConfig, path: Path) -> None:
-    """Refuses a model whose modules are not all known here.
+    """Raises if a model has custom modules, whose code is not in its directory.
 
     Raises:
-      UserError: as it says.
+      UserError: it has.
     """
     if config.extra_tensors:
-        some = ", ".join(sorted(config.extra_tensors)[:3])
+        examples = ", ".join(sorted(config.extra_tensors)[:3])
         raise UserError(
-            f"`{path}` has modules of its own ({some}), and a directory does not say "
-            "how they compute; its logits can be compared in Python alone, with "
-            "`qlora_jax.compare_logits`."
+            f"`{path}` has custom modules ({examples}), whose code is not in the "
+            "directory. Compare its logits in Python, with `qlora_jax.compare_logits`."
         )

@@ -1,4 +1,4 @@
-"""The settings of sampling; imports no JAX, so that `--help` is cheap."""
+"""Sampling settings; imports no JAX, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qlora_jax.errors import raise_problems
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Sampling settings.
 
     Raises:
-      UserError: values out of their ranges, all of them.
+      UserError: values out of their ranges; lists all of them.
     """
 
     temperature: float = 0.0
-    """0 takes the likeliest token; higher is more varied."""
+    """0 chooses the most likely token; higher is more varied."""
     top_k: int | None = None
     """Sample among this many of the likeliest tokens."""
     top_p: float = 1.0
@@ -29,10 +29,10 @@ class Sampling:
     """Tokens of the text so far get their logit divided by this where it is positive,
     multiplied where it is negative; 1 changes nothing."""
     seed: int = 0
-    """Of the sampling; the rows of a batch draw from streams of their own."""
+    """Seed of the draws; every row of a batch has a random stream of its own."""
 
     def __post_init__(self) -> None:
-        """Refuses values that mean nothing."""
+        """Raises if values are out of their ranges."""
         raise_problems("the sampling settings", self._problems(), "sampling: ")
 
     def _problems(self) -> Iterator[str]:

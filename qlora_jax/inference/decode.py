@@ -1,18 +1,19 @@
 """Token generation: a prefill, then one token at a time against a key/value cache.
 
-The whole loop is one jitted program on the device, and the cache one pair of arrays
-that every layer writes its new token into. Rows are padded on the left to one
-length; a row's padding is masked and its positions start at its first token, so a row
-in a batch gets the tokens it gets alone.
+The whole loop is one jitted program on the device, and the cache is one pair of arrays
+that every layer writes its new token into. Rows are padded on the left to the same
+length; padding is masked and positions start at a row's first token, so a row of a
+batch gets the same tokens as in a batch of its own.
 
-Who wants to see tokens as they come, or to end a row for a reason that is no token,
-takes a `Decoding`: the same loop, which comes back to the host every so many tokens.
+`Decoding` runs the same loop in chunks and returns to the host between them, for
+streaming and for stop conditions that are not tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ from qlora_jax.models.llama import Cache, Llama, empty_cache
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
 # similar length share one compiled program.
 _ROUND = 32
-# Tokens between two visits of the host: few enough to read along, many enough that the
-# visits cost little.
+# Tokens between two returns to the host: few enough to read along, many enough that the
+# transfers cost little.
 _CHUNK = 16
 
 
@@ -55,7 +56,7 @@ def generate_tokens(
       variables: {"params": base, "lora": adapters}.
       prompts: token ids, one list a row; any lengths.
       max_new_tokens: tokens to add at most.
-      temperature: 0 = the likeliest token; else logits are divided by it and sampled.
+      temperature: 0 = the most likely token; else logits are divided by it and sampled.
       top_p: sample among the likeliest tokens that hold this probability.
       top_k: sample among this many of the likeliest tokens.
       min_p: sample among tokens at least this probable, as a share of the likeliest
@@ -76,32 +77,46 @@ def generate_tokens(
     if not prompts:
         return []
     tokens, mask = _pad(prompts, _round(max(map(len, prompts))))
-    # No gradient is taken, so nothing has to be recomputed for one.
-    model = model.clone(compute=dataclasses.replace(model.compute, remat="none"))
-    new = _generate(
+    program = _Program.of(
         model,
+        sampling,
+        eos_token_ids,
+        cache_size=_round(tokens.shape[1] + max_new_tokens),
+    )
+    new_tokens = _generate(
+        program,
         variables,
         tokens,
         mask,
         Values.of(sampling),
-        slots=_round(tokens.shape[1] + max_new_tokens),
         max_new_tokens=max_new_tokens,
-        rules=Rules.of(sampling, model.config.vocab_size),
-        eos=eos_token_ids,
     )
-    out = []
-    for prompt, added in zip(prompts, np.asarray(new).tolist(), strict=True):
-        ends = [i for i, token in enumerate(added) if token in eos_token_ids]
-        out.append([*prompt, *(added[: ends[0] + 1] if ends else added)])
-    return out
+    return [
+        [*prompt, *_until_end(row, eos_token_ids)]
+        for prompt, row in zip(prompts, np.asarray(new_tokens).tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Settings of a `Decoding`."""
+
+    max_new_tokens: int
+    """Tokens to add at most."""
+    sampling: Sampling = Sampling()
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a row (kept in what `advance` returns)."""
+    power_of_two_lengths: bool = False
+    """Round lengths up to powers of two rather than to multiples of 32, so that few
+    programs are compiled for prompts that grow from call to call."""
 
 
 class Decoding:
-    """A generation under way, which the host looks at every so many tokens.
+    """A generation that returns to the host after every chunk of tokens.
 
-        decoding = Decoding(model, variables, prompts, max_new_tokens=100)
+        decoding = Decoding(model, variables, prompts, DecodingConfig(100))
         while not decoding.done:
-            new = decoding.advance()  # the new tokens of each row
+            new_tokens = decoding.advance()  # of each row
 
     The tokens are those of `generate_tokens`.
 
@@ -109,11 +124,7 @@ class Decoding:
       model: the architecture.
       variables: {"params": base, "lora": adapters}.
       prompts: token ids, one list a row.
-      max_new_tokens: tokens to add at most.
-      sampling: how tokens are chosen.
-      eos_token_ids: tokens that end a row (kept in what `advance` returns).
-      doubling: round lengths up to powers of two rather than to multiples of 32, for
-        prompts that grow from call to call: few programs are compiled for all of them.
+      config: length, sampling and end tokens.
 
     Attributes:
       ended: which rows have ended, [B] of bool.
@@ -127,87 +138,73 @@ class Decoding:
         model: Llama,
         variables: Mapping[str, Any],
         prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        eos_token_ids: tuple[int, ...] = (),
-        doubling: bool = False,
+        config: DecodingConfig,
     ) -> None:
-        check_prompts(prompts, model.config.vocab_size, max_new_tokens)
-        self._model = model.clone(
-            compute=dataclasses.replace(model.compute, remat="none")
-        )
-        self._variables, self._values = variables, Values.of(sampling)
-        self._static = {
-            "rules": Rules.of(sampling, model.config.vocab_size),
-            "eos": eos_token_ids,
-        }
-        self._eos, self._most, self._count = frozenset(eos_token_ids), max_new_tokens, 0
+        check_prompts(prompts, model.config.vocab_size, config.max_new_tokens)
+        self._config = config
+        self._variables, self._values = variables, Values.of(config.sampling)
         self.ended = np.zeros(len(prompts), bool)
+        self._num_tokens = 0
         self._state: _State | None = None
-        rounded = _double if doubling else _round
-        if prompts:
-            self._tokens, self._mask = _pad(prompts, rounded(max(map(len, prompts))))
-            self._slots = rounded(self._tokens.shape[1] + max_new_tokens)
+        rounded = _power_of_two if config.power_of_two_lengths else _round
+        width = rounded(max(map(len, prompts), default=1))
+        self._tokens, self._mask = _pad(prompts, width)
+        self._program = _Program.of(
+            model,
+            config.sampling,
+            config.eos_token_ids,
+            cache_size=rounded(width + config.max_new_tokens),
+        )
 
     @property
     def done(self) -> bool:
         """Whether every row has ended or has `max_new_tokens`."""
-        return bool(self.ended.all()) or self._count >= self._most
+        return bool(self.ended.all()) or self._num_tokens >= self._config.max_new_tokens
 
     def end(self, row: int) -> None:
-        """Ends a row, whatever it was about to say."""
+        """Ends a row before its end token."""
         self.ended[row] = True
 
     def advance(self) -> list[list[int]]:
-        """Generates some tokens (the first one alone, then up to 16) and returns them.
+        """Generates a chunk: first a single token, then up to 16.
 
         Returns:
-          The new tokens of each row; none of a row that had ended.
+          The new tokens of each row; none for a row that had ended.
         """
         if self.done:
             return [[] for _ in self.ended]
         if self._state is None:
             state = _start(
-                self._model,
-                self._variables,
-                self._tokens,
-                self._mask,
-                self._values,
-                slots=self._slots,
-                **self._static,
+                self._program, self._variables, self._tokens, self._mask, self._values
             )
-            new = np.asarray(state.token)[:, None]
+            chunk = np.asarray(state.token)[:, None]
         else:
             state, out = _continue(
-                self._model,
+                self._program,
                 self._variables,
                 self._state._replace(done=jnp.asarray(self.ended)),
                 self._values,
-                np.int32(self._most - self._count),
-                **self._static,
+                np.int32(self._config.max_new_tokens - self._num_tokens),
             )
-            new = np.asarray(out)[:, : int(state.step) - self._count]
+            chunk = np.asarray(out)[:, : int(state.step) - self._num_tokens]
         self._state = state
-        self._count += new.shape[1]
+        self._num_tokens += chunk.shape[1]
+        eos_token_ids = self._config.eos_token_ids
         rows = []
-        for row, added in enumerate(new.tolist()):
-            if self.ended[row]:
-                rows.append([])
-                continue
-            ends = [i for i, token in enumerate(added) if token in self._eos]
-            rows.append(added[: ends[0] + 1] if ends else added)
-            self.ended[row] = bool(ends)
+        for row, tokens in enumerate(chunk.tolist()):
+            new_tokens = [] if self.ended[row] else _until_end(tokens, eos_token_ids)
+            rows.append(new_tokens)
+            self.ended[row] |= bool(new_tokens) and new_tokens[-1] in eos_token_ids
         return rows
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], vocab_size: int, max_new_tokens: int
 ) -> None:
-    """Refuses what cannot be continued.
+    """Raises if a prompt cannot be continued.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, nothing to add.
+      UserError: an empty prompt, a token outside the vocabulary, `max_new_tokens` < 1.
     """
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -229,14 +226,20 @@ def _round(length: int) -> int:
     return -(-length // _ROUND) * _ROUND
 
 
-def _double(length: int) -> int:
+def _power_of_two(length: int) -> int:
     return max(1 << (length - 1).bit_length(), 2 * _ROUND)
+
+
+def _until_end(tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
+    """Cuts a row after its first end token."""
+    ends = (i for i, token in enumerate(tokens) if token in eos_token_ids)
+    return tokens[: next(ends, len(tokens)) + 1]
 
 
 def _pad(
     prompts: Sequence[Sequence[int]], width: int
 ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-    """Tokens padded on the left, and 1 where there is one."""
+    """Returns tokens padded on the left, and a mask that is 1 on tokens."""
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -248,44 +251,72 @@ def _pad(
 # --- On the device ---
 
 
+@dataclass(frozen=True)
+class _Program:
+    """What the jitted functions are compiled for: equal ones share compiled code."""
+
+    model: Llama
+    rules: Rules
+    eos_token_ids: tuple[int, ...]
+    cache_size: int
+    """Tokens that the cache of a row holds."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Llama,
+        sampling: Sampling,
+        eos_token_ids: tuple[int, ...],
+        *,
+        cache_size: int,
+    ) -> _Program:
+        # No gradient is taken, so rematerialization would only split the program.
+        model = model.clone(compute=dataclasses.replace(model.compute, remat="none"))
+        rules = Rules.of(sampling, model.config.vocab_size)
+        return cls(model, rules, eos_token_ids, cache_size)
+
+    def decode(self, variables: Any, tokens: Any, cache: Cache, **arrays: Any) -> Any:
+        """Returns the logits after the last token, and the cache with the new ones."""
+        # `apply` is typed for mutable collections; the model has none.
+        apply: Any = self.model.apply
+        return apply(variables, tokens, cache, **arrays, method="decode")
+
+
 class _State(NamedTuple):
-    """Where a generation stands."""
+    """The carry of the generation loop."""
 
     step: Int32[Array, ""]
-    """Tokens chosen so far in each row."""
+    """Number of tokens chosen so far in each row."""
     token: Int32[Array, " B"]
-    """The last of them, which the model has not seen yet."""
+    """The last chosen token, which is not in the cache yet."""
     done: Bool[Array, " B"]
     """Rows that have ended."""
     position: Int[Array, " B"]
     """Of `token`, in its row."""
     cache: Cache
     seen: Bool[Array, "B V"] | None
-    """Tokens of the text so far, where the rules ask for them."""
+    """Tokens of the text so far, for the repetition penalty."""
 
 
-def _begin(
-    model: Llama,
+def _prefill(
+    program: _Program,
     variables: Mapping[str, Any],
     tokens: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     values: Values,
-    slots: int,
-    rules: Rules,
-    eos: tuple[int, ...],
 ) -> _State:
-    """The prefill, and the first token."""
+    """Reads the prompts into the cache and chooses the first token."""
+    model, rules = program.model, program.rules
     rows = tokens.shape[0]
+    # Padding is on the left: a token's position is the number of tokens before it.
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    cache = empty_cache(model.config, rows, slots, model.compute.dtype)
-    apply: Any = model.apply  # typed for mutable collections, which this has none of
-    logits, cache = apply(
+    cache = empty_cache(model.config, rows, program.cache_size, model.compute.dtype)
+    logits, cache = program.decode(
         variables,
         tokens,
         cache,
         attention_mask=mask,
         positions=positions,
-        method="decode",
     )
     seen = None
     if rules.repetition_penalty:
@@ -295,50 +326,47 @@ def _begin(
     state = _State(
         jnp.int32(0), token, jnp.zeros(rows, bool), positions[:, -1], cache, seen
     )
-    return _chosen(state, token, cache, eos)
+    return _advance_state(program, state, token, cache)
 
 
-def _chosen(
-    state: _State, token: Int32[Array, " B"], cache: Cache, eos: tuple[int, ...]
+def _advance_state(
+    program: _Program, state: _State, token: Int32[Array, " B"], cache: Cache
 ) -> _State:
-    """The state after a token was chosen for every row; ended rows keep theirs."""
+    """Returns the state with the next token of every row; ended rows keep theirs."""
     token = jnp.where(state.done, state.token, token)
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    ended = jnp.isin(token, jnp.array(eos or (-1,), jnp.int32))
+    # No token is -1: without end tokens no row ends.
+    ended = jnp.isin(token, jnp.array(program.eos_token_ids or (-1,), jnp.int32))
     return _State(
         state.step + 1, token, state.done | ended, state.position + 1, cache, seen
     )
 
 
 def _fill(
-    model: Llama,
+    program: _Program,
     variables: Mapping[str, Any],
     state: _State,
     values: Values,
     out: Int32[Array, "B new"],
-    first: Int32[Array, ""],
-    end: Int32[Array, ""],
-    rules: Rules,
-    eos: tuple[int, ...],
+    columns: tuple[Int32[Array, ""], Int32[Array, ""]],
 ) -> tuple[_State, Int32[Array, "B new"]]:
-    """Generates into `out[:, first:end]`, until every row has ended."""
+    """Generates into `out[:, slice(*columns)]`, until every row has ended."""
+    first, end = columns
     ones = jnp.ones((out.shape[0], 1), jnp.int32)
-    apply: Any = model.apply
 
     def step(carry: tuple) -> tuple:
         i, state, out = carry
-        logits, cache = apply(
+        logits, cache = program.decode(
             variables,
             state.token[:, None],
             state.cache,
             attention_mask=ones,
             positions=state.position[:, None],
-            method="decode",
         )
-        token = rules.pick(logits, values, state.step, state.seen)
-        state = _chosen(state, token, cache, eos)
+        token = program.rules.pick(logits, values, state.step, state.seen)
+        state = _advance_state(program, state, token, cache)
         out = jax.lax.dynamic_update_slice(out, state.token[:, None], (0, i))
         return i + 1, state, out
 
@@ -349,58 +377,48 @@ def _fill(
     )[1:]
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "max_new_tokens", "rules", "eos"))
+@partial(jax.jit, static_argnames=("program", "max_new_tokens"))
 def _generate(
-    model: Llama,
+    program: _Program,
     variables: Mapping[str, Any],
     tokens: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     values: Values,
     *,
-    slots: int,
     max_new_tokens: int,
-    rules: Rules,
-    eos: tuple[int, ...],
 ) -> Int32[Array, "B new"]:
-    """All of it in one program."""
-    variables = model.compute.arrange(variables)
-    state = _begin(model, variables, tokens, mask, values, slots, rules, eos)
+    """Runs prefill and loop as one program; `out` has 0 after every row has ended."""
+    variables = program.model.compute.arrange(variables)
+    state = _prefill(program, variables, tokens, mask, values)
     out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
     out = out.at[:, 0].set(state.token)
-    first, end = jnp.int32(1), jnp.int32(max_new_tokens)
-    return _fill(model, variables, state, values, out, first, end, rules, eos)[1]
+    columns = (jnp.int32(1), jnp.int32(max_new_tokens))
+    return _fill(program, variables, state, values, out, columns)[1]
 
 
-@partial(jax.jit, static_argnames=("model", "slots", "rules", "eos"))
+@partial(jax.jit, static_argnames="program")
 def _start(
-    model: Llama,
+    program: _Program,
     variables: Mapping[str, Any],
     tokens: Int[Array, "B T"],
     mask: Int[Array, "B T"],
     values: Values,
-    *,
-    slots: int,
-    rules: Rules,
-    eos: tuple[int, ...],
 ) -> _State:
-    """The first token of a `Decoding`."""
-    variables = model.compute.arrange(variables)
-    return _begin(model, variables, tokens, mask, values, slots, rules, eos)
+    """Returns the state of a `Decoding` after its first token."""
+    variables = program.model.compute.arrange(variables)
+    return _prefill(program, variables, tokens, mask, values)
 
 
-@partial(jax.jit, static_argnames=("model", "rules", "eos"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _continue(
-    model: Llama,
+    program: _Program,
     variables: Mapping[str, Any],
     state: _State,
     values: Values,
-    left: Int32[Array, ""],
-    *,
-    rules: Rules,
-    eos: tuple[int, ...],
+    remaining: Int32[Array, ""],
 ) -> tuple[_State, Int32[Array, "B chunk"]]:
-    """The next tokens of a `Decoding`: a chunk, of which at most `left` are wanted."""
-    variables = model.compute.arrange(variables)
+    """Generates the next chunk of a `Decoding`, at most `remaining` tokens of it."""
+    variables = program.model.compute.arrange(variables)
     out = jnp.zeros((state.token.shape[0], _CHUNK), jnp.int32)
-    end = jnp.minimum(left, _CHUNK)
-    return _fill(model, variables, state, values, out, jnp.int32(0), end, rules, eos)
+    columns = (jnp.int32(0), jnp.minimum(remaining, _CHUNK))
+    return _fill(program, variables, state, values, out, columns)

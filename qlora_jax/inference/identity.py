@@ -1,9 +1,9 @@
 """Describes a loaded model and checks that an adapter belongs to its base.
 
-An adapter records the fingerprint of the base it was trained on, as that base was held
-in memory. A different fingerprint need not mean different weights: the same weights in
-another dtype or quantization have another fingerprint. What the run recorded beside the
-adapter (`convert.peft.training_record`) tells the two apart.
+An adapter records the fingerprint of its base as that was held in memory for training.
+The same weights in another dtype or quantization have another fingerprint; the training
+record in the adapter's directory (`convert.peft.training_record`) tells such a base
+from one with other weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlora_jax.tree import HEAD
 
 
 def describe_quantization(base: Mapping[str, Any]) -> str:
-    """Returns how the linear layers of a base are held, for a person."""
+    """Returns the quantization of the linear layers of a base, in words."""
     forms = {"nf4_dq": "NF4, double-quantized", "nf4": "NF4", "none": "dense"}
     head = dict(trees.walk(base)).get((*HEAD, "weight"))
     packed_head = ", lm_head too" if isinstance(head, NF4Tensor) else ""
@@ -35,10 +35,10 @@ def describe_quantization(base: Mapping[str, Any]) -> str:
 
 
 def base_form(base: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the form in which a base is held, as a training record has it.
+    """Returns quantization and dtype of a base, in the words of a training record.
 
-    "quantization" is "nf4", "nf4_dq" or "none"; "dtype" names the dtype of the dense
-    tensors, or the dtypes where they differ.
+    "quantization" is "nf4", "nf4_dq" or "none"; "dtype" lists the dtypes of the dense
+    tensors.
     """
     leaves = [leaf for _, leaf in trees.walk(base)]
     packed = next((leaf for leaf in leaves if isinstance(leaf, NF4Tensor)), None)
@@ -50,7 +50,7 @@ def base_form(base: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe_adapter(path: Path) -> str:
-    """Returns the path of an adapter, with the step it was saved at if recorded.
+    """Returns the path of an adapter, and the step at which it was saved if recorded.
 
     Args:
       path: PEFT directory.
@@ -60,7 +60,7 @@ def describe_adapter(path: Path) -> str:
 
 
 def describe_context(config: LlamaConfig) -> str:
-    """Returns what an adapter changes in its base's context length; "" for nothing."""
+    """Describes how an adapter changes its base's context length; "" if it does not."""
     original = undo_changes(config)
     length, scaling = (getattr(config, name) for name in CHANGEABLE_FIELDS)
     changes = []
@@ -81,7 +81,7 @@ def describe_context(config: LlamaConfig) -> str:
 def base_mismatch(
     adapter: Path, path: Path, base: Mapping[str, Any], trained_on: str | None
 ) -> str | None:
-    """Returns a note if an adapter was trained on something else than this base.
+    """Returns a note if an adapter was not trained on this base.
 
     Args:
       adapter: PEFT directory.
@@ -90,8 +90,8 @@ def base_mismatch(
       trained_on: `LoraConfig.base_fingerprint` of the adapter.
 
     Returns:
-      The note, with the options that load the base as it was trained where those are
-      recorded; None where the base is the same, or the adapter names none.
+      The note, with the options that load the base as in training if those are
+      recorded; None if the base is the same, or the adapter has no fingerprint.
     """
     if trained_on is None or trained_on == fingerprint_tree(base):
         return None
@@ -118,43 +118,51 @@ def base_mismatch(
     )
 
 
-def _common_dtype(path: Path) -> str | None:
-    """float32 where the layers of one tensor differ in dtype, else each its own."""
+def common_dtype(path: Path) -> str | None:
+    """Returns the dtype to load a model in without rounding.
+
+    Args:
+      path: Hugging Face directory.
+
+    Returns:
+      "float32" if a tensor has different dtypes in different layers, which are stacked
+      into one array; else None: tensors keep their dtypes.
+    """
     checkpoint = open_checkpoint(path)
-    found: dict[Any, set[str]] = {}
-    for key, (where, _) in checkpoint_keys(checkpoint.config).items():
-        found.setdefault(where, set()).add(checkpoint.dtype(key))
-    return "float32" if any(len(dtypes) > 1 for dtypes in found.values()) else None
+    dtypes: dict[Any, set[str]] = {}
+    for key, (param_path, _) in checkpoint_keys(checkpoint.config).items():
+        dtypes.setdefault(param_path, set()).add(checkpoint.dtype(key))
+    return "float32" if any(len(seen) > 1 for seen in dtypes.values()) else None
 
 
 def dense_dtypes(path: Path) -> set[str]:
-    """Names of the dtypes of a model's tensors beside its 4-bit projections.
+    """Returns the dtypes of the tensors that are not 4-bit projections.
 
-    Those of a dense model are the ones beside all its projections.
+    In a dense model all projections count as 4-bit ones.
 
     Args:
       path: Hugging Face directory.
     """
-    common = _common_dtype(path)
+    common = common_dtype(path)
     if common is not None:
         return {common}
     checkpoint = open_checkpoint(path)
     table = checkpoint_keys(checkpoint.config)
     packed = {table[key][0] for key in checkpoint.packed} - set(checkpoint.mixed)
     if not checkpoint.quantized:
-        packed = {where for where, _ in table.values() if is_projection(where)}
+        packed = {path for path, _ in table.values() if is_projection(path)}
     return {
         checkpoint.dtype(key)
-        for key, (where, _) in table.items()
-        if where not in packed
+        for key, (param_path, _) in table.items()
+        if param_path not in packed
     }
 
 
 def trained_form(path: Path, fingerprint: str) -> str | None:
-    """Says how a base was loaded for the training that noted this fingerprint.
+    """Returns the quantization and dtype in which a base has this fingerprint.
 
-    A fingerprint is that of the arrays that were trained on, so all forms are tried in
-    which a base is loaded: each quantization, each dtype of what stays dense.
+    A fingerprint is that of the arrays in memory, so the base is loaded with each
+    quantization and in each dtype of the dense tensors.
 
     Args:
       path: Hugging Face directory.
@@ -166,28 +174,28 @@ def trained_form(path: Path, fingerprint: str) -> str | None:
     packed = open_checkpoint(path).quantized
     for quantization in (None,) if packed else ("nf4_dq", "nf4", None):
         _, base = convert.load_llama(
-            path, quantization=quantization, dtype=_common_dtype(path)
+            path, quantization=quantization, dtype=common_dtype(path)
         )
-        for dtype, tree in _dtypes(base):
+        for dtype, tree in _in_each_dtype(base):
             if fingerprint_tree(tree) == fingerprint:
                 return f"{'4-bit' if packed else quantization or 'none'}, {dtype}"
     return None
 
 
-def _dtypes(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The base as it is and, where that is another tree, in each dtype."""
+def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the base in its stored dtypes, then cast to each other dtype."""
     leaves = dict(trees.walk(base))
-    own = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
-    yield ", ".join(sorted(own)), base
+    stored = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
+    yield ", ".join(sorted(stored)), base
     for dtype in ("bfloat16", "float32", "float16"):
-        if own == {dtype}:
+        if stored == {dtype}:
             continue
         tree: dict[str, Any] = {}
         try:
-            for place, leaf in leaves.items():
+            for path, leaf in leaves.items():
                 if not isinstance(leaf, NF4Tensor):
-                    leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(place))
-                trees.put(tree, place, leaf)
-        except CheckpointError:  # beyond float16: nothing was trained in that
+                    leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(path))
+                trees.put(tree, path, leaf)
+        except CheckpointError:  # out of float16's range: not trained in float16
             continue
         yield dtype, tree

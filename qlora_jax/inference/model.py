@@ -1,10 +1,9 @@
-"""The front door: a directory in, a model that can be asked and trained out.
+"""The loaded model: logits, generation, chat, and exchange of adapters.
 
-    model = load("path/to/hf-llama")          # quantized to NF4 on the way in
-    model = load("path/to/peft-adapter")      # its base is found, its adapter attached
+    model = load("path/to/hf-llama")          # quantized to NF4 while it is read
+    model = load("path/to/peft-adapter")      # loads its base and attaches the adapter
 
-`Model` holds plain data (configuration, two trees, tokenizer) and keeps no other state:
-two models in one process are two values.
+`Model` holds plain data (configuration, two trees, tokenizer) and no other state.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import convert
 from convert.peft import chat_template_file, in_short, peft_directory
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
-from qlora_jax.inference.decode import Decoding, generate_tokens
+from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
 from qlora_jax.inference.identity import (
     base_mismatch,
     describe_adapter,
@@ -35,13 +34,13 @@ from qlora_jax.inference.identity import (
     describe_quantization,
 )
 from qlora_jax.inference.text import (
-    Answer,
     ChatPrompts,
-    answer,
-    beside_tokens,
+    Detokenizer,
+    TextStream,
     check_text,
     check_turns,
     continue_texts,
+    per_token_array,
     resolve_stop,
     token_array,
 )
@@ -54,7 +53,7 @@ from qlora_jax.models.llama import Llama
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: plain data, and two questions one can ask of it."""
+    """A loaded model, as plain data."""
 
     config: LlamaConfig
     base: Mapping[str, Any]
@@ -63,33 +62,32 @@ class Model:
     """LoRA tree (float32), or None."""
     lora_config: LoraConfig | None
     tokenizer: Any
-    """The directory's transformers tokenizer, or None where it has none."""
+    """The directory's transformers tokenizer, or None if it has none."""
     compute: Compute
     path: Path
     """Directory of the base."""
     attention_cls: Callable[..., nn.Module] | None = None
-    """Attention modules of yours, as `Llama` takes them."""
+    """A custom attention module, as `Llama` takes it."""
     mlp_cls: Callable[..., nn.Module] | None = None
-    """MLP modules of yours."""
+    """A custom MLP module."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a text: the configuration's, the tokenizer's and those of
     generation_config.json."""
     chat_template: str | None = None
-    """Jinja file that the conversations of a run or an adapter were written with, where
-    it had one."""
+    """Jinja file of the chat template that the adapter was trained with, if any."""
     adapter_path: Path | None = None
     """Directory of the adapter."""
 
     @property
     def module(self) -> Llama:
         """The Flax module that takes `variables`."""
-        # Scalings come with the variables, not with the module: adapters of equal
-        # shapes can be exchanged without compiling anything again.
+        # Scalings come with the variables, not with the module, so adapters of equal
+        # shapes are exchanged without recompilation.
         return Llama(self.config, self.compute, self.attention_cls, self.mlp_cls)
 
     @property
     def description(self) -> str:
-        """One line: where the base is, how it is held and computed; the adapter."""
+        """Path, quantization and dtype of the base, and the adapter, in one line."""
         parts = [
             f"`{self.path}`: linear layers {describe_quantization(self.base)}",
             f"computed in {self.compute.dtype}",
@@ -101,7 +99,7 @@ class Model:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `module.apply` takes."""
+        """The variables of `module.apply`."""
         if self.adapters is None or self.lora_config is None:
             return {"params": self.base}
         bound = bind(self.adapters, self.base, self.lora_config)
@@ -110,10 +108,10 @@ class Model:
     def attach(
         self, adapter: str | os.PathLike[str] | None, *, strict: bool = True
     ) -> Model:
-        """Returns this model with another adapter, or (None) without one.
+        """Returns this model with another adapter, or (None) without an adapter.
 
-        The base is shared, and where the new adapter has the shapes of the old one,
-        nothing is compiled again.
+        The base is shared. Nothing is recompiled if the new adapter has the shapes of
+        the old one.
 
         Args:
           adapter: PEFT directory, or a run directory.
@@ -121,7 +119,7 @@ class Model:
 
         Raises:
           CheckpointError: an adapter that cannot be read or does not fit.
-          UserError: one that uses what is not supported.
+          UserError: an adapter with features that are not supported.
         """
         if adapter is None:
             config = undo_changes(self.config)
@@ -154,8 +152,8 @@ class Model:
         """Computes logits; arguments as `Llama.__call__`, arrays or nested lists.
 
         Raises:
-          UserError: no token ids, rows of several lengths, or ids that the model does
-            not have (unless they are traced).
+          UserError: not token ids, rows of different lengths, or ids outside the
+            vocabulary (unless they are traced).
         """
         optional = {
             "attention_mask": attention_mask,
@@ -164,7 +162,7 @@ class Model:
         }
         tokens = token_array(tokens, self.config.vocab_size)
         arrays = {
-            name: beside_tokens(name, value, tokens.shape)
+            name: per_token_array(name, value, tokens.shape)
             for name, value in optional.items()
             if value is not None
         }
@@ -186,49 +184,43 @@ class Model:
         """Continues texts; returns prompt and continuation of each.
 
         Args:
-          prompts: texts; each gets the tokens it would get alone.
+          prompts: texts; the batch does not change the tokens of a row.
           max_new_tokens: tokens to add at most.
           temperature: 0 = greedy.
           top_p: probability mass of the tokens sampled from.
           top_k: number of tokens sampled from.
-          min_p: least probability of a token sampled from, as a share of the likeliest
-            one's.
+          min_p: least probability of a token sampled from, as a share of the largest
+            probability.
           repetition_penalty: above 1, tokens of the text so far become less likely.
           seed: of the sampling.
           stop: texts that end a continuation and are left out of it.
 
         Raises:
-          UserError: no tokenizer, or an unusable prompt or setting.
+          UserError: no tokenizer, or an invalid prompt or setting.
         """
         if isinstance(prompts, str):
             raise UserError(
-                "`prompts` must be a list of texts, got one text. Put it in a list: "
+                "`prompts` must be a list of texts, got a string. Put it in a list: "
                 "`model.generate([text], ...)`."
             )
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         rows = [self._encode(prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        stop, ends = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
+        stop, end_tokens = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
         if stop:
-            decoding = Decoding(
-                self.module,
-                self.variables,
-                rows,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                eos_token_ids=ends,
-            )
+            config = DecodingConfig(max_new_tokens, sampling, end_tokens)
+            decoding = Decoding(self.module, self.variables, rows, config)
             added = continue_texts(decoding, self.tokenizer, rows, stop)
-            return [decode(row) + new for row, new in zip(rows, added, strict=True)]
-        whole = generate_tokens(
+            return [decode(row) + text for row, text in zip(rows, added, strict=True)]
+        continued = generate_tokens(
             self.module,
             self.variables,
             rows,
             max_new_tokens=max_new_tokens,
             **dataclasses.asdict(sampling),
-            eos_token_ids=ends,
+            eos_token_ids=end_tokens,
         )
-        return [decode(row) for row in whole]
+        return [decode(row) for row in continued]
 
     def stream(
         self,
@@ -237,8 +229,8 @@ class Model:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         **sampling: Any,
-    ) -> Answer:
-        """Continues a text and gives the continuation out as it comes.
+    ) -> TextStream:
+        """Continues a text and yields the continuation as it is generated.
 
             for piece in model.stream("Once upon a time", max_new_tokens=64):
                 print(piece, end="", flush=True)
@@ -250,22 +242,14 @@ class Model:
           **sampling: `temperature` and the others of `generate`.
 
         Returns:
-          An iterable of pieces of text, none of them half a character. Its `text`,
-          `tokens` and `finish_reason` tell the rest.
+          An iterable of pieces of text (complete characters), with `text`, `tokens`
+          and `finish_reason`.
 
         Raises:
           UserError: as `generate`.
         """
-        return answer(
-            self.module,
-            self.variables,
-            self.tokenizer,
-            self._encode(prompt),
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(**sampling),
-            eos_token_ids=self.eos_token_ids,
-            stop=stop,
-        )
+        config = DecodingConfig(max_new_tokens, Sampling(**sampling))
+        return self._stream(self._encode(prompt), config, stop)
 
     def chat(
         self,
@@ -282,8 +266,8 @@ class Model:
 
         Args:
           messages: turns, each with `role` and `content`.
-          max_new_tokens: of the answer, at most; fewer where the model's positions end.
-          stop: texts that end the answer, beside the template's own end of a turn.
+          max_new_tokens: of the answer, at most; fewer if the model's positions end.
+          stop: texts that end the answer, besides the template's end of a turn.
           chat_template: a Jinja file in place of the tokenizer's template.
           **sampling: `temperature` and the others of `generate`.
 
@@ -311,11 +295,11 @@ class Model:
         stop: Sequence[str] = (),
         chat_template: str | None = None,
         **sampling: Any,
-    ) -> Answer:
-        """As `chat`, but gives the answer out as it comes, as `stream` does.
+    ) -> TextStream:
+        """Answers as `chat`, and yields the answer as it is generated, as `stream`.
 
-        The whole conversation is read again for every answer, at lengths rounded up to
-        powers of two, so that a growing one seldom compiles anything.
+        Every answer reads the conversation from the start, at a length rounded up to a
+        power of two, so that a growing conversation rarely recompiles.
         """
         check_turns(messages)
         self._need_tokenizer()
@@ -330,16 +314,24 @@ class Model:
                 "(`max_position_embeddings`), which leaves none for an answer. Drop "
                 "earlier turns or shorten them (/reset in `qlora-jax chat`)."
             )
-        return answer(
-            self.module,
-            self.variables,
-            self.tokenizer,
-            tokens,
-            max_new_tokens=min(max_new_tokens, left),
-            sampling=Sampling(**sampling),
-            eos_token_ids=self.eos_token_ids,
-            stop=(*stop, *prompts.stop),
-            conversation=True,
+        config = DecodingConfig(
+            min(max_new_tokens, left), Sampling(**sampling), power_of_two_lengths=True
+        )
+        return self._stream(tokens, config, (*stop, *prompts.stop), strip=True)
+
+    def _stream(
+        self,
+        tokens: Sequence[int],
+        config: DecodingConfig,
+        stop: Sequence[str],
+        *,
+        strip: bool = False,
+    ) -> TextStream:
+        stop, end_tokens = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
+        config = dataclasses.replace(config, eos_token_ids=end_tokens)
+        return TextStream(
+            Decoding(self.module, self.variables, [tokens], config),
+            Detokenizer(self.tokenizer, tokens, stop=stop, strip=strip),
         )
 
     def _encode(self, prompt: str) -> list[int]:
@@ -359,7 +351,7 @@ class Model:
 def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:
-    apply: Any = module.apply  # typed for mutable collections, which this has none of
+    apply: Any = module.apply  # typed for mutable collections; the model has none
     return apply(module.compute.arrange(variables), tokens, **arrays)
 
 

@@ -1,12 +1,12 @@
-"""How the next token is chosen from the logits.
+"""Chooses the next token from the logits.
 
 The settings have the names, the meaning and the order of transformers' generation:
 repetition penalty, temperature, `top_k`, `top_p` (Holtzman et al. 2020,
 https://arxiv.org/abs/1904.09751), `min_p` (Nguyen et al. 2024,
 https://arxiv.org/abs/2407.01082), then one draw.
 
-Which of them are on is known when the loop is compiled (`Rules`); their values are
-arguments of the compiled program (`Values`), so another temperature compiles nothing.
+Which settings are on is static in the compiled loop (`Rules`); their values are
+arguments of it (`Values`), so another temperature does not recompile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora_jax.inference.config import Sampling
 
 
 class Values(NamedTuple):
-    """Settings whose value a compiled program is given."""
+    """Settings that are arguments of a compiled program."""
 
     key: Any
     """PRNG key."""
@@ -76,14 +76,14 @@ class Rules:
     ) -> Int32[Array, " B"]:
         """Chooses the next token of each row.
 
-        A row's draw is a function of the seed, the row's number and `step`, so what
-        else is in the batch changes nothing.
+        A row's draw depends only on the seed, the row's index and `step`, not on the
+        other rows of the batch.
 
         Args:
           logits: after the last token.
           values: of the settings.
           step: number of tokens chosen before.
-          seen: tokens of the text so far; None where nothing is done about them.
+          seen: tokens of the text so far; None without a repetition penalty.
         """
         if self.repetition_penalty and seen is not None:
             logits = penalize(logits, seen, values.repetition_penalty)
@@ -98,20 +98,21 @@ class Rules:
     def filter(
         self, logits: Float32[Array, "B V"], values: Values
     ) -> Float32[Array, "B V"]:
-        """Sets the logits of tokens that are not sampled from to minus infinity."""
+        """Sets the logits of excluded tokens to minus infinity."""
         if self.top_k is not None:
             least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p:
             descending = -jnp.sort(-logits, axis=-1)
             mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-            # A token stays if the likelier ones hold less than top_p; the first always.
+            # A token stays if the more likely ones sum to less than top_p, so the first
+            # always does.
             before = mass - jax.nn.softmax(descending, axis=-1)
             kept = jnp.where(before < values.top_p, descending, jnp.inf)
             least = kept.min(axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.min_p:
-            # Of probabilities of one row, the ratio is that of the exponentials.
+            # p / p_max >= min_p is logit >= max logit + log(min_p).
             least = logits.max(axis=-1, keepdims=True) + jnp.log(values.min_p)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return logits
@@ -122,7 +123,7 @@ def penalize(
     seen: Bool[Array, "B V"],
     penalty: Float32[Array, ""],
 ) -> Float32[Array, "B V"]:
-    """Lowers the logits of tokens that were seen.
+    """Lowers the logits of tokens that occurred before.
 
     Keskar et al. 2019 (https://arxiv.org/abs/1909.05858), as transformers has it: a
     negative logit is multiplied by the penalty, since dividing would raise it.

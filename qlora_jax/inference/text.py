@@ -1,13 +1,11 @@
-"""What a model is asked, checked: token ids, texts, turns of a conversation.
+"""Text in and text out: checks of the inputs, streamed text, chat prompts.
 
-Said here in the words of whoever calls; further in, a wrong value would be an error of
-NumPy, JAX or a tokenizer about something else.
+The inputs of `Model` are checked here, because an error of NumPy, JAX or the tokenizer
+further in would be about something else.
 
-From texts to texts: what a generation says, piece by piece, and conversations.
-
-The one idea: a piece is given out only when nothing that may still come can change it.
-Tokens are not characters (half of one may be all there is of it) and a text that ends
-the answer may have begun; what that could concern is held back until it is decided.
+Text is streamed in pieces, and a piece is emitted only when later tokens cannot change
+it: a token may be part of a character, and the last characters may be the beginning of
+a stop text. Such characters are held back until the next tokens decide.
 """
 
 from __future__ import annotations
@@ -22,23 +20,23 @@ from jaxtyping import Array, Int32
 from qlora_jax.data.chat import ChatRenderer, to_messages
 from qlora_jax.data.encoding import Segmented, tokenize
 from qlora_jax.errors import UserError
-from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding
-from qlora_jax.models.llama import Llama
+
+# --- Inputs ---
 
 
 def token_array(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
-    """Makes an array of token ids.
+    """Converts token ids to an array.
 
     Args:
       tokens: an array of integers, or nested lists of one length.
-      vocab_size: tokens of the model.
+      vocab_size: of the model.
 
     Raises:
-      UserError: something else, or ids that have no row (they would give NaN), where
-        they are known: what is traced is not.
+      UserError: not token ids, or ids outside the vocabulary, whose embedding would be
+        NaN (unchecked if `tokens` is traced).
     """
-    if isinstance(tokens, str) or _holds(tokens, str):
+    if isinstance(tokens, str) or _begins_with(tokens, str):
         raise UserError(
             f"`tokens` must be token ids, got text ({tokens!r:.60}). The tokenizer "
             'gives them: `model.logits([model.tokenizer(text)["input_ids"]])`.'
@@ -46,9 +44,9 @@ def token_array(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
     array = _integers(tokens)
     if array is None or array.ndim != 2:
         raise UserError(
-            "`tokens` must be token ids of shape [B, T], one row a text and all rows "
-            f"of one length, got {_described(tokens, array)}. Put a single text in a "
-            "list; pad shorter ones with any id, and give `attention_mask`, with 0 "
+            "`tokens` must be token ids of shape [B, T], one row per text and all rows "
+            f"of the same length, got {_describe(tokens, array)}. Put a single text in "
+            "a list; pad shorter rows with any id, and give `attention_mask`, with 0 "
             "there and 1 elsewhere."
         )
     if isinstance(array, Tracer) or not array.size:
@@ -62,46 +60,48 @@ def token_array(tokens: Any, vocab_size: int) -> Int32[Array, "B T"]:
     return array
 
 
-def beside_tokens(name: str, value: Any, shape: tuple[int, ...]) -> Int32[Array, "B T"]:
-    """Makes an array of what is given for every token: a mask, positions, segments.
+def per_token_array(
+    name: str, value: Any, shape: tuple[int, ...]
+) -> Int32[Array, "B T"]:
+    """Converts a mask, positions or segments of tokens to an array.
 
     Args:
       name: of the argument.
       value: an array of integers or booleans, or nested lists.
-      shape: that of the tokens; one row may stand for all.
+      shape: of the tokens; a single row is broadcast to all.
 
     Raises:
-      UserError: something else, or another shape.
+      UserError: not integers, or another shape.
     """
     array = _integers(value)
     if array is None or array.shape not in (shape, (1, *shape[1:])):
         raise UserError(
             f"`{name}` must be integers of the shape of `tokens`, {list(shape)}, got "
-            f"{_described(value, array)}."
+            f"{_describe(value, array)}."
         )
     return array
 
 
 def check_text(prompt: Any) -> None:
-    """Refuses a prompt that is no text.
+    """Raises if a prompt is not a string.
 
     Raises:
-      UserError: it is none.
+      UserError: it is something else.
     """
     if isinstance(prompt, str):
         return
     raise UserError(
-        f"a prompt must be a text, got {prompt!r:.60}. Token ids are continued by "
+        f"a prompt must be a string, got {prompt!r:.60}. Token ids are continued by "
         "`qlora_jax.generate_tokens(model.module, model.variables, rows, "
         "max_new_tokens=...)`."
     )
 
 
 def check_turns(messages: Any) -> None:
-    """Refuses a conversation that is no list of turns.
+    """Raises if a conversation is not a list of turns.
 
     Raises:
-      UserError: it is none.
+      UserError: it is something else.
     """
     if not isinstance(messages, (str, Mapping)) and all(
         isinstance(turn, Mapping) for turn in messages
@@ -113,25 +113,26 @@ def check_turns(messages: Any) -> None:
     )
 
 
-def _holds(value: Any, kind: type) -> bool:
-    """Whether nested lists begin with something of a kind."""
+def _begins_with(value: Any, kind: type) -> bool:
+    """Whether the first item of nested lists is of a type."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     return isinstance(value, kind)
 
 
 def _integers(value: Any) -> Array | None:
-    """An int32 array; None for what is no array of integers."""
+    """Returns an int32 array; None for anything but integers or booleans."""
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    whole = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
-    return array.astype(jnp.int32) if whole or not array.size else None
+    integral = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
+    # An empty list becomes float32: no number in it is wrong.
+    return array.astype(jnp.int32) if integral or not array.size else None
 
 
-def _described(value: Any, array: Array | None) -> str:
-    """What came, in a few words."""
+def _describe(value: Any, array: Array | None) -> str:
+    """Describes a wrong value for an error message."""
     if array is not None:
         return f"shape {list(array.shape)}"
     if isinstance(value, (list, tuple)):
@@ -142,23 +143,20 @@ def _described(value: Any, array: Array | None) -> str:
     return f"{value!r:.60}" if dtype is None else f"an array of {dtype}"
 
 
-# Tokens of the prompt that are decoded with the continuation: those decide how its
-# first token reads (a space before it, or not).
-_CONTEXT = 8
-# Beginnings of answers, to see whether a tokenizer joins them with what comes before.
-_ANSWERS = ("The", "I", "a", "yes", "1")
-# Characters of a prompt that show how it ends.
-_SHOWN = 12
-# What a decoder writes for bytes that are no character (yet).
-_HALF = "\N{REPLACEMENT CHARACTER}"
+# --- Streamed text ---
+
+# Tokens of the prompt that are decoded with the continuation: they decide whether its
+# first token starts with a space.
+_CONTEXT_TOKENS = 8
+# What a decoder writes for bytes that are not a character (yet).
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-class Pieces:
-    """Turns the tokens of one row into pieces of text.
+class Detokenizer:
+    """Turns the tokens of a row into text incrementally.
 
-    Half a character that nothing completes is left out. Special tokens are too, and
-    spaces stay as the tokens have them (no `clean_up_tokenization_spaces`, which
-    rewrites what was said before).
+    Incomplete characters and special tokens are left out. Spaces stay as the tokens
+    have them: `clean_up_tokenization_spaces` would change text that was emitted.
 
     Args:
       tokenizer: a `transformers` tokenizer.
@@ -167,7 +165,8 @@ class Pieces:
       strip: leave out white space at both ends.
 
     Attributes:
-      stopped: whether one of `stop` was found.
+      text: what was emitted so far.
+      stopped: whether one of `stop` occurred.
     """
 
     def __init__(
@@ -178,11 +177,11 @@ class Pieces:
         stop: Sequence[str] = (),
         strip: bool = False,
     ) -> None:
+        self.text = ""
         self.stopped = False
         self._tokenizer, self._stop, self._strip = tokenizer, tuple(stop), strip
-        self._tokens = list(prompt[-_CONTEXT:])
-        self._before = self._decode()
-        self._given = ""
+        self._tokens = list(prompt[-_CONTEXT_TOKENS:])
+        self._context = self._decode()
 
     def _decode(self) -> str:
         return self._tokenizer.decode(
@@ -190,39 +189,33 @@ class Pieces:
         )
 
     def add(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """Takes new tokens; returns the text that is certain now and was not before.
+        """Takes new tokens; returns the text that is final now and was not before.
 
         Args:
           tokens: new tokens of the row.
-          last: none will follow, so nothing is held back any more.
+          last: none will follow, so nothing is held back.
         """
         self._tokens += tokens
-        whole = self._decode()
-        text = whole.removeprefix(self._before).rstrip(_HALF)
-        # Of several the one that is complete first, so that the size of pieces changes
-        # nothing.
+        text = self._decode().removeprefix(self._context).rstrip(_INCOMPLETE)
+        # Of several stop texts the one that is complete first counts, so that the
+        # result does not depend on how the tokens are split into calls.
         ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if ends:
             self.stopped = True
             text = text[: min(ends)[1]]
         elif not last:
-            text = text[: len(text) - _begun(text, self._stop)]
+            text = text[: len(text) - _partial_stop(text, self._stop)]
         if self._strip:
             text = text.strip()
-        # A half character makes some decoders write the whole ones before it as
-        # halves too; what was given out stays.
-        new = text[len(self._given) :] if text.startswith(self._given) else ""
-        self._given += new
-        return new
-
-    @property
-    def text(self) -> str:
-        """All that was given out."""
-        return self._given
+        # An incomplete character makes some decoders replace complete ones before it
+        # too; emitted text is never taken back.
+        piece = text[len(self.text) :] if text.startswith(self.text) else ""
+        self.text += piece
+        return piece
 
 
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of a text that one of `stop` begins with."""
+def _partial_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is a prefix of a stop text."""
     longest = max(map(len, stop), default=0)
     return next(
         (
@@ -234,85 +227,39 @@ def _begun(text: str, stop: Sequence[str]) -> int:
     )
 
 
-class Answer:
-    """A continuation under way: iterate over it for its pieces of text.
+class TextStream:
+    """A continuation that is being generated: iterate over it for pieces of text.
 
     Attributes:
-      text: what was said so far.
-      tokens: its tokens so far, an end token included.
-      finish_reason: "stop" (an end token or text), "length" (`max_new_tokens`), or None
-        as long as it has not ended.
+      text: the text so far.
+      tokens: the tokens so far, an end token included.
+      finish_reason: "stop" (an end token or stop text), "length" (`max_new_tokens`), or
+        None as long as it has not ended.
     """
 
-    def __init__(
-        self,
-        decoding: Decoding,
-        pieces: Pieces,
-    ) -> None:
+    def __init__(self, decoding: Decoding, detokenizer: Detokenizer) -> None:
         self.tokens: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
-        self._decoding, self._pieces = decoding, pieces
+        self._decoding, self._detokenizer = decoding, detokenizer
 
     @property
     def text(self) -> str:
-        """What was said so far."""
-        return self._pieces.text
+        """The text so far."""
+        return self._detokenizer.text
 
     def __iter__(self) -> Iterator[str]:
-        """Yields pieces as they come; none is empty."""
+        """Yields pieces as they are generated; none is empty."""
         while self.finish_reason is None:
-            (new,) = self._decoding.advance()
-            self.tokens += new
+            (new_tokens,) = self._decoding.advance()
+            self.tokens += new_tokens
             done = self._decoding.done
-            piece = self._pieces.add(new, last=done)
-            if done or self._pieces.stopped:
+            piece = self._detokenizer.add(new_tokens, last=done)
+            if done or self._detokenizer.stopped:
                 self.finish_reason = "stop"
-                if not self._pieces.stopped and not self._decoding.ended[0]:
+                if not self._detokenizer.stopped and not self._decoding.ended[0]:
                     self.finish_reason = "length"
             if piece:
                 yield piece
-
-
-def answer(
-    model: Llama,
-    variables: Mapping[str, Any],
-    tokenizer: Any,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_token_ids: tuple[int, ...],
-    stop: Sequence[str] = (),
-    conversation: bool = False,
-) -> Answer:
-    """Starts an answer; arguments as `Decoding` and `Pieces` take them.
-
-    Args:
-      model: the architecture.
-      variables: {"params": base, "lora": adapters}.
-      tokenizer: a `transformers` tokenizer.
-      prompt: token ids.
-      max_new_tokens: tokens to add at most.
-      sampling: how tokens are chosen.
-      eos_token_ids: tokens that end it.
-      stop: texts that end it.
-      conversation: leave out white space at both ends, and expect longer prompts soon.
-
-    Raises:
-      UserError: as `generate_tokens`.
-    """
-    stop, eos_token_ids = resolve_stop(stop, tokenizer, eos_token_ids)
-    decoding = Decoding(
-        model,
-        variables,
-        [prompt],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_token_ids=eos_token_ids,
-        doubling=conversation,
-    )
-    pieces = Pieces(tokenizer, prompt, stop=stop, strip=conversation)
-    return Answer(decoding, pieces)
 
 
 def continue_texts(
@@ -326,32 +273,33 @@ def continue_texts(
       prompts: token ids, one list a row.
       stop: texts that end a row.
     """
-    rows = [Pieces(tokenizer, prompt, stop=stop) for prompt in prompts]
+    detokenizers = [Detokenizer(tokenizer, prompt, stop=stop) for prompt in prompts]
     while not decoding.done:
-        new = decoding.advance()
-        for number, (pieces, tokens) in enumerate(zip(rows, new, strict=True)):
-            pieces.add(tokens, last=decoding.done or bool(decoding.ended[number]))
-            if pieces.stopped:
-                decoding.end(number)
-    return [pieces.text for pieces in rows]
+        new_tokens = decoding.advance()
+        for row, detokenizer in enumerate(detokenizers):
+            last = decoding.done or bool(decoding.ended[row])
+            detokenizer.add(new_tokens[row], last=last)
+            if detokenizer.stopped:
+                decoding.end(row)
+    return [detokenizer.text for detokenizer in detokenizers]
 
 
 def resolve_stop(
     stop: Sequence[Any], tokenizer: Any, eos_token_ids: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Sorts what ends a text into texts and tokens.
+    """Splits stop texts into texts and end tokens.
 
     Args:
-      stop: texts; one that is an added token of the tokenizer (`<|eot_id|>`) ends the
-        text as that token, since special tokens are not in the decoded text.
+      stop: texts; an added token of the tokenizer (`<|eot_id|>`) becomes an end token,
+        since special tokens are not in the decoded text.
       tokenizer: a `transformers` tokenizer.
-      eos_token_ids: tokens that do in any case.
+      eos_token_ids: end tokens of the model.
 
     Returns:
-      Texts, and token ids in ascending order.
+      Stop texts, and all end tokens in ascending order.
 
     Raises:
-      UserError: one text in place of several, or an empty one.
+      UserError: a string in place of a list, or an empty text.
     """
     if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
         raise UserError(
@@ -364,16 +312,25 @@ def resolve_stop(
     )
 
 
+# --- Chat prompts ---
+
+# Beginnings of answers, tried to see whether a tokenizer merges one with the prompt.
+_ANSWERS = ("The", "I", "a", "yes", "1")
+# Characters at the end of a prompt that are shown to the user.
+_SHOWN_CHARACTERS = 12
+
+
 class ChatPrompts:
-    """Conversations as prompts, with what ends the answer to one.
+    """Renders conversations as prompts, and knows what ends an answer.
 
     Args:
       tokenizer: a `transformers` tokenizer.
-      chat_template: a Jinja file; None = the tokenizer's own template.
+      chat_template: a Jinja file; None = the tokenizer's template.
 
     Attributes:
-      stop: what the template writes between an answer and the next turn, as far as it
-        tells the two apart: the token that ends a turn, or the text that begins one.
+      stop: what ends an answer, read off the text that the template writes between an
+        answer and the next turn: the token that ends a turn, or the text that begins
+        the next.
 
     Raises:
       UserError: there is no template, or it cannot be read.
@@ -393,14 +350,13 @@ class ChatPrompts:
         self.stop = self._end_of_turn()
 
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The prompt that asks for the next turn, in tokens.
+        """Returns the prompt that asks for the next turn, in tokens.
 
-        The tokens are those that training on the conversation has up to there, unless
-        the tokenizer joins the end of the prompt with the answer (`joined_end`).
+        The tokens equal those of the conversation in training, unless the tokenizer
+        merges the end of the prompt with the answer (`joined_end`).
 
         Raises:
-          UserError: no messages, fields that are missing, or turns that the template
-            refuses.
+          UserError: no messages, missing fields, or turns that the template refuses.
         """
         turns = to_messages({"messages": list(map(dict, messages))}, "chat")
         text = self._renderer.text(turns, add_generation_prompt=True, where="chat")
@@ -411,44 +367,46 @@ class ChatPrompts:
         return encoded.tokens.tolist()
 
     def joined_end(self) -> str | None:
-        """The end of a prompt that becomes one token with the start of some answer.
+        """Returns the end of the prompt if it can share a token with the answer.
 
-        Training supervises such a token whole, and a prompt that ends before the answer
-        has others in its place: the model is asked with what it was never trained on.
+        Training has such a token as part of the answer, but a prompt that ends before
+        the answer has other tokens there, which the model never saw in training.
 
         Returns:
-          The last characters of a prompt; None where every answer that was tried leaves
-          its tokens as they are.
+          The last characters of a prompt; None if no answer that was tried changes the
+          prompt's tokens.
         """
-        ask = [{"role": "user", "content": "a"}]
+        question = [{"role": "user", "content": "a"}]
         try:
-            text = self._renderer.text(ask, add_generation_prompt=True, where="chat")
-        except UserError:  # a template that wants more than a question
+            text = self._renderer.text(
+                question, add_generation_prompt=True, where="chat"
+            )
+        except UserError:  # a template that needs more than a question
             return None
         prompt = self._encode(text)
-        for said in _ANSWERS:
-            if self._encode(text + said)[: len(prompt)] != prompt:
-                return text[-_SHOWN:]
+        for answer in _ANSWERS:
+            if self._encode(text + answer)[: len(prompt)] != prompt:
+                return text[-_SHOWN_CHARACTERS:]
         return None
 
     def _end_of_turn(self) -> tuple[str, ...]:
-        said, asked = "qlora answer", "qlora question"
+        answer, question = "qlora answer", "qlora question"
         turns = [
             {"role": "user", "content": "a"},
-            {"role": "assistant", "content": said},
-            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": question},
         ]
         try:
             text = self._renderer.text(turns, where="chat")
         except UserError:  # a template for single questions
-            text = self._renderer.text(turns[:2], where="chat") + asked
-        between = text.partition(said)[2].rpartition(asked)[0]
-        first = [
-            (at, token)
+            text = self._renderer.text(turns[:2], where="chat") + question
+        between = text.partition(answer)[2].rpartition(question)[0]
+        tokens = [
+            (at, -len(token), token)
             for token in self._tokenizer.get_added_vocab()
             if token.strip() and (at := between.find(token)) >= 0
         ]
-        if first:
-            return (min(first, key=lambda found: (found[0], -len(found[1])))[1],)
-        # Blank lines end nothing: an answer may have some of its own.
+        if tokens:  # the first one, the longest of several that start there
+            return (min(tokens)[2],)
+        # Blank lines are not a stop text: answers may contain them.
         return (between.rstrip(),) if between.strip() else ()

@@ -1,5 +1,6 @@
-"""What a training step needs, before it runs.
+"""Memory and work of a training step, known before it runs.
 
-plan -> step (the program and its memory) -> compile (for a GPU that is absent),
-estimate (the closed form) -> gpus (data sheets).
+Reading order: plan (which settings fit a GPU), step (the program and its memory),
+compile (for a GPU that is not installed), estimate (the closed form), gpus (data
+sheets).
 """

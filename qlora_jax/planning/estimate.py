@@ -1,14 +1,12 @@
-"""The memory and the work of a training step in closed form, without a compiler.
+"""Memory, work and parameter counts of a training step in closed form.
 
-What is certain is counted: arguments, gradients and what a policy keeps, by their
-shapes. What a layer needs while it is at work depends on how the compiler schedules it;
-that part is a number of arrays [tokens, features], read off compiled plans and held to
-within 10 % of them by the tests, over models, lengths and policies.
+Everything is counted from abstract shapes (`jax.eval_shape`): a `config.json` is
+enough, and nothing is loaded or compiled.
 
-What a run trains and stores, counted before it starts.
-
-Counts come from abstract shapes (`jax.eval_shape`), so a `config.json` is enough and
-nothing is loaded.
+Arguments, gradients and the activations that a policy keeps are exact. The temporaries
+of a layer depend on how the compiler schedules it; they are a number of arrays
+[tokens, features], read off compiled plans. Tests hold the sum to within 10 % of the
+compiled step over models, lengths and policies.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +26,18 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import did_you_mean, readable_bytes
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.targets import absent_layers, linear_modules, select
+from qlora_jax.lora.targets import Selection, absent_layers, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import mlp_tokens
 from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
-from qlora_jax.models.sharding import is_on_host, local_bytes, shard_step
+from qlora_jax.models.sharding import shard_step
 from qlora_jax.planning.gpus import GpuSpec
-from qlora_jax.planning.step import Step, StepMemory, abstract_arguments
+from qlora_jax.planning.step import (
+    Step,
+    StepMemory,
+    abstract_arguments,
+    device_tree_bytes,
+)
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
@@ -42,10 +45,10 @@ from qlora_jax.tree import EMBEDDING, HEAD
 
 @dataclass(frozen=True)
 class _Arrays:
-    """What an MLP needs at work, in arrays of activations."""
+    """Temporaries of an MLP, in arrays of activations."""
 
     weights: float
-    """Of all weights of a layer, those that are unpacked at a time."""
+    """Share of a layer's weights that is dequantized at a time."""
     narrow: float
     """[tokens, hidden_size]."""
     wide: float
@@ -53,44 +56,44 @@ class _Arrays:
 
 
 # Read off compiled plans of 1B, 3B and 8B models.
-_WHOLE = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
+_UNCHUNKED = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
 _IN_CHUNKS = {
     "full": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
-    # Layer inputs on their way from and to the host.
+    # Includes layer inputs that are being copied to and from the host.
     "offload": _Arrays(weights=0.9, narrow=7.2, wide=6.0),
 }
 _KEPT = _Arrays(weights=0.3, narrow=4.3, wide=3.0)
 # Where [tokens, hidden_size] has 2^31 elements or more, the compiler fuses less and
 # holds half of one more.
 _LARGE = 0.5
-# Bytes for each token of a layer that "none" keeps beside what "save_matmuls" does: of
-# each hidden and each intermediate feature, some of them in float32.
+# Bytes per token and layer that "none" keeps in addition to "save_matmuls", for each
+# hidden and each intermediate feature (some of them in float32).
 _NONE_NARROW, _NONE_WIDE = 10, 18
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What does not depend on the length or the number of rows."""
+    """Sizes that do not depend on the length or the number of rows."""
 
     base: int
     host_base: int
     adapters: int
     optimizer: int
     """Bytes on a device."""
-    row: int
-    """Bytes of the batch for each of its tokens."""
+    batch_token: int
+    """Bytes of the batch per token."""
     layer_weights: int
-    """Weights of the linear layers of one layer of the model, ..."""
+    """Number of weights in the linear modules of one layer."""
     recomputed_weights: int
-    """... and of those whose results a recomputation needs."""
+    """Number of those whose products are recomputed in the backward pass."""
     layer_features: int
-    """Their inputs and outputs."""
+    """Sum of input and output features of these modules."""
     head_weights: int
-    """Of linear layers outside: the head."""
+    """Number of weights in linear modules outside the layers: the head."""
     ranks: int
-    """Of all adapters of linear layers together."""
+    """Sum of the ranks of all adapters."""
     factors: int
-    """Numbers in their As and Bs."""
+    """Number of parameters in all lora_A and lora_B."""
 
 
 def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
@@ -99,25 +102,26 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
         step.train, batch_size=devices, gradient_accumulation_steps=1
     )
     compute = dataclasses.replace(step.compute, remat="full", attention="auto")
-    usual = dataclasses.replace(step, length=1, train=train, compute=compute)
-    return _count(usual, tuple((mesh or {"data": 1}).items()))
+    # Settings that change no count are set to one value, for the cache.
+    unit_step = dataclasses.replace(step, length=1, train=train, compute=compute)
+    return _model_sizes(unit_step, tuple((mesh or {"data": 1}).items()))
 
 
-@functools.lru_cache(maxsize=64)  # a search asks for many lengths of one model
-def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
+@functools.lru_cache(maxsize=64)  # a search tries many lengths of one model
+def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
     names, sizes = zip(*mesh, strict=True)
     state, base, batch = shard_step(
         abstract_arguments(step), AbstractMesh(sizes, names), step.on_host
     )
-    weights = again = features = head = 0
+    weights = recomputed = features = head = 0
     for path, (rows, columns, layers) in linear_modules(base).items():
         if layers is None:
             head += rows * columns
             continue
         weights += rows * columns
         features += rows + columns
-        # Nothing needs the result of the last product of a layer again.
-        again += rows * columns * (path[-1] != "down_proj")
+        # The backward pass does not need the result of the last product of a layer.
+        recomputed += rows * columns * (path[-1] != "down_proj")
     ranks = factors = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.adapters):
         name = str(getattr(path[-1], "key", ""))
@@ -125,15 +129,15 @@ def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
             factors += math.prod(leaf.shape)
         if name == "lora_A":
             ranks += math.prod(leaf.shape[:-1])
-    adapters = _bytes(state.adapters)
+    adapters = device_tree_bytes(state.adapters)
     return _Model(
-        base=_bytes(base),
-        host_base=_bytes(base, host=True),
+        base=device_tree_bytes(base),
+        host_base=device_tree_bytes(base, host=True),
         adapters=adapters,
-        optimizer=_bytes(state) - adapters,
-        row=_bytes(batch),
+        optimizer=device_tree_bytes(state) - adapters,
+        batch_token=device_tree_bytes(batch),
         layer_weights=weights,
-        recomputed_weights=again,
+        recomputed_weights=recomputed,
         layer_features=features,
         head_weights=head,
         ranks=ranks,
@@ -141,13 +145,8 @@ def _count(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
     )
 
 
-def _bytes(tree: Any, *, host: bool = False) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
-
-
 def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory:
-    """Estimates what `StepMemory.of` reads off a compiled step.
+    """Estimates the memory that `StepMemory.of` reads off a compiled step.
 
     Args:
       step: the step, of all devices together.
@@ -165,7 +164,7 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
         base=model.base,
         adapters=model.adapters,
         optimizer=model.optimizer,
-        batch=model.row * tokens * step.train.gradient_accumulation_steps,
+        batch=model.batch_token * tokens * step.train.gradient_accumulation_steps,
         activations=0 if offloaded else kept,
         gradients=model.adapters,
         loss=0,
@@ -182,7 +181,7 @@ def _width(step: Step) -> int:
 
 
 def _kept(step: Step, model: _Model) -> int:
-    """Bytes that the forward pass keeps for the backward pass, for each token."""
+    """Bytes per token that the forward pass keeps for the backward pass."""
     c, size = step.config, _width(step)
     narrow = c.hidden_size
     if step.compute.remat in ("full", "offload"):
@@ -190,8 +189,8 @@ def _kept(step: Step, model: _Model) -> int:
     heads = c.num_attention_heads * c.head_dim
     pairs = c.num_key_value_heads * c.head_dim
     wide = c.intermediate_size
-    # Input; q, k, v; attention and its log-sum-exp; o; gate and up; and the rank-wide
-    # product of each adapter. Nothing needs the result of down.
+    # Input; q, k, v; attention and its log-sum-exp; o; gate and up; and the product
+    # with each lora_A. The backward pass does not need the result of down.
     layer = size * (2 * narrow + 2 * heads + 2 * pairs + 2 * wide)
     layer += 4 * c.num_attention_heads
     total = c.num_hidden_layers * layer + size * model.ranks
@@ -201,7 +200,7 @@ def _kept(step: Step, model: _Model) -> int:
 
 
 def _temporaries(step: Step, model: _Model, tokens: int) -> int:
-    """The larger of what a layer's MLP and the loss need at work.
+    """Returns the larger of the temporaries of a layer's MLP and of the loss.
 
     Attention needs less than the MLP.
     """
@@ -209,7 +208,7 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     narrow, wide = size * c.hidden_size, size * c.intermediate_size
     most = mlp_tokens(c.intermediate_size, remat)
     chunk = tokens if most is None else min(tokens, most)
-    arrays = _KEPT if most is None else _WHOLE
+    arrays = _KEPT if most is None else _UNCHUNKED
     if chunk < tokens:
         arrays = _IN_CHUNKS[remat]
     layer = arrays.weights * size * model.layer_weights
@@ -227,33 +226,34 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
 
 
 def flops_per_token(step: Step) -> float:
-    """Floating-point operations of a step for each of its tokens.
+    """Returns the floating-point operations of a step per token.
 
-    A product of matrices counts 2 for each multiplication; the base has no gradient of
-    its own, so backward is as much as forward. Attention is causal over whole rows
-    (documents of packed rows take less); its backward pass is 2.5 times the forward
-    one, which computes the scores once. What the policy recomputes is included.
+    A product with W weights takes 2 W operations per token. The base is frozen, so its
+    backward pass has only the gradient of the input and takes as much as the forward
+    pass. Attention is causal over entire rows (documents of packed rows take less); its
+    backward pass takes 2.5 times the forward pass (5 products instead of 2).
+    Recomputation by the policy is included.
     """
     c, model = step.config, _model(step)
-    again = step.compute.remat in ("full", "offload")
-    linear = 4 * model.layer_weights + 2 * again * model.recomputed_weights
+    recompute = step.compute.remat in ("full", "offload")
+    linear = 4 * model.layer_weights + 2 * recompute * model.recomputed_weights
     head = model.head_weights
     if c.tie_word_embeddings:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
-    attention = 2 * step.length * wide * (1 + 2.5 + again)
-    # Forward, their two gradients, the input's, and forward again.
-    adapters = model.factors * (2 + 4 + 2 * again)
+    attention = 2 * step.length * wide * (1 + 2.5 + recompute)
+    # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
+    adapters = model.factors * (2 + 4 + 2 * recompute)
     return c.num_hidden_layers * (linear + attention) + 4 * head + adapters
 
 
 def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:
-    """What the model needs for each token: nothing recomputed, no padding.
+    """Returns the model FLOPs per token, without recomputation and padding.
 
     Args:
       step: the step.
-      lengths: tokens of each document that it trains on; attention to other documents
-        and to padding is no work of the model.
+      lengths: tokens of each document; attention to other documents and to padding does
+        not count.
     """
     # A token attends to half of its document: sum(n^2) / sum(n) is the mean length
     # over tokens, in which the work of attention is linear.
@@ -264,23 +264,23 @@ def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:
 
 
 def step_seconds_floor(
-    step: Step, card: GpuSpec, *, devices: int = 1
+    step: Step, gpu: GpuSpec, *, devices: int = 1
 ) -> dict[str, float]:
-    """What a step takes at least, by each of three limits of the card, in seconds.
+    """Returns lower bounds of a step's time by three limits of the GPU, in seconds.
 
-    - compute: all operations at the card's dense rate.
-    - bandwidth: every weight unpacked once forward and once backward for each
-      micro-batch (read, written, read), inputs and results of the products once each,
-      adapters and moments of the optimizer read and written.
-    - host_link: what is offloaded, out and back in; tables on the host, in.
+    - compute: all operations at the GPU's dense rate.
+    - bandwidth: every weight dequantized once forward and once backward per micro-batch
+      (read, written, read), inputs and results of the products once each, adapters and
+      optimizer state read and written.
+    - host_link: offloaded activations, both ways; tables on the host, one way.
 
-    A step takes at least the largest of them, and more: no kernel reaches these rates.
+    A step takes longer than the largest of them: no kernel reaches these rates.
     """
     micro = step.train.gradient_accumulation_steps
     tokens = step.tokens * micro / devices
-    rate = card.flops
+    rate = gpu.flops
     if step.compute.dtype == "float32":
-        rate = card.flops / 16  # without tensor cores, at the best of these cards
+        rate = gpu.flops / 16  # without tensor cores, on the best of these GPUs
     size, layers = _width(step), step.config.num_hidden_layers
     recompute = step.compute.remat in ("full", "offload")
     memory, model = step_memory(step), _model(step)
@@ -292,9 +292,12 @@ def step_seconds_floor(
     fetched = 2 * memory.host_base * micro
     return {
         "compute": flops_per_token(step) * tokens / rate,
-        "bandwidth": traffic / card.bandwidth,
-        "host_link": (offloaded + fetched) / card.host_link,
+        "bandwidth": traffic / gpu.bandwidth,
+        "host_link": (offloaded + fetched) / gpu.host_link,
     }
+
+
+# --- Parameters ---
 
 
 @dataclass(frozen=True)
@@ -304,13 +307,13 @@ class ParameterReport:
     base_parameters: int
     """Weights and biases of the base."""
     base_bytes: int
-    """Bytes of the base as it is held for training."""
+    """Bytes of the base in memory."""
     trainable_parameters: int
     """Parameters that the optimizer changes."""
     groups: Mapping[str, int]
     """Trainable parameters by adapted module."""
     optimizer_bytes: int
-    """Bytes of the optimizer's state."""
+    """Bytes of the optimizer state."""
 
 
 def parameter_report(
@@ -326,14 +329,14 @@ def parameter_report(
 
     Args:
       config: architecture.
-      lora: what is trained; None = nothing.
+      lora: the adapters; None = none.
       quantization: as `abstract_base` takes it.
       quantize_lm_head: the same.
       dtype: of dense tensors.
       train: the optimizer; default AdamW.
 
     Raises:
-      UserError: `lora` targets nothing in this model.
+      UserError: `lora` targets no module of this model.
     """
     dense = abstract_base(config, dtype=dtype)
     held = abstract_base(
@@ -363,12 +366,12 @@ def parameter_report(
 def warnings(
     config: LlamaConfig, lora: LoraConfig, base: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """What a user may not expect of these settings, with figures.
+    """Returns warnings about settings with surprising effects, with figures.
 
     Args:
       config: architecture.
-      lora: what is to be trained.
-      base: parameter tree of the model, of arrays or shapes, where it has modules that
+      lora: the adapters.
+      base: parameter tree of the model, of arrays or shapes, if it has modules that
         `config` does not list.
 
     Raises:
@@ -376,56 +379,80 @@ def warnings(
     """
     base = abstract_base(config) if base is None else base
     selection = select(base, lora)
-    groups = selection.groups()
-    total = sum(groups.values())
-    out = [_unmatched(name, base) for name in selection.unmatched]
-    absent = absent_layers(lora, config.num_hidden_layers)
-    if absent:
-        out.append(
-            f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
-            f"has layers 0 to {config.num_hidden_layers - 1}."
-        )
-    biases = [w for w in selection.full_tensors if w.path[-1] == "bias"]
-    if lora.bias != "none" and not biases:
-        whose = "this model has no biases"
-        if lora.bias == "lora_only":
-            whose = "no adapted module of this model has one"
-        out.append(f"`bias`={lora.bias!r} trains nothing: {whose}.")
+    # Tables that are trained in full, each counted once.
     tables = {
         w.path[-2]: math.prod(w.shape)
         for w in selection.full_tensors
         if w.path[:-1] in (EMBEDDING, HEAD) and w.tied_to is None
     }
-    if 2 * sum(tables.values()) > total:
-        names = " and ".join(sorted(tables))
-        count = sum(tables.values())
-        out.append(
-            f"{names}, trained whole, make {count:,} of {total:,} trained parameters "
-            f"({count / total:.0%}): {readable_bytes(4 * count)} of the adapter file "
-            f"and {readable_bytes(8 * count)} of AdamW's state. "
+    return [
+        *_selection_warnings(config, lora, base, selection),
+        *_table_warnings(tables, sum(selection.groups().values())),
+        *_padding_warnings(selection),
+        *_tying_warnings(config, lora, tables),
+    ]
+
+
+def _selection_warnings(
+    config: LlamaConfig,
+    lora: LoraConfig,
+    base: Mapping[str, Any],
+    selection: Selection,
+) -> Iterator[str]:
+    modules = {path[-2] for path, _ in trees.walk(base)}
+    for name in selection.unmatched:
+        yield (
+            f"target module {name!r} selects nothing in this model."
+            f"{did_you_mean(name, modules)}"
+        )
+    absent = absent_layers(lora, config.num_hidden_layers)
+    if absent:
+        yield (
+            f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
+            f"has layers 0 to {config.num_hidden_layers - 1}."
+        )
+    biases = [w for w in selection.full_tensors if w.path[-1] == "bias"]
+    if lora.bias != "none" and not biases:
+        reason = "this model has no biases"
+        if lora.bias == "lora_only":
+            reason = "no adapted module of this model has one"
+        yield f"`bias`={lora.bias!r} trains nothing: {reason}."
+
+
+def _table_warnings(tables: Mapping[str, int], total: int) -> Iterator[str]:
+    count = sum(tables.values())
+    if 2 * count > total:
+        yield (
+            f"{' and '.join(sorted(tables))}, trained in full, make {count:,} of "
+            f"{total:,} trained parameters ({count / total:.0%}): "
+            f"{readable_bytes(4 * count)} of the adapter file and "
+            f"{readable_bytes(8 * count)} of AdamW's state. "
             "`trainable_token_indices` trains single rows."
         )
-    held = sum(map(math.prod, selection.shapes().values()))
-    if held > 1.1 * total:
-        out.append(
-            f"ranks differ among layers, so the arrays in memory hold {held:,} numbers "
-            f"for {total:,} trained parameters ({readable_bytes(12 * (held - total))} "
-            "more with AdamW's state); the adapter file holds the trained ones alone."
+
+
+def _padding_warnings(selection: Selection) -> Iterator[str]:
+    total = sum(selection.groups().values())
+    stored = sum(map(math.prod, selection.shapes().values()))
+    if stored > 1.1 * total:
+        # Parameter and two moments in float32: 12 bytes for each.
+        extra = readable_bytes(12 * (stored - total))
+        yield (
+            f"ranks differ among layers, so the arrays in memory hold {stored:,} "
+            f"numbers for {total:,} trained parameters ({extra} more with AdamW's "
+            "state); the adapter file holds only the trained ones."
         )
+
+
+def _tying_warnings(
+    config: LlamaConfig, lora: LoraConfig, tables: Mapping[str, int]
+) -> Iterator[str]:
     if config.tie_word_embeddings and len(tables) == 1 and not lora.ensure_weight_tying:
-        name, other = ("embed_tokens", "lm_head")
+        trained, frozen = "embed_tokens", "lm_head"
         if "lm_head" in tables:
-            name, other = other, name
-        out.append(
-            f"this model ties embed_tokens and lm_head; {name} is trained apart, and "
-            f"{other} keeps the base's table. `ensure_weight_tying` trains both as one."
+            trained, frozen = frozen, trained
+        yield (
+            f"this model ties embed_tokens and lm_head; {trained} is trained "
+            f"separately, and {frozen} keeps the base's table. `ensure_weight_tying` "
+            "trains both as one."
         )
-    return out
-
-
-def _unmatched(name: str, base: Mapping[str, Any]) -> str:
-    modules = {path[-2] for path, _ in trees.walk(base)}
-    return (
-        f"target module {name!r} selects nothing in this model."
-        f"{did_you_mean(name, modules)}"
-    )

@@ -1,8 +1,8 @@
-"""GPUs by their data sheets: what a plan of a step needs to know of a card.
+"""GPUs by their data sheets, as a plan of a training step needs them.
 
-    card = find_gpu("rtx-4090")            one of `CARDS`
-    card = find_gpu("mine.toml")           a card of yours
-    card.target                             what XLA's GPU compiler asks about it
+    gpu = find_gpu("rtx-4090")             one of `CARDS`
+    gpu = find_gpu("mine.toml")            described in a file
+    gpu.target                             the description that XLA's compiler needs
 
 The compiler needs a description of the device, not the device. Sizes and rates are the
 vendor's, in 1e9 bytes and without sparsity:
@@ -16,7 +16,9 @@ vendor's, in 1e9 bytes and without sparsity:
   limits of a block and of a multiprocessor: CUDA C++ Programming Guide, technical
     specifications by compute capability.
 
-A card shows some percent more or less than its data sheet promises (ECC takes some).
+The memory that a device reports differs by some percent from its data sheet (ECC).
+
+The memory of the device and the machine at hand is read here too.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ import jax
 from qlora_jax.errors import UserError, did_you_mean, readable_bytes
 
 ALLOWANCE = 700_000_000
-"""Bytes of a card that no plan of a program holds: the CUDA context with its kernels
-(0.4 to 0.5 GB on current cards), cuBLAS's own workspace, and what the allocator rounds
-up and cannot place."""
+"""Bytes that a process takes beyond the plan of its program: the CUDA context with its
+kernels (0.4 to 0.5 GB on current GPUs), cuBLAS's workspace, and what the allocator
+loses to rounding and fragmentation."""
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """What a compute capability allows; bytes of shared memory."""
+    """Limits of a compute capability; shared memory in bytes."""
 
     threads: int
     """Resident on a multiprocessor."""
@@ -56,8 +58,8 @@ class _Limits:
     """At most, on request."""
 
 
-# Ahead of time no other may be compiled for, so a card of another capability is planned
-# by the closed form.
+# Steps are compiled ahead of time for these capabilities; others are planned by the
+# closed form.
 _LIMITS = {
     (7, 5): _Limits(1024, 64, 64 << 10, 64 << 10),
     (8, 0): _Limits(2048, 64, 164 << 10, 163 << 10),
@@ -71,7 +73,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A GPU on paper."""
+    """A GPU's data sheet."""
 
     name: str
     memory_bytes: int
@@ -88,11 +90,11 @@ class GpuSpec:
     """To or from host memory, one way, bytes/s."""
     l2_bytes: int
     description: str = ""
-    """What the device calls itself."""
+    """`device_kind` of the device."""
 
     @property
     def bfloat16(self) -> bool:
-        """Whether it multiplies bfloat16 and runs cuDNN's attention (8.0 and on)."""
+        """Whether it multiplies bfloat16 and runs cuDNN's attention (from 8.0 on)."""
         return self.compute_capability >= (8, 0)
 
     @property
@@ -102,17 +104,17 @@ class GpuSpec:
 
     @property
     def target(self) -> str:
-        """The card as XLA's compiler takes it: a `GpuTargetConfigProto` as text.
+        """The `GpuTargetConfigProto` that XLA's compiler takes, as text.
 
         Raises:
-          UserError: limits of its compute capability are not listed here.
+          UserError: a compute capability whose limits are not known.
         """
         major, minor = self.compute_capability
         if not self.compiles:
             known = ", ".join(f"{a}.{b}" for a, b in _LIMITS)
             raise UserError(
-                f"{self.name}: compute capability {major}.{minor} is not known here "
-                f"(known: {known}), so nothing can be compiled for it."
+                f"{self.name}: compute capability {major}.{minor} is not known "
+                f"(known: {known}), so no step can be compiled for it."
             )
         limits = _LIMITS[self.compute_capability]
         features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
@@ -147,56 +149,48 @@ device_description_str: "{self.description or self.name}"
 """
 
 
-def _card(
-    name: str,
-    gigabytes: int,
-    capability: tuple[int, int],
-    multiprocessors: int,
-    clock_ghz: float,
-    bandwidth: float,
-    teraflops: float,
-    link: int,
-    l2_mib: int,
-    description: str,
-) -> GpuSpec:
-    """A card in the units of data sheets: 1e9 bytes, 1e9 bytes/s, 1e12 FLOP/s."""
-    return GpuSpec(
-        name,
-        gigabytes * 10**9,
+# name: GB, capability, SMs, GHz, GB/s, TFLOP/s, GB/s to the host, L2 MiB, device_kind
+_DATA_SHEETS = {
+    "b200": (180, (10, 0), 148, 1.965, 8000, 2250, 64, 126, "NVIDIA B200"),
+    "h200": (141, (9, 0), 132, 1.98, 4800, 989, 64, 60, "NVIDIA H200"),
+    "h100": (80, (9, 0), 132, 1.98, 3350, 989, 64, 50, "NVIDIA H100 80GB HBM3"),
+    "a100-80": (80, (8, 0), 108, 1.41, 2039, 312, 32, 40, "NVIDIA A100-SXM4-80GB"),
+    "a100-40": (40, (8, 0), 108, 1.41, 1555, 312, 32, 40, "NVIDIA A100-SXM4-40GB"),
+    "l40s": (48, (8, 9), 142, 2.52, 864, 362, 32, 96, "NVIDIA L40S"),
+    "l4": (24, (8, 9), 58, 2.04, 300, 121, 32, 48, "NVIDIA L4"),
+    "rtx-4090": (24, (8, 9), 128, 2.52, 1008, 165, 32, 72, "NVIDIA GeForce RTX 4090"),
+    "rtx-3090": (24, (8, 6), 82, 1.695, 936, 71, 32, 6, "NVIDIA GeForce RTX 3090"),
+    "t4": (16, (7, 5), 40, 1.59, 320, 65, 16, 4, "Tesla T4"),
+}
+_ALL = tuple(
+    GpuSpec(
+        name=name,
+        memory_bytes=gigabytes * 10**9,
+        compute_capability=capability,
+        multiprocessors=multiprocessors,
+        clock_ghz=clock_ghz,
+        bandwidth=bandwidth * 1e9,
+        flops=teraflops * 1e12,
+        host_link=link * 1e9,
+        l2_bytes=l2_mib << 20,
+        description=device_kind,
+    )
+    for name, (
+        gigabytes,
         capability,
         multiprocessors,
         clock_ghz,
-        bandwidth * 1e9,
-        teraflops * 1e12,
-        link * 1e9,
-        l2_mib << 20,
-        description,
-    )
-
-
-_ALL = (
-    # name, GB, capability, SMs, GHz, GB/s, TFLOP/s, GB/s to the host, MiB of L2
-    _card("b200", 180, (10, 0), 148, 1.965, 8000, 2250, 64, 126, "NVIDIA B200"),
-    _card("h200", 141, (9, 0), 132, 1.98, 4800, 989, 64, 60, "NVIDIA H200"),
-    _card("h100", 80, (9, 0), 132, 1.98, 3350, 989, 64, 50, "NVIDIA H100 80GB HBM3"),
-    _card("a100-80", 80, (8, 0), 108, 1.41, 2039, 312, 32, 40, "NVIDIA A100-SXM4-80GB"),
-    _card("a100-40", 40, (8, 0), 108, 1.41, 1555, 312, 32, 40, "NVIDIA A100-SXM4-40GB"),
-    _card("l40s", 48, (8, 9), 142, 2.52, 864, 362, 32, 96, "NVIDIA L40S"),
-    _card("l4", 24, (8, 9), 58, 2.04, 300, 121, 32, 48, "NVIDIA L4"),
-    _card(
-        *("rtx-4090", 24, (8, 9), 128, 2.52, 1008, 165, 32, 72),
-        description="NVIDIA GeForce RTX 4090",
-    ),
-    _card(
-        *("rtx-3090", 24, (8, 6), 82, 1.695, 936, 71, 32, 6),
-        description="NVIDIA GeForce RTX 3090",
-    ),
-    _card("t4", 16, (7, 5), 40, 1.59, 320, 65, 16, 4, "Tesla T4"),
+        bandwidth,
+        teraflops,
+        link,
+        l2_mib,
+        device_kind,
+    ) in _DATA_SHEETS.items()
 )
-CARDS: Mapping[str, GpuSpec] = MappingProxyType({card.name: card for card in _ALL})
-"""Name -> card."""
+CARDS: Mapping[str, GpuSpec] = MappingProxyType({gpu.name: gpu for gpu in _ALL})
+"""Name -> GPU."""
 
-# Field of a spec file -> (field of a card, factor of its unit).
+# Field of a TOML file -> (field of `GpuSpec`, factor of its unit).
 _UNITS = {
     "memory_gb": ("memory_bytes", 1e9),
     "multiprocessors": ("multiprocessors", 1),
@@ -209,48 +203,47 @@ _UNITS = {
 
 
 def find_gpu(name: str) -> GpuSpec:
-    """Returns a card by its name, or the card that a TOML file describes.
+    """Returns a GPU by its name, or the GPU that a TOML file describes.
 
     The file has `name` and either all of compute_capability ("8.9"), memory_gb,
     multiprocessors, clock_ghz, bandwidth_gb_s, tflops (dense, 16 bits), host_link_gb_s
     and l2_mib, or `like` (a name) and those of them that differ.
 
     Raises:
-      UserError: no such card or file, or one that does not say what is needed.
+      UserError: no such GPU or file, or an incomplete or invalid file.
     """
     plain = name.lower().replace("_", "-")
     if plain in CARDS:
         return CARDS[plain]
     if name.endswith(".toml"):
-        return _read_card(Path(name))
+        return _read_spec(Path(name))
     raise UserError(
-        f"No card `{name}` is known here.{did_you_mean(plain, CARDS)} "
-        f"Cards: {', '.join(CARDS)}; or give a TOML file that describes yours."
+        f"No GPU `{name}` is known.{did_you_mean(plain, CARDS)} "
+        f"GPUs: {', '.join(CARDS)}; or give a TOML file that describes yours."
     )
 
 
 def gpu_named(description: str) -> GpuSpec | None:
-    """The card that calls itself so (`device_kind` of a device); None if none does.
+    """Returns the GPU whose `device_kind` is `description`, or None.
 
-    Only the very name: a PCI Express board of the same chip has another clock.
+    The match is exact: a PCI Express board of the same chip has another clock.
     """
-    found = (card for card in _ALL if card.description == description)
-    return next(found, None)
+    return next((gpu for gpu in _ALL if gpu.description == description), None)
 
 
-def _read_card(path: Path) -> GpuSpec:
+def _read_spec(path: Path) -> GpuSpec:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` is no valid TOML: {error}.") from error
-    options = ("name", "like", "compute_capability", *_UNITS)
+        raise UserError(f"`{path}` is not valid TOML: {error}.") from error
+    fields = ("name", "like", "compute_capability", *_UNITS)
     for key in content:
-        if key not in options:
+        if key not in fields:
             raise UserError(
-                f"{path}: `{key}` is no field of a card."
-                f"{did_you_mean(key, options)} Fields: {', '.join(options)}."
+                f"{path}: `{key}` is not a field of a GPU."
+                f"{did_you_mean(key, fields)} Fields: {', '.join(fields)}."
             )
     values: dict[str, Any] = {}
     if "like" in content:
@@ -270,15 +263,14 @@ def _read_card(path: Path) -> GpuSpec:
                 raise UserError(
                     f"{path}: `{key}` must be a positive number, got {value!r}."
                 )
-            whole = field in ("memory_bytes", "multiprocessors", "l2_bytes")
-            values[field] = round(value * unit) if whole else float(value * unit)
-    given = {"compute_capability": "compute_capability"}
-    given |= {field: key for key, (field, _) in _UNITS.items()}
-    missing = [key for field, key in given.items() if field not in values]
-    if missing:
-        named = ", ".join(f"`{key}`" for key in missing)
+            integral = field in ("memory_bytes", "multiprocessors", "l2_bytes")
+            values[field] = round(value * unit) if integral else float(value * unit)
+    key_of = {"compute_capability": "compute_capability"}
+    key_of |= {field: key for key, (field, _) in _UNITS.items()}
+    missing_keys = [f"`{key}`" for field, key in key_of.items() if field not in values]
+    if missing_keys:
         raise UserError(
-            f"{path}: missing {named}. Give them, or `like` = one of "
+            f"{path}: missing {', '.join(missing_keys)}. Give them, or `like` = one of "
             f"{', '.join(CARDS)}."
         )
     return GpuSpec(**values)
@@ -293,32 +285,32 @@ def _capability(value: Any, path: Path) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-# Of the memory that JAX may use, what its allocator can be asked for in a plan's few
-# large blocks.
+# --- The device and the machine at hand ---
+
+# Share of JAX's memory that its allocator can give out in the large blocks of a plan.
 _USABLE = 0.98
-
-
-_ENDLESS = 1 << 60
+UNLIMITED = 1 << 60
+"""Bytes of a memory whose size is not known."""
 
 
 def this_device() -> GpuSpec:
-    """The device at hand as a card: its memory is what a process may use of it."""
+    """Returns the device at hand; its memory is what a process may use of it."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        # A context and JAX's pool exist already; `ALLOWANCE` is for both.
+        # JAX's pool is beyond the CUDA context; plans subtract `ALLOWANCE` for both.
         usable = int(_USABLE * stats["bytes_limit"])
     elif device.platform == "cpu":
         usable = available_memory()
     else:
-        usable = _ENDLESS
+        usable = UNLIMITED
     capability = str(getattr(device, "compute_capability", "9.0"))
     major, _, minor = capability.partition(".")
     return GpuSpec(
         name=device.device_kind if device.platform != "cpu" else "this machine",
         memory_bytes=usable + ALLOWANCE,
         compute_capability=(int(major), int(minor or 0)) if major.isdigit() else (0, 0),
-        # Of no account here: nothing is estimated but bytes.
+        # Not used: only memory is planned for the device at hand.
         multiprocessors=1,
         clock_ghz=1.0,
         bandwidth=1.0,
@@ -330,31 +322,31 @@ def this_device() -> GpuSpec:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can still be had; endless where no one says."""
+    """Returns the available bytes of main memory; 2^60 if the system does not tell."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         try:
             limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         except (OSError, ValueError):
-            return _ENDLESS
-    try:  # of a container
+            return UNLIMITED
+    try:  # the limit of a container
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         limits.append(int(limit) - int(used))
     except (OSError, ValueError):  # none, or "max"
         pass
-    return min(limits, default=_ENDLESS)
+    return min(limits, default=UNLIMITED)
 
 
 def give_back_freed_memory() -> bool:
-    """Gives what the compiler has freed back to the system; whether there is a way to.
+    """Returns memory that the compiler has freed to the system; False if it cannot.
 
-    glibc keeps freed memory below what is still in use: after a step is compiled some
-    200 MB, for as long as the process lives.
+    glibc keeps freed memory below allocations in use: about 200 MB after a step is
+    compiled, until the process ends.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:  # another C library
@@ -363,8 +355,8 @@ def give_back_freed_memory() -> bool:
     return True
 
 
-def _more_memory() -> str:
-    """How to let JAX use more of a GPU."""
+def more_memory_advice() -> str:
+    """Returns advice on how to let JAX use more of a GPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return ""

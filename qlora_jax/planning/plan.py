@@ -1,13 +1,13 @@
-"""What fits on a card, before anyone rents it: a training step, planned.
+"""Plans a training step for a GPU: which policy, length or batch size fits.
 
     planner = Planner(find_gpu("rtx-4090"), python=find_compiler())
     plan = planner.longest(step, policies(remat="auto"))
     plan.report()
 
-The bytes are those of the compiled step (`qlora_jax.planning.compile`), or without the
-GPU compiler those of the closed form (`qlora_jax.planning.estimate`); `Plan.method`
-says which. A search compiles few steps: memory is nearly a straight line over tokens,
-so two points and a check at both sides of the limit prepare it.
+The bytes are those of the compiled step (`planning.compile`), or without the GPU
+compiler those of the closed form (`planning.estimate`), as `Plan.method` records. A
+search compiles few steps: memory is nearly linear in the number of tokens, so secant
+steps reach the limit, and one step on each side of it proves the result.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
 from qlora_jax.planning.step import Step, StepMemory
 
 PROCESS_BYTES = 4_000_000_000
-"""Host memory of a run beside its arrays: Python, JAX, the CUDA libraries, the
-checkpoint's pages in flight and the data."""
+"""Host memory of a run in addition to its arrays: Python, JAX, the CUDA libraries,
+pages of the checkpoint and the data."""
 
-# JAX's own limits where nobody sets others.
+# JAX's default limits.
 _DEVICE_FRACTION = 0.75
 _PINNED_BYTES = 64 << 30
 
@@ -44,7 +44,7 @@ Quantity = Literal["length", "batch_size"]
 
 @dataclass(frozen=True)
 class Policy:
-    """A way to hold a step in memory."""
+    """Settings that trade the memory of a step for its speed."""
 
     name: str
     remat: str
@@ -53,7 +53,7 @@ class Policy:
     lm_head: str = "device"
 
     def apply(self, step: Step) -> Step:
-        """The step under this policy."""
+        """Returns the step under this policy."""
         compute = dataclasses.replace(
             step.compute,
             remat=self.remat,  # pyright: ignore[reportArgumentType]
@@ -75,8 +75,8 @@ LADDER = (
     Policy("offload, tables", "offload", "auto", "host", "host"),
     Policy("offload, tables, xla", "offload", "xla", "host", "host"),
 )
-"""Fastest first; each needs less of the device than the one before. "tables": the
-embedding and the head lie on the host. "xla": attention whose backward pass needs no
+"""Fastest first; each needs less device memory than the previous one. "tables": the
+embedding and the head are in host memory. "xla": attention whose backward pass needs no
 workspace."""
 
 
@@ -87,20 +87,20 @@ def policies(
     embed_tokens: str = "auto",
     lm_head: str = "auto",
     tied: bool = False,
-    card: GpuSpec | None = None,
+    gpu: GpuSpec | None = None,
 ) -> list[Policy]:
-    """The rungs of the ladder that leave given settings as they are, fastest first.
+    """Returns the policies of `LADDER` that keep the fixed settings, fastest first.
 
     Args:
       remat: a policy of `Compute.remat`, or "auto" for all of them.
       attention: "auto", or an implementation.
       embed_tokens: "auto", "device" or "host".
       lm_head: the same, or "nf4".
-      tied: the model's head is its embedding table, which has one place.
-      card: one that cannot run cuDNN gets attention="xla" where that is open.
+      tied: the model's head is its embedding table.
+      gpu: if it cannot run cuDNN, attention="auto" becomes "xla".
 
     Raises:
-      UserError: two places for a table that is one.
+      UserError: different memories for tied tables.
     """
     if tied and lm_head in ("device", "host"):
         if embed_tokens not in ("auto", lm_head):
@@ -109,7 +109,7 @@ def policies(
                 "head is its embedding table. Give `embed_tokens` alone."
             )
         embed_tokens = lm_head
-    if attention == "auto" and card is not None and not card.bfloat16:
+    if attention == "auto" and gpu is not None and not gpu.bfloat16:
         attention = "xla"
     out: dict[tuple[str, ...], Policy] = {}
     for rung in LADDER:
@@ -123,18 +123,18 @@ def policies(
             rung.lm_head if lm_head == "auto" else lm_head,
         )
         key = (policy.remat, policy.attention, policy.embed_tokens, policy.lm_head)
-        # Of rungs that became equal the first has the plainest name.
+        # Of rungs that became equal the first has the simplest name.
         out.setdefault(key, policy)
     return list(out.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step on a card."""
+    """A step on a GPU."""
 
     step: Step
     policy: Policy
-    card: GpuSpec
+    gpu: GpuSpec
     mesh: Mapping[str, int]
     memory: StepMemory
     method: Literal["compiled", "estimate"]
@@ -148,17 +148,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether that is no more than the card has."""
-        return self.total <= self.card.memory_bytes
+        """Whether `total` is at most the GPU's memory."""
+        return self.total <= self.gpu.memory_bytes
 
     def report(self) -> dict[str, Any]:
-        """The plan as plain data, what `qlora-jax plan --json` prints."""
+        """Returns the plan as plain data, as `qlora-jax plan --json` prints it."""
         step, memory = self.step, self.memory
         lora = step.compute.lora
         assert lora is not None
         saved = lora.absorbed
         if saved.base_fingerprint is None:
-            # A run writes one; its digits do not matter, their number does.
+            # A run writes a fingerprint; only its length counts.
             saved = dataclasses.replace(saved, base_fingerprint="0" * 64)
         devices = math.prod(self.mesh.values())
         return {
@@ -184,24 +184,22 @@ class Plan:
             "adapter_bytes": adapter_bytes(step.config, saved),
             "flops_per_token": estimate.flops_per_token(step),
             "step_seconds_floor": estimate.step_seconds_floor(
-                step, self.card, devices=devices
+                step, self.gpu, devices=devices
             ),
             "settings": self.settings,
-            "card": self.card.name,
-            "card_bytes": self.card.memory_bytes,
+            "card": self.gpu.name,
+            "card_bytes": self.gpu.memory_bytes,
             "mesh": dict(self.mesh),
             "collectives": {k: dict(v) for k, v in self.collectives.items()},
-            "compiled_for": self.card.description
-            if self.method == "compiled"
-            else None,
+            "compiled_for": self.gpu.description if self.method == "compiled" else None,
             "versions": dict(self.versions),
         }
 
     @property
     def host_bytes_needed(self) -> int:
-        """Host memory of a machine with all devices of the mesh.
+        """Host memory that a machine with all devices of the mesh needs.
 
-        The packed base passes through it once, before anything is pinned.
+        The packed base is in host memory once, before anything is pinned.
         """
         devices = math.prod(self.mesh.values())
         base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
@@ -209,46 +207,46 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Variables of the environment without which JAX's own limits are lower."""
+        """Environment variables that raise JAX's limits where the plan exceeds them."""
         out = {}
-        needed = self.memory.device_bytes / self.card.memory_bytes
+        needed = self.memory.device_bytes / self.gpu.memory_bytes
         if needed > _DEVICE_FRACTION:
             fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
             out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
         if self.memory.host_bytes > _PINNED_BYTES:
-            # Some more than the arrays take, which do not lie without a gap.
+            # 10 % more than the arrays, for gaps between them.
             limit = math.ceil(1.1 * self.memory.host_bytes / 2**30)
             out["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(limit)
         return out
 
 
 def device_bytes(memory: StepMemory) -> dict[str, int]:
-    """The kinds of bytes on a device."""
+    """Returns the kinds of bytes on a device."""
     kinds = dataclasses.asdict(memory)
     return {k: v for k, v in kinds.items() if not k.startswith("host_")}
 
 
 class Planner:
-    """Plans steps for one card, each step once."""
+    """Plans steps for a GPU and caches the plans."""
 
     def __init__(
         self,
-        card: GpuSpec,
+        gpu: GpuSpec,
         *,
         python: str | None = None,
         mesh: Mapping[str, int] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Takes what all steps have in common.
+        """Keeps the settings that all steps have in common.
 
         Args:
-          card: which.
-          python: from `find_compiler`; None = by the closed form.
+          gpu: its data sheet.
+          python: from `find_compiler`; None = the closed form.
           mesh: sizes of the axes "data" and "fsdp"; default one device.
-          say: is told what is being compiled.
+          say: gets a line before each compilation.
         """
-        self.card = card
-        self.python = python if card.compiles else None
+        self.gpu = gpu
+        self.python = python if gpu.compiles else None
         self.mesh = dict(mesh) if mesh else {"data": 1}
         self._say = say
         self._plans: dict[Step, Plan] = {}
@@ -257,17 +255,17 @@ class Planner:
         """Plans one step under one policy.
 
         Raises:
-          UserError: the mesh does not divide, the card cannot run this attention, or
-            the compiler fails.
+          UserError: the mesh does not divide the batch, the GPU cannot run this
+            attention, or the compiler fails.
         """
         step = policy.apply(step)
         if step not in self._plans:
             self._check(step)
-            self._plans[step] = self._made(step, policy)
+            self._plans[step] = self._compile(step, policy)
         return self._plans[step]
 
     def _check(self, step: Step) -> None:
-        """Refuses, by whatever method, what the card cannot run."""
+        """Raises if the GPU or the mesh cannot run the step."""
         check_mesh(self.mesh, step.train.batch_size)
         attention = step.compute.attention
         reasons = refusals(
@@ -275,52 +273,57 @@ class Planner:
             dtype=jnp.dtype(step.compute.dtype),
             head_dim=step.config.head_dim,
             packed=step.packed,
-            capability=".".join(map(str, self.card.compute_capability)),
+            capability=".".join(map(str, self.gpu.compute_capability)),
         )
         if reasons:
             raise UserError(
-                f"attention={attention!r} cannot be used on {self.card.name}: "
+                f"attention={attention!r} cannot be used on {self.gpu.name}: "
                 f"{'; '.join(reasons)}. Use 'auto' or 'xla'."
             )
 
     def estimate(self, step: Step, policy: Policy) -> Plan:
-        """The same by the closed form."""
+        """Plans one step under one policy by the closed form."""
         step = policy.apply(step)
         self._check(step)
         memory = estimate.step_memory(step, self.mesh)
-        versions = {"jax": jax.__version__}
         return Plan(
-            step, policy, self.card, self.mesh, memory, "estimate", versions, {}
+            step=step,
+            policy=policy,
+            gpu=self.gpu,
+            mesh=self.mesh,
+            memory=memory,
+            method="estimate",
+            versions={"jax": jax.__version__},
+            collectives={},
         )
 
-    def _made(self, step: Step, policy: Policy) -> Plan:
+    def _compile(self, step: Step, policy: Policy) -> Plan:
         if self.python is None:
             return self.estimate(step, policy)
         self._say(
-            f"compiling for {self.card.name}: {step.train.batch_size:,} x "
+            f"compiling for {self.gpu.name}: {step.train.batch_size:,} x "
             f"{step.length:,} tokens, {policy.name}"
         )
         mesh = self.mesh if math.prod(self.mesh.values()) > 1 else None
-        made = compile_for(step, self.card, python=self.python, mesh=mesh)
-        versions = {"jax": made.jax}
+        compiled = compile_for(step, self.gpu, python=self.python, mesh=mesh)
         return Plan(
-            step,
-            policy,
-            self.card,
-            self.mesh,
-            made.memory,
-            "compiled",
-            versions,
-            made.collectives,
+            step=step,
+            policy=policy,
+            gpu=self.gpu,
+            mesh=self.mesh,
+            memory=compiled.memory,
+            method="compiled",
+            versions={"jax": compiled.jax},
+            collectives=compiled.collectives,
         )
 
     def fastest(self, step: Step, among: Sequence[Policy]) -> Plan:
-        """The first policy under which the step fits; the leanest if none does."""
+        """Plans under the first policy that fits, else the one that needs least."""
         best: Plan | None = None
         for policy in among:
-            # What is far off by the estimate is not worth a compilation.
-            sure = self.estimate(step, policy).total > 1.5 * self.card.memory_bytes
-            if sure and policy is not among[-1]:
+            # A step that is far too large by the estimate is not compiled.
+            too_large = self.estimate(step, policy).total > 1.5 * self.gpu.memory_bytes
+            if too_large and policy is not among[-1]:
                 continue
             plan = self.plan(step, policy)
             if plan.fits:
@@ -333,37 +336,37 @@ class Planner:
     def longest(
         self, step: Step, among: Sequence[Policy], quantity: Quantity = "length"
     ) -> Plan:
-        """The largest length (or batch) that fits, under the policy that fits most.
+        """Plans the largest length (or batch size) under the policy that fits most.
 
-        A length is a multiple of `granule` tokens, a batch one of the mesh's devices.
-        What is returned fits, and one unit more does not.
+        A length is a multiple of `granule` tokens, a batch size a multiple of the
+        number of devices. The plan fits, and one unit more does not.
 
         Args:
           step: of any length (or batch size).
-          among: policies; by the estimate the best of them is searched.
-          quantity: what is made as large as possible.
+          among: policies; the best of them by the estimate is searched.
+          quantity: what to maximize.
 
         Raises:
-          UserError: not even one unit fits; by how much, and what would help.
+          DoesNotFit: not even one unit fits; says by how much, and what would help.
         """
         guesses = [(self._guess(step, policy, quantity), policy) for policy in among]
-        # Of equals the first, which is the fastest.
+        # `max` returns the first of equals, which is the fastest.
         size, policy = max(guesses, key=lambda guess: guess[0])
-        if not size:  # then the one that comes nearest
+        if not size:  # the policy that needs least
             policy = min(among, key=lambda p: self.estimate(step, p).total)
         return self._search(step, policy, quantity, size)
 
     def longest_of_each(
         self, step: Step, among: Sequence[Policy], quantity: Quantity = "length"
     ) -> list[Plan | None]:
-        """The same for every policy by itself; None where nothing fits."""
-        found: list[Plan | None] = []
+        """Returns `longest` of each policy; None where nothing fits."""
+        plans: list[Plan | None] = []
         for policy in among:
             try:
-                found.append(self.longest(step, [policy], quantity))
+                plans.append(self.longest(step, [policy], quantity))
             except DoesNotFit:
-                found.append(None)
-        return found
+                plans.append(None)
+        return plans
 
     def _sized(self, step: Step, quantity: Quantity, size: int) -> Step:
         if quantity == "length":
@@ -378,22 +381,22 @@ class Planner:
     def _devices(self) -> int:
         return math.prod(self.mesh.values())
 
-    def _most(self, step: Step, quantity: Quantity) -> int:
-        """The largest size whose tokens can be counted."""
+    def _max_size(self, step: Step, quantity: Quantity) -> int:
+        """Returns the largest size whose tokens can be counted in 32 bits."""
         tokens = (2**31 - 1) // step.train.gradient_accumulation_steps
         if quantity == "length":
             return tokens // step.train.batch_size
         return tokens // step.length // self._devices * self._devices
 
     def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
-        """The largest size that fits by the estimate; 0 if none does."""
+        """Returns the largest size that fits by the estimate; 0 if none does."""
         unit = 128 if quantity == "length" else self._devices
 
         def fits(units: int) -> bool:
             sized = self._sized(step, quantity, units * unit)
             return self.estimate(sized, policy).fits
 
-        low, high = 0, max(self._most(step, quantity) // unit, 1)
+        low, high = 0, max(self._max_size(step, quantity) // unit, 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
@@ -403,12 +406,13 @@ class Planner:
         self, step: Step, policy: Policy, quantity: Quantity, guess: int
     ) -> Plan:
         unit = self._unit(quantity, guess)
-        most = max(self._most(step, quantity) // unit, 1)
+        most = max(self._max_size(step, quantity) // unit, 1)
 
         def at(units: int) -> Plan:
             return self.plan(self._sized(step, quantity, units * unit), policy)
 
-        low, high = 0, most + 1  # the largest that is known to fit, and not to
+        # Invariant: `low` units fit (or are 0), and `high` units do not.
+        low, high = 0, most + 1
         below: Plan | None = None
         above: Plan | None = None
         here = min(max(guess // unit, 1), most)
@@ -428,9 +432,9 @@ class Planner:
                 slope = self._slope(step, policy, quantity, here * unit) * unit
             start, known = (low, below) if below is not None else (high, above)
             assert known is not None
-            step_to = math.floor((self.card.memory_bytes - known.total) / slope)
-            # On a straight line the answer lies there or right beside. It is not quite
-            # straight: a search that has not ended by then halves what is left.
+            step_to = math.floor((self.gpu.memory_bytes - known.total) / slope)
+            # If memory were linear, the limit would be there. It is only nearly so:
+            # after some steps the search bisects.
             here = start + step_to
             if tried > 4 and above is not None:
                 here = (low + high) // 2
@@ -443,14 +447,14 @@ class Planner:
     def _slope(
         self, step: Step, policy: Policy, quantity: Quantity, size: int
     ) -> float:
-        """Bytes of one more, by the estimate."""
+        """Returns the bytes per unit of size, by the estimate."""
         small = self.estimate(self._sized(step, quantity, size), policy)
         large = self.estimate(self._sized(step, quantity, 2 * size), policy)
         return max((large.total - small.total) / size, 1.0)
 
     def too_large(self, plan: Plan) -> str:
-        """Says by how much a plan exceeds the card, and what would help."""
-        over = plan.total - self.card.memory_bytes
+        """Returns by how much a plan exceeds the GPU's memory, and what would help."""
+        over = plan.total - self.gpu.memory_bytes
         enough, others = self.knobs(plan)
         if enough:
             advice = f"By the estimate enough: {'; '.join(enough)}."
@@ -458,27 +462,27 @@ class Planner:
             advice = (
                 "By the estimate no setting alone is enough"
                 + (f" ({'; '.join(others)})" if others else "")
-                + ": take a larger card, several (--mesh.fsdp), or a smaller model."
+                + ": take a larger GPU, several (--mesh.fsdp), or a smaller model."
             )
         return (
             f"{plan.step.train.batch_size:,} x {plan.step.length:,} tokens take "
             f"{_gb(plan.total)} under the policy '{plan.policy.name}', {_gb(over)} "
-            f"more than the {_gb(self.card.memory_bytes)} of {self.card.name}. {advice}"
+            f"more than the {_gb(self.gpu.memory_bytes)} of {self.gpu.name}. {advice}"
         )
 
     def knobs(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """Settings that would take less, and by how much.
+        """Returns settings that need less memory, and how much they save.
 
         Returns:
-          Those that are enough alone, and others that save more than 0.5 % of the card.
+          Those that are enough alone, and others that save more than 0.5 % of the GPU.
         """
         step, now = plan.step, self.estimate(plan.step, plan.policy).total
-        over = plan.total - self.card.memory_bytes
+        over = plan.total - self.gpu.memory_bytes
         lora = step.compute.lora
         assert lora is not None
         options: list[tuple[str, Step, Policy]] = [
             (f"the policy '{policy.name}'", step, policy)
-            for policy in policies(card=self.card)
+            for policy in policies(gpu=self.gpu)
             if policy.name != plan.policy.name
         ]
         if step.quantization != "nf4_dq":
@@ -500,9 +504,10 @@ class Planner:
         enough, others = [], []
         for text, changed, policy in options:
             saved = now - self.estimate(changed, policy).total
-            if saved > 0.005 * self.card.memory_bytes:
-                where = enough if saved >= over else others
-                where.append(f"{text} saves {_gb(saved)}")
+            if saved > 0.005 * self.gpu.memory_bytes:
+                (enough if saved >= over else others).append(
+                    f"{text} saves {_gb(saved)}"
+                )
         return enough, others
 
 
@@ -511,5 +516,5 @@ class DoesNotFit(UserError):
 
 
 def granule(length: int) -> int:
-    """The unit in which lengths are searched: below 16,384 tokens 128, else 1,024."""
+    """Returns the unit of searched lengths: 128 below 16,384 tokens, else 1,024."""
     return 128 if length < 16384 else 1024

@@ -1,14 +1,13 @@
-"""A training step before it exists: its arguments, its program, its memory.
+"""A training step described by shapes: its arguments, program and memory.
 
     lowered = lower(Step(config, compute, length=8192), mesh)
     memory = StepMemory.of(lowered.compile(), step, mesh)
 
-The one builder of the step, for the device at hand and for a card that is not there
-(`gpu_mesh`), whose program XLA's GPU compiler makes all the same: arguments are shapes,
-nothing is loaded and nothing runs. The buffers of a compiled step are those it will
-use; two things the compiler does not see are added by the caller's choice of constants:
-the workspace that cuDNN's backward pass asks for when it runs (`workspace`),
-and what a process takes besides (`ALLOWANCE`).
+The step is lowered with shapes for the device at hand, or for a GPU that is not
+installed (`gpu_mesh`); nothing is loaded and nothing runs. A compiled step plans all of
+its buffers. The compiler does not see two things: the workspace that cuDNN's backward
+pass allocates when it runs (`StepMemory.workspace`), and what the process takes
+(`planning.gpus.ALLOWANCE`).
 """
 
 from __future__ import annotations
@@ -47,23 +46,23 @@ _CUDNN_BACKWARD = "__cudnn$fmhaSoftmaxBackward"
 
 @dataclass(frozen=True)
 class Step:
-    """A training step, as far as its program depends on it."""
+    """The settings that the program of a training step depends on."""
 
     config: LlamaConfig
     compute: Compute
-    """With the LoRA configuration of the run."""
+    """Includes the LoRA configuration."""
     length: int
-    """Tokens of a row."""
+    """Tokens per row."""
     train: TrainConfig = TrainConfig(steps=1)
-    """Rows of a micro-batch, micro-batches, and the optimizer."""
+    """Batch size, micro-batches, and the optimizer."""
     quantization: str | None = "nf4_dq"
-    """Of the linear layers, as `abstract_base` takes it."""
+    """Of the linear modules, as `abstract_base` takes it."""
     packed: bool = False
     """Whether rows hold several documents."""
     embed_tokens: EmbeddingMemory = "device"
-    """Where the table of the embedding lies."""
+    """Memory of the embedding table."""
     lm_head: HeadMemory = "device"
-    """Where the output head lies, or "nf4", quantized; tied, it is the same table."""
+    """Memory of the head, or "nf4" to quantize it; if tied, the embedding's."""
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -72,8 +71,8 @@ class Step:
             )
         if self.lm_head == "nf4" and self.config.tie_word_embeddings:
             raise UserError(
-                "lm_head='nf4': this model's head is its embedding table, which stays "
-                "as it is. Use 'device' or 'host'."
+                "lm_head='nf4': this model's head is its embedding table, which is not "
+                "quantized. Use 'device' or 'host'."
             )
         tokens = self.tokens * self.train.gradient_accumulation_steps
         if tokens > _MAX_INT32:
@@ -87,17 +86,17 @@ class Step:
 
     @property
     def on_host(self) -> tuple[Path, ...]:
-        """Modules of the base in pinned host memory."""
-        places = {EMBEDDING: self.embed_tokens, HEAD: self.lm_head}
-        return tuple(path for path, where in places.items() if where == "host")
+        """Paths of the base's modules in pinned host memory."""
+        memories = {EMBEDDING: self.embed_tokens, HEAD: self.lm_head}
+        return tuple(path for path, memory in memories.items() if memory == "host")
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.train.batch_size * self.length
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data that `from_json` makes an equal step of."""
+        """Returns plain data, the inverse of `from_json`."""
         compute = _fields(self.compute)
         if self.compute.lora is not None:
             compute["lora"] = _fields(self.compute.lora)
@@ -110,10 +109,10 @@ class Step:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Step:
-        """Makes a step of what `to_json` returned."""
+        """Restores a step from the result of `to_json`."""
         compute = dict(content["compute"])
         if compute["lora"] is not None:
-            # JSON has neither tuples nor immutable tables.
+            # JSON has neither tuples nor immutable mappings.
             lora = {name: _frozen(v) for name, v in compute["lora"].items()}
             compute["lora"] = LoraConfig(**lora)
         groups = tuple(ParameterGroup(**g) for g in content["train"]["groups"])
@@ -141,7 +140,7 @@ def abstract_arguments(step: Step) -> tuple[TrainState, Any, dict[str, Any]]:
     """Returns state, base and batch of a step, as shapes.
 
     Raises:
-      UserError: no adapters are asked for, or they target nothing in this model.
+      UserError: no LoRA configuration, or one that targets no module of this model.
     """
     if step.compute.lora is None:
         raise UserError("A training step needs a LoRA configuration (`Compute.lora`).")
@@ -175,19 +174,19 @@ def _optimizer(step: Step, base: Any) -> Any:
     return make_optimizer(step.train, 1, select(base, step.compute.lora))
 
 
-def gpu_mesh(card: GpuSpec, shape: Mapping[str, int] | None = None) -> Mesh:
-    """A mesh of cards that are not there, in one machine.
+def gpu_mesh(gpu: GpuSpec, shape: Mapping[str, int] | None = None) -> Mesh:
+    """Returns a mesh of GPUs of one machine that are not installed.
 
-    It needs the CUDA plugin of JAX, in a process whose platform is the CPU.
+    Needs the CUDA plugin of JAX, in a process whose platform is the CPU.
 
     Args:
-      card: which.
-      shape: names and sizes of the mesh's axes; default one card.
+      gpu: the data sheet of each.
+      shape: names and sizes of the mesh's axes; default one GPU.
     """
     shape = shape or {"data": 1}
     topology = topologies.get_topology_desc(
         platform="cuda",
-        target_config=card.target,
+        target_config=gpu.target,
         topology=f"1x1x{math.prod(shape.values())}",
     )
     return topologies.make_mesh(
@@ -196,7 +195,7 @@ def gpu_mesh(card: GpuSpec, shape: Mapping[str, int] | None = None) -> Mesh:
 
 
 def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
-    """Traces the step as a run jits it: the state donated, everything else kept.
+    """Lowers the step as a run jits it: only the state is donated.
 
     Args:
       step: the step.
@@ -213,39 +212,39 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
     )
     if mesh is None:
         return jitted.lower(*arguments)
-    # For whom to trace: what is chosen by the kind of device is chosen for this one.
+    # Kernels are chosen by the device kind of the mesh in context.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jitted.lower(*shard_step(arguments, mesh, step.on_host))
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a compiled step takes on each of its devices, and pins on the host."""
+    """Bytes that a compiled step takes on each device and pins on the host."""
 
     base: int
     """Frozen weights."""
     adapters: int
     optimizer: int
-    """Moments and counts of the optimizer, the step number and the random key."""
+    """Optimizer state, step number and random key."""
     batch: int
     activations: int
-    """Of all layers, kept by the forward pass for the backward one."""
+    """Kept by the forward pass of all layers for the backward pass."""
     gradients: int
-    """Of what is trained."""
+    """Of the trained parameters."""
     loss: int
-    """What the loss needs where nothing else needs it: chunks of logits."""
+    """Needed by the loss alone: chunks of logits."""
     temporaries: int
-    """The other temporaries: a layer at work."""
+    """Other temporaries, such as those of the current layer."""
     workspace: int
-    """Of cuDNN's backward pass, by its formula; the compiler takes it for 0."""
+    """Of cuDNN's backward pass, by its formula; the compiler counts 0."""
     host_base: int = 0
     """Frozen weights in pinned host memory."""
     host_activations: int = 0
-    """What is offloaded to pinned host memory."""
+    """Activations offloaded to pinned host memory."""
 
     @property
     def device_bytes(self) -> int:
-        """All kinds on a device."""
+        """Sum of all kinds on a device."""
         return sum(
             getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -254,7 +253,7 @@ class StepMemory:
 
     @property
     def host_bytes(self) -> int:
-        """All kinds pinned on the host, of one device."""
+        """Sum of all kinds pinned on the host for a device."""
         return self.host_base + self.host_activations
 
     @classmethod
@@ -271,11 +270,10 @@ class StepMemory:
         Args:
           compiled: `lower(step, mesh).compile()`.
           step: the step.
-          mesh: as it was lowered for.
-          buffers: XLA's text of the buffer assignment, from which each byte of the
-            temporaries is counted once, for the first of gradients, activations,
-            temporaries and loss that uses it. Without it all of them are `temporaries`.
-          arguments: what it was lowered with; default `abstract_arguments(step)`.
+          mesh: the mesh it was lowered for.
+          buffers: XLA's text of the buffer assignment, by which `split_temporaries`
+            splits the temporaries; without it all of them are `temporaries`.
+          arguments: that it was lowered with; default `abstract_arguments(step)`.
         """
         stats = compiled.memory_analysis()
         if arguments is None:
@@ -288,36 +286,36 @@ class StepMemory:
         if buffers is not None:
             split = split_temporaries(buffers, text, step, state.adapters)
             kinds = split | {
-                # Holes between the buffers are there for those at work.
+                # Gaps between buffers come from the temporaries.
                 "temporaries": stats.temp_size_in_bytes
                 - sum(size for kind, size in split.items() if kind != "temporaries")
             }
-        adapters = _bytes(state.adapters, host=False)
-        # What the compiler plans beside: results that take no argument's place, and
-        # the few bytes to which arguments are rounded up.
+        adapters = device_tree_bytes(state.adapters)
+        # Results that do not alias an argument, and the alignment of arguments.
         kinds["temporaries"] += stats.output_size_in_bytes - stats.alias_size_in_bytes
         return cls(
-            base=_bytes(base, host=False),
+            base=device_tree_bytes(base),
             adapters=adapters,
-            optimizer=_bytes(state, host=False) - adapters,
-            batch=_bytes(batch, host=False),
+            optimizer=device_tree_bytes(state) - adapters,
+            batch=device_tree_bytes(batch),
             activations=kinds.get("activations", 0),
             gradients=kinds.get("gradients", 0),
             loss=kinds.get("loss", 0),
             temporaries=kinds["temporaries"],
             workspace=_attention_workspace(text, step, mesh),
-            host_base=_bytes(base, host=True),
+            host_base=device_tree_bytes(base, host=True),
             host_activations=stats.host_temp_size_in_bytes,
         )
 
 
-def _bytes(tree: Any, *, host: bool) -> int:
+def device_tree_bytes(tree: Any, *, host: bool = False) -> int:
+    """Returns the bytes of a tree on each device, or (`host`) in pinned host memory."""
     leaves = jax.tree.leaves(tree)
     return sum(local_bytes(leaf) for leaf in leaves if is_on_host(leaf) == host)
 
 
 def _attention_workspace(text: str, step: Step, mesh: Any) -> int:
-    """Dq in float32, which cuDNN's backward pass sums up before it rounds."""
+    """Returns the bytes of dQ in float32, in which cuDNN's backward pass sums."""
     if _CUDNN_BACKWARD not in text:
         return 0
     devices = 1 if mesh is None else math.prod(mesh.shape.values())
@@ -325,10 +323,10 @@ def _attention_workspace(text: str, step: Step, mesh: Any) -> int:
     return 4 * step.tokens // devices * config.num_attention_heads * config.head_dim
 
 
-# --- What the temporaries are for ---
+# --- Kinds of temporaries ---
 
 _KINDS = ("gradients", "activations", "temporaries", "loss")
-# Values in the device's memory; those of the host are "@5".
+# Values in device memory ("@0"); those in host memory have "@5".
 _VALUE = re.compile(
     r" value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
     r"\(size=(\d+),offset=(\d+)\): (\S+)"
@@ -340,64 +338,63 @@ _NAMED = re.compile(r'%?([\w.\-]+) = .*op_name="([^"]*)"')
 def split_temporaries(
     buffers: str, program: str, step: Step, adapters: Any
 ) -> dict[str, int]:
-    """Counts each byte of the temporaries once, by what it is for.
+    """Splits the bytes of the temporaries by kind.
 
     Buffers share memory over time. A byte counts for the first of these kinds that ever
-    uses it: gradients (arrays of the shapes of what is trained), activations (arrays of
-    all layers and all tokens), temporaries, loss (what the program does between the
-    last layer and its gradient). `loss` is thus what the loss costs in addition.
+    uses it: gradients (arrays of the shapes of trained parameters), activations (arrays
+    of all layers and all tokens), temporaries, loss (between the last layer and its
+    gradient). `loss` is thus the additional memory of the loss.
 
     Args:
       buffers: XLA's text of the buffer assignment.
       program: the scheduled program.
       step: the step.
-      adapters: shapes of what is trained, with their shardings.
+      adapters: shapes of the trained parameters, with their shardings.
     """
     origin = {
         match[1]: match[2]
         for line in program.splitlines()
         if (match := _NAMED.match(line.strip().removeprefix("ROOT ")))
     }
-    trained = set()
+    trained_shapes = set()
     for leaf in jax.tree.leaves(adapters):
         sharding = getattr(leaf, "sharding", None)
-        trained.add(
-            tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-        )
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        trained_shapes.add(tuple(shape))
     spans: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _KINDS}
     for block in re.split(r"\nallocation ", buffers):
         if "preallocated-temp" not in block.partition("\n")[0]:
             continue
         for match in _VALUE.finditer(block):
             name, size, start, shape = match[1], int(match[2]), int(match[3]), match[4]
-            kind = _kind(shape, origin.get(name, ""), step, trained)
+            kind = _kind(shape, origin.get(name, ""), step, trained_shapes)
             spans[kind].append((start, start + size))
-    found, taken = {}, []
+    kind_bytes, counted = {}, []
     for kind in _KINDS:
-        before = _covered(taken)
-        taken += spans[kind]
-        found[kind] = _covered(taken) - before
-    return found
+        before = _union_length(counted)
+        counted += spans[kind]
+        kind_bytes[kind] = _union_length(counted) - before
+    return kind_bytes
 
 
-def _kind(shape: str, origin: str, step: Step, trained: set) -> str:
+def _kind(shape: str, origin: str, step: Step, trained_shapes: set) -> str:
     match = _SHAPE.match(shape)
     sizes = [int(n) for n in match[2].split(",") if n] if match else []
-    if tuple(sizes) in trained:
+    if tuple(sizes) in trained_shapes:
         return "gradients"
-    # Behind the layers come the rows, of which each device has its share.
+    # [layers, rows of this device, ..., length, ...]
     layers, rows = step.config.num_hidden_layers, step.train.batch_size
     if sizes[:1] == [layers] and step.length in sizes[2:] and not rows % sizes[1]:
         return "activations"
-    # Derivatives are taken of the layers, which are a method of the model, and of the
-    # loss, which is none.
+    # Both the layers and the loss are differentiated; only the layers are a method of
+    # the model, whose name stands in the op name.
     if "jvp(" in origin and "hidden_states" not in origin:
         return "loss"
     return "temporaries"
 
 
-def _covered(spans: Iterable[tuple[int, int]]) -> int:
-    """Length of the union of intervals."""
+def _union_length(spans: Iterable[tuple[int, int]]) -> int:
+    """Returns the length of the union of intervals."""
     total, end = 0, 0
     for start, stop in sorted(spans):
         total += max(stop - max(start, end), 0)

@@ -29,11 +29,11 @@ from qlora_jax.lora.init import factor_out
 from qlora_jax.lora.targets import select
 from qlora_jax.models.llama import Llama
 from qlora_jax.planning.gpus import (
-    _ENDLESS,
     ALLOWANCE,
+    UNLIMITED,
     GpuSpec,
-    _more_memory,
     give_back_freed_memory,
+    more_memory_advice,
     this_device,
 )
 from qlora_jax.planning.plan import Plan, Planner, Policy, device_bytes, policies
@@ -74,15 +74,15 @@ class CompiledStep:
     def summary(self) -> str:
         """Returns one line for the user."""
         plan = self.plan
-        limit = plan.card.memory_bytes - ALLOWANCE
+        limit = plan.gpu.memory_bytes - ALLOWANCE
         kinds = ", ".join(
             f"{name} {readable_bytes(size)}"
             for name, size in device_bytes(plan.memory).items()
             if size
         )
         text = f"Plan: {readable_bytes(plan.memory.device_bytes)}"
-        if limit < _ENDLESS:
-            text += f" of {readable_bytes(limit)} on {plan.card.name}"
+        if limit < UNLIMITED:
+            text += f" of {readable_bytes(limit)} on {plan.gpu.name}"
         text += f", policy '{plan.policy.name}' ({kinds})"
         if plan.memory.host_bytes:
             text += f"; {readable_bytes(plan.memory.host_bytes)} pinned on the host"
@@ -161,7 +161,7 @@ def compile_step(
             arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
             return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
-    raise UserError(planner.too_large(nearest) + _more_memory())
+    raise UserError(planner.too_large(nearest) + more_memory_advice())
 
 
 def _plain_step(
@@ -231,7 +231,7 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
     size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
     size += stats.output_size_in_bytes - stats.alias_size_in_bytes
     size += sum(array.size * array.dtype.itemsize for array in batch.values())
-    gpu = compiled.plan.card
+    gpu = compiled.plan.gpu
     if size + ALLOWANCE > gpu.memory_bytes:
         rows, length = batch["tokens"].shape
         advice = "A smaller `eval.batch_size` needs less"

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.inference.config import Sampling
-from qlora_jax.inference.decode import _generate
-from qlora_jax.inference.sampling import Rules, Values
+from qlora_jax.inference.decode import _generate, _Program
+from qlora_jax.inference.sampling import Values
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.models.config import LlamaConfig
@@ -62,14 +62,13 @@ def lower(request: dict[str, Any]) -> jax.stages.Lowered:
         (variables, rows, rows, values),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
-        return _generate.lower(
+        program = _Program.of(
             Llama(config, compute),
-            *arguments,
-            slots=request["length"] + request["generate"],
-            max_new_tokens=request["generate"],
-            rules=Rules(),
-            eos=(2,),
+            Sampling(),
+            (2,),
+            cache_size=request["length"] + request["generate"],
         )
+        return _generate.lower(program, *arguments, max_new_tokens=request["generate"])
 
 
 def main(request: dict[str, Any], out: Path) -> None:

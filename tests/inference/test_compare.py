@@ -39,11 +39,13 @@ def model(llama_dir, **changes):
     return dataclasses.replace(loaded, base=tree)
 
 
-def test_a_model_and_itself(llama_dir):
+def test_a_model_equals_itself(llama_dir):
     tokens = probe_tokens(load_exact(llama_dir).config)
-    found = compare_logits(load_exact(llama_dir), lambda: load_exact(llama_dir), tokens)
-    assert found.pop("max_abs_logit") > 0.01
-    assert found == {
+    report = compare_logits(
+        load_exact(llama_dir), lambda: load_exact(llama_dir), tokens
+    )
+    assert report.pop("max_abs_logit") > 0.01
+    assert report == {
         "probe_tokens": PROBE_TOKENS,
         "max_abs_difference": 0.0,
         "mean_kl": 0.0,
@@ -53,37 +55,38 @@ def test_a_model_and_itself(llama_dir):
 
 
 def test_figures_are_those_of_the_logits(llama_dir):
-    one = model(llama_dir)
-    two = model(llama_dir, lm_head_weight=lambda w: w * 3 + 1)
-    tokens = probe_tokens(one.config)
-    found = compare_logits(one, two, tokens)
+    first = model(llama_dir)
+    second = model(llama_dir, lm_head_weight=lambda w: w * 3 + 1)
+    tokens = probe_tokens(first.config)
+    report = compare_logits(first, second, tokens)
     a, b = (
-        np.asarray(m.logits(tokens), np.float64).reshape(-1, 32) for m in (one, two)
+        np.asarray(m.logits(tokens), np.float64).reshape(-1, 32)
+        for m in (first, second)
     )
     p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x, jnp.float32))) for x in (a, b))
     kl = (np.exp(p) * (p - q)).sum(1)
-    assert found["max_abs_logit"] == pytest.approx(np.abs(a).max())
-    assert found["max_abs_difference"] == pytest.approx(np.abs(a - b).max(), rel=1e-5)
-    assert found["mean_kl"] == pytest.approx(kl.mean(), rel=1e-4)
-    assert found["max_kl"] == pytest.approx(kl.max(), rel=1e-4)
+    assert report["max_abs_logit"] == pytest.approx(np.abs(a).max())
+    assert report["max_abs_difference"] == pytest.approx(np.abs(a - b).max(), rel=1e-5)
+    assert report["mean_kl"] == pytest.approx(kl.mean(), rel=1e-4)
+    assert report["max_kl"] == pytest.approx(kl.max(), rel=1e-4)
     same = (a.argmax(1) == b.argmax(1)).mean()
-    assert found["same_top_token"] == pytest.approx(same)
+    assert report["same_top_token"] == pytest.approx(same)
 
 
-def test_constants_added_to_all_logits_are_no_divergence(llama_dir):
+def test_a_constant_added_to_all_logits_has_no_divergence(llama_dir):
     """KL sees distributions: a row that is the same in all tokens drops out."""
-    one = model(llama_dir)
-    tokens = probe_tokens(one.config)
+    first = model(llama_dir)
+    tokens = probe_tokens(first.config)
     shift = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
-    found = compare_logits(
-        one, model(llama_dir, lm_head_weight=lambda w: w + shift), tokens
+    report = compare_logits(
+        first, model(llama_dir, lm_head_weight=lambda w: w + shift), tokens
     )
-    assert found["max_abs_difference"] > 1
-    assert found["max_kl"] < 1e-5
-    assert found["same_top_token"] == 1.0
+    assert report["max_abs_difference"] > 1
+    assert report["max_kl"] < 1e-5
+    assert report["same_top_token"] == 1.0
 
 
-def test_one_model_at_a_time(llama_dir):
+def test_the_first_model_is_freed_before_the_second_is_loaded(llama_dir):
     first = []
 
     def load():
@@ -113,10 +116,10 @@ def test_probe_tokens(llama_dir):
     assert set(range(16)) <= set(probe_tokens(short, range(1000)).reshape(-1).tolist())
 
 
-def test_vocabularies_of_different_sizes(llama_dir):
-    one = model(llama_dir)
-    config = dataclasses.replace(one.config, vocab_size=20)
-    two = dataclasses.replace(
+def test_vocabularies_of_different_sizes_are_refused(llama_dir):
+    first = model(llama_dir)
+    config = dataclasses.replace(first.config, vocab_size=20)
+    second = dataclasses.replace(
         model(
             llama_dir,
             lm_head_weight=lambda w: w[:20],
@@ -125,7 +128,7 @@ def test_vocabularies_of_different_sizes(llama_dir):
         config=config,
     )
     with pytest.raises(UserError, match="vocabularies of 32 and 20 tokens"):
-        compare_logits(one, two, probe_tokens(config))
+        compare_logits(first, second, probe_tokens(config))
 
 
 @pytest.mark.real
@@ -142,7 +145,7 @@ def test_probe_texts(shared_data, llama_dir):
         probe_text(llama_dir, config, "text")
 
 
-def test_a_text_without_tokens(monkeypatch, llama_dir):
+def test_a_probe_text_without_tokens_is_refused(monkeypatch, llama_dir):
     from qlora_jax.inference import compare
 
     monkeypatch.setattr(
@@ -152,12 +155,12 @@ def test_a_text_without_tokens(monkeypatch, llama_dir):
         probe_text(llama_dir, load_exact(llama_dir).config, "")
 
 
-def test_modules_of_ones_own(llama_dir):
+def test_custom_modules_are_refused(llama_dir):
     config = load_exact(llama_dir).config
     check_plain(config, llama_dir)
-    own = dataclasses.replace(config, extra_tensors={"model.gate.weight": (2, 2)})
-    with pytest.raises(UserError, match=r"has modules of its own \(model.gate.weight"):
-        check_plain(own, llama_dir)
+    custom = dataclasses.replace(config, extra_tensors={"model.gate.weight": (2, 2)})
+    with pytest.raises(UserError, match=r"has custom modules \(model.gate.weight"):
+        check_plain(custom, llama_dir)
 
 
 # --- Loading, and what was trained on ---
@@ -182,8 +185,8 @@ def test_weights_keep_their_dtype(llama_dir, tmp_path):
     tokens = probe_tokens(loaded.config)
     # Widened first or as they are used: the same numbers.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), loaded.base)
-    found = compare_logits(loaded, dataclasses.replace(loaded, base=wide), tokens)
-    assert found["max_abs_difference"] == 0
+    report = compare_logits(loaded, dataclasses.replace(loaded, base=wide), tokens)
+    assert report["max_abs_difference"] == 0
     packed = load_exact(path, quantization="nf4")
     assert 0 < compare_logits(loaded, packed, tokens)["max_kl"]
 
@@ -197,15 +200,15 @@ def test_layers_of_different_dtypes(llama_dir, tmp_path):
     assert isinstance(loaded, Model)
 
 
-@pytest.mark.parametrize("own", [np.float32, ml_dtypes.bfloat16])
-def test_every_form_a_base_is_trained_in_is_found(llama_dir, tmp_path, own):
-    path = rewritten(llama_dir, tmp_path, own)
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_every_form_a_base_is_trained_in_is_found(llama_dir, tmp_path, stored):
+    path = rewritten(llama_dir, tmp_path, stored)
     for quantization, dtype in itertools.product(
         ("nf4", "nf4_dq", None), ("float32", "bfloat16", "float16", None)
     ):
         _, base = convert.load_llama(path, quantization=quantization, dtype=dtype)
-        found = trained_form(path, fingerprint_tree(base))
-        assert found == f"{quantization or 'none'}, {dtype or np.dtype(own).name}"
+        form = trained_form(path, fingerprint_tree(base))
+        assert form == f"{quantization or 'none'}, {dtype or np.dtype(stored).name}"
     assert trained_form(path, "0" * 64) is None
 
 

@@ -1,5 +1,6 @@
-"""Generation: greedy as Hugging Face, a batch as its rows alone, sampling as told."""
+"""Generation: greedy as Hugging Face, rows independent of the batch, sampling."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,8 +13,14 @@ import pytest
 import convert
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
-from qlora_jax.inference.decode import Decoding, _generate, generate_tokens
-from qlora_jax.inference.sampling import Rules, Values
+from qlora_jax.inference.decode import (
+    Decoding,
+    DecodingConfig,
+    _generate,
+    _Program,
+    generate_tokens,
+)
+from qlora_jax.inference.sampling import Values
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
@@ -53,7 +60,7 @@ def test_greedy_tokens_are_those_of_hugging_face(shared_data, name):
     assert rows == [row["output_ids"] for row in stored]
 
 
-def test_a_row_gets_what_it_gets_alone(tiny):
+def test_a_row_does_not_depend_on_its_batch(tiny):
     together = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert row[: len(prompt)] == prompt and len(row) == len(prompt) + 12
@@ -90,14 +97,14 @@ def packed(llama_dir):
     }
 
 
-def test_packed_weights_with_adapters_generate_as_their_logits_say(packed):
+def test_greedy_tokens_of_packed_weights_with_adapters_are_the_argmax(packed):
     model, variables = packed
     rows = generate_tokens(model, variables, PROMPTS, max_new_tokens=12)
     # Tokens see none after them, so those that make the rows equally long say nothing.
     width = max(map(len, rows))
     padded = jnp.asarray([row + [0] * (width - len(row)) for row in rows])
-    said = jnp.argmax(apply(model, variables, padded), axis=-1)
-    for prompt, row, best in zip(PROMPTS, rows, said, strict=True):
+    best_tokens = jnp.argmax(apply(model, variables, padded), axis=-1)
+    for prompt, row, best in zip(PROMPTS, rows, best_tokens, strict=True):
         assert row[len(prompt) :] == best[len(prompt) - 1 : len(row) - 1].tolist()
 
 
@@ -115,23 +122,21 @@ def test_lifted_stacks_generate_the_same(packed, monkeypatch):
     assert generate_tokens(model, variables, PROMPTS, max_new_tokens=12) == rows
 
 
-def test_a_token_is_written_into_the_cache_where_it_lies(packed):
+def test_the_cache_is_updated_in_place(packed):
     """By the compiled program: nothing of the size of a cache is copied in a loop."""
     model, variables = packed
     c = model.config
-    program = _generate.lower(
-        model,
+    greedy, ones = Sampling(), np.ones((3, 32), np.int32)
+    lowered = _generate.lower(
+        _Program.of(model, greedy, (), cache_size=96),
         variables,
-        np.ones((3, 32), np.int32),
-        np.ones((3, 32), np.int32),
-        Values.of(Sampling()),
-        slots=96,
+        ones,
+        ones,
+        Values.of(greedy),
         max_new_tokens=64,
-        rules=Rules(),
-        eos=(),
     )
     layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
-    text = program.compile().as_text()
+    text = lowered.compile().as_text()
     assert f"f32[2,{layer}" in text
     loops = re.split(r"\nENTRY ", text)[0]
     copies = re.findall(r"= (\S+) copy\(", loops)
@@ -144,8 +149,8 @@ def test_sampling_is_a_function_of_the_seed(tiny):
     assert generate_tokens(*tiny, PROMPTS, seed=1, **settings) == first
     assert generate_tokens(*tiny, PROMPTS, seed=2, **settings) != first
     # Equal prompts in one batch draw from streams of their own.
-    one, two, _ = generate_tokens(*tiny, [[1, 2], [1, 2], [3]], seed=1, **settings)
-    assert one != two
+    first, second, _ = generate_tokens(*tiny, [[1, 2], [1, 2], [3]], seed=1, **settings)
+    assert first != second
 
 
 def test_limits_that_leave_one_token_are_greedy(tiny):
@@ -165,9 +170,9 @@ def test_sampling_follows_the_distribution(tiny):
     )
     logits = apply(model, variables, jnp.asarray([[1, 2, 3]]))[0, -1]
     expected = np.asarray(jax.nn.softmax(logits / 0.7))
-    found = np.bincount([row[-1] for row in rows], minlength=32) / 2000
+    shares = np.bincount([row[-1] for row in rows], minlength=32) / 2000
     # Five standard errors of a share.
-    assert (np.abs(found - expected) <= 5 * np.sqrt(expected / 2000) + 1e-3).all()
+    assert (np.abs(shares - expected) <= 5 * np.sqrt(expected / 2000) + 1e-3).all()
 
 
 def test_a_row_ends_at_an_end_token_and_the_others_go_on(tiny):
@@ -190,46 +195,41 @@ def test_a_row_ends_at_an_end_token_and_the_others_go_on(tiny):
     ],
     ids=["greedy", "sampled", "penalized"],
 )
-def test_a_decoding_gives_the_tokens_of_the_one_loop(tiny, settings):
+def test_a_decoding_gives_the_tokens_of_generate_tokens(tiny, settings):
     """First token, whole chunks, a part of one; a row that ends and one ended."""
     rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=40, **settings)
     added = [row[len(prompt) :] for prompt, row in zip(PROMPTS, rows, strict=True)]
-    decoding = Decoding(
-        *tiny, PROMPTS, max_new_tokens=40, sampling=Sampling(**settings)
-    )
-    found, visits = [[], [], []], []
+    config = DecodingConfig(40, Sampling(**settings))
+    decoding = Decoding(*tiny, PROMPTS, config)
+    streamed, visits = [[], [], []], []
     while not decoding.done:
         new = decoding.advance()
         visits.append(len(new[0]))
-        for row, tokens in zip(found, new, strict=True):
+        for row, tokens in zip(streamed, new, strict=True):
             row += tokens
         if len(visits) == 2:
             decoding.end(1)
-    assert found == [added[0], added[1][:17], added[2]]
+    assert streamed == [added[0], added[1][:17], added[2]]
     assert visits == [1, 16, 16, 7] and decoding.advance() == [[], [], []]
     end = added[0][20]
-    stops = Decoding(
-        *tiny,
-        PROMPTS[:1],
-        max_new_tokens=40,
-        sampling=Sampling(**settings),
-        eos_token_ids=(end,),
-        doubling=True,
+    config = dataclasses.replace(
+        config, eos_token_ids=(end,), power_of_two_lengths=True
     )
+    stops = Decoding(*tiny, PROMPTS[:1], config)
     out = []
     while not stops.done:
         out += stops.advance()[0]
     assert out == added[0][: added[0].index(end) + 1]
 
 
-def test_what_else_is_in_the_batch_changes_nothing(tiny):
+def test_sampling_of_a_row_does_not_depend_on_its_batch(tiny):
     settings = {"max_new_tokens": 12, "temperature": 1.0, "min_p": 0.01, "seed": 5}
     _, row, _ = generate_tokens(*tiny, PROMPTS, **settings)
     _, alike = generate_tokens(*tiny, [[9, 9, 9], PROMPTS[1]], **settings)
     assert row == alike
 
 
-def test_the_penalty_is_for_tokens_of_prompt_and_continuation(tiny):
+def test_the_penalty_covers_prompt_and_continuation(tiny):
     """Against the formula, token by token; padding of a shorter row counts nothing."""
     model, variables = tiny
     rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=8, repetition_penalty=1.5)
@@ -263,6 +263,6 @@ def test_no_prompts_give_no_rows(tiny):
         ([[1]], {"repetition_penalty": 0.0}, "must be positive .*got 0.0"),
     ],
 )
-def test_what_cannot_be_used_is_refused(tiny, prompts, settings, message):
+def test_invalid_prompts_and_settings_are_refused(tiny, prompts, settings, message):
     with pytest.raises(UserError, match=message):
         generate_tokens(*tiny, prompts, **{"max_new_tokens": 3} | settings)

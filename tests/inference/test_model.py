@@ -1,4 +1,4 @@
-"""The front door: directories of every kind in, a model out."""
+"""Loading directories of every kind, and the methods of the model."""
 
 import json
 import logging
@@ -15,7 +15,12 @@ import convert
 import qlora_jax as qj
 from convert.tokenizer import end_tokens, load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference.text import beside_tokens, check_text, check_turns, token_array
+from qlora_jax.inference.text import (
+    check_text,
+    check_turns,
+    per_token_array,
+    token_array,
+)
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.nf4 import NF4Tensor
@@ -197,17 +202,17 @@ def test_token_ids_that_the_model_does_not_have_are_refused(llama_dir):
         ({"input_ids": [[1]]}, r"got \{'input_ids': \[\[1\]\]\}"),
     ],
 )
-def test_what_is_no_token_ids_is_refused(tokens, message):
+def test_tokens_that_are_not_ids_are_refused(tokens, message):
     with pytest.raises(UserError, match=message):
         token_array(tokens, 32)
 
 
-def test_what_goes_beside_tokens_has_their_shape():
-    mask = beside_tokens("attention_mask", [[True, False]], (1, 2))
+def test_masks_and_positions_have_the_shape_of_the_tokens():
+    mask = per_token_array("attention_mask", [[True, False]], (1, 2))
     assert mask.tolist() == [[1, 0]]
-    assert beside_tokens("positions", [[0, 1]], (3, 2)).shape == (1, 2)
+    assert per_token_array("positions", [[0, 1]], (3, 2)).shape == (1, 2)
     with pytest.raises(UserError, match=r"`positions` .* \[1, 2\], got shape \[1, 3\]"):
-        beside_tokens("positions", [[0, 1, 2]], (1, 2))
+        per_token_array("positions", [[0, 1, 2]], (1, 2))
 
 
 @pytest.mark.parametrize("messages", ["Who?", {"role": "user"}, ["Who?"]])
@@ -218,7 +223,7 @@ def test_a_conversation_is_a_list_of_turns(messages):
         check_turns(messages)
 
 
-def test_a_prompt_is_a_text():
+def test_a_prompt_is_a_string():
     with pytest.raises(
         UserError, match=r"got \[1, 2\]. Token ids are continued by `ql"
     ):
@@ -232,7 +237,7 @@ def test_an_adapter_takes_no_second_one(adapter_dir):
 
 def test_generating_needs_a_tokenizer_and_a_list(llama_dir):
     model = load(llama_dir)
-    with pytest.raises(UserError, match="must be a list of texts, got one text"):
+    with pytest.raises(UserError, match="must be a list of texts, got a string"):
         model.generate("Once", max_new_tokens=3)
     with pytest.raises(UserError, match="has no tokenizer. Put its tokenizer.json"):
         model.generate(["Once"], max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""What is sampled from: the filters one by one, in order, and the penalty."""
+"""The filters of sampling one by one and in order, and the repetition penalty."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ PROBABILITIES = [0.3, 0.06, 0.4, 0.2, 0.04]
 
 
 def kept(probabilities, **settings):
-    """Numbers of the tokens that are left."""
+    """Returns the indices of the tokens that remain."""
     sampling = Sampling(temperature=1.0, **settings)
     logits = jnp.log(jnp.asarray([probabilities], jnp.float32))
     rules = Rules.of(sampling, len(probabilities))
@@ -48,18 +48,18 @@ def kept(probabilities, **settings):
     ],
     ids=str,
 )
-def test_what_is_sampled_from(settings, expected):
+def test_filters_keep_the_expected_tokens(settings, expected):
     assert kept(PROBABILITIES, **settings) == expected
 
 
-def test_a_penalty_lowers_what_was_seen():
+def test_the_penalty_lowers_seen_tokens():
     logits = jnp.asarray([[2.0, -2.0, 2.0, -2.0]])
     seen = jnp.asarray([[True, True, False, False]])
     out = penalize(logits, seen, jnp.float32(1.25))
     np.testing.assert_allclose(out, [[1.6, -2.5, 2.0, -2.0]], rtol=1e-6)  # one rounding
 
 
-def test_only_what_is_on_is_compiled():
+def test_values_of_settings_do_not_recompile():
     def rules(**settings):
         return Rules.of(Sampling(**settings), 8)
 
@@ -69,7 +69,7 @@ def test_only_what_is_on_is_compiled():
     assert rules(repetition_penalty=2.0) != rules()
 
 
-def test_all_that_is_wrong_with_the_settings_is_said_at_once():
+def test_all_invalid_settings_are_listed_at_once():
     with pytest.raises(
         UserError, match="2 problems with the sampling settings:"
     ) as raised:

@@ -1,11 +1,11 @@
-"""Pieces of text, what ends one, and the turns of a conversation, without a model."""
+"""Streamed text, stop texts and chat prompts, without a model."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.errors import UserError
-from qlora_jax.inference.text import ChatPrompts, Pieces, resolve_stop
+from qlora_jax.inference.text import ChatPrompts, Detokenizer, resolve_stop
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -37,37 +37,37 @@ def of_bytes():
     )
 
 
-def say(tokenizer, text, size=1, **settings):
-    """The pieces of a text that comes `size` tokens (bytes) at a time."""
+def stream(tokenizer, text, size=1, **settings):
+    """Returns the pieces of a text that arrives `size` tokens (bytes) at a time."""
     tokens = tokenizer(text)["input_ids"]
-    pieces = Pieces(tokenizer, tokenizer("Q:")["input_ids"], **settings)
-    out = []
+    detokenizer = Detokenizer(tokenizer, tokenizer("Q:")["input_ids"], **settings)
+    pieces = []
     for at in range(0, len(tokens), size):
         last = at + size >= len(tokens)
-        out.append(pieces.add(tokens[at : at + size], last=last))
-        if pieces.stopped:
+        pieces.append(detokenizer.add(tokens[at : at + size], last=last))
+        if detokenizer.stopped:
             break
-    assert "".join(out) == pieces.text
-    return out
+    assert "".join(pieces) == detokenizer.text
+    return pieces
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_no_piece_is_half_a_character(tokenizer, size):
+def test_pieces_hold_complete_characters(tokenizer, size):
     text = "Grüß dich 🙂, 你好"
-    pieces = say(tokenizer, text, size)
+    pieces = stream(tokenizer, text, size)
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert size > 1 or pieces[:4] == ["G", "r", "", "ü"]
 
 
-def test_half_a_character_at_the_end_is_left_out(tokenizer):
+def test_an_incomplete_last_character_is_left_out(tokenizer):
     tokens = tokenizer("ab🙂")["input_ids"][:-1]
-    pieces = Pieces(tokenizer, tokens[:1])
-    assert pieces.add(tokens[1:], last=True) == "b"
+    detokenizer = Detokenizer(tokenizer, tokens[:1])
+    assert detokenizer.add(tokens[1:], last=True) == "b"
 
 
-def test_special_tokens_are_no_text(tokenizer):
-    assert "".join(say(tokenizer, "one<|im_end|> two</s>")) == "one two"
+def test_special_tokens_are_left_out(tokenizer):
+    assert "".join(stream(tokenizer, "one<|im_end|> two</s>")) == "one two"
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -78,27 +78,27 @@ def test_special_tokens_are_no_text(tokenizer):
         ("one STO two", ["STOP"], "one STO two"),
         ("one ST", ["STOP"], "one ST"),
         ("ababac", ["abac"], "ab"),
-        # Which is complete first.
+        # The first complete stop text counts.
         ("x\nuser: y", ["\nuser:", "user"], "x\n"),
         ("x\nuser: y", ["\nuser", "user"], "x"),
         ("STOP", ["STOP"], ""),
     ],
 )
-def test_what_ends_a_text_is_never_given_out(tokenizer, text, stop, expected, size):
-    assert "".join(say(tokenizer, text, size, stop=stop)) == expected
+def test_stop_texts_are_never_emitted(tokenizer, text, stop, expected, size):
+    assert "".join(stream(tokenizer, text, size, stop=stop)) == expected
 
 
-def test_white_space_at_both_ends_of_a_turn(tokenizer):
-    pieces = say(tokenizer, "\n two  words \n", strip=True)
+def test_white_space_at_both_ends_of_an_answer_is_stripped(tokenizer):
+    pieces = stream(tokenizer, "\n two  words \n", strip=True)
     assert "".join(pieces) == "two  words"
-    # It is the turn that begins, although what comes before is taken away.
+    # A stop text may begin with white space that is stripped.
     settings = {"strip": True, "stop": ["\nuser:"]}
-    assert "".join(say(tokenizer, "\nuser: me", **settings)) == ""
+    assert "".join(stream(tokenizer, "\nuser: me", **settings)) == ""
 
 
-def test_a_token_as_a_text_that_ends(tokenizer):
-    found = resolve_stop(["<|im_end|>", "\n\n"], tokenizer, (1,))
-    assert found == (("\n\n",), (1, 3))
+def test_a_stop_text_that_is_an_added_token_becomes_an_end_token(tokenizer):
+    resolved = resolve_stop(["<|im_end|>", "\n\n"], tokenizer, (1,))
+    assert resolved == (("\n\n",), (1, 3))
     for wrong in ("STOP", [""], [3]):
         with pytest.raises(UserError, match="`stop` must be a list of texts"):
             resolve_stop(wrong, tokenizer, ())
@@ -109,13 +109,13 @@ def test_a_token_as_a_text_that_ends(tokenizer):
     [(CHATML, ("<|im_end|>",)), (PLAIN, ("\nuser:",)), (SINGLE, ("</s>",))],
     ids=["chatml", "plain", "single"],
 )
-def test_what_ends_a_turn_is_read_off_the_template(tokenizer, tmp_path, template, stop):
+def test_the_end_of_a_turn_comes_from_the_template(tokenizer, tmp_path, template, stop):
     (tmp_path / "chat.jinja").write_text(template)
     prompts = ChatPrompts(tokenizer, str(tmp_path / "chat.jinja"))
     assert prompts.stop == stop
 
 
-def test_a_prompt_is_the_beginning_of_what_was_trained_on(tokenizer, tmp_path):
+def test_a_chat_prompt_is_the_beginning_of_the_training_text(tokenizer, tmp_path):
     (tmp_path / "chat.jinja").write_text(CHATML)
     prompts = ChatPrompts(tokenizer, str(tmp_path / "chat.jinja"))
     turns = [{"role": "user", "content": "Hi"}]

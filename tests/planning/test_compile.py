@@ -37,8 +37,8 @@ MEMORY = {
 }
 
 
-def stand_in(tmp_path, body: str) -> str:
-    """A program in the place of Python, given `-c SOURCE FOLDER`."""
+def fake_python(tmp_path, body: str) -> str:
+    """Writes a program that stands in for Python, called with `-c SOURCE FOLDER`."""
     path = tmp_path / "python"
     head = "import json, os, sys\nfolder = sys.argv[-1]\n"
     path.write_text(f"#!{sys.executable}\n{head}")
@@ -64,17 +64,17 @@ def test_the_compiler_is_found_where_the_plugin_is(monkeypatch):
     assert find_compiler() is None
 
 
-def test_another_python_is_asked_whether_it_can(tmp_path):
+def test_another_python_is_checked_for_the_plugin(tmp_path):
     with pytest.raises(UserError, match="cannot be started"):
         find_compiler(str(tmp_path / "nowhere"))
-    without = stand_in(
+    without = fake_python(
         tmp_path, "sys.exit('ModuleNotFoundError: No module named jax_cuda13_plugin')"
     )
     with pytest.raises(UserError, match="No module named jax_cuda13.*pip install"):
         find_compiler(without)
 
 
-def test_the_step_and_the_card_reach_the_child_and_its_answer_comes_back(tmp_path):
+def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
     answer = {
         "memory": MEMORY,
         "sizes": {"arguments": 1},
@@ -82,7 +82,7 @@ def test_the_step_and_the_card_reach_the_child_and_its_answer_comes_back(tmp_pat
         "seconds": 0.5,
         "jax": "1.2.3",
     }
-    python = stand_in(
+    python = fake_python(
         tmp_path,
         "request = json.load(open(folder + '/request.json'))\n"
         f"json.dump(request, open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
@@ -96,12 +96,12 @@ def test_the_step_and_the_card_reach_the_child_and_its_answer_comes_back(tmp_pat
     assert (made.jax, made.program) == ("1.2.3", "ENTRY")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert Step.from_json(seen["step"]) == STEP
-    assert seen["card"]["name"] == "l4"
+    assert seen["gpu"]["name"] == "l4"
     assert seen["mesh"] == {"data": 2}
 
 
-def test_a_child_that_is_aborted_is_an_error_that_says_what_to_do(tmp_path):
-    python = stand_in(
+def test_an_aborted_child_is_an_error_with_advice(tmp_path):
+    python = fake_python(
         tmp_path, "print('LLVM ERROR: no', file=sys.stderr, flush=True)\nos.abort()\n"
     )
     with pytest.raises(
@@ -110,8 +110,8 @@ def test_a_child_that_is_aborted_is_an_error_that_says_what_to_do(tmp_path):
         compile_for(STEP, CARDS["t4"], python=python)
 
 
-def test_an_error_of_ours_in_the_child_is_ours_here(tmp_path):
-    python = stand_in(
+def test_a_user_error_of_the_child_is_raised_unchanged(tmp_path):
+    python = fake_python(
         tmp_path,
         "sys.exit('Traceback:\\nqlora_jax.errors.UserError: `batch_size`=1 is odd.')",
     )
@@ -120,17 +120,17 @@ def test_an_error_of_ours_in_the_child_is_ours_here(tmp_path):
 
 
 def test_a_child_without_an_answer_is_an_error(tmp_path):
-    python = stand_in(tmp_path, "")
-    with pytest.raises(UserError, match="stopped with status 0: it said nothing"):
+    python = fake_python(tmp_path, "")
+    with pytest.raises(UserError, match="stopped with status 0: no message"):
         compile_for(STEP, CARDS["l4"], python=python)
 
 
 def test_a_child_that_takes_too_long_is_stopped(tmp_path):
-    python = stand_in(tmp_path, "import time\ntime.sleep(60)\n")
+    python = fake_python(tmp_path, "import time\ntime.sleep(60)\n")
     with pytest.raises(UserError, match="took longer than 1 s"):
         compile_for(STEP, CARDS["l4"], python=python, timeout=1)
 
 
-def test_the_module_wants_a_folder(capsys):
+def test_the_module_needs_a_folder(capsys):
     assert main([]) == 2
     assert "usage: python -m qlora_jax.planning.compile" in capsys.readouterr().err

@@ -191,24 +191,24 @@ def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
 
 
 @pytest.mark.parametrize(
-    ("tied", "fields", "said"),
+    ("tied", "fields", "patterns"),
     [
         (False, {}, []),
         (
             False,
             dict(modules_to_save=("embed_tokens", "lm_head"), r=1),
             [
-                r"embed_tokens and lm_head, trained whole, make 4,096 of 6,144 trained "
-                r"parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB of Adam"
-                "W's state. `trainable_token_indices` trains single rows."
+                r"embed_tokens and lm_head, trained in full, make 4,096 of 6,144 "
+                r"trained parameters \(67%\): 0.02 MB of the adapter file and 0.03 MB "
+                "of AdamW's state. `trainable_token_indices` trains single rows."
             ],
         ),
         (
             True,
             dict(modules_to_save=("lm_head",), target_modules=("q_proj",), r=1),
             [
-                "^lm_head, trained whole, make",
-                "this model ties .*; lm_head is trained apart, and embed_tokens keeps",
+                "^lm_head, trained in full, make",
+                "this model ties .*; lm_head is trained separately, and embed_tokens k",
             ],
         ),
         (True, dict(modules_to_save=("lm_head",), ensure_weight_tying=True), []),
@@ -222,13 +222,13 @@ def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
         ),
     ],
 )
-def test_what_a_user_may_not_expect_is_said(llama_dir, tied, fields, said):
+def test_surprising_settings_give_warnings(llama_dir, tied, fields, patterns):
     config, _ = convert.load_llama(llama_dir)
     config = dataclasses.replace(config, tie_word_embeddings=tied)
     lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields})
-    found = warnings(config, lora)
-    assert len(found) == len(said), found
-    for text, pattern in zip(found, said, strict=True):
+    texts = warnings(config, lora)
+    assert len(texts) == len(patterns), texts
+    for text, pattern in zip(texts, patterns, strict=True):
         assert re.search(pattern, text), text
 
 

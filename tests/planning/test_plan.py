@@ -17,18 +17,18 @@ from qlora_jax.training.config import TrainConfig
 LORA = LoraConfig(r=32)
 CONFIG = LlamaConfig.from_hf(MODELS["8b"].hf_config)
 STEP = Step(CONFIG, Compute(lora=LORA), length=8192)
-CARD = CARDS["rtx-4090"]
+GPU = CARDS["rtx-4090"]
 
 
-def test_the_ladder_needs_less_with_every_rung():
-    planner = Planner(CARD)
+def test_every_policy_of_the_ladder_needs_less_than_the_previous():
+    planner = Planner(GPU)
     step = dataclasses.replace(STEP, length=32768)
     totals = [planner.estimate(step, policy).total for policy in LADDER]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(LADDER)
 
 
-def test_settings_that_are_given_are_left_as_they_are():
+def test_policies_keep_fixed_settings():
     assert [p.name for p in policies()] == [p.name for p in LADDER]
     assert [p.name for p in policies(remat="full")] == ["full"]
     rungs = policies(remat="offload", embed_tokens="device", lm_head="nf4")
@@ -36,12 +36,12 @@ def test_settings_that_are_given_are_left_as_they_are():
     assert [p.attention for p in rungs] == ["auto", "xla"]
     assert {p.attention for p in policies(attention="eager")} == {"eager"}
     # cuDNN does not run there; two rungs are then one.
-    old = policies(card=CARDS["t4"])
+    old = policies(gpu=CARDS["t4"])
     assert {p.attention for p in old} == {"xla"}
     assert len(old) == len(LADDER) - 1
 
 
-def test_a_tied_table_has_one_place():
+def test_tied_tables_have_the_same_memory():
     (policy,) = policies(remat="full", lm_head="host", tied=True)
     assert (policy.embed_tokens, policy.lm_head) == ("host", "host")
     assert policies(lm_head="host", tied=True) == policies(
@@ -52,7 +52,7 @@ def test_a_tied_table_has_one_place():
 
 
 def test_the_fastest_policy_that_fits_is_taken():
-    planner = Planner(CARD)
+    planner = Planner(GPU)
     assert planner.fastest(STEP, policies()).policy.name == "full"
     short = dataclasses.replace(STEP, length=2048)
     assert planner.fastest(short, policies()).policy.name == "save_matmuls"
@@ -67,9 +67,9 @@ def test_the_fastest_policy_that_fits_is_taken():
 
 
 @pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
-@pytest.mark.parametrize("card", ["rtx-4090", "h200"])
-def test_the_longest_fits_and_one_unit_more_does_not(policy, card):
-    planner = Planner(CARDS[card])
+@pytest.mark.parametrize("gpu", ["rtx-4090", "h200"])
+def test_the_longest_fits_and_one_unit_more_does_not(policy, gpu):
+    planner = Planner(CARDS[gpu])
     plan = planner.longest(STEP, [policy])
     unit = granule(plan.step.length)
     assert plan.step.length % unit == 0
@@ -79,7 +79,7 @@ def test_the_longest_fits_and_one_unit_more_does_not(policy, card):
 
 
 def test_the_largest_batch_fits_and_one_row_more_does_not():
-    planner = Planner(CARD)
+    planner = Planner(GPU)
     short = dataclasses.replace(STEP, length=2048)
     plan = planner.longest(short, policies(remat="full"), "batch_size")
     train = dataclasses.replace(short.train, batch_size=plan.step.train.batch_size + 1)
@@ -89,25 +89,25 @@ def test_the_largest_batch_fits_and_one_row_more_does_not():
 
 
 def test_a_batch_over_several_devices_comes_out_even():
-    planner = Planner(CARD, mesh={"data": 2, "fsdp": 2})
+    planner = Planner(GPU, mesh={"data": 2, "fsdp": 2})
     train = TrainConfig(steps=1, batch_size=4)
     step = dataclasses.replace(STEP, length=2048, train=train)
     plan = planner.longest(step, policies(remat="full"), "batch_size")
     assert plan.step.train.batch_size % 4 == 0
-    alone = Planner(CARD).longest(step, policies(remat="full"), "batch_size")
-    assert plan.step.train.batch_size > 4 * alone.step.train.batch_size
+    single = Planner(GPU).longest(step, policies(remat="full"), "batch_size")
+    assert plan.step.train.batch_size > 4 * single.step.train.batch_size
 
 
 class Curved(Planner):
-    """A planner whose compiler finds another line than the estimate, with a step."""
+    """A planner whose memory is not that of the estimate, and has jumps."""
 
-    def __init__(self, card):
-        super().__init__(card)
-        self.asked = []
+    def __init__(self, gpu):
+        super().__init__(gpu)
+        self.lengths = []
 
-    def _made(self, step, policy):
-        plan = super()._made(step, policy)
-        self.asked.append(step.length)
+    def _compile(self, step, policy):
+        plan = super()._compile(step, policy)
+        self.lengths.append(step.length)
         extra = int(0.2 * plan.memory.temporaries) + 2**27 * (step.length // 5000)
         memory = dataclasses.replace(
             plan.memory, temporaries=plan.memory.temporaries + extra
@@ -115,19 +115,19 @@ class Curved(Planner):
         return dataclasses.replace(plan, memory=memory)
 
 
-def test_a_search_asks_few_questions_though_memory_is_no_straight_line():
-    planner = Curved(CARD)
+def test_a_search_plans_few_steps_where_memory_is_not_linear():
+    planner = Curved(GPU)
     plan = planner.longest(STEP, [LADDER[3]])
-    assert len(planner.asked) <= 14
-    assert len(set(planner.asked)) == len(planner.asked)  # none is asked twice
-    assert plan.step.length in planner.asked
-    assert plan.step.length + granule(plan.step.length) in planner.asked
+    assert len(planner.lengths) <= 14
+    assert len(set(planner.lengths)) == len(planner.lengths)
+    assert plan.step.length in planner.lengths
+    assert plan.step.length + granule(plan.step.length) in planner.lengths
     more = dataclasses.replace(STEP, length=plan.step.length + 1024)
     assert plan.fits
     assert not planner.plan(more, LADDER[3]).fits
 
 
-def test_a_model_that_does_not_fit_says_by_how_much_and_what_would_help():
+def test_the_error_of_a_model_that_does_not_fit_has_excess_and_advice():
     config = LlamaConfig.from_hf(MODELS["70b"].hf_config)
     step = Step(config, Compute(lora=LORA), length=4096)
     planner = Planner(CARDS["l4"])
@@ -138,7 +138,7 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_what_would_help():
 
 
 def test_settings_that_would_be_enough_are_named_with_what_they_save():
-    planner = Planner(CARD)
+    planner = Planner(GPU)
     plan = planner.plan(dataclasses.replace(STEP, length=40960), LADDER[2])
     assert not plan.fits
     enough, _ = planner.knobs(plan)
@@ -148,7 +148,7 @@ def test_settings_that_would_be_enough_are_named_with_what_they_save():
 
 
 def test_the_report_is_json_and_adds_up():
-    plan = Planner(CARD).plan(STEP, LADDER[3])
+    plan = Planner(GPU).plan(STEP, LADDER[3])
     report = json.loads(json.dumps(plan.report()))
     kinds = dict(report["device_bytes"])
     assert sum(v for k, v in kinds.items() if k != "total") == kinds["total"]
@@ -172,7 +172,7 @@ def test_limits_of_jax_itself_are_named_where_they_are_too_low():
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
-    planner = Planner(CARD, mesh={"fsdp": 8})
+    planner = Planner(GPU, mesh={"fsdp": 8})
     with pytest.raises(UserError, match="`batch_size`=1 must be a multiple of the 8"):
         planner.plan(STEP, LADDER[2])
 
@@ -199,17 +199,17 @@ def test_flops_are_those_of_the_products():
     assert estimate.flops_per_token(full) == pytest.approx(expected + more, rel=1e-12)
 
 
-def test_the_floors_scale_as_they_should():
-    floor = estimate.step_seconds_floor(STEP, CARD)
+def test_lower_bounds_of_time_scale_with_their_limits():
+    floor = estimate.step_seconds_floor(STEP, GPU)
     assert floor["host_link"] == 0
     twice = dataclasses.replace(
         STEP, train=TrainConfig(steps=1, gradient_accumulation_steps=2)
     )
-    other = estimate.step_seconds_floor(twice, CARD)
+    other = estimate.step_seconds_floor(twice, GPU)
     assert other["compute"] == pytest.approx(2 * floor["compute"])
     assert floor["bandwidth"] < other["bandwidth"] < 2 * floor["bandwidth"]
     offload = LADDER[3].apply(STEP)
-    link = estimate.step_seconds_floor(offload, CARD)["host_link"]
-    assert link == pytest.approx(2 * 2 * 32 * 8192 * 4096 / CARD.host_link)
+    link = estimate.step_seconds_floor(offload, GPU)["host_link"]
+    assert link == pytest.approx(2 * 2 * 32 * 8192 * 4096 / GPU.host_link)
     slower = find_gpu("l4")
     assert estimate.step_seconds_floor(STEP, slower)["compute"] > floor["compute"]

@@ -34,7 +34,7 @@ CONFIG = LlamaConfig.from_hf(SIZES)
 STEP = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=32)
 
 
-def test_a_step_survives_json_whatever_is_set():
+def test_a_step_round_trips_through_json():
     lora = LoraConfig(
         r=8,
         target_modules=("q_proj", "v_proj"),
@@ -55,7 +55,7 @@ def test_a_step_survives_json_whatever_is_set():
     assert Step.from_json(json.loads(json.dumps(step.to_json()))) == step
 
 
-def test_arguments_are_those_of_a_run():
+def test_arguments_have_the_sizes_of_the_parameter_report():
     train = TrainConfig(steps=1, batch_size=2, gradient_accumulation_steps=5)
     step = dataclasses.replace(STEP, train=train, packed=True)
     state, base, batch = abstract_arguments(step)
@@ -74,7 +74,7 @@ def test_a_quantized_head_is_packed():
     assert base["lm_head"]["weight"].codes.shape == (256, 32)
 
 
-def test_the_bytes_of_a_compiled_step_are_all_accounted_for():
+def test_the_kinds_of_a_compiled_step_sum_to_its_bytes():
     compiled = lower(STEP).compile()
     memory, stats = StepMemory.of(compiled, STEP), compiled.memory_analysis()
     planned = stats.argument_size_in_bytes + stats.temp_size_in_bytes
@@ -97,7 +97,7 @@ def test_a_longer_step_takes_more():
     assert sizes[0] < sizes[1]
 
 
-def test_steps_that_cannot_be_are_refused():
+def test_invalid_steps_are_refused():
     with pytest.raises(UserError, match="`max_length` must be at least 1 token, got 0"):
         dataclasses.replace(STEP, length=0)
     with pytest.raises(UserError, match=r"2,147,483,648 tokens.*counted in 32 bits"):
@@ -149,10 +149,10 @@ PROGRAM = """ENTRY %main {
 
 def test_each_byte_of_the_temporaries_counts_once():
     state, _, _ = abstract_arguments(STEP)
-    found = split_temporaries(BUFFERS, PROGRAM, STEP, state.adapters)
-    assert found == {
+    kinds = split_temporaries(BUFFERS, PROGRAM, STEP, state.adapters)
+    assert kinds == {
         "gradients": 100,
         "activations": 300,
         "temporaries": 200,
-        "loss": 200,  # what it does not share with the layer
+        "loss": 200,  # without the bytes that it shares with the layer
     }

@@ -364,7 +364,7 @@ def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
     counted = json.loads(capsys.readouterr().out)
     for name in ("trainable_parameters", "groups", "adapter_bytes", "optimizer_bytes"):
         assert counted[name] == report[name], name
-    assert "embed_tokens and lm_head, trained whole" in counted["warnings"][0]
+    assert "embed_tokens and lm_head, trained in full" in counted["warnings"][0]
     options += ["--optimizer", "lion"]
     assert main(["inspect", str(llama_dir / "config.json"), *options, "--json"]) == 0
     counted = json.loads(capsys.readouterr().out)
