@@ -19,23 +19,9 @@ import jax
 import jax.numpy as jnp
 
 import convert
+import qlora_jax as qj
 from convert.checkpoint import open_checkpoint
 from convert.tokenizer import load_tokenizer
-from qlora_jax import (
-    DataConfig,
-    Llama,
-    LoraConfig,
-    TrainConfig,
-    UserError,
-    fingerprint_tree,
-    init_adapters,
-    init_state,
-    make_optimizer,
-    train_step,
-)
-from qlora_jax.data.batches import Batches, prefetch
-from qlora_jax.data.examples import load_examples
-from qlora_jax.models.layers import Compute
 
 # --- Options, with units ---
 
@@ -68,7 +54,7 @@ if Path(args.output).exists():
 # Errors in the options and the data are reported before the base is read.
 try:
     # --- The data: rows become tokens and labels, batch i is a function of i ---
-    data = DataConfig(
+    data = qj.DataConfig(
         path=args.data,
         format=args.format,
         prompt=args.prompt,
@@ -77,7 +63,7 @@ try:
         packing=args.packing,
         seed=args.seed,
     )
-    settings = TrainConfig(
+    settings = qj.TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation,
@@ -85,9 +71,9 @@ try:
         warmup_steps=args.warmup_steps,
     )
     config, tokenizer = open_checkpoint(args.model).config, load_tokenizer(args.model)
-    examples = load_examples(data, tokenizer, vocab_size=config.vocab_size)
+    examples = qj.load_examples(data, tokenizer, vocab_size=config.vocab_size)
     print(examples.report.summary())
-    batches = Batches(
+    batches = qj.Batches(
         examples,
         data,
         batch_size=args.batch_size,
@@ -103,24 +89,26 @@ try:
     base = jax.tree.map(jnp.asarray, base)
 
     # --- The adapters: a second tree; nothing else is trained ---
-    lora = LoraConfig(r=args.r, lora_alpha=args.lora_alpha)
+    lora = qj.LoraConfig(r=args.r, lora_alpha=args.lora_alpha)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    adapters = init_adapters(init_key, base, lora)
+    adapters = qj.init_adapters(init_key, base, lora)
     print(f"training {sum(x.size for x in jax.tree.leaves(adapters)):,} parameters")
-except UserError as error:
+except qj.UserError as error:
     sys.exit(f"train_qlora: {error}")
 
 # --- The step: state in, state out; compiled once, the old state's memory reused ---
 
-model = Llama(config, Compute(dtype=args.dtype, remat="full", lora=lora))
-optimizer = make_optimizer(settings, args.steps)
-state = init_state(adapters, optimizer, run_key)
-step = jax.jit(partial(train_step, model=model, optimizer=optimizer), donate_argnums=0)
+model = qj.Llama(config, qj.Compute(dtype=args.dtype, remat="full", lora=lora))
+optimizer = qj.make_optimizer(settings, args.steps)
+state = qj.init_state(adapters, optimizer, run_key)
+step = jax.jit(
+    partial(qj.train_step, model=model, optimizer=optimizer), donate_argnums=0
+)
 
 # --- The loop: a thread makes the next batch while this one is computed ---
 
 began, tokens = time.perf_counter(), 0
-for number, batch in enumerate(prefetch(batches, 0, args.steps), 1):
+for number, batch in enumerate(qj.prefetch(batches, 0, args.steps), 1):
     state, metrics = step(state, base, batch)
     tokens += batch["tokens"].size
     if number in (1, args.steps) or number % args.log_every == 0:
@@ -145,6 +133,6 @@ convert.save_adapter(
     jax.device_get(state.adapters),
     config,
     base_model_name_or_path=str(Path(args.model).resolve()),
-    base_fingerprint=fingerprint_tree(base),
+    base_fingerprint=qj.fingerprint_tree(base),
 )
 print(f"adapter: {args.output}")
