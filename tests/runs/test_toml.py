@@ -62,7 +62,7 @@ def test_features_of_peft_are_skipped_if_off_and_refused_if_on(tmp_path):
     ):
         with pytest.raises(UserError, match=f"features .* not supported: {named}"):
             read(tmp_path, f"{SMALLEST}[lora]\n{line}")
-    with pytest.raises(UserError, match="`task_type`='SEQ_CLS' is not supported"):
+    with pytest.raises(UserError, match="`task_type` must be 'CAUSAL_LM'.*'SEQ_CLS'"):
         read(tmp_path, f"{SMALLEST}[lora]\ntask_type = 'SEQ_CLS'")
 
 

@@ -192,10 +192,10 @@ def test_the_ways_to_multiply_are_chosen_one_by_one(
     implementation, called, fused_rows, wgmma_rows, monkeypatch
 ):
     calls = []
-    before = operations.kernels.tuned
+    before = operations.device.tuned
 
     def spy(x, *arguments, implementation, shape, **options):
-        calls.append((implementation, operations.kernels.tuned("any")))
+        calls.append((implementation, operations.device.tuned("any", "nf4")))
         return jnp.zeros((x.shape[0], shape[0]), x.dtype)
 
     monkeypatch.setattr(operations, "nf4_matmul", spy)
@@ -206,7 +206,7 @@ def test_the_ways_to_multiply_are_chosen_one_by_one(
     assert name == called
     assert choices["fused_rows"] == {"64x128": fused_rows}
     assert choices["wgmma_rows"] == wgmma_rows
-    assert operations.kernels.tuned is before
+    assert operations.device.tuned is before
 
 
 @pytest.mark.parametrize(
