@@ -14,19 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from convert.checkpoint import open_model
-from convert.files import (
-    Mismatches,
-    TensorFiles,
-    check_finite,
-    read_header,
-    read_json,
-)
-from convert.output import (
-    Entry,
-    new_directory,
-    write_model_files,
-    write_safetensors,
-)
+from convert.files import Mismatches, TensorFiles, check_finite, read_header, read_json
+from convert.output import Entry, new_directory, write_model_files, write_safetensors
 from qlora_jax.errors import CheckpointError, UserError
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8, np.int64)
@@ -226,14 +215,8 @@ def test_a_header_longer_than_any_is_not_read(tmp_path):
             header('"x":' + entry(offsets="[0,3]")),
             "the size of `x` does not match its shape",
         ),
-        (
-            header('"x":' + entry(offsets="[4,0]")),
-            "`x` has no valid begin and end of",
-        ),
-        (
-            header('"x":' + entry(offsets="[4]")),
-            "`x` has no valid begin and end of",
-        ),
+        (header('"x":' + entry(offsets="[4,0]")), "`x` has no valid begin and end of"),
+        (header('"x":' + entry(offsets="[4]")), "`x` has no valid begin and end of"),
         (header('"x":' + entry(shape="[true]")), "`x` has no dtype and shape"),
     ],
 )

@@ -37,10 +37,7 @@ CASES = {
     "product": (Update(product=(B, A, 0.5)), SUM),
     "replacement": (Update(replacement=normal(12, 10, seed=4)), normal(12, 10, seed=4)),
     "rows": (Update(rows=ROWS), replaced(W)),
-    "rows, product": (
-        Update(rows=ROWS, product=(B, A, 2.0)),
-        replaced(W) + 2 * B @ A,
-    ),
+    "rows, product": (Update(rows=ROWS, product=(B, A, 2.0)), replaced(W) + 2 * B @ A),
     "magnitudes": (
         Update(product=(B, A, 0.5), magnitude=np.full(12, M, np.float32)),
         scaled(SUM, np.full((12, 1), M), 1),
