@@ -7,7 +7,6 @@ and that survive being saved and loaded. Nothing is written but the directory as
 """
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jaxtyping
 import ml_dtypes
 import numpy as np
@@ -33,24 +33,19 @@ import safetensors.numpy
 
 import convert
 from convert.names import adapter_keys
-from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
+from tests.convert.reference import WEIGHTS, equal_arrays, ones
 
+CONFIG = "adapter_config.json"
 MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 6,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "attention_bias": True,
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 6},
+    **{"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True},
 }
 TIED = {**MODEL, "tie_word_embeddings": True}
 # The bounds of a case; the worst takes a second, or 100 MB (a long JSON of "[]").
@@ -130,37 +125,33 @@ class Case:
 
     fields: dict[str, Any]
     tensors: Tensors
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=lambda: MODEL)
     config: bytes = b""
     weights: bytes = b""
-    special: list[Callable[[Path], None]] = field(default_factory=list)
-    done: list[str] = field(default_factory=list)
+    misplace: Callable[[Path], None] = lambda path: None
     strict: bool = True
     by_tree: bool = False
     """Whether the model is given by its parameters instead of its configuration."""
 
-    def finish_config(self) -> None:
+    def finish(self) -> "Case":
         self.config = json.dumps(self.fields, indent=2).encode()
-
-    def finish_weights(self) -> None:
         self.weights = safetensors.numpy.save(self.tensors, {"format": "pt"})
+        return self
 
     def write(self, path: Path) -> None:
         path.mkdir()
-        (path / "adapter_config.json").write_bytes(self.config)
-        (path / "adapter_model.safetensors").write_bytes(self.weights)
-        for change in self.special:
-            change(path)
+        (path / CONFIG).write_bytes(self.config)
+        (path / WEIGHTS).write_bytes(self.weights)
+        self.misplace(path)
 
 
 def sound(rng: Rng, name: str) -> Case:
-    dtype = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16)[rng.integers(4)]
+    dtype = pick(rng, (np.float32, np.float32, np.float16, ml_dtypes.bfloat16))
     tensors = {
         key: rng.standard_normal(shape, np.float32).astype(dtype)
         for key, shape in SHAPES_OF[name].items()
     }
-    model = TIED if rng.random() < 0.2 else MODEL
-    return Case(json.loads(json.dumps(FIELDS | STARTS[name])), tensors, model)
+    return Case(json.loads(json.dumps(FIELDS | STARTS[name])), tensors)
 
 
 # --- Mutations: of fields, of tensors, of a header, of bytes, of places ---
@@ -292,11 +283,8 @@ def hostile(rng: Rng) -> Any:
 
 
 def set_field(rng: Rng, case: Case) -> None:
-    case.fields[pick(rng, list(FIELDS))] = hostile(rng)
-
-
-def set_a_field_that_matters(rng: Rng, case: Case) -> None:
-    case.fields[pick(rng, MATTERING)] = hostile(rng)
+    names = pick(rng, (list(FIELDS), MATTERING, MATTERING))
+    case.fields[pick(rng, names)] = hostile(rng)
 
 
 def set_a_pattern(rng: Rng, case: Case) -> None:
@@ -316,18 +304,19 @@ def change_a_value(rng: Rng, case: Case) -> None:
     name = pick(rng, list(FIELDS))
     value = case.fields.get(name)
     if isinstance(value, bool):
-        case.fields[name] = not value
+        value = not value
     elif isinstance(value, int):
-        case.fields[name] = value + int(rng.integers(-3, 4))
+        value += int(rng.integers(-3, 4))
     elif isinstance(value, str):
         position = int(rng.integers(len(value) + 1))
-        case.fields[name] = value[:position] + pick(rng, TEXTS) + value[position:]
+        value = value[:position] + pick(rng, TEXTS) + value[position:]
     elif isinstance(value, list):
         value.insert(int(rng.integers(len(value) + 1)), hostile(rng))
     elif isinstance(value, dict):
         value[pick(rng, TEXTS)] = hostile(rng)
     else:
-        case.fields[name] = hostile(rng)
+        value = hostile(rng)
+    case.fields[name] = value
 
 
 def delete_field(rng: Rng, case: Case) -> None:
@@ -390,8 +379,8 @@ def spoil_values(rng: Rng, case: Case) -> None:
 
 # fmt: off
 FIELD_MUTATIONS = [
-    set_field, set_a_field_that_matters, set_a_field_that_matters, set_a_pattern,
-    change_a_value, delete_field, add_field, set_fields_of_another,
+    set_field, set_field, set_field, set_a_pattern, change_a_value, delete_field,
+    add_field, set_fields_of_another,
 ]
 TENSOR_MUTATIONS = [
     drop_tensor, rename_tensor, add_tensor, reshape_tensor, retype_tensor, spoil_values,
@@ -412,25 +401,19 @@ def replace_in_text(rng: Rng, data: bytes) -> bytes:
 
 
 def change_the_text(rng: Rng, data: bytes) -> bytes:
-    kind = int(rng.integers(20))
-    text = data.decode(errors="replace")
-    changed = {
-        0: lambda: data * 2,
-        1: lambda: b"\xef\xbb\xbf" + data,
-        2: lambda: text.encode("utf-16"),
-        3: lambda: text.encode("utf-32"),
-        4: lambda: data + b"\0",
-        5: lambda: b"\xff" + data,
-        6: lambda: data + b"}",
-        7: lambda: data.replace(b'"', b"'"),
-        8: lambda: data.replace(b'"', b'"\xed\xa0\x80', 1),
-        9: lambda: data[:1] + b'"r": 2, "r": 3, "peft_type": "LORA",' + data[1:],
-        10: lambda: data[:1] + b'"__proto__": {"r": 1}, "\\ud800": 1,' + data[1:],
-        11: lambda: data[:1] + b" " * pick(rng, (10, 3_990_000, 4_000_000)) + data[1:],
-    }.get(kind)
-    if changed is None:
-        return pick(rng, FULL if rng.random() < 0.03 else CONTENTS)
-    return changed()
+    kind, text = int(rng.integers(20)), data.decode(errors="replace")
+    changed = [
+        *(data * 2, b"\xef\xbb\xbf" + data, text.encode("utf-16")),
+        *(text.encode("utf-32"), data + b"\0", b"\xff" + data, data + b"}"),
+        data.replace(b'"', b"'"),
+        data.replace(b'"', b'"\xed\xa0\x80', 1),
+        data[:1] + b'"r": 2, "r": 3, "peft_type": "LORA",' + data[1:],
+        data[:1] + b'"__proto__": {"r": 1}, "\\ud800": 1,' + data[1:],
+        data[:1] + b" " * pick(rng, (10, 3_990_000, 4_000_000)) + data[1:],
+    ]
+    if kind < len(changed):
+        return changed[kind]
+    return pick(rng, FULL if rng.random() < 0.03 else CONTENTS)
 
 
 def change_bytes(rng: Rng, data: bytes) -> bytes:
@@ -467,13 +450,15 @@ def split(data: bytes) -> tuple[Fragments, bytes]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
+    parts = ("dtype", "shape", "data_offsets")
     return [
-        [
-            json.dumps(name),
-            *(json.dumps(e[k]) for k in ("dtype", "shape", "data_offsets")),
-        ]
-        for name, e in header.items()
+        [json.dumps(value) for value in (name, *(entry[part] for part in parts))]
+        for name, entry in header.items()
     ], data[8 + length :]
+
+
+def with_length(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def joined(
@@ -483,8 +468,8 @@ def joined(
     for name, dtype, shape, offsets in fragments:
         entry = f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
         parts.append(f"{name}:{entry if dtype else shape}")
-    header = ("{" + ",".join(parts) + "}").encode(errors="surrogatepass")
-    return len(header).to_bytes(8, "little") + header + data
+    text = "{" + ",".join(parts) + "}"
+    return with_length(text.encode(errors="surrogatepass"), data)
 
 
 def lists(rng: Rng, text: str) -> str:
@@ -513,23 +498,22 @@ def lists(rng: Rng, text: str) -> str:
 
 def change_header(rng: Rng, data: bytes) -> bytes:
     """A header whose JSON, lengths, names, shapes or offsets are not what they were."""
-    if len(data) < 10 or int.from_bytes(data[:8], "little") > len(data):
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or length > len(data):
         return data
     try:
         fragments, rest = split(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return data
-    metadata = '{"format":"pt"}'
+    header, metadata = data[8 : 8 + length], '{"format":"pt"}'
     entry = pick(rng, fragments) if fragments else ['"a"', '"F32"', "[0]", "[0, 0]"]
     kind = int(rng.integers(15))
     if kind == 0:
         entry[0] = pick(rng, NAMES)
     elif kind == 1:
         entry[1] = pick(rng, DTYPES)
-    elif kind in (2, 3):
-        entry[2] = lists(rng, entry[2])
-    elif kind in (4, 5):
-        entry[3] = lists(rng, entry[3])
+    elif kind <= 5:
+        entry[kind // 2 + 1] = lists(rng, entry[kind // 2 + 1])
     elif kind == 6:  # the same name twice, or the same bytes twice
         fragments.append([pick(rng, (entry[0], '"x"', "\ud800")), *entry[1:]])
     elif kind == 7:  # no object, or the right values in a list
@@ -538,13 +522,11 @@ def change_header(rng: Rng, data: bytes) -> bytes:
         metadata = pick(rng, METADATA)
     elif kind == 9:  # a claim about the header's own length
         lengths = (0, 1, 7, 99_999_999, 100_000_001, 2**31, 2**53, 2**63, 2**64 - 1)
-        real = int.from_bytes(data[:8], "little")
-        lengths += (real - 1, real + 1, len(data) - 8, len(data), len(data) - 7)
+        lengths += (length - 1, length + 1, len(data) - 8, len(data), len(data) - 7)
         return max(pick(rng, lengths), 0).to_bytes(8, "little") + data[8:]
     elif kind == 10:  # a long header
-        space = b" " * pick(rng, (1, 7, 3_900_000, 4_000_000))
-        header = data[8 : 8 + int.from_bytes(data[:8], "little")] + space
-        return len(header).to_bytes(8, "little") + header + rest
+        header += b" " * pick(rng, (1, 7, 3_900_000, 4_000_000))
+        return with_length(header, rest)
     elif kind == 11:  # many tensors without a byte
         fragments += [[f'"t{i}"', '"F32"', "[0]", "[0, 0]"] for i in range(3000)]
     elif kind == 12:
@@ -553,8 +535,7 @@ def change_header(rng: Rng, data: bytes) -> bytes:
         other = pick(rng, fragments)
         entry[3], other[3] = other[3], entry[3]
     elif kind == 14:
-        header = change_the_text(rng, data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return len(header).to_bytes(8, "little") + header + rest
+        return with_length(change_the_text(rng, header), rest)
     return joined(fragments, rest, metadata)
 
 
@@ -562,9 +543,12 @@ CONFIG_BYTES = [replace_in_text, replace_in_text, change_the_text, change_bytes]
 WEIGHT_BYTES = [change_header, change_header, change_header, change_bytes, change_bytes]
 
 
-def misplace(rng: Rng, case: Case) -> None:
-    """Replaces a file by something else."""
-    name = pick(rng, ("adapter_config.json", "adapter_model.safetensors"))
+def misplaced(rng: Rng) -> Callable[[Path], None]:
+    """What replaces a file by something else."""
+    name = pick(rng, (CONFIG, WEIGHTS))
+    kinds = ("directory", "pipe", "socket", "pickle", "file behind a link", "nothing")
+    links = (name, "nowhere", "/dev/zero", "/dev/tty", "..", "/proc/self")
+    kind = pick(rng, (*kinds, *links))
 
     def change(path: Path) -> None:
         file = path / name
@@ -575,11 +559,9 @@ def misplace(rng: Rng, case: Case) -> None:
         elif kind == "pipe":
             os.mkfifo(file)
         elif kind == "socket":
-            here = os.getcwd()
-            os.chdir(path)  # the path of a socket is short
-            with socket.socket(socket.AF_UNIX) as server:
+            # The path of a socket is short.
+            with contextlib.chdir(path), socket.socket(socket.AF_UNIX) as server:
                 server.bind(name)
-            os.chdir(here)
         elif kind == "pickle":
             (path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
         elif kind == "file behind a link":
@@ -588,11 +570,7 @@ def misplace(rng: Rng, case: Case) -> None:
         elif kind != "nothing":
             file.symlink_to(kind)
 
-    kinds = ("directory", "pipe", "socket", "pickle", "file behind a link", "nothing")
-    kind = pick(
-        rng, (*kinds, name, "nowhere", "/dev/zero", "/dev/tty", "..", "/proc/self")
-    )
-    case.special.append(change)
+    return change
 
 
 def make_case(seed: int) -> Case:
@@ -600,27 +578,25 @@ def make_case(seed: int) -> Case:
     rng = np.random.default_rng([20_261_121, seed])
     scope = ("weights", "config", "both")[seed % 3]
     case = sound(rng, pick(rng, list(STARTS)))
+    case.model = TIED if rng.random() < 0.2 else MODEL
     case.strict = rng.random() < 0.8
     case.by_tree = rng.random() < 0.2
-
-    def mutate(mutations: list[Any], *args: Any) -> Any:
-        mutation = pick(rng, mutations)
-        case.done.append(mutation.__name__)
-        return mutation(rng, *args)
-
+    changed = False
     for _ in range(pick(rng, (1, 1, 1, 2, 3))):
-        if scope != "weights" and rng.random() < 0.7:
-            mutate(FIELD_MUTATIONS, case)
-        if scope != "config" and rng.random() < 0.5:
-            mutate(TENSOR_MUTATIONS, case)
-    case.finish_config()
-    case.finish_weights()
-    if scope != "weights" and rng.random() < 0.4 or not case.done and scope == "config":
-        case.config = mutate(CONFIG_BYTES, case.config)
-    if scope != "config" and rng.random() < 0.6 or not case.done:
-        case.weights = mutate(WEIGHT_BYTES, case.weights)
+        for other, mutations, chance in (
+            ("weights", FIELD_MUTATIONS, 0.7),
+            ("config", TENSOR_MUTATIONS, 0.5),
+        ):
+            if scope != other and rng.random() < chance:
+                pick(rng, mutations)(rng, case)
+                changed = True
+    case.finish()
+    if scope != "weights" and (rng.random() < 0.4 or not changed):
+        case.config = pick(rng, CONFIG_BYTES)(rng, case.config)
+    if scope != "config" and (rng.random() < 0.6 or not changed):
+        case.weights = pick(rng, WEIGHT_BYTES)(rng, case.weights)
     if rng.random() < 0.02:
-        mutate([misplace], case)
+        case.misplace = misplaced(rng)
     return case
 
 
@@ -634,52 +610,33 @@ class Hang(BaseException):
 # Time of the processor, which a machine with other work does not lengthen. What waits
 # takes none: it has this many times longer by the clock on the wall.
 PATIENCE = 30
-_collecting = False
 
 
 def _ring(number: int, frame: Any) -> None:
-    if _collecting:
-        # What is raised in a callback of the collector gets lost: once more, soon.
-        signal.setitimer(signal.ITIMER_PROF, 0.01)
-        return
     raise Hang(f"no end after {SECONDS} seconds")
-
-
-def _before_collection(phase: str, info: dict[str, int]) -> None:
-    global _collecting
-    _collecting = _collecting or phase == "start"
-
-
-def _after_collection(phase: str, info: dict[str, int]) -> None:
-    global _collecting
-    _collecting = _collecting and phase == "start"
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[Callable[[float], None]]:
     """Ends what takes too long or too much memory, by an exception in its midst.
 
-    Gives a function that starts the clock: seconds, 0 to stop it.
+    Gives a function that starts the clock: seconds, 0 to stop it. It rings again and
+    again: what is raised in a callback of the collector gets lost.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     rings = (signal.SIGPROF, signal.SIGALRM)
     before = [signal.signal(ring, _ring) for ring in rings]
-    # First and last of all callbacks: those of others are between them.
-    gc.callbacks.insert(0, _before_collection)
-    gc.callbacks.append(_after_collection)
 
     def limit(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds, 1)
 
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
     try:
         yield limit
     finally:
         limit(0)
-        gc.callbacks.remove(_before_collection)
-        gc.callbacks.remove(_after_collection)
         for ring, handler in zip(rings, before, strict=True):
             signal.signal(ring, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -754,10 +711,6 @@ def check_message(message: str) -> None:
         assert part.isprintable(), f"a message with control characters: {start}"
 
 
-def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in trees.walk(tree)}
-
-
 def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
     """Loads; returns how it ended. Anything that breaks the law is raised."""
     try:
@@ -765,30 +718,16 @@ def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
     except UserError as error:
         check_message(str(error))
         return "refused"
-    arrays = flat(adapters)
-    assert all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays.values())
+    for array in jax.tree.leaves(adapters):
+        assert array.dtype == np.float32 and np.isfinite(array).all()
     convert.save_adapter(out, lora, adapters, model)
-    again = flat(convert.load_adapter(out, model)[1])
-    assert again.keys() == arrays.keys()
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(array, again[path], err_msg=".".join(path))
-    if not strict:
-        return "loaded"
-    # The library reads both files; what has the same name is the same.
-    first = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
-    second = safetensors.numpy.load_file(out / "adapter_model.safetensors")
-    for key in first.keys() & second.keys():
-        np.testing.assert_array_equal(first[key].astype(np.float32), second[key], key)
+    assert equal_arrays(convert.load_adapter(out, model)[1], adapters)
+    if strict:
+        # The library reads both files; what has the same name is the same.
+        a, b = (safetensors.numpy.load_file(d / WEIGHTS) for d in (directory, out))
+        for key in a.keys() & b.keys():
+            np.testing.assert_array_equal(a[key].astype(np.float32), b[key], key)
     return "loaded"
-
-
-def base_of(config: LlamaConfig) -> dict[str, Any]:
-    """The parameters of a model, all ones."""
-    tree: dict[str, Any] = {}
-    for path, shape in model_params.shapes(config).items():
-        leading = (config.num_hidden_layers,) if trees.is_stacked(path) else ()
-        trees.put(tree, path, np.ones((*leading, *shape), np.float32))
-    return tree
 
 
 def kind_of(error: BaseException) -> str:
@@ -811,8 +750,10 @@ def try_cases(cases: Iterator[tuple[int, Case]], sandbox: Path) -> Counter[str]:
             saved.mkdir()
             limit(SECONDS)
             try:
-                config = LlamaConfig.from_hf(case.model)
-                model = base_of(config) if case.by_tree else config
+                model = LlamaConfig.from_hf(case.model)
+                if case.by_tree:
+                    base = model_params.abstract_base(model)
+                    model = jax.tree.map(lambda leaf: ones(leaf.shape), base)
                 with watched(saved):
                     end = judge(source, model, saved / "out", strict=case.strict)
                 assert os.listdir(saved) == (["out"] if end == "loaded" else [])
@@ -842,21 +783,14 @@ def test_the_bounds_bind(sandbox):
     with bounded() as limit, pytest.raises(Hang):
         limit(0.01)
         re.fullmatch("(.*)*x", "a" * 50)
-    for write in (Path.touch, Path.mkdir, lambda path: path.symlink_to("x")):
-        with pytest.raises(AssertionError, match="written outside"):
-            with watched(sandbox / "saved"):
-                write(sandbox / f"{write.__name__}_elsewhere")
-    for text in ("short", "x" * MESSAGE, "a line, \nand another one", "\ud800" * 30):
-        with pytest.raises(AssertionError, match="a message "):
-            check_message(text)
+    with pytest.raises(AssertionError, match="written outside"):
+        with watched(sandbox / "saved"):
+            (sandbox / "elsewhere").touch()
 
 
 @pytest.mark.parametrize("name", STARTS)
 def test_the_adapters_to_start_from_are_sound(name, sandbox):
-    case = sound(np.random.default_rng(0), name)
-    case.model = MODEL
-    case.finish_config()
-    case.finish_weights()
+    case = sound(np.random.default_rng(0), name).finish()
     assert try_cases(iter([(0, case)]), sandbox) == {"loaded": 1}
 
 
@@ -869,29 +803,22 @@ def test_a_mutated_adapter_is_refused_clearly_or_loaded_correctly(piece, sandbox
     assert ended["refused"] > len(seeds) // 2
 
 
-def test_cases_are_functions_of_their_seed():
-    for seed in range(100):
-        first, second = make_case(seed), make_case(seed)
-        assert (first.config, first.weights) == (second.config, second.weights)
-        assert first.done == second.done
-
-
 @pytest.mark.golden
 def test_mutated_adapters_of_peft(golden, sandbox):
     folder = golden / "adapters" / "llama32"
-    starts = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+    starts = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
     raw = json.loads((golden / "llama32/fp32/config.json").read_text())
 
     def mutated(seed: int) -> Case:
         rng = np.random.default_rng([1, seed])
         start = pick(rng, starts)
-        case = Case(json.loads((start / "adapter_config.json").read_text()), {}, raw)
-        case.weights = (start / "adapter_model.safetensors").read_bytes()
+        case = Case(json.loads((start / CONFIG).read_text()), {}, raw)
         if seed % 2:
             pick(rng, FIELD_MUTATIONS)(rng, case)
-        else:
+        case.finish()
+        case.weights = (start / WEIGHTS).read_bytes()
+        if seed % 2 == 0:
             case.weights = pick(rng, WEIGHT_BYTES)(rng, case.weights)
-        case.finish_config()
         return case
 
     ended = try_cases(((seed, mutated(seed)) for seed in range(150)), sandbox)
@@ -904,11 +831,9 @@ def run_main(arguments: list[str]) -> tuple[int, str, str]:
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
-    texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
-    return status, *texts
+    return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 def check_command(sandbox: Path, *arguments: str) -> None:
@@ -922,11 +847,9 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     assert status in (0, 1, failure)
     if err:
         assert status == failure and not out
-        assert err.startswith(f"qlora-convert {arguments[0]}: ") and err[-2:] in (
-            ".\n",
-            "?\n",
-        ), err
-        assert err.endswith("\n") and "Traceback" not in err, err
+        assert err.startswith(f"qlora-convert {arguments[0]}: "), err
+        assert "Traceback" not in err
+        assert err.endswith((".\n", "?\n")), err
         check_message(err.strip())
     else:
         assert out
@@ -937,25 +860,19 @@ def check_command(sandbox: Path, *arguments: str) -> None:
 
 def test_the_command_line_prints_a_paragraph(sandbox):
     (sandbox / "base").mkdir()
-    good = sound(np.random.default_rng(0), "plain")
-    good.finish_config()
-    good.finish_weights()
+    good = sound(np.random.default_rng(0), "plain").finish()
     good.write(sandbox / "good")
     cases = [make_case(seed) for seed in range(CASES, CASES + 40)]
     for text in TEXTS:
         if text.isprintable() and text and len(text) < 200:
             # Names that mean something to whatever prints them.
-            case = sound(np.random.default_rng(0), "plain")
-            case.tensors[text] = np.ones((2, 2), np.float32)
-            case.finish_config()
-            case.finish_weights()
-            cases.append(case)
+            tensors = {**good.tensors, text: np.ones((2, 2), np.float32)}
+            cases.append(Case(good.fields, tensors).finish())
     for case in cases:
         (sandbox / "base" / "config.json").write_text(json.dumps(case.model))
         case.write(sandbox / "adapter")
-        check_command(
-            sandbox, "adapter", "@/adapter", "@/saved/out", "--base", "@/base"
-        )
+        convert = ["adapter", "@/adapter", "@/saved/out", "--base", "@/base"]
+        check_command(sandbox, *convert)
         check_command(sandbox, "verify", "@/adapter", "@/good")
         check_command(sandbox, "verify", "@/good", "@/adapter", "--json")
         shutil.rmtree(sandbox / "adapter")
