@@ -219,17 +219,24 @@ def test_our_checks_do_not_rely_on_the_library(with_header, monkeypatch, text, m
 
 
 @pytest.mark.parametrize("read", [read_header, read_json])
-def test_a_pipe_device_or_link_is_refused_and_does_not_block(tmp_path, read):
+def test_a_pipe_device_or_bad_link_is_refused_and_does_not_block(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("link")
+    (tmp_path / "nowhere").symlink_to("absent")
     for path, match in (
         (tmp_path / "pipe", "pipe` is not a file but a pipe or device"),
         (Path("/dev/zero"), "not a file but a pipe or device"),
         (tmp_path, "Cannot read .*: Is a directory"),
         (tmp_path / "link", "Cannot read .*symbolic links"),
+        (tmp_path / "nowhere", "does not exist"),
     ):
         with refused(match):
             read(path)
+
+
+def test_a_link_to_a_file_is_read(good):
+    (good.parent / "link").symlink_to(MODEL)
+    assert read_header(good.parent / "link")[0]["x"].shape == (64,)
 
 
 def test_a_tensor_larger_than_memory_is_named(good, monkeypatch):

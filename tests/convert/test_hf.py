@@ -17,7 +17,6 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree, quantize
 from tests.convert.reference import (
     MODEL,
-    all_tensors,
     equal_arrays,
     read,
     same_file,
@@ -93,17 +92,6 @@ def test_double_quantization_differs_from_bitsandbytes_only_in_scales(golden):
             np.testing.assert_allclose(
                 leaf.nested_offset, other.nested_offset, rtol=2e-7
             )
-
-
-@pytest.mark.golden
-def test_both_generations_of_config_json_load_alike(golden, tmp_path):
-    source = golden / "llama32/fp32"
-    old = (source / "config_v4_style.json").read_bytes()
-    (tmp_path / "config.json").write_bytes(old)
-    (tmp_path / MODEL).symlink_to(source / MODEL)
-    (config_a, base_a), (config_b, base_b) = map(convert.load_llama, (source, tmp_path))
-    assert config_a == config_b
-    assert equal_arrays(base_a, base_b)
 
 
 RANDOM = [
@@ -303,14 +291,6 @@ def test_a_damaged_directory_is_refused(tiny_model, file, change, match):
 
 
 # --- Saving ---
-
-
-def test_save_refuses_a_directory_with_content(tiny_model):
-    config, base = convert.load_llama(tiny_model)
-    before = all_tensors(tiny_model)
-    with pytest.raises(UserError, match="exists and is not empty"):
-        convert.save_llama(tiny_model, config, base)
-    assert equal_arrays(all_tensors(tiny_model), before)
 
 
 def test_save_checks_the_tree(tiny_model, tmp_path):

@@ -121,26 +121,6 @@ def test_update_is_added_in_float32_and_rounded_once(
     assert read(out)["torch_dtype"] == target.name
 
 
-@pytest.mark.golden
-def test_onto_the_dequantized_weights_of_a_4bit_directory(golden, out):
-    base = golden / "llama32/nf4_dq"
-    adapter = golden / "adapters/llama32/qlora_plain"
-    report = convert.merge(base, adapter, out, onto="dequantized")
-    dense, merged = dense_tensors(base), all_tensors(out)
-    assert set(merged) == set(dense)
-    for key, value in dense.items():
-        update = delta(adapter, key)
-        if update is None:
-            assert equal_arrays(merged[key], value)
-        else:
-            np.testing.assert_allclose(merged[key], value + update, rtol=0, atol=1e-6)
-    raw = read(out)
-    assert "quantization_config" not in raw
-    assert LlamaConfig.from_hf(raw) == LlamaConfig.from_hf(read(base))
-    assert report["onto"] == "dequantized"
-    assert 0 < report["tensors_changed"] < report["tensors"]
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
 def test_onto_what_quantization_makes_of_a_dense_base(
     make_model, adapter, tmp_path, quantization
@@ -149,8 +129,10 @@ def test_onto_what_quantization_makes_of_a_dense_base(
     a, b, onto = tmp_path / "a", tmp_path / "b", {"onto": "dequantized"}
     convert.merge(base, adapter, a, quantization=quantization, **onto)
     # The same as through a 4-bit directory on disk.
-    convert.merge(pack(base, packed, quantization), adapter, b, **onto)
-    assert same_file(a, b)
+    report = convert.merge(pack(base, packed, quantization), adapter, b, **onto)
+    assert report["onto"] == "dequantized"
+    assert same_file(a, b) and same_file(a, b, "config.json")
+    assert "quantization_config" not in read(b)
     key = "model.layers.0.self_attn.v_proj.weight"  # not adapted, yet quantized
     rounded = quantize(all_tensors(base)[key], double_quant=quantization == "nf4_dq")
     assert equal_arrays(all_tensors(a)[key], bnb.dequantize(rounded))
@@ -323,13 +305,6 @@ def test_the_weights_to_merge_onto_must_exist_and_be_unambiguous(
     assert not out.exists()
 
 
-def test_adapter_of_another_model(tiny, tiny_model, make_adapter, out):
-    adapter = make_adapter({**tiny, "hidden_size": 32})
-    with pytest.raises(CheckpointError, match=r"\[3, 32\] instead of \[3, 64\]"):
-        convert.merge(tiny_model, adapter, out)
-    assert not out.exists()
-
-
 @pytest.mark.golden
 def test_an_adapter_that_holds_tables_of_another_base(golden, tmp_path, edit_tensors):
     adapter = golden / "adapters/llama32/emb_lora"
@@ -365,18 +340,6 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(UserError, match="Cannot write `.*out`: No space left"):
         convert.merge(tiny_model, adapter, folder / "out", requantize="nf4")
     assert not list(folder.iterdir())
-
-
-def test_overflow_in_the_sum_is_named(make_model, adapter, out, edit_tensors):
-    def change(tensors):
-        for key in tensors:
-            tensors[key] = np.full_like(tensors[key], 300)
-
-    edit_tensors(adapter / WEIGHTS, change)
-    match = "_proj.weight` has values beyond float16"
-    with pytest.raises(CheckpointError, match=match):
-        convert.merge(make_model(dtype=np.float16), adapter, out)
-    assert not out.exists()
 
 
 def test_merging_holds_the_adapter_and_a_tensor_in_memory(
