@@ -55,6 +55,12 @@ def refused(run):
 
 
 @pytest.fixture
+def adapter(tiny, make_adapter):
+    """Of `tiny_model`: rank 3, of q_proj and down_proj."""
+    return make_adapter(tiny)
+
+
+@pytest.fixture
 def packed(tiny_model, tmp_path):
     out = tmp_path / "packed"
     convert.save_llama(out, *convert.load_llama(tiny_model))
@@ -188,8 +194,8 @@ def test_custom_modules_compare_no_logits(
     assert json.loads(text)["tensors_changed"] == 4
 
 
-def test_verify_options_that_do_not_fit(refused, tiny, tiny_model, make_adapter):
-    a, model = make_adapter(tiny), tiny_model
+def test_verify_options_that_do_not_fit(refused, tiny_model, adapter):
+    a, model = adapter, tiny_model
     for message, *args in (
         ("are compared on their base; give it with", a, a, "--logits"),
         ("A base goes with two adap", model, model, "--base", model),
@@ -201,8 +207,8 @@ def test_verify_options_that_do_not_fit(refused, tiny, tiny_model, make_adapter)
 # --- adapter and combine ---
 
 
-def test_adapter(run, report, tiny, tiny_model, make_adapter, tmp_path):
-    source, out, again = make_adapter(tiny), tmp_path / "clean", tmp_path / "again"
+def test_adapter(run, report, tiny_model, adapter, tmp_path):
+    source, out, again = adapter, tmp_path / "clean", tmp_path / "again"
     (source / CHAT_TEMPLATE).write_text("{{ messages }}\n")
     made = report("adapter", source, out, "--base", tiny_model)
     assert (made["r"], made["scaling"]) == (3, 2.0)
@@ -283,9 +289,7 @@ def test_the_copy_of_an_adapter_leads_to_its_base(
 
 
 @pytest.mark.golden
-def test_adapter_with_copies_of_its_base(
-    run, report, refused, golden, tmp_path, edit_tensors
-):
+def test_copies_of_the_base(run, report, refused, golden, tmp_path, edit_tensors):
     source = golden / "adapters/llama32/emb_lora"
     base = shutil.copytree(golden / "llama32/fp32", tmp_path / "base")
     assert run("adapter", source, tmp_path / "a", "--base", base)[0] == 0
@@ -371,12 +375,10 @@ def test_merge_quantized_and_again(run, tiny, tiny_model, make_adapter, tmp_path
     assert quantization["bnb_4bit_use_double_quant"] is False
 
 
-def test_the_base_that_was_trained_on(
-    run, report, tiny, tiny_model, make_adapter, tmp_path
-):
+def test_the_base_that_was_trained_on(run, report, tiny, tiny_model, adapter, tmp_path):
     _, base = convert.load_llama(tiny_model, quantization="nf4", dtype="bfloat16")
     trained, config = fingerprint_tree(base), LlamaConfig.from_hf(tiny)
-    lora, adapters = convert.load_adapter(make_adapter(tiny), config)
+    lora, adapters = convert.load_adapter(adapter, config)
     known, other = tmp_path / "known", tmp_path / "other"
     for path, fingerprint in ((known, trained), (other, "0" * 64)):
         lora = dataclasses.replace(lora, base_fingerprint=fingerprint)
@@ -415,14 +417,12 @@ def test_the_base_that_was_trained_on(
     assert (known / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
 
 
-def test_a_check_that_fails_is_reported_after_the_merge(
-    refused, monkeypatch, tiny, tiny_model, make_adapter, tmp_path
-):
+def test_a_failed_check_is_told(refused, monkeypatch, tiny_model, adapter, tmp_path):
     def fail(*args):
         raise MemoryError("Unable to allocate 16 GiB.")
 
     monkeypatch.setattr("qlora_jax.inference.compare.compare_logits", fail)
-    args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o", "--onto")
+    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
     err = refused(f"`{tmp_path / 'o'}` was written, and could not", *args, "original")
     assert "Unable to allocate 16 GiB. With --no-check nothing is loaded" in err
     assert "logits" not in read(tmp_path / "o", "merge_report.json")
@@ -440,10 +440,8 @@ def test_a_probe_text(run, report, shared_data, tmp_path):
     assert re.search(r"Logits on \d+ tokens: max [|]a - b[|] [1-9]", text)
 
 
-def test_a_probe_text_without_a_tokenizer(
-    refused, tiny, tiny_model, make_adapter, tmp_path
-):
-    args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o", "--onto")
+def test_a_probe_text_without_a_tokenizer(refused, tiny_model, adapter, tmp_path):
+    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
     message = "has no tokenizer to read a probe text with"
     refused(message, *args, "original", "--probe", "text")
     assert not (tmp_path / "o").exists()

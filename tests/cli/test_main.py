@@ -231,9 +231,7 @@ def put_nan(path: Path) -> None:
         (rename_architecture, "Not a Llama causal language model"),
     ],
 )
-def test_a_damaged_model_is_named_and_no_run_is_begun(
-    refused, settings, model_dir, out, damage, message
-):
+def test_a_damaged_model_is_named(refused, settings, model_dir, out, damage, message):
     damage(model_dir)
     refused(message, "train", settings())
     assert not out.exists()
@@ -252,9 +250,7 @@ GOOD = '{"input_ids": [1, 2], "labels": [1, 2]}\n'
         (None, "there is no file"),
     ],
 )
-def test_data_that_cannot_be_used_is_named_with_its_line(
-    refused, settings, tmp_path, out, content, message
-):
+def test_bad_rows_are_named(refused, settings, tmp_path, out, content, message):
     rows = tmp_path / "mine.jsonl"
     if content is not None:
         rows.write_text(content)
@@ -300,9 +296,7 @@ def adapter(model_dir, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_lora_settings_that_contradict_the_initial_adapter_are_refused(
-    cli, refused, settings, out, adapter
-):
+def test_settings_must_fit_the_initial_adapter(cli, refused, settings, out, adapter):
     """A default that someone wrote down counts as well as any other value."""
     init = f"adapter_init = '{adapter}'"
     for text, options in (
@@ -386,9 +380,7 @@ def test_inspect_warns_as_a_run_does(cli, model_dir):
         ),
     ],
 )
-def test_an_option_replaces_the_patterns_of_the_file(
-    cli, settings, out, options, ranks, alphas
-):
+def test_an_option_replaces_patterns(cli, settings, out, options, ranks, alphas):
     lora = "[lora]\ntarget_modules = ['q_proj', 'v_proj']\n"
     patterns = "rank_pattern = {'v_proj' = 2}\nalpha_pattern = {'[qv]_proj' = 3}\n"
     file = settings(lora + patterns)

@@ -98,9 +98,7 @@ def test_a_run_file_or_its_run_is_planned_and_options_win(planned, run_file, tmp
     assert planned("--gpu l4", tmp_path / "run") == report
 
 
-def test_a_card_without_bfloat16_is_planned_with_float16_and_noted(
-    plan_8b, refused, config_json
-):
+def test_a_card_without_bfloat16_gets_float16(plan_8b, refused, config_json):
     report = plan_8b("t4 --max-length 2048")
     assert (report["dtype"], report["attention"]) == ("float16", "xla")
     assert any("no bfloat16" in note for note in report["notes"])
@@ -170,9 +168,7 @@ def test_policies_are_compared_in_a_table(cli, plan_8b, config_json):
     assert lengths[-1] == report["max_length"]
 
 
-def test_without_the_compiler_the_plan_says_how_to_get_it(
-    cli, refused, config_json, monkeypatch
-):
+def test_the_way_to_the_compiler_is_told(cli, refused, config_json, monkeypatch):
     monkeypatch.setattr(plan, "find_compiler", lambda python: None)
     args = ["--model", config_json, "--gpu", "h200", "--max-length", "512"]
     status, out, _ = cli("plan", *args)
@@ -210,9 +206,7 @@ def test_memory_is_drawn(plan_8b, tmp_path):
         ),
     ],
 )
-def test_settings_that_no_run_can_have_are_refused(
-    refused, config_json, options, message
-):
+def test_settings_of_no_run_are_refused(refused, config_json, options, message):
     error = refused(f"--method estimate {options}", "--model", config_json)
     assert message in error
     assert error.startswith("qlora-jax plan: ")
@@ -225,9 +219,7 @@ def test_a_model_is_needed(refused, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere/memory.png", "memory.txt"])
-def test_a_picture_that_cannot_be_drawn_is_refused_first(
-    refused, config_json, tmp_path, name
-):
+def test_a_picture_not_to_be_drawn_is_refused(refused, config_json, tmp_path, name):
     args = ("--model", config_json, "--plot", tmp_path / name)
     assert "`plot`" in refused("--gpu l4 --max-length 2048", *args)
 

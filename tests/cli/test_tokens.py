@@ -59,9 +59,7 @@ def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, rep
     np.testing.assert_allclose(after[bad], trained, atol=1e-6)
 
 
-def test_with_nothing_to_repair_the_model_is_written_as_it_is(
-    shared_data, tmp_path, cli
-):
+def test_with_nothing_to_repair_the_model_stays(shared_data, tmp_path, cli):
     source, out = shared_data / "stories260K", tmp_path / "out"
     status, _, err = cli("tokens", source, "--repair", "mean", "--output-dir", out)
     assert status == 0
@@ -114,9 +112,7 @@ def test_a_model_without_tokenizer(llama_dir, tmp_path, cli, report):
     assert "has no tokenizer" in err
 
 
-def test_a_run_warns_of_untrained_tokens_unless_their_rows_are_trained(
-    damaged, tmp_path, cli
-):
+def test_a_run_warns_of_untrained_rows_it_does_not_train(damaged, tmp_path, cli):
     path, bad, _ = damaged
     args = ["train", "--model.path", path, "--data.path", tmp_path / "text.txt"]
     args += ["--train.steps", 1, "--output-dir"]

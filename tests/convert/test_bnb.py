@@ -40,9 +40,7 @@ def read_checked(files: TensorFiles, key: str, shape):
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", FRAGMENTS)
-def test_fragments_dequantize_as_on_cuda_and_are_written_back(
-    shared_data, tmp_path, name
-):
+def test_fragments_dequantize_as_on_cuda_and_come_back(shared_data, tmp_path, name):
     files = open_file(shared_data / "bnb-fragments" / f"{name}.safetensors")
     key = "model.layers.0.mlp.gate_proj.weight"
     shape = tuple(json.loads(files.read_bytes(key + SUFFIX).tobytes())["shape"])
@@ -83,9 +81,7 @@ def test_any_shape_and_storage_comes_back(tmp_path, shape, storage, double_quant
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ["llama32/nf4", "llama32/nf4_dq", "llama2/nf4"])
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
-def test_quant_storage_is_another_view_of_the_same_bytes(
-    golden, tmp_path, name, storage
-):
+def test_quant_storage_is_a_view_of_the_same_bytes(golden, tmp_path, name, storage):
     config, base = convert.load_llama(golden / name)
     out = tmp_path / "out"
     convert.save_llama(out, config, base, quant_storage=storage)
@@ -250,9 +246,7 @@ def test_new_config_is_the_one_transformers_writes(golden, tmp_path):
     assert read(out) == read(golden / "llama32/nf4_dq")
 
 
-def test_the_file_says_what_is_packed_and_not_the_quantization_config(
-    make_model, packed, tmp_path
-):
+def test_the_tensors_say_what_is_packed_not_the_config(make_model, packed, tmp_path):
     old = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     path = make_model(name="dense", quantization_config=old)
     config, base = convert.load_llama(path, quantization=None)

@@ -316,9 +316,7 @@ def test_save_checks_the_tree(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_from_nowhere_or_a_full_disk_leaves_nothing(
-    tiny_model, tmp_path, monkeypatch
-):
+def test_a_failed_save_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     config, base = convert.load_llama(tiny_model)
     here, none = tmp_path / "here", tmp_path / "no"
     here.mkdir()
@@ -362,9 +360,7 @@ def test_progress_bars_go_to_stderr(tiny_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
-def test_host_memory_peaks_at_the_output_and_two_tensors(
-    tiny_model, big_model, measure, quantization
-):
+def test_the_peak_of_host_memory(tiny_model, big_model, measure, quantization):
     program = """
 warm(convert.load_llama, sys.argv[2])
 _, base = peak(convert.load_llama, sys.argv[1], quantization=sys.argv[3])

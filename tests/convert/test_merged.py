@@ -66,9 +66,7 @@ def test_every_update_in_blocks_of_any_size(monkeypatch, name, block):
 
 @pytest.mark.parametrize("source_dtype", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("target", [np.float32, np.float16, BF16])
-def test_the_sum_is_rounded_once_and_in_place_where_the_dtype_allows(
-    source_dtype, target
-):
+def test_the_sum_is_rounded_once_and_in_place_if_it_fits(source_dtype, target):
     update, old = Update(**PRODUCT), W.astype(source_dtype)
     exact = (0.5 * (B @ A) + old.astype(np.float32)).astype(target)
     array = old.copy()
@@ -145,9 +143,7 @@ ROWS_OF_BOTH = {"embed_tokens": (1,), "lm_head": (2,)}
         ((), {"modules_to_save": ("norm",), "bias": "all"}, True),
     ],
 )
-def test_a_tied_head_stays_tied_where_it_stays_equal(
-    merged_full, targets, fields, stays
-):
+def test_a_tied_head_stays_tied_if_it_stays_equal(merged_full, targets, fields, stays):
     tied = {"tie_word_embeddings": True}
     result = merged_full(*targets, config=tied, **fields)
     assert result.config.tie_word_embeddings == stays

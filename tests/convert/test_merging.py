@@ -98,15 +98,13 @@ def test_merged_tensors_are_those_of_peft(golden, out, name):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("stored_dtype", [np.float32, np.float16, BF16])
+@pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_update_is_added_in_float32_and_rounded_once(
-    make_model, adapter, out, stored_dtype, dtype, shards
-):
-    base = make_model(dtype=stored_dtype, shards=shards)
+def test_updates_are_rounded_once(make_model, adapter, out, stored, dtype, shards):
+    base = make_model(dtype=stored, shards=shards)
     convert.merge(base, adapter, out, dtype=dtype, max_shard_bytes=9000)
     merged = all_tensors(out)
-    target = np.dtype(stored_dtype if dtype is None else dtype)
+    target = np.dtype(stored if dtype is None else dtype)
     for key, value in all_tensors(base).items():
         update = delta(adapter, key)
         if update is None:
@@ -122,9 +120,7 @@ def test_update_is_added_in_float32_and_rounded_once(
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
-def test_onto_what_quantization_makes_of_a_dense_base(
-    make_model, adapter, tmp_path, quantization
-):
+def test_onto_what_quantization_makes(make_model, adapter, tmp_path, quantization):
     base, packed = make_model(dtype=BF16), tmp_path / "packed"
     a, b, onto = tmp_path / "a", tmp_path / "b", {"onto": "dequantized"}
     convert.merge(base, adapter, a, quantization=quantization, **onto)
@@ -147,9 +143,7 @@ def test_dense_copy_of_a_4bit_directory(golden, out):
     assert equal_arrays(all_tensors(out), dense)
 
 
-def test_tensors_that_nothing_changes_keep_their_bytes(
-    tiny, make_model, make_adapter, out, edit_tensors
-):
+def test_what_nothing_changes_stays(tiny, make_model, make_adapter, out, edit_tensors):
     def start_with_minus_zero(tensors):  # which adding a zero would change
         for value in tensors.values():
             value.reshape(-1)[:8] = -0.0
@@ -172,13 +166,11 @@ def test_tensors_that_nothing_changes_keep_their_bytes(
     assert fingerprint(base) == sha != fingerprint(out)
 
 
-@pytest.mark.parametrize("stored_dtype", [np.float32, BF16])
+@pytest.mark.parametrize("stored", [np.float32, BF16])
 @pytest.mark.parametrize("first", [None, "nf4"])
 @pytest.mark.parametrize("again", ["nf4", "nf4_dq"])
-def test_requantized_is_the_merged_checkpoint_quantized(
-    make_model, adapter, tmp_path, stored_dtype, first, again
-):
-    base = make_model(dtype=stored_dtype)
+def test_merged_then_requantized(make_model, adapter, tmp_path, stored, first, again):
+    base = make_model(dtype=stored)
     options = {"onto": "dequantized" if first else "original", "quantization": first}
     dense, packed, expected = (tmp_path / name for name in ("d", "p", "e"))
     first_report = convert.merge(base, adapter, dense, **options)
@@ -296,9 +288,7 @@ DEQUANTIZED = {"onto": "dequantized"}
         ("tiny_model", {"onto": "base"}, "`onto` 'base' is not known; expected"),
     ],
 )
-def test_the_weights_to_merge_onto_must_exist_and_be_unambiguous(
-    request, adapter, out, base, options, match
-):
+def test_the_weights_to_merge_onto_exist(request, adapter, out, base, options, match):
     unchecked = inspect.unwrap(convert.merge)
     with pytest.raises(UserError, match=match):
         unchecked(request.getfixturevalue(base), adapter, out, **options)
@@ -324,9 +314,7 @@ def test_output_with_content_is_kept(tiny_model, adapter):
 
 
 @pytest.mark.parametrize("when", ["open", "write"])
-def test_a_full_disk_leaves_nothing_behind(
-    monkeypatch, tiny_model, adapter, tmp_path, when
-):
+def test_a_full_disk_leaves_nothing(monkeypatch, tiny_model, adapter, tmp_path, when):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -342,9 +330,7 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not list(folder.iterdir())
 
 
-def test_merging_holds_the_adapter_and_a_tensor_in_memory(
-    tiny_model, big_model, adapter, tmp_path, measure
-):
+def test_the_peak_of_host_memory(tiny_model, big_model, adapter, tmp_path, measure):
     program = """
 base, adapter, dora, out, small, small_adapter = sys.argv[1:]
 onto = dict(onto="dequantized", quantization="nf4")

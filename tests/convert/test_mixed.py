@@ -93,9 +93,7 @@ def by_layer(golden) -> Callable[[trees.Path], np.ndarray]:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("quantization", ["nf4", None])
-def test_such_stacks_become_dense_with_the_same_values(
-    golden, mixed, by_layer, quantization
-):
+def test_such_stacks_become_dense(golden, mixed, by_layer, quantization):
     config, base = convert.load_llama(mixed, quantization=quantization)
     assert set(open_checkpoint(mixed).mixed) == set(LEFT)
     _, reference = convert.load_llama(golden / "llama32/nf4_dq")
@@ -251,9 +249,7 @@ def test_skipped_modules_that_take_too_long_to_match_are_refused(monkeypatch):
         bnb.skip_modules([r"(?:(?:.|..)+)+[A-Z]"], dense=[], packed=packed)
 
 
-def test_host_memory_peaks_at_the_output_and_two_tensors(
-    big_model, packed, weights, tmp_path, measure
-):
+def test_the_peak_of_host_memory(big_model, packed, weights, tmp_path, measure):
     replace(packed, {key(Q, 1): weights[key(Q, 1)]})
     checkpoint = open_checkpoint(big_model)
     once: dict[trees.Path, NF4Tensor] = {}  # all layers hold the same bytes
