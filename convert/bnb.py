@@ -25,7 +25,7 @@ from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
-from qlora_jax.lora.patterns import match_patterns
+from qlora_jax.lora import match_patterns
 from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 
 _STATE = ".quant_state.bitsandbytes__"

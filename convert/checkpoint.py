@@ -30,8 +30,8 @@ from convert.files import (
 )
 from convert.names import checkpoint_keys
 from qlora_jax.errors import CheckpointError
+from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key, put
 from qlora_jax.tree import Path as TreePath
 

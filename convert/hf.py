@@ -33,8 +33,8 @@ from convert.output import (
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import NF4Tensor, quantize
 
 

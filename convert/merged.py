@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from convert.hf import cast
 from convert.names import checkpoint_keys
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import (
+from qlora_jax.lora import (
     AdaptedModule,
     FullTensor,
+    LoraConfig,
     Selection,
     TokenRows,
     select,
 )
+from qlora_jax.models import LlamaConfig, apply_changes
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS, Path, hf_key, walk
 
 # Elements per block: small against a tensor, large enough for fast products.

@@ -17,10 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import AdaptedModule, Selection
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.params import shapes
+from qlora_jax.lora import AdaptedModule, LoraConfig, Selection
+from qlora_jax.models import LlamaConfig, shapes
 from qlora_jax.tree import Path, Shape, hf_key, is_stacked
 
 PEFT_PREFIX = "base_model.model."

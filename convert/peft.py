@@ -17,8 +17,8 @@ from typing import Any
 from convert.files import TensorFiles, read_header, read_json
 from convert.names import adapter_key
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import CHANGES_FILE, changes_to_json, read_changes
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
 from qlora_jax.tree import EMBEDDING, HEAD
 
 CONFIG = "adapter_config.json"

@@ -27,10 +27,8 @@ from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
 from convert.peft import CONFIG, WEIGHTS, open_adapter
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.params import abstract_base
+from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.tree import EMBEDDING, HEAD
 
 # With bias="all" PEFT saves the biases of fully trained modules twice more, under names

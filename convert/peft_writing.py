@@ -25,10 +25,8 @@ from convert.output import (
 from convert.peft import CONFIG, FINGERPRINT, WEIGHTS
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import CHANGES_FILE, LlamaConfig
-from qlora_jax.models.params import abstract_base
+from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.models import CHANGES_FILE, LlamaConfig, abstract_base
 
 
 def save_adapter(

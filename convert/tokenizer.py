@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.files import read_json
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models import LlamaConfig
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -23,16 +23,16 @@ from convert.files import DTYPES, TensorFiles
 from convert.names import PEFT_PREFIX
 from convert.peft import CONFIG, open_adapter, peft_directory
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import (
+from qlora_jax.lora import (
     AdaptedModule,
     FullTensor,
+    LoraConfig,
     Selection,
     TokenRows,
     select,
 )
+from qlora_jax.models import LlamaConfig, RopeScaling
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, RopeScaling
 
 # Fields that do not change what an adapter computes.
 _NOT_COMPUTED = (

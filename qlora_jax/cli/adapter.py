@@ -35,18 +35,19 @@ class Adapter:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import load_adapter, save_adapter
-        from convert.checkpoint import lazy_base, open_config, open_model
-        from convert.files import INDEX, SINGLE
-        from convert.peft import (
+        from convert import (
+            INDEX,
+            SINGLE,
             common_chat_template,
             in_short,
+            lazy_base,
+            load_adapter,
+            open_config,
+            open_model,
             peft_directory,
+            save_adapter,
         )
-        from qlora_jax.runs.loading import (
-            base_name_for_copy,
-            is_broken_path,
-        )
+        from qlora_jax.runs import base_name_for_copy, is_broken_path
 
         config = open_config(self.base)
         has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))

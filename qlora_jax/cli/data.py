@@ -22,18 +22,19 @@ import tyro
 
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import Batches
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import load_examples
-from qlora_jax.data.mixture import Mixture, lay_out
-from qlora_jax.data.notes import data_notes
+from qlora_jax.data import (
+    IGNORE,
+    Batches,
+    DataConfig,
+    Examples,
+    Mixture,
+    data_notes,
+    lay_out,
+    load_examples,
+)
 from qlora_jax.errors import UserError
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.runs.config import EvalConfig
-from qlora_jax.runs.eval_data import HeldOut, exclude_held_out
-from qlora_jax.runs.toml import read_config
+from qlora_jax.models import LlamaConfig
+from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
 _BINS = 16
 _BAR_WIDTH = 40
@@ -76,9 +77,7 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert.files import read_json
-        from convert.output import write_text
-        from convert.tokenizer import load_tokenizer
+        from convert import load_tokenizer, read_json, write_text
 
         model = Path(self.model)
         tokenizer = load_tokenizer(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.runs.report import render
+from qlora_jax.runs import render
 
 
 def render_data(report: Mapping[str, Any], name: str) -> str:

@@ -17,11 +17,10 @@ import tyro
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
-from qlora_jax.inference.config import Sampling
+from qlora_jax.inference import Sampling
 
 if TYPE_CHECKING:
-    from qlora_jax.inference.model import Model
-    from qlora_jax.inference.text import TextStream
+    from qlora_jax.inference import Model, TextStream
 
 _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -159,7 +158,7 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
 
 def _warn_of_joined_tokens(model: Model, chat_template: str | None) -> None:
     """Prints a note if an answer's first token differs from training."""
-    from qlora_jax.inference.text import ChatPrompts
+    from qlora_jax.inference import ChatPrompts
 
     template = model.chat_template if chat_template is None else chat_template
     end = ChatPrompts(model.tokenizer, template).joined_end()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qlora_jax.runs.interruption import SIGNALS, AtOnce
+from qlora_jax.runs import SIGNALS, AtOnce
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -27,23 +27,22 @@ from qlora_jax.choices import (
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError, say
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
-from qlora_jax.runs.config import ModelConfig, RunConfig
-from qlora_jax.runs.overrides import (
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import LlamaConfig, apply_changes
+from qlora_jax.planning import find_compiler, how_to_get_the_compiler
+from qlora_jax.runs import (
+    ModelConfig,
+    RunConfig,
     given_lora,
     option_defaults,
     option_keys,
+    read_config,
     values_of,
 )
-from qlora_jax.runs.toml import read_config
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training import TrainConfig
 
 if TYPE_CHECKING:
-    from qlora_jax.planning.gpus import GpuSpec
-    from qlora_jax.planning.plan import Plan, Planner, Policy, Quantity
-    from qlora_jax.planning.step import Step
+    from qlora_jax.planning import GpuSpec, Plan, Planner, Policy, Quantity, Step
 
 _FIT = "fit"
 _OrFit = int | Literal["fit"]
@@ -130,8 +129,7 @@ class PlanCommand:
           explicit: names of the fields of `lora` that were given as options.
         """
         from qlora_jax.cli.plan_output import check_picture_path, draw_memory
-        from qlora_jax.planning.gpus import find_gpu
-        from qlora_jax.planning.plan import Planner, policies
+        from qlora_jax.planning import Planner, find_gpu, policies
 
         if self.plot is not None:
             check_picture_path(Path(self.plot))
@@ -290,8 +288,8 @@ class _Settings:
         Raises:
           UserError: a dtype that the GPU does not have.
         """
-        from qlora_jax.models.layers import Compute
-        from qlora_jax.planning.step import Step
+        from qlora_jax.models import Compute
+        from qlora_jax.planning import Step
 
         if self.dtype == "bfloat16" and not card.bfloat16:
             raise UserError(f"{_lacks_bfloat16(card)}: use --dtype float16 or float32.")
@@ -360,7 +358,7 @@ def _single_step(train: TrainConfig, batch_size: int, accumulation: int | None) 
 
 
 def _read_config_json(path: Path) -> LlamaConfig:
-    from convert.files import read_json
+    from convert import read_json
 
     return LlamaConfig.from_hf(
         read_json(path / "config.json" if path.is_dir() else path)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import UserError, readable_bytes, say
-from qlora_jax.planning.plan import ALLOWANCE, Plan, Planner, Policy
-from qlora_jax.planning.step import Step
+from qlora_jax.planning import ALLOWANCE, Plan, Planner, Policy, Step
 
 _LABELS = {
     "base": "frozen weights",

@@ -27,8 +27,8 @@ class Report:
 
     def run(self) -> dict[str, Any]:
         """Writes the page; returns its path and the main numbers."""
-        from convert.output import write_text
-        from qlora_jax.runs.report import PAGE, best_evaluation, read_run, render_run
+        from convert import write_text
+        from qlora_jax.runs import PAGE, best_evaluation, read_run, render_run
 
         run = read_run(Path(self.path))
         output = Path(self.output) if self.output else run.directory / PAGE

@@ -20,13 +20,12 @@ from jaxtyping import Float32, Int
 from numpy.typing import NDArray
 
 import convert
-from convert.tokenizer import load_tokenizer
+from convert import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import common_dtype
 from qlora_jax.inference.model import Model
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.models.layers import Compute
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import Compute, LlamaConfig, apply_changes
 
 PROBE_TOKENS = 128
 """Number of tokens that models are compared on; a probe text may have fewer."""

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Int, Int32
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.sampling import Rules, Values
-from qlora_jax.models.llama import Cache, Llama, empty_cache
+from qlora_jax.models import Cache, Llama, empty_cache
 
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
 # similar length share one compiled program.

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert.checkpoint import open_checkpoint
-from convert.files import DTYPES, FLOATS
-from convert.hf import cast, dtype_name
-from convert.names import checkpoint_keys
-from convert.peft import training_record
+from convert import (
+    DTYPES,
+    FLOATS,
+    cast,
+    checkpoint_keys,
+    dtype_name,
+    open_checkpoint,
+    training_record,
+)
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models.config import CHANGEABLE_FIELDS, LlamaConfig, undo_changes
-from qlora_jax.models.params import is_projection
+from qlora_jax.models import CHANGEABLE_FIELDS, LlamaConfig, is_projection, undo_changes
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
 

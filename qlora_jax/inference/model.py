@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert.peft import chat_template_file, in_short, peft_directory
+from convert import chat_template_file, in_short, peft_directory
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
@@ -44,11 +44,8 @@ from qlora_jax.inference.text import (
     resolve_stop,
     token_array,
 )
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig, apply_changes, undo_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama
+from qlora_jax.lora import LoraConfig, bind
+from qlora_jax.models import Compute, Llama, LlamaConfig, apply_changes, undo_changes
 
 
 @dataclass(frozen=True)

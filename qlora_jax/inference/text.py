@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int32
 
-from qlora_jax.data.chat import ChatRenderer, to_messages
-from qlora_jax.data.encoding import Segmented, tokenize
+from qlora_jax.data import ChatRenderer, Segmented, to_messages, tokenize
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import Decoding
 

@@ -30,8 +30,8 @@ from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
 from qlora_jax.choices import Attention, Dtype, Kernels, Remat
 from qlora_jax.errors import UserError
+from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
-from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.sharding import gather_shared, on_device
 
 _LINEAR_ARRAYS = (

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import linear_modules, select
+from qlora_jax.lora import LoraConfig, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import HEAD, LAYERS, PROJECTIONS, Path, Shape, at, is_stacked, put
 

@@ -24,13 +24,22 @@ from jax.sharding import AbstractMesh
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import did_you_mean, readable_bytes
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.targets import Selection, absent_layers, linear_modules, select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import mlp_tokens
-from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
-from qlora_jax.models.sharding import shard_step
+from qlora_jax.lora import (
+    LoraConfig,
+    Selection,
+    absent_layers,
+    abstract_adapters,
+    linear_modules,
+    select,
+)
+from qlora_jax.models import (
+    LlamaConfig,
+    abstract_base,
+    mlp_tokens,
+    shard_step,
+    tree_bytes,
+    tree_size,
+)
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.planning.step import (
     Step,
@@ -38,8 +47,7 @@ from qlora_jax.planning.step import (
     abstract_arguments,
     device_tree_bytes,
 )
-from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training import TrainConfig, make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
 
 

@@ -21,11 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from convert.peft_writing import adapter_bytes
+from convert import adapter_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
-from qlora_jax.models.attention import refusals
-from qlora_jax.models.sharding import check_mesh
+from qlora_jax.models import check_mesh, refusals
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec

@@ -26,18 +26,26 @@ from jax.sharding import Mesh
 
 from qlora_jax.choices import EmbeddingMemory, HeadMemory
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.targets import select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama
-from qlora_jax.models.params import abstract_base
-from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
+from qlora_jax.lora import LoraConfig, abstract_adapters, select
+from qlora_jax.models import (
+    Compute,
+    Llama,
+    LlamaConfig,
+    abstract_base,
+    check_mesh,
+    is_on_host,
+    local_bytes,
+    shard_step,
+)
 from qlora_jax.planning.gpus import GpuSpec
-from qlora_jax.training.config import ParameterGroup, TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import TrainState, init_state, jit_step
+from qlora_jax.training import (
+    ParameterGroup,
+    TrainConfig,
+    TrainState,
+    init_state,
+    jit_step,
+    make_optimizer,
+)
 from qlora_jax.tree import EMBEDDING, HEAD, FrozenDict, Path
 
 _MAX_INT32 = 2**31 - 1

@@ -34,7 +34,7 @@ from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
 from qlora_jax.runs.interruption import AtOnce
-from qlora_jax.training.step import TrainState
+from qlora_jax.training import TrainState
 
 # Bytes that a checkpoint may need in addition to its arrays.
 _SLACK = 1 << 20

@@ -23,25 +23,31 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.errors import UserError, readable_bytes
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.init import factor_out
-from qlora_jax.lora.targets import select
-from qlora_jax.models.llama import Llama
-from qlora_jax.planning.gpus import (
+from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
+from qlora_jax.models import Llama
+from qlora_jax.planning import (
     ALLOWANCE,
     UNLIMITED,
     GpuSpec,
+    Plan,
+    Planner,
+    Policy,
+    Step,
+    StepMemory,
+    device_bytes,
     give_back_freed_memory,
     more_memory_advice,
+    policies,
     this_device,
 )
-from qlora_jax.planning.plan import Plan, Planner, Policy, device_bytes, policies
-from qlora_jax.planning.step import Step, StepMemory
 from qlora_jax.runs.config import ModelConfig
-from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import init_state, jit_eval, jit_step
+from qlora_jax.training import (
+    TrainConfig,
+    init_state,
+    jit_eval,
+    jit_step,
+    make_optimizer,
+)
 from qlora_jax.tree import EMBEDDING, HEAD
 
 

@@ -21,18 +21,11 @@ from qlora_jax.choices import (
     Quantization,
     RematOrAuto,
 )
-from qlora_jax.data.config import (
-    SOURCE_FIELDS,
-    DataConfig,
-    Format,
-    Source,
-    TooLong,
-    TrainOn,
-)
+from qlora_jax.data import SOURCE_FIELDS, DataConfig, Format, Source, TooLong, TrainOn
 from qlora_jax.errors import UserError, raise_problems
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import CHANGEABLE_FIELDS, read_changes
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
+from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
 
 

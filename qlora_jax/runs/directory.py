@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.files import read_json
-from convert.peft import CHAT_TEMPLATE, CONFIG
-from qlora_jax.data.config import DataConfig, Source
+from convert import CHAT_TEMPLATE, CONFIG, read_json
+from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics

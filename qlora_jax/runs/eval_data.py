@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.examples import load_examples
-from qlora_jax.data.held_out import content_keys, hold_out
-from qlora_jax.data.mixture import Mixture
+from qlora_jax.data import (
+    DataConfig,
+    Examples,
+    Mixture,
+    content_keys,
+    hold_out,
+    load_examples,
+)
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 

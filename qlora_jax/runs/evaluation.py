@@ -17,19 +17,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.tokenizer import end_tokens
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import eval_batches
-from qlora_jax.data.config import DataConfig
+from convert import end_tokens
+from qlora_jax.data import DataConfig, Examples, eval_batches
 from qlora_jax.errors import UserError
-from qlora_jax.inference.decode import generate_tokens
-from qlora_jax.inference.model import Model
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.inference import Model, generate_tokens
+from qlora_jax.lora import bind
+from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import HeldOut
-from qlora_jax.training.step import jit_eval
+from qlora_jax.training import jit_eval
 
 # exp(710) overflows a double.
 _LARGEST_EXPONENT = 700.0

@@ -25,16 +25,25 @@ import jax
 import jax.numpy as jnp
 
 import convert
-from convert.peft import CONFIG, chat_template_file, open_adapter, peft_directory
-from convert.tokenizer import end_tokens, load_tokenizer
+from convert import (
+    CONFIG,
+    chat_template_file,
+    end_tokens,
+    load_tokenizer,
+    open_adapter,
+    peft_directory,
+)
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference.model import Model, load_attached
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import apply_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama, add_parameters
-from qlora_jax.models.params import check_weights
+from qlora_jax.inference import Model, load_attached
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import (
+    Compute,
+    Llama,
+    add_parameters,
+    apply_changes,
+    check_weights,
+)
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.directory import find_run, read_settings
 

@@ -35,9 +35,7 @@ import rich.progress
 from jaxtyping import Integer
 
 from qlora_jax.errors import UserError, readable_bytes
-from qlora_jax.planning.estimate import model_flops_per_token
-from qlora_jax.planning.gpus import gpu_named
-from qlora_jax.planning.step import Step
+from qlora_jax.planning import Step, gpu_named, model_flops_per_token
 from qlora_jax.runs.config import LogConfig
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"

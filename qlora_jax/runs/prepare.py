@@ -21,19 +21,20 @@ import flax.linen as nn
 import jax
 
 import convert
-from convert.tokenizer import load_tokenizer
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import Batches, eval_batches
-from qlora_jax.data.examples import data_size, load_examples
-from qlora_jax.data.mixture import Mixture
-from qlora_jax.data.notes import data_notes
+from convert import load_tokenizer
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    Mixture,
+    data_notes,
+    data_size,
+    eval_batches,
+    load_examples,
+)
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.lora.init import check_start, continued, given_fields
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama, add_parameters
-from qlora_jax.planning.estimate import warnings
+from qlora_jax.lora import Selection, check_start, continued, given_fields, select
+from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_changes
+from qlora_jax.planning import warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
@@ -47,7 +48,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
-from qlora_jax.training.parameter_groups import Group, note_idle, optimizer_groups
+from qlora_jax.training import Group, note_idle, optimizer_groups
 
 # Data up to this size are read even after the settings were refused, so that their
 # problems are reported too: some seconds of tokenizing.

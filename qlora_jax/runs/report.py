@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.files import read_json
+from convert import read_json
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED
 from qlora_jax.runs.metrics import read_evaluations, read_metrics, read_samples

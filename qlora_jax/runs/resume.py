@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.config import LOCATION_FIELDS
+from qlora_jax.data import LOCATION_FIELDS
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.runs.checkpoint import (
     Checkpoints,
@@ -18,7 +18,7 @@ from qlora_jax.runs.checkpoint import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
-from qlora_jax.training.step import TrainState
+from qlora_jax.training import TrainState
 
 # Fields of a LoraConfig that name the base. Its weights are in the fingerprint.
 _BASE_FIELDS = (

@@ -25,19 +25,27 @@ import numpy as np
 import optax
 
 import convert
-from convert.checkpoint import open_checkpoint
-from convert.output import write_text
-from convert.peft import CHAT_TEMPLATE, CONFIG, TRAINING, WEIGHTS
-from qlora_jax.data.batches import prefetch
+from convert import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    TRAINING,
+    WEIGHTS,
+    open_checkpoint,
+    write_text,
+)
+from qlora_jax.data import prefetch
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.inference.identity import base_form
-from qlora_jax.lora.init import absorb, factor_out, init_adapters
-from qlora_jax.lora.targets import Selection
-from qlora_jax.models.config import LlamaConfig, changes_to_json
-from qlora_jax.models.llama import add_parameters
-from qlora_jax.models.params import check_weights, tree_bytes
-from qlora_jax.models.sharding import put_base
-from qlora_jax.models.vocabulary import report_untrained
+from qlora_jax.inference import base_form
+from qlora_jax.lora import Selection, absorb, factor_out, init_adapters
+from qlora_jax.models import (
+    LlamaConfig,
+    add_parameters,
+    changes_to_json,
+    check_weights,
+    put_base,
+    report_untrained,
+    tree_bytes,
+)
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
 from qlora_jax.runs.config import RunConfig
@@ -62,9 +70,7 @@ from qlora_jax.runs.prepare import PreparedRun, prepare
 from qlora_jax.runs.report import PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.training.optimizer import averaged
-from qlora_jax.training.parameter_groups import schedule
-from qlora_jax.training.step import TrainState, init_state
+from qlora_jax.training import TrainState, averaged, init_state, schedule
 
 
 def run(

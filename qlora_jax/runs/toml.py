@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
-from qlora_jax.lora.config import LoraConfig, off_features, refused_features
+from qlora_jax.lora import LoraConfig, off_features, refused_features
 from qlora_jax.runs.config import RunConfig
 
 SETTINGS = "config.toml"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data import IGNORE
 
 # Float32 logits held at a time: 2^24 of them are 67 MB, small enough to be reused from
 # cache and page tables (on a CPU larger chunks are slower). Never fewer than 512

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from qlora_jax import nf4
-from qlora_jax.data.encoding import IGNORE
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.llama import Llama
-from qlora_jax.models.sharding import gather_shared, on_device
+from qlora_jax.data import IGNORE
+from qlora_jax.lora import bind
+from qlora_jax.models import Llama, gather_shared, on_device
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.training.loss import cross_entropy_sum, supervised_tokens
 

@@ -33,7 +33,7 @@ import optax
 from jaxtyping import Array, Float32
 
 from qlora_jax import tree as trees
-from qlora_jax.lora.targets import Selection
+from qlora_jax.lora import Selection
 from qlora_jax.nf4 import DYNAMIC_MAP
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.parameter_groups import Rule, optimizer_groups, rate_of

@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import raise_problems
-from qlora_jax.lora.targets import Selection
+from qlora_jax.lora import Selection
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from qlora_jax.models.llama import Llama
+from qlora_jax.models import Llama
 from qlora_jax.training.objectives import (
     NEXT_TOKEN,
     Batch,
