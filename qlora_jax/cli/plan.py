@@ -220,6 +220,25 @@ class PlanCommand:
         )
 
 
+# Options of `plan` that set what a run file sets: option -> key of the run file.
+_KEYS = {
+    "model": "model.path",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    **{
+        name: f"model.{name}"
+        for name in (
+            *("quantization", "dtype", "attention", "remat", "kernels"),
+            *("embed_tokens", "lm_head"),
+        )
+    },
+}
+# What a run must have and a plan of one step does not use.
+_UNUSED = {"output_dir": "none", "data.path": "none", "train.steps": 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     """The settings of a run file, overridden by options."""
@@ -247,38 +266,34 @@ class _Settings:
         Raises:
           UserError: settings that are missing, or that no run can have.
         """
-        run = None
-        if command.config is not None:
-            options = values_of(command, (f"lora.{name}" for name in explicit))
-            run = read_config(Path(command.config), options)
-        path = command.model or (run and run.model.path)
-        if path is None:
-            raise UserError(
-                "Name the model: --model PATH (a directory or a config.json), or a "
-                "run file."
-            )
-        length, batch_size, fit = _sizes(command, run)
-        accumulation = command.gradient_accumulation_steps
-        if run is None:
-            model, lora = ModelConfig(path, remat="auto"), command.lora
-            train, dtype, packed = TrainConfig(steps=1), None, False
+        options = {
+            key: value
+            for name, key in _KEYS.items()
+            if (value := getattr(command, name)) not in (None, _FIT)
+        }
+        if command.config is None:
+            if command.model is None:
+                raise UserError(
+                    "Name the model: --model PATH (a directory or a config.json), or "
+                    "a run file."
+                )
+            options = {**_UNUSED, "model.remat": "auto", **options}
+            run = dataclasses.replace(read_config(None, options), lora=command.lora)
         else:
-            model, lora = run.model, run.lora
-            train, dtype, packed = run.train, run.model.dtype, run.data.packing
-        names = (
-            *("quantization", "attention", "remat", "kernels"),
-            *("embed_tokens", "lm_head"),
-        )
-        options = {name: getattr(command, name) for name in names}
-        options = {name: value for name, value in options.items() if value is not None}
+            options |= values_of(command, (f"lora.{name}" for name in explicit))
+            run = read_config(Path(command.config), options)
+        length, batch_size, fit = _sizes(command, run)
+        unnamed = command.config is None and command.dtype is None
         return cls(
-            config=apply_changes(_read_config_json(Path(path)), model.config_changes),
-            model=dataclasses.replace(model, **options),
-            lora=lora,
-            train=_single_step(train, batch_size, accumulation),
+            config=apply_changes(
+                _read_config_json(Path(run.model.path)), run.model.config_changes
+            ),
+            model=run.model,
+            lora=run.lora,
+            train=_single_step(run.train, batch_size),
             length=length,
-            packed=packed if command.packing is None else command.packing,
-            dtype=command.dtype or dtype,
+            packed=run.data.packing,
+            dtype=None if unnamed else run.model.dtype,
             fit=fit,
         )
 
@@ -309,40 +324,28 @@ class _Settings:
         )
 
 
-def _sizes(
-    command: PlanCommand, run: RunConfig | None
-) -> tuple[int, int, Quantity | None]:
+def _sizes(command: PlanCommand, run: RunConfig) -> tuple[int, int, Quantity | None]:
     """Returns length, rows, and which of them is to be searched for."""
-    length, batch_size = command.max_length, command.batch_size
-    if length is None and run is not None:
-        length = run.data.max_length
-    if batch_size is None:
-        batch_size = 1 if run is None else run.train.batch_size
-    if length is None:
+    if command.max_length is None and command.config is None:
         raise UserError(
             "Give the length of the rows: --max-length N, or --max-length fit for as "
             "long as the GPU holds."
         )
-    if length == batch_size == _FIT:
+    if command.max_length == command.batch_size == _FIT:
         raise UserError(
             "--max-length fit and --batch-size fit: fix one of them, so that the "
             "other has an answer."
         )
-    for name, value in (("max-length", length), ("batch-size", batch_size)):
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}.")
-    if isinstance(length, str):
-        assert isinstance(batch_size, int)
+    length, batch_size = run.data.max_length, run.train.batch_size
+    if command.max_length == _FIT:
         return _FIRST_LENGTH, batch_size, "length"
-    if isinstance(batch_size, str):
+    if command.batch_size == _FIT:
         return length, command.mesh.data * command.mesh.fsdp, "batch_size"
     return length, batch_size, None
 
 
-def _single_step(train: TrainConfig, batch_size: int, accumulation: int | None) -> Any:
+def _single_step(train: TrainConfig, batch_size: int) -> TrainConfig:
     """Returns a run's training settings for one step, which has no warm-up."""
-    if accumulation is None:
-        accumulation = train.gradient_accumulation_steps
     return dataclasses.replace(
         train,
         steps=1,
@@ -353,7 +356,6 @@ def _single_step(train: TrainConfig, batch_size: int, accumulation: int | None) 
         ),
         adapter_init=None,
         batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
     )
 
 

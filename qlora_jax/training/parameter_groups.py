@@ -288,13 +288,6 @@ def schedule(config: TrainConfig, steps: int) -> Callable[[Any], Array]:
     )
 
 
-def group_schedules(
-    groups: tuple[Group, ...], steps: int
-) -> dict[str, Callable[[Any], Array]]:
-    """Returns for each group, by its name, step -> learning rate."""
-    return {group.name: rate_of(group.rule, steps) for group in groups}
-
-
 def rate_of(rule: Rule, steps: int) -> Callable[[Any], Array]:
     """Returns step -> learning rate; see `schedule`."""
     warmup = rule.warmup_steps
