@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
@@ -30,7 +30,7 @@ from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 
 _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
-_STORAGES = {"uint8": "U8", **FLOATS}
+_STORAGES = {"uint8": "U8", **FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
             f"`blocksize` is {raw['blocksize']}; only {BLOCK_SIZE}, which transformers "
             "writes, is read"
         )
-    if raw["dtype"] not in FLOATS:
+    if raw["dtype"] not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
     offset = None
     if double:

@@ -19,8 +19,8 @@ from convert import bnb
 from convert.files import (
     DTYPES,
     FLOAT_NAMES,
-    INDEX,
-    SINGLE,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
     Mismatches,
     TensorFiles,
     TensorInfo,
@@ -130,11 +130,11 @@ def open_model(path: Path) -> TensorFiles:
       CheckpointError: no safetensors files, a missing shard, or an index that
         disagrees with its shards; the message lists all disagreements.
     """
-    single, index = path / SINGLE, path / INDEX
+    single, index = path / WEIGHTS_FILE, path / WEIGHTS_INDEX
     if single.is_file() and index.is_file():
         raise CheckpointError(
-            f"`{path}` has both {SINGLE} and {INDEX}, and only one can be current. "
-            "Remove the stale one."
+            f"`{path}` has both {WEIGHTS_FILE} and {WEIGHTS_INDEX}, and only one can "
+            "be current. Remove the stale one."
         )
     if single.is_file():
         return TensorFiles(path, read_header(single)[0])
@@ -149,7 +149,7 @@ def open_model(path: Path) -> TensorFiles:
             f"`{index}` has no `weight_map` of tensor names to file names in the same "
             "directory."
         )
-    problems = Mismatches(f"The shards in `{path}` and {INDEX} disagree")
+    problems = Mismatches(f"The shards in `{path}` and {WEIGHTS_INDEX} disagree")
     infos: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
@@ -189,10 +189,12 @@ def _no_weights(path: Path) -> str:
         )
     if shards:
         return (
-            f"`{path}` has {', '.join(shards[:3])} but neither {SINGLE} nor {INDEX}; "
-            "download the index file too."
+            f"`{path}` has {', '.join(shards[:3])} but neither {WEIGHTS_FILE} nor "
+            f"{WEIGHTS_INDEX}; download the index file too."
         )
-    return f"`{path}` has no weights: neither {SINGLE} nor {INDEX} is there."
+    return (
+        f"`{path}` has no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX} is there."
+    )
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

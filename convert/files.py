@@ -42,11 +42,11 @@ DTYPES: Mapping[str, np.dtype] = {
     "I64": np.dtype(np.int64),
 }
 # Dtypes of weights that are not quantized -> safetensors' names, and back.
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-FLOAT_NAMES = {name: dtype for dtype, name in FLOATS.items()}
+FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOAT_NAMES = {name: dtype for dtype, name in FLOAT_DTYPES.items()}
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 MAX_JSON_BYTES = 4_000_000
 """The longest JSON that is read; the header of a 405B model in 4 bits has a fifth."""

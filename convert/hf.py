@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles, check_finite
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
@@ -167,7 +167,9 @@ def _allocate(
                 leading=leading,
             )
         else:
-            leaf = np.empty((*leading, *shape), DTYPES[FLOATS[dtype or stored[0]]])
+            leaf = np.empty(
+                (*leading, *shape), DTYPES[FLOAT_DTYPES[dtype or stored[0]]]
+            )
         trees.put(base, path_in_tree, leaf)
     problems.check(hint="Choose one with `dtype`.")
     return checkpoint, base
@@ -272,10 +274,10 @@ def cast(array: NDArray, dtype: Any, key: str) -> NDArray:
 
 def check_dtype(dtype: str | None) -> None:
     """Raises `UserError` if `dtype` is neither None nor a float dtype."""
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UserError(
-            f"`dtype`={dtype!r} is not supported; expected one of {', '.join(FLOATS)}, "
-            "or None to keep the file's."
+            f"`dtype`={dtype!r} is not supported; expected one of "
+            f"{', '.join(FLOAT_DTYPES)}, or None to keep the file's."
         )
 
 
@@ -387,7 +389,7 @@ def _modules(config: LlamaConfig, select: Callable[[trees.Path], bool]) -> list[
 
 
 def _dense_entry(key: str, leaf: Any, layer: int | None, dtype: str | None) -> Entry:
-    target = DTYPES[FLOATS[dtype or dtype_name(leaf)]]
+    target = DTYPES[FLOAT_DTYPES[dtype or dtype_name(leaf)]]
 
     def read() -> NDArray:
         array = np.asarray(leaf if layer is None else leaf[layer])
@@ -424,7 +426,7 @@ def _checked_leaves(
                 "arrays of another shape",
                 f"{name} {list(leaf.shape)} instead of {[*leading, *shape]}",
             )
-        elif dtype_name(leaf) not in FLOATS:
+        elif dtype_name(leaf) not in FLOAT_DTYPES:
             problems.add("arrays of another dtype", f"{name} {dtype_name(leaf)}")
     for path in leaves:
         if path not in shapes:

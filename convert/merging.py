@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
-from convert.files import DTYPES, FLOATS, read_json
+from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged import MergedWeights, merged_weights
 from convert.names import checkpoint_keys
@@ -35,7 +35,7 @@ from convert.output import (
     write_model_files,
     write_text,
 )
-from convert.peft import CONFIG, WEIGHTS, common_chat_template
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, common_chat_template
 from convert.peft_reading import load_adapter
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
@@ -131,7 +131,7 @@ def merge(
             "base_sha256": fingerprint(base_path),
             "adapter": str(adapter_path),
             "adapter_sha256": _sha256(
-                Path(adapter_path) / name for name in (CONFIG, WEIGHTS)
+                Path(adapter_path) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
             ),
             "adapter_base_fingerprint": lora.base_fingerprint,
             "output": str(output_dir),
@@ -416,12 +416,12 @@ class _Stream:
     def _dtype(self, key: str) -> np.dtype:
         """The dtype of a tensor of the result; of a packed one, before quantization."""
         if self.dtype is not None:
-            return DTYPES[FLOATS[self.dtype]]
+            return DTYPES[FLOAT_DTYPES[self.dtype]]
         if key in self.merged.sources:
             # A new bias gets the dtype of its weight.
             weight = f"{key.removesuffix('.bias')}.weight"
             key = self.merged.sources[key] or weight
-        return DTYPES[FLOATS[self.checkpoint.dtype(key)]]
+        return DTYPES[FLOAT_DTYPES[self.checkpoint.dtype(key)]]
 
     def _tensor(self, key: str, path: TreePath) -> NDArray:
         """Computes one tensor of the result."""

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, INDEX, SINGLE
+from convert.files import DTYPES, WEIGHTS_FILE, WEIGHTS_INDEX
 from qlora_jax.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,7 +143,7 @@ def write_model_files(
     with progress_bar("Writing", total_size, progress) as advance:
         for i, shard in enumerate(shards, start=1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            name = SINGLE if len(shards) == 1 else name
+            name = WEIGHTS_FILE if len(shards) == 1 else name
             write_safetensors(directory / name, shard, metadata, advance)
             weight_map.update({entry.name: name for entry in shard})
     if len(shards) == 1:
@@ -155,7 +155,7 @@ def write_model_files(
         },
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_json(directory / INDEX, index)
+    write_json(directory / WEIGHTS_INDEX, index)
 
 
 def write_text(path: Path, text: str) -> None:

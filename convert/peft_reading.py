@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
 from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
-from convert.peft import CONFIG, WEIGHTS, open_adapter
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig, Selection, select
@@ -129,8 +129,8 @@ def _match(
     if not isinstance(targets, str):
         targets = ", ".join(targets or ())
     problems = Mismatches(
-        f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
-        f"(`r`={lora.r}, `target_modules`={targets!r:.200}) "
+        f"`{Path(path) / ADAPTER_WEIGHTS}` does not hold the adapter that its "
+        f"{ADAPTER_CONFIG} (`r`={lora.r}, `target_modules`={targets!r:.200}) "
         "describes for this base model",
         shown=3,
     )

@@ -21,7 +21,7 @@ import numpy as np
 from convert.checkpoint import open_config, open_model
 from convert.files import DTYPES, TensorFiles
 from convert.names import PEFT_PREFIX
-from convert.peft import CONFIG, open_adapter, peft_directory
+from convert.peft import ADAPTER_CONFIG, open_adapter, peft_directory
 from qlora_jax.errors import UserError
 from qlora_jax.lora import (
     AdaptedModule,
@@ -80,7 +80,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`."""
+    """The result of `compare_adapters`."""
 
     a: str
     """The first directory."""
@@ -111,7 +111,7 @@ class Comparison:
         return {"equal": self.equal, **dataclasses.asdict(self)}
 
 
-def compare(
+def compare_adapters(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
@@ -179,7 +179,7 @@ def _open(
     path: Path,
 ) -> tuple[Literal["adapter", "model"], LlamaConfig | LoraConfig, TensorFiles]:
     path = peft_directory(path)
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         lora, files = open_adapter(path)
         return "adapter", lora, files
     return "model", open_config(path), open_model(path)

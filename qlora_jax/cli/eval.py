@@ -44,7 +44,7 @@ class Eval(ModelOptions):
         Raises:
           UserError: data that cannot be read, or that changed since a run held it out.
         """
-        from qlora_jax.runs import Loss, measure
+        from qlora_jax.runs import Loss, measure_loss
 
         resolved = self.resolve()
         model, run = self.load(resolved), resolved.settings
@@ -61,12 +61,12 @@ class Eval(ModelOptions):
             )
         header = {"data": config.name, "measured": measured}
         if not isinstance(examples, Mixture):
-            loss = measure(model, examples, config, self.batch_size)
+            loss = measure_loss(model, examples, config, self.batch_size)
             return {**header, **loss.report()}
         totals: dict[str, Loss] = {}
         for (source, data), part in zip(config.parts(), examples.parts, strict=True):
             name = name_of(source.path)
-            loss = measure(model, part, data, self.batch_size)
+            loss = measure_loss(model, part, data, self.batch_size)
             totals[name] = totals.get(name, Loss()) + loss
         return {
             **header,

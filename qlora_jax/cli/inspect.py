@@ -51,7 +51,7 @@ class Inspect:
             override a run file's, and those of an adapter cannot be changed.
         """
         from convert import adapter_bytes, read_json
-        from qlora_jax.planning import parameter_report, warnings
+        from qlora_jax.planning import estimate_warnings, parameter_report
 
         resolved = self._resolve(explicit)
         base, run = resolved.base, resolved.settings
@@ -84,7 +84,7 @@ class Inspect:
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
-            "warnings": warnings(config, lora),
+            "warnings": estimate_warnings(config, lora),
         }
 
     @property
@@ -113,16 +113,16 @@ class Inspect:
             explicit = {*explicit, *given_lora(Path(self.path), ())}
         if resolved.lora is None:
             return lora
-        from qlora_jax.lora import CHANGEABLE, continued
+        from qlora_jax.lora import CHANGEABLE_SETTINGS, continued_config
         from qlora_jax.models import abstract_base
 
-        return continued(
+        return continued_config(
             resolved.lora,
             lora,
             explicit,
             abstract_base(config),
             name=str(resolved.adapter),
-            changeable=CHANGEABLE if self._is_run_file else (),
+            changeable=CHANGEABLE_SETTINGS if self._is_run_file else (),
         )[0]
 
 

@@ -21,7 +21,7 @@ from qlora_jax.runs import (
     option_defaults,
     option_keys,
     read_config,
-    unchecked,
+    unchecked_config,
     values_of,
 )
 
@@ -56,7 +56,7 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
     keys = option_keys(args)
     defaults = None if file is None else option_defaults(read_config(file))
-    like, start = unchecked(defaults)
+    like, start = unchecked_config(defaults)
     options = parse(
         like,
         args,

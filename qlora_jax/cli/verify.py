@@ -74,11 +74,11 @@ class Verify:
 
     def run(self) -> Comparison:
         """Compares; returns the differences."""
-        from convert import compare, open_adapter, open_config, peft_directory
+        from convert import compare_adapters, open_adapter, open_config, peft_directory
         from qlora_jax.inference import compare_logits, load_exact, probe
 
         config = None if self.base is None else open_config(self.base)
-        comparison = compare(self.a, self.b, base=config)
+        comparison = compare_adapters(self.a, self.b, base=config)
         if config is not None and config.extra_tensors:
             comparison.notes.append(custom_modules_note(self.base))
             return comparison

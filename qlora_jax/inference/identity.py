@@ -15,7 +15,7 @@ from typing import Any
 import convert
 from convert import (
     DTYPES,
-    FLOATS,
+    FLOAT_DTYPES,
     cast,
     checkpoint_keys,
     dtype_name,
@@ -197,7 +197,7 @@ def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         try:
             for path, leaf in leaves.items():
                 if not isinstance(leaf, NF4Tensor):
-                    leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(path))
+                    leaf = cast(leaf, DTYPES[FLOAT_DTYPES[dtype]], ".".join(path))
                 trees.put(tree, path, leaf)
         except CheckpointError:  # out of float16's range: not trained in float16
             continue

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert import chat_template_file, in_short, peft_directory
+from convert import chat_template_file, peft_directory, shorten
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
@@ -197,7 +197,7 @@ class Model:
         """
         if isinstance(prompts, str):
             raise UserError(
-                "`prompts` must be a list of texts, got a string. Put it in a list: "
+                "`prompts` must be a list of strings, got a string. Put it in a list: "
                 "`model.generate([text], ...)`."
             )
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -367,7 +367,7 @@ def load_attached(
     """
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
-    for note in in_short(skipped):
+    for note in shorten(skipped):
         print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
     note = base_mismatch(adapter, path, base, lora.base_fingerprint)
     if note is not None:

@@ -302,7 +302,7 @@ def resolve_stop(
     """
     if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
         raise UserError(
-            f"`stop` must be a list of texts that are not empty, got {stop!r}."
+            f"`stop` must be a list of non-empty strings, got {stop!r}."
         )
     added = tokenizer.get_added_vocab()
     ids = {int(added[s]) for s in stop if s in added}

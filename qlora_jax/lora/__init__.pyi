@@ -6,10 +6,10 @@ from .config import off_features as off_features
 from .config import refused_features as refused_features
 from .functional import abstract_adapters as abstract_adapters
 from .functional import bind as bind
-from .init import CHANGEABLE as CHANGEABLE
+from .init import CHANGEABLE_SETTINGS as CHANGEABLE_SETTINGS
 from .init import absorb as absorb
 from .init import check_start as check_start
-from .init import continued as continued
+from .init import continued_config as continued_config
 from .init import factor_out as factor_out
 from .init import given_fields as given_fields
 from .init import init_adapters as init_adapters

@@ -10,9 +10,9 @@ as PEFT does on saving: A = [A; A0], B = [B, -B0], twice the rank. LoftQ
 (arXiv:2310.08659, one iteration) starts from the quantization error W - dequantize(Q)
 and leaves the quantized base as it is.
 
-An adapter that is trained further brings its own settings. `continued` merges them with
-those of a run: the scaling and the dropout may change, because the trained arrays keep
-their meaning; any other difference is refused by name.
+An adapter that is trained further brings its own settings. `continued_config` merges
+them with those of a run: the scaling and the dropout may change, because the trained
+arrays keep their meaning; any other difference is refused by name.
 """
 
 from __future__ import annotations
@@ -407,7 +407,7 @@ def _leaf(base: Mapping[str, Any], path: Path) -> Any:
 
 # --- Adapters that are trained further ---
 
-CHANGEABLE = ("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
+CHANGEABLE_SETTINGS = ("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
 """Settings that leave the meaning of the trained arrays."""
 # Properties of the base, or the same in every adapter.
 _NOT_COMPARED = (
@@ -427,14 +427,14 @@ def given_fields(lora: LoraConfig) -> set[str]:
     }
 
 
-def continued(
+def continued_config(
     trained: LoraConfig,
     requested: LoraConfig,
     fields: Collection[str],
     base: Mapping[str, Any],
     *,
     name: str,
-    changeable: Collection[str] = CHANGEABLE,
+    changeable: Collection[str] = CHANGEABLE_SETTINGS,
 ) -> tuple[LoraConfig, list[str]]:
     """Returns the configuration of an adapter with the changes of a run.
 

@@ -1,6 +1,6 @@
 # What the other packages use of `qlora_jax.models`.
 
-from .attention import refusals as refusals
+from .attention import attention_refusals as attention_refusals
 from .config import CHANGEABLE_FIELDS as CHANGEABLE_FIELDS
 from .config import CHANGES_FILE as CHANGES_FILE
 from .config import LlamaConfig as LlamaConfig

@@ -235,7 +235,7 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def refusals(
+def attention_refusals(
     implementation: str,
     *,
     dtype: Any,
@@ -286,7 +286,7 @@ def _cudnn_refusal(
     capability = None
     if jax.default_backend() == "gpu":
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    reasons = refusals(
+    reasons = attention_refusals(
         "cudnn",
         dtype=q.dtype,
         head_dim=q.shape[-1],

@@ -2,9 +2,9 @@
 
 from .compile import find_compiler as find_compiler
 from .compile import how_to_get_the_compiler as how_to_get_the_compiler
+from .estimate import estimate_warnings as estimate_warnings
 from .estimate import model_flops_per_token as model_flops_per_token
 from .estimate import parameter_report as parameter_report
-from .estimate import warnings as warnings
 from .gpus import ALLOWANCE as ALLOWANCE
 from .gpus import UNLIMITED as UNLIMITED
 from .gpus import GpuSpec as GpuSpec

@@ -371,7 +371,7 @@ def parameter_report(
     )
 
 
-def warnings(
+def estimate_warnings(
     config: LlamaConfig, lora: LoraConfig, base: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Returns warnings about settings with surprising effects, with figures.

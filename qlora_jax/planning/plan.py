@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from convert import adapter_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
-from qlora_jax.models import check_mesh, refusals
+from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
@@ -267,7 +267,7 @@ class Planner:
         """Raises if the GPU or the mesh cannot run the step."""
         check_mesh(self.mesh, step.train.batch_size)
         attention = step.compute.attention
-        reasons = refusals(
+        reasons = attention_refusals(
             attention,
             dtype=jnp.dtype(step.compute.dtype),
             head_dim=step.config.head_dim,

@@ -11,7 +11,7 @@ from .eval_data import HeldOut as HeldOut
 from .eval_data import exclude_held_out as exclude_held_out
 from .eval_data import reload_held_out as reload_held_out
 from .evaluation import Loss as Loss
-from .evaluation import measure as measure
+from .evaluation import measure_loss as measure_loss
 from .interruption import SIGNALS as SIGNALS
 from .interruption import AtOnce as AtOnce
 from .loading import Resolved as Resolved
@@ -23,12 +23,12 @@ from .metrics import process_seconds as process_seconds
 from .overrides import given_lora as given_lora
 from .overrides import option_defaults as option_defaults
 from .overrides import option_keys as option_keys
-from .overrides import unchecked as unchecked
+from .overrides import unchecked_config as unchecked_config
 from .overrides import values_of as values_of
-from .report import PAGE as PAGE
+from .report import REPORT_PAGE as REPORT_PAGE
 from .report import best_evaluation as best_evaluation
 from .report import read_run as read_run
-from .report import render as render
+from .report import render_page as render_page
 from .report import render_run as render_run
 from .runner import run as run
 from .toml import SETTINGS as SETTINGS

@@ -125,7 +125,7 @@ class LogConfig:
         if unknown:
             yield (
                 f"`report_to` knows {', '.join(map(repr, REPORT_TO))}, got "
-                f"{', '.join(map(repr, unknown))}. An empty list is no tracker."
+                f"{', '.join(map(repr, unknown))}. An empty list means no tracker."
             )
         if len(set(self.report_to)) < len(self.report_to):
             yield f"`report_to` = {list(self.report_to)} repeats a name."

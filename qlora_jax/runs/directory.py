@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert import CHAT_TEMPLATE, CONFIG, read_json
+from convert import ADAPTER_CONFIG, CHAT_TEMPLATE_FILE, read_json
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
@@ -48,7 +48,7 @@ def find_run(path: Path) -> Path | None:
     if (path / SETTINGS).is_file():
         return path
     absolute = Path(os.path.abspath(path))  # "." has no name
-    is_adapter = absolute.name in _ADAPTERS and (absolute / CONFIG).is_file()
+    is_adapter = absolute.name in _ADAPTERS and (absolute / ADAPTER_CONFIG).is_file()
     if not is_adapter or not (absolute.parent / SETTINGS).is_file():
         return None
     return path.parent if path.name == absolute.name else absolute.parent
@@ -62,7 +62,7 @@ def read_settings(run: Path) -> RunConfig:
     """
     config = dataclasses.replace(read_config(run), output_dir=str(run))
     original = _template_files(config.data)[0]
-    copies = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
+    copies = (run / name / CHAT_TEMPLATE_FILE for name in _ADAPTERS)
     copy = next((file for file in copies if file.is_file()), None)
     if original is None or copy is None:
         return config
@@ -97,7 +97,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
         say(
             "Note: the sources write conversations with several chat templates: "
             f"{names}. The first is the one that `chat` takes"
-            + ("." if first is None else f", and is kept as {CHAT_TEMPLATE}.")
+            + ("." if first is None else f", and is kept as {CHAT_TEMPLATE_FILE}.")
         )
     if first is None:
         return None

@@ -87,7 +87,7 @@ class Loss:
         }
 
 
-def measure(
+def measure_loss(
     model: Model, examples: Examples, data: DataConfig, batch_size: int
 ) -> Loss:
     """Sums the loss of all examples of one source.

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 import convert
 from convert import (
-    CONFIG,
+    ADAPTER_CONFIG,
     chat_template_file,
     end_tokens,
     load_tokenizer,
@@ -147,7 +147,7 @@ def resolve(
     run = find_run(path)
     settings = None if run is None else read_settings(run)
     inside = peft_directory(path)
-    if (inside / CONFIG).is_file():
+    if (inside / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise UserError(
                 f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
@@ -181,7 +181,7 @@ def _base_of(
     if not name:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
-            f"{CONFIG} is empty). Give it with `base=` (--base)."
+            f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
     candidates = base_candidates(adapter, name)
     directory = _first_model(candidates)

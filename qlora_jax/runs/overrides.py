@@ -78,7 +78,7 @@ def option_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, **empty))
 
 
-def unchecked(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
+def unchecked_config(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
     """Makes a class like RunConfig whose sections accept any values, for a parser.
 
     A parser builds section by section and would stop at the first section that raises;

@@ -32,9 +32,15 @@ from qlora_jax.data import (
     load_examples,
 )
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.lora import Selection, check_start, continued, given_fields, select
+from qlora_jax.lora import (
+    Selection,
+    check_start,
+    continued_config,
+    given_fields,
+    select,
+)
 from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_changes
-from qlora_jax.planning import warnings
+from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
@@ -218,7 +224,7 @@ def _with_initial_adapter(
     model = dataclasses.replace(
         config.model, **{**changes, **config.model.config_changes}
     )
-    lora, notes = continued(adapter, config.lora, explicit_lora, base, name=path)
+    lora, notes = continued_config(adapter, config.lora, explicit_lora, base, name=path)
     notes += [
         f"{name} {changes.get(name, 'as in the base')} -> {value}"
         for name, value in config.model.config_changes.items()
@@ -258,7 +264,7 @@ def _select_trained(
     selection = select(base, config.lora)
     if config.train.adapter_init is None:
         check_start(base, config.lora, selection)
-    for warning in warnings(architecture, config.lora, base):
+    for warning in estimate_warnings(architecture, config.lora, base):
         say(f"Note: {warning}")
     groups = optimizer_groups(config.train, selection)
     idle = note_idle(groups)

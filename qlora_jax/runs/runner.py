@@ -26,10 +26,10 @@ import optax
 
 import convert
 from convert import (
-    CHAT_TEMPLATE,
-    CONFIG,
-    TRAINING,
-    WEIGHTS,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE_FILE,
+    TRAINING_RECORD,
     open_checkpoint,
     write_text,
 )
@@ -67,7 +67,7 @@ from qlora_jax.runs.interruption import Interruption
 from qlora_jax.runs.metrics import Watch, open_trackers, read_evaluations, work_of
 from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
-from qlora_jax.runs.report import PAGE, read_run, render_run
+from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.toml import SETTINGS, to_toml
 from qlora_jax.training import TrainState, averaged, init_state, schedule
@@ -263,7 +263,7 @@ def _write_report(
     """Writes report.json and report.html of a complete run; returns the former."""
     config = loop.prepared.config
     directory = Path(config.output_dir)
-    weights = directory / ADAPTER / WEIGHTS
+    weights = directory / ADAPTER / ADAPTER_WEIGHTS
     report = {
         "steps": taken,
         "stopped_early": reason,
@@ -278,7 +278,7 @@ def _write_report(
         draw_loss(directory)
     # Last of the run's data: a run with this file is complete.
     write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(directory / PAGE, render_run(read_run(directory)))
+    write_text(directory / REPORT_PAGE, render_run(read_run(directory)))
     return report
 
 
@@ -317,14 +317,14 @@ class AdapterWriter:
             base_config_changes=changes_to_json(self.config.model.config_changes),
         )
         files: dict[str, Any] = {
-            TRAINING: {
+            TRAINING_RECORD: {
                 "step": int(state.step),
                 **base_form(self.base),
                 **(losses or {}),
             }
         }
         if self.chat_template is not None:
-            files[CHAT_TEMPLATE] = self.chat_template
+            files[CHAT_TEMPLATE_FILE] = self.chat_template
         convert.save_adapter(
             Path(self.config.output_dir) / name,
             lora,
@@ -524,7 +524,7 @@ def _initial_state(
     start, fresh = Path(config.output_dir) / START, False
     if loaded.initial_adapters is not None:
         adapters = loaded.initial_adapters
-    elif lora.changes_base and (start / CONFIG).is_file():
+    elif lora.changes_base and (start / ADAPTER_CONFIG).is_file():
         adapters = convert.load_adapter(start, base)[1]
     else:
         original = None
