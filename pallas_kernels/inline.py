@@ -58,6 +58,7 @@ def array_of(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
     """Makes a floating-point array of a thread's registers, in the layout's order."""
     flat = np.empty(len(registers), object)
     flat[:] = registers
+    # Signedness is a property of integers; floats have None.
     return mgpu.FragmentedArray(
         _registers=flat.reshape(shape), _layout=layout.to_mgpu(), _is_signed=None
     )

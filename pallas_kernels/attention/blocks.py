@@ -203,6 +203,7 @@ def stream(
         def _() -> None:
             previous_slot = jax.lax.rem(number - 1, stages)
             plgpu.barrier_wait(free.at[previous_slot])
+            # The next step whose operands belong into that slot.
             following = number - 1 + stages
             pl.when(following < steps)(lambda: fetch(following, previous_slot))
 

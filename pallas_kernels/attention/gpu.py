@@ -107,6 +107,8 @@ def forward(
         queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
         target = (row, queries, head)
         plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
+        # Scalars: which key blocks this block of queries visits, and which without a
+        # mask.
         first, last, *clear = (limit[row, block] for limit in limits)
 
         def fetch(step: Any, slot: Any) -> None:
@@ -137,6 +139,7 @@ def forward(
             new_top = jnp.maximum(top, scores.max(axis=1) * scale)
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
+            # Summed in float32, before the product below takes the weights as bfloat16.
             total = total * shrink + weights.sum(axis=1)
             sums = sums * across(shrink, sums.shape)
             (sums,) = add_products(
@@ -144,6 +147,7 @@ def forward(
             )
             return sums, new_top, total
 
+        # A warpgroup waits for its own rows only.
         plgpu.barrier_wait(rows_ready.at[group])
         # The running maximum starts below a masked score, so that the first visible
         # score wipes out what came of masked ones.
@@ -261,6 +265,7 @@ def _backward_queries(
         target = (row, queries, head)
         plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
         plgpu.copy_gmem_to_smem(dout.at[target], dout_s.at[group], rows_ready.at[group])
+        # One of each for a row, in registers through all steps.
         lse, inner = (vector(numbers.at[row, head, i, queries], 0) for i in range(2))
         first, last, *clear = (limit[row, block] for limit in limits)
 

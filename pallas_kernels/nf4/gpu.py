@@ -99,6 +99,7 @@ def dequantize(
             start = (first_tile + step) * (tile // 2)
             raw = mosaic.load(codes.at[layer_index, pl.ds(start, tile // 2)], 4)
             word = (first_tile + step) * (tile // 8) + mosaic.iota((tile // 8,), 0)
+            # 8-bit scales stay indices into the table until it is their tile's turn.
             scale_dtype = jnp.int32 if nested else jnp.float32
             # Eight words hold the 64 weights that share a scale.
             scale = gather(absmax.at[layer_index], word >> 3, scale_dtype)

@@ -299,6 +299,7 @@ def _head_is_shared(adapters: Iterable[Adapter]) -> bool:
     return bool(used) and all(
         len(table) == 2
         and table[HEAD].tied_to == EMBEDDING
+        # The sum has one pair of factors for both, so their scalings must agree.
         and table[HEAD].scalings == table[EMBEDDING].scalings
         for table in used
     )
@@ -439,6 +440,7 @@ def _truncate(
     # size if the result is trained further.
     root = np.sqrt(s[:r])
     out_a, out_b = np.zeros((r, a.shape[1])), np.zeros((b.shape[0], r))
+    # A product may have fewer singular values than r; the rest of the rank is zero.
     out_a[: len(root)] = root[:, None] * (vt[:r] @ q_a.T)
     out_b[:, : len(root)] = q_b @ u[:, :r] * root
     return (

@@ -134,6 +134,7 @@ def check_start(
     init = str(lora.init_lora_weights)
     if init not in ("default", "gaussian", "orthogonal"):
         for a in filter(_from_weight, selection.adapted):
+            # A matrix has min(O, I) singular vectors, and as many columns of Q.
             rank, largest = max(a.ranks), min(a.shape)
             name = dotted(a.path, a.layers)[a.ranks.index(rank)]
             if rank > largest:

@@ -93,6 +93,7 @@ def _stack_module(uses: Sequence[Use], count: int) -> dict[str, Array]:
             elif name.endswith("_B"):
                 shape[1] = rank
             if name not in arrays:
+                # [*L, N, R, I], [*L, N, O, R] or, of a bias, [*L, N, O].
                 arrays[name] = np.zeros((*leading, count, *shape), np.float32)
             arrays[name][..., adapter.index, *used] = array
     return {name: jnp.asarray(v) for name, v in {**arrays, "scaling": scaling}.items()}

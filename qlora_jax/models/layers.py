@@ -208,6 +208,7 @@ def embed(
     """
     dtype = weight.dtype if dtype is None else dtype
     arrays, scaling, *_ = adapter or ModuleAdapter({})
+    # Rows first, then the cast: the other order would cast the whole table.
     x = jnp.take(weight, tokens, axis=0).astype(dtype)
     if "trainable_tokens_delta" in arrays:
         # Position of each token's trained row; -1 where it has none.

@@ -124,6 +124,8 @@ def _shard_weight(
     axis = first
     if keys[-1].startswith("lora_"):
         axis = max(range(first, len(leaf.shape)), key=lambda i: leaf.shape[i])
+    # JAX refuses uneven shards of a jitted function's argument; this says which
+    # setting.
     if leaf.shape[axis] % parts:
         raise UserError(
             f"mesh: fsdp={parts} does not divide {'.'.join(keys)} of shape "

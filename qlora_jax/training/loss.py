@@ -149,6 +149,7 @@ def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tupl
     start = (jnp.zeros((), jnp.float32), sums)
     (total, sums), dhidden = jax.lax.scan(step, start, (hidden, targets))
     grads = iter(sums)
+    # None is a zero gradient to JAX, without an array of zeros.
     dleaves = [
         next(grads).astype(leaf.dtype) if t else None
         for leaf, t in zip(leaves, trained, strict=True)

@@ -121,6 +121,7 @@ def _direction(config: TrainConfig) -> optax.GradientTransformation:
     if config.optimizer == "adamw_8bit":
         return scale_by_adam_8bit(b1, b2, config.adam_epsilon)
     if config.optimizer == "lion":
+        # sign(b1 m + (1 - b1) g); m itself decays with b2.
         return optax.scale_by_lion(b1, b2)
     # Adafactor factors the two longest axes of at least 128. The layer axis is never
     # among them: no model has that many layers.

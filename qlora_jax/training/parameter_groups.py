@@ -254,6 +254,8 @@ def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rul
 
 def _is_decayed(path: Path) -> bool:
     *module, name = path
+    # By name: stacked norms and biases have two axes, so counting axes would decay
+    # them.
     return name not in _NOT_DECAYED and "norm" not in "".join(module[-1:])
 
 
