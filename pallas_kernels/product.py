@@ -102,6 +102,7 @@ def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "
     The compiler transposes the left operand, so the narrower one goes there (for an
     adapter the one of width r).
     """
+    # dw = dy^T x sums over all tokens, so over every axis but the last.
     rows = tuple(range(a.ndim - 1))
     product = functools.partial(
         jax.lax.dot_general,

@@ -267,6 +267,7 @@ def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
                 stacks[name] = inner_stacks
         elif isinstance(value, NF4Tensor) and _leading_axes(value) == 1:
             layers = jnp.arange(value.codes.shape[0], dtype=jnp.int32)
+            # The shape stays with the index: it is static, and `is_aligned` needs it.
             rest[name] = replace(_without_arrays(value), layer=layers)
             stacks[name] = value
         else:

@@ -107,8 +107,7 @@ def forward(
         queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
         target = (row, queries, head)
         plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
-        # Scalars: which key blocks this block of queries visits, and which without a
-        # mask.
+        # Scalars: which key blocks are visited, and which of them without a mask.
         first, last, *clear = (limit[row, block] for limit in limits)
 
         def fetch(step: Any, slot: Any) -> None:

@@ -363,8 +363,7 @@ def matmul(
 
         @pl.when(group == 0)
         def _() -> None:
-            # In a fixed order, so every run gives the same bits; atomic additions would
-            # not.
+            # In a fixed order, unlike atomic additions: every run has the same bits.
             total = mosaic.load(sums_s.at[0], 4)
             for other in range(1, groups):
                 total = total + mosaic.load(sums_s.at[other], 4)

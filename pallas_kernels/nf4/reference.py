@@ -139,6 +139,7 @@ def dequantize(
     values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
     if aligned:
         # With rows as an axis a sharding of out_features passes through the reshape.
+        # [O, I / 64, 64] times [O, I / 64, 1].
         grouped = values.reshape(out_features, in_features // block_size, block_size)
         # Scales stay float32: the product is all that is rounded.
         scales = absmax.reshape(out_features, in_features // block_size, 1)

@@ -190,8 +190,7 @@ def matmul(
         first_block = jax.lax.axis_index("part") * steps
         row = (tile * groups + group) * ROWS
 
-        # One copy for both warpgroups, which share x and have neighbouring rows of
-        # codes.
+        # For both warpgroups, which share x and have neighbouring rows of codes.
         def fetch(k: Any) -> None:
             slot, block = k % stages, first_block + k
             rows = pl.ds(tile * groups * ROWS, groups * ROWS)
@@ -274,8 +273,7 @@ def matmul(
 
             return total[...]
 
-        # float32 [64, columns]: columns / 2 registers of each thread, 128 of 255 at
-        # most.
+        # float32 [64, columns]: columns / 2 of a thread's 255 registers, up to 128.
         total = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((ROWS, columns)))
         mosaic.store_transposed(
             out.at[jax.lax.axis_index("part"), column, pl.ds(row, ROWS)],

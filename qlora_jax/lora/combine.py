@@ -411,6 +411,7 @@ def _sum(uses: Sequence[Use], r: int | None) -> _Sum:
 def _scaled_factors(use: Use, layer: int) -> tuple[NDArray, NDArray]:
     """Returns A [R, I] and `weight * scaling * B` [O, R] in one layer."""
     module = use.module
+    # Arrays have the largest rank of all layers; a layer's own part comes first.
     at = () if module.layers is None else (layer,)
     rank, factor = module.ranks[layer], use.adapter.weight * module.scalings[layer]
     a, b = (use.arrays[name][at] for name in factor_names(module))

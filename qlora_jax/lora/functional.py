@@ -73,8 +73,7 @@ def bind(
             # its factors are lora_B = A^T and lora_A = B^T.
             node["lora_A"] = jnp.transpose(other["lora_embedding_B"])
             node["lora_B"] = jnp.transpose(other["lora_embedding_A"])
-        # A constant of the program, not a leaf of the trained tree: no optimizer sees
-        # it.
+        # A constant, not a leaf of the trained tree: no optimizer sees it.
         scalings = np.asarray(a.scalings, np.float32)
         node["scaling"] = jnp.asarray(scalings if a.layers else scalings[0])
     for w in selection.full_tensors:

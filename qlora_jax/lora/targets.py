@@ -75,6 +75,7 @@ class AdaptedModule:
         rows, columns = self.shape
         out: dict[str, Shape] = {}
         if self.kind == "embedding":
+            # E [V, D] is looked up, not multiplied: column i of A is token i's.
             out["lora_embedding_A"] = (rank, rows)
             out["lora_embedding_B"] = (columns, rank)
         elif self.tied_to is None:

@@ -124,8 +124,7 @@ def _shard_weight(
     axis = first
     if keys[-1].startswith("lora_"):
         axis = max(range(first, len(leaf.shape)), key=lambda i: leaf.shape[i])
-    # JAX refuses uneven shards of a jitted function's argument; this says which
-    # setting.
+    # JAX refuses uneven shards of an argument; this message names the setting.
     if leaf.shape[axis] % parts:
         raise UserError(
             f"mesh: fsdp={parts} does not divide {'.'.join(keys)} of shape "
@@ -195,6 +194,7 @@ def gather_shared(tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
         return tree
+    # No axis is divided: every device has the whole weight.
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, replicated), tree

@@ -237,6 +237,7 @@ def add_tokens(
     old_size, used_size = config.vocab_size, tokenizer_size + count
     new_size = max(old_size, used_size)
     if new_size > old_size:
+        # Only a table that grows is rounded up: files keep the size they came with.
         new_size = -(-new_size // step) * step
     extended = base
     for name, table in _tables(base).items():

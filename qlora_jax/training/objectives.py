@@ -138,6 +138,7 @@ def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]
     for collection, tree in variables.items():
         selected[collection] = {k: tree[k] for k in ("lm_head",) if k in tree}
     if model.config.tie_word_embeddings:
+        # The frozen table: a trained one reaches a tied head through `bind`.
         table = variables["params"]["model"]["embed_tokens"]
         selected["params"]["model"] = {"embed_tokens": table}
     return selected

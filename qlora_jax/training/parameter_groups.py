@@ -254,8 +254,7 @@ def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rul
 
 def _is_decayed(path: Path) -> bool:
     *module, name = path
-    # By name: stacked norms and biases have two axes, so counting axes would decay
-    # them.
+    # By name: stacked norms and biases have two axes, like a matrix.
     return name not in _NOT_DECAYED and "norm" not in "".join(module[-1:])
 
 

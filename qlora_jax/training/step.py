@@ -112,6 +112,7 @@ def train_step(
     def mean_loss(adapters: Any, micro_batch: Batch, index: Array) -> Array:
         noise = key = None
         if has_dropout:
+            # Micro-batches must not share a dropout mask.
             key = jax.random.fold_in(step_key, index)
         if neftune_noise_alpha is not None:
             noise = embedding_noise(
@@ -123,8 +124,7 @@ def train_step(
         total = objective.loss_sum(
             adapters, base, micro_batch, model=model, key=key, noise=noise
         )
-        # Divided here: losses and gradients of micro-batches then only have to be
-        # added.
+        # Divided here, so that losses and gradients of micro-batches can just be added.
         return total / count
 
     loss, grads = _accumulate(jax.value_and_grad(mean_loss), state.adapters, batch)
