@@ -162,6 +162,7 @@ def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
     """
     saved = lora.modules_to_save or ()
     tables = (EMBEDDING[-1], HEAD[-1])
+    # With tied tables, one that is named stands for both.
     names_table = any(name.rpartition(".")[2] in tables for name in saved)
     unnamed = tuple(
         path[-1]
