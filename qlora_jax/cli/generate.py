@@ -135,6 +135,7 @@ class Chat(ModelOptions):
             print(f"{error}\nThis turn was taken back.", file=sys.stderr)
             messages.pop()
             return
+        # Also of an answer that was stopped: the next turn refers to what was shown.
         messages.append({"role": "assistant", "content": answer.text})
         if interrupted:
             print("(stopped)", file=sys.stderr)

@@ -48,6 +48,7 @@ def text_prefix(tokenizer: Any) -> list[int]:
     """Returns the ids that a tokenizer puts before a text (BOS, or none)."""
     ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    # What precedes the letter's own ids where special tokens are added is the prefix.
     for start in range(len(ids) - len(bare) + 1):
         if bare and ids[start : start + len(bare)] == bare:
             return [int(i) for i in ids[:start]]
@@ -88,6 +89,8 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         supervised = np.zeros(len(ids), bool)
         straddles = False
         for start, end in piece.spans:
+            # Offsets are half-open, so a token's last character is at ends - 1; it must
+            # be in [start, end).
             supervised |= (ends > start) & (ends <= end)
             straddles |= bool(((starts < start) & (ends > start)).any())
         labels = np.where(supervised, ids, np.int32(IGNORE))
@@ -308,6 +311,7 @@ def _eos(tokenizer: Any) -> list[int]:
 def _enclose(encoded: Encoded, prefix: list[int], suffix: list[int]) -> Encoded:
     """Adds BOS and EOS unless the text already has them; EOS is supervised."""
     ids = encoded.tokens
+    # A row, or a format string of the user, may have them already.
     before = prefix if ids[: len(prefix)].tolist() != prefix else []
     after = suffix if ids[-1:].tolist() != suffix else []
     tokens = np.concatenate([before, ids, after]).astype(np.int32)

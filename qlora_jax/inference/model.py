@@ -303,6 +303,7 @@ class Model:
         template = self.chat_template if chat_template is None else chat_template
         prompts = ChatPrompts(self.tokenizer, template)
         tokens = prompts.tokens(messages)
+        # Positions beyond those the model was trained on make an answer meaningless.
         left = self.config.max_position_embeddings - len(tokens)
         if left < 1:
             raise UserError(

@@ -195,6 +195,8 @@ class Detokenizer:
           last: none will follow, so nothing is held back.
         """
         self._tokens += tokens
+        # All tokens are decoded every time: a decoder of a single token knows neither
+        # its leading space nor the bytes of a character before it.
         text = self._decode().removeprefix(self._context).rstrip(_INCOMPLETE)
         # Of several stop texts the one that is complete first counts, so that the
         # result does not depend on how the tokens are split into calls.
@@ -215,6 +217,8 @@ class Detokenizer:
 
 def _partial_stop(text: str, stop: Sequence[str]) -> int:
     """Length of the longest suffix of `text` that is a prefix of a stop text."""
+    # The longest such end is held back: it is a stop string if the next tokens complete
+    # it.
     longest = max(map(len, stop), default=0)
     return next(
         (
@@ -304,6 +308,7 @@ def resolve_stop(
         raise UserError(
             f"`stop` must be a list of texts that are not empty, got {stop!r}."
         )
+    # Decoding skips special tokens, so a stop string that is one would never be found.
     added = tokenizer.get_added_vocab()
     ids = {int(added[s]) for s in stop if s in added}
     return tuple(s for s in stop if s not in added), tuple(
@@ -399,6 +404,7 @@ class ChatPrompts:
             text = self._renderer.text(turns, where="chat")
         except UserError:  # a template for single questions
             text = self._renderer.text(turns[:2], where="chat") + question
+        # With the start of the user's next turn, up to its content.
         between = text.partition(answer)[2].rpartition(question)[0]
         tokens = [
             (at, -len(token), token)

@@ -201,6 +201,7 @@ class Plan:
         The packed base is in host memory once, before anything is pinned.
         """
         devices = math.prod(self.mesh.values())
+        # `memory.base` is one device's part.
         base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
         return max(base, self.memory.host_bytes * devices) + PROCESS_BYTES
 
@@ -210,6 +211,7 @@ class Plan:
         out = {}
         needed = self.memory.device_bytes / self.gpu.memory_bytes
         if needed > _DEVICE_FRACTION:
+            # In percent, rounded up, with one to spare.
             fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
             out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
         if self.memory.host_bytes > _PINNED_BYTES:
@@ -395,6 +397,7 @@ class Planner:
             sized = self._sized(step, quantity, units * unit)
             return self.estimate(sized, policy).fits
 
+        # Bisection; `low` fits or is 0.
         low, high = 0, max(self._max_size(step, quantity) // unit, 1)
         while high - low > 1:
             middle = (low + high) // 2
@@ -426,8 +429,10 @@ class Planner:
             if high - low <= 1:
                 break
             if below is not None and above is not None:
+                # The secant through the two plans that enclose the limit.
                 slope = (above.total - below.total) / (high - low)
             elif slope is None:
+                # Until there are two plans, the closed form's.
                 slope = self._slope(step, policy, quantity, here * unit) * unit
             start, known = (low, below) if below is not None else (high, above)
             assert known is not None
@@ -449,6 +454,7 @@ class Planner:
         """Returns the bytes per unit of size, by the estimate."""
         small = self.estimate(self._sized(step, quantity, size), policy)
         large = self.estimate(self._sized(step, quantity, 2 * size), policy)
+        # Offloading may cost no device memory at all; the search divides by this.
         return max((large.total - small.total) / size, 1.0)
 
     def too_large(self, plan: Plan) -> str:
@@ -502,6 +508,8 @@ class Planner:
             options.append((f"r={lora.r // 2}", smaller, plan.policy))
         enough, others = [], []
         for text, changed, policy in options:
+            # Two estimates, never an estimate and a compiled plan: what the closed form
+            # gets wrong cancels.
             saved = now - self.estimate(changed, policy).total
             if saved > 0.005 * self.gpu.memory_bytes:
                 (enough if saved >= over else others).append(
