@@ -156,6 +156,7 @@ def _allocate(
                 dtype=state.dtype,
                 leading=leading,
             )
+        # A stack is one array, and so of one dtype.
         elif len(stored) > 1 and dtype is None:
             problems.add("stacks of layers", f"{'.'.join(path_in_tree)} ({stored})")
             continue
@@ -213,6 +214,7 @@ def _fill(checkpoint: Checkpoint, key: str, destination: Any) -> None:
             weight = files.read(key)
         else:
             weight = bnb.dequantize(bnb.read(files, key, state))
+        # A packed layer of a mixed stack, or another dtype than the file's.
         weight = cast(weight, destination.dtype, key)
         destination[...] = weight.reshape(destination.shape)
 
@@ -326,6 +328,8 @@ def save_llama(
     leaves = _checked_leaves(config, base)
     packed = {p: v for p, v in leaves.items() if isinstance(v, NF4Tensor)}
     _check_storage(packed, storage)
+    # Nothing is read yet: a layer of a stack becomes a view, or one transfer from the
+    # device, when its entry is written.
     entries: list[Entry] = []
     for key, (path, layer) in checkpoint_keys(config).items():
         leaf = leaves[path]

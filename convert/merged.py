@@ -84,7 +84,7 @@ class Update:
         for block in _blocks(tensor.shape):
             old = tensor[block]
             new = cast(self._new(block, old, factors), dtype, key)
-            # After rounding: an update too small for the dtype is no change.
+            # After rounding: an update that the dtype cannot hold does not count.
             difference = np.subtract(new, old, dtype=np.float32)
             np.abs(difference, out=difference)
             largest = max(largest, float(difference.max(initial=0.0)))
@@ -245,6 +245,7 @@ def _needed_biases(
         path = module.path
         if not module.lora_bias or (*path, "bias") in base_shapes:
             continue
+        # Zeros change nothing, and need no tensor in the result.
         if not arrays[*path, "lora_bias"].any():
             continue
         block = path[-2] if path[:-2] == LAYERS else ""
@@ -254,6 +255,7 @@ def _needed_biases(
                 "Llama checkpoint has no bias there, so it cannot be merged. Use it as "
                 "an adapter, or train without `lora_bias` on that module."
             )
+        # A field stands for all projections of a block; the others get zeros.
         needed.add(_BIAS_FIELDS[block])
     return needed
 

@@ -108,6 +108,7 @@ def merge(
       UserError: `onto` that does not suit the base, a trained bias that a Llama
         checkpoint cannot have, or a directory that cannot be written.
     """
+    # Settings, names and shapes are checked before the first byte is written.
     checkpoint = open_checkpoint(base_path)
     _check_choice(checkpoint, onto, quantization, requantize)
     check_dtype(dtype)
@@ -229,6 +230,8 @@ def _sha256(files: Iterable[Path]) -> str:
     for file in files:
         with open(file, "rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
+        # A hash of names and hashes: neither a renamed file nor another border between
+        # two files gives the same one.
         digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()
 
@@ -371,6 +374,8 @@ class _Stream:
             entries = [
                 entry
                 for key, (path, _) in table.items()
+                # Nothing is computed here: an entry computes its tensor when it is
+                # written, and is then freed.
                 for entry in packed.get(key) or [self._entry(key, path)]
             ]
             write_json(directory / "config.json", raw)

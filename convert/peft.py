@@ -67,7 +67,7 @@ def common_chat_template(*paths: Path) -> dict[str, str]:
     """Returns the chat template that all these PEFT directories have.
 
     Returns:
-      File name -> text, as `save_adapter` takes `extra_files`; {} if they differ.
+      File name -> content, as `save_adapter` takes `extra_files`; {} if they differ.
 
     Raises:
       CheckpointError: a template that cannot be read.

@@ -296,6 +296,7 @@ def _compare_base_copies(
 
 
 def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+    # Shapes first: a resized vocabulary is another table, whatever its rows.
     if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
         return False
     saved = files.read(key)
@@ -326,6 +327,7 @@ def _probable_cause(
             "this file."
         )
     ranks = {
+        # lora_A is [r, in].
         files[key].shape[0]
         for key, tensor in tensors.items()
         if key in files and tensor.path[-1] == "lora_A" and files[key].shape

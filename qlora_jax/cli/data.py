@@ -212,10 +212,10 @@ def _example(
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token in its context; joined, they are the whole text.
+    """Returns the string of each token in its context; joined, they are the whole one.
 
     A character of several tokens goes to the last of them. Without a tokenizer each
-    token's text is its id.
+    token's string is its id.
     """
     if tokenizer is None:
         return [f"{number} " for number in ids]
@@ -226,7 +226,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         )
 
     texts: list[str] = []
-    start = done = 0  # ids[start:done] is the context, whose texts are known
+    start = done = 0  # ids[start:done] is the context, whose strings are known
     for end in range(1, len(ids) + 1):
         before, after = decode(ids[start:done]), decode(ids[start:end])
         # A character of UTF-8 has at most four bytes; beyond that the bytes are

@@ -144,7 +144,7 @@ class Chat(ModelOptions):
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Prints a note if a text may become longer than the model's context."""
+    """Prints a note if a prompt and what is added may exceed the model's context."""
     if model.tokenizer is None:  # which is an error of its own
         return
     lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)

@@ -109,8 +109,8 @@ class Tokens:
             if self.add:
                 tokenizer.add_tokens(list(self.add), special_tokens=True)
                 tokenizer.save_pretrained(temporary)
-                # It is copied from where the tokenizer is, and `save_pretrained` does
-                # not write it.
+                # `save_llama` copies it from the tokenizer's directory, where
+                # `save_pretrained` does not write it.
                 generation = tokenizer_files / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, temporary)

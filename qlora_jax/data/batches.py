@@ -63,6 +63,8 @@ class _Rows:
         self._examples, self._pad = examples, pad_token_id
         longest = int(examples.lengths.max())
         if sequence_length is None:
+            # One length for the whole run: batches of several lengths would be as many
+            # compiled programs.
             rounded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
             sequence_length = config.max_length
             if not config.packing:
@@ -177,6 +179,7 @@ class Batches:
         self._shape = (accumulation_steps, batch_size)
         self._steps = steps
         if epochs is not None:
+            # Upwards: the last batch is filled from the epoch after.
             self._steps = math.ceil(epochs * self.steps_per_epoch)
         counts, seed, shuffle = self._rows.counts, config.seed, config.shuffle
         self._interleaving = None

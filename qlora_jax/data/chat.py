@@ -272,6 +272,8 @@ class ChatRenderer:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            # What stands between `before` and `after` is what a model writes for this
+            # turn.
             before = prefix(turn, True)
             last = turn + 1 == len(messages)
             after = full if last else prefix(turn + 1, False)

@@ -39,8 +39,8 @@ def load_examples(
 ) -> AnyExamples:
     """Reads, tokenizes and labels one source of rows or a mixture of sources.
 
-    An example starts with what the tokenizer puts before a text (BOS), unless the text
-    already has it; chat templates write their own and get no second one.
+    An example starts with what the tokenizer puts before a string (BOS), unless the
+    row already has it; chat templates write their own and get no second one.
 
     Args:
       config: the data and how to read it.

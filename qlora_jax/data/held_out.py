@@ -157,6 +157,7 @@ def _choose_held(
     ]
     ranks = np.concatenate([_scaled_ranks(part_keys) for part_keys in keys])
     held = np.zeros(len(examples), bool)
+    # `lexsort` sorts by its last key first: by rank, then by random key.
     held[np.lexsort((np.concatenate(keys), ranks))[:count]] = True
     return held
 

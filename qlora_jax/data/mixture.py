@@ -350,7 +350,7 @@ class Interleaving:
     def _counts(self, block: int) -> Int64[np.ndarray, " sources"]:
         """Returns the rows of each source before a block."""
         rows = block * self.block
-        # Cumulated shares are rounded, not shares, so that the counts sum to `rows`
+        # Cumulative shares are rounded, not shares, so that the counts sum to `rows`
         # exactly.
         ends = [math.floor(rows * end + Fraction(1, 2)) for end in self._ends]
         return np.diff(np.array([0, *ends], np.int64))

@@ -28,7 +28,7 @@ from qlora_jax.lora import LoraConfig
 from qlora_jax.models import Compute, LlamaConfig, apply_changes
 
 PROBE_TOKENS = 128
-"""Number of tokens that models are compared on; a probe text may have fewer."""
+"""Number of tokens that models are compared on; a probe may have fewer."""
 _ROWS = 2
 # The range of the draws, which does not depend on the vocabulary.
 _LARGEST_ID = 1 << 31
@@ -114,10 +114,10 @@ def probe_tokens(
 
 
 def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1 T"]:
-    """Returns the tokens of a text, at most `PROBE_TOKENS` of them.
+    """Returns the tokens of a string, at most `PROBE_TOKENS` of them.
 
     Raises:
-      UserError: a model without a tokenizer, or a text without tokens.
+      UserError: a model without a tokenizer, or a string without tokens.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
@@ -135,12 +135,12 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
 def probe(
     path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
 ) -> Int[np.ndarray, "B T"]:
-    """Returns the tokens to compare models on: a text, or fixed ids with trained ones.
+    """Returns tokens to compare models on: a string's, or fixed ids with trained ones.
 
     Args:
       path: directory of the model, for its tokenizer.
       config: of the model.
-      text: the probe text, if any.
+      text: the string to use, if any.
       loras: adapters whose `trainable_token_indices` are included in fixed ids.
 
     Raises:

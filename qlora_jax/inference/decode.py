@@ -173,6 +173,8 @@ class Decoding:
         """
         if self.done:
             return [[] for _ in self.ended]
+        # The prefill chooses a token anyway: it is shown at once, before the first
+        # chunk.
         if self._state is None:
             state = _start(
                 self._program, self._variables, self._tokens, self._mask, self._values
@@ -182,6 +184,8 @@ class Decoding:
             state, out = _continue(
                 self._program,
                 self._variables,
+                # The host may have ended rows that the device has not: by a stop
+                # string.
                 self._state._replace(done=jnp.asarray(self.ended)),
                 self._values,
                 np.int32(self._config.max_new_tokens - self._num_tokens),

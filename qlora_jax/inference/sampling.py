@@ -58,6 +58,8 @@ class Rules:
     @classmethod
     def of(cls, sampling: Sampling, vocab_size: int) -> Rules:
         """Returns which of these settings are on, for a vocabulary of this size."""
+        # Greedy, no filter matters: none of them excludes the likeliest token. And no
+        # program divides by a temperature of 0.
         greedy, top_k = sampling.temperature == 0.0, sampling.top_k
         return cls(
             greedy=greedy,

@@ -165,6 +165,7 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
       mesh: sizes of the axes "data" and "fsdp"; default one device.
     """
     model = _model(step, mesh)
+    # Both axes of the mesh divide the rows; "fsdp" divides the weights as well.
     tokens = step.tokens // math.prod((mesh or {}).values())
     kept = _kept(step, model) * tokens
     offloaded = step.compute.remat == "offload"
@@ -450,6 +451,7 @@ def _selection_warnings(
 
 def _table_warnings(tables: Mapping[str, int], total: int) -> Iterator[str]:
     count = sum(tables.values())
+    # float32: 4 bytes of the file each, and 2 x 4 of AdamW's moments.
     if 2 * count > total:
         yield (
             f"{' and '.join(sorted(tables))}, trained in full, make {count:,} of "

@@ -60,6 +60,7 @@ class _Limits:
 
 # Steps are compiled ahead of time for these capabilities; others are planned by the
 # closed form.
+# From 8.0 on, CUDA keeps 1 KiB of each block's shared memory for itself.
 _LIMITS = {
     (7, 5): _Limits(1024, 64, 64 << 10, 64 << 10),
     (8, 0): _Limits(2048, 64, 164 << 10, 163 << 10),

@@ -387,6 +387,7 @@ class Planner:
         tokens = (2**31 - 1) // step.train.gradient_accumulation_steps
         if quantity == "length":
             return tokens // step.train.batch_size
+        # Every device gets as many rows.
         return tokens // step.length // self._devices * self._devices
 
     def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
@@ -442,6 +443,7 @@ class Planner:
             here = start + step_to
             if tried > 4 and above is not None:
                 here = (low + high) // 2
+            # Strictly between the two, so that every step narrows the bracket.
             here = min(max(here, low + 1), high - 1)
         if below is None:
             assert above is not None

@@ -266,6 +266,7 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _in_memory_of(policy: Policy, base: Any) -> Any:
     """Assigns embedding and head of a base's shapes to the memories of a policy."""
     memories = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
+    # The sharding of a shape makes the compiler expect the argument in that memory.
     host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
     def assign(path: tuple, leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 RUN/config.toml       the settings of the run
 RUN/metrics.jsonl     one object a step, and one an evaluation
-RUN/samples.jsonl     texts generated during the run
+RUN/samples.jsonl     continuations generated during the run
 RUN/checkpoints/      written by Orbax
 RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
 RUN/adapter_ema/      with `train.ema_decay`, its moving average

@@ -104,6 +104,7 @@ def base_options(
       UserError: an unknown quantization.
     """
     default = ModelConfig(path="") if trained is None else trained
+    # The head is packed only where the layers are as in training.
     packed_head = default.lm_head == "nf4" and quantization in (
         "auto",
         default.quantization,

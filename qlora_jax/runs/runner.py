@@ -421,6 +421,7 @@ class Loop:
         ahead = prefetch(batches, start, steps)
         saved = start
         for index, batch in enumerate(ahead, start):
+            # True at once where a run is continued that had ended early.
             if self.evaluation.exhausted:
                 break
             state, metrics = self.prepared.compiled.step(state, self.base, batch)
