@@ -70,6 +70,8 @@ class Checkpoint:
                 self.packed.get(hf_key(path, layer))
                 for layer in model_params.layers_of(path, self.config)
             )
+            # None for a dense layer. Offsets differ from layer to layer and do not
+            # count.
             if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
                 paths.append(path)
         return tuple(paths)
@@ -216,6 +218,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         kind = bnb.packed_type(files, key)
         if kind == "fp4":
             problems.add("weights in FP4, which is not supported (only NF4 is)", key)
+            # Its parts are not reported again as unknown tensors.
             known.update(n for n in files if n.startswith(f"{key}."))
             known.add(key)
         elif kind is not None and not model_params.is_projection(tree_path):
@@ -295,6 +298,8 @@ def _check_dense(
 def _check_head(
     config: LlamaConfig, files: TensorFiles, known: set[str], problems: Mismatches
 ) -> None:
+    # A tied head is the embedding, and transformers does not save it; a copy that some
+    # other program saved is accepted if it is equal.
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not config.tie_word_embeddings or head not in files:
         return

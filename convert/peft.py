@@ -67,7 +67,7 @@ def common_chat_template(*paths: Path) -> dict[str, str]:
     """Returns the chat template that all these PEFT directories have.
 
     Returns:
-      File name -> text, as `save_adapter` takes `extra_files`; {} if they differ.
+      File name -> content, as `save_adapter` takes `extra_files`; {} if they differ.
 
     Raises:
       CheckpointError: a template that cannot be read.
@@ -162,6 +162,7 @@ def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
     """
     saved = lora.modules_to_save or ()
     tables = (EMBEDDING[-1], HEAD[-1])
+    # With tied tables, one that is named stands for both.
     names_table = any(name.rpartition(".")[2] in tables for name in saved)
     unnamed = tuple(
         path[-1]

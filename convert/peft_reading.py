@@ -229,6 +229,8 @@ def _read_tree(match: _Match) -> dict[str, Any]:
     adapters: dict[str, Any] = {}
     leaves: dict[trees.Path, NDArray[np.float32]] = {}
     for path, shape in match.selection.shapes().items():
+        # Zeros are neutral: in the padding above a layer's rank, and where an update is
+        # skipped.
         leaves[path] = np.zeros(shape, np.float32)
         trees.put(adapters, path, leaves[path])
     bad = [tensors[key] for key in match.bad if key in tensors]
@@ -242,6 +244,7 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             copies += [key] * (key not in match.bad)
             continue
         destination = tensor.view(leaves[tensor.path])
+        # The part [out, :r] of a B with padding is not contiguous and takes the detour.
         if files[key].dtype == "F32" and destination.flags.c_contiguous:
             files.read_into(key, destination)
             check_finite(destination, key)
@@ -249,6 +252,7 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             array = files.read(key)
             check_finite(array, key)
             destination[...] = array
+    # Now that every original has been read. Widening is exact, so equality is too.
     for key in copies:
         _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
     return adapters
@@ -292,6 +296,7 @@ def _compare_base_copies(
 
 
 def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+    # Shapes first: a resized vocabulary is another table, whatever its rows.
     if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
         return False
     saved = files.read(key)
@@ -322,6 +327,7 @@ def _probable_cause(
             "this file."
         )
     ranks = {
+        # lora_A is [r, in].
         files[key].shape[0]
         for key, tensor in tensors.items()
         if key in files and tensor.path[-1] == "lora_A" and files[key].shape

@@ -77,6 +77,8 @@ def save_adapter(
     arrays = _checked_arrays(adapters, selection, lora_config)
     tensors = adapter_keys(selection, lora_config)
     for key, tensor in tensors.items():
+        # Before anything is written: with `overwrite`, a diverged adapter must not take
+        # the place of the last good one.
         check_finite(np.ascontiguousarray(tensor.view(arrays[tensor.path])), key)
     entries = [_entry(key, tensor, arrays) for key, tensor in tensors.items()]
     if base_fingerprint is not None:
@@ -100,6 +102,7 @@ def save_adapter(
 
 def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
     """Returns the exact size of the adapter_model.safetensors that would be saved."""
+    # The size follows from the header; no entry is read.
     empty = np.zeros(0, np.float32)
     base = abstract_base(model) if isinstance(model, LlamaConfig) else model
     entries = [

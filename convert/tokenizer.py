@@ -1,4 +1,4 @@
-"""A model directory's tokenizer, and the tokens that end its texts."""
+"""A model directory's tokenizer, and the tokens that end generation."""
 
 from __future__ import annotations
 

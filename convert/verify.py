@@ -224,12 +224,15 @@ def _difference(
     if info_a.dtype not in DTYPES or info_b.dtype not in DTYPES:
         raise UserError(f"`{name}`: {form_a} and {form_b} cannot be compared.")
     x, y = a.read(name), b.read(name_in_b)
+    # As bytes: 0.0 differs from -0.0, and NaN equals itself.
     if info_a.dtype == info_b.dtype and x.tobytes() == y.tobytes():
         return None
     largest = 0.0
     x, y = x.reshape(-1), y.reshape(-1)
     step = 1 << 20  # bounds the float64 scratch
     for i in range(0, x.size, step):
+        # float64 holds the difference of any two values here, codes (uint8) included,
+        # without overflow.
         chunk = np.abs(
             x[i : i + step].astype(np.float64) - y[i : i + step].astype(np.float64)
         )

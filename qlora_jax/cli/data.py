@@ -186,6 +186,7 @@ def _length_histogram(examples: Examples | Mixture) -> list[dict[str, int]]:
     lengths = examples.lengths
     longest = int(lengths.max())
     step = max(-(-longest // _BINS), 1)
+    # Bin i holds lengths i * step + 1 to (i + 1) * step.
     counts = np.bincount((lengths - 1) // step, minlength=-(-longest // step))
     return [
         {"from": i * step + 1, "to": (i + 1) * step, "examples": int(count)}
@@ -211,10 +212,10 @@ def _example(
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token in its context; joined, they are the whole text.
+    """Returns the string of each token in its context; joined, they are the whole one.
 
     A character of several tokens goes to the last of them. Without a tokenizer each
-    token's text is its id.
+    token's string is its id.
     """
     if tokenizer is None:
         return [f"{number} " for number in ids]
@@ -225,9 +226,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         )
 
     texts: list[str] = []
-    start = done = 0  # ids[start:done] is the context, whose texts are known
+    start = done = 0  # ids[start:done] is the context, whose strings are known
     for end in range(1, len(ids) + 1):
         before, after = decode(ids[start:done]), decode(ids[start:end])
+        # A character of UTF-8 has at most four bytes; beyond that the bytes are
+        # invalid.
         if after.endswith("\ufffd") and end < len(ids) and end - done < 4:
             texts.append("")  # a character that is not complete
             continue

@@ -67,6 +67,7 @@ class Eval(ModelOptions):
         for (source, data), part in zip(config.parts(), examples.parts, strict=True):
             name = name_of(source.path)
             loss = measure_loss(model, part, data, self.batch_size)
+            # Sums of nats and tokens, so that the total is the mean over all tokens.
             totals[name] = totals.get(name, Loss()) + loss
         return {
             **header,

@@ -135,6 +135,7 @@ class Chat(ModelOptions):
             print(f"{error}\nThis turn was taken back.", file=sys.stderr)
             messages.pop()
             return
+        # Also of an answer that was stopped: the next turn refers to what was shown.
         messages.append({"role": "assistant", "content": answer.text})
         if interrupted:
             print("(stopped)", file=sys.stderr)
@@ -143,7 +144,7 @@ class Chat(ModelOptions):
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Prints a note if a text may become longer than the model's context."""
+    """Prints a note if a prompt and what is added may exceed the model's context."""
     if model.tokenizer is None:  # which is an error of its own
         return
     lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)

@@ -166,6 +166,7 @@ class PlanCommand:
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"--mesh.{name} must be at least 1, got {size}.")
+        # Axes of size 1 divide nothing.
         return {name: size for name, size in sizes.items() if size > 1} or {"data": 1}
 
     def _compiler(self, card: GpuSpec) -> str | None:
@@ -179,6 +180,7 @@ class PlanCommand:
                 f"with: {how_to_get_the_compiler()}; or name a Python that has it "
                 "(--compiler-python)."
             )
+        # Asked for explicitly, a compiled plan must not silently become an estimate.
         if self.method == "compiled" and not card.compiles:
             card.target  # noqa: B018 (raises with the reason)
         return python
@@ -350,6 +352,7 @@ def _single_step(train: TrainConfig, batch_size: int) -> TrainConfig:
         train,
         steps=1,
         epochs=None,
+        # A warm-up longer than the single step would be refused; it changes no bytes.
         warmup_steps=0,
         groups=tuple(
             dataclasses.replace(group, warmup_steps=0) for group in train.groups

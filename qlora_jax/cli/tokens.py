@@ -109,6 +109,8 @@ class Tokens:
             if self.add:
                 tokenizer.add_tokens(list(self.add), special_tokens=True)
                 tokenizer.save_pretrained(temporary)
+                # `save_llama` copies it from the tokenizer's directory, where
+                # `save_pretrained` does not write it.
                 generation = tokenizer_files / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, temporary)
@@ -154,6 +156,7 @@ def used_tokens(tokens: np.ndarray, tokenizer: Any) -> list[int]:
         ids |= {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
+            # Branches of the template that this data did not take count too.
             if any(str(token) in text for text in texts)
         }
     return sorted(ids)

@@ -37,6 +37,8 @@ def main(args: Sequence[str]) -> int:
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        # From the start of the process, so that imports count in the time to the first
+        # step.
         began = time.perf_counter() - process_seconds()
         report = run(config, explicit_lora=explicit, began=began)
     except (KeyboardInterrupt, Terminated) as error:

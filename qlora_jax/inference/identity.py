@@ -196,6 +196,7 @@ def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         tree: dict[str, Any] = {}
         try:
             for path, leaf in leaves.items():
+                # Packed leaves are the same whatever the dtype of the others.
                 if not isinstance(leaf, NF4Tensor):
                     leaf = cast(leaf, DTYPES[FLOAT_DTYPES[dtype]], ".".join(path))
                 trees.put(tree, path, leaf)

@@ -201,6 +201,7 @@ class Plan:
         The packed base is in host memory once, before anything is pinned.
         """
         devices = math.prod(self.mesh.values())
+        # `memory.base` is one device's part.
         base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
         return max(base, self.memory.host_bytes * devices) + PROCESS_BYTES
 
@@ -210,6 +211,7 @@ class Plan:
         out = {}
         needed = self.memory.device_bytes / self.gpu.memory_bytes
         if needed > _DEVICE_FRACTION:
+            # In percent, rounded up, with one to spare.
             fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
             out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
         if self.memory.host_bytes > _PINNED_BYTES:
@@ -385,6 +387,7 @@ class Planner:
         tokens = (2**31 - 1) // step.train.gradient_accumulation_steps
         if quantity == "length":
             return tokens // step.train.batch_size
+        # Every device gets as many rows.
         return tokens // step.length // self._devices * self._devices
 
     def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
@@ -395,6 +398,7 @@ class Planner:
             sized = self._sized(step, quantity, units * unit)
             return self.estimate(sized, policy).fits
 
+        # Bisection; `low` fits or is 0.
         low, high = 0, max(self._max_size(step, quantity) // unit, 1)
         while high - low > 1:
             middle = (low + high) // 2
@@ -426,8 +430,10 @@ class Planner:
             if high - low <= 1:
                 break
             if below is not None and above is not None:
+                # The secant through the two plans that enclose the limit.
                 slope = (above.total - below.total) / (high - low)
             elif slope is None:
+                # Until there are two plans, the closed form's.
                 slope = self._slope(step, policy, quantity, here * unit) * unit
             start, known = (low, below) if below is not None else (high, above)
             assert known is not None
@@ -437,6 +443,7 @@ class Planner:
             here = start + step_to
             if tried > 4 and above is not None:
                 here = (low + high) // 2
+            # Strictly between the two, so that every step narrows the bracket.
             here = min(max(here, low + 1), high - 1)
         if below is None:
             assert above is not None
@@ -449,6 +456,7 @@ class Planner:
         """Returns the bytes per unit of size, by the estimate."""
         small = self.estimate(self._sized(step, quantity, size), policy)
         large = self.estimate(self._sized(step, quantity, 2 * size), policy)
+        # Offloading may cost no device memory at all; the search divides by this.
         return max((large.total - small.total) / size, 1.0)
 
     def too_large(self, plan: Plan) -> str:
@@ -502,6 +510,8 @@ class Planner:
             options.append((f"r={lora.r // 2}", smaller, plan.policy))
         enough, others = [], []
         for text, changed, policy in options:
+            # Two estimates, never an estimate and a compiled plan: what the closed form
+            # gets wrong cancels.
             saved = now - self.estimate(changed, policy).total
             if saved > 0.005 * self.gpu.memory_bytes:
                 (enough if saved >= over else others).append(

@@ -362,21 +362,26 @@ def split_temporaries(
     origin = {
         match[1]: match[2]
         for line in program.splitlines()
+        # The op name is the path of Python scopes that made the instruction.
         if (match := _NAMED.match(line.strip().removeprefix("ROOT ")))
     }
     trained_shapes = set()
     for leaf in jax.tree.leaves(adapters):
         sharding = getattr(leaf, "sharding", None)
+        # The buffers of one device have the shapes of its shards.
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         trained_shapes.add(tuple(shape))
     spans: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _KINDS}
     for block in re.split(r"\nallocation ", buffers):
+        # The one allocation that all temporaries share; the others hold arguments,
+        # results and constants.
         if "preallocated-temp" not in block.partition("\n")[0]:
             continue
         for match in _VALUE.finditer(block):
             name, size, start, shape = match[1], int(match[2]), int(match[3]), match[4]
             kind = _kind(shape, origin.get(name, ""), step, trained_shapes)
             spans[kind].append((start, start + size))
+    # What a kind adds to the union of the spans of those before it.
     kind_bytes, counted = {}, []
     for kind in _KINDS:
         before = _union_length(counted)

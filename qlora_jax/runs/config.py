@@ -64,6 +64,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.rope_scaling is not None:
+            # The order of a table in TOML means nothing, and that of a `FrozenDict`
+            # counts.
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
         read_changes(self.config_changes, "model")

@@ -2,7 +2,7 @@
 
 RUN/config.toml       the settings of the run
 RUN/metrics.jsonl     one object a step, and one an evaluation
-RUN/samples.jsonl     texts generated during the run
+RUN/samples.jsonl     continuations generated during the run
 RUN/checkpoints/      written by Orbax
 RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
 RUN/adapter_ema/      with `train.ema_decay`, its moving average
@@ -186,6 +186,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # The lock is on the directory itself: no lock file that could be left behind.
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise UserError(
@@ -203,6 +204,8 @@ def run_lock(directory: Path) -> Iterator[None]:
                     "ends, or give another --output-dir."
                 ) from None
         # Half-written adapters of a process that was killed.
+        # Under the names that `convert.output.new_directory` gives, and under the lock,
+        # so nobody is writing them.
         for name in (*_ADAPTERS, START):
             for partial in directory.glob(f".{name}.*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -210,6 +213,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):  # directories with content remain
+            # From the innermost outwards; the first that has content ends it.
             for path in created:
                 path.rmdir()
 

@@ -115,6 +115,7 @@ def split_held_out(
         if not config.eval.measures:
             return examples, None
         return exclude_held_out(config.eval, config.data, examples, eos_token_id)
+    # Compared by content: the same example may be in two files.
     training_keys = set(content_keys(examples).tolist())
     keys = content_keys(held_out.examples).tolist()
     shared = sum(key in training_keys for key in keys)

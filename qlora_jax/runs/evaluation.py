@@ -42,6 +42,7 @@ def held_out_loss(
       base: frozen tree.
       batches: of one shape [B, T], from `eval_batches`.
     """
+    # Summed on the host in float64; each batch's sum is float32.
     total, count, pending = 0.0, 0, None
     for batch in batches:
         sums = step(adapters, base, batch)
@@ -78,6 +79,7 @@ class Loss:
 
     def report(self) -> dict[str, Any]:
         """Returns the numbers to print; `loss` is in nats per supervised token."""
+        # Sums and counts add up over sources; means would not.
         loss = self.total / self.tokens
         return {
             "loss": loss,
@@ -129,6 +131,7 @@ class Best:
         best, and a loss that is lower by more than `threshold` resets `waited`. NaN is
         never better.
         """
+        # Not `loss >= self.loss`, which is false for NaN.
         if not loss < self.loss:
             return dataclasses.replace(self, waited=self.waited + 1)
         enough = self.loss - loss > threshold
@@ -157,6 +160,7 @@ class Evaluation:
         # Losses are comparable only on the same rows, encoded alike.
         self._data = ""
         if self.held_out is not None:
+            # 64 bits tell two sets of held-out data apart.
             self._data = self.held_out.examples.report.fingerprint[:16]
         prompts = self.config.sample_prompts
         check_prompts(self.config, self.tokenizer, self.model.config)
@@ -206,6 +210,8 @@ class Evaluation:
             pad_token_id=self.model.config.pad_token_id or 0,
         )
         total, tokens = held_out_loss(self._step, adapters, base, batches)
+        # The mean over all tokens. A mean of batch means would give the tokens of a
+        # batch with few of them a larger weight.
         loss = total / tokens
         self._count(step, loss)
         return {

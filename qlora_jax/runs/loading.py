@@ -104,6 +104,7 @@ def base_options(
       UserError: an unknown quantization.
     """
     default = ModelConfig(path="") if trained is None else trained
+    # The head is packed only where the layers are as in training.
     packed_head = default.lm_head == "nf4" and quantization in (
         "auto",
         default.quantization,
@@ -293,6 +294,8 @@ def load(
     compute = Compute(dtype=options["dtype"], attention=attention, kernels=kernels)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
+    # Random values of parameters that are in no file; `check_weights` demands that the
+    # adapter replaces them.
     module, tree = add_parameters(module, tree, jax.random.key(0))
     config = module.config
     drawn = set(config.extra_tensors) - set(stored.extra_tensors)

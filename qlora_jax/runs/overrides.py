@@ -35,6 +35,7 @@ def option_keys(args: Sequence[str]) -> set[str]:
     keys = set()
     for name in names:
         section, *rest = name.split(".")
+        # What is deeper ("train.groups.0.match") belongs to the setting "train.groups".
         key = ".".join([section, *rest[:1]])
         # A flag has a second spelling that switches it off.
         keys |= {key, re.sub(r"(^|\.)no_", r"\1", key)} & known

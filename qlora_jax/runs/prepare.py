@@ -196,6 +196,7 @@ def _abstract_model(
         complete, base = add_parameters(complete, base, jax.random.key(0))
         return base
 
+    # `add` runs on tracers; the module that it completes leaves by the closure.
     base = jax.eval_shape(add, shapes)
     drawn = set(complete.config.extra_tensors) - set(architecture.extra_tensors)
     return complete, base, drawn
@@ -293,6 +294,8 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
     problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
+    # Before `Batches`, so that their fingerprint and order are those of what is trained
+    # on.
     examples, held_out = split_held_out(config, examples, held_out, eos)
     say(examples.report.summary())
     if held_out is not None:
@@ -351,6 +354,7 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
     )
     compiled = compile_step(
         model.clone(compute=compute),
+        # Every batch has the shapes of the first, so one compilation serves the run.
         StepInputs(base, data.batches[0], eval_batch),
         config.model,
         config.train,

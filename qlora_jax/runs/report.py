@@ -228,6 +228,7 @@ def _tiles(run: RunFiles, facts: Row) -> Iterator[tuple[str, str]]:
         yield f"best held-out loss, step {best['step']:,}", f"{best['eval_loss']:.4f}"
         yield "its perplexity", f"{best['eval_perplexity']:.4g}"
     if rows:
+        # The median, which the first step, slowed by the compiler, does not move.
         speed = float(np.median(_column(rows, "tokens_per_second")))
         yield "tokens/s, median", f"{speed:,.0f}"
         mfu = [row["mfu"] for row in rows if "mfu" in row]
@@ -369,6 +370,3 @@ def _format(name: str, value: Any) -> str:
     if isinstance(value, (Mapping, list)):
         return json.dumps(value)
     return str(value)
-
-
-# --- The command ---

@@ -108,6 +108,7 @@ def run(
     with contextlib.ExitStack() as stack:
         with problems.collecting():
             check_directory(directory)
+            # Held to the end: no other process writes into the directory meanwhile.
             stack.enter_context(run_lock(directory))
         prepared = prepare(
             config, attention_cls, mlp_cls, explicit_lora, problems=problems
@@ -178,6 +179,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     f"Note: {ignored} measurements so far are of other held-out data; "
                     "the best loss is searched anew."
                 )
+            # report.json is written last: the run that it describes is complete.
             finished = _finished(directory, start, steps, evaluation)
             if finished is not None:
                 return finished
@@ -185,6 +187,8 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             (directory / REPORT).unlink(missing_ok=True)
             facts = _facts(prepared, loaded.fingerprint, base, state)
             write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
+            # The base is an argument of every step and is in no checkpoint; its
+            # fingerprint is.
             loop = Loop(
                 prepared=prepared,
                 base=base,
@@ -308,6 +312,8 @@ class AdapterWriter:
           name: of the directory within the run directory.
           losses: of a measurement at this step, for the training record.
         """
+        # With pissa and olora the trained adapter belongs to the changed base; what is
+        # written is for the base as it was loaded.
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
@@ -352,6 +358,7 @@ def log_step(watch: Watch, step: int, metrics: Mapping[str, Any], tokens: int) -
       metrics: of `train_step`, on the device.
       tokens: tokens of its batch, padding excluded.
     """
+    # One transfer for all metrics, which waits until the step is done.
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     finite = values.pop("finite")
     if finite:
@@ -414,6 +421,7 @@ class Loop:
         ahead = prefetch(batches, start, steps)
         saved = start
         for index, batch in enumerate(ahead, start):
+            # True at once where a run is continued that had ended early.
             if self.evaluation.exhausted:
                 break
             state, metrics = self.prepared.compiled.step(state, self.base, batch)
@@ -468,7 +476,10 @@ class Loop:
 
     def _save(self, state: TrainState, done: int) -> None:
         """Saves a checkpoint after `done` steps, and its adapter."""
+        # Rows first: a checkpoint stands for all rows up to its step, and a continued
+        # run deletes only later ones.
         self.watch.sync()
+        # Orbax writes in the background while the adapter is written here.
         first = self.checkpoints.latest() is None
         steps = len(self.prepared.data.batches)
         self.checkpoints.save(state, {**self.record, "batches": done, "steps": steps})
@@ -519,6 +530,7 @@ def _initial_state(
     factor out of the base is kept in it as a PEFT adapter, since a decomposition may
     give other bits on the machine where the run is continued.
     """
+    # Two keys of one seed: the initial adapters, and all randomness of the steps.
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     lora, base = config.lora, loaded.tree
     start, fresh = Path(config.output_dir) / START, False
@@ -532,9 +544,13 @@ def _initial_state(
             checkpoint = open_checkpoint(config.model.path)
             original = None if checkpoint.quantized else checkpoint.files.read
         adapters, fresh = init_adapters(init_key, base, lora, original=original), True
+    # Settings before START: without them a directory with content would be refused as
+    # that of something else.
     settings = start.with_name(SETTINGS)
     if not settings.is_file():
         write_text(settings, to_toml(config))
+        # Under a plain start: this is the part that is factored out of the base, while
+        # `save_adapter` refuses adapters that were trained on the rest.
     if fresh and lora.changes_base:
         plain = dataclasses.replace(lora, init_lora_weights="default")
         convert.save_adapter(start, plain, jax.device_get(adapters), base)

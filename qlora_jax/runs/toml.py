@@ -158,6 +158,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         elif origin is Mapping and isinstance(value, Mapping):
             of = arguments[1]
             return {k: _convert(of, v, f"{where}.{k}") for k, v in value.items()}
+        # Not `isinstance`: True is an int in Python, and no number in TOML.
         elif type(value) is kind:
             return value
         elif kind is float and type(value) is int:
