@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert.peft import CHAT_TEMPLATE
-from convert.verify import compare
+from convert.peft import CHAT_TEMPLATE_FILE
+from convert.verify import compare_adapters as compare
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree
 
@@ -209,12 +209,12 @@ def test_verify_options_that_do_not_fit(refused, tiny_model, adapter):
 
 def test_adapter(run, report, tiny_model, adapter, tmp_path):
     source, out, again = adapter, tmp_path / "clean", tmp_path / "again"
-    (source / CHAT_TEMPLATE).write_text("{{ messages }}\n")
+    (source / CHAT_TEMPLATE_FILE).write_text("{{ messages }}\n")
     made = report("adapter", source, out, "--base", tiny_model)
     assert (made["r"], made["scaling"]) == (3, 2.0)
     assert made["bytes"] == (out / WEIGHTS).stat().st_size
     assert compare(source, out).equal
-    assert (out / CHAT_TEMPLATE).read_text() == "{{ messages }}\n"
+    assert (out / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}\n"
     # A run directory stands for the adapter in it.
     args = ("adapter", tmp_path, again, "--base", tiny_model, "--base-name", "n")
     status, text, _ = run(*args)
@@ -310,7 +310,7 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     one = make_adapter(tiny, name="one", seed=1)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
     for directory in (one, two):
-        (directory / CHAT_TEMPLATE).write_text("{{ messages }}")
+        (directory / CHAT_TEMPLATE_FILE).write_text("{{ messages }}")
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
     combined = report("combine", tmp_path / "sum", *both)
     assert combined["relative_error"]["total"] == 0.0
@@ -324,13 +324,13 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     expected = 0.5 * update(one) + 2.0 * update(two)
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
     assert read(tmp_path / "sum")["base_model_name_or_path"] == "some/base"
-    assert (tmp_path / "sum" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
+    assert (tmp_path / "sum" / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}"
 
-    (one / CHAT_TEMPLATE).write_text("{{ messages[0] }}")
+    (one / CHAT_TEMPLATE_FILE).write_text("{{ messages[0] }}")
     svd = tmp_path / "svd"
     status, text, _ = run("combine", svd, *both, "--method", "svd", "--r", 4)
     assert status == 0 and table(text)["r"] == "4"
-    assert not (svd / CHAT_TEMPLATE).exists()  # they do not agree
+    assert not (svd / CHAT_TEMPLATE_FILE).exists()  # they do not agree
     refused("1 numbers for 2 adapters", "combine", tmp_path / "x", *both[:-1])
     assert not (tmp_path / "x").exists()
 
@@ -421,7 +421,7 @@ def test_a_failed_check_is_told(refused, monkeypatch, tiny_model, adapter, tmp_p
     def fail(*args):
         raise MemoryError("Unable to allocate 16 GiB.")
 
-    monkeypatch.setattr("qlora_jax.inference.compare.compare_logits", fail)
+    monkeypatch.setattr("qlora_jax.inference.compare_logits", fail)
     args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
     err = refused(f"`{tmp_path / 'o'}` was written, and could not", *args, "original")
     assert "Unable to allocate 16 GiB. With --no-check nothing is loaded" in err

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.verify import compare
+from convert.verify import compare_adapters as compare
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.tree import PROJECTIONS
