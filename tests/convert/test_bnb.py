@@ -219,6 +219,8 @@ def test_modules_left_in_16_bit_stay_so(packed, edit_tensors, tmp_path, quantiza
                 del tensors[name]
             tensors[key] = np.full((64, 64), 0.25, ml_dtypes.bfloat16)
 
+    made = {**read(packed)["quantization_config"], "bnb_4bit_compute_dtype": "float16"}
+    edit_json(packed / "config.json", quantization_config=made)
     edit_tensors(packed / MODEL, unpack)
     config, base = convert.load_llama(packed, quantization=quantization)
     attention = base["model"]["layers"]["self_attn"]
@@ -227,6 +229,8 @@ def test_modules_left_in_16_bit_stay_so(packed, edit_tensors, tmp_path, quantiza
     assert attention["k_proj"]["weight"].double_quant
     convert.save_llama(tmp_path / "out", config, base)
     assert same_file(tmp_path / "out", packed)
+    kept = read(tmp_path / "out")["quantization_config"]
+    assert kept["bnb_4bit_compute_dtype"] == "float16"
 
 
 def test_new_config_names_what_was_left_dense(tiny_model, tmp_path):
