@@ -53,10 +53,7 @@ def test_fields_are_changed_and_restored(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"rope_theta": 1e6},
-            "model: `rope_theta` cannot be changed; `max",
-        ),
+        ({"rope_theta": 1e6}, "model: `rope_theta` cannot be changed; `max"),
         ({"max_position_embeddings": 0}, "must be a positive integer, got 0"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},

@@ -274,11 +274,7 @@ def test_a_bound_adapter_brings_its_scaling(form):
 
 def test_a_residual_is_subtracted_from_the_weight():
     x = draw(3, IN)
-    params = {
-        "weight": PACKED,
-        "residual_A": RESIDUAL[0],
-        "residual_B": RESIDUAL[1],
-    }
+    params = {"weight": PACKED, "residual_A": RESIDUAL[0], "residual_B": RESIDUAL[1]}
     bound = {**ADAPTER, "scaling": jnp.float32(0.25)}
     np.testing.assert_array_equal(
         Linear(OUT, Compute("float32")).apply({"params": params, "lora": bound}, x),

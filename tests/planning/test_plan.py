@@ -184,9 +184,7 @@ def test_flops_are_those_of_the_products():
     # By hand, for a token of an 8B model: 6.98e9 weights of linear layers twice forward
     # and twice backward, the head likewise, attention over 2,048 tokens.
     step = dataclasses.replace(
-        STEP,
-        length=2048,
-        compute=dataclasses.replace(STEP.compute, remat="none"),
+        STEP, length=2048, compute=dataclasses.replace(STEP.compute, remat="none")
     )
     linear, head = 6_979_321_856, 128256 * 4096
     attention = 32 * 2 * 2048 * 4096 * 3.5
