@@ -28,12 +28,6 @@ from tests.models.reference import CONFIG, dequantized, equations, rows
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
 
-# `run` below and the stored runs of test_golden.py compile as in use, not as tests do.
-DEFAULT_OPTIMIZATION = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-}
-
 
 def llama(lora=LORA, config=CONFIG, **compute):
     return Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
@@ -113,7 +107,10 @@ def test_eight_steps_on_one_batch():
     step = jax.jit(
         functools.partial(train_step, model=llama(), optimizer=ADAM),
         donate_argnums=0,
-        compiler_options=DEFAULT_OPTIMIZATION,
+        compiler_options={  # as in use, not as other tests compile
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
+        },
     )
     before = jax.tree.map(np.array, base())
     state, losses = begin(), []
