@@ -14,7 +14,8 @@ from qlora_jax.models.attention import inverse_frequencies, rope_table, rotate
 from qlora_jax.models.config import LlamaConfig, RopeScaling
 from qlora_jax.models.layers import Compute, Linear
 from qlora_jax.models.llama import Llama, RMSNorm, empty_cache
-from qlora_jax.tree import walk
+from qlora_jax.models.params import shapes
+from qlora_jax.tree import is_stacked, walk
 from tests.models.reference import (
     CONFIG,
     adapters,
@@ -49,25 +50,14 @@ def test_the_tree_is_that_of_hugging_face_with_stacked_layers(tied, bias):
     config = dataclasses.replace(
         CONFIG, tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias
     )
-    init, tokens = Llama(config, Compute("float32")).init, prompt(1, 4)
-    tree = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
-    projections = {
-        **{"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64)},
-        **{"self_attn.v_proj": (32, 64), "self_attn.o_proj": (64, 64)},
-        **{"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)},
-        "mlp.down_proj": (64, 96),
-    }
-    layers = {f"{name}.weight": (2, *shape) for name, shape in projections.items()}
-    layers |= dict.fromkeys(
-        ("input_layernorm.weight", "post_attention_layernorm.weight"), (2, 64)
-    )
-    if bias:
-        layers |= {f"{name}.bias": (2, out) for name, (out, _) in projections.items()}
-    want = {f"model.layers.{name}": shape for name, shape in layers.items()}
-    want |= {"model.embed_tokens.weight": (61, 64), "model.norm.weight": (64,)}
-    if not tied:
-        want["lm_head.weight"] = (61, 64)
-    assert {".".join(path): leaf.shape for path, leaf in walk(tree)} == want
+    init = Llama(config, Compute("float32")).init
+    tree = jax.eval_shape(init, jax.random.key(0), prompt(1, 4))["params"]
+    # Those of the reader of files, which compares them with the tensors in there.
+    want = {p: (2, *s) if is_stacked(p) else s for p, s in shapes(config).items()}
+    assert {path: leaf.shape for path, leaf in walk(tree)} == want
+    layer = tree["model"]["layers"]["mlp"]["down_proj"]
+    assert layer["weight"].shape == (2, 64, 96)
+    assert ("lm_head" in tree, "bias" in layer) == (not tied, bias)
 
 
 def test_layers_start_differently():

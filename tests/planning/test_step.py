@@ -6,7 +6,6 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.params import tree_bytes, tree_size
 from qlora_jax.planning.estimate import parameter_report
@@ -19,18 +18,10 @@ from qlora_jax.planning.step import (
 )
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
+from tests.models.reference import CONFIG as SMALL
 
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-CONFIG = LlamaConfig.from_hf(SIZES)
+SIZES = {"vocab_size": 256, "intermediate_size": 128, "num_hidden_layers": 3}
+CONFIG = dataclasses.replace(SMALL, **SIZES)
 STEP = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=32)
 
 
@@ -112,8 +103,7 @@ def test_invalid_steps_are_refused():
 
 def test_arrays_of_more_than_2_to_the_31_elements_are_traced():
     # Kept inputs [3, 1, T, 8192], and inside the MLP [T, 32768]: both beyond int32.
-    sizes = {"hidden_size": 8192, "intermediate_size": 32768}
-    config = LlamaConfig.from_hf(SIZES | sizes)
+    config = dataclasses.replace(CONFIG, hidden_size=8192, intermediate_size=32768)
     compute = dataclasses.replace(STEP.compute, remat="save_matmuls")
     step = Step(config, compute, length=2**17)
     text = lower(step).as_text()

@@ -1,5 +1,7 @@
 """Rates, decays and schedules by parameter; the optimizers; the moving average."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,6 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.lora.targets import select
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import tree_bytes
 from qlora_jax.planning.estimate import abstract_base, parameter_report
 from qlora_jax.training import optimizer as adam8bit
@@ -34,17 +35,9 @@ from qlora_jax.training.parameter_groups import (
     optimizer_groups,
     schedule,
 )
+from tests.models.reference import CONFIG as SMALL
 
-CONFIG = LlamaConfig(
-    vocab_size=48,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    attention_bias=True,
-)
+CONFIG = dataclasses.replace(SMALL, num_hidden_layers=3, attention_bias=True)
 EVERYTHING = LoraConfig(
     r=4,
     target_modules=("q_proj", "down_proj"),
