@@ -17,10 +17,10 @@ import pytest
 import convert
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.attention import inverse_frequencies, rope_table
+from qlora_jax.models.attention import inverse_frequencies
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Block, Llama
+from qlora_jax.models.llama import Llama
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import loss_sum
 from qlora_jax.training.optimizer import make_optimizer
@@ -139,23 +139,6 @@ def test_rotary_frequencies(golden, read, name):
     want = outputs(golden, name)["inv_freq"]
     got = inverse_frequencies(read(name)[0])
     np.testing.assert_allclose(got, want, rtol=3e-7)
-
-
-@MORE
-def test_hidden_states(golden, read, name):
-    config, base = read(name)
-    stored = outputs(golden, name)
-    compute, tokens = float32(), stored["ids"]
-    x = base["model"]["embed_tokens"]["weight"][tokens]
-    rope = rope_table(jnp.arange(tokens.shape[1])[None], config)
-    first = jax.tree.map(lambda a: a[0], base["model"]["layers"])
-    block = jax.jit(Block(config, compute).apply)
-    (x, _), _ = block({"params": first}, (x, None), rope, None, None, None)
-    # Of the size of the logits, made by fewer operations.
-    close(x, stored["hidden_after_layer0"], LOGITS)
-    whole = functools.partial(Llama(config, compute).apply, method="hidden_states")
-    hidden = jax.jit(whole)({"params": base}, tokens)
-    close(hidden, stored["hidden_final_normed"], LOGITS)
 
 
 @MORE

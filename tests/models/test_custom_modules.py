@@ -146,17 +146,6 @@ def test_parameters_are_drawn_once_and_declared(llama_dir, gated):
     assert jax.tree.structure(same) == jax.tree.structure(loaded)
 
 
-def test_a_custom_module_has_its_rank_and_alpha_by_pattern(gated):
-    _, base = gated
-    adapters = init_adapters(jax.random.key(0), base, LORA)
-    node = adapters["model"]["layers"]["self_attn"]
-    assert node["gate_attn"]["lora_A"].shape == (2, 2, 64)
-    assert node["q_proj"]["lora_A"].shape == (2, 4, 64)
-    bound = bind(adapters, base, LORA)["model"]["layers"]["self_attn"]
-    np.testing.assert_array_equal(bound["gate_attn"]["scaling"], [3.0, 3.0])
-    np.testing.assert_array_equal(bound["q_proj"]["scaling"], [2.0, 2.0])
-
-
 def test_its_update_follows_the_formula(gated, moved):
     model, base = gated
     adapters, got = moved

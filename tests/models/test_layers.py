@@ -131,13 +131,6 @@ def test_every_form_computes_in_every_dtype(compute, form):
         assert error <= {"bfloat16": 0.4, "float16": 0.05, "float32": 1e-5}[compute]
 
 
-@BOTH
-def test_a_zero_adapter_changes_no_bit(weight):
-    x = draw(3, IN, seed=5, dtype="bfloat16")
-    zero = {**ADAPTER, "lora_B": jnp.zeros_like(ADAPTER["lora_B"])}
-    equal(linear(x, weight, BIAS, ModuleAdapter(zero, 2.0)), linear(x, weight, BIAS))
-
-
 def test_a_scaling_of_zero_is_the_plain_layer_without_gradient():
     # In a stack, a layer without adapter has zeros, also as magnitude.
     x, unused = draw(3, IN), jax.tree.map(jnp.zeros_like, DORA)
