@@ -11,10 +11,10 @@ from qlora_jax import nf4
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
-from qlora_jax.models.attention import inverse_frequencies, rope_table, rotate
 from qlora_jax.models.config import LlamaConfig, RopeScaling
 from qlora_jax.models.layers import Compute, Linear
 from qlora_jax.models.llama import Attention, Llama, RMSNorm, empty_cache
+from qlora_jax.models.rope import inverse_frequencies, rope_table, rotate
 
 CONFIG = LlamaConfig(
     vocab_size=61,
