@@ -17,10 +17,10 @@ import pytest
 import convert
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.attention import inverse_frequencies
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.rope import inverse_frequencies
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import loss_sum
 from qlora_jax.training.optimizer import make_optimizer
