@@ -2,8 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import merged
-from convert.merged import Update, merged_weights
+from convert.merged_weights import Update, compute_merged_weights
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
@@ -57,7 +56,7 @@ CASES = {
 @pytest.mark.parametrize("block", [1, 30, 1 << 20])  # elements: 1, 3 or all rows
 @pytest.mark.parametrize("name", CASES)
 def test_every_update_in_blocks_of_any_size(monkeypatch, name, block):
-    monkeypatch.setattr(merged, "_BLOCK", block)
+    monkeypatch.setattr("convert.merged_weights._BLOCK", block)
     old, update, expected = CASES[name]
     got, largest = update.apply(old.copy(), np.dtype(np.float32), "w")
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
@@ -113,7 +112,7 @@ def merged_full(tiny):
         targets = {"target_modules": targets or ("q_proj",)}
         lora = LoraConfig(**{"r": 2, **targets, **fields})
         adapter = adapter_of(config, lora, lambda s: np.full(s, value, np.float32))
-        return merged_weights(config, lora, adapter)
+        return compute_merged_weights(config, lora, adapter)
 
     return make
 
