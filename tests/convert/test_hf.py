@@ -253,10 +253,14 @@ def test_nan_is_reported_with_its_tensor(make_model, key, value, quantization):
         convert.load_llama(path, quantization=quantization)
 
 
-def test_float16_overflow_is_named(make_model):
-    path = make_model(lambda t: t["model.norm.weight"].__setitem__(3, 1e5))
-    with pytest.raises(CheckpointError, match="`model.norm.weight`.*65504.*bfloat16"):
-        convert.load_llama(path, dtype="float16")
+@pytest.mark.parametrize(
+    "value, dtype, match",
+    [(1e5, "float16", "65504.*bfloat16"), (3.4e38, "bfloat16", "3.39e38.*float32")],
+)
+def test_overflow_of_a_cast_is_named(make_model, value, dtype, match):
+    path = make_model(lambda t: t["model.norm.weight"].__setitem__(3, value))
+    with pytest.raises(CheckpointError, match=f"`model.norm.weight`.*{match}"):
+        convert.load_llama(path, dtype=dtype)
 
 
 def test_a_path_that_is_not_a_model_directory_is_described(tiny, make_adapter):
