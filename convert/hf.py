@@ -268,8 +268,8 @@ def cast(array: NDArray, dtype: Any, key: str) -> NDArray:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
-    # float16 ends at 65504. bfloat16 has the exponents of float32 and fewer digits: what
-    # is above its largest value, 3.39e38, rounds to infinity.
+    # float16 ends at 65504. bfloat16 has the exponents of float32 and fewer digits: a
+    # value above its largest, 3.39e38, rounds to infinity.
     if np.dtype(dtype).itemsize == 2:
         try:
             check_finite(out, key)

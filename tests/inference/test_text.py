@@ -51,6 +51,13 @@ def stream(tokenizer, text, size=1, **settings):
     return pieces
 
 
+def test_a_character_that_the_prompt_begins_is_completed(tokenizer):
+    tokens = tokenizer("Q: ü!")["input_ids"]
+    detokenizer = Detokenizer(tokenizer, tokens[:4])  # ends after a byte of ü's two
+    assert detokenizer.add(tokens[4:5]) == "ü"
+    assert detokenizer.add(tokens[5:], last=True) == "!"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_pieces_hold_complete_characters(tokenizer, size):
     text = "Grüß dich 🙂, 你好"
