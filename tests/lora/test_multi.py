@@ -257,10 +257,7 @@ def test_parts_that_cannot_differ_by_row_are_refused(models):
         (dataclasses.replace(HEADS, use_dora=True), "adapter 1: `use_dora` rescales"),
         (HEADS, r"adapter 1: `lm_head.weight` replaces a tensor of the base"),
         (ROWS, r"adapter 1: `model.embed_tokens.trainable_tokens_delta` replaces"),
-        (
-            LoraConfig(r=2, init_lora_weights="pissa"),
-            "adapter 1: .*'pissa'.*absorb",
-        ),
+        (LoraConfig(r=2, init_lora_weights="pissa"), "adapter 1: .*'pissa'.*absorb"),
     ):
         with pytest.raises(UserError, match=message):
             stack_adapters(drawn(base, "plain", lora), base)

@@ -95,11 +95,7 @@ def test_random_expressions_match_as_in_re_or_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        r"(?:(?:.|..)+)+[^a-z]",
-        r"(?:.?|..?){0,999999}(?<!.)",
-    ],
+    "pattern", [r"(?:(?:.|..)+)+[^a-z]", r"(?:.?|..?){0,999999}(?<!.)"]
 )
 def test_what_hangs_regex_too_is_refused_within_a_second(pattern):
     start = time.thread_time()

@@ -490,10 +490,7 @@ def test_a_module_may_be_trained_in_full_in_some_layers_and_adapted_in_others():
         (("norm", "score"), "names 'score', which this model does not have"),
         ("layers.9.mlp", "names 'layers.9.mlp', which .* Modules here: down_proj,"),
         (("a", "b"), "names 'a', 'b', which"),
-        (
-            ("mlp", "up_proj"),
-            r"selects `model\.layers\.0\.mlp\.up_proj`, and `.*mlp`",
-        ),
+        (("mlp", "up_proj"), r"selects `model\.layers\.0\.mlp\.up_proj`, and `.*mlp`"),
     ],
 )
 def test_modules_to_save_that_are_absent_or_nested_are_refused(names, message):
