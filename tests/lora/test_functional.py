@@ -10,7 +10,6 @@ under test.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -135,19 +134,25 @@ class Case:
     """A configuration, and in plain words what it selects."""
 
     lora: LoraConfig
-    update: Callable[[str], tuple[int, float] | None] = lambda name: None
-    """Dotted name of a module -> (rank, scaling)."""
-    full: Callable[[str], bool] = lambda name: False
-    """Dotted name of a tensor -> whether it is trained in full."""
+    updates: tuple[tuple[str, int, float], ...]
+    """(Expression for whole names of modules, rank, scaling); the first counts."""
+    in_full: str = ""
+    """Expression for whole names of tensors."""
     rows: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Rows trained alone: of the embedding, of the head."""
-    tied: bool = False
-    biases: bool = False
-    packed: bool = False
+    kind: tuple[str, ...] = ()
+    """What the base is: tied, packed, with biases."""
+
+    def update(self, name):
+        rules = (x for pattern, *x in self.updates if re.fullmatch(pattern, name))
+        return next(rules, None)
+
+    def full(self, name):
+        return re.fullmatch(self.in_full, name) is not None
 
     @functools.cached_property
     def base(self):
-        return random_base(self.tied, self.biases, self.packed, spread=0.15)
+        return random_base(**dict.fromkeys(self.kind, True), spread=0.15)
 
     @functools.cached_property
     def tree(self):
@@ -160,18 +165,12 @@ class Case:
 
     def model(self, dtype="float32", attention="eager", remat="none"):
         compute = Compute(dtype, lora=self.lora, attention=attention, remat=remat)
-        return Llama(config_of(self.tied, self.biases), compute)
+        return Llama(config_of("tied" in self.kind, "biases" in self.kind), compute)
 
 
-def each(*rules):
-    """What the first of the (expression, rank, scaling) says that matches a name."""
-    return lambda name: next((x for p, *x in rules if re.fullmatch(p, name)), None)
-
-
-def tensors(pattern):
-    return lambda name: re.fullmatch(pattern, name) is not None
-
-
+TIED, BIASED = ("tied",), ("biases", "packed")
+R4 = dict(r=4, lora_alpha=8)
+R2 = dict(r=2, lora_alpha=4)
 CASES = {
     "patterns": Case(
         config(
@@ -184,38 +183,35 @@ CASES = {
             },
             alpha_pattern={"up_proj": 1.5, "^model.layers.0.self_attn.q_proj": 7},
         ),
-        each(
+        (
             *((r".*0.*q_proj", 2, 7 / 2**0.5), (r".*2.*q_proj", 1, 6.0)),
-            (r".*0.*up_proj", 3, 1.5 / 3**0.5),
-            (r".*2.*up_proj", 5, 1.5 / 5**0.5),
+            *((rf".*{i}.*up_proj", r, 1.5 / r**0.5) for i, r in ((0, 3), (2, 5))),
             (r".*1.*down_proj|lm_head", 3, 6 / 3**0.5),
         ),
-        tensors(r".*[02].*(q|up)_proj.bias|.*1.*down_proj.bias"),
-        biases=True,
-        packed=True,
+        r".*[02].*(q|up)_proj.bias|.*1.*down_proj.bias",
+        kind=BIASED,
     ),
     "dora_packed": Case(
-        LoraConfig(
-            target_modules=r".*\.[01]\..*(k|down|gate)_proj",
+        config(
+            r".*\.[01]\..*(k|down|gate)_proj",
             rank_pattern={r"0\.mlp\..*": 2},
             **dict(r=4, lora_alpha=2, use_dora=True, bias="all"),
         ),
-        each(
+        (
             (r".*0\.mlp.*(down|gate)_proj", 2, 1.0),
             (r".*[01]\..*(k|down|gate)_proj", 4, 0.5),
         ),
-        tensors(r".*_proj\.bias"),
-        biases=True,
-        packed=True,
+        r".*_proj\.bias",
+        kind=BIASED,
     ),
     "dora_everywhere": Case(
-        config("q_proj", "embed_tokens", HEAD, r=4, lora_alpha=8, use_dora=True),
-        each((f".*q_proj|{HEAD}|{EMBED}", 4, 2.0)),
+        config("q_proj", "embed_tokens", HEAD, **R4, use_dora=True),
+        ((f".*q_proj|{HEAD}|{EMBED}", 4, 2.0),),
     ),
     "tied_apart": Case(
-        config("embed_tokens", HEAD, r=4, lora_alpha=8, rank_pattern={HEAD: 2}),
-        each((HEAD, 2, 4.0), (EMBED, 4, 2.0)),
-        tied=True,
+        config("embed_tokens", HEAD, **R4, rank_pattern={HEAD: 2}),
+        ((HEAD, 2, 4.0), (EMBED, 4, 2.0)),
+        kind=TIED,
     ),
     "tied_shared": Case(
         config(
@@ -224,65 +220,55 @@ CASES = {
             rank_pattern={"embed_tokens": 2, HEAD: 3},
             alpha_pattern={HEAD: 10, "embed_tokens": 7},
         ),
-        each((HEAD, 2, 10 / 3), (EMBED, 2, 3.5), (".*q_proj", 4, 1.5)),
-        tied=True,
+        ((HEAD, 2, 10 / 3), (EMBED, 2, 3.5), (".*q_proj", 4, 1.5)),
+        kind=TIED,
     ),
     "tied_shared_dora": Case(
-        config(
-            *("embed_tokens",),
-            **dict(r=2, lora_alpha=2, use_dora=True, ensure_weight_tying=True),
-        ),
-        each((f"{HEAD}|{EMBED}", 2, 1.0)),
-        tied=True,
+        config("embed_tokens", **R2, use_dora=True, ensure_weight_tying=True),
+        ((f"{HEAD}|{EMBED}", 2, 2.0),),
+        kind=TIED,
     ),
     "rows_of_both_and_an_adapted_head": Case(
         config(HEAD, r=2, lora_alpha=1, trainable_token_indices=(30, 4, 11)),
-        each((HEAD, 2, 0.5)),
+        ((HEAD, 2, 0.5),),
         rows=((30, 4, 11), (30, 4, 11)),
-        tied=True,
+        kind=TIED,
     ),
     "different_rows_and_a_layer_whole": Case(
         config(
             *("up_proj", "v_proj"),
-            **dict(r=2, lora_alpha=4, bias="all"),
+            **dict(**R2, bias="all", modules_to_save=("layers.1.mlp", "model.norm")),
             trainable_token_indices={"embed_tokens": (3, 9), HEAD: (9, 20, 0)},
-            modules_to_save=("layers.1.mlp", "model.norm"),
         ),
-        each((r".*[02].*up_proj|.*v_proj", 2, 2.0)),
-        tensors(r".*_proj\.bias|model\.norm\.weight|.*1\.mlp.*"),
+        ((r".*[02].*up_proj|.*v_proj", 2, 2.0),),
+        r".*_proj\.bias|model\.norm\.weight|.*1\.mlp.*",
         rows=((3, 9), (9, 20, 0)),
-        tied=True,
-        biases=True,
+        kind=("tied", "biases"),
     ),
     "whole_table_for_both": Case(
         config(
-            *("k_proj",),
-            **dict(r=2, lora_alpha=4, ensure_weight_tying=True),
-            modules_to_save=(HEAD, "norm"),
+            "k_proj", **R2, modules_to_save=(HEAD, "norm"), ensure_weight_tying=True
         ),
-        each((".*k_proj", 2, 2.0)),
-        tensors(r".*norm\.weight|lm_head.weight|model.embed_tokens.weight"),
-        tied=True,
-        packed=True,
+        ((".*k_proj", 2, 2.0),),
+        r".*norm\.weight|lm_head.weight|model.embed_tokens.weight",
+        kind=("tied", "packed"),
     ),
     "whole_embedding_alone": Case(
         config(
             *("k_proj", HEAD),
-            **dict(r=2, lora_alpha=4),
-            modules_to_save=("embed_tokens", "layers.2.input_layernorm"),
+            **dict(**R2, modules_to_save=("embed_tokens", "layers.2.input_layernorm")),
         ),
-        each((".*k_proj|lm_head", 2, 2.0)),
-        tensors(r"model.embed_tokens.weight|.*2.input_layernorm.weight"),
-        tied=True,
+        ((".*k_proj|lm_head", 2, 2.0),),
+        r"model.embed_tokens.weight|.*2.input_layernorm.weight",
+        kind=TIED,
     ),
     "untied_rows_and_a_whole_head": Case(
         config(
             *("o_proj",),
-            **dict(r=2, lora_alpha=4, modules_to_save=(HEAD,)),
-            trainable_token_indices=(1, 2, 36),
+            **dict(**R2, modules_to_save=(HEAD,), trainable_token_indices=(1, 2, 36)),
         ),
-        each((".*o_proj", 2, 2.0)),
-        tensors("lm_head.weight"),
+        ((".*o_proj", 2, 2.0),),
+        "lm_head.weight",
         rows=((1, 2, 36), ()),
     ),
 }
@@ -302,68 +288,62 @@ def wide(tree):
     return jax.tree.map(widen, tree, is_leaf=packed)
 
 
-def effective(xp, frozen, tree, case):
+def effective(tree, case):
     """The effective weights: an untied model with all biases.
 
-    `xp` is numpy or jax.numpy. Every formula is written for one layer of one module.
+    Every formula is written for one layer of one module.
     """
-    stop = jax.lax.stop_gradient if xp is jnp else lambda x: x
+    frozen = wide(case.base)
 
     def rescaled(weight, magnitude, axis):
-        norm = stop(xp.sqrt((weight * weight).sum(axis)))
-        factor = magnitude / norm
-        return weight * (factor[:, None] if axis == 1 else factor[None, :])
+        norm = jax.lax.stop_gradient(jnp.sqrt((weight * weight).sum(axis)))
+        return weight * jnp.expand_dims(magnitude / norm, axis)
 
-    def linear(name, node, weight, bias):
+    def weight_of(name, old, new):
+        return (new if case.full(f"{name}.weight") else old)["weight"]
+
+    def linear(name, old, new):
         """Weight and bias of one linear layer."""
-        weight = node["weight"] if case.full(f"{name}.weight") else weight
-        bias = node["bias"] if case.full(f"{name}.bias") else bias
-        if case.update(name) is None:
-            return {"weight": weight, "bias": bias}
-        r, s = case.update(name)
-        weight = weight + s * (node["lora_B"][:, :r] @ node["lora_A"][:r])
-        if "lora_magnitude_vector" in node:
-            weight = rescaled(weight, node["lora_magnitude_vector"], 1)
-        if "lora_bias" in node:
-            bias = bias + s * node["lora_bias"]
+        weight = weight_of(name, old, new)
+        bias = new if case.full(f"{name}.bias") else old
+        bias = bias.get("bias", jnp.zeros(len(weight)))
+        if case.update(name) is not None:
+            r, s = case.update(name)
+            weight = weight + s * (new["lora_B"][:, :r] @ new["lora_A"][:r])
+            if "lora_magnitude_vector" in new:
+                weight = rescaled(weight, new["lora_magnitude_vector"], 1)
+            if "lora_bias" in new:
+                bias = bias + s * new["lora_bias"]
         return {"weight": weight, "bias": bias}
+
+    def norm(name, old, new):
+        return {"weight": weight_of(name, old, new)}
+
+    def in_layers(make, path):
+        """What `make` gives of a module in each layer, with an axis of layers."""
+        nodes = [get(x, f"model.layers.{path}") for x in (frozen, tree)]
+        made = []
+        for i in range(L):
+            one = ({name: array[i] for name, array in node.items()} for node in nodes)
+            made.append(make(f"model.layers.{i}.{path}", *one))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
     def replaced(table, rows, delta):
         for row, index in enumerate(rows):
-            one = (xp.arange(V) == index)[:, None]
-            table = xp.where(one, delta[row][None, :], table)
+            one = (jnp.arange(V) == index)[:, None]
+            table = jnp.where(one, delta[row][None, :], table)
         return table
-
-    def stacked(layer):
-        """What `layer` gives of each, with an axis of layers."""
-        return jax.tree.map(lambda *leaves: xp.stack(leaves), *map(layer, range(L)))
 
     layers = {"self_attn": {}, "mlp": {}}
     for name, block in BLOCKS.items():
-        old = frozen["model"]["layers"][block][name]
-        node = get(tree, f"model.layers.{block}.{name}")
-
-        def one(i, old=old, node=node, path=f"{block}.{name}"):
-            weight = old["weight"][i]
-            bias = old["bias"][i] if "bias" in old else 0.0 * weight[:, 0]
-            own = {key: array[i] for key, array in node.items()}
-            return linear(f"model.layers.{i}.{path}", own, weight, bias)
-
-        layers[block][name] = stacked(one)
+        layers[block][name] = in_layers(linear, f"{block}.{name}")
     for name in ("input_layernorm", "post_attention_layernorm"):
-        old, new = (get(x, f"model.layers.{name}") for x in (frozen, tree))
-        chosen = [case.full(f"model.layers.{i}.{name}.weight") for i in range(L)]
-        rows = [(new if chosen[i] else old)["weight"][i] for i in range(L)]
-        layers[name] = {"weight": xp.stack(rows)}
-    norm = frozen["model"]["norm"]["weight"]
-    if case.full("model.norm.weight"):
-        norm = tree["model"]["norm"]["weight"]
+        layers[name] = in_layers(norm, name)
 
     # The head, before the embedding changes.
-    table = frozen["model"]["embed_tokens"]["weight"]
-    weight = table if case.tied else frozen["lm_head"]["weight"]
-    node, embed = dict(get(tree, HEAD)), get(tree, EMBED)
-    if case.lora.ensure_weight_tying and case.tied:
+    node, embed, old = dict(get(tree, HEAD)), get(tree, EMBED), get(frozen, EMBED)
+    weight = (old if "tied" in case.kind else frozen["lm_head"])["weight"]
+    if case.lora.ensure_weight_tying and "tied" in case.kind:
         if "lora_embedding_A" in embed:
             node["lora_A"] = embed["lora_embedding_B"].T
             node["lora_B"] = embed["lora_embedding_A"].T
@@ -373,10 +353,9 @@ def effective(xp, frozen, tree, case):
         shared = "trainable_tokens_delta" not in node
         delta = (embed if shared else node)["trainable_tokens_delta"]
         weight = replaced(weight, head_rows, delta)
-    head = linear(HEAD, node, weight, 0.0 * weight[:, 0])
+    head = linear(HEAD, {"weight": weight}, node)
 
-    if case.full(f"{EMBED}.weight"):
-        table = embed["weight"]
+    table = weight_of(EMBED, old, embed)
     if embed_rows:
         table = replaced(table, embed_rows, embed["trainable_tokens_delta"])
     if case.update(EMBED) is not None:
@@ -385,8 +364,8 @@ def effective(xp, frozen, tree, case):
         table = table + s * (b @ a).T
         if "lora_magnitude_vector" in embed:
             table = rescaled(table, embed["lora_magnitude_vector"], 0)
-    embedding, norm = {"weight": table}, {"weight": norm}
-    model = {"embed_tokens": embedding, "layers": layers, "norm": norm}
+    last = norm("model.norm", *(get(x, "model.norm") for x in (frozen, tree)))
+    model = {"embed_tokens": {"weight": table}, "layers": layers, "norm": last}
     return {"model": model, "lm_head": head}
 
 
@@ -448,19 +427,12 @@ def results(name):
 @each_case
 def test_logits_and_gradients_equal_those_of_the_effective_weights(name):
     case, logits, loss, got = results(name)
-    frozen = wide(case.base)
-    host = functools.partial(jax.tree.map, np.asarray)
-    weights = effective(np, host(frozen), host(case.tree), case)
+    weights_of = jax.jit(functools.partial(effective, case=case))
+    weights, back = jax.vjp(weights_of, case.tree)
     (want_loss, want_logits), gradients = plain_gradients(weights)
     # Float32 sums of at most 96 terms through three layers; logits of order one to ten.
     np.testing.assert_allclose(logits, want_logits, rtol=1e-5, atol=2e-5)
 
-    @jax.jit
-    def back(frozen, tree, gradients):
-        through = functools.partial(effective, jnp, frozen, case=case)
-        return jax.vjp(lambda tree: through(tree), tree)[1](gradients)[0]
-
-    want = back(frozen, case.tree, gradients)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
 
     def compare(path, g, w):
@@ -471,7 +443,7 @@ def test_logits_and_gradients_equal_those_of_the_effective_weights(name):
         # Padding, layers that are not trained, rows of tokens that do not occur.
         assert not g[w == 0].any(), path
 
-    jax.tree_util.tree_map_with_path(compare, got, want)
+    jax.tree_util.tree_map_with_path(compare, got, *back(gradients))
 
 
 def all_close(a, b):
