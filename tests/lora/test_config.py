@@ -5,7 +5,6 @@ import enum
 import json
 import math
 import pickle
-import random
 
 import pytest
 
@@ -266,22 +265,30 @@ def test_token_rows_are_by_module_name():
     assert LoraConfig().token_rows == {}
 
 
-def test_every_field_counts_in_a_comparison():
+def test_every_field_counts_in_a_comparison_and_goes_through_a_file():
+    patterns = {"q_proj": 2, r"^model\.layers\.0.*": 4, "layers.[12].mlp.up_proj": 0.5}
     others = dict(
-        **dict(r=4, lora_alpha=2, target_modules=("q_proj",), lora_dropout=0.1),
-        **dict(exclude_modules=("v_proj",), layers_to_transform=(0,)),
-        **dict(layers_pattern=("layers",), rank_pattern={"q_proj": 2}),
-        **dict(alpha_pattern={"q_proj": 2}, use_rslora=True, use_dora=True),
-        **dict(bias="all", lora_bias=True, modules_to_save=("norm",)),
-        **dict(trainable_token_indices=(1,), ensure_weight_tying=True),
-        **dict(init_lora_weights="gaussian", base_model_name_or_path="a/b"),
+        **dict(r=4, lora_alpha=1e-3, target_modules=("v_proj", "q_proj")),
+        **dict(lora_dropout=0.1, exclude_modules=("x", "lm_head")),
+        **dict(layers_to_transform=(2, 0), layers_pattern=("h", "layers")),
+        **dict(rank_pattern={"q_proj": 2, ".*": 3}, alpha_pattern=patterns),
+        **dict(use_rslora=True, use_dora=True, bias="all", lora_bias=True),
+        **dict(modules_to_save=("norm", "lm_head"), ensure_weight_tying=True),
+        **dict(trainable_token_indices={"model.embed_tokens": (9, 1), "lm_head": (1,)}),
+        **dict(init_lora_weights="gaussian", base_model_name_or_path="/a b/ü"),
         **dict(revision="main", base_fingerprint="f", base_config_changes="{}"),
     )
     assert set(others) == set(DEFAULTS) - {"task_type"}  # it has one value
     seen = {LoraConfig()}
     for name, value in others.items():
         needed = {"layers_to_transform": 1} if name == "layers_pattern" else {}
-        seen.add(LoraConfig(**{**needed, name: value}))
+        config = LoraConfig(**{**needed, name: value})
+        seen.add(config)
+        # A set in PEFT, which is written sorted; these two are in other files.
+        outside = dict(base_fingerprint=None, base_config_changes=None)
+        targets = tuple(sorted(config.target_modules))
+        want = dataclasses.replace(config, target_modules=targets, **outside)
+        assert through_a_file(config) == want
     assert len(seen) == 1 + len(others)
 
 
@@ -343,68 +350,10 @@ def test_a_small_peft_file_has_peft_defaults():
     )
 
 
-def sort_targets(config):
-    """PEFT has a set here, which is written in sorted order."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return config
-    return dataclasses.replace(config, target_modules=tuple(sorted(targets)))
-
-
 def test_an_integer_stays_an_integer():
     raw = LoraConfig(lora_alpha=16, alpha_pattern={"q_proj": 3}).to_peft()
     assert isinstance(raw["lora_alpha"], int)
     assert isinstance(raw["alpha_pattern"]["q_proj"], int)
-
-
-def random_config(rng):
-    """Any configuration that can be in a file."""
-    some = lambda *values: rng.choice(values)  # noqa: E731
-    names = [*PROJECTIONS, "lm_head", "embed_tokens", "mlp.up_proj", "layers.1.mlp.x"]
-    keys = [*names, r"^model\.layers\.0.*", "layers.[12].mlp.(up|gate)_proj", ".*"]
-    pattern = some("all-linear", r".*\.(q|v)_proj", r"model\.layers\.1.*down_proj")
-    listed = rng.random() < 0.6
-    rows = some({"lm_head": (3,)}, {"model.embed_tokens": (9, 1), "lm_head": (1,)})
-    fields = dict(
-        r=2 * rng.randint(1, 40),
-        lora_alpha=some(1, 8, 64, 0.3, 1e-3, 12.5),
-        target_modules=rng.sample(names, rng.randint(1, 6)) if listed else pattern,
-        exclude_modules=some(None, ("k_proj",), ("x", "lm_head"), r".*\.3\..*"),
-        lora_dropout=some(0.0, 0.05, 0.5),
-        use_rslora=some(True, False),
-        bias=some("none", "all", "lora_only"),
-        modules_to_save=some(None, ("norm",), ("lm_head", "embed_tokens", "norm")),
-        trainable_token_indices=some(None, (5, 2), rows),
-        ensure_weight_tying=some(True, False),
-        base_model_name_or_path=some(None, "meta-llama/Llama-3.1-8B", "/a b/ü"),
-        revision=some(None, "main"),
-    )
-    for name in TABLES:
-        chosen = rng.sample(keys, rng.randint(0, 4))
-        fields[name] = {key: 2 * rng.randint(1, 9) for key in chosen}
-    if listed:
-        fields["layers_to_transform"] = some(None, 0, 3, (1,), (2, 0))
-        if fields["layers_to_transform"] is not None:
-            fields["layers_pattern"] = some(None, ("layers",), ("h", "layers"))
-    extra = some("use_dora", "lora_bias", None)
-    if extra:
-        fields[extra] = True
-    if extra != "lora_bias":
-        fields["init_lora_weights"] = some("default", "gaussian", "orthogonal")
-    return make(**fields)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_configurations_come_back_equal(seed):
-    rng = random.Random(seed)
-    for _ in range(6):
-        config = random_config(rng)
-        again = through_a_file(config)
-        assert again == sort_targets(config)
-        assert hash(again) == hash(sort_targets(config))
-        assert [*again.rank_pattern] == [*config.rank_pattern]
-        assert [*again.alpha_pattern] == [*config.alpha_pattern]
-        assert again.to_peft() == config.to_peft()
 
 
 @pytest.mark.golden
@@ -430,22 +379,14 @@ def test_files_of_peft_come_back_equal_and_are_read_as_written(golden):
     ]
 
 
-@pytest.mark.parametrize(
-    "init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"]
-)
-def test_initializations_that_leave_the_base_unchanged_are_read(init):
-    # How the others started does not matter any more.
-    read = init if init in ("gaussian", "orthogonal") else "default"
-    assert peft(init_lora_weights=init).init_lora_weights == read
-
-
-@pytest.mark.parametrize(
-    "init", ["default", "gaussian", "orthogonal", "loftq", "pissa"]
-)
-def test_what_is_written_never_has_peft_change_the_base(init):
-    # PEFT acts on "pissa", "olora" and "loftq" when it loads a file.
-    written = LoraConfig(init_lora_weights=init).to_peft()["init_lora_weights"]
-    assert written == (init if init in ("gaussian", "orthogonal") else True)
+def test_how_an_adapter_started_does_not_matter_in_a_file():
+    for init in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
+        read = init if init in ("gaussian", "orthogonal") else "default"
+        assert peft(init_lora_weights=init).init_lora_weights == read
+    # PEFT changes the base for "pissa", "olora" and "loftq" when it loads a file.
+    for init in ("default", "gaussian", "orthogonal", "loftq", "pissa"):
+        written = LoraConfig(init_lora_weights=init).to_peft()["init_lora_weights"]
+        assert written == (init if init in ("gaussian", "orthogonal") else True)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +476,8 @@ def test_unknown_fields_are_refused_or_skipped():
 def test_a_set_is_read_in_sorted_order():
     for targets in (["v_proj", "q_proj"], {"v_proj", "q_proj"}):
         assert peft(target_modules=targets).target_modules == ("q_proj", "v_proj")
-    assert peft(target_modules=".*proj").target_modules == ".*proj"
+    config = peft(target_modules=".*proj")
+    assert config.target_modules == ".*proj" and through_a_file(config) == config
 
 
 @pytest.mark.parametrize("value", [0, [0], [], [3, 1], None])
