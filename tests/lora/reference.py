@@ -70,7 +70,8 @@ def config(*targets, **fields):
     return LoraConfig(target_modules=targets or ("q_proj",), **fields)
 
 
-# Different ranks, scalings, targets and layers; each can be combined with each.
+# Different ranks, scalings, targets and layers; each can be combined with each but the
+# last two, whose parts replace tensors of the base instead of adding to them.
 LORAS = {
     "plain": LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"),
     "rslora": config("q_proj", "down_proj", r=3, lora_alpha=5, use_rslora=True),
@@ -81,10 +82,9 @@ LORAS = {
     ),
     "one layer": config("o_proj", r=2, lora_alpha=7, layers_to_transform=1),
     "tables": config("embed_tokens", "lm_head", "k_proj", r=3, lora_alpha=2),
+    "heads": config(r=2, modules_to_save=("norm", "lm_head")),
+    "rows": config(r=2, trainable_token_indices=(3, 1)),
 }
-# Parts that replace tensors of the base instead of adding to them.
-HEADS = config(r=2, modules_to_save=("norm", "lm_head"))
-ROWS = config(r=2, trainable_token_indices=(3, 1))
 
 
 def draw(base, lora, seed=0, spread=0.4):

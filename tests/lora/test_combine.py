@@ -16,21 +16,11 @@ from qlora_jax.lora.combine import combine_adapters
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import factor_out, init_adapters
 from qlora_jax.lora.targets import select
-from qlora_jax.tree import EMBEDDING, PROJECTIONS, parse_key
-from tests.lora.reference import (
-    HEADS,
-    LOGITS,
-    LORAS,
-    ROWS,
-    by_layer,
-    config,
-    draw,
-    logits,
-    updates,
-)
+from qlora_jax.tree import EMBEDDING, parse_key
+from tests.lora.reference import LOGITS, LORAS, by_layer, config, draw, logits, updates
 
 replace, equal = dataclasses.replace, np.testing.assert_array_equal
-PLAIN = LORAS["plain"]
+PLAIN, HEADS, ROWS = (LORAS[name] for name in ("plain", "heads", "rows"))
 
 
 def drawn(base, loras, weights):
@@ -118,25 +108,6 @@ def test_an_adapter_minus_itself_is_the_base(models):
     result = combine_adapters(parts, base)
     assert result[0].r == 4
     assert_is_sum(base, result, parts[1:])
-
-
-def test_the_configuration_names_its_modules_briefly(models):
-    _, base = models[True]
-
-    def combined(*names):
-        return combine_adapters(drawn(base, names, (1.0,) * len(names)), base)[0]
-
-    lora = combined("plain", "rslora")
-    assert set(lora.target_modules) == {*PROJECTIONS}
-    assert (lora.r, lora.lora_alpha, lora.use_rslora) == (4, 4, False)
-    assert lora.rank_pattern == {"down_proj": 7, "q_proj": 7}
-    assert lora.alpha_pattern == lora.rank_pattern
-    lora = combined("one layer")
-    assert lora.target_modules == ("model.layers.1.self_attn.o_proj",)
-    lora = combined("patterns")
-    assert lora.target_modules == ("lm_head", "up_proj", "v_proj")
-    ranks = {"v_proj": 1, r"model\.layers\.1\.mlp\.up_proj": 5}
-    assert dict(lora.rank_pattern) == ranks
 
 
 def test_settings_that_all_adapters_share_are_kept(base):
@@ -301,16 +272,13 @@ def test_trained_biases_of_different_modules_are_refused(golden):
 @pytest.mark.parametrize(
     "loras, message",
     [
+        ((PLAIN, config(use_dora=True)), "adapter 1: `use_dora` rescales the weight"),
         (
-            (PLAIN, replace(PLAIN, use_dora=True)),
-            "adapter 1: `use_dora` rescales the weight",
-        ),
-        (
-            (replace(PLAIN, init_lora_weights="olora"), PLAIN),
+            (config(init_lora_weights="olora"), PLAIN),
             "adapter 0: .*'olora'.*qlora_jax.absorb",
         ),
         (
-            (config(r=1, lora_bias=True), LORAS["tables"]),
+            (config(lora_bias=True), "tables"),
             "`lora_bias` and one adapts the embedding",
         ),
     ],

@@ -301,17 +301,18 @@ def test_custom_modules_are_selected_by_their_name():
 
 # --- What is refused ---
 
-NOWHERE = r" matches no linear module and no embedding of this model. Did you mean .*"
+NOWHERE = "matches no linear module and no embedding of this model. Did you mean .*"
+HERE = " Modules here: down_proj, embed_tokens, gate_proj"
+
+
+def saved(*names):
+    return config(modules_to_save=names)
 
 
 @pytest.mark.parametrize(
     "lora, message",
     [
-        (
-            config("q_projj"),
-            rf"=\('q_projj',\){NOWHERE}q_proj.* Modules here: down_proj, embed_tokens,"
-            " gate_proj",
-        ),
+        (config("q_projj"), rf"=\('q_projj',\) {NOWHERE}q_proj.*{HERE}"),
         (config("wq", "wk"), r"=\('wq', 'wk'\) matches no .* Modules he"),
         (config("norm"), "matches no linear module"),
         (config(r".*nothing"), r"='\.\*nothing' matches no linear module"),
@@ -325,26 +326,20 @@ NOWHERE = r" matches no linear module and no embedding of this model. Did you me
         ),
         (config("embed_tokens", layers_to_transform=0), "matches no linear module"),
         (config(exclude_modules=("q_proj",)), r"under `exclude_modules`=\('q_proj',\)"),
-        (
-            config(modules_to_save=("self_attn",)),
-            r"under `modules_to_save`=\('self_attn',\)",
-        ),
+        (saved("self_attn"), r"under `modules_to_save`=\('self_attn',\)"),
         # Modules to save that are absent or nested.
         (
-            config(modules_to_save=("lm_hed",)),
+            saved("lm_hed"),
             "names 'lm_hed', which this model does not have. Did you mean `lm_h",
         ),
+        (saved("norm", "score"), "names 'score', which this model does not have"),
         (
-            config(modules_to_save=("norm", "score")),
-            "names 'score', which this model does not have",
-        ),
-        (
-            config(modules_to_save=("layers.9.mlp",)),
+            saved("layers.9.mlp"),
             "names 'layers.9.mlp', which .* Modules here: down_proj,",
         ),
-        (config(modules_to_save=("a", "b")), "names 'a', 'b', which"),
+        (saved("a", "b"), "names 'a', 'b', which"),
         (
-            config(modules_to_save=("mlp", "up_proj")),
+            saved("mlp", "up_proj"),
             r"selects `model\.layers\.0\.mlp\.up_proj`, and `.*mlp`",
         ),
     ],
@@ -471,10 +466,9 @@ def test_tied_tables_are_trained_apart_unless_tying_is_ensured(ensure, tied, nam
     "targets, saved, expected",
     [
         # An expression that matches the bare word; the last part of a name.
-        *((("lm_head|.*q_proj",), None, both("adapted")),),
+        (("lm_head|.*q_proj",), None, both("adapted")),
         ((r".*(embed_tokens|q_proj)",), None, both("adapted")),
         ((r"model\.embed_tokens|.*q_proj",), None, {("adapted", "embed_tokens"): None}),
-        (("embed_tokens", "q_proj"), None, both("adapted")),
         ((EMBED, "q_proj"), None, both("adapted")),
         (("some.lm_head", "q_proj"), None, both("adapted")),
         ((ALL,), None, {}),
