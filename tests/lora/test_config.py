@@ -210,13 +210,11 @@ def test_all_problems_are_reported_together():
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(r=1, lora_alpha=1e-3, lora_dropout=0),
+        dict(r=1, lora_alpha=1e-3, lora_dropout=0, layers_to_transform=0),
         dict(r=(1 << 20) - 1, lora_dropout=0.999),
-        dict(layers_to_transform=0),
         dict(layers_to_transform=(2, 0), layers_pattern="layers"),
         dict(layers_to_transform=[], target_modules=["q_proj"]),
-        dict(use_dora=True, init_lora_weights="orthogonal"),
-        dict(use_dora=True, init_lora_weights="loftq"),
+        *(dict(use_dora=True, init_lora_weights=x) for x in ("orthogonal", "loftq")),
         dict(init_lora_weights="pissa_niter_16", use_rslora=True),
         dict(exclude_modules=r".*\.0\..*", target_modules="ALL-Linear"),
         dict(modules_to_save=["model.norm", "lm_head"], bias="all"),

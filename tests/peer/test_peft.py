@@ -114,39 +114,6 @@ def test_peft_loads_what_we_trained(
     assert np.abs(got - plain).max() > 100 * LOGITS  # it does something
 
 
-TARGETS = {
-    "list": ["q_proj", "down_proj"],
-    "all-linear": "all-linear",
-    "regex": r".*layers\.\d\.self_attn\.[kv]_proj",
-    "default": None,
-}
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_we_load_what_peft_saved(
-    dense, torch, peft, theirs, their_logits, our_logits, tmp_path, targets, use_rslora
-):
-    torch.manual_seed(0)
-    config = peft.LoraConfig(
-        **dict(r=6, lora_alpha=4, target_modules=targets, use_rslora=use_rslora),
-        init_lora_weights=False,  # makes both factors random
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(theirs(dense), config)
-    expected = their_logits(model)
-    model.save_pretrained(tmp_path / "adapter")
-    close(our_logits(dense, tmp_path / "adapter"), expected)
-    with model.disable_adapter():
-        assert np.abs(their_logits(model) - expected).max() > 100 * LOGITS
-    # And what we write of it is the same adapter to PEFT.
-    shape, _ = convert.load_llama(dense)
-    adapter = convert.load_adapter(tmp_path / "adapter", shape)
-    convert.save_adapter(tmp_path / "again", *adapter, shape)
-    again = peft.PeftModel.from_pretrained(theirs(dense), tmp_path / "again")
-    np.testing.assert_array_equal(their_logits(again), expected)
-
-
 # --- Merging ---
 
 
