@@ -286,7 +286,7 @@ def test_every_field_counts_in_a_comparison_and_goes_through_a_file():
         outside = dict(base_fingerprint=None, base_config_changes=None)
         targets = tuple(sorted(config.target_modules))
         want = dataclasses.replace(config, target_modules=targets, **outside)
-        assert through_a_file(config) == want
+        assert through_a_file(config) == want and want.to_peft() == config.to_peft()
     assert len(seen) == 1 + len(others)
 
 

@@ -632,11 +632,12 @@ def test_groups_count_what_is_trained_without_padding():
         rank_pattern={"layers.0.self_attn.q_proj": 1, "layers.2.mlp.down_proj": 8},
         modules_to_save=("model.norm", "layers.1.self_attn.k_proj"),
         trainable_token_indices={"lm_head": (3, 4)},
+        exclude_modules=("layers.1.mlp.down_proj",),
     )
     assert select(base(biases=True), lora).groups() == {
-        # Ranks 1, 4, 4; magnitude and bias of each layer.
+        # Ranks 1, 4, 4 and 4, 0, 8; magnitude and bias of each adapted layer.
         "q_proj": (1 + 4 + 4) * (D + D) + L * D + L * D,
-        "down_proj": (4 + 4 + 8) * (D + F) + L * D + L * D,
+        "down_proj": (4 + 8) * (D + F) + 2 * D + 2 * D,
         **{"embed_tokens": 4 * (V + D) + D, "k_proj": K * D + K},
         **{"norm": D, "lm_head": 2 * D},
     }
