@@ -2,8 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import merged
-from convert.merged import Update, merged_weights
+from convert.merged_weights import Update, compute_merged_weights
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
@@ -64,7 +63,7 @@ CASES = {
 @pytest.mark.parametrize("block", [1, 30, 1 << 20])  # elements: 1, 3 or all rows
 @pytest.mark.parametrize("name", CASES)
 def test_every_update_in_blocks_of_any_size(monkeypatch, name, block):
-    monkeypatch.setattr(merged, "_BLOCK", block)
+    monkeypatch.setattr("convert.merged_weights._BLOCK", block)
     update, expected = CASES[name]
     old = W
     if expected is None:
@@ -132,7 +131,7 @@ def tree(config: LlamaConfig, lora: LoraConfig, value: float = 1.0):
 def merged_ones(tiny, value=1.0, config=None, **fields):
     config = LlamaConfig.from_hf({**tiny, **(config or {})})
     lora = LoraConfig(**{"r": 2, "target_modules": ("q_proj",), **fields})
-    return config, merged_weights(config, lora, tree(config, lora, value))
+    return config, compute_merged_weights(config, lora, tree(config, lora, value))
 
 
 TIED = {"tie_word_embeddings": True}
