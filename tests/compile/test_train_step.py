@@ -63,7 +63,7 @@ def dequantized(kernels: list) -> int:
 
 
 def calls(kernels: list, target: str) -> int:
-    return sum(f'custom_call_target="{target}"' in k.text for k in kernels)
+    return sum(k.calls(f'{target}"') for k in kernels)
 
 
 @pytest.fixture(scope="module")
