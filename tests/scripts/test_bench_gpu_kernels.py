@@ -229,31 +229,24 @@ def test_answers_become_rows_failures_and_refusals():
 
 
 SMALL, WIDE, SQUARE, TUNED = (1024, 4096), (14336, 4096), (4096, 4096), (512, 512)
-# (kind, implementation, shape, rows, us), in one stack with 8-bit scales.
+# us of implementations, in one stack with 8-bit scales.
 TIMES = [
-    *(("matmul", "xla", SMALL, rows, us) for rows, us in ((1, 9), (2, 9), (16, 9))),
-    ("matmul", "xla", SMALL, 32, 20),
-    *(("matmul", "fused", SMALL, rows, us) for rows, us in ((1, 4), (2, 5))),
-    *(("matmul", "fused", SMALL, rows, us) for rows, us in ((16, 8.9), (32, 9))),
-    *(("matmul", name, WIDE, 1, 9) for name in ("xla", "fused")),
-    *(("matmul", name, WIDE, 2, us) for name, us in (("xla", 9), ("fused", 1))),
-    *(("matmul", name, SQUARE, 1, us) for name, us in (("xla", 9), ("fused", 5))),
-    *(("matmul", name, SQUARE, 2, us) for name, us in (("xla", 9), ("fused", 6))),
+    ("matmul", SMALL, 1, {"xla": 9, "fused": 4}),
+    ("matmul", SMALL, 2, {"xla": 9, "fused": 5}),
+    ("matmul", SMALL, 16, {"xla": 9, "fused": 8.9}),
+    ("matmul", SMALL, 32, {"xla": 20, "fused": 9}),
+    ("matmul", SMALL, 128, {"xla": 9, "pallas": 1}),  # many rows: not fused
+    ("matmul", WIDE, 1, {"xla": 9, "fused": 9}),
+    ("matmul", WIDE, 2, {"xla": 9, "fused": 1}),
+    ("matmul", SQUARE, 1, {"xla": 9, "fused": 5}),
     # Faster than xla, but not than dequantizing with the kernel first.
-    ("matmul", "pallas", SQUARE, 2, 5),
-    # Many rows: not fused.
-    *(("matmul", name, SMALL, 128, us) for name, us in (("xla", 9), ("pallas", 1))),
-    ("matmul", "xla", (64, 64), 1, 9),  # nothing to compare with
-    *(("dequantize", name, SMALL, 0, us) for name, us in (("xla", 10), ("pallas", 9))),
-    # Noise.
-    *(("dequantize", n, WIDE, 0, us) for n, us in (("xla", 10), ("pallas", 9.95))),
-    *(("backward", name, SMALL, 2048, us) for name, us in (("xla", 10), ("pallas", 1))),
-    *(("matmul", name, TUNED, 64, 9) for name in ("xla", "fused")),
-    *(
-        ("matmul", name, TUNED, rows, 9)
-        for rows in (128, 256, 512, 1024)
-        for name in ("xla", "pallas")
-    ),
+    ("matmul", SQUARE, 2, {"xla": 9, "fused": 6, "pallas": 5}),
+    ("matmul", (64, 64), 1, {"xla": 9}),  # nothing to compare with
+    ("matmul", TUNED, 64, {"xla": 9, "fused": 9}),
+    *(("matmul", TUNED, n, {"xla": 9, "pallas": 9}) for n in (128, 256, 512, 1024)),
+    ("dequantize", SMALL, 0, {"xla": 10, "pallas": 9}),
+    ("dequantize", WIDE, 0, {"xla": 10, "pallas": 9.95}),  # noise
+    ("backward", SMALL, 2048, {"xla": 10, "pallas": 1}),
 ]
 # wgmma on `TUNED`: slower at 64 rows, faster at 128 and 256, not at 512; once more at
 # 1,024.
@@ -262,18 +255,21 @@ WGMMA = {64: 9, 128: 7, 256: 8, 512: 9, 1024: 1}
 
 def test_choices_follow_the_measured_times():
     result = empty()
-    result["rows"] = [row(bench.Task(*case), us) for *case, us in TIMES]
-    for implementation, us in (("xla", 1), ("pallas", 100)):  # another question
-        task = bench.Task("dequantize", implementation, SMALL, stacked=False)
+
+    def add(us, kind, name, shape, rows, **more):
+        task = bench.Task(kind, name, shape, rows, **more)
         result["rows"].append(row(task, us))
-    candidates = [("dequantize", "pallas", SMALL, 0, {"tile": 4}, 9)]
-    candidates += [("dequantize", "pallas", SMALL, 0, {"tile": 8}, 3)]
+
+    for kind, shape, rows, times in TIMES:
+        for name, us in times.items():
+            add(us, kind, name, shape, rows)
+    for name, us in (("xla", 1), ("pallas", 100)):  # another question
+        add(us, "dequantize", name, SMALL, 0, stacked=False)
+    for tile, us in ((4, 9), (8, 3)):
+        add(us, "dequantize", "pallas", SMALL, 0, tuning=(("tile", tile),))
     for rows, us in WGMMA.items():
-        candidates += [("matmul", "wgmma", TUNED, rows, {"columns": 64}, us)]
-        candidates += [("matmul", "wgmma", TUNED, rows, {"columns": 128}, us + 1)]
-    for kind, name, shape, rows, tuning, us in candidates:
-        task = bench.Task(kind, name, shape, rows, tuning=tuple(tuning.items()))
-        result["rows"].append(row(task, us))
+        add(us, "matmul", "wgmma", TUNED, rows, tuning=(("columns", 64),))
+        add(us + 1, "matmul", "wgmma", TUNED, rows, tuning=(("columns", 128),))
     assert bench.choices(result) == {
         "device": "NVIDIA H200",
         "jax": "0.0",
