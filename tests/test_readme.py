@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import tomlkit
 
 import convert
 import qlora_jax as qj
@@ -33,12 +34,8 @@ MAINS = {"qlora-jax": jax_main, "qlora-convert": convert_main}
 README = "README.md"
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-    for path in (
-        ROOT / README,
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "notebooks/README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    )
+    for name in (README, "CONTRIBUTING.md", "notebooks/README.md", "docs/*.md")
+    for path in sorted(ROOT.glob(name))
 }
 # Name -> page and a part of the one Python example that has it. All are executed below.
 EXAMPLES = {
@@ -57,11 +54,9 @@ HUB_DATA = "hf:HuggingFaceTB/smoltalk/everyday-conversations"
 # Modules that CONTRIBUTING.md describes and that do not exist yet.
 PLANNED = {"qlora_jax/models/families.py"}
 # Files that measurements on a GPU write.
-WRITTEN = {
-    "benchmarks/gpu_check_DEVICE.json",
-    "pallas_kernels/tuned/DEVICE.json",
-    "pallas_kernels/tuned/DEVICE-attention.json",
-}
+TUNED = "pallas_kernels/tuned/DEVICE"
+WRITTEN = {f"{TUNED}.json", f"{TUNED}-attention.json"}
+WRITTEN |= {"benchmarks/gpu_check_DEVICE.json"}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}"
     "{{ eos_token }}\n{% endfor %}"
@@ -110,25 +105,14 @@ def example(name: str) -> str:
 
 def completed(partial: str) -> str:
     """Returns a partial run file with the other settings of the first complete one."""
-    tables = tomllib.loads(partial)
-    complete = blocks("toml", PAGES["docs/runs.md"])[0]
-    kept = []
-    missing: dict[str, list[str]] = {}
-    section = ""
-    for line in complete.splitlines():
-        section = line.strip("[]") if line.startswith("[") else section
-        if section not in tables:
-            kept.append(line)
-        elif "=" in line:
-            key = line.split("=")[0].strip()
-            of_one_source = "sources" in tables[section] and key in ("path", "format")
-            if key not in tables[section] and not of_one_source:
-                missing.setdefault(section, []).append(line)
-    for section, lines in missing.items():
-        heading = f"[{section}]\n"
-        assert heading in partial
-        partial = partial.replace(heading, heading + "\n".join(lines) + "\n", 1)
-    return "\n".join(kept) + "\n" + partial
+    tables = tomllib.loads(blocks("toml", PAGES["docs/runs.md"])[0])
+    for name, given in tomllib.loads(partial).items():
+        if isinstance(given, dict):
+            left_out = ("path", "format") if "sources" in given else ()
+            others = tables.get(name, {}).items()
+            given = {k: v for k, v in others if k not in left_out} | given
+        tables[name] = given
+    return tomlkit.dumps(tables)
 
 
 @pytest.fixture
