@@ -36,18 +36,13 @@ KERNEL = """
 """
 
 
-@pytest.fixture
-def run():
+def run(body: str, x: np.ndarray, shared: int = 256) -> np.ndarray:
     """Runs a block of 64 threads, an element of the input each."""
-
-    def call(body: str, x: np.ndarray, shared: int = 256) -> np.ndarray:
-        program = ptx.parse(KERNEL.format(body=body))
-        out = np.zeros(THREADS, np.uint32)
-        launch = ptx.Launch((1, 1, 1), THREADS, shared, (0, 1))
-        ptx.run(program, launch, [np.ascontiguousarray(x).view(np.uint32), out])
-        return out
-
-    return call
+    program = ptx.parse(KERNEL.format(body=body))
+    out = np.zeros(THREADS, np.uint32)
+    launch = ptx.Launch((1, 1, 1), THREADS, shared, (0, 1))
+    ptx.run(program, launch, [np.ascontiguousarray(x).view(np.uint32), out])
+    return out
 
 
 STORE = "st.global.b32 [%rd4], %r3;"
@@ -61,7 +56,7 @@ def floats(seed: int) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.float32(1))
 
 
-def test_a_fused_product_and_sum_is_rounded_once(run):
+def test_a_fused_product_and_sum_is_rounded_once():
     # x * x - x, and near cancellation: x * x + (-round(x * x)).
     x = np.exp2(np.linspace(-3, 3, THREADS)).astype(np.float32)
     body = "mul.f32 %r4, %r2, %r2; neg.f32 %r4, %r4; fma.rn.f32 %r3, %r2, %r2, %r4;"
@@ -76,7 +71,7 @@ def test_a_fused_product_and_sum_is_rounded_once(run):
     assert (got == np.float32(2**24 + 2)).all()
 
 
-def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair(run):
+def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair():
     x = floats(0)
     for kind, dtype in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
         got = run(f"cvt.rn.{kind}x2.f32 %r3, %r2, 0f3F800000;" + STORE, x)
@@ -102,12 +97,12 @@ def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair(run):
         ("shfl.sync.idx.b32 %r3, %r2, 3, 31, -1;", lambda x: np.repeat(x[[3, 35]], 32)),
     ],
 )  # fmt: skip
-def test_integers(body, want, run):
+def test_integers(body, want):
     x = floats(1).view(np.uint32)
     np.testing.assert_array_equal(run(body + STORE, x), want(x).astype(np.uint32))
 
 
-def test_threads_that_take_different_ways_meet_again(run):
+def test_threads_that_take_different_ways_meet_again():
     body = """
     mov.b32 %r3, 0;
 $L1:
@@ -149,7 +144,7 @@ MBARRIER = """
 
 
 @pytest.mark.parametrize("other", [4, 128])
-def test_a_barrier_between_a_store_and_a_load_is_asked_for(other, run):
+def test_a_barrier_between_a_store_and_a_load_is_asked_for(other):
     swapped = COUNT ^ np.uint32(other // 4)
     body = SWAP.format(barrier="bar.sync 0;", other=other)
     np.testing.assert_array_equal(run(body + STORE, COUNT), swapped)
@@ -166,7 +161,7 @@ def test_a_barrier_between_a_store_and_a_load_is_asked_for(other, run):
             run(body + STORE, COUNT)
 
 
-def test_a_barrier_between_a_load_and_a_store_is_asked_for(run):
+def test_a_barrier_between_a_load_and_a_store_is_asked_for():
     again = "st.shared.b32 [%rd6], %r1;"
     body = SWAP.format(barrier="bar.sync 0;", other=128)
     run(body + "bar.sync 0;" + again + STORE, COUNT)
@@ -174,7 +169,7 @@ def test_a_barrier_between_a_load_and_a_store_is_asked_for(run):
         run(body + again + STORE, COUNT)
 
 
-def test_an_mbarrier_orders_what_came_before_the_arrivals(run):
+def test_an_mbarrier_orders_what_came_before_the_arrivals():
     def body(count: int, parity: int) -> str:
         barrier = MBARRIER.format(count=count, parity=parity, store="")
         head, tail = barrier.split("mbarrier.arrive")
@@ -210,7 +205,7 @@ def test_an_mbarrier_orders_what_came_before_the_arrivals(run):
         ("mul.ftz.f32 %r3, %r2, %r2;" + STORE, "Unsupported", "mul.ftz.f32"),
     ],
 )
-def test_what_is_wrong_is_said(body, error, message, run):
+def test_what_is_wrong_is_said(body, error, message):
     with pytest.raises(getattr(ptx, error), match=message):
         run(body, COUNT)
 
