@@ -196,15 +196,10 @@ def test_it_can_be_mapped(implementation, small, float64_attention):
 
 def temporary_bytes(implementation, length, *, gradient):
     """What the compiled function needs besides its arguments and results."""
-    q, k, v, dout = (
-        jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)
-        for heads in (2, 1, 1, 2)
-    )
-    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    if gradient:
-        arguments, function = (q, k, v, dout, segments), jitted
-    else:
-        arguments, function = (q, k, v, segments), flash_attention
+    shapes = [(1, length, heads, 16) for heads in (2, 1, 1, 2)[: 4 if gradient else 3]]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arguments.append(jax.ShapeDtypeStruct((1, length), jnp.int32))
+    function = jitted if gradient else flash_attention
     call = functools.partial(function, implementation=implementation)
     compiled = jax.jit(call).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -297,10 +292,8 @@ ODD_HEADS = {"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)}
 def test_what_does_not_fit_is_refused(change, message):
     shapes = {"q": (1, 8, 2, 64), "k": (1, 8, 1, 64), "v": (1, 8, 1, 64)} | change
     implementation = shapes.pop("implementation", "xla")
-    arrays = {
-        name: jnp.zeros(shape, jnp.int32 if name == "segment_ids" else jnp.bfloat16)
-        for name, shape in shapes.items()
-    }
+    dtypes = {"segment_ids": jnp.int32}
+    arrays = {k: jnp.zeros(s, dtypes.get(k, "bfloat16")) for k, s in shapes.items()}
     with pytest.raises(ValueError, match=message):
         # The annotations would refuse the shapes first, in their own words.
         flash_attention.__wrapped__(**arrays, implementation=implementation)
@@ -352,9 +345,8 @@ def test_nothing_measured_means_xla(inputs):
     if jax.default_backend() == "gpu":
         pytest.skip("this device may have been measured")
     assert not api.measured(q)
-    np.testing.assert_array_equal(
-        flash_attention(q, k, v), flash_attention(q, k, v, implementation="xla")
-    )
+    plain = flash_attention(q, k, v, implementation="xla")
+    np.testing.assert_array_equal(flash_attention(q, k, v), plain)
 
 
 @pytest.mark.interpret

@@ -49,10 +49,8 @@ def test_a_layer_that_does_not_exist_is_the_nearest_that_does(implementation, st
     packed = stack((16, 64), nested=False)
     named = {"shape": (16, 64), "dtype": "float32", "implementation": implementation}
     for layer, nearest in ((LAYERS, LAYERS - 1), (-1, 0)):
-        np.testing.assert_array_equal(
-            nf4_dequantize(*packed, layer=layer, **named),
-            nf4_dequantize(*packed, layer=nearest, **named),
-        )
+        pair = (nf4_dequantize(*packed, layer=n, **named) for n in (layer, nearest))
+        np.testing.assert_array_equal(*pair)
 
 
 def test_nan_in_a_scale_is_seen_in_its_block_alone(implementation, random_packed):
@@ -208,9 +206,8 @@ def test_the_residual_is_the_packed_bytes_and_no_float_weight(nested, random_pac
     packed_bytes = sum(a.nbytes for a in jax.tree.leaves(packed))
     assert sum(a.nbytes for a in kept) <= packed_bytes
     # The check can fail: a product that dequantizes under autodiff keeps the weight.
-    naive = residuals(
-        lambda x: x @ nf4_dequantize(*packed, shape=shape, dtype="float32").T, x
-    )
+    named = {"shape": shape, "dtype": "float32"}
+    naive = residuals(lambda x: x @ nf4_dequantize(*packed, **named).T, x)
     assert max(a.size for a in naive) == shape[0] * shape[1]
 
 
@@ -252,15 +249,13 @@ def test_measured_settings_are_used(monkeypatch, stack):
 
     shape = (64, 256)
     packed = stack(shape, nested=False)
-    table = {
-        "fused_rows": {"64x256": 8},
-        "tuning": {
-            "dequantize 64x256 0": {"words": 2, "steps": 4},
-            "matmul 64x256 1": {"groups": 1, "parts": 1, "chunk": 1},
-            "matmul 64x256 8": {"groups": 1, "parts": 2, "chunk": 2},
-            "matmul 64x512 2": {"groups": 9, "parts": 9, "chunk": 9},
-        },
+    tuning = {
+        "dequantize 64x256 0": {"words": 2, "steps": 4},
+        "matmul 64x256 1": {"groups": 1, "parts": 1, "chunk": 1},
+        "matmul 64x256 8": {"groups": 1, "parts": 2, "chunk": 2},
+        "matmul 64x512 2": {"groups": 9, "parts": 9, "chunk": 9},
     }
+    table = {"fused_rows": {"64x256": 8}, "tuning": tuning}
     monkeypatch.setattr(device, "tuned", lambda kind, operation: table)
     used = []
     kernels = {name: getattr(gpu, name) for name in ("dequantize", "matmul")}
@@ -318,10 +313,9 @@ def test_what_does_not_fit_is_refused(arguments, message):
 
 
 def test_a_second_level_of_float32_scales_is_refused(random_packed):
-    codes, absmax, nested = random_packed((4, 128), nested=True)
-    absmax = absmax.astype(jnp.float32)
+    _, _, nested = random_packed((16, 64), nested=True)
     with pytest.raises(ValueError, match="absmax of float32 and nested=given"):
-        nf4_dequantize(codes, absmax, nested, shape=(4, 128), dtype=jnp.float32)
+        call(nested=nested)
 
 
 @pytest.mark.parametrize(
