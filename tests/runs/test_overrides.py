@@ -12,7 +12,7 @@ from qlora_jax.runs.overrides import (
     given_lora,
     option_defaults,
     option_keys,
-    unchecked,
+    unchecked_config,
     values_of,
 )
 from qlora_jax.runs.toml import read_config
@@ -54,7 +54,7 @@ def file(tmp_path):
 def merge(file, *args) -> RunConfig:
     """Reads file and options as `train` does."""
     default = None if file is None else option_defaults(read_config(file))
-    like, start = unchecked(default)
+    like, start = unchecked_config(default)
     start = tyro.MISSING_NONPROP if start is None else start
     options = tyro.cli(like, args=args, default=start)
     return read_config(file, values_of(options, option_keys(args)))
