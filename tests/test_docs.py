@@ -19,13 +19,10 @@ import qlora_jax
 def site(repository, tmp_path_factory):
     """Directory of the built site."""
     out = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-    )
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out]
+    settings = {"cwd": repository, "capture_output": True, "text": True}
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, env=environment, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -74,13 +71,11 @@ def test_the_reference_has_every_setting_and_every_name(site):
 
 def test_the_command_line_page_has_the_help_of_every_command(site):
     reference = page(site, "command_line")
-    for command in (
-        *("train", "eval", "generate", "chat", "data", "report", "inspect", "plan"),
-        *("quantize", "tokens"),
-    ):
-        assert f'id="qlora-jax-{command}"' in reference
-    for command in ("adapter", "combine", "merge", "model", "verify"):
-        assert f'id="qlora-convert-{command}"' in reference
+    ours = "train eval generate chat data report inspect plan quantize tokens"
+    of_convert = "adapter combine merge model verify"
+    for program, names in (("qlora-jax", ours), ("qlora-convert", of_convert)):
+        for command in names.split():
+            assert f'id="{program}-{command}"' in reference
     assert "--train.learning-rate" in reference and "--requantize" in reference
 
 
@@ -114,11 +109,8 @@ def test_the_picture_of_the_start_page_is_drawn_from_the_stored_plans(
 ):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.png"
-    subprocess.run(
-        [sys.executable, "docs/tooling/context_lengths.py", "--output", str(picture)],
-        cwd=repository,
-        check=True,
-    )
+    command = [sys.executable, "docs/tooling/context_lengths.py", "--output", picture]
+    subprocess.run(command, cwd=repository, check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

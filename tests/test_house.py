@@ -188,15 +188,13 @@ def test_imports_from_outside_are_the_listed_ones(name):
 
 def test_what_may_be_imported_is_declared_and_is_no_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [*project["optional-dependencies"]["plots"]]
-    extras += project["optional-dependencies"]["logging"]
-    extras += project["optional-dependencies"]["data"]
+    requirements = [*project["dependencies"]]
+    for extra in ("plots", "logging", "data"):
+        requirements += project["optional-dependencies"][extra]
     declared = {
-        re.split(r"[\[<>=]", requirement)[0]
-        .replace("orbax-checkpoint", "orbax")
-        .replace("-", "_")
-        for requirement in [*project["dependencies"], *extras]
+        re.split(r"[\[<>=]", name)[0].replace("-", "_") for name in requirements
     }
+    declared |= {"orbax"} if "orbax_checkpoint" in declared else set()
     for package in PACKAGES:
         listed = OUTSIDE[package] | OUTSIDE_LAZY[package]
         assert listed <= declared
@@ -224,12 +222,8 @@ def test_the_environment_is_not_read(name):
 
 
 def run_python(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -314,10 +308,8 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_a_module_has_one_idea(name):
     lines = len(ALL_MODULES[name].read_text().splitlines())
     assert lines < MAX_LINES, f"`{name}` has {lines} lines: it holds two ideas"
-    leaf = name.split(".")[-1]
-    assert leaf not in {"util", "utils", "helpers", "misc", "common"}, (
-        f"`{name}`: name the idea"
-    )
+    nameless = {"util", "utils", "helpers", "misc", "common"}
+    assert name.split(".")[-1] not in nameless, f"`{name}`: name the idea"
 
 
 def public_without_docstring(body: list[ast.stmt], prefix: str) -> Iterator[str]:
@@ -354,18 +346,13 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
     wheel = run_python(program).split()[-1]
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
-    typed = {f"{package}/py.typed" for package in PACKAGES}
     metadata = {name for name in shipped if ".dist-info/" in name}
     # Choices made from measured times, one file for each device measured.
-    tuned = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "pallas_kernels" / "tuned").glob("*.json")
-    }
-    stubs = {f"{package.replace('.', '/')}/__init__.pyi" for package in OFFERED}
-    templates = {
-        f"qlora_jax/runs/templates/{name}.html"
-        for name in ("base", "data", "macros", "run")
-    }
-    assert shipped - metadata == modules | typed | tuned | stubs | templates
+    tuned = (ROOT / "pallas_kernels" / "tuned").glob("*.json")
+    modules = {p.relative_to(ROOT).as_posix() for p in (*MODULES.values(), *tuned)}
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    typed |= {f"{package.replace('.', '/')}/__init__.pyi" for package in OFFERED}
+    pages = ("base", "data", "macros", "run")
+    templates = {f"qlora_jax/runs/templates/{name}.html" for name in pages}
+    assert shipped - metadata == modules | typed | templates
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)

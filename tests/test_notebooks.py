@@ -44,11 +44,8 @@ def test_a_source_as_cells_and_outputs(runner, tmp_path, capsys):
     file = tmp_path / "01.py"
     file.write_text(SOURCE.rpartition("# %%")[0])
     cells, outputs, figures = runner["run_notebook"](file, False)
-    assert [(cell.is_code, cell.line) for cell in cells] == [
-        (False, 4),
-        (True, 9),
-        (True, 14),
-    ]
+    where = [(cell.is_code, cell.line) for cell in cells]
+    assert where == [(False, 4), (True, 9), (True, 14)]
     assert cells[0].text == "# Title\n\nText."
     text, value = outputs[1]
     assert text["text"] == ["one\n"] and value["data"]["text/plain"] == ["3"]
@@ -61,11 +58,8 @@ def test_a_source_as_cells_and_outputs(runner, tmp_path, capsys):
     ipynb.write_text(runner["notebook"](cells, outputs))
     assert runner["check"](file, cells) is None
     content = json.loads(ipynb.read_text())
-    assert [cell["cell_type"] for cell in content["cells"]] == [
-        "markdown",
-        "code",
-        "code",
-    ]
+    kinds = [cell["cell_type"] for cell in content["cells"]]
+    assert kinds == ["markdown", "code", "code"]
     assert content["cells"][1]["execution_count"] == 1
     content["cells"][2]["source"][0] = "another\n"
     ipynb.write_text(json.dumps(content))
@@ -84,12 +78,8 @@ def test_a_cell_that_fails_is_named(runner, tmp_path, capsys):
 def test_the_notebooks_run(repository, optimized, tmp_path):
     """All of them, in another process; the folder stays as it is."""
     before = {file.name for file in (repository / "notebooks").iterdir()}
-    done = subprocess.run(
-        [sys.executable, "docs/tooling/run_notebooks.py", "--check"],
-        capture_output=True,
-        text=True,
-        cwd=repository,
-    )
+    command = [sys.executable, "docs/tooling/run_notebooks.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" figures, ") == 5
     assert {file.name for file in (repository / "notebooks").iterdir()} == before

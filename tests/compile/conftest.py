@@ -1,39 +1,56 @@
 """Compiles GPU programs and kernels in processes of their own, and reads them."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.planning.compile import compile_for, find_compiler
+from qlora_jax.planning.gpus import CARDS
+from qlora_jax.planning.step import Step
+from qlora_jax.training.config import TrainConfig
+from tests.compile import ptx as interpreter
+
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).parent
-
-
-def _import_ptx() -> ModuleType:
-    # The tests are not a package.
-    spec = importlib.util.spec_from_file_location("ptx", HERE / "ptx.py")
-    sys.modules["ptx"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_ptx = _import_ptx()
+SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 
 
 @pytest.fixture(scope="session")
-def ptx() -> ModuleType:
-    """The interpreter of PTX."""
-    return _ptx
+def gpu_compiler() -> str:
+    """The Python with the GPU compiler."""
+    python = find_compiler()
+    if python is None:
+        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
+    return python
+
+
+@pytest.fixture(scope="session")
+def compile_in_child(
+    gpu_compiler: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Path]]:
+    """Compiles requests for a card, all of them by one process; their folders."""
+
+    def compiled(requests: list[dict], card: str = "h200") -> list[Path]:
+        out = tmp_path_factory.mktemp("compiled")
+        command = [gpu_compiler, str(SCRIPT), json.dumps(requests), str(out), card]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        settings = {"capture_output": True, "text": True, "timeout": 600}
+        child = subprocess.run(command, env=environment, **settings)
+        if child.returncode != 0:
+            pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}", pytrace=False)
+        return [out / str(i) for i in range(len(requests))]
+
+    return compiled
 
 
 # --- Kernels ---
@@ -50,12 +67,12 @@ class CompiledKernel:
         return (self.directory / "kernel.ptx").read_text()
 
     @functools.cached_property
-    def program(self) -> Any:
-        return _ptx.parse(self.ptx)
+    def program(self) -> interpreter.Program:
+        return interpreter.parse(self.ptx)
 
     @functools.cached_property
-    def launch(self) -> Any:
-        return _ptx.read_launch((self.directory / "kernel.ll").read_text())
+    def launch(self) -> interpreter.Launch:
+        return interpreter.read_launch((self.directory / "kernel.ll").read_text())
 
     @functools.cached_property
     def report(self) -> str:
@@ -85,32 +102,23 @@ class CompiledKernel:
 
 
 @pytest.fixture(scope="session")
-def compile_kernels(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., list[CompiledKernel]]:
-    """Compiles kernels for a card, all of them by one process."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
-
-    def compiled(requests: list[dict], card: str = "h200") -> list[CompiledKernel]:
-        out = tmp_path_factory.mktemp("kernels")
-        arguments = (json.dumps(requests), str(out), card)
-        _run_child(sys.executable, HERE / "kernels_for_gpu.py", *arguments)
-        return [CompiledKernel(out / str(i)) for i in range(len(requests))]
-
-    return compiled
+def compile_kernels(compile_in_child: Callable) -> Callable[..., list[CompiledKernel]]:
+    """Compiles kernels for a card."""
+    return lambda *args: [CompiledKernel(path) for path in compile_in_child(*args)]
 
 
-def _run_child(python: str, script: Path, *arguments: str) -> None:
-    child = subprocess.run(
-        [python, str(script), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if child.returncode != 0:
-        pytest.fail(f"compilation failed:\n{child.stderr[-4000:]}", pytrace=False)
+@pytest.fixture(scope="module")
+def kernels(request, compile_kernels: Callable) -> Callable[[dict], CompiledKernel]:
+    """The kernel of a request in `ALL` of the module, for an H200."""
+    requests = request.module.ALL
+    compiled = compile_kernels(requests)
+    return lambda case: compiled[requests.index(case)]
+
+
+@pytest.fixture
+def kernel(case: dict, kernels: Callable) -> CompiledKernel:
+    """The kernel of the test's request."""
+    return kernels(case)
 
 
 # --- Whole programs ---
@@ -135,6 +143,10 @@ class Instruction:
     fused: str
     """The lines of the computation it fuses; empty for others."""
 
+    def calls(self, target: str) -> bool:
+        """Whether it calls a library, or a kernel of ours, by a name like this."""
+        return f'custom_call_target="{target}' in self.text
+
 
 @dataclass(frozen=True)
 class Program:
@@ -146,12 +158,11 @@ class Program:
 
     def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""
-        bodies = {
+        (body,) = {
             re.search(r"body=%?([\w.\-]+)", line)[1]
             for line in self.text.splitlines()
             if " while(" in line and f'op_name="{inside}"' in line
         }
-        (body,) = bodies
         return [self._instruction(line) for line in self.computations[body]]
 
     def shapes(self) -> set[Shape]:
@@ -193,19 +204,8 @@ def _read(text: str, memory: dict[str, int]) -> Program:
 
 
 @pytest.fixture(scope="session")
-def gpu_compiler() -> str:
-    """The Python with the GPU compiler."""
-    from qlora_jax.planning.compile import find_compiler
-
-    python = find_compiler()
-    if python is None:
-        pytest.fail("the GPU compiler is not installed: `make compile`", pytrace=False)
-    return python
-
-
-@pytest.fixture(scope="session")
 def compile_step(
-    gpu_compiler: str, tmp_path_factory: pytest.TempPathFactory
+    gpu_compiler: str, compile_in_child: Callable
 ) -> Callable[..., Program]:
     """Compiles a training step, or generation, for an H200; equal requests once."""
     programs: dict[str, Program] = {}
@@ -216,43 +216,26 @@ def compile_step(
         request |= {"lora": {}, "generate": 0, "places": {}} | settings
         key = json.dumps(request, sort_keys=True)
         if key not in programs:
-            compile_one = _generation if request["generate"] else _training
-            folder = tmp_path_factory.mktemp("program")
-            programs[key] = compile_one(gpu_compiler, request, folder)
+            programs[key] = (generation if request["generate"] else step)(request)
         return programs[key]
 
+    def generation(request: dict[str, Any]) -> Program:
+        (folder,) = compile_in_child([request])
+        memory = json.loads((folder / "memory.json").read_text())
+        return _read((folder / "program.txt").read_text(), memory)
+
+    def step(request: dict[str, Any]) -> Program:
+        lora = {"target_modules": "all-linear", **request["lora"]}
+        compute = {name: request[name] for name in ("attention", "remat", "kernels")}
+        step = Step(
+            LlamaConfig.from_hf(request["config"]),
+            Compute(lora=LoraConfig(r=16, lora_alpha=32, **lora), **compute),
+            length=request["length"],
+            train=TrainConfig(steps=1000, batch_size=request["batch"]),
+            packed=request["packed"],
+            **request["places"],
+        )
+        compiled = compile_for(step, CARDS["h200"], python=gpu_compiler, program=True)
+        return _read(compiled.program, dict(compiled.sizes))
+
     return compiled
-
-
-def _training(python: str, request: dict[str, Any], _: Path) -> Program:
-    from qlora_jax.lora.config import LoraConfig
-    from qlora_jax.models.config import LlamaConfig
-    from qlora_jax.models.layers import Compute
-    from qlora_jax.planning.compile import compile_for
-    from qlora_jax.planning.gpus import CARDS
-    from qlora_jax.planning.step import Step
-    from qlora_jax.training.config import TrainConfig
-
-    lora = {"target_modules": "all-linear", **request["lora"]}
-    step = Step(
-        LlamaConfig.from_hf(request["config"]),
-        Compute(
-            attention=request["attention"],
-            remat=request["remat"],
-            kernels=request["kernels"],
-            lora=LoraConfig(r=16, lora_alpha=32, **lora),
-        ),
-        length=request["length"],
-        train=TrainConfig(steps=1000, batch_size=request["batch"]),
-        packed=request["packed"],
-        **request["places"],
-    )
-    compiled = compile_for(step, CARDS["h200"], python=python, program=True)
-    assert compiled.program is not None
-    return _read(compiled.program, dict(compiled.sizes))
-
-
-def _generation(python: str, request: dict[str, Any], folder: Path) -> Program:
-    _run_child(python, HERE / "step_for_gpu.py", json.dumps(request), str(folder))
-    memory = json.loads((folder / "memory.json").read_text())
-    return _read((folder / "program.txt").read_text(), memory)

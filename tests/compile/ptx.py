@@ -1,7 +1,7 @@
 """Runs PTX on the CPU: the program the GPU compiler made, on real inputs.
 
     program, launch = parse(ptx_text), read_launch(host_llvm_text)
-    trace = run(program, launch, [inputs..., outputs])     # numpy arrays
+    accesses = run(program, launch, [inputs..., output])     # numpy arrays
 
 Nothing else executes the inline code of `pallas_kernels.mosaic` without a GPU: Pallas's
 interpreter runs a stand-in for it, and registers and spills do not tell what it
@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -48,6 +48,16 @@ class Fault(AssertionError):
 
 class Unsupported(NotImplementedError):
     """The program uses an instruction that is not implemented here."""
+
+
+def _demand(fine: Any, message: str) -> None:
+    if not fine:
+        raise Fault(message)
+
+
+def _support(fine: Any, text: str) -> None:
+    if not fine:
+        raise Unsupported(text)
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Program:
         """Sums of products that ptxas may round once: no `.rn` says otherwise."""
         products, contracted = set(), []
         for i in self.instructions:
-            if i.op == ("add", "f32") or i.op == ("sub", "f32"):
+            if i.op in (("add", "f32"), ("sub", "f32")):
                 if any(o[1] in products for o in i.operands[1:] if o[0] == "reg"):
                     contracted.append(i.text)
             for name in _written(i):
@@ -115,33 +125,23 @@ class Launch:
 
 def read_launch(host: str) -> Launch:
     """Reads the launch from the host code (LLVM) that goes with the PTX."""
-    number = r"%(\d+)"
-    (array,) = set(re.findall(rf"getelementptr ptr, ptr {number}, i32 1\n", host))
-    offsets = {array: 0}
-    for name, at in re.findall(
-        rf"{number} = getelementptr ptr, ptr %{array}, i32 (\d+)", host
-    ):
-        offsets[name] = int(at)
-    loads = re.findall(rf"{number} = load ptr, ptr {number}", host)
-    values = {name: offsets[source] for name, source in loads}
-    slots = dict(
-        re.findall(
-            rf"{number} = getelementptr {{.*}}, ptr %\d+, i32 0, i32 (\d+)", host
-        )
-    )
-    parameters = {
-        int(slots[slot]): values[value]
-        for value, slot in re.findall(rf"store ptr {number}, ptr {number}", host)
-        if value in values
-    }
-    (call,) = re.findall(
-        r"call .*@mosaic_gpu_(?:build_kernel_spec|launch_kernel)\((.*)\)", host
-    )
-    x, y, z, *cluster_and_block, shared = map(int, re.findall(r"i32 (\d+)", call)[:10])
-    if cluster_and_block[:3] != [0, 0, 0] or cluster_and_block[4:] != [1, 1]:
-        raise Unsupported(f"clusters, or threads in more than one dimension: {call}")
+
+    def found(pattern: str) -> list:
+        return re.findall(pattern.replace("%N", r"%(\d+)"), host)
+
+    (array,) = set(found(r"getelementptr ptr, ptr %N, i32 1\n"))
+    offsets = dict(found(rf"%N = getelementptr ptr, ptr %{array}, i32 (\d+)"))
+    offsets[array] = 0
+    values = {name: int(offsets[at]) for name, at in found("%N = load ptr, ptr %N")}
+    slots = dict(found(r"%N = getelementptr {.*}, ptr %\d+, i32 0, i32 (\d+)"))
+    stores = [pair for pair in found("store ptr %N, ptr %N") if pair[0] in values]
+    parameters = {int(slots[slot]): values[value] for value, slot in stores}
+    (call,) = found(r"call .*@mosaic_gpu_(?:build_kernel_spec|launch_kernel)\((.*)\)")
+    x, y, z, *rest, shared = map(int, re.findall(r"i32 (\d+)", call)[:10])
+    one = rest[:3] == [0, 0, 0] and rest[4:] == [1, 1]
+    _support(one, f"clusters, or threads in more than one dimension: {call}")
     order = tuple(parameters[i] for i in range(len(parameters)))
-    return Launch((x, y, z), cluster_and_block[3], shared, order)
+    return Launch((x, y, z), rest[3], shared, order)
 
 
 # --------------------------------------------------------------------------- parsing
@@ -177,8 +177,8 @@ def parse(text: str) -> Program:
                 local[scope[-1]].update(re.findall(r"(\w+)(?:,|$)", rest.split()[-1]))
                 break
             elif rest.startswith(".shared"):
-                if not re.search(r"__dynamic_shmem__\d*$", rest):
-                    raise Unsupported(f"static shared memory: {rest}")
+                dynamic = re.search(r"__dynamic_shmem__\d*$", rest)
+                _support(dynamic, f"static shared memory: {rest}")
                 break
             else:
                 drafts.append((re.sub(r"\s+", " ", rest), scope))
@@ -190,8 +190,7 @@ def parse(text: str) -> Program:
 
     instructions = []
     for draft, where in drafts:
-        guard = None
-        words = draft
+        guard, words = None, draft
         if match := re.match(r"@(!?)(\S+) ", draft):
             guard = (named(match[2], where), not match[1])
             words = draft[match.end() :]
@@ -220,10 +219,8 @@ def _operand(text: str, named: Callable[[str], str]) -> tuple:
     if text[0] == "{":
         return "vec", [_operand(t.strip(), named) for t in text[1:-1].split(",")]
     if text[0] == "[":
-        base, offset = re.fullmatch(
-            r"\[([^+\s]+)\s*(?:\+\s*(-?\d+))?\s*\]", text
-        ).groups()
-        return "mem", _operand(base, named), int(offset or 0)
+        match = re.fullmatch(r"\[([^+\s]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
+        return "mem", _operand(match[1], named), int(match[2] or 0)
     if "|" in text:
         return "vec", [_operand(t, named) for t in text.split("|")]
     if match := re.fullmatch(r"0[fdFD]([0-9a-fA-F]+)", text):
@@ -255,14 +252,6 @@ class Access:
 
 
 @dataclass
-class Trace:
-    """The accesses to memory."""
-
-    accesses: dict[tuple[int, int | None], Access] = field(default_factory=dict)
-    """By instruction and array."""
-
-
-@dataclass
 class _Barrier:
     expected: int
     pending: int
@@ -273,30 +262,21 @@ class _Barrier:
     """The same, of phases that are complete."""
 
 
-def run(program: Program, launch: Launch, arrays: Sequence[np.ndarray]) -> Trace:
-    """Runs a kernel.
+def run(program: Program, launch: Launch, arrays: Sequence[np.ndarray]) -> list[Access]:
+    """Runs a kernel on the arrays the host passes; returns its accesses to memory.
 
-    Args:
-      program: the kernel.
-      launch: how it is started.
-      arrays: those the host passes, inputs and then the one output, which is written
-        in word.
-
-    Returns:
-      The accesses to memory.
-
-    Raises:
-      Fault: the kernel is wrong; see the module docstring.
-      Unsupported: the kernel uses an instruction that is not implemented here.
+    The arrays are inputs and then the one output, which is written in word. Raises
+    `Fault` where the kernel does what none may do, `Unsupported` at an instruction
+    that is not implemented here.
     """
     memory = _Memory(arrays)
-    trace = Trace()
+    accesses: dict[tuple[int, int | None], Access] = {}
     x, y, z = launch.grid
     with np.errstate(all="ignore"):
         for block in itertools.product(range(z), range(y), range(x)):
-            _Block(program, launch, memory, trace, block[::-1]).run()
+            _Block(program, launch, memory, accesses, block[::-1]).run()
     memory.finish()
-    return trace
+    return list(accesses.values())
 
 
 class _Memory:
@@ -312,29 +292,25 @@ class _Memory:
         self.output = arrays[-1]
         self.written = np.zeros(len(self.bytes[-1]), np.int32)
 
-    def locate(
-        self, address: np.ndarray, width: int, text: str
-    ) -> tuple[int, np.ndarray]:
+    def locate(self, address: np.ndarray, width: int, text: str) -> tuple:
         """Returns the one array of all addresses, and the offsets in it."""
         (array,) = set((address >> np.uint64(_REGION)).tolist()) or {0}
         array -= 1
         offset = (address & np.uint64((1 << _REGION) - 1)).astype(np.int64)
-        if not 0 <= array < len(self.sizes):
-            raise Fault(f"address of no array: {text}")
-        if (offset + width > self.sizes[array]).any():
-            raise Fault(
-                f"out of bounds by {(offset + width).max() - self.sizes[array]} bytes "
-                f"of array {array} ({self.sizes[array]} bytes): {text}"
-            )
-        if (offset % width).any():
-            raise Fault(f"misaligned: {text}")
+        _demand(0 <= array < len(self.sizes), f"address of no array: {text}")
+        size = self.sizes[array]
+        if (beyond := (offset + width).max(initial=0) - size) > 0:
+            array_and_size = f"array {array} ({size} bytes)"
+            raise Fault(f"out of bounds by {beyond} bytes of {array_and_size}: {text}")
+        _demand((offset % width == 0).all(), f"misaligned: {text}")
         return array, offset
 
     def finish(self) -> None:
         size = self.sizes[-1]
-        if (self.written[:size] != 1).any():
-            times = np.unique(self.written[:size]).tolist()
-            raise Fault(f"bytes of the output are written {times} times each")
+        times = np.unique(self.written[:size]).tolist()
+        _demand(
+            times in ([], [1]), f"bytes of the output are written {times} times each"
+        )
         flat = self.bytes[-1][:size].view(self.output.dtype)
         self.output[...] = flat.reshape(self.output.shape)
 
@@ -343,21 +319,11 @@ class _Block:
     """One block of threads."""
 
     def __init__(
-        self,
-        program: Program,
-        launch: Launch,
-        memory: _Memory,
-        trace: Trace,
-        block: tuple[int, ...],
+        self, program: Program, launch: Launch, memory: _Memory, accesses: dict, block
     ):
-        n = launch.threads
-        self.program, self.launch, self.memory, self.trace = (
-            program,
-            launch,
-            memory,
-            trace,
-        )
-        self.n = n
+        self.program, self.launch = program, launch
+        self.memory, self.accesses = memory, accesses
+        n = self.n = launch.threads
         self.thread = np.arange(n)
         self.warp = self.thread // WARP
         warps = -(-n // WARP)
@@ -365,10 +331,8 @@ class _Block:
         constants |= {"%tid.x": self.thread, "%warpid": self.warp, "%ntid.x": n}
         for axis, at, size in zip("xyz", block, launch.grid, strict=True):
             constants |= {f"%ctaid.{axis}": at, f"%nctaid.{axis}": size}
-        constants |= {
-            "__dynamic_shmem__": SHARED_BASE,
-            "__dynamic_shmem__0": SHARED_BASE,
-        }
+        shared = ("__dynamic_shmem__", "__dynamic_shmem__0")
+        constants |= dict.fromkeys(shared, SHARED_BASE)
         self.r: dict[str, np.ndarray] = {
             k: np.broadcast_to(np.asarray(v, np.uint64), (n,))
             for k, v in constants.items()
@@ -395,9 +359,8 @@ class _Block:
             runnable = ~(self.done | self.blocked)
             if not runnable.any():
                 at = np.unique(self.at[self.blocked] - 1).tolist()
-                raise Fault(
-                    f"threads wait for ever: {[instructions[i].text for i in at]}"
-                )
+                texts = [instructions[i].text for i in at]
+                raise Fault(f"threads wait for ever: {texts}")
             here = self.at[runnable].min()
             mask = runnable & (self.at == here)
             while True:
@@ -415,23 +378,27 @@ class _Block:
                 self.at[mask] = here + 1
                 self.here = here
                 if self.active.any():
-                    handler = getattr(self, "_" + i.op[0], None)
-                    if handler is None:
-                        raise Unsupported(f"unknown instruction: {i.text}")
-                    handler(i)
+                    self._execute(i)
                 here += 1
-                if (
-                    here in labels
-                    or self.blocked.any()
-                    or i.op[0] in ("bar", "mbarrier")
-                ):
+                waits = i.op[0] in ("bar", "mbarrier") or self.blocked.any()
+                if waits or here in labels:
                     break
+
+    def _execute(self, i: Instruction) -> None:
+        name = i.op[0]
+        if name in _ARITHMETIC:
+            self._arithmetic(i, _ARITHMETIC[name])
+        elif name in _BITWISE:
+            self._bitwise(i, _BITWISE[name])
+        else:
+            handler = getattr(self, "_" + name, None)
+            _support(handler, f"unknown instruction: {i.text}")
+            handler(i)
 
     # Values.
 
     def _read(self, name: str) -> np.ndarray:
-        if name not in self.r:
-            raise Fault(f"register read before it is written: {name}")
+        _demand(name in self.r, f"register read before it is written: {name}")
         return self.r[name]
 
     def u(self, operand: tuple, bits: int) -> np.ndarray:
@@ -439,13 +406,16 @@ class _Block:
         mask = (1 << bits) - 1
         if operand[0] == "imm":
             return np.full(self.n, operand[1] & mask, np.uint64)
-        if operand[0] != "reg":
-            raise Unsupported(f"operand {operand}")
+        _support(operand[0] == "reg", f"operand {operand}")
         return self._read(operand[1]) & np.uint64(mask)
 
     def s(self, operand: tuple, bits: int) -> np.ndarray:
         """An operand as signed integers, int64."""
         return _signed(self.u(operand, bits), bits)
+
+    def number(self, operand: tuple, kind: str) -> np.ndarray:
+        """An operand as integers of a type."""
+        return (self.s if kind[0] == "s" else self.u)(operand, _bits(kind))
 
     def f(self, operand: tuple) -> np.ndarray:
         """An operand as float32."""
@@ -490,8 +460,7 @@ class _Block:
         out, *values = i.operands
         kind = i.op[-1]
         if kind == "f32":
-            if set(i.op[1:-1]) - {"rn"}:
-                raise Unsupported(i.text)
+            _support(set(i.op[1:-1]) <= {"rn"}, i.text)
             self.put(out, compute(*(self.f(v) for v in values)), 32)
         elif kind[0] in "us" and len(i.op) == 2:
             # Modulo 2^64, whose low bits are those of the sum modulo 2^32.
@@ -500,18 +469,9 @@ class _Block:
         else:
             raise Unsupported(i.text)
 
-    def _add(self, i: Instruction) -> None:
-        self._arithmetic(i, lambda a, b: a + b)
-
-    def _sub(self, i: Instruction) -> None:
-        self._arithmetic(i, lambda a, b: a - b)
-
-    def _neg(self, i: Instruction) -> None:
-        self._arithmetic(i, lambda a: -a)
-
     def _mul(self, i: Instruction) -> None:
         if i.op[-1] == "f32":
-            return self._arithmetic(i, lambda a, b: a * b)
+            return self._arithmetic(i, np.multiply)
         self.put(i.operands[0], *self._product(i))
 
     def _mad(self, i: Instruction) -> None:
@@ -521,33 +481,29 @@ class _Block:
     def _product(self, i: Instruction) -> tuple[np.ndarray, int]:
         _, part, kind = i.op
         bits = _bits(kind)
-        if part not in ("lo", "wide", "hi") or (bits == 64 and part != "lo"):
-            raise Unsupported(i.text)
-        pick = self.s if kind[0] == "s" else self.u
-        product = pick(i.operands[1], bits) * pick(i.operands[2], bits)
+        _support(part == "lo" or (part in ("wide", "hi") and bits != 64), i.text)
+        a, b = (self.number(o, kind) for o in i.operands[1:3])
+        product = a * b
         if part == "hi":
             product = product >> product.dtype.type(bits)
         return product.view(np.uint64), 2 * bits if part == "wide" else bits
 
     def _fma(self, i: Instruction) -> None:
-        if i.op != ("fma", "rn", "f32"):
-            raise Unsupported(i.text)
+        _support(i.op == ("fma", "rn", "f32"), i.text)
         a, b, c = (self.f(o).astype(np.float64) for o in i.operands[1:])
         self.put(i.operands[0], _rounded_once(a * b, c), 32)
 
-    def _extreme(self, i: Instruction, numpy: Any, number: Any) -> None:
-        kind, bits = i.op[-1], _bits(i.op[-1])
-        if kind == "f32" and i.op[1:-1] in ((), ("NaN",)):
-            compare = numpy if i.op[1:-1] else number
+    def _extreme(self, i: Instruction, exact: Any, number: Any) -> None:
+        kind, how = i.op[-1], i.op[1:-1]
+        if kind == "f32" and how in ((), ("NaN",)):
+            compare = exact if how else number
             value = compare(self.f(i.operands[1]), self.f(i.operands[2]))
-            if i.op[1:-1] and np.isnan(value).any():
+            if how and np.isnan(value).any():
                 value = np.where(np.isnan(value), _NAN, value)
-        elif kind[0] in "us" and len(i.op) == 2:
-            pick = self.s if kind[0] == "s" else self.u
-            value = numpy(pick(i.operands[1], bits), pick(i.operands[2], bits))
         else:
-            raise Unsupported(i.text)
-        self.put(i.operands[0], value, bits)
+            _support(kind[0] in "us" and not how, i.text)
+            value = exact(*(self.number(o, kind) for o in i.operands[1:3]))
+        self.put(i.operands[0], value, _bits(kind))
 
     def _max(self, i: Instruction) -> None:
         self._extreme(i, np.maximum, np.fmax)
@@ -575,25 +531,11 @@ class _Block:
         values = (self.u(o, bits) for o in i.operands[1:])
         self.put(i.operands[0], compute(*values), bits)
 
-    def _and(self, i: Instruction) -> None:
-        self._bitwise(i, np.bitwise_and)
-
-    def _or(self, i: Instruction) -> None:
-        self._bitwise(i, np.bitwise_or)
-
-    def _xor(self, i: Instruction) -> None:
-        self._bitwise(i, np.bitwise_xor)
-
-    def _not(self, i: Instruction) -> None:
-        self._bitwise(i, np.bitwise_not)
-
     def _setp(self, i: Instruction) -> None:
         compare, *join, kind = i.op[1:]
-        if kind == "f32" or i.operands[0][0] == "vec" or compare not in _COMPARE:
-            raise Unsupported(i.text)
-        pick = self.s if kind[0] == "s" else self.u
-        a, b = (pick(o, _bits(kind)) for o in i.operands[1:3])
-        value = _COMPARE[compare](a, b)
+        known = kind != "f32" and i.operands[0][0] != "vec" and compare in _COMPARE
+        _support(known, i.text)
+        value = _COMPARE[compare](*(self.number(o, kind) for o in i.operands[1:3]))
         if join:
             other = self.u(i.operands[3], 1).astype(bool)
             value = {"and": np.logical_and, "or": np.logical_or}[join[0]](value, other)
@@ -606,26 +548,22 @@ class _Block:
 
     def _cvt(self, i: Instruction) -> None:
         *how, to, of = i.op[1:]
-        narrow = {"bf16": _bf16, "bf16x2": _bf16, "f16": _f16, "f16x2": _f16}
-        wide = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
-        if how == ["rn"] and of == "f32" and to in narrow:
-            parts = [narrow[to](self.f(o)).astype(np.uint64) for o in i.operands[1:]]
-            value = (
-                parts[0] << np.uint64(16) | parts[1] if len(parts) == 2 else parts[0]
-            )
+        narrow = to.removesuffix("x2")
+        if how == ["rn"] and of == "f32" and narrow in _WIDE:
+            parts = [_narrow(self.f(o), _WIDE[narrow]) for o in i.operands[1:]]
+            value = parts[0]
+            if len(parts) == 2:
+                value = value << np.uint64(16) | parts[1]
             self.put(i.operands[0], value, 16 * len(parts))
-        elif not how and to == "f32" and of in wide:
-            value = self.u(i.operands[1], 16).astype(np.uint16).view(wide[of])
+        elif not how and to == "f32" and of in _WIDE:
+            value = self.u(i.operands[1], 16).astype(np.uint16).view(_WIDE[of])
             self.put(i.operands[0], value.astype(np.float32), 32)
-        elif not how and to[0] in "us" and of[0] in "us":
-            pick = self.s if of[0] == "s" else self.u
-            self.put(i.operands[0], pick(i.operands[1], _bits(of)), _bits(to))
         else:
-            raise Unsupported(i.text)
+            _support(not how and to[0] in "us" and of[0] in "us", i.text)
+            self.put(i.operands[0], self.number(i.operands[1], of), _bits(to))
 
     def _cvta(self, i: Instruction) -> None:
-        if i.op != ("cvta", "to", "global", "u64"):
-            raise Unsupported(i.text)
+        _support(i.op == ("cvta", "to", "global", "u64"), i.text)
         self.put(i.operands[0], self.u(i.operands[1], 64))
 
     # Memory.
@@ -644,8 +582,7 @@ class _Block:
         names = registers[1] if registers[0] == "vec" else [registers]
         rest = [s for s in i.op[1:-1] if s not in ("global", "shared", "v2", "v4")]
         bits = _bits(i.op[-1])
-        if rest or f"v{len(names)}" not in (*i.op, "v1"):
-            raise Unsupported(i.text)
+        _support(not rest and f"v{len(names)}" in (*i.op, "v1"), i.text)
         width = bits // 8 * len(names)
         load = i.op[0] == "ld"
         active = np.flatnonzero(self.active)
@@ -659,12 +596,11 @@ class _Block:
             at = offset // (bits // 8)
             self._sectors(i, array, offset, width, active)
             if array == len(self.memory.sizes) - 1:
-                if load:
-                    raise Fault(f"the output is read: {i.text}")
+                _demand(not load, f"the output is read: {i.text}")
                 for k in range(width):
                     np.add.at(self.memory.written, offset + k, 1)
-            elif not load:
-                raise Fault(f"input {array} is written: {i.text}")
+            else:
+                _demand(load, f"input {array} is written: {i.text}")
         for k, name in enumerate(names):
             if load:
                 value = np.zeros(self.n, np.uint64)
@@ -680,23 +616,15 @@ class _Block:
     def _shared(self, i: Instruction, address: np.ndarray, width: int) -> np.ndarray:
         """Addresses in shared memory as indices of words."""
         offset = address.astype(np.int64) - SHARED_BASE
-        if (offset < 0).any() or (offset + width > self.launch.shared).any():
-            raise Fault(f"outside of shared memory: {i.text}")
-        if (offset % width).any():
-            raise Fault(f"misaligned: {i.text}")
-        if width % 4:
-            raise Unsupported(f"part of a word of shared memory: {i.text}")
+        inside = (offset >= 0) & (offset + width <= self.launch.shared)
+        _demand(inside.all(), f"outside of shared memory: {i.text}")
+        _demand((offset % width == 0).all(), f"misaligned: {i.text}")
+        _support(width % 4 == 0, f"part of a word of shared memory: {i.text}")
         return offset // 4
 
-    def _ordered(
-        self,
-        i: Instruction,
-        first: np.ndarray,
-        count: int,
-        threads: np.ndarray,
-        load: bool,
-    ) -> None:
+    def _ordered(self, i: Instruction, first, count: int, threads, load: bool) -> None:
         """Faults on an access that no barrier orders after an earlier one."""
+        shared = f"shared memory: {i.text}"
         warps = self.warp[threads]
         if load:
             # Words of `count` are served to so many parts of a warp in turn.
@@ -709,30 +637,22 @@ class _Block:
         for k in range(count):
             at = first + k
             writer = self.writer[at]
-            if load and (writer < 0).any():
-                raise Fault(f"shared memory is read before it is written: {i.text}")
+            written = not load or (writer >= 0).all()
+            _demand(written, f"read before it is written, {shared}")
             known = self.seen[warps, writer // WARP] >= self.write_epoch[at]
-            if not (known | (writer == threads) | (writer < 0)).all():
-                raise Fault(f"race with an earlier store to shared memory: {i.text}")
+            known |= (writer == threads) | (writer < 0)
+            _demand(known.all(), f"race with an earlier store to {shared}")
             if load:
                 self.read_epoch[at, warps] = self.epoch[warps]
                 continue
             late = self.read_epoch[at] > self.seen[warps]
             late[np.arange(len(at)), warps] = False
-            if late.any():
-                raise Fault(f"race with an earlier load from shared memory: {i.text}")
+            _demand(not late.any(), f"race with an earlier load from {shared}")
             self.writer[at], self.write_epoch[at] = threads, self.epoch[warps]
-            if (self.writer[at] != threads).any():
-                raise Fault(f"two threads store to one word: {i.text}")
+            alone = (self.writer[at] == threads).all()
+            _demand(alone, f"two threads store to one word of {shared}")
 
-    def _sectors(
-        self,
-        i: Instruction,
-        array: int,
-        offset: np.ndarray,
-        width: int,
-        threads: np.ndarray,
-    ) -> None:
+    def _sectors(self, i: Instruction, array: int, offset, width: int, threads) -> None:
         keys = self.warp[threads] << 40
         sectors = np.unique(keys | offset >> 5) >> 40
         units = np.unique(keys | offset // width) >> 40
@@ -742,14 +662,11 @@ class _Block:
         access.used = min(access.used, float((bins[0] / bins[1]).min()))
 
     def _access(self, i: Instruction, array: int | None, width: int) -> Access:
-        key = (self.here, array)
-        return self.trace.accesses.setdefault(
-            key, Access(i.text, i.op[0], array, width)
-        )
+        access = Access(i.text, i.op[0], array, width)
+        return self.accesses.setdefault((self.here, array), access)
 
     def _prefetch(self, i: Instruction) -> None:
-        if i.op != ("prefetch", "global", "L2"):
-            raise Unsupported(i.text)
+        _support(i.op == ("prefetch", "global", "L2"), i.text)
         address = self._address(i.operands[0])[self.active]
         array, _ = self.memory.locate(address, 1, i.text)
         self._access(i, array, 1)
@@ -758,12 +675,11 @@ class _Block:
 
     def _whole_warps(self, i: Instruction) -> None:
         count = np.count_nonzero(self.active.reshape(-1, WARP), axis=1)
-        if not np.isin(count, (0, WARP)).all():
-            raise Fault(f"not all lanes of a warp arrive: {i.text}")
+        whole = np.isin(count, (0, WARP)).all()
+        _demand(whole, f"not all lanes of a warp arrive: {i.text}")
 
     def _elect(self, i: Instruction) -> None:
-        if i.operands[1] != ("imm", -1):
-            raise Unsupported(i.text)
+        _support(i.operands[1] == ("imm", -1), i.text)
         self._whole_warps(i)
         lane, leader = i.operands[0][1]
         self.put(lane, np.zeros(self.n, np.uint64))
@@ -771,29 +687,24 @@ class _Block:
 
     def _shfl(self, i: Instruction) -> None:
         out, value, lane, clamp, members = i.operands
-        if i.op != ("shfl", "sync", "idx", "b32") or out[0] == "vec":
-            raise Unsupported(i.text)
-        if clamp != ("imm", 31) or members != ("imm", -1):
-            raise Unsupported(i.text)
+        _support(i.op == ("shfl", "sync", "idx", "b32") and out[0] != "vec", i.text)
+        _support((clamp, members) == (("imm", 31), ("imm", -1)), i.text)
         self._whole_warps(i)
         source = self.warp * WARP + (self.u(lane, 32) & np.uint64(31)).astype(np.int64)
         self.put(out, self.u(value, 32)[source], 32)
 
     def _mma(self, i: Instruction) -> None:
-        match = re.fullmatch(
-            r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.\1\.f32",
-            ".".join(i.op),
-        )
-        if match is None:
-            raise Unsupported(i.text)
-        dtype = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[match[1]]
+        *how, kind, other, _ = i.op
+        shape = ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32"]
+        known = how == shape and kind == other and i.op[-1] == "f32" and kind in _WIDE
+        _support(known, i.text)
         self._whole_warps(i)
         out, a, b, c = (o[1] for o in i.operands)
         warps = self.n // WARP
 
         def halves(operand: tuple) -> np.ndarray:
             words = self.u(operand, 32).astype(np.uint32)
-            return words.view(dtype).astype(np.float64).reshape(warps, WARP, 2)
+            return words.view(_WIDE[kind]).astype(np.float64).reshape(warps, WARP, 2)
 
         # PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
         group, quad = np.divmod(np.arange(WARP), 4)
@@ -828,22 +739,21 @@ class _Block:
         self.seen[warps] = np.maximum(self.seen[warps], before)
 
     def _bar(self, i: Instruction) -> None:
-        if i.op != ("bar", "sync"):
-            raise Unsupported(i.text)
+        _support(i.op == ("bar", "sync"), i.text)
         self._whole_warps(i)
         number = self.u(i.operands[0], 32)
         count = self.u(i.operands[1], 32) if len(i.operands) == 2 else None
         for which in np.unique(number[self.active]).tolist():
             threads = np.flatnonzero(self.active & (number == which))
             expected = self.n if count is None else int(count[threads[0]])
-            if which > 15 or expected % WARP:
-                raise Fault(f"barrier {which} for {expected} threads: {i.text}")
+            fine = which <= 15 and expected % WARP == 0
+            _demand(fine, f"barrier {which} for {expected} threads: {i.text}")
             waiting = self.waiting.setdefault(which, [])
             waiting.append(threads)
             self.blocked[threads] = True
             together = np.concatenate(waiting)
-            if len(together) > expected:
-                raise Fault(f"{len(together)} threads arrive for {expected}: {i.text}")
+            arrivals = f"{len(together)} threads arrive for {expected}: {i.text}"
+            _demand(len(together) <= expected, arrivals)
             if len(together) == expected:
                 self.blocked[together] = False
                 self._acquire(together, self._release(together))
@@ -880,10 +790,9 @@ class _Block:
 
     def _arrive(self, i: Instruction, barrier: _Barrier, threads: np.ndarray) -> None:
         rest = i.operands[2:]
-        if rest not in ((), (("imm", 1),)):
-            raise Unsupported(i.text)
-        if len(threads) > barrier.pending:
-            raise Fault(f"more arrivals than the barrier expects: {i.text}")
+        _support(rest in ((), (("imm", 1),)), i.text)
+        fine = len(threads) <= barrier.pending
+        _demand(fine, f"more arrivals than the barrier expects: {i.text}")
         barrier.arrived = np.maximum(barrier.arrived, self._release(threads))
         barrier.pending -= len(threads)
         if barrier.pending == 0:
@@ -906,19 +815,18 @@ class _Block:
 _NAN = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 _COMPARE |= {"gt": np.greater, "ge": np.greater_equal}
-_COMPARE |= {
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
-}
+_COMPARE |= {"lo": np.less, "ls": np.less_equal}
+_COMPARE |= {"hi": np.greater, "hs": np.greater_equal}
+_ARITHMETIC = {"add": np.add, "sub": np.subtract, "neg": np.negative}
+_BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or}
+_BITWISE |= {"xor": np.bitwise_xor, "not": np.bitwise_not}
+_WIDE = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
 def _bits(kind: str) -> int:
     if kind == "pred":
         return 1
-    if not re.fullmatch(r"[busf](8|16|32|64)", kind):
-        raise Unsupported(f"type .{kind}")
+    _support(re.fullmatch(r"[busf](8|16|32|64)", kind), f"type .{kind}")
     return int(kind[1:])
 
 
@@ -927,14 +835,9 @@ def _signed(value: np.ndarray, bits: int) -> np.ndarray:
     return value.view(np.int64) << shift >> shift
 
 
-def _bf16(value: np.ndarray) -> np.ndarray:
-    bits = value.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return np.where(np.isnan(value), np.uint16(0x7FFF), bits)
-
-
-def _f16(value: np.ndarray) -> np.ndarray:
-    bits = value.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(value), np.uint16(0x7FFF), bits)
+def _narrow(value: np.ndarray, dtype: Any) -> np.ndarray:
+    bits = value.astype(dtype).view(np.uint16)
+    return np.where(np.isnan(value), np.uint64(0x7FFF), bits.astype(np.uint64))
 
 
 def _rounded_once(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.device import jax_has_kernels
 from pallas_kernels.nf4.shapes import MODELS
+from tests.compile.requests import each
 
 pytestmark = [
     pytest.mark.compile,
@@ -36,21 +37,8 @@ GRADIENTS = [request("gradient", 128, packed) for packed in (False, True)]
 ALL = KERNELS + GRADIENTS
 
 
-def name(case: dict) -> str:
-    packed = "packed" if case["packed"] else "whole"
-    return f"{case['kernel']}-{case['width']}-{packed}"
-
-
-@pytest.fixture(scope="module")
-def compiled(compile_kernels: Callable) -> Callable:
-    """The kernel of a request."""
-    kernels = compile_kernels(ALL)
-    return lambda case: kernels[ALL.index(case)]
-
-
-@pytest.mark.parametrize("case", KERNELS, ids=name)
-def test_nothing_spills_and_a_multiprocessor_holds_a_block(case, compiled):
-    kernel = compiled(case)
+@each(KERNELS)
+def test_nothing_spills_and_a_multiprocessor_holds_a_block(case, kernel):
     kernel.assert_fits(threads=256)
     heads = case["groups" if case["kernel"] == "keys" else "heads"]
     blocks = case["batch"] * heads * case["length"] // 128
@@ -62,12 +50,12 @@ def test_nothing_spills_and_a_multiprocessor_holds_a_block(case, compiled):
 PRODUCTS = {"forward": (1, 1), "queries": (2, 1), "keys": (2, 2)}
 
 
-@pytest.mark.parametrize("case", KERNELS, ids=name)
-def test_products_are_those_of_the_tensor_cores(case, compiled):
+@each(KERNELS)
+def test_products_are_those_of_the_tensor_cores(case, kernel):
     """As many as the algorithm has, each once: no loop is written out twice."""
     from pallas_kernels.attention import gpu
 
-    ptx, width = compiled(case).ptx, case["width"]
+    ptx, width = kernel.ptx, case["width"]
     shapes = re.findall(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16", ptx
     )
@@ -82,17 +70,16 @@ def test_products_are_those_of_the_tensor_cores(case, compiled):
     assert ptx.count("ex2.approx") == 64 * step // 128 + shrink
 
 
-@pytest.mark.parametrize("case", GRADIENTS, ids=name)
-def test_the_derivative_takes_no_workspace_of_the_size_of_dq(case, compiled):
+@each(GRADIENTS)
+def test_the_derivative_takes_no_workspace_of_the_size_of_dq(case, kernel):
     tokens = case["batch"] * case["length"]
     output = 2 * tokens * case["heads"] * case["width"]
     # The output (bfloat16); float32 numbers of each query and head: the log-sum-exp,
     # the sums `inner`, and both stacked; and 64 bytes a token for all else.
     numbers = 4 * 4 * tokens * case["heads"]
-    temporaries = compiled(case).temporaries
-    assert temporaries <= output + numbers + 64 * tokens
+    assert kernel.temporaries <= output + numbers + 64 * tokens
     # cuDNN would want as much again as twice the output.
-    assert temporaries < 1.5 * output
+    assert kernel.temporaries < 1.5 * output
 
 
 @pytest.mark.parametrize("remat, forwards", [("full", 2), ("save_matmuls", 1)])

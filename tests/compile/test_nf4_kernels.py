@@ -16,20 +16,20 @@ import pytest
 
 from pallas_kernels.nf4.reference import Packed
 from qlora_jax import nf4 as core
+from tests.compile import ptx
+from tests.compile.requests import LLAMA_8B, each, nf4
 
 pytestmark = pytest.mark.compile
 
 LAYERS, LAYER = 3, 1
 
 
-def dequantize(shape, dtype="bfloat16", *, nested, layers=LAYERS, **options) -> dict:
-    case = {"kernel": "dequantize", "shape": shape, "dtype": dtype, "nested": nested}
-    return case | {"layers": layers, "options": options}
+def dequantize(shape, dtype="bfloat16", *, nested, **options) -> dict:
+    return nf4("dequantize", shape, dtype, nested=nested, **options)
 
 
-def product(shape, rows, dtype="bfloat16", *, nested, layers=LAYERS, **options) -> dict:
-    case = {"kernel": "product", "shape": shape, "dtype": dtype, "nested": nested}
-    return case | {"rows": rows, "layers": layers, "options": options}
+def product(shape, rows, dtype="bfloat16", *, nested, **options) -> dict:
+    return nf4("product", shape, dtype, nested=nested, rows=rows, **options)
 
 
 DEQUANTIZE = [
@@ -59,8 +59,7 @@ PRODUCT = [
     product((128, 1024), 24, "bfloat16", nested=True, split=(2, 2, 2)),
     product((128, 1024), 16, "bfloat16", nested=False, split=(1, 1, 2)),
 ]
-# Linear layers of Llama 3 8B; with default settings, for a stack of 32.
-LLAMA_8B = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+# With default settings, for a stack of 32.
 REAL_DEQUANTIZE = [
     dequantize((4096, 4096), nested=True, layers=32, words=4),
     dequantize((14336, 4096), nested=True, layers=32),
@@ -74,38 +73,25 @@ REAL_PRODUCT = [
 ALL = DEQUANTIZE + PRODUCT + REAL_DEQUANTIZE + REAL_PRODUCT
 
 
-def name(case: dict) -> str:
-    words = [case["kernel"], "x".join(map(str, case["shape"]))]
-    words += [f"{case['rows']}rows"] if "rows" in case else []
-    words += [case["dtype"], "nested" if case["nested"] else "flat"]
-    options = case["options"].items()
-    return "-".join([*words, *(f"{k}{v}".replace(" ", "") for k, v in options)])
-
-
-@pytest.fixture(scope="module")
-def kernels(compile_kernels: Callable) -> Callable[[dict], Any]:
-    """The kernel of a request, for an H200."""
-    compiled = compile_kernels(ALL)
-    return lambda case: compiled[ALL.index(case)]
-
-
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch, ptx: Any) -> Callable[..., Any]:
-    """Calls a function with its kernel replaced by a compiled one, interpreted.
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Calls the function of a request with its kernel replaced by a compiled one.
 
-    The arrays come from the function itself, and the grid, threads and result that it
-    asks for must be those of the compiled kernel.
+    That is interpreted, on the arrays that come from the function itself; the grid,
+    threads and result that it asks for must be those of the compiled kernel. Returns
+    the result and the accesses to memory.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def call(kernel: Any, function: Callable[[], Any]) -> tuple[np.ndarray, Any]:
+    from pallas_kernels.nf4 import gpu
+
+    def call(kernel: Any, case: dict, weights: Packed, x: Any = None) -> tuple:
         traces = []
 
         def stand_in(body, out_type, *, grid, num_threads=1, **settings) -> Any:
             del body, settings
-            assert tuple(g for g in kernel.launch.grid if g > 1) == tuple(
-                g for g in reversed(grid) if g > 1
-            )
+            launched = [g for g in kernel.launch.grid if g > 1]
+            assert launched == [g for g in reversed(grid) if g > 1]
             assert kernel.launch.threads == 128 * (num_threads or 1)
 
             def run(*operands: Any) -> Any:
@@ -116,11 +102,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, ptx: Any) -> Callable[..., Any]
 
             return run
 
+        shape, dtype, options = case["shape"], jnp.dtype(case["dtype"]), case["options"]
         with monkeypatch.context() as patch:
             patch.setattr(plgpu, "kernel", stand_in)
-            result = np.asarray(function())
+            if case["kernel"] == "dequantize":
+                got = gpu.dequantize(weights, shape=shape, dtype=dtype, **options)
+            else:
+                x = jnp.zeros((case["rows"], shape[1]), dtype) if x is None else x
+                split = gpu.Split(*options["split"])
+                got = gpu.matmul(x, weights, shape=shape, split=split)
         (trace,) = traces
-        return result, trace
+        return np.asarray(got), trace
 
     return call
 
@@ -142,8 +134,8 @@ def packed(case: dict) -> Any:
         blocks[5] = 0
         stack.append(core.quantize(weight, double_quant=case["nested"]))
     fields = ["codes", "absmax"]
-    fields += ["nested_absmax", "nested_offset", "nested_quant_map"]
-    fields = fields if case["nested"] else fields[:2]
+    if case["nested"]:
+        fields += ["nested_absmax", "nested_offset", "nested_quant_map"]
     arrays = [
         jnp.asarray(np.stack([np.asarray(getattr(w, field)) for w in stack]))
         for field in fields
@@ -161,37 +153,22 @@ def reference(packed: Any, shape: tuple, dtype: Any) -> np.ndarray:
     return np.asarray(nf4_dequantize(codes, absmax, nested, shape=shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("case", DEQUANTIZE, ids=name)
-def test_the_compiled_dequantize_equals_xla_bit_for_bit(case, kernels, interpreted):
-    from pallas_kernels.nf4 import gpu
-
-    shape, dtype = case["shape"], jnp.dtype(case["dtype"])
-    weights = packed(case)
-    kernel = kernels(case)
-    got, trace = interpreted(
-        kernel,
-        lambda: gpu.dequantize(weights, shape=shape, dtype=dtype, **case["options"]),
-    )
-    want = reference(weights, shape, dtype)
+@each(DEQUANTIZE)
+def test_the_compiled_dequantize_equals_xla_bit_for_bit(case, kernel, interpreted):
+    weights, dtype = packed(case), jnp.dtype(case["dtype"])
+    got, trace = interpreted(kernel, case, weights)
+    want = reference(weights, case["shape"], dtype)
     bits = np.dtype(f"u{dtype.itemsize}")
     np.testing.assert_array_equal(got.view(bits), want.view(bits))
     assert_codes_and_weights_move_whole_sectors(trace, codes=1, code_bytes=4)
 
 
-@pytest.mark.parametrize("case", PRODUCT, ids=name)
-def test_the_compiled_product_equals_x_times_the_weight(case, kernels, interpreted):
-    from pallas_kernels.nf4 import gpu
-
-    shape, rows = case["shape"], case["rows"]
-    split = gpu.Split(*case["options"]["split"])
-    weights = packed(case)
-    rng = np.random.default_rng(1)
-    dtype = jnp.dtype(case["dtype"])
+@each(PRODUCT)
+def test_the_compiled_product_equals_x_times_the_weight(case, kernel, interpreted):
+    shape, rows, dtype = case["shape"], case["rows"], jnp.dtype(case["dtype"])
+    weights, rng = packed(case), np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32)).astype(dtype)
-    got, trace = interpreted(
-        kernels(case),
-        lambda: gpu.matmul(x, weights, shape=shape, split=split),
-    )
+    got, trace = interpreted(kernel, case, weights, x)
     assert got.shape == (rows, shape[0]) and got.dtype == np.float32
     x = np.asarray(x).astype(np.float64)
     weight = reference(weights, shape, jnp.float32).astype(np.float64)
@@ -221,7 +198,7 @@ def rounded_to(packed: Any, shape: tuple, dtype: Any) -> np.ndarray:
 
 def assert_codes_and_weights_move_whole_sectors(trace, *, codes, code_bytes) -> None:
     """Each load of codes and each store uses all of every sector it touches."""
-    seen = [a for a in trace.accesses.values() if a.kind != "prefetch"]
+    seen = [a for a in trace if a.kind != "prefetch"]
     loads = [a for a in seen if a.array == codes]
     stores = [a for a in seen if a.kind == "st" and a.array is not None]
     assert loads and all(a.width == code_bytes and a.used == 1 for a in loads), loads
@@ -230,11 +207,10 @@ def assert_codes_and_weights_move_whole_sectors(trace, *, codes, code_bytes) -> 
     assert all(a.used >= 0.5 for a in stores)
 
 
-@pytest.mark.parametrize("case", [DEQUANTIZE[0], PRODUCT[0]], ids=name)
-def test_lookups_of_codes_meet_no_bank_conflicts(case, kernels, interpreted):
-    kernel = kernels(case)
-    _, trace = interpreted(kernel, lambda: call(case))
-    loads = [a for a in trace.accesses.values() if a.array is None and a.kind == "ld"]
+@each([DEQUANTIZE[0], PRODUCT[0]])
+def test_lookups_of_codes_meet_no_bank_conflicts(case, kernel, interpreted):
+    _, trace = interpreted(kernel, case, packed(case))
+    loads = [a for a in trace if a.array is None and a.kind == "ld"]
     free = sum(a.width == 4 and a.ways == 1 for a in loads)
     if case["kernel"] == "dequantize":
         # 4 words of 8 weights. Only the block scales, 4 of a warp at once, may meet.
@@ -244,65 +220,47 @@ def test_lookups_of_codes_meet_no_bank_conflicts(case, kernels, interpreted):
         assert free >= 16 * blocks(kernel.program.instructions, case["rows"])
 
 
-def call(case: dict) -> Any:
-    """Runs a request's kernel on weights of its own; zeros for x."""
-    from pallas_kernels.nf4 import gpu
-
-    shape, dtype = case["shape"], jnp.dtype(case["dtype"])
-    weights, options = packed(case), case["options"]
-    if case["kernel"] == "dequantize":
-        return gpu.dequantize(weights, shape=shape, dtype=dtype, **options)
-    split = gpu.Split(*options["split"])
-    x = jnp.zeros((case["rows"], shape[1]), dtype)
-    return gpu.matmul(x, weights, shape=shape, split=split)
-
-
 def blocks(instructions: list, rows: int) -> float:
     """Blocks of 64 rows and 64 weights: 4 products for each 8 rows of x."""
     return sum(i.op[0] == "mma" for i in instructions) / (rows // 8 * 4)
 
 
-@pytest.mark.parametrize("case", [DEQUANTIZE[0], PRODUCT[5]], ids=name)
-def test_without_its_barriers_a_kernel_is_refused(case, kernels, interpreted, ptx):
+@each([DEQUANTIZE[0], PRODUCT[5]])
+def test_without_its_barriers_a_kernel_is_refused(case, kernel, interpreted):
     # The interpreter would see a barrier that the compiler, or we, forgot.
-    kernel = kernels(case)
     nothing = ptx.Instruction("fence", ("fence",), (), None)
-    for kind in ("bar", "mbarrier"):
-        if kind == "mbarrier" and case["kernel"] == "dequantize":
-            continue
+    # A wait has a loop around it.
+    kinds = {("bar", "sync"): 1, ("mbarrier", "try_wait"): 3}
+    for kind in [*kinds][: 1 if case["kernel"] == "dequantize" else 2]:
         kept = list(kernel.program.instructions)
         for at, i in enumerate(kernel.program.instructions):
-            if i.op[:2] == ("bar", "sync") and kind == "bar":
-                kept[at] = nothing
-            elif i.op[:2] == ("mbarrier", "try_wait") and kind == "mbarrier":
-                kept[at : at + 3] = [nothing] * 3  # the wait and the loop around it
+            if i.op[:2] == kind:
+                kept[at : at + kinds[kind]] = [nothing] * kinds[kind]
         program = replace(kernel.program, instructions=tuple(kept))
         with pytest.raises(ptx.Fault, match="race"):
             without = SimpleNamespace(program=program, launch=kernel.launch)
-            interpreted(without, lambda: call(case))
+            interpreted(without, case, packed(case))
 
 
-@pytest.mark.parametrize("case", ALL, ids=name)
-def test_no_sum_of_a_rounded_product_may_be_contracted(case, kernels):
+@each(ALL)
+def test_no_sum_of_a_rounded_product_may_be_contracted(case, kernel):
     # ptxas makes one rounding of `mul.f32` and `add.f32`. In the decoding of 8-bit
     # block scales, `max` stands between them.
-    kernel = kernels(case)
     assert kernel.program.contractions() == []
     if case["nested"]:
         assert any(i.op[:2] == ("max", "NaN") for i in kernel.program.instructions)
 
 
-@pytest.mark.parametrize("case", ALL, ids=name)
-def test_every_access_says_which_memory_it_means(case, kernels):
+@each(ALL)
+def test_every_access_says_which_memory_it_means(case, kernel):
     # Of an address that may be of any kind, the hardware finds out each time.
-    for i in kernels(case).program.instructions:
+    for i in kernel.program.instructions:
         if i.op[0] in ("ld", "st"):
             assert i.op[1] in ("global", "shared", "param"), i.text
 
 
-@pytest.mark.parametrize("case", REAL_DEQUANTIZE, ids=name)
-def test_dequantize_at_real_sizes(case, kernels):
-    kernel = kernels(case)
+@each(REAL_DEQUANTIZE)
+def test_dequantize_at_real_sizes(case, kernel):
     kernel.assert_fits(threads=128)
     assert kernel.registers <= 64
     assert kernel.temporaries == 0, "a slice of the stack is copied"
@@ -325,9 +283,8 @@ def assert_lanes_are_read(kernel: Any) -> None:
     assert any("%laneid" in i.text for i in kernel.program.instructions)
 
 
-@pytest.mark.parametrize("case", REAL_PRODUCT, ids=name)
-def test_product_at_real_sizes(case, kernels):
-    kernel = kernels(case)
+@each(REAL_PRODUCT)
+def test_product_at_real_sizes(case, kernel):
     kernel.assert_fits(threads=1024 if case["rows"] <= 16 else 512)
     # The sums of each part, and no slice of the stack.
     sums = 4 * kernel.launch.grid[0] * case["shape"][0] * case["rows"]
@@ -357,6 +314,4 @@ def test_other_devices_compile_them_without_spills(card, shared, compile_kernels
 def test_the_same_kernels_compute_on_an_older_device(compile_kernels, interpreted):
     case = PRODUCT[0]
     (kernel,) = compile_kernels([case], "a100-80")
-    test_the_compiled_product_equals_x_times_the_weight(
-        case, lambda _: kernel, interpreted
-    )
+    test_the_compiled_product_equals_x_times_the_weight(case, kernel, interpreted)

@@ -12,24 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compile import ptx
+from tests.compile.requests import LLAMA_8B, each, nf4
+
 pytestmark = pytest.mark.compile
 
-LLAMA_8B = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
 SHAPES = [*LLAMA_8B, (8192, 28672), (3072, 8192)]
 
 
 def middle(shape, rows, dtype="bfloat16", *, nested=True) -> dict:
-    case = {"kernel": "wgmma", "shape": shape, "rows": rows, "layers": 32}
-    return case | {"dtype": dtype, "nested": nested, "options": {}}
-
-
-def tile(dtype, *, transposed) -> dict:
-    case = {"kernel": "decoded", "shape": (64, 32), "layers": 1, "nested": False}
-    return case | {"dtype": dtype, "options": {"transposed": transposed}}
+    return nf4("wgmma", shape, dtype, nested=nested, layers=32, rows=rows)
 
 
 DECODED = [
-    tile(dtype, transposed=transposed)
+    nf4("decoded", (64, 32), dtype, nested=False, layers=1, transposed=transposed)
     for dtype in ("bfloat16", "float16")
     for transposed in (False, True)
 ]
@@ -42,22 +38,8 @@ MIDDLE = [
 ALL = [*DECODED, *MIDDLE]
 
 
-def name(case: dict) -> str:
-    words = [case["kernel"], "x".join(map(str, case["shape"]))]
-    words += [f"{case['rows']}rows"] if "rows" in case else []
-    words += [f"{k}{v}" for k, v in case["options"].items()]
-    return "-".join([*words, case["dtype"], "nested" if case["nested"] else "flat"])
-
-
-@pytest.fixture(scope="module")
-def compiled(compile_kernels):
-    """The kernel of a request."""
-    kernels = compile_kernels(ALL)
-    return lambda case: kernels[ALL.index(case)]
-
-
-@pytest.mark.parametrize("case", DECODED, ids=name)
-def test_a_decoded_tile_is_the_weight_bit_for_bit(case, compiled, ptx):
+@each(DECODED)
+def test_a_decoded_tile_is_the_weight_bit_for_bit(case, kernel):
     from pallas_kernels import mosaic, nf4_dequantize
     from pallas_kernels.nf4 import wgmma
 
@@ -66,32 +48,28 @@ def test_a_decoded_tile_is_the_weight_bit_for_bit(case, compiled, ptx):
     # From subnormal to overflowing in float16.
     powers = rng.integers(-26, 18, (64, 2))
     scales = (rng.uniform(1, 2, (64, 2)) * np.exp2(powers)).astype(np.float32)
-    want = nf4_dequantize(
-        jnp.asarray(codes),
-        jnp.asarray(scales[:, 1:]),
-        shape=(64, 64),
-        dtype=case["dtype"],
-    )
+    arrays = jnp.asarray(codes), jnp.asarray(scales[:, 1:])
+    want = nf4_dequantize(*arrays, shape=(64, 64), dtype=case["dtype"])
     want = np.asarray(mosaic.operand_order(want)).astype(np.float32)
-    kernel, got = compiled(case), np.zeros((64, 64), np.float32)
+    got = np.zeros((64, 64), np.float32)
     arrays = [codes, scales, wgmma.pair_table(), got]
-    trace = ptx.run(kernel.program, kernel.launch, arrays)
+    accesses = ptx.run(kernel.program, kernel.launch, arrays)
     transposed = case["options"]["transposed"]
     got = got.T if transposed else got
     np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
     # Two loads of codes and 16 lookups of pairs, which never ask a bank for two words.
-    loads = [a for a in trace.accesses.values() if a.array is None and a.width == 8]
+    loads = [a for a in accesses if a.array is None and a.width == 8]
     assert len(loads) == 18 and all(a.ways == 1 for a in loads)
     if transposed:  # whole sectors
-        stores = [a for a in trace.accesses.values() if a.kind == "st" and a.array]
+        stores = [a for a in accesses if a.kind == "st" and a.array]
         assert len(stores) == 32 and all(a.used == 1 for a in stores)
 
 
-@pytest.mark.parametrize("case", MIDDLE, ids=name)
-def test_it_fits_the_device(case, compiled):
+@each(MIDDLE)
+def test_it_fits_the_device(case, kernel):
     from pallas_kernels.nf4 import wgmma
 
-    kernel, (out, width), rows = compiled(case), case["shape"], case["rows"]
+    (out, width), rows = case["shape"], case["rows"]
     kernel.assert_fits(threads=256)
     # ptxas says so when it makes the products wait for each other.
     assert "wgmma" not in kernel.report.lower()
@@ -104,9 +82,9 @@ def test_it_fits_the_device(case, compiled):
     assert kernel.temporaries <= 2 * padded * width + sums
 
 
-@pytest.mark.parametrize("case", MIDDLE, ids=name)
-def test_the_tensor_cores_and_the_decoding_take_turns(case, compiled):
-    text = compiled(case).ptx
+@each(MIDDLE)
+def test_the_tensor_cores_and_the_decoding_take_turns(case, kernel):
+    text = kernel.ptx
     products = re.findall(
         r"wgmma\.mma_async\.sync\.aligned\.(\S+) \{[^}]*\}, \{([^}]*)\}", text
     )

@@ -65,12 +65,9 @@ def test_the_formula_is_within_10_percent_of_the_compiled_plan(
     made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
     formula = estimate.step_memory(step)
     # What is certain is exact.
-    for kind in ("base", "adapters", "optimizer", "batch", "gradients", "workspace"):
+    kinds = ("base", "adapters", "optimizer", "batch", "gradients", "workspace")
+    for kind in (*kinds, "host_base", "host_activations"):
         assert getattr(formula, kind) == getattr(made, kind)
-    assert (formula.host_base, formula.host_activations) == (
-        made.host_base,
-        made.host_activations,
-    )
     assert formula.activations == pytest.approx(made.activations, rel=1e-3)
     # 10 % of the whole: what a layer needs at work is the compiler's choice.
     assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
@@ -86,9 +83,8 @@ def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
     assert plan.report()["compiled_for"] == "NVIDIA H200"
     # A handful of compilations, not a bisection of the whole range.
     assert len(messages) <= 8
-    more = dataclasses.replace(
-        plan.step, length=plan.step.length + granule(plan.step.length)
-    )
+    length = plan.step.length + granule(plan.step.length)
+    more = dataclasses.replace(plan.step, length=length)
     assert not planner.plan(more, plan.policy).fits
 
 

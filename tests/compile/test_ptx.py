@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.compile import ptx
+
 THREADS = 64
 # Each thread has its number in %r1, four times it in %rd9, its element of the input in
 # %r2, and in %rd3, %rd4 where its elements of input and output are.
@@ -34,18 +36,13 @@ KERNEL = """
 """
 
 
-@pytest.fixture
-def run(ptx):
+def run(body: str, x: np.ndarray, shared: int = 256) -> np.ndarray:
     """Runs a block of 64 threads, an element of the input each."""
-
-    def call(body: str, x: np.ndarray, shared: int = 256) -> np.ndarray:
-        program = ptx.parse(KERNEL.format(body=body))
-        out = np.zeros(THREADS, np.uint32)
-        launch = ptx.Launch((1, 1, 1), THREADS, shared, (0, 1))
-        ptx.run(program, launch, [np.ascontiguousarray(x).view(np.uint32), out])
-        return out
-
-    return call
+    program = ptx.parse(KERNEL.format(body=body))
+    out = np.zeros(THREADS, np.uint32)
+    launch = ptx.Launch((1, 1, 1), THREADS, shared, (0, 1))
+    ptx.run(program, launch, [np.ascontiguousarray(x).view(np.uint32), out])
+    return out
 
 
 STORE = "st.global.b32 [%rd4], %r3;"
@@ -59,7 +56,7 @@ def floats(seed: int) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.float32(1))
 
 
-def test_a_fused_product_and_sum_is_rounded_once(run):
+def test_a_fused_product_and_sum_is_rounded_once():
     # x * x - x, and near cancellation: x * x + (-round(x * x)).
     x = np.exp2(np.linspace(-3, 3, THREADS)).astype(np.float32)
     body = "mul.f32 %r4, %r2, %r2; neg.f32 %r4, %r4; fma.rn.f32 %r3, %r2, %r2, %r4;"
@@ -74,7 +71,7 @@ def test_a_fused_product_and_sum_is_rounded_once(run):
     assert (got == np.float32(2**24 + 2)).all()
 
 
-def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair(run):
+def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair():
     x = floats(0)
     for kind, dtype in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
         got = run(f"cvt.rn.{kind}x2.f32 %r3, %r2, 0f3F800000;" + STORE, x)
@@ -100,12 +97,12 @@ def test_conversions_round_to_nearest_even_and_keep_the_order_of_a_pair(run):
         ("shfl.sync.idx.b32 %r3, %r2, 3, 31, -1;", lambda x: np.repeat(x[[3, 35]], 32)),
     ],
 )  # fmt: skip
-def test_integers(body, want, run):
+def test_integers(body, want):
     x = floats(1).view(np.uint32)
     np.testing.assert_array_equal(run(body + STORE, x), want(x).astype(np.uint32))
 
 
-def test_threads_that_take_different_ways_meet_again(run):
+def test_threads_that_take_different_ways_meet_again():
     body = """
     mov.b32 %r3, 0;
 $L1:
@@ -147,7 +144,7 @@ MBARRIER = """
 
 
 @pytest.mark.parametrize("other", [4, 128])
-def test_a_barrier_between_a_store_and_a_load_is_asked_for(other, run, ptx):
+def test_a_barrier_between_a_store_and_a_load_is_asked_for(other):
     swapped = COUNT ^ np.uint32(other // 4)
     body = SWAP.format(barrier="bar.sync 0;", other=other)
     np.testing.assert_array_equal(run(body + STORE, COUNT), swapped)
@@ -164,7 +161,7 @@ def test_a_barrier_between_a_store_and_a_load_is_asked_for(other, run, ptx):
             run(body + STORE, COUNT)
 
 
-def test_a_barrier_between_a_load_and_a_store_is_asked_for(run, ptx):
+def test_a_barrier_between_a_load_and_a_store_is_asked_for():
     again = "st.shared.b32 [%rd6], %r1;"
     body = SWAP.format(barrier="bar.sync 0;", other=128)
     run(body + "bar.sync 0;" + again + STORE, COUNT)
@@ -172,7 +169,7 @@ def test_a_barrier_between_a_load_and_a_store_is_asked_for(run, ptx):
         run(body + again + STORE, COUNT)
 
 
-def test_an_mbarrier_orders_what_came_before_the_arrivals(run, ptx):
+def test_an_mbarrier_orders_what_came_before_the_arrivals():
     def body(count: int, parity: int) -> str:
         barrier = MBARRIER.format(count=count, parity=parity, store="")
         head, tail = barrier.split("mbarrier.arrive")
@@ -208,12 +205,12 @@ def test_an_mbarrier_orders_what_came_before_the_arrivals(run, ptx):
         ("mul.ftz.f32 %r3, %r2, %r2;" + STORE, "Unsupported", "mul.ftz.f32"),
     ],
 )
-def test_what_is_wrong_is_said(body, error, message, run, ptx):
+def test_what_is_wrong_is_said(body, error, message):
     with pytest.raises(getattr(ptx, error), match=message):
         run(body, COUNT)
 
 
-def test_which_sums_of_products_may_be_rounded_once(ptx):
+def test_which_sums_of_products_may_be_rounded_once():
     def contractions(body: str) -> list[str]:
         return ptx.parse(KERNEL.format(body=body)).contractions()
 
@@ -224,7 +221,7 @@ def test_which_sums_of_products_may_be_rounded_once(ptx):
     assert contractions("mul.f32 %r4, %r2, %r2;" + apart + total) == []
 
 
-def test_the_tensor_cores_product(ptx):
+def test_the_tensor_cores_product():
     # A thread's registers, as the ISA's figures place them, against a plain product.
     rng = np.random.default_rng(2)
     a, b = rng.standard_normal((16, 16)), rng.standard_normal((16, 8))
@@ -237,14 +234,7 @@ def test_the_tensor_cores_product(ptx):
         x[lane, half, 2:4] = a[row, column + 8], a[row + 8, column + 8]
         x[lane, half, 4:6] = b[column, row], b[column + 8, row]
     words = np.ascontiguousarray(x.transpose(0, 2, 1)).view(np.uint32).reshape(-1)
-    program = ptx.parse("""
-.visible .entry kernel(
-    .param .u64 .ptr .align 256 kernel_param_0,
-    .param .u64 .ptr .align 256 kernel_param_1
-)
-{
-    ld.param.b64 %rd1, [kernel_param_0];
-    ld.param.b64 %rd2, [kernel_param_1];
+    body = """
     mov.u32 %r0, %laneid;
     mul.wide.u32 %rd3, %r0, 32;
     add.s64 %rd4, %rd1, %rd3;
@@ -256,9 +246,8 @@ def test_the_tensor_cores_product(ptx):
     mul.wide.u32 %rd5, %r0, 16;
     add.s64 %rd6, %rd2, %rd5;
     st.global.v4.b32 [%rd6], {%f1, %f2, %f3, %f4};
-    ret;
-}
-""")
+    """
+    program = ptx.parse(KERNEL.format(body=body))
     out = np.zeros((32, 4), np.float32)
     ptx.run(program, ptx.Launch((1, 1, 1), 32, 0, (0, 1)), [words, out])
     want = (1 + a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)

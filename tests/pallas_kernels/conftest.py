@@ -12,6 +12,18 @@ import pytest
 from pallas_kernels import Nested, device
 
 
+@pytest.fixture(
+    params=[
+        "xla",
+        pytest.param("interpret", marks=pytest.mark.interpret),
+        pytest.param("pallas", marks=pytest.mark.gpu),
+    ]
+)
+def implementation(request: pytest.FixtureRequest) -> str:
+    """The implementations of the operations."""
+    return request.param
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("interpret") and not device.jax_has_kernels():
         pytest.skip("the kernels need jax 0.11, which Python 3.11 cannot have")
@@ -38,9 +50,7 @@ def detects_race() -> Callable[..., bool]:
     """Returns whether a kernel has a race, which the next test must not see."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    def detects(
-        kernel: Callable[..., jax.Array], *arguments: Any, **named: Any
-    ) -> bool:
+    def detects(kernel: Callable, *arguments: Any, **named: Any) -> bool:
         try:
             jax.block_until_ready(kernel(*arguments, **named))
             detected = races_found()
@@ -71,23 +81,15 @@ def simulate_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def random_packed() -> Callable[..., tuple]:
     """Makes codes, scales and second level in the layout of a shape."""
 
-    def make(
-        shape: tuple[int, int],
-        *,
-        nested: bool,
-        layers: int | None = None,
-        seed: int = 0,
-    ) -> tuple:
+    def make(shape, *, nested: bool, layers: int | None = None, seed=0) -> tuple:
         rng = np.random.default_rng(seed)
         size = shape[0] * shape[1]
         blocks = -(-size // 64)
         leading = () if layers is None else (layers,)
-        aligned = shape[1] % 64 == 0
-        codes_shape = (shape[0], shape[1] // 2) if aligned else (-(-size // 2),)
-        scales_shape = (
-            *leading,
-            *((shape[0], shape[1] // 64) if aligned else (blocks,)),
-        )
+        flat = shape[1] % 64 != 0
+        codes_shape = (-(-size // 2),) if flat else (shape[0], shape[1] // 2)
+        scales_shape = (blocks,) if flat else (shape[0], shape[1] // 64)
+        scales_shape = (*leading, *scales_shape)
         codes = rng.integers(0, 256, (*leading, *codes_shape), dtype=np.uint8)
         absmax = rng.uniform(0.01, 0.1, scales_shape).astype(np.float32)
         second = None

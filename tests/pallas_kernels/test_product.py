@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.product import contract, dense_matmul, precision
-
-# Half an ulp, relative: what one rounding costs.
-HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+from tests.pallas_kernels.rounding import assert_within_roundings
 
 
 def operands(dtype, lead=(3, 5), features=(24, 40)):
@@ -18,29 +16,15 @@ def operands(dtype, lead=(3, 5), features=(24, 40)):
     return x, w, dy
 
 
-def within_roundings(got, a, b, dtype):
-    """|got - a @ b| is at most a float32 sum's error plus one rounding to dtype."""
-    a, b = (np.asarray(m, np.float64) for m in (a, b))
-    want, size = a @ b, np.abs(a) @ np.abs(b)
-    bound = a.shape[-1] * 2.0**-24 * size + HALF_ULP[dtype] * np.abs(want)
-    assert (np.abs(np.asarray(got, np.float64) - want) <= bound * 1.01).all()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_contract_sums_in_float32_over_either_axis(dtype, axis):
     x, w, _ = operands(dtype)
     b = w.T if axis == 0 else w
-    got = contract(x, b, axis)
-    assert got.dtype == dtype
-    within_roundings(got, x, np.asarray(w, np.float64).T, dtype)
-
-
-def test_contract_gives_the_dtype_asked_for():
-    x, w, _ = operands("bfloat16")
-    got = contract(x, w, 1, jnp.float32)
-    assert got.dtype == jnp.float32
-    within_roundings(got, x, np.asarray(w, np.float64).T, "float32")
+    for asked in (dtype, "float32"):
+        got = contract(x, b, axis, *(() if asked == dtype else (jnp.float32,)))
+        assert got.dtype == asked
+        assert_within_roundings(got, x, w.T)
 
 
 def test_float32_asks_for_all_bits_and_bf16_for_nothing():
@@ -54,9 +38,7 @@ def test_float32_asks_for_all_bits_and_bf16_for_nothing():
 def test_values_and_gradients_are_those_of_plain_autodiff(lead):
     x, w, dy = operands("float32", lead)
     y, pullback = jax.vjp(dense_matmul, x, w)
-    plain = jax.vjp(
-        lambda x, w: jnp.matmul(x, w.T, precision=jax.lax.Precision.HIGHEST), x, w
-    )
+    plain = jax.vjp(lambda x, w: jnp.matmul(x, w.T, precision="highest"), x, w)
     # Sums of at most 40 float32 terms of order 1 in two orders.
     np.testing.assert_allclose(y, plain[0], atol=1e-5)
     for got, want in zip(pullback(dy), plain[1](dy), strict=True):
@@ -70,10 +52,10 @@ def test_narrow_values_and_gradients_are_rounded_once(dtype):
     y, pullback = jax.vjp(dense_matmul, x, w)
     dx, dw = pullback(dy)
     assert y.dtype == dx.dtype == dw.dtype == dtype
-    within_roundings(y, x, np.asarray(w, np.float64).T, dtype)
-    within_roundings(dx, dy, w, dtype)
-    rows = np.asarray(dy, np.float64).reshape(-1, w.shape[0]).T
-    within_roundings(dw, rows, np.asarray(x, np.float64).reshape(-1, w.shape[1]), dtype)
+    assert_within_roundings(y, x, w.T)
+    assert_within_roundings(dx, dy, w)
+    rows = dy.reshape(-1, w.shape[0]).T
+    assert_within_roundings(dw, rows, x.reshape(-1, w.shape[1]))
 
 
 def test_a_float32_weight_under_bf16_gets_a_gradient_summed_in_float32():
@@ -96,7 +78,7 @@ def test_a_float32_result_is_not_rounded_to_bf16_and_its_gradient_fits_the_input
     x, w, _ = operands("bfloat16")
     y = dense_matmul(x, w, jnp.float32)
     assert y.dtype == jnp.float32
-    within_roundings(y, x, np.asarray(w, np.float64).T, "float32")
+    assert_within_roundings(y, x, w.T)
     dx, dw = jax.grad(lambda *a: dense_matmul(*a, jnp.float32).sum(), (0, 1))(x, w)
     assert dx.dtype == dw.dtype == jnp.bfloat16
 

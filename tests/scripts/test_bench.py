@@ -1,33 +1,17 @@
 """scripts/bench: each command measures what a run does."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from qlora_jax.models.config import LlamaConfig
 from scripts.bench import adapter, checkpoint, cpu, data, logging_cost
 
-SMALL = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+# r=64 on 7 linears: in + out is 128 (q, o), 96 (k, v), 160 (gate, up, down).
+ADAPTERS = 2 * 64 * (2 * 128 + 2 * 96 + 3 * 160)
 
 
-def test_a_command_is_run_from_any_directory(repository, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(repository / "scripts/bench"), "adapter", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin"},
-    )
+def test_a_command_is_run_from_any_directory(run_script, tmp_path):
+    done = run_script("bench", "adapter", "--help", alone=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: bench adapter")
 
@@ -35,23 +19,21 @@ def test_a_command_is_run_from_any_directory(repository, tmp_path):
 # --- adapter, checkpoint ---
 
 
-def test_an_adapter_is_saved_read_and_loaded(tmp_path):
-    # r=64 on 7 linears: in + out is 128 (q, o), 96 (k, v), 192 (gate, up, down).
-    parameters = 2 * 64 * (2 * 128 + 2 * 96 + 3 * 192) + 2 * 64 * 64
+def test_an_adapter_is_saved_read_and_loaded(small, tmp_path):
+    parameters = ADAPTERS + 2 * 64 * 64
     for operation in ("save", "read", "load"):
-        row = adapter.measure(operation, SMALL, tmp_path)
+        row = adapter.measure(operation, small, tmp_path)
         assert row["what"] == operation and row["seconds"] > 0
         assert 4 * parameters < row["file_bytes"] < 4 * parameters + 10_000
         assert row["peak_gb_above_start"] >= 0
 
 
 @pytest.mark.parametrize("tables", [False, True])
-def test_a_checkpoint_is_saved_checked_read_and_restored(tmp_path, tables):
-    adapters = 2 * 64 * (2 * 128 + 2 * 96 + 3 * 192)
+def test_a_checkpoint_is_saved_checked_read_and_restored(small, tmp_path, tables):
     # Adapters and two moments in float32, and the step that AdamW counts.
-    state_bytes = 3 * 4 * (adapters + tables * 2 * 64 * 64) + 4
+    state_bytes = 3 * 4 * (ADAPTERS + tables * 2 * 64 * 64) + 4
     for operation in ("save", "checksum", "restore", "read"):
-        row = checkpoint.measure(operation, SMALL, tables, tmp_path)
+        row = checkpoint.measure(operation, small, tables, tmp_path)
         assert row["what"] == operation and row["seconds"] > 0
         assert (row["waited_seconds"] is not None) == (operation == "save")
         if operation == "read":
@@ -122,12 +104,9 @@ def measure_data(capsys, *args):
 
 @pytest.mark.real
 def test_gsm8k_fills_its_rows_and_outruns_a_step(shared_data, capsys):
-    figures = measure_data(
-        capsys,
-        shared_data / "text/gsm8k/train.jsonl",
-        *("--tokenizer", shared_data / "tokenizers/mistral-v1-32000"),
-        *("--prompt", "{question}\\n", "--completion", "{answer}"),
-    )
+    options = ["--tokenizer", shared_data / "tokenizers/mistral-v1-32000"]
+    options += ["--prompt", "{question}\\n", "--completion", "{answer}"]
+    figures = measure_data(capsys, shared_data / "text/gsm8k/train.jsonl", *options)
     assert figures["rows"] == 7473 and figures["tokens"] > 1_400_000
     assert figures["packing_efficiency"] >= 0.97
     # A step at the shape of benchmarks/cpu.md takes some 1,100 tokens a second; ten
@@ -138,11 +117,9 @@ def test_gsm8k_fills_its_rows_and_outruns_a_step(shared_data, capsys):
 
 @pytest.mark.real
 def test_text_is_measured_too(shared_data, capsys):
-    figures = measure_data(
-        capsys,
-        shared_data / "text/tinyshakespeare/input.txt",
-        *("--tokenizer", shared_data / "stories260K", "--max-length", "256"),
-    )
+    options = ("--tokenizer", shared_data / "stories260K", "--max-length", "256")
+    text = shared_data / "text/tinyshakespeare/input.txt"
+    figures = measure_data(capsys, text, *options)
     assert figures["rows"] == 1 and figures["packing_efficiency"] > 0.99
 
 
@@ -151,12 +128,8 @@ def test_text_is_measured_too(shared_data, capsys):
 
 def test_each_way_to_log_is_measured(tmp_path, capsys):
     output = tmp_path / "logging.json"
-    logging_cost.main(
-        [
-            *("--notes", "60", "--seconds", "0.2", "--step-seconds", "2.0"),
-            *("--output", str(output)),
-        ]
-    )
+    options = "--notes 60 --seconds 0.2 --step-seconds 2.0 --output"
+    logging_cost.main([*options.split(), str(output)])
     report = json.loads(output.read_text())
     assert set(report["notes"]) == {"plain lines", "bar", "bar, TensorBoard"}
     for row in report["notes"].values():

@@ -1,8 +1,6 @@
 """scripts/bench_gpu: its commands, times, and the processes that take them."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 
@@ -12,31 +10,15 @@ import pytest
 
 from scripts.bench_gpu import attention, kernels, timing, worker
 from scripts.bench_gpu.results import Recorder
-
-COMMANDS = {
-    "kernels": ("--quick",),
-    "attention": ("--quick",),
-    "model": ("decode",),
-}
+from tests.scripts.measured import empty
 
 
-def bench_gpu(repository, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(repository / "scripts/bench_gpu"), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-        cwd=repository.parent,
-    )
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_without_a_gpu_nothing_is_measured_or_written(repository, tmp_path, command):
-    options = [*COMMANDS[command]]
-    if command != "model":
-        options += ["--output", str(tmp_path / "o"), "--tuned", str(tmp_path / "t")]
-    done = bench_gpu(repository, command, *options)
+@pytest.mark.parametrize("command", ["kernels", "attention", "model"])
+def test_without_a_gpu_nothing_is_measured_or_written(run_script, tmp_path, command):
+    output = ("--output", tmp_path / "o", "--tuned", tmp_path / "t")
+    options = ["decode"] if command == "model" else ["--quick", *output]
+    settings = {"alone": True, "cwd": tmp_path, "JAX_PLATFORMS": "cpu"}
+    done = run_script("bench_gpu", command, *options, **settings)
     assert done.returncode == 1 and done.stdout == ""
     assert f"bench_gpu {command}: jax finds no GPU" in done.stderr
     assert "only cpu" in done.stderr
@@ -46,12 +28,7 @@ def test_without_a_gpu_nothing_is_measured_or_written(repository, tmp_path, comm
 @pytest.mark.parametrize(
     ("main", "options", "first", "count"),
     [
-        (
-            kernels.main,
-            ("--only", "backward"),
-            "backward 2048x2048 2048 rows xla",
-            16,
-        ),
+        (kernels.main, ("--only", "backward"), "backward 2048x2048 2048 rows xla", 16),
         (attention.main, ("--quick",), "1b derivative 8192 packed pallas", 10),
     ],
 )
@@ -64,17 +41,11 @@ def test_a_dry_run_lists_what_would_run(capsys, main, options, first, count):
 # --- timing ---
 
 
-@pytest.mark.parametrize(
-    ("events", "length"),
-    [
-        ([], 0),
-        ([(0, 10), (20, 5)], 15),
-        ([(5, 10), (0, 10), (2, 3)], 15),
-        ([(0, 1), (0, 1)], 1),
-    ],
-)
-def test_busy_time_is_the_union_of_the_events(events, length):
-    assert timing.busy(events) == length
+def test_busy_time_is_the_union_of_the_events():
+    assert timing.busy([]) == 0
+    assert timing.busy([(0, 10), (20, 5)]) == 15
+    assert timing.busy([(5, 10), (0, 10), (2, 3)]) == 15
+    assert timing.busy([(0, 1), (0, 1)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,18 +179,10 @@ def test_the_timing_process_answers_line_by_line(tmp_path):
 # --- results ---
 
 
-@pytest.mark.parametrize(
-    ("script", "todo"),
-    [
-        (kernels, kernels.tasks(("8b",), quick=True)[:3]),
-        (attention, attention.tasks(("8b",), quick=True)),
-    ],
-)
-def test_what_was_left_out_is_listed(script, todo):
-    result = {"device": "NVIDIA H200", "machine": {"jax": "0.0"}, "method": ""}
-    result |= {"ceilings": {"copy_gb_s": 1.0, "matmul_tflop_s": 1.0}, "peer": ""}
-    result |= {"rows": [], "failures": {}, "peer_failures": {}, "unavailable": {}}
-    result |= {"left_out": [], "complete": False}
+@pytest.mark.parametrize("script", [kernels, attention])
+def test_what_was_left_out_is_listed(script):
+    todo = script.tasks(("8b",), quick=True)[:3]
+    result = empty() | {"complete": False}
     Recorder(result, worker.Budget(0.0)).run(todo, lambda request: {})
     assert result["left_out"] == [task.name for task in todo]
     assert result["rows"] == []

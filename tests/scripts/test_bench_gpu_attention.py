@@ -8,11 +8,7 @@ from pallas_kernels.nf4 import shapes
 from scripts.bench_gpu import attention as bench
 from scripts.bench_gpu.results import Recorder
 from scripts.bench_gpu.worker import Budget
-
-
-def timing(us: float) -> dict:
-    times = {"device_us": us, "spread": 0.01, "call_us": us + 5, "calls": 10}
-    return times | {"method": "trace", "temporary_bytes": 2_000_000}
+from tests.scripts.measured import empty, timing
 
 
 def test_each_case_is_timed_by_all_that_take_it():
@@ -69,9 +65,7 @@ def test_an_implementation_that_cannot_run_here_is_not_available():
 
 
 def test_results_become_a_table_and_a_choice():
-    result = {"device": "NVIDIA H200", "machine": {"jax": "0.0", "driver": "1"}}
-    result |= {"rows": [], "failures": {}, "unavailable": {}, "left_out": []}
-    result |= {"complete": True}
+    result = empty()
     times = {
         # us of (pallas, xla, cudnn) by length, for the derivative.
         ("8b", True): {2048: (5, 4, None), 8192: (5, 9, None), 16384: (5, 9, None)},

@@ -9,34 +9,11 @@ from scripts.bench_gpu import kernels as bench
 from scripts.bench_gpu import nf4_operations as operations
 from scripts.bench_gpu.results import Recorder
 from scripts.bench_gpu.worker import Budget
-
-# The H200's, so that floors can be compared with known ones.
-CEILINGS = {"copy_gb_s": 4300.0, "matmul_tflop_s": 790.0}
-
-
-def timing(us: float) -> dict:
-    times = {"device_us": us, "spread": 0.01, "call_us": us + 5, "calls": 10}
-    return times | {"method": "trace"}
+from tests.scripts.measured import CEILINGS, empty, timing
 
 
 def row(task: bench.Task, us: float) -> dict:
     return task.row(timing(us), {"ceilings": CEILINGS})
-
-
-def empty() -> dict:
-    return {
-        "device": "NVIDIA H200",
-        "machine": {"jax": "0.0", "driver": "1"},
-        "method": "as the script says",
-        "ceilings": CEILINGS,
-        "rows": [],
-        "failures": {},
-        "peer_failures": {},
-        "unavailable": {},
-        "left_out": [],
-        "peer": "not asked for",
-        "complete": True,
-    }
 
 
 # --- What would run ---
@@ -69,14 +46,12 @@ def test_bytes_and_operations_are_those_of_the_mathematics():
     assert plain.flops == 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows", "floor_us", "tolerance"),
-    # 17.6 GB at 4.3 TB/s.
-    [("dequantize", 0, 4084, 1e-3), ("matmul", 1, 837, 0.01)],
-)
-def test_floors_of_the_8b_are_the_known_ones(kind, rows, floor_us, tolerance):
-    task = bench.Task(kind, "xla", None, rows, model="8b")
-    assert row(task, 1.0)["floor_us"] == pytest.approx(floor_us, rel=tolerance)
+def test_floors_of_the_8b_are_the_known_ones():
+    def floor(kind, rows):
+        return row(bench.Task(kind, "xla", None, rows, model="8b"), 1.0)["floor_us"]
+
+    assert floor("dequantize", 0) == pytest.approx(4084, rel=1e-3)  # 17.6 GB
+    assert floor("matmul", 1) == pytest.approx(837, rel=0.01)
 
 
 def test_the_floor_of_a_large_product_is_that_of_its_operations():
@@ -105,10 +80,8 @@ def test_settings_of_the_kernels_are_tried_one_by_one():
     assert first.name.endswith("words=1 steps=1 pallas")
     assert first.request(1)["tuning"] == {"words": 1, "steps": 1}
     ways = {(task.implementation, task.rows) for task in todo if task.rows}
-    assert ways == {
-        *(("fused", rows) for rows in bench.TUNED_ROWS),
-        *(("wgmma", rows) for rows in bench.WGMMA_ROWS),
-    }
+    fused = {("fused", rows) for rows in bench.TUNED_ROWS}
+    assert ways == fused | {("wgmma", rows) for rows in bench.WGMMA_ROWS}
 
 
 # --- What is timed, on small weights ---
@@ -138,9 +111,8 @@ def test_a_pass_writes_the_result_of_every_projection(kind, rows, monkeypatch):
     request = bench.Task(kind, "xla", None, rows, model="small").request(1)
     results = operations.model_call(request)(0)
     assert len(results) == 7
-    for seed, (projection, got) in enumerate(
-        zip(small.projections, results, strict=True)
-    ):
+    pairs = zip(small.projections, results, strict=True)
+    for seed, (projection, got) in enumerate(pairs):
         packed = operations.random_weight(projection.shape, True, (2,), seed)
         x = operations.make_operand(request, projection.shape)
         run = operations.operation(request, projection.shape)
@@ -149,22 +121,18 @@ def test_a_pass_writes_the_result_of_every_projection(kind, rows, monkeypatch):
     assert operations.mismatch(request) is None
 
 
+ONE_HOT = ("1 of 128 one-hot products differ", "1 of this beyond rounding")
+
+
 @pytest.mark.parametrize(
-    ("kind", "rows", "function", "error", "messages"),
+    ("kind", "rows", "error", "messages"),
     [
-        ("dequantize", 0, "nf4_dequantize", 0.25, ["1 of 8,192 weights differ"]),
-        (
-            "matmul",
-            2,
-            "nf4_matmul",
-            8.0,
-            ["1 of 128 one-hot products differ", "1 of this beyond rounding"],
-        ),
+        ("dequantize", 0, 0.25, ["1 of 8,192 weights differ"]),
+        ("matmul", 2, 8.0, ONE_HOT),
     ],
 )
-def test_an_error_is_found_and_not_timed(
-    kind, rows, function, error, messages, monkeypatch
-):
+def test_an_error_is_found_and_not_timed(kind, rows, error, messages, monkeypatch):
+    function = f"nf4_{kind}"
     right = getattr(operations, function)
 
     def wrong(*arguments, implementation, **options):
@@ -173,10 +141,9 @@ def test_an_error_is_found_and_not_timed(
 
     monkeypatch.setattr(operations, function, wrong)
     request = bench.Task(kind, "pallas", (64, 128), rows).request(1) | {"copies": 2}
-    failed = [f"(64, 128): {message}" for message in messages]
-    assert operations.answer(request) == {
-        "failed": f"differs from xla: {'; '.join(failed)}"
-    }
+    failed = "; ".join(f"(64, 128): {message}" for message in messages)
+    answer = {"failed": f"differs from xla: {failed}"}
+    assert operations.answer(request) == answer
 
 
 @pytest.mark.parametrize(
@@ -209,23 +176,18 @@ def test_the_ways_to_multiply_are_chosen_one_by_one(
     assert operations.device.tuned is before
 
 
-@pytest.mark.parametrize(
-    ("error", "answer"),
-    [
-        (ValueError("not on this device"), {"unavailable": "not on this device"}),
-        (
-            RuntimeError("launch failed"),
-            {"failed": "RuntimeError: launch failed", "alive": True},
-        ),
-    ],
-)
-def test_a_refused_implementation_is_not_a_failure(error, answer, monkeypatch):
-    def fail(*arguments, **options):
-        raise error
+def test_a_refused_implementation_is_not_a_failure(monkeypatch):
+    def answer(error):
+        def fail(*arguments, **options):
+            raise error
 
-    monkeypatch.setattr(operations, "nf4_matmul", fail)
-    request = bench.Task("matmul", "pallas", (64, 128), 2).request(1)
-    assert operations.answer(request) == answer
+        monkeypatch.setattr(operations, "nf4_matmul", fail)
+        task = bench.Task("matmul", "pallas", (64, 128), 2)
+        return operations.answer(task.request(1))
+
+    assert answer(ValueError("not here")) == {"unavailable": "not here"}
+    failed = {"failed": "RuntimeError: launch failed", "alive": True}
+    assert answer(RuntimeError("launch failed")) == failed
 
 
 # --- From answers to files ---
@@ -267,31 +229,24 @@ def test_answers_become_rows_failures_and_refusals():
 
 
 SMALL, WIDE, SQUARE, TUNED = (1024, 4096), (14336, 4096), (4096, 4096), (512, 512)
-# (kind, implementation, shape, rows, us), in one stack with 8-bit scales.
+# us of implementations, in one stack with 8-bit scales.
 TIMES = [
-    *(("matmul", "xla", SMALL, rows, us) for rows, us in ((1, 9), (2, 9), (16, 9))),
-    ("matmul", "xla", SMALL, 32, 20),
-    *(("matmul", "fused", SMALL, rows, us) for rows, us in ((1, 4), (2, 5))),
-    *(("matmul", "fused", SMALL, rows, us) for rows, us in ((16, 8.9), (32, 9))),
-    *(("matmul", name, WIDE, 1, 9) for name in ("xla", "fused")),
-    *(("matmul", name, WIDE, 2, us) for name, us in (("xla", 9), ("fused", 1))),
-    *(("matmul", name, SQUARE, 1, us) for name, us in (("xla", 9), ("fused", 5))),
-    *(("matmul", name, SQUARE, 2, us) for name, us in (("xla", 9), ("fused", 6))),
+    ("matmul", SMALL, 1, {"xla": 9, "fused": 4}),
+    ("matmul", SMALL, 2, {"xla": 9, "fused": 5}),
+    ("matmul", SMALL, 16, {"xla": 9, "fused": 8.9}),
+    ("matmul", SMALL, 32, {"xla": 20, "fused": 9}),
+    ("matmul", SMALL, 128, {"xla": 9, "pallas": 1}),  # many rows: not fused
+    ("matmul", WIDE, 1, {"xla": 9, "fused": 9}),
+    ("matmul", WIDE, 2, {"xla": 9, "fused": 1}),
+    ("matmul", SQUARE, 1, {"xla": 9, "fused": 5}),
     # Faster than xla, but not than dequantizing with the kernel first.
-    ("matmul", "pallas", SQUARE, 2, 5),
-    # Many rows: not fused.
-    *(("matmul", name, SMALL, 128, us) for name, us in (("xla", 9), ("pallas", 1))),
-    ("matmul", "xla", (64, 64), 1, 9),  # nothing to compare with
-    *(("dequantize", name, SMALL, 0, us) for name, us in (("xla", 10), ("pallas", 9))),
-    # Noise.
-    *(("dequantize", n, WIDE, 0, us) for n, us in (("xla", 10), ("pallas", 9.95))),
-    *(("backward", name, SMALL, 2048, us) for name, us in (("xla", 10), ("pallas", 1))),
-    *(("matmul", name, TUNED, 64, 9) for name in ("xla", "fused")),
-    *(
-        ("matmul", name, TUNED, rows, 9)
-        for rows in (128, 256, 512, 1024)
-        for name in ("xla", "pallas")
-    ),
+    ("matmul", SQUARE, 2, {"xla": 9, "fused": 6, "pallas": 5}),
+    ("matmul", (64, 64), 1, {"xla": 9}),  # nothing to compare with
+    ("matmul", TUNED, 64, {"xla": 9, "fused": 9}),
+    *(("matmul", TUNED, n, {"xla": 9, "pallas": 9}) for n in (128, 256, 512, 1024)),
+    ("dequantize", SMALL, 0, {"xla": 10, "pallas": 9}),
+    ("dequantize", WIDE, 0, {"xla": 10, "pallas": 9.95}),  # noise
+    ("backward", SMALL, 2048, {"xla": 10, "pallas": 1}),
 ]
 # wgmma on `TUNED`: slower at 64 rows, faster at 128 and 256, not at 512; once more at
 # 1,024.
@@ -300,27 +255,25 @@ WGMMA = {64: 9, 128: 7, 256: 8, 512: 9, 1024: 1}
 
 def test_choices_follow_the_measured_times():
     result = empty()
-    result["rows"] = [row(bench.Task(*case), us) for *case, us in TIMES]
-    for implementation, us in (("xla", 1), ("pallas", 100)):  # another question
-        task = bench.Task("dequantize", implementation, SMALL, stacked=False)
+
+    def add(us, kind, name, shape, rows, **more):
+        task = bench.Task(kind, name, shape, rows, **more)
         result["rows"].append(row(task, us))
-    candidates = [("dequantize", "pallas", SMALL, 0, {"tile": 4}, 9)]
-    candidates += [("dequantize", "pallas", SMALL, 0, {"tile": 8}, 3)]
+
+    for kind, shape, rows, times in TIMES:
+        for name, us in times.items():
+            add(us, kind, name, shape, rows)
+    for name, us in (("xla", 1), ("pallas", 100)):  # another question
+        add(us, "dequantize", name, SMALL, 0, stacked=False)
+    for tile, us in ((4, 9), (8, 3)):
+        add(us, "dequantize", "pallas", SMALL, 0, tuning=(("tile", tile),))
     for rows, us in WGMMA.items():
-        candidates += [("matmul", "wgmma", TUNED, rows, {"columns": 64}, us)]
-        candidates += [("matmul", "wgmma", TUNED, rows, {"columns": 128}, us + 1)]
-    for kind, name, shape, rows, tuning, us in candidates:
-        task = bench.Task(kind, name, shape, rows, tuning=tuple(tuning.items()))
-        result["rows"].append(row(task, us))
+        add(us, "matmul", "wgmma", TUNED, rows, tuning=(("columns", 64),))
+        add(us + 1, "matmul", "wgmma", TUNED, rows, tuning=(("columns", 128),))
     assert bench.choices(result) == {
         "device": "NVIDIA H200",
         "jax": "0.0",
-        "fused_rows": {
-            "1024x4096": 2,
-            "14336x4096": 0,
-            "4096x4096": 1,
-            "512x512": 0,
-        },
+        "fused_rows": {"1024x4096": 2, "14336x4096": 0, "4096x4096": 1, "512x512": 0},
         "wgmma_rows": {"512x512": [128, 256]},
         "dequantize": {"1024x4096": "pallas", "14336x4096": "xla"},
         "tuning": {"dequantize 1024x4096 0": {"tile": 8}}
@@ -350,9 +303,13 @@ class Fake:
         pass
 
 
-def test_a_run_writes_results_table_and_choices(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def options(tmp_path):
+    return ["--output", str(tmp_path), "--tuned", str(tmp_path / "tuned")]
+
+
+def test_a_run_writes_results_table_and_choices(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "Worker", Fake)
-    options = ["--output", str(tmp_path), "--tuned", str(tmp_path / "tuned")]
     options += ["--peer-python", "python-of-the-peer"]
     assert bench.main([*options, "--quick"]) == 1  # the backward pass failed
     result = json.loads((tmp_path / "kernels_fake-gpu-1.json").read_text())
@@ -368,7 +325,7 @@ def test_a_run_writes_results_table_and_choices(tmp_path, monkeypatch, capsys):
     assert bench.main([*options, "--only", "dequantize"]) == 0
 
 
-def test_bitsandbytes_is_timed_on_the_quick_shapes(tmp_path, monkeypatch):
+def test_bitsandbytes_is_timed_on_the_quick_shapes(options, tmp_path, monkeypatch):
     class FakePeer(Fake):
         def __init__(self, command, log):
             super().__init__(command, log)
@@ -376,7 +333,6 @@ def test_bitsandbytes_is_timed_on_the_quick_shapes(tmp_path, monkeypatch):
                 self.description = {"device": "Fake GPU 1", "peer": "torch 1"}
 
     monkeypatch.setattr(bench, "Worker", FakePeer)
-    options = ["--output", str(tmp_path), "--tuned", str(tmp_path / "tuned")]
     assert bench.main([*options, "--quick", "--peer-python", "python"]) == 1
     result = json.loads((tmp_path / "kernels_fake-gpu-1.json").read_text())
     assert result["peer"] == "torch 1"
@@ -387,13 +343,9 @@ def test_bitsandbytes_is_timed_on_the_quick_shapes(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_benchmark_runs(tmp_path):
-    status = bench.main(
-        [
-            *("--quick", "--only", "dequantize", "--model", "1b", "--budget", "60"),
-            *("--output", str(tmp_path), "--tuned", str(tmp_path / "tuned")),
-        ]
-    )
+def test_the_benchmark_runs(options, tmp_path):
+    options += ["--quick", "--only", "dequantize", "--model", "1b", "--budget", "60"]
+    status = bench.main(options)
     (file,) = tmp_path.glob("kernels_*.json")
     result = json.loads(file.read_text())
     assert result["complete"] and result["rows"], result["failures"]

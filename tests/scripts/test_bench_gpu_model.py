@@ -9,30 +9,19 @@ import pytest
 import convert
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import tree_bytes
 from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.runs.config import ModelConfig
 from scripts.bench_gpu import model as bench
 
-SMALL = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=96,  # down_proj is stored flat
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
-
 
 @pytest.fixture(scope="module")
-def base():
-    return bench.random_base(SMALL)
+def base(small):
+    return bench.random_base(small)
 
 
-def test_a_random_base_has_the_shapes_of_a_loaded_one(base):
-    want = abstract_base(SMALL, quantization="nf4_dq")
+def test_a_random_base_has_the_shapes_of_a_loaded_one(small, base):
+    want = abstract_base(small, quantization="nf4_dq")
     assert jax.tree.structure(base) == jax.tree.structure(want)
     got = jax.tree.map(lambda a: (a.shape, a.dtype), base)
     assert got == jax.tree.map(lambda a: (a.shape, a.dtype), want)
@@ -40,20 +29,20 @@ def test_a_random_base_has_the_shapes_of_a_loaded_one(base):
     assert len(np.unique(np.asarray(codes))) == 256
 
 
-def test_decoding_is_timed(base):
+def test_decoding_is_timed(small, base):
     how = bench.Decoding(kernels="xla", batch=2, context=20, tokens=4, repeats=1)
-    result = bench.decode(SMALL, base, how)
+    result = bench.decode(small, base, how)
     assert len(result["seconds"]) == 2 and len(result["seconds"][0]) == 2
     assert result["prefill_ms"] > 0 and result["floor_tokens_per_s"] is None
     assert json.loads(json.dumps(result)) == result
 
 
-def test_training_is_timed_and_learns(base):
+def test_training_is_timed_and_learns(small, base):
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, SMALL.vocab_size, (1, 2, 16)).astype(np.int32)
+    tokens = rng.integers(0, small.vocab_size, (1, 2, 16)).astype(np.int32)
     settings = ModelConfig(path="small", dtype="float32", embed_tokens="host")
     how = bench.Training(settings=settings, steps=8, learning_rate=1e-2)
-    result = bench.train(SMALL, base, tokens, how)
+    result = bench.train(small, base, tokens, how)
     assert result["finite"] and result["losses"][-1] < result["losses"][0]
     assert len(result["seconds"]) == 8 and result["tokens_per_s"] > 0
     assert result["base_bytes"] == tree_bytes(base) and result["mfu"] is None

@@ -1,26 +1,20 @@
 """Every optimizer runs, and its state is counted."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_every_optimizer_runs_with_its_state_size(repository, shared_data, tmp_path):
+def test_every_optimizer_runs_with_its_state_size(run_script, shared_data, tmp_path):
     text = (shared_data / "text" / "tinyshakespeare" / "input.txt").read_text()
     data = tmp_path / "text.txt"
     data.write_text(text[:20_000])
-    script = str(repository / "scripts" / "compare_optimizers.py")
     output = tmp_path / "optimizers.json"
-    done = subprocess.run(
-        [sys.executable, script, "--model", str(shared_data / "stories260K")]
-        + ["--data", str(data), "--steps", "12", "--output", str(output)],
-        capture_output=True,
-        text=True,
-    )
+    options = ["--model", shared_data / "stories260K", "--data", data]
+    options += ["--steps", "12", "--output", output]
+    done = run_script("compare_optimizers.py", *options)
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["runs"]
     lines = done.stdout.strip().splitlines()

@@ -1,9 +1,5 @@
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +11,6 @@ from scripts.demo import story_model, user_data
 
 # The one test of every command as a user's machine runs it.
 pytestmark = pytest.mark.usefixtures("optimized")
-
-
-def run_script(repository: Path, name: str, *arguments: str):
-    return subprocess.run(
-        [sys.executable, str(repository / "scripts" / name), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-    )
 
 
 # --- The stories and the questions ---
@@ -49,13 +36,9 @@ def test_questions_are_about_distinct_scenes_that_answer_them():
     assert kinds == {"Where", "What", "How", "Who"}
 
 
-def test_the_story_model_is_a_checkpoint_with_a_tokenizer(repository, tmp_path):
-    done = run_script(
-        repository,
-        "demo/story_model.py",
-        *("--output", str(tmp_path), "--steps", "2"),
-        *("--questions", "10", "--held-out", "5"),
-    )
+def test_the_story_model_is_a_checkpoint_with_a_tokenizer(run_script, tmp_path):
+    options = "--steps 2 --questions 10 --held-out 5 --output".split()
+    done = run_script("demo/story_model.py", *options, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "390,656 parameters, 2 steps" in done.stdout
     config, base = convert.load_llama(tmp_path / "base", quantization=None)
@@ -72,11 +55,6 @@ def test_the_story_model_is_a_checkpoint_with_a_tokenizer(repository, tmp_path):
 # --- A user's data ---
 
 
-def write(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_plain_text_is_cut_at_a_line_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i} of the text\n" for i in range(100))
     (tmp_path / "data.txt").write_text(text)
@@ -88,29 +66,29 @@ def test_plain_text_is_cut_at_a_line_and_nothing_is_lost(tmp_path):
     assert held.startswith(parts.prompts[0][:6])
 
 
+ALPACA = {"instruction": "do", "input": "this", "output": "done"}
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "prompt"),
     [
         ({"text": "once upon a time"}, "text", "once upon a time"),
         ({"prompt": "a?", "completion": " b"}, "prompt_completion", "a?"),
         ({"question": "a?", "answer": "b"}, "prompt_completion", "a?\n"),
-        (
-            {"instruction": "do", "input": "this", "output": "done"},
-            "prompt_completion",
-            "do\nthis\n",
-        ),
+        (ALPACA, "prompt_completion", "do\nthis\n"),
         ({"messages": [{"role": "user", "content": "a"}]}, "messages", None),
         ({"conversations": [{"from": "human", "value": "a"}]}, "messages", None),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "tokens", None),
     ],
 )
 def test_rows_are_recognised_by_their_fields(tmp_path, row, kind, prompt):
-    path = write(tmp_path / "data.jsonl", [row] * 20)
+    path = tmp_path / "data.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 20)
     parts = user_data.split(path, tmp_path)
     assert (parts.format, parts.suffix) == (kind, ".jsonl")
     assert parts.prompts == ([] if prompt is None else [prompt] * 2)
-    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 18
-    assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 2
+    for name, rows in (("train", 18), ("held_out", 2)):
+        assert (tmp_path / f"{name}.jsonl").read_text().count("\n") == rows
 
 
 @pytest.mark.parametrize(
@@ -142,11 +120,9 @@ def test_only_a_directory_of_the_demo_is_replaced(tmp_path, capsys):
     (foreign / "precious").write_text("x")
     (tmp_path / "link").symlink_to(replaced)
     (tmp_path / "file").write_text("x")
-    for path, reason in (
-        (foreign, "was not made by this demo"),
-        (tmp_path / "link", "is not a directory"),
-        (tmp_path / "file", "is not a directory"),
-    ):
+    reasons = {foreign: "was not made by this demo"}
+    reasons |= dict.fromkeys((tmp_path / "link", tmp_path / "file"), "is not a dir")
+    for path, reason in reasons.items():
         with pytest.raises(SystemExit) as stopped:
             demo.make_directory(path)
         assert stopped.value.code == 1
@@ -167,16 +143,12 @@ def test_options_that_cannot_be_used_are_refused(options, message, capsys):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_every_command_runs_on_a_real_model(repository, shared_data, tmp_path):
+def test_every_command_runs_on_a_real_model(run_script, shared_data, tmp_path):
     text = (shared_data / "text/tinyshakespeare/input.txt").read_text()
     (tmp_path / "text.txt").write_text(text[:60_000])
-    done = run_script(
-        repository,
-        "demo",
-        *("--model", str(shared_data / "stories260K")),
-        *("--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out")),
-        *("--steps", "20", "--learning-rate", "1e-3", "--max-length", "128"),
-    )
+    files = ["--model", shared_data / "stories260K", "--data", tmp_path / "text.txt"]
+    options = "--steps 20 --learning-rate 1e-3 --max-length 128 --output".split()
+    done = run_script("demo", *files, *options, tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed (SIGKILL) after step" in done.stdout
     assert "continued from step" in done.stdout

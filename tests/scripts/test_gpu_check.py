@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,22 +9,17 @@ import pytest
 
 from scripts import gpu_check as check
 
-DECODE = {
-    "tokens_per_s": 400.0,
-    "ms_per_step": 2.5,
-    "prefill_ms": 60.0,
-    "floor_tokens_per_s": 925.0,
-}
-TRAIN = {
-    "tokens_per_s": 10_000.0,
-    "step_s": 0.8192,
-    "flops_per_token": 32e9,
-    "mfu": 0.3236,
-    "peak_bytes": 14e9,
-    "planned_bytes": 13.9e9,
-    "losses": [12.5, 12.0],
-}
+DECODE = {"tokens_per_s": 400.0, "ms_per_step": 2.5, "prefill_ms": 60.0}
+DECODE["floor_tokens_per_s"] = 925.0
+TRAIN = {"tokens_per_s": 10_000.0, "step_s": 0.8192, "flops_per_token": 32e9}
+TRAIN |= {"mfu": 0.3236, "peak_bytes": 14e9, "planned_bytes": 13.9e9}
+TRAIN["losses"] = [12.5, 12.0]
 KERNELS = {"ceilings": {"copy_gb_s": 4300.0, "matmul_tflop_s": 800.0}, "rows": []}
+ATTENTION = {"rows": [], "unavailable": {"1b": "no cuDNN"}}
+BENCHES = {
+    "kernels": (KERNELS, "# NF4 kernels\n\n## matmul\n\nrows\n"),
+    "attention": (ATTENTION, "# Attention\n\n## Failed\n\nit\n"),
+}
 
 
 def fake_gpu(command, seconds):
@@ -33,23 +27,17 @@ def fake_gpu(command, seconds):
     text = " ".join(command)
     if "pytest" in text:
         return 1, "...F\nFAILED tests/x.py::test_y\n1 failed, 3 passed in 2.0s\n"
-    if "bench_gpu kernels" in text:
-        folder = Path(command[command.index("--output") + 1])
-        (folder / "kernels_fake.json").write_text(json.dumps(KERNELS))
-        (folder / "kernels_fake.md").write_text("# NF4 kernels\n\n## matmul\n\nrows\n")
-        return 0, "progress\n"
-    if "bench_gpu attention" in text:
-        folder = Path(command[command.index("--output") + 1])
-        result = {"rows": [], "unavailable": {"1b": "no cuDNN"}}
-        (folder / "attention_fake.json").write_text(json.dumps(result))
-        (folder / "attention_fake.md").write_text("# Attention\n\n## Failed\n\nit\n")
-        return 0, "progress\n"
+    for name, (result, table) in BENCHES.items():
+        if f"bench_gpu {name}" in text:
+            folder = Path(command[command.index("--output") + 1])
+            (folder / f"{name}_fake.json").write_text(json.dumps(result))
+            (folder / f"{name}_fake.md").write_text(table)
+            return 0, "progress\n"
     if "--kernels pallas" in text and "decode" in text:
         return 0, "a remark\n" + json.dumps({"unavailable": "no Hopper"}) + "\n"
     if "peer.py" in text:
-        return 0, json.dumps(
-            DECODE | {"tokens_per_s": 30.0, "floor_tokens_per_s": None}
-        )
+        slow = {"tokens_per_s": 30.0, "floor_tokens_per_s": None}
+        return 0, json.dumps(DECODE | slow)
     if "decode" in text:
         return 0, json.dumps(DECODE)
     if "save_matmuls" in text:
@@ -73,13 +61,9 @@ def test_parts_come_in_order_of_importance():
     assert more["kernels"].limit == 1200
 
 
-def test_the_parts_name_files_that_exist():
+def test_the_parts_name_files_that_exist(repository):
     for part in parts("--model", "m", "--peer-python", "p"):
-        for word in part.command[1:2]:
-            assert word == "-m" or Path(word).exists(), part
-
-
-def test_the_test_files_are_those_with_a_gpu_test(repository):
+        assert part.command[1] == "-m" or Path(part.command[1]).exists(), part
     files = check.gpu_tests()
     assert str(repository / "tests/scripts/test_bench_gpu_kernels.py") in files
     assert str(repository / "tests/test_cli.py") not in files
@@ -90,23 +74,14 @@ def test_each_part_is_reported_and_the_next_still_runs():
     printed = []
     runner = check.Runner(fake_gpu, say=printed.append)
     runner.run(parts("--peer-python", "p"), result["parts"], 1e4)
-    outcome = {name: record["status"] for name, record in result["parts"].items()}
-    assert outcome == {
-        "tests": "failed",
-        "kernels": "ok",
-        "decode 1 xla": "ok",
-        "decode 1 pallas": "not available",
-        "train full xla": "ok",
-        "train full pallas": "ok",
-        "attention": "ok",
-        "decode 16 xla": "ok",
-        "decode 16 pallas": "not available",
-        "train save_matmuls xla": "out of time",
-        "train 131072 full": "ok",
-        "train 262144 offload": "ok",
-        "decode 1 transformers": "ok",
-        "decode 16 transformers": "ok",
-    }
+    outcome = "; ".join(f"{n}: {r['status']}" for n, r in result["parts"].items())
+    assert outcome == (
+        "tests: failed; kernels: ok; decode 1 xla: ok; decode 1 pallas: not available; "
+        "train full xla: ok; train full pallas: ok; attention: ok; decode 16 xla: ok; "
+        "decode 16 pallas: not available; train save_matmuls xla: out of time; "
+        "train 131072 full: ok; train 262144 offload: ok; decode 1 transformers: ok; "
+        "decode 16 transformers: ok"
+    )
     assert result["parts"]["kernels"]["result"] == KERNELS
     assert "1 failed, 3 passed" in printed[1]
     text = check.table(json.loads(json.dumps(result)))  # as it is written and read
@@ -160,9 +135,8 @@ def test_a_benchmark_gets_less_time_than_its_part(limit, budget):
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path):
     mark = tmp_path / "pid"
     program = (
-        "import os, subprocess, sys, time\n"
-        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
-        "child = subprocess.Popen(sleep)\n"
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
         "print('started', flush=True)\n"
         "time.sleep(60)\n"
@@ -194,44 +168,33 @@ def test_a_run_writes_one_result_and_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "run_child", child)
     arguments = ["--output", str(tmp_path), "--only", "decode 1 xla", "--only", "tests"]
     assert check.main(arguments) == 1  # a test failed
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [
-        "gpu_check_fake-gpu-1.json",
-        "gpu_check_fake-gpu-1.md",
-    ]
-    result = json.loads((tmp_path / "gpu_check_fake-gpu-1.json").read_text())
+    stored, table = sorted(tmp_path.iterdir())
+    name = "gpu_check_fake-gpu-1"
+    assert (stored.name, table.name) == (f"{name}.json", f"{name}.md")
+    result = json.loads(stored.read_text())
     assert result["complete"] and result["device"] == "Fake GPU 1"
     assert result["machine"] == {"jax": "0.0"}
     assert list(result["parts"]) == ["tests", "decode 1 xla"]
-    assert (tmp_path / "gpu_check_fake-gpu-1.md").read_text() == check.table(result)
+    assert table.read_text() == check.table(result)
     assert "decode 1 xla: ok" in capsys.readouterr().out
     assert check.main([*arguments[:2], "--only", "decode 1 xla"]) == 0
     assert check.main(["--only", "decode"]) == 2
     assert "no part decode; the parts are tests, kernels" in capsys.readouterr().err
 
 
-def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(repository / "scripts/gpu_check.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-
-
-def test_without_a_gpu_it_says_so_and_writes_nothing(repository, tmp_path):
+def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
     if "gpu" in os.environ.get("JAX_PLATFORMS", "") or jax.default_backend() == "gpu":
         pytest.skip("this machine has a GPU")
     out = tmp_path / "out"
-    done = run(repository, "--output", str(out))
+    done = run_script("gpu_check.py", "--output", out, alone=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "gpu_check: jax finds no GPU here (" in done.stderr
     assert not out.exists()
 
 
-def test_the_list_needs_no_gpu(repository):
-    done = run(repository, "--list")
+def test_the_list_needs_no_gpu(run_script):
+    done = run_script("gpu_check.py", "--list", alone=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tests ")
     assert "train full pallas" in done.stdout

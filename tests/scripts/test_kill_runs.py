@@ -1,9 +1,7 @@
 """Runs that are killed continue, and end as uninterrupted ones do."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -52,34 +50,25 @@ target_modules = ["q_proj", "down_proj"]
 def write_run(tmp_path, llama_dir, rows_file):
     """Writes a run file for a small model."""
 
-    def write(name, *, length=64, top="", **values):
-        text = RUN.format(
-            model=llama_dir, rows=rows_file, length=length, top=top, **values
-        )
+    def write(name, **values):
+        values = {"length": 64, "top": ""} | values
+        text = RUN.format(model=llama_dir, rows=rows_file, **values)
         (tmp_path / name).write_text(text)
 
     return write
 
 
 @pytest.fixture
-def kill_runs(repository, tmp_path):
+def kill_runs(run_script, tmp_path):
     """Runs the script in `tmp_path`."""
-    return lambda *args: subprocess.run(
-        [sys.executable, str(repository / "scripts/kill_runs.py"), *args],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(repository)},
-    )
+    return functools.partial(run_script, "kill_runs.py", cwd=tmp_path)
 
 
 def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
     starts = {"first": (64, ""), "second": (96, 'adapter_init = "first/adapter"')}
     for name, (length, start) in starts.items():
-        output = f'output_dir = "{name}"'
-        write_run(
-            f"{name}.toml", length=length, steps=300, top=output, more=start + CHAIN
-        )
+        settings = {"steps": 300, "top": f'output_dir = "{name}"', "length": length}
+        write_run(f"{name}.toml", more=start + CHAIN, **settings)
     command = ("chain", "first.toml", "second.toml", "--output", "chain.json")
     done = kill_runs(*command)
     assert done.returncode == 0, done.stderr

@@ -1,22 +1,14 @@
 """The table is made row by row, and continued after the last one."""
 
 import json
-import subprocess
-import sys
 
 
-def test_the_table_is_made_and_continued(repository, tmp_path):
+def test_the_table_is_made_and_continued(run_script, repository, tmp_path):
     output, table = tmp_path / "memory.json", tmp_path / "memory.md"
 
     def run(*args):
-        script = str(repository / "scripts/memory_table.py")
-        done = subprocess.run(
-            [sys.executable, script, "--output", str(output), "--estimate", *args],
-            capture_output=True,
-            text=True,
-            cwd=repository,
-            env={"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin"},
-        )
+        options = ("--output", output, "--estimate", *args)
+        done = run_script("memory_table.py", *options, cwd=repository)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -24,14 +24,7 @@ def inputs() -> Callable[..., tuple]:
     """Draws q, k, v and the derivative of the output."""
 
     def draw(
-        length: int,
-        *,
-        batch: int = 1,
-        heads: int = 2,
-        groups: int = 1,
-        width: int = 64,
-        dtype: str = "bfloat16",
-        seed: int = 0,
+        length, *, batch=1, heads=2, groups=1, width=64, dtype="bfloat16", seed=0
     ) -> tuple:
         rng = np.random.default_rng(seed)
         return tuple(
@@ -56,6 +49,11 @@ SEGMENTS = {
     "any order": spans((7, 130), (-3, 60), (7, 100), (2**31 - 1, 94)),
     "all padding": spans((0, 384)),
 }
+OTHER_SEGMENTS = {
+    "one": np.ones(384, int),
+    "random": np.random.default_rng(0).integers(0, 9, 384),
+    "many": np.repeat(np.arange(48) + 1, 8),
+}
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +66,9 @@ def packed_row() -> np.ndarray:
 def segment_row(request: pytest.FixtureRequest) -> tuple[str, np.ndarray]:
     """A kind of row of 384 tokens, and its segment ids."""
     return request.param, SEGMENTS[request.param]
+
+
+@pytest.fixture(params=SEGMENTS | OTHER_SEGMENTS)
+def any_row(request: pytest.FixtureRequest) -> tuple[str, np.ndarray]:
+    """Rows with one, many and scattered segments as well."""
+    return request.param, (SEGMENTS | OTHER_SEGMENTS)[request.param]

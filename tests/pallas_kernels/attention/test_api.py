@@ -34,9 +34,15 @@ def output_and_gradients(q, k, v, dout, segments, *, implementation):
     return out, *pullback(dout)
 
 
-jitted = functools.partial(jax.jit, static_argnames="implementation")(
-    output_and_gradients
-)
+jitted = jax.jit(output_and_gradients, static_argnames="implementation")
+both_plain = pytest.mark.parametrize("implementation", FLOAT32)
+
+
+@pytest.fixture
+def small(inputs):
+    """Draws small inputs in float32."""
+    sizes = {"batch": 2, "heads": 4, "groups": 2, "width": 16, "dtype": "float32"}
+    return lambda length, **given: inputs(length, **sizes | given)
 
 
 @pytest.fixture
@@ -97,23 +103,19 @@ def test_large_scores_do_not_overflow(implementation, packed_row, inputs, check)
 # --- In float32 and float16, which the kernels do not compute ---
 
 
-@pytest.mark.parametrize(
-    "length, implementation",
-    [(n, "xla") for n in (1, 7, 8, 9, 255, 256, 257, 600)]
-    + [(n, "reference") for n in (1, 9, 257)],
-)
+@both_plain
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 255, 256, 257, 600])
 def test_float32_output_and_gradients_at_any_length(
-    length, implementation, inputs, check
+    length, implementation, small, check
 ):
-    batch = 1 if length > 256 else 2
-    case = inputs(length, batch=batch, heads=4, groups=2, width=16, dtype="float32")
+    case = small(length, batch=1 if length > 256 else 2)
     check(implementation, *case, tolerance=FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
+@both_plain
 @pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (4, 1)])
-def test_query_heads_read_their_group(heads, groups, implementation, inputs, check):
-    case = inputs(20, batch=2, heads=heads, groups=groups, width=16, dtype="float32")
+def test_query_heads_read_their_group(heads, groups, implementation, small, check):
+    case = small(20, heads=heads, groups=groups)
     check(implementation, *case, tolerance=FLOAT32_TOLERANCE)
 
 
@@ -125,52 +127,47 @@ FLOAT32_SEGMENTS = {
     ),
     "all padding": lambda n: np.stack([[0] * n, [1] * n]),
     "every token its own": lambda n: np.repeat([np.arange(n) + 1], 2, 0),
+    # A whole block of keys comes before the segment of a query: the running maximum
+    # must not be raised by masked scores.
+    "longer than a block": lambda n: np.repeat(
+        [np.repeat([1, 2, 0], (270, n - 300, 30))], 2, 0
+    ),
 }
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
-@pytest.mark.parametrize("kind", FLOAT32_SEGMENTS)
-@pytest.mark.parametrize("length", [40, 300])
+@both_plain
+@pytest.mark.parametrize(
+    "kind, length",
+    [(kind, n) for kind in [*FLOAT32_SEGMENTS][:-1] for n in (40, 300)]
+    + [("longer than a block", 600)],
+)
 def test_float32_queries_see_their_own_segment_only(
-    length, kind, implementation, inputs, check
+    length, kind, implementation, small, check
 ):
     segments = jnp.asarray(FLOAT32_SEGMENTS[kind](length), jnp.int32)
-    case = inputs(length, batch=2, heads=4, groups=2, width=16, dtype="float32")
-    check(implementation, *case, segments, tolerance=FLOAT32_TOLERANCE)
+    check(implementation, *small(length), segments, tolerance=FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
-def test_segments_longer_than_a_block_that_start_within_one(
-    implementation, inputs, check
-):
-    # A whole block of keys comes before the segment of a query: the running maximum
-    # must not be raised by masked scores.
-    segments = jnp.asarray([[1] * 270 + [2] * 300 + [0] * 30], jnp.int32)
-    case = inputs(600, heads=4, groups=2, width=16, dtype="float32")
-    check(implementation, *case, segments, tolerance=FLOAT32_TOLERANCE)
-
-
-@pytest.mark.parametrize("implementation", FLOAT32)
+@both_plain
 @pytest.mark.parametrize("dtype, half_ulp", [("bfloat16", 2**-8), ("float16", 2**-11)])
 def test_narrow_inputs_cost_the_rounding_of_weights_and_results(
-    dtype, half_ulp, implementation, inputs, check
+    dtype, half_ulp, implementation, small, check
 ):
     segments = jnp.asarray(FLOAT32_SEGMENTS["packed"](70), jnp.int32)
-    case = inputs(70, batch=2, heads=4, groups=2, width=16, dtype=dtype)
-    check(implementation, *case, segments, tolerance=3 * half_ulp)
+    check(implementation, *small(70, dtype=dtype), segments, tolerance=3 * half_ulp)
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
-def test_large_float32_scores_do_not_overflow(implementation, inputs, check):
-    q, k, v, dout = inputs(50, batch=2, heads=4, groups=2, width=16, dtype="float32")
+@both_plain
+def test_large_float32_scores_do_not_overflow(implementation, small, check):
+    q, k, v, dout = small(50)
     # Scores reach 5,000: half an ulp is 2e-4, and so is the relative error of a weight.
     # Measured: 2e-4 of the largest element.
     check(implementation, 30 * q, 30 * k, v, dout, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
-def test_no_segments_is_one_segment(implementation, inputs):
-    case = inputs(30, batch=2, heads=4, groups=2, width=16, dtype="float32")
+@both_plain
+def test_no_segments_is_one_segment(implementation, small):
+    case = small(30)
     ones = jnp.ones((2, 30), jnp.int32)
     plain = jitted(*case, None, implementation=implementation)
     same = jitted(*case, ones, implementation=implementation)
@@ -179,12 +176,9 @@ def test_no_segments_is_one_segment(implementation, inputs):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", FLOAT32)
-def test_it_can_be_mapped(implementation, inputs, float64_attention):
-    cases = [
-        inputs(33, batch=2, heads=4, groups=2, width=16, dtype="float32", seed=s)
-        for s in range(3)
-    ]
+@both_plain
+def test_it_can_be_mapped(implementation, small, float64_attention):
+    cases = [small(33, seed=seed) for seed in range(3)]
     kinds = ("packed", "left padding", "packed")
     segments = [jnp.asarray(FLOAT32_SEGMENTS[k](33), jnp.int32) for k in kinds]
     call = functools.partial(jitted, implementation=implementation)
@@ -202,15 +196,10 @@ def test_it_can_be_mapped(implementation, inputs, float64_attention):
 
 def temporary_bytes(implementation, length, *, gradient):
     """What the compiled function needs besides its arguments and results."""
-    q, k, v, dout = (
-        jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)
-        for heads in (2, 1, 1, 2)
-    )
-    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    if gradient:
-        arguments, function = (q, k, v, dout, segments), jitted
-    else:
-        arguments, function = (q, k, v, segments), flash_attention
+    shapes = [(1, length, heads, 16) for heads in (2, 1, 1, 2)[: 4 if gradient else 3]]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arguments.append(jax.ShapeDtypeStruct((1, length), jnp.int32))
+    function = jitted if gradient else flash_attention
     call = functools.partial(function, implementation=implementation)
     compiled = jax.jit(call).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
@@ -246,8 +235,8 @@ def test_the_backward_of_the_kernels_keeps_no_scores(inputs):
     assert_no_scores(jax.eval_shape(lambda *qkv: jax.vjp(call, *qkv)[1], q, k, v), q, k)
 
 
-def test_the_backward_of_xla_keeps_no_scores(inputs):
-    q, k, v, _ = inputs(512, heads=4, groups=2, width=16, dtype="float32")
+def test_the_backward_of_xla_keeps_no_scores(small):
+    q, k, v, _ = small(512, batch=1)
     call = functools.partial(flash_attention, implementation="xla")
     # Not traced, or it would keep the residuals for every platform.
     assert_no_scores(jax.vjp(call, q, k, v)[1], q, k, slack=100)
@@ -273,9 +262,8 @@ def test_a_policy_can_keep_what_the_backward_needs(inputs, simulate_gpu):
         total = 0
         for equation in program.eqns:
             total += equation.params.get("name") == "attention_forward"
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-            ):
+            values = [*equation.params.values()]
+            for inner in jax.tree.leaves(values, is_leaf=lambda p: hasattr(p, "eqns")):
                 if hasattr(inner, "eqns"):
                     total += count(getattr(inner, "jaxpr", inner))
         return total
@@ -287,15 +275,15 @@ def test_a_policy_can_keep_what_the_backward_needs(inputs, simulate_gpu):
 # --- What is refused ---
 
 
+ODD_HEADS = {"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"k": (1, 9, 1, 64)}, "batch, length and head_dim of the queries"),
         ({"v": (1, 8, 1, 128)}, "batch, length and head_dim of the queries"),
-        (
-            {"q": (1, 8, 3, 64), "k": (1, 8, 2, 64), "v": (1, 8, 2, 64)},
-            "cannot share 2",
-        ),
+        (ODD_HEADS, "cannot share 2"),
         ({"q": (1, 0, 2, 64), "k": (1, 0, 1, 64), "v": (1, 0, 1, 64)}, "is empty"),
         ({"segment_ids": (1, 9)}, "for every token, \\(1, 8\\)"),
         ({"implementation": "triton"}, "does not exist. Choose 'reference'"),
@@ -304,10 +292,8 @@ def test_a_policy_can_keep_what_the_backward_needs(inputs, simulate_gpu):
 def test_what_does_not_fit_is_refused(change, message):
     shapes = {"q": (1, 8, 2, 64), "k": (1, 8, 1, 64), "v": (1, 8, 1, 64)} | change
     implementation = shapes.pop("implementation", "xla")
-    arrays = {
-        name: jnp.zeros(shape, jnp.int32 if name == "segment_ids" else jnp.bfloat16)
-        for name, shape in shapes.items()
-    }
+    dtypes = {"segment_ids": jnp.int32}
+    arrays = {k: jnp.zeros(s, dtypes.get(k, "bfloat16")) for k, s in shapes.items()}
     with pytest.raises(ValueError, match=message):
         # The annotations would refuse the shapes first, in their own words.
         flash_attention.__wrapped__(**arrays, implementation=implementation)
@@ -359,9 +345,8 @@ def test_nothing_measured_means_xla(inputs):
     if jax.default_backend() == "gpu":
         pytest.skip("this device may have been measured")
     assert not api.measured(q)
-    np.testing.assert_array_equal(
-        flash_attention(q, k, v), flash_attention(q, k, v, implementation="xla")
-    )
+    plain = flash_attention(q, k, v, implementation="xla")
+    np.testing.assert_array_equal(flash_attention(q, k, v), plain)
 
 
 @pytest.mark.interpret

@@ -9,21 +9,17 @@ pytestmark = pytest.mark.interpret  # the module needs the jax of the kernels
 LENGTH = 384
 
 
-@pytest.fixture(params=["one", "random", "many"])
-def other_row(request):
-    """Further kinds of rows, and their segment ids."""
-    rows = {
-        "one": np.ones(LENGTH, int),
-        "random": np.random.default_rng(0).integers(0, 9, LENGTH),
-        "many": np.repeat(np.arange(48) + 1, 8),
-    }
-    return request.param, rows[request.param]
+either_side = pytest.mark.parametrize("queries", [True, False])
+either_width = pytest.mark.parametrize("other_rows", [64, 128])
 
 
-def assert_covers(kind, row, other_rows, *, queries):
-    """No visible block is left out, and a clear one is visible throughout."""
+@either_side
+@either_width
+def test_no_block_that_is_seen_is_left_out(any_row, other_rows, queries):
+    """And a clear one is visible throughout."""
     from pallas_kernels.attention.blocks import BLOCK, reach
 
+    kind, row = any_row
     visible = np.tril(row[:, None] == row[None, :])
     visible = visible if queries else visible.T  # [rows, rows of the other side]
     shape = (LENGTH // BLOCK, BLOCK, LENGTH // other_rows, other_rows)
@@ -44,20 +40,8 @@ def assert_covers(kind, row, other_rows, *, queries):
             assert masked <= BLOCK // other_rows * (1 if kind == "one" else 2)
 
 
-@pytest.mark.parametrize("queries", [True, False])
-@pytest.mark.parametrize("other_rows", [64, 128])
-def test_no_block_that_is_seen_is_left_out(segment_row, other_rows, queries):
-    assert_covers(*segment_row, other_rows, queries=queries)
-
-
-@pytest.mark.parametrize("queries", [True, False])
-@pytest.mark.parametrize("other_rows", [64, 128])
-def test_nor_with_one_many_or_scattered_segments(other_row, other_rows, queries):
-    assert_covers(*other_row, other_rows, queries=queries)
-
-
-@pytest.mark.parametrize("queries", [True, False])
-@pytest.mark.parametrize("other_rows", [64, 128])
+@either_side
+@either_width
 def test_rows_of_one_segment_need_no_search(other_rows, queries):
     from pallas_kernels.attention.blocks import BLOCK, causal_reach, reach
 

@@ -47,12 +47,8 @@ def test_any_tiles_give_the_result(
     segments = jnp.asarray(packed_row[None], jnp.int32)
     tiles, interpret = gpu.Tiles(width, stages), device.interpreter()
     out, lse = gpu.forward(q, k, v, segments, tiles=tiles, interpret=interpret)
-    gradients = gpu.backward(
-        *(q, k, v, segments, out, lse, dout),
-        query_tiles=tiles,
-        key_tiles=tiles,
-        interpret=interpret,
-    )
+    named = {"query_tiles": tiles, "key_tiles": tiles, "interpret": interpret}
+    gradients = gpu.backward(q, k, v, segments, out, lse, dout, **named)
     # Rounded as in test_api.py.
     want = float64_attention(q, k, v, dout, segments)[:4]
     for a, b in zip((out, *gradients), want, strict=True):

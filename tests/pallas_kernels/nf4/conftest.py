@@ -1,5 +1,6 @@
-"""The implementations of the NF4 operations, and the stack that tests read."""
+"""The stack of packed weights that the tests read."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,25 +10,11 @@ import pytest
 LAYERS = 3
 
 
-@pytest.fixture(
-    params=[
-        "xla",
-        pytest.param("interpret", marks=pytest.mark.interpret),
-        pytest.param("pallas", marks=pytest.mark.gpu),
-    ]
-)
-def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="session")
 def stack(random_packed: Callable[..., tuple]) -> Callable[..., tuple]:
     """Makes the arrays of a stack of three layers."""
 
-    def make(shape: tuple[int, int], *, nested: bool, seed: int = 0) -> tuple:
-        return random_packed(shape, nested=nested, layers=LAYERS, seed=seed)
-
-    return make
+    return functools.partial(random_packed, layers=LAYERS)
 
 
 @pytest.fixture(scope="session")

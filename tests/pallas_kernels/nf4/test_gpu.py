@@ -24,15 +24,10 @@ def test_any_tiles_give_the_same_bits(words, steps, nested, stack, layer_of):
 
     shape = (96, 1024)  # 6 groups of block scales, 96 tiles of one word a thread
     arrays = stack(shape, nested=nested, seed=1)
-    got = gpu.dequantize(
-        packed(arrays, 1),
-        shape=shape,
-        dtype=jnp.bfloat16,
-        words=words,
-        steps=steps,
-        interpret=device.interpreter(),
-    )
-    want = nf4_dequantize(*layer_of(arrays, 1), shape=shape, dtype=jnp.bfloat16)
+    named = {"shape": shape, "dtype": jnp.bfloat16}
+    tiles = {"words": words, "steps": steps, "interpret": device.interpreter()}
+    got = gpu.dequantize(packed(arrays, 1), **named, **tiles)
+    want = nf4_dequantize(*layer_of(arrays, 1), **named)
     np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
@@ -45,16 +40,9 @@ def test_any_split_of_the_sums_gives_the_product(groups, parts, chunk, stack):
     shape = (64, 1024)
     weight = packed(stack(shape, nested=True, seed=2), 2)
     x = jax.random.normal(jax.random.key(1), (3, 1024)).astype(jnp.bfloat16)
-    got, undivided = (
-        gpu.matmul(
-            x,
-            weight,
-            shape=shape,
-            split=gpu.Split(*split),
-            interpret=device.interpreter(),
-        )
-        for split in ((groups, parts, chunk), (1, 1, 1))
-    )
+    named = {"shape": shape, "interpret": device.interpreter()}
+    got = gpu.matmul(x, weight, split=gpu.Split(groups, parts, chunk), **named)
+    undivided = gpu.matmul(x, weight, split=gpu.Split(1, 1, 1), **named)
     # The same terms in another order: 1,024 of about 0.05.
     np.testing.assert_allclose(got, undivided, atol=1024 * 2.0**-24, rtol=1e-6)
 
@@ -75,15 +63,10 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch, stack, detects_race):
     from pallas_kernels.nf4 import gpu
 
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
-    shape = (64, 256)
-    assert detects_race(
-        gpu.matmul,
-        jnp.ones((8, 256), jnp.bfloat16),
-        packed(stack(shape, nested=False), 0),
-        shape=shape,
-        split=gpu.Split(2, 1, 1),
-        interpret=device.interpreter(),
-    )
+    named = {"shape": (64, 256), "split": gpu.Split(2, 1, 1)}
+    named["interpret"] = device.interpreter()
+    x, weight = jnp.ones((8, 256), jnp.bfloat16), stack((64, 256), nested=False)
+    assert detects_race(gpu.matmul, x, packed(weight, 0), **named)
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096)])

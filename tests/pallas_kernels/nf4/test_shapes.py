@@ -13,17 +13,7 @@ from qlora_jax.planning.estimate import abstract_base
 @pytest.mark.parametrize("key", MODELS)
 def test_a_model_has_the_projections_of_its_configuration(key):
     model = MODELS[key]
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        tie_word_embeddings=model.tie_word_embeddings,
-    )
-    modules = linear_modules(abstract_base(config))
+    modules = linear_modules(abstract_base(LlamaConfig.from_hf(model.hf_config)))
     got = {p.name: (*p.shape, p.layers) for p in model.projections}
     assert got == {path[-1]: modules[path] for path in modules if path[-1] in got}
     assert len(got) == 7

@@ -4,6 +4,8 @@ The interpreter takes the left operand from shared memory and has no `wgmma` tha
 still running; what is done about that on the device is checked in tests/compile.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,14 +24,9 @@ interpret = pytest.mark.interpret
 def multiply(x, arrays, layer, shape, *, interpreted=True, tiling=None, **named):
     from pallas_kernels.nf4 import wgmma
 
-    return wgmma.matmul(
-        x,
-        Packed(*arrays, jnp.array([layer])),
-        shape=shape,
-        tiling=wgmma.Tiling(*tiling) if tiling else None,
-        interpret=interpreted and device.interpreter(),
-        **named,
-    )
+    named |= {"shape": shape, "interpret": interpreted and device.interpreter()}
+    tiling = wgmma.Tiling(*tiling) if tiling else None
+    return wgmma.matmul(x, Packed(*arrays, jnp.array([layer])), tiling=tiling, **named)
 
 
 def assert_is_the_product(got, x, weight):
@@ -170,10 +167,9 @@ def test_what_it_cannot_do_is_refused(shape, tiling, message):
         jax.ShapeDtypeStruct((1, shape[0], shape[1] // 64), jnp.float32),
         None,
     )
+    call = functools.partial(multiply, layer=0, shape=shape, tiling=tiling)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda x, *a: multiply(x, a, 0, shape, tiling=tiling), x, *arrays
-        )
+        jax.eval_shape(call, x, arrays)
 
 
 @pytest.mark.parametrize("rows", [64, 65, 100, 128, 256, 300, 512, 1000, 1024])

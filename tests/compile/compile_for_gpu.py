@@ -1,17 +1,20 @@
-"""Compiles kernels for a GPU on a machine without one, and keeps their PTX.
+"""Compiles kernels and generation for a GPU on a machine without one.
 
-    python kernels_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' \
+    python compile_for_gpu.py '[{"kernel": "dequantize", "shape": [128, 512], ...}]' \
         OUT [h200]
 
-For request number n, OUT/n holds what Mosaic GPU writes: kernel.ptx, kernel.ptxas (the
-report of ptxas) and kernel.ll (the host code that launches it); and memory.json, the
-buffers of the whole program. A request holds the arguments of a kernel of
-`pallas_kernels`. The kernel "gradient" is the derivative of all of `flash_attention`,
-of which only the buffers are kept.
+For request number n, OUT/n/memory.json holds the buffers of the whole program. Of a
+kernel of `pallas_kernels`, OUT/n has what Mosaic GPU writes as well: kernel.ptx,
+kernel.ptxas (the report of ptxas) and kernel.ll (the host code that launches it). The
+kernel "gradient" is the derivative of all of `flash_attention`: buffers only. A request
+with a "config" is generation of "generate" tokens after prompts of "length", greedily,
+and OUT/n/program.txt its scheduled form. (`qlora_jax.planning.compile` compiles a
+training step, in a process set up in the same way.)
 
 A process of its own: the environment must be set before jax starts.
 """
 
+import functools
 import json
 import os
 import sys
@@ -33,6 +36,15 @@ from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.nf4 import gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
+from qlora_jax.inference.config import Sampling
+from qlora_jax.inference.decode import _generate, _Program
+from qlora_jax.inference.sampling import Values
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import gpu_mesh
 
@@ -61,35 +73,24 @@ def packed_arrays(request: dict[str, Any], array: Any) -> Packed:
 
 def lower_nf4(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     """Traces one NF4 kernel."""
-    shape, dtype = tuple(request["shape"]), jnp.dtype(request["dtype"])
+    named = {"shape": tuple(request["shape"]), "dtype": jnp.dtype(request["dtype"])}
     options, packed = request["options"], packed_arrays(request, array)
-    if request["kernel"] == "decoded":
+    kind, rows = request["kernel"], request["rows"]
+    if kind == "decoded":
         scales = array((mosaic.ROWS, 2), jnp.float32)
         table = array(wgmma.pair_table().shape, jnp.float32)
-        codes = array(shape, jnp.uint8)
-        return jax.jit(decoded(dtype, **options)).lower(codes, scales, table)
-    if request["kernel"] == "dequantize":
-
-        def dequantize(packed: Any) -> jax.Array:
-            return gpu.dequantize(packed, shape=shape, dtype=dtype, **options)
-
-        return jax.jit(dequantize).lower(packed)
-
-    x = array((request["rows"], shape[1]), dtype)
-    if request["kernel"] == "wgmma":
-
-        def middle(x: jax.Array, packed: Any) -> jax.Array:
-            return wgmma.matmul(x, packed, shape=shape, dtype=dtype, **options)
-
-        return jax.jit(middle).lower(x, packed)
-
-    split = options.get("split")
-    split = gpu.Split(*split) if split else gpu.split_for(shape, request["rows"])
-
-    def matmul(x: jax.Array, packed: Any) -> jax.Array:
-        return gpu.matmul(x, packed, shape=shape, split=split)
-
-    return jax.jit(matmul).lower(x, packed)
+        codes = array(named["shape"], jnp.uint8)
+        kernel = decoded(named["dtype"], **options)
+        return jax.jit(kernel).lower(codes, scales, table)
+    if kind == "dequantize":
+        return jax.jit(lambda p: gpu.dequantize(p, **named, **options)).lower(packed)
+    x = array((rows, named["shape"][1]), named["dtype"])
+    if kind == "wgmma":
+        return jax.jit(lambda *a: wgmma.matmul(*a, **named, **options)).lower(x, packed)
+    shape, split = named["shape"], options.get("split")
+    split = gpu.Split(*split) if split else gpu.split_for(shape, rows)
+    product = jax.jit(lambda *a: gpu.matmul(*a, shape=shape, split=split))
+    return product.lower(x, packed)
 
 
 def decoded(dtype: Any, transposed: bool) -> Any:
@@ -137,16 +138,28 @@ def lower_attention(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
             return jax.vjp(call, q, k, v)[1](dout)
 
         return jax.jit(gradient).lower(q, k, v, dout, segments)
-    kernels = {
-        "queries": attention_gpu._backward_queries,
-        "keys": attention_gpu._backward_keys,
-    }
-
-    def backward(*arrays: Any) -> Any:
-        return kernels[request["kernel"]](*arrays, tiles=None, interpret=False)
-
+    kernel = getattr(attention_gpu, f"_backward_{request['kernel']}")
+    backward = functools.partial(kernel, tiles=None, interpret=False)
     numbers = array((batch, heads, 2, length), jnp.float32)
     return jax.jit(backward).lower(q, k, v, dout, numbers, segments)
+
+
+def lower_generation(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
+    """Traces generation with the requested model."""
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    compute = {name: request[name] for name in ("attention", "remat", "kernels")}
+    config = LlamaConfig.from_hf(request["config"])
+    base = abstract_base(config, quantization="nf4_dq")
+    # The adapters as they are trained: one rank and scaling for all.
+    variables = {"params": base, "lora": abstract_adapters(base, lora)}
+    rows = jax.ShapeDtypeStruct((request["batch"], request["length"]), jnp.int32)
+    values = jax.eval_shape(lambda: Values.of(Sampling()))
+    arguments = (variables, rows, rows, values)
+    arguments = jax.tree.map(lambda a: array(a.shape, a.dtype), arguments)
+    model, size = Llama(config, Compute(lora=lora, **compute)), request["generate"]
+    cache_size = request["length"] + size
+    program = _Program.of(model, Sampling(), (2,), cache_size=cache_size)
+    return _generate.lower(program, *arguments, max_new_tokens=size)
 
 
 def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
@@ -158,31 +171,27 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "_infer_arch", None) is infer_arch:
             module._infer_arch = lambda *_, **__: card.compute_capability
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=device)
+    os.environ["MOSAIC_GPU_DUMP_HOST_LLVM"] = "1"
     for number, request in enumerate(requests):
         folder = out / str(number)
         folder.mkdir()
-        os.environ |= {
-            "MOSAIC_GPU_DUMP_TO": str(folder),
-            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
-        }
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
         lower = lower_nf4 if "shape" in request else lower_attention
+        lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
             lowered = lower(request, array)
-        memory = lowered.compile().memory_analysis()
-        for kind in KEPT if request["kernel"] != "gradient" else ():
+        compiled = lowered.compile()
+        if "config" in request:
+            (folder / "program.txt").write_text(compiled.as_text())
+        for kind in KEPT if request.get("kernel", "gradient") != "gradient" else ():
             made = list(folder.glob(f"*.{kind}"))
+            # Each request must make one kernel, and none that an earlier one made.
             if len(made) != 1:
-                raise SystemExit(
-                    f"{len(made)} files .{kind} for {request}: each request must make "
-                    "one kernel, and none that an earlier one made."
-                )
+                raise SystemExit(f"{len(made)} files .{kind} for {request}")
             made[0].rename(folder / f"kernel.{kind}")
-        sizes = {"temporaries": memory.temp_size_in_bytes}
-        (folder / "memory.json").write_text(json.dumps(sizes))
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        (folder / "memory.json").write_text(json.dumps({"temporaries": temporaries}))
 
 
 if __name__ == "__main__":
