@@ -23,6 +23,7 @@ from qlora_jax.runs.checkpoint import (
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.resume import compare_records, continue_run
 from qlora_jax.training.step import TrainState, init_state
+from tests.runs.directories import LATE_READS
 
 RECORD = {"batches": 3, "lora": {"r": 4, "target_modules": ["q_proj"]}}
 
@@ -127,7 +128,7 @@ def test_a_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path, monkeypatch, 
 
 UNFORESEEN = """
 import pathlib, resource, sys
-import test_checkpoint as here
+from tests.runs import test_checkpoint as here
 from qlora_jax.errors import CheckpointError
 from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.config import CheckpointConfig
@@ -152,7 +153,7 @@ def test_a_disk_that_fills_while_orbax_writes_is_a_checkpoint_error(tmp_path):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}."},
+        env=os.environ | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr
     assert "cannot be written: File too large. The checkpoints there" in done.stdout
@@ -215,12 +216,6 @@ def test_differences_are_named_with_both_values():
 
 
 # --- damage ---
-
-# Where one of many reads has failed, those that end after Orbax has closed its event
-# loop say so from threads of tensorstore, at a time of their own.
-LATE_READS = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
 
 NOW = {"base_fingerprint": "x", "model": {"dtype": "float32", "lm_head": "dense"}}
 
