@@ -19,6 +19,8 @@ from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.runner import run
 
+pytestmark = pytest.mark.usefixtures("compile_each_program_once")
+
 
 @pytest.fixture(scope="module")
 def make(make):

@@ -21,13 +21,7 @@ from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.eval_data import load_held_out, split_held_out
-from qlora_jax.runs.evaluation import (
-    Best,
-    Evaluation,
-    check_prompts,
-    held_out_loss,
-    perplexity,
-)
+from qlora_jax.runs.evaluation import Best, Evaluation, check_prompts, perplexity
 from qlora_jax.runs.metrics import read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.training.step import jit_eval
@@ -110,13 +104,6 @@ def test_nan_is_never_the_best_loss():
     assert best == Best(1, 2.0, 2)
     assert perplexity(math.log(7.0)) == pytest.approx(7.0, rel=1e-15)
     assert math.isfinite(perplexity(5000.0))
-
-
-def test_the_sum_is_over_all_batches():
-    sums = iter([(10.0, 2), (3.0, 4), (0.0, 0)])
-    batches = [{"n": 1}, {"n": 2}, {"n": 3}]
-    total, tokens = held_out_loss(lambda a, b, batch: next(sums), None, None, batches)
-    assert (total, tokens) == (13.0, 6)
 
 
 # --- Data that cannot be measured on ---
