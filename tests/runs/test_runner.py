@@ -20,8 +20,6 @@ import convert
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.init import init_adapters
 from qlora_jax.runs import prepare as prepared
 from qlora_jax.runs import runner
 from qlora_jax.runs.metrics import read_metrics
@@ -75,11 +73,9 @@ def short(tmp_path_factory, make):
 
 
 # Steps here are faster than the writing of a checkpoint in the background. The signal
-# is raised in this thread: sent to the process, it may come when the run is over. Tests
-# that a shell runs in the background inherit from it that SIGINT is ignored.
+# is raised in this thread: sent to the process, it may come when the run is over.
 AT_STEP = """
 import signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_jax.runs.metrics import Watch
 noted = Watch.step
 def step(self, number, *rest):
@@ -88,7 +84,7 @@ def step(self, number, *rest):
         newest = self.directory / "checkpoints" / "step_{saved}"
         while {saved} and not newest.exists():
             time.sleep(0.01)
-        signal.raise_signal(signal.{signal})
+        {action}
 Watch.step = step
 """
 # Audit hooks see a rename before it happens.
@@ -101,17 +97,18 @@ sys.addaudithook(hook)
 """
 
 
-def at_step(number: int, signal: str, saved: int) -> str:
-    """Lines that signal the process after a step, once a checkpoint is complete."""
-    return AT_STEP.format(number=number, signal=signal, saved=saved)
+def killed_at(number: int, saved: int) -> str:
+    """Lines that kill the process after a step, once a checkpoint is complete."""
+    kill = "signal.raise_signal(signal.SIGKILL)"
+    return AT_STEP.format(number=number, saved=saved, action=kill)
 
 
 @pytest.mark.parametrize(
     ("before", "newest"),
     [
-        (at_step(14, "SIGKILL", 12), "step_12"),
+        (killed_at(14, saved=12), "step_12"),
         (AT_RENAME.format(number=12), "step_8"),
-        (at_step(3, "SIGKILL", 0), None),
+        (killed_at(3, saved=0), None),
         (AT_RENAME.format(number=20), "step_16"),
     ],
     ids=["anew", "in a checkpoint", "before any", "in the last"],
@@ -124,11 +121,8 @@ def test_killed_and_continued_equals_uninterrupted(
     killed = train_in_a_process(config, before, None if anew else cache)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = tmp_path / "run" / "checkpoints"
-    complete = [
-        path.name
-        for path in checkpoints.iterdir()
-        if path.name.removeprefix("step_").isdigit()
-    ]
+    names = [path.name for path in checkpoints.iterdir()]
+    complete = [name for name in names if name.removeprefix("step_").isdigit()]
     assert max(complete, key=lambda n: int(n[5:]), default=None) == newest
     run(config)
     assert_same_runs(straight, config)
@@ -145,13 +139,13 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_a_finished_run_is_not_changed(tmp_path, make, short, capsys):
     directory = shutil.copytree(short, tmp_path / "run")
-    before = snapshot(directory)
-    report = run(make(directory, train={"steps": 3}))
+    before, config = snapshot(directory), make(directory, train={"steps": 3})
+    report = run(config)
     assert report == json.loads((short / "report.json").read_text())
     assert "finished (step 3 of 3); nothing was changed" in capsys.readouterr().err
     after = snapshot(directory)
-    before.pop("config.toml"), after.pop("config.toml")
-    assert before == after
+    del before["config.toml"], after["config.toml"]
+    assert before == after and read_config(directory / "config.toml") == config
 
 
 def test_killed_before_the_report_the_run_is_completed(tmp_path, make, short):
@@ -210,27 +204,23 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(
     assert snapshot(short) == before
 
 
-def test_a_changed_byte_of_the_base_is_refused(short, make, llama_dir, tmp_path):
+def test_changed_weights_and_data_are_refused_and_moved_data_are_not(
+    short, make, llama_dir, rows_file, tmp_path
+):
     base = shutil.copytree(llama_dir, tmp_path / "base")
     content = bytearray((base / "model.safetensors").read_bytes())
     content[-2] ^= 1
     (base / "model.safetensors").write_bytes(content)
-    before = snapshot(short)
-    message = r"base_fingerprint: '\w{64}' -> '\w{64}' \(the wei"
-    with pytest.raises(UserError, match=message):
-        run(make(short, model={"path": str(base)}, train={"steps": 4}))
-    assert snapshot(short) == before
-
-
-def test_changed_data_is_refused_and_moved_data_is_not(
-    short, make, rows_file, tmp_path
-):
     moved, lines = tmp_path / "moved.jsonl", rows_file.read_text().splitlines()
-    directory = shutil.copytree(short, tmp_path / "run")
     moved.write_text("\n".join(lines[1:]))
+    directory = shutil.copytree(short, tmp_path / "run")
     before = snapshot(directory)
-    with pytest.raises(UserError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
-        run(make(directory, data={"path": str(moved)}, train={"steps": 4}))
+    for section, path, message in (
+        ("model", base, r"base_fingerprint: '\w{64}' -> '\w{64}' \(the wei"),
+        ("data", moved, r"data\.fingerprint: '\w+' -> '\w+'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(make(directory, train={"steps": 4}, **{section: {"path": str(path)}}))
     assert snapshot(directory) == before
     moved.write_text("\n".join(lines))
     run(make(directory, data={"path": str(moved)}, train={"steps": 3}))
@@ -249,7 +239,7 @@ def test_a_run_compiles_its_step_once(tmp_path, make, caplog):
     assert len(once_in_each_process) == 2
 
 
-def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir):
+def test_metrics_adapter_and_report_agree(tmp_path, make, architecture, llama_dir):
     config = make(
         tmp_path / "run",
         data={"packing": True},
@@ -280,9 +270,7 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir):
     assert report["final_loss"] == rows[-1]["loss"]
 
     # adapter/: what the newest checkpoint holds.
-    lora, adapters = convert.load_adapter(
-        directory / "adapter", convert.abstract_llama(llama_dir)[0]
-    )
+    lora, adapters = convert.load_adapter(directory / "adapter", architecture)
     assert (lora.r, lora.lora_alpha) == (4, 8)
     assert lora.base_model_name_or_path == str(llama_dir)
     state = final_state(directory, config)
@@ -292,8 +280,7 @@ def test_metrics_adapter_and_report_agree(tmp_path, make, llama_dir):
     trained = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     assert report["trainable_parameters"] == trained
     assert sum(report["groups"].values()) == trained
-    weights = directory / "adapter" / "adapter_model.safetensors"
-    assert report["adapter_bytes"] == weights.stat().st_size
+    assert report["adapter_bytes"] == len(weights(directory))
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
     assert report["optimizer_bytes"] == nbytes == trained * 8 + 8
     dense = safetensors.numpy.load_file(llama_dir / "model.safetensors").values()
@@ -328,18 +315,11 @@ def test_a_run_can_start_from_an_adapter(tmp_path, make, short, capsys):
 
 
 def test_a_start_that_fails_leaves_nothing_behind(
-    tmp_path, make, capsys, monkeypatch, edit_tensors
+    tmp_path, make, short, capsys, monkeypatch, edit_tensors
 ):
-    source = tmp_path / "adapter"
-    base = convert.load_llama(make("x").model.path, quantization=None)[1]
-    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=("q_proj",))
-    adapters = init_adapters(jax.random.key(0), base, lora)
-    convert.save_adapter(source, lora, jax.device_get(adapters), base)
-    config = make(
-        tmp_path / "new" / "run",
-        lora={"target_modules": ("q_proj",), "lora_alpha": 16},
-        train={"steps": 1, "adapter_init": str(source)},
-    )
+    source = shutil.copytree(short / "adapter", tmp_path / "adapter")
+    start = {"steps": 1, "adapter_init": str(source)}
+    config = make(tmp_path / "new" / "run", lora={"lora_alpha": 16}, train=start)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
     def widen(tensors):
@@ -418,57 +398,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, make, monkeypatch):
 
 
 def test_a_learning_rate_far_too_high_stops_the_run(tmp_path, make):
-    config = make(
-        tmp_path / "run", train={"learning_rate": 1e38}, checkpoint={"every": 50}
-    )
+    train, checkpoint = {"learning_rate": 1e38}, {"every": 50}
     with pytest.raises(UserError, match=r"Step \d+ is not finite.*no checkpoint yet"):
-        run(config)
+        run(make(tmp_path / "run", train=train, checkpoint=checkpoint))
 
 
 # --- the directory ---
 
 
-def test_the_output_directory_has_to_be_a_run_or_empty(tmp_path, make):
-    (tmp_path / "file").write_text("mine")
-    for directory, problem in (
-        ("file", "`.*file` is a file"),
-        ("file/run", "`.*/file` is a file"),
-        ("", "not empty and holds no run"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            run(make(tmp_path / directory))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_directory_that_cannot_be_written_is_refused_at_once(
+def test_the_output_directory_has_to_be_a_run_or_empty_and_writable(
     tmp_path, make, monkeypatch
 ):
+    (tmp_path / "file").write_text("mine")
+    for directory, problem in (
+        (tmp_path / "file", "`.*file` is a file"),
+        (tmp_path / "file" / "run", "`.*/file` is a file"),
+        (tmp_path, "not empty and holds no run"),
+        ("/proc/run", "`/proc/run` cannot be made"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            run(make(directory))
+    assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="no permission to write in"):
         run(make(tmp_path / "run"))
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="`/proc/run` cannot be made"):
-        run(make("/proc/run"))
 
 
 # Once a checkpoint is complete, no file may grow beyond a size.
-FULL = """
-import resource, time
-from qlora_jax.runs.metrics import Watch
-noted = Watch.step
-def step(self, number, *rest):
-    noted(self, number, *rest)
-    if number == 5:
-        while not (self.directory / "checkpoints" / "step_4").exists():
-            time.sleep(0.01)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-Watch.step = step
-"""
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
 
 
 def test_a_full_disk_costs_nothing_but_time(tmp_path, everything, straight, cache):
     config = everything(tmp_path / "run")
-    full = train_in_a_process(config, FULL, cache)
+    before = AT_STEP.format(number=5, saved=4, action=LIMIT)
+    full = train_in_a_process(config, before, cache)
     assert full.returncode == 1, full.stderr
     *lines, last = full.stderr.splitlines()
     # The lines of every run, and none of the threads that write.
