@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.data import examples
+from qlora_jax.data import arrays, examples
 from qlora_jax.data.arrays import MappedExamples
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig, Source
@@ -22,6 +23,7 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -185,35 +187,28 @@ def test_rows_that_cannot_be_used_leave_nothing_behind(load, cache, rows):
     assert caches(cache) == [] and not list(cache.glob(".*.partial"))
 
 
+def _load_until_killed(config, tokenizer):
+    add, count = arrays.Sink.add, itertools.count(1)
+
+    def kill_at_300(self, tokens, labels):
+        if next(count) == 300:
+            self._streams[0].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, tokens, labels)
+
+    arrays.Sink.add = kill_at_300
+    load_examples(config, tokenizer, vocab_size=300)
+
+
 def test_the_next_process_clears_what_a_killed_process_left(
-    load, tokenizer, tmp_path, cache, rows
+    load, tokenizer, cache, rows
 ):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    program = f"""
-import os, signal
-from transformers import PreTrainedTokenizerFast
-from qlora_jax.data import arrays
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.examples import load_examples
-real = arrays.Sink.add
-count = 0
-def add(self, tokens, labels):
-    global count
-    count += 1
-    if count == 300:
-        self._streams[0].flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, tokens, labels)
-arrays.Sink.add = add
-tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
-load_examples({config_of(rows, cache)!r}, tokenizer, vocab_size=300)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+    process = SPAWN.Process(
+        target=_load_until_killed, args=(config_of(rows, cache), tokenizer)
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert caches(cache) == []
     (partial,) = cache.glob(".*.partial")
     assert (partial / "tokens.i4").stat().st_size > 0
@@ -229,10 +224,9 @@ def _load_slowly(config, tokenizer, queue):
 
 
 def test_processes_that_start_together_tokenize_once(tokenizer, cache, rows):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = SPAWN.Queue()
     args = (config_of(rows, cache), tokenizer, queue)
-    processes = [context.Process(target=_load_slowly, args=args) for _ in range(2)]
+    processes = [SPAWN.Process(target=_load_slowly, args=args) for _ in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=120) for _ in processes]
@@ -259,35 +253,30 @@ def test_a_cache_that_cannot_be_written_is_refused(load, write, rows):
 
 _MEASURE = """
 import json, re, sys
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
 
-def memory(name):
-    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
 
 path, tokenizer, cache = sys.argv[1:4]
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-config = DataConfig(path=path, max_length=512, packing=True, cache=cache or None)
-def train(examples, steps):
+def train(path, cache=None, steps=None):
+    config = DataConfig(path=path, max_length=512, packing=True, cache=cache)
+    examples = load_examples(config, tokenizer, vocab_size=512)
+    steps = steps or len(examples) // 8
     batches = Batches(examples, config, batch_size=8, pad_token_id=0, steps=steps)
     for index in range(steps):
         batches[index]
-warm = DataConfig(path=path + ".small", max_length=512, packing=True)
-examples = load_examples(warm, tokenizer, vocab_size=512)
-train(examples, 20)
-before = memory("VmHWM")
-examples = load_examples(config, tokenizer, vocab_size=512)
-loaded = memory("VmHWM")
-train(examples, len(examples) * 512 // 512 // 8)
-examples.used()
-print(json.dumps({
-    "bytes": 8 * examples.report.tokens,
-    "loaded": (loaded - before) * 1024,
-    "trained": (memory("VmHWM") - before) * 1024,
-}))
+    examples.used()
+    return examples.report.tokens
+train(path + ".small", steps=20)
+before = peak()
+tokens = train(path, cache or None)
+print(json.dumps({"bytes": 8 * tokens, "trained": peak() - before}))
 """
 
 

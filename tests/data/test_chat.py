@@ -132,18 +132,10 @@ def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):
 
 # --- templates that cannot be labelled ---
 
-THOUGHT = [CONVERSATION[0], {"role": "assistant", "content": "hmm</think>yes"}]
-
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (
-            "{% for m in messages %}<{{ m.role }}>"
-            "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
-            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
-            r"f:3: .* turn 2 differently once other turns",
-        ),
         (
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
             "{% if add_generation_prompt %}<assistant><think>{% endif %}",
@@ -159,13 +151,13 @@ THOUGHT = [CONVERSATION[0], {"role": "assistant", "content": "hmm</think>yes"}]
             )
         ),
     ],
-    ids=["rewrites turns", "prompt", "nested marks", "cut marks"],
+    ids=["prompt", "nested marks", "cut marks"],
 )
 def test_a_template_whose_turns_cannot_be_told_apart_is_refused(
     supervised, template, message
 ):
     with pytest.raises(UserError, match=message):
-        supervised(template, THOUGHT + CONVERSATION[2:], where="f:3")
+        supervised(template, where="f:3")
 
 
 @pytest.mark.parametrize(
@@ -338,8 +330,9 @@ def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks(
     # Without the marks, the same template cannot be labelled.
     bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
     assert not ChatRenderer(chat_tokenizer(bare)).has_marks
-    with pytest.raises(UserError, match="writes turn 2 differently once other turns"):
-        supervised(bare, turns)
+    message = "f:3: .* turn 2 differently once other turns"
+    with pytest.raises(UserError, match=message):
+        supervised(bare, turns, where="f:3")
 
 
 def test_marks_may_cover_part_of_a_turn(supervised):

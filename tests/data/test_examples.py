@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
@@ -253,10 +252,11 @@ def test_long_rows_can_be_dropped(load, decoded, packing):
     assert examples.report.dropped == {"longer than max_length=6": 1}
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("length", range(3, 40))
-def test_windows_of_a_plain_text_lose_nothing(write, load, tokenizer, length):
+def test_windows_of_a_plain_text_lose_nothing(write, load, tokenizer, length, packing):
     text = "".join(chr(97 + i % 26) for i in range(length))
-    examples = load(write(text, "book.txt"), max_length=8)
+    examples = load(write(text, "book.txt"), max_length=8, packing=packing)
     pieces = [tokenizer.decode(examples[i][0]) for i in range(len(examples))]
     assert "".join(pieces) == f"<s>{text}</s>"
     assert len(examples) == -(-(length + 2) // 8)
@@ -265,6 +265,7 @@ def test_windows_of_a_plain_text_lose_nothing(write, load, tokenizer, length):
     for index in range(len(examples)):
         assert (examples[index][1][1:] != IGNORE).all()
     assert examples.report.documents_cut == (length + 2 > 8)
+    assert examples.report.longest_row == length + 2
     assert not examples.report.dropped and not examples.report.truncated
 
 
@@ -459,32 +460,6 @@ def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
     assert time.process_time() - start < 10  # 2 s are usual
     assert report.rows_read == report.rows_kept == report.supervised_eos == 7473
     assert report.packing_efficiency > 0.98 and report.tokens_lost == 0
-
-
-@pytest.mark.real
-def test_alpaca_rows_are_read_by_templates(load, shared_data, mistral):
-    path = shared_data / "text/llms-from-scratch/instruction-data.json"
-    rows = json.loads(path.read_text())
-    config = {"prompt": "{instruction}\n{input}\n", "completion": "{output}"}
-    examples = load(path, mistral, 32000, **PAIRS, **config)
-    assert len(examples) == len(rows) == 1100
-    for index in (0, 1, 2, 1099):
-        _, labels = examples[index]
-        expected = rows[index]["output"] + "</s>"
-        assert mistral.decode(labels[labels != IGNORE]) == expected
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_book_loses_no_token(load, shared_data, packing):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared_data / "stories260K")
-    path = shared_data / "text/tinyshakespeare/input.txt"
-    examples = load(str(path), tokenizer, 512, max_length=512, packing=packing)
-    text = path.read_text()
-    expected = tokenizer(text, verbose=False)["input_ids"] + [2]
-    assert examples.tokens.tolist() == expected
-    assert examples.report.tokens_lost == 0 and examples.report.documents_cut == 1
-    assert examples.report.longest_row == len(expected)
 
 
 def test_the_progress_bar_is_on_stderr_and_changes_nothing(write, tokenizer, capsys):
