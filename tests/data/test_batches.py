@@ -60,17 +60,6 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 37).tolist()
 # --- order ---
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_batch_depends_only_on_its_index(batches_of, packing):
-    config = dict(packing=packing, max_length=64, seed=3)
-    straight = batches_of(LENGTHS, 3, 2, steps=40, **config)
-    expected = list(straight)
-    assert len(expected) == len(straight) == 40
-    resumed = batches_of(LENGTHS, 3, 2, **config)
-    for index in np.random.default_rng(1).permutation(40).tolist():
-        assert same(resumed[index], expected[index])
-
-
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (2, 7)])
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_epoch_sees_every_row_once(batches_of, sizes, packing):
@@ -90,12 +79,9 @@ def test_without_shuffling_the_files_order_is_kept(batches_of):
     assert firsts == [[1000, 1002], [1005, 1000], [1002, 1005]]
 
 
-def test_the_seed_chooses_the_order(batches_of):
+def test_the_seed_chooses_the_order_and_its_order_never_changes(batches_of):
     batches = [batches_of(LENGTHS, 37, seed=seed)[0] for seed in (0, 1, 2**64 - 1)]
     assert len({tuple(first_tokens(batch)) for batch in batches}) == 3
-
-
-def test_the_order_of_a_seed_never_changes(batches_of):
     # A run must continue in the same order under every numpy.
     batches = batches_of([2] * 8, 8, seed=5)
     orders = [[(t - 1000) // 2 for t in first_tokens(batches[i])] for i in (0, 1)]
@@ -125,6 +111,7 @@ def test_tokens_counts_what_is_not_padding(batches_of, packing):
 
 def test_batches_end_after_their_steps(batches_of):
     batches = batches_of([2, 3], steps=2)
+    assert len(batches) == len(list(batches)) == 2
     with pytest.raises(IndexError, match="batch 2 of 2"):
         batches[2]
     endless = batches_of([2, 3])
@@ -251,8 +238,9 @@ def test_prefetch_raises_where_the_batch_is_due():
     with pytest.raises(UserError, match="row 3 is bad"):
         for batch in prefetch(Numbered(bad_index=3), 0, 10):
             seen.append(int(batch["tokens"][0]))
-    assert seen == [0, 1, 2]
-    assert not threads()
+    assert seen == [0, 1, 2] and not threads()
+    with pytest.raises(UserError, match="`depth` must be a positive integer, got 0"):
+        prefetch(Numbered(), 0, 1, depth=0)
 
 
 def test_prefetch_ends_when_the_consumer_stops(batches_of):
@@ -262,11 +250,6 @@ def test_prefetch_ends_when_the_consumer_stops(batches_of):
     assert threads()
     stream.close()
     assert not threads()
-
-
-def test_prefetch_needs_a_depth(batches_of):
-    with pytest.raises(UserError, match="`depth` must be a positive integer, got 0"):
-        prefetch(batches_of([2]), 0, 1, depth=0)
 
 
 # --- evaluation ---

@@ -236,17 +236,16 @@ def test_processes_that_start_together_tokenize_once(tokenizer, cache, rows):
     assert len({fingerprint for _, fingerprint in results}) == 1
 
 
-def test_auto_is_named_after_the_run_directory(load, tmp_path, rows):
+def test_auto_is_named_after_the_run_directory_and_a_file_is_no_cache(
+    load, tmp_path, rows
+):
     load(rows, "auto", run=tmp_path / "run")
     assert len(caches(tmp_path / "run.data")) == 1
     with pytest.raises(UserError, match="'auto' is named after a run directory"):
         load(rows, "auto")
-
-
-def test_a_cache_that_cannot_be_written_is_refused(load, write, rows):
     message = "`data.cache`: cannot write .* 8 bytes a token"
     with pytest.raises(UserError, match=message):
-        load(rows, write("", "file"))
+        load(rows, rows)
 
 
 # --- memory ---

@@ -142,25 +142,25 @@ def chat(write, load):
     return chat
 
 
-def test_messages_supervise_the_assistant(chat, decoded):
-    text, supervised = decoded(chat(TURNS))
+@pytest.mark.parametrize("name", ["tokenizer", "slow_tokenizer"])
+def test_messages_supervise_the_assistant(chat, decoded, request, name):
+    tokenizer = request.getfixturevalue(name)
+    examples = chat(TURNS, TURNS[:3], tokenizer=tokenizer)
+    text, supervised = decoded(examples)
     assert text == "<s>user:hi\nassistant:yo</s>\nuser:more\nassistant:no</s>\n"
     assert supervised == "yo</s>no</s>"
-    everything = chat(TURNS, train_on="all")
+    assert decoded(examples, 1) == (text.removesuffix("assistant:no</s>\n"), "yo</s>")
+    everything = chat(TURNS, tokenizer=tokenizer, train_on="all")
     assert decoded(everything) == (text, text.removeprefix("<s>"))
-
-
-def test_messages_without_offsets_give_the_same(chat, slow_tokenizer):
-    fast = chat(TURNS, TURNS[:3])
-    slow = chat(TURNS, TURNS[:3], tokenizer=slow_tokenizer)
-    np.testing.assert_array_equal(fast.tokens, slow.tokens)
-    np.testing.assert_array_equal(fast.labels, slow.labels)
 
 
 def test_a_conversation_without_an_answer_is_dropped_and_counted(chat):
     report = chat(TURNS, TURNS[:1]).report
     assert report.dropped == {"no assistant turn": 1}
     assert (report.rows_read, report.rows_kept) == (2, 1)
+    nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
+        chat(TURNS, template=CHAT + nothing)
 
 
 def test_the_report_says_how_the_assistants_text_was_located(chat, decoded):
@@ -175,12 +175,6 @@ def test_the_report_says_how_the_assistants_text_was_located(chat, decoded):
     assert "as the chat template marks it" in examples.report.summary()
     # This one marks every turn, and not the ends of them.
     assert decoded(examples)[1] == "hiyomoreno"
-
-
-def test_rows_are_dropped_if_the_template_marks_no_assistant_turn(chat):
-    nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-    with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
-        chat(TURNS, template=CHAT + nothing)
 
 
 # --- tokens ---
@@ -303,15 +297,12 @@ def test_a_json_list_a_jsonl_and_a_txt_of_jsonl_are_the_same_rows(write, fingerp
     assert len(set(map(fingerprint, paths))) == 1
 
 
-def test_a_line_separator_inside_a_string_does_not_end_the_row(write, load, decoded):
-    path = write('{"text": "a\u2028b\u0085c"}\n')
-    assert decoded(load(path))[0] == "<s>a\u2028b\u0085c</s>"
-
-
 @pytest.mark.parametrize("start", ["[Act 1]", "{ not json", '"quoted"'])
-def test_plain_text_may_begin_with_a_bracket(write, load, decoded, start):
+def test_brackets_and_line_separators_may_be_text(write, load, decoded, start):
     path = write(f"{start}\nline", "play.txt")
     assert decoded(load(path))[0] == f"<s>{start}\nline</s>"
+    path = write('{"text": "a\u2028b\u0085c"}\n')
+    assert decoded(load(path))[0] == "<s>a\u2028b\u0085c</s>"
 
 
 @pytest.mark.parametrize(

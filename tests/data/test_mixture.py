@@ -77,6 +77,7 @@ def same(a, b):
 def test_a_batch_depends_only_on_its_index(batches_of, packing, shuffle, weights):
     options = dict(packing=packing, shuffle=shuffle, seed=11)
     expected = list(batches_of(weights, steps=60, **options))
+    assert len(expected) == 60
     resumed = batches_of(weights, **options)
     for index in np.random.default_rng(1).permutation(60).tolist():
         assert same(resumed[index], expected[index])

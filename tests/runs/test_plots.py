@@ -147,9 +147,7 @@ def test_one_value_is_a_dot_and_points_are_dots_on_a_line():
     assert [dot[2] for dot in line.dots] == ["a, step 3: 1.5"]
     (line,) = chart([Curve("a", [1, 2], [5.0, 6.0], style="points")], label="two").lines
     assert [dot[:2] for dot in line.dots] == line.points
-
-
-def test_curves_without_a_finite_value_and_flat_ones_have_charts():
+    # Curves without a finite value and flat ones have charts too.
     assert not chart([Curve("a", [1], [float("inf")])], label="none").lines
     (line,) = chart([Curve("a", [1, 2], [0.0, 0.0])], label="flat").lines
     assert len(line.points) == 2

@@ -53,19 +53,10 @@ def test_values_have_the_types_of_their_fields(tmp_path):
     assert config.log.plot is False and config.output_dir == "out"
 
 
-def test_features_of_peft_are_skipped_if_off_and_refused_if_on(tmp_path):
+def test_features_of_peft_that_are_off_are_skipped(tmp_path):
     lora = "[lora]\ninit_lora_weights = true\ntask_type = 'CAUSAL_LM'\n"
     lora += "fan_in_fan_out = false\nlayer_replication = []\n"
     assert read(tmp_path, RUN + lora).lora == LoraConfig()
-    for line, named in (
-        ("layer_replication = [[0, 2]]", r"`layer_replication`=\[\[0, 2\]\]"),
-        ("target_parameters = ['a.b']", r"`target_parameters`=\['a.b'\]"),
-        ("use_qalora = true\nfan_in_fan_out = true", "`fan_in.*, `use_qalora`=True"),
-    ):
-        with pytest.raises(UserError, match=f"features .* not supported: {named}"):
-            read(tmp_path, f"{RUN}[lora]\n{line}")
-    with pytest.raises(UserError, match="`task_type` must be 'CAUSAL_LM'.*'SEQ_CLS'"):
-        read(tmp_path, f"{RUN}[lora]\ntask_type = 'SEQ_CLS'")
 
 
 ODD = 'a "quoted" \\ path\twith\r\nodd\x7f näme """ \U0001f600\n'
@@ -131,6 +122,22 @@ def test_the_run_file_of_the_docs_reads_back_equal(tmp_path, repository):
         read(tmp_path, block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6"))
 
 
+EVAL = """
+[eval]
+fraction = 1.5
+every = 0
+early_stopping_threshold = 0.1
+sample_every = 3
+prompt = "{q}"
+"""
+EVAL_PROBLEMS = (
+    "(?s)`prompt`: these apply to `path`, which is not set.*"
+    "`fraction` must be between 0 and 1, got 1.5.*`every` must be at least 1, got 0.*"
+    "`early_stopping_threshold` needs `early_stopping_patience`.*"
+    "`sample_every` needs `sample_prompts`"
+)
+PATIENT = "[eval]\nearly_stopping_patience = 2\n"
+FEATURES = "features .* not supported: "
 ONE_OF = "must be one of 'constant', 'linear', 'cosine'"
 
 
@@ -158,6 +165,34 @@ ONE_OF = "must be one of 'constant', 'linear', 'cosine'"
         (RUN + "epochs = 1", "give either `steps` or `epochs`"),
         (RUN + "[checkpoint]\nevery = 0", "checkpoint: `every` must be at least 1"),
         (RUN + "[log]\nevery = 0", "log: `every` must be at least 1, got 0"),
+        (
+            RUN + "[log]\nreport_to = ['comet']",
+            "knows 'tensorboard', 'wandb', got 'comet'",
+        ),
+        (RUN + "[log]\nreport_to = ['wandb', 'wandb']", "repeats a name"),
+        (RUN + EVAL, EVAL_PROBLEMS),
+        (RUN + PATIENT, "needs data to measure"),
+        (RUN + "[eval]\npath = 'a'\nexamples = 3", "give one of `path`, `examples`"),
+        (
+            RUN + PATIENT + "path = 'a'\nearly_stopping_threshold = nan",
+            "`early_stopping_threshold` must be >= 0",
+        ),
+        (
+            RUN + "[lora]\nlayer_replication = [[0, 2]]",
+            FEATURES + r"`layer_replication`=\[\[0, 2\]\]",
+        ),
+        (
+            RUN + "[lora]\ntarget_parameters = ['a.b']",
+            FEATURES + r"`target_parameters`=\['a.b'\]",
+        ),
+        (
+            RUN + "[lora]\nuse_qalora = true\nfan_in_fan_out = true",
+            FEATURES + "`fan_in.*, `use_qalora`=True",
+        ),
+        (
+            RUN + "[lora]\ntask_type = 'SEQ_CLS'",
+            "`task_type` must be 'CAUSAL_LM'.*'SEQ_CLS'",
+        ),
         (
             RUN + "[[data.sources]]\nwight = 1",
             r"sources` 1: `wight` is not an option .*`weight`",
