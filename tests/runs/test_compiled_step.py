@@ -15,7 +15,6 @@ from qlora_jax.errors import UserError
 from qlora_jax.planning import gpus
 from qlora_jax.planning.gpus import ALLOWANCE, this_device
 from qlora_jax.runs import compiled_step
-from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.runner import run
 
@@ -26,9 +25,10 @@ pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 def make(make):
     """A function: directory, settings of [lora] and [model] -> a short run."""
 
-    def short(directory, lora=None, **model):
+    def short(directory, lora=None, data=None, eval=None, **model):
         lora = {"target_modules": "all-linear"} | (lora or {})
-        return make(directory, model=model, lora=lora, train={"steps": 3})
+        given = {"data": data or {}, "eval": eval or {}, "train": {"steps": 3}}
+        return make(directory, model=model, lora=lora, **given)
 
     return short
 
@@ -106,10 +106,8 @@ def test_a_run_that_cannot_be_measured_ends_before_its_base_is_loaded(
     short.write_text("\n".join(rows_file.read_text().splitlines()[:9]))
 
     def measured(directory, rows):
-        config = make(directory, remat="full")
-        data = dataclasses.replace(config.data, path=str(short))
-        held = EvalConfig(path=str(rows_file), every=2, batch_size=rows)
-        return dataclasses.replace(config, data=data, eval=held)
+        held = {"path": str(rows_file), "every": 2, "batch_size": rows}
+        return make(directory, data={"path": str(short)}, eval=held, remat="full")
 
     few = run(measured(tmp_path / "few", 1))["plan"]
     held = sum(few["device_bytes"][part] for part in ("base", "adapters", "optimizer"))

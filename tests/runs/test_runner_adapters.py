@@ -64,10 +64,11 @@ KINDS = {
 def make(make):
     """A function: directory, settings of [lora] and [train] -> a configuration."""
 
-    def short(directory: Path, lora: dict, **train) -> RunConfig:
+    def short(directory: Path, lora: dict, model=None, data=None, **train) -> RunConfig:
         return make(
             directory,
-            data={"max_length": 32},
+            model=model or {},
+            data={"max_length": 32} | (data or {}),
             lora={"target_modules": LoraConfig.target_modules, **lora},
             train={"steps": 4, **train},
             checkpoint={"every": 2},
@@ -166,10 +167,8 @@ def test_pissa_starts_as_the_base(make, tmp_path, plain):
 
 
 def test_loftq_and_modules_inside_each_other_are_refused(make, tmp_path):
-    config = make(tmp_path / "run", KINDS["loftq"])
-    model = dataclasses.replace(config.model, quantization="none")
     with pytest.raises(UserError, match="not quantized"):
-        run(dataclasses.replace(config, model=model))
+        run(make(tmp_path / "run", KINDS["loftq"], {"quantization": "none"}))
     kind = {"target_modules": ("q_proj",), "modules_to_save": ("mlp", "up_proj")}
     with pytest.raises(UserError, match=r"mlp.up_proj`, and `.*mlp` that contains it"):
         run(make(tmp_path / "run", kind))
@@ -229,9 +228,9 @@ def test_an_adapter_is_continued_at_a_longer_context(
     changes["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
 
     def longer(directory, steps):
-        config = make(
-            tmp_path / directory,
-            {},
+        return make(
+            *(tmp_path / directory, {}, changes),
+            {"path": str(long_rows), "max_length": 128},
             steps=steps,
             adapter_init=str(before.directory / "adapter"),
             loraplus_lr_ratio=4.0,
@@ -239,12 +238,6 @@ def test_an_adapter_is_continued_at_a_longer_context(
             groups=(ParameterGroup("down_proj", learning_rate=0.0),),
             ema_decay=0.5,
             neftune_noise_alpha=5.0,
-        )
-        data = {"path": str(long_rows), "max_length": 128}
-        return dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, **changes),
-            data=dataclasses.replace(config.data, **data),
         )
 
     run(longer("parts", 2))

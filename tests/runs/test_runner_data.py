@@ -38,11 +38,12 @@ def sources(rows_file, tmp_path_factory):
 def make(make):
     """A function: directory, settings of [data] -> a run of packed rows."""
 
-    def packed(directory, **data) -> RunConfig:
+    def packed(directory, steps=STEPS, held_out=None, **data) -> RunConfig:
         return make(
             directory,
             data={"packing": True, **data},
-            train={"steps": STEPS, "gradient_accumulation_steps": 2},
+            train={"steps": steps, "gradient_accumulation_steps": 2},
+            eval=held_out or {},
             lora={"r": 2, "lora_alpha": 4, "target_modules": ("q_proj",)},
             checkpoint={"every": 2},
         )
@@ -71,8 +72,7 @@ def test_a_mixture_continues_to_the_same_bits(
         runner.run(config)
     # Where the tokens are held has no part in what a run is.
     other = str(tmp_path / "elsewhere") if cache is None else None
-    data = dataclasses.replace(config.data, cache=other)
-    report = runner.run(dataclasses.replace(config, data=data))
+    report = runner.run(make(tmp_path / "run", sources=sources, seed=5, cache=other))
     directory, expected = straight
     assert losses(tmp_path / "run") == losses(directory)
     assert weights(tmp_path / "run") == weights(directory)
@@ -115,10 +115,7 @@ def test_the_settings_of_a_run_with_a_mixture_continue_it(straight, capsys):
 def test_the_held_out_part_of_a_mixture_is_measured_by_source(
     make, sources, rows_file, tmp_path, capsys
 ):
-    config = make(tmp_path / "run", sources=sources)
-    short = dataclasses.replace(config.train, steps=1)
-    held = EvalConfig(examples=6)
-    report = runner.run(dataclasses.replace(config, train=short, eval=held))
+    report = runner.run(make(tmp_path / "run", 1, {"examples": 6}, sources=sources))
     assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
     mixture = json.loads(capsys.readouterr().out)
     assert mixture["rows"] == 6 == sum(s["rows"] for s in mixture["sources"].values())
@@ -182,8 +179,7 @@ def test_a_changed_run_is_refused_before_anything_is_compiled(
     message = r"train\.batch_size: 2 -> 3\n- train\.learning_rate: "
     with pytest.raises(UserError, match=message):
         runner.run(dataclasses.replace(config, train=other))
-    shorter = dataclasses.replace(config.train, steps=STEPS - 1)
     with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
-        runner.run(dataclasses.replace(config, train=shorter))
+        runner.run(make(directory, STEPS - 1, sources=sources, seed=5))
     with run_lock(directory), pytest.raises(UserError, match="Another process is trai"):
         runner.run(config)
