@@ -5,10 +5,6 @@ In reading order: `names` (of tensors), `files` and `output` (safetensors, direc
 (adapters), `merged` and `merging` (both together), `verify` (comparison), `tokenizer`.
 """
 
-from convert.hf import abstract_llama as abstract_llama
-from convert.hf import load_llama as load_llama
-from convert.hf import save_llama as save_llama
-from convert.merging import merge as merge
-from convert.peft_reading import check_adapter as check_adapter
-from convert.peft_reading import load_adapter as load_adapter
-from convert.peft_writing import save_adapter as save_adapter
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,16 +21,17 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
-from qlora_jax.lora.patterns import match_patterns
+from qlora_jax.lora import match_patterns
 from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
 
 _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
-_STORAGES = {"uint8": "U8", **FLOATS}
+# `bnb_4bit_quant_storage` is a view: another dtype and length, the same bytes.
+_STORAGES = {"uint8": "U8", **FLOAT_DTYPES}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def check(
     Returns:
       (its state, or None if there is a problem; the names of its tensors).
     """
+    # Either sign demands every part of double quantization, so that a file that lost
+    # some of them is not taken for one without it.
     double = f"{key}.nested_absmax" in files or (
         f"{key}.absmax" in files and files[f"{key}.absmax"].dtype == "U8"
     )
@@ -88,6 +91,7 @@ def check(
     if missing:
         return None, names
     try:
+        # names[3]: the JSON, a byte tensor, since safetensors holds nothing else.
         raw = json.loads(files.read_bytes(names[3]).tobytes())
         state = _parse(raw, double)
     except (ValueError, KeyError, TypeError) as error:
@@ -100,6 +104,8 @@ def check(
         )
         return None, names
     mismatches = _mismatches(files, key, math.prod(shape), double)
+    # `NF4Tensor` has no table of its own: with another one the same codes would be
+    # other weights. (The nested table is kept in the tensor and may be any.)
     if not mismatches and (
         files.read(f"{key}.quant_map").tobytes() != NF4_CODE.tobytes()
     ):
@@ -114,6 +120,8 @@ def _mismatches(
     files: TensorFiles, key: str, size: int, double: bool
 ) -> list[tuple[str, str]]:
     """Compares dtypes and sizes with those of a weight of `size` elements."""
+    # A scale for each 64 weights of the row-major [out, in] matrix; blocks may straddle
+    # rows, and the last one may be shorter.
     blocks = -(-size // BLOCK_SIZE)
     expected = {
         f"{key}.absmax": ("U8" if double else "F32", blocks),
@@ -132,6 +140,7 @@ def _mismatches(
         elif math.prod(info.shape) != length:
             description = f"{name} {list(info.shape)} instead of [{length}]"
             mismatches.append((wrong_shape, description))
+    # In bytes, because the shape follows the storage dtype. An odd weight is padded.
     info, code_bytes = files[key], -(-size // 2)
     if info.dtype not in _STORAGES.values():
         mismatches.append((wrong_dtype, f"{key} {info.dtype} instead of U8"))
@@ -152,11 +161,12 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
             f"`blocksize` is {raw['blocksize']}; only {BLOCK_SIZE}, which transformers "
             "writes, is read"
         )
-    if raw["dtype"] not in FLOATS:
+    if raw["dtype"] not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
     offset = None
     if double:
         offset = float(raw["nested_offset"])
+        # Python's JSON reader accepts NaN and Infinity.
         if not math.isfinite(offset):
             raise ValueError(f"`nested_offset` is {offset}")
         if raw["nested_blocksize"] != NESTED_BLOCK_SIZE:
@@ -172,11 +182,14 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
 
 def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
     """Reads the quantized weight `key` into the arrays of `out` (one layer's views)."""
+    # File and array hold the codes in the same order ([out, in] row-major, the first
+    # weight of a pair in the high nibble), so the bytes are copied, never transposed.
     files.read_into(key, out.codes)
     files.read_into(f"{key}.absmax", out.absmax)
     if state.double_quant:
         files.read_into(f"{key}.nested_absmax", out.nested_absmax)
         files.read_into(f"{key}.nested_quant_map", out.nested_quant_map)
+        # JSON holds a float32 value in the digits of a float64: narrowing it is exact.
         out.nested_offset[...] = np.float32(state.nested_offset)
 
 
@@ -216,6 +229,8 @@ _dequantize = jax.jit(nf4.dequantize)
 
 def _state_json(tensor: NF4Tensor, layer: int | None) -> bytes:
     """Returns the JSON of one weight, character for character as bitsandbytes does."""
+    # Order of keys, separators and digits are those of bitsandbytes' `json.dumps`,
+    # which keeps the bytes of a file that is loaded and saved.
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": tensor.block_size,
@@ -241,6 +256,7 @@ def entries(
     storage = DTYPES[_STORAGES[quant_storage]]
     absmax_dtype = np.dtype(np.uint8 if tensor.double_quant else np.float32)
 
+    # [out, in/2] or flat -> the column [bytes / itemsize, 1] that bitsandbytes stores.
     def codes() -> NDArray:
         return _host(tensor.codes, layer).reshape(-1).view(storage).reshape(-1, 1)
 
@@ -257,6 +273,7 @@ def entries(
     if tensor.double_quant:
         out += [
             Entry.of(f"{key}.{name}", _host(getattr(tensor, name), layer))
+            # `nested_offset` is in the JSON only.
             for name in ("nested_absmax", "nested_quant_map")
         ]
     return out
@@ -320,12 +337,15 @@ def skip_modules(
     entries = None
     missing = list(dense)
     if original is not None:
+        # transformers builds a dense layer wherever an entry matches, and could not
+        # load packed bytes into it.
         selected = _selected(original, [*dense, *packed])
         entries = [entry for entry in original if selected[entry].isdisjoint(packed)]
         in_16_bit = set().union(*(selected[entry] for entry in entries))
         missing = [module for module in dense if module not in in_16_bit]
     if not missing:
         return entries
+    # Short names select every layer: a stack is dense in all its layers or in none.
     projections = dict.fromkeys(module.rpartition(".")[2] for module in missing)
     return [*(["lm_head"] if entries is None else entries), *projections]
 
@@ -336,6 +356,8 @@ def _selected(entries: Sequence[str], modules: Sequence[str]) -> dict[str, set[s
     Raises:
       UserError: an entry takes too long to match.
     """
+    # The two rules of transformers: `re.match` from the start of the path up to the
+    # border of a component, and `str.endswith`.
     match = functools.partial(
         match_patterns,
         field="config.json: `llm_int8_skip_modules`",

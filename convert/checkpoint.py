@@ -19,8 +19,8 @@ from convert import bnb
 from convert.files import (
     DTYPES,
     FLOAT_NAMES,
-    INDEX,
-    SINGLE,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
     Mismatches,
     TensorFiles,
     TensorInfo,
@@ -30,8 +30,8 @@ from convert.files import (
 )
 from convert.names import checkpoint_keys
 from qlora_jax.errors import CheckpointError
+from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key, put
 from qlora_jax.tree import Path as TreePath
 
@@ -70,6 +70,8 @@ class Checkpoint:
                 self.packed.get(hf_key(path, layer))
                 for layer in model_params.layers_of(path, self.config)
             )
+            # None for a dense layer. Offsets differ from layer to layer and do not
+            # count.
             if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
                 paths.append(path)
         return tuple(paths)
@@ -130,11 +132,11 @@ def open_model(path: Path) -> TensorFiles:
       CheckpointError: no safetensors files, a missing shard, or an index that
         disagrees with its shards; the message lists all disagreements.
     """
-    single, index = path / SINGLE, path / INDEX
+    single, index = path / WEIGHTS_FILE, path / WEIGHTS_INDEX
     if single.is_file() and index.is_file():
         raise CheckpointError(
-            f"`{path}` has both {SINGLE} and {INDEX}, and only one can be current. "
-            "Remove the stale one."
+            f"`{path}` has both {WEIGHTS_FILE} and {WEIGHTS_INDEX}, and only one can "
+            "be current. Remove the stale one."
         )
     if single.is_file():
         return TensorFiles(path, read_header(single)[0])
@@ -149,7 +151,7 @@ def open_model(path: Path) -> TensorFiles:
             f"`{index}` has no `weight_map` of tensor names to file names in the same "
             "directory."
         )
-    problems = Mismatches(f"The shards in `{path}` and {INDEX} disagree")
+    problems = Mismatches(f"The shards in `{path}` and {WEIGHTS_INDEX} disagree")
     infos: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
@@ -189,10 +191,12 @@ def _no_weights(path: Path) -> str:
         )
     if shards:
         return (
-            f"`{path}` has {', '.join(shards[:3])} but neither {SINGLE} nor {INDEX}; "
-            "download the index file too."
+            f"`{path}` has {', '.join(shards[:3])} but neither {WEIGHTS_FILE} nor "
+            f"{WEIGHTS_INDEX}; download the index file too."
         )
-    return f"`{path}` has no weights: neither {SINGLE} nor {INDEX} is there."
+    return (
+        f"`{path}` has no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX} is there."
+    )
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -214,6 +218,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         kind = bnb.packed_type(files, key)
         if kind == "fp4":
             problems.add("weights in FP4, which is not supported (only NF4 is)", key)
+            # Its parts are not reported again as unknown tensors.
             known.update(n for n in files if n.startswith(f"{key}."))
             known.add(key)
         elif kind is not None and not model_params.is_projection(tree_path):
@@ -293,6 +298,8 @@ def _check_dense(
 def _check_head(
     config: LlamaConfig, files: TensorFiles, known: set[str], problems: Mismatches
 ) -> None:
+    # A tied head is the embedding, and transformers does not save it; a copy that some
+    # other program saved is accepted if it is equal.
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not config.tie_word_embeddings or head not in files:
         return

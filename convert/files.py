@@ -42,11 +42,11 @@ DTYPES: Mapping[str, np.dtype] = {
     "I64": np.dtype(np.int64),
 }
 # Dtypes of weights that are not quantized -> safetensors' names, and back.
-FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-FLOAT_NAMES = {name: dtype for dtype, name in FLOATS.items()}
+FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOAT_NAMES = {name: dtype for dtype, name in FLOAT_DTYPES.items()}
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 MAX_JSON_BYTES = 4_000_000
 """The longest JSON that is read; the header of a 405B model in 4 bits has a fifth."""
@@ -106,6 +106,8 @@ class TensorFiles:
         info = self[name]
         if out.nbytes == info.nbytes == 0:
             return
+        # Of an array that is not contiguous, `reshape` returns a copy, and what is read
+        # into it would be lost.
         flat = out.reshape(-1).view(np.uint8)
         if flat.size != info.nbytes or not np.may_share_memory(out, flat):
             raise AssertionError(f"`{name}`: `out` does not hold {info.nbytes} bytes")
@@ -115,6 +117,8 @@ class TensorFiles:
                 file.seek(info.start)
                 done = 0
                 while done < info.nbytes:
+                    # A read may return less than it was asked for (Linux: 2 GiB at
+                    # most).
                     count = file.readinto(target[done : done + (1 << 28)])
                     if not count:
                         raise CheckpointError(
@@ -163,6 +167,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                     "itself; download the checkpoint again (`git lfs pull`)."
                 )
             length = int.from_bytes(start, "little")
+            # A length beyond the file is damage, which the library reports better.
             if MAX_JSON_BYTES < length <= size:
                 raise CheckpointError(
                     f"`{path}` has a header of {length:,} bytes, and at most "
@@ -191,6 +196,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # `json` keeps the last of two equal names; another reader may keep the first.
     out = dict(pairs)
     if len(out) < len(pairs):
         raise ValueError("the same name twice in the header")
@@ -233,6 +239,7 @@ def _read_entries(
             raise ValueError(f"the size of `{name}` does not match its shape")
         infos[name] = TensorInfo(path, dtype, tuple(shape), data + begin, end - begin)
     end = data
+    # By size too: an empty tensor starts where its neighbour does and comes first.
     for info in sorted(infos.values(), key=lambda i: (i.start, i.nbytes)):
         if info.start != end:
             raise ValueError("tensors overlap, or there is a gap between them")
@@ -264,6 +271,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         with _open_file(path) as file:
+            # One byte more than is allowed tells a longer file without reading it.
             text = file.read(MAX_JSON_BYTES + 1)
         if len(text) > MAX_JSON_BYTES:
             raise CheckpointError(
@@ -323,6 +331,7 @@ def _open_file(path: Path) -> io.BufferedReader:
 
 
 def _open_now(path: str, flags: int) -> int:
+    # Opening a pipe would otherwise wait for its writer. Regular files ignore the flag.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -363,6 +372,7 @@ class Mismatches:
 
 def check_finite(array: NDArray, name: str) -> None:
     """Raises `CheckpointError` where a float array holds NaN or infinity."""
+    # On the bits: one comparison of integers, the same for every dtype.
     exponent, integer = {
         "float32": (0x7F800000, np.uint32),
         "bfloat16": (0x7F80, np.uint16),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, open_checkpoint
-from convert.files import DTYPES, FLOATS, Mismatches, TensorFiles, check_finite
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
@@ -33,8 +33,8 @@ from convert.output import (
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import NF4Tensor, quantize
 
 
@@ -85,6 +85,7 @@ def load_llama(
         print(_made_dense(checkpoint, base), file=sys.stderr)
     leaves = dict(trees.walk(base))
     table = checkpoint_keys(config)
+    # Sequential reads; while one tensor is quantized, the system reads the next.
     order = files.in_file_order(list(table))
     total = sum(files[key].nbytes for key in order)
     with progress_bar("Loading", total, progress) as advance:
@@ -92,6 +93,8 @@ def load_llama(
             if following is not None:
                 files.read_ahead(following)
             path_in_tree, layer = table[key]
+            # A slice, not an index: of the nested offsets, [L], an index would give a
+            # number and not a view to write to.
             layer_slice = ... if layer is None else slice(layer, layer + 1)
             _fill(checkpoint, key, leaves[path_in_tree][layer_slice])
             advance(files[key].nbytes)
@@ -143,6 +146,7 @@ def _allocate(
         layers = model_params.layers_of(path_in_tree, checkpoint.config)
         keys = [trees.hf_key(path_in_tree, layer) for layer in layers]
         leading = (len(layers),) if trees.is_stacked(path_in_tree) else ()
+        # Stands for all layers, unless the projection is `mixed`.
         state = checkpoint.packed.get(keys[0])
         stored = sorted({checkpoint.dtype(key) for key in keys})
         if state is not None and path_in_tree not in mixed:
@@ -152,6 +156,7 @@ def _allocate(
                 dtype=state.dtype,
                 leading=leading,
             )
+        # A stack is one array, and so of one dtype.
         elif len(stored) > 1 and dtype is None:
             problems.add("stacks of layers", f"{'.'.join(path_in_tree)} ({stored})")
             continue
@@ -167,7 +172,9 @@ def _allocate(
                 leading=leading,
             )
         else:
-            leaf = np.empty((*leading, *shape), DTYPES[FLOATS[dtype or stored[0]]])
+            leaf = np.empty(
+                (*leading, *shape), DTYPES[FLOAT_DTYPES[dtype or stored[0]]]
+            )
         trees.put(base, path_in_tree, leaf)
     problems.check(hint="Choose one with `dtype`.")
     return checkpoint, base
@@ -197,6 +204,7 @@ def _fill(checkpoint: Checkpoint, key: str, destination: Any) -> None:
             _fill_quantized(files, key, destination)
             return
         bnb.read_into(files, key, state, destination)
+        # Every code has a finite value, so the weights are finite if their scales are.
         for scale in (destination.absmax, destination.nested_absmax):
             if scale is not None and scale.dtype == np.float32:
                 check_finite(scale, key)
@@ -208,6 +216,7 @@ def _fill(checkpoint: Checkpoint, key: str, destination: Any) -> None:
             weight = files.read(key)
         else:
             weight = bnb.dequantize(bnb.read(files, key, state))
+        # A packed layer of a mixed stack, or another dtype than the file's.
         weight = cast(weight, destination.dtype, key)
         destination[...] = weight.reshape(destination.shape)
 
@@ -259,6 +268,7 @@ def cast(array: NDArray, dtype: Any, key: str) -> NDArray:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
+    # bfloat16 has the exponents of float32; float16 ends at 65504.
     if np.dtype(dtype) == np.float16:
         try:
             check_finite(out, key)
@@ -272,10 +282,10 @@ def cast(array: NDArray, dtype: Any, key: str) -> NDArray:
 
 def check_dtype(dtype: str | None) -> None:
     """Raises `UserError` if `dtype` is neither None nor a float dtype."""
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UserError(
-            f"`dtype`={dtype!r} is not supported; expected one of {', '.join(FLOATS)}, "
-            "or None to keep the file's."
+            f"`dtype`={dtype!r} is not supported; expected one of "
+            f"{', '.join(FLOAT_DTYPES)}, or None to keep the file's."
         )
 
 
@@ -320,6 +330,8 @@ def save_llama(
     leaves = _checked_leaves(config, base)
     packed = {p: v for p, v in leaves.items() if isinstance(v, NF4Tensor)}
     _check_storage(packed, storage)
+    # Nothing is read yet: a layer of a stack becomes a view, or one transfer from the
+    # device, when its entry is written.
     entries: list[Entry] = []
     for key, (path, layer) in checkpoint_keys(config).items():
         leaf = leaves[path]
@@ -359,6 +371,8 @@ def _quantization_config(
     """Updates the configuration's `quantization_config` to what is packed."""
     original = config.quantization_config or {}
     skip = original.get("llm_int8_skip_modules")
+    # What the file had keeps its place between our defaults and what must be true of
+    # the weights that are written, so that fields of other versions survive.
     double_quant = any(tensor.double_quant for tensor in packed.values())
     return {
         **bnb.new_quantization_config(
@@ -387,7 +401,7 @@ def _modules(config: LlamaConfig, select: Callable[[trees.Path], bool]) -> list[
 
 
 def _dense_entry(key: str, leaf: Any, layer: int | None, dtype: str | None) -> Entry:
-    target = DTYPES[FLOATS[dtype or dtype_name(leaf)]]
+    target = DTYPES[FLOAT_DTYPES[dtype or dtype_name(leaf)]]
 
     def read() -> NDArray:
         array = np.asarray(leaf if layer is None else leaf[layer])
@@ -424,7 +438,7 @@ def _checked_leaves(
                 "arrays of another shape",
                 f"{name} {list(leaf.shape)} instead of {[*leading, *shape]}",
             )
-        elif dtype_name(leaf) not in FLOATS:
+        elif dtype_name(leaf) not in FLOAT_DTYPES:
             problems.add("arrays of another dtype", f"{name} {dtype_name(leaf)}")
     for path in leaves:
         if path not in shapes:

@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from convert.hf import cast
 from convert.names import checkpoint_keys
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import (
+from qlora_jax.lora import (
     AdaptedModule,
     FullTensor,
+    LoraConfig,
     Selection,
     TokenRows,
     select,
 )
+from qlora_jax.models import LlamaConfig, apply_changes
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, apply_changes
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS, Path, hf_key, walk
 
 # Elements per block: small against a tensor, large enough for fast products.
@@ -74,13 +74,17 @@ class Update:
         Raises:
           CheckpointError: NaN, infinity or overflow, naming `key`.
         """
+        # Each block is read before it is overwritten, so one array serves as both.
         in_place = tensor.dtype == dtype and tensor.flags.writeable
         out = tensor if in_place else np.empty(tensor.shape, dtype)
         largest = 0.0
+        # A column's norm needs all rows: a pass of its own, before the first is
+        # overwritten.
         factors = self._column_factors(tensor) if self.of_columns else None
         for block in _blocks(tensor.shape):
             old = tensor[block]
             new = cast(self._new(block, old, factors), dtype, key)
+            # After rounding: an update that the dtype cannot hold does not count.
             difference = np.subtract(new, old, dtype=np.float32)
             np.abs(difference, out=difference)
             largest = max(largest, float(difference.max(initial=0.0)))
@@ -95,6 +99,8 @@ class Update:
         if factors is not None:
             new *= factors
         elif self.magnitude is not None:
+            # DoRA (arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, a norm for each
+            # output, which is a row.
             squares = np.einsum("oi,oi->o", new, new)
             new *= _ratio(self.magnitude[block], squares)[:, None]
         return new
@@ -106,6 +112,8 @@ class Update:
         elif self.product is not None:
             left, right, scaling = self.product
             new = left[block] @ right
+            # W' = W + s (B A), every step in float32; `old` of 16 bits is widened in
+            # the sum.
             new *= np.float32(scaling)
             np.add(new, self._replaced(block, old), out=new, dtype=np.float32)
         else:
@@ -127,6 +135,7 @@ class Update:
 
     def _column_factors(self, tensor: NDArray) -> NDArray[np.float32]:
         assert self.magnitude is not None
+        # float64: a column of an embedding has as many rows as the vocabulary.
         squares = np.zeros(tensor.shape[1])
         for block in _blocks(tensor.shape):
             new = self._sum(block, tensor[block])
@@ -216,6 +225,7 @@ def _stay_equal(selection: Selection) -> bool:
     ):
         if embedding is None and head is None:
             continue
+        # Changed on one side only, or on both without sharing the update.
         if embedding is None or head is None or head.tied_to is None:
             return False
         if isinstance(embedding, AdaptedModule) and isinstance(head, AdaptedModule):
@@ -235,6 +245,7 @@ def _needed_biases(
         path = module.path
         if not module.lora_bias or (*path, "bias") in base_shapes:
             continue
+        # Zeros change nothing, and need no tensor in the result.
         if not arrays[*path, "lora_bias"].any():
             continue
         block = path[-2] if path[:-2] == LAYERS else ""
@@ -244,6 +255,7 @@ def _needed_biases(
                 "Llama checkpoint has no bias there, so it cannot be merged. Use it as "
                 "an adapter, or train without `lora_bias` on that module."
             )
+        # A field stands for all projections of a block; the others get zeros.
         needed.add(_BIAS_FIELDS[block])
     return needed
 
@@ -293,11 +305,15 @@ def _add_low_rank(
 
         left, right = take((*source, left_name)), take((*source, right_name))
         if by_table:  # E + s (B A)^T
+            # [rows, r] and [r, features].
             left, right = left[:rank].T, right[:, :rank].T
         else:
+            # W + s B A: [out, r] and [r, in]; a stack is padded above this layer's
+            # rank.
             left, right = left[:, :rank], right[:rank]
         magnitude = None
         if module.dora:
+            # m may have been trained away from the norm even where B A is zero.
             magnitude = take((*module.path, "lora_magnitude_vector"))
         if module.dora or (left.any() and right.any()):  # else nothing is added
             update = fields.setdefault(hf_key((*module.path, "weight"), layer), {})
@@ -305,6 +321,7 @@ def _add_low_rank(
             update["magnitude"] = magnitude
             update["of_columns"] = module.dora and module.kind == "embedding"
         if module.lora_bias:
+            # PEFT scales the output of `lora_B`, which includes its bias.
             bias = take((*module.path, "lora_bias")) * np.float32(scaling)
             if bias.any():
                 key = hf_key((*module.path, "bias"), layer)

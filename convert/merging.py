@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
-from convert.files import DTYPES, FLOATS, read_json
+from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged import MergedWeights, merged_weights
 from convert.names import checkpoint_keys
@@ -35,7 +35,7 @@ from convert.output import (
     write_model_files,
     write_text,
 )
-from convert.peft import CONFIG, WEIGHTS, common_chat_template
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, common_chat_template
 from convert.peft_reading import load_adapter
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
@@ -108,6 +108,7 @@ def merge(
       UserError: `onto` that does not suit the base, a trained bias that a Llama
         checkpoint cannot have, or a directory that cannot be written.
     """
+    # Settings, names and shapes are checked before the first byte is written.
     checkpoint = open_checkpoint(base_path)
     _check_choice(checkpoint, onto, quantization, requantize)
     check_dtype(dtype)
@@ -131,7 +132,7 @@ def merge(
             "base_sha256": fingerprint(base_path),
             "adapter": str(adapter_path),
             "adapter_sha256": _sha256(
-                Path(adapter_path) / name for name in (CONFIG, WEIGHTS)
+                Path(adapter_path) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
             ),
             "adapter_base_fingerprint": lora.base_fingerprint,
             "output": str(output_dir),
@@ -229,6 +230,8 @@ def _sha256(files: Iterable[Path]) -> str:
     for file in files:
         with open(file, "rb") as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
+        # A hash of names and hashes: neither a renamed file nor another border between
+        # two files gives the same one.
         digest.update(f"{file.name} {content}\n".encode())
     return digest.hexdigest()
 
@@ -294,6 +297,8 @@ class _Spool:
     def keep(self, entry: Entry) -> Entry:
         """Writes a tensor to the file; returns an entry that reads it from there."""
         if self._file is None:
+            # In the output's directory, because /tmp may be held in memory. A nameless
+            # file needs no cleaning up, whatever ends the process.
             self._file = tempfile.TemporaryFile(dir=self._directory)
         start = self._file.seek(0, os.SEEK_END)
         data = np.ascontiguousarray(entry.read()).reshape(-1).view(np.uint8)
@@ -302,6 +307,7 @@ class _Spool:
 
     def _read(self, entry: Entry, start: int) -> NDArray:
         assert self._file is not None
+        # From here, where `keep` left the position at the end.
         self._file.seek(start)
         data = np.frombuffer(self._file.read(entry.nbytes), entry.dtype)
         return data.reshape(entry.shape)
@@ -320,6 +326,8 @@ class _QuantizationError:
         exact, rounded = weight.reshape(-1), quantized.reshape(-1)
         for start in range(0, exact.size, 1 << 20):
             wide = exact[start : start + (1 << 20)].astype(np.float32)
+            # The sums over slices are Python floats (float64), so that the sizes of
+            # tensors do not limit their precision.
             error = wide - rounded[start : start + (1 << 20)].astype(np.float32)
             self.max_abs = max(self.max_abs, float(np.abs(error).max()))
             self.error_square += float(np.vdot(error, error))
@@ -366,6 +374,8 @@ class _Stream:
             entries = [
                 entry
                 for key, (path, _) in table.items()
+                # Nothing is computed here: an entry computes its tensor when it is
+                # written, and is then freed.
                 for entry in packed.get(key) or [self._entry(key, path)]
             ]
             write_json(directory / "config.json", raw)
@@ -416,12 +426,13 @@ class _Stream:
     def _dtype(self, key: str) -> np.dtype:
         """The dtype of a tensor of the result; of a packed one, before quantization."""
         if self.dtype is not None:
-            return DTYPES[FLOATS[self.dtype]]
+            return DTYPES[FLOAT_DTYPES[self.dtype]]
         if key in self.merged.sources:
             # A new bias gets the dtype of its weight.
             weight = f"{key.removesuffix('.bias')}.weight"
             key = self.merged.sources[key] or weight
-        return DTYPES[FLOATS[self.checkpoint.dtype(key)]]
+        # Of packed bytes, the dtype that they dequantize to.
+        return DTYPES[FLOAT_DTYPES[self.checkpoint.dtype(key)]]
 
     def _tensor(self, key: str, path: TreePath) -> NDArray:
         """Computes one tensor of the result."""
@@ -443,9 +454,11 @@ class _Stream:
         """Reads a tensor of the base, in the form that is merged onto."""
         files = self.checkpoint.files
         if key in self.checkpoint.packed:
+            # What bitsandbytes computes with: scale times code, rounded to the dtype.
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
         weight = files.read(key)
         if self.quantization is not None and model_params.is_projection(path):
+            # Rounds the weight as loading for training did, and merges onto the result.
             double_quant = self.quantization == "nf4_dq"
             return bnb.dequantize(
                 quantize_tensor(weight, key, double_quant=double_quant)

@@ -17,15 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import AdaptedModule, Selection
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.params import shapes
+from qlora_jax.lora import AdaptedModule, LoraConfig, Selection
+from qlora_jax.models import LlamaConfig, shapes
 from qlora_jax.tree import Path, Shape, hf_key, is_stacked
 
 PEFT_PREFIX = "base_model.model."
 
 # Name of an array in our tree -> what PEFT's key has behind the module.
+# A linear's pair are modules in PEFT and have a `weight`; an embedding's are bare
+# arrays.
 _SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -81,6 +81,8 @@ class AdapterTensor:
         if self.layer is not None:
             array = array[self.layer]
         if self.rank is not None:
+            # A is [r, in] and B [out, r]. A stack is padded to the largest rank of its
+            # layers; the padding is not in the file.
             rank_first = self.path[-1] in ("lora_A", "lora_embedding_A")
             array = array[: self.rank] if rank_first else array[:, : self.rank]
         return array.T if self.copy == "transposed" else array
@@ -107,6 +109,8 @@ def adapter_keys(selection: Selection, lora: LoraConfig) -> dict[str, AdapterTen
             if not is_trained:
                 continue
             layer = None if full.layers is None else index
+            # PEFT wraps an adapted module: its own weight and bias move to
+            # `base_layer`.
             prefix = "base_layer." if (path, layer) in adapted else ""
             tensors[adapter_key(path, layer, prefix + name)] = AdapterTensor(
                 path=full.tied_to or full.path,
@@ -116,7 +120,9 @@ def adapter_keys(selection: Selection, lora: LoraConfig) -> dict[str, AdapterTen
                 copy="equal" if full.tied_to else "",
             )
     for rows in selection.rows:
+        # Of tied tables PEFT saves the embedding's rows only.
         if rows.tied_to is None:
+            # Despite its name it holds the new rows, not their differences.
             name = "trainable_tokens_delta"
             tensors[adapter_key(rows.path, None, f"token_adapter.{name}")] = (
                 AdapterTensor(
@@ -149,6 +155,8 @@ def _update_keys(
         )
     if module.tied_to is not None:
         # A head computes x E^T: the embedding's pair, transposed and exchanged.
+        # E + s (B A)^T = E + s A^T B^T, with A [r, rows] and B [columns, r], so that
+        # the head's pair is lora_B = A^T and lora_A = B^T.
         rows, columns = module.shape
         for name, source, shape in (
             ("lora_A", "lora_embedding_B", (rank, columns)),

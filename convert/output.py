@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, INDEX, SINGLE
+from convert.files import DTYPES, WEIGHTS_FILE, WEIGHTS_INDEX
 from qlora_jax.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -82,11 +82,14 @@ def write_safetensors(
             array = e.read()
             if array.shape != e.shape or array.dtype != e.dtype:
                 raise AssertionError(f"`{e.name}`: {array.dtype}{array.shape} != {e}")
+            # As bytes: numpy exports no buffer of ml_dtypes' bfloat16.
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             del array
             file.write(memoryview(data))
             del data  # free it before the next tensor is computed
             on_bytes(e.nbytes)
+        # The caller renames the file's directory into place, which must not outlive a
+        # power failure that the bytes do not.
         file.flush()
         os.fsync(file.fileno())
 
@@ -100,6 +103,7 @@ def _layout(
     entries: Sequence[Entry], metadata: Mapping[str, str]
 ) -> tuple[list[Entry], bytes]:
     """Returns the entries in file order, and the padded header."""
+    # Wide dtypes first: every tensor starts at a multiple of its item size.
     ordered = sorted(entries, key=lambda e: (-_RANK[e.dtype], e.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -137,13 +141,14 @@ def write_model_files(
             filled = 0
         shards[-1].append(entry)
         filled += entry.nbytes
+    # transformers writes it, and its older versions refuse a file without it.
     metadata = {"format": "pt"}
     total_size = sum(e.nbytes for e in entries)
     weight_map = {}
     with progress_bar("Writing", total_size, progress) as advance:
         for i, shard in enumerate(shards, start=1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            name = SINGLE if len(shards) == 1 else name
+            name = WEIGHTS_FILE if len(shards) == 1 else name
             write_safetensors(directory / name, shard, metadata, advance)
             weight_map.update({entry.name: name for entry in shard})
     if len(shards) == 1:
@@ -155,17 +160,19 @@ def write_model_files(
         },
         "weight_map": dict(sorted(weight_map.items())),
     }
-    write_json(directory / INDEX, index)
+    write_json(directory / WEIGHTS_INDEX, index)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, or replaces it; it is complete at every moment."""
+    # Next to the target: a rename is atomic within one file system only.
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        # After fsync: the new name must not reach the disk before the content.
         os.replace(temporary, path)
     except BaseException:  # a signal as well
         with contextlib.suppress(OSError):
@@ -214,6 +221,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
       UserError: `path` exists and is not an empty directory (unless `overwrite`), or
         it cannot be written (disk full, no permission).
     """
+    # Gives "." and ".." a name and a parent, and keeps symbolic links.
     path = Path(os.path.abspath(path))
     check_new_directory(path, overwrite=overwrite)
     try:
@@ -222,13 +230,18 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             # mkdtemp makes it private; set the mode of any new directory.
+            # The mask can only be read by setting it.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(stat.S_IMODE(0o777 & ~mask))
+            # The entries reach the disk before the rename, and the rename before
+            # success is reported.
             _sync(temporary)
             if overwrite and path.is_dir() and any(path.iterdir()):
                 _replace(path, temporary)
             else:
+                # Replaces an empty directory, and fails if it was filled in the
+                # meantime.
                 os.rename(temporary, path)
             _sync(path.parent)
         finally:
@@ -243,11 +256,13 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _replace(path: Path, temporary: Path) -> None:
     """Exchanges a directory for a new one; an error puts the old one back."""
+    # POSIX exchanges no two directories at once, so the old one steps aside first.
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     os.rename(path, old)
     try:
         os.rename(temporary, path)
     except BaseException:  # a signal as well
+        # The signal may have come after the rename, when the new directory is in place.
         if not path.exists():
             os.rename(old, path)
         raise

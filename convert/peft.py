@@ -17,15 +17,15 @@ from typing import Any
 from convert.files import TensorFiles, read_header, read_json
 from convert.names import adapter_key
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import CHANGES_FILE, changes_to_json, read_changes
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
 from qlora_jax.tree import EMBEDDING, HEAD
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-TRAINING = "training.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINING_RECORD = "training.json"
 """How a run trained the adapter, as JSON; see `training_record`."""
-CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """How conversations are written, next to an adapter or a tokenizer."""
 
 FINGERPRINT = "qlora_jax_base_fingerprint"
@@ -35,7 +35,7 @@ FINGERPRINT = "qlora_jax_base_fingerprint"
 def peft_directory(path: Path) -> Path:
     """Returns a PEFT directory as it is, and of a run directory its `adapter/`."""
     inside = path / "adapter"
-    if not (path / CONFIG).is_file() and (inside / CONFIG).is_file():
+    if not (path / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file():
         return inside
     return path
 
@@ -53,13 +53,13 @@ def training_record(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: a record that is not a JSON object.
     """
-    file = path / TRAINING
+    file = path / TRAINING_RECORD
     return read_json(file) if file.is_file() else {}
 
 
 def chat_template_file(path: Path | None) -> str | None:
     """Returns the chat template file of a PEFT directory; None if it has none."""
-    file = None if path is None else path / CHAT_TEMPLATE
+    file = None if path is None else path / CHAT_TEMPLATE_FILE
     return str(file) if file is not None and file.is_file() else None
 
 
@@ -67,14 +67,14 @@ def common_chat_template(*paths: Path) -> dict[str, str]:
     """Returns the chat template that all these PEFT directories have.
 
     Returns:
-      File name -> text, as `save_adapter` takes `extra_files`; {} if they differ.
+      File name -> content, as `save_adapter` takes `extra_files`; {} if they differ.
 
     Raises:
       CheckpointError: a template that cannot be read.
     """
     templates: set[str | None] = set()
     for path in paths:
-        file = path / CHAT_TEMPLATE
+        file = path / CHAT_TEMPLATE_FILE
         try:
             templates.add(file.read_text("utf-8") if file.is_file() else None)
         except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +83,7 @@ def common_chat_template(*paths: Path) -> dict[str, str]:
                 "use the tokenizer's own template."
             ) from error
     template = templates.pop() if len(templates) == 1 else None
-    return {} if template is None else {CHAT_TEMPLATE: template}
+    return {} if template is None else {CHAT_TEMPLATE_FILE: template}
 
 
 def open_adapter(
@@ -106,19 +106,19 @@ def open_adapter(
     path = Path(path)
     _check_directory(path)
     lora = LoraConfig.from_peft(
-        read_json(path / CONFIG),
+        read_json(path / ADAPTER_CONFIG),
         strict=strict,
         skipped=[] if skipped is None else skipped,
     )
-    if not (path / WEIGHTS).is_file():
+    if not (path / ADAPTER_WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise CheckpointError(
                 f"`{path}` holds its weights in adapter_model.bin, a pickle file, "
                 "which can run any code when it is opened and is therefore not read. "
                 "Load it once with PEFT and save it again; PEFT writes safetensors."
             )
-        raise CheckpointError(f"`{path}` has no {WEIGHTS}.")
-    infos, metadata = read_header(path / WEIGHTS)
+        raise CheckpointError(f"`{path}` has no {ADAPTER_WEIGHTS}.")
+    infos, metadata = read_header(path / ADAPTER_WEIGHTS)
     files = TensorFiles(path, infos)
     lora = replace(
         lora,
@@ -132,17 +132,17 @@ def _check_directory(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(
             f"`{path}` does not exist. An adapter is a local PEFT directory with "
-            f"{CONFIG} and {WEIGHTS}."
+            f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}."
         )
     if not path.is_dir():
         raise CheckpointError(
             f"`{path}` is a file; give the PEFT directory that holds it."
         )
-    if not (path / CONFIG).is_file():
+    if not (path / ADAPTER_CONFIG).is_file():
         kind = "a model" if (path / "config.json").is_file() else "not a PEFT adapter"
-        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+        inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
-        raise CheckpointError(f"`{path}` is {kind}: it has no {CONFIG}.{hint}")
+        raise CheckpointError(f"`{path}` is {kind}: it has no {ADAPTER_CONFIG}.{hint}")
 
 
 def _base_config_changes(path: Path) -> str | None:
@@ -162,6 +162,7 @@ def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
     """
     saved = lora.modules_to_save or ()
     tables = (EMBEDDING[-1], HEAD[-1])
+    # With tied tables, one that is named stands for both.
     names_table = any(name.rpartition(".")[2] in tables for name in saved)
     unnamed = tuple(
         path[-1]
@@ -173,7 +174,7 @@ def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
     return replace(lora, modules_to_save=(*saved, *unnamed)) if unnamed else lora
 
 
-def in_short(notes: Sequence[str], *, shown: int = 10) -> list[str]:
+def shorten(notes: Sequence[str], *, shown: int = 10) -> list[str]:
     """Returns the first of many notes, and a note that counts the others."""
     more = len(notes) - shown
     return [*notes[:shown], *([f"{more:,} more like these"] if more > 0 else [])]

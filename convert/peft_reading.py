@@ -24,13 +24,11 @@ from numpy.typing import NDArray
 
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
 from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
-from convert.peft import CONFIG, WEIGHTS, open_adapter
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.params import abstract_base
+from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.tree import EMBEDDING, HEAD
 
 # With bias="all" PEFT saves the biases of fully trained modules twice more, under names
@@ -131,8 +129,8 @@ def _match(
     if not isinstance(targets, str):
         targets = ", ".join(targets or ())
     problems = Mismatches(
-        f"`{Path(path) / WEIGHTS}` does not hold the adapter that its {CONFIG} "
-        f"(`r`={lora.r}, `target_modules`={targets!r:.200}) "
+        f"`{Path(path) / ADAPTER_WEIGHTS}` does not hold the adapter that its "
+        f"{ADAPTER_CONFIG} (`r`={lora.r}, `target_modules`={targets!r:.200}) "
         "describes for this base model",
         shown=3,
     )
@@ -231,6 +229,8 @@ def _read_tree(match: _Match) -> dict[str, Any]:
     adapters: dict[str, Any] = {}
     leaves: dict[trees.Path, NDArray[np.float32]] = {}
     for path, shape in match.selection.shapes().items():
+        # Zeros are neutral: in the padding above a layer's rank, and where an update is
+        # skipped.
         leaves[path] = np.zeros(shape, np.float32)
         trees.put(adapters, path, leaves[path])
     bad = [tensors[key] for key in match.bad if key in tensors]
@@ -244,6 +244,7 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             copies += [key] * (key not in match.bad)
             continue
         destination = tensor.view(leaves[tensor.path])
+        # The part [out, :r] of a B with padding is not contiguous and takes the detour.
         if files[key].dtype == "F32" and destination.flags.c_contiguous:
             files.read_into(key, destination)
             check_finite(destination, key)
@@ -251,6 +252,7 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             array = files.read(key)
             check_finite(array, key)
             destination[...] = array
+    # Now that every original has been read. Widening is exact, so equality is too.
     for key in copies:
         _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
     return adapters
@@ -294,6 +296,7 @@ def _compare_base_copies(
 
 
 def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+    # Shapes first: a resized vocabulary is another table, whatever its rows.
     if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
         return False
     saved = files.read(key)
@@ -324,6 +327,7 @@ def _probable_cause(
             "this file."
         )
     ranks = {
+        # lora_A is [r, in].
         files[key].shape[0]
         for key, tensor in tensors.items()
         if key in files and tensor.path[-1] == "lora_A" and files[key].shape

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import FLOATS, Mismatches, check_finite
+from convert.files import FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
 from convert.output import (
     Entry,
@@ -22,13 +22,11 @@ from convert.output import (
     write_safetensors,
     write_text,
 )
-from convert.peft import CONFIG, FINGERPRINT, WEIGHTS
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import CHANGES_FILE, LlamaConfig
-from qlora_jax.models.params import abstract_base
+from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.models import CHANGES_FILE, LlamaConfig, abstract_base
 
 
 def save_adapter(
@@ -79,6 +77,8 @@ def save_adapter(
     arrays = _checked_arrays(adapters, selection, lora_config)
     tensors = adapter_keys(selection, lora_config)
     for key, tensor in tensors.items():
+        # Before anything is written: with `overwrite`, a diverged adapter must not take
+        # the place of the last good one.
         check_finite(np.ascontiguousarray(tensor.view(arrays[tensor.path])), key)
     entries = [_entry(key, tensor, arrays) for key, tensor in tensors.items()]
     if base_fingerprint is not None:
@@ -87,9 +87,9 @@ def save_adapter(
     if base_model_name_or_path is not None:
         raw["base_model_name_or_path"] = base_model_name_or_path
     with new_directory(Path(directory), overwrite=overwrite) as new:
-        write_safetensors(new / WEIGHTS, entries, _metadata(lora_config))
+        write_safetensors(new / ADAPTER_WEIGHTS, entries, _metadata(lora_config))
         # Sorted at the top only: in patterns the first that matches decides.
-        write_json(new / CONFIG, dict(sorted(raw.items())), sort_keys=False)
+        write_json(new / ADAPTER_CONFIG, dict(sorted(raw.items())), sort_keys=False)
         if lora_config.base_config_changes is not None:
             changes = json.loads(lora_config.base_config_changes)
             write_json(new / CHANGES_FILE, changes)
@@ -102,6 +102,7 @@ def save_adapter(
 
 def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
     """Returns the exact size of the adapter_model.safetensors that would be saved."""
+    # The size follows from the header; no entry is read.
     empty = np.zeros(0, np.float32)
     base = abstract_base(model) if isinstance(model, LlamaConfig) else model
     entries = [
@@ -142,7 +143,7 @@ def _checked_arrays(
                 "arrays of another shape",
                 f"{name} {list(actual)} instead of {list(shape)}",
             )
-        elif np.dtype(arrays[path].dtype).name not in FLOATS:
+        elif np.dtype(arrays[path].dtype).name not in FLOAT_DTYPES:
             problems.add("arrays of another dtype", f"{name} {arrays[path].dtype}")
     for path in arrays:
         if path not in shapes:

@@ -1,4 +1,4 @@
-"""A model directory's tokenizer, and the tokens that end its texts."""
+"""A model directory's tokenizer, and the tokens that end generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.files import read_json
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models import LlamaConfig
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -21,18 +21,18 @@ import numpy as np
 from convert.checkpoint import open_config, open_model
 from convert.files import DTYPES, TensorFiles
 from convert.names import PEFT_PREFIX
-from convert.peft import CONFIG, open_adapter, peft_directory
+from convert.peft import ADAPTER_CONFIG, open_adapter, peft_directory
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import (
+from qlora_jax.lora import (
     AdaptedModule,
     FullTensor,
+    LoraConfig,
     Selection,
     TokenRows,
     select,
 )
+from qlora_jax.models import LlamaConfig, RopeScaling
 from qlora_jax.models import params as model_params
-from qlora_jax.models.config import LlamaConfig, RopeScaling
 
 # Fields that do not change what an adapter computes.
 _NOT_COMPUTED = (
@@ -80,7 +80,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`."""
+    """The result of `compare_adapters`."""
 
     a: str
     """The first directory."""
@@ -111,7 +111,7 @@ class Comparison:
         return {"equal": self.equal, **dataclasses.asdict(self)}
 
 
-def compare(
+def compare_adapters(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
@@ -179,7 +179,7 @@ def _open(
     path: Path,
 ) -> tuple[Literal["adapter", "model"], LlamaConfig | LoraConfig, TensorFiles]:
     path = peft_directory(path)
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         lora, files = open_adapter(path)
         return "adapter", lora, files
     return "model", open_config(path), open_model(path)
@@ -224,12 +224,15 @@ def _difference(
     if info_a.dtype not in DTYPES or info_b.dtype not in DTYPES:
         raise UserError(f"`{name}`: {form_a} and {form_b} cannot be compared.")
     x, y = a.read(name), b.read(name_in_b)
+    # As bytes: 0.0 differs from -0.0, and NaN equals itself.
     if info_a.dtype == info_b.dtype and x.tobytes() == y.tobytes():
         return None
     largest = 0.0
     x, y = x.reshape(-1), y.reshape(-1)
     step = 1 << 20  # bounds the float64 scratch
     for i in range(0, x.size, step):
+        # float64 holds the difference of any two values here, codes (uint8) included,
+        # without overflow.
         chunk = np.abs(
             x[i : i + step].astype(np.float64) - y[i : i + step].astype(np.float64)
         )

@@ -43,6 +43,7 @@ def capability() -> str:
 
 def jax_has_kernels() -> bool:
     """Returns whether this jax has the Pallas that the kernels are written in."""
+    # 0.11 is the first whose Mosaic covers GPUs before Hopper and is interpreted.
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 

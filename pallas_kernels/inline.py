@@ -58,6 +58,7 @@ def array_of(registers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
     """Makes a floating-point array of a thread's registers, in the layout's order."""
     flat = np.empty(len(registers), object)
     flat[:] = registers
+    # Signedness is a property of integers; floats have None.
     return mgpu.FragmentedArray(
         _registers=flat.reshape(shape), _layout=layout.to_mgpu(), _is_signed=None
     )
@@ -126,12 +127,16 @@ def fragment() -> tuple[list[Any], Any]:
     """
     thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
     warp, in_warp = arith.divui(thread, const(LANES)), lane()
+    # PTX ISA, fragments of mma.m16n8k16: lane / 4 is the row (groupID), and lane % 4
+    # selects a pair of columns.
     row = arith.addi(arith.muli(warp, const(16)), arith.divui(in_warp, const(4)))
     return [row, arith.addi(row, const(8))], arith.remui(in_warp, const(4))
 
 
 def fragment_registers(array: Any) -> list[tuple[Any, Any]]:
     """Returns the registers of both rows, for each tile of 8 columns."""
+    # For a tile of 8 columns a thread has two registers: columns 2 q and 2 q + 1 of its
+    # upper row, and the same of its lower row.
     flat = array.registers.reshape(-1)
     return list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -168,11 +173,13 @@ def load_words(
     """
     if shared:
         strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
+        # Shared memory is small, so 32 bits hold its offsets.
         offset = arith.addi(arith.muli(row, const(strides[0])), column)
         byte = ir.IntegerType.get_signless(8)
         start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], byte)
     else:
         start = pointer(ref, row, column)
+    # Declared aligned to its whole size, or the compiler would split the access.
     words = llvm.load(ir.VectorType.get((count,), i32()), start, alignment=4 * count)
     return elements(words, count)
 
@@ -196,10 +203,13 @@ def lane_lookup(table: Any, kind: Any = None) -> Callable[[Any], Any]:
         kind = ir.MemRefType(table.type).element_type
     else:
         lane_offset = arith.muli(lane_offset, const(2))
+        # 16 copies of 8 bytes fill the same 128: lanes i and i + 16 share one.
         lane_offset = arith.andi(lane_offset, const(4 * LANES - 1))
     start = mgpu.utils.memref_ptr(table)
 
     def look_up(index: Any) -> Any:
+        # The entry's offset has its low 7 bits clear and the lane's has no others, so
+        # OR is their sum, and fits into the same instruction as a mask.
         offset = arith.ori(arith.muli(index, const(4 * LANES)), lane_offset)
         offset = arith.extui(ir.IntegerType.get_signless(64), offset)
         return llvm.load(kind, mgpu.utils.getelementptr(start, [offset], byte))
@@ -226,6 +236,8 @@ def mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[A
     result: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*left, *right, *sums],
+        # row.col: both operands are read along the axis that is summed, as weights
+        # [out, in] and inputs [rows, in] are stored.
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",

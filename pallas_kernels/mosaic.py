@@ -51,6 +51,8 @@ def operand(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 
     Tiles of 8 rows by 128 bytes, swizzled, as the bulk copies write them.
     """
+    # The 128-byte swizzle XORs the number of a 16-byte unit with its row in the tile:
+    # the same unit of 8 rows falls into 8 different groups of banks.
     row_bytes = 128
     # In jax 0.12 both classes inherit from a protocol whose methods have no body, so
     # that a type checker takes them for abstract; they can be instantiated.
@@ -62,6 +64,9 @@ def operand(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 
 def accumulator(rows: int) -> Any:
     """Returns the layout of the sums [64, rows] of a coded tile."""
+    # Tiled, [64, rows] is [1, rows / 8, 4 warps, 1, 2, 1, 8 rows, 4 threads, 2]: the
+    # accumulator of mma.m16n8k16, tile by tile of 8 columns. Axis -5 (rows r and r + 8)
+    # and the tiles are different registers of a thread.
     tiling = plgpu.Tiling(((ROWS, 8), (16, 8), (8, 8), (2,)))
     layout = mgpu.TiledLayout(
         tiling,
@@ -110,6 +115,7 @@ def as_words(x: jax.Array, *, interpret: bool) -> jax.Array:
     )
     def words(ctx: Any, x: Any) -> Any:
         del ctx
+        # A change of type only: four bytes are in one 32-bit register already.
         word = ir.VectorType.get((1,), inline.i32())
         return inline.map_registers(
             lambda register: vector.bitcast(word, register),
@@ -157,6 +163,7 @@ def gather(
             else:
                 value = memref.load(ref, [inline.as_index(position)])
             if value.type == ir.IntegerType.get_signless(8):
+                # Codes are unsigned: 128 to 255 must not become negative.
                 value = arith.extui(inline.i32(), value)
             return vector.broadcast(ir.VectorType.get((1,), value.type), value)
 
@@ -220,6 +227,7 @@ def prefetch(ref: Any, *, interpret: bool) -> None:
         thread = arith.remui(mgpu.utils.thread_idx(), inline.const(WARPGROUP))
         last = inline.const(rows * lines - 1)
         for first in range(0, rows * lines, WARPGROUP):
+            # Threads past the end request the last line again, rather than one outside.
             number = arith.minui(arith.addi(thread, inline.const(first)), last)
             row = arith.divui(number, inline.const(lines))
             column = arith.remui(number, inline.const(lines))
@@ -288,6 +296,7 @@ def store_transposed(ref: Any, x: jax.Array, *, interpret: bool) -> None:
                 for i, value in enumerate(inline.elements(register)):
                     if dtype.itemsize == 2:
                         value = arith.truncf(kind, value)
+                    # The sums are [out_features, M], the result [M, out_features].
                     out_row = arith.addi(column, inline.const(8 * tile + i))
                     target = inline.pointer(ref, out_row, row)
                     llvm.store(value, target, alignment=dtype.itemsize)
@@ -335,10 +344,12 @@ def coded_product(
     rows, width = x.shape
     blocks = width // BLOCK
     if interpret:
+        # All copies of an entry are equal.
         pairs = table[...].reshape(-1, LANES)[:, 0][codes[...].astype(jnp.int32)]
         weight = jax.lax.bitcast_convert_type(pairs, x.dtype)  # [64, 32 n, 2]
         weight = weight.reshape(ROWS, blocks, BLOCK).astype(jnp.float32)
         inputs = x[...].reshape(rows, blocks, BLOCK).astype(jnp.float32)
+        # [blocks, 64, M]: a sum for each block, scaled afterwards, as on the device.
         parts = jnp.einsum("rbk,mbk->brm", weight, inputs)
         return sums + (parts * scales[...].T[:, :, None]).sum(axis=0)
     layout = accumulator(rows)
@@ -361,6 +372,7 @@ def coded_product(
             column = arith.addi(column, inline.const(32 * block))
             return inline.load_words(codes, row, column, 2)
 
+        # 16 values are 32 bytes, two accesses of the largest size.
         def load_inputs(tile: int, block: int) -> list[Any]:
             column = arith.muli(quad, inline.const(16))
             column = arith.addi(column, inline.const(64 * block))
@@ -380,6 +392,8 @@ def coded_product(
         ]
         for block, block_words in enumerate(words):
             # Step s reads bytes 2 s and 2 s + 1 of the 8 that a thread holds of a row.
+            # In the order a0 to a3 of the instruction: the upper and the lower row of
+            # columns 2 q, 2 q + 1, then of columns 2 q + 8, 2 q + 9.
             left = [
                 [
                     lookup(inline.byte_of(row_words[step // 2], 2 * (step % 2) + half))
@@ -395,11 +409,14 @@ def coded_product(
             ]
             for tile in range(rows // 8):
                 right = load_inputs(tile, block)
+                # From zero for each block, whose scale multiplies its own sum alone.
                 part = [inline.zero()] * 4
                 for step in range(4):
                     step_inputs = right[2 * step : 2 * step + 2]
                     part = inline.mma(kind, part, left[step], step_inputs)
                 for half in range(2):
+                    # c0 and c1 are of the upper row, c2 and c3 of the lower, which has
+                    # its own scale.
                     out[tile][half] = [
                         inline.fma(part[2 * half + i], scale[half], out[tile][half][i])
                         for i in range(2)
@@ -424,6 +441,7 @@ def operand_order(x: jax.Array) -> jax.Array:
       `x` with its columns rearranged.
     """
     rows, width = x.shape
+    # [M, n, q, s, h, e] -> [M, n, s, h, q, e].
     x = x.reshape(rows, width // BLOCK, 4, 4, 2, 2)
     return x.transpose(0, 1, 3, 4, 2, 5).reshape(rows, width)
 
@@ -468,10 +486,13 @@ def decoded(
         lookup = inline.lane_lookup(table, pair)
         kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
         registers = []
+        # In the layout's order: 8 tiles of 8 columns, each with an upper and a lower
+        # row. Byte b of a thread is its pair of columns in tile b.
         for byte in range(8):
             for half in range(2):
                 code = inline.byte_of(words[half][byte // 4], byte % 4)
                 values = inline.elements(lookup(code))
+                # One float32 product, rounded once: the bits of `reference.dequantize`.
                 scaled = inline.pack([arith.mulf(v, scale[half]) for v in values])
                 registers.append(arith.truncf(kind, scaled))
         # An array of zeros of the same layout has the shape in which it keeps them.

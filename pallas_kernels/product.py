@@ -47,6 +47,7 @@ def contract(
     def rounded_within(a: Array, b: Array) -> Array:
         return product(a, b, preferred_element_type=dtype)
 
+    # Nothing is left to round, so both forms are the same.
     if dtype == jnp.float32:
         return rounded_within(a, b)
     return jax.lax.platform_dependent(a, b, cpu=rounded_after, default=rounded_within)
@@ -89,6 +90,8 @@ def _dense_bwd(
     x, weight = residuals
     # y = x w^T, so dx = dy w and dw = dy^T x.
     dy = dy.astype(x.dtype)
+    # dy is float32 where y was asked for in float32 (logits); rounded, both products
+    # run on 16-bit operands like the forward one.
     dx = contract(dy, weight.astype(x.dtype), 0)
     return dx, _outer(dy, x).astype(weight.dtype)
 
@@ -99,6 +102,7 @@ def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "
     The compiler transposes the left operand, so the narrower one goes there (for an
     adapter the one of width r).
     """
+    # dw = dy^T x sums over all tokens, so over every axis but the last.
     rows = tuple(range(a.ndim - 1))
     product = functools.partial(
         jax.lax.dot_general,

@@ -76,6 +76,7 @@ class Problems:
           UserError: it is the hundredth.
         """
         messages = (problem,) if isinstance(problem, str) else problem.problems
+        # If it stays the only one, it is raised itself, with its class and its cause.
         if isinstance(problem, UserError) and not (self._messages or prefix):
             self._first = problem
         for message in messages:
@@ -145,6 +146,7 @@ def _group_rows(messages: Iterable[str]) -> list[tuple[str, int]]:
     groups: dict[Any, list[str]] = {}
     for message in messages:
         match = _ROW_PROBLEM.fullmatch(message)
+        # Messages that differ in the row number alone are one line of the list.
         key = match.group("file", "separator", "problem") if match else message
         groups.setdefault(key, []).append(match["row"] if match else "")
     joined = []

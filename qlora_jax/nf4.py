@@ -5,11 +5,10 @@ written back byte for byte. `quantize` runs on the host with exact IEEE arithmet
 numpy (all cores), which reproduces bitsandbytes' codes and scales. `dequantize` and
 `matmul` call `pallas_kernels.nf4`.
 
-One short text that says which base weights these are.
-
-An adapter, a checkpoint of a run and a report carry the fingerprint of the base they
-belong to, so that continuing on another base is noticed. It covers each leaf's place in
-the tree, dtype, shape and bytes, and is the same for numpy and jax arrays.
+`fingerprint_tree` identifies base weights by one short string. An adapter, a checkpoint
+of a run and a report carry the fingerprint of the base they belong to, so that
+continuing on another base is noticed. It covers each leaf's place in the tree, dtype,
+shape and bytes, and is the same for numpy and jax arrays.
 """
 
 from __future__ import annotations
@@ -38,6 +37,8 @@ from pallas_kernels.nf4.reference import NF4_CODE, Nested
 from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 
+# bitsandbytes allows other sizes, but transformers has no setting for them: files on
+# the hub have these.
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
@@ -54,16 +55,22 @@ def _dynamic_map() -> NDArray[np.float32]:
     """
     # The grid of `torch.linspace` in float32: a fused multiply-add from either end
     # towards the middle, here in float64, where the product is exact, and rounded once.
+    # Plain formulas miss bitsandbytes' table in dozens of its 256 entries, in float32
+    # as in float64 (72).
     values = [np.zeros(1, np.float32), np.ones(1, np.float32)]
+    # Steps are finest near 0. The 2^7 - 1 values of all decades, with both signs, and
+    # the two constants fill the 256 codes.
     for decade in range(7):
         points = 2**decade + 1
         step = np.float64(np.float32(np.float32(1) - np.float32(0.1)) / (points - 1))
+        # torch computes the step itself in float32.
         step = np.float64(np.float32(step))
         index = np.arange(points)
         from_start = np.float64(np.float32(0.1)) + step * index
         from_end = 1.0 - step * (points - 1 - index)
         grid = np.where(index < points // 2, from_start, from_end).astype(np.float32)
         middle = (grid[:-1] + grid[1:]) / np.float32(2)
+        # The last decade ends at 1. The first has the single value 0.55e-6.
         middle = np.float32(10.0 ** (decade - 6)) * middle
         values += [middle, -middle]
     return np.sort(np.concatenate(values))
@@ -72,6 +79,7 @@ def _dynamic_map() -> NDArray[np.float32]:
 DYNAMIC_MAP = _dynamic_map()
 
 # Elements handled in one go: small enough for the float32 scratch to stay in cache.
+# A multiple of the block size, so no block and no byte belongs to two chunks.
 _CHUNK = 1 << 16
 
 
@@ -85,6 +93,7 @@ _CHUNK = 1 << 16
         "nested_quant_map",
         "layer",
     ],
+    # Static: tracing branches on them, for example on whether blocks cross rows.
     meta_fields=["shape", "dtype", "block_size", "nested_block_size"],
 )
 @dataclass(frozen=True)
@@ -174,6 +183,7 @@ def dequantize(
             implementation=implementation,
         )
 
+    # With `layer` the one leading axis is the stack, of which the kernel reads a layer.
     if tensor.layer is None:
         for _ in range(_leading_axes(tensor)):
             dequantize_layer = jax.vmap(dequantize_layer)
@@ -257,6 +267,7 @@ def lift_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
                 stacks[name] = inner_stacks
         elif isinstance(value, NF4Tensor) and _leading_axes(value) == 1:
             layers = jnp.arange(value.codes.shape[0], dtype=jnp.int32)
+            # The shape stays with the index: it is static, and `is_aligned` needs it.
             rest[name] = replace(_without_arrays(value), layer=layers)
             stacks[name] = value
         else:
@@ -312,6 +323,8 @@ def quantize(weight: NDArray, *, double_quant: bool) -> NF4Tensor:
         nested_quant_map = DYNAMIC_MAP
     out_features, in_features = weight.shape
     if is_aligned(weight.shape):
+        # The flat bytes already come row after row; this only names the rows, which
+        # shardings and kernels need.
         codes = codes.reshape(out_features, in_features // 2)
         absmax = absmax.reshape(out_features, in_features // BLOCK_SIZE)
     return NF4Tensor(
@@ -374,12 +387,14 @@ def _quantize_blocks(weight: NDArray) -> tuple[NDArray[np.uint8], NDArray]:
     size = weight.size
     blocks = -(-size // BLOCK_SIZE)
     flat = np.ascontiguousarray(weight).reshape(-1)
+    # Whole blocks; the bytes after the last weight are cut off at the end.
     codes = np.empty(blocks * BLOCK_SIZE // 2, np.uint8)
     absmax = np.empty(blocks, np.float32)
     starts = range(0, size, _CHUNK)
     if len(starts) == 1:
         finite = [_quantize_chunk(flat, 0, codes, absmax)]
     else:
+        # Threads write disjoint parts of `codes` and `absmax`, so they need no lock.
         finite = list(
             _pool().map(lambda s: _quantize_chunk(flat, s, codes, absmax), starts)
         )
@@ -395,13 +410,20 @@ def _quantize_chunk(
     flat: NDArray, start: int, codes: NDArray[np.uint8], absmax: NDArray[np.float32]
 ) -> bool:
     """Codes `flat[start:start + _CHUNK]`; returns whether all weights were finite."""
+    # 16-bit weights are widened first, as in bitsandbytes: scaled in bf16, some would
+    # get other codes.
     x = flat[start : start + _CHUNK].astype(np.float32)
     first, full = start // BLOCK_SIZE, x.size // BLOCK_SIZE * BLOCK_SIZE
+    # `rows` and `rest` are views: scaling them in place scales x.
     rows = x[:full].reshape(-1, BLOCK_SIZE)
     largest = np.abs(rows).max(axis=1, initial=0.0)
+    # Stored without the clamp below: a block of zeros has scale 0 and codes of 0.0. A
+    # NaN or infinity always shows in the maximum, so only that is checked.
     absmax[first : first + rows.shape[0]] = largest
+    # NaN and infinity pass through the arithmetic; the caller reports them.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         # bitsandbytes multiplies by the reciprocal: a division rounds differently.
+        # The clamp keeps the reciprocal finite for a block of zeros.
         inverse = np.float32(1) / np.maximum(largest, np.float32(1e-38))
         rows *= inverse[:, None]
         finite = bool(np.isfinite(largest).all())
@@ -420,6 +442,7 @@ def _quantize_chunk(
     for midpoint in _MIDPOINTS[1:]:
         np.greater(x, midpoint, out=above)
         index += above.view(np.uint8)
+    # The first weight of a pair is in the high nibble.
     pairs = index.reshape(-1, 2)
     codes[start // 2 : start // 2 + pairs.shape[0]] = pairs[:, 0] << 4 | pairs[:, 1]
     return finite
@@ -432,9 +455,13 @@ def _quantize_absmax(
 
     absmax ~ DYNAMIC_MAP[code] * scale[group] + offset, with the mean as offset.
     """
+    # Scales are positive and the table is signed and finest around 0, so the mean is
+    # subtracted first. bitsandbytes' float32 mean depends on its order of summation;
+    # this one is rounded once.
     offset = np.float32(absmax.mean(dtype=np.float64))
     centred = absmax - offset
     groups = -(-centred.size // NESTED_BLOCK_SIZE)
+    # Zeros after the last scale leave the maximum of its group unchanged.
     padded = np.zeros(groups * NESTED_BLOCK_SIZE, np.float32)
     padded[: centred.size] = centred
     rows = padded.reshape(groups, NESTED_BLOCK_SIZE)
@@ -442,6 +469,9 @@ def _quantize_absmax(
     safe = np.maximum(scale, np.float32(1e-38))
     normed = np.clip(rows * (np.float32(1) / safe)[:, None], -1, 1).reshape(-1)
     middles = (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)
+    # "left" counts the midpoints strictly below, so ties go to the lower code here too.
+    # bitsandbytes on a CPU looks codes up in 65,536 bins instead, and misses the
+    # nearest entry in about 0.2 % of them.
     codes = np.searchsorted(middles, normed[: centred.size], side="left")
     return codes.astype(np.uint8), scale, np.asarray(offset)
 
@@ -458,6 +488,7 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 
 # Bytes hashed in one go: large enough to keep threads busy, and several to a leaf.
+# Part of the definition: with another size every stored fingerprint would differ.
 _PIECE = 1 << 25
 
 
@@ -467,9 +498,9 @@ def sha256(piece: np.ndarray) -> bytes:
 
 
 def crc32(piece: np.ndarray) -> bytes:
-    """CRC-32 of an array of bytes: no two are told apart that someone made alike.
+    """CRC-32 of an array of bytes, which anyone can forge.
 
-    It finds what disks and memory do to bytes, at about twice the speed of SHA-256.
+    It detects damage by disks and memory, at about twice the speed of SHA-256.
     """
     return zlib.crc32(piece).to_bytes(4, "little")
 
@@ -497,6 +528,7 @@ def fingerprint_tree(tree: Any, digest: Callable[[np.ndarray], bytes] = sha256) 
             pieces = [data[i : i + _PIECE] for i in range(0, data.size, _PIECE)]
             digests = b"".join(pool.map(digest, pieces)).hex()
             shape = list(array.shape)
+            # Place, dtype and shape count: the same bytes elsewhere are another base.
             whole.update(f"{name} {array.dtype.name} {shape} {digests}\n".encode())
     return whole.hexdigest()
 

@@ -38,6 +38,9 @@ class FrozenDict(dict[str, _V]):
     """An immutable, hashable dict whose order counts in comparisons."""
 
     def __hash__(self) -> int:  # type: ignore[override]
+        # Configurations with such fields are static arguments of jit and must be
+        # hashable. The order counts because the first pattern that matches decides
+        # (`rank_pattern`).
         return hash(tuple(self.items()))
 
     def __eq__(self, other: object) -> bool:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import convert
-from convert.peft import CHAT_TEMPLATE, common_chat_template
+from convert.peft import CHAT_TEMPLATE_FILE, common_chat_template
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.runs.loading import load
@@ -51,9 +51,9 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
         # transformers finds the template beside the tokenizer.
-        assert {CHAT_TEMPLATE: model.tokenizer.chat_template} == common_chat_template(
-            fact_run / "adapter"
-        )
+        assert {
+            CHAT_TEMPLATE_FILE: model.tokenizer.chat_template
+        } == common_chat_template(fact_run / "adapter")
     assert model.chat(ASK, max_new_tokens=40) == ANSWER
 
 

@@ -7,6 +7,7 @@ site's architecture page is checked in test_docs.py.)
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
@@ -42,7 +43,8 @@ ORDER = (
 OUTSIDE = {
     "pallas_kernels": {"jax", "jaxlib", "jaxtyping", "numpy"},
     "convert": {
-        *("jax", "jaxtyping", "ml_dtypes", "numpy", "rich", "safetensors"),
+        *("jax", "jaxtyping", "lazy_loader", "ml_dtypes", "numpy", "rich"),
+        "safetensors",
     },
     "qlora_jax": {
         *("flax", "jax", "jaxtyping", "jinja2", "lazy_loader", "ml_dtypes", "numpy"),
@@ -87,21 +89,26 @@ MODULES = sources(*PACKAGES)
 ALL_MODULES = sources(*PACKAGES, *SCRIPTS)
 
 
-def public_names() -> dict[str, str]:
-    """The public names of `qlora_jax`: name -> module, from `__init__.pyi`."""
-    stub = ast.parse((ROOT / "qlora_jax" / "__init__.pyi").read_text())
+def names_offered(package: str) -> dict[str, str]:
+    """The names listed in a package's `__init__.pyi`: name -> module."""
+    stub = ROOT / package.replace(".", "/") / "__init__.pyi"
     return {
-        alias.name: f"qlora_jax.{node.module}"
-        for node in stub.body
+        alias.name: f"{package}.{node.module}"
+        for node in (ast.parse(stub.read_text()).body if stub.exists() else ())
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
 
 
+# Packages that list what others may use: package -> name -> module.
+OFFERED = {name: names for name in MODULES if (names := names_offered(name))}
+
+
 def imports(name: str) -> Iterator[tuple[str, bool, int]]:
     """What a module imports: (dotted target, inside a function, line).
 
-    `from p import x` gives `p.x` where that is a module.
+    `from p import x` gives `p.x` where that is a module, and the module that holds `x`
+    where `p` only lists it.
     """
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool, int]]:
@@ -111,9 +118,11 @@ def imports(name: str) -> Iterator[tuple[str, bool, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name}: imports are absolute"
             for alias in node.names:
-                target = f"{node.module}.{alias.name}"
-                is_module = target in ALL_MODULES
-                yield target if is_module else node.module or "", lazy, node.lineno
+                module = node.module or ""
+                target = OFFERED.get(module, {}).get(alias.name, module)
+                if f"{module}.{alias.name}" in ALL_MODULES:
+                    target = f"{module}.{alias.name}"
+                yield target, lazy, node.lineno
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, lazy or inside)
@@ -251,21 +260,44 @@ def test_importing_every_module_opens_no_device_and_needs_no_extra():
 # --- Public names ---
 
 
-def test_every_public_name_resolves_to_its_module():
-    import qlora_jax
+@pytest.mark.parametrize("package", OFFERED)
+def test_every_name_a_package_offers_resolves_to_its_module(package):
+    offered = OFFERED[package]
+    module = importlib.import_module(package)
+    for name, home in offered.items():
+        value = getattr(module, name)
+        assert value is getattr(importlib.import_module(home), name)
+        assert getattr(value, "__module__", home) in (home, "typing"), name
+    assert set(module.__all__) - {"__version__"} == set(offered)
+    assert set(offered) <= set(dir(module))
+    # Importing `p.x` anywhere binds `x` on the package to the module, and hides a
+    # function of that name from then on.
+    both = {name for name in offered if f"{package}.{name}" in MODULES}
+    assert not both, f"rename the modules {both}: each hides a name of {package}"
 
-    for name, module in public_names().items():
-        value = getattr(qlora_jax, name)
-        assert value.__module__ == module, f"`{name}` is in `{value.__module__}`"
-    assert set(qlora_jax.__all__) == {"__version__", *public_names()}
-    assert set(public_names()) <= set(dir(qlora_jax))
+
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_use_of_each_other_what_is_offered(name):
+    inside = [
+        f"line {node.lineno}: `{node.module}`"
+        for node in ast.walk(ast.parse(MODULES[name].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for package in OFFERED.keys() - {"qlora_jax"}
+        if node.module.startswith(f"{package}.") and not name.startswith(f"{package}.")
+    ]
+    assert not inside, f"{name} goes past a package's `__init__.pyi`: {inside}"
 
 
-def test_no_public_name_is_also_a_module():
-    # Importing `qlora_jax.x` anywhere binds `x` on the package to the module, and hides
-    # a function of that name from then on.
-    both = {name for name in public_names() if f"qlora_jax.{name}" in MODULES}
-    assert not both, f"rename the modules {both}: each hides the public name"
+def test_packages_offer_what_is_used():
+    used = set()
+    for path in ALL_MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                used |= {(node.module, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Attribute):
+                used.add((ast.unparse(node.value), node.attr))
+    offered = {(p, n) for p in OFFERED if p != "qlora_jax" for n in OFFERED[p]}
+    assert not offered - used, "offered and used by nobody"
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -330,10 +362,10 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "pallas_kernels" / "tuned").glob("*.json")
     }
-    stub = {"qlora_jax/__init__.pyi"}
+    stubs = {f"{package.replace('.', '/')}/__init__.pyi" for package in OFFERED}
     templates = {
         f"qlora_jax/runs/templates/{name}.html"
         for name in ("base", "data", "macros", "run")
     }
-    assert shipped - metadata == modules | typed | tuned | stub | templates
+    assert shipped - metadata == modules | typed | tuned | stubs | templates
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)

@@ -39,6 +39,11 @@ CHAPTERS = {
     "planning": "Planning",
     "errors": "Errors",
 }
+# Functions of `convert` for users; it offers more to the other packages.
+CONVERT = (
+    *("load_llama", "abstract_llama", "save_llama"),
+    *("load_adapter", "check_adapter", "save_adapter", "merge"),
+)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -176,7 +181,7 @@ def python() -> str:
     for package, directives in chapters.items():
         parts += [f"## {CHAPTERS.get(package, package)}", *directives]
     parts.append("## Hugging Face, bitsandbytes and PEFT files (`convert`)")
-    functions = filter(inspect.isfunction, vars(convert).values())
+    functions = [getattr(convert, name) for name in CONVERT]
     parts += [f"::: {f.__module__}.{f.__name__}" for f in functions]
     return "\n\n".join(parts)
 

@@ -208,6 +208,7 @@ def _backward(
     dq, dk, dv = gpu.backward(
         *(q, k, v, segments, out, lse, dout), interpret=_interpreter(interpret)
     )
+    # Segment ids are integers and have no derivative.
     return dq, dk, dv, None
 
 

@@ -67,9 +67,11 @@ def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> 
     count = other_ids.padded.shape[1]
     ids = _Ids(*(a[:, :, None] for a in ids))
     other_ids = _Ids(*(a[:, None, :] for a in other_ids))
+    # [B, blocks, other blocks]: only reductions over the last axis leave the fusion.
     meets = (ids.lowest <= other_ids.highest) & (other_ids.lowest <= ids.highest)
     meets |= ids.padded & other_ids.padded
-    # All ids equal: both ranges are one and the same number.
+    # All ids equal: both ranges are one and the same number. (With L and H of the other
+    # side, l = H >= L = h >= l.)
     clear = (ids.lowest == other_ids.highest) & (other_ids.lowest == ids.highest)
     clear &= ~(ids.padded | other_ids.padded)
     other = jnp.arange(count, dtype=jnp.int32)[None, None, :]
@@ -83,6 +85,7 @@ def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> 
         causal = (other + 1) * other_rows > start
         fully_causal = other * other_rows >= start + rows
     meets &= causal
+    # Never empty: a block meets the one on its diagonal, as every token sees itself.
     first = jnp.where(meets, other, count).min(axis=2)
     last = jnp.where(meets, other, -1).max(axis=2)
     fully_causal_count = fully_causal.sum(axis=2, dtype=jnp.int32)
@@ -105,8 +108,10 @@ def causal_reach(
     start = rows * np.arange(length // rows, dtype=np.int32)
     if queries:
         last = (start + rows - 1) // other_rows
+        # From key 0 to the diagonal; clear are blocks that end before the first query.
         limits = (0 * start, last, 0 * start, start // other_rows)
     else:
+        # Clear from the first query block that begins after the last key.
         clear_from = -(-(start + rows) // other_rows)
         everything = 0 * start + count
         limits = (start // other_rows, everything - 1, clear_from, everything)
@@ -124,6 +129,8 @@ class _Ids(NamedTuple):
 def _ids(segments: jax.Array, rows: int) -> _Ids:
     ids = segments.reshape(segments.shape[0], -1, rows)
     padding = ids == 0
+    # Neutral elements of min and max: a block of padding has an empty range, which is
+    # disjoint from every other.
     limits = jnp.iinfo(jnp.int32)
     return _Ids(
         jnp.where(padding, limits.max, ids).min(axis=2),
@@ -178,6 +185,7 @@ def stream(
 
     @pl.when(group == 0)
     def _() -> None:
+        # Fills the ring. Later steps are fetched into slots as these become free.
         for stage in range(stages):
             pl.when(stage < steps)(lambda stage=stage: fetch(stage, stage))
 
@@ -195,6 +203,7 @@ def stream(
         def _() -> None:
             previous_slot = jax.lax.rem(number - 1, stages)
             plgpu.barrier_wait(free.at[previous_slot])
+            # The next step whose operands belong into that slot.
             following = number - 1 + stages
             pl.when(following < steps)(lambda: fetch(following, previous_slot))
 
@@ -204,6 +213,7 @@ def stream(
 
     @pl.when(group == 0)
     def _() -> None:
+        # The loop has waited for the slots of all steps but the last.
         plgpu.barrier_wait(free.at[jax.lax.rem(steps - 1, stages)])
 
     return carry
@@ -260,6 +270,7 @@ def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
     def multiply(*sums: Any) -> tuple[jax.Array, ...]:
         for total, (a, b) in zip(sums, pairs, strict=True):
             plgpu.wgmma(total, a, b)
+        # Reading an accumulator waits for its products.
         return tuple(total[...] for total in sums)
 
     shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
@@ -328,6 +339,8 @@ def launch(
         grid_names=tuple(grid),
         num_threads=GROUPS,
         thread_name="group",
+        # Exponentials as `ex2.approx`. Lane semantics takes the layouts given above;
+        # the default since jax 0.11 infers them.
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
         ),

@@ -94,6 +94,7 @@ def forward(
       The output, as `q`, and the natural logarithms, float32 [B, N, T].
     """
     batch, length, heads, width = q.shape
+    # Consecutive query heads share a key/value head.
     sharing = heads // k.shape[2]
     keys, stages = tiles or FORWARD[width]
     scale = LOG2E / math.sqrt(width)
@@ -106,6 +107,7 @@ def forward(
         queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
         target = (row, queries, head)
         plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
+        # Scalars: which key blocks are visited, and which of them without a mask.
         first, last, *clear = (limit[row, block] for limit in limits)
 
         def fetch(step: Any, slot: Any) -> None:
@@ -121,6 +123,8 @@ def forward(
             sums, top, total = carry
             key_block = first + step
             step_keys = pl.ds(key_block * keys, keys)
+            # [64 queries, keys]. `wgmma` reads a 16-bit operand in either order: the
+            # transposition of k is a flag, not a copy.
             (scores,) = products((q_s.at[group], k_s.at[slot].transpose((1, 0))))
             scores = masked(
                 scores,
@@ -129,9 +133,12 @@ def forward(
                 transposed=False,
             )
             # As in `xla._flash_fwd`, with exponentials of base 2.
+            # The scale multiplies the maximum and, within the exponent, the scores: one
+            # multiply-add for each, and no pass of its own.
             new_top = jnp.maximum(top, scores.max(axis=1) * scale)
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(scores * scale - across(new_top, scores.shape))
+            # Summed in float32, before the product below takes the weights as bfloat16.
             total = total * shrink + weights.sum(axis=1)
             sums = sums * across(shrink, sums.shape)
             (sums,) = add_products(
@@ -139,6 +146,7 @@ def forward(
             )
             return sums, new_top, total
 
+        # A warpgroup waits for its own rows only.
         plgpu.barrier_wait(rows_ready.at[group])
         # The running maximum starts below a masked score, so that the first visible
         # score wipes out what came of masked ones.
@@ -151,10 +159,15 @@ def forward(
             carry=(zeros(ROWS, width), full(ROWS, 2 * MASKED), full(ROWS, 0.0)),
             interpret=bool(interpret),
         )
+        # A query sees at least itself, so the total is not 0. No product reads q any
+        # more: its buffer takes the output, in the layout that the copy expects.
         q_s[group] = (sums * across(1.0 / total, sums.shape)).astype(out.dtype)
+        # Back to base e: ln(sum e^s) = m ln 2 + ln l.
         lse[row, head, queries] = top * (1.0 / LOG2E) + jnp.log(total)
+        # Threads wrote the buffer: only now may the copy engine read it.
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s.at[group], out.at[target])
+        # The copy reads shared memory, which is given away when the threads end.
         plgpu.wait_smem_to_gmem(0)
 
     run = launch(
@@ -167,10 +180,13 @@ def forward(
             operand((GROUPS, ROWS, width), q.dtype),
             operand((stages, keys, width), q.dtype),
             operand((stages, keys, width), q.dtype),
+            # Arrivals that complete each: the copy of q; the copies of k and v into a
+            # slot; the warpgroups that have used the slot.
             plgpu.Barrier(num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
         ],
+        # Heads run first: those that share keys run together and find them in L2.
         grid={"block": length // BLOCK, "row": batch, "head": heads},
         interpret=interpret,
     )
@@ -212,6 +228,7 @@ def backward(
     # The softmax's derivative subtracts the sum over the keys of weight times its
     # derivative, which equals this sum over the head's width.
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    # [B, N, 2, T]: both numbers of a block of queries come with one copy.
     numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
     arrays = (q, k, v, dout, numbers, segments)
     dq = _backward_queries(*arrays, tiles=query_tiles, interpret=interpret)
@@ -247,6 +264,7 @@ def _backward_queries(
         target = (row, queries, head)
         plgpu.copy_gmem_to_smem(q.at[target], q_s.at[group], rows_ready.at[group])
         plgpu.copy_gmem_to_smem(dout.at[target], dout_s.at[group], rows_ready.at[group])
+        # One of each for a row, in registers through all steps.
         lse, inner = (vector(numbers.at[row, head, i, queries], 0) for i in range(2))
         first, last, *clear = (limit[row, block] for limit in limits)
 
@@ -272,7 +290,9 @@ def _backward_queries(
                 [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
                 transposed=False,
             )
+            # p = e^(s - lse) is at most 1, so no maximum is needed here.
             weights = jnp.exp2(scores * (scale * LOG2E) - across(lse, scores.shape))
+            # ds = p (dp - inner); the scale multiplies the sum once, at the end.
             dscores = weights * (dweights - across(inner, scores.shape))
             (sums,) = add_products(
                 (sums, dscores.astype(k.dtype), k_s.at[slot]), interpret=bool(interpret)
@@ -348,6 +368,8 @@ def _backward_keys(
         plgpu.copy_gmem_to_smem(k.at[target], k_s.at[group], rows_ready.at[group])
         plgpu.copy_gmem_to_smem(v.at[target], v_s.at[group], rows_ready.at[group])
         first, last, *clear = (limit[row, block] for limit in limits)
+        # dk and dv of a key/value head sum over all query heads that share it. One
+        # block of threads goes through them, so nothing is added in memory.
         steps_per_head = last - first + 1
 
         def fetch(step: Any, slot: Any) -> None:
@@ -376,6 +398,7 @@ def _backward_keys(
             )
             lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
             weights = jnp.exp2(scores * (scale * LOG2E) - lse)
+            # With keys as rows, `weights` is p^T: dv += p^T dout, and dp^T = v dout^T.
             dv, dweights = add_products(
                 (dv, weights.astype(q.dtype), dout_s.at[slot]),
                 (
@@ -387,6 +410,7 @@ def _backward_keys(
             )
             inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
             dscores = weights * (dweights - inner)
+            # dk += ds^T q
             (dk,) = add_products(
                 (dk, dscores.astype(q.dtype), q_s.at[slot]), interpret=bool(interpret)
             )
@@ -402,6 +426,7 @@ def _backward_keys(
             carry=(zeros(ROWS, width), zeros(ROWS, width)),
             interpret=bool(interpret),
         )
+        # Only dk has the scale: dv is a product with p itself.
         k_s[group] = (dk_sums * scale).astype(dk.dtype)
         v_s[group] = dv_sums.astype(dv.dtype)
         plgpu.commit_smem()
@@ -420,6 +445,7 @@ def _backward_keys(
             operand((GROUPS, ROWS, width), q.dtype),
             operand((stages, queries, width), q.dtype),
             operand((stages, queries, width), q.dtype),
+            # lse and inner of a step's queries: the third copy into a slot.
             plgpu.SMEM((stages, 2, queries), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
@@ -452,6 +478,7 @@ def _operands(
     queries: bool,
 ) -> list[jax.Array]:
     """Returns the ranges of blocks, and what is compared where blocks are masked."""
+    # In the order in which `masked` compares them: indices, then ids.
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segments is None:
         limits = causal_reach(batch, length, BLOCK, other_rows, queries=queries)

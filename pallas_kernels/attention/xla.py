@@ -36,6 +36,7 @@ def reference_attention(
     """
     batch, length, heads, width = q.shape
     groups = k.shape[2]
+    # [B, T, K, G, H]: query head n = k G + g reads key/value head k.
     grouped = q.reshape(batch, length, groups, heads // groups, width)
     index = jnp.arange(length)
     visible = (index[:, None] >= index[None, :])[None]
@@ -43,7 +44,10 @@ def reference_attention(
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
     scores = _product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    # [B, K, G, T, 1]
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    # The softmax, e^(s - lse), rounded to the dtype of v as in the other
+    # implementations: a product of 16-bit operands runs on the tensor cores.
     weights = jnp.exp(scores - lse).astype(v.dtype)
     out = _product("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
     return out.astype(q.dtype), lse.reshape(batch, heads, length)
@@ -87,6 +91,7 @@ def _in_blocks(
 ) -> Array:
     """Pads to a multiple of the block; queries never see the padding, which is last."""
     length = q.shape[1]
+    # A row shorter than a block is one block, of a multiple of 8 tokens.
     block = min(block, -(-length // 8) * 8)
     pad = -length % block
     if pad:
@@ -107,6 +112,7 @@ def _rows(
     """Returns block i of the tokens, heads first: [B, *heads, block, H]."""
     rows = _slice(a, i, block)
     rows = rows.reshape(*rows.shape[:2], *heads, -1)
+    # [B, block, *heads, H] -> [B, *heads, block, H]
     return jnp.moveaxis(rows, 1, -2)
 
 
@@ -197,6 +203,7 @@ def _flash_fwd(
         acc = jnp.where(begins, 0.0, acc)
         q_i = _rows(q, i, block, grouped)
         k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
+        # [B, K, G, t, s]: the scores of one pair of blocks are all that is in memory.
         scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
         visible = _visible(segments, i, j, block)
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
@@ -212,10 +219,12 @@ def _flash_fwd(
         )
         # Written after every pair; the last of the row, on the diagonal, remains.
         out = _put_rows(out, acc / total[..., None], i)
+        # lse = m + log l, from which the backward pass recovers the weights.
         row_lse = new_top + jnp.log(total)
         lse = jax.lax.dynamic_update_slice_in_dim(lse, row_lse, i * block, 3)
         return (new_top, total, acc, out, lse), None
 
+    # m, l and o of the row of blocks at work; output and log-sum-exp of all of them.
     start = (
         jnp.zeros(rows_shape, jnp.float32),
         jnp.zeros(rows_shape, jnp.float32),
@@ -225,6 +234,8 @@ def _flash_fwd(
     )
     pairs = _pairs(length // block, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
+    # Both have names: a policy that kept the output alone would have to run the whole
+    # forward pass again for the log-sum-exp.
     out = checkpoint_name(out.reshape(residuals[0].shape), "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
     return out, (*residuals, out, lse)
@@ -241,6 +252,7 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
     groups = k.shape[2]
     scale = 1.0 / math.sqrt(width)
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    # [B, T, N] -> [B, K, G, T], the layout of lse.
     inner = inner.reshape(batch, length, groups, -1).transpose(0, 2, 3, 1)
     grouped = (groups, heads // groups)
     shapes = [a.shape for a in (q, k, v)]
@@ -249,6 +261,7 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
         q_or_dq, dk, dv, q_i, dq_i = carry
         i, j = ij
+        # Read once a row, before `_put_rows` writes the gradient over it.
         q_i = jnp.where(j == 0, _rows(q_or_dq, i, block, grouped), q_i)
         dout_i = _rows(dout, i, block, grouped)
         lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
@@ -259,9 +272,12 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         visible = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
         weights = jnp.exp(jnp.where(visible, scores, _MASKED) - lse_i[:, :, None])
         dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
+        # The scale belongs to s = scale q k^T: here, dq and dk both get it.
         dscores = weights * (dweights - inner_i[:, :, None]) * scale
+        # 16-bit operands for the products below, whose sums are float32.
         dscores = dscores.astype(q.dtype)
         dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
+        # The sums run over the G query heads that share the keys, too.
         dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
         dq_ij = _product("bksgt,bksh->bkgth", dscores, k_j)
         dq_i = jnp.where(j == 0, dq_ij, dq_i + dq_ij)

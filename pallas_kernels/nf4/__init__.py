@@ -6,15 +6,15 @@ high nibble, times the largest magnitude (`absmax`) of its block of 64 consecuti
 weights. The byte layout is that of bitsandbytes, so its files need no conversion.
 
 Layouts, for a weight of shape [O, I] (out_features, in_features) flattened row by row:
-  aligned (I % 64 == 0): codes [O, I/2], absmax [O, I/64]; blocks lie within rows.
+  aligned (I % 64 == 0): codes [O, I/2], absmax [O, I/64]; no block crosses rows.
   flat (any other I): codes [ceil(O*I/2)], absmax [ceil(O*I/64)]; blocks cross rows.
 
 Under double quantization `absmax` is itself 8-bit: index into a 256-entry table, times
 a scale for each 256 blocks, plus one offset for the tensor (`Nested`).
 
 Stacked layers: with `layer`, codes, absmax and the arrays of `nested` have one more
-axis in front and the weight is that layer's. A kernel reads it where it lies; cut out
-of the stack first, it would be copied.
+axis in front and the weight is that layer's. A kernel reads it in place; cut out of the
+stack first, it would be copied.
 
   api        nf4_dequantize and nf4_matmul: checks, the choice of a kernel, derivatives
   reference  the table and plain dequantization

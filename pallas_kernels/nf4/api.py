@@ -264,6 +264,7 @@ def _tuned() -> dict[str, Any]:
 
 def _tuned_choice(spec: _Spec, table: str) -> Any:
     """Returns what was measured for the shape, if kernels can run here."""
+    # None must not choose what cannot run; a choice by name was checked before.
     if spec.implementation is None and (
         not measured()
         or _kernel_refusal(spec._replace(implementation="pallas")) is not None
@@ -293,6 +294,7 @@ def _uses_packed_bytes(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
         return False
     limit = _tuned_choice(spec, "fused_rows")
     if limit is None:
+        # Not measured: None stays with XLA, and a choice by name gets the estimate.
         limit = 0 if spec.implementation is None else FUSED_ROWS
     if rows > limit:
         return False
@@ -305,6 +307,7 @@ def _uses_wgmma(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
     """Returns whether `wgmma.matmul` was measured to be the fastest for the rows."""
     if spec.implementation == "xla" or dtype.itemsize != 2:
         return False
+    # (1, 0) is an empty range.
     first, last = _tuned_choice(spec, "wgmma_rows") or (1, 0)
     return first <= rows <= last
 
@@ -380,6 +383,8 @@ def _matmul(spec: _Spec, x: Array, packed: Packed) -> Array:
     elif _uses_packed_bytes(spec, rows, x.dtype):
         y = _product_of_packed_bytes(spec, x.reshape(rows, -1), packed)
     else:
+        # Writing W out and reading it back takes 231 / rows of the product's time on an
+        # H200: below 3 % for a micro-batch of training.
         return contract(x, _weight(spec, packed, x.dtype), 1, spec.out_dtype)
     return y.reshape(*x.shape[:-1], spec.shape[0])
 
@@ -392,6 +397,8 @@ def _matmul_fwd(spec: _Spec, x: Array, packed: Packed) -> tuple[Array, tuple]:
 def _matmul_bwd(spec: _Spec, residuals: tuple, dy: Array) -> tuple[Array, None]:
     packed, like_x = residuals
     dy = dy.astype(like_x.dtype)
+    # y = x W^T, so dx = dy W; W is frozen and has no dW. It is decoded a second time,
+    # so that half a byte a weight is kept between the passes, not two.
     return contract(dy, _weight(spec, packed, dy.dtype), 0), None
 
 

@@ -74,10 +74,12 @@ def dequantize(
     """
     size = math.prod(shape)
     if words is None:
+        # The widest tile that divides the weight: no access needs a bounds check.
         words = next(w for w in (4, 2, 1) if size % (8 * WARPGROUP * w) == 0)
     tile = 8 * WARPGROUP * words
     tiles = size // tile
     limit = min(steps or 8, tiles)
+    # A divisor, so that every block of threads has the same number of tiles.
     steps = next(s for s in range(limit, 0, -1) if tiles % s == 0)
     nested = packed.nested is not None
     interpreted = bool(interpret)
@@ -97,6 +99,7 @@ def dequantize(
             start = (first_tile + step) * (tile // 2)
             raw = mosaic.load(codes.at[layer_index, pl.ds(start, tile // 2)], 4)
             word = (first_tile + step) * (tile // 8) + mosaic.iota((tile // 8,), 0)
+            # 8-bit scales stay indices into the table until it is their tile's turn.
             scale_dtype = jnp.int32 if nested else jnp.float32
             # Eight words hold the 64 weights that share a scale.
             scale = gather(absmax.at[layer_index], word >> 3, scale_dtype)
@@ -131,6 +134,7 @@ def dequantize(
             )
             return following
 
+        # The carry is the next tile, on its way from memory while this one is decoded.
         jax.lax.fori_loop(0, steps, step, fetch(0))
 
     scratch = [plgpu.SMEM((16 * LANES,), jnp.float32)]
@@ -143,6 +147,7 @@ def dequantize(
         grid={"block": tiles // steps},
         interpret=interpret,
     )
+    # Copies are neighbours, so copy i of every entry is in bank i.
     table = np.repeat(NF4_CODE, LANES)
     return run(*operands(packed, size // 2), table).reshape(shape)
 
@@ -175,9 +180,12 @@ def split_for(
     blocks = in_features // BLOCK
     if out_features % ROWS or in_features % BLOCK or rows > MAX_ROWS:
         return None
+    # Eight warpgroups are 1,024 threads of 64 registers; more rows have more sums.
     max_groups = min(max_groups, 8 if rows <= 16 else 4)
     limit = _shared_limit(rows)
     for groups in (8, 4, 2, 1):
+        # A tile has 64 scales for each block of in_features, spread over 128 threads:
+        # each warpgroup needs an even number of blocks.
         if groups > max_groups or blocks % (2 * groups):
             continue
         tiles, parts = out_features // ROWS, 1
@@ -199,6 +207,8 @@ def split_for(
 
 def _shared_bytes(blocks: int, rows: int, groups: int, parts: int) -> int:
     """Returns the shared memory of a block of threads of `matmul`."""
+    # In 4-byte words: the pairs, 32 copies; the table of 8-bit scales and the scales of
+    # each warpgroup; and the sums, of x padded to multiples of 8 rows.
     table, quant_maps = 256 * LANES, groups * 256
     scales, sums = ROWS * blocks // parts, groups * ROWS * -(-rows // 8) * 8
     return 4 * (table + quant_maps + scales + sums)
@@ -309,6 +319,7 @@ def matmul(
             columns = pl.ds(block * (BLOCK // 2), count * (BLOCK // 2))
             return codes.at[layer_index, pl.ds(tile * ROWS, ROWS), columns]
 
+        # The bytes are on their way to L2 while table and scales are prepared.
         mosaic.prefetch(codes_of(first_block, blocks_per_group), interpret=interpreted)
         # Each warpgroup copies its share of the table.
         share = table_s.shape[0] // groups
@@ -327,6 +338,7 @@ def matmul(
             index,
             interpret=interpreted,
         )
+        # Table and scales are complete when every warpgroup has written its share.
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
 
@@ -341,6 +353,7 @@ def matmul(
                 interpret=interpreted,
             )
 
+        # Sums stay in registers from the first block to the last.
         layout = mosaic.accumulator(rows)
         sums = plgpu.layout_cast(jnp.zeros((ROWS, rows), jnp.float32), layout)
         sums = jax.lax.fori_loop(0, blocks_per_group // chunk, step, sums)
@@ -350,6 +363,7 @@ def matmul(
 
         @pl.when(group == 0)
         def _() -> None:
+            # In a fixed order, unlike atomic additions: every run has the same bits.
             total = mosaic.load(sums_s.at[0], 4)
             for other in range(1, groups):
                 total = total + mosaic.load(sums_s.at[other], 4)
@@ -374,6 +388,7 @@ def matmul(
     )
     table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
     sums = run(x, *operands(packed, out_features, in_features // 2), table)
+    # [parts, O, rows] -> [M, O]
     return sums.sum(axis=0)[:, :count].T
 
 
@@ -472,6 +487,7 @@ def _dequantize_absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
 @functools.cache
 def _pair_table(dtype: str) -> np.ndarray:
     """Returns the two values of each byte as int32, the first in the low 16 bits."""
+    # The 16 values are rounded here, once; scales multiply float32 sums and never are.
     values = NF4_CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)
     return (values[byte >> 4] | values[byte & 0xF] << 16).view(np.int32)

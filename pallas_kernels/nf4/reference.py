@@ -10,7 +10,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
-# The 16 values, as float32, that bitsandbytes writes as `quant_map`.
+# The 16 values, as float32, that bitsandbytes writes as `quant_map`: quantiles of a
+# normal distribution scaled to [-1, 1], with an exact 0 between 7 negative and 8
+# positive values (arXiv:2305.14314).
 NF4_CODE = np.array(
     [
         -1.0,
@@ -62,6 +64,7 @@ class Packed(NamedTuple):
         if self.layer is None:
             return self
         arrays = (self.codes, self.absmax, self.nested)
+        # As in the kernels; an index of jax would count -1 from the end.
         layer = jnp.clip(self.layer, 0, self.codes.shape[0] - 1)
         codes, absmax, nested = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), arrays
@@ -94,6 +97,7 @@ def dequantize_absmax(
     """
     values = nested.quant_map[absmax.reshape(-1).astype(jnp.int32)]
     pad = -values.size % nested_block_size
+    # Groups of 256 run on across rows, like the bytes in a file.
     groups = jnp.pad(values, (0, pad)).reshape(-1, nested_block_size)
     # A maximum that changes nothing finite keeps a compiler from contracting product
     # and sum into one rounding; jax 0.10 drops an optimization barrier on CPU first.
@@ -135,7 +139,9 @@ def dequantize(
     values = jnp.asarray(NF4_CODE)[indices.astype(jnp.int32)]
     if aligned:
         # With rows as an axis a sharding of out_features passes through the reshape.
+        # [O, I / 64, 64] times [O, I / 64, 1].
         grouped = values.reshape(out_features, in_features // block_size, block_size)
+        # Scales stay float32: the product is all that is rounded.
         scales = absmax.reshape(out_features, in_features // block_size, 1)
         return (grouped * scales).reshape(shape).astype(dtype)
     size, blocks = out_features * in_features, absmax.size

@@ -68,7 +68,10 @@ def tiling_for(shape: tuple[int, int], rows: int) -> Tiling | None:
         return None
     count, columns = _fewest_columns(rows)
     tiles = shape[0] // (_groups(shape) * ROWS) * count
+    # More parts while multiprocessors would be idle, or while a part's scales leave too
+    # little shared memory for its slots.
     parts, blocks = 1, shape[1] // BLOCK
+    # An even number of blocks for each part: the loop takes two at a time.
     while blocks % (4 * parts) == 0 and (
         (parts < PARTS[-1] and 2 * parts * tiles <= MULTIPROCESSORS)
         or _stages(shape, columns, parts) < MIN_STAGES
@@ -123,6 +126,7 @@ def _groups(shape: tuple[int, int]) -> int:
 def _stages(shape: tuple[int, int], columns: int, parts: int) -> int:
     """Returns how many blocks fit in shared memory, up to as many as are of use."""
     rows = _groups(shape) * ROWS
+    # Bytes: float32 pairs, float32 tables and scales, then 16-bit x and 4-bit codes.
     table = 4 * 2 * 256 * mosaic.PAIR_COPIES
     quant_maps = 4 * 256 * _groups(shape)
     scales = 4 * rows * (shape[1] // BLOCK // parts + 2)
@@ -168,6 +172,7 @@ def matmul(
     steps = blocks // parts
     groups = _groups(shape)
     count = x.shape[0]
+    # Whole tiles of rows; columns in the order in which a thread decodes its bytes.
     x = mosaic.operand_order(jnp.pad(x, ((0, -count % columns), (0, 0))))
     nested = packed.nested is not None
     interpreted = bool(interpret)
@@ -185,6 +190,7 @@ def matmul(
         first_block = jax.lax.axis_index("part") * steps
         row = (tile * groups + group) * ROWS
 
+        # For both warpgroups, which share x and have neighbouring rows of codes.
         def fetch(k: Any) -> None:
             slot, block = k % stages, first_block + k
             rows = pl.ds(tile * groups * ROWS, groups * ROWS)
@@ -215,6 +221,7 @@ def matmul(
         scales_shape = (ROWS, steps + 2)
         index = (row + mosaic.iota(scales_shape, 0)) * blocks
         index = index + first_block
+        # The two surplus columns repeat the last block's scale; nothing reads them.
         index = index + jnp.minimum(mosaic.iota(scales_shape, 1), steps - 1)
         scales_s[group] = block_scales(
             absmax,
@@ -243,6 +250,7 @@ def matmul(
                     plgpu.commit_smem()
                     weight = more[-1].at[group]
                 plgpu.wgmma(total, weight, x_s.at[slot].T)
+                # At most one product may still run: the one just started.
                 plgpu.wgmma_wait(1)
 
                 # The product of block k - 1 is done.
@@ -265,6 +273,7 @@ def matmul(
 
             return total[...]
 
+        # float32 [64, columns]: columns / 2 of a thread's 255 registers, up to 128.
         total = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((ROWS, columns)))
         mosaic.store_transposed(
             out.at[jax.lax.axis_index("part"), column, pl.ds(row, ROWS)],
@@ -277,6 +286,8 @@ def matmul(
         plgpu.SMEM((stages, groups * ROWS, BLOCK // 2), jnp.uint8),
         mosaic.operand((stages, columns, BLOCK), x.dtype),
         plgpu.SMEM((groups, ROWS, steps + 2), jnp.float32),
+        # Arrivals: the copies of codes and of x into a slot; the warpgroups done with
+        # it; the warpgroups whose share of table and scales is complete.
         plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups),

@@ -35,21 +35,24 @@ class Adapter:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import load_adapter, save_adapter
-        from convert.checkpoint import lazy_base, open_config, open_model
-        from convert.files import INDEX, SINGLE
-        from convert.peft import (
+        from convert import (
+            WEIGHTS_FILE,
+            WEIGHTS_INDEX,
             common_chat_template,
-            in_short,
+            lazy_base,
+            load_adapter,
+            open_config,
+            open_model,
             peft_directory,
+            save_adapter,
+            shorten,
         )
-        from qlora_jax.runs.loading import (
-            base_name_for_copy,
-            is_broken_path,
-        )
+        from qlora_jax.runs import base_name_for_copy, is_broken_path
 
         config = open_config(self.base)
-        has_weights = any((self.base / name).is_file() for name in (SINGLE, INDEX))
+        has_weights = any(
+            (self.base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)
+        )
         files = open_model(self.base) if has_weights else None
         source = peft_directory(self.input)
         skipped: list[str] = []
@@ -73,7 +76,7 @@ class Adapter:
             base_model_name_or_path=base_name,
             extra_files=common_chat_template(source),
         )
-        for skip in in_short(skipped):
+        for skip in shorten(skipped):
             print_note(f"not taken from `{source}`: {skip}")
         return {
             "input": str(source),

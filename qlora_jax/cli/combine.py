@@ -35,11 +35,16 @@ class Combine:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import load_adapter, save_adapter
-        from convert.checkpoint import lazy_base, open_config
-        from convert.peft import common_chat_template, peft_directory
-        from qlora_jax.lora.combine import combine_adapters
-        from qlora_jax.runs.loading import base_name_for_copy
+        from convert import (
+            common_chat_template,
+            lazy_base,
+            load_adapter,
+            open_config,
+            peft_directory,
+            save_adapter,
+        )
+        from qlora_jax.lora import combine_adapters
+        from qlora_jax.runs import base_name_for_copy
 
         config = open_config(self.base)
         weights = self.weights or (1.0,) * len(self.adapters)

@@ -22,18 +22,19 @@ import tyro
 
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import Batches
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE
-from qlora_jax.data.examples import load_examples
-from qlora_jax.data.mixture import Mixture, lay_out
-from qlora_jax.data.notes import data_notes
+from qlora_jax.data import (
+    IGNORE,
+    Batches,
+    DataConfig,
+    Examples,
+    Mixture,
+    data_notes,
+    lay_out,
+    load_examples,
+)
 from qlora_jax.errors import UserError
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.runs.config import EvalConfig
-from qlora_jax.runs.eval_data import HeldOut, exclude_held_out
-from qlora_jax.runs.toml import read_config
+from qlora_jax.models import LlamaConfig
+from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
 _BINS = 16
 _BAR_WIDTH = 40
@@ -76,9 +77,7 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert.files import read_json
-        from convert.output import write_text
-        from convert.tokenizer import load_tokenizer
+        from convert import load_tokenizer, read_json, write_text
 
         model = Path(self.model)
         tokenizer = load_tokenizer(model)
@@ -187,6 +186,7 @@ def _length_histogram(examples: Examples | Mixture) -> list[dict[str, int]]:
     lengths = examples.lengths
     longest = int(lengths.max())
     step = max(-(-longest // _BINS), 1)
+    # Bin i holds lengths i * step + 1 to (i + 1) * step.
     counts = np.bincount((lengths - 1) // step, minlength=-(-longest // step))
     return [
         {"from": i * step + 1, "to": (i + 1) * step, "examples": int(count)}
@@ -212,10 +212,10 @@ def _example(
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token in its context; joined, they are the whole text.
+    """Returns the string of each token in its context; joined, they are the whole one.
 
     A character of several tokens goes to the last of them. Without a tokenizer each
-    token's text is its id.
+    token's string is its id.
     """
     if tokenizer is None:
         return [f"{number} " for number in ids]
@@ -226,9 +226,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         )
 
     texts: list[str] = []
-    start = done = 0  # ids[start:done] is the context, whose texts are known
+    start = done = 0  # ids[start:done] is the context, whose strings are known
     for end in range(1, len(ids) + 1):
         before, after = decode(ids[start:done]), decode(ids[start:end])
+        # A character of UTF-8 has at most four bytes; beyond that the bytes are
+        # invalid.
         if after.endswith("\ufffd") and end < len(ids) and end - done < 4:
             texts.append("")  # a character that is not complete
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.runs.report import render
+from qlora_jax.runs import render_page
 
 
 def render_data(report: Mapping[str, Any], name: str) -> str:
@@ -16,7 +16,7 @@ def render_data(report: Mapping[str, Any], name: str) -> str:
       name: of the data, for the title.
     """
     data, bins = report["data"], report["lengths"]
-    return render(
+    return render_page(
         "data.html",
         title=f"Data: {name}",
         name=name,

@@ -17,16 +17,13 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.data.config import DataConfig, name_of
-from qlora_jax.data.examples import load_examples
-from qlora_jax.data.mixture import Mixture
+from qlora_jax.data import DataConfig, Mixture, load_examples, name_of
 from qlora_jax.errors import UserError
-from qlora_jax.runs.overrides import option_keys
+from qlora_jax.runs import option_keys
 
 if TYPE_CHECKING:
-    from qlora_jax.inference.model import Model
-    from qlora_jax.runs.config import RunConfig
-    from qlora_jax.runs.eval_data import HeldOut
+    from qlora_jax.inference import Model
+    from qlora_jax.runs import HeldOut, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +44,7 @@ class Eval(ModelOptions):
         Raises:
           UserError: data that cannot be read, or that changed since a run held it out.
         """
-        from qlora_jax.runs.evaluation import Loss, measure
+        from qlora_jax.runs import Loss, measure_loss
 
         resolved = self.resolve()
         model, run = self.load(resolved), resolved.settings
@@ -64,12 +61,13 @@ class Eval(ModelOptions):
             )
         header = {"data": config.name, "measured": measured}
         if not isinstance(examples, Mixture):
-            loss = measure(model, examples, config, self.batch_size)
+            loss = measure_loss(model, examples, config, self.batch_size)
             return {**header, **loss.report()}
         totals: dict[str, Loss] = {}
         for (source, data), part in zip(config.parts(), examples.parts, strict=True):
             name = name_of(source.path)
-            loss = measure(model, part, data, self.batch_size)
+            loss = measure_loss(model, part, data, self.batch_size)
+            # Sums of nats and tokens, so that the total is the mean over all tokens.
             totals[name] = totals.get(name, Loss()) + loss
         return {
             **header,
@@ -86,7 +84,7 @@ def from_arguments(args: Sequence[str]) -> Eval:
     """
     options: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
-        from qlora_jax.runs.directory import find_run
+        from qlora_jax.runs import find_run
 
         run = find_run(Path(args[0]))
         if run is not None:
@@ -96,7 +94,7 @@ def from_arguments(args: Sequence[str]) -> Eval:
 
 def _run_defaults(run: Path, args: Sequence[str]) -> Eval:
     """Returns what is measured of a run, before the options are parsed."""
-    from qlora_jax.runs.directory import read_settings
+    from qlora_jax.runs import read_settings
 
     config = read_settings(run)
     data = config.data
@@ -130,9 +128,8 @@ def _held_out(config: RunConfig, model: Model) -> tuple[HeldOut, str]:
     Raises:
       UserError: rows that the run was trained on may be among it.
     """
-    from convert.files import read_json
-    from qlora_jax.runs.directory import STARTED
-    from qlora_jax.runs.eval_data import reload_held_out
+    from convert import read_json
+    from qlora_jax.runs import STARTED, reload_held_out
 
     held = reload_held_out(config, model.tokenizer, vocab_size=model.config.vocab_size)
     started = Path(config.output_dir) / STARTED

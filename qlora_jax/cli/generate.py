@@ -17,11 +17,10 @@ import tyro
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
-from qlora_jax.inference.config import Sampling
+from qlora_jax.inference import Sampling
 
 if TYPE_CHECKING:
-    from qlora_jax.inference.model import Model
-    from qlora_jax.inference.text import TextStream
+    from qlora_jax.inference import Model, TextStream
 
 _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -136,6 +135,7 @@ class Chat(ModelOptions):
             print(f"{error}\nThis turn was taken back.", file=sys.stderr)
             messages.pop()
             return
+        # Also of an answer that was stopped: the next turn refers to what was shown.
         messages.append({"role": "assistant", "content": answer.text})
         if interrupted:
             print("(stopped)", file=sys.stderr)
@@ -144,7 +144,7 @@ class Chat(ModelOptions):
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Prints a note if a text may become longer than the model's context."""
+    """Prints a note if a prompt and what is added may exceed the model's context."""
     if model.tokenizer is None:  # which is an error of its own
         return
     lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)
@@ -159,7 +159,7 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
 
 def _warn_of_joined_tokens(model: Model, chat_template: str | None) -> None:
     """Prints a note if an answer's first token differs from training."""
-    from qlora_jax.inference.text import ChatPrompts
+    from qlora_jax.inference import ChatPrompts
 
     template = model.chat_template if chat_template is None else chat_template
     end = ChatPrompts(model.tokenizer, template).joined_end()

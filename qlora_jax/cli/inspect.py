@@ -13,14 +13,13 @@ import tyro
 from qlora_jax.choices import Auto, Dtype, Quantization
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.runs.overrides import given_lora, option_keys, values_of
-from qlora_jax.runs.toml import read_config
-from qlora_jax.training.config import Optimizer, TrainConfig
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import LlamaConfig
+from qlora_jax.runs import given_lora, option_keys, read_config, values_of
+from qlora_jax.training import Optimizer, TrainConfig
 
 if TYPE_CHECKING:
-    from qlora_jax.runs.loading import Resolved
+    from qlora_jax.runs import Resolved
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,8 @@ class Inspect:
           explicit: names of the fields of `lora` that were given as options; they
             override a run file's, and those of an adapter cannot be changed.
         """
-        from convert.files import read_json
-        from convert.peft_writing import adapter_bytes
-        from qlora_jax.planning.estimate import parameter_report, warnings
+        from convert import adapter_bytes, read_json
+        from qlora_jax.planning import estimate_warnings, parameter_report
 
         resolved = self._resolve(explicit)
         base, run = resolved.base, resolved.settings
@@ -86,7 +84,7 @@ class Inspect:
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
             "target_modules": lora.target_modules,
-            "warnings": warnings(config, lora),
+            "warnings": estimate_warnings(config, lora),
         }
 
     @property
@@ -95,7 +93,7 @@ class Inspect:
 
     def _resolve(self, explicit: Collection[str]) -> Resolved:
         """Returns the run, the adapter and the base that `path` refers to."""
-        from qlora_jax.runs.loading import resolve
+        from qlora_jax.runs import resolve
 
         if not self._is_run_file:
             return resolve(self.path, self.base)
@@ -115,16 +113,16 @@ class Inspect:
             explicit = {*explicit, *given_lora(Path(self.path), ())}
         if resolved.lora is None:
             return lora
-        from qlora_jax.lora.init import CHANGEABLE, continued
-        from qlora_jax.models.params import abstract_base
+        from qlora_jax.lora import CHANGEABLE_SETTINGS, continued_config
+        from qlora_jax.models import abstract_base
 
-        return continued(
+        return continued_config(
             resolved.lora,
             lora,
             explicit,
             abstract_base(config),
             name=str(resolved.adapter),
-            changeable=CHANGEABLE if self._is_run_file else (),
+            changeable=CHANGEABLE_SETTINGS if self._is_run_file else (),
         )[0]
 
 

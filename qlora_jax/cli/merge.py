@@ -17,8 +17,8 @@ from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import format_value, print_note, print_report, run_and_print
 from qlora_jax.cli.verify import custom_modules_note, other_base_note, trained_form_of
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ class Merge:
         """Merges; returns the report."""
         import jax
 
-        from convert.checkpoint import open_config
-        from convert.merging import add_to_report, merge
-        from convert.peft import open_adapter, peft_directory
-        from qlora_jax.inference.compare import probe
+        from convert import (
+            add_to_report,
+            merge,
+            open_adapter,
+            open_config,
+            peft_directory,
+        )
+        from qlora_jax.inference import probe
 
         source = peft_directory(self.adapter)
         config = open_config(self.base)
@@ -95,7 +99,7 @@ class Merge:
         self, config: LlamaConfig, source: Path, lora: LoraConfig, tokens: np.ndarray
     ) -> dict[str, Any]:
         """Loads the models before and after; returns what the report gets from that."""
-        from qlora_jax.inference.compare import compare_logits, load_exact
+        from qlora_jax.inference import compare_logits, load_exact
 
         form = trained_form_of(self.base, lora)
         report: dict[str, Any] = {
@@ -131,7 +135,7 @@ class Merge:
 
     def _dequantized_form(self) -> str:
         """Names the dequantized weights as `trained_form` does."""
-        from qlora_jax.inference.identity import dense_dtypes
+        from qlora_jax.inference import dense_dtypes
 
         # Tensors that stay dense are cast to the dtype of the result.
         dense = self.dtype or ", ".join(sorted(dense_dtypes(self.base)))

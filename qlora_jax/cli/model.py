@@ -42,9 +42,7 @@ class Model:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert.checkpoint import open_checkpoint
-        from convert.hf import load_llama, save_llama
-        from convert.merging import write_dense
+        from convert import load_llama, open_checkpoint, save_llama, write_dense
         from qlora_jax.tree import parse_key
 
         checkpoint = open_checkpoint(self.input)

@@ -23,11 +23,11 @@ from tyro.constructors import (
 )
 
 from qlora_jax.choices import Attention, Auto, Dtype, Quantization
-from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora import LoraConfig
 
 if TYPE_CHECKING:
-    from qlora_jax.inference.model import Model
-    from qlora_jax.runs.loading import Resolved
+    from qlora_jax.inference import Model
+    from qlora_jax.runs import Resolved
 
 T = TypeVar("T")
 
@@ -78,13 +78,13 @@ class ModelOptions:
 
     def resolve(self) -> Resolved:
         """Returns the base, adapter and run that `path` stands for."""
-        from qlora_jax.runs.loading import resolve
+        from qlora_jax.runs import resolve
 
         return resolve(self.path, self.base)
 
     def load(self, resolved: Resolved | None = None) -> Model:
         """Loads the model (`resolve()`, if not given) and describes it on stderr."""
-        from qlora_jax.runs.loading import load
+        from qlora_jax.runs import load
 
         model = load(
             self.resolve() if resolved is None else resolved,

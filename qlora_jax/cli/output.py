@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qlora_jax.runs.interruption import SIGNALS, AtOnce
+from qlora_jax.runs import SIGNALS, AtOnce
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,6 +152,8 @@ def signals_raise() -> Iterator[None]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {
+            # Only Python's defaults are replaced, never a handler that the caller
+            # installed.
             number: signal.getsignal(number)
             for number in SIGNALS
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -182,6 +184,8 @@ class _RaisingHandler:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal from outside, or one that `_resend` sent."""
         resent, self._resent = self._resent, False
+        # An exception inside an import may be swallowed, and would leave a module that
+        # is only half there.
         if _is_importing(frame):
             if self._deferred and not resent:
                 with contextlib.suppress(OSError):
@@ -236,12 +240,14 @@ def _resend_or(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def report_stop(command: str, error: BaseException, hint: str = "") -> int:
     """Prints on stderr which of `STOPS` ended a command; returns its exit status."""
     if isinstance(error, BrokenPipeError):
+        # Python flushes stdout at exit and would complain about the broken pipe.
         sys.stderr.close()
         return 1
     how = "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, AtOnce):
         how = "ended at once"
     print(f"{command}: {how}.{hint}", file=sys.stderr)
+    # As shells report a process that a signal ended.
     return 128 + _RAISED_BY[type(error)]
 
 

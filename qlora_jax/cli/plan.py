@@ -27,23 +27,22 @@ from qlora_jax.choices import (
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.errors import UserError, say
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
-from qlora_jax.runs.config import ModelConfig, RunConfig
-from qlora_jax.runs.overrides import (
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import LlamaConfig, apply_changes
+from qlora_jax.planning import find_compiler, how_to_get_the_compiler
+from qlora_jax.runs import (
+    ModelConfig,
+    RunConfig,
     given_lora,
     option_defaults,
     option_keys,
+    read_config,
     values_of,
 )
-from qlora_jax.runs.toml import read_config
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.training import TrainConfig
 
 if TYPE_CHECKING:
-    from qlora_jax.planning.gpus import GpuSpec
-    from qlora_jax.planning.plan import Plan, Planner, Policy, Quantity
-    from qlora_jax.planning.step import Step
+    from qlora_jax.planning import GpuSpec, Plan, Planner, Policy, Quantity, Step
 
 _FIT = "fit"
 _OrFit = int | Literal["fit"]
@@ -130,8 +129,7 @@ class PlanCommand:
           explicit: names of the fields of `lora` that were given as options.
         """
         from qlora_jax.cli.plan_output import check_picture_path, draw_memory
-        from qlora_jax.planning.gpus import find_gpu
-        from qlora_jax.planning.plan import Planner, policies
+        from qlora_jax.planning import Planner, find_gpu, policies
 
         if self.plot is not None:
             check_picture_path(Path(self.plot))
@@ -168,6 +166,7 @@ class PlanCommand:
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"--mesh.{name} must be at least 1, got {size}.")
+        # Axes of size 1 divide nothing.
         return {name: size for name, size in sizes.items() if size > 1} or {"data": 1}
 
     def _compiler(self, card: GpuSpec) -> str | None:
@@ -181,6 +180,7 @@ class PlanCommand:
                 f"with: {how_to_get_the_compiler()}; or name a Python that has it "
                 "(--compiler-python)."
             )
+        # Asked for explicitly, a compiled plan must not silently become an estimate.
         if self.method == "compiled" and not card.compiles:
             card.target  # noqa: B018 (raises with the reason)
         return python
@@ -222,6 +222,25 @@ class PlanCommand:
         )
 
 
+# Options of `plan` that set what a run file sets: option -> key of the run file.
+_KEYS = {
+    "model": "model.path",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    **{
+        name: f"model.{name}"
+        for name in (
+            *("quantization", "dtype", "attention", "remat", "kernels"),
+            *("embed_tokens", "lm_head"),
+        )
+    },
+}
+# What a run must have and a plan of one step does not use.
+_UNUSED = {"output_dir": "none", "data.path": "none", "train.steps": 1}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     """The settings of a run file, overridden by options."""
@@ -249,38 +268,34 @@ class _Settings:
         Raises:
           UserError: settings that are missing, or that no run can have.
         """
-        run = None
-        if command.config is not None:
-            options = values_of(command, (f"lora.{name}" for name in explicit))
-            run = read_config(Path(command.config), options)
-        path = command.model or (run and run.model.path)
-        if path is None:
-            raise UserError(
-                "Name the model: --model PATH (a directory or a config.json), or a "
-                "run file."
-            )
-        length, batch_size, fit = _sizes(command, run)
-        accumulation = command.gradient_accumulation_steps
-        if run is None:
-            model, lora = ModelConfig(path, remat="auto"), command.lora
-            train, dtype, packed = TrainConfig(steps=1), None, False
+        options = {
+            key: value
+            for name, key in _KEYS.items()
+            if (value := getattr(command, name)) not in (None, _FIT)
+        }
+        if command.config is None:
+            if command.model is None:
+                raise UserError(
+                    "Name the model: --model PATH (a directory or a config.json), or "
+                    "a run file."
+                )
+            options = {**_UNUSED, "model.remat": "auto", **options}
+            run = dataclasses.replace(read_config(None, options), lora=command.lora)
         else:
-            model, lora = run.model, run.lora
-            train, dtype, packed = run.train, run.model.dtype, run.data.packing
-        names = (
-            *("quantization", "attention", "remat", "kernels"),
-            *("embed_tokens", "lm_head"),
-        )
-        options = {name: getattr(command, name) for name in names}
-        options = {name: value for name, value in options.items() if value is not None}
+            options |= values_of(command, (f"lora.{name}" for name in explicit))
+            run = read_config(Path(command.config), options)
+        length, batch_size, fit = _sizes(command, run)
+        unnamed = command.config is None and command.dtype is None
         return cls(
-            config=apply_changes(_read_config_json(Path(path)), model.config_changes),
-            model=dataclasses.replace(model, **options),
-            lora=lora,
-            train=_single_step(train, batch_size, accumulation),
+            config=apply_changes(
+                _read_config_json(Path(run.model.path)), run.model.config_changes
+            ),
+            model=run.model,
+            lora=run.lora,
+            train=_single_step(run.train, batch_size),
             length=length,
-            packed=packed if command.packing is None else command.packing,
-            dtype=command.dtype or dtype,
+            packed=run.data.packing,
+            dtype=None if unnamed else run.model.dtype,
             fit=fit,
         )
 
@@ -290,8 +305,8 @@ class _Settings:
         Raises:
           UserError: a dtype that the GPU does not have.
         """
-        from qlora_jax.models.layers import Compute
-        from qlora_jax.planning.step import Step
+        from qlora_jax.models import Compute
+        from qlora_jax.planning import Step
 
         if self.dtype == "bfloat16" and not card.bfloat16:
             raise UserError(f"{_lacks_bfloat16(card)}: use --dtype float16 or float32.")
@@ -311,56 +326,44 @@ class _Settings:
         )
 
 
-def _sizes(
-    command: PlanCommand, run: RunConfig | None
-) -> tuple[int, int, Quantity | None]:
+def _sizes(command: PlanCommand, run: RunConfig) -> tuple[int, int, Quantity | None]:
     """Returns length, rows, and which of them is to be searched for."""
-    length, batch_size = command.max_length, command.batch_size
-    if length is None and run is not None:
-        length = run.data.max_length
-    if batch_size is None:
-        batch_size = 1 if run is None else run.train.batch_size
-    if length is None:
+    if command.max_length is None and command.config is None:
         raise UserError(
             "Give the length of the rows: --max-length N, or --max-length fit for as "
             "long as the GPU holds."
         )
-    if length == batch_size == _FIT:
+    if command.max_length == command.batch_size == _FIT:
         raise UserError(
             "--max-length fit and --batch-size fit: fix one of them, so that the "
             "other has an answer."
         )
-    for name, value in (("max-length", length), ("batch-size", batch_size)):
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}.")
-    if isinstance(length, str):
-        assert isinstance(batch_size, int)
+    length, batch_size = run.data.max_length, run.train.batch_size
+    if command.max_length == _FIT:
         return _FIRST_LENGTH, batch_size, "length"
-    if isinstance(batch_size, str):
+    if command.batch_size == _FIT:
         return length, command.mesh.data * command.mesh.fsdp, "batch_size"
     return length, batch_size, None
 
 
-def _single_step(train: TrainConfig, batch_size: int, accumulation: int | None) -> Any:
+def _single_step(train: TrainConfig, batch_size: int) -> TrainConfig:
     """Returns a run's training settings for one step, which has no warm-up."""
-    if accumulation is None:
-        accumulation = train.gradient_accumulation_steps
     return dataclasses.replace(
         train,
         steps=1,
         epochs=None,
+        # A warm-up longer than the single step would be refused; it changes no bytes.
         warmup_steps=0,
         groups=tuple(
             dataclasses.replace(group, warmup_steps=0) for group in train.groups
         ),
         adapter_init=None,
         batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
     )
 
 
 def _read_config_json(path: Path) -> LlamaConfig:
-    from convert.files import read_json
+    from convert import read_json
 
     return LlamaConfig.from_hf(
         read_json(path / "config.json" if path.is_dir() else path)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.errors import UserError, readable_bytes, say
-from qlora_jax.planning.plan import ALLOWANCE, Plan, Planner, Policy
-from qlora_jax.planning.step import Step
+from qlora_jax.planning import ALLOWANCE, Plan, Planner, Policy, Step
 
 _LABELS = {
     "base": "frozen weights",
@@ -142,6 +141,7 @@ def draw_memory(
         (line,) = axes.plot(fine, np.interp(fine, lengths, totals), label=policy.name)
         axes.plot(lengths, totals, "o", markersize=3.5, color=line.get_color())
     _label_axes(axes, planner, plan)
+    # With the suffix last, by which matplotlib chooses the format.
     temporary = path.with_suffix(f".tmp{path.suffix or '.png'}")
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)
@@ -188,6 +188,7 @@ def _points(planner: Planner, step: Step, policy: Policy) -> list[tuple[int, flo
     ):
         end *= 2
     points = []
+    # Memory is nearly linear in the length, so a few compiled points draw the line.
     for length in sorted({min(512, end), *(max(end >> n, 128) for n in (4, 2, 1, 0))}):
         plan = planner.plan(dataclasses.replace(step, length=length), policy)
         points.append((length, plan.total / 1e9))

@@ -32,9 +32,7 @@ class Quantize:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert.checkpoint import open_checkpoint
-        from convert.hf import load_llama, save_llama
-        from convert.output import check_new_directory
+        from convert import check_new_directory, load_llama, open_checkpoint, save_llama
 
         source = open_checkpoint(self.input)
         if source.quantized:

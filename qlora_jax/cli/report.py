@@ -27,11 +27,11 @@ class Report:
 
     def run(self) -> dict[str, Any]:
         """Writes the page; returns its path and the main numbers."""
-        from convert.output import write_text
-        from qlora_jax.runs.report import PAGE, best_evaluation, read_run, render_run
+        from convert import write_text
+        from qlora_jax.runs import REPORT_PAGE, best_evaluation, read_run, render_run
 
         run = read_run(Path(self.path))
-        output = Path(self.output) if self.output else run.directory / PAGE
+        output = Path(self.output) if self.output else run.directory / REPORT_PAGE
         try:
             write_text(output, render_run(run))
         except OSError as error:

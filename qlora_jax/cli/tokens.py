@@ -21,8 +21,7 @@ import tyro
 
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.examples import load_examples
+from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError
 
 _NO_DATA = "none"  # special tokens and those of the chat template only
@@ -47,10 +46,8 @@ class Tokens:
 
     def run(self) -> dict[str, Any]:
         """Reports untrained rows, and writes the changed model if there are changes."""
-        from convert.hf import load_llama
-        from convert.output import check_new_directory
-        from convert.tokenizer import load_tokenizer
-        from qlora_jax.models.vocabulary import report_untrained
+        from convert import check_new_directory, load_llama, load_tokenizer
+        from qlora_jax.models import report_untrained
 
         if (self.repair != "none" or bool(self.add)) != (self.output_dir is not None):
             raise UserError(
@@ -91,8 +88,8 @@ class Tokens:
         """Writes the changed model; returns its configuration."""
         import jax
 
-        from convert.hf import save_llama
-        from qlora_jax.models.vocabulary import add_tokens, repair_rows
+        from convert import save_llama
+        from qlora_jax.models import add_tokens, repair_rows
 
         if self.repair != "none":
             if not any(rows.values()):
@@ -112,6 +109,8 @@ class Tokens:
             if self.add:
                 tokenizer.add_tokens(list(self.add), special_tokens=True)
                 tokenizer.save_pretrained(temporary)
+                # `save_llama` copies it from the tokenizer's directory, where
+                # `save_pretrained` does not write it.
                 generation = tokenizer_files / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, temporary)
@@ -157,6 +156,7 @@ def used_tokens(tokens: np.ndarray, tokenizer: Any) -> list[int]:
         ids |= {
             index
             for index, token in tokenizer.added_tokens_decoder.items()
+            # Branches of the template that this data did not take count too.
             if any(str(token) in text for text in texts)
         }
     return sorted(ids)

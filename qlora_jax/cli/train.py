@@ -13,16 +13,17 @@ import tyro
 
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import Terminated, print_report, report_stop
-from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.interruption import AtOnce
-from qlora_jax.runs.overrides import (
+from qlora_jax.runs import (
+    SETTINGS,
+    AtOnce,
+    RunConfig,
     given_lora,
     option_defaults,
     option_keys,
-    unchecked,
+    read_config,
+    unchecked_config,
     values_of,
 )
-from qlora_jax.runs.toml import SETTINGS, read_config
 
 _CONTINUES = " The same command continues from the newest checkpoint, if there is one."
 
@@ -31,12 +32,13 @@ def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax train`; returns the exit status."""
     config, explicit = from_arguments(args)
     # What a run needs takes seconds to import, and `--help` does without it.
-    from qlora_jax.runs.metrics import process_seconds
-    from qlora_jax.runs.runner import run
+    from qlora_jax.runs import process_seconds, run
 
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        # From the start of the process, so that imports count in the time to the first
+        # step.
         began = time.perf_counter() - process_seconds()
         report = run(config, explicit_lora=explicit, began=began)
     except (KeyboardInterrupt, Terminated) as error:
@@ -56,7 +58,7 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
     keys = option_keys(args)
     defaults = None if file is None else option_defaults(read_config(file))
-    like, start = unchecked(defaults)
+    like, start = unchecked_config(defaults)
     options = parse(
         like,
         args,
@@ -71,7 +73,7 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
 
 
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:
-    from qlora_jax.runs.directory import ADAPTER
+    from qlora_jax.runs import ADAPTER
 
     if "interrupted" in report:
         settings = str(Path(config.output_dir) / SETTINGS)

@@ -18,12 +18,12 @@ import tyro
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import console
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora import LoraConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from convert.verify import Comparison
+    from convert import Comparison
 
 
 def trained_form_of(base: Path, lora: LoraConfig) -> str | Literal[False] | None:
@@ -31,7 +31,7 @@ def trained_form_of(base: Path, lora: LoraConfig) -> str | Literal[False] | None
 
     False: it was trained on another base; None: it does not record its base.
     """
-    from qlora_jax.inference.identity import trained_form
+    from qlora_jax.inference import trained_form
 
     if lora.base_fingerprint is None:
         return None
@@ -74,13 +74,11 @@ class Verify:
 
     def run(self) -> Comparison:
         """Compares; returns the differences."""
-        from convert.checkpoint import open_config
-        from convert.peft import open_adapter, peft_directory
-        from convert.verify import compare
-        from qlora_jax.inference.compare import compare_logits, load_exact, probe
+        from convert import compare_adapters, open_adapter, open_config, peft_directory
+        from qlora_jax.inference import compare_logits, load_exact, probe
 
         config = None if self.base is None else open_config(self.base)
-        comparison = compare(self.a, self.b, base=config)
+        comparison = compare_adapters(self.a, self.b, base=config)
         if config is not None and config.extra_tensors:
             comparison.notes.append(custom_modules_note(self.base))
             return comparison
@@ -111,8 +109,8 @@ class Verify:
 def _adapter_loaders(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Returns loaders of two adapters that share one base in memory."""
     from convert import load_adapter
-    from qlora_jax.inference.compare import load_exact
-    from qlora_jax.models.config import apply_changes
+    from qlora_jax.inference import load_exact
+    from qlora_jax.models import apply_changes
 
     model = load_exact(base)
 

@@ -8,3 +8,7 @@ several sources), `held_out`, `batches`; `report` and `notes` describe the data.
 `load_examples` reads and labels the data once. `Batches` is a function of an index, so
 the position of a run in its data is one number.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -100,8 +100,10 @@ class Examples:
     def hash_into(self, digest: Any) -> None:
         """Updates a `hashlib` digest with tokens, labels, offsets and their sizes."""
         for values in (self.tokens, self.labels, self.offsets):
+            # Without the length, [1, 2] and [3] would hash like [1] and [2, 3].
             digest.update(str(len(values)).encode() + b":")
             for chunk in self._chunks(values):
+                # The same hash on every platform.
                 little = chunk.astype(chunk.dtype.newbyteorder("<"), copy=False)
                 digest.update(np.ascontiguousarray(little))
 
@@ -144,6 +146,8 @@ class MappedExamples(Examples):
     def release(self) -> None:
         """Removes the pages that were read from this process's memory."""
         for view in self.maps:
+            # Nothing is lost: clean pages of a file are read again when they are
+            # needed.
             if hasattr(mmap, "MADV_DONTNEED"):
                 view.madvise(mmap.MADV_DONTNEED)
 
@@ -157,6 +161,7 @@ class Sink:
 
     def __init__(self, directory: Path | None):
         self.directory = directory
+        # 8 and 4 bytes an example; Python's integers in a list take several times that.
         self._lengths = array.array("q")
         self._supervised = array.array("i")
         self._streams: list[IO[bytes]] = [
@@ -195,6 +200,7 @@ class Sink:
                 os.fsync(stream.fileno())
             self.close()
             return _map_examples(self.directory, lengths, supervised, report)
+        # Views, not copies; while they exist, a stream cannot grow.
         buffers = [stream.getbuffer() for stream in self._streams]  # pyright: ignore[reportAttributeAccessIssue]
         tokens, labels = (np.frombuffer(buffer, _INT32) for buffer in buffers)
         return Examples(tokens, labels, _offsets(lengths), supervised, report)
@@ -267,6 +273,7 @@ def cache_key(
 ) -> str:
     """Hashes everything that the tokens of a source depend on."""
     settings = config.content_settings
+    # One cache serves every seed.
     for name in _ORDER_FIELDS:
         del settings[name]
     template = None
@@ -280,12 +287,14 @@ def cache_key(
         "content": list(content_hashes),
         "tokenizer": None if config.format == "tokens" else _tokenizer_key(tokenizer),
         "vocab_size": vocab_size,
+        # Another version may split the same string into other tokens.
         "libraries": {
             name: importlib.metadata.version(name)
             for name in ("transformers", "tokenizers")
         },
     }
     serialized = json.dumps(parts, sort_keys=True)
+    # 128 bits: a short name that no other key has.
     return hashlib.sha256(serialized.encode()).hexdigest()[:32]
 
 
@@ -310,6 +319,7 @@ def cached(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f".{key}.lock"):
+            # Asked under the lock: the process that held it before may have built it.
             if not _is_complete(entry):
                 shutil.rmtree(entry, ignore_errors=True)
                 _build_entry(entry, directory / f".{key}.partial", config, build)
@@ -393,6 +403,7 @@ def _tokenizer_key(tokenizer: Any) -> str:
     """Hashes everything that a tokenizer's output depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        # Normalization, splitting, merges and added tokens, as tokenizer.json has them.
         rules = backend.to_str()
     else:  # a slow tokenizer cannot print its rules; its vocabulary stands for them
         vocabulary = tokenizer.get_vocab().items()

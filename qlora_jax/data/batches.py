@@ -63,6 +63,8 @@ class _Rows:
         self._examples, self._pad = examples, pad_token_id
         longest = int(examples.lengths.max())
         if sequence_length is None:
+            # One length for the whole run: batches of several lengths would be as many
+            # compiled programs.
             rounded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
             sequence_length = config.max_length
             if not config.packing:
@@ -79,6 +81,7 @@ class _Rows:
         self._packing = layout.packing
         self._tokens = examples.lengths
         if self._packing is not None:
+            # Sums of the examples between consecutive starts.
             packed = examples.lengths[self._packing.order]
             self._tokens = np.add.reduceat(packed, self._packing.starts[:-1])
 
@@ -94,6 +97,9 @@ class _Rows:
         shape = (size, self.length)
         batch = {
             "tokens": np.full(shape, self._pad, np.int32),
+            # Padding is masked by its labels, and with packing by segment 0 too.
+            # Without packing it is on the right, where a causal model's tokens do not
+            # see it.
             "labels": np.full(shape, IGNORE, np.int32),
         }
         if self._packing is None:
@@ -106,6 +112,8 @@ class _Rows:
         batch["segment_ids"] = np.zeros(shape, np.int32)
         for i, row in enumerate(rows):
             start = 0
+            # Attention stays within a segment, and positions restart, so each example
+            # is computed as in a row of its own.
             for segment, example in enumerate(self._packing[row].tolist(), 1):
                 tokens, labels = self._examples[example]
                 span = i, slice(start, start + len(tokens))
@@ -171,6 +179,7 @@ class Batches:
         self._shape = (accumulation_steps, batch_size)
         self._steps = steps
         if epochs is not None:
+            # Upwards: the last batch is filled from the epoch after.
             self._steps = math.ceil(epochs * self.steps_per_epoch)
         counts, seed, shuffle = self._rows.counts, config.seed, config.shuffle
         self._interleaving = None
@@ -184,6 +193,8 @@ class Batches:
         def order(source: int, epoch: int) -> np.ndarray:
             if not shuffle:
                 return np.arange(counts[source])
+            # Keys that only depend on (seed, epoch, source): an epoch's order can be
+            # had without those before it.
             keys = random_keys(seed, epoch, source, counts[source])
             return np.argsort(keys, kind="stable")
 
@@ -234,6 +245,8 @@ class Batches:
             raise IndexError(f"batch {index} of {self._steps or 'endlessly many'}")
         size = self.rows_per_step
         rows = []
+        # Position of the row in the run; in a mixture, then in its source's stream,
+        # which is one epoch after the other.
         for position in range(index * size, (index + 1) * size):
             source = 0
             if self._interleaving is not None:
@@ -273,6 +286,7 @@ def _prefetch(
     try:
         for index in ahead:
             pending.append(pool.submit(batches.__getitem__, index))
+            # The consumer works on one batch while `depth` others are prepared.
             if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:

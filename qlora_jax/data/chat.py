@@ -140,6 +140,8 @@ class ChatRenderer:
         specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         specials.update(str(token) for token in added.values())
+        # One that is white space is stripped from the end of a turn before the
+        # comparison.
         self._specials = tuple(s for s in specials if s.strip())
         source = self._template or getattr(tokenizer, "chat_template", None)
         if isinstance(source, dict):  # several by name: transformers uses `default`
@@ -270,6 +272,8 @@ class ChatRenderer:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            # What stands between `before` and `after` is what a model writes for this
+            # turn.
             before = prefix(turn, True)
             last = turn + 1 == len(messages)
             after = full if last else prefix(turn + 1, False)
@@ -290,6 +294,7 @@ class ChatRenderer:
                     "`data.chat_template` a Jinja file whose generation prompt is "
                     "the beginning of an assistant turn."
                 )
+            # [start, stop) in the characters of `full`, of which `after` is a prefix.
             start = len(before)
             stop = len(after[start:].rstrip()) + start
             ends_special = self._specials and after[start:stop].endswith(self._specials)
@@ -331,6 +336,8 @@ class ChatRenderer:
             else:
                 pieces.append(piece)
                 length += len(piece)
+        # A filter of the template (`trim`, `length`) may have seen the marks and have
+        # changed the rest.
         if start is not None or "".join(pieces) != text:
             raise UserError(
                 f"{where}: the chat template's `{{% generation %}}` blocks do not mark "

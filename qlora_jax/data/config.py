@@ -178,6 +178,7 @@ class DataConfig:
             ("append_eos", (False, True)),
         ):
             value = getattr(self, name)
+            # By identity but for strings, because 1 == True.
             if not any(value is c or (value == c and type(c) is str) for c in choices):
                 known = ", ".join(repr(c) for c in choices)
                 yield f"`data.{name}` must be one of {known}, got {value!r}."
@@ -232,11 +233,13 @@ class DataConfig:
                 f"{', '.join(missing)}. Give all sources a weight, or none of them."
             )
         present = [weight for weight in weights if weight is not None]
+        # `Interleaving` orders blocks of at least 4 / (smallest share) rows in memory.
         if present and max(present) > 1e5 * min(present):
             yield (
                 f"`data.sources`: weights from {min(present)} to {max(present)}; the "
                 "largest may be 100,000 times the smallest."
             )
+        # Beyond these indices, streams of `random_keys` have other uses.
         if len(weights) >= 2**16:
             yield f"`data.sources`: {len(weights)} sources; expected at most 65,535."
 

@@ -1,9 +1,9 @@
 """Encodes rows as tokens and labels.
 
-Every text format becomes one string with supervised character spans. The string is
-tokenized once, and a token is supervised if its last character is inside a span. So no
-label boundary is searched for among the tokens, and the tokens are those of the
-complete text as a model reads it, not of concatenated pieces.
+Every format but `tokens` becomes one string with supervised character spans. The string
+is tokenized once, and a token is supervised if its last character is inside a span. So
+no label boundary is searched for among the tokens, and the tokens are those of the
+complete string as a model reads it, not of concatenated pieces.
 
 A token that straddles the start of a span (prompt `"a "` and completion `"b"` may share
 the token `" b"`) holds supervised characters and is supervised: masking it would leave
@@ -28,7 +28,7 @@ IGNORE = -100
 
 @dataclasses.dataclass(frozen=True)
 class Segmented:
-    """A text and its supervised character spans; None supervises all of it."""
+    """A string and its supervised character spans; None supervises all of it."""
 
     text: str
     spans: list[tuple[int, int]] | None = None
@@ -36,7 +36,7 @@ class Segmented:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Tokens and aligned labels of one text; `IGNORE` where nothing is supervised."""
+    """Tokens and aligned labels of one string; `IGNORE` where nothing is supervised."""
 
     tokens: Int32[np.ndarray, " T"]
     labels: Int32[np.ndarray, " T"]
@@ -45,9 +45,10 @@ class Encoded:
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
-    """Returns the ids that a tokenizer puts before a text (BOS, or none)."""
+    """Returns the ids that a tokenizer puts before a string (BOS, or none)."""
     ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    # What precedes the letter's own ids where special tokens are added is the prefix.
     for start in range(len(ids) - len(bare) + 1):
         if bare and ids[start : start + len(bare)] == bare:
             return [int(i) for i in ids[:start]]
@@ -56,11 +57,11 @@ def text_prefix(tokenizer: Any) -> list[int]:
 
 
 def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
-    """Yields the tokens and labels of each text, without special tokens around it.
+    """Yields the tokens and labels of each string, without special tokens around it.
 
     A slow tokenizer has no character offsets and tokenizes each segment separately, so
     that boundaries stay exact; the tokens next to a boundary may then differ from those
-    of the complete text.
+    of the complete string.
     """
     if not pieces:
         return
@@ -69,7 +70,7 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning about long texts: they are cut or dropped later
+        verbose=False,  # no warning about long rows: they are cut or dropped later
     )
     if marked and not getattr(tokenizer, "is_fast", False):
         for piece in pieces:
@@ -88,6 +89,8 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         supervised = np.zeros(len(ids), bool)
         straddles = False
         for start, end in piece.spans:
+            # Offsets are half-open, so a token's last character is at ends - 1; it must
+            # be in [start, end).
             supervised |= (ends > start) & (ends <= end)
             straddles |= bool(((starts < start) & (ends > start)).any())
         labels = np.where(supervised, ids, np.int32(IGNORE))
@@ -306,8 +309,9 @@ def _eos(tokenizer: Any) -> list[int]:
 
 
 def _enclose(encoded: Encoded, prefix: list[int], suffix: list[int]) -> Encoded:
-    """Adds BOS and EOS unless the text already has them; EOS is supervised."""
+    """Adds BOS and EOS unless the string already has them; EOS is supervised."""
     ids = encoded.tokens
+    # A row, or a format string of the user, may have them already.
     before = prefix if ids[: len(prefix)].tolist() != prefix else []
     after = suffix if ids[-1:].tolist() != suffix else []
     tokens = np.concatenate([before, ids, after]).astype(np.int32)

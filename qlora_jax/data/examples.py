@@ -39,8 +39,8 @@ def load_examples(
 ) -> AnyExamples:
     """Reads, tokenizes and labels one source of rows or a mixture of sources.
 
-    An example starts with what the tokenizer puts before a text (BOS), unless the text
-    already has it; chat templates write their own and get no second one.
+    An example starts with what the tokenizer puts before a string (BOS), unless the
+    row already has it; chat templates write their own and get no second one.
 
     Args:
       config: the data and how to read it.
@@ -182,6 +182,7 @@ class _Collector:
             return
         kept = 0
         for window in windows:
+            # A copy: windows share the array, and `labels` may be `tokens` itself.
             label = labels[window].copy()
             label[0] = IGNORE  # no token of the example comes before it
             if (label != IGNORE).any():
@@ -199,6 +200,7 @@ class _Collector:
                 self._truncated += 1
                 self._locate(where, "truncated")
             self._tokens_lost += lost
+            # Counted once a row, though a row may have become several examples.
             self._straddling += encoded.straddles
 
     def _fit(self, length: int, plain: bool) -> tuple[list[slice], int]:

@@ -80,6 +80,7 @@ def content_keys(examples: AnyExamples) -> UInt64[np.ndarray, " examples"]:
     keys = np.empty(len(examples), np.uint64)
     for index in range(len(examples)):
         digest = hashlib.blake2b(digest_size=8)
+        # Tokens and labels have one length, so no separator is needed.
         for values in examples[index]:
             digest.update(np.ascontiguousarray(values).data)
         keys[index] = int.from_bytes(digest.digest(), "little")
@@ -124,6 +125,7 @@ def hold_out(
         )
     held = _choose_held(config.seed, examples, held_count)
     keys = content_keys(examples)
+    # Held-out examples themselves, and every other example with their content.
     training = ~np.isin(keys, keys[held])
     if not training.any():
         raise UserError(
@@ -155,11 +157,13 @@ def _choose_held(
     ]
     ranks = np.concatenate([_scaled_ranks(part_keys) for part_keys in keys])
     held = np.zeros(len(examples), bool)
+    # `lexsort` sorts by its last key first: by rank, then by random key.
     held[np.lexsort((np.concatenate(keys), ranks))[:count]] = True
     return held
 
 
 def _scaled_ranks(keys: np.ndarray) -> np.ndarray:
+    # The inverse of the sorting permutation.
     ranks = np.empty(len(keys))
     ranks[np.argsort(keys, kind="stable")] = np.arange(len(keys))
     return ranks / len(keys)
@@ -218,6 +222,7 @@ def _select(
     """
     rows = np.flatnonzero(mask).astype(np.int64)
     lengths, supervised = examples.lengths[rows], examples.supervised[rows]
+    # The parent's fingerprint stands for the content, the rows for the choice.
     digest = hashlib.sha256(json.dumps([examples.report.fingerprint, purpose]).encode())
     digest.update(rows.astype("<i8").data)
     subset = ExampleSubset(

@@ -97,6 +97,7 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
     for example, length in zip(
         descending.tolist(), lengths[descending].tolist(), strict=True
     ):
+        # x & -x keeps the lowest set bit, and `bit_length` - 1 is its number.
         fitting = occupied >> length
         if fitting:
             free = length + (fitting & -fitting).bit_length() - 1
@@ -181,6 +182,7 @@ def mix(config: DataConfig, parts: Sequence[Examples]) -> Mixture:
     if weights:
         # The decimal that was written: 0.1 is exactly a tenth.
         exact = [Fraction(repr(weight)) for weight in weights]
+        # As fractions: a float would round the counts of a long run differently.
         shares = tuple(weight / sum(exact) for weight in exact)
     settings = {
         name: getattr(config, name)
@@ -214,6 +216,8 @@ def _join(
         SourceReport(
             name=name,
             share=float(shares[i]) if shares else len(parts[i]) / total,
+            # An epoch has as many rows as all sources together, of which this one gets
+            # its share.
             passes_per_epoch=float(shares[i] * sum(rows) / rows[i]) if shares else 1.0,
             report=parts[i].report,
         )
@@ -285,12 +289,14 @@ def lay_out(examples: AnyExamples, *, packing: bool, length: int) -> Layout:
     """Assigns examples to rows of `length` tokens; sources with shares separately."""
     shares = examples.shares if isinstance(examples, Mixture) else None
     if shares is None:
+        # Sources without shares may meet in one row, which wastes less.
         packed = pack(examples.lengths, length) if packing else None
         count = len(examples) if packed is None else len(packed)
         return Layout(packed, (count,), None)
     assert isinstance(examples, Mixture)
     if not packing:
         return Layout(None, tuple(len(part) for part in examples.parts), shares)
+    # Shares are of rows, so a row must belong to one source.
     each = [pack(part.lengths, length) for part in examples.parts]
     firsts = itertools.accumulate((len(part) for part in examples.parts), initial=0)
     order = [packed.order + first for packed, first in zip(each, firsts, strict=False)]
@@ -328,6 +334,8 @@ class Interleaving:
             if shuffle:
                 keys = random_keys(seed, block, _BLOCK_STREAM, self.block)
             else:
+                # Row k of n at (k + 1/2) / n of the block: as even as rows can be
+                # spread.
                 keys = (within + 0.5) / counts[source]
             source = source[np.argsort(keys, kind="stable")]
             # The rows of a source keep their order whatever the shuffle.
@@ -342,6 +350,8 @@ class Interleaving:
     def _counts(self, block: int) -> Int64[np.ndarray, " sources"]:
         """Returns the rows of each source before a block."""
         rows = block * self.block
+        # Cumulative shares are rounded, not shares, so that the counts sum to `rows`
+        # exactly.
         ends = [math.floor(rows * end + Fraction(1, 2)) for end in self._ends]
         return np.diff(np.array([0, *ends], np.int64))
 
@@ -364,6 +374,8 @@ def random_keys(seed: int, period: int, stream: int, count: int) -> np.ndarray:
       stream: the index of a source, or one of the streams above.
       count: number of keys.
     """
+    # Philox counts draws in the lowest word of its counter. The stream is in the
+    # highest, so no two streams of one key ever meet.
     key = np.array([seed, period], np.uint64)
     counter = np.array([0, 0, 0, stream], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)

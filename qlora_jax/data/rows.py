@@ -86,6 +86,7 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
         lines = stack.enter_context(
+            # -sig: skips the byte order mark that programs of Windows write.
             io.TextIOWrapper(_decompressed(path, raw), encoding="utf-8-sig")
         )
         for line in lines:
@@ -161,6 +162,8 @@ def _bad_byte(path: Path) -> str:
             try:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
+                # The decoder keeps `pending` bytes of a character that the pieces
+                # before did not end, and counts from the first of them.
                 return f"byte {start - pending + error.start}"
             if not piece:
                 return "at its end"

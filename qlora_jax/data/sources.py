@@ -317,6 +317,7 @@ def _hub_source(entry: str, split: str | None) -> RowSource:
         name=entry,
         size=1,
         open=lambda _: _open_dataset(entry, load()),
+        # The hash by which `datasets` itself names the cache of this data set.
         content_hash=lambda: f"{entry}:{split}:{load()._fingerprint}",
     )
 

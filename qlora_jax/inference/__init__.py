@@ -4,3 +4,7 @@ Reading order: model (`Model`), text (input checks, streams, chat prompts), deco
 generation loop), sampling (config: its settings); identity (which base an adapter
 belongs to), compare.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

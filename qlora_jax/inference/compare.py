@@ -20,17 +20,17 @@ from jaxtyping import Float32, Int
 from numpy.typing import NDArray
 
 import convert
-from convert.tokenizer import load_tokenizer
+from convert import load_tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import common_dtype
 from qlora_jax.inference.model import Model
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.models.layers import Compute
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import Compute, LlamaConfig, apply_changes
 
 PROBE_TOKENS = 128
-"""Number of tokens that models are compared on; a probe text may have fewer."""
+"""Number of tokens that models are compared on; a probe may have fewer."""
 _ROWS = 2
+# The range of the draws, which does not depend on the vocabulary.
 _LARGEST_ID = 1 << 31
 
 
@@ -87,6 +87,7 @@ def _kl(a: Float32[np.ndarray, " V"], b: Float32[np.ndarray, " V"]) -> float:
     # In float64: the terms nearly cancel where the models are nearly equal.
     log_p, log_q = (x.astype(np.float64) for x in (a, b))
     log_p, log_q = (x - x.max() for x in (log_p, log_q))
+    # log softmax(x) = x - max - log sum exp(x - max), without overflow.
     log_p, log_q = (x - math.log(np.exp(x).sum()) for x in (log_p, log_q))
     # Rounding may leave a tiny negative number where both are the same.
     return max(float((np.exp(log_p) * (log_p - log_q)).sum()), 0.0)
@@ -107,15 +108,16 @@ def probe_tokens(
     drawn = np.random.RandomState(0).randint(0, _LARGEST_ID, (_ROWS, length))
     tokens = (drawn % config.vocab_size).astype(np.int32)
     included = np.array(sorted(set(include)), np.int32)[: tokens.size // 2]
+    # Every second token, so that each has drawn neighbours.
     tokens.reshape(-1)[: 2 * included.size : 2] = included
     return tokens
 
 
 def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1 T"]:
-    """Returns the tokens of a text, at most `PROBE_TOKENS` of them.
+    """Returns the tokens of a string, at most `PROBE_TOKENS` of them.
 
     Raises:
-      UserError: a model without a tokenizer, or a text without tokens.
+      UserError: a model without a tokenizer, or a string without tokens.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
@@ -133,12 +135,12 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
 def probe(
     path: Path, config: LlamaConfig, text: str | None, loras: Sequence[LoraConfig] = ()
 ) -> Int[np.ndarray, "B T"]:
-    """Returns the tokens to compare models on: a text, or fixed ids with trained ones.
+    """Returns tokens to compare models on: a string's, or fixed ids with trained ones.
 
     Args:
       path: directory of the model, for its tokenizer.
       config: of the model.
-      text: the probe text, if any.
+      text: the string to use, if any.
       loras: adapters whose `trainable_token_indices` are included in fixed ids.
 
     Raises:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Int, Int32
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.sampling import Rules, Values
-from qlora_jax.models.llama import Cache, Llama, empty_cache
+from qlora_jax.models import Cache, Llama, empty_cache
 
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
 # similar length share one compiled program.
@@ -173,6 +173,8 @@ class Decoding:
         """
         if self.done:
             return [[] for _ in self.ended]
+        # The prefill chooses a token anyway: it is shown at once, before the first
+        # chunk.
         if self._state is None:
             state = _start(
                 self._program, self._variables, self._tokens, self._mask, self._values
@@ -182,10 +184,14 @@ class Decoding:
             state, out = _continue(
                 self._program,
                 self._variables,
+                # The host may have ended rows that the device has not: by a stop
+                # string.
                 self._state._replace(done=jnp.asarray(self.ended)),
                 self._values,
                 np.int32(self._config.max_new_tokens - self._num_tokens),
             )
+            # The loop stops early once every row has ended; later columns are not
+            # tokens.
             chunk = np.asarray(out)[:, : int(state.step) - self._num_tokens]
         self._state = state
         self._num_tokens += chunk.shape[1]
@@ -309,6 +315,7 @@ def _prefill(
     model, rules = program.model, program.rules
     rows = tokens.shape[0]
     # Padding is on the left: a token's position is the number of tokens before it.
+    # Padding gets 0, which does not matter: it is masked.
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     cache = empty_cache(model.config, rows, program.cache_size, model.compute.dtype)
     logits, cache = program.decode(
@@ -321,7 +328,10 @@ def _prefill(
     seen = None
     if rules.repetition_penalty:
         seen = jnp.zeros((rows, model.config.vocab_size), bool)
+        # `max`, not `set`: padding has an id too, which must neither count as seen nor
+        # erase that the text has it.
         seen = seen.at[jnp.arange(rows)[:, None], tokens].max(mask.astype(bool))
+    # The position of the last prompt token: `_advance_state` adds one for `token`.
     token = rules.pick(logits, values, jnp.int32(0), seen)
     state = _State(
         jnp.int32(0), token, jnp.zeros(rows, bool), positions[:, -1], cache, seen
@@ -353,7 +363,10 @@ def _fill(
     columns: tuple[Int32[Array, ""], Int32[Array, ""]],
 ) -> tuple[_State, Int32[Array, "B new"]]:
     """Generates into `out[:, slice(*columns)]`, until every row has ended."""
+    # `end` is traced: a shorter last chunk does not recompile.
     first, end = columns
+    # The mask of the new tokens alone; the cache keeps that of the prompts. Rows that
+    # have ended go on with their last token, and nothing reads what comes of it.
     ones = jnp.ones((out.shape[0], 1), jnp.int32)
 
     def step(carry: tuple) -> tuple:
@@ -409,6 +422,7 @@ def _start(
     return _prefill(program, variables, tokens, mask, values)
 
 
+# Donated, so that the cache is updated in place and not copied for every chunk.
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _continue(
     program: _Program,

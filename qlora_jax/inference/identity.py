@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from convert.checkpoint import open_checkpoint
-from convert.files import DTYPES, FLOATS
-from convert.hf import cast, dtype_name
-from convert.names import checkpoint_keys
-from convert.peft import training_record
+from convert import (
+    DTYPES,
+    FLOAT_DTYPES,
+    cast,
+    checkpoint_keys,
+    dtype_name,
+    open_checkpoint,
+    training_record,
+)
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models.config import CHANGEABLE_FIELDS, LlamaConfig, undo_changes
-from qlora_jax.models.params import is_projection
+from qlora_jax.models import CHANGEABLE_FIELDS, LlamaConfig, is_projection, undo_changes
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
 
@@ -193,8 +196,9 @@ def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         tree: dict[str, Any] = {}
         try:
             for path, leaf in leaves.items():
+                # Packed leaves are the same whatever the dtype of the others.
                 if not isinstance(leaf, NF4Tensor):
-                    leaf = cast(leaf, DTYPES[FLOATS[dtype]], ".".join(path))
+                    leaf = cast(leaf, DTYPES[FLOAT_DTYPES[dtype]], ".".join(path))
                 trees.put(tree, path, leaf)
         except CheckpointError:  # out of float16's range: not trained in float16
             continue

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert.peft import chat_template_file, in_short, peft_directory
+from convert import chat_template_file, peft_directory, shorten
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
@@ -44,11 +44,8 @@ from qlora_jax.inference.text import (
     resolve_stop,
     token_array,
 )
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig, apply_changes, undo_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama
+from qlora_jax.lora import LoraConfig, bind
+from qlora_jax.models import Compute, Llama, LlamaConfig, apply_changes, undo_changes
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Model:
     mlp_cls: Callable[..., nn.Module] | None = None
     """A custom MLP module."""
     eos_token_ids: tuple[int, ...] = ()
-    """Tokens that end a text: the configuration's, the tokenizer's and those of
+    """Tokens that end a row: the configuration's, the tokenizer's and those of
     generation_config.json."""
     chat_template: str | None = None
     """Jinja file of the chat template that the adapter was trained with, if any."""
@@ -181,10 +178,10 @@ class Model:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """Continues texts; returns prompt and continuation of each.
+        """Continues prompts; returns prompt and continuation of each.
 
         Args:
-          prompts: texts; the batch does not change the tokens of a row.
+          prompts: strings; the batch does not change the tokens of a row.
           max_new_tokens: tokens to add at most.
           temperature: 0 = greedy.
           top_p: probability mass of the tokens sampled from.
@@ -193,20 +190,22 @@ class Model:
             probability.
           repetition_penalty: above 1, tokens of the text so far become less likely.
           seed: of the sampling.
-          stop: texts that end a continuation and are left out of it.
+          stop: strings that end a continuation and are left out of it.
 
         Raises:
           UserError: no tokenizer, or an invalid prompt or setting.
         """
         if isinstance(prompts, str):
             raise UserError(
-                "`prompts` must be a list of texts, got a string. Put it in a list: "
+                "`prompts` must be a list of strings, got a string. Put it in a list: "
                 "`model.generate([text], ...)`."
             )
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         rows = [self._encode(prompt) for prompt in prompts]
         decode = partial(self.tokenizer.decode, skip_special_tokens=True)
         stop, end_tokens = resolve_stop(stop, self.tokenizer, self.eos_token_ids)
+        # Strings are searched for on the host, after each chunk; without them the whole
+        # continuation is one program.
         if stop:
             config = DecodingConfig(max_new_tokens, sampling, end_tokens)
             decoding = Decoding(self.module, self.variables, rows, config)
@@ -230,15 +229,15 @@ class Model:
         stop: Sequence[str] = (),
         **sampling: Any,
     ) -> TextStream:
-        """Continues a text and yields the continuation as it is generated.
+        """Continues a prompt and yields the continuation as it is generated.
 
             for piece in model.stream("Once upon a time", max_new_tokens=64):
                 print(piece, end="", flush=True)
 
         Args:
-          prompt: the text.
+          prompt: a string.
           max_new_tokens: tokens to add at most.
-          stop: texts that end the continuation and are left out of it.
+          stop: strings that end the continuation and are left out of it.
           **sampling: `temperature` and the others of `generate`.
 
         Returns:
@@ -267,7 +266,7 @@ class Model:
         Args:
           messages: turns, each with `role` and `content`.
           max_new_tokens: of the answer, at most; fewer if the model's positions end.
-          stop: texts that end the answer, besides the template's end of a turn.
+          stop: strings that end the answer, as the template's end of a turn does.
           chat_template: a Jinja file in place of the tokenizer's template.
           **sampling: `temperature` and the others of `generate`.
 
@@ -306,6 +305,7 @@ class Model:
         template = self.chat_template if chat_template is None else chat_template
         prompts = ChatPrompts(self.tokenizer, template)
         tokens = prompts.tokens(messages)
+        # Positions beyond those the model was trained on make an answer meaningless.
         left = self.config.max_position_embeddings - len(tokens)
         if left < 1:
             raise UserError(
@@ -370,7 +370,7 @@ def load_attached(
     """
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
-    for note in in_short(skipped):
+    for note in shorten(skipped):
         print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
     note = base_mismatch(adapter, path, base, lora.base_fingerprint)
     if note is not None:

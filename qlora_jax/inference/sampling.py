@@ -58,6 +58,8 @@ class Rules:
     @classmethod
     def of(cls, sampling: Sampling, vocab_size: int) -> Rules:
         """Returns which of these settings are on, for a vocabulary of this size."""
+        # Greedy, no filter matters: none of them excludes the likeliest token. And no
+        # program divides by a temperature of 0.
         greedy, top_k = sampling.temperature == 0.0, sampling.top_k
         return cls(
             greedy=greedy,
@@ -89,8 +91,11 @@ class Rules:
             logits = penalize(logits, seen, values.repetition_penalty)
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Temperature before the filters, as transformers orders them: it changes which
+        # tokens top_p and min_p keep.
         logits = self.filter(logits / values.temperature, values)
         rows = jnp.arange(logits.shape[0])
+        # A key for (row, step), which the shape of the batch does not enter.
         keys = jax.vmap(partial(jax.random.fold_in, values.key))(rows)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -100,6 +105,8 @@ class Rules:
     ) -> Float32[Array, "B V"]:
         """Sets the logits of excluded tokens to minus infinity."""
         if self.top_k is not None:
+            # Tokens that equal the k-th stay, as in transformers, so there may be more
+            # than k.
             least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p:
@@ -108,6 +115,8 @@ class Rules:
             # A token stays if the more likely ones sum to less than top_p, so the first
             # always does.
             before = mass - jax.nn.softmax(descending, axis=-1)
+            # Back to the vocabulary's order through the least logit that stays, which
+            # avoids a scatter.
             kept = jnp.where(before < values.top_p, descending, jnp.inf)
             least = kept.min(axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -5,7 +5,7 @@ further in would be about something else.
 
 Text is streamed in pieces, and a piece is emitted only when later tokens cannot change
 it: a token may be part of a character, and the last characters may be the beginning of
-a stop text. Such characters are held back until the next tokens decide.
+a stop string. Such characters are held back until the next tokens decide.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int32
 
-from qlora_jax.data.chat import ChatRenderer, to_messages
-from qlora_jax.data.encoding import Segmented, tokenize
+from qlora_jax.data import ChatRenderer, Segmented, to_messages, tokenize
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import Decoding
 
@@ -161,7 +160,7 @@ class Detokenizer:
     Args:
       tokenizer: a `transformers` tokenizer.
       prompt: the tokens that are continued.
-      stop: texts that end the continuation and are left out of it.
+      stop: strings that end the continuation and are left out of it.
       strip: leave out white space at both ends.
 
     Attributes:
@@ -180,6 +179,8 @@ class Detokenizer:
         self.text = ""
         self.stopped = False
         self._tokenizer, self._stop, self._strip = tokenizer, tuple(stop), strip
+        # Decoded once with the prompt's end, which is cut off again: the same tokens
+        # decode differently at the start of a string.
         self._tokens = list(prompt[-_CONTEXT_TOKENS:])
         self._context = self._decode()
 
@@ -196,8 +197,10 @@ class Detokenizer:
           last: none will follow, so nothing is held back.
         """
         self._tokens += tokens
+        # All tokens are decoded every time: a decoder of a single token knows neither
+        # its leading space nor the bytes of a character before it.
         text = self._decode().removeprefix(self._context).rstrip(_INCOMPLETE)
-        # Of several stop texts the one that is complete first counts, so that the
+        # Of several stop strings the one that is complete first counts, so that the
         # result does not depend on how the tokens are split into calls.
         ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if ends:
@@ -215,7 +218,9 @@ class Detokenizer:
 
 
 def _partial_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest suffix of `text` that is a prefix of a stop text."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
+    # The longest such end is held back: it is a stop string if the next tokens complete
+    # it.
     longest = max(map(len, stop), default=0)
     return next(
         (
@@ -233,8 +238,8 @@ class TextStream:
     Attributes:
       text: the text so far.
       tokens: the tokens so far, an end token included.
-      finish_reason: "stop" (an end token or stop text), "length" (`max_new_tokens`), or
-        None as long as it has not ended.
+      finish_reason: "stop" (an end token or stop string), "length" (`max_new_tokens`),
+        or None as long as it has not ended.
     """
 
     def __init__(self, decoding: Decoding, detokenizer: Detokenizer) -> None:
@@ -271,7 +276,7 @@ def continue_texts(
       decoding: of `prompts`.
       tokenizer: a `transformers` tokenizer.
       prompts: token ids, one list a row.
-      stop: texts that end a row.
+      stop: strings that end a row.
     """
     detokenizers = [Detokenizer(tokenizer, prompt, stop=stop) for prompt in prompts]
     while not decoding.done:
@@ -287,24 +292,23 @@ def continue_texts(
 def resolve_stop(
     stop: Sequence[Any], tokenizer: Any, eos_token_ids: tuple[int, ...]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Splits stop texts into texts and end tokens.
+    """Splits stop strings into those to search for and end tokens.
 
     Args:
-      stop: texts; an added token of the tokenizer (`<|eot_id|>`) becomes an end token,
-        since special tokens are not in the decoded text.
+      stop: strings; an added token of the tokenizer (`<|eot_id|>`) becomes an end
+        token, since special tokens are not in the decoded text.
       tokenizer: a `transformers` tokenizer.
       eos_token_ids: end tokens of the model.
 
     Returns:
-      Stop texts, and all end tokens in ascending order.
+      Stop strings, and all end tokens in ascending order.
 
     Raises:
-      UserError: a string in place of a list, or an empty text.
+      UserError: a string in place of a list, or an empty string.
     """
     if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        raise UserError(
-            f"`stop` must be a list of texts that are not empty, got {stop!r}."
-        )
+        raise UserError(f"`stop` must be a list of non-empty strings, got {stop!r}.")
+    # Decoding skips special tokens, so a stop string that is one would never be found.
     added = tokenizer.get_added_vocab()
     ids = {int(added[s]) for s in stop if s in added}
     return tuple(s for s in stop if s not in added), tuple(
@@ -400,6 +404,7 @@ class ChatPrompts:
             text = self._renderer.text(turns, where="chat")
         except UserError:  # a template for single questions
             text = self._renderer.text(turns[:2], where="chat") + question
+        # With the start of the user's next turn, up to its content.
         between = text.partition(answer)[2].rpartition(question)[0]
         tokens = [
             (at, -len(token), token)
@@ -408,5 +413,5 @@ class ChatPrompts:
         ]
         if tokens:  # the first one, the longest of several that start there
             return (min(tokens)[2],)
-        # Blank lines are not a stop text: answers may contain them.
+        # Blank lines are not a stop string: answers may contain them.
         return (between.rstrip(),) if between.strip() else ()

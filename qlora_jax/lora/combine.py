@@ -125,6 +125,7 @@ def _combine(
     modules = modules_of(adapters)
     shared = _head_is_shared(adapters)
     if shared:
+        # Its update is the embedding's, transposed: summed once.
         del modules[HEAD]  # tied to the embedding in the result too
     biased = _has_biases(adapters, modules)
     sums = {path: _sum(uses, r) for path, uses in modules.items()}
@@ -298,6 +299,7 @@ def _head_is_shared(adapters: Iterable[Adapter]) -> bool:
     return bool(used) and all(
         len(table) == 2
         and table[HEAD].tied_to == EMBEDDING
+        # The sum has one pair of factors for both, so their scalings must agree.
         and table[HEAD].scalings == table[EMBEDDING].scalings
         for table in used
     )
@@ -387,8 +389,10 @@ def _sum(uses: Sequence[Use], r: int | None) -> _Sum:
     factors, lost, norm = [], 0.0, 0.0
     for layer in range(module.layers or 1):
         pairs = [_scaled_factors(use, layer) for use in on_host]
+        # [R1 + R2 + ..., I] and [O, R1 + R2 + ...]: `B A` is the weighted sum.
         a = np.concatenate([a for a, _ in pairs])
         b = np.concatenate([b for _, b in pairs], axis=1)
+        # A layer that none of them adapts has no factors.
         if r is not None and len(a):
             a, b, layer_lost, layer_norm = _truncate(a, b, r)
             lost, norm = lost + layer_lost, norm + layer_norm
@@ -407,6 +411,7 @@ def _sum(uses: Sequence[Use], r: int | None) -> _Sum:
 def _scaled_factors(use: Use, layer: int) -> tuple[NDArray, NDArray]:
     """Returns A [R, I] and `weight * scaling * B` [O, R] in one layer."""
     module = use.module
+    # Arrays have the largest rank of all layers; a layer's own part comes first.
     at = () if module.layers is None else (layer,)
     rank, factor = module.ranks[layer], use.adapter.weight * module.scalings[layer]
     a, b = (use.arrays[name][at] for name in factor_names(module))
@@ -428,6 +433,7 @@ def _truncate(
     With QR decompositions B = Qb Rb and A^T = Qa Ra, `B A = Qb (Rb Ra^T) Qa^T`: the
     N x N matrix in the middle has the singular values of the product.
     """
+    # In float32 the small singular values, whose squares are the error, would be noise.
     q_b, r_b = np.linalg.qr(b.astype(np.float64))
     q_a, r_a = np.linalg.qr(a.T.astype(np.float64))
     u, s, vt = np.linalg.svd(r_b @ r_a.T)
@@ -435,11 +441,13 @@ def _truncate(
     # size if the result is trained further.
     root = np.sqrt(s[:r])
     out_a, out_b = np.zeros((r, a.shape[1])), np.zeros((b.shape[0], r))
+    # A product may have fewer singular values than r; the rest of the rank is zero.
     out_a[: len(root)] = root[:, None] * (vt[:r] @ q_a.T)
     out_b[:, : len(root)] = q_b @ u[:, :r] * root
     return (
         out_a.astype(np.float32),
         out_b.astype(np.float32),
+        # Eckart and Young: the squared error is what was cut off, of |B A|^2 in all.
         float(np.sum(s[r:] ** 2)),
         float(np.sum(s**2)),
     )
@@ -452,6 +460,7 @@ def _sum_biases(uses: Sequence[Use]) -> NDArray[np.float32]:
     for adapter, a, arrays in uses:
         if "lora_bias" in arrays:
             scaling = np.asarray(a.scalings if a.layers else a.scalings[0], np.float32)
+            # The scaling covers the bias, s (B A x + b): its sum has both factors.
             factor = np.float32(adapter.weight) * np.expand_dims(scaling, -1)
             out += factor * np.asarray(arrays["lora_bias"])
     return out
@@ -461,6 +470,7 @@ def _relative_errors(sums: Mapping[Path, _Sum]) -> dict[str, float]:
     def ratio(lost: float, norm: float) -> float:
         return math.sqrt(lost / norm) if norm > 0 else 0.0
 
+    # Squared Frobenius norms add over layers and modules; their roots do not.
     out = {".".join(path): ratio(s.lost, s.norm) for path, s in sums.items()}
     lost, norm = (sum(getattr(s, f) for s in sums.values()) for f in ("lost", "norm"))
     return {**out, "total": ratio(lost, norm)}
@@ -482,6 +492,7 @@ def describe(
     Raises:
       UserError: see `shortest_ends`.
     """
+    # The rank of most modules is `r`, so the fewest need a pattern.
     usual = Counter(ranks.values()).most_common(1)[0][0]
     patterns: dict[str, int] = {}
     for rank in sorted(set(ranks.values()) - {usual}):
@@ -491,6 +502,7 @@ def describe(
         patterns |= {re.escape(end): rank for end in shortest_ends(names, among=ranks)}
     return LoraConfig(
         r=usual,
+        # alpha = r, by default and in every pattern: the scalings are already in B.
         lora_alpha=usual,
         target_modules=tuple(shortest_ends(ranks, among=module_names(base))),
         rank_pattern=FrozenDict(patterns),
@@ -512,6 +524,7 @@ def shortest_ends(names: Iterable[str], *, among: Iterable[str]) -> list[str]:
             names_by_end.setdefault(end, set()).add(name)
     out = set()
     for name in targets:
+        # Usable if every module with this end is meant.
         unique = (end for end in _ends(name) if names_by_end[end] <= targets)
         end = next(unique, None)
         if end is None:

@@ -168,12 +168,15 @@ class LoraConfig:
                 "with `use_dora`: the magnitudes would be those of another base."
             )
         ranks = [self.r, *self.rank_pattern.values()]
+        # A takes one half of a rotation's rows, B the other.
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in ranks):
             yield f"orthogonal initialization needs even ranks, got {ranks}."
 
     @property
     def scaling(self) -> float:
         """The factor of `B @ A` where no pattern gives another."""
+        # alpha / r lets the update shrink as r grows; with alpha / sqrt(r) its size
+        # does not depend on r (rsLoRA, arXiv:2312.03732).
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
@@ -228,6 +231,8 @@ class LoraConfig:
         alphas = _first_matches("alpha_pattern", self.alpha_pattern, paths)
         out = {}
         for path in paths:
+            # Separately: a module may match a pattern of one table only. alpha is
+            # divided by the module's own rank.
             r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
             out[path] = (r, alpha / (math.sqrt(r) if self.use_rslora else r))
         return out
@@ -278,6 +283,7 @@ class LoraConfig:
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
         values = dict(_PEFT_DEFAULTS)
+        # null in a file means the default.
         values |= {name: raw[name] for name in known if raw.get(name) is not None}
         targets = values["target_modules"]
         if isinstance(targets, (list, set)):
@@ -296,6 +302,7 @@ class LoraConfig:
     def to_peft(self) -> dict[str, Any]:
         """Returns the content of an `adapter_config.json` that PEFT reads."""
         out: dict[str, Any] = dict(_REFUSED)
+        # PEFT does not write it.
         del out["runtime_config"]
         for f in dataclasses.fields(self):
             if f.name in _OUTSIDE:
@@ -366,6 +373,7 @@ def _first_matches(
     patterns = tuple(table)
     matched = match_patterns(patterns, paths, field=f"lora: `{name}`", inside=AT_END)
     values: dict[str, Any] = {}
+    # The first pattern that matches is written last, and so wins.
     for pattern in reversed(patterns):
         values.update(dict.fromkeys(matched[pattern], table[pattern]))
     return values
@@ -392,6 +400,7 @@ def _alpha(name: str, value: Any) -> float:
 
 
 def _dropout(name: str, value: Any) -> float:
+    # Not 1: what is kept is divided by 1 - p.
     if not (_is_number(value) and 0.0 <= value < 1.0):
         raise _error(name, "in [0, 1)", value)
     return value

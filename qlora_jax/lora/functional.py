@@ -69,8 +69,11 @@ def bind(
         node = trees.node(bound, a.path)
         if a.tied_to is not None:
             other = trees.node(bound, a.tied_to)
+            # The table E + s (B A)^T = E + s A^T B^T is the head's weight [V, D], so
+            # its factors are lora_B = A^T and lora_A = B^T.
             node["lora_A"] = jnp.transpose(other["lora_embedding_B"])
             node["lora_B"] = jnp.transpose(other["lora_embedding_A"])
+        # A constant, not a leaf of the trained tree: no optimizer sees it.
         scalings = np.asarray(a.scalings, np.float32)
         node["scaling"] = jnp.asarray(scalings if a.layers else scalings[0])
     for w in selection.full_tensors:
@@ -126,11 +129,14 @@ def delta(
     """
     if dropout > 0.0 and key is not None:
         keep = jax.random.bernoulli(key, 1.0 - dropout, x.shape)
+        # Inverted dropout: the expectation is x, so evaluation needs no factor.
         x = jnp.where(keep, x / (1.0 - dropout), jnp.zeros((), x.dtype))
     if "rows" in adapter:
         return _delta_by_row(x, adapter, jnp.asarray(scaling))
     refuse_stack(adapter["lora_A"])
+    # [..., R]: cheap to keep, while computing it again reads all of x.
     inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
+    # On the rank side: on [..., O] the scaling would be a pass of its own over memory.
     y: Any = dense_matmul(_scaled(inner, scaling), adapter["lora_B"])
     if "lora_bias" in adapter:
         bias = _scaled(adapter["lora_bias"], scaling).astype(y.dtype)
@@ -156,9 +162,11 @@ def _delta_by_row(
     """
     flat = x.reshape(x.shape[0], -1, x.shape[-1])  # the head in generation has no T
     index, adapted = pick_rows(adapter["rows"], x)
+    # [B, R, I] and [B, O, R]
     a, b = adapter["lora_A"][index], adapter["lora_B"][index]
     factor = jnp.expand_dims(scaling[index], (1, 2))
     product = partial(jnp.einsum, precision=precision(x.dtype))
+    # [B, T, R], then [B, T, O].
     inner = product("bti,bri->btr", flat, a.astype(x.dtype))
     inner = (inner.astype(jnp.float32) * factor).astype(x.dtype)
     y = product("btr,bor->bto", inner, b.astype(x.dtype))
@@ -183,6 +191,7 @@ def pick_rows(
             f"`rows` has the adapters of {rows.shape[0]} rows, and the batch has the "
             f"shape {list(x.shape)}. Give `with_rows` one index for each row."
         )
+    # -1 reads adapter 0, whose update is then dropped.
     return jnp.maximum(rows, 0), jnp.expand_dims(rows >= 0, (1, 2))
 
 
@@ -231,8 +240,10 @@ def row_norms(
         a, b = jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)
         s = jnp.asarray(scaling, jnp.float32)
         cross: Any = dense_matmul(a.astype(dtype), dense, jnp.float32)  # A W^T [R, O]
+        # dense_matmul(b, gram) is b gram^T, and gram is symmetric.
         gram: Any = dense_matmul(a, a)  # A A^T [R, R]
         b_gram: Any = dense_matmul(b, gram)
+        # Row o: 2 s (W A^T)_o . b_o + s^2 (B A A^T)_o . b_o
         square = square + jnp.sum((2.0 * s * cross.T + s * s * b_gram) * b, axis=1)
     # Rounding may leave a tiny negative number where the row is zero.
     return jnp.sqrt(jnp.maximum(square, 0.0))
@@ -244,6 +255,8 @@ def rescale(
     scaling: float | Array,
 ) -> Float32[Array, " O"]:
     """Computes DoRA's factor `m / |W + s B A|`, 1 where not adapted (scaling 0)."""
+    # A constant c to the derivative: y = (m / c) u gives du = (m / c) dy and
+    # dm = sum(dy u) / c. The full gradient of a row would lose its part along the row.
     norms = checkpoint_name(jax.lax.stop_gradient(norms), "dora_norm")
     # A zero row stays zero, whatever its magnitude.
     factor = magnitude / jnp.where(norms > 0.0, norms, 1.0)
@@ -258,6 +271,8 @@ def replace_columns(
 ) -> Float[Array, "*B V"]:
     """Returns `y = x W^T` with the columns of the rows of W that are replaced."""
     columns: Any = dense_matmul(x, rows, y.dtype)
+    # The derivative of a set drops dy of what it replaces: x gets its gradient through
+    # the new rows there, not through the frozen ones.
     return y.at[..., indices].set(columns, unique_indices=True)
 
 

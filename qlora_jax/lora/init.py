@@ -10,9 +10,9 @@ as PEFT does on saving: A = [A; A0], B = [B, -B0], twice the rank. LoftQ
 (arXiv:2310.08659, one iteration) starts from the quantization error W - dequantize(Q)
 and leaves the quantized base as it is.
 
-An adapter that is trained further brings its own settings. `continued` merges them with
-those of a run: the scaling and the dropout may change, because the trained arrays keep
-their meaning; any other difference is refused by name.
+An adapter that is trained further brings its own settings. `continued_config` merges
+them with those of a run: the scaling and the dropout may change, because the trained
+arrays keep their meaning; any other difference is refused by name.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def init_adapters(
     adapters: dict[str, Any] = {}
     for a in selection.adapted:
         arrays: dict[str, Array] = {}
+        # Byte by byte: `hash` of a string differs between processes.
         module_key = functools.reduce(
             jax.random.fold_in, ".".join(a.path).encode(), key
         )
@@ -97,6 +98,7 @@ def init_adapters(
             trees.node(adapters, a.path).update(arrays)
     for t in selection.full_tensors:
         if t.tied_to is None:
+            # A copy: a step donates the adapters, and the base must outlive it.
             value = jnp.array(_leaf(base, t.path), jnp.float32)
             trees.put(adapters, t.path, _zero_unused(value, t.trained))
     for r in selection.rows:
@@ -132,6 +134,7 @@ def check_start(
     init = str(lora.init_lora_weights)
     if init not in ("default", "gaussian", "orthogonal"):
         for a in filter(_from_weight, selection.adapted):
+            # A matrix has min(O, I) singular vectors, and as many columns of Q.
             rank, largest = max(a.ranks), min(a.shape)
             name = dotted(a.path, a.layers)[a.ranks.index(rank)]
             if rank > largest:
@@ -169,6 +172,7 @@ def factor_out(
     for a in select(base, lora).adapted:
         if _from_weight(a):
             module, arrays = trees.node(out, a.path), trees.node(adapters, a.path)
+            # Copies: the first step donates the adapters' own arrays.
             module["residual_A"] = jnp.array(arrays["lora_A"])
             module["residual_B"] = jnp.array(arrays["lora_B"]) * _scalings(a)
     return out
@@ -211,6 +215,7 @@ def absorb(
             )
         scalings = _scalings(a)
         # B0 is zero in a layer that is not adapted, where the scaling is 0.
+        # s [B, -B0] [A; A0] = s B A - s B0 A0, and residual_B holds s B0.
         b0 = np.asarray(module["residual_B"]) / np.where(scalings > 0, scalings, 1.0)
         both_a = [np.asarray(arrays["lora_A"]), np.asarray(module["residual_A"])]
         both_b = [np.asarray(arrays["lora_B"]), -b0]
@@ -234,6 +239,8 @@ def _move_padding(a: AdaptedModule, both_a: NDArray, both_b: NDArray) -> _Factor
     """Moves the padding of layers of lower rank to the end."""
     if a.layers is None or len(set(a.ranks)) == 1:
         return both_a, both_b
+    # Stacked, a layer of lower rank r has its values at 0..r and R..R + r of the axis
+    # of rank, with padding after each.
     out_a, out_b = np.zeros_like(both_a), np.zeros_like(both_b)
     for layer, rank in enumerate(a.ranks):
         used = [*range(rank), *range(a.rank, a.rank + rank)]
@@ -255,6 +262,7 @@ def _factors(
     """Returns the low-rank factors of one module."""
     init = str(lora.init_lora_weights)
     if a.kind == "embedding":
+        # The other way round than in a linear layer, as in PEFT; B A = 0 all the same.
         b = jax.random.normal(key, a.parts["lora_embedding_B"], jnp.float32)
         return {
             "lora_embedding_A": _zeros(a, "lora_embedding_A"),
@@ -289,6 +297,7 @@ def _random_a(key: Array, a: AdaptedModule, init: str) -> Float32[Array, "*L R I
     ranks = jnp.asarray(a.ranks, jnp.int32).reshape((*_leading(a), 1, 1))
     if init == "gaussian":
         values = jax.random.normal(key, shape, jnp.float32)
+        # Each layer's own rank: a standard deviation of 1 / r, as PEFT has it.
         values = values / jnp.maximum(ranks, 1).astype(jnp.float32)
     else:
         # Kaiming-uniform: sqrt(6 / ((1 + a^2) I)) with a = sqrt(5) is 1 / sqrt(I).
@@ -296,6 +305,7 @@ def _random_a(key: Array, a: AdaptedModule, init: str) -> Float32[Array, "*L R I
         values = jax.random.uniform(
             key, shape, jnp.float32, minval=-bound, maxval=bound
         )
+    # Rows beyond a layer's rank are padding, which starts and stays at zero.
     used = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2) < ranks
     return jnp.where(used, values, 0.0)
 
@@ -309,6 +319,8 @@ def _orthogonal(key: Array, rank: int, shape: tuple[int, int]) -> _Factors:
     rows, columns = shape
     rotation_key, left_key, right_key = jax.random.split(key, 3)
     square = np.asarray(jax.random.normal(rotation_key, (rank, rank)))
+    # The rows of q are orthonormal, so those of even and of odd number span orthogonal
+    # halves of the space of the rank.
     q = np.linalg.qr(square)[0]
     left = np.asarray(jax.random.normal(left_key, (columns, rank // 2)))
     right = np.asarray(jax.random.normal(right_key, (rows, rank // 2)))
@@ -325,6 +337,7 @@ def _decompose(
     if init.startswith("pissa_niter_"):
         u, s, vt = _randomized_svd(key, weight, rank, int(init.rpartition("_")[2]))
     else:
+        # The leading triplets are the best approximation of that rank.
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
     # scaling * B A = U_r S_r V_r^T, the singular values shared evenly by B and A.
     root = np.sqrt(s[:rank] / np.float32(scaling))
@@ -335,6 +348,8 @@ def _randomized_svd(
     key: Array, weight: NDArray, rank: int, iterations: int
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Returns the leading singular triplets by subspace iteration (arXiv:0909.4061)."""
+    # A random sample of the column space; products with W W^T then turn it towards the
+    # leading singular vectors.
     width = min(rank + _OVERSAMPLE, *weight.shape)
     q = weight @ np.asarray(jax.random.normal(key, (weight.shape[1], width)))
     for _ in range(iterations):
@@ -342,6 +357,7 @@ def _randomized_svd(
         q = np.linalg.qr(weight.T @ np.linalg.qr(q)[0])[0]
         q = weight @ q
     q = np.linalg.qr(q)[0]
+    # W is nearly Q Q^T W, and Q^T W has only `width` rows to decompose.
     u, s, vt = np.linalg.svd(q.T @ weight, full_matrices=False)
     return q @ u, s, vt
 
@@ -356,6 +372,7 @@ def _quantization_error(
             "(`original`), and the base was loaded in 4 bits. Start from the 16-bit "
             "checkpoint."
         )
+    # One step of LoftQ's alternation: quantizing W - B A again would change the base.
     return np.asarray(original(name), np.float32) - dense
 
 
@@ -407,7 +424,7 @@ def _leaf(base: Mapping[str, Any], path: Path) -> Any:
 
 # --- Adapters that are trained further ---
 
-CHANGEABLE = ("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
+CHANGEABLE_SETTINGS = ("lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout")
 """Settings that leave the meaning of the trained arrays."""
 # Properties of the base, or the same in every adapter.
 _NOT_COMPARED = (
@@ -427,14 +444,14 @@ def given_fields(lora: LoraConfig) -> set[str]:
     }
 
 
-def continued(
+def continued_config(
     trained: LoraConfig,
     requested: LoraConfig,
     fields: Collection[str],
     base: Mapping[str, Any],
     *,
     name: str,
-    changeable: Collection[str] = CHANGEABLE,
+    changeable: Collection[str] = CHANGEABLE_SETTINGS,
 ) -> tuple[LoraConfig, list[str]]:
     """Returns the configuration of an adapter with the changes of a run.
 

@@ -75,6 +75,7 @@ def _stack_module(uses: Sequence[Use], count: int) -> dict[str, Array]:
     """Stacks the arrays of one module over `count` adapters."""
     module = uses[0].module
     leading = () if module.layers is None else (module.layers,)
+    # 0 where an adapter lacks the module, as its factors there.
     scaling = np.zeros((*leading, count), np.float32)
     arrays: dict[str, NDArray[np.float32]] = {}
     rank = max(use.arrays[factor_names(use.module)[0]].shape[-2] for use in uses)
@@ -92,6 +93,7 @@ def _stack_module(uses: Sequence[Use], count: int) -> dict[str, Array]:
             elif name.endswith("_B"):
                 shape[1] = rank
             if name not in arrays:
+                # [*L, N, R, I], [*L, N, O, R] or, of a bias, [*L, N, O].
                 arrays[name] = np.zeros((*leading, count, *shape), np.float32)
             arrays[name][..., adapter.index, *used] = array
     return {name: jnp.asarray(v) for name, v in {**arrays, "scaling": scaling}.items()}

@@ -56,7 +56,7 @@ def match_patterns(
         from the beginning of a name. Without it an expression matches whole names.
 
     Returns:
-      expression -> name that it matches -> text of the last group.
+      expression -> name that it matches -> what its last group matched.
 
     Raises:
       UserError: an expression that is invalid, alone or inside the larger one, that has

@@ -66,6 +66,8 @@ class AdaptedModule:
     @property
     def parts(self) -> dict[str, Shape]:
         """Arrays in one layer of the largest rank: name -> shape."""
+        # dA = s B^T dy x^T and dB = s dy (A x)^T: rows of A and columns of B that are
+        # both zero have zero gradients, so padding needs no mask.
         return self.parts_of(self.rank)
 
     def parts_of(self, rank: int) -> dict[str, Shape]:
@@ -73,6 +75,7 @@ class AdaptedModule:
         rows, columns = self.shape
         out: dict[str, Shape] = {}
         if self.kind == "embedding":
+            # E [V, D] is looked up, not multiplied: column i of A is token i's.
             out["lora_embedding_A"] = (rank, rows)
             out["lora_embedding_B"] = (columns, rank)
         elif self.tied_to is None:
@@ -224,6 +227,7 @@ def matching(module_paths: Iterable[str], lora: LoraConfig) -> set[str]:
     else:
         out = _named(paths, lora, "target_modules")
         if not isinstance(targets, str):
+            # As in PEFT, a full path among the targets counts in any layer.
             out &= _in_layers(paths, lora) | set(targets)
     saved = match_patterns(
         lora.modules_to_save or (),
@@ -231,6 +235,7 @@ def matching(module_paths: Iterable[str], lora: LoraConfig) -> set[str]:
         field="lora: `modules_to_save`",
         inside=WITHIN,
     )
+    # Exclusions win, and what is trained in full gets no update.
     return out.difference(_named(paths, lora, "exclude_modules"), *saved.values())
 
 
@@ -298,6 +303,7 @@ def _take_inventory(base: Mapping[str, Any]) -> _Inventory:
         for path, tensor in tensors.items()
         if path[-1] == "weight" and len(tensor[0]) == 2
     }
+    # A tied checkpoint has no weight for its head.
     tied = HEAD not in modules and EMBEDDING in modules
     if tied:
         modules[HEAD] = modules[EMBEDDING]
@@ -348,6 +354,7 @@ def _updates(
     for path, layers in names.items():
         excluded = in_full.get(path, (False,) * len(layers))
         updates = [
+            # One program for all layers: scaling 0 turns the update of a layer off.
             values[name] if name in selected and not full else (0, 0.0)
             for name, full in zip(layers, excluded, strict=True)
         ]
@@ -368,6 +375,7 @@ def _shared_updates(lora: LoraConfig) -> dict[Path, list[tuple[int, float]]]:
             "`exclude_modules` excludes embed_tokens; give only one of the two."
         )
     values = lora.ranks_and_scalings((hf_key(EMBEDDING), hf_key(HEAD)))
+    # Shared factors have one rank, the embedding's, and a scaling on each side.
     rank, _ = values[hf_key(EMBEDDING)]
     return {path: [(rank, values[hf_key(path)][1])] for path in (EMBEDDING, HEAD)}
 
@@ -392,6 +400,8 @@ def _full_tensors(inventory: _Inventory, lora: LoraConfig) -> list[FullTensor]:
         return []
     tensors = dict(inventory.tensors)
     if inventory.tied:
+        # As in PEFT, a tied head that is named gets a copy of its own, unless
+        # `ensure_weight_tying` shares the embedding's (below).
         tensors[*HEAD, "weight"] = tensors[*EMBEDDING, "weight"]
     matched: set[str] = set()
     saved: set[str] = set()
@@ -497,6 +507,7 @@ def _token_rows(inventory: _Inventory, lora: LoraConfig) -> list[TokenRows]:
     embedding, head = out.get(EMBEDDING), out.get(HEAD)
     if inventory.tied and embedding is not None:
         if head is None or head.indices == embedding.indices:
+            # PEFT's head follows the embedding unless it has rows of its own.
             out[HEAD] = dataclasses.replace(embedding, path=HEAD, tied_to=EMBEDDING)
         elif lora.ensure_weight_tying:
             raise UserError(
@@ -543,6 +554,7 @@ def _unmatched(inventory: _Inventory, lora: LoraConfig) -> tuple[str, ...]:
     return tuple(
         name
         for name in lora.target_modules
+        # Against all modules: a name whose modules are all excluded is not a typo.
         if not any(_ends_in(path, name) for path in paths)
     )
 

@@ -131,6 +131,7 @@ def masked_attention(
     """Computes the formula under a mask [B or 1, T, S], with all scores in memory."""
     batch, queries, heads, width = q.shape
     groups = k.shape[2]
+    # [B, T, K, G, H]: grouped heads share keys by an axis, not by repeating them.
     q = q.reshape(batch, queries, groups, heads // groups, width)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts",
@@ -139,6 +140,7 @@ def masked_attention(
         precision=precision(q.dtype),
         preferred_element_type=jnp.float32,
     ) * (1.0 / math.sqrt(width))
+    # [B, K, G, T, S], float32 until the softmax is over.
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum(
@@ -180,6 +182,7 @@ def _decode_by_products(
     q: Array, keys: Array, values: Array, layer: Array, seen: Array
 ) -> Array:
     # In float32: XLA's CPU backend has no product of bf16 in every arrangement.
+    # A layer of [L, B, K, S, H] as [B, S, K, H].
     k, v = (
         jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
         .swapaxes(1, 2)
@@ -201,6 +204,7 @@ def _decode_by_sums(
     """
     batch, _, heads, width = q.shape
     groups, slots = keys.shape[2:4]
+    # Equal blocks of at most 128 slots, so the cache needs no padding.
     block = math.gcd(slots, 128)
     blocks = (batch, groups, slots // block, block, width)
     k, v = (
@@ -219,6 +223,8 @@ def _decode_by_sums(
     seen = seen.reshape(batch, 1, slots // block, 1, block)
     scores = jnp.where(seen, scores * (1.0 / math.sqrt(width)), _MASKED)
     top = scores.max(axis=-1, keepdims=True)  # [B, K, blocks, heads of a group, 1]
+    # In a block without visible slots the maximum is -1e30 and each weight 1; its share
+    # below is exp(-1e30 - max) = 0.
     weights = jnp.exp(scores - top)
     parts = [
         (weights[:, :, :, head, :, None] * v).sum(axis=3) for head in range(per_group)
@@ -235,7 +241,7 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
-def refusals(
+def attention_refusals(
     implementation: str,
     *,
     dtype: Any,
@@ -286,7 +292,7 @@ def _cudnn_refusal(
     capability = None
     if jax.default_backend() == "gpu":
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    reasons = refusals(
+    reasons = attention_refusals(
         "cudnn",
         dtype=q.dtype,
         head_dim=q.shape[-1],
@@ -296,6 +302,7 @@ def _cudnn_refusal(
     if reasons:
         return "; ".join(reasons) + "."
     try:
+        # jax looks for cuDNN while it traces, and raises without one that can do this.
         jax.eval_shape(_cudnn, q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return f"it needs an NVIDIA GPU and cuDNN ({error})."
@@ -313,13 +320,17 @@ def inverse_frequencies(config: LlamaConfig) -> Float32[Array, " H2"]:
     Returns:
       float32 [head_dim / 2].
     """
+    # theta_i = rope_theta^(-2 i / H) for pair i (arXiv:2104.09864, section 3.2.2).
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
+    # Position interpolation (arXiv:2306.15595): the same as dividing the positions.
     if scaling.rope_type == "linear":
         return frequency / scaling.factor
+    # By parts: pairs that turn often within the native context tell near tokens apart
+    # and keep their frequency; those that hardly turn are stretched by the factor.
     original = scaling.original_max_position_embeddings
     wavelength = 2.0 * math.pi / frequency
     # 0 at the long end of the interpolated wavelengths, 1 at the short end.
@@ -344,6 +355,7 @@ def rope_table(
     # bfloat16 has 8 bits: positions above 256 would coincide.
     frequency = inverse_frequencies(config)
     angle = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    # [B, T, 1, H / 2]: the same for every head.
     angle = angle[:, :, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -356,6 +368,9 @@ def rotate(
     (a, b) -> (a cos - b sin, b cos + a sin)
     """
     cos, sin = rope
+    # Hugging Face's files have the rows of q_proj and k_proj permuted for this; Meta's
+    # pair neighbours (2 i, 2 i + 1). Rotated in float32 and rounded once, where
+    # transformers rounds cos and sin to the dtype of x first.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1

@@ -183,9 +183,11 @@ class LlamaConfig:
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=heads,
+            # Files of models without grouped heads leave it out, or have null.
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // max(heads, 1),
             max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+            # An absent key has the default of transformers' LlamaConfig.
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -300,6 +302,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
 
 
 def _is_integer(value: Any) -> bool:
+    # A bool is an int to `isinstance`; `true` in a file is not the number 1.
     return type(value) is int and abs(value) < 1 << 31
 
 
@@ -330,6 +333,7 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
     quant = raw.get("quantization_config")
     if quant is not None:
         method = quant.get("quant_method", "bitsandbytes")
+        # transformers writes both; older files lack the one with the underscore.
         four_bit = quant.get("load_in_4bit", quant.get("_load_in_4bit", False))
         if method != "bitsandbytes" or not four_bit:
             raise UserError(
@@ -337,6 +341,7 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
                 f"(load_in_4bit={bool(four_bit)}) are not supported. Supported: "
                 "bitsandbytes 4-bit NF4, or an unquantized checkpoint."
             )
+        # fp4 is the default of transformers: a file without the field is not NF4.
         if quant.get("bnb_4bit_quant_type", "fp4") != "nf4":
             raise UserError(
                 "config.json: `bnb_4bit_quant_type`="
@@ -348,6 +353,7 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
 def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     parameters = raw.get("rope_parameters")
     if parameters is not None:
+        # transformers 5 keeps theta and scaling together.
         theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
         scaling = parameters
     else:
@@ -370,6 +376,7 @@ def read_rope_scaling(
       UserError: another type than "linear" and "llama3", or fields that are missing or
         not numbers.
     """
+    # `type` is the older name of the key.
     kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
     if kind == "default":
         return None

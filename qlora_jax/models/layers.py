@@ -30,8 +30,8 @@ from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
 from qlora_jax.choices import Attention, Dtype, Kernels, Remat
 from qlora_jax.errors import UserError
+from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
-from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.sharding import gather_shared, on_device
 
 _LINEAR_ARRAYS = (
@@ -156,9 +156,11 @@ def linear(
     arrays, scaling, residual, dropout, key = adapter or ModuleAdapter({})
     y: Any  # type checkers do not see through `custom_vjp`
     if isinstance(weight, nf4.NF4Tensor):
+        # Only x has a derivative: the packed weight is frozen.
         y = nf4.matmul(x, weight, dtype, implementation=implementation)
     else:
         y = dense_matmul(x, weight, dtype)
+    # (W - B0 A0) x without forming W - B0 A0, which a packed W could not hold.
     if residual is not None:
         inner: Any = dense_matmul(x, residual[0])
         y = y - dense_matmul(inner, residual[1], dtype)
@@ -167,6 +169,7 @@ def linear(
         rows, indices = arrays["trainable_tokens_delta"], arrays["token_indices"]
         y = lora_lib.replace_columns(y, x, rows, indices)
     magnitude = arrays.get("lora_magnitude_vector")
+    # DoRA scales the product with the weight, not the bias: that is then added last.
     if bias is not None and magnitude is None:
         y = y + _broadcast(bias, y)
     if "lora_A" in arrays:
@@ -178,6 +181,7 @@ def linear(
         norms = lora_lib.row_norms(
             weight, arrays["lora_A"], arrays["lora_B"], scaling, dtype=x.dtype
         )
+        # y = g u with u = W x + s B A x: du = g dy, dm = sum(dy u) / norm.
         y = _scale(y, lora_lib.rescale(magnitude, norms, scaling))
         if bias is not None:
             y = y + _broadcast(bias, y)
@@ -204,6 +208,7 @@ def embed(
     """
     dtype = weight.dtype if dtype is None else dtype
     arrays, scaling, *_ = adapter or ModuleAdapter({})
+    # Rows first, then the cast: the other order would cast the whole table.
     x = jnp.take(weight, tokens, axis=0).astype(dtype)
     if "trainable_tokens_delta" in arrays:
         # Position of each token's trained row; -1 where it has none.
@@ -211,13 +216,16 @@ def embed(
         indices = arrays["token_indices"]
         slots = slots.at[indices].set(jnp.arange(indices.size, dtype=jnp.int32))
         slot = slots[tokens]
+        # The derivative scatters into these n rows only; the frozen table gets none.
         trained = arrays["trainable_tokens_delta"][jnp.maximum(slot, 0)].astype(dtype)
+        # A choice, not a sum: PEFT's "delta" rows replace those of the table.
         x = jnp.where(jnp.expand_dims(slot >= 0, -1), trained, x)
     if "lora_embedding_A" not in arrays:
         return x
     x = x + _embedding_delta(tokens, arrays, scaling).astype(dtype)
     if "lora_magnitude_vector" in arrays:
         a, b = arrays["lora_embedding_A"], arrays["lora_embedding_B"]
+        # Its transpose is E^T + s B A, so columns become rows.
         norms = lora_lib.row_norms(weight.T, a, b, scaling)  # of the columns
         magnitude = arrays["lora_magnitude_vector"]
         x = _scale(x, lora_lib.rescale(magnitude, norms, scaling))
@@ -231,6 +239,7 @@ def _embedding_delta(
     a, b = arrays["lora_embedding_A"], arrays["lora_embedding_B"]
     if "rows" not in arrays:
         lora_lib.refuse_stack(a)
+        # Columns of A instead of a product with one-hot rows: [R, *B] -> [*B, R].
         inner = jnp.moveaxis(jnp.take(a, tokens, axis=1), 0, -1)
         inner = inner * jnp.asarray(scaling, jnp.float32).reshape((1,) * inner.ndim)
         update: Any = dense_matmul(inner, b)
@@ -293,6 +302,7 @@ class _Adaptable(nn.Module):
         scaling: Any = self.trained("scaling")
         if scaling is not None or not any(n.endswith("_A") for n in arrays):
             return ModuleAdapter(arrays, 1.0 if scaling is None else scaling)
+        # An unbound tree has no constants, but may need only one: a common scaling.
         config = compute.lora
         if config is None or not config.uniform:
             raise UserError(
@@ -432,6 +442,7 @@ def rms_norm(
     """
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    # Rounded before it is multiplied with the weight, as in transformers.
     return (wide * scale).astype(x.dtype) * _broadcast(weight, x)
 
 
@@ -450,6 +461,7 @@ def mlp_tokens(intermediate_size: int, remat: str) -> int | None:
     limit = _MLP_TOKENS.get(remat)
     if limit is None or intermediate_size <= _MLP_WIDTH:
         return limit
+    # The largest power of two that has no more inner numbers in a chunk.
     return 1 << (limit * _MLP_WIDTH // intermediate_size).bit_length() - 1
 
 
@@ -478,10 +490,12 @@ def map_chunks(
     size = -(-length // chunks)
     x = jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0)))
 
+    # Inside a scan nothing can undo the recomputation; see `llama.LlamaModel`.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
         return None, function(*chunk)
 
+    # [B, n c, D] -> [n, B, c, D]: the scan goes over the leading axis.
     parts = x.reshape(rows, chunks, size, features).swapaxes(0, 1)
     _, out = jax.lax.scan(step, None, (parts, jnp.arange(chunks)))
     return out.swapaxes(0, 1).reshape(x.shape)[:, :length]

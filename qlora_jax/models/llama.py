@@ -54,6 +54,8 @@ from qlora_jax.models.layers import (
 _POLICIES: dict[str, Callable[..., bool] | None] = {
     # DoRA's norms cost a product with the full weight and are O numbers to keep.
     "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
+    # The inputs of all layers, 2 L T D bytes in bf16 for each row (2.1 GB at 8,192
+    # tokens of 8B), wait in host memory.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=["dora_norm"],
         names_which_can_be_offloaded=["layer_input"],
@@ -185,6 +187,7 @@ class Llama(nn.Module):
             tokens, positions, attention_mask.astype(jnp.int32), cache
         )
         assert longer is not None
+        # Prompts are padded on the left, so the last column has every row's last token.
         return self.head(hidden[:, -1]), longer
 
 
@@ -216,6 +219,7 @@ class LlamaModel(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             variable_broadcast="stacks",  # a leaf of "params" has its layer's index
+            # Each layer draws its own values and its own dropout masks.
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
@@ -279,6 +283,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
         """Returns the new residual stream, and the cache with this layer's tokens."""
         x, kv = carry
+        # What the scan keeps of each layer; "offload" finds it by this name.
         x = checkpoint_name(x, "layer_input")
         if cached is not None and layer is not None:
             cached = (*cached, layer)
@@ -307,6 +312,7 @@ class Block(nn.Module):
         if chunks == 1:
             return x + mlp(norm(x))
         norm = norm.function(x.shape[-1])
+        # Unpacked before the loop, in which every chunk would dequantize it again.
         update = mlp.function(x.shape[-1], unpack=True)
         return map_chunks(lambda x, chunk: x + update(norm(x), chunk), x, chunks)
 
@@ -358,6 +364,7 @@ class Attention(nn.Module):
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
                 all_segments, start, layer = cached
+                # Written first: decoding reads the cache, and a token sees itself.
                 kv = _write_tokens(kv, (k, v), layer, start)
             if kv is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache, so it attends within itself only.
@@ -367,6 +374,7 @@ class Attention(nn.Module):
                 )
             else:
                 slots = kv[0].shape[3]
+                # Empty slots are of segment 0 and at later indices: never seen.
                 mask = causal_mask(segments, all_segments, 1, slots, start)
                 out = decode_attention(q, *kv, layer, mask[:, 0])
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
@@ -402,6 +410,7 @@ def _write_tokens(
     start: Array,
 ) -> tuple[Array, Array]:
     """Returns the caches with one layer's new keys and values from slot `start` on."""
+    # [B, T, K, H] -> [1, B, K, T, H], the place of these tokens in the stack.
     k, v = (
         jax.lax.dynamic_update_slice(
             stack, tokens.swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
@@ -578,5 +587,6 @@ def empty_cache(
 def _segments(attention_mask: Array | None, segment_ids: Array | None) -> Array | None:
     if attention_mask is None:
         return segment_ids
+    # Padding becomes segment 0, whatever document its position belongs to.
     mask = attention_mask.astype(jnp.int32)
     return mask if segment_ids is None else mask * segment_ids

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.targets import linear_modules, select
+from qlora_jax.lora import LoraConfig, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import HEAD, LAYERS, PROJECTIONS, Path, Shape, at, is_stacked, put
 
@@ -29,6 +28,7 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
     tied), tensors of custom modules (`config.extra_tensors`).
     """
     d, f = config.hidden_size, config.intermediate_size
+    # Not always hidden_size: head_dim is a field of its own.
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     tensors: dict[Path, Shape] = {
@@ -54,6 +54,7 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
         if block == "self_attn":
             tensors[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
     tensors["model", "norm", "weight"] = (d,)
+    # A tied head has no tensor: files of such models lack it.
     if not config.tie_word_embeddings:
         tensors["lm_head", "weight"] = (config.vocab_size, d)
     for name, shape in config.extra_tensors.items():

@@ -13,7 +13,7 @@ Small arrays (norms, tables of quantization constants, scalars) are replicated.
 
 The memory of an array is part of its JAX type, so no configuration reaches the model: a
 step copies an array that it receives in host memory to the device where it is used
-(`on_device`), and the shards of a weight are gather_shared there (`gather_shared`).
+(`on_device`), and gathers the shards of a weight there (`gather_shared`).
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def shard_step(
       UserError: a large array has no axis that the mesh divides.
     """
     state, base, batch = arguments
+    # Both axes divide the rows: a device computes its own rows from start to end.
     rows = tuple(name for name in AXES if name in mesh.shape)
     return (
         jax.tree_util.tree_map_with_path(
@@ -87,6 +88,7 @@ def shard_step(
         jax.tree_util.tree_map_with_path(
             lambda path, leaf: _shard_weight(path, leaf, mesh, on_host), base
         ),
+        # [A, B, T]: micro-batches come one after another, so A is not divided.
         jax.tree.map(lambda leaf: _with_sharding(leaf, mesh, (None, rows)), batch),
     )
 
@@ -114,12 +116,15 @@ def _shard_weight(
         return _with_sharding(leaf, mesh, (), kind)
     if keys[-1] == "codes" and keys[-2].startswith("lora_"):
         keys = keys[:-1]  # 8-bit moments have the shape of their array
+    # Not the axis of layers: the scan takes one layer at a time, which a single device
+    # would then hold alone.
     first = 1 if all(part in keys for part in LAYERS) else 0
     # The rows of a packed or dense weight, but the long axis of an adapter's pair: R
     # may be smaller than the mesh.
     axis = first
     if keys[-1].startswith("lora_"):
         axis = max(range(first, len(leaf.shape)), key=lambda i: leaf.shape[i])
+    # JAX refuses uneven shards of an argument; this message names the setting.
     if leaf.shape[axis] % parts:
         raise UserError(
             f"mesh: fsdp={parts} does not divide {'.'.join(keys)} of shape "
@@ -189,6 +194,7 @@ def gather_shared(tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
         return tree
+    # No axis is divided: every device has the whole weight.
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.lax.with_sharding_constraint(leaf, replicated), tree

@@ -77,8 +77,11 @@ def untrained_rows(
     for start, chunk in _chunks(table):
         stop = start + len(chunk)
         size[start:stop] = np.abs(chunk.astype(np.float32)).max(axis=1)
+        # Hashes find equal rows in one pass, with 16 bytes a row; as bytes, rows with
+        # NaN can be equal too.
         for row in chunk.view(np.uint8):
             digests.append(hashlib.blake2b(row, digest_size=16).digest())
+    # Without zero rows, of which a padded vocabulary may have many.
     nonzero = size[np.isfinite(size) & (size > eps)]
     median = float(np.median(nonzero)) if nonzero.size else 0.0
     count = Counter(digests)
@@ -234,6 +237,7 @@ def add_tokens(
     old_size, used_size = config.vocab_size, tokenizer_size + count
     new_size = max(old_size, used_size)
     if new_size > old_size:
+        # Only a table that grows is rounded up: files keep the size they came with.
         new_size = -(-new_size // step) * step
     extended = base
     for name, table in _tables(base).items():
@@ -246,6 +250,7 @@ def add_tokens(
         fresh = np.arange(min(tokenizer_size, old_size), new_size)
         mean = _new_row(table, "mean", name, excluded=fresh)
         value = mean if how == "mean" else _new_row(table, how, name, excluded=fresh)
+        # Every appended row starts as the mean; those of new tokens get `value` below.
         padding = np.broadcast_to(mean, (new_size - old_size, table.shape[1]))
         xp: Any = jnp if isinstance(table, jax.Array) else np
         padded = xp.concatenate([table, xp.asarray(padding, table.dtype)])
@@ -312,6 +317,7 @@ def _new_row(
         raise UserError(
             f"`{name}` has no trained row to take the mean of. Is it a trained model?"
         )
+    # A float32 sum over 100,000 rows would lose digits of the mean.
     total = np.zeros(table.shape[1], np.float64)
     for start, chunk in _chunks(table):
         rows = chunk[trained[start : start + len(chunk)]]

@@ -4,3 +4,7 @@ Reading order: plan (which settings fit a GPU), step (the program and its memory
 compile (for a GPU that is not installed), estimate (the closed form), gpus (data
 sheets).
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

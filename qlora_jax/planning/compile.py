@@ -280,6 +280,7 @@ def _computations(program: str) -> tuple[str, dict[str, list[str]]]:
 def _result_bytes(shape: str, asynchronous: bool) -> int:
     sizes = [_array_bytes(*array) for array in _ARRAY.findall(shape)]
     if asynchronous and len(sizes) > 1:
+        # Operands first, results after them.
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
 
@@ -308,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["XLA_FLAGS"] = " ".join(
             [
                 *XLA_FLAGS,
+                # The dump has the buffer assignment, by which the temporaries are split
+                # into kinds.
                 f"--xla_dump_to={dumps}",
                 "--xla_dump_hlo_as_text",
                 "--xla_dump_hlo_module_re=.*train_step.*",
@@ -315,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         answer = _compile(json.loads((folder / REQUEST).read_text()), folder, dumps)
     text = json.dumps(answer, indent=1)
+    # Complete under its name: an abort leaves no half answer.
     (folder / f"{ANSWER}.part").write_text(text)
     (folder / f"{ANSWER}.part").replace(folder / ANSWER)
     return 0

@@ -24,13 +24,22 @@ from jax.sharding import AbstractMesh
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import did_you_mean, readable_bytes
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.targets import Selection, absent_layers, linear_modules, select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import mlp_tokens
-from qlora_jax.models.params import abstract_base, tree_bytes, tree_size
-from qlora_jax.models.sharding import shard_step
+from qlora_jax.lora import (
+    LoraConfig,
+    Selection,
+    absent_layers,
+    abstract_adapters,
+    linear_modules,
+    select,
+)
+from qlora_jax.models import (
+    LlamaConfig,
+    abstract_base,
+    mlp_tokens,
+    shard_step,
+    tree_bytes,
+    tree_size,
+)
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.planning.step import (
     Step,
@@ -38,8 +47,7 @@ from qlora_jax.planning.step import (
     abstract_arguments,
     device_tree_bytes,
 )
-from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training import TrainConfig, make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
 
 
@@ -103,6 +111,7 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
     )
     compute = dataclasses.replace(step.compute, remat="full", attention="auto")
     # Settings that change no count are set to one value, for the cache.
+    # One token on each device, so the batch's bytes are those of a token.
     unit_step = dataclasses.replace(step, length=1, train=train, compute=compute)
     return _model_sizes(unit_step, tuple((mesh or {"data": 1}).items()))
 
@@ -119,6 +128,7 @@ def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
             head += rows * columns
             continue
         weights += rows * columns
+        # A product of T tokens reads T * columns and writes T * rows numbers.
         features += rows + columns
         # The backward pass does not need the result of the last product of a layer.
         recomputed += rows * columns * (path[-1] != "down_proj")
@@ -127,6 +137,8 @@ def _model_sizes(step: Step, mesh: tuple[tuple[str, int], ...]) -> _Model:
         name = str(getattr(path[-1], "key", ""))
         if name in ("lora_A", "lora_B"):
             factors += math.prod(leaf.shape)
+        # lora_A is [layers, r, in]: all axes but the last count the ranks of all
+        # layers.
         if name == "lora_A":
             ranks += math.prod(leaf.shape[:-1])
     adapters = device_tree_bytes(state.adapters)
@@ -153,6 +165,7 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
       mesh: sizes of the axes "data" and "fsdp"; default one device.
     """
     model = _model(step, mesh)
+    # Both axes of the mesh divide the rows; "fsdp" divides the weights as well.
     tokens = step.tokens // math.prod((mesh or {}).values())
     kept = _kept(step, model) * tokens
     offloaded = step.compute.remat == "offload"
@@ -169,6 +182,7 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
         gradients=model.adapters,
         loss=0,
         temporaries=_temporaries(step, model, tokens),
+        # cuDNN's backward pass sums dQ [tokens, heads, head_dim] in float32.
         workspace=4 * tokens * wide if cudnn else 0,
         host_base=model.host_base,
         host_activations=kept if offloaded else 0,
@@ -185,12 +199,16 @@ def _kept(step: Step, model: _Model) -> int:
     c, size = step.config, _width(step)
     narrow = c.hidden_size
     if step.compute.remat in ("full", "offload"):
+        # The input of each layer: 32 x 2 x 4,096 bytes, 256 KiB a token, for an 8B
+        # model.
         return c.num_hidden_layers * size * narrow
     heads = c.num_attention_heads * c.head_dim
     pairs = c.num_key_value_heads * c.head_dim
     wide = c.intermediate_size
     # Input; q, k, v; attention and its log-sum-exp; o; gate and up; and the product
     # with each lora_A. The backward pass does not need the result of down.
+    # 2 narrow: input and o; 2 heads: q and attention; 2 pairs: k and v; 2 wide: gate
+    # and up. The log-sum-exp is a float32 for each head.
     layer = size * (2 * narrow + 2 * heads + 2 * pairs + 2 * wide)
     layer += 4 * c.num_attention_heads
     total = c.num_hidden_layers * layer + size * model.ranks
@@ -211,14 +229,20 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     arrays = _KEPT if most is None else _UNCHUNKED
     if chunk < tokens:
         arrays = _IN_CHUNKS[remat]
+    # Weights that are dequantized at a time, then the arrays of all tokens, then those
+    # of a chunk.
     layer = arrays.weights * size * model.layer_weights
     layer += arrays.narrow * narrow * tokens + arrays.wide * wide * chunk
     if tokens * c.hidden_size >= 2**31:
         layer += _LARGE * narrow * tokens
     # A chunk of logits in float32, and their gradient.
+    # 512 tokens: the loss's chunk for a large vocabulary. A head that is on the host or
+    # packed is on the device as a whole while the loss uses it.
     logits = min(tokens, 512) * c.vocab_size * (4 + size)
     table = size * c.vocab_size * c.hidden_size
     loss = logits + narrow * tokens + table * (step.lm_head != "device")
+    # The loss comes after the last layer's forward and before its backward pass, so
+    # both use the same memory.
     return int(max(layer, loss))
 
 
@@ -236,14 +260,17 @@ def flops_per_token(step: Step) -> float:
     """
     c, model = step.config, _model(step)
     recompute = step.compute.remat in ("full", "offload")
+    # 2 W forward, 2 W for the gradient of the input, 2 W where the forward is repeated.
     linear = 4 * model.layer_weights + 2 * recompute * model.recomputed_weights
     head = model.head_weights
     if c.tie_word_embeddings:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
+    # Forward: Q K^T and P V take 2 T wide each per token, and causality halves both.
     attention = 2 * step.length * wide * (1 + 2.5 + recompute)
     # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
     adapters = model.factors * (2 + 4 + 2 * recompute)
+    # 4: the loss computes its gradient along with its value, so nothing is repeated.
     return c.num_hidden_layers * (linear + attention) + 4 * head + adapters
 
 
@@ -284,10 +311,13 @@ def step_seconds_floor(
     size, layers = _width(step), step.config.num_hidden_layers
     recompute = step.compute.remat in ("full", "offload")
     memory, model = step_memory(step), _model(step)
+    # Written when dequantized, and read by the product.
     unpacked = 2 * size * layers * model.layer_weights if step.quantization else 0
     traffic = 2 * micro * (memory.base + memory.host_base + unpacked)
+    # Forward and backward pass, and the forward pass again where it is recomputed.
     traffic += tokens * size * layers * model.layer_features * (2 + recompute)
     traffic += 3 * (memory.adapters + memory.optimizer)
+    # To the host in the forward pass, and back in the backward pass.
     offloaded = 2 * memory.host_activations * micro / devices
     fetched = 2 * memory.host_base * micro
     return {
@@ -363,7 +393,7 @@ def parameter_report(
     )
 
 
-def warnings(
+def estimate_warnings(
     config: LlamaConfig, lora: LoraConfig, base: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Returns warnings about settings with surprising effects, with figures.
@@ -421,6 +451,7 @@ def _selection_warnings(
 
 def _table_warnings(tables: Mapping[str, int], total: int) -> Iterator[str]:
     count = sum(tables.values())
+    # float32: 4 bytes of the file each, and 2 x 4 of AdamW's moments.
     if 2 * count > total:
         yield (
             f"{' and '.join(sorted(tables))}, trained in full, make {count:,} of "

@@ -60,6 +60,7 @@ class _Limits:
 
 # Steps are compiled ahead of time for these capabilities; others are planned by the
 # closed form.
+# From 8.0 on, CUDA keeps 1 KiB of each block's shared memory for itself.
 _LIMITS = {
     (7, 5): _Limits(1024, 64, 64 << 10, 64 << 10),
     (8, 0): _Limits(2048, 64, 164 << 10, 163 << 10),
@@ -117,6 +118,7 @@ class GpuSpec:
                 f"(known: {known}), so no step can be compiled for it."
             )
         limits = _LIMITS[self.compute_capability]
+        # sm_90a, sm_100a, ...: wgmma and tcgen05 exist only in targets of this kind.
         features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
         return f"""
 gpu_device_info {{
@@ -150,6 +152,9 @@ device_description_str: "{self.description or self.name}"
 
 
 # name: GB, capability, SMs, GHz, GB/s, TFLOP/s, GB/s to the host, L2 MiB, device_kind
+# Data sheets that print two rates of tensor cores have the higher one with sparsity. On
+# GeForce cards float32 sums halve the rate: 165 of 330 TFLOP/s on the RTX 4090, 71 of
+# 142 on the RTX 3090.
 _DATA_SHEETS = {
     "b200": (180, (10, 0), 148, 1.965, 8000, 2250, 64, 126, "NVIDIA B200"),
     "h200": (141, (9, 0), 132, 1.98, 4800, 989, 64, 60, "NVIDIA H200"),
@@ -263,6 +268,7 @@ def _read_spec(path: Path) -> GpuSpec:
                 raise UserError(
                     f"{path}: `{key}` must be a positive number, got {value!r}."
                 )
+            # XLA's description of a device has integers there.
             integral = field in ("memory_bytes", "multiprocessors", "l2_bytes")
             values[field] = round(value * unit) if integral else float(value * unit)
     key_of = {"compute_capability": "compute_capability"}
@@ -326,6 +332,7 @@ def available_memory() -> int:
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
+            # Free memory and what the page cache can give up, in KiB.
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
     except OSError:  # not Linux
@@ -334,6 +341,7 @@ def available_memory() -> int:
         except (OSError, ValueError):
             return UNLIMITED
     try:  # the limit of a container
+        # /proc/meminfo is the machine's, whatever the container may use.
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         limits.append(int(limit) - int(used))

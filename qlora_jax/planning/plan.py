@@ -21,11 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from convert.peft_writing import adapter_bytes
+from convert import adapter_bytes
 from qlora_jax.errors import UserError
 from qlora_jax.errors import readable_bytes as _gb
-from qlora_jax.models.attention import refusals
-from qlora_jax.models.sharding import check_mesh
+from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
@@ -202,6 +201,7 @@ class Plan:
         The packed base is in host memory once, before anything is pinned.
         """
         devices = math.prod(self.mesh.values())
+        # `memory.base` is one device's part.
         base = self.memory.base * self.mesh.get("fsdp", 1) + self.memory.host_base
         return max(base, self.memory.host_bytes * devices) + PROCESS_BYTES
 
@@ -211,6 +211,7 @@ class Plan:
         out = {}
         needed = self.memory.device_bytes / self.gpu.memory_bytes
         if needed > _DEVICE_FRACTION:
+            # In percent, rounded up, with one to spare.
             fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
             out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
         if self.memory.host_bytes > _PINNED_BYTES:
@@ -268,7 +269,7 @@ class Planner:
         """Raises if the GPU or the mesh cannot run the step."""
         check_mesh(self.mesh, step.train.batch_size)
         attention = step.compute.attention
-        reasons = refusals(
+        reasons = attention_refusals(
             attention,
             dtype=jnp.dtype(step.compute.dtype),
             head_dim=step.config.head_dim,
@@ -386,6 +387,7 @@ class Planner:
         tokens = (2**31 - 1) // step.train.gradient_accumulation_steps
         if quantity == "length":
             return tokens // step.train.batch_size
+        # Every device gets as many rows.
         return tokens // step.length // self._devices * self._devices
 
     def _guess(self, step: Step, policy: Policy, quantity: Quantity) -> int:
@@ -396,6 +398,7 @@ class Planner:
             sized = self._sized(step, quantity, units * unit)
             return self.estimate(sized, policy).fits
 
+        # Bisection; `low` fits or is 0.
         low, high = 0, max(self._max_size(step, quantity) // unit, 1)
         while high - low > 1:
             middle = (low + high) // 2
@@ -427,8 +430,10 @@ class Planner:
             if high - low <= 1:
                 break
             if below is not None and above is not None:
+                # The secant through the two plans that enclose the limit.
                 slope = (above.total - below.total) / (high - low)
             elif slope is None:
+                # Until there are two plans, the closed form's.
                 slope = self._slope(step, policy, quantity, here * unit) * unit
             start, known = (low, below) if below is not None else (high, above)
             assert known is not None
@@ -438,6 +443,7 @@ class Planner:
             here = start + step_to
             if tried > 4 and above is not None:
                 here = (low + high) // 2
+            # Strictly between the two, so that every step narrows the bracket.
             here = min(max(here, low + 1), high - 1)
         if below is None:
             assert above is not None
@@ -450,6 +456,7 @@ class Planner:
         """Returns the bytes per unit of size, by the estimate."""
         small = self.estimate(self._sized(step, quantity, size), policy)
         large = self.estimate(self._sized(step, quantity, 2 * size), policy)
+        # Offloading may cost no device memory at all; the search divides by this.
         return max((large.total - small.total) / size, 1.0)
 
     def too_large(self, plan: Plan) -> str:
@@ -503,6 +510,8 @@ class Planner:
             options.append((f"r={lora.r // 2}", smaller, plan.policy))
         enough, others = [], []
         for text, changed, policy in options:
+            # Two estimates, never an estimate and a compiled plan: what the closed form
+            # gets wrong cancels.
             saved = now - self.estimate(changed, policy).total
             if saved > 0.005 * self.gpu.memory_bytes:
                 (enough if saved >= over else others).append(

@@ -26,18 +26,26 @@ from jax.sharding import Mesh
 
 from qlora_jax.choices import EmbeddingMemory, HeadMemory
 from qlora_jax.errors import UserError
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.targets import select
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama
-from qlora_jax.models.params import abstract_base
-from qlora_jax.models.sharding import check_mesh, is_on_host, local_bytes, shard_step
+from qlora_jax.lora import LoraConfig, abstract_adapters, select
+from qlora_jax.models import (
+    Compute,
+    Llama,
+    LlamaConfig,
+    abstract_base,
+    check_mesh,
+    is_on_host,
+    local_bytes,
+    shard_step,
+)
 from qlora_jax.planning.gpus import GpuSpec
-from qlora_jax.training.config import ParameterGroup, TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import TrainState, init_state, jit_step
+from qlora_jax.training import (
+    ParameterGroup,
+    TrainConfig,
+    TrainState,
+    init_state,
+    jit_step,
+    make_optimizer,
+)
 from qlora_jax.tree import EMBEDDING, HEAD, FrozenDict, Path
 
 _MAX_INT32 = 2**31 - 1
@@ -354,21 +362,26 @@ def split_temporaries(
     origin = {
         match[1]: match[2]
         for line in program.splitlines()
+        # The op name is the path of Python scopes that made the instruction.
         if (match := _NAMED.match(line.strip().removeprefix("ROOT ")))
     }
     trained_shapes = set()
     for leaf in jax.tree.leaves(adapters):
         sharding = getattr(leaf, "sharding", None)
+        # The buffers of one device have the shapes of its shards.
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         trained_shapes.add(tuple(shape))
     spans: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _KINDS}
     for block in re.split(r"\nallocation ", buffers):
+        # The one allocation that all temporaries share; the others hold arguments,
+        # results and constants.
         if "preallocated-temp" not in block.partition("\n")[0]:
             continue
         for match in _VALUE.finditer(block):
             name, size, start, shape = match[1], int(match[2]), int(match[3]), match[4]
             kind = _kind(shape, origin.get(name, ""), step, trained_shapes)
             spans[kind].append((start, start + size))
+    # What a kind adds to the union of the spans of those before it.
     kind_bytes, counted = {}, []
     for kind in _KINDS:
         before = _union_length(counted)

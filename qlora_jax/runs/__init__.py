@@ -3,3 +3,7 @@
 config, toml -> directory, loading -> prepare, compiled_step -> runner -> evaluation,
 checkpoint, resume, interruption, metrics -> plots, report.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -34,7 +34,7 @@ from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
 from qlora_jax.runs.interruption import AtOnce
-from qlora_jax.training.step import TrainState
+from qlora_jax.training import TrainState
 
 # Bytes that a checkpoint may need in addition to its arrays.
 _SLACK = 1 << 20
@@ -126,8 +126,10 @@ class Checkpoints:
             return
         tree = _saveable(state)
         record = dict(record)
+        # The digest is of the record without its checksums, as reading finds it.
         record[_CHECKSUMS] = {"state": _checksum(tree), "record": _digest(record)}
         with disk_errors(self.directory):
+            # Orbax keeps the older checkpoints until this one is complete.
             self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             self._manager.save(
                 step,
@@ -196,6 +198,8 @@ class Checkpoints:
             _compare_checksum("state", checksums, _checksum(state["state"]))
             return state["state"]
 
+        # The shapes, dtypes and devices of `like` are asked for, so a checkpoint of
+        # another structure is an error and not a conversion.
         restored = _read_checkpoint(self.path(step), read)
         return TrainState(
             step=restored["step"],
@@ -212,6 +216,7 @@ def _saveable(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "adapters": state.adapters,
         "opt_state": state.opt_state,
+        # A typed key as its uint32 words; the implementation is the program's.
         "key": jax.random.key_data(state.key),
     }
 
@@ -309,6 +314,7 @@ def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
 
 def _read_error(path: Path, error: Exception) -> CheckpointError:
     # The innermost cause has the reason; those around it have the path, at length.
+    # Chained exceptions from the outside in.
     messages, cause = str(error), error
     while isinstance(cause.__cause__, Exception):
         cause = cause.__cause__

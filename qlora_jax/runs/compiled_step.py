@@ -23,25 +23,31 @@ import optax
 from jax.sharding import SingleDeviceSharding
 
 from qlora_jax.errors import UserError, readable_bytes
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.functional import abstract_adapters
-from qlora_jax.lora.init import factor_out
-from qlora_jax.lora.targets import select
-from qlora_jax.models.llama import Llama
-from qlora_jax.planning.gpus import (
+from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
+from qlora_jax.models import Llama
+from qlora_jax.planning import (
     ALLOWANCE,
     UNLIMITED,
     GpuSpec,
+    Plan,
+    Planner,
+    Policy,
+    Step,
+    StepMemory,
+    device_bytes,
     give_back_freed_memory,
     more_memory_advice,
+    policies,
     this_device,
 )
-from qlora_jax.planning.plan import Plan, Planner, Policy, device_bytes, policies
-from qlora_jax.planning.step import Step, StepMemory
 from qlora_jax.runs.config import ModelConfig
-from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.optimizer import make_optimizer
-from qlora_jax.training.step import init_state, jit_eval, jit_step
+from qlora_jax.training import (
+    TrainConfig,
+    init_state,
+    jit_eval,
+    jit_step,
+    make_optimizer,
+)
 from qlora_jax.tree import EMBEDDING, HEAD
 
 
@@ -134,6 +140,8 @@ def compile_step(
     lora = model.compute.lora
     assert lora is not None
     optimizer = make_optimizer(train, steps, select(inputs.base, lora))
+    # Shapes alone: nothing is on the device while the compiler and its result are
+    # judged.
     state, base = _initial_shapes(inputs.base, lora, optimizer)
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
@@ -170,6 +178,7 @@ def _plain_step(
     """Describes the step for the planner, before a policy is applied."""
     return Step(
         config=model.config,
+        # A placeholder: each policy sets its own.
         compute=dataclasses.replace(model.compute, remat="full"),
         length=batch["tokens"].shape[-1],
         train=train,
@@ -228,7 +237,10 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
     batch = arguments[-1]
     stats = eval_step.memory_analysis()
     kept = compiled.plan.memory
+    # Between steps the training keeps its state; activations, gradients and temporaries
+    # are free then.
     size = kept.base + kept.adapters + kept.optimizer + stats.temp_size_in_bytes
+    # Results in memory of their own.
     size += stats.output_size_in_bytes - stats.alias_size_in_bytes
     size += sum(array.size * array.dtype.itemsize for array in batch.values())
     gpu = compiled.plan.gpu
@@ -254,6 +266,7 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def _in_memory_of(policy: Policy, base: Any) -> Any:
     """Assigns embedding and head of a base's shapes to the memories of a policy."""
     memories = {EMBEDDING: policy.embed_tokens, HEAD: policy.lm_head}
+    # The sharding of a shape makes the compiler expect the argument in that memory.
     host = SingleDeviceSharding(jax.local_devices()[0], memory_kind="pinned_host")
 
     def assign(path: tuple, leaf: Any) -> Any:
@@ -283,6 +296,7 @@ def _first_choice(compiled: Any, jitted: Any, planned: tuple) -> Callable[..., A
     chosen: list[Any] = []
 
     def step(*arguments: Any) -> Any:
+        # Looked at once: the arguments of a run keep their shapes.
         if not chosen:
             same = signature(arguments) == expected
             chosen.append(compiled if same else jitted)

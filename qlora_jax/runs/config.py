@@ -21,18 +21,11 @@ from qlora_jax.choices import (
     Quantization,
     RematOrAuto,
 )
-from qlora_jax.data.config import (
-    SOURCE_FIELDS,
-    DataConfig,
-    Format,
-    Source,
-    TooLong,
-    TrainOn,
-)
+from qlora_jax.data import SOURCE_FIELDS, DataConfig, Format, Source, TooLong, TrainOn
 from qlora_jax.errors import UserError, raise_problems
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import CHANGEABLE_FIELDS, read_changes
-from qlora_jax.training.config import TrainConfig
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
+from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
 
 
@@ -71,6 +64,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.rope_scaling is not None:
+            # The order of a table in TOML means nothing, and that of a `FrozenDict`
+            # counts.
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
         read_changes(self.config_changes, "model")
@@ -132,7 +127,7 @@ class LogConfig:
         if unknown:
             yield (
                 f"`report_to` knows {', '.join(map(repr, REPORT_TO))}, got "
-                f"{', '.join(map(repr, unknown))}. An empty list is no tracker."
+                f"{', '.join(map(repr, unknown))}. An empty list means no tracker."
             )
         if len(set(self.report_to)) < len(self.report_to):
             yield f"`report_to` = {list(self.report_to)} repeats a name."

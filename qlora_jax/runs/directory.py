@@ -2,7 +2,7 @@
 
 RUN/config.toml       the settings of the run
 RUN/metrics.jsonl     one object a step, and one an evaluation
-RUN/samples.jsonl     texts generated during the run
+RUN/samples.jsonl     continuations generated during the run
 RUN/checkpoints/      written by Orbax
 RUN/adapter/          the adapter of the newest checkpoint, a PEFT directory
 RUN/adapter_ema/      with `train.ema_decay`, its moving average
@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.files import read_json
-from convert.peft import CHAT_TEMPLATE, CONFIG
-from qlora_jax.data.config import DataConfig, Source
+from convert import ADAPTER_CONFIG, CHAT_TEMPLATE_FILE, read_json
+from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics
@@ -49,7 +48,7 @@ def find_run(path: Path) -> Path | None:
     if (path / SETTINGS).is_file():
         return path
     absolute = Path(os.path.abspath(path))  # "." has no name
-    is_adapter = absolute.name in _ADAPTERS and (absolute / CONFIG).is_file()
+    is_adapter = absolute.name in _ADAPTERS and (absolute / ADAPTER_CONFIG).is_file()
     if not is_adapter or not (absolute.parent / SETTINGS).is_file():
         return None
     return path.parent if path.name == absolute.name else absolute.parent
@@ -63,7 +62,7 @@ def read_settings(run: Path) -> RunConfig:
     """
     config = dataclasses.replace(read_config(run), output_dir=str(run))
     original = _template_files(config.data)[0]
-    copies = (run / name / CHAT_TEMPLATE for name in _ADAPTERS)
+    copies = (run / name / CHAT_TEMPLATE_FILE for name in _ADAPTERS)
     copy = next((file for file in copies if file.is_file()), None)
     if original is None or copy is None:
         return config
@@ -98,7 +97,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
         say(
             "Note: the sources write conversations with several chat templates: "
             f"{names}. The first is the one that `chat` takes"
-            + ("." if first is None else f", and is kept as {CHAT_TEMPLATE}.")
+            + ("." if first is None else f", and is kept as {CHAT_TEMPLATE_FILE}.")
         )
     if first is None:
         return None
@@ -187,6 +186,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        # The lock is on the directory itself: no lock file that could be left behind.
         handle = os.open(directory, os.O_RDONLY)
     except OSError as error:
         raise UserError(
@@ -204,6 +204,8 @@ def run_lock(directory: Path) -> Iterator[None]:
                     "ends, or give another --output-dir."
                 ) from None
         # Half-written adapters of a process that was killed.
+        # Under the names that `convert.output.new_directory` gives, and under the lock,
+        # so nobody is writing them.
         for name in (*_ADAPTERS, START):
             for partial in directory.glob(f".{name}.*"):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -211,6 +213,7 @@ def run_lock(directory: Path) -> Iterator[None]:
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):  # directories with content remain
+            # From the innermost outwards; the first that has content ends it.
             for path in created:
                 path.rmdir()
 

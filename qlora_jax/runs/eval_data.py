@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.examples import load_examples
-from qlora_jax.data.held_out import content_keys, hold_out
-from qlora_jax.data.mixture import Mixture
+from qlora_jax.data import (
+    DataConfig,
+    Examples,
+    Mixture,
+    content_keys,
+    hold_out,
+    load_examples,
+)
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 
@@ -112,6 +115,7 @@ def split_held_out(
         if not config.eval.measures:
             return examples, None
         return exclude_held_out(config.eval, config.data, examples, eos_token_id)
+    # Compared by content: the same example may be in two files.
     training_keys = set(content_keys(examples).tolist())
     keys = content_keys(held_out.examples).tolist()
     shared = sum(key in training_keys for key in keys)

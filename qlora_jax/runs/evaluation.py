@@ -17,19 +17,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.tokenizer import end_tokens
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import eval_batches
-from qlora_jax.data.config import DataConfig
+from convert import end_tokens
+from qlora_jax.data import DataConfig, Examples, eval_batches
 from qlora_jax.errors import UserError
-from qlora_jax.inference.decode import generate_tokens
-from qlora_jax.inference.model import Model
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.llama import Llama
+from qlora_jax.inference import Model, generate_tokens
+from qlora_jax.lora import bind
+from qlora_jax.models import Llama, LlamaConfig
 from qlora_jax.runs.config import EvalConfig
 from qlora_jax.runs.eval_data import HeldOut
-from qlora_jax.training.step import jit_eval
+from qlora_jax.training import jit_eval
 
 # exp(710) overflows a double.
 _LARGEST_EXPONENT = 700.0
@@ -46,6 +42,7 @@ def held_out_loss(
       base: frozen tree.
       batches: of one shape [B, T], from `eval_batches`.
     """
+    # Summed on the host in float64; each batch's sum is float32.
     total, count, pending = 0.0, 0, None
     for batch in batches:
         sums = step(adapters, base, batch)
@@ -82,6 +79,7 @@ class Loss:
 
     def report(self) -> dict[str, Any]:
         """Returns the numbers to print; `loss` is in nats per supervised token."""
+        # Sums and counts add up over sources; means would not.
         loss = self.total / self.tokens
         return {
             "loss": loss,
@@ -91,7 +89,7 @@ class Loss:
         }
 
 
-def measure(
+def measure_loss(
     model: Model, examples: Examples, data: DataConfig, batch_size: int
 ) -> Loss:
     """Sums the loss of all examples of one source.
@@ -133,6 +131,7 @@ class Best:
         best, and a loss that is lower by more than `threshold` resets `waited`. NaN is
         never better.
         """
+        # Not `loss >= self.loss`, which is false for NaN.
         if not loss < self.loss:
             return dataclasses.replace(self, waited=self.waited + 1)
         enough = self.loss - loss > threshold
@@ -161,6 +160,7 @@ class Evaluation:
         # Losses are comparable only on the same rows, encoded alike.
         self._data = ""
         if self.held_out is not None:
+            # 64 bits tell two sets of held-out data apart.
             self._data = self.held_out.examples.report.fingerprint[:16]
         prompts = self.config.sample_prompts
         check_prompts(self.config, self.tokenizer, self.model.config)
@@ -210,6 +210,8 @@ class Evaluation:
             pad_token_id=self.model.config.pad_token_id or 0,
         )
         total, tokens = held_out_loss(self._step, adapters, base, batches)
+        # The mean over all tokens. A mean of batch means would give the tokens of a
+        # batch with few of them a larger weight.
         loss = total / tokens
         self._count(step, loss)
         return {

@@ -51,6 +51,7 @@ class Interruption:
         try:
             for number in SIGNALS:
                 previous = signal.getsignal(number)
+                # `getsignal` returns None for a handler that C code installed.
                 if previous is not None and previous != signal.SIG_IGN:
                     self._previous[number] = previous
                     signal.signal(number, self._note)

@@ -25,16 +25,25 @@ import jax
 import jax.numpy as jnp
 
 import convert
-from convert.peft import CONFIG, chat_template_file, open_adapter, peft_directory
-from convert.tokenizer import end_tokens, load_tokenizer
+from convert import (
+    ADAPTER_CONFIG,
+    chat_template_file,
+    end_tokens,
+    load_tokenizer,
+    open_adapter,
+    peft_directory,
+)
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference.model import Model, load_attached
-from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import apply_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama, add_parameters
-from qlora_jax.models.params import check_weights
+from qlora_jax.inference import Model, load_attached
+from qlora_jax.lora import LoraConfig
+from qlora_jax.models import (
+    Compute,
+    Llama,
+    add_parameters,
+    apply_changes,
+    check_weights,
+)
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.directory import find_run, read_settings
 
@@ -95,6 +104,7 @@ def base_options(
       UserError: an unknown quantization.
     """
     default = ModelConfig(path="") if trained is None else trained
+    # The head is packed only where the layers are as in training.
     packed_head = default.lm_head == "nf4" and quantization in (
         "auto",
         default.quantization,
@@ -138,7 +148,7 @@ def resolve(
     run = find_run(path)
     settings = None if run is None else read_settings(run)
     inside = peft_directory(path)
-    if (inside / CONFIG).is_file():
+    if (inside / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise UserError(
                 f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
@@ -172,7 +182,7 @@ def _base_of(
     if not name:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
-            f"{CONFIG} is empty). Give it with `base=` (--base)."
+            f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
     candidates = base_candidates(adapter, name)
     directory = _first_model(candidates)
@@ -284,6 +294,8 @@ def load(
     compute = Compute(dtype=options["dtype"], attention=attention, kernels=kernels)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
+    # Random values of parameters that are in no file; `check_weights` demands that the
+    # adapter replaces them.
     module, tree = add_parameters(module, tree, jax.random.key(0))
     config = module.config
     drawn = set(config.extra_tensors) - set(stored.extra_tensors)

@@ -35,9 +35,7 @@ import rich.progress
 from jaxtyping import Integer
 
 from qlora_jax.errors import UserError, readable_bytes
-from qlora_jax.planning.estimate import model_flops_per_token
-from qlora_jax.planning.gpus import gpu_named
-from qlora_jax.planning.step import Step
+from qlora_jax.planning import Step, gpu_named, model_flops_per_token
 from qlora_jax.runs.config import LogConfig
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -56,6 +54,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     # A kill may cut inside a UTF-8 character, hence `errors`.
+    # Not `splitlines`: it also splits at U+2028 and others that JSON strings may hold.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
@@ -86,6 +85,7 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
     """Deletes the rows of steps after `start` from a file; returns the others."""
     if not path.is_file():
         return []
+    # The steps after the checkpoint are taken again and write their rows again.
     rows = [row for row in read_rows(path) if row["step"] <= start]
     temporary = path.with_name(path.name + ".tmp")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -234,6 +234,7 @@ class _WeightsAndBiases:
             dir=str(directory),
             id=id_file.read_text().strip() if id_file.is_file() else None,
             resume="allow",
+            # Plain JSON values only.
             config=json.loads(json.dumps(settings, default=dict)),
         )
         id_file.write_text(f"{self._run.id}\n")
@@ -347,6 +348,7 @@ class Watch:
           tokens: tokens of its batch, padding excluded.
         """
         now = time.perf_counter()
+        # From one reading of metrics to the next: in a steady state the time of a step.
         seconds, self._last = now - self._last, now
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = now - self.began
@@ -428,6 +430,7 @@ def peak_memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
+    # `ru_maxrss` is in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

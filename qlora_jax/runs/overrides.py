@@ -35,6 +35,7 @@ def option_keys(args: Sequence[str]) -> set[str]:
     keys = set()
     for name in names:
         section, *rest = name.split(".")
+        # What is deeper ("train.groups.0.match") belongs to the setting "train.groups".
         key = ".".join([section, *rest[:1]])
         # A flag has a second spelling that switches it off.
         keys |= {key, re.sub(r"(^|\.)no_", r"\1", key)} & known
@@ -78,7 +79,7 @@ def option_defaults(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, **empty))
 
 
-def unchecked(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
+def unchecked_config(config: RunConfig | None = None) -> tuple[type[RunConfig], Any]:
     """Makes a class like RunConfig whose sections accept any values, for a parser.
 
     A parser builds section by section and would stop at the first section that raises;

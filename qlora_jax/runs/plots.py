@@ -51,6 +51,7 @@ def running_mean(
     Returns:
       The means, and the width of the full window.
     """
+    # 2 (n / 40) + 1: a twentieth of the values, and odd, so that it has a centre.
     count, width = len(values), max(len(values) // 40, 1) * 2 + 1
     index = np.arange(count)
     half = np.minimum(np.minimum(index, count - 1 - index), width // 2)
@@ -95,6 +96,7 @@ def draw_loss(directory: Path, *, quiet: bool = False) -> Path | None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     path, temporary = directory / LOSS_PLOT, directory / "loss.tmp.png"
+    # Renamed when complete: an image viewer may reload the file at any time.
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)
     return path
@@ -172,6 +174,7 @@ class BackgroundPlot:
     ) -> None:
         self._directory, self._draw, self._clock = directory, draw, clock
         self._thread: threading.Thread | None = None
+        # As if a first drawing had just been made: 0.5 s / 0.005 = 100 s.
         self._due = clock() + _FIRST_SECONDS / _TIME_SHARE
 
     def start_if_due(self) -> bool:
@@ -193,6 +196,7 @@ class BackgroundPlot:
             OSError
         ) as error:  # on a full disk the checkpoints fail the run, not this
             print(f"Note: loss.png was not drawn: {error}.", file=sys.stderr)
+        # t seconds of drawing, then t / 0.005 without one.
         self._due = self._clock() + (self._clock() - began) / _TIME_SHARE
 
     def wait(self) -> None:
@@ -296,6 +300,7 @@ class _Axis:
 
     def pixel(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
+        # A tenth of a pixel is not visible, and more digits would make the page longer.
         return round(self.start + (self.end - self.start) * share, 1)
 
     def ticks(self, count: int) -> list[tuple[float, str]]:
@@ -360,6 +365,7 @@ def thin(
         return x, y
     kept = [0, len(x) - 1]
     for bucket in np.array_split(np.arange(len(x)), _BUCKETS):
+        # `unique` below also sorts, so both come in their order in time.
         kept += [bucket[np.argmin(y[bucket])], bucket[np.argmax(y[bucket])]]
     index = np.unique(kept)
     return x[index], y[index]
@@ -368,6 +374,8 @@ def thin(
 def ticks(low: float, high: float, count: int) -> tuple[list[float], float]:
     """Returns about `count` round numbers between two values, and their step."""
     least = (high - low) / count
+    # The largest power of ten not above the wanted distance; then 1, 2, 5 or 10 times
+    # it.
     power = 10.0 ** math.floor(math.log10(least))
     # The tolerances keep a tick that rounding moved past an end by its last bits.
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= least * 0.999)

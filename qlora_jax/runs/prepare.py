@@ -21,19 +21,26 @@ import flax.linen as nn
 import jax
 
 import convert
-from convert.tokenizer import load_tokenizer
-from qlora_jax.data.arrays import Examples
-from qlora_jax.data.batches import Batches, eval_batches
-from qlora_jax.data.examples import data_size, load_examples
-from qlora_jax.data.mixture import Mixture
-from qlora_jax.data.notes import data_notes
+from convert import load_tokenizer
+from qlora_jax.data import (
+    Batches,
+    Examples,
+    Mixture,
+    data_notes,
+    data_size,
+    eval_batches,
+    load_examples,
+)
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.lora.init import check_start, continued, given_fields
-from qlora_jax.lora.targets import Selection, select
-from qlora_jax.models.config import LlamaConfig, apply_changes
-from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Llama, add_parameters
-from qlora_jax.planning.estimate import warnings
+from qlora_jax.lora import (
+    Selection,
+    check_start,
+    continued_config,
+    given_fields,
+    select,
+)
+from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_changes
+from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
@@ -47,7 +54,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
-from qlora_jax.training.parameter_groups import Group, note_idle, optimizer_groups
+from qlora_jax.training import Group, note_idle, optimizer_groups
 
 # Data up to this size are read even after the settings were refused, so that their
 # problems are reported too: some seconds of tokenizing.
@@ -189,6 +196,7 @@ def _abstract_model(
         complete, base = add_parameters(complete, base, jax.random.key(0))
         return base
 
+    # `add` runs on tracers; the module that it completes leaves by the closure.
     base = jax.eval_shape(add, shapes)
     drawn = set(complete.config.extra_tensors) - set(architecture.extra_tensors)
     return complete, base, drawn
@@ -217,7 +225,7 @@ def _with_initial_adapter(
     model = dataclasses.replace(
         config.model, **{**changes, **config.model.config_changes}
     )
-    lora, notes = continued(adapter, config.lora, explicit_lora, base, name=path)
+    lora, notes = continued_config(adapter, config.lora, explicit_lora, base, name=path)
     notes += [
         f"{name} {changes.get(name, 'as in the base')} -> {value}"
         for name, value in config.model.config_changes.items()
@@ -257,7 +265,7 @@ def _select_trained(
     selection = select(base, config.lora)
     if config.train.adapter_init is None:
         check_start(base, config.lora, selection)
-    for warning in warnings(architecture, config.lora, base):
+    for warning in estimate_warnings(architecture, config.lora, base):
         say(f"Note: {warning}")
     groups = optimizer_groups(config.train, selection)
     idle = note_idle(groups)
@@ -286,6 +294,8 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
     problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
+    # Before `Batches`, so that their fingerprint and order are those of what is trained
+    # on.
     examples, held_out = split_held_out(config, examples, held_out, eos)
     say(examples.report.summary())
     if held_out is not None:
@@ -344,6 +354,7 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
     )
     compiled = compile_step(
         model.clone(compute=compute),
+        # Every batch has the shapes of the first, so one compilation serves the run.
         StepInputs(base, data.batches[0], eval_batch),
         config.model,
         config.train,

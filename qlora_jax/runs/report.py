@@ -4,8 +4,8 @@
     qlora-jax report RUN     the same at any time
 
 `read_run` reads the files of a run directory, `render_run` lays them out, and
-`render` fills a template. The layout is in templates/; text from files reaches a page
-through autoescaping templates only.
+`render_page` fills a template. The layout is in templates/; text from files reaches a
+page through autoescaping templates only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.files import read_json
+from convert import read_json
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED
 from qlora_jax.runs.metrics import read_evaluations, read_metrics, read_samples
@@ -36,7 +36,7 @@ from qlora_jax.runs.toml import SETTINGS
 if TYPE_CHECKING:
     import jinja2
 
-PAGE = "report.html"
+REPORT_PAGE = "report.html"
 
 Row = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ _DATA_FIELDS = (
 # --- Templates ---
 
 
-def render(template: str, **context: Any) -> str:
+def render_page(template: str, **context: Any) -> str:
     """Renders a template of this package.
 
     Every value is escaped, and characters that a browser would obey or hide are shown
@@ -167,7 +167,7 @@ def render_run(run: RunFiles) -> str:
     name = run.directory.absolute().name
     facts = {**run.started, **(run.report or {})}
     details = {k: v for k, v in facts.items() if k not in _SHOWN_ELSEWHERE}
-    return render(
+    return render_page(
         "run.html",
         title=f"Run: {name}",
         name=name,
@@ -228,6 +228,7 @@ def _tiles(run: RunFiles, facts: Row) -> Iterator[tuple[str, str]]:
         yield f"best held-out loss, step {best['step']:,}", f"{best['eval_loss']:.4f}"
         yield "its perplexity", f"{best['eval_perplexity']:.4g}"
     if rows:
+        # The median, which the first step, slowed by the compiler, does not move.
         speed = float(np.median(_column(rows, "tokens_per_second")))
         yield "tokens/s, median", f"{speed:,.0f}"
         mfu = [row["mfu"] for row in rows if "mfu" in row]
@@ -369,6 +370,3 @@ def _format(name: str, value: Any) -> str:
     if isinstance(value, (Mapping, list)):
         return json.dumps(value)
     return str(value)
-
-
-# --- The command ---

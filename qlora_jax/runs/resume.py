@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.config import LOCATION_FIELDS
+from qlora_jax.data import LOCATION_FIELDS
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.runs.checkpoint import (
     Checkpoints,
@@ -18,7 +18,7 @@ from qlora_jax.runs.checkpoint import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS
-from qlora_jax.training.step import TrainState
+from qlora_jax.training import TrainState
 
 # Fields of a LoraConfig that name the base. Its weights are in the fingerprint.
 _BASE_FIELDS = (
@@ -45,6 +45,8 @@ def run_record(
       base_fingerprint: of the base as it was loaded.
       data_fingerprint: of the training examples.
     """
+    # Everything in here enters the arithmetic unless it is deleted below, so a setting
+    # that is new is compared until someone decides otherwise.
     train = dataclasses.asdict(config.train)
     # The length may change: batches are a function of their index alone.
     del train["steps"], train["epochs"]
@@ -52,6 +54,7 @@ def run_record(
     for name in (*_BASE_FIELDS, "task_type"):
         del lora[name]
     lora["trainable_token_indices"] = config.lora.token_rows
+    # A list of names is a set; a string is a regular expression.
     if not isinstance(lora["target_modules"], str):
         lora["target_modules"] = sorted(lora["target_modules"])
     # The files may be moved: their content is in the fingerprint.
@@ -108,6 +111,7 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             entries.update(_flatten(value, f"{prefix}{key}."))
         else:
+            # A saved record was JSON, in which tuples became lists.
             entries[prefix + key] = json.loads(json.dumps(value))
     return entries
 
@@ -170,12 +174,15 @@ def continue_run(
     damaged: dict[int, DamagedCheckpointError] = {}
     for newest in checkpoints.steps():
         try:
+            # The small record first. A setting that changed raises here: no older
+            # checkpoint would help.
             saved = checkpoints.record(newest)
             start, length = _check_record(saved, record, steps)
             restored = checkpoints.restore(newest, state)
         except DamagedCheckpointError as error:
             damaged[newest] = error
             continue
+        # Only now, with an intact one at hand, are the damaged ones renamed.
         for step, error in damaged.items():
             path = checkpoints.set_aside(step)
             say(

@@ -25,19 +25,27 @@ import numpy as np
 import optax
 
 import convert
-from convert.checkpoint import open_checkpoint
-from convert.output import write_text
-from convert.peft import CHAT_TEMPLATE, CONFIG, TRAINING, WEIGHTS
-from qlora_jax.data.batches import prefetch
+from convert import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE_FILE,
+    TRAINING_RECORD,
+    open_checkpoint,
+    write_text,
+)
+from qlora_jax.data import prefetch
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.inference.identity import base_form
-from qlora_jax.lora.init import absorb, factor_out, init_adapters
-from qlora_jax.lora.targets import Selection
-from qlora_jax.models.config import LlamaConfig, changes_to_json
-from qlora_jax.models.llama import add_parameters
-from qlora_jax.models.params import check_weights, tree_bytes
-from qlora_jax.models.sharding import put_base
-from qlora_jax.models.vocabulary import report_untrained
+from qlora_jax.inference import base_form
+from qlora_jax.lora import Selection, absorb, factor_out, init_adapters
+from qlora_jax.models import (
+    LlamaConfig,
+    add_parameters,
+    changes_to_json,
+    check_weights,
+    put_base,
+    report_untrained,
+    tree_bytes,
+)
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
 from qlora_jax.runs.config import RunConfig
@@ -59,12 +67,10 @@ from qlora_jax.runs.interruption import Interruption
 from qlora_jax.runs.metrics import Watch, open_trackers, read_evaluations, work_of
 from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
-from qlora_jax.runs.report import PAGE, read_run, render_run
+from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.training.optimizer import averaged
-from qlora_jax.training.parameter_groups import schedule
-from qlora_jax.training.step import TrainState, init_state
+from qlora_jax.training import TrainState, averaged, init_state, schedule
 
 
 def run(
@@ -102,6 +108,7 @@ def run(
     with contextlib.ExitStack() as stack:
         with problems.collecting():
             check_directory(directory)
+            # Held to the end: no other process writes into the directory meanwhile.
             stack.enter_context(run_lock(directory))
         prepared = prepare(
             config, attention_cls, mlp_cls, explicit_lora, problems=problems
@@ -172,6 +179,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     f"Note: {ignored} measurements so far are of other held-out data; "
                     "the best loss is searched anew."
                 )
+            # report.json is written last: the run that it describes is complete.
             finished = _finished(directory, start, steps, evaluation)
             if finished is not None:
                 return finished
@@ -179,6 +187,8 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             (directory / REPORT).unlink(missing_ok=True)
             facts = _facts(prepared, loaded.fingerprint, base, state)
             write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
+            # The base is an argument of every step and is in no checkpoint; its
+            # fingerprint is.
             loop = Loop(
                 prepared=prepared,
                 base=base,
@@ -257,7 +267,7 @@ def _write_report(
     """Writes report.json and report.html of a complete run; returns the former."""
     config = loop.prepared.config
     directory = Path(config.output_dir)
-    weights = directory / ADAPTER / WEIGHTS
+    weights = directory / ADAPTER / ADAPTER_WEIGHTS
     report = {
         "steps": taken,
         "stopped_early": reason,
@@ -272,7 +282,7 @@ def _write_report(
         draw_loss(directory)
     # Last of the run's data: a run with this file is complete.
     write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
-    write_text(directory / PAGE, render_run(read_run(directory)))
+    write_text(directory / REPORT_PAGE, render_run(read_run(directory)))
     return report
 
 
@@ -302,6 +312,8 @@ class AdapterWriter:
           name: of the directory within the run directory.
           losses: of a measurement at this step, for the training record.
         """
+        # With pissa and olora the trained adapter belongs to the changed base; what is
+        # written is for the base as it was loaded.
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
@@ -311,14 +323,14 @@ class AdapterWriter:
             base_config_changes=changes_to_json(self.config.model.config_changes),
         )
         files: dict[str, Any] = {
-            TRAINING: {
+            TRAINING_RECORD: {
                 "step": int(state.step),
                 **base_form(self.base),
                 **(losses or {}),
             }
         }
         if self.chat_template is not None:
-            files[CHAT_TEMPLATE] = self.chat_template
+            files[CHAT_TEMPLATE_FILE] = self.chat_template
         convert.save_adapter(
             Path(self.config.output_dir) / name,
             lora,
@@ -346,6 +358,7 @@ def log_step(watch: Watch, step: int, metrics: Mapping[str, Any], tokens: int) -
       metrics: of `train_step`, on the device.
       tokens: tokens of its batch, padding excluded.
     """
+    # One transfer for all metrics, which waits until the step is done.
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     finite = values.pop("finite")
     if finite:
@@ -408,6 +421,7 @@ class Loop:
         ahead = prefetch(batches, start, steps)
         saved = start
         for index, batch in enumerate(ahead, start):
+            # True at once where a run is continued that had ended early.
             if self.evaluation.exhausted:
                 break
             state, metrics = self.prepared.compiled.step(state, self.base, batch)
@@ -462,7 +476,10 @@ class Loop:
 
     def _save(self, state: TrainState, done: int) -> None:
         """Saves a checkpoint after `done` steps, and its adapter."""
+        # Rows first: a checkpoint stands for all rows up to its step, and a continued
+        # run deletes only later ones.
         self.watch.sync()
+        # Orbax writes in the background while the adapter is written here.
         first = self.checkpoints.latest() is None
         steps = len(self.prepared.data.batches)
         self.checkpoints.save(state, {**self.record, "batches": done, "steps": steps})
@@ -513,12 +530,13 @@ def _initial_state(
     factor out of the base is kept in it as a PEFT adapter, since a decomposition may
     give other bits on the machine where the run is continued.
     """
+    # Two keys of one seed: the initial adapters, and all randomness of the steps.
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     lora, base = config.lora, loaded.tree
     start, fresh = Path(config.output_dir) / START, False
     if loaded.initial_adapters is not None:
         adapters = loaded.initial_adapters
-    elif lora.changes_base and (start / CONFIG).is_file():
+    elif lora.changes_base and (start / ADAPTER_CONFIG).is_file():
         adapters = convert.load_adapter(start, base)[1]
     else:
         original = None
@@ -526,9 +544,13 @@ def _initial_state(
             checkpoint = open_checkpoint(config.model.path)
             original = None if checkpoint.quantized else checkpoint.files.read
         adapters, fresh = init_adapters(init_key, base, lora, original=original), True
+    # Settings before START: without them a directory with content would be refused as
+    # that of something else.
     settings = start.with_name(SETTINGS)
     if not settings.is_file():
         write_text(settings, to_toml(config))
+        # Under a plain start: this is the part that is factored out of the base, while
+        # `save_adapter` refuses adapters that were trained on the rest.
     if fresh and lora.changes_base:
         plain = dataclasses.replace(lora, init_lora_weights="default")
         convert.save_adapter(start, plain, jax.device_get(adapters), base)

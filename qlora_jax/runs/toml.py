@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
-from qlora_jax.lora.config import LoraConfig, off_features, refused_features
+from qlora_jax.lora import LoraConfig, off_features, refused_features
 from qlora_jax.runs.config import RunConfig
 
 SETTINGS = "config.toml"
@@ -158,6 +158,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         elif origin is Mapping and isinstance(value, Mapping):
             of = arguments[1]
             return {k: _convert(of, v, f"{where}.{k}") for k, v in value.items()}
+        # Not `isinstance`: True is an int in Python, and no number in TOML.
         elif type(value) is kind:
             return value
         elif kind is float and type(value) is int:

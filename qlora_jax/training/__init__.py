@@ -2,3 +2,7 @@
 
 config -> loss -> objectives -> parameter_groups -> optimizer -> step
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data import IGNORE
 
 # Float32 logits held at a time: 2^24 of them are 67 MB, small enough to be reused from
 # cache and page tables (on a CPU larger chunks are slower). Never fewer than 512
@@ -75,6 +75,7 @@ def cross_entropy_sum(
     return _chunked(
         head,
         head_params,
+        # [B, n c, D] -> [n, B, c, D]: the scan goes over the leading axis.
         hidden.reshape(rows, chunks, part, features).swapaxes(0, 1),
         targets.reshape(rows, chunks, part).swapaxes(0, 1),
     )
@@ -88,12 +89,14 @@ def _losses(head: Callable, params: Any, hidden: Array, targets: Array) -> Array
 def _loss_and_logit_gradient(logits: Array, targets: Array) -> tuple[Array, Array]:
     supervised = targets != IGNORE
     lse = jax.nn.logsumexp(logits, axis=-1)
+    # -100 would index from the end of the vocabulary. What is picked instead is masked.
     index = jnp.where(supervised, targets, 0)
     picked = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
     loss = jnp.where(supervised, lse - picked, 0.0).sum()
     # As a comparison, not a scatter: it fuses into the softmax and stays in registers.
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hot = classes == index[..., None]
+    # dL/dz = softmax(z) - onehot(y), the derivative of logsumexp(z) - z[y].
     gradient = jnp.exp(logits - lse[..., None]) - hot.astype(jnp.float32)
     return loss, jnp.where(supervised[..., None], gradient, 0.0)
 
@@ -102,6 +105,7 @@ def _loss_and_logit_gradient(logits: Array, targets: Array) -> tuple[Array, Arra
 def _chunked(
     head: Callable, params: Any, hidden: Float[Array, "n B c D"], targets: Array
 ) -> Float32[Array, ""]:
+    # Without a derivative (evaluation) nothing but the sum is computed.
     def step(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _losses(head, params, *chunk), None
 
@@ -114,6 +118,7 @@ def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tupl
     Of the head only leaves that are differentiated (`perturbed`) get a gradient, so a
     frozen head costs no [V, D] accumulator.
     """
+    # `symbolic_zeros`: each leaf comes with whether its derivative is wanted.
     leaves, tree = jax.tree.flatten(params)
     trained = [leaf.perturbed for leaf in leaves]
     leaves = [leaf.value for leaf in leaves]
@@ -130,9 +135,13 @@ def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tupl
     def step(carry: tuple, chunk: tuple[Array, Array]) -> tuple[tuple, Array]:
         total, sums = carry
         h, y = chunk
+        # Forward and backward of a chunk in one step: its logits are gone before the
+        # next chunk's exist. Only dh stays, as large as h; float32 logits of 8,192
+        # tokens and 128,256 words would be 4.2 GB.
         logits, pullback = jax.vjp(call, trained_leaves, h)
         loss, dlogits = _loss_and_logit_gradient(logits, y)
         dtrained, dh = pullback(dlogits)
+        # Float32 over all chunks: in bf16 a large sum swallows what later chunks add.
         sums = [s + d.astype(jnp.float32) for s, d in zip(sums, dtrained, strict=True)]
         return (total + loss, sums), dh
 
@@ -140,10 +149,12 @@ def _chunked_fwd(head: Callable, params: Any, hidden: Any, targets: Any) -> tupl
     start = (jnp.zeros((), jnp.float32), sums)
     (total, sums), dhidden = jax.lax.scan(step, start, (hidden, targets))
     grads = iter(sums)
+    # None is a zero gradient to JAX, without an array of zeros.
     dleaves = [
         next(grads).astype(leaf.dtype) if t else None
         for leaf, t in zip(leaves, trained, strict=True)
     ]
+    # Gradients of the sum itself; the backward pass has only a scalar to multiply by.
     return total, (_Gradient(tree, dleaves), dhidden)
 
 
@@ -175,6 +186,7 @@ def _chunked_bwd(head: Callable, residuals: tuple, dtotal: Any) -> tuple:
     dparams = jax.tree.unflatten(
         gradient.tree, [None if g is None else scaled(g) for g in gradient.leaves]
     )
+    # Targets are integers and have no derivative.
     return dparams, scaled(dhidden), None
 
 

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from qlora_jax import nf4
-from qlora_jax.data.encoding import IGNORE
-from qlora_jax.lora.functional import bind
-from qlora_jax.models.llama import Llama
-from qlora_jax.models.sharding import gather_shared, on_device
+from qlora_jax.data import IGNORE
+from qlora_jax.lora import bind
+from qlora_jax.models import Llama, gather_shared, on_device
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.training.loss import cross_entropy_sum, supervised_tokens
 
@@ -58,6 +57,8 @@ def loss_sum(
       noise: added to the embeddings; None = none.
     """
     lora = model.compute.lora
+    # Within the function that is differentiated, so that an array shared with a tied
+    # head gets the gradients of both uses.
     bound = adapters if lora is None else bind(adapters, base, lora)
     variables = model.compute.arrange({"params": base, "lora": bound})
     hidden: Any = model.apply(
@@ -70,6 +71,8 @@ def loss_sum(
         rngs=None if key is None else {"dropout": key},
         method="hidden_states",
     )
+    # The head gets only what it reads: the loss sums a gradient for each of these
+    # leaves that is trained.
     return cross_entropy_sum(
         partial(_apply_head, model),
         _dequantized(head_variables(variables, model), model.compute.dtype),
@@ -96,6 +99,8 @@ def embedding_noise(
       features: D.
     """
     length = text_lengths(batch).astype(jnp.float32)
+    # The noise on N D numbers then has the norm alpha / sqrt(3) for documents of every
+    # length. transformers takes the padded length of the row for N.
     size = alpha / jnp.sqrt(length * features)
     shape = (*batch["labels"].shape, features)
     drawn = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
@@ -108,6 +113,8 @@ def text_lengths(batch: Batch) -> Int[Array, "B T"]:
     rows, length = labels.shape
     if batch.get("segment_ids") is not None:
         segments = batch["segment_ids"]
+        # [B, T + 1]: tokens of each document. A packed row has at most T documents, and
+        # padding counts as document 0.
         counts = jax.vmap(partial(jnp.bincount, length=length + 1))(segments)
         text_length = jnp.take_along_axis(counts, segments, axis=1)
     elif batch.get("attention_mask") is not None:
@@ -115,6 +122,7 @@ def text_lengths(batch: Batch) -> Int[Array, "B T"]:
             batch["attention_mask"].astype(jnp.int32).sum(axis=1, keepdims=True)
         )
     else:
+        # Index of the last supervised token, plus 1.
         positions = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
         text_length = jnp.where(labels != IGNORE, positions, 0).max(
             axis=1, keepdims=True
@@ -130,6 +138,7 @@ def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]
     for collection, tree in variables.items():
         selected[collection] = {k: tree[k] for k in ("lm_head",) if k in tree}
     if model.config.tie_word_embeddings:
+        # The frozen table: a trained one reaches a tied head through `bind`.
         table = variables["params"]["model"]["embed_tokens"]
         selected["params"]["model"] = {"embed_tokens": table}
     return selected

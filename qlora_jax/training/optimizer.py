@@ -33,7 +33,7 @@ import optax
 from jaxtyping import Array, Float32
 
 from qlora_jax import tree as trees
-from qlora_jax.lora.targets import Selection
+from qlora_jax.lora import Selection
 from qlora_jax.nf4 import DYNAMIC_MAP
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.parameter_groups import Rule, optimizer_groups, rate_of
@@ -66,6 +66,7 @@ def make_optimizer(
         by_path: dict[Path, Rule] = {}
         for group in optimizer_groups(config, tree if selection is None else selection):
             by_path |= dict.fromkeys(group.paths, group.rule)
+        # In the order of `jax.tree.leaves`, so that rules and arrays can be zipped.
         return [by_path[path] for path, _ in trees.walk(_sorted(tree))]
 
     def decay(updates: Any, params: Any) -> Any:
@@ -73,6 +74,8 @@ def make_optimizer(
         pairs = zip(leaves, jax.tree.leaves(params), rules(params), strict=True)
         return structure.unflatten(
             [
+                # Decoupled: added after Adam's division, so large second moments do not
+                # weaken it. The learning rate then multiplies both terms.
                 u + rule.weight_decay * p if rule.weight_decay else u
                 for u, p, rule in pairs
             ]
@@ -81,6 +84,7 @@ def make_optimizer(
     def scale(updates: Any, params: Any, count: Array) -> Any:
         leaves, structure = jax.tree.flatten(updates)
         leaf_rules = rules(params)
+        # Once for each rule, not for each array. Negative, since updates are added.
         rates = {
             rule: -1 * rate_of(rule, steps)(count) for rule in dict.fromkeys(leaf_rules)
         }
@@ -89,12 +93,15 @@ def make_optimizer(
             [jnp.array(rates[rule], dtype=u.dtype) * u for u, rule in pairs]
         )
 
+    # The order of `optax.adamw`: direction, decay, rate.
     parts = [_direction(config), _stateless(decay, rules), _scheduled(scale)]
     optimizer = optax.chain(*parts)
     if config.max_grad_norm is not None:
+        # Outermost: one norm of the raw gradients of all groups.
         clip = optax.clip_by_global_norm(config.max_grad_norm)
         optimizer = optax.chain(clip, optimizer)
     if config.ema_decay is not None:
+        # Last, where updates are what will really be added to the parameters.
         optimizer = optax.chain(optimizer, moving_average(config.ema_decay))
     return optimizer
 
@@ -114,6 +121,7 @@ def _direction(config: TrainConfig) -> optax.GradientTransformation:
     if config.optimizer == "adamw_8bit":
         return scale_by_adam_8bit(b1, b2, config.adam_epsilon)
     if config.optimizer == "lion":
+        # sign(b1 m + (1 - b1) g); m itself decays with b2.
         return optax.scale_by_lion(b1, b2)
     # Adafactor factors the two longest axes of at least 128. The layer axis is never
     # among them: no model has that many layers.
@@ -139,6 +147,8 @@ def _clip_by_layer(updates: Any) -> Any:
         keys = tuple(str(getattr(key, "key", key)) for key in path)
         stacked = keys[: len(LAYERS)] == LAYERS
         axes = tuple(range(1 if stacked else 0, leaf.ndim))
+        # u / max(1, RMS(u) / d) with d = 1. A stack is L arrays here: a large update of
+        # one layer does not shrink those of the others.
         rms = jnp.sqrt(jnp.mean(jnp.square(leaf), axis=axes, keepdims=True))
         return leaf / jnp.maximum(1.0, rms)
 
@@ -170,6 +180,7 @@ def _scheduled(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         count: Any = optax.safe_increment(state.count)
+        # The count before this step, from 0, as optax has it.
         updates = function(updates, params, state.count)
         return updates, optax.ScaleByScheduleState(count=count)
 
@@ -199,8 +210,10 @@ def moving_average(decay: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, EmaState]:
         count: Any = optax.safe_increment(state.count)
         taken = count.astype(jnp.float32)
+        # 0.1 at the first step, 0.5 at the ninth, 0.99 at the 891st.
         kept = jnp.minimum(decay, taken / (taken + 9.0))
         after = optax.apply_updates(params, updates)
+        # Equals d a + (1 - d) p, and is exactly a where p does not change.
         ema = jax.tree.map(lambda a, p: a + (1.0 - kept) * (p - a), state.ema, after)
         return updates, EmaState(count, ema)
 
@@ -229,6 +242,7 @@ PART = 1 << 14
 def _unsigned_map() -> np.ndarray:
     """Seven decades, decade i holding 2^(i+1) midpoints of an even grid on [0.1, 1]."""
     values = [np.zeros(1), np.ones(1)]
+    # 2 (2^7 - 1) values, 0 and 1: all 256 codes for one sign.
     for decade in range(7):
         grid = np.linspace(0.1, 1.0, 2 ** (decade + 1) + 1)
         values.append(10.0 ** (decade - 6) * (grid[:-1] + grid[1:]) / 2)
@@ -269,10 +283,13 @@ def encode(x: Float32[Array, "G 256"], table: np.ndarray) -> Coded:
     middle = (table[:-1] + table[1:]) / np.float32(2)
     between = jnp.asarray(middle)
     # A binary search for the number of midpoints below: eight comparisons.
+    # Bit by bit from the highest: `codes` midpoints are known to be below, and the last
+    # of the next `half` decides whether all of those are.
     codes = jnp.where(scaled > middle[127], 128, 0).astype(jnp.int32)
     for half in (64, 32, 16, 8, 4, 2, 1):
         codes = jnp.where(scaled > between[codes + (half - 1)], codes + half, codes)
     codes = codes.astype(jnp.uint8)
+    # Never 0 for a second moment that is not: see the module docstring.
     if table[0] == 0:
         codes = jnp.where((codes == 0) & (x > 0), jnp.uint8(1), codes)
     return Coded(codes, absmax)
@@ -319,6 +336,7 @@ def scale_by_adam_8bit(
     def zeros(leaf: Any, table: np.ndarray) -> Any:
         if leaf.size < SMALLEST:
             return jnp.zeros(leaf.shape, jnp.float32)
+        # The code of 0: 127 in the signed table, 0 in the other.
         zero = int(np.searchsorted(table, 0.0))
         codes = jnp.full(leaf.shape, zero, jnp.uint8)
         blocks = -(-leaf.size // BLOCK)
@@ -333,6 +351,7 @@ def scale_by_adam_8bit(
 
     def in_float32(g: Array, mu: Any, nu: Any, first: Array, second: Array) -> tuple:
         """Returns the update and the new moments of an array in float32."""
+        # m and v over their bias corrections 1 - b^t: mhat / (sqrt(vhat) + eps).
         m = b1 * mu + (1.0 - b1) * g
         v = b2 * nu + (1.0 - b2) * (g * g)
         return (m / first) / (jnp.sqrt(v / second) + eps), m, v
@@ -351,6 +370,7 @@ def scale_by_adam_8bit(
             return jax.tree.map(lambda a, b: a.at[i].set(b), arrays, new)
 
         def split(coded: Coded) -> Coded:
+            # Padding has scale 0 and decodes to zeros, whatever its codes.
             absmax = jnp.pad(coded.absmax, (0, parts * size - count))
             codes = _blocks(coded.codes, parts * size)
             return Coded(codes.reshape(parts, size, BLOCK), absmax.reshape(parts, size))
@@ -368,6 +388,7 @@ def scale_by_adam_8bit(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         count: Any = optax.safe_increment(state.count)
         taken = count.astype(jnp.float32)
+        # Moments start at 0, so after t steps they are too small by a factor 1 - b^t.
         corrections = 1.0 - b1**taken, 1.0 - b2**taken
         leaves, structure = jax.tree.flatten(updates)
         moments = (structure.flatten_up_to(tree) for tree in (state.mu, state.nu))

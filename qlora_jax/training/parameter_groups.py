@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from qlora_jax import tree as trees
 from qlora_jax.errors import raise_problems
-from qlora_jax.lora.targets import Selection
+from qlora_jax.lora import Selection
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, dotted
 
@@ -180,6 +180,7 @@ def _arrays(trained: Selection | Mapping[str, Any]) -> list[_Trained]:
         return out
     out = []
     for a in trained.adapted:
+        # Counted without the padding of ranks, as `Selection.groups` counts.
         present = [i for i, rank in enumerate(a.ranks) if rank]
         for part in a.parts:
             path = (*a.path, part)
@@ -236,6 +237,7 @@ def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rul
             rate = config.embedding_learning_rate
         if path[-1] in _LORA_B and config.loraplus_lr_ratio is not None:
             words.append("lora_B")
+            # eta_B = ratio * eta_A, also on top of the embedding's own rate.
             rate = rate * config.loraplus_lr_ratio
     words = words or ["default"]
     if group is not None and group.weight_decay is not None:
@@ -252,6 +254,7 @@ def _rule(config: TrainConfig, path: Path, choice: int | None) -> tuple[str, Rul
 
 def _is_decayed(path: Path) -> bool:
     *module, name = path
+    # By name: stacked norms and biases have two axes, like a matrix.
     return name not in _NOT_DECAYED and "norm" not in "".join(module[-1:])
 
 
@@ -288,20 +291,16 @@ def schedule(config: TrainConfig, steps: int) -> Callable[[Any], Array]:
     )
 
 
-def group_schedules(
-    groups: tuple[Group, ...], steps: int
-) -> dict[str, Callable[[Any], Array]]:
-    """Returns for each group, by its name, step -> learning rate."""
-    return {group.name: rate_of(group.rule, steps) for group in groups}
-
-
 def rate_of(rule: Rule, steps: int) -> Callable[[Any], Array]:
     """Returns step -> learning rate; see `schedule`."""
     warmup = rule.warmup_steps
+    # A run may end with its warm-up.
     rest = max(steps - warmup, 1)
 
     def rate(step: Any) -> Array:
+        # Exact up to 2^24 steps.
         step = jnp.asarray(step, jnp.float32)
+        # Beyond the planned end the rate stays where it ended.
         done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
         if rule.lr_scheduler == "linear":
             factor = 1.0 - done
@@ -310,6 +309,7 @@ def rate_of(rule: Rule, steps: int) -> Callable[[Any], Array]:
         else:
             factor = jnp.ones_like(done)
         if warmup:
+            # The first step has rate 0, as in transformers.
             factor = jnp.where(step < warmup, step / warmup, factor)
         return rule.learning_rate * factor
 

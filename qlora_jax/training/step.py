@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from qlora_jax.models.llama import Llama
+from qlora_jax.models import Llama
 from qlora_jax.training.objectives import (
     NEXT_TOKEN,
     Batch,
@@ -98,9 +98,13 @@ def train_step(
       The state after the step, and scalars: loss (mean over the terms of the
       objective), grad_norm (before clipping), supervised_tokens, finite.
     """
+    # Of the whole window [A, B, T]. A mean of the micro-batches' means would weigh the
+    # tokens of a micro-batch with few supervised ones more than others.
     tokens = objective.count(batch)
     # A window without supervision has loss 0 and gradient 0, not 0/0.
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
+    # A function of the run's key and the step's number, so a continued run draws what
+    # an uninterrupted one would have drawn.
     step_key = jax.random.fold_in(state.key, state.step)
     lora = model.compute.lora
     has_dropout = lora is not None and lora.lora_dropout > 0.0
@@ -108,6 +112,7 @@ def train_step(
     def mean_loss(adapters: Any, micro_batch: Batch, index: Array) -> Array:
         noise = key = None
         if has_dropout:
+            # Micro-batches must not share a dropout mask.
             key = jax.random.fold_in(step_key, index)
         if neftune_noise_alpha is not None:
             noise = embedding_noise(
@@ -119,9 +124,11 @@ def train_step(
         total = objective.loss_sum(
             adapters, base, micro_batch, model=model, key=key, noise=noise
         )
+        # Divided here, so that losses and gradients of micro-batches can just be added.
         return total / count
 
     loss, grads = _accumulate(jax.value_and_grad(mean_loss), state.adapters, batch)
+    # Before clipping. A NaN or infinity in any gradient shows in the norm.
     norm = optax.tree.norm(grads)
     # optax mixes Python floats with int32 counts, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
@@ -164,7 +171,9 @@ def _accumulate(
             jnp.add, carry, value_and_grad(adapters, micro_batch, index)
         ), None
 
+    # Adapters are float32, and so is this sum over any number of micro-batches.
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, adapters))
+    # One program for every A, with the activations of one micro-batch at a time.
     total, _ = jax.lax.scan(add, zero, (dict(batch), jnp.arange(micro_batches)))
     return total
 

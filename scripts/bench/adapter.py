@@ -25,7 +25,7 @@ import numpy as np
 
 import convert
 from convert.files import read_json
-from convert.peft import WEIGHTS
+from convert.peft import ADAPTER_WEIGHTS
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
@@ -52,7 +52,7 @@ def make_adapters(config: LlamaConfig, lora: LoraConfig) -> dict[str, Any]:
 def measure(operation: str, config: LlamaConfig, directory: Path) -> dict[str, Any]:
     """Measures one of "save", "read", "load"; the process does nothing else."""
     lora = LoraConfig(r=64, modules_to_save=("embed_tokens", "lm_head"))
-    file = directory / "adapter" / WEIGHTS
+    file = directory / "adapter" / ADAPTER_WEIGHTS
     # Kept to the end: the peak of memory includes the result.
     result: Any = make_adapters(config, lora) if operation == "save" else None
     before, began = peak_gb(), time.perf_counter()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert.peft import CHAT_TEMPLATE
-from convert.verify import compare
+from convert.peft import CHAT_TEMPLATE_FILE
+from convert.verify import compare_adapters
 from qlora_jax.cli.convert import main
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree
@@ -151,7 +151,7 @@ def test_verify_shows_missing_and_configuration(capsys, tiny, make_adapter):
 def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     source = make_adapter(tiny)
     out = tmp_path / "clean"
-    (source / CHAT_TEMPLATE).write_text("{{ messages }}\n")
+    (source / CHAT_TEMPLATE_FILE).write_text("{{ messages }}\n")
     status, text, _ = run(
         capsys, "adapter", source, out, "--base", tiny_model, "--json"
     )
@@ -159,8 +159,8 @@ def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     report = json.loads(text)
     assert (report["r"], report["scaling"]) == (3, 2.0)
     assert report["bytes"] == (out / "adapter_model.safetensors").stat().st_size
-    assert compare(source, out).equal
-    assert (out / CHAT_TEMPLATE).read_text() == "{{ messages }}\n"
+    assert compare_adapters(source, out).equal
+    assert (out / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}\n"
     # A run directory stands for the adapter in it.
     again = tmp_path / "again"
     status, text, _ = run(
@@ -168,7 +168,7 @@ def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
     )
     assert status == 0
     assert table(text)["target_modules"] == "down_proj, q_proj"
-    assert compare(source, again).equal
+    assert compare_adapters(source, again).equal
     raw = json.loads((again / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "n"
 
@@ -302,7 +302,7 @@ def test_every_adapter_written_again_is_the_same_file(capsys, golden, tmp_path):
         assert run(capsys, "adapter", first, second, "--base", base)[0] == 0
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
-        assert compare(adapter, second).equal
+        assert compare_adapters(adapter, second).equal
 
 
 def test_adapter_is_checked_against_its_base(
@@ -332,7 +332,7 @@ def test_merge(capsys, tiny, tiny_model, packed, make_adapter, tmp_path):
     assert report["trained_on_this_base"] is None
     assert json.loads((tmp_path / "o/merge_report.json").read_text()) == report
     convert.merge(tiny_model, adapter, tmp_path / "p")
-    assert compare(tmp_path / "o", tmp_path / "p").equal
+    assert compare_adapters(tmp_path / "o", tmp_path / "p").equal
     args = ("merge", packed, adapter, tmp_path / "q", "--onto", "dequantized")
     status, text, _ = run(capsys, *args, "--dtype", "bfloat16", "--no-check")
     assert status == 0
@@ -425,7 +425,7 @@ def test_a_check_that_fails_is_reported_after_the_merge(
     def fail(*args):
         raise MemoryError("Unable to allocate 16 GiB.")
 
-    monkeypatch.setattr("qlora_jax.inference.compare.compare_logits", fail)
+    monkeypatch.setattr("qlora_jax.inference.compare_logits", fail)
     args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o")
     status, text, err = run(capsys, *args, "--onto", "original")
     assert (status, text) == (1, "")
@@ -535,14 +535,14 @@ def test_model_to_4bit_and_back(capsys, tiny_model, tmp_path, quantization):
     assert (report["quantization"], report["files"]) == (quantization, 1)
     config, base = convert.load_llama(tiny_model, quantization=quantization)
     convert.save_llama(tmp_path / "expected", config, base)
-    assert compare(four, tmp_path / "expected").equal
+    assert compare_adapters(four, tmp_path / "expected").equal
     assert run(capsys, "model", four, same, "--quant-storage", "float32")[0] == 0
     assert (
         run(capsys, "model", same, tmp_path / "u8", "--quant-storage", "uint8")[0] == 0
     )
-    assert compare(four, tmp_path / "u8").equal
+    assert compare_adapters(four, tmp_path / "u8").equal
     assert run(capsys, "model", same, dense, "--dequantize")[0] == 0
-    comparison = compare(tiny_model, dense)
+    comparison = compare_adapters(tiny_model, dense)
     assert not comparison.missing and not comparison.extra
     assert len(comparison.different) == 14
     assert all(d.max_abs_difference < 1 for d in comparison.different)
@@ -553,11 +553,13 @@ def test_model_cast_and_sharding(capsys, tiny_model, tmp_path):
     args = ("model", tiny_model, out, "--max-shard-bytes", "20000")
     status, text, _ = run(capsys, *args)
     assert status == 0
-    assert compare(tiny_model, out).equal
+    assert compare_adapters(tiny_model, out).equal
     assert table(text)["files"] == str(len(list(out.glob("*.safetensors"))))
     assert table(text)["quantization"] == "unchanged"
     assert run(capsys, "model", out, back, "--dtype", "bfloat16")[0] == 0
-    assert {d.b.split()[0] for d in compare(tiny_model, back).different} == {"BF16"}
+    assert {d.b.split()[0] for d in compare_adapters(tiny_model, back).different} == {
+        "BF16"
+    }
 
 
 def test_model_settings_that_contradict(capsys, tiny_model, packed, tmp_path):
@@ -584,7 +586,7 @@ def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
     one = make_adapter(tiny, name="one", seed=1)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
     for directory in (one, two):
-        (directory / CHAT_TEMPLATE).write_text("{{ messages }}")
+        (directory / CHAT_TEMPLATE_FILE).write_text("{{ messages }}")
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
     status, text, _ = run(capsys, "combine", tmp_path / "sum", *both, "--json")
     assert status == 0
@@ -600,14 +602,14 @@ def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
     raw = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "some/base"
-    assert (tmp_path / "sum" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
+    assert (tmp_path / "sum" / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}"
 
-    (one / CHAT_TEMPLATE).write_text("{{ messages[0] }}")
+    (one / CHAT_TEMPLATE_FILE).write_text("{{ messages[0] }}")
     status, text, _ = run(
         capsys, "combine", tmp_path / "svd", *both, "--method", "svd", "--r", 4
     )
     assert status == 0 and table(text)["r"] == "4"
-    assert not (tmp_path / "svd" / CHAT_TEMPLATE).exists()  # they do not agree
+    assert not (tmp_path / "svd" / CHAT_TEMPLATE_FILE).exists()  # they do not agree
     status, _, err = run(capsys, "combine", tmp_path / "x", *both[:-1])
     assert status == 1 and "1 numbers for 2 adapters" in err
     assert not (tmp_path / "x").exists()

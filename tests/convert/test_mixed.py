@@ -19,7 +19,7 @@ from convert.checkpoint import open_checkpoint
 from convert.merging import write_dense
 from convert.names import checkpoint_keys
 from convert.output import Entry, write_json, write_model_files
-from convert.verify import compare
+from convert.verify import compare_adapters
 from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import CheckpointError, UserError
@@ -158,7 +158,7 @@ def test_written_back_the_stacks_are_dense_and_named(mixed, tmp_path):
     for name in ("config.json", "model.safetensors"):
         a, b = (tmp_path / d / name for d in ("out", "twice"))
         assert a.read_bytes() == b.read_bytes()
-    comparison = compare(mixed, tmp_path / "out")
+    comparison = compare_adapters(mixed, tmp_path / "out")
     assert {d.name for d in comparison.different} == {
         key(p, i) for p in open_checkpoint(mixed).mixed for i in range(4)
     } - {key(p, 0) for p in open_checkpoint(mixed).mixed if p != DOWN} - set(LEFT)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.verify import compare
+from convert.verify import compare_adapters
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.lora.config import LoraConfig
@@ -20,7 +20,7 @@ KEY = "model.layers.1.mlp.up_proj.weight"
 def test_shards_and_a_single_file_are_the_same(tiny, make_tensors, save_model):
     tensors = make_tensors(tiny)
     a, b = save_model(tiny, tensors, "a"), save_model(tiny, tensors, "b", shards=3)
-    result = compare(a, b)
+    result = compare_adapters(a, b)
     assert result.equal
     assert (result.kind, result.tensors) == ("model", len(tensors))
 
@@ -39,7 +39,7 @@ def test_every_kind_of_difference(tiny, make_tensors, save_model):
     other[nan_key] = np.full(64, np.nan, np.float32)
     a = save_model(tiny, tensors, "a")
     b = save_model({**tiny, "rms_norm_eps": 0.5}, other, "b")
-    result = compare(a, b)
+    result = compare_adapters(a, b)
     assert not result.equal
     assert (result.missing, result.extra) == (["lm_head.weight"], ["extra"])
     assert result.config == {"rms_norm_eps": [1e-6, 0.5]}
@@ -60,20 +60,22 @@ def test_minus_zero_is_another_byte(tiny, make_tensors, save_model):
     tensors[KEY][0, 0] = 0.0
     other = {**tensors, KEY: tensors[KEY].copy()}
     other[KEY][0, 0] = -0.0
-    result = compare(save_model(tiny, tensors, "a"), save_model(tiny, other, "b"))
+    result = compare_adapters(
+        save_model(tiny, tensors, "a"), save_model(tiny, other, "b")
+    )
     assert [d.max_abs_difference for d in result.different] == [0.0]
 
 
 def test_adapters(tiny, make_adapter):
     a = make_adapter(tiny, name="a")
     same = make_adapter(tiny, name="same", base_model_name_or_path="elsewhere")
-    assert compare(a, same).equal
-    result = compare(a, make_adapter(tiny, name="alpha", lora_alpha=7))
+    assert compare_adapters(a, same).equal
+    result = compare_adapters(a, make_adapter(tiny, name="alpha", lora_alpha=7))
     assert result.config == {"lora_alpha": [6, 7]}
     assert not result.equal
-    result = compare(a, make_adapter(tiny, name="seed", seed=2))
+    result = compare_adapters(a, make_adapter(tiny, name="seed", seed=2))
     assert len(result.different) == 8
-    result = compare(a, make_adapter(tiny, ("q_proj",), name="fewer"))
+    result = compare_adapters(a, make_adapter(tiny, ("q_proj",), name="fewer"))
     assert len(result.missing) == 4
     assert result.config == {"target_modules": [["down_proj", "q_proj"], ["q_proj"]]}
 
@@ -154,8 +156,8 @@ def test_spelling_makes_no_difference(tiny, tmp_path, name):
         (path / "adapter_config.json").write_text(texts[-1])
         directories.append(path)
     assert texts[0] != texts[1]
-    assert compare(*directories).equal
-    assert compare(*directories, base=LlamaConfig.from_hf(tiny)).equal
+    assert compare_adapters(*directories).equal
+    assert compare_adapters(*directories, base=LlamaConfig.from_hf(tiny)).equal
 
 
 def test_what_is_selected_differs(tiny, tmp_path):
@@ -163,9 +165,9 @@ def test_what_is_selected_differs(tiny, tmp_path):
     fields = {"target_modules": ("q_proj", "v_proj")}
     a = save(tmp_path, tiny, "a", **fields)
     b = save(tmp_path, tiny, "b", alpha_pattern={"layers.1.*q_proj": 7}, **fields)
-    result = compare(a, b)
+    result = compare_adapters(a, b)
     assert result.config == {"alpha_pattern": [{}, {"layers.1.*q_proj": 7}]}
-    assert compare(a, b, base=config).config == {
+    assert compare_adapters(a, b, base=config).config == {
         **result.config,
         "model.layers.self_attn.q_proj": [
             "r 2, scaling 2.0",
@@ -182,7 +184,7 @@ def test_what_is_selected_differs(tiny, tmp_path):
         trainable_token_indices=(4, 2),
         use_dora=True,
     )
-    result = compare(a, c, base=config)
+    result = compare_adapters(a, c, base=config)
     assert result.config["model.layers.self_attn.q_proj"][1] == "r 2, scaling 2.0, DoRA"
     assert result.config["model.layers.self_attn.v_proj"] == ["r 2, scaling 2.0", None]
     assert result.config["model.layers.self_attn.v_proj.weight"] == [
@@ -194,21 +196,23 @@ def test_what_is_selected_differs(tiny, tmp_path):
     assert result.missing and result.extra
     d = save(tmp_path, tiny, "d", trainable_token_indices=(2, 4), **fields)
     e = save(tmp_path, tiny, "e", trainable_token_indices=(4, 2), **fields)
-    assert compare(d, e).config == {"trainable_token_indices": [(2, 4), (4, 2)]}
-    assert json.loads(json.dumps(compare(d, e).to_json()))
+    assert compare_adapters(d, e).config == {
+        "trainable_token_indices": [(2, 4), (4, 2)]
+    }
+    assert json.loads(json.dumps(compare_adapters(d, e).to_json()))
 
 
 def test_bases_they_were_trained_on(tiny, tmp_path):
     a = save(tmp_path, tiny, "a", fingerprint="a" * 64)
     b = save(tmp_path, tiny, "b", fingerprint="b" * 64)
     nowhere = save(tmp_path, tiny, "nowhere")
-    result = compare(a, b)
+    result = compare_adapters(a, b)
     assert result.equal
     assert result.notes == [
         "they were trained on different bases (or on different quantizations or dtypes "
         "of the same base), with fingerprints aaaaaaaaaaaa and bbbbbbbbbbbb"
     ]
-    assert compare(a, a).notes == compare(a, nowhere).notes == []
+    assert compare_adapters(a, a).notes == compare_adapters(a, nowhere).notes == []
 
 
 def test_copies_of_tensors_of_the_base_are_no_part_of_an_adapter(
@@ -228,7 +232,7 @@ def test_copies_of_tensors_of_the_base_are_no_part_of_an_adapter(
 
     edit_tensors(b / "adapter_model.safetensors", change)
     for pair in ((a, b), (b, a)):
-        result = compare(*pair)
+        result = compare_adapters(*pair)
         assert result.equal
         assert result.notes == [
             f"`{b}` also holds copies of the base's tensors: {copy}"
@@ -237,35 +241,35 @@ def test_copies_of_tensors_of_the_base_are_no_part_of_an_adapter(
     edit_tensors(
         a / "adapter_model.safetensors", lambda tensors: tensors.update({copy: table})
     )
-    assert [d.name for d in compare(a, b).different] == [copy]
+    assert [d.name for d in compare_adapters(a, b).different] == [copy]
 
 
 def test_a_base_goes_with_adapters(tiny, tiny_model):
     with pytest.raises(UserError, match="A base goes with two adapters"):
-        compare(tiny_model, tiny_model, base=LlamaConfig.from_hf(tiny))
+        compare_adapters(tiny_model, tiny_model, base=LlamaConfig.from_hf(tiny))
 
 
 def test_run_directory_stands_for_its_adapter(tiny, make_adapter, tmp_path):
     make_adapter(tiny)
-    assert compare(tmp_path, tmp_path / "adapter").kind == "adapter"
+    assert compare_adapters(tmp_path, tmp_path / "adapter").kind == "adapter"
 
 
 def test_packed_and_dense_differ(tiny_model, tmp_path):
     out = tmp_path / "packed"
     convert.save_llama(out, *convert.load_llama(tiny_model))
-    result = compare(tiny_model, out)
+    result = compare_adapters(tiny_model, out)
     assert len(result.extra) == 14 * 3
     assert len(result.different) == 14
 
 
 def test_adapter_against_model(tiny, tiny_model, make_adapter):
     with pytest.raises(UserError, match="is an adapter and `.*` is a model; give two"):
-        compare(make_adapter(tiny), tiny_model)
+        compare_adapters(make_adapter(tiny), tiny_model)
 
 
 def test_unreadable_directory(tiny_model, tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        compare(tiny_model, tmp_path / "no")
+        compare_adapters(tiny_model, tmp_path / "no")
 
 
 def test_dtype_that_cannot_be_compared(tiny, make_tensors, save_model):
@@ -273,4 +277,4 @@ def test_dtype_that_cannot_be_compared(tiny, make_tensors, save_model):
     tensors["x"] = np.zeros(4, ml_dtypes.float8_e4m3fn)
     a, b = save_model(tiny, tensors, "a"), save_model(tiny, tensors, "b")
     with pytest.raises(UserError, match="`x`: F8_E4M3 .* cannot be compared"):
-        compare(a, b)
+        compare_adapters(a, b)

@@ -237,7 +237,7 @@ def test_an_adapter_takes_no_second_one(adapter_dir):
 
 def test_generating_needs_a_tokenizer_and_a_list(llama_dir):
     model = load(llama_dir)
-    with pytest.raises(UserError, match="must be a list of texts, got a string"):
+    with pytest.raises(UserError, match="must be a list of strings, got a string"):
         model.generate("Once", max_new_tokens=3)
     with pytest.raises(UserError, match="has no tokenizer. Put its tokenizer.json"):
         model.generate(["Once"], max_new_tokens=3)

@@ -100,7 +100,9 @@ def test_a_stop_text_that_is_an_added_token_becomes_an_end_token(tokenizer):
     resolved = resolve_stop(["<|im_end|>", "\n\n"], tokenizer, (1,))
     assert resolved == (("\n\n",), (1, 3))
     for wrong in ("STOP", [""], [3]):
-        with pytest.raises(UserError, match="`stop` must be a list of texts"):
+        with pytest.raises(
+            UserError, match="`stop` must be a list of non-empty strings"
+        ):
             resolve_stop(wrong, tokenizer, ())
 
 

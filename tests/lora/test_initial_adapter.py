@@ -6,7 +6,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.init import continued, given_fields
+from qlora_jax.lora.init import continued_config, given_fields
 from qlora_jax.tree import PROJECTIONS
 from tests.lora.reference import abstract
 
@@ -21,7 +21,7 @@ ADAPTER = LoraConfig(
 
 
 def merge(**fields):
-    return continued(ADAPTER, LoraConfig(**fields), fields, BASE, name="adapter")
+    return continued_config(ADAPTER, LoraConfig(**fields), fields, BASE, name="adapter")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_settings_of_another_adapter_are_refused(fields):
 def test_nothing_may_change_where_nothing_is_trained():
     run = LoraConfig(lora_alpha=16)
     with pytest.raises(UserError, match=r"`lora_alpha`=16 .*Leave these out\.$"):
-        continued(ADAPTER, run, ["lora_alpha"], BASE, name="a", changeable=())
+        continued_config(ADAPTER, run, ["lora_alpha"], BASE, name="a", changeable=())
 
 
 def test_fields_at_their_defaults_are_not_set():

@@ -17,7 +17,11 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import tree_bytes, tree_size
-from qlora_jax.planning.estimate import abstract_base, parameter_report, warnings
+from qlora_jax.planning.estimate import (
+    abstract_base,
+    estimate_warnings,
+    parameter_report,
+)
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 
@@ -226,7 +230,7 @@ def test_surprising_settings_give_warnings(llama_dir, tied, fields, patterns):
     config, _ = convert.load_llama(llama_dir)
     config = dataclasses.replace(config, tie_word_embeddings=tied)
     lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **fields})
-    texts = warnings(config, lora)
+    texts = estimate_warnings(config, lora)
     assert len(texts) == len(patterns), texts
     for text, pattern in zip(texts, patterns, strict=True):
         assert re.search(pattern, text), text

@@ -50,7 +50,7 @@ def file(tmp_path):
 def merge(file, *args) -> RunConfig:
     """Reads file and options as `train` does."""
     default = None if file is None else overrides.option_defaults(read_config(file))
-    like, start = overrides.unchecked(default)
+    like, start = overrides.unchecked_config(default)
     start = tyro.MISSING_NONPROP if start is None else start
     options = tyro.cli(like, args=args, default=start)
     return read_config(file, values_of(options, option_keys(args)))

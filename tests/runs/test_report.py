@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
-from qlora_jax.runs.report import read_run, render, render_run
+from qlora_jax.runs.report import read_run, render_page, render_run
 
 EVIL = "<script>alert('x')</script> & \"so\""
 # Right-to-left override, escape, NUL, a lone surrogate, line separator.
@@ -153,7 +153,7 @@ def test_a_run_before_its_first_step_has_a_page(directory):
 
 def test_a_name_that_a_template_lacks_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="'notes' is undefined"):
-        render("data.html", title="", name="")
+        render_page("data.html", title="", name="")
 
 
 def test_the_command_writes_the_page_and_returns_the_main_numbers(

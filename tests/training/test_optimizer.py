@@ -30,9 +30,9 @@ from qlora_jax.training.optimizer import (
     scale_by_adam_8bit,
 )
 from qlora_jax.training.parameter_groups import (
-    group_schedules,
     note_idle,
     optimizer_groups,
+    rate_of,
     schedule,
 )
 
@@ -315,8 +315,8 @@ def test_groups_train_as_optimizers_of_their_own():
 
 def test_rates_of_all_groups_at_a_step():
     config = TrainConfig(steps=8, learning_rate=1.0, loraplus_lr_ratio=4.0)
-    rates = group_schedules(optimizer_groups(config, selection()), 8)
-    at = {name: float(rate(jnp.asarray(2))) for name, rate in rates.items()}
+    groups = optimizer_groups(config, selection())
+    at = {group.name: float(rate_of(group.rule, 8)(2)) for group in groups}
     assert at == {"default": 0.75, "lora_B": 3.0}
 
 

@@ -1,0 +1,33 @@
+# What the other packages use of `qlora_jax.models`.
+
+from .attention import attention_refusals as attention_refusals
+from .config import CHANGEABLE_FIELDS as CHANGEABLE_FIELDS
+from .config import CHANGES_FILE as CHANGES_FILE
+from .config import LlamaConfig as LlamaConfig
+from .config import RopeScaling as RopeScaling
+from .config import apply_changes as apply_changes
+from .config import changes_to_json as changes_to_json
+from .config import read_changes as read_changes
+from .config import undo_changes as undo_changes
+from .layers import Compute as Compute
+from .layers import mlp_tokens as mlp_tokens
+from .llama import Cache as Cache
+from .llama import Llama as Llama
+from .llama import add_parameters as add_parameters
+from .llama import empty_cache as empty_cache
+from .params import abstract_base as abstract_base
+from .params import check_weights as check_weights
+from .params import is_projection as is_projection
+from .params import shapes as shapes
+from .params import tree_bytes as tree_bytes
+from .params import tree_size as tree_size
+from .sharding import check_mesh as check_mesh
+from .sharding import gather_shared as gather_shared
+from .sharding import is_on_host as is_on_host
+from .sharding import local_bytes as local_bytes
+from .sharding import on_device as on_device
+from .sharding import put_base as put_base
+from .sharding import shard_step as shard_step
+from .vocabulary import add_tokens as add_tokens
+from .vocabulary import repair_rows as repair_rows
+from .vocabulary import report_untrained as report_untrained

@@ -1,0 +1,35 @@
+# What the other packages use of `qlora_jax.runs`.
+
+from .config import EvalConfig as EvalConfig
+from .config import ModelConfig as ModelConfig
+from .config import RunConfig as RunConfig
+from .directory import ADAPTER as ADAPTER
+from .directory import STARTED as STARTED
+from .directory import find_run as find_run
+from .directory import read_settings as read_settings
+from .eval_data import HeldOut as HeldOut
+from .eval_data import exclude_held_out as exclude_held_out
+from .eval_data import reload_held_out as reload_held_out
+from .evaluation import Loss as Loss
+from .evaluation import measure_loss as measure_loss
+from .interruption import SIGNALS as SIGNALS
+from .interruption import AtOnce as AtOnce
+from .loading import Resolved as Resolved
+from .loading import base_name_for_copy as base_name_for_copy
+from .loading import is_broken_path as is_broken_path
+from .loading import load as load
+from .loading import resolve as resolve
+from .metrics import process_seconds as process_seconds
+from .overrides import given_lora as given_lora
+from .overrides import option_defaults as option_defaults
+from .overrides import option_keys as option_keys
+from .overrides import unchecked_config as unchecked_config
+from .overrides import values_of as values_of
+from .report import REPORT_PAGE as REPORT_PAGE
+from .report import best_evaluation as best_evaluation
+from .report import read_run as read_run
+from .report import render_page as render_page
+from .report import render_run as render_run
+from .runner import run as run
+from .toml import SETTINGS as SETTINGS
+from .toml import read_config as read_config
