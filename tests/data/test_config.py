@@ -28,7 +28,10 @@ from qlora_jax.errors import UserError
             {"format": "messages", "train_on": "completion"},
             "does not apply to format='messages'; use 'assistant', 'all'",
         ),
-        ({"format": "tokens", "train_on": "completion"}, "='tokens'; use 'all'"),
+        (
+            {"format": "tokens", "train_on": "completion"},
+            "does not apply to format='tokens'; use 'all'",
+        ),
         ({"prompt": "{q}"}, "`data.prompt` is read by format='prompt_completion' only"),
         (
             {"format": "messages", "text": "{q}"},

@@ -170,7 +170,7 @@ def test_eval_settings_without_data_to_measure_are_reported(
 
 
 def test_a_changed_run_is_refused_before_anything_is_compiled(
-    make, sources, straight, monkeypatch
+    make, sources, straight, tmp_path, monkeypatch
 ):
     directory, _ = straight
     config = make(directory, sources=sources, seed=5)
@@ -181,5 +181,8 @@ def test_a_changed_run_is_refused_before_anything_is_compiled(
         runner.run(dataclasses.replace(config, train=other))
     with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
         runner.run(make(directory, STEPS - 1, sources=sources, seed=5))
-    with run_lock(directory), pytest.raises(UserError, match="Another process is trai"):
-        runner.run(config)
+    (tmp_path / "new").mkdir()
+    for output in (directory, tmp_path / "new"):
+        other = make(output, sources=sources, seed=5)
+        with run_lock(output), pytest.raises(UserError, match="Another process is tr"):
+            runner.run(other)

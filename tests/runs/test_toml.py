@@ -117,7 +117,7 @@ def test_the_run_file_of_the_docs_reads_back_equal(tmp_path, repository):
     written = to_toml(config)
     assert read(tmp_path, written) == config
     assert written.count("[[train.groups]]") == 2
-    message = "`groups` 1: `learnign_rate` is not an option .* you mean `learning_r"
+    message = "`groups` 1: `learnign_rate` is not an option here. Did you mean `learn"
     with pytest.raises(UserError, match=message):
         read(tmp_path, block.replace("learning_rate = 1e-6", "learnign_rate = 1e-6"))
 
@@ -149,7 +149,10 @@ ONE_OF = "must be one of 'constant', 'linear', 'cosine'"
         ("model = 3", "`model` must be a table, got 3"),
         ("[data]\npath='x'\n[train]\nsteps=1", r"missing `model`\. Write a table \[mo"),
         ("[model]\n", r"\[model\] missing `path`"),
-        (RUN + "learning_rat = 1", r"\[train\] `learning_rat` is not an .*\. Did"),
+        (
+            RUN + "learning_rat = 1",
+            r"\[train\] `learning_rat` is not an option here\. Did",
+        ),
         (RUN + "frobnicate = 1", r"`frobnicate` is not an option here\. Options: st"),
         (RUN + "batch_size = '4'", "`batch_size` must be an integer, got '4'"),
         (RUN + "batch_size = true", "`batch_size` must be an integer, got True"),
