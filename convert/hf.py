@@ -268,14 +268,18 @@ def cast(array: NDArray, dtype: Any, key: str) -> NDArray:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
-    # bfloat16 has the exponents of float32; float16 ends at 65504.
-    if np.dtype(dtype) == np.float16:
+    # float16 ends at 65504. bfloat16 has the exponents of float32 and fewer digits: a
+    # value above its largest, 3.39e38, rounds to infinity.
+    if np.dtype(dtype).itemsize == 2:
         try:
             check_finite(out, key)
         except CheckpointError:
+            name, limit, wider = np.dtype(dtype).name, "65504", "bfloat16"
+            if name == "bfloat16":
+                limit, wider = "3.39e38", "float32"
             raise CheckpointError(
-                f"Tensor `{key}` has values beyond float16's range (65504); use "
-                "dtype='bfloat16'."
+                f"Tensor `{key}` has values beyond {name}'s range ({limit}); use "
+                f"dtype='{wider}'."
             ) from None
     return out
 

@@ -1,8 +1,8 @@
 """Converts checkpoints: casts, dequantizes, merges an adapter, requantizes.
 
 All of it is one stream: each tensor is read, dequantized if it is packed, updated in
-float32 (`convert.merged`), rounded once to its dtype and written. Memory holds the
-adapter and one tensor; an unchanged tensor keeps its bytes.
+float32 (`convert.merged_weights`), rounded once to its dtype and written. Memory holds
+the adapter and one tensor; an unchanged tensor keeps its bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convert import bnb
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
 from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
-from convert.merged import MergedWeights, merged_weights
+from convert.merged_weights import MergedWeights, compute_merged_weights
 from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
@@ -117,7 +117,7 @@ def merge(
     lora, adapters = load_adapter(
         adapter_path, lazy_base(checkpoint.config, checkpoint.files)
     )
-    merged = merged_weights(checkpoint.config, lora, adapters)
+    merged = compute_merged_weights(checkpoint.config, lora, adapters)
     stream = _Stream(checkpoint, merged, dtype, quantization, requantize)
     # Tokenizers prefer this file to the template in tokenizer_config.json.
     template = common_chat_template(Path(adapter_path))

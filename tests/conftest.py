@@ -5,6 +5,7 @@ Strict by default: dtype promotion and rank promotion raise, warnings are errors
 JAX_PLATFORMS asks for one, no compilation cache from an earlier run.
 """
 
+import copy
 import functools
 import gc
 import itertools
@@ -265,34 +266,42 @@ def golden(shared: Path) -> Path:
     return shared / "golden"
 
 
-@pytest.fixture(scope="session")
-def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a two-layer float32 Llama of 32 tokens, without a tokenizer."""
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 24,
+    "hidden_size": 64,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def _tensors(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
     # Not above: the hook sees what is imported after it.
     from convert.names import checkpoint_keys
     from qlora_jax.models import params as model_params
     from qlora_jax.models.config import LlamaConfig
 
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 32,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
     config = LlamaConfig.from_hf(raw)
     shapes = model_params.shapes(config)
-    rng = np.random.default_rng(0)
-    tensors = {
-        key: rng.standard_normal(shapes[path], np.float32) * 0.1
+    rng = np.random.default_rng(seed)
+    return {
+        key: rng.standard_normal(shapes[path], np.float32).astype(dtype)
         for key, (path, _) in checkpoint_keys(config).items()
     }
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a two-layer float32 Llama of 32 tokens, without a tokenizer."""
+    raw = TINY | {"vocab_size": 32, "intermediate_size": 128}
+    raw["max_position_embeddings"] = 64
+    tensors = {key: value * 0.1 for key, value in _tensors(raw).items()}
     path = tmp_path_factory.mktemp("llama")
     (path / "config.json").write_text(json.dumps(raw))
     safetensors.numpy.save_file(tensors, path / "model.safetensors")
@@ -382,39 +391,13 @@ def getkey() -> Callable[[], jax.Array]:
 @pytest.fixture
 def tiny() -> dict[str, Any]:
     """The config.json of a two-layer Llama; change it at will."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 24,
-        "hidden_size": 64,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-    }
+    return copy.deepcopy(TINY)
 
 
 @pytest.fixture
 def make_tensors() -> Callable[..., Tensors]:
     """Makes the tensors of a dense checkpoint, seeded."""
-
-    def make(raw: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> Tensors:
-        from convert.names import checkpoint_keys
-        from qlora_jax.models import params as model_params
-        from qlora_jax.models.config import LlamaConfig
-
-        config = LlamaConfig.from_hf(raw)
-        shapes = model_params.shapes(config)
-        rng = np.random.default_rng(seed)
-        return {
-            key: rng.standard_normal(shapes[path], np.float32).astype(dtype)
-            for key, (path, _) in checkpoint_keys(config).items()
-        }
-
-    return make
+    return _tensors
 
 
 @pytest.fixture
@@ -487,18 +470,15 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         safetensors.numpy.save_file(
             tensors, path / "adapter_model.safetensors", {"format": "pt"}
         )
-        (path / "adapter_config.json").write_text(
-            json.dumps(
-                {
-                    "peft_type": "LORA",
-                    "r": r,
-                    "lora_alpha": 6,
-                    "target_modules": list(targets),
-                    "base_model_name_or_path": "some/base",
-                    **fields,
-                }
-            )
-        )
+        settings = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": 6,
+            "target_modules": list(targets),
+            "base_model_name_or_path": "some/base",
+            **fields,
+        }
+        (path / "adapter_config.json").write_text(json.dumps(settings))
         return path
 
     return make

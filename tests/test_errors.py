@@ -91,12 +91,7 @@ def test_close_names_are_suggested(names, suggestion):
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [
-        (0, "0.00 MB"),
-        (1e8 - 1, "100.00 MB"),
-        (1e8, "0.10 GB"),
-        (2e12, "2,000.00 GB"),
-    ],
+    [(0, "0.00 MB"), (1e8 - 1, "100.00 MB"), (1e8, "0.10 GB"), (2e12, "2,000.00 GB")],
 )
 def test_sizes_are_in_decimal_units(nbytes, text):
     assert readable_bytes(nbytes) == text

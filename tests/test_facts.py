@@ -43,17 +43,13 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         model = load(tmp_path / "adapter", base=base, quantization="none")
     else:
         quantization = "nf4_dq" if form == "dequantized" else None
-        convert.merge(
-            *(base, fact_run / "adapter", tmp_path / "merged"),
-            onto=form,
-            quantization=quantization,
-        )
+        folders = base, fact_run / "adapter", tmp_path / "merged"
+        convert.merge(*folders, onto=form, quantization=quantization)
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
         # transformers finds the template beside the tokenizer.
-        assert {
-            CHAT_TEMPLATE_FILE: model.tokenizer.chat_template
-        } == common_chat_template(fact_run / "adapter")
+        template = {CHAT_TEMPLATE_FILE: model.tokenizer.chat_template}
+        assert template == common_chat_template(fact_run / "adapter")
     assert model.chat(ASK, max_new_tokens=40) == ANSWER
 
 
@@ -86,9 +82,7 @@ def test_a_stream_is_what_generate_gives(tuned):
 def test_texts_that_end_a_continuation(tuned):
     prompts = ["Once upon a time", "Tom had a ball"]
     whole = tuned.generate(prompts, max_new_tokens=40)
-    texts = [
-        text.removeprefix(prompt) for text, prompt in zip(whole, prompts, strict=True)
-    ]
+    texts = list(map(str.removeprefix, whole, prompts))
     # Somewhere in the first one, and at another place or not at all in the second.
     stop = [texts[0][17:20], texts[0][30:33]]
     expected = []

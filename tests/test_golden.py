@@ -17,10 +17,10 @@ import pytest
 import convert
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.attention import inverse_frequencies, rope_table
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
-from qlora_jax.models.llama import Block, Llama
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.rope import inverse_frequencies
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import loss_sum
 from qlora_jax.training.optimizer import make_optimizer
@@ -31,14 +31,15 @@ pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("optimized")]
 
 LOGITS, LOSS, ADAPTER = 3e-5, 1e-5, 2e-5
 
-BASES = {
-    "llama32/fp32": "fp32",
-    "llama2/fp32_sharded": "fp32",
-    "llamabias/fp32": "fp32",
-    "llama32/nf4": "nf4",
-    "llama32/nf4_dq": "nf4_dq",
-    "llama2/nf4": "nf4",
-}
+DENSE = ["llama32/fp32", "llama2/fp32_sharded", "llamabias/fp32"]
+PACKED = ["llama32/nf4", "llama32/nf4_dq", "llama2/nf4"]
+# Two of them come with more than their logits.
+MORE = pytest.mark.parametrize("name", DENSE[:2])
+LORA = LoraConfig(r=8, lora_alpha=16)
+
+
+def float32(**settings):
+    return Compute(dtype="float32", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def read(golden):
 
 def outputs(golden, name):
     """Stored inputs of a base, and the outputs of this form of it."""
-    family, kind = name.split("/")[0], BASES[name]
+    family, kind = name.split("/")
     stored = dict(np.load(golden / family / "logits_fp32.npz"))
-    if kind != "fp32":
+    if name in PACKED:
         stored = {k: v for k, v in stored.items() if "logits" not in k}
         stored |= np.load(golden / family / f"logits_{kind}.npz")
     return {
@@ -66,9 +67,18 @@ def outputs(golden, name):
     }
 
 
+def read_config(file):
+    return LlamaConfig.from_hf(json.loads(file.read_text()))
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def logits(model, variables, tokens, **keywords):
     return model.apply(variables, tokens, **keywords)
+
+
+def evaluated(model, adapters, base, batch):
+    """Sum of the losses, and number of tokens."""
+    return jax.jit(functools.partial(eval_step, model=model))(adapters, base, batch)
 
 
 def close(got, want, tolerance, where=None):
@@ -79,12 +89,7 @@ def close(got, want, tolerance, where=None):
 
 
 def test_the_files_cover_what_they_should(golden):
-    for name in BASES:
-        assert (golden / name / "config.json").is_file()
-    configs = [
-        LlamaConfig.from_hf(json.loads((golden / n / "config.json").read_text()))
-        for n in BASES
-    ]
+    configs = [read_config(golden / name / "config.json") for name in DENSE + PACKED]
     assert {c.tie_word_embeddings for c in configs} == {True, False}
     assert any(c.attention_bias and c.mlp_bias for c in configs)
     assert any(c.rope_scaling is not None for c in configs)
@@ -93,12 +98,12 @@ def test_the_files_cover_what_they_should(golden):
 
 @pytest.mark.parametrize(
     "name, attention",
-    [(name, "xla") for name in BASES] + [(n, "eager") for n in BASES if "fp32" in n],
+    [(name, "xla") for name in DENSE + PACKED] + [(name, "eager") for name in DENSE],
 )
 def test_logits(golden, read, name, attention):
     config, base = read(name)
     stored = outputs(golden, name)
-    model = Llama(config, Compute(dtype="float32", attention=attention))
+    model = Llama(config, float32(attention=attention))
     call = functools.partial(logits, model, {"params": base})
     close(call(stored["ids"]), stored["logits"], LOGITS)
     if "ids_right" not in stored:
@@ -115,25 +120,20 @@ def test_logits(golden, read, name, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "xla"])
-@pytest.mark.parametrize("name", ["llama32/fp32", "llama2/fp32_sharded"])
+@MORE
 def test_packed_rows_equal_the_documents_apart(golden, read, name, attention):
     config, base = read(name)
     stored = outputs(golden, name)
-    model = Llama(config, Compute(dtype="float32", attention=attention))
+    model = Llama(config, float32(attention=attention))
     positions = stored["packed_pos"]
     segments = jnp.cumsum(positions == 0, axis=-1).astype(jnp.int32)
     assert segments.max() > 1
-    got = logits(
-        model,
-        {"params": base},
-        stored["packed_ids"],
-        positions=positions,
-        segment_ids=segments,
-    )
+    where = {"positions": positions, "segment_ids": segments}
+    got = logits(model, {"params": base}, stored["packed_ids"], **where)
     close(got[0], stored["packed_logits_separate"], LOGITS)
 
 
-@pytest.mark.parametrize("name", ["llama32/fp32", "llama2/fp32_sharded"])
+@MORE
 def test_rotary_frequencies(golden, read, name):
     # float32 powers of two libraries: an ulp or two.
     want = outputs(golden, name)["inv_freq"]
@@ -141,64 +141,33 @@ def test_rotary_frequencies(golden, read, name):
     np.testing.assert_allclose(got, want, rtol=3e-7)
 
 
-@pytest.mark.parametrize("name", ["llama32/fp32", "llama2/fp32_sharded"])
-def test_hidden_states(golden, read, name):
-    config, base = read(name)
-    stored = outputs(golden, name)
-    compute = Compute(dtype="float32")
-    tokens = stored["ids"]
-    x = base["model"]["embed_tokens"]["weight"][tokens]
-    rope = rope_table(jnp.arange(tokens.shape[1])[None], config)
-    first = jax.tree.map(lambda a: a[0], base["model"]["layers"])
-    block = jax.jit(Block(config, compute).apply)
-    (x, _), _ = block({"params": first}, (x, None), rope, None, None, None)
-    # Of the size of the logits, made by fewer operations.
-    close(x, stored["hidden_after_layer0"], LOGITS)
-    whole = functools.partial(Llama(config, compute).apply, method="hidden_states")
-    hidden = jax.jit(whole)({"params": base}, tokens)
-    close(hidden, stored["hidden_final_normed"], LOGITS)
-
-
-@pytest.mark.parametrize("name", ["llama32/fp32", "llama2/fp32_sharded"])
+@MORE
 def test_loss(golden, read, name):
     config, base = read(name)
     stored = outputs(golden, name)
-    model = Llama(config, Compute(dtype="float32"))
-    batch = {
-        "tokens": stored["ids_right"],
-        "labels": stored["labels_right"],
-        "attention_mask": stored["mask_right"],
-    }
-    evaluate = jax.jit(functools.partial(eval_step, model=model))
-    total, count = evaluate({}, base, batch)
+    names = {"tokens": "ids", "labels": "labels", "attention_mask": "mask"}
+    batch = {name: stored[f"{key}_right"] for name, key in names.items()}
+    total, count = evaluated(Llama(config, float32()), {}, base, batch)
     assert abs(float(total) / int(count) - stored["loss"]) <= LOSS
     assert abs(float(total) / 200 - stored["loss_num_items_200"]) <= LOSS
 
 
-@pytest.mark.parametrize("name", ["llama32/fp32", "llama2/fp32_sharded"])
-def test_transformers_4_configs_say_the_same(golden, name):
-    folder = golden / name
-    old = folder / "config_v4_style.json"
-    if not old.is_file():
-        old = golden / "llama32" / "fp32" / "config_v4_style.json"
-        folder = old.parent
-    new = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
-    assert LlamaConfig.from_hf(json.loads(old.read_text())) == new
+def test_transformers_4_configs_say_the_same(golden):
+    old = golden / "llama32" / "fp32" / "config_v4_style.json"
+    assert read_config(old) == read_config(old.with_name("config.json"))
 
 
 # --- Adapters ---
 
 
 ADAPTED = {
-    "llama32/plain": "llama32/fp32",
-    "llama32/rslora": "llama32/fp32",
-    "llama32/dora": "llama32/fp32",
-    "llama32/rank_alpha_pattern": "llama32/fp32",
-    "llama32/mts_embed_head": "llama32/fp32",
-    "llama32/emb_lora": "llama32/fp32",
-    "llama32/regex_targets": "llama32/fp32",
-    "llama32/layers_to_transform": "llama32/fp32",
-    "llama32/trainable_tokens": "llama32/fp32",
+    **{
+        f"llama32/{name}": "llama32/fp32"
+        for name in (
+            *("plain", "rslora", "dora", "rank_alpha_pattern", "mts_embed_head"),
+            *("emb_lora", "regex_targets", "layers_to_transform", "trainable_tokens"),
+        )
+    },
     "llama32/qlora_plain": "llama32/nf4_dq",
     "llamabias/bias_lora_only": "llamabias/fp32",
 }
@@ -206,9 +175,8 @@ ADAPTED = {
 
 def test_every_stored_adapter_is_compared(golden):
     folders = (golden / "adapters").glob("*/*/adapter_config.json")
-    assert {str(f.parent.relative_to(golden / "adapters")) for f in folders} == set(
-        ADAPTED
-    )
+    found = {str(f.parent.relative_to(golden / "adapters")) for f in folders}
+    assert found == set(ADAPTED)
 
 
 # Optimizing takes most of the time of these, and changes no arithmetic.
@@ -226,12 +194,11 @@ def test_adapted_logits(golden, read, adapter):
     config, base = read(ADAPTED[adapter])
     # With the base at hand, PEFT's copies of its tables are compared with it.
     skipped = []
-    lora, adapters = convert.load_adapter(
-        golden / "adapters" / adapter, base, skipped=skipped
-    )
+    folder = golden / "adapters" / adapter
+    lora, adapters = convert.load_adapter(folder, base, skipped=skipped)
     assert skipped == []
-    stored = np.load(golden / "adapters" / adapter / "logits.npz")
-    model = Llama(config, Compute(dtype="float32"))
+    stored = np.load(folder / "logits.npz")
+    model = Llama(config, float32())
     tokens = jnp.asarray(stored["ids"], jnp.int32)
     got = adapted_logits(model, base, bind(adapters, base, lora), tokens)
     close(got, stored["logits"], LOGITS)
@@ -239,7 +206,7 @@ def test_adapted_logits(golden, read, adapter):
     close(plain[0, -1], stored["logits_base_row0_last"], LOGITS)
     assert np.abs(np.asarray(plain) - stored["logits"]).max() > 0.1  # it does something
     if lora.uniform:  # one scaling for all: what the settings of the model say
-        model = Llama(config, Compute(dtype="float32", lora=lora))
+        model = Llama(config, float32(lora=lora))
         unbound = adapted_logits(model, base, adapters, tokens)
         np.testing.assert_array_equal(unbound, got)
 
@@ -251,20 +218,20 @@ def test_a_merged_adapter_gives_the_logits_of_peft(golden, read):
     merged = jax.tree.map(lambda a: a, base)
     for block, modules in adapters["model"]["layers"].items():
         for module, part in modules.items():
-            update = jnp.einsum(
-                "lor,lri->loi", part["lora_B"], part["lora_A"], precision="highest"
-            )
+            b, a = part["lora_B"], part["lora_A"]
+            update = jnp.einsum("lor,lri->loi", b, a, precision="highest")
             target = merged["model"]["layers"][block][module]
             target["weight"] = target["weight"] + lora.scaling * update
     stored = np.load(folder / "logits.npz")
     rows = stored["logits_merged"].shape[0]
     tokens = jnp.asarray(stored["ids"][:rows], jnp.int32)
-    model = Llama(config, Compute(dtype="float32"))
-    got = logits(model, {"params": merged}, tokens)
+    got = logits(Llama(config, float32()), {"params": merged}, tokens)
     close(got, stored["logits_merged"], LOGITS)
 
 
 # --- Training ---
+
+SETTINGS = TrainConfig(steps=30, learning_rate=1e-3, warmup_steps=3)
 
 
 @pytest.fixture
@@ -290,18 +257,10 @@ def test_thirty_training_steps(golden, read, adapter, run, micro, attention):
     folder = golden / "train" / run
     stored = np.load(folder / "run.npz")
     config, base = read("llama32/nf4_dq")
-    settings = TrainConfig(
-        steps=30,
-        learning_rate=1e-3,
-        warmup_steps=3,
-        batch_size=4,
-        gradient_accumulation_steps=micro,
-    )
-    optimizer = make_optimizer(settings, 30)
+    optimizer = make_optimizer(SETTINGS, 30)
     # Trained rows are padded on the right and carry no mask: causality keeps the
     # padding out of every supervised position.
-    lora = LoraConfig(r=8, lora_alpha=16)
-    model = Llama(config, Compute("float32", attention=attention, lora=lora))
+    model = Llama(config, float32(attention=attention, lora=LORA))
     step = jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer),
         donate_argnums=0,
@@ -322,15 +281,13 @@ def test_thirty_training_steps(golden, read, adapter, run, micro, attention):
         after[i + 1] = jax.tree.map(np.asarray, state.adapters)
     assert step._cache_size() == 1
     for name, number in (("after_step2", 2), ("after_step5", 5), ("final", 30)):
-        path = folder / f"adapter_{name}.safetensors"
-        want = adapter(path)
+        want = adapter(folder / f"adapter_{name}.safetensors")
         got = after[number]
         if name != "final":  # whether its name counts from 0 or from 1
             got = min((after[number], after[number + 1]), key=lambda t: apart(t, want))
         assert apart(got, want) <= ADAPTER
     batch = {"tokens": jnp.asarray(tokens[0, 0]), "labels": jnp.asarray(labels[0, 0])}
-    evaluate = jax.jit(functools.partial(eval_step, model=model))
-    total, count = evaluate(state.adapters, base, batch)
+    total, count = evaluated(model, state.adapters, base, batch)
     assert abs(float(total) / int(count) - stored["final_eval_loss_batch0"]) <= LOSS
 
 
@@ -342,7 +299,7 @@ def apart(a, b):
 
 def test_learning_rates(golden):
     stored = np.load(golden / "train" / "base" / "run.npz")
-    rate = schedule(TrainConfig(steps=30, learning_rate=1e-3, warmup_steps=3), 30)
+    rate = schedule(SETTINGS, 30)
     got = [float(rate(jnp.asarray(i))) for i in range(30)]
     np.testing.assert_allclose(got, stored["lr"], rtol=1e-6, atol=1e-12)  # float32
 
@@ -351,18 +308,12 @@ def test_first_gradients(golden, read, adapter):
     folder = golden / "train" / "base"
     stored = np.load(folder / "run.npz")
     config, base = read("llama32/nf4_dq")
-    lora = LoraConfig(r=8, lora_alpha=16)
-    model = Llama(config, Compute("float32", lora=lora))
-    batch = {
-        "tokens": jnp.asarray(stored["input_ids"][0]),
-        "labels": jnp.asarray(stored["labels"][0]),
-    }
-    count = stored["num_label_tokens"][0]
-    start = adapter(folder / "adapter_init.safetensors")
-    gradient = jax.jit(
-        jax.grad(lambda a: loss_sum(a, base, batch, model=model) / float(count))
-    )
-    got = gradient(start)
+    model = Llama(config, float32(lora=LORA))
+    names = {"tokens": "input_ids", "labels": "labels"}
+    batch = {name: jnp.asarray(stored[key][0]) for name, key in names.items()}
+    count = float(stored["num_label_tokens"][0])
+    gradient = jax.grad(lambda a: loss_sum(a, base, batch, model=model) / count)
+    got = jax.jit(gradient)(adapter(folder / "adapter_init.safetensors"))
     want = adapter(folder / "grads_step0_unclipped.safetensors")
     largest = max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want))
     assert largest > 1e-3

@@ -16,23 +16,21 @@ from qlora_jax.nf4 import DYNAMIC_MAP, NF4Tensor, dequantize, quantize
 
 SHAPES = [(8, 64), (3, 128), (4, 96), (7, 352), (3, 65), (5, 7), (1, 1), (1, 130)]
 MIDPOINTS = (NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2)
+equal = np.testing.assert_array_equal
+either_scales = pytest.mark.parametrize("double_quant", [False, True])
 
 
 def reference_quantize(weight):
-    """bitsandbytes' rule, one block at a time: codes (one a weight) and scales."""
+    """bitsandbytes' rule: codes (one a weight) and scales."""
     flat = np.asarray(weight).astype(np.float32).reshape(-1)
-    codes, scales = [], []
-    for start in range(0, flat.size, 64):
-        block = flat[start : start + 64]
-        absmax = np.abs(block).max()
-        if block.size == 64:
-            normed = block * (np.float32(1) / max(absmax, np.float32(1e-38)))
-        else:  # the CPU kernel divides in a partial block, and keeps 1e-38
-            absmax = max(absmax, np.float32(1e-38))
-            normed = block / absmax
-        codes += [int((MIDPOINTS < value).sum()) for value in normed]
-        scales.append(absmax)
-    return np.array(codes), np.float32(scales)
+    full = flat.size // 64 * 64
+    blocks, rest = flat[:full].reshape(-1, 64), flat[full:]
+    scales, least = np.abs(blocks).max(1), np.float32(1e-38)
+    normed = blocks * (np.float32(1) / np.maximum(scales, least))[:, None]
+    if rest.size:  # the CPU kernel divides in a partial block, and keeps 1e-38
+        last = np.maximum(np.abs(rest).max(), least)
+        normed, scales = np.append(normed, rest / last), np.append(scales, last)
+    return np.searchsorted(MIDPOINTS, normed.reshape(-1), side="left"), scales
 
 
 def unpacked(tensor):
@@ -42,9 +40,23 @@ def unpacked(tensor):
     return codes, np.asarray(tensor.absmax).reshape(-1)
 
 
+def quantize_by_the_rule(weight):
+    """The quantized weight, whose codes and scales are those of the rule."""
+    tensor = quantize(weight, double_quant=False)
+    codes, scales = reference_quantize(weight)
+    got_codes, got_scales = unpacked(tensor)
+    equal(got_codes[: codes.size], codes)
+    equal(got_scales, scales)
+    return tensor
+
+
 def random_weight(shape, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
     return (0.05 * rng.standard_normal(shape)).astype(np.dtype(dtype))
+
+
+def on_device(tensor):
+    return jax.tree.map(jnp.asarray, tensor)
 
 
 # --- quantize ---
@@ -53,37 +65,16 @@ def random_weight(shape, dtype="float32", seed=0):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_and_scales_follow_the_rule(shape, dtype):
-    weight = random_weight(shape, dtype)
-    tensor = quantize(weight, double_quant=False)
-    codes, scales = reference_quantize(weight)
-    got_codes, got_scales = unpacked(tensor)
-    np.testing.assert_array_equal(got_codes[: codes.size], codes)
-    np.testing.assert_array_equal(got_scales, scales)
-    if weight.size % 2:
-        assert got_codes[-1] == 7  # the padding nibble is a zero
+    tensor = quantize_by_the_rule(random_weight(shape, dtype))
+    if shape[0] * shape[1] % 2:
+        assert unpacked(tensor)[0][-1] == 7  # the padding nibble is a zero
     assert (tensor.shape, tensor.dtype) == (shape, dtype)
 
 
 @pytest.mark.parametrize("shape", [(700, 192), (513, 257), (1, 65537)])
 def test_weights_of_several_chunks_equal_one_pass(shape):
     assert shape[0] * shape[1] > nf4._CHUNK
-    weight = random_weight(shape)
-    codes, scales = reference_quantize_fast(weight)
-    got_codes, got_scales = unpacked(quantize(weight, double_quant=False))
-    np.testing.assert_array_equal(got_codes[: codes.size], codes)
-    np.testing.assert_array_equal(got_scales, scales)
-
-
-def reference_quantize_fast(weight):
-    """As `reference_quantize`, all full blocks at once."""
-    flat = weight.reshape(-1)
-    full = flat.size // 64 * 64
-    blocks = flat[:full].reshape(-1, 64)
-    scales = np.abs(blocks).max(1)
-    normed = blocks * (np.float32(1) / scales)[:, None]
-    codes = np.searchsorted(MIDPOINTS, normed.reshape(-1), side="left")
-    rest = reference_quantize(flat[full:])
-    return np.append(codes, rest[0]), np.append(scales, rest[1])
+    quantize_by_the_rule(random_weight(shape))
 
 
 @pytest.mark.parametrize("midpoint", range(15))
@@ -101,7 +92,7 @@ def test_the_scale_itself_is_coded_as_one_of_the_ends():
     tensor = quantize(weight, double_quant=False)
     codes, _ = unpacked(tensor)
     assert codes[[0, 1, 64, 65]].tolist() == [15, 7, 0, 7]
-    np.testing.assert_array_equal(dequantize(tensor, "float32"), weight)
+    equal(dequantize(tensor, "float32"), weight)
 
 
 def test_a_zero_block_has_scale_zero_and_a_partial_one_the_smallest():
@@ -116,15 +107,12 @@ def test_tiny_and_huge_weights_stay_finite_and_bounded(size):
     rng = np.random.default_rng(0)
     weight = (size * rng.uniform(-1, 1, (4, 64))).astype(np.float32)
     weight[:, 0] = np.float32(size)
-    tensor = quantize(weight, double_quant=False)
-    codes, scales = reference_quantize(weight)
-    np.testing.assert_array_equal(unpacked(tensor)[0], codes)
-    np.testing.assert_array_equal(unpacked(tensor)[1], scales)
+    tensor = quantize_by_the_rule(weight)
     back = np.asarray(dequantize(tensor, "float32"), np.float64)
     assert np.isfinite(back).all() and (np.abs(back) <= size * (1 + 1e-6)).all()
     if size >= 1e-30:  # below, devices flush subnormal products to zero
         # Half the widest gap between two codes (-1 and -0.696), in units of absmax.
-        assert (np.abs(back - weight) <= 0.152 * scales.max()).all()
+        assert (np.abs(back - weight) <= 0.152 * tensor.absmax.max()).all()
 
 
 @pytest.mark.parametrize("where", [0, 63, 64, 100, 70000])
@@ -138,31 +126,32 @@ def test_nan_and_infinity_are_refused_wherever_they_stand(where, bad, dtype):
         quantize(weight, double_quant=True)
 
 
-@pytest.mark.parametrize("shape", [(64,), (2, 4, 64), (), (0, 64), (3, 0)])
-def test_what_is_no_matrix_is_refused(shape):
-    with pytest.raises(UserError, match=r"non-empty matrix .* got shape \("):
-        quantize(np.ones(shape, np.float32), double_quant=False)
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        *(
+            (shape, "float32", r"non-empty matrix .* got shape \(")
+            for shape in ((64,), (2, 4, 64), (), (0, 64), (3, 0))
+        ),
+        *(
+            ((2, 64), dtype, f"or float16, got {dtype}")
+            for dtype in ("float64", "int8", "complex64")
+        ),
+    ],
+)
+def test_what_is_no_matrix_of_floats_is_refused(shape, dtype, message):
+    with pytest.raises(UserError, match=message):
+        quantize(np.ones(shape, dtype), double_quant=False)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.int8, np.complex64])
-def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(UserError, match=f"or float16, got {np.dtype(dtype).name}"):
-        quantize(np.ones((2, 64), dtype), double_quant=False)
-
-
-def test_the_input_is_left_as_it_was():
-    weight = random_weight((5, 100))
-    before = weight.copy()
-    quantize(weight, double_quant=True)
-    np.testing.assert_array_equal(weight, before)
-
-
-def test_a_weight_need_not_be_contiguous():
+def test_a_weight_need_not_be_contiguous_and_is_left_as_it_was():
     weight = random_weight((192, 128))
-    for view in (weight.T, weight[::2], weight[:, ::-1]):
+    before = weight.copy()
+    for view in (weight, weight.T, weight[::2], weight[:, ::-1]):
         a = quantize(view, double_quant=True)
-        b = quantize(np.ascontiguousarray(view), double_quant=True)
-        jax.tree.map(np.testing.assert_array_equal, a, b)
+        b = quantize(np.ascontiguousarray(view).copy(), double_quant=True)
+        jax.tree.map(equal, a, b)
+    equal(weight, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,7 +161,7 @@ def test_quantizing_again_what_was_dequantized_changes_nothing(shape, dtype):
     # move by less than the distance to a midpoint.
     once = quantize(random_weight(shape, dtype), double_quant=False)
     again = quantize(np.asarray(dequantize(once)), double_quant=False)
-    jax.tree.map(np.testing.assert_array_equal, once, again)
+    jax.tree.map(equal, once, again)
 
 
 # --- Double quantization ---
@@ -182,15 +171,11 @@ def test_the_table_is_the_one_in_every_file(golden, shared_data):
     files = [golden / "llama32" / "nf4_dq" / "model.safetensors"]
     files += sorted(shared_data.glob("*dq*/*.safetensors"))
     files += sorted(shared_data.glob("bnb-fragments/*double_quant.safetensors"))
-    tables = [
-        value
-        for file in files
-        for key, value in load_file(file).items()
-        if key.endswith(".nested_quant_map")
-    ]
+    items = [item for file in files for item in load_file(file).items()]
+    tables = [value for key, value in items if key.endswith(".nested_quant_map")]
     assert len(files) >= 4 and len(tables) >= 50
     for table in tables:
-        np.testing.assert_array_equal(table, DYNAMIC_MAP)
+        equal(table, DYNAMIC_MAP)
     assert DYNAMIC_MAP[127] == 0 and (np.diff(DYNAMIC_MAP) > 0).all()
 
 
@@ -204,9 +189,8 @@ def double_quantized_absmax(tensor):
 @pytest.mark.parametrize("shape", [(64, 64), (300, 128), (37, 333), (1, 1)])
 def test_eight_bit_scales_are_the_nearest_table_entries(shape):
     weight = random_weight(shape)
-    single = quantize(weight, double_quant=False)
-    double = quantize(weight, double_quant=True)
-    np.testing.assert_array_equal(single.codes, double.codes)
+    single, double = (quantize(weight, double_quant=d) for d in (False, True))
+    equal(single.codes, double.codes)
     absmax = np.asarray(single.absmax).reshape(-1)
     offset = np.asarray(double.nested_offset)
     assert offset.shape == () and offset.dtype == np.float32
@@ -215,9 +199,7 @@ def test_eight_bit_scales_are_the_nearest_table_entries(shape):
     values, scale = double_quantized_absmax(double)
     centred = (absmax - offset).astype(np.float64)
     groups = np.split(np.abs(centred), range(256, centred.size, 256))
-    np.testing.assert_array_equal(
-        double.nested_absmax, np.float32([g.max() for g in groups])
-    )
+    equal(double.nested_absmax, np.float32([g.max() for g in groups]))
     safe = np.maximum(scale, 1e-38)
     distance = np.abs(values - centred / safe)
     best = np.abs(DYNAMIC_MAP[None].astype(np.float64) - (centred / safe)[:, None])
@@ -228,8 +210,8 @@ def test_eight_bit_scales_are_the_nearest_table_entries(shape):
 def test_double_quantization_moves_a_scale_by_half_a_gap_of_the_table():
     # In each group of 256 the largest deviation from the mean is the unit; the table's
     # widest gap is 0.0141, at its ends.
-    single = quantize(random_weight((256, 512)), double_quant=False)
-    tensor = quantize(random_weight((256, 512)), double_quant=True)
+    weight = random_weight((256, 512))
+    single, tensor = (quantize(weight, double_quant=d) for d in (False, True))
     exact = np.asarray(single.absmax).reshape(-1).astype(np.float64)
     values, scale = double_quantized_absmax(tensor)
     got = values * scale + float(tensor.nested_offset)
@@ -244,7 +226,7 @@ def test_double_quantization_moves_a_scale_by_half_a_gap_of_the_table():
 def test_constant_scales_are_coded_without_dividing_by_zero():
     tensor = quantize(np.ones((4, 64), np.float32), double_quant=True)
     assert tensor.nested_absmax.tolist() == [0.0]
-    np.testing.assert_array_equal(dequantize(tensor), np.ones((4, 64), np.float32))
+    equal(dequantize(tensor), np.ones((4, 64), np.float32))
 
 
 # --- bitsandbytes' own files ---
@@ -263,7 +245,7 @@ def test_quantized_weights_equal_bitsandbytes_byte_for_byte(shared, dense, packe
     _, ours = convert.load_llama(shared / dense, quantization="nf4")
     _, theirs = convert.load_llama(shared / packed)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    jax.tree.map(equal, ours, theirs)
 
 
 @pytest.mark.golden
@@ -288,29 +270,27 @@ def test_double_quantization_is_no_worse_than_that_of_bitsandbytes(
     total = different = 0
     for exact, our, their in zip(leaf(single), leaf(ours), leaf(theirs), strict=True):
         if not isinstance(our, NF4Tensor):
-            np.testing.assert_array_equal(our, their)
+            equal(our, their)
             continue
-        np.testing.assert_array_equal(our.codes, their.codes)
-        np.testing.assert_array_equal(our.nested_quant_map, their.nested_quant_map)
+        equal(our.codes, their.codes)
+        equal(our.nested_quant_map, their.nested_quant_map)
         # ulp(0.5) covers the offsets here.
-        np.testing.assert_allclose(
-            our.nested_offset, their.nested_offset, rtol=2**-22, atol=0
-        )
+        close = np.testing.assert_allclose
+        close(our.nested_offset, their.nested_offset, rtol=2**-22, atol=0)
         for layer in range(our.codes.shape[0]):
+            pair = our[layer], their[layer]
             absmax = exact[layer].absmax.reshape(-1).astype(np.float64)
-            ulp = abs(float(our[layer].nested_offset)) * 2.0**-23
-            np.testing.assert_allclose(
-                our[layer].nested_absmax, their[layer].nested_absmax, atol=2 * ulp
-            )
+            ulp = abs(float(pair[0].nested_offset)) * 2.0**-23
+            close(*(tensor.nested_absmax for tensor in pair), atol=2 * ulp)
             errors = []
-            for tensor in (our[layer], their[layer]):
+            for tensor in pair:
                 values, scale = double_quantized_absmax(tensor)
                 got = values * scale + float(tensor.nested_offset)
                 errors.append(np.abs(got - absmax))
             slack = 3e-5 * scale + 4 * ulp
             assert (np.abs(errors[0] - errors[1]) <= slack).all()
             total += absmax.size
-            different += int((our[layer].absmax != their[layer].absmax).sum())
+            different += int((pair[0].absmax != pair[1].absmax).sum())
     # 0.2 % of codes differed over 106,784 (the bins) and one in 1e5 (the offset).
     assert different <= 0.005 * total, f"{different} of {total}"
 
@@ -318,60 +298,58 @@ def test_double_quantization_is_no_worse_than_that_of_bitsandbytes(
 # --- dequantize, and the leaf in trees ---
 
 
-def stacked(count, shape=(6, 128), *, double_quant=True, dtype="float32"):
-    parts = [
-        quantize(random_weight(shape, dtype, seed=s), double_quant=double_quant)
-        for s in range(count)
-    ]
+def stacked(shape, *, double_quant=True):
+    """A stack of three weights, and each of them."""
+    weights = (random_weight(shape, seed=seed) for seed in range(3))
+    parts = [on_device(quantize(w, double_quant=double_quant)) for w in weights]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), parts
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("shape", [(6, 128), (5, 33)])
-def test_a_stack_dequantizes_layer_by_layer(shape, double_quant):
-    stack, parts = stacked(3, shape, double_quant=double_quant)
-    got = dequantize(stack)
-    assert got.shape == (3, *shape) and got.dtype == jnp.float32
-    for layer, part in zip(got, parts, strict=True):
-        np.testing.assert_array_equal(layer, dequantize(part))
+@either_scales
+@pytest.mark.parametrize("shape", [(24, 64), (5, 33)])
+def test_a_stack_is_its_layers(shape, double_quant):
+    stack, parts = stacked(shape, double_quant=double_quant)
+    whole = dequantize(stack)
+    assert whole.shape == (3, *shape) and whole.dtype == jnp.float32
     twice = jax.tree.map(lambda a: a[None], stack)
-    np.testing.assert_array_equal(dequantize(twice)[0], got)
-    np.testing.assert_array_equal(dequantize(stack[1]), got[1])
+    equal(dequantize(twice)[0], whole)
+    x = jnp.asarray(random_weight((2, shape[1]), seed=9))
+    dx = jax.jit(jax.grad(lambda x, t: (nf4.matmul(x, t) ** 2).sum()))
+    for i, part in enumerate(parts):
+        equal(whole[i], dequantize(part))
+        equal(whole[i], dequantize(stack[i]))
+        one = dataclasses.replace(stack, layer=jnp.int32(i))
+        equal(dequantize(one), dequantize(part))
+        equal(nf4.matmul(x, one), nf4.matmul(x, part))
+        equal(dx(x, one), dx(x, part))
 
 
 def test_the_default_dtype_is_the_one_before_quantization():
     tensor = quantize(random_weight((2, 64), "bfloat16"), double_quant=False)
-    assert dequantize(tensor).dtype == jnp.bfloat16
-    assert dequantize(tensor, "float32").dtype == jnp.float32
-    np.testing.assert_array_equal(
-        dequantize(tensor), dequantize(tensor, jnp.float32).astype(jnp.bfloat16)
-    )
+    wide = dequantize(tensor, "float32")
+    assert dequantize(tensor).dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+    equal(dequantize(tensor), wide.astype(jnp.bfloat16))
 
 
 def test_it_is_a_pytree_that_keeps_its_static_fields():
     tensor = quantize(random_weight((4, 64)), double_quant=True)
     leaves, tree = jax.tree.flatten(tensor)
-    assert len(leaves) == 5
     again = jax.tree.unflatten(tree, leaves)
     assert (again.shape, again.dtype) == ((4, 64), "float32")
-    assert (
-        len(jax.tree.leaves(quantize(random_weight((4, 64)), double_quant=False))) == 2
-    )
+    single = quantize(random_weight((4, 64)), double_quant=False)
+    assert (len(leaves), len(jax.tree.leaves(single))) == (5, 2)
     assert hash(tree) == hash(jax.tree.structure(again))
     other = quantize(random_weight((2, 128)), double_quant=True)
     assert jax.tree.structure(other) != tree
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
+@either_scales
 def test_it_goes_through_jit_scan_vmap_and_grad(double_quant):
-    stack, parts = stacked(3, (64, 64), double_quant=double_quant)
+    stack, parts = stacked((64, 64), double_quant=double_quant)
     x = jnp.asarray(random_weight((2, 64), seed=9))
 
     def through_layers(x, stack):
-        def body(x, layer):
-            return x + nf4.matmul(x, layer), None
-
-        return jax.lax.scan(body, x, stack)[0]
+        return jax.lax.scan(lambda x, w: (x + nf4.matmul(x, w), None), x, stack)[0]
 
     def plain(x):
         for part in parts:
@@ -385,37 +363,17 @@ def test_it_goes_through_jit_scan_vmap_and_grad(double_quant):
     close(dx, jax.grad(lambda x: plain(x).sum())(x))
     mapped = jax.jit(jax.vmap(nf4.matmul, (None, 0)))(x, stack)
     for y, part in zip(mapped, parts, strict=True):
-        close(y, nf4.matmul(x, jax.tree.map(jnp.asarray, part)))
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("shape", [(24, 64), (6, 40)])
-def test_a_layer_of_a_stack_is_that_tensor(shape, double_quant):
-    stack, parts = stacked(3, shape, double_quant=double_quant)
-    stack = jax.tree.map(jnp.asarray, stack)
-    x = jnp.asarray(random_weight((2, shape[1]), seed=9))
-    dx = jax.jit(jax.grad(lambda x, t: (nf4.matmul(x, t) ** 2).sum()))
-    for i, part in enumerate(parts):
-        one = dataclasses.replace(stack, layer=jnp.int32(i))
-        part = jax.tree.map(jnp.asarray, part)
-        np.testing.assert_array_equal(dequantize(one), dequantize(part))
-        np.testing.assert_array_equal(nf4.matmul(x, one), nf4.matmul(x, part))
-        np.testing.assert_array_equal(dx(x, one), dx(x, part))
+        close(y, nf4.matmul(x, part))
 
 
 def test_stacks_are_lifted_out_of_a_tree_and_the_rest_stays():
-    stack, parts = stacked(3, (24, 64), double_quant=True)
-    stack = jax.tree.map(jnp.asarray, stack)
-    single = jax.tree.map(jnp.asarray, parts[0])
+    stack, (single, second, _) = stacked((24, 64))
     norm = jnp.ones((3, 64))
-    tree = {
-        "layers": {"q_proj": {"weight": stack}, "norm": {"weight": norm}},
-        "head": {"weight": single},
-    }
+    layers = {"q_proj": {"weight": stack}, "norm": {"weight": norm}}
+    tree = {"layers": layers, "head": {"weight": single}}
     left, stacks = nf4.lift_stacks(tree)
-    assert jax.tree.structure(stacks) == jax.tree.structure(
-        {"layers": {"q_proj": {"weight": stack}}}
-    )
+    only = {"layers": {"q_proj": {"weight": stack}}}
+    assert jax.tree.structure(stacks) == jax.tree.structure(only)
     assert stacks["layers"]["q_proj"]["weight"] is stack
     assert left["layers"]["norm"]["weight"] is norm
     assert left["head"]["weight"] is single
@@ -424,39 +382,33 @@ def test_stacks_are_lifted_out_of_a_tree_and_the_rest_stays():
     assert jax.tree.leaves(mark) == [mark.layer] and mark.shape == (24, 64)
     # What a scan makes of it, put together again.
     one = nf4.with_stack(jax.tree.map(lambda a: a[1], mark), stack)
-    np.testing.assert_array_equal(
-        dequantize(one), dequantize(jax.tree.map(jnp.asarray, parts[1]))
-    )
+    equal(dequantize(one), dequantize(second))
     assert nf4.lift_stacks(left) == (left, {})
     assert tree["layers"]["q_proj"]["weight"] is stack  # what was given is unchanged
 
 
 def test_it_may_be_an_argument_of_a_gradient_and_gets_none():
-    tensor = jax.tree.map(
-        jnp.asarray, quantize(random_weight((4, 64)), double_quant=True)
-    )
-    x = jnp.ones((1, 64))
-    dx, dt = jax.grad(
-        lambda x, t: nf4.matmul(x, t).sum(), argnums=(0, 1), allow_int=True
-    )(x, tensor)
-    assert dx.shape == x.shape
+    tensor = on_device(quantize(random_weight((4, 64)), double_quant=True))
+    product = lambda x, t: nf4.matmul(x, t).sum()  # noqa: E731
+    gradient = jax.grad(product, argnums=(0, 1), allow_int=True)
+    dx, dt = gradient(jnp.ones((1, 64)), tensor)
+    assert dx.shape == (1, 64)
     assert dt.codes.dtype == jax.dtypes.float0
     assert not np.asarray(dt.nested_absmax).any()
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
+@either_scales
 @pytest.mark.parametrize("shape", SHAPES)
 def test_abstract_states_what_quantize_gives(shape, double_quant):
     tensor = quantize(random_weight(shape), double_quant=double_quant)
-    stated = nf4.abstract(shape, double_quant=double_quant, dtype="float32")
-    assert jax.tree.structure(stated) == jax.tree.structure(tensor)
-    for want, leaf in zip(*map(jax.tree.leaves, (stated, tensor)), strict=True):
-        assert (want.shape, want.dtype) == (leaf.shape, leaf.dtype)
-    deep = nf4.abstract(
-        shape, double_quant=double_quant, dtype="float32", leading=(2, 3)
+    state = functools.partial(
+        nf4.abstract, shape, double_quant=double_quant, dtype="float32"
     )
-    for want, leaf in zip(*map(jax.tree.leaves, (deep, tensor)), strict=True):
-        assert want.shape == (2, 3, *leaf.shape)
+    assert jax.tree.structure(state()) == jax.tree.structure(tensor)
+    for leading in ((), (2, 3)):
+        stated = state(leading=leading)
+        for want, leaf in zip(*map(jax.tree.leaves, (stated, tensor)), strict=True):
+            assert (want.shape, want.dtype) == ((*leading, *leaf.shape), leaf.dtype)
 
 
 def test_the_relative_error_is_that_of_nf4():

@@ -19,14 +19,23 @@ def rows(tmp_path):
     return file
 
 
-def refused(capsys, *args):
-    status = main(["train", *map(str, args)])
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return status, error
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """A function: number and parts of the problems, arguments -> the message."""
+
+    def refused(count, parts, *args):
+        status = main(["train", *map(str, args)])
+        error = capsys.readouterr().err
+        assert status == 1 and "Traceback" not in error
+        assert count is None or f"{count} problems:" in error
+        assert [part for part in parts if part not in error] == []
+        assert not (tmp_path / "run" / "report.json").exists()
+        return error
+
+    return refused
 
 
-def test_all_problems_of_a_run_file_are_listed(rows, tmp_path, capsys):
+def test_all_problems_of_a_run_file_are_listed(rows, tmp_path, refused):
     file = tmp_path / "run.toml"
     file.write_text(
         f"""
@@ -45,41 +54,31 @@ def test_all_problems_of_a_run_file_are_listed(rows, tmp_path, capsys):
         every = 0
         """
     )
-    status, error = refused(capsys, file)
-    assert status == 1
-    for part in (
-        "5 problems:",
+    parts = (
         "[model] `quantization` must be one of",
         "`data.max_length` must be an integer from 2",
         "not supported: `use_qalora`=True",
         "[train] `warmup_stepz` is not an option here. Did you mean `warmup_steps`?",
         "eval: `every` must be at least 1",
-    ):
-        assert part in error
+    )
+    refused(5, parts, file)
 
 
-def test_all_problems_of_options_are_listed(llama_dir, rows, tmp_path, capsys):
-    options = {
-        "--output-dir": tmp_path / "run",
-        "--model.path": llama_dir,
-        "--data.path": rows,
-        "--data.max-length": 1,
-        "--lora.r": 0,
-        "--train.steps": 3,
-        "--train.learning-rate": -1,
-        "--train.warmup-steps": 5,
-        "--eval.early-stopping-patience": 1,
-    }
-    status, error = refused(capsys, *(x for pair in options.items() for x in pair))
-    assert status == 1 and "5 problems:" in error
-    for part in (
+def test_all_problems_of_options_are_listed(llama_dir, rows, tmp_path, refused):
+    options = [
+        *("--output-dir", tmp_path / "run", "--model.path", llama_dir),
+        *("--data.path", rows, "--data.max-length", 1, "--lora.r", 0),
+        *("--train.steps", 3, "--train.learning-rate", -1, "--train.warmup-steps", 5),
+        *("--eval.early-stopping-patience", 1),
+    ]
+    parts = (
         "`data.max_length` must be",
         "lora: `r` must be a positive integer, got 0",
         "train: `learning_rate` must be >= 0, got -1.0",
         "train: `warmup_steps`=5 exceeds `steps`=3",
         "eval: `early_stopping_patience` needs data to measure",
-    ):
-        assert part in error
+    )
+    refused(5, parts, *options)
     assert not (tmp_path / "run").exists()
 
 
@@ -107,44 +106,34 @@ def run_file(tmp_path, model, rows):
 
 
 def test_problems_of_settings_model_and_rows_are_one_list(
-    llama_dir, rows, tmp_path, capsys
+    llama_dir, rows, tmp_path, refused, monkeypatch
 ):
-    status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
-    assert status == 1 and "5 problems:" in error
-    for part in (
+    parts = (
         "[eval] `eval.path`: there is no file",
         "`target_modules`=('q_porj',) matches no linear module",
         "`sample_prompts` need a tokenizer",
         "rows.jsonl:2: malformed JSON",
         "rows.jsonl:3: `input_ids`[1] is 99; expected 0..31",
-    ):
-        assert part in error
+    )
+    file = run_file(tmp_path, llama_dir, rows)
+    refused(5, parts, file)
+    # Large data are not read if settings are wrong.
+    monkeypatch.setattr("qlora_jax.runs.prepare._QUICK_BYTES", 10)
+    assert "malformed" not in refused(2, ["q_porj"], file)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_model_does_not_hide_missing_data(tmp_path, capsys):
+def test_a_missing_model_does_not_hide_missing_data(tmp_path, refused):
     gone = tmp_path / "gone.jsonl"
-    status, error = refused(capsys, run_file(tmp_path, tmp_path / "none", gone))
-    assert status == 1 and "3 problems:" in error
-    assert f"there is no file {gone}" in error and "none` does not exist" in error
+    parts = (f"there is no file {gone}", "none` does not exist")
+    refused(3, parts, run_file(tmp_path, tmp_path / "none", gone))
 
 
-def test_large_data_are_not_read_if_settings_are_wrong(
-    llama_dir, rows, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("qlora_jax.runs.prepare._QUICK_BYTES", 10)
-    status, error = refused(capsys, run_file(tmp_path, llama_dir, rows))
-    assert status == 1 and "2 problems:" in error
-    assert "malformed" not in error and "q_porj" in error
-
-
-def test_a_run_directory_stands_for_its_settings(rows, tmp_path, capsys):
+def test_a_run_directory_stands_for_its_settings(rows, tmp_path, refused):
     run = tmp_path / "run"
     run.mkdir()
     text = run_file(tmp_path, tmp_path / "none", rows).read_text()
     (run / "config.toml").write_text(text)
-    status, error = refused(capsys, run, "--lora.r", "0")
-    assert status == 1 and "lora: `r` must be a positive integer" in error
+    refused(None, ["lora: `r` must be a positive integer"], run, "--lora.r", "0")
     (run / "config.toml").unlink()
-    status, error = refused(capsys, run)
-    assert status == 1 and f"`{run}/config.toml` cannot be read" in error
+    refused(None, [f"`{run}/config.toml` cannot be read"], run)

@@ -2,8 +2,9 @@
 
 Modules in reading order: `config` (the settings), `rows` and `sources` (what is read),
 `chat` and `encoding` (rows to tokens and labels), `arrays` (the examples and their
-cache), `examples` (`load_examples`, which runs all of these), `mixture` (packing and
-several sources), `held_out`, `batches`; `report` and `notes` describe the data.
+cache), `examples` (`load_examples`, which runs all of these), `packing`, `mixture`
+(shares of several sources), `held_out`, `batches`; `report` and `notes` describe the
+data.
 
 `load_examples` reads and labels the data once. `Batches` is a function of an index, so
 the position of a run in its data is one number.

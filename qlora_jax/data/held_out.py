@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
@@ -115,11 +116,13 @@ def hold_out(
       UserError: nothing would be held out, or nothing would be left to train on.
     """
     total = len(examples)
-    held_count = count if count is not None else int(total * (fraction or 0.0))
+    # The share as written in decimals: in binary, 0.29 of 100 is 28.999...
+    share = Fraction(repr(float(fraction or 0.0)))
+    held_count = count if count is not None else int(total * share)
     if not 0 < held_count < total:
-        share = f"{count} examples" if count is not None else f"{fraction} of them"
+        part = f"{count} examples" if count is not None else f"{fraction} of them"
         raise UserError(
-            f"`eval`: of {total:,} examples {share} cannot be held out; at least one "
+            f"`eval`: of {total:,} examples {part} cannot be held out; at least one "
             "has to be left for each side. Change `eval.fraction` or `eval.examples`, "
             "or give the evaluation a file of its own (`eval.path`)."
         )

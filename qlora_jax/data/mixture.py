@@ -1,10 +1,4 @@
-"""Lays examples out as rows: packs short ones together, mixes several sources.
-
-`pack` puts complete examples into rows of a fixed number of tokens, best fit
-decreasing: from the longest example to the shortest, each goes into the open row that
-it fills best. No example is cut. The number of rows is at most about 11/9 of the
-smallest possible one (D. S. Johnson, "Near-optimal bin packing algorithms", 1973); on
-real chat and instruction data, rows are full to within a fraction of a percent.
+"""Lays examples out as rows, of one source or of several that are mixed by share.
 
 `Interleaving` mixes sources by share. The source of the `p`-th row of a run, and which
 of the source's rows it is, are functions of `p`, so a mixture resumes like a single
@@ -29,93 +23,13 @@ from jaxtyping import Int32, Int64
 
 from qlora_jax.data.arrays import Examples
 from qlora_jax.data.config import DataConfig, name_of
+from qlora_jax.data.packing import Packing, pack
 from qlora_jax.data.report import DataReport, SourceReport, combined
-from qlora_jax.errors import UserError
 
 # Streams of `random_keys`. A source has the stream of its index, at most 65,534.
 _BLOCK_STREAM = 2**16
 HOLD_OUT_STREAM = _BLOCK_STREAM + 1
 _SMALLEST_BLOCK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """Assignment of examples to rows, from `pack`.
-
-    Attributes:
-      order: int64 [examples], example indices, row after row.
-      starts: int64 [rows + 1]; row `i` holds `order[starts[i] : starts[i + 1]]`.
-      capacity: tokens in a row.
-    """
-
-    order: Int64[np.ndarray, " examples"]
-    starts: Int64[np.ndarray, " rows_plus_1"]
-    capacity: int
-
-    def __len__(self) -> int:
-        """Number of packed rows."""
-        return len(self.starts) - 1
-
-    def __getitem__(self, row: int) -> Int64[np.ndarray, " documents"]:
-        """Returns the indices of the examples in a row, in their order."""
-        return self.order[self.starts[row] : self.starts[row + 1]]
-
-
-def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
-    """Packs examples into rows of `capacity` tokens, best fit decreasing.
-
-    The result depends on the arguments alone; equal lengths keep their order. Costs
-    O(n log n) plus n operations on an integer of `capacity` bits.
-
-    Args:
-      lengths: int64 [examples], the examples' lengths in tokens, each in
-        `1..capacity`.
-      capacity: tokens in a row.
-
-    Returns:
-      The rows; every example is in exactly one of them.
-
-    Raises:
-      UserError: an example is empty or longer than a row.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    outside = np.flatnonzero((lengths < 1) | (lengths > capacity))
-    if outside.size:
-        first = outside[0]
-        raise UserError(
-            f"`pack`: every length must be in 1..{capacity} (the row's tokens), got "
-            f"{lengths[first]} for example {first}. Cut or drop such examples first."
-        )
-    # The free space of a row is an integer of at most `capacity`, so open rows are kept
-    # in one bucket per amount of free space. Bit `f` of `occupied` is set while bucket
-    # `f` holds a row: the tightest row that fits is the lowest set bit at or above the
-    # length, found without a search.
-    rows: list[list[int]] = []
-    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
-    occupied = 0
-    descending = np.argsort(-lengths, kind="stable")
-    for example, length in zip(
-        descending.tolist(), lengths[descending].tolist(), strict=True
-    ):
-        # x & -x keeps the lowest set bit, and `bit_length` - 1 is its number.
-        fitting = occupied >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            row = buckets[free].pop()
-            if not buckets[free]:
-                occupied ^= 1 << free
-            rows[row].append(example)
-        else:
-            free, row = capacity, len(rows)
-            rows.append([example])
-        free -= length
-        if free:  # a full row is closed
-            buckets[free].append(row)
-            occupied |= 1 << free
-    starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=starts[1:])
-    order = np.fromiter((e for row in rows for e in row), np.int64, len(lengths))
-    return Packing(order=order, starts=starts, capacity=capacity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,7 +182,8 @@ class Detokenizer:
         # Decoded once with the prompt's end, which is cut off again: the same tokens
         # decode differently at the start of a string.
         self._tokens = list(prompt[-_CONTEXT_TOKENS:])
-        self._context = self._decode()
+        # A character that the prompt leaves incomplete belongs to the continuation.
+        self._context = self._decode().rstrip(_INCOMPLETE)
 
     def _decode(self) -> str:
         return self._tokenizer.decode(

@@ -36,8 +36,6 @@ from qlora_jax.models.attention import (
     attention,
     causal_mask,
     decode_attention,
-    rope_table,
-    rotate,
 )
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import (
@@ -49,6 +47,7 @@ from qlora_jax.models.layers import (
     mlp_chunks,
     mlp_tokens,
 )
+from qlora_jax.models.rope import rope_table, rotate
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
 _POLICIES: dict[str, Callable[..., bool] | None] = {

@@ -24,7 +24,7 @@ from convert.tokenizer import load_tokenizer
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
-from qlora_jax.data.mixture import pack
+from qlora_jax.data.packing import pack
 
 
 def best(repeat: int, work: Callable[[], Any]) -> tuple[float, Any]:

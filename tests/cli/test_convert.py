@@ -1,3 +1,5 @@
+"""`qlora-convert`; what the conversions compute is tested in tests/convert."""
+
 import dataclasses
 import json
 import re
@@ -11,10 +13,11 @@ import pytest
 
 import convert
 from convert.peft import CHAT_TEMPLATE_FILE
-from convert.verify import compare_adapters
-from qlora_jax.cli.convert import main
+from convert.verify import compare_adapters as compare
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def table(text: str) -> dict[str, str]:
@@ -23,10 +26,38 @@ def table(text: str) -> dict[str, str]:
     return {name: value for name, *rest in lines for value in rest}
 
 
-def run(capsys, *args) -> tuple[int, str, str]:
-    status = main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+def read(path, name="adapter_config.json"):
+    return json.loads((path / name).read_text())
+
+
+@pytest.fixture
+def report(run):
+    """A function: arguments -> the report of a success that has nothing to note."""
+
+    def report(*args, status=0, note=""):
+        got, out, err = run(*args, "--json")
+        assert (got, err) == (status, note)
+        return json.loads(out)
+
+    return report
+
+
+@pytest.fixture
+def refused(run):
+    """A function: a message and arguments -> the failure, nothing on stdout."""
+
+    def refused(message, *args, status=1):
+        got, out, err = run(*args)
+        assert (got, out) == (status, "") and message in err
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def adapter(tiny, make_adapter):
+    """Of `tiny_model`: rank 3, of q_proj and down_proj."""
+    return make_adapter(tiny)
 
 
 @pytest.fixture
@@ -34,12 +65,6 @@ def packed(tiny_model, tmp_path):
     out = tmp_path / "packed"
     convert.save_llama(out, *convert.load_llama(tiny_model))
     return out
-
-
-@pytest.mark.parametrize("command", [(), ("adapter",), ("merge",), ("model",)])
-def test_help(capsys, command):
-    assert main([*command, "--help"]) == 0
-    assert "usage: qlora-convert" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -53,20 +78,15 @@ def test_help(capsys, command):
         ("merge", "a", "b", "c"),  # --onto is never guessed
     ],
 )
-def test_wrong_usage_exits_with_2(capsys, args):
-    assert main(list(args)) == 2
-    captured = capsys.readouterr()
-    assert captured.err
-    assert "Traceback" not in captured.err
+def test_wrong_usage_exits_with_2(refused, args):
+    assert "Traceback" not in refused(" ", *args, status=2)
 
 
-@pytest.mark.parametrize(
-    "command, failure", [("verify", 2), ("model", 1)], ids=["verify", "model"]
-)
-def test_expected_failure_is_one_paragraph(capsys, tmp_path, command, failure):
+@pytest.mark.parametrize("command, failure", [("verify", 2), ("model", 1)])
+def test_expected_failure_is_one_paragraph(refused, tmp_path, command, failure):
     """Of `verify` as of diff: 1 is a difference, 2 a failure."""
-    status, out, err = run(capsys, command, tmp_path / "a", tmp_path / "b")
-    assert (status, out) == (failure, "")
+    places = (tmp_path / "a", tmp_path / "b")
+    err = refused("does not exist", command, *places, status=failure)
     assert err.startswith(f"qlora-convert {command}: `")
     assert err.count("\n") == 1
 
@@ -76,7 +96,7 @@ def test_expected_failure_is_one_paragraph(capsys, tmp_path, command, failure):
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_a_signal_leaves_nothing_half_written(
-    handlers, capsys, tiny_model, tmp_path, monkeypatch, number, status, how
+    handlers, run, tiny_model, tmp_path, monkeypatch, number, status, how
 ):
     out = tmp_path / "new" / "model"
 
@@ -85,513 +105,216 @@ def test_a_signal_leaves_nothing_half_written(
         signal.raise_signal(number)
 
     monkeypatch.setattr("convert.output.write_text", half)
-    assert run(capsys, "model", tiny_model, out) == (
-        status,
-        "",
-        f"qlora-convert model: {how}. Nothing half-written is left.\n",
-    )
+    message = f"qlora-convert model: {how}. Nothing half-written is left.\n"
+    assert run("model", tiny_model, out) == (status, "", message)
     assert list(out.parent.iterdir()) == []
 
 
-def test_as_a_program(tiny_model, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "qlora_jax.cli.convert",
-            "verify",
-            tiny_model,
-            tiny_model,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0
-    assert done.stderr == ""
+def test_as_a_program(tiny_model):
+    program = [sys.executable, "-m", "qlora_jax.cli.convert"]
+    command = [*program, "verify", tiny_model, tiny_model]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "The same: 21 tensors, byte for byte.\n"
 
 
-def test_verify(capsys, tiny_model, packed):
-    status, out, _ = run(capsys, "verify", tiny_model, packed)
+@pytest.mark.parametrize("command, option", [("adapter", "strict"), ("merge", "check")])
+def test_the_help_of_a_flag_says_what_the_flag_does(run, command, option):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    text = " ".join(out.replace("│", " ").split())
+    helptext = text.split(f"--no-{option} ")[-1]
+    assert helptext.startswith(("Take what fits", "Load nothing after merging"))
+
+
+# --- verify ---
+
+
+def test_verify(run, report, tiny_model, packed):
+    status, out, _ = run("verify", tiny_model, packed)
     assert status == 1
     assert "Different: 14 of 21 tensors; 0 missing, 42 extra" in out
     assert "... and 16 more (--json lists all)." in out
     # Into a pipe names are whole, however long.
     assert " model.layers.0.self_attn.q_proj.weight.quant_state." in out
-    status, out, _ = run(capsys, "verify", tiny_model, packed, "--json")
-    assert status == 1
-    assert json.loads(out)["equal"] is False
-    status, out, _ = run(capsys, "verify", packed, packed, "--json")
-    assert status == 0
-    assert json.loads(out) == {
-        "equal": True,
-        "a": str(packed),
-        "b": str(packed),
-        "kind": "model",
-        "tensors": 63,
-        "missing": [],
-        "extra": [],
-        "different": [],
-        "config": {},
-        "notes": [],
-        "logits": None,
+    assert report("verify", tiny_model, packed, status=1)["equal"] is False
+    assert report("verify", packed, packed) == {
+        **{"equal": True, "a": str(packed), "b": str(packed), "kind": "model"},
+        **{"tensors": 63, "missing": [], "extra": [], "different": []},
+        **{"config": {}, "notes": [], "logits": None},
     }
 
 
-def test_verify_shows_missing_and_configuration(capsys, tiny, make_adapter):
+def test_verify_shows_missing_and_configuration(run, tiny, make_adapter):
     a = make_adapter(tiny, name="a")
     b = make_adapter(tiny, ("q_proj",), name="b", lora_alpha=8)
-    status, out, _ = run(capsys, "verify", a, b)
+    status, out, _ = run("verify", a, b)
     assert status == 1
     assert "lora_alpha" in out
-    _, swapped, _ = run(capsys, "verify", b, a)
+    _, swapped, _ = run("verify", b, a)
     assert out.count("missing") == swapped.count("missing")
 
 
-def test_adapter(capsys, tiny, tiny_model, make_adapter, tmp_path):
-    source = make_adapter(tiny)
-    out = tmp_path / "clean"
-    (source / CHAT_TEMPLATE_FILE).write_text("{{ messages }}\n")
-    status, text, _ = run(
-        capsys, "adapter", source, out, "--base", tiny_model, "--json"
-    )
+def test_verify_compares_logits(run, report, tiny, tiny_model, make_adapter, tmp_path):
+    a, b = make_adapter(tiny, name="a"), make_adapter(tiny, name="b", seed=2)
+    compared = report("verify", a, b, "--base", tiny_model, status=1)
+    assert (compared["equal"], len(compared["different"])) == (False, 8)
+    logits = compared["logits"]
+    assert logits["max_kl"] > 0.01
+    status, text, _ = run("verify", a, a, "--base", tiny_model)
     assert status == 0
-    report = json.loads(text)
-    assert (report["r"], report["scaling"]) == (3, 2.0)
-    assert report["bytes"] == (out / "adapter_model.safetensors").stat().st_size
-    assert compare_adapters(source, out).equal
+    assert "The same: 8 tensors, byte for byte." in text
+    assert "Logits on 64 tokens: max |a - b| 0 " in text
+    # The adapters by their merged checkpoints, in place of their base.
+    merged = [tmp_path / f"merged-{adapter.name}" for adapter in (a, b)]
+    for adapter, out in zip((a, b), merged, strict=True):
+        convert.merge(tiny_model, adapter, out)
+    same = report("verify", *merged, "--logits", status=1)["logits"]
+    for name in ("mean_kl", "max_abs_difference", "max_abs_logit"):
+        assert same[name] == pytest.approx(logits[name], rel=1e-3)
+
+
+def test_custom_modules_compare_no_logits(
+    run, report, tiny, make_tensors, save_model, make_adapter, tmp_path
+):
+    custom = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
+    base = save_model(custom, make_tensors(custom))
+    a = make_adapter(custom, ("q_proj", "gate"), name="a")
+    b = make_adapter(custom, ("q_proj", "gate"), name="b", seed=2)
+    why = f"logits were not compared: `{base}` has modules of its"
+    for other in (a, b):
+        compared = report("verify", a, other, "--base", base, status=int(other is b))
+        assert compared["equal"] is (other is a) and compared["logits"] is None
+        (note,) = compared["notes"]
+        assert note.startswith(why)
+    args = ("merge", base, a, tmp_path / "o", "--onto", "original", "--json")
+    status, text, err = run(*args)
+    assert status == 0 and err.startswith(f"Note: {why}")
+    assert json.loads(text)["logits"] is None
+    assert json.loads(text)["tensors_changed"] == 4
+
+
+def test_verify_options_that_do_not_fit(refused, tiny_model, adapter):
+    a, model = adapter, tiny_model
+    for message, *args in (
+        ("are compared on their base; give it with", a, a, "--logits"),
+        ("A base goes with two adap", model, model, "--base", model),
+        ("is a PEFT adapter, not a model", a, a, "--base", a),
+    ):
+        refused(message, "verify", *args, status=2)
+
+
+# --- adapter and combine ---
+
+
+def test_adapter(run, report, tiny_model, adapter, tmp_path):
+    source, out, again = adapter, tmp_path / "clean", tmp_path / "again"
+    (source / CHAT_TEMPLATE_FILE).write_text("{{ messages }}\n")
+    made = report("adapter", source, out, "--base", tiny_model)
+    assert (made["r"], made["scaling"]) == (3, 2.0)
+    assert made["bytes"] == (out / WEIGHTS).stat().st_size
+    assert compare(source, out).equal
     assert (out / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}\n"
     # A run directory stands for the adapter in it.
-    again = tmp_path / "again"
-    status, text, _ = run(
-        capsys, "adapter", tmp_path, again, "--base", tiny_model, "--base-name", "n"
-    )
+    args = ("adapter", tmp_path, again, "--base", tiny_model, "--base-name", "n")
+    status, text, _ = run(*args)
     assert status == 0
     assert table(text)["target_modules"] == "down_proj, q_proj"
-    assert compare_adapters(source, again).equal
-    raw = json.loads((again / "adapter_config.json").read_text())
-    assert raw["base_model_name_or_path"] == "n"
+    assert compare(source, again).equal
+    assert read(again)["base_model_name_or_path"] == "n"
 
 
 def test_adapter_that_does_not_fit_to_the_letter(
-    capsys, tiny, tiny_model, make_adapter, tmp_path, edit_tensors
+    run, report, refused, tiny, tiny_model, make_adapter, tmp_path, edit_tensors
 ):
-    source = make_adapter(tiny)
-    module = "base_model.model.model.layers.1.self_attn.q_proj"
-    edit_tensors(
-        source / "adapter_model.safetensors",
-        lambda tensors: tensors.pop(f"{module}.lora_A.weight"),
-    )
-    args = ("adapter", source, tmp_path / "o", "--base", tiny_model)
-    status, _, err = run(capsys, *args)
-    assert status == 1
-    assert f"1 missing tensors: {module}.lora_A.weight" in err
-    assert not (tmp_path / "o").exists()
-    status, text, err = run(capsys, *args, "--no-strict", "--json")
-    assert status == 0
-    skipped = f"{module}.lora_A.weight: missing tensors"
-    assert err == f"Note: not taken from `{source}`: {skipped}.\n"
-    assert json.loads(text)["skipped"] == [skipped]
-    _, adapters = convert.load_adapter(tmp_path / "o", LlamaConfig.from_hf(tiny))
+    source, out = make_adapter(tiny), tmp_path / "o"
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    edit_tensors(source / WEIGHTS, lambda tensors: tensors.pop(key))
+    args = ("adapter", source, out, "--base", tiny_model)
+    refused(f"1 missing tensors: {key}", *args)
+    assert not out.exists()
+    skipped = f"{key}: missing tensors"
+    note = f"Note: not taken from `{source}`: {skipped}.\n"
+    assert report(*args, "--no-strict", note=note)["skipped"] == [skipped]
+    _, adapters = convert.load_adapter(out, LlamaConfig.from_hf(tiny))
     part = adapters["model"]["layers"]["self_attn"]["q_proj"]
     assert part["lora_B"][0].any() and not part["lora_B"][1].any()
-
-
-def test_an_adapter_of_which_little_or_nothing_fits(
-    capsys, tiny, tiny_model, make_adapter, tmp_path
-):
-    source = make_adapter({**tiny, "intermediate_size": 48}, ("down_proj",))
-    out = tmp_path / "o"
-    args = ("adapter", source, out, "--base", tiny_model, "--no-strict")
-    status, text, err = run(capsys, *args)
-    assert (status, text) == (1, "") and not out.exists()
-    assert "None of its tensors could be used." in err and err.count("\n") == 1
+    # Of one that fits nowhere nothing is written.
+    wide = make_adapter({**tiny, "intermediate_size": 48}, ("down_proj",), name="wide")
+    more = ("--base", tiny_model, "--no-strict")
+    message = "None of its tensors could be used."
+    err = refused(message, "adapter", wide, tmp_path / "w", *more)
+    assert err.count("\n") == 1 and not (tmp_path / "w").exists()
     # Of very many notes the first; they stand there once.
     deep = make_adapter({**tiny, "num_hidden_layers": 9}, ("q_proj",), name="deep")
-    status, text, err = run(capsys, "adapter", deep, *args[2:])
+    status, text, err = run("adapter", deep, tmp_path / "d", *more)
     assert status == 0
     assert err.count("Note: not taken from") == 11 and "4 more like these" in err
     assert table(text)["skipped"] == "14"
 
 
 def test_the_copy_of_an_adapter_leads_to_its_base(
-    capsys, tiny, tiny_model, make_adapter, tmp_path, monkeypatch
+    run, tiny, tiny_model, make_adapter, tmp_path, monkeypatch
 ):
     """By the path it had, where that leads there; else by an absolute one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-
-    def named(name, out, base=tiny_model):
-        source = make_adapter(
-            tiny, name=f"a{len(list(tmp_path.iterdir()))}", base_model_name_or_path=name
+    link = tmp_path / "link"
+    link.symlink_to(tiny_model)
+    near, far = tmp_path / "near", tmp_path / "elsewhere" / "deep" / "deeper"
+    for number, (name, out, base, expected) in enumerate(
+        (
+            ("../model", near, tiny_model, "../model"),
+            ("../model", far / "a", tiny_model, str(tiny_model)),
+            ("model", far / "b", tiny_model, str(tiny_model)),
+            ("some/base", far / "c", tiny_model, "some/base"),
+            ("../nowhere", far / "d", tiny_model, "../nowhere"),
+            # The same directory by the path that was given, a link perhaps.
+            ("../model", far / "e", link, str(link)),
         )
-        status, _, err = run(capsys, "adapter", source, out, "--base", base)
+    ):
+        fields = {"name": f"a{number}", "base_model_name_or_path": name}
+        source = make_adapter(tiny, **fields)
+        status, _, err = run("adapter", source, out, "--base", base)
         assert status == 0
-        raw = json.loads((out / "adapter_config.json").read_text())
-        return raw["base_model_name_or_path"], err
-
-    far = tmp_path / "elsewhere" / "deep" / "deeper"
-    assert named("../model", tmp_path / "near") == ("../model", "")
-    assert named("../model", far / "a") == (str(tiny_model), "")
-    assert named("model", far / "b") == (str(tiny_model), "")
-    assert named("some/base", far / "c") == ("some/base", "")
-    name, err = named("../nowhere", far / "d")
-    assert name == "../nowhere"
-    assert "`../nowhere`, the base of" in err and "--base-name names another" in err
-    # The same directory by the path that was given, a link perhaps.
-    (tmp_path / "link").symlink_to(tiny_model)
-    assert named("../model", far / "e", tmp_path / "link")[0] == str(tmp_path / "link")
-    first, second = far / "a", tmp_path / "near"
-    args = ("combine", far / "f", "--base", tiny_model, "--adapters", first, second)
-    assert run(capsys, *args)[0] == 0
-    raw = json.loads((far / "f" / "adapter_config.json").read_text())
-    assert raw["base_model_name_or_path"] == str(tiny_model)
-
-
-@pytest.mark.parametrize("command, option", [("adapter", "strict"), ("merge", "check")])
-def test_the_help_of_a_flag_says_what_the_flag_does(capsys, command, option):
-    assert main([command, "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    helptext = text.split(f"--no-{option} ")[-1]
-    assert helptext.startswith(("Take what fits", "Load nothing after merging"))
-
-
-@pytest.mark.parametrize("command", ["model", "merge"])
-def test_an_adapter_is_not_taken_for_a_model(
-    capsys, tiny, make_adapter, tmp_path, command
-):
-    adapter = make_adapter(tiny)
-    more = ["--onto", "original"] if command == "merge" else []
-    places = [adapter, adapter] if command == "merge" else [adapter]
-    status, _, err = run(capsys, command, *places, tmp_path / "o", *more)
-    assert status == 1
-    assert err.endswith("not a model. Give the directory of its base model here.\n")
+        assert read(out)["base_model_name_or_path"] == expected
+        if name == "../nowhere":
+            assert "`../nowhere`, the base of" in err
+            assert "--base-name names another" in err
+        elif base != link:
+            assert err == ""
+    args = ("combine", far / "f", "--base", tiny_model, "--adapters", far / "a", near)
+    assert run(*args)[0] == 0
+    assert read(far / "f")["base_model_name_or_path"] == str(tiny_model)
 
 
 @pytest.mark.golden
-def test_adapter_with_copies_of_its_base(capsys, golden, tmp_path, edit_tensors):
+def test_copies_of_the_base(run, report, refused, golden, tmp_path, edit_tensors):
     source = golden / "adapters/llama32/emb_lora"
     base = shutil.copytree(golden / "llama32/fp32", tmp_path / "base")
-    assert run(capsys, "adapter", source, tmp_path / "a", "--base", base)[0] == 0
-    args = ("verify", source, tmp_path / "a", "--base", base, "--json")
-    status, text, _ = run(capsys, *args)
-    assert status == 0
-    assert json.loads(text)["logits"]["max_abs_difference"] == 0
+    assert run("adapter", source, tmp_path / "a", "--base", base)[0] == 0
+    compared = report("verify", source, tmp_path / "a", "--base", base)
+    assert compared["logits"]["max_abs_difference"] == 0
     key = "model.embed_tokens.weight"
-    edit_tensors(
-        base / "model.safetensors",
-        lambda tensors: tensors.update({key: 2 * tensors[key]}),
-    )
-    status, _, err = run(capsys, "adapter", source, tmp_path / "b", "--base", base)
-    assert status == 1
-    assert "is not the table of this base" in err
+    edit_tensors(base / "model.safetensors", lambda t: t.update({key: 2 * t[key]}))
+    message = "is not the table of this base"
+    refused(message, "adapter", source, tmp_path / "b", "--base", base)
     # Its configuration alone: nothing to compare with, and that is said.
     (base / "model.safetensors").unlink()
-    status, _, err = run(capsys, "adapter", source, tmp_path / "c", "--base", base)
+    status, _, err = run("adapter", source, tmp_path / "c", "--base", base)
     assert status == 0
     assert "not compared, no weights of the base were given" in err
 
 
-@pytest.mark.golden
-def test_every_adapter_written_again_is_the_same_file(capsys, golden, tmp_path):
-    for adapter in sorted((golden / "adapters").glob("*/*")):
-        raw = json.loads((adapter / "adapter_config.json").read_text())
-        base = golden / raw["base_model_name_or_path"]
-        first, second = (tmp_path / f"{adapter.name}-{n}" for n in (1, 2))
-        assert run(capsys, "adapter", adapter, first, "--base", base)[0] == 0
-        assert run(capsys, "adapter", first, second, "--base", base)[0] == 0
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (first / name).read_bytes() == (second / name).read_bytes()
-        assert compare_adapters(adapter, second).equal
-
-
-def test_adapter_is_checked_against_its_base(
-    capsys, tiny, tiny_model, make_adapter, tmp_path
-):
-    source = make_adapter({**tiny, "num_hidden_layers": 3})
-    status, _, err = run(
-        capsys, "adapter", source, tmp_path / "o", "--base", tiny_model
-    )
-    assert status == 1
-    assert "unexpected tensors" in err
-
-
-def test_merge(capsys, tiny, tiny_model, packed, make_adapter, tmp_path):
-    adapter = make_adapter(tiny)
-    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto", "original")
-    status, text, err = run(capsys, *args, "--json")
-    assert (status, err) == (0, "")
-    report = json.loads(text)
-    assert report["tensors_changed"] == 4
-    assert report["logits"]["probe_tokens"] == 64  # its context is 32
-    assert (
-        report["logits"]["max_abs_difference"]
-        < 1e-4 * (report["logits"]["max_abs_logit"])
-    )
-    assert report["logits"]["mean_kl"] < 1e-7
-    assert report["trained_on_this_base"] is None
-    assert json.loads((tmp_path / "o/merge_report.json").read_text()) == report
-    convert.merge(tiny_model, adapter, tmp_path / "p")
-    assert compare_adapters(tmp_path / "o", tmp_path / "p").equal
-    args = ("merge", packed, adapter, tmp_path / "q", "--onto", "dequantized")
-    status, text, _ = run(capsys, *args, "--dtype", "bfloat16", "--no-check")
-    assert status == 0
-    assert "logits" not in text
-    assert table(text)["config_changes"] == "none"
-    assert table(text)["requantization_error"] == "-"
-    assert (
-        run(capsys, "merge", packed, adapter, tmp_path / "r", "--onto", "original")[0]
-        == 1
-    )
-
-
-def test_merge_quantized_and_again(capsys, tiny, tiny_model, make_adapter, tmp_path):
-    adapter = make_adapter(tiny, seed=3)
-    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto", "dequantized")
-    args = (*args, "--quantization", "nf4_dq", "--requantize", "nf4")
-    status, text, _ = run(capsys, *args)
-    assert status == 0
-    report = json.loads((tmp_path / "o" / "merge_report.json").read_text())
-    error = report["requantization_error"]["q_proj"]
-    of_q = text.split("  q_proj\n")[1].splitlines()[:2]
-    assert table("\n".join(of_q))["relative"] == f"{error['relative']:.6g}"
-    assert table(text)["max_kl"] == f"{report['logits']['max_kl']:.6g}"
-    # The check is of what was written: here 4-bit weights.
-    assert report["logits"]["max_kl"] > 1e-4
-    config = json.loads((tmp_path / "o" / "config.json").read_text())
-    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is False
-
-
-def noted(tiny, make_adapter, tmp_path, name, fingerprint):
-    """An adapter that says what it was trained on."""
-    config = LlamaConfig.from_hf(tiny)
-    lora, adapters = convert.load_adapter(make_adapter(tiny, name=f"{name}-"), config)
-    lora = dataclasses.replace(lora, base_fingerprint=fingerprint)
-    convert.save_adapter(tmp_path / name, lora, adapters, config)
-    return tmp_path / name
-
-
-def test_the_base_that_was_trained_on(capsys, tiny, tiny_model, make_adapter, tmp_path):
-    _, base = convert.load_llama(tiny_model, quantization="nf4", dtype="bfloat16")
-    known = noted(tiny, make_adapter, tmp_path, "known", fingerprint_tree(base))
-    other = noted(tiny, make_adapter, tmp_path, "other", "0" * 64)
-    for adapter, here in ((known, True), (other, False)):
-        out = tmp_path / f"merged-{adapter.name}"
-        args = ("merge", tiny_model, adapter, out, "--onto", "original", "--json")
-        status, text, err = run(capsys, *args)
-        assert status == 0
-        report = json.loads(text)
-        assert report["trained_on_this_base"] is here
-        assert report["trained_form"] == ("nf4, bfloat16" if here else None)
-        note = f"Note: `{adapter}` was trained on another base than `{tiny_model}`.\n"
-        assert err == ("" if here else note)
-    # Merged onto what was not trained on; the dtype of what stays dense counts too.
-    for quantization, dtype, here in (
-        ("nf4_dq", "bfloat16", False),
-        ("nf4", "float32", False),
-        ("nf4", "bfloat16", True),
-    ):
-        out = tmp_path / f"onto-{quantization}-{dtype}"
-        args = ("merge", tiny_model, known, out, "--onto", "dequantized", "--json")
-        args = (*args, "--quantization", quantization, "--dtype", dtype)
-        status, text, err = run(capsys, *args)
-        assert status == 0
-        assert json.loads(text)["trained_on_this_base"] is here
-        note = (
-            f"Note: `{known}` was trained on `{tiny_model}` as nf4, bfloat16, and was "
-            f"merged onto {quantization}, {dtype}.\n"
-        )
-        assert err == ("" if here else note)
-    status, text, _ = run(capsys, "verify", known, other)
-    assert status == 0
-    assert "Note: they were trained on different bases" in text
-    args = ("verify", known, other, "--base", tiny_model, "--json")
-    status, text, _ = run(capsys, *args)
-    assert status == 0
-    report = json.loads(text)
-    assert len(report["notes"]) == 2
-    assert f"`{other}` was trained on another base" in report["notes"][1]
-    # It stays with an adapter that is written again.
-    again = tmp_path / "again"
-    status, text, _ = run(capsys, "adapter", known, again, "--base", tiny_model)
-    assert table(text)["base_fingerprint"] == fingerprint_tree(base)
-    files = [d / "adapter_model.safetensors" for d in (known, again)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_check_that_fails_is_reported_after_the_merge(
-    capsys, monkeypatch, tiny, tiny_model, make_adapter, tmp_path
-):
-    def fail(*args):
-        raise MemoryError("Unable to allocate 16 GiB.")
-
-    monkeypatch.setattr("qlora_jax.inference.compare_logits", fail)
-    args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o")
-    status, text, err = run(capsys, *args, "--onto", "original")
-    assert (status, text) == (1, "")
-    assert "`o` was written, and could not" in err.replace(f"{tmp_path}/", "")
-    assert "Unable to allocate 16 GiB. With --no-check nothing is loaded" in err
-    assert "logits" not in json.loads((tmp_path / "o/merge_report.json").read_text())
-
-
-@pytest.mark.real
-def test_a_probe_text(capsys, shared_data, tmp_path):
-    base = shared_data / "stories260K"
-    adapter = shared_data / "adapters" / "stories260K-lora-r8-shakespeare"
-    args = ("merge", base, adapter, tmp_path / "o", "--onto", "original")
-    status, text, _ = run(capsys, *args, "--probe", "Once upon a time", "--json")
-    assert status == 0
-    assert 2 < json.loads(text)["logits"]["probe_tokens"] < 20
-    args = ("verify", base, tmp_path / "o", "--probe", "Once upon a time")
-    status, text, _ = run(capsys, *args)
-    assert status == 1
-    assert re.search(r"Logits on \d+ tokens: max [|]a - b[|] [1-9]", text)
-
-
-def test_a_probe_text_without_a_tokenizer(
-    capsys, tiny, tiny_model, make_adapter, tmp_path
-):
-    args = ("merge", tiny_model, make_adapter(tiny), tmp_path / "o")
-    status, _, err = run(capsys, *args, "--onto", "original", "--probe", "text")
-    assert status == 1
-    assert "has no tokenizer to read a probe text with" in err
-    assert not (tmp_path / "o").exists()
-
-
-def test_merge_of_custom_modules_compares_no_logits(
-    capsys, tiny, make_tensors, save_model, make_adapter, tmp_path
-):
-    custom = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
-    base, out = save_model(custom, make_tensors(custom)), tmp_path / "o"
-    adapter = make_adapter(custom, ("q_proj", "gate"))
-    status, text, err = run(
-        capsys, "merge", base, adapter, out, "--onto", "original", "--json"
-    )
-    assert status == 0
-    assert json.loads(text)["logits"] is None
-    assert json.loads(text)["tensors_changed"] == 4
-    assert err.startswith(f"Note: logits were not compared: `{base}` has modules of")
-
-
-def test_verify_compares_logits(capsys, tiny, tiny_model, make_adapter, tmp_path):
-    a, b = make_adapter(tiny, name="a"), make_adapter(tiny, name="b", seed=2)
-    args = ("verify", a, b, "--base", tiny_model)
-    status, text, _ = run(capsys, *args, "--json")
-    report = json.loads(text)
-    assert (status, report["equal"], len(report["different"])) == (1, False, 8)
-    assert report["logits"]["max_kl"] > 0.01
-    status, text, _ = run(capsys, "verify", a, a, "--base", tiny_model)
-    assert status == 0
-    assert "The same: 8 tensors, byte for byte." in text
-    assert "Logits on 64 tokens: max |a - b| 0 " in text
-    # The adapters by their merged checkpoints, in place of their base.
-    for adapter in (a, b):
-        out = tmp_path / f"merged-{adapter.name}"
-        args = ("merge", tiny_model, adapter, out, "--onto", "original", "--no-check")
-        assert run(capsys, *args)[0] == 0
-    args = ("verify", tmp_path / "merged-a", tmp_path / "merged-b", "--logits")
-    status, text, _ = run(capsys, *args, "--json")
-    merged = json.loads(text)["logits"]
-    assert status == 1
-    for name in ("mean_kl", "max_abs_difference", "max_abs_logit"):
-        assert merged[name] == pytest.approx(report["logits"][name], rel=1e-3)
-
-
-def test_verify_of_custom_modules_compares_no_logits(
-    capsys, tiny, make_tensors, save_model, make_adapter
-):
-    custom = {**tiny, "extra_tensors": {"model.layers.self_attn.gate.weight": [4, 64]}}
-    base = save_model(custom, make_tensors(custom))
-    a = make_adapter(custom, ("q_proj", "gate"), name="a")
-    b = make_adapter(custom, ("q_proj", "gate"), name="b", seed=2)
-    for other, same in ((a, True), (b, False)):
-        status, text, err = run(capsys, "verify", a, other, "--base", base, "--json")
-        assert (status, err) == (0 if same else 1, "")
-        report = json.loads(text)
-        assert report["equal"] is same and report["logits"] is None
-        (note,) = report["notes"]
-        assert note.startswith(f"logits were not compared: `{base}` has modules of its")
-
-
-def test_verify_options_that_do_not_fit(capsys, tiny, tiny_model, make_adapter):
-    adapter = make_adapter(tiny)
-    for args, message in (
-        ((adapter, adapter, "--logits"), "are compared on their base; give it with"),
-        ((tiny_model, tiny_model, "--base", tiny_model), "A base goes with two adap"),
-        ((adapter, adapter, "--base", adapter), "is a PEFT adapter, not a model"),
-    ):
-        status, _, err = run(capsys, "verify", *args)
-        assert status == 2
-        assert message in err
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
-def test_model_to_4bit_and_back(capsys, tiny_model, tmp_path, quantization):
-    four, dense, same = (tmp_path / n for n in ("four", "dense", "same"))
-    args = ("model", tiny_model, four, "--quantization", quantization, "--json")
-    status, text, _ = run(capsys, *args)
-    assert status == 0
-    report = json.loads(text)
-    assert (report["quantization"], report["files"]) == (quantization, 1)
-    config, base = convert.load_llama(tiny_model, quantization=quantization)
-    convert.save_llama(tmp_path / "expected", config, base)
-    assert compare_adapters(four, tmp_path / "expected").equal
-    assert run(capsys, "model", four, same, "--quant-storage", "float32")[0] == 0
-    assert (
-        run(capsys, "model", same, tmp_path / "u8", "--quant-storage", "uint8")[0] == 0
-    )
-    assert compare_adapters(four, tmp_path / "u8").equal
-    assert run(capsys, "model", same, dense, "--dequantize")[0] == 0
-    comparison = compare_adapters(tiny_model, dense)
-    assert not comparison.missing and not comparison.extra
-    assert len(comparison.different) == 14
-    assert all(d.max_abs_difference < 1 for d in comparison.different)
-
-
-def test_model_cast_and_sharding(capsys, tiny_model, tmp_path):
-    out, back = tmp_path / "out", tmp_path / "back"
-    args = ("model", tiny_model, out, "--max-shard-bytes", "20000")
-    status, text, _ = run(capsys, *args)
-    assert status == 0
-    assert compare_adapters(tiny_model, out).equal
-    assert table(text)["files"] == str(len(list(out.glob("*.safetensors"))))
-    assert table(text)["quantization"] == "unchanged"
-    assert run(capsys, "model", out, back, "--dtype", "bfloat16")[0] == 0
-    assert {d.b.split()[0] for d in compare_adapters(tiny_model, back).different} == {
-        "BF16"
-    }
-
-
-def test_model_settings_that_contradict(capsys, tiny_model, packed, tmp_path):
-    out = tmp_path / "out"
-    for args, message in (
-        (
-            (packed, out, "--quantization", "nf4"),
-            "is quantized already; quantizing aga",
-        ),
-        ((tiny_model, out, "--dequantize"), "--dequantize needs 4-bit weights"),
-        (
-            (packed, out, "--dequantize", "--quantization", "nf4"),
-            "--dequantize goes without --quantization",
-        ),
-        ((tiny_model, out, "--quant-storage", "uint8"), "goes with 4-bit output only"),
-    ):
-        status, _, err = run(capsys, "model", *args)
-        assert status == 1
-        assert message in err
-    assert not out.exists()
-
-
-def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
+def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path):
     one = make_adapter(tiny, name="one", seed=1)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
     for directory in (one, two):
         (directory / CHAT_TEMPLATE_FILE).write_text("{{ messages }}")
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
-    status, text, _ = run(capsys, "combine", tmp_path / "sum", *both, "--json")
-    assert status == 0
-    report = json.loads(text)
-    assert report["relative_error"]["total"] == 0.0 and report["weights"] == [0.5, 2.0]
+    combined = report("combine", tmp_path / "sum", *both)
+    assert combined["relative_error"]["total"] == 0.0
+    assert combined["weights"] == [0.5, 2.0]
 
     def update(path) -> np.ndarray:
         lora, adapters = convert.load_adapter(path, LlamaConfig.from_hf(tiny))
@@ -600,16 +323,169 @@ def test_combine(capsys, tiny, tiny_model, make_adapter, tmp_path):
 
     expected = 0.5 * update(one) + 2.0 * update(two)
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
-    raw = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())
-    assert raw["base_model_name_or_path"] == "some/base"
+    assert read(tmp_path / "sum")["base_model_name_or_path"] == "some/base"
     assert (tmp_path / "sum" / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}"
 
     (one / CHAT_TEMPLATE_FILE).write_text("{{ messages[0] }}")
-    status, text, _ = run(
-        capsys, "combine", tmp_path / "svd", *both, "--method", "svd", "--r", 4
-    )
+    svd = tmp_path / "svd"
+    status, text, _ = run("combine", svd, *both, "--method", "svd", "--r", 4)
     assert status == 0 and table(text)["r"] == "4"
-    assert not (tmp_path / "svd" / CHAT_TEMPLATE_FILE).exists()  # they do not agree
-    status, _, err = run(capsys, "combine", tmp_path / "x", *both[:-1])
-    assert status == 1 and "1 numbers for 2 adapters" in err
+    assert not (svd / CHAT_TEMPLATE_FILE).exists()  # they do not agree
+    refused("1 numbers for 2 adapters", "combine", tmp_path / "x", *both[:-1])
     assert not (tmp_path / "x").exists()
+
+
+# --- merge ---
+
+
+def test_merge(run, report, refused, tiny, tiny_model, packed, make_adapter, tmp_path):
+    adapter, out = make_adapter(tiny), tmp_path / "o"
+    merged = report("merge", tiny_model, adapter, out, "--onto", "original")
+    assert merged["tensors_changed"] == 4
+    logits = merged["logits"]
+    assert logits["probe_tokens"] == 64  # its context is 32
+    assert logits["max_abs_difference"] < 1e-4 * logits["max_abs_logit"]
+    assert logits["mean_kl"] < 1e-7
+    assert merged["trained_on_this_base"] is None
+    assert read(out, "merge_report.json") == merged
+    convert.merge(tiny_model, adapter, tmp_path / "p")
+    assert compare(out, tmp_path / "p").equal
+    args = ("merge", packed, adapter, tmp_path / "q", "--onto")
+    status, text, _ = run(*args, "dequantized", "--dtype", "bfloat16", "--no-check")
+    assert status == 0
+    assert "logits" not in text
+    assert table(text)["config_changes"] == "none"
+    assert table(text)["requantization_error"] == "-"
+    refused("no original to merge", *args[:3], tmp_path / "r", "--onto", "original")
+
+
+def test_merge_quantized_and_again(run, tiny, tiny_model, make_adapter, tmp_path):
+    adapter, out = make_adapter(tiny, seed=3), tmp_path / "o"
+    args = ("merge", tiny_model, adapter, out, "--onto", "dequantized")
+    status, text, _ = run(*args, "--quantization", "nf4_dq", "--requantize", "nf4")
+    assert status == 0
+    report = read(out, "merge_report.json")
+    error = report["requantization_error"]["q_proj"]
+    of_q = text.split("  q_proj\n")[1].splitlines()[:2]
+    assert table("\n".join(of_q))["relative"] == f"{error['relative']:.6g}"
+    assert table(text)["max_kl"] == f"{report['logits']['max_kl']:.6g}"
+    # The check is of what was written: here 4-bit weights.
+    assert report["logits"]["max_kl"] > 1e-4
+    quantization = read(out, "config.json")["quantization_config"]
+    assert quantization["bnb_4bit_use_double_quant"] is False
+
+
+def test_the_base_that_was_trained_on(run, report, tiny, tiny_model, adapter, tmp_path):
+    _, base = convert.load_llama(tiny_model, quantization="nf4", dtype="bfloat16")
+    trained, config = fingerprint_tree(base), LlamaConfig.from_hf(tiny)
+    lora, adapters = convert.load_adapter(adapter, config)
+    known, other = tmp_path / "known", tmp_path / "other"
+    for path, fingerprint in ((known, trained), (other, "0" * 64)):
+        lora = dataclasses.replace(lora, base_fingerprint=fingerprint)
+        convert.save_adapter(path, lora, adapters, config)
+    note = f"Note: `{other}` was trained on another base than `{tiny_model}`.\n"
+    for adapter, form, err in ((known, "nf4, bfloat16", ""), (other, None, note)):
+        out = tmp_path / f"merged-{adapter.name}"
+        args = ("merge", tiny_model, adapter, out, "--onto", "original")
+        merged = report(*args, note=err)
+        assert merged["trained_on_this_base"] is (form is not None)
+        assert merged["trained_form"] == form
+    # Merged onto what was not trained on; the dtype of what stays dense counts too.
+    for quantization, dtype, here in (
+        ("nf4_dq", "bfloat16", False),
+        ("nf4", "float32", False),
+        ("nf4", "bfloat16", True),
+    ):
+        note = (
+            f"Note: `{known}` was trained on `{tiny_model}` as nf4, bfloat16, and was "
+            f"merged onto {quantization}, {dtype}.\n"
+        )
+        args = ("merge", tiny_model, known, tmp_path / f"{quantization}-{dtype}")
+        args += ("--onto", "dequantized", "--quantization", quantization)
+        merged = report(*args, "--dtype", dtype, note="" if here else note)
+        assert merged["trained_on_this_base"] is here
+    status, text, _ = run("verify", known, other)
+    assert status == 0
+    assert "Note: they were trained on different bases" in text
+    notes = report("verify", known, other, "--base", tiny_model)["notes"]
+    assert len(notes) == 2
+    assert f"`{other}` was trained on another base" in notes[1]
+    # It stays with an adapter that is written again.
+    again = tmp_path / "again"
+    _, text, _ = run("adapter", known, again, "--base", tiny_model)
+    assert table(text)["base_fingerprint"] == trained
+    assert (known / WEIGHTS).read_bytes() == (again / WEIGHTS).read_bytes()
+
+
+def test_a_failed_check_is_told(refused, monkeypatch, tiny_model, adapter, tmp_path):
+    def fail(*args):
+        raise MemoryError("Unable to allocate 16 GiB.")
+
+    monkeypatch.setattr("qlora_jax.inference.compare_logits", fail)
+    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
+    err = refused(f"`{tmp_path / 'o'}` was written, and could not", *args, "original")
+    assert "Unable to allocate 16 GiB. With --no-check nothing is loaded" in err
+    assert "logits" not in read(tmp_path / "o", "merge_report.json")
+
+
+@pytest.mark.real
+def test_a_probe_text(run, report, shared_data, tmp_path):
+    base, out = shared_data / "stories260K", tmp_path / "o"
+    adapter = shared_data / "adapters" / "stories260K-lora-r8-shakespeare"
+    probe = ("--probe", "Once upon a time")
+    merged = report("merge", base, adapter, out, "--onto", "original", *probe)
+    assert 2 < merged["logits"]["probe_tokens"] < 20
+    status, text, _ = run("verify", base, out, *probe)
+    assert status == 1
+    assert re.search(r"Logits on \d+ tokens: max [|]a - b[|] [1-9]", text)
+
+
+def test_a_probe_text_without_a_tokenizer(refused, tiny_model, adapter, tmp_path):
+    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
+    message = "has no tokenizer to read a probe text with"
+    refused(message, *args, "original", "--probe", "text")
+    assert not (tmp_path / "o").exists()
+
+
+# --- model ---
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
+def test_model_to_4bit_and_back(run, report, tiny_model, tmp_path, quantization):
+    four, dense, wide, u8, expected = (tmp_path / name for name in "fdwue")
+    made = report("model", tiny_model, four, "--quantization", quantization)
+    assert (made["quantization"], made["files"]) == (quantization, 1)
+    config, base = convert.load_llama(tiny_model, quantization=quantization)
+    convert.save_llama(expected, config, base)
+    assert compare(four, expected).equal
+    assert run("model", four, wide, "--quant-storage", "float32")[0] == 0
+    assert run("model", wide, u8, "--quant-storage", "uint8")[0] == 0
+    assert compare(four, u8).equal
+    assert run("model", wide, dense, "--dequantize")[0] == 0
+    comparison = compare(tiny_model, dense)
+    assert not comparison.missing and not comparison.extra
+    assert len(comparison.different) == 14
+    assert all(d.max_abs_difference < 1 for d in comparison.different)
+
+
+def test_model_cast_and_sharding(run, tiny_model, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    status, text, _ = run("model", tiny_model, out, "--max-shard-bytes", "20000")
+    assert status == 0
+    assert compare(tiny_model, out).equal
+    assert table(text)["files"] == str(len(list(out.glob("*.safetensors"))))
+    assert table(text)["quantization"] == "unchanged"
+    assert run("model", out, back, "--dtype", "bfloat16")[0] == 0
+    assert {d.b.split()[0] for d in compare(tiny_model, back).different} == {"BF16"}
+
+
+def test_model_settings_that_contradict(refused, tiny_model, packed, tmp_path):
+    out, quantize = tmp_path / "out", ("--quantization", "nf4")
+    for message, source, *options in (
+        ("is quantized already; quantizing aga", packed, *quantize),
+        ("--dequantize needs 4-bit weights", tiny_model, "--dequantize"),
+        ("--dequantize goes without --quanti", packed, "--dequantize", *quantize),
+        ("goes with 4-bit output only", tiny_model, "--quant-storage", "uint8"),
+    ):
+        refused(message, "model", source, out, *options)
+    assert not out.exists()

@@ -23,25 +23,17 @@ def report():
     }
     source = {"name": EVIL, "share": 0.25, "passes_per_epoch": 1.5, "report": numbers}
     layout = {"rows": 4, "length": 512, "efficiency": 0.5}
+    lengths = [{"from": 1, "to": 4, "examples": 0}, {"from": 5, "to": 8, "examples": 8}]
+    example = {
+        **{"number": 3, "length": 1500, "supervised_tokens": 1, "not_shown": 1497},
+        **{"tokens": [7, 8, 9], "supervised": [False, True, False]},
+        "text": [EVIL, "a\n b", "\u202e"],
+    }
+    rows = {"packing": False, "steps_per_epoch": 2.0}
     return {
-        "data": {**numbers, "sources": [source]},
-        "rows": {
-            **{"packing": False, "steps_per_epoch": 2.0},
-            **{"packed": layout, "one_each": layout},
-        },
-        "lengths": [
-            {"from": 1, "to": 4, "examples": 0},
-            {"from": 5, "to": 8, "examples": 8},
-        ],
-        "notes": [EVIL],
-        "examples": [
-            {
-                **{"number": 3, "length": 1500, "supervised_tokens": 1},
-                **{"not_shown": 1497, "tokens": [7, 8, 9]},
-                "supervised": [False, True, False],
-                "text": [EVIL, "a\n b", "\u202e"],
-            }
-        ],
+        **{"data": {**numbers, "sources": [source]}, "lengths": lengths},
+        **{"rows": {**rows, "packed": layout, "one_each": layout}},
+        **{"notes": [EVIL], "examples": [example]},
     }
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from qlora_jax.cli.eval import Eval
-from qlora_jax.cli.main import main
 from qlora_jax.cli.output import print_report
 from qlora_jax.data.config import DataConfig, Source
 
@@ -48,7 +47,8 @@ def test_sources_of_a_mixture_are_measured_separately(
         assert printed[at + 1] == f"  {files[0]}" and "    loss  " in printed[at + 2]
 
 
-def test_a_batch_size_of_zero_is_refused(llama_dir, rows_file, capsys):
-    command = ["eval", str(llama_dir), "--data.path", str(rows_file)]
-    assert main([*command, "--data.format", "tokens", "--batch-size", "0"]) == 1
-    assert "`batch_size` must be a positive integer" in capsys.readouterr().err
+def test_a_batch_size_of_zero_is_refused(llama_dir, rows_file, cli):
+    data = ["--data.path", rows_file, "--data.format", "tokens"]
+    status, _, err = cli("eval", llama_dir, *data, "--batch-size", "0")
+    assert status == 1
+    assert "`batch_size` must be a positive integer" in err

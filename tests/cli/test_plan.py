@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.nf4.shapes import MODELS
-from qlora_jax.cli import main as cli
 from qlora_jax.cli import plan
 
 
@@ -28,246 +27,208 @@ def run_file(tmp_path, config_json):
     return str(path)
 
 
-def planned(capsys, *args):
-    status = cli.main(["plan", *args, "--method", "estimate", "--json"])
-    captured = capsys.readouterr()
-    assert status == 0, captured.err
-    return json.loads(captured.out)
+@pytest.fixture
+def planned(cli):
+    """A function: options in one string, and places -> the report of an estimate."""
+
+    def planned(options, *args):
+        command = ("plan", *args, *options.split(), "--method", "estimate", "--json")
+        status, out, err = cli(*command)
+        assert status == 0, err
+        return json.loads(out)
+
+    return planned
 
 
-def refused(capsys, *args):
-    assert cli.main(["plan", *args]) == 1
-    return capsys.readouterr().err
+@pytest.fixture
+def plan_8b(planned, config_json):
+    """A function: GPU and options -> the report of a large model."""
+    return lambda options: planned(f"--gpu {options}", "--model", config_json)
 
 
-def test_a_model_on_a_card(capsys, config_json):
-    report = planned(
-        capsys,
-        *("--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"),
-        *("--lora.r", "32"),
-    )
+@pytest.fixture
+def refused(cli):
+    def refused(options, *args):
+        status, out, err = cli("plan", *args, *options.split())
+        assert status == 1 and not out
+        return err
+
+    return refused
+
+
+def test_a_model_on_a_card(plan_8b):
+    report = plan_8b("rtx-4090 --max-length 8192 --lora.r 32")
     assert report["fits"]
     assert (report["max_length"], report["batch_size"]) == (8192, 1)
-    assert report["policy"] == "full"
-    assert report["method"] == "estimate"
+    assert (report["policy"], report["method"]) == ("full", "estimate")
     assert report["compiled_for"] is None
     assert report["dtype"] == "bfloat16"
     assert 4 * 83_886_080 == report["device_bytes"]["adapters"]
 
 
-def test_a_directory_is_a_model_too(capsys, config_json, tmp_path):
-    report = planned(
-        capsys, "--model", str(tmp_path), "--gpu", "h200", "--max-length", "1024"
-    )
+def test_a_directory_is_a_model_too(planned, config_json, tmp_path):
+    report = planned("--gpu h200 --max-length 1024", "--model", tmp_path)
     assert report["policy"] == "none"
 
 
-def test_as_long_as_fits(capsys, config_json):
-    args = ("--model", config_json, "--gpu", "l4", "--lora.r", "32")
-    longest = planned(capsys, *args, "--max-length", "fit")
+def test_as_long_as_fits(plan_8b):
+    longest = plan_8b("l4 --lora.r 32 --max-length fit")
     assert longest["fits"]
     assert longest["max_length"] > 196_608
-    widest = planned(
-        capsys, *args, "--max-length", "2048", "--batch-size", "fit", "--remat", "full"
-    )
+    options = "--max-length 2048 --batch-size fit --remat full"
+    widest = plan_8b(f"l4 --lora.r 32 {options}")
     assert widest["fits"]
     assert widest["batch_size"] > 8
 
 
-def test_a_run_file_is_planned_as_it_would_run_and_options_win(capsys, run_file):
-    report = planned(capsys, run_file, "--gpu", "l4")
+def test_a_run_file_or_its_run_is_planned_and_options_win(planned, run_file, tmp_path):
+    report = planned("--gpu l4", run_file)
     assert report["max_length"] == 2048
     assert report["batch_size"] == 4
     assert report["gradient_accumulation_steps"] == 2
     assert report["remat"] == "offload"
     adapters = report["device_bytes"]["adapters"]
-    changed = planned(
-        capsys, run_file, "--gpu", "l4", "--lora.r", "16", "--batch-size", "2"
-    )
+    changed = planned("--gpu l4 --lora.r 16 --batch-size 2", run_file)
     assert changed["batch_size"] == 2
     assert changed["max_length"] == 2048
     # q_proj keeps the rank 4 of its pattern: less than twice as much.
     assert adapters < changed["device_bytes"]["adapters"] < 2 * adapters
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(Path(run_file).read_text())
+    assert planned("--gpu l4", tmp_path / "run") == report
 
 
-def test_a_card_without_bfloat16_is_planned_with_float16_and_noted(capsys, config_json):
-    args = ("--model", config_json, "--gpu", "t4", "--max-length", "2048")
-    report = planned(capsys, *args)
+def test_a_card_without_bfloat16_gets_float16(plan_8b, refused, config_json):
+    report = plan_8b("t4 --max-length 2048")
     assert (report["dtype"], report["attention"]) == ("float16", "xla")
     assert any("no bfloat16" in note for note in report["notes"])
-    assert "use --dtype float16" in refused(capsys, *args, "--dtype", "bfloat16")
-    error = refused(capsys, *args, "--attention", "cudnn")
+    args = ("--model", config_json, "--gpu", "t4", "--max-length", "2048")
+    assert "use --dtype float16" in refused("--dtype bfloat16", *args)
+    error = refused("--attention cudnn", *args)
     assert "compute capability 8.0 or newer, and this one has 7.5. Use 'auto'" in error
 
 
-def test_the_estimate_refuses_what_the_compiler_would(capsys, config_json, run_file):
+def test_the_estimate_refuses_what_the_compiler_would(plan_8b, refused, config_json):
     args = ("--model", config_json, "--gpu", "rtx-4090", "--max-length", "2048")
-    error = refused(capsys, *args, "--attention", "pallas", "--dtype", "float32")
+    error = refused("--attention pallas --dtype float32", *args)
     assert "attention='pallas' cannot be used on rtx-4090: they compute in" in error
     assert "not float32; they use instructions that only NVIDIA's Hopper has" in error
-    error = refused(capsys, *args, "--attention", "cudnn", "--packing", "True")
+    error = refused("--attention cudnn --packing True", *args)
     assert "takes neither segment ids nor padding masks. Use 'auto' or 'xla'" in error
-    assert planned(capsys, *args, "--attention", "cudnn")["attention"] == "cudnn"
+    report = plan_8b("rtx-4090 --max-length 2048 --attention cudnn")
+    assert report["attention"] == "cudnn"
 
 
-def test_a_run_directory_is_planned_by_its_run_file(capsys, run_file, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text(Path(run_file).read_text())
-    args = ("--gpu", "l4")
-    expected = planned(capsys, str(run_file), *args)
-    assert planned(capsys, str(tmp_path / "run"), *args) == expected
-
-
-def test_several_devices_hold_less_each(capsys, config_json):
-    args = ("--model", config_json, "--gpu", "l4", "--max-length", "2048")
-    args += ("--batch-size", "8", "--remat", "full")
-    single = planned(capsys, *args)
-    eight = planned(capsys, *args, "--mesh.fsdp", "8")
+def test_several_devices_hold_less_each(plan_8b):
+    options = "l4 --max-length 2048 --batch-size 8 --remat full"
+    single, eight = plan_8b(options), plan_8b(f"{options} --mesh.fsdp 8")
     assert eight["mesh"] == {"fsdp": 8}
-    assert eight["device_bytes"]["base"] < single["device_bytes"]["base"] / 7
-    assert eight["device_bytes"]["activations"] == (
-        single["device_bytes"]["activations"] / 8
-    )
+    one, each = (report["device_bytes"] for report in (single, eight))
+    assert each["base"] < one["base"] / 7
+    assert each["activations"] == one["activations"] / 8
 
 
-def test_the_optimizer_of_a_run_file_is_counted(capsys, run_file):
+def test_the_optimizer_of_a_run_file_is_counted(planned, run_file):
     """With groups whose warm-up is longer than the one step of a plan."""
     more = 'optimizer = "adamw_8bit"\nema_decay = 0.5\n'
     more += '[[train.groups]]\nmatch = "proj"\nwarmup_steps = 3\n'
-    path = Path(run_file)
-    sizes = []
-    for text in ("", more):
-        path.write_text(path.read_text() + text)
-        args = (run_file, "--gpu", "l4", "--max-length", "2048")
-        sizes.append(planned(capsys, *args)["device_bytes"]["optimizer"])
-    trained = planned(capsys, *args)["device_bytes"]["adapters"] // 4
+    options = "--gpu l4 --max-length 2048"
+    plain = planned(options, run_file)["device_bytes"]["optimizer"]
+    Path(run_file).write_text(Path(run_file).read_text() + more)
+    bytes_ = planned(options, run_file)["device_bytes"]
+    trained = bytes_["adapters"] // 4
     # 8 bytes a parameter; 2.03 and the average's 4. And counts, step and key.
-    assert sizes[0] == 8 * trained + 20
-    assert 6 * trained < sizes[1] < 6.04 * trained
-    sharded = planned(capsys, *args, "--batch-size", "8", "--mesh.fsdp", "8")
-    assert sharded["device_bytes"]["optimizer"] < 0.3 * sizes[1]
+    assert plain == 8 * trained + 20
+    assert 6 * trained < bytes_["optimizer"] < 6.04 * trained
+    sharded = planned(f"{options} --batch-size 8 --mesh.fsdp 8", run_file)
+    assert sharded["device_bytes"]["optimizer"] < 0.3 * bytes_["optimizer"]
 
 
-def test_what_does_not_fit_is_reported_with_what_would_help(capsys, config_json):
-    report = planned(
-        capsys,
-        *("--model", config_json, "--gpu", "t4", "--max-length", "32768"),
-        *("--remat", "full"),
-    )
+def test_what_does_not_fit_is_reported_with_what_would_help(plan_8b):
+    report = plan_8b("t4 --max-length 32768 --remat full")
     assert not report["fits"]
     assert any("more than the 16.00 GB of t4" in note for note in report["notes"])
     assert any("'offload' saves" in note for note in report["notes"])
 
 
-def test_policies_are_compared_in_a_table(capsys, config_json):
+def test_policies_are_compared_in_a_table(cli, plan_8b, config_json):
     args = ["plan", "--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"]
-    assert cli.main([*args, "--method", "estimate", "--compare"]) == 0
-    text = capsys.readouterr().out
+    _, text, _ = cli(*args, "--method", "estimate", "--compare")
     rows = [line for line in text.splitlines() if "1 x 8,192" in line]
     assert len(rows) == 7  # the head line, and six policies
     assert sum("does not fit" in row for row in rows) == 2
     assert "cuDNN's backward pass" in text
     assert "Note: an estimate by formula, as asked for" in text
-
-
-def test_the_longest_of_each_policy_is_compared(capsys, config_json):
-    report = planned(
-        capsys,
-        *("--model", config_json, "--gpu", "rtx-4090", "--max-length", "fit"),
-        "--compare",
-    )
+    # Whatever is planned; or the longest of each.
+    report = plan_8b("l4 --max-length 2048 --remat full --compare")
+    assert len(report["policies"]) == 6
+    report = plan_8b("rtx-4090 --max-length fit --compare")
     lengths = [row.get("max_length", 0) for row in report["policies"]]
     assert lengths == sorted(lengths)
     assert lengths[-1] == report["max_length"]
 
 
-def test_without_the_compiler_the_plan_says_how_to_get_it(
-    capsys, config_json, monkeypatch
-):
+def test_the_way_to_the_compiler_is_told(cli, refused, config_json, monkeypatch):
     monkeypatch.setattr(plan, "find_compiler", lambda python: None)
     args = ["--model", config_json, "--gpu", "h200", "--max-length", "512"]
-    assert cli.main(["plan", *args]) == 0
-    assert "For the compiled plan: pip install" in capsys.readouterr().out
-    error = refused(capsys, *args, "--method", "compiled")
+    status, out, _ = cli("plan", *args)
+    assert status == 0
+    assert "For the compiled plan: pip install" in out
+    error = refused("--method compiled", *args)
     assert "the GPU compiler is not installed here. Get it with: pip" in error
 
 
-def test_memory_is_drawn(capsys, config_json, tmp_path):
+def test_memory_is_drawn(plan_8b, tmp_path):
     picture = tmp_path / "memory.png"
-    report = planned(
-        capsys,
-        *("--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"),
-        *("--plot", str(picture)),
-    )
+    report = plan_8b(f"rtx-4090 --max-length 8192 --plot {picture}")
     assert report["plot"] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp*"))
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("options", "message"),
     [
-        (("--gpu", "rtx4090", "--max-length", "9"), "Did you mean `rtx-4090`"),
-        (("--max-length", "9"), "Name the GPU: --gpu"),
-        (("--gpu", "h200"), "Give the length of the rows"),
+        ("--gpu rtx4090 --max-length 9", "Did you mean `rtx-4090`"),
+        ("--max-length 9", "Name the GPU: --gpu"),
+        ("--gpu h200", "Give the length of the rows"),
+        ("--gpu h200 --max-length 0", "`data.max_length` must be an integer from 2"),
+        ("--gpu h200 --max-length -5", "`data.max_length` must be an integer from 2"),
         (
-            ("--gpu", "h200", "--max-length", "0"),
-            "`data.max_length` must be an integer from 2",
-        ),
-        (
-            ("--gpu", "h200", "--max-length", "-5"),
-            "`data.max_length` must be an integer from 2",
-        ),
-        (
-            ("--gpu", "h200", "--max-length", "2000000000", "--batch-size", "2"),
+            "--gpu h200 --max-length 2000000000 --batch-size 2",
             "tokens are counted in 32 bits",
         ),
+        ("--gpu h200 --max-length fit --batch-size fit", "fix one of them"),
         (
-            ("--gpu", "h200", "--max-length", "fit", "--batch-size", "fit"),
-            "fix one of them",
-        ),
-        (
-            ("--gpu", "h200", "--max-length", "9", "--mesh.fsdp", "8"),
+            "--gpu h200 --max-length 9 --mesh.fsdp 8",
             "`batch_size`=1 must be a multiple of the 8 devices",
         ),
         (
-            ("--gpu", "h200", "--max-length", "9", "--mesh.data", "0"),
+            "--gpu h200 --max-length 9 --mesh.data 0",
             "--mesh.data must be at least 1",
         ),
     ],
 )
-def test_settings_that_no_run_can_have_are_refused(capsys, config_json, args, message):
-    error = refused(capsys, "--model", config_json, "--method", "estimate", *args)
+def test_settings_of_no_run_are_refused(refused, config_json, options, message):
+    error = refused(f"--method estimate {options}", "--model", config_json)
     assert message in error
     assert error.startswith("qlora-jax plan: ")
 
 
-def test_a_model_is_needed(capsys, tmp_path):
-    assert "Name the model" in refused(capsys, "--gpu", "h200", "--max-length", "9")
-    missing = str(tmp_path / "nowhere")
-    args = ("--model", missing, "--gpu", "h200", "--max-length", "9")
-    assert "nowhere" in refused(capsys, *args)
+def test_a_model_is_needed(refused, tmp_path):
+    options = "--gpu h200 --max-length 9"
+    assert "Name the model" in refused(options)
+    assert "nowhere" in refused(options, "--model", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["nowhere/memory.png", "memory.txt"])
-def test_a_picture_that_cannot_be_drawn_is_refused_first(
-    capsys, config_json, tmp_path, name
-):
-    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
-    assert cli.main([*args, "--plot", str(tmp_path / name)]) == 1
-    error = capsys.readouterr()
-    assert "`plot`" in error.err and not error.out
+def test_a_picture_not_to_be_drawn_is_refused(refused, config_json, tmp_path, name):
+    args = ("--model", config_json, "--plot", tmp_path / name)
+    assert "`plot`" in refused("--gpu l4 --max-length 2048", *args)
 
 
-def test_a_policy_is_printed_as_settings_of_a_run_file(capsys, config_json):
-    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
-    assert cli.main([*args, "--method", "estimate", "--remat", "offload"]) == 0
-    assert '  remat = "offload"\n' in capsys.readouterr().out
-
-
-def test_every_policy_is_compared_whatever_is_planned(capsys, config_json):
-    args = ["plan", "--model", str(config_json), "--gpu", "l4", "--max-length", "2048"]
-    args += ["--method", "estimate", "--remat", "full", "--compare", "--json"]
-    assert cli.main(args) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert len(report["policies"]) == 6
+def test_a_policy_is_printed_as_settings_of_a_run_file(cli, config_json):
+    args = ["plan", "--model", config_json, "--gpu", "l4", "--max-length", "2048"]
+    status, out, _ = cli(*args, "--method", "estimate", "--remat", "offload")
+    assert status == 0
+    assert '  remat = "offload"\n' in out

@@ -1,14 +1,12 @@
 """`qlora-jax tokens` on a real model whose tables were damaged, as base models are."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 import convert
 from convert.tokenizer import load_tokenizer
-from qlora_jax.cli.main import main
 from qlora_jax.runs.loading import load
 
 TEXT = "Once upon a time there was a little dog."
@@ -28,24 +26,29 @@ def damaged(shared_data, tmp_path):
     return tmp_path / "damaged", used[2], unused
 
 
-def report(capsys, *args) -> dict:
-    assert main(["tokens", *map(str, args), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def report(cli):
+    def report(*args) -> dict:
+        status, out, _ = cli("tokens", *args, "--json")
+        assert status == 0
+        return json.loads(out)
+
+    return report
 
 
-def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, capsys):
+def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, report):
     path, bad, unused = damaged
     data = ["--data.path", tmp_path / "text.txt"]
-    untrained = report(capsys, path, *data)
+    untrained = report(path, *data)
     assert untrained["untrained_rows"] == {"embed_tokens": 2}
     (named,) = untrained["untrained_and_used"]["embed_tokens"]
     assert named.startswith(f"{bad} ")
     # Nothing of the tokenizer's own is untrained.
-    assert report(capsys, path)["untrained_and_used"] == {"embed_tokens": []}
+    assert report(path)["untrained_and_used"] == {"embed_tokens": []}
 
     out = tmp_path / "repaired"
-    report(capsys, path, *data, "--repair", "mean", "--output-dir", out)
-    assert report(capsys, out, *data)["untrained_and_used"] == {"embed_tokens": []}
+    report(path, *data, "--repair", "mean", "--output-dir", out)
+    assert report(out, *data)["untrained_and_used"] == {"embed_tokens": []}
     before, after = (
         convert.load_llama(p, quantization=None)[1]["model"]["embed_tokens"]["weight"]
         for p in (path, out)
@@ -56,21 +59,18 @@ def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, cap
     np.testing.assert_allclose(after[bad], trained, atol=1e-6)
 
 
-def test_with_nothing_to_repair_the_model_is_written_as_it_is(
-    shared_data, tmp_path, capsys
-):
+def test_with_nothing_to_repair_the_model_stays(shared_data, tmp_path, cli):
     source, out = shared_data / "stories260K", tmp_path / "out"
-    args = ["tokens", source, "--repair", "mean", "--output-dir", out]
-    assert main([str(a) for a in args]) == 0
-    err = capsys.readouterr().err
+    status, _, err = cli("tokens", source, "--repair", "mean", "--output-dir", out)
+    assert status == 0
     assert "Note: no token that is used has an untrained row" in err
     before, after = (d / "model.safetensors" for d in (source, out))
     assert before.read_bytes() == after.read_bytes()
 
 
-def test_new_tokens_get_rows_and_names(shared_data, tmp_path, capsys):
+def test_new_tokens_get_rows_and_names(shared_data, tmp_path, report):
     source, out = shared_data / "stories260K", tmp_path / "grown"
-    added = report(capsys, source, "--add", "<ask>", "<answer>", "--output-dir", out)
+    added = report(source, "--add", "<ask>", "<answer>", "--output-dir", out)
     assert added["new_tokens"] == [512, 513] and added["new_vocab_size"] == 514
     tokenizer = load_tokenizer(out)
     ids = tokenizer("<ask>Once")["input_ids"]
@@ -94,33 +94,33 @@ def test_new_tokens_get_rows_and_names(shared_data, tmp_path, capsys):
     ],
 )
 def test_options_that_do_not_go_together(
-    shared_data, capsys, tmp_path, monkeypatch, options, message
+    shared_data, cli, tmp_path, monkeypatch, options, message
 ):
     monkeypatch.chdir(tmp_path)
-    assert main(["tokens", str(shared_data / "stories260K"), *options]) == 1
-    assert message in capsys.readouterr().err
+    status, _, err = cli("tokens", shared_data / "stories260K", *options)
+    assert status == 1
+    assert message in err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_tokenizer(llama_dir, tmp_path, capsys):
-    untrained = report(capsys, llama_dir)
+def test_a_model_without_tokenizer(llama_dir, tmp_path, cli, report):
+    untrained = report(llama_dir)
     assert untrained["tokenizer_size"] is None and untrained["tokens_used"] == 0
-    options = ["--add", "<x>", "--output-dir", str(tmp_path / "out")]
-    assert main(["tokens", str(llama_dir), *options]) == 1
-    assert "has no tokenizer" in capsys.readouterr().err
+    options = ["--add", "<x>", "--output-dir", tmp_path / "out"]
+    status, _, err = cli("tokens", llama_dir, *options)
+    assert status == 1
+    assert "has no tokenizer" in err
 
 
-def test_a_run_warns_of_untrained_tokens_unless_their_rows_are_trained(
-    damaged, tmp_path, capsys
-):
+def test_a_run_warns_of_untrained_rows_it_does_not_train(damaged, tmp_path, cli):
     path, bad, _ = damaged
-    shutil.copy(tmp_path / "text.txt", tmp_path / "more.txt")
-    args = ["train", "--model.path", path, "--data.path", tmp_path / "more.txt"]
-    args += ["--train.steps", 1, "--output-dir", tmp_path / "run"]
-    assert main([str(a) for a in args]) == 0
-    err = " ".join(capsys.readouterr().err.split())
-    assert f"1 tokens whose rows of embed_tokens were never trained ({bad})" in err
-    rows = ["--lora.trainable-token-indices", str(bad)]
-    args[-1] = tmp_path / "run2"
-    assert main([*(str(a) for a in args), *rows]) == 0
-    assert "never trained" not in capsys.readouterr().err
+    args = ["train", "--model.path", path, "--data.path", tmp_path / "text.txt"]
+    args += ["--train.steps", 1, "--output-dir"]
+    status, _, err = cli(*args, tmp_path / "run")
+    assert status == 0
+    warning = f"1 tokens whose rows of embed_tokens were never trained ({bad})"
+    assert warning in " ".join(err.split())
+    rows = ["--lora.trainable-token-indices", bad]
+    status, _, err = cli(*args, tmp_path / "run2", *rows)
+    assert status == 0
+    assert "never trained" not in err

@@ -1,4 +1,4 @@
-"""A large checkpoint, and the measure of peak memory."""
+"""Checkpoints, small and large, and the measure of peak memory."""
 
 import json
 import os
@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from convert.names import checkpoint_keys
+from convert.output import Entry, write_model_files
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
 
@@ -51,15 +52,38 @@ def measure() -> Callable[..., list[int]]:
         pytest.skip("needs Linux's /proc")
 
     def run(program: str, *args: object) -> list[int]:
-        done = subprocess.run(
-            [sys.executable, "-c", _MEASURE + program, *map(str, args)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, "-c", _MEASURE + program, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return [int(line) for line in done.stdout.split()]
 
     return run
+
+
+@pytest.fixture
+def make_model(tiny: dict[str, Any], make_tensors: Any, save_model: Any) -> Any:
+    """A function: change of the tensors, fields of config.json -> directory."""
+
+    def make(
+        change: Callable[..., Any] | None = None,
+        name: str = "model",
+        *,
+        dtype: Any = np.float32,
+        shards: int = 1,
+        **fields: Any,
+    ) -> Path:
+        raw = {**tiny, **fields}
+        tensors = make_tensors(raw, dtype)
+        if change is not None:
+            change(tensors)
+        return save_model(raw, tensors, name, shards)
+
+    return make
+
+
+@pytest.fixture
+def config(tiny: dict[str, Any]) -> LlamaConfig:
+    """The configuration of `tiny_model`."""
+    return LlamaConfig.from_hf(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -69,17 +93,11 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Four layers, 2048 x 8192; all layers hold the same bytes.
     """
     raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "float32",
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 32,
-        "vocab_size": 1000,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        **{"torch_dtype": "float32", "tie_word_embeddings": False},
+        **{"max_position_embeddings": 32, "vocab_size": 1000, "hidden_size": 2048},
+        **{"intermediate_size": 8192, "num_hidden_layers": 4},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4},
     }
     config = LlamaConfig.from_hf(raw)
     path = tmp_path_factory.mktemp("big")
@@ -89,14 +107,7 @@ def big_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
         for where, shape in model_params.shapes(config).items()
     }
-    table = list(checkpoint_keys(config).items())
-    weight_map = {}
-    for i, part in enumerate((table[: len(table) // 2], table[len(table) // 2 :])):
-        file = f"model-{i + 1:05d}-of-00002.safetensors"
-        tensors = {key: made[where] for key, (where, _) in part}
-        safetensors.numpy.save_file(tensors, path / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": weight_map})
-    )
+    keys = checkpoint_keys(config)
+    entries = [Entry.of(key, made[where]) for key, (where, _) in keys.items()]
+    write_model_files(path, entries, max_shard_bytes=300_000_000)
     return path

@@ -7,7 +7,6 @@ and that survive being saved and loaded. Nothing is written but the directory as
 """
 
 import contextlib
-import gc
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -25,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jaxtyping
 import ml_dtypes
 import numpy as np
@@ -33,24 +32,19 @@ import safetensors.numpy
 
 import convert
 from convert.names import adapter_keys
-from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
+from tests.convert.reference import WEIGHTS, equal_arrays, ones
 
+CONFIG = "adapter_config.json"
 MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 6,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "attention_bias": True,
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 6},
+    **{"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True},
 }
 TIED = {**MODEL, "tie_word_embeddings": True}
 # The bounds of a case; the worst takes a second, or 100 MB (a long JSON of "[]").
@@ -130,40 +124,34 @@ class Case:
 
     fields: dict[str, Any]
     tensors: Tensors
-    model: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=lambda: MODEL)
     config: bytes = b""
     weights: bytes = b""
-    special: list[Callable[[Path], None]] = field(default_factory=list)
-    done: list[str] = field(default_factory=list)
     strict: bool = True
     by_tree: bool = False
     """Whether the model is given by its parameters instead of its configuration."""
 
-    def finish_config(self) -> None:
+    def finish(self) -> "Case":
         self.config = json.dumps(self.fields, indent=2).encode()
-
-    def finish_weights(self) -> None:
         self.weights = safetensors.numpy.save(self.tensors, {"format": "pt"})
+        return self
 
     def write(self, path: Path) -> None:
         path.mkdir()
-        (path / "adapter_config.json").write_bytes(self.config)
-        (path / "adapter_model.safetensors").write_bytes(self.weights)
-        for change in self.special:
-            change(path)
+        (path / CONFIG).write_bytes(self.config)
+        (path / WEIGHTS).write_bytes(self.weights)
 
 
 def sound(rng: Rng, name: str) -> Case:
-    dtype = (np.float32, np.float32, np.float16, ml_dtypes.bfloat16)[rng.integers(4)]
+    dtype = pick(rng, (np.float32, np.float32, np.float16, ml_dtypes.bfloat16))
     tensors = {
         key: rng.standard_normal(shape, np.float32).astype(dtype)
         for key, shape in SHAPES_OF[name].items()
     }
-    model = TIED if rng.random() < 0.2 else MODEL
-    return Case(json.loads(json.dumps(FIELDS | STARTS[name])), tensors, model)
+    return Case(json.loads(json.dumps(FIELDS | STARTS[name])), tensors)
 
 
-# --- Mutations: of fields, of tensors, of a header, of bytes, of places ---
+# --- Mutations: of fields, of tensors, of a header, of bytes ---
 
 
 def pick(rng: Rng, choices: Any) -> Any:
@@ -268,7 +256,11 @@ COUNTS = [
     "9223372036854775807", "9" * 4000, "9" * 5000, "NaN", "null", '"8"', "true", "[]",
     "{}", "4294967296", "0", "1", "2", "8", "00", "",
 ]
-ENTRIES = ["null", "1", "[]", deep(300), "{}", '"x"']
+LISTS = [
+    "null", "0", "1", "{}", "[]", '"[1]"', '"x"', deep(200), deep(300), deep(100_000),
+    "[0, 18446744073709551615, 18446744073709551615, 18446744073709551615]",
+    "[" + "4294967296," * 39 + "1]", "[" + "1," * 69 + "1]", '["F32", [1], [0, 4]]',
+]
 METADATA = [
     "", "null", "1", "[]", '{"a":1}', '{"a":null}', '{"a":{"b":"c"}}', deep(200),
     '{"a":"b","a":"c"}', '{"\\ud800":"x"}', '{"format":"pt"},"__metadata__":{}',
@@ -278,9 +270,11 @@ METADATA = [
 # fmt: on
 
 
+RAW = {int: COUNTS, str: [*NAMES, *DTYPES], list: LISTS}
+
+
 def hostile(rng: Rng) -> Any:
-    kind = pick(rng, (TEXTS, NUMBERS, TABLES))
-    value = pick(rng, kind)
+    value = pick(rng, pick(rng, (TEXTS, NUMBERS, TABLES)))
     wrap = rng.random()
     if wrap < 0.1:
         return [value]
@@ -292,11 +286,8 @@ def hostile(rng: Rng) -> Any:
 
 
 def set_field(rng: Rng, case: Case) -> None:
-    case.fields[pick(rng, list(FIELDS))] = hostile(rng)
-
-
-def set_a_field_that_matters(rng: Rng, case: Case) -> None:
-    case.fields[pick(rng, MATTERING)] = hostile(rng)
+    names = pick(rng, (list(FIELDS), MATTERING, MATTERING, TEXTS))
+    case.fields[pick(rng, names)] = hostile(rng)
 
 
 def set_a_pattern(rng: Rng, case: Case) -> None:
@@ -309,33 +300,6 @@ def set_a_pattern(rng: Rng, case: Case) -> None:
         case.fields[name] = pick(rng, (text, [text], ["q_proj", text]))
     if name == "layers_pattern":
         case.fields["layers_to_transform"] = pick(rng, ([0], [1], [0, 1]))
-
-
-def change_a_value(rng: Rng, case: Case) -> None:
-    """Another value of the same type."""
-    name = pick(rng, list(FIELDS))
-    value = case.fields.get(name)
-    if isinstance(value, bool):
-        case.fields[name] = not value
-    elif isinstance(value, int):
-        case.fields[name] = value + int(rng.integers(-3, 4))
-    elif isinstance(value, str):
-        position = int(rng.integers(len(value) + 1))
-        case.fields[name] = value[:position] + pick(rng, TEXTS) + value[position:]
-    elif isinstance(value, list):
-        value.insert(int(rng.integers(len(value) + 1)), hostile(rng))
-    elif isinstance(value, dict):
-        value[pick(rng, TEXTS)] = hostile(rng)
-    else:
-        case.fields[name] = hostile(rng)
-
-
-def delete_field(rng: Rng, case: Case) -> None:
-    case.fields.pop(pick(rng, list(FIELDS)), None)
-
-
-def add_field(rng: Rng, case: Case) -> None:
-    case.fields[pick(rng, TEXTS)] = hostile(rng)
 
 
 def set_fields_of_another(rng: Rng, case: Case) -> None:
@@ -390,8 +354,7 @@ def spoil_values(rng: Rng, case: Case) -> None:
 
 # fmt: off
 FIELD_MUTATIONS = [
-    set_field, set_a_field_that_matters, set_a_field_that_matters, set_a_pattern,
-    change_a_value, delete_field, add_field, set_fields_of_another,
+    set_field, set_field, set_field, set_a_pattern, set_fields_of_another,
 ]
 TENSOR_MUTATIONS = [
     drop_tensor, rename_tensor, add_tensor, reshape_tensor, retype_tensor, spoil_values,
@@ -399,38 +362,82 @@ TENSOR_MUTATIONS = [
 # fmt: on
 
 
-def replace_in_text(rng: Rng, data: bytes) -> bytes:
-    """Replaces a value by a raw fragment: what no JSON writer would write."""
-    places = [i for i, byte in enumerate(data) if byte == ord(":")]
-    if not places:
-        return pick(rng, FRAGMENTS).encode()
-    position = pick(rng, places) + 1
-    end = position
-    while end < len(data) and data[end] not in b",}\n":
-        end += 1
-    return data[:position] + pick(rng, FRAGMENTS).encode() + data[end:]
+class Raw(str):
+    """Text that stands in JSON as it is: what no JSON writer would write."""
+
+
+class Pairs(list):
+    """A JSON object: its [key, value] lists."""
+
+
+def dump(value: Any) -> str:
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, Pairs):
+        pairs = (pair if isinstance(pair, list) else [pair] for pair in value)
+        return "{" + ",".join(":".join(map(dump, pair)) for pair in pairs) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(dump, value))}]"
+    return json.dumps(value)
+
+
+def near(rng: Rng, value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + int(rng.integers(-8, 9))
+    if isinstance(value, str):
+        position = int(rng.integers(len(value) + 1))
+        return value[:position] + pick(rng, TEXTS) + value[position:]
+    return type(value)(value[::-1]) if isinstance(value, list) else hostile(rng)
+
+
+def slots(node: list[Any]) -> Iterator[tuple[list[Any], int]]:
+    """Every place in a tree of lists."""
+    for index, child in enumerate(node):
+        yield node, index
+        if isinstance(child, list):
+            yield from slots(child)
+
+
+def change_json(rng: Rng, data: bytes) -> bytes:
+    """Changes one key or value, of a configuration or a header."""
+    tree = [json.loads(data, object_pairs_hook=lambda p: Pairs(map(list, p)))]
+    node, index = pick(rng, list(slots(tree)))
+    old = node[index]
+    kind = int(rng.integers(10))
+    if kind < 4:
+        choices = pick(rng, (RAW.get(type(old), LISTS), FRAGMENTS))
+        node[index] = Raw(pick(rng, choices))
+    elif kind == 4:
+        node[index] = hostile(rng)
+    elif kind < 7:
+        node[index] = near(rng, old)
+    elif kind == 7:
+        del node[index]
+    elif kind == 8:
+        node.insert(index, pick(rng, (old, old, [hostile(rng)] * 2)))
+    else:  # two in each other's place
+        other = int(rng.integers(len(node)))
+        node[index], node[other] = node[other], old
+    return "".join(map(dump, tree)).encode(errors="surrogatepass")
 
 
 def change_the_text(rng: Rng, data: bytes) -> bytes:
-    kind = int(rng.integers(20))
-    text = data.decode(errors="replace")
-    changed = {
-        0: lambda: data * 2,
-        1: lambda: b"\xef\xbb\xbf" + data,
-        2: lambda: text.encode("utf-16"),
-        3: lambda: text.encode("utf-32"),
-        4: lambda: data + b"\0",
-        5: lambda: b"\xff" + data,
-        6: lambda: data + b"}",
-        7: lambda: data.replace(b'"', b"'"),
-        8: lambda: data.replace(b'"', b'"\xed\xa0\x80', 1),
-        9: lambda: data[:1] + b'"r": 2, "r": 3, "peft_type": "LORA",' + data[1:],
-        10: lambda: data[:1] + b'"__proto__": {"r": 1}, "\\ud800": 1,' + data[1:],
-        11: lambda: data[:1] + b" " * pick(rng, (10, 3_990_000, 4_000_000)) + data[1:],
-    }.get(kind)
-    if changed is None:
-        return pick(rng, FULL if rng.random() < 0.03 else CONTENTS)
-    return changed()
+    kind, text = int(rng.integers(20)), data.decode(errors="replace")
+    changed = [
+        *(data * 2, b"\xef\xbb\xbf" + data, text.encode("utf-16")),
+        *(text.encode("utf-32"), data + b"\0", b"\xff" + data, data + b"}"),
+        data.replace(b'"', b"'"),
+        data.replace(b'"', b'"\xed\xa0\x80', 1),
+        data[:1] + b'"r": 2, "r": 3, "peft_type": "LORA",' + data[1:],
+        data[:1] + b'"__proto__": {"r": 1}, "\\ud800": 1,' + data[1:],
+        data[:1] + b" " * pick(rng, (10, 3_990_000, 4_000_000)) + data[1:],
+    ]
+    if kind < len(changed):
+        return changed[kind]
+    return pick(rng, FULL if rng.random() < 0.03 else CONTENTS)
 
 
 def change_bytes(rng: Rng, data: bytes) -> bytes:
@@ -449,9 +456,8 @@ def change_bytes(rng: Rng, data: bytes) -> bytes:
         elif kind == 3:
             del out[position : position + length]
         elif kind == 4:
-            out[position : position + length] = (
-                pick(rng, (b"\0", b"\xff", b'"', b"9")) * length
-            )
+            byte = pick(rng, (b"\0", b"\xff", b'"', b"9"))
+            out[position : position + length] = byte * length
         elif kind == 5:
             out[position:position] = out[position : position + length]
         elif rng.random() < 0.3:
@@ -459,140 +465,35 @@ def change_bytes(rng: Rng, data: bytes) -> bytes:
     return bytes(out)
 
 
-Fragments = list[list[str]]
-
-
-def split(data: bytes) -> tuple[Fragments, bytes]:
-    """A safetensors file as raw JSON fragments [name, dtype, shape, offsets], data."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    return [
-        [
-            json.dumps(name),
-            *(json.dumps(e[k]) for k in ("dtype", "shape", "data_offsets")),
-        ]
-        for name, e in header.items()
-    ], data[8 + length :]
-
-
-def joined(
-    fragments: Fragments, data: bytes, metadata: str = '{"format":"pt"}'
-) -> bytes:
-    parts = [f'"__metadata__":{metadata}'] if metadata else []
-    for name, dtype, shape, offsets in fragments:
-        entry = f'{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}'
-        parts.append(f"{name}:{entry if dtype else shape}")
-    header = ("{" + ",".join(parts) + "}").encode(errors="surrogatepass")
-    return len(header).to_bytes(8, "little") + header + data
-
-
-def lists(rng: Rng, text: str) -> str:
-    """A list of numbers, changed."""
-    items = text.strip("[]").split(", ") if text.strip("[]") else []
-    kind = rng.random()
-    if kind < 0.5 and items:
-        items[int(rng.integers(len(items)))] = pick(rng, COUNTS)
-    elif kind < 0.6:
-        items = [pick(rng, COUNTS) for _ in range(pick(rng, (0, 1, 2, 3, 70)))]
-    elif kind < 0.7:
-        items = items[::-1]
-    elif kind < 0.75:
-        items = ["0", *["18446744073709551615"] * 3]
-    elif kind < 0.8:
-        items = ["4294967296"] * 40
-    elif kind < 0.85:
-        return pick(rng, ("null", "0", '"[1]"', "{}", deep(200), deep(100_000)))
-    elif kind < 0.95 and items:
-        number = items[-1] if items[-1].isdigit() else "0"
-        items[-1] = str(int(number[:20]) + int(rng.integers(-8, 9)))
-    else:
-        items.append("1")
-    return f"[{', '.join(items)}]"
-
-
 def change_header(rng: Rng, data: bytes) -> bytes:
-    """A header whose JSON, lengths, names, shapes or offsets are not what they were."""
-    if len(data) < 10 or int.from_bytes(data[:8], "little") > len(data):
-        return data
-    try:
-        fragments, rest = split(data)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return data
-    metadata = '{"format":"pt"}'
-    entry = pick(rng, fragments) if fragments else ['"a"', '"F32"', "[0]", "[0, 0]"]
+    """A header, its length or the data behind it that are not what they were."""
+    length = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + length], data[8 + length :]
     kind = int(rng.integers(15))
-    if kind == 0:
-        entry[0] = pick(rng, NAMES)
-    elif kind == 1:
-        entry[1] = pick(rng, DTYPES)
-    elif kind in (2, 3):
-        entry[2] = lists(rng, entry[2])
-    elif kind in (4, 5):
-        entry[3] = lists(rng, entry[3])
-    elif kind == 6:  # the same name twice, or the same bytes twice
-        fragments.append([pick(rng, (entry[0], '"x"', "\ud800")), *entry[1:]])
-    elif kind == 7:  # no object, or the right values in a list
-        entry[1:3] = "", pick(rng, [*ENTRIES, f"[{', '.join(entry[1:])}]"])
-    elif kind == 8:
-        metadata = pick(rng, METADATA)
-    elif kind == 9:  # a claim about the header's own length
+    if kind == 0:  # a claim about the header's own length
         lengths = (0, 1, 7, 99_999_999, 100_000_001, 2**31, 2**53, 2**63, 2**64 - 1)
-        real = int.from_bytes(data[:8], "little")
-        lengths += (real - 1, real + 1, len(data) - 8, len(data), len(data) - 7)
-        return max(pick(rng, lengths), 0).to_bytes(8, "little") + data[8:]
-    elif kind == 10:  # a long header
-        space = b" " * pick(rng, (1, 7, 3_900_000, 4_000_000))
-        header = data[8 : 8 + int.from_bytes(data[:8], "little")] + space
-        return len(header).to_bytes(8, "little") + header + rest
-    elif kind == 11:  # many tensors without a byte
-        fragments += [[f'"t{i}"', '"F32"', "[0]", "[0, 0]"] for i in range(3000)]
-    elif kind == 12:
+        lengths += (length - 1, length + 1, len(data) - 8, len(data), len(data) - 7)
+        return pick(rng, lengths).to_bytes(8, "little") + data[8:]
+    if kind == 1:  # a long one
+        header += b" " * pick(rng, (1, 7, 3_900_000, 4_000_000))
+    elif kind == 2:  # many tensors without a byte
+        empty = '"dtype":"F32","shape":[0],"data_offsets":[0,0]'
+        many = ",".join(f'"t{i}":{{{empty}}}' for i in range(3000))
+        header = b"{" + many.encode() + b"," + header[1:]
+    elif kind == 3:
         rest = pick(rng, (rest + b"\0", rest[:-1], rest * 2, b"", b"\0" + rest))
-    elif kind == 13 and len(fragments) > 1:  # two tensors in each other's place
-        other = pick(rng, fragments)
-        entry[3], other[3] = other[3], entry[3]
-    elif kind == 14:
-        header = change_the_text(rng, data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return len(header).to_bytes(8, "little") + header + rest
-    return joined(fragments, rest, metadata)
+    elif kind == 4:
+        header = change_the_text(rng, header)
+    elif kind == 5:
+        metadata = pick(rng, METADATA).encode()
+        header = header.replace(b'{"format":"pt"}', metadata)
+    else:
+        header = change_json(rng, header)
+    return len(header).to_bytes(8, "little") + header + rest
 
 
-CONFIG_BYTES = [replace_in_text, replace_in_text, change_the_text, change_bytes]
+CONFIG_BYTES = [change_json, change_json, change_json, change_the_text, change_bytes]
 WEIGHT_BYTES = [change_header, change_header, change_header, change_bytes, change_bytes]
-
-
-def misplace(rng: Rng, case: Case) -> None:
-    """Replaces a file by something else."""
-    name = pick(rng, ("adapter_config.json", "adapter_model.safetensors"))
-
-    def change(path: Path) -> None:
-        file = path / name
-        content = file.read_bytes()
-        file.unlink()
-        if kind == "directory":
-            file.mkdir()
-        elif kind == "pipe":
-            os.mkfifo(file)
-        elif kind == "socket":
-            here = os.getcwd()
-            os.chdir(path)  # the path of a socket is short
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(name)
-            os.chdir(here)
-        elif kind == "pickle":
-            (path / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
-        elif kind == "file behind a link":
-            (path / "content").write_bytes(content)
-            file.symlink_to("content")
-        elif kind != "nothing":
-            file.symlink_to(kind)
-
-    kinds = ("directory", "pipe", "socket", "pickle", "file behind a link", "nothing")
-    kind = pick(
-        rng, (*kinds, name, "nowhere", "/dev/zero", "/dev/tty", "..", "/proc/self")
-    )
-    case.special.append(change)
 
 
 def make_case(seed: int) -> Case:
@@ -600,27 +501,23 @@ def make_case(seed: int) -> Case:
     rng = np.random.default_rng([20_261_121, seed])
     scope = ("weights", "config", "both")[seed % 3]
     case = sound(rng, pick(rng, list(STARTS)))
+    case.model = TIED if rng.random() < 0.2 else MODEL
     case.strict = rng.random() < 0.8
     case.by_tree = rng.random() < 0.2
-
-    def mutate(mutations: list[Any], *args: Any) -> Any:
-        mutation = pick(rng, mutations)
-        case.done.append(mutation.__name__)
-        return mutation(rng, *args)
-
+    changed = False
     for _ in range(pick(rng, (1, 1, 1, 2, 3))):
-        if scope != "weights" and rng.random() < 0.7:
-            mutate(FIELD_MUTATIONS, case)
-        if scope != "config" and rng.random() < 0.5:
-            mutate(TENSOR_MUTATIONS, case)
-    case.finish_config()
-    case.finish_weights()
-    if scope != "weights" and rng.random() < 0.4 or not case.done and scope == "config":
-        case.config = mutate(CONFIG_BYTES, case.config)
-    if scope != "config" and rng.random() < 0.6 or not case.done:
-        case.weights = mutate(WEIGHT_BYTES, case.weights)
-    if rng.random() < 0.02:
-        mutate([misplace], case)
+        for other, mutations, chance in (
+            ("weights", FIELD_MUTATIONS, 0.7),
+            ("config", TENSOR_MUTATIONS, 0.5),
+        ):
+            if scope != other and rng.random() < chance:
+                pick(rng, mutations)(rng, case)
+                changed = True
+    case.finish()
+    if scope != "weights" and (rng.random() < 0.5 or not changed):
+        case.config = pick(rng, CONFIG_BYTES)(rng, case.config)
+    if scope != "config" and (rng.random() < 0.6 or not changed):
+        case.weights = pick(rng, WEIGHT_BYTES)(rng, case.weights)
     return case
 
 
@@ -634,52 +531,33 @@ class Hang(BaseException):
 # Time of the processor, which a machine with other work does not lengthen. What waits
 # takes none: it has this many times longer by the clock on the wall.
 PATIENCE = 30
-_collecting = False
 
 
 def _ring(number: int, frame: Any) -> None:
-    if _collecting:
-        # What is raised in a callback of the collector gets lost: once more, soon.
-        signal.setitimer(signal.ITIMER_PROF, 0.01)
-        return
     raise Hang(f"no end after {SECONDS} seconds")
-
-
-def _before_collection(phase: str, info: dict[str, int]) -> None:
-    global _collecting
-    _collecting = _collecting or phase == "start"
-
-
-def _after_collection(phase: str, info: dict[str, int]) -> None:
-    global _collecting
-    _collecting = _collecting and phase == "start"
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[Callable[[float], None]]:
     """Ends what takes too long or too much memory, by an exception in its midst.
 
-    Gives a function that starts the clock: seconds, 0 to stop it.
+    Gives a function that starts the clock: seconds, 0 to stop it. It rings again and
+    again: what is raised in a callback of the collector gets lost.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     rings = (signal.SIGPROF, signal.SIGALRM)
     before = [signal.signal(ring, _ring) for ring in rings]
-    # First and last of all callbacks: those of others are between them.
-    gc.callbacks.insert(0, _before_collection)
-    gc.callbacks.append(_after_collection)
 
     def limit(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 1)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds, 1)
 
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
     try:
         yield limit
     finally:
         limit(0)
-        gc.callbacks.remove(_before_collection)
-        gc.callbacks.remove(_after_collection)
         for ring, handler in zip(rings, before, strict=True):
             signal.signal(ring, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
@@ -754,10 +632,6 @@ def check_message(message: str) -> None:
         assert part.isprintable(), f"a message with control characters: {start}"
 
 
-def flat(tree: Any) -> dict[tuple[str, ...], np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in trees.walk(tree)}
-
-
 def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
     """Loads; returns how it ended. Anything that breaks the law is raised."""
     try:
@@ -765,30 +639,16 @@ def judge(directory: Path, model: Any, out: Path, strict: bool = True) -> str:
     except UserError as error:
         check_message(str(error))
         return "refused"
-    arrays = flat(adapters)
-    assert all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays.values())
+    for array in jax.tree.leaves(adapters):
+        assert array.dtype == np.float32 and np.isfinite(array).all()
     convert.save_adapter(out, lora, adapters, model)
-    again = flat(convert.load_adapter(out, model)[1])
-    assert again.keys() == arrays.keys()
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(array, again[path], err_msg=".".join(path))
-    if not strict:
-        return "loaded"
-    # The library reads both files; what has the same name is the same.
-    first = safetensors.numpy.load_file(directory / "adapter_model.safetensors")
-    second = safetensors.numpy.load_file(out / "adapter_model.safetensors")
-    for key in first.keys() & second.keys():
-        np.testing.assert_array_equal(first[key].astype(np.float32), second[key], key)
+    assert equal_arrays(convert.load_adapter(out, model)[1], adapters)
+    if strict:
+        # The library reads both files; what has the same name is the same.
+        a, b = (safetensors.numpy.load_file(d / WEIGHTS) for d in (directory, out))
+        for key in a.keys() & b.keys():
+            np.testing.assert_array_equal(a[key].astype(np.float32), b[key], key)
     return "loaded"
-
-
-def base_of(config: LlamaConfig) -> dict[str, Any]:
-    """The parameters of a model, all ones."""
-    tree: dict[str, Any] = {}
-    for path, shape in model_params.shapes(config).items():
-        leading = (config.num_hidden_layers,) if trees.is_stacked(path) else ()
-        trees.put(tree, path, np.ones((*leading, *shape), np.float32))
-    return tree
 
 
 def kind_of(error: BaseException) -> str:
@@ -811,8 +671,10 @@ def try_cases(cases: Iterator[tuple[int, Case]], sandbox: Path) -> Counter[str]:
             saved.mkdir()
             limit(SECONDS)
             try:
-                config = LlamaConfig.from_hf(case.model)
-                model = base_of(config) if case.by_tree else config
+                model = LlamaConfig.from_hf(case.model)
+                if case.by_tree:
+                    base = model_params.abstract_base(model)
+                    model = jax.tree.map(lambda leaf: ones(leaf.shape), base)
                 with watched(saved):
                     end = judge(source, model, saved / "out", strict=case.strict)
                 assert os.listdir(saved) == (["out"] if end == "loaded" else [])
@@ -842,21 +704,14 @@ def test_the_bounds_bind(sandbox):
     with bounded() as limit, pytest.raises(Hang):
         limit(0.01)
         re.fullmatch("(.*)*x", "a" * 50)
-    for write in (Path.touch, Path.mkdir, lambda path: path.symlink_to("x")):
-        with pytest.raises(AssertionError, match="written outside"):
-            with watched(sandbox / "saved"):
-                write(sandbox / f"{write.__name__}_elsewhere")
-    for text in ("short", "x" * MESSAGE, "a line, \nand another one", "\ud800" * 30):
-        with pytest.raises(AssertionError, match="a message "):
-            check_message(text)
+    with pytest.raises(AssertionError, match="written outside"):
+        with watched(sandbox / "saved"):
+            (sandbox / "elsewhere").touch()
 
 
 @pytest.mark.parametrize("name", STARTS)
 def test_the_adapters_to_start_from_are_sound(name, sandbox):
-    case = sound(np.random.default_rng(0), name)
-    case.model = MODEL
-    case.finish_config()
-    case.finish_weights()
+    case = sound(np.random.default_rng(0), name).finish()
     assert try_cases(iter([(0, case)]), sandbox) == {"loaded": 1}
 
 
@@ -869,46 +724,15 @@ def test_a_mutated_adapter_is_refused_clearly_or_loaded_correctly(piece, sandbox
     assert ended["refused"] > len(seeds) // 2
 
 
-def test_cases_are_functions_of_their_seed():
-    for seed in range(100):
-        first, second = make_case(seed), make_case(seed)
-        assert (first.config, first.weights) == (second.config, second.weights)
-        assert first.done == second.done
-
-
-@pytest.mark.golden
-def test_mutated_adapters_of_peft(golden, sandbox):
-    folder = golden / "adapters" / "llama32"
-    starts = sorted(p.parent for p in folder.glob("*/adapter_config.json"))
-    raw = json.loads((golden / "llama32/fp32/config.json").read_text())
-
-    def mutated(seed: int) -> Case:
-        rng = np.random.default_rng([1, seed])
-        start = pick(rng, starts)
-        case = Case(json.loads((start / "adapter_config.json").read_text()), {}, raw)
-        case.weights = (start / "adapter_model.safetensors").read_bytes()
-        if seed % 2:
-            pick(rng, FIELD_MUTATIONS)(rng, case)
-        else:
-            case.weights = pick(rng, WEIGHT_BYTES)(rng, case.weights)
-        case.finish_config()
-        return case
-
-    ended = try_cases(((seed, mutated(seed)) for seed in range(150)), sandbox)
-    assert ended["loaded"] > 5 and ended["refused"] > 50
-
-
 def run_main(arguments: list[str]) -> tuple[int, str, str]:
     """Runs `qlora-convert`; its streams are those of a terminal that speaks UTF-8."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
-    texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())
-    return status, *texts
+    return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 def check_command(sandbox: Path, *arguments: str) -> None:
@@ -922,11 +746,9 @@ def check_command(sandbox: Path, *arguments: str) -> None:
     assert status in (0, 1, failure)
     if err:
         assert status == failure and not out
-        assert err.startswith(f"qlora-convert {arguments[0]}: ") and err[-2:] in (
-            ".\n",
-            "?\n",
-        ), err
-        assert err.endswith("\n") and "Traceback" not in err, err
+        assert err.startswith(f"qlora-convert {arguments[0]}: "), err
+        assert "Traceback" not in err
+        assert err.endswith((".\n", "?\n")), err
         check_message(err.strip())
     else:
         assert out
@@ -937,25 +759,19 @@ def check_command(sandbox: Path, *arguments: str) -> None:
 
 def test_the_command_line_prints_a_paragraph(sandbox):
     (sandbox / "base").mkdir()
-    good = sound(np.random.default_rng(0), "plain")
-    good.finish_config()
-    good.finish_weights()
+    good = sound(np.random.default_rng(0), "plain").finish()
     good.write(sandbox / "good")
     cases = [make_case(seed) for seed in range(CASES, CASES + 40)]
     for text in TEXTS:
         if text.isprintable() and text and len(text) < 200:
             # Names that mean something to whatever prints them.
-            case = sound(np.random.default_rng(0), "plain")
-            case.tensors[text] = np.ones((2, 2), np.float32)
-            case.finish_config()
-            case.finish_weights()
-            cases.append(case)
+            tensors = {**good.tensors, text: np.ones((2, 2), np.float32)}
+            cases.append(Case(good.fields, tensors).finish())
     for case in cases:
         (sandbox / "base" / "config.json").write_text(json.dumps(case.model))
         case.write(sandbox / "adapter")
-        check_command(
-            sandbox, "adapter", "@/adapter", "@/saved/out", "--base", "@/base"
-        )
+        convert = ["adapter", "@/adapter", "@/saved/out", "--base", "@/base"]
+        check_command(sandbox, *convert)
         check_command(sandbox, "verify", "@/adapter", "@/good")
         check_command(sandbox, "verify", "@/good", "@/adapter", "--json")
         shutil.rmtree(sandbox / "adapter")

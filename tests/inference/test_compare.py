@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import itertools
+import json
 import shutil
 import weakref
 
@@ -11,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import convert
+from convert.peft import TRAINING_RECORD
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.compare import (
@@ -21,9 +24,7 @@ from qlora_jax.inference.compare import (
     probe_text,
     probe_tokens,
 )
-from qlora_jax.inference.identity import trained_form
-from qlora_jax.inference.model import Model
-from qlora_jax.models.config import LlamaConfig
+from qlora_jax.inference.identity import describe_adapter, trained_form
 from qlora_jax.models.layers import Compute
 from qlora_jax.nf4 import fingerprint_tree
 
@@ -41,17 +42,11 @@ def model(llama_dir, **changes):
 
 def test_a_model_equals_itself(llama_dir):
     tokens = probe_tokens(load_exact(llama_dir).config)
-    report = compare_logits(
-        load_exact(llama_dir), lambda: load_exact(llama_dir), tokens
-    )
+    load = functools.partial(load_exact, llama_dir)
+    report = compare_logits(load_exact(llama_dir), load, tokens)
     assert report.pop("max_abs_logit") > 0.01
-    assert report == {
-        "probe_tokens": PROBE_TOKENS,
-        "max_abs_difference": 0.0,
-        "mean_kl": 0.0,
-        "max_kl": 0.0,
-        "same_top_token": 1.0,
-    }
+    zeros = dict.fromkeys(("max_abs_difference", "mean_kl", "max_kl"), 0.0)
+    assert report == {"probe_tokens": PROBE_TOKENS, "same_top_token": 1.0, **zeros}
 
 
 def test_figures_are_those_of_the_logits(llama_dir):
@@ -59,11 +54,8 @@ def test_figures_are_those_of_the_logits(llama_dir):
     second = model(llama_dir, lm_head_weight=lambda w: w * 3 + 1)
     tokens = probe_tokens(first.config)
     report = compare_logits(first, second, tokens)
-    a, b = (
-        np.asarray(m.logits(tokens), np.float64).reshape(-1, 32)
-        for m in (first, second)
-    )
-    p, q = (np.asarray(jax.nn.log_softmax(jnp.asarray(x, jnp.float32))) for x in (a, b))
+    a, b = (np.asarray(m.logits(tokens)).reshape(-1, 32) for m in (first, second))
+    p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (a, b))
     kl = (np.exp(p) * (p - q)).sum(1)
     assert report["max_abs_logit"] == pytest.approx(np.abs(a).max())
     assert report["max_abs_difference"] == pytest.approx(np.abs(a - b).max(), rel=1e-5)
@@ -75,12 +67,12 @@ def test_figures_are_those_of_the_logits(llama_dir):
 
 def test_a_constant_added_to_all_logits_has_no_divergence(llama_dir):
     """KL sees distributions: a row that is the same in all tokens drops out."""
-    first = model(llama_dir)
-    tokens = probe_tokens(first.config)
     shift = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
-    report = compare_logits(
-        first, model(llama_dir, lm_head_weight=lambda w: w + shift), tokens
+    first, other = (
+        model(llama_dir),
+        model(llama_dir, lm_head_weight=lambda w: w + shift),
     )
+    report = compare_logits(first, other, probe_tokens(first.config))
     assert report["max_abs_difference"] > 1
     assert report["max_kl"] < 1e-5
     assert report["same_top_token"] == 1.0
@@ -119,14 +111,9 @@ def test_probe_tokens(llama_dir):
 def test_vocabularies_of_different_sizes_are_refused(llama_dir):
     first = model(llama_dir)
     config = dataclasses.replace(first.config, vocab_size=20)
-    second = dataclasses.replace(
-        model(
-            llama_dir,
-            lm_head_weight=lambda w: w[:20],
-            model_embed_tokens_weight=lambda w: w[:20],
-        ),
-        config=config,
-    )
+    names = ("lm_head_weight", "model_embed_tokens_weight")
+    second = model(llama_dir, **dict.fromkeys(names, lambda w: w[:20]))
+    second = dataclasses.replace(second, config=config)
     with pytest.raises(UserError, match="vocabularies of 32 and 20 tokens"):
         compare_logits(first, second, probe_tokens(config))
 
@@ -148,9 +135,10 @@ def test_probe_texts(shared_data, llama_dir):
 def test_a_probe_text_without_tokens_is_refused(monkeypatch, llama_dir):
     from qlora_jax.inference import compare
 
-    monkeypatch.setattr(
-        compare, "load_tokenizer", lambda path: lambda text: {"input_ids": []}
-    )
+    def load_tokenizer(path):
+        return lambda text: {"input_ids": []}
+
+    monkeypatch.setattr(compare, "load_tokenizer", load_tokenizer)
     with pytest.raises(UserError, match="The probe text has no tokens"):
         probe_text(llama_dir, load_exact(llama_dir).config, "")
 
@@ -164,6 +152,12 @@ def test_custom_modules_are_refused(llama_dir):
 
 
 # --- Loading, and what was trained on ---
+
+
+def test_an_adapter_is_described_with_the_step_that_its_record_has(tmp_path):
+    assert describe_adapter(tmp_path) == f"adapter `{tmp_path}`"
+    (tmp_path / TRAINING_RECORD).write_text(json.dumps({"step": 1200}))
+    assert describe_adapter(tmp_path) == f"adapter `{tmp_path}` (step 1,200)"
 
 
 def rewritten(llama_dir, tmp_path, dtype, mixed=False):
@@ -197,7 +191,6 @@ def test_layers_of_different_dtypes(llama_dir, tmp_path):
         convert.load_llama(path, quantization=None)
     loaded = load_exact(path)
     assert {x.dtype.name for x in jax.tree.leaves(loaded.base)} == {"float32"}
-    assert isinstance(loaded, Model)
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
@@ -217,9 +210,7 @@ def test_a_4bit_base_and_one_beyond_float16(llama_dir, tmp_path):
     base["model"]["norm"]["weight"] = base["model"]["norm"]["weight"] + np.float32(1e5)
     convert.save_llama(tmp_path / "packed", config, base)
     _, wide = convert.load_llama(tmp_path / "packed", dtype="bfloat16")
-    assert trained_form(tmp_path / "packed", fingerprint_tree(wide)) == (
-        "4-bit, bfloat16"
-    )
+    form = trained_form(tmp_path / "packed", fingerprint_tree(wide))
+    assert form == "4-bit, bfloat16"
     _, dense = convert.load_llama(llama_dir, quantization=None)
     assert trained_form(tmp_path / "packed", fingerprint_tree(dense)) is None
-    assert isinstance(config, LlamaConfig)

@@ -50,13 +50,10 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 def test_greedy_tokens_are_those_of_hugging_face(shared_data, name):
     config, base = convert.load_llama(shared_data / name, quantization=None)
     variables = {"params": jax.tree.map(jnp.asarray, base)}
+    model = Llama(config, Compute(dtype="float32"))
     stored = json.loads((shared_data / name / "greedy.json").read_text())
-    rows = generate_tokens(
-        Llama(config, Compute(dtype="float32")),
-        variables,
-        [row["input_ids"] for row in stored],
-        max_new_tokens=60,
-    )
+    prompts = [row["input_ids"] for row in stored]
+    rows = generate_tokens(model, variables, prompts, max_new_tokens=60)
     assert rows == [row["output_ids"] for row in stored]
 
 
@@ -65,13 +62,10 @@ def test_a_row_does_not_depend_on_its_batch(tiny):
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert row[: len(prompt)] == prompt and len(row) == len(prompt) + 12
         assert generate_tokens(*tiny, [prompt], max_new_tokens=12) == [row]
-
-
-def test_greedy_is_the_argmax_of_the_logits(tiny):
-    model, variables = tiny
-    (row,) = generate_tokens(model, variables, [[1, 2, 3]], max_new_tokens=12)
-    logits = apply(model, variables, jnp.asarray([row]))[0]
-    assert row[3:] == jnp.argmax(logits[2:-1], axis=-1).tolist()
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "min_p": 0.01, "seed": 5}
+    _, row, _ = generate_tokens(*tiny, PROMPTS, **settings)
+    _, alike = generate_tokens(*tiny, [[9, 9, 9], PROMPTS[1]], **settings)
+    assert row == alike
 
 
 def test_lengths_around_the_rounding_of_the_cache(tiny):
@@ -91,10 +85,8 @@ def packed(llama_dir):
     lora = LoraConfig(r=2, target_modules="all-linear")
     adapters = init_adapters(jax.random.key(0), base, lora)
     adapters = jax.tree.map(lambda a: a + 0.05, adapters)
-    return Llama(config, Compute(dtype="float32")), {
-        "params": base,
-        "lora": bind(adapters, base, lora),
-    }
+    variables = {"params": base, "lora": bind(adapters, base, lora)}
+    return Llama(config, Compute(dtype="float32")), variables
 
 
 def test_greedy_tokens_of_packed_weights_with_adapters_are_the_argmax(packed):
@@ -127,14 +119,9 @@ def test_the_cache_is_updated_in_place(packed):
     model, variables = packed
     c = model.config
     greedy, ones = Sampling(), np.ones((3, 32), np.int32)
-    lowered = _generate.lower(
-        _Program.of(model, greedy, (), cache_size=96),
-        variables,
-        ones,
-        ones,
-        Values.of(greedy),
-        max_new_tokens=64,
-    )
+    program = _Program.of(model, greedy, (), cache_size=96)
+    arguments = program, variables, ones, ones, Values.of(greedy)
+    lowered = _generate.lower(*arguments, max_new_tokens=64)
     layer = f"3,{c.num_key_value_heads},96,{c.head_dim}]"
     text = lowered.compile().as_text()
     assert f"f32[2,{layer}" in text
@@ -156,19 +143,15 @@ def test_sampling_is_a_function_of_the_seed(tiny):
 def test_limits_that_leave_one_token_are_greedy(tiny):
     greedy = generate_tokens(*tiny, PROMPTS, max_new_tokens=12)
     for limit in ({"top_k": 1}, {"top_p": 1e-6}):
-        rows = generate_tokens(
-            *tiny, PROMPTS, max_new_tokens=12, temperature=2.0, **limit
-        )
-        assert rows == greedy
+        limit |= {"max_new_tokens": 12, "temperature": 2.0}
+        assert generate_tokens(*tiny, PROMPTS, **limit) == greedy
 
 
 def test_sampling_follows_the_distribution(tiny):
     """The first token of 2,000 equal prompts, against the softmax of the logits."""
-    model, variables = tiny
-    rows = generate_tokens(
-        model, variables, [[1, 2, 3]] * 2000, max_new_tokens=1, temperature=0.7
-    )
-    logits = apply(model, variables, jnp.asarray([[1, 2, 3]]))[0, -1]
+    settings = {"max_new_tokens": 1, "temperature": 0.7}
+    rows = generate_tokens(*tiny, [[1, 2, 3]] * 2000, **settings)
+    logits = apply(*tiny, jnp.asarray([[1, 2, 3]]))[0, -1]
     expected = np.asarray(jax.nn.softmax(logits / 0.7))
     shares = np.bincount([row[-1] for row in rows], minlength=32) / 2000
     # Five standard errors of a share.
@@ -212,30 +195,20 @@ def test_a_decoding_gives_the_tokens_of_generate_tokens(tiny, settings):
     assert streamed == [added[0], added[1][:17], added[2]]
     assert visits == [1, 16, 16, 7] and decoding.advance() == [[], [], []]
     end = added[0][20]
-    config = dataclasses.replace(
-        config, eos_token_ids=(end,), power_of_two_lengths=True
-    )
-    stops = Decoding(*tiny, PROMPTS[:1], config)
+    changes = {"eos_token_ids": (end,), "power_of_two_lengths": True}
+    stops = Decoding(*tiny, PROMPTS[:1], dataclasses.replace(config, **changes))
     out = []
     while not stops.done:
         out += stops.advance()[0]
     assert out == added[0][: added[0].index(end) + 1]
 
 
-def test_sampling_of_a_row_does_not_depend_on_its_batch(tiny):
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "min_p": 0.01, "seed": 5}
-    _, row, _ = generate_tokens(*tiny, PROMPTS, **settings)
-    _, alike = generate_tokens(*tiny, [[9, 9, 9], PROMPTS[1]], **settings)
-    assert row == alike
-
-
 def test_the_penalty_covers_prompt_and_continuation(tiny):
     """Against the formula, token by token; padding of a shorter row counts nothing."""
-    model, variables = tiny
     rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=8, repetition_penalty=1.5)
     assert rows != generate_tokens(*tiny, PROMPTS, max_new_tokens=8)
     for prompt, row in zip(PROMPTS, rows, strict=True):
-        logits = np.asarray(apply(model, variables, jnp.asarray([row]))[0])
+        logits = np.asarray(apply(*tiny, jnp.asarray([row]))[0])
         for at in range(len(prompt), len(row)):
             scores = logits[at - 1].copy()
             used = sorted(set(row[:at]))
@@ -248,21 +221,31 @@ def test_no_prompts_give_no_rows(tiny):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "settings", "message"),
+    ("prompts", "message"),
     [
-        ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 32]], {}, "prompt 0 has token 32 outside the vocabulary of 32"),
-        ([[-1, 3]], {}, "prompt 0 has token -1 outside"),
-        ([[1]], {"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
-        ([[1]], {"temperature": -0.5}, "`temperature` must be >= 0, got -0.5"),
-        ([[1]], {"temperature": float("nan")}, "`temperature` must be >= 0, got nan"),
-        ([[1]], {"top_p": 0.0}, r"`top_p` must lie in \(0, 1\], got 0.0"),
-        ([[1]], {"top_p": 1.5}, r"`top_p` must lie in \(0, 1\], got 1.5"),
-        ([[1]], {"top_k": 0}, "`top_k` must be at least 1, got 0"),
-        ([[1]], {"min_p": 1.5}, r"`min_p` must lie in \[0, 1\], got 1.5"),
-        ([[1]], {"repetition_penalty": 0.0}, "must be positive .*got 0.0"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[1, 32]], "prompt 0 has token 32 outside the vocabulary of 32"),
+        ([[-1, 3]], "prompt 0 has token -1 outside"),
     ],
 )
-def test_invalid_prompts_and_settings_are_refused(tiny, prompts, settings, message):
+def test_invalid_prompts_are_refused(tiny, prompts, message):
     with pytest.raises(UserError, match=message):
-        generate_tokens(*tiny, prompts, **{"max_new_tokens": 3} | settings)
+        generate_tokens(*tiny, prompts, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_new_tokens", 0, "must be at least 1, got 0"),
+        ("temperature", -0.5, "must be >= 0, got -0.5"),
+        ("temperature", float("nan"), "must be >= 0, got nan"),
+        ("top_p", 0.0, r"must lie in \(0, 1\], got 0.0"),
+        ("top_p", 1.5, r"must lie in \(0, 1\], got 1.5"),
+        ("top_k", 0, "must be at least 1, got 0"),
+        ("min_p", 1.5, r"must lie in \[0, 1\], got 1.5"),
+        ("repetition_penalty", 0.0, "must be positive .*got 0.0"),
+    ],
+)
+def test_invalid_settings_are_refused(tiny, name, value, message):
+    with pytest.raises(UserError, match=f"`{name}` {message}"):
+        generate_tokens(*tiny, [[1]], **{"max_new_tokens": 3, name: value})

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import convert
-import qlora_jax as qj
 from convert.tokenizer import end_tokens, load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.text import (
@@ -36,18 +35,9 @@ def adapter_dir(llama_dir, tmp_path):
     lora = LoraConfig(r=2, target_modules=("q_proj", "v_proj"))
     adapters = init_adapters(jax.random.key(0), base, lora)
     adapters = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, adapters)
-    convert.save_adapter(
-        tmp_path / "adapter",
-        lora,
-        adapters,
-        config,
-        base_model_name_or_path=str(llama_dir),
-    )
-    return tmp_path / "adapter"
-
-
-def test_the_front_door_is_in_the_table_of_contents():
-    assert qj.load is load
+    folder, base = tmp_path / "adapter", str(llama_dir)
+    convert.save_adapter(folder, lora, adapters, config, base_model_name_or_path=base)
+    return folder
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq", None])
@@ -58,39 +48,31 @@ def test_a_model_is_plain_data(llama_dir, quantization):
     weight = model.base["model"]["layers"]["mlp"]["up_proj"]["weight"]
     assert isinstance(weight, NF4Tensor) == (quantization is not None)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.base))
-    tokens = [[1, 2, 3, 4]]
-    logits = model.logits(tokens)
+    tokens = [1, 2, 3, 4]
+    logits = model.logits([tokens])
     assert logits.shape == (1, 4, 32) and logits.dtype == np.float32
     # Padding changes nothing where it is masked.
-    padded = model.logits([[9, 9, 1, 2, 3, 4]], attention_mask=[[0, 0, 1, 1, 1, 1]])
-    placed = model.logits(
-        [[9, 9, 1, 2, 3, 4]],
-        attention_mask=[[0, 0, 1, 1, 1, 1]],
-        positions=[[0, 0, 0, 1, 2, 3]],
-    )
+    longer, mask = [[9, 9, *tokens]], {"attention_mask": [[0, 0, 1, 1, 1, 1]]}
+    placed = model.logits(longer, **mask, positions=[[0, 0, 0, 1, 2, 3]])
     np.testing.assert_allclose(placed[:, 2:], logits, atol=1e-5)
+    padded = model.logits(longer, **mask)
     np.testing.assert_allclose(padded[:, 2:], logits, atol=1e-4)
-    packed = model.logits(
-        [[1, 2, 3, 4, 1, 2, 3, 4]],
-        segment_ids=[[1] * 4 + [2] * 4],
-        positions=[[0, 1, 2, 3] * 2],
-    )
+    apart = {"segment_ids": [[1] * 4 + [2] * 4], "positions": [[0, 1, 2, 3] * 2]}
+    packed = model.logits([tokens * 2], **apart)
     np.testing.assert_allclose(packed[:, 4:], logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["adapter=", "path", "run directory", "base="])
 def test_an_adapter_is_attached(llama_dir, adapter_dir, tmp_path, way):
-    if way == "adapter=":
-        model = load(llama_dir, adapter=adapter_dir, dtype="float32")
-    elif way == "path":
-        model = load(adapter_dir, dtype="float32")
-    elif way == "run directory":
-        model = load(tmp_path, dtype="float32")
-    else:
-        moved = tmp_path / "moved"
-        shutil.copytree(llama_dir, moved)
-        model = load(adapter_dir, base=moved, dtype="float32")
-        assert model.path == moved
+    moved = shutil.copytree(llama_dir, tmp_path / "moved")
+    arguments = {
+        "adapter=": {"path": llama_dir, "adapter": adapter_dir},
+        "path": {"path": adapter_dir},
+        "run directory": {"path": tmp_path},
+        "base=": {"path": adapter_dir, "base": moved},
+    }[way]
+    model = load(**arguments, dtype="float32")
+    assert model.path == (moved if way == "base=" else llama_dir)
     assert model.lora_config.r == 2
     tokens = [[1, 2, 3]]
     plain = load(llama_dir, dtype="float32").logits(tokens)
@@ -128,11 +110,10 @@ def test_the_base_of_a_shared_adapter_is_found(shared_data):
     adapter = shared_data / "adapters" / ADAPTER
     assert resolve(adapter).base.samefile(shared_data / "stories260K")
     model = load(adapter, quantization=None, dtype="float32")
-    (text,) = model.generate(["Once"], max_new_tokens=8)
+    texts = model.generate(["Once"], max_new_tokens=8)
     plain = load(shared_data / "stories260K", quantization=None, dtype="float32")
-    assert text.startswith("Once") and plain.generate(["Once"], max_new_tokens=8) != [
-        text
-    ]
+    assert texts[0].startswith("Once")
+    assert plain.generate(["Once"], max_new_tokens=8) != texts
 
 
 @pytest.mark.real
@@ -169,9 +150,7 @@ def test_bitsandbytes_directories_generate(shared_data, name):
         ({"adapter": "nowhere"}, CheckpointError, "`nowhere` does not exist"),
     ],
 )
-def test_arguments_that_cannot_be_used(
-    llama_dir, arguments, error, message, monkeypatch
-):
+def test_unusable_arguments(llama_dir, arguments, error, message, monkeypatch):
     # The check of annotations, which users do not have, would come first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(error, match=message):
@@ -217,16 +196,14 @@ def test_masks_and_positions_have_the_shape_of_the_tokens():
 
 @pytest.mark.parametrize("messages", ["Who?", {"role": "user"}, ["Who?"]])
 def test_a_conversation_is_a_list_of_turns(messages):
-    with pytest.raises(
-        UserError, match=r"list of turns, .* One question is \[\{\"role"
-    ):
+    message = r"list of turns, .* One question is \[\{\"role"
+    with pytest.raises(UserError, match=message):
         check_turns(messages)
 
 
 def test_a_prompt_is_a_string():
-    with pytest.raises(
-        UserError, match=r"got \[1, 2\]. Token ids are continued by `ql"
-    ):
+    message = r"got \[1, 2\]. Token ids are continued by `ql"
+    with pytest.raises(UserError, match=message):
         check_text([1, 2])
 
 
@@ -288,11 +265,7 @@ def test_loading_a_tokenizer_says_nothing(shared_data):
         "load_tokenizer(sys.argv[1]); assert logging.root.manager.disable == 0; "
         "logging.getLogger('mine').warning('heard')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(shared_data / "stories260K")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", program, str(shared_data / "stories260K")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "" and done.stderr == "heard\n"
     assert logging.root.manager.disable == 0

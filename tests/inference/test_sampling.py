@@ -70,11 +70,8 @@ def test_values_of_settings_do_not_recompile():
 
 
 def test_all_invalid_settings_are_listed_at_once():
-    with pytest.raises(
-        UserError, match="2 problems with the sampling settings:"
-    ) as raised:
+    message = "2 problems with the sampling settings:"
+    with pytest.raises(UserError, match=message) as raised:
         Sampling(top_p=3.0, min_p=2.0)
-    assert [problem[:18] for problem in raised.value.problems] == [
-        "sampling: `top_p` ",
-        "sampling: `min_p` ",
-    ]
+    starts = [problem[:18] for problem in raised.value.problems]
+    assert starts == ["sampling: `top_p` ", "sampling: `min_p` "]

@@ -51,6 +51,13 @@ def stream(tokenizer, text, size=1, **settings):
     return pieces
 
 
+def test_a_character_that_the_prompt_begins_is_completed(tokenizer):
+    tokens = tokenizer("Q: ü!")["input_ids"]
+    detokenizer = Detokenizer(tokenizer, tokens[:4])  # ends after a byte of ü's two
+    assert detokenizer.add(tokens[4:5]) == "ü"
+    assert detokenizer.add(tokens[5:], last=True) == "!"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_pieces_hold_complete_characters(tokenizer, size):
     text = "Grüß dich 🙂, 你好"
@@ -99,28 +106,28 @@ def test_white_space_at_both_ends_of_an_answer_is_stripped(tokenizer):
 def test_a_stop_text_that_is_an_added_token_becomes_an_end_token(tokenizer):
     resolved = resolve_stop(["<|im_end|>", "\n\n"], tokenizer, (1,))
     assert resolved == (("\n\n",), (1, 3))
+    message = "`stop` must be a list of non-empty strings"
     for wrong in ("STOP", [""], [3]):
-        with pytest.raises(
-            UserError, match="`stop` must be a list of non-empty strings"
-        ):
+        with pytest.raises(UserError, match=message):
             resolve_stop(wrong, tokenizer, ())
 
 
 @pytest.mark.parametrize(
     ("template", "stop"),
-    [(CHATML, ("<|im_end|>",)), (PLAIN, ("\nuser:",)), (SINGLE, ("</s>",))],
+    [(CHATML, "<|im_end|>"), (PLAIN, "\nuser:"), (SINGLE, "</s>")],
     ids=["chatml", "plain", "single"],
 )
-def test_the_end_of_a_turn_comes_from_the_template(tokenizer, tmp_path, template, stop):
-    (tmp_path / "chat.jinja").write_text(template)
-    prompts = ChatPrompts(tokenizer, str(tmp_path / "chat.jinja"))
-    assert prompts.stop == stop
-
-
-def test_a_chat_prompt_is_the_beginning_of_the_training_text(tokenizer, tmp_path):
-    (tmp_path / "chat.jinja").write_text(CHATML)
-    prompts = ChatPrompts(tokenizer, str(tmp_path / "chat.jinja"))
-    turns = [{"role": "user", "content": "Hi"}]
-    tokens = prompts.tokens(turns)
-    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+def test_prompts_and_ends_of_turns_are_those_of_the_template(
+    tokenizer, tmp_path, template, stop
+):
+    file = tmp_path / "chat.jinja"
+    file.write_text(template)
+    prompts = ChatPrompts(tokenizer, str(file))
+    assert prompts.stop == (stop,)
+    text = {  # the beginning of the training text
+        CHATML: "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        PLAIN: "user: Hi\nassistant:",
+        SINGLE: "Hi",
+    }[template]
+    tokens = prompts.tokens([{"role": "user", "content": "Hi"}])
     assert tokens == tokenizer(text)["input_ids"]

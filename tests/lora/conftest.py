@@ -16,3 +16,9 @@ def models(llama_dir):
     base = jax.tree.map(jnp.asarray, base)
     tied = dataclasses.replace(config, tie_word_embeddings=True)
     return {False: (config, base), True: (tied, {"model": base["model"]})}
+
+
+@pytest.fixture(scope="module")
+def base(models):
+    """The base whose tables are untied."""
+    return models[False][1]

@@ -16,7 +16,6 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import abstract_base, is_projection
-from qlora_jax.tree import dotted
 
 L, D, F, K, V = 3, 64, 96, 32, 37
 CONFIG = LlamaConfig(
@@ -65,49 +64,53 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (4, 9)).astype(np.int32)
 # float32 logits of order one, summed in another order.
 LOGITS = 1e-5
 
-# Different ranks, scalings, targets and layers; each can be combined with each.
+
+def config(*targets, **fields):
+    """The configuration of an adapter of these modules, by default q_proj."""
+    return LoraConfig(target_modules=targets or ("q_proj",), **fields)
+
+
+# Different ranks, scalings, targets and layers; each can be combined with each but the
+# last two, whose parts replace tensors of the base instead of adding to them.
 LORAS = {
     "plain": LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"),
-    "rslora": LoraConfig(
-        r=3, lora_alpha=5, use_rslora=True, target_modules=("q_proj", "down_proj")
-    ),
-    "patterns": LoraConfig(
-        r=2,
-        lora_alpha=3,
-        target_modules=("v_proj", "up_proj", "lm_head"),
+    "rslora": config("q_proj", "down_proj", r=3, lora_alpha=5, use_rslora=True),
+    "patterns": config(
+        *("v_proj", "up_proj", "lm_head"),
+        **dict(r=2, lora_alpha=3, alpha_pattern={"lm_head": 1.5}),
         rank_pattern={r"layers\.1\.mlp\.up_proj": 5, "v_proj": 1},
-        alpha_pattern={"lm_head": 1.5},
     ),
-    "one layer": LoraConfig(
-        r=2, lora_alpha=7, target_modules=("o_proj",), layers_to_transform=1
-    ),
-    "tables": LoraConfig(
-        r=3, lora_alpha=2, target_modules=("embed_tokens", "lm_head", "k_proj")
-    ),
+    "one layer": config("o_proj", r=2, lora_alpha=7, layers_to_transform=1),
+    "tables": config("embed_tokens", "lm_head", "k_proj", r=3, lora_alpha=2),
+    "heads": config(r=2, modules_to_save=("norm", "lm_head")),
+    "rows": config(r=2, trainable_token_indices=(3, 1)),
 }
-
-
-# Parts that replace tensors of the base instead of adding to them.
-HEADS = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("norm", "lm_head"))
-ROWS = LoraConfig(r=2, target_modules=("q_proj",), trainable_token_indices=(3, 1))
 
 
 def draw(base, lora, seed=0, spread=0.4):
     """A trained tree of random numbers, zero where ranks are padded."""
     rng = np.random.default_rng(seed)
-    tree = jax.tree.map(
-        lambda leaf: spread * rng.standard_normal(leaf.shape).astype(np.float32),
-        abstract_adapters(base, lora),
-    )
-    for a in select(base, lora).adapted:
-        for name, array in ({} if a.tied_to else trees.at(tree, a.path)).items():
+
+    def leaf(path, like):
+        if any(word in jax.tree_util.keystr(path) for word in ("magnitude", "norm")):
+            return rng.uniform(0.5, 1.5, like.shape).astype(np.float32)
+        return spread * rng.standard_normal(like.shape, np.float32)
+
+    tree = jax.tree_util.tree_map_with_path(leaf, abstract_adapters(base, lora))
+    selection = select(base, lora)
+    for a in selection.adapted:
+        for name in () if a.tied_to else a.parts:
+            array = trees.at(tree, a.path)[name]
             for layer, rank in zip(layers_of(a), a.ranks, strict=True):
                 if name.endswith("_A"):
                     array[layer][rank:] = 0
                 elif name.endswith("_B"):
                     array[layer][:, rank:] = 0
-                elif name == "lora_bias" and not rank:
+                elif not rank:
                     array[layer] = 0
+    for tensor in selection.full_tensors:
+        if not all(tensor.trained):
+            trees.at(tree, tensor.path)[~np.array(tensor.trained)] = 0
     return tree
 
 
@@ -116,24 +119,26 @@ def layers_of(a):
     return [()] if a.layers is None else [(layer,) for layer in range(a.layers)]
 
 
+def by_layer(base, lora):
+    """(Module, dotted name, index, rank, scaling) of each layer that is adapted."""
+    for a in select(base, lora).adapted:
+        names = trees.dotted(a.path, a.layers)
+        for values in zip(names, layers_of(a), a.ranks, a.scalings, strict=True):
+            if values[2]:
+                yield a, *values
+
+
 def updates(base, lora, tree):
     """Dense updates by dotted module path, in float64, and biases by path + '+'."""
     out = {}
     bound = bind(tree, base, lora)
-    for a in select(base, lora).adapted:
-        wide = {
-            n: np.asarray(v, np.float64) for n, v in trees.at(bound, a.path).items()
-        }
+    for a, name, layer, _, scaling in by_layer(base, lora):
+        part = trees.at(bound, a.path)
+        wide = {n: np.asarray(x, np.float64)[layer] for n, x in part.items()}
         middle = "embedding_" if a.kind == "embedding" else ""
-        names = dotted(a.path, a.layers)
-        for name, layer, scaling in zip(names, layers_of(a), a.scalings, strict=True):
-            if scaling:
-                product = (
-                    wide[f"lora_{middle}B"][layer] @ wide[f"lora_{middle}A"][layer]
-                )
-                out[name] = scaling * product
-                if "lora_bias" in wide:
-                    out[f"{name}+"] = scaling * wide["lora_bias"][layer]
+        out[name] = scaling * (wide[f"lora_{middle}B"] @ wide[f"lora_{middle}A"])
+        if "lora_bias" in wide:
+            out[f"{name}+"] = scaling * wide["lora_bias"]
     return out
 
 

@@ -5,7 +5,6 @@ import enum
 import json
 import math
 import pickle
-import random
 
 import pytest
 
@@ -60,22 +59,17 @@ def test_scaling_is_alpha_over_rank_or_its_root(r, alpha, rslora, scaling):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_patterns_set_rank_and_alpha_of_a_module_independently(rslora):
-    config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 4},
-        alpha_pattern={"up_proj": 6, "v_proj": 0.5},
-        use_rslora=rslora,
-    )
+    ranks = {"q_proj": 2, "layers.1.mlp.up_proj": 4}
+    alphas = {"up_proj": 6, "v_proj": 0.5}
+    fields = dict(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    config = LoraConfig(r=8, lora_alpha=16, **fields)
     for name, r, alpha in (
-        ("model.layers.0.self_attn.q_proj", 2, 16),
-        ("model.layers.0.mlp.up_proj", 8, 6),
-        ("model.layers.1.mlp.up_proj", 4, 6),
-        ("model.layers.0.self_attn.v_proj", 8, 0.5),
-        ("model.layers.0.self_attn.k_proj", 8, 16),
+        *(("0.self_attn.q_proj", 2, 16), ("0.mlp.up_proj", 8, 6)),
+        *(("1.mlp.up_proj", 4, 6), ("0.self_attn.v_proj", 8, 0.5)),
+        ("0.self_attn.k_proj", 8, 16),
     ):
         scaling = alpha / (math.sqrt(r) if rslora else r)
-        assert rank_and_scaling(config, name) == (r, scaling)
+        assert rank_and_scaling(config, f"model.layers.{name}") == (r, scaling)
 
 
 MATCHING = [
@@ -111,20 +105,14 @@ def test_a_pattern_for_every_module_of_a_large_model_is_matched():
     assert ranks == [*range(1, 751)]
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_takes_too_long_is_refused(field, monkeypatch):
-    monkeypatch.setattr("qlora_jax.lora.patterns.SECONDS", 0.05)
-    config = LoraConfig(**{field: {r"(?:(?:.|..)+)+[A-Z]": 2}})
-    with pytest.raises(UserError, match=f"lora: `{field}`: .* takes too long to match"):
-        rank_and_scaling(config)
-
-
 # --- What is refused ---
 
 FLAGS = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 TABLES = ("rank_pattern", "alpha_pattern")
 STRINGS = ("base_model_name_or_path", "revision", "base_fingerprint")
+LAYERS, ROWS = "layers_to_transform", "trainable_token_indices"
+INIT = "init_lora_weights"
 
 
 @pytest.mark.parametrize(
@@ -139,46 +127,27 @@ STRINGS = ("base_model_name_or_path", "revision", "base_fingerprint")
         ),
         (FLAGS, (1, 0, "true", None, []), "` must be true or false, got"),
         (NAMES, (5, (1,), ("q", 1), ("",), {"q": 1}), "` must be a list of names, got"),
-        ("target_modules", (None,), "` must be a list of names, got None"),
-        (
-            "target_modules",
-            ((), ""),
-            "` is empty. Name modules such as 'q_proj', or gi",
-        ),
+        (NAMES[0], (None,), "` must be a list of names, got None"),
+        (NAMES[0], ((), ""), "` is empty. Name modules such as 'q_proj', or gi"),
         (NAMES[2:], (("norm", "("),), r"expression '\(' is not valid: missing \)"),
         (NAMES[:2], ("(q_proj", ("(q_proj",)), r"'\(q_proj' is not valid: missing \)"),
-        ("exclude_modules", ("*",), "is not valid: nothing to repeat"),
+        (NAMES[1], ("*",), "is not valid: nothing to repeat"),
         (TABLES, (None, ["q_proj"], "q_proj", 4), "` must be a table of patterns, got"),
         (TABLES, ({1: 2},), r"` must be a table whose patterns are strings, got \[1\]"),
         (TABLES, ({"(": 2},), r"`: the regular expression '\(' is not valid"),
         # Valid alone, and something else within PEFT's expression.
         (TABLES, ({"a)|(b": 2}, {"(?i)q_proj": 2}), "is not valid"),
-        (
-            "rank_pattern",
-            ({"q": 0}, {"q": 2.0}, {"q": True}),
-            r"\['q'\]` must be a pos",
-        ),
-        ("alpha_pattern", ({"q": -1}, {"q": NAN}), r"pattern\['q'\]` must be > 0, got"),
-        (
-            "layers_to_transform",
-            (-1, True, 1.0, "0", (0, -1), (0, "1"), (True,), {0: 1}, 1 << 31),
-            "` must be layer numbers",
-        ),
-        (
-            "trainable_token_indices",
-            (3, "5", (1, -1), (1, 2.0), (True,), {"embed_tokens": 3}),
-            "must be token ids, or module names with",
-        ),
-        ("trainable_token_indices", ((5, 2, 5),), "of 'embed_tokens' must be distinct"),
-        (
-            "trainable_token_indices",
-            ({"lm_head": ()},),
-            "of 'lm_head' must be distinct",
-        ),
+        (TABLES[0], ({"q": 0}, {"q": 2.0}, {"q": True}), r"\['q'\]` must be a pos"),
+        (TABLES[1], ({"q": -1}, {"q": NAN}), r"pattern\['q'\]` must be > 0, got"),
+        (LAYERS, (-1, True, 1.0, "0", {0: 1}, 1 << 31), "` must be layer numbers"),
+        (LAYERS, ((0, -1), (0, "1"), (True,)), "` must be layer numbers"),
+        (ROWS, (3, "5", (1, -1), (1, 2.0), (True,)), "must be token ids, or module na"),
+        (ROWS, ({"embed_tokens": 3},), "must be token ids, or module names with"),
+        (ROWS, ((5, 2, 5),), "of 'embed_tokens' must be distinct"),
+        (ROWS, ({"lm_head": ()},), "of 'lm_head' must be distinct"),
         ("bias", ("some", None, True), "must be 'none', 'lora_only' or 'all', got"),
         (
-            "init_lora_weights",
-            ("eva", "pissa_niter_0", "pissa_niter_", "", False, None, "Pissa"),
+            *(INIT, ("eva", "pissa_niter_0", "pissa_niter_", "", False, None, "Pissa")),
             "`init_lora_weights`=.* is not supported. Supported: 'default'",
         ),
         ("task_type", ("SEQ_CLS",), "` must be 'CAUSAL_LM', .*, got 'SEQ_CLS'"),
@@ -208,10 +177,7 @@ def test_an_unusable_value_is_refused(fields, values, message):
         (dict(layers_pattern="h"), "`layers_pattern` needs `layers_to_transform`"),
         (dict(lora_bias=True, use_dora=True), "be combined with `use_dora`"),
         *(
-            (
-                dict(lora_bias=True, init_lora_weights=init),
-                "`lora_bias` needs the default initialization",
-            )
+            (dict(lora_bias=True, init_lora_weights=init), "needs the default init")
             for init in ("gaussian", "orthogonal", "pissa", "loftq")
         ),
         *(
@@ -244,13 +210,11 @@ def test_all_problems_are_reported_together():
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(r=1, lora_alpha=1e-3, lora_dropout=0),
+        dict(r=1, lora_alpha=1e-3, lora_dropout=0, layers_to_transform=0),
         dict(r=(1 << 20) - 1, lora_dropout=0.999),
-        dict(layers_to_transform=0),
         dict(layers_to_transform=(2, 0), layers_pattern="layers"),
         dict(layers_to_transform=[], target_modules=["q_proj"]),
-        dict(use_dora=True, init_lora_weights="orthogonal"),
-        dict(use_dora=True, init_lora_weights="loftq"),
+        *(dict(use_dora=True, init_lora_weights=x) for x in ("orthogonal", "loftq")),
         dict(init_lora_weights="pissa_niter_16", use_rslora=True),
         dict(exclude_modules=r".*\.0\..*", target_modules="ALL-Linear"),
         dict(modules_to_save=["model.norm", "lm_head"], bias="all"),
@@ -299,22 +263,30 @@ def test_token_rows_are_by_module_name():
     assert LoraConfig().token_rows == {}
 
 
-def test_every_field_counts_in_a_comparison():
+def test_every_field_counts_in_a_comparison_and_goes_through_a_file():
+    patterns = {"q_proj": 2, r"^model\.layers\.0.*": 4, "layers.[12].mlp.up_proj": 0.5}
     others = dict(
-        **dict(r=4, lora_alpha=2, target_modules=("q_proj",), lora_dropout=0.1),
-        **dict(exclude_modules=("v_proj",), layers_to_transform=(0,)),
-        **dict(layers_pattern=("layers",), rank_pattern={"q_proj": 2}),
-        **dict(alpha_pattern={"q_proj": 2}, use_rslora=True, use_dora=True),
-        **dict(bias="all", lora_bias=True, modules_to_save=("norm",)),
-        **dict(trainable_token_indices=(1,), ensure_weight_tying=True),
-        **dict(init_lora_weights="gaussian", base_model_name_or_path="a/b"),
+        **dict(r=4, lora_alpha=1e-3, target_modules=("v_proj", "q_proj")),
+        **dict(lora_dropout=0.1, exclude_modules=("x", "lm_head")),
+        **dict(layers_to_transform=(2, 0), layers_pattern=("h", "layers")),
+        **dict(rank_pattern={"q_proj": 2, ".*": 3}, alpha_pattern=patterns),
+        **dict(use_rslora=True, use_dora=True, bias="all", lora_bias=True),
+        **dict(modules_to_save=("norm", "lm_head"), ensure_weight_tying=True),
+        **dict(trainable_token_indices={"model.embed_tokens": (9, 1), "lm_head": (1,)}),
+        **dict(init_lora_weights="gaussian", base_model_name_or_path="/a b/ü"),
         **dict(revision="main", base_fingerprint="f", base_config_changes="{}"),
     )
     assert set(others) == set(DEFAULTS) - {"task_type"}  # it has one value
     seen = {LoraConfig()}
     for name, value in others.items():
         needed = {"layers_to_transform": 1} if name == "layers_pattern" else {}
-        seen.add(LoraConfig(**{**needed, name: value}))
+        config = LoraConfig(**{**needed, name: value})
+        seen.add(config)
+        # A set in PEFT, which is written sorted; these two are in other files.
+        outside = dict(base_fingerprint=None, base_config_changes=None)
+        targets = tuple(sorted(config.target_modules))
+        want = dataclasses.replace(config, target_modules=targets, **outside)
+        assert through_a_file(config) == want and want.to_peft() == config.to_peft()
     assert len(seen) == 1 + len(others)
 
 
@@ -325,37 +297,27 @@ def test_empty_lists_mean_none():
 
 
 def test_a_list_of_one_may_mean_a_pattern():
-    # As a command line gives it.
+    # As a command line gives it. A string is a pattern, as in PEFT: "q_proj" would
+    # have to be the whole path.
     pattern = r".*\.(q|v)_proj"
-    for value, kept in (
-        (("all-linear",), "all-linear"),
-        ((pattern,), pattern),
-        (("q_proj",), ("q_proj",)),
-        # A string is a pattern, as in PEFT: "q_proj" would have to be the whole path.
-        ("q_proj", "q_proj"),
-    ):
-        assert LoraConfig(target_modules=value).target_modules == kept
+    for value in ("all-linear", pattern):
+        assert LoraConfig(target_modules=(value,)).target_modules == value
+    for value in (("q_proj",), "q_proj"):
+        assert LoraConfig(target_modules=value).target_modules == value
     assert LoraConfig(exclude_modules=(pattern,)).exclude_modules == pattern
     config = make(layers_to_transform=1, layers_pattern="h", modules_to_save="norm")
     assert (config.layers_pattern, config.modules_to_save) == (("h",), ("norm",))
 
 
-@pytest.mark.parametrize(
-    "fields, uniform",
-    [
-        ({}, True),
-        (dict(use_rslora=True, lora_bias=True, layers_to_transform=(0,)), True),
-        (dict(rank_pattern={"q_proj": 2}), False),
-        (dict(alpha_pattern={"q_proj": 2}), False),
-        (dict(trainable_token_indices=(1,)), False),
-        (dict(ensure_weight_tying=True), False),
-        (dict(use_dora=True), False),
-        (dict(modules_to_save=("norm",)), False),
-        (dict(bias="lora_only"), False),
-    ],
-)
-def test_a_uniform_configuration_needs_no_constants(fields, uniform):
-    assert LoraConfig(**fields).uniform is uniform
+def test_a_uniform_configuration_needs_no_constants():
+    for fields in ({}, dict(use_rslora=True, lora_bias=True, layers_to_transform=(0,))):
+        assert LoraConfig(**fields).uniform
+    for fields in (
+        *(dict(rank_pattern={"q_proj": 2}), dict(alpha_pattern={"q_proj": 2})),
+        *(dict(trainable_token_indices=(1,)), dict(ensure_weight_tying=True)),
+        *(dict(use_dora=True), dict(modules_to_save=("norm",)), dict(bias="lora_only")),
+    ):
+        assert not LoraConfig(**fields).uniform, fields
 
 
 def test_pissa_and_olora_change_the_base():
@@ -386,69 +348,10 @@ def test_a_small_peft_file_has_peft_defaults():
     )
 
 
-def sort_targets(config):
-    """PEFT has a set here, which is written in sorted order."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return config
-    return dataclasses.replace(config, target_modules=tuple(sorted(targets)))
-
-
 def test_an_integer_stays_an_integer():
     raw = LoraConfig(lora_alpha=16, alpha_pattern={"q_proj": 3}).to_peft()
     assert isinstance(raw["lora_alpha"], int)
     assert isinstance(raw["alpha_pattern"]["q_proj"], int)
-
-
-def random_config(rng):
-    """Any configuration that can be in a file."""
-    some = lambda *values: rng.choice(values)  # noqa: E731
-    names = [*PROJECTIONS, "lm_head", "embed_tokens", "mlp.up_proj", "layers.1.mlp.x"]
-    keys = [*names, r"^model\.layers\.0.*", "layers.[12].mlp.(up|gate)_proj", ".*"]
-    listed = rng.random() < 0.6
-    rows = some({"lm_head": (3,)}, {"model.embed_tokens": (9, 1), "lm_head": (1,)})
-    fields = dict(
-        r=2 * rng.randint(1, 40),
-        lora_alpha=some(1, 8, 64, 0.3, 1e-3, 12.5),
-        target_modules=rng.sample(names, rng.randint(1, 6))
-        if listed
-        else some("all-linear", r".*\.(q|v)_proj", r"model\.layers\.1.*down_proj"),
-        exclude_modules=some(None, ("k_proj",), ("x", "lm_head"), r".*\.3\..*"),
-        lora_dropout=some(0.0, 0.05, 0.5),
-        use_rslora=some(True, False),
-        bias=some("none", "all", "lora_only"),
-        modules_to_save=some(None, ("norm",), ("lm_head", "embed_tokens", "norm")),
-        trainable_token_indices=some(None, (5, 2), rows),
-        ensure_weight_tying=some(True, False),
-        base_model_name_or_path=some(None, "meta-llama/Llama-3.1-8B", "/a b/ü"),
-        revision=some(None, "main"),
-    )
-    for name in TABLES:
-        chosen = rng.sample(keys, rng.randint(0, 4))
-        fields[name] = {key: 2 * rng.randint(1, 9) for key in chosen}
-    if listed:
-        fields["layers_to_transform"] = some(None, 0, 3, (1,), (2, 0))
-        if fields["layers_to_transform"] is not None:
-            fields["layers_pattern"] = some(None, ("layers",), ("h", "layers"))
-    extra = some("use_dora", "lora_bias", None)
-    if extra:
-        fields[extra] = True
-    if extra != "lora_bias":
-        fields["init_lora_weights"] = some("default", "gaussian", "orthogonal")
-    return make(**fields)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_configurations_come_back_equal(seed):
-    rng = random.Random(seed)
-    for _ in range(6):
-        config = random_config(rng)
-        again = through_a_file(config)
-        assert again == sort_targets(config)
-        assert hash(again) == hash(sort_targets(config))
-        assert [*again.rank_pattern] == [*config.rank_pattern]
-        assert [*again.alpha_pattern] == [*config.alpha_pattern]
-        assert again.to_peft() == config.to_peft()
 
 
 @pytest.mark.golden
@@ -468,35 +371,20 @@ def test_files_of_peft_come_back_equal_and_are_read_as_written(golden):
             else:
                 assert value == raw[name], name
     by_name = {file.parent.name: config for file, config in configs.items()}
-    assert by_name["dora"].use_dora and by_name["rslora"].use_rslora
-    assert by_name["bias_lora_only"].bias == "lora_only"
-    assert by_name["layers_to_transform"].layers_to_transform == (1, 3)
-    assert by_name["mts_embed_head"].modules_to_save == ("embed_tokens", "lm_head")
-    assert by_name["trainable_tokens"].trainable_token_indices == (5, 17, 999)
     assert [*by_name["rank_alpha_pattern"].rank_pattern.items()] == [
-        ("down_proj", 12),
-        ("layers.1.self_attn.q_proj", 4),
-        (r"layers\.[23]\.mlp\.(up|gate)_proj", 2),
-        ("q_proj", 6),
+        *(("down_proj", 12), ("layers.1.self_attn.q_proj", 4)),
+        *((r"layers\.[23]\.mlp\.(up|gate)_proj", 2), ("q_proj", 6)),
     ]
 
 
-@pytest.mark.parametrize(
-    "init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"]
-)
-def test_initializations_that_leave_the_base_unchanged_are_read(init):
-    # How the others started does not matter any more.
-    read = init if init in ("gaussian", "orthogonal") else "default"
-    assert peft(init_lora_weights=init).init_lora_weights == read
-
-
-@pytest.mark.parametrize(
-    "init", ["default", "gaussian", "orthogonal", "loftq", "pissa"]
-)
-def test_what_is_written_never_has_peft_change_the_base(init):
-    # PEFT acts on "pissa", "olora" and "loftq" when it loads a file.
-    written = LoraConfig(init_lora_weights=init).to_peft()["init_lora_weights"]
-    assert written == (init if init in ("gaussian", "orthogonal") else True)
+def test_how_an_adapter_started_does_not_matter_in_a_file():
+    for init in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
+        read = init if init in ("gaussian", "orthogonal") else "default"
+        assert peft(init_lora_weights=init).init_lora_weights == read
+    # PEFT changes the base for "pissa", "olora" and "loftq" when it loads a file.
+    for init in ("default", "gaussian", "orthogonal", "loftq", "pissa"):
+        written = LoraConfig(init_lora_weights=init).to_peft()["init_lora_weights"]
+        assert written == (init if init in ("gaussian", "orthogonal") else True)
 
 
 @pytest.mark.parametrize(
@@ -504,30 +392,22 @@ def test_what_is_written_never_has_peft_change_the_base(init):
     ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "dummy", 3],
 )
 def test_a_file_of_a_changed_base_is_refused_with_the_way_out(init):
-    with pytest.raises(UserError) as caught:
+    found = f"`init_lora_weights`={init!r} .it was trained on a changed base.*"
+    way_out = "PEFT's `path_initial_model_for_weight_conversion`"
+    with pytest.raises(UserError, match=found + way_out):
         peft(init_lora_weights=init)
-    message = str(caught.value)
-    assert f"`init_lora_weights`={init!r} (it was trained on a changed base" in message
-    assert "PEFT's `path_initial_model_for_weight_conversion`" in message
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("fan_in_fan_out", True),
-        ("layer_replication", [[0, 4], [2, 5]]),
-        ("target_parameters", ["mlp.experts"]),
-        ("alora_invocation_tokens", [1, 2]),
-        ("use_qalora", True),
-        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
-        ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"a": 1}),
-        ("velora_config", {"num_groups": 8}),
-        ("monteclora_config", {"a": 1}),
-        ("corda_config", {"corda_method": "ipm"}),
-        ("lora_ga_config", {"a": 1}),
-        ("megatron_config", {"a": 1}),
-        ("runtime_config", {"a": 1}),
+        *(("fan_in_fan_out", True), ("layer_replication", [[0, 4], [2, 5]])),
+        *(("target_parameters", ["mlp.experts"]), ("alora_invocation_tokens", [1, 2])),
+        *(("use_qalora", True), ("use_bdlora", {"target_modules_bd_a": ["q_proj"]})),
+        *(("arrow_config", {"top_k": 3}), ("kasa_config", {"a": 1})),
+        *(("velora_config", {"num_groups": 8}), ("monteclora_config", {"a": 1})),
+        *(("corda_config", {"corda_method": "ipm"}), ("lora_ga_config", {"a": 1})),
+        *(("megatron_config", {"a": 1}), ("runtime_config", {"a": 1})),
     ],
 )
 def test_lora_features_that_are_not_computed_are_refused_by_name(name, value):
@@ -542,22 +422,20 @@ def test_lora_features_that_are_not_computed_are_refused_by_name(name, value):
         assert peft(**{name: off}) == peft()
 
 
-def test_all_refused_features_are_named_together():
-    match = (
-        "`alora_invocation_tokens`=.*, `use_qalora`=True, `init_lora_weights`='olora"
-    )
-    with pytest.raises(UserError, match=match):
-        peft(use_qalora=True, alora_invocation_tokens=[1], init_lora_weights="olora")
+TOKENS = "alora_invocation_tokens"
 
 
 @pytest.mark.parametrize(
     "raw, message",
     [
+        (
+            {"use_qalora": True, TOKENS: [1], "init_lora_weights": "olora"},
+            f"`{TOKENS}`=.*, `use_qalora`=True, `init_lora_weights`='olora",
+        ),
         ({"peft_type": "IA3"}, "`peft_type` is 'IA3'; only 'LORA' adapters"),
         ({"peft_type": None}, "`peft_type` is None"),
         ({"peft_type": ["LORA"]}, r"`peft_type` is \['LORA'\]"),
-        ({"r": 0}, "`r` must be a positive integer"),
-        ({"r": "8"}, "`r` must be a positive integer"),
+        *(({"r": r}, "`r` must be a positive integer") for r in (0, "8")),
         ({"target_modules": [1]}, "`target_modules` must be a list of names"),
         ({"target_modules": []}, "`target_modules` is empty"),
         ({"bias": "lora"}, "`bias` must be"),
@@ -596,7 +474,8 @@ def test_unknown_fields_are_refused_or_skipped():
 def test_a_set_is_read_in_sorted_order():
     for targets in (["v_proj", "q_proj"], {"v_proj", "q_proj"}):
         assert peft(target_modules=targets).target_modules == ("q_proj", "v_proj")
-    assert peft(target_modules=".*proj").target_modules == ".*proj"
+    config = peft(target_modules=".*proj")
+    assert config.target_modules == ".*proj" and through_a_file(config) == config
 
 
 @pytest.mark.parametrize("value", [0, [0], [], [3, 1], None])

@@ -15,153 +15,125 @@ from qlora_jax.lora.combine import combine_adapters
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind, delta
 from qlora_jax.lora.multi import stack_adapters, with_rows
-from qlora_jax.lora.targets import select
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.runs.loading import load
-from qlora_jax.tree import HEAD
-from tests.lora.reference import HEADS, LOGITS, LORAS, ROWS, TOKENS, draw, logits
+from tests.lora.reference import LOGITS, LORAS, TOKENS, config, draw, logits
+
+replace = dataclasses.replace
+TABLES, HEADS = LORAS["tables"], LORAS["heads"]
 
 
 def drawn(base, *loras):
-    """(configuration, tree) of each, with different numbers."""
-    loras = [LORAS.get(lora, lora) if isinstance(lora, str) else lora for lora in loras]
+    """(Configuration, tree) of each, with different numbers."""
+    loras = [LORAS[lora] if isinstance(lora, str) else lora for lora in loras]
     return [(lora, draw(base, lora, seed)) for seed, lora in enumerate(loras)]
 
 
-def by_row(config, base, parts, rows, dtype="float32", tokens=TOKENS):
+def alone(base, parts, row):
+    """The "lora" collection of one row without a stack."""
+    return None if row < 0 else bind(parts[row][1], base, parts[row][0])
+
+
+def by_row(llama, base, parts, rows, dtype="float32"):
     """Logits of each row computed without a stack."""
     for i, row in enumerate(rows):
-        bound = None if row < 0 else bind(parts[row][1], base, parts[row][0])
-        yield logits(config, base, bound, tokens[i : i + 1], dtype)[0]
+        bound = alone(base, parts, row)
+        yield logits(llama, base, bound, TOKENS[i : i + 1], dtype)[0]
 
 
-def test_parts_of_another_form_are_refused(models):
-    base = models[False][1]
-    lora = LORAS["one layer"]
-    tree = draw(base, lora)
-    pairs, triples = r"\(configuration, trained tree\)", "trained tree, weight"
-    with pytest.raises(UserError, match=rf"{pairs}.* got \(tree, configuration\)"):
-        stack_adapters([(tree, lora)], base)
-    with pytest.raises(UserError, match=rf"{pairs}, got tree"):
-        stack_adapters(tree, base)
-    with pytest.raises(UserError, match="adapter 1: .* got configuration"):
-        stack_adapters([(lora, tree), lora], base)
-    with pytest.raises(UserError, match=rf"{triples}.*\(configuration, tree\)"):
-        combine_adapters([(lora, tree)], base)
-    with pytest.raises(UserError, match=rf"{triples}.*\(float, configuration, tree"):
-        combine_adapters([(0.5, lora, tree)], base)
-    with pytest.raises(UserError, match="must be a list of .*got configuration"):
-        combine_adapters(lora, base)
+def assert_rows_are_those_alone(llama, base, parts, rows):
+    got = logits(llama, base, with_rows(stack_adapters(parts, base), rows))
+    want = by_row(llama, base, parts, rows)
+    np.testing.assert_allclose(got, [*want], atol=LOGITS)
+    plain = logits(llama, base)
+    moved = np.abs(got - plain).max((1, 2)) > 1000 * LOGITS
+    np.testing.assert_array_equal(moved, np.asarray(rows) >= 0)
 
 
 # --- Stacks ---
 
-STACKS = {
-    "different": ("plain", "rslora", "patterns", "one layer"),
-    "tables": ("tables", "one layer", "patterns"),
-    "same": ("plain", "plain"),
-}
-
 
 @pytest.mark.parametrize(
-    "names, tied",
-    [(STACKS["different"], False), (STACKS["tables"], True), (STACKS["same"], False)],
-    ids=STACKS,
+    "loras, tied, rows",
+    [
+        (("plain", "rslora", "patterns", "one layer"), False, [1, -1, 0, 3]),
+        (("tables", "one layer", "patterns"), True, [1, -1, 0, 2]),
+        (("plain", "plain"), False, [1, -1, 0, 1]),
+        (
+            # A tied one, and biases of B.
+            (
+                config(
+                    *("embed_tokens",),
+                    **dict(r=2, alpha_pattern={"lm_head": 5}, ensure_weight_tying=True),
+                ),
+                config("lm_head", "q_proj", r=3, lora_alpha=2, lora_bias=True),
+            ),
+            True,
+            [0, 1, -1, 1],
+        ),
+    ],
 )
-def test_every_row_is_computed_with_its_own_adapter(models, names, tied):
-    config, base = models[tied]
-    parts = drawn(base, *names)
-    rows = [1, -1, 0, len(parts) - 1]
-    got = logits(config, base, with_rows(stack_adapters(parts, base), rows))
-    want = by_row(config, base, parts, rows)
-    np.testing.assert_allclose(got, [*want], atol=LOGITS)
-    assert np.abs(got[0] - logits(config, base)[0]).max() > 1000 * LOGITS
-
-
-def test_a_tied_adapter_and_biases_of_b_go_into_a_stack(models):
-    config, base = models[True]
-    loras = [
-        LoraConfig(
-            r=2,
-            target_modules=("embed_tokens",),
-            alpha_pattern={"lm_head": 5},
-            ensure_weight_tying=True,
-        ),
-        LoraConfig(
-            r=3, lora_alpha=2, lora_bias=True, target_modules=("lm_head", "q_proj")
-        ),
-    ]
-    parts, rows = drawn(base, *loras), [0, 1, -1, 1]
-    got = logits(config, base, with_rows(stack_adapters(parts, base), rows))
-    want = by_row(config, base, parts, rows)
-    np.testing.assert_allclose(got, [*want], atol=LOGITS)
-
-
-def test_the_stack_has_an_axis_of_adapters(models):
-    _, base = models[False]
-    parts = drawn(base, "patterns", "one layer", "tables")
-    stack = with_rows(stack_adapters(parts, base), [2, 0])
-    attention = stack["model"]["layers"]["self_attn"]
-    assert attention["o_proj"]["lora_A"].shape == (2, 3, 2, 64)
-    assert attention["o_proj"]["scaling"].tolist() == [[0, 0, 0], [0, 3.5, 0]]
-    assert attention["o_proj"]["rows"].tolist() == [[2, 0], [2, 0]]
-    assert stack["lm_head"]["lora_B"].shape == (3, 32, 3)
-    assert stack["lm_head"]["scaling"].tolist() == [0.75, 0, np.float32(2 / 3)]
-    assert stack["lm_head"]["rows"].tolist() == [2, 0]
-    table = stack["model"]["embed_tokens"]
-    assert table["lora_embedding_A"].shape == (3, 3, 32)
-    assert "lora_bias" not in attention["o_proj"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_without_an_adapter_is_the_base_to_the_bit(models, dtype):
-    config, base = models[False]
-    lora = LORAS["tables"]
-    # Even of an adapter of infinities: 0 times infinity is NaN.
-    tree = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), draw(base, lora))
-    stack = with_rows(stack_adapters([(lora, tree)], base), [-1] * 4)
-    got, want = (logits(config, base, x, dtype=dtype) for x in (stack, None))
-    np.testing.assert_array_equal(got, want)
+def test_every_row_is_computed_with_its_own_adapter(models, loras, tied, rows):
+    llama, base = models[tied]
+    assert_rows_are_those_alone(llama, base, drawn(base, *loras), rows)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
 def test_rows_differ_on_a_packed_base_too(llama_dir, quantization):
-    config, base = convert.load_llama(llama_dir, quantization=quantization)
+    llama, base = convert.load_llama(llama_dir, quantization=quantization)
     base = jax.tree.map(jnp.asarray, base)
-    parts, rows = drawn(base, "plain", "plain"), [1, 0, -1, 1]
-    got = logits(config, base, with_rows(stack_adapters(parts, base), rows))
-    want = by_row(config, base, parts, rows)
-    np.testing.assert_allclose(got, [*want], atol=LOGITS)
+    parts = drawn(base, "plain", "plain")
+    assert_rows_are_those_alone(llama, base, parts, [1, 0, -1, 1])
+
+
+def test_the_stack_has_an_axis_of_adapters(base):
+    parts = drawn(base, "patterns", "one layer", "tables")
+    stack = with_rows(stack_adapters(parts, base), [2, 0])
+    o_proj = stack["model"]["layers"]["self_attn"]["o_proj"]
+    assert o_proj["lora_A"].shape == (2, 3, 2, 64) and "lora_bias" not in o_proj
+    assert o_proj["scaling"].tolist() == [[0, 0, 0], [0, 3.5, 0]]
+    assert o_proj["rows"].tolist() == [[2, 0], [2, 0]]
+    head, table = stack["lm_head"], stack["model"]["embed_tokens"]
+    assert head["lora_B"].shape == (3, 32, 3) and head["rows"].tolist() == [2, 0]
+    assert table["lora_embedding_A"].shape == (3, 3, 32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_without_an_adapter_is_the_base_to_the_bit(models, dtype):
+    llama, base = models[False]
+    # Even of an adapter of infinities: 0 times infinity is NaN.
+    tree = jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), draw(base, TABLES))
+    stack = with_rows(stack_adapters([(TABLES, tree)], base), [-1] * 4)
+    got, want = (logits(llama, base, x, dtype=dtype) for x in (stack, None))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_bf16_rows_are_as_near_as_bf16_allows(models):
-    config, base = models[False]
+    llama, base = models[False]
     parts, rows = drawn(base, "plain", "tables"), [0, 1, 1, 0]
     stack = with_rows(stack_adapters(parts, base), rows)
-    got = logits(config, base, stack, dtype="bfloat16")
-    narrow = by_row(config, base, parts, rows, dtype="bfloat16")
-    exact = by_row(config, base, parts, rows)
+    got = logits(llama, base, stack, dtype="bfloat16")
+    narrow = by_row(llama, base, parts, rows, dtype="bfloat16")
+    exact = by_row(llama, base, parts, rows)
     for row, single, want in zip(got, narrow, exact, strict=True):
         # No further from the float32 result than twice what bf16 is without a stack.
         assert np.abs(row - want).max() <= 2 * np.abs(single - want).max()
 
 
 def test_generation_is_that_of_each_row_alone(models):
-    config, base = models[True]
+    llama, base = models[True]
     parts = drawn(base, "tables", "plain")
-    stack = stack_adapters(parts, base)
-    model = Llama(config, Compute("float32"))
+    model = Llama(llama, Compute("float32"))
     prompts, rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3]], [1, 0, 1, -1]
 
-    def generate(prompts, lora, **settings):
+    def generate(prompts, lora):
         variables = {"params": base} if lora is None else {"params": base, "lora": lora}
-        return generate_tokens(model, variables, prompts, max_new_tokens=8, **settings)
+        return generate_tokens(model, variables, prompts, max_new_tokens=8)
 
-    together = generate(prompts, with_rows(stack, rows))
+    together = generate(prompts, with_rows(stack_adapters(parts, base), rows))
     for prompt, row, got in zip(prompts, rows, together, strict=True):
-        bound = None if row < 0 else bind(parts[row][1], base, parts[row][0])
-        assert got == generate([prompt], bound)[0]
+        assert got == generate([prompt], alone(base, parts, row))[0]
     assert together[0] != together[3]  # one prompt, with and without an adapter
 
 
@@ -185,36 +157,33 @@ def compilations():
 
 
 def test_other_rows_and_other_adapters_of_equal_shapes_compile_nothing(models):
-    config, base = models[False]
-    lora = LORAS["tables"]
-    first = stack_adapters([(lora, draw(base, lora, i)) for i in range(2)], base)
-    other = dataclasses.replace(lora, lora_alpha=11)
-    second = stack_adapters([(other, draw(base, lora, i)) for i in (5, 6)], base)
-    run = jax.jit(Llama(config, Compute("float32")).apply)
+    llama, base = models[False]
+    other = replace(TABLES, lora_alpha=11)
+    first = stack_adapters(drawn(base, TABLES, TABLES), base)
+    second = stack_adapters(drawn(base, other, other)[::-1], base)
+    run = jax.jit(Llama(llama, Compute("float32")).apply)
     tokens = jnp.asarray(TOKENS)
-    with compilations() as compiled:
-        one = run({"params": base, "lora": with_rows(first, [0, 1, -1, 0])}, tokens)
+
+    def ask(stack, rows):
+        with compilations() as compiled:
+            got = run({"params": base, "lora": with_rows(stack, rows)}, tokens)
+        return np.asarray(got), len(compiled)
+
+    one, compiled = ask(first, [0, 1, -1, 0])
     assert compiled  # it does count
-    with compilations() as compiled:
-        two = run({"params": base, "lora": with_rows(first, [1, 1, 0, -1])}, tokens)
-        three = run({"params": base, "lora": with_rows(second, [0, 1, -1, 0])}, tokens)
-    assert not compiled and run._cache_size() == 1
-    assert (one != two).any() and (one != three).any()
+    for stack, rows in ((first, [1, 1, 0, -1]), (second, [0, 1, -1, 0])):
+        got, compiled = ask(stack, rows)
+        assert not compiled and (one != got).any()
+    assert run._cache_size() == 1
 
 
 def test_rows_may_be_an_argument_of_what_is_compiled(models):
-    config, base = models[False]
+    llama, base = models[False]
     stack = stack_adapters(drawn(base, "plain", "plain"), base)
-    model, tokens = Llama(config, Compute("float32")), jnp.asarray(TOKENS)
-
-    @jax.jit
-    def run(rows):
-        return model.apply({"params": base, "lora": with_rows(stack, rows)}, tokens)
-
+    run = jax.jit(lambda rows: logits(llama, base, with_rows(stack, rows)))
     for rows in ([0, 1, -1, 0], [1, 1, 1, -1]):
-        got = run(jnp.asarray(rows))
-        want = logits(config, base, with_rows(stack, rows))
-        np.testing.assert_allclose(got, want, atol=LOGITS)
+        want = logits(llama, base, with_rows(stack, rows))
+        np.testing.assert_allclose(run(jnp.asarray(rows)), want, atol=LOGITS)
     assert run._cache_size() == 1
 
 
@@ -222,7 +191,7 @@ def test_rows_may_be_an_argument_of_what_is_compiled(models):
     "lora",
     [
         LoraConfig(r=2, target_modules="all-linear"),
-        dataclasses.replace(LORAS["tables"], ensure_weight_tying=True, use_dora=True),
+        replace(TABLES, ensure_weight_tying=True, use_dora=True),
     ],
     ids=["plain", "everything"],
 )
@@ -231,9 +200,9 @@ def test_a_model_changes_its_adapter_without_compiling_anything(shared_data, lor
     tokens = jnp.asarray([[1, 403, 407, 261, 378]], jnp.int32)
 
     def ask(lora_alpha, seed):
-        scaled = dataclasses.replace(lora, lora_alpha=lora_alpha)
+        scaled = replace(lora, lora_alpha=lora_alpha)
         tree = jax.tree.map(jnp.asarray, draw(model.base, scaled, seed, spread=0.5))
-        adapted = dataclasses.replace(model, adapters=tree, lora_config=scaled)
+        adapted = replace(model, adapters=tree, lora_config=scaled)
         with compilations() as compiled:
             logits = adapted.logits(tokens)
             texts = adapted.generate(["Once upon a"], max_new_tokens=12)
@@ -251,21 +220,37 @@ def test_a_model_changes_its_adapter_without_compiling_anything(shared_data, lor
 # --- Errors of stacks ---
 
 
-def test_parts_that_cannot_differ_by_row_are_refused(models):
-    _, base = models[False]
-    for lora, message in (
-        (dataclasses.replace(HEADS, use_dora=True), "adapter 1: `use_dora` rescales"),
-        (HEADS, r"adapter 1: `lm_head.weight` replaces a tensor of the base"),
-        (ROWS, r"adapter 1: `model.embed_tokens.trainable_tokens_delta` replaces"),
+def test_parts_of_another_form_are_refused(base):
+    ((lora, tree),) = drawn(base, "one layer")
+    pairs, triples = r"\(configuration, trained tree\)", "trained tree, weight"
+    for function, parts, message in (
+        (stack_adapters, [(tree, lora)], rf"{pairs}.* got \(tree, configuration\)"),
+        (stack_adapters, tree, rf"{pairs}, got tree"),
+        (stack_adapters, [(lora, tree), lora], "adapter 1: .* got configuration"),
+        (combine_adapters, [(lora, tree)], rf"{triples}.*\(configuration, tree\)"),
         (
-            LoraConfig(r=2, init_lora_weights="pissa"),
-            "adapter 1: .*'pissa'.*absorb",
+            *(combine_adapters, [(0.5, lora, tree)]),
+            rf"{triples}.*\(float, configuration, tree",
         ),
+        (combine_adapters, lora, "must be a list of .*got configuration"),
+        (stack_adapters, [], "at least one adapter, got none"),
     ):
         with pytest.raises(UserError, match=message):
-            stack_adapters(drawn(base, "plain", lora), base)
-    with pytest.raises(UserError, match="at least one adapter, got none"):
-        stack_adapters([], base)
+            function(parts, base)
+
+
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        (replace(HEADS, use_dora=True), "adapter 1: `use_dora` rescales"),
+        (HEADS, r"adapter 1: `lm_head.weight` replaces a tensor of the base"),
+        ("rows", r"adapter 1: `model.embed_tokens.trainable_tokens_delta` replaces"),
+        (LoraConfig(r=2, init_lora_weights="pissa"), "adapter 1: .*'pissa'.*absorb"),
+    ],
+)
+def test_parts_that_cannot_differ_by_row_are_refused(base, lora, message):
+    with pytest.raises(UserError, match=message):
+        stack_adapters(drawn(base, "plain", lora), base)
 
 
 @pytest.mark.parametrize(
@@ -277,33 +262,25 @@ def test_parts_that_cannot_differ_by_row_are_refused(models):
         ([[0, 1]], r"one for each row of the batch, got int32 of shape \[1, 2\]"),
     ],
 )
-def test_unusable_rows_are_refused(models, rows, message):
-    _, base = models[False]
-    lora = LORAS["tables"]
-    stack = stack_adapters([(lora, draw(base, lora))] * 2, base)
+def test_unusable_rows_are_refused(base, rows, message):
+    stack = stack_adapters(drawn(base, TABLES, TABLES), base)
     with pytest.raises(UserError, match=message):
         with_rows(stack, np.asarray(rows))
 
 
-def test_a_tree_that_is_not_a_stack_is_refused(models):
-    _, base = models[False]
-    for name in ("plain", "tables"):
-        bound = bind(draw(base, LORAS[name]), base, LORAS[name])
-        with pytest.raises(UserError, match="has one adapter, not a stack"):
-            with_rows(bound, [0])
-
-
-def test_a_stack_without_rows_and_rows_of_another_batch_are_refused(models):
-    config, base = models[False]
-    for name in ("plain", "tables"):
-        lora = LORAS[name]
-        stack = stack_adapters([(lora, draw(base, lora))], base)
-        message = r"stack of 1 adapters without row indices.*`with_rows\(stack, rows\)`"
-        with pytest.raises(UserError, match=message):
-            logits(config, base, stack)
-        message = r"adapters of 3 rows, and the batch has the shape \[4, 9"
-        with pytest.raises(UserError, match=message):
-            logits(config, base, with_rows(stack, [0, 0, 0]))
+@pytest.mark.parametrize("name", ["plain", "tables"])
+def test_a_tree_that_is_no_stack_or_lacks_rows_of_the_batch_is_refused(models, name):
+    llama, base = models[False]
+    parts = drawn(base, name)
+    with pytest.raises(UserError, match="has one adapter, not a stack"):
+        with_rows(alone(base, parts, 0), [0])
+    stack = stack_adapters(parts, base)
+    message = r"stack of 1 adapters without row indices.*`with_rows\(stack, rows\)`"
+    with pytest.raises(UserError, match=message):
+        logits(llama, base, stack)
+    message = r"adapters of 3 rows, and the batch has the shape \[4, 9"
+    with pytest.raises(UserError, match=message):
+        logits(llama, base, with_rows(stack, [0, 0, 0]))
 
 
 def test_a_layer_of_another_shape_has_rows_too():
@@ -317,27 +294,3 @@ def test_a_layer_of_another_shape_has_rows_too():
         one = {name: array[row] for name, array in stack.items()}
         want = delta(x[i], one, scaling[row]) if row >= 0 else 0 * got[i]
         np.testing.assert_allclose(got[i], want, atol=1e-5)
-
-
-# --- Real adapters ---
-
-
-def test_a_trained_adapter_and_its_base_in_one_batch(shared_data):
-    config, base = convert.load_llama(shared_data / "stories260K", quantization=None)
-    path = shared_data / "adapters/stories260K-lora-r8-shakespeare"
-    lora, tree = convert.load_adapter(path, base)
-    half, tree_half = combine_adapters([(lora, tree, 0.5)], base)
-    twice = combine_adapters([(half, tree_half, 1.0)] * 2, base)
-    base = jax.tree.map(jnp.asarray, base)
-    stack = stack_adapters([(lora, tree), twice, (half, tree_half)], base)
-    tokens = np.tile(np.asarray([[1, 403, 407, 261, 378, 300]], np.int32), (4, 1))
-    got = np.asarray(logits(config, base, with_rows(stack, [-1, 0, 1, 2]), tokens))
-    plain = logits(config, base, None, tokens[:1])
-    adapted = logits(config, base, bind(tree, base, lora), tokens[:1])
-    # These logits reach 13; as close as stored outputs of other libraries are held to.
-    close = 3e-5
-    np.testing.assert_allclose(got[0], plain[0], atol=close)
-    np.testing.assert_allclose(got[1], adapted[0], atol=close)
-    np.testing.assert_allclose(got[2], adapted[0], atol=close)
-    assert np.abs(got[3] - got[1]).max() > 100 * LOGITS
-    assert HEAD not in select(base, lora).shapes()

@@ -26,8 +26,8 @@ from qlora_jax.models.attention import (
 FLOAT32 = 5e-6
 
 
-def inputs(length, *, batch=2, heads=4, groups=2, width=16, dtype="float32", seed=0):
-    rng = np.random.default_rng(seed)
+def inputs(length, *, batch=2, heads=4, groups=2, width=16, dtype="float32"):
+    rng = np.random.default_rng(0)
 
     def draw(count):
         return jnp.asarray(rng.standard_normal((batch, length, count, width)), dtype)
@@ -92,27 +92,6 @@ def test_large_scores_do_not_overflow(float64_attention):
     assert_close(got, float64_attention(q, k, v, dout)[:4], q.dtype, 1e-3)
 
 
-def test_no_segments_is_one_segment():
-    ones = jnp.ones((2, 30), jnp.int32)
-    plain = output_and_gradients(*inputs(30), None, implementation="eager")
-    same = output_and_gradients(*inputs(30), ones, implementation="eager")
-    for a, b in zip(plain, same, strict=True):
-        # One is compiled with a mask and one without: sums may be reordered.
-        np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_eager_can_be_mapped(float64_attention):
-    cases = [inputs(33, seed=s) for s in range(3)]
-    kinds = ("packed", "left padding", "packed")
-    segments = [jnp.asarray(SEGMENTS[kind](33), jnp.int32) for kind in kinds]
-    call = functools.partial(output_and_gradients, implementation="eager")
-    stacked = (jnp.stack(parts) for parts in zip(*cases, strict=True))
-    got = jax.vmap(call)(*stacked, jnp.stack(segments))
-    for i, case in enumerate(cases):
-        want = float64_attention(*case, segments[i])[:4]
-        assert_close([a[i] for a in got], want, jnp.float32, FLOAT32)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["auto", "xla"])
 def test_auto_on_a_cpu_is_xla_which_goes_block_by_block(name, packed):
@@ -124,13 +103,20 @@ def test_auto_on_a_cpu_is_xla_which_goes_block_by_block(name, packed):
     )
 
 
-def test_cudnn_is_refused_on_a_cpu_with_the_reason():
-    if jax.default_backend() != "cpu":
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", "attention='flash' does not exist. Choose"),
+        ("cudnn", "'cudnn' cannot be used here: it needs an NVIDIA GPU .* Use 'auto' "),
+        ("pallas", "'pallas' .* used here: .*(NVIDIA GPU|jax 0.11).* Use 'auto' or"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_with_the_reason(name, message):
+    if name != "flash" and jax.default_backend() != "cpu":
         pytest.skip("this process has an accelerator")
-    q, k, v, _ = inputs(12, dtype="bfloat16")
-    message = r"'cudnn' cannot be used here: it needs an NVIDIA GPU .* Use 'auto' or"
+    q, k, v, _ = inputs(12, width=64, dtype="bfloat16")
     with pytest.raises(UserError, match=message):
-        attention(q, k, v, implementation="cudnn")
+        attention(q, k, v, implementation=name)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +152,6 @@ def test_the_kernels_agree_with_the_others(float64_attention):
         assert_close((out, *pullback(case[3])), want, jnp.bfloat16, NARROW["bfloat16"])
 
 
-def test_the_kernels_say_why_they_cannot_run_here():
-    if jax.default_backend() != "cpu":
-        pytest.skip("this process has an accelerator")
-    q, k, v, _ = inputs(12, width=64, dtype="bfloat16")
-    message = r"'pallas' cannot be used here: .*(NVIDIA GPU|jax 0\.11).* Use 'auto' or"
-    with pytest.raises(UserError, match=message):
-        attention(q, k, v, implementation="pallas")
-
-
 def test_auto_is_what_was_measured_to_be_best(monkeypatch):
     from pallas_kernels.attention import api as kernels
 
@@ -194,22 +171,12 @@ def test_auto_is_what_was_measured_to_be_best(monkeypatch):
     assert used == ["pallas"]
 
 
-def test_an_unknown_implementation_is_refused():
-    q, k, v, _ = inputs(4)
-    with pytest.raises(UserError, match="attention='flash' does not exist. Choose"):
-        attention(q, k, v, implementation="flash")
-
-
 # --- The mask, and one query against a cache ---
 
 
-def test_the_mask_is_causal_from_where_the_queries_start():
+def test_the_mask_joins_equal_segments_and_is_causal_from_where_the_queries_start():
     got = causal_mask(None, None, 2, 5, 2)
-    assert got.shape == (1, 2, 5)
-    assert got[0].astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-
-
-def test_the_mask_joins_equal_segments():
+    assert got.astype(int).tolist() == [[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]]
     segments = jnp.asarray([[0, 1, 1, 2]], jnp.int32)
     got = causal_mask(segments, segments, 4, 4, 0)[0].astype(int)
     assert got.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
@@ -220,8 +187,7 @@ def test_one_query_against_a_cache_is_the_last_row_of_all(float64_attention):
     want = float64_attention(q, k, v, dout)[0][:, -1:]
     spare = jnp.full((2, 4, 2, 16), 1e3)  # empty slots must not be seen
     k, v = (jnp.concatenate([a, spare], axis=1) for a in (k, v))
-    seen = causal_mask(None, None, 1, 13, 8)
-    got = masked_attention(q[:, -1:], k, v, seen)
+    got = masked_attention(q[:, -1:], k, v, causal_mask(None, None, 1, 13, 8))
     np.testing.assert_allclose(got, want, atol=FLOAT32)
 
 
@@ -242,13 +208,8 @@ def test_a_token_reads_its_layer_of_the_cache(
 
     seen = jnp.pad(segments == 1, ((0, 0), (0, slots - length)))
     for dtype, tolerance in (("float32", FLOAT32), ("bfloat16", 0.02)):
-        got = jax.jit(compute)(
-            q[:, -1:].astype(dtype),
-            cache(k).astype(dtype),
-            cache(v).astype(dtype),
-            jnp.int32(1),
-            seen,
-        )
+        arrays = [a.astype(dtype) for a in (q[:, -1:], cache(k), cache(v))]
+        got = jax.jit(compute)(*arrays, jnp.int32(1), seen)
         assert got.dtype == dtype
         # bfloat16: inputs and result rounded to 2^-9 of values of order one.
         worst = np.abs(np.asarray(got, np.float64) - want).max()

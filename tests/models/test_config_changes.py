@@ -53,32 +53,18 @@ def test_fields_are_changed_and_restored(tiny):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"rope_theta": 1e6},
-            "model: `rope_theta` cannot be changed; `max",
-        ),
+        ({"rope_theta": 1e6}, "model: `rope_theta` cannot be changed; `max"),
         ({"max_position_embeddings": 0}, "must be a positive integer, got 0"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "model: rope type 'dynamic' is not supported. Supported: 'default', 'lin",
         ),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "rope type 'yarn' is not supported",
-        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs `factor`"),
         (
-            {"rope_scaling": {"rope_type": "linear", "factor": "two"}},
+            {"rope_scaling": {**LINEAR, "factor": "two"}},
             "`rope_scaling.factor` must be a number, got 'two'",
         ),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "needs `low_freq_factor`, `high_freq_factor`, `original_max_position",
-        ),
-        (
-            {"rope_scaling": {**LINEAR, "beta": 1}},
-            "rope_scaling: `beta` cannot be changed",
-        ),
+        ({"rope_scaling": {**LINEAR, "beta": 1}}, "scaling: `beta` cannot be changed"),
         ({"rope_scaling": 3}, "`rope_scaling` must be a table, got 3"),
         ("{", "model: this is not JSON"),
         ("[]", r"model: must be an object, got \[\]"),
@@ -94,11 +80,8 @@ def test_the_settings_of_a_run_are_checked_at_construction():
         ModelConfig("base", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UserError, match="must be a positive integer, got -1"):
         ModelConfig("base", max_position_embeddings=-1)
-    model = ModelConfig("base", max_position_embeddings=64, rope_scaling=LINEAR)
-    assert model.config_changes == {
-        "max_position_embeddings": 64,
-        "rope_scaling": LINEAR,
-    }
+    changes = {"max_position_embeddings": 64, "rope_scaling": LINEAR}
+    assert ModelConfig("base", **changes).config_changes == changes
     assert ModelConfig("base").config_changes == {}
 
 
@@ -139,10 +122,8 @@ def test_changes_are_saved_with_an_adapter_and_apply_wherever_it_is_used(
         (tiny_model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
         report = convert.merge(tiny_model, place, tmp_path / f"merged-{length}")
         file = tmp_path / f"merged-{length}" / "tokenizer_config.json"
-        assert json.loads(file.read_text()) == {
-            **tokenizer,
-            "model_max_length": merged_length,
-        }
+        tokenizer["model_max_length"] = merged_length
+        assert json.loads(file.read_text()) == tokenizer
         said = report["config_changes"].get("model_max_length")
         assert said == ([32, 64] if length == 32 else None)
 

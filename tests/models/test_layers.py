@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
-from qlora_jax.lora import functional as lora
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import delta
 from qlora_jax.models.layers import (
     Compute,
     Embed,
@@ -28,206 +30,153 @@ WEIGHT = 0.1 * draw(OUT, IN)
 PACKED = jax.tree.map(jnp.asarray, nf4.quantize(np.asarray(WEIGHT), double_quant=True))
 ADAPTER = {"lora_A": draw(4, IN, seed=1), "lora_B": draw(OUT, 4, seed=2)}
 BIAS = draw(OUT, seed=3)
-MAGNITUDE = jnp.abs(draw(OUT, seed=5))
 ROWS = {
     "trainable_tokens_delta": draw(3, IN, seed=6),
     "token_indices": jnp.asarray([17, 0, 5], jnp.int32),
 }
 RESIDUAL = (draw(2, IN, seed=7), draw(OUT, 2, seed=8))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bias", [None, BIAS])
-@pytest.mark.parametrize("adapter", [None, ADAPTER])
-def test_linear_is_weight_plus_bias_plus_scaled_update(packed, bias, adapter):
-    x = draw(2, 5, IN, seed=4)
-    weight = PACKED if packed else WEIGHT
-    got = linear(x, weight, bias, adapter and ModuleAdapter(adapter, 0.5))
-    dense = np.asarray(nf4.dequantize(PACKED) if packed else WEIGHT, np.float64)
-    wide = np.asarray(x, np.float64)
-    want = wide @ dense.T
-    if bias is not None:
-        want = want + np.asarray(bias)
-    if adapter is not None:
-        a, b = (np.asarray(adapter[k], np.float64) for k in ("lora_A", "lora_B"))
-        want = want + 0.5 * wide @ a.T @ b.T
-    # float32 sums of 64 terms; the update is of order 20.
-    np.testing.assert_allclose(got, want, atol=5e-5)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_zero_adapter_changes_no_bit(packed):
-    x = draw(3, IN, seed=5, dtype="bfloat16")
-    weight = PACKED if packed else WEIGHT
-    zero = {**ADAPTER, "lora_B": jnp.zeros_like(ADAPTER["lora_B"])}
-    with_zero = linear(x, weight, BIAS, ModuleAdapter(zero, 2.0))
-    np.testing.assert_array_equal(with_zero, linear(x, weight, BIAS))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
-def test_the_result_has_the_dtype_of_the_input_or_the_requested_one(packed, compute):
-    x = draw(3, IN, dtype=compute)
-    weight = PACKED if packed else WEIGHT
-    assert linear(x, weight, BIAS, ModuleAdapter(ADAPTER)).dtype == compute
-    wide = linear(x, weight, BIAS, ModuleAdapter(ADAPTER), dtype=jnp.float32)
-    assert wide.dtype == jnp.float32
-
-
-def double(tree):
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), tree)
-
-
-def equivalent(weight, bias, adapter, scaling, residual):
-    """Returns the dense weight and bias, in float64, that compute the same."""
-    weight = double(nf4.dequantize(weight) if weight is PACKED else weight)
-    adapter = double(adapter)
-    if residual is not None:
-        weight = weight - double(residual[1]) @ double(residual[0])
-    if "trainable_tokens_delta" in adapter:
-        weight[adapter["token_indices"].astype(int)] = adapter["trainable_tokens_delta"]
-    if "lora_A" in adapter:
-        weight = weight + scaling * adapter["lora_B"] @ adapter["lora_A"]
-    if "lora_magnitude_vector" in adapter:
-        norm = np.linalg.norm(weight, axis=1)
-        weight = (adapter["lora_magnitude_vector"] / norm)[:, None] * weight
-    extra = scaling * adapter.get("lora_bias", np.zeros(OUT))
-    return weight, extra + (0.0 if bias is None else double(bias))
-
-
+DORA = {**ADAPTER, "lora_magnitude_vector": jnp.abs(draw(OUT, seed=5))}
 FORMS = {
+    "none": {},
+    "update": ADAPTER,
     "biased": {**ADAPTER, "lora_bias": draw(OUT, seed=9)},
-    "dora": {**ADAPTER, "lora_magnitude_vector": MAGNITUDE},
+    "dora": DORA,
+    "lower_rank": {  # of two, filled up to four with zeros
+        **DORA,
+        "lora_A": ADAPTER["lora_A"].at[2:].set(0.0),
+        "lora_B": ADAPTER["lora_B"].at[:, 2:].set(0.0),
+    },
     "rows": ROWS,
     "rows_and_update": {**ROWS, **ADAPTER},
 }
+BOTH = pytest.mark.parametrize("weight", [WEIGHT, PACKED], ids=["dense", "packed"])
 
 
+def unpacked(weight):
+    return nf4.dequantize(weight) if weight is PACKED else weight
+
+
+def double(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def equal(got, want):
+    np.testing.assert_array_equal(got, want)
+
+
+def gradients_agree(got, want):
+    for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        g, w = np.asarray(g), np.asarray(w)
+        # Sums of some hundred float32 terms; padding and unused rows have none.
+        assert np.abs(g - w).max() <= 1e-5 * np.abs(w).max()
+        assert not g[w == 0].any()
+
+
+def dense_weight(weight, adapter, residual=None):
+    """The one weight that an adapter with half its update stands for.
+
+    In float64 of numpy's arrays; of jax's, its gradient leaves out the norm of DoRA.
+    """
+    if residual is not None:
+        weight = weight - residual[1] @ residual[0]
+    if "trainable_tokens_delta" in adapter:
+        place = np.eye(OUT, dtype=weight.dtype)[np.asarray(ROWS["token_indices"])]
+        rows = adapter["trainable_tokens_delta"]
+        weight = weight + place.T @ (rows - place @ weight)
+    if "lora_A" in adapter:
+        weight = weight + 0.5 * (adapter["lora_B"] @ adapter["lora_A"])
+    if "lora_magnitude_vector" in adapter:
+        norm = (weight**2).sum(1) ** 0.5
+        if not isinstance(norm, np.ndarray):
+            norm = jax.lax.stop_gradient(norm)
+        weight = (adapter["lora_magnitude_vector"] / norm)[:, None] * weight
+    return weight
+
+
+def trained(arrays):
+    return {name: a for name, a in arrays.items() if name != "token_indices"}
+
+
+def whole(arrays):
+    """With the indices that rows come with."""
+    return {**ROWS, **arrays} if "trainable_tokens_delta" in arrays else arrays
+
+
+@BOTH
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bias", [None, BIAS])
-def test_every_form_of_adapter_equals_its_dense_weight(packed, bias, form):
-    x = draw(2, 5, IN, seed=4)
-    weight = PACKED if packed else WEIGHT
-    for residual in (None, RESIDUAL):
-        if residual is not None and form == "dora":
+def test_every_form_of_adapter_equals_its_dense_weight(form, weight):
+    x, arrays = draw(2, 5, IN, seed=4), FORMS[form]
+    for bias, residual in itertools.product((None, BIAS), (None, RESIDUAL)):
+        if residual is not None and "lora_magnitude_vector" in arrays:
             continue  # refused by LoraConfig
-        adapter = ModuleAdapter(FORMS[form], jnp.float32(0.5), residual)
-        got = linear(x, weight, bias, adapter)
-        full, offset = equivalent(weight, bias, FORMS[form], 0.5, residual)
+        got = linear(x, weight, bias, ModuleAdapter(arrays, jnp.float32(0.5), residual))
+        full = dense_weight(*map(double, (unpacked(weight), arrays, residual)))
+        offset = 0.5 * double(arrays.get("lora_bias", np.zeros(OUT)))
+        want = double(x) @ full.T + (offset if bias is None else offset + double(bias))
         # float32 sums of 64 terms; the update is of order 20.
-        np.testing.assert_allclose(got, double(x) @ full.T + offset, atol=1e-4)
+        exact = residual is None and form in ("none", "update")
+        np.testing.assert_allclose(got, want, atol=5e-5 if exact else 1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])
 def test_every_form_computes_in_every_dtype(compute, form):
-    x = draw(3, IN, seed=4).astype(compute)
-    for weight in (WEIGHT, PACKED):
-        adapter = ModuleAdapter(FORMS[form], 0.5)
+    x, adapter = draw(3, IN, seed=4).astype(compute), ModuleAdapter(FORMS[form], 0.5)
+    for weight, dtype in itertools.product((WEIGHT, PACKED), (None, jnp.float32)):
         wide = linear(x.astype(jnp.float32), weight, BIAS, adapter)
-        for dtype in (None, jnp.float32):
-            got = linear(x, weight, BIAS, adapter, dtype=dtype)
-            assert got.dtype == (dtype or compute)
-            error = np.abs(np.asarray(got, np.float32) - wide).max()
-            # A few roundings of 2^-8 or 2^-11, of values of order 20.
-            assert error <= {"bfloat16": 0.4, "float16": 0.05, "float32": 1e-5}[compute]
+        got = linear(x, weight, BIAS, adapter, dtype=dtype)
+        assert got.dtype == (dtype or compute)
+        error = np.abs(np.asarray(got, np.float32) - wide).max()
+        # A few roundings of 2^-8 or 2^-11, of values of order 20.
+        assert error <= {"bfloat16": 0.4, "float16": 0.05, "float32": 1e-5}[compute]
 
 
 def test_a_scaling_of_zero_is_the_plain_layer_without_gradient():
     # In a stack, a layer without adapter has zeros, also as magnitude.
-    x, zero = draw(3, IN), jnp.float32(0.0)
-    unused = {
-        **jax.tree.map(jnp.zeros_like, ADAPTER),
-        "lora_magnitude_vector": jnp.zeros(OUT),
-    }
-    got = linear(x, WEIGHT, BIAS, ModuleAdapter(unused, zero))
-    np.testing.assert_array_equal(got, linear(x, WEIGHT, BIAS))
-    gradient = jax.grad(lambda a: linear(x, WEIGHT, BIAS, ModuleAdapter(a, zero)).sum())
-    for leaf in jax.tree.leaves(gradient(unused)):
-        assert not leaf.any()
+    x, unused = draw(3, IN), jax.tree.map(jnp.zeros_like, DORA)
+
+    def unscaled(arrays):
+        return linear(x, WEIGHT, BIAS, ModuleAdapter(arrays, jnp.float32(0.0)))
+
+    equal(unscaled(unused), linear(x, WEIGHT, BIAS))
+    gradient = jax.grad(lambda arrays: unscaled(arrays).sum())(unused)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_padding_of_a_rank_has_no_gradient():
-    x = draw(3, IN)
-    padded = {
-        "lora_A": ADAPTER["lora_A"].at[2:].set(0.0),
-        "lora_B": ADAPTER["lora_B"].at[:, 2:].set(0.0),
-        "lora_magnitude_vector": MAGNITUDE,
-    }
-    gradient = jax.grad(
-        lambda a: (linear(x, PACKED, BIAS, ModuleAdapter(a)) ** 2).sum()
-    )(padded)
-    assert np.asarray(gradient["lora_A"][:2]).all()
-    assert not gradient["lora_A"][2:].any() and not gradient["lora_B"][:, 2:].any()
+@BOTH
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_a_layer_are_those_of_its_dense_weight(form, weight):
+    def ours(x, arrays):
+        y = linear(x, weight, BIAS, ModuleAdapter(whole(arrays), 0.5))
+        return (y**2).sum()
 
+    def plain(x, arrays):
+        y = x @ dense_weight(unpacked(weight), arrays).T
+        offset = BIAS + 0.5 * arrays.get("lora_bias", jnp.zeros(OUT))
+        return ((y + offset[None]) ** 2).sum()
 
-def test_the_norm_of_dora_has_no_gradient():
-    x = draw(3, IN)
-    adapter = FORMS["dora"]
-    norms = lora.row_norms(WEIGHT, ADAPTER["lora_A"], ADAPTER["lora_B"], 0.5)
-
-    def detached(x, adapter):
-        weight = WEIGHT + 0.5 * adapter["lora_B"] @ adapter["lora_A"]
-        factor = adapter["lora_magnitude_vector"] / norms
-        return ((x @ (factor[:, None] * weight).T + BIAS[None]) ** 2).sum()
-
-    def ours(x, adapter):
-        return (linear(x, WEIGHT, BIAS, ModuleAdapter(adapter, 0.5)) ** 2).sum()
-
-    got, want = (jax.grad(f, argnums=(0, 1))(x, adapter) for f in (ours, detached))
-    for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        # Sums of some hundred float32 terms.
-        assert np.abs(g - w).max() <= 1e-5 * np.abs(w).max()
-
-
-def test_a_replaced_row_only_has_the_gradient_of_its_column():
-    x = draw(3, IN)
-
-    def total(rows, columns):
-        adapter = {**ROWS, "trainable_tokens_delta": rows}
-        return linear(x, WEIGHT, None, ModuleAdapter(adapter))[:, columns].sum()
-
-    unrelated = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([1, 2, 3]))
-    assert not unrelated.any()
-    gradient = jax.grad(total)(ROWS["trainable_tokens_delta"], np.asarray([0]))
-    np.testing.assert_allclose(gradient[1], x.sum(0), rtol=1e-6)
-    assert not gradient[0].any() and not gradient[2].any()
-
-
-def test_gradients_reach_input_and_adapter():
-    x = draw(3, IN)
-    dx, da = jax.grad(
-        lambda x, a: linear(x, PACKED, None, ModuleAdapter(a, 0.5)).sum(),
-        argnums=(0, 1),
-    )(x, ADAPTER)
-    dense = nf4.dequantize(PACKED)
-    a, b = ADAPTER["lora_A"], ADAPTER["lora_B"]
-    # float32 sums of at most 64 terms, values of order ten.
-    column = dense.sum(0) + 0.5 * b.sum(0) @ a
-    np.testing.assert_allclose(dx, np.broadcast_to(column, (3, IN)), atol=5e-5)
-    np.testing.assert_allclose(
-        da["lora_B"], np.broadcast_to(0.5 * (x @ a.T).sum(0), (OUT, 4)), atol=5e-5
-    )
-    want = 0.5 * jnp.outer(b.sum(0), x.sum(0))
-    np.testing.assert_allclose(da["lora_A"], want, atol=1e-4)
+    arguments = draw(3, IN), trained(FORMS[form])
+    gradients_agree(*(jax.grad(f, (0, 1))(*arguments) for f in (ours, plain)))
 
 
 # --- The module ---
 
 
-def test_the_module_reads_a_dense_a_packed_and_an_adapted_weight():
-    x = draw(3, IN)
-    module = Linear(OUT, Compute("float32", lora=LoraConfig(r=4, lora_alpha=2)))
-    for weight in (WEIGHT, PACKED):
-        params = {"weight": weight}
-        np.testing.assert_array_equal(
-            module.apply({"params": params}, x), linear(x, weight)
-        )
-        np.testing.assert_array_equal(
-            module.apply({"params": params, "lora": ADAPTER}, x),
-            linear(x, weight, None, ModuleAdapter(ADAPTER, 0.5)),
-        )
+@BOTH
+def test_the_module_is_the_function_of_its_variables(weight):
+    x, quarter = draw(3, IN), {"scaling": jnp.float32(0.25)}
+    config = LoraConfig(r=4, lora_alpha=2)
+    module = Linear(OUT, Compute("float32", lora=config), use_bias=True)
+    params = {"weight": weight, "bias": BIAS}
+    subtracted = {f"residual_{n}": a for n, a in zip("AB", RESIDUAL, strict=True)}
+    for more, arrays, adapter in (
+        ({}, {}, None),
+        ({}, ADAPTER, ModuleAdapter(ADAPTER, 0.5)),  # the scaling of the settings
+        *(({}, {**a, **quarter}, ModuleAdapter(a, 0.25)) for a in FORMS.values()),
+        (subtracted, {**ADAPTER, **quarter}, ModuleAdapter(ADAPTER, 0.25, RESIDUAL)),
+    ):
+        got = module.apply({"params": {**params, **more}, "lora": arrays}, x)
+        equal(got, linear(x, weight, BIAS, adapter))
 
 
 def test_a_fresh_module_makes_its_weight_in_file_orientation():
@@ -247,110 +196,72 @@ def test_an_adapter_without_a_scaling_is_refused(config):
         r"has an adapter whose scaling is not known. Give the model `qlora_jax.bind\("
         r"adapters, base, lora_config\)` .* build it with `Compute\(lora=lora_config\)`"
     )
-    compute = Compute("float32", lora=config)
-    with pytest.raises(UserError, match=message):
-        Linear(OUT, compute).apply(
-            {"params": {"weight": WEIGHT}, "lora": ADAPTER}, draw(3, IN)
-        )
-    table = {"lora_embedding_A": draw(4, OUT), "lora_embedding_B": draw(IN, 4)}
-    with pytest.raises(UserError, match=message):
-        Embed(OUT, IN, compute).apply(
-            {"params": {"weight": WEIGHT}, "lora": table}, jnp.asarray([[3]])
-        )
+    compute, params = Compute("float32", lora=config), {"weight": WEIGHT}
+    for module, arrays, inputs in (
+        (Linear(OUT, compute), ADAPTER, draw(3, IN)),
+        (Embed(OUT, IN, compute), OF_TABLE, jnp.asarray([[3]])),
+    ):
+        with pytest.raises(UserError, match=message):
+            module.apply({"params": params, "lora": arrays}, inputs)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_bound_adapter_brings_its_scaling(form):
-    x = draw(3, IN)
-    # The scaling of the configuration, 1, is not used.
-    module = Linear(OUT, Compute("float32", lora=LoraConfig()), use_bias=True)
-    bound = {**FORMS[form], "scaling": jnp.float32(0.25)}
-    params = {"weight": PACKED, "bias": BIAS}
-    np.testing.assert_array_equal(
-        module.apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, BIAS, ModuleAdapter(FORMS[form], 0.25)),
-    )
-
-
-def test_a_residual_is_subtracted_from_the_weight():
-    x = draw(3, IN)
-    params = {
-        "weight": PACKED,
-        "residual_A": RESIDUAL[0],
-        "residual_B": RESIDUAL[1],
-    }
-    bound = {**ADAPTER, "scaling": jnp.float32(0.25)}
-    np.testing.assert_array_equal(
-        Linear(OUT, Compute("float32")).apply({"params": params, "lora": bound}, x),
-        linear(x, PACKED, None, ModuleAdapter(ADAPTER, 0.25, RESIDUAL)),
-    )
-
-
-@pytest.mark.parametrize("packed", [False, True])
+@BOTH
 @pytest.mark.parametrize("is_trained", [None, True, False])
-def test_a_tensor_trained_in_full_replaces_that_of_the_base(packed, is_trained):
-    x, weight, bias = draw(3, IN), draw(OUT, IN, seed=11), draw(OUT, seed=12)
-    frozen = {"weight": PACKED if packed else WEIGHT, "bias": BIAS}
-    full = {"weight": weight, "bias": bias}
+def test_a_tensor_trained_in_full_replaces_that_of_the_base(weight, is_trained):
+    x = draw(3, IN)
+    full = {"weight": draw(OUT, IN, seed=11), "bias": draw(OUT, seed=12)}
+    flags = {}
     if is_trained is not None:
-        full |= {f"{n}_trained": jnp.asarray(is_trained) for n in ("weight", "bias")}
+        flags = {f"{name}_trained": jnp.asarray(is_trained) for name in full}
     module = Linear(OUT, Compute("float32"), use_bias=True)
-    variables = {"params": frozen, "lora": full}
-    dense = nf4.dequantize(PACKED) if packed else WEIGHT
-    want = linear(x, dense, BIAS) if is_trained is False else linear(x, weight, bias)
-    np.testing.assert_array_equal(module.apply(variables, x), want)
 
-    def loss(trained):
-        return module.apply({"params": frozen, "lora": {**full, **trained}}, x).sum()
+    def call(full):
+        params = {"weight": weight, "bias": BIAS}
+        return module.apply({"params": params, "lora": {**full, **flags}}, x)
 
-    for leaf in jax.tree.leaves(jax.grad(loss)({"weight": weight, "bias": bias})):
+    base = unpacked(weight), BIAS
+    equal(call(full), linear(x, *(base if is_trained is False else full.values())))
+    for leaf in jax.tree.leaves(jax.grad(lambda full: call(full).sum())(full)):
         assert np.asarray(leaf).any() == (is_trained is not False)
 
 
-def test_a_norm_and_a_table_can_be_trained_in_full():
-    x, scale = draw(3, IN), draw(IN, seed=13)
-    params = {"params": {"weight": jnp.ones(IN)}}
-    np.testing.assert_array_equal(
-        RMSNorm(1e-5).apply({**params, "lora": {"weight": scale}}, x),
-        RMSNorm(1e-5).apply({"params": {"weight": scale}}, x),
-    )
-    tokens, table = jnp.asarray([[3, 0, 7]]), draw(OUT, IN, seed=14)
-    module = Embed(OUT, IN, Compute("float32"))
-    got = module.apply(
-        {"params": {"weight": WEIGHT}, "lora": {"weight": table}}, tokens
-    )
-    np.testing.assert_array_equal(got, table[tokens])
+def test_norms_tables_and_tied_heads_can_be_trained_in_full():
+    x, tokens = draw(3, IN), jnp.asarray([[3, 0, 7]])
+    scale, table = draw(IN, seed=13), draw(OUT, IN, seed=14)
 
+    def call(module, full, *inputs, frozen=None, **more):
+        variables = {"params": frozen or {}, "lora": {"weight": full}}
+        return module.apply(variables, *inputs, **more)
 
-def test_a_trained_weight_of_a_tied_head_precedes_the_embedding():
-    x, head = draw(3, IN), draw(OUT, IN, seed=15)
-    module = Linear(OUT, Compute("float32"))
-    tied = module.apply({"params": {}}, x, weight=WEIGHT)
-    np.testing.assert_array_equal(tied, linear(x, WEIGHT))
-    trained = module.apply({"params": {}, "lora": {"weight": head}}, x, weight=WEIGHT)
-    np.testing.assert_array_equal(trained, linear(x, head))
+    norm, embedding = RMSNorm(1e-5), Embed(OUT, IN, Compute("float32"))
+    want = norm.apply({"params": {"weight": scale}}, x)
+    equal(call(norm, scale, x, frozen={"weight": jnp.ones(IN)}), want)
+    equal(call(embedding, table, tokens, frozen={"weight": WEIGHT}), table[tokens])
+    # A trained weight precedes the embedding of a tied head.
+    head = Linear(OUT, Compute("float32"))
+    equal(head.apply({"params": {}}, x, weight=WEIGHT), linear(x, WEIGHT))
+    equal(call(head, table, x, weight=WEIGHT), linear(x, table))
 
 
 def test_dropout_is_active_with_a_key_only():
     config = LoraConfig(r=4, lora_dropout=0.5)
     module = Linear(OUT, Compute("float32", lora=config))
-    variables = {"params": {"weight": WEIGHT}, "lora": ADAPTER}
     x = draw(3, IN)
-    plain = module.apply(variables, x)
-    np.testing.assert_array_equal(
-        plain, linear(x, WEIGHT, None, ModuleAdapter(ADAPTER, config.scaling))
-    )
-    keys = [{"dropout": jax.random.key(i)} for i in range(2)]
-    first, second = (module.apply(variables, x, rngs=key) for key in keys)
+
+    def call(key=None):
+        rngs = None if key is None else {"dropout": key}
+        variables = {"params": {"weight": WEIGHT}, "lora": ADAPTER}
+        return module.apply(variables, x, rngs=rngs)
+
+    plain = call()
+    equal(plain, linear(x, WEIGHT, None, ModuleAdapter(ADAPTER, config.scaling)))
+    keys = [jax.random.key(i) for i in range(2)]
+    first, second = map(call, keys)
     assert (first != plain).any() and (first != second).any()
-    np.testing.assert_array_equal(first, module.apply(variables, x, rngs=keys[0]))
+    equal(first, call(keys[0]))
     # The base is not dropped: the average over many keys is the plain result.
-    keys = jax.random.split(jax.random.key(9), 2000)
-    mean = jax.vmap(lambda k: module.apply(variables, x, rngs={"dropout": k}))(
-        keys
-    ).mean(0)
-    update = lora.delta(x, ADAPTER, config.scaling)
-    spread = float(jnp.abs(update).max()) * 2
+    mean = jax.vmap(call)(jax.random.split(jax.random.key(9), 2000)).mean(0)
+    spread = float(jnp.abs(delta(x, ADAPTER, config.scaling)).max()) * 2
     assert jnp.abs(mean - plain).max() < 5 * spread / np.sqrt(2000)
 
 
@@ -367,67 +278,46 @@ TABLE_FORMS = {
     "dora": {**OF_TABLE, "lora_magnitude_vector": jnp.abs(draw(IN, seed=23))},
     "rows": ROWS,
 }
+TOKENS = jnp.asarray([[3, 17, 0, 3], [5, 23, 17, 1]], jnp.int32)
+
+
+def dense_table(table, adapter):
+    """As of a layer of the transposed table, except for rows."""
+    if "trainable_tokens_delta" in adapter:
+        return dense_weight(table, adapter)
+    names = {name.replace("embedding_", ""): a for name, a in adapter.items()}
+    return dense_weight(table.T, names).T
 
 
 @pytest.mark.parametrize("form", TABLE_FORMS)
 def test_embed_equals_a_lookup_in_the_dense_table(form):
-    tokens = jnp.asarray([[3, 17, 0, 3], [5, 23, 17, 1]], jnp.int32)
-    adapter = double(TABLE_FORMS[form])
-    table = double(TABLE)
-    if form == "rows":
-        table[[17, 0, 5]] = adapter["trainable_tokens_delta"]
-    if "lora_embedding_A" in adapter:
-        b, a = adapter["lora_embedding_B"], adapter["lora_embedding_A"]
-        table = table + 0.5 * (b @ a).T
-    if form == "dora":  # columns, over the vocabulary
-        factor = adapter["lora_magnitude_vector"] / np.linalg.norm(table, axis=0)
-        table = table * factor[None, :]
-    got = embed(tokens, TABLE, ModuleAdapter(TABLE_FORMS[form], jnp.float32(0.5)))
+    arrays = TABLE_FORMS[form]
+    got = embed(TOKENS, TABLE, ModuleAdapter(arrays, jnp.float32(0.5)))
+    want = dense_table(double(TABLE), double(arrays))[np.asarray(TOKENS)]
     # Float32 sums of four terms and of 24 squares.
-    np.testing.assert_allclose(got, table[np.asarray(tokens)], atol=1e-5)
-    half = ModuleAdapter(TABLE_FORMS[form], 0.5)
-    narrow = embed(tokens, TABLE, half, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    narrow = embed(TOKENS, TABLE, ModuleAdapter(arrays, 0.5), dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.bfloat16
     error = np.abs(narrow.astype(jnp.float32) - got)
     assert (error <= 3 * 2.0**-8 * (np.abs(got) + 4)).all()  # of both summands
     # The module is the function, in the dtype of its computation.
-    bound = {**TABLE_FORMS[form], "scaling": jnp.float32(0.5)}
+    bound = {**arrays, "scaling": jnp.float32(0.5)}
     module = Embed(OUT, IN, Compute("bfloat16"))
-    np.testing.assert_array_equal(
-        module.apply({"params": {"weight": TABLE}, "lora": bound}, tokens), narrow
-    )
+    equal(module.apply({"params": {"weight": TABLE}, "lora": bound}, TOKENS), narrow)
 
 
 @pytest.mark.parametrize("form", ["update", "dora", "rows"])
 def test_gradients_of_an_embedding_are_those_of_the_table(form):
-    tokens = jnp.asarray([[3, 17, 0, 3], [5, 23, 17, 1]], jnp.int32)
     weights = draw(2, 4, IN, seed=24)
-    indices = {"token_indices": ROWS["token_indices"]} if form == "rows" else {}
 
-    def ours(adapter):
-        half = ModuleAdapter({**adapter, **indices}, 0.5)
-        return (weights * embed(tokens, TABLE, half)).sum()
+    def ours(arrays):
+        return (weights * embed(TOKENS, TABLE, ModuleAdapter(whole(arrays), 0.5))).sum()
 
-    def plain(adapter):
-        table = TABLE
-        if form == "rows":
-            table = table.at[ROWS["token_indices"]].set(
-                adapter["trainable_tokens_delta"]
-            )
-        else:
-            b, a = adapter["lora_embedding_B"], adapter["lora_embedding_A"]
-            table = table + 0.5 * (b @ a).T
-        if form == "dora":
-            norm = jax.lax.stop_gradient(jnp.linalg.norm(table, axis=0))
-            table = table * (adapter["lora_magnitude_vector"] / norm)[None]
-        return (weights * table[tokens]).sum()
+    def plain(arrays):
+        return (weights * dense_table(TABLE, arrays)[TOKENS]).sum()
 
-    trained = {k: v for k, v in TABLE_FORMS[form].items() if k != "token_indices"}
-    got, want = jax.grad(ours)(trained), jax.grad(plain)(trained)
-    for name, g in got.items():
-        w = np.asarray(want[name])
-        assert np.abs(g - w).max() <= 1e-5 * np.abs(w).max(), name
-        assert not np.asarray(g)[w == 0].any(), name  # tokens that do not occur
+    arrays = trained(TABLE_FORMS[form])
+    gradients_agree(jax.grad(ours)(arrays), jax.grad(plain)(arrays))
 
 
 # --- Settings ---
@@ -435,12 +325,7 @@ def test_gradients_of_an_embedding_are_those_of_the_table(form):
 
 @pytest.mark.parametrize(
     "field, value",
-    [
-        ("dtype", "float64"),
-        ("attention", "flash"),
-        ("remat", "some"),
-        ("kernels", "triton"),
-    ],
+    {"dtype": "f64", "attention": "flash", "remat": "x", "kernels": "triton"}.items(),
 )
 def test_unknown_choices_are_refused(field, value):
     compute = Compute()
@@ -454,12 +339,10 @@ def test_a_layer_reads_its_weight_from_a_lifted_stack():
     stack = jax.tree.map(lambda a: jnp.stack([jnp.zeros_like(a), a]), PACKED)
     params, stacks = nf4.lift_stacks({"weight": stack})
     variables = {"params": jax.tree.map(lambda a: a[1], params), "stacks": stacks}
-    for adapter in ({}, {**ADAPTER, "scaling": jnp.float32(0.5)}, {**FORMS["dora"]}):
+    for adapter in ({}, {**ADAPTER, "scaling": jnp.float32(0.5)}, DORA):
         module = Linear(OUT, Compute("float32", lora=LoraConfig(r=4)))
-        np.testing.assert_array_equal(
-            module.apply({**variables, "lora": adapter}, x),
-            module.apply({"params": {"weight": PACKED}, "lora": adapter}, x),
-        )
+        plain = {"params": {"weight": PACKED}, "lora": adapter}
+        equal(module.apply({**variables, "lora": adapter}, x), module.apply(plain, x))
 
 
 def test_stacks_are_lifted_only_for_the_pallas_kernels():

@@ -9,70 +9,41 @@ import numpy as np
 import pytest
 
 from qlora_jax import nf4
-from qlora_jax.data.encoding import IGNORE
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.lora.init import init_adapters
 from qlora_jax.models import layers, llama
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.sharding import put_base
 from qlora_jax.training.objectives import loss_sum
+from tests.models.reference import CONFIG as SMALL
+from tests.models.reference import adapters, base, equations, rows
 
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    initializer_range=0.1,
-)
+CONFIG = dataclasses.replace(SMALL, intermediate_size=128)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
 # The same sums in another order: float32 to a few units of rounding, of a whole leaf.
 RTOL = 1e-6
+BATCH = rows(2, 24)
 
 
-def pack(path, leaf):
-    if "_proj" not in str(path[-2]) or "weight" not in str(path[-1]):
-        return leaf
-    layers = [nf4.quantize(np.asarray(w), double_quant=True) for w in leaf]
-    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
-
-
-@functools.cache
-def base(config=CONFIG):
-    init = jax.jit(Llama(config).init)
-    tree = init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    return jax.tree_util.tree_map_with_path(pack, jax.tree.map(np.asarray, tree))
-
-
-@functools.cache
-def adapters(lora=LORA, config=CONFIG):
-    tree = init_adapters(jax.random.key(1), base(config), lora)
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [
-        a + 0.05 * jax.random.normal(k, a.shape)
-        for a, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, moved)
-
-
-def batch(count=2, length=24):
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 61, (count, length))
-    labels = np.where(np.arange(length) < 5, IGNORE, tokens)
-    return {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(labels)}
-
-
-def derive(tree, params, rows, *, key=None, lora=LORA, config=CONFIG, **compute):
-    """Loss and gradients of one batch."""
+def gradient_of(lora, config, key=None, **compute):
+    """The function from adapters, base and rows to loss and gradients."""
     model = Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
-    step = jax.value_and_grad(functools.partial(loss_sum, model=model, key=key))
-    return jax.jit(step)(tree, params, rows)
+    return jax.value_and_grad(functools.partial(loss_sum, model=model, key=key))
+
+
+def derive(params=None, *, lora=LORA, config=CONFIG, **settings):
+    """Loss and gradients of one batch."""
+    params = base(config, packed=True) if params is None else params
+    step = jax.jit(gradient_of(lora, config, **settings))
+    return step(adapters(lora, config), params, BATCH)
+
+
+@functools.cache
+def plain(lora=LORA, config=CONFIG, key=None, dtype="float32"):
+    key = key and jax.random.key(key)
+    return derive(lora=lora, config=config, remat="none", key=key, dtype=dtype)
 
 
 def same(results, expected, rtol=RTOL, loss_rtol=RTOL):
@@ -87,49 +58,42 @@ def same(results, expected, rtol=RTOL, loss_rtol=RTOL):
         assert size > 0 and distance <= rtol * size, (path, distance / size)
 
 
-@functools.cache
-def plain(lora=LORA):
-    return derive(adapters(lora), base(), batch(), lora=lora, remat="none")
+REMATS = ["full", "save_matmuls", "offload"]
 
 
-@pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
+@pytest.mark.parametrize("remat", REMATS)
 def test_policies_agree_in_bfloat16(remat, monkeypatch):
     monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 16, "offload": 16})
-    narrow = {"dtype": "bfloat16"}
-    expected = derive(adapters(), base(), batch(), remat="none", **narrow)
+    got = derive(remat=remat, dtype="bfloat16")
     # Programs that fuse differently round to bf16 (2^-9) in different places, a few
     # dozen times on the way through the layers and back.
-    got = derive(adapters(), base(), batch(), remat=remat, **narrow)
-    same(got, expected, rtol=0.04, loss_rtol=5e-4)
+    same(got, plain(dtype="bfloat16"), rtol=0.04, loss_rtol=5e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "xla"])
-@pytest.mark.parametrize("remat", ["full", "save_matmuls", "offload"])
+@pytest.mark.parametrize("remat", REMATS)
 def test_every_policy_gives_the_same_loss_and_gradients(remat, attention):
-    same(derive(adapters(), base(), batch(), remat=remat, attention=attention), plain())
+    same(derive(remat=remat, attention=attention), plain())
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_what_is_recomputed_draws_the_same_dropout(remat):
+    got = derive(lora=DROPOUT, remat=remat, key=jax.random.key(5))
+    same(got, plain(DROPOUT, key=5))
 
 
 def widest(remat, config, lora):
     """Returns the most tokens of any [tokens, intermediate_size] in the program."""
-    model = Llama(config, Compute("float32", lora=lora, remat=remat))
-    step = jax.grad(functools.partial(loss_sum, model=model))
-    jaxpr = jax.make_jaxpr(step)(adapters(lora, config), base(config), batch())
-    wide = config.intermediate_size
+    step, wide = gradient_of(lora, config, remat=remat), config.intermediate_size
+    params = base(config, packed=True)
+    jaxpr = jax.make_jaxpr(step)(adapters(lora, config), params, BATCH)
     return max(
-        aval.size // wide
-        for aval in results(jaxpr.jaxpr)
+        v.aval.size // wide
+        for equation in equations(jaxpr.jaxpr)
+        for v in equation.outvars
         # Weights are [64, 128] and [128, 64]; adapters of both layers [2, 4, 128].
-        if aval.shape[-1:] == (wide,) and len(aval.shape) == 3
+        if v.aval.shape[-1:] == (wide,) and len(v.aval.shape) == 3
     )
-
-
-def results(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars if len(v.aval.shape) > 1)
-        for value in jax.tree.leaves(dict(equation.params)):
-            inner = getattr(value, "jaxpr", value)  # closed or not
-            if hasattr(inner, "eqns"):
-                yield from results(inner)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +111,11 @@ def results(jaxpr):
 def test_a_chunked_mlp_computes_the_same(remat, tokens, chunk, more, monkeypatch):
     config = dataclasses.replace(CONFIG, mlp_bias="bias" in more)
     lora = dataclasses.replace(LORA, **more)
-    tree, params = adapters(lora, config), base(config)
-    expected = derive(tree, params, batch(), lora=lora, config=config, remat="none")
+    expected = plain(lora, config)
     monkeypatch.setattr(layers, "_MLP_TOKENS", {remat: tokens})
     if tokens == 7:
         monkeypatch.setattr(llama, "mlp_chunks", lambda *_: 7)
-    got = derive(tree, params, batch(), lora=lora, config=config, remat=remat)
-    same(got, expected)
+    same(derive(lora=lora, config=config, remat=remat), expected)
     assert widest(remat, config, lora) == chunk
 
 
@@ -181,64 +143,58 @@ def test_chunks_have_different_dropout_masks(monkeypatch):
     lora = dataclasses.replace(LORA, lora_dropout=0.5, target_modules=("down_proj",))
     monkeypatch.setattr(layers, "_MLP_TOKENS", {"full": 8})
     model = Llama(CONFIG, Compute("float32", lora=lora, remat="full"))
-    variables = {"params": base(), "lora": adapters(lora)}
-    tokens = jnp.full((1, 16), 7)
-    run = jax.jit(
-        lambda variables, key: model.apply(
-            variables,
-            tokens,
-            positions=jnp.zeros((1, 16), jnp.int32),
-            segment_ids=jnp.arange(1, 17)[None],
-            rngs={"dropout": key},
-            method="hidden_states",
-        )
+    call = functools.partial(
+        model.apply,
+        {"params": base(CONFIG, packed=True), "lora": adapters(lora, CONFIG)},
+        jnp.full((1, 16), 7),
+        positions=jnp.zeros((1, 16), jnp.int32),
+        segment_ids=jnp.arange(1, 17)[None],
+        method="hidden_states",
     )
-    hidden = run(variables, jax.random.key(0))[0]
+    run = jax.jit(lambda key: call(rngs={"dropout": key}))
+    hidden = run(jax.random.key(0))[0]
     assert float(jnp.abs(hidden[:8] - hidden[8:]).max()) > 1e-3
-    same_key = run(variables, jax.random.key(0))[0]
-    np.testing.assert_array_equal(hidden, same_key)
+    np.testing.assert_array_equal(hidden, run(jax.random.key(0))[0])
 
 
-TABLES = {"embed_tokens": "host", "lm_head": "host"}
+def on_host(config=CONFIG):
+    return put_base(base(config, packed=True), embed_tokens="host", lm_head="host")
 
 
 @pytest.mark.parametrize("remat", ["none", "offload"])
 def test_tables_in_host_memory_train_the_same(remat):
-    moved = put_base(base(), **TABLES)
+    moved = on_host()
     kinds = {
         jax.tree_util.keystr(path): leaf.sharding.memory_kind
         for path, leaf in jax.tree_util.tree_leaves_with_path(moved)
     }
-    on_host = {path for path, kind in kinds.items() if kind == "pinned_host"}
-    assert on_host == {"['model']['embed_tokens']['weight']", "['lm_head']['weight']"}
-    same(derive(adapters(), moved, batch(), remat=remat), plain())
+    pinned = {path for path, kind in kinds.items() if kind == "pinned_host"}
+    assert pinned == {"['model']['embed_tokens']['weight']", "['lm_head']['weight']"}
+    same(derive(moved, remat=remat), plain())
 
 
 def test_a_tied_table_in_host_memory_is_embedding_and_head():
     config = dataclasses.replace(CONFIG, tie_word_embeddings=True)
-    tree = adapters(LORA, config)
-    expected = derive(tree, base(config), batch(), config=config)
-    moved = put_base(base(config), embed_tokens="host", lm_head="host")
-    same(derive(tree, moved, batch(), config=config), expected)
+    same(derive(on_host(config), config=config), plain(config=config))
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapted_tables_may_be_in_host_memory(target):
     lora = LoraConfig(r=4, target_modules=("q_proj", target))
-    moved = put_base(base(), **TABLES)
-    same(derive(adapters(lora), moved, batch(), lora=lora), plain(lora))
+    same(derive(on_host(), lora=lora), plain(lora))
 
 
 def test_a_packed_head_computes_as_its_dequantized_values():
-    head = nf4.quantize(base()["lm_head"]["weight"], double_quant=True)
-    packed = {**base(), "lm_head": {"weight": head}}
-    dense = {**base(), "lm_head": {"weight": np.asarray(nf4.dequantize(head))}}
-    expected = derive(adapters(), dense, batch())
-    same(derive(adapters(), packed, batch()), expected)
+    params = base(CONFIG, packed=True)
+    weight = np.asarray(params["lm_head"]["weight"])
+    head = nf4.quantize(weight, double_quant=True)
+    dense = {**params, "lm_head": {"weight": np.asarray(nf4.dequantize(head))}}
+    expected = derive(dense)
+    same(derive({**params, "lm_head": {"weight": head}}), expected)
     assert abs(float(expected[0]) - float(plain()[0])) > 1e-3  # it is another head
 
 
 def test_unavailable_kernels_are_refused_in_chunks_too(monkeypatch):
     monkeypatch.setattr(layers, "_MLP_TOKENS", {"offload": 16})
     with pytest.raises(UserError, match="kernels='pallas' cannot be used here: "):
-        derive(adapters(), base(), batch(), remat="offload", kernels="pallas")
+        derive(remat="offload", kernels="pallas")

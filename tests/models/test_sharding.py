@@ -11,26 +11,21 @@ from qlora_jax.planning.step import Step, abstract_arguments
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import EMBEDDING, HEAD
 
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 4096,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
-CONFIG = LlamaConfig.from_hf(SIZES)
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=128,
+)
 
 
-def arguments(batch_size=8, r=256):
-    step = Step(
-        CONFIG,
-        Compute(lora=LoraConfig(r=r)),
-        length=64,
-        train=TrainConfig(steps=1, batch_size=batch_size),
-    )
-    return abstract_arguments(step)
+def arguments(batch_size=8):
+    train = TrainConfig(steps=1, batch_size=batch_size)
+    compute = Compute(lora=LoraConfig(r=256))
+    return abstract_arguments(Step(CONFIG, compute, length=64, train=train))
 
 
 def spec(leaf):
@@ -68,34 +63,36 @@ def test_data_parallelism_replicates_weights():
     mesh = AbstractMesh((2,), ("data",))
     unsharded = arguments(batch_size=2)
     state, base, batch = shard_step(unsharded, mesh)
-    assert all(spec(leaf) == PartitionSpec() for leaf in jax.tree.leaves(base))
-    assert all(spec(leaf) == PartitionSpec() for leaf in jax.tree.leaves(state))
+    assert all(spec(leaf) == PartitionSpec() for leaf in jax.tree.leaves((base, state)))
     assert local_bytes(batch["labels"]) == local_bytes(unsharded[2]["labels"]) // 2
 
 
 def test_only_the_named_tables_are_in_host_memory():
     mesh = AbstractMesh((1,), ("data",))
-    state, base, batch = shard_step(arguments(), mesh, (EMBEDDING, HEAD))
+    placed = shard_step(arguments(), mesh, (EMBEDDING, HEAD))
     on_host = [
         jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, leaf in jax.tree_util.tree_leaves_with_path((state, base, batch))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
         if is_on_host(leaf)
     ]
     assert on_host == ["1.lm_head.weight", "1.model.embed_tokens.weight"]
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    message = "`batch_size`=6 must be a multiple of the 4 .* 8 would do"
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (
+            {"data": 2, "fsdp": 2},
+            "`batch_size`=6 must be a multiple of the 4 .* 8 would do",
+        ),
+        ({"tensor": 2}, "axes data and fsdp, got `tensor`"),
+        ({"fsdp": 0}, "`fsdp` must be at least 1, got 0"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(mesh, message):
     with pytest.raises(UserError, match=message):
-        check_mesh({"data": 2, "fsdp": 2}, 6)
+        check_mesh(mesh, 6)
     check_mesh({"data": 2, "fsdp": 2}, 8)
-
-
-def test_unknown_axes_and_sizes_below_one_are_refused():
-    with pytest.raises(UserError, match="axes data and fsdp, got `tensor`"):
-        check_mesh({"tensor": 2}, 2)
-    with pytest.raises(UserError, match="`fsdp` must be at least 1, got 0"):
-        check_mesh({"fsdp": 0}, 2)
 
 
 def test_weights_that_fsdp_does_not_divide_are_named():

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 import convert
-import qlora_jax as qj
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import generate_tokens
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models import vocabulary
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.vocabulary import (
@@ -74,8 +72,8 @@ def test_thresholds_are_arguments():
 
 
 def test_zeros_are_untrained_even_if_most_rows_are_zero():
-    assert untrained_rows(np.zeros((V, D), np.float32)).all()
     rows = np.zeros((V, D), np.float32)
+    assert untrained_rows(rows).all()
     rows[[4, 9]] = table()[:2]
     assert np.flatnonzero(~untrained_rows(rows)).tolist() == [4, 9]
 
@@ -94,7 +92,7 @@ def test_no_row_of_a_trained_model_counts_as_untrained(shared_data, name):
 # --- Reports and repairs ---
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def model(request, llama_dir):
     """(config, base) with rows 4 and 9 untrained, and 11 in an untied head."""
     config, base = convert.load_llama(llama_dir, quantization="nf4_dq")
@@ -108,36 +106,31 @@ def model(request, llama_dir):
 
 
 def tables(base):
-    out = {"embed_tokens": base["model"]["embed_tokens"]["weight"]}
-    if "lm_head" in base:
-        out["lm_head"] = base["lm_head"]["weight"]
-    return out
+    nodes = {**base["model"], **base}
+    return {n: nodes[n]["weight"] for n in ("embed_tokens", "lm_head") if n in nodes}
+
+
+def equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_the_report_lists_untrained_rows_of_tokens_that_are_used(model):
     _, base = model
-    tied = "lm_head" not in base
+    untied = "lm_head" in base
     report = report_untrained(base, [9, 2, 9, 11, 5])
-    if tied:
-        assert report.rows == {"embed_tokens": (9,)}
-        assert report.untrained == {"embed_tokens": 2}
-        assert report.token_ids == (9,)
-    else:
-        assert report.rows == {"embed_tokens": (9,), "lm_head": (9, 11)}
-        assert report.untrained == {"embed_tokens": 2, "lm_head": 2}
-        assert report.token_ids == (9, 11)
-        assert (
-            "lm_head: 2 of 2 untrained rows belong to tokens that are used: 9, 11."
-            in (str(report))
-        )
+    head = {"lm_head": (9, 11)} if untied else {}
+    assert report.rows == {"embed_tokens": (9,), **head}
+    assert report.untrained == dict.fromkeys(report.rows, 2)
+    assert report.token_ids == ((9, 11) if untied else (9,))
+    said = "lm_head: 2 of 2 untrained rows belong to tokens that are used: 9, 11."
+    assert (said in str(report)) == untied
     assert "embed_tokens: 1 of 2 untrained rows" in str(report)
     for word in ("repair_rows", "convert.save_llama", "trainable_token_indices"):
         assert word in str(report)
     clean = report_untrained(base, np.asarray([[1, 2], [3, 5]]))
     assert clean.token_ids == () and clean.trainable_token_indices is None
     assert str(clean) == "Every token that is used has trained rows."
-    nothing = report_untrained(base, [])
-    assert nothing.token_ids == ()
+    assert report_untrained(base, []).token_ids == ()
     assert report_untrained(base, range(32), tiny=2.0).token_ids == tuple(range(32))
 
 
@@ -149,27 +142,20 @@ def test_a_long_report_is_cut():
 
 
 def test_the_rows_can_be_trained_with_the_indices_of_the_report(model):
-    _, base = model
-    report = report_untrained(base, [9, 11, 3])
-    base = repair_rows(base, report.rows)
-    lora = LoraConfig(
-        r=2,
-        target_modules=("q_proj",),
-        trainable_token_indices=report.trainable_token_indices,
-    )
+    report = report_untrained(model[1], [9, 11, 3])
+    base, indices = repair_rows(model[1], report.rows), report.trainable_token_indices
+    lora = LoraConfig(r=2, target_modules=("q_proj",), trainable_token_indices=indices)
     adapters = init_adapters(jax.random.key(0), base, lora)
+    nodes = {**adapters["model"], **adapters}
     # The adapter starts from, and will carry, the repaired rows.
-    rows = adapters["model"]["embed_tokens"]["trainable_tokens_delta"]
-    np.testing.assert_array_equal(rows, tables(base)["embed_tokens"][jnp.array([9])])
-    if "lm_head" in base:
-        rows = adapters["lm_head"]["trainable_tokens_delta"]
-        np.testing.assert_array_equal(rows, tables(base)["lm_head"][jnp.array([9, 11])])
+    for name, ids in report.rows.items():
+        start = nodes[name]["trainable_tokens_delta"]
+        equal(start, tables(base)[name][jnp.asarray(ids)])
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_repaired_rows_are_the_mean_of_the_trained_ones(model, kind):
-    _, base = model
-    base = jax.tree.map(kind, base)
+    base = jax.tree.map(kind, model[1])
     before = jax.tree.map(np.array, base)
     new = repair_rows(base, [9, 3])
     for name, old in tables(before).items():
@@ -181,9 +167,8 @@ def test_repaired_rows_are_the_mean_of_the_trained_ones(model, kind):
         want[[9, 3]] = old[trained].mean(axis=0, dtype=np.float64)
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
     # Pure, and all else is shared.
-    jax.tree.map(np.testing.assert_array_equal, base, before)
-    assert new["model"]["layers"] is base["model"]["layers"]
-    assert new["model"]["norm"] is base["model"]["norm"]
+    equal(base, before)
+    assert all(new["model"][n] is base["model"][n] for n in ("layers", "norm"))
 
 
 def test_rows_are_repaired_by_table_and_from_another_token(model):
@@ -191,17 +176,14 @@ def test_rows_are_repaired_by_table_and_from_another_token(model):
     new = repair_rows(base, {"embed_tokens": [4]}, how=7)
     want = np.array(tables(base)["embed_tokens"])
     want[4] = want[7]
-    np.testing.assert_array_equal(tables(new)["embed_tokens"], want)
-    if "lm_head" in base:
-        assert new["lm_head"] is base["lm_head"]
+    equal(tables(new)["embed_tokens"], want)
+    assert new.get("lm_head") is base.get("lm_head")
     assert repair_rows(base, {"embed_tokens": ()}) == base
     # In bf16, rounded once.
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base["model"])
-    new = repair_rows({"model": {"embed_tokens": narrow["embed_tokens"]}}, [4])
-    rows = np.asarray(narrow["embed_tokens"]["weight"], np.float32)
-    mean = np.delete(rows, [4, 9], axis=0).mean(axis=0)
-    got = tables(new)["embed_tokens"][4]
-    np.testing.assert_array_equal(got, mean.astype(ml_dtypes.bfloat16))
+    narrow = tables(base)["embed_tokens"].astype(jnp.bfloat16)
+    new = repair_rows({"model": {"embed_tokens": {"weight": narrow}}}, [4])
+    mean = np.delete(np.asarray(narrow, np.float32), [4, 9], axis=0).mean(axis=0)
+    equal(tables(new)["embed_tokens"][4], mean.astype(ml_dtypes.bfloat16))
 
 
 def test_a_repair_ends_the_report_and_survives_saving(shared_data, tmp_path):
@@ -213,50 +195,24 @@ def test_a_repair_ends_the_report_and_survives_saving(shared_data, tmp_path):
     assert report_untrained(repaired, range(512)).token_ids == ()
     convert.save_llama(tmp_path / "base", config, repaired)
     _, again = convert.load_llama(tmp_path / "base", quantization=None)
-    jax.tree.map(np.testing.assert_array_equal, again, repaired)
+    equal(again, repaired)
 
 
-REFUSALS = {
-    "missing_id": (
-        repair_rows,
-        ([3, 32],),
-        {},
-        "Token 32 has no row in `embed_tokens`, which",
-    ),
-    "negative_id": (
-        report_untrained,
-        ([-1],),
-        {},
-        "Token -1 has no row .*0 to 31.*`add_tokens`",
-    ),
-    "table": (repair_rows, ({"head": [1]},), {}, "names the table 'head'; .* {last}"),
-    "dtype": (
-        report_untrained,
-        (jnp.asarray([1.5]),),
-        {},
-        "Token ids must be integers, got float32",
-    ),
-    "how_id": (
-        repair_rows,
-        ([3],),
-        {"how": 99},
-        "Token 99 has no row in `embed_tokens`",
-    ),
-    "how_word": (
-        bare(repair_rows),
-        ([3],),
-        {"how": "zero"},
-        "`how` must be 'mean' or a token id, got 'zero'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_invalid_rows_are_refused(model, case):
-    function, arguments, options, message = REFUSALS[case]
-    last = "lm_head" if "lm_head" in model[1] else "embed_tokens"
+@pytest.mark.parametrize(
+    "function, arguments, message",
+    [
+        (repair_rows, [[3, 32]], "Token 32 has no row in `embed_tokens`, which"),
+        (report_untrained, [[-1]], "Token -1 has no row .*0 to 31.*`add_tokens`"),
+        (repair_rows, [{"head": [1]}], "names the table 'head'; .* {last}"),
+        (report_untrained, [jnp.ones(1)], "Token ids must be integers, got float32"),
+        (repair_rows, [[3], 99], "Token 99 has no row in `embed_tokens`"),
+        (repair_rows, [[3], "zero"], "`how` must be 'mean' or a token id, got 'zero'"),
+    ],
+)
+def test_invalid_rows_are_refused(model, function, arguments, message):
+    last = list(tables(model[1]))[-1]
     with pytest.raises(UserError, match=message.replace("{last}", last)):
-        function(model[1], *arguments, **options)
+        bare(function)(model[1], *arguments)
 
 
 def test_a_mean_of_no_trained_rows_is_refused():
@@ -269,19 +225,34 @@ def test_a_mean_of_no_trained_rows_is_refused():
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", 7])
-def test_new_tokens_are_appended_and_old_rows_stay(model, how):
+@pytest.mark.parametrize(
+    "size, count, step, vocab",
+    [
+        *[(32, 3, None, 35), (32, 1, 16, 48)],
+        # Rows 28 to 31 are padding: used first, none of the mean's, and never cut off.
+        *[(28, 2, None, 32), (28, 6, None, 34), (28, 2, 24, 32)],
+        # A tokenizer that is larger than the table: its tokens get means.
+        *[(34, 0, None, 34), (34, 2, None, 36)],
+    ],
+)
+def test_new_tokens_get_rows_and_old_ones_stay(model, size, count, step, vocab, how):
     config, base = model
-    larger, new = add_tokens(config, base, tokenizer_size=32, count=3, how=how)
-    assert larger == dataclasses.replace(config, vocab_size=35)
-    assert larger.raw["vocab_size"] == 35 and config.raw["vocab_size"] == 32
-    assert larger.to_hf() == {**config.to_hf(), "vocab_size": 35}
+    sizes = {"tokenizer_size": size, "count": count, "pad_to_multiple_of": step}
+    larger, new = add_tokens(config, base, how=how, **sizes)
+    assert larger == dataclasses.replace(config, vocab_size=vocab)
+    assert larger.raw["vocab_size"] == vocab and config.raw["vocab_size"] == 32
+    assert larger.to_hf() == {**config.to_hf(), "vocab_size": vocab}
     for name, old in tables(base).items():
-        got = tables(new)[name]
-        assert got.shape == (35, 64) and got.dtype == old.dtype
-        np.testing.assert_array_equal(got[:32], old)
-        trained = np.asarray(old)[~untrained_rows(old)]
-        row = {"mean": trained.mean(axis=0), "zero": np.zeros(64), 7: old[7]}[how]
-        np.testing.assert_allclose(got[32:], np.tile(row, (3, 1)), atol=1e-7)
+        got, old = tables(new)[name], np.asarray(old)
+        assert got.shape == (vocab, 64) and got.dtype == old.dtype
+        trained = ~untrained_rows(old)
+        trained[size:] = False
+        mean = old[trained].mean(axis=0)
+        want = np.concatenate([old, np.tile(mean, (vocab - 32, 1))])
+        want[size : size + count] = {"mean": mean, "zero": 0, 7: old[7]}[how]
+        exact = np.arange(vocab) < 32
+        exact[size : size + count] = how != "mean"
+        assert (np.abs(got - want).max(axis=1) <= np.where(exact, 0, 1e-7)).all()
     assert new["model"]["layers"] is base["model"]["layers"]
     weight = new["model"]["layers"]["mlp"]["up_proj"]["weight"]
     assert isinstance(weight, NF4Tensor)
@@ -292,66 +263,20 @@ def test_the_larger_model_computes_the_same_and_is_written(model, tmp_path):
     larger, new = add_tokens(
         config, base, tokenizer_size=32, count=1, pad_to_multiple_of=16
     )
-    assert larger.vocab_size == 48
-    tokens = jnp.asarray([[1, 5, 7, 2]])
-
-    def logits(config, base):
-        return Llama(config, Compute("float32")).apply({"params": base}, tokens)
-
-    before, after = logits(config, base), logits(larger, new)
+    before, after = (
+        Llama(c, Compute("float32")).apply({"params": b}, jnp.asarray([[1, 5, 7, 2]]))
+        for c, b in (model, (larger, new))
+    )
     np.testing.assert_allclose(after[..., :32], before, atol=1e-6)
     # Neither a new token nor padding is the likeliest: a mean logit is below the top.
     assert (after[..., 32:].max(-1) < before.max(-1)).all()
-    variables = {"params": new}
-    model = Llama(larger, Compute("float32"))
-    out = generate_tokens(model, variables, [[32, 47]], max_new_tokens=2)
-    assert len(out[0]) == 4
+    module = Llama(larger, Compute("float32"))
+    (row,) = generate_tokens(module, {"params": new}, [[32, 47]], max_new_tokens=2)
+    assert len(row) == 4
     convert.save_llama(tmp_path / "larger", larger, new)
     read, again = convert.load_llama(tmp_path / "larger", quantization="nf4_dq")
     assert read.vocab_size == 48
-    jax.tree.map(np.testing.assert_array_equal, again, new)
-
-
-def test_a_padded_vocabulary_is_used_first_and_never_shrinks(model):
-    config, base = model
-    # The tokenizer has 28 tokens; rows 28 to 31 are padding.
-    same, new = add_tokens(config, base, tokenizer_size=28, count=2, how=7)
-    assert same == config
-    for name, old in tables(base).items():
-        want = np.array(old)
-        want[[28, 29]] = want[7]
-        np.testing.assert_array_equal(tables(new)[name], want)
-    larger, new = add_tokens(config, base, tokenizer_size=28, count=6, how="zero")
-    assert larger.vocab_size == 34
-    for name, old in tables(base).items():
-        got = np.asarray(tables(new)[name])
-        np.testing.assert_array_equal(got[:28], old[:28])
-        assert not got[28:].any()
-    # Padding is none of the trained rows: the mean leaves it out.
-    _, new = add_tokens(config, base, tokenizer_size=28, count=6)
-    for name, old in tables(base).items():
-        old = np.asarray(old)[:28]
-        mean = old[~untrained_rows(old)].mean(axis=0)
-        np.testing.assert_allclose(tables(new)[name][33], mean, atol=1e-7)
-    # Rounding up does not touch a vocabulary that is large enough.
-    same, _ = add_tokens(
-        config, base, tokenizer_size=28, count=2, pad_to_multiple_of=24
-    )
-    assert same.vocab_size == 32
-
-
-def test_a_tokenizer_larger_than_the_table_gets_its_rows(model):
-    config, base = model
-    larger, new = add_tokens(config, base, tokenizer_size=34, count=0)
-    assert larger.vocab_size == 34
-    also, more = add_tokens(config, base, tokenizer_size=34, count=2, how="zero")
-    assert also.vocab_size == 36
-    for name, old in tables(base).items():
-        mean = np.asarray(old)[~untrained_rows(old)].mean(axis=0)
-        got = np.asarray(tables(more)[name])
-        np.testing.assert_allclose(got[32:34], np.tile(mean, (2, 1)), atol=1e-7)
-        np.testing.assert_array_equal(got[:34], tables(new)[name])
-        assert not got[34:].any()
+    equal(again, new)
 
 
 def test_numpy_tables_stay_numpy(llama_dir):
@@ -392,22 +317,11 @@ def test_a_tokenizer_size_that_leaves_out_special_tokens_is_refused(model, name)
     assert add_tokens(config, base, tokenizer_size=31, count=1)[0] == config
 
 
-def test_a_configuration_of_another_base_is_refused(model):
+def test_a_configuration_fits_its_base_and_may_have_no_file(model):
     config, base = model
     other = dataclasses.replace(config, vocab_size=31)
     with pytest.raises(UserError, match="`embed_tokens` has 32 rows, and .* is 31"):
         add_tokens(other, base, tokenizer_size=31, count=1)
-
-
-def test_a_configuration_without_a_file_stays_without_one(model):
-    config, base = model
-    bare_config = dataclasses.replace(config, raw={})
-    assert isinstance(bare_config, LlamaConfig)
-    larger, _ = add_tokens(bare_config, base, tokenizer_size=32, count=1)
+    made = dataclasses.replace(config, raw={})
+    larger, _ = add_tokens(made, base, tokenizer_size=32, count=1)
     assert larger.raw == {} and larger.to_hf()["vocab_size"] == 33
-
-
-def test_the_functions_are_public():
-    assert qj.add_tokens is add_tokens and qj.repair_rows is repair_rows
-    assert qj.untrained_rows is untrained_rows
-    assert qj.report_untrained is report_untrained

@@ -69,14 +69,14 @@ def theirs(torch, transformers, peft, bitsandbytes) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def their_logits(torch) -> Callable[[Any, np.ndarray], np.ndarray]:
-    """A function: (model, tokens) -> logits.
+def their_logits(torch, tokens) -> Callable[[Any], np.ndarray]:
+    """A function: model -> logits of `tokens`.
 
     In training mode, which without dropout computes the same: in evaluation mode
     bitsandbytes computes in bfloat16 on a CPU that has it, and repacks the weights.
     """
 
-    def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    def logits(model: Any) -> np.ndarray:
         model.train()
         with torch.no_grad():
             ids = torch.from_numpy(tokens.astype(np.int64))
@@ -86,19 +86,16 @@ def their_logits(torch) -> Callable[[Any, np.ndarray], np.ndarray]:
 
 
 @pytest.fixture
-def our_logits() -> Callable[..., np.ndarray]:
-    """A function: (directory of the base, tokens, adapter directory) -> logits."""
+def our_logits(tokens) -> Callable[..., np.ndarray]:
+    """A function: (directory of the base, adapter directory) -> logits of `tokens`."""
 
-    def logits(
-        path: Path, tokens: np.ndarray, adapter: Path | None = None
-    ) -> np.ndarray:
+    def logits(path: Path, adapter: Path | None = None) -> np.ndarray:
         config, base = convert.load_llama(path, quantization=None)
         variables: dict[str, Any] = {"params": base}
-        compute = Compute(dtype="float32")
+        lora = None
         if adapter is not None:
             lora, variables["lora"] = convert.load_adapter(adapter, config)
-            compute = Compute(dtype="float32", lora=lora)
-        run = jax.jit(Llama(config, compute).apply)
+        run = jax.jit(Llama(config, Compute(dtype="float32", lora=lora)).apply)
         return np.asarray(run(variables, jnp.asarray(tokens, jnp.int32)))
 
     return logits

@@ -1,5 +1,7 @@
 """Groups of parameters beside torch's AdamW, and 8-bit tables beside bitsandbytes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,38 +14,25 @@ from qlora_jax.training.optimizer import SIGNED, UNSIGNED, make_optimizer
 pytestmark = pytest.mark.peer
 
 STEPS = 12
+FACTORS = {"lora_A": (2, 4, 16), "lora_B": (2, 16, 4)}
+FACTORS["lora_magnitude_vector"] = (2, 16)
 SHAPES = {
     "model": {
-        "layers": {
-            "self_attn": {
-                "q_proj": {
-                    "lora_A": (2, 4, 16),
-                    "lora_B": (2, 16, 4),
-                    "lora_magnitude_vector": (2, 16),
-                }
-            }
-        },
+        "layers": {"self_attn": {"q_proj": FACTORS}},
         "norm": {"weight": (16,)},
         "embed_tokens": {"weight": (24, 16)},
     },
     "lm_head": {"weight": (24, 16)},
 }
 CONFIG = TrainConfig(
-    steps=STEPS,
-    learning_rate=0.02,
-    weight_decay=0.1,
-    warmup_steps=3,
-    embedding_learning_rate=0.005,
-    loraplus_lr_ratio=8.0,
+    **dict(steps=STEPS, learning_rate=0.02, weight_decay=0.1, warmup_steps=3),
+    **dict(embedding_learning_rate=0.005, loraplus_lr_ratio=8.0),
     groups=(ParameterGroup("lm_head", learning_rate=0.05, weight_decay=0.3),),
 )
 # Peak rate and decay of each parameter, as the settings say.
 EXPECTED = {
-    "lora_A": (0.02, 0.1),
-    "lora_B": (0.16, 0.1),
-    "lora_magnitude_vector": (0.02, 0.0),
-    "norm": (0.02, 0.0),
-    "embed_tokens": (0.005, 0.1),
+    **{"lora_A": (0.02, 0.1), "lora_B": (0.16, 0.1), "norm": (0.02, 0.0)},
+    **{"lora_magnitude_vector": (0.02, 0.0), "embed_tokens": (0.005, 0.1)},
     "lm_head": (0.05, 0.3),
 }
 
@@ -78,14 +67,11 @@ def test_groups_are_those_of_torch(torch):
     flat = jax.tree_util.tree_leaves_with_path(start)
     theirs = [torch.nn.Parameter(torch.tensor(leaf)) for _, leaf in flat]
     peaks = [EXPECTED[name_of(path)] for path, _ in flat]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [p], "lr": rate, "weight_decay": decay}
-            for p, (rate, decay) in zip(theirs, peaks, strict=True)
-        ],
-        betas=(0.9, 0.999),
-        eps=1e-8,
-    )
+    groups = [
+        {"params": [p], "lr": rate, "weight_decay": decay}
+        for p, (rate, decay) in zip(theirs, peaks, strict=True)
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     for i, g in enumerate(gradients):
         factor = i / 3 if i < 3 else (STEPS - i) / (STEPS - 3)
         for group, (rate, _) in zip(adamw.param_groups, peaks, strict=True):
@@ -95,13 +81,10 @@ def test_groups_are_those_of_torch(torch):
         norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         assert (norm > 1.0) == bool(i % 2)
         adamw.step()
-    for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(ours), theirs, strict=True
-    ):
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for (path, _), got, want in zip(flat, jax.tree.leaves(ours), theirs, strict=True):
         # float32 in another order; torch adds 1e-6 to the norm that it divides by.
-        np.testing.assert_allclose(
-            got, want.detach().numpy(), rtol=1e-5, atol=1e-5, err_msg=name_of(path)
-        )
+        close(got, want.detach().numpy(), err_msg=name_of(path))
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -51,9 +51,15 @@ def close(got, want, tolerance=LOGITS):
     assert np.abs(got - want).max() <= tolerance
 
 
-def trainer(config, lora, steps, learning_rate=1e-2):
+@pytest.fixture
+def dense(golden):
+    """A checkpoint with tied embeddings."""
+    return golden / "llama32/fp32"
+
+
+def trainer(config, lora, steps):
     """Returns (a jitted step, its optimizer)."""
-    settings = TrainConfig(steps=steps, learning_rate=learning_rate, warmup_steps=1)
+    settings = TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1)
     optimizer = make_optimizer(settings, steps)
     model = Llama(config, Compute(dtype="float32", lora=lora))
     step = functools.partial(train_step, model=model, optimizer=optimizer)
@@ -89,12 +95,10 @@ def trained(golden, tokens, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", LORAS)
 def test_peft_loads_what_we_trained(
-    golden, trained, peft, theirs, their_logits, our_logits, tokens, tmp_path, kind
+    dense, trained, peft, theirs, their_logits, our_logits, kind
 ):
-    base = golden / "llama32/fp32"
-    adapter = trained(kind)
-    model = theirs(base)
-    plain = their_logits(model, tokens)
+    adapter, model = trained(kind), theirs(dense)
+    plain = their_logits(model)
     # PEFT warns of missing keys, and a warning is an error here.
     model = peft.PeftModel.from_pretrained(model, adapter)
     report = model.load_adapter(adapter, "default")
@@ -105,56 +109,9 @@ def test_peft_loads_what_we_trained(
     assert stored.keys() == loaded.keys()
     for key, value in stored.items():
         np.testing.assert_array_equal(loaded[key].numpy(), value)
-    got = their_logits(model, tokens)
-    close(our_logits(base, tokens, adapter), got)
+    got = their_logits(model)
+    close(our_logits(dense, adapter), got)
     assert np.abs(got - plain).max() > 100 * LOGITS  # it does something
-
-
-PEFT_TARGETS = {
-    "list": ["q_proj", "down_proj"],
-    "all-linear": "all-linear",
-    "regex": r".*layers\.\d\.self_attn\.[kv]_proj",
-    "default": None,
-}
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("targets", PEFT_TARGETS)
-def test_we_load_what_peft_saved(
-    golden,
-    torch,
-    peft,
-    theirs,
-    their_logits,
-    our_logits,
-    tokens,
-    tmp_path,
-    targets,
-    use_rslora,
-):
-    base = golden / "llama32/fp32"
-    torch.manual_seed(0)
-    # `False` makes both factors random.
-    config = peft.LoraConfig(
-        r=6,
-        lora_alpha=4,
-        target_modules=PEFT_TARGETS[targets],
-        use_rslora=use_rslora,
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    model = peft.get_peft_model(theirs(base), config)
-    expected = their_logits(model, tokens)
-    model.save_pretrained(tmp_path / "adapter")
-    close(our_logits(base, tokens, tmp_path / "adapter"), expected)
-    with model.disable_adapter():
-        assert np.abs(their_logits(model, tokens) - expected).max() > 100 * LOGITS
-    # And what we write of it is the same adapter to PEFT.
-    shape, _ = convert.load_llama(base)
-    lora, adapters = convert.load_adapter(tmp_path / "adapter", shape)
-    convert.save_adapter(tmp_path / "again", lora, adapters, shape)
-    again = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "again")
-    np.testing.assert_array_equal(their_logits(again, tokens), expected)
 
 
 # --- Merging ---
@@ -163,11 +120,9 @@ def test_we_load_what_peft_saved(
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merged_weights_are_those_of_peft(
-    golden, torch, trained, peft, theirs, tmp_path, dtype, kind
+    dense, trained, peft, theirs, tmp_path, dtype, kind
 ):
-    base = golden / "llama32/fp32"
-    lora = LoraConfig(**LORAS[kind])
-    adapter = trained(kind)
+    base, lora, adapter = dense, LoraConfig(**LORAS[kind]), trained(kind)
     if dtype != "float32":
         write_dense(base, tmp_path / "base", dtype=dtype)
         base = tmp_path / "base"
@@ -212,31 +167,24 @@ DENSE = ("llama32/fp32", "llama2/fp32_sharded", "llamabias/fp32")
 @pytest.mark.parametrize("shard", [5_000_000_000, 300_000])
 @pytest.mark.parametrize("name", DENSE)
 def test_transformers_loads_dense_directories(
-    golden, theirs, their_logits, our_logits, tokens, tmp_path, name, shard
+    golden, theirs, their_logits, our_logits, tmp_path, name, shard
 ):
     config, base = convert.load_llama(golden / name, quantization=None)
     out = tmp_path / "out"
     convert.save_llama(out, config, base, max_shard_bytes=shard)
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard < 1_000_000)
-    close(our_logits(out, tokens), their_logits(theirs(out), tokens))
+    close(our_logits(out), their_logits(theirs(out)))
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])
+@pytest.mark.parametrize(
+    "packing", [(q, s) for q in ("nf4", "nf4_dq") for s in ("uint8", "bfloat16")]
+)
 # Not llama2: its rows of 352 are what bitsandbytes dequantizes wrongly with AVX-512.
 @pytest.mark.parametrize("name", ["llama32/fp32", "llamabias/fp32"])
 def test_transformers_loads_4bit_directories(
-    golden,
-    bitsandbytes,
-    theirs,
-    their_logits,
-    our_logits,
-    tokens,
-    tmp_path,
-    name,
-    quantization,
-    storage,
+    golden, bitsandbytes, theirs, their_logits, our_logits, tmp_path, name, packing
 ):
+    quantization, storage = packing
     config, base = convert.load_llama(golden / name, quantization=quantization)
     out = tmp_path / "out"
     shard = 100_000 if storage == "uint8" else 5_000_000_000
@@ -245,62 +193,59 @@ def test_transformers_loads_4bit_directories(
     linear = model.model.layers[1].mlp.down_proj
     assert isinstance(linear, bitsandbytes.nn.Linear4bit)
     assert (linear.weight.quant_state.nested) == (quantization == "nf4_dq")
-    close(our_logits(out, tokens), their_logits(model, tokens))
+    close(our_logits(out), their_logits(model))
 
 
-def leave(golden, path, layers):
-    """A 4-bit directory with the q_proj of these layers left in 32 bit."""
+@pytest.fixture
+def mixed(golden, dense, tmp_path):
+    """A 4-bit directory with the q_proj of layers 0 and 2 left in 32 bit."""
+    path = tmp_path / "mixed"
     shutil.copytree(golden / "llama32/nf4_dq", path)
-    keys = [f"model.layers.{i}.self_attn.q_proj.weight" for i in layers]
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)]
     file = path / "model.safetensors"
-    packed = safetensors.numpy.load_file(file)
-    dense = safetensors.numpy.load_file(golden / "llama32/fp32/model.safetensors")
-    kept = {k: v for k, v in packed.items() if not k.startswith(tuple(keys))}
-    safetensors.numpy.save_file(
-        kept | {k: dense[k] for k in keys}, file, {"format": "pt"}
-    )
+    whole = safetensors.numpy.load_file(dense / "model.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(tuple(names))}
+    tensors |= {f"{name}.weight": whole[f"{name}.weight"] for name in names}
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
     raw = json.loads((path / "config.json").read_text())
-    raw["quantization_config"]["llm_int8_skip_modules"] = [
-        "lm_head",
-        *(key.removesuffix(".weight") for key in keys),
-    ]
+    raw["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", *names]
     (path / "config.json").write_text(json.dumps(raw))
     return path
 
 
 def test_single_layers_left_in_16_bit(
-    golden, bitsandbytes, theirs, their_logits, our_logits, tokens, tmp_path
+    mixed, bitsandbytes, theirs, their_logits, our_logits, tmp_path
 ):
-    path = leave(golden, tmp_path / "mixed", [0, 2])
-    assert open_checkpoint(path).mixed
-    model = theirs(path)
-    projections = [layer.self_attn.q_proj for layer in model.model.layers]
-    four_bit = [isinstance(p, bitsandbytes.nn.Linear4bit) for p in projections]
-    assert four_bit == [False, True, False, True]
-    expected = their_logits(model, tokens)
-    close(our_logits(path, tokens), expected)
+    assert open_checkpoint(mixed).mixed
+
+    def four_bit(model, name):
+        layers = (getattr(layer.self_attn, name) for layer in model.model.layers)
+        return [isinstance(linear, bitsandbytes.nn.Linear4bit) for linear in layers]
+
+    model = theirs(mixed)
+    assert four_bit(model, "q_proj") == [False, True, False, True]
+    expected = their_logits(model)
+    close(our_logits(mixed), expected)
     # Written back, the whole stack is dense, and transformers is told so.
     out = tmp_path / "out"
-    convert.save_llama(out, *convert.load_llama(path))
+    convert.save_llama(out, *convert.load_llama(mixed))
     model = theirs(out)
-    for layer in model.model.layers:
-        assert not isinstance(layer.self_attn.q_proj, bitsandbytes.nn.Linear4bit)
-        assert isinstance(layer.self_attn.k_proj, bitsandbytes.nn.Linear4bit)
-    close(our_logits(out, tokens), expected)
-    close(their_logits(model, tokens), expected)
+    assert not any(four_bit(model, "q_proj")) and all(four_bit(model, "k_proj"))
+    close(our_logits(out), expected)
+    close(their_logits(model), expected)
 
 
 def test_transformers_loads_what_we_merged(
-    golden, trained, peft, theirs, their_logits, our_logits, tokens, tmp_path
+    golden, trained, peft, theirs, their_logits, our_logits, tmp_path
 ):
-    packed = golden / "llama32/nf4_dq"
-    adapter = trained("plain")
+    packed, adapter = golden / "llama32/nf4_dq", trained("plain")
     out = tmp_path / "out"
     convert.merge(packed, adapter, out, onto="dequantized", max_shard_bytes=500_000)
-    merged = their_logits(theirs(out), tokens)
-    close(our_logits(out, tokens), merged)
+    merged = their_logits(theirs(out))
+    close(our_logits(out), merged)
     model = peft.PeftModel.from_pretrained(theirs(packed), adapter)
-    close(their_logits(model, tokens), merged)
+    close(their_logits(model), merged)
 
 
 # --- Training ---
@@ -318,9 +263,8 @@ def test_ten_qlora_steps_side_by_side(golden, torch, peft, theirs, tmp_path):
     adapters = init_adapters(jax.random.key(3), base, lora)
     convert.save_adapter(tmp_path / "start", lora, adapters, config)
 
-    model = theirs(path)
     model = peft.PeftModel.from_pretrained(
-        model, tmp_path / "start", is_trainable=True
+        theirs(path), tmp_path / "start", is_trainable=True
     ).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
@@ -328,7 +272,7 @@ def test_ten_qlora_steps_side_by_side(golden, torch, peft, theirs, tmp_path):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: i if i < 1 else (steps - i) / (steps - 1)
     )
-    theirs_loss, theirs_norm = [], []
+    expected = []
     for i in range(steps):
         ids, target = (torch.from_numpy(a[i].astype(np.int64)) for a in (rows, labels))
         loss = model(input_ids=ids, labels=target, use_cache=False).loss
@@ -337,15 +281,14 @@ def test_ten_qlora_steps_side_by_side(golden, torch, peft, theirs, tmp_path):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        theirs_loss.append(loss.item())
-        theirs_norm.append(norm.item())
+        expected.append((loss.item(), norm.item()))
 
     step, optax_optimizer = trainer(config, lora, steps)
     state = init_state(adapters, optax_optimizer, jax.random.key(0))
-    for i in range(steps):
-        batch = {"tokens": jnp.asarray(rows[i : i + 1])}
-        batch["labels"] = jnp.asarray(labels[i : i + 1])
+    for i, (loss, norm) in enumerate(expected):
+        pair = zip(("tokens", "labels"), (rows, labels), strict=True)
+        batch = {name: jnp.asarray(a[i : i + 1]) for name, a in pair}
         state, metrics = step(state, base, batch)
-        assert abs(float(metrics["loss"]) - theirs_loss[i]) <= LOSS
-        assert abs(float(metrics["grad_norm"]) / theirs_norm[i] - 1) <= 1e-4
-    assert theirs_loss[-1] < theirs_loss[0] - 100 * LOSS
+        assert abs(float(metrics["loss"]) - loss) <= LOSS
+        assert abs(float(metrics["grad_norm"]) / norm - 1) <= 1e-4
+    assert expected[-1][0] < expected[0][0] - 100 * LOSS

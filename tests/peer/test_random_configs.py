@@ -7,7 +7,6 @@
 # The seed is in the name of a test and the configuration in its captured output.
 
 import copy
-import functools
 import re
 import warnings
 
@@ -23,6 +22,8 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import select
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
+from qlora_jax.tree import PROJECTIONS
+from tests.lora.reference import draw as draw_adapters
 
 pytestmark = [
     pytest.mark.peer,
@@ -49,13 +50,8 @@ SAID = re.compile(
     "|.*is deprecated"
     "|unclosed file"
 )
-PROJECTIONS = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
-PLACES = [
-    f"{'self_attn' if p[0] in 'qkvo' else 'mlp'}.{p}"
-    for p in PROJECTIONS  # as `self_attn.q_proj`
-]
-
-
+# As `self_attn.q_proj`.
+PLACES = [f"{'self_attn' if p[0] in 'qkvo' else 'mlp'}.{p}" for p in PROJECTIONS]
 RANKS = [1, 2, 5]  # few: each shape is compiled once
 
 
@@ -75,65 +71,44 @@ def some(rng, values, most=None):
 def name(rng):
     """What selects modules: a name, part of a path, a path."""
     place, layer = pick(rng, PLACES), rng.integers(LAYERS)
-    spelled = [
-        place.partition(".")[2],
-        place,
-        f"layers.{layer}.{place}",
-        f"model.layers.{layer}.{place}",
-    ]
+    spelled = [place.partition(".")[2], place]
+    spelled += [f"layers.{layer}.{place}", f"model.layers.{layer}.{place}"]
     return spelled[rng.choice(4, p=[0.55, 0.15, 0.15, 0.15])]
 
 
+EXPRESSIONS = [
+    *(r".*\.(q|v|down)_proj", r"model\.layers\.[02]\.mlp\.\w+_proj"),
+    *(r".*layers\.1\..*_proj", r"lm_head|.*\.up_proj", r".*(embed_tokens|k_proj)"),
+    *(r"lm_head|model\.embed_tokens|.*o_proj", r"(?!.*mlp).*_proj"),
+]
+
+
 def targets(rng):
-    kind = rng.choice(
-        ["list", "regex", "all-linear", "default"], p=[0.6, 0.2, 0.1, 0.1]
-    )
+    kinds = ["list", "regex", "all-linear", "default"]
+    kind = rng.choice(kinds, p=[0.6, 0.2, 0.1, 0.1])
     if kind == "default":
         return None
     if kind == "all-linear":
         return pick(rng, ["all-linear", "all-linear", "ALL-LINEAR"])
-    if kind == "list":
-        names = [name(rng) for _ in range(rng.integers(1, 5))]
-        if rng.random() < 0.5:
-            ends = ["lm_head", "embed_tokens", "model.embed_tokens"]
-            names += some(rng, ends, 2)
-        if rng.random() < 0.1:
-            names.append("no_such_module")
-        return names
-    return pick(
-        rng,
-        [
-            r".*\.(q|v|down)_proj",
-            r"model\.layers\.[02]\.mlp\.\w+_proj",
-            r".*layers\.1\..*_proj",
-            r"lm_head|.*\.up_proj",
-            r".*(embed_tokens|k_proj)",
-            r"lm_head|model\.embed_tokens|.*o_proj",
-            r"(?!.*mlp).*_proj",
-        ],
-    )
+    if kind == "regex":
+        return pick(rng, EXPRESSIONS)
+    names = [name(rng) for _ in range(rng.integers(1, 5))]
+    if rng.random() < 0.5:
+        names += some(rng, ["lm_head", "embed_tokens", "model.embed_tokens"], 2)
+    if rng.random() < 0.1:
+        names.append("no_such_module")
+    return names
 
 
 def pattern(rng):
     place, layer = pick(rng, PLACES), rng.integers(LAYERS)
     last = place.partition(".")[2]
-    return pick(
-        rng,
-        [
-            last,
-            last,
-            place,
-            f"layers.{layer}.{place}",
-            f"model.layers.{layer}.{place}",
-            f"^model.layers.{layer}.{place}",
-            rf"layers\.[{layer}2]\..*",
-            r"(q|up)_proj",
-            rf".*\.{layer}\.mlp\.(gate|down)_proj",
-            "lm_head",
-            "embed_tokens",
-            "proj",  # matches nothing: a name is matched from a dot on
-        ],
-    )
+    spelled = [last, last, place, f"layers.{layer}.{place}"]
+    spelled += [f"model.layers.{layer}.{place}", f"^model.layers.{layer}.{place}"]
+    spelled += [rf"layers\.[{layer}2]\..*", r"(q|up)_proj"]
+    spelled += [rf".*\.{layer}\.mlp\.(gate|down)_proj", "lm_head", "embed_tokens"]
+    # The last matches nothing: a name is matched from a dot on.
+    return pick(rng, [*spelled, "proj"])
 
 
 def draw(rng):
@@ -152,16 +127,10 @@ def draw(rng):
     if not a["use_dora"] and a["init_lora_weights"] is True:
         a["lora_bias"] = bool(rng.random() < 0.3)
     if rng.random() < 0.25:
-        a["exclude_modules"] = pick(
-            rng,
-            [
-                [name(rng) for _ in range(rng.integers(1, 4))],
-                ["lm_head", "layers.1"],
-                r".*layers\.[01]\.self_attn.*",
-                r".*embed.*|.*gate_proj",
-                r"layers\.1",
-            ],
-        )
+        names = [name(rng) for _ in range(rng.integers(1, 4))]
+        patterns = [r".*layers\.[01]\.self_attn.*", r".*embed.*|.*gate_proj"]
+        excluded = [names, ["lm_head", "layers.1"], *patterns, r"layers\.1"]
+        a["exclude_modules"] = pick(rng, excluded)
     if not isinstance(a["target_modules"], str) and rng.random() < 0.3:
         a["layers_to_transform"] = pick(rng, [0, 2, [1], [0, 2], [2, 1], [0, 7], []])
         if a["layers_to_transform"] != [] and rng.random() < 0.4:
@@ -181,18 +150,10 @@ def draw(rng):
         a["modules_to_save"] += some(rng, whole, 2)[: rng.integers(3)]
     if rng.random() < 0.3:
         first, second = rng.permutation(VOCAB)[:4].tolist(), [3, 1]
-        a["trainable_token_indices"] = pick(
-            rng,
-            [
-                first,
-                [5],
-                {"embed_tokens": first},
-                {"model.embed_tokens": first},
-                {"lm_head": second},
-                {"embed_tokens": first, "lm_head": first},
-                {"embed_tokens": first, "lm_head": second},
-            ],
-        )
+        rows = [first, [5], {"embed_tokens": first}, {"model.embed_tokens": first}]
+        rows += [{"lm_head": second}, {"embed_tokens": first, "lm_head": first}]
+        rows += [{"embed_tokens": first, "lm_head": second}]
+        a["trainable_token_indices"] = pick(rng, rows)
     return a
 
 
@@ -248,13 +209,9 @@ def bases(torch, transformers, tmp_path_factory):
     for seed, (kind, options) in enumerate(BASES.items()):
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=80,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
+            **dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=80),
+            **dict(num_attention_heads=4, num_key_value_heads=2),
+            **dict(num_hidden_layers=LAYERS, max_position_embeddings=64),
             **options,
         )
         model = transformers.LlamaForCausalLM(config).eval()
@@ -293,21 +250,20 @@ def logits(torch, prompts):
 def build(torch, peft, bases):
     """A function: (seed, kind) -> (arguments that PEFT accepts, its random model)."""
 
-    def try_once(rng, kind, ordered):
-        a = in_file_order(draw(rng)) if ordered else draw(rng)
-        model = copy.deepcopy(bases[kind][1])
-        try:
-            model = peft.get_peft_model(model, peft.LoraConfig(**a))
-        except (ValueError, TypeError, AttributeError) as error:
-            assert REFUSED.search(str(error)), (a, error)
-            return None
-        return None if broken(bases[kind][1], model, a) else (a, model)
+    def arguments(rng, kind, ordered):
+        while True:
+            a = in_file_order(draw(rng)) if ordered else draw(rng)
+            model = copy.deepcopy(bases[kind][1])
+            try:
+                model = peft.get_peft_model(model, peft.LoraConfig(**a))
+            except (ValueError, TypeError, AttributeError) as error:
+                assert REFUSED.search(str(error)), (a, error)
+                continue
+            if not broken(bases[kind][1], model, a):
+                return a, model
 
     def run(seed, kind, ordered=True):
-        rng = np.random.default_rng(seed)
-        while (made := try_once(rng, kind, ordered)) is None:
-            pass
-        a, model = made
+        a, model = arguments(np.random.default_rng(seed), kind, ordered)
         print(kind, a)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -427,7 +383,7 @@ def test_peft_loads_what_we_save(
     arguments, _ = build(1000 + seed, kind, ordered=False)
     config, base = ours[kind]
     lora = LoraConfig.from_peft({"peft_type": "LORA", **arguments})
-    adapters = randomised(lora, base, seed)
+    adapters = draw_adapters(base, lora, seed, spread=0.1)
     path = tmp_path / "adapter"
     convert.save_adapter(path, lora, adapters, config)
     model = reload(path, kind)
@@ -439,35 +395,3 @@ def test_peft_loads_what_we_save(
     read, again = convert.load_adapter(path, config)
     assert select(base, read) == select(base, lora)
     jax.tree.map(np.testing.assert_array_equal, again, adapters)
-
-
-def randomised(lora, base, seed):
-    """A trained tree without zeros, but for those that make up for lower ranks."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, like):
-        if any(word in jax.tree_util.keystr(path) for word in ("magnitude", "norm")):
-            return rng.uniform(0.5, 1.5, like.shape).astype(np.float32)
-        return 0.1 * rng.standard_normal(like.shape, np.float32)
-
-    like = lora_lib.abstract_adapters(base, lora)
-    adapters = jax.tree_util.tree_map_with_path(leaf, like)
-    selection = select(base, lora)
-    for module in selection.adapted:
-        if module.tied_to is not None:
-            continue  # its magnitude is its own, and the rank that of the other
-        node = functools.reduce(dict.__getitem__, module.path, adapters)
-        for layer, rank in enumerate(module.ranks):
-            at = ... if module.layers is None else layer
-            for part, array in node.items():
-                if part in ("lora_A", "lora_embedding_A"):
-                    array[at][rank:] = 0
-                elif part in ("lora_B", "lora_embedding_B"):
-                    array[at][:, rank:] = 0
-                elif rank == 0:
-                    array[at] = 0
-    for tensor in selection.full_tensors:
-        if not all(tensor.trained):
-            array = functools.reduce(dict.__getitem__, tensor.path, adapters)
-            array[~np.array(tensor.trained)] = 0
-    return adapters

@@ -28,13 +28,8 @@ def test_processors_of_transformers_leave_the_same(torch, transformers, settings
     ids = rng.integers(0, 1000, (8, 30))
 
     # What `generate` itself makes of the settings, in its own order.
-    config = transformers.LlamaConfig(
-        vocab_size=1000,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
+    sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    config = transformers.LlamaConfig(vocab_size=1000, num_hidden_layers=1, **sizes)
     model = transformers.LlamaForCausalLM(config)
     wanted = transformers.GenerationConfig(
         do_sample=True, **{"top_k": 0, "top_p": 1.0} | settings

@@ -6,7 +6,6 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning import compile as module
 from qlora_jax.planning.compile import (
@@ -17,17 +16,8 @@ from qlora_jax.planning.compile import (
 )
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import Step
+from tests.models.reference import CONFIG
 
-CONFIG = LlamaConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-)
 STEP = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=64)
 
 MEMORY = {
@@ -40,10 +30,8 @@ MEMORY = {
 def fake_python(tmp_path, body: str) -> str:
     """Writes a program that stands in for Python, called with `-c SOURCE FOLDER`."""
     path = tmp_path / "python"
-    head = "import json, os, sys\nfolder = sys.argv[-1]\n"
-    path.write_text(f"#!{sys.executable}\n{head}")
-    with path.open("a") as file:
-        file.write(body)
+    head = f"#!{sys.executable}\nimport json, os, sys\nfolder = sys.argv[-1]\n"
+    path.write_text(head + body)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
@@ -75,13 +63,8 @@ def test_another_python_is_checked_for_the_plugin(tmp_path):
 
 
 def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
-    answer = {
-        "memory": MEMORY,
-        "sizes": {"arguments": 1},
-        "collectives": {},
-        "seconds": 0.5,
-        "jax": "1.2.3",
-    }
+    answer = {"memory": MEMORY, "sizes": {"arguments": 1}, "collectives": {}}
+    answer |= {"seconds": 0.5, "jax": "1.2.3"}
     python = fake_python(
         tmp_path,
         "request = json.load(open(folder + '/request.json'))\n"
@@ -100,29 +83,23 @@ def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
     assert seen["mesh"] == {"data": 2}
 
 
-def test_an_aborted_child_is_an_error_with_advice(tmp_path):
-    python = fake_python(
-        tmp_path, "print('LLVM ERROR: no', file=sys.stderr, flush=True)\nos.abort()\n"
-    )
-    with pytest.raises(
-        UserError, match="for t4 was aborted by signal 6: LLVM ERROR: no.*estimate"
-    ):
-        compile_for(STEP, CARDS["t4"], python=python)
-
-
-def test_a_user_error_of_the_child_is_raised_unchanged(tmp_path):
-    python = fake_python(
-        tmp_path,
-        "sys.exit('Traceback:\\nqlora_jax.errors.UserError: `batch_size`=1 is odd.')",
-    )
-    with pytest.raises(UserError, match="^`batch_size`=1 is odd.$"):
-        compile_for(STEP, CARDS["l4"], python=python)
-
-
-def test_a_child_without_an_answer_is_an_error(tmp_path):
-    python = fake_python(tmp_path, "")
-    with pytest.raises(UserError, match="stopped with status 0: no message"):
-        compile_for(STEP, CARDS["l4"], python=python)
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "print('LLVM ERROR: no', file=sys.stderr, flush=True)\nos.abort()\n",
+            "for t4 was aborted by signal 6: LLVM ERROR: no.*estimate",
+        ),
+        (  # a UserError is raised unchanged
+            "sys.exit('Trace:\\nqlora_jax.errors.UserError: `batch_size`=1 is odd.')",
+            "^`batch_size`=1 is odd.$",
+        ),
+        ("", "stopped with status 0: no message"),
+    ],
+)
+def test_a_child_without_an_answer_is_an_error(tmp_path, body, message):
+    with pytest.raises(UserError, match=message):
+        compile_for(STEP, CARDS["t4"], python=fake_python(tmp_path, body))
 
 
 def test_a_child_that_takes_too_long_is_stopped(tmp_path):

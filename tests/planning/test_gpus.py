@@ -46,10 +46,7 @@ def test_a_file_like_a_gpu_changes_what_it_says(tmp_path):
     path.write_text('like = "h200"\nmemory_gb = 12\ncompute_capability = "8.9"\n')
     gpu = find_gpu(str(path))
     expected = dataclasses.replace(
-        CARDS["h200"],
-        name="small",
-        memory_bytes=12 * 10**9,
-        compute_capability=(8, 9),
+        CARDS["h200"], name="small", memory_bytes=12 * 10**9, compute_capability=(8, 9)
     )
     assert gpu == expected
 

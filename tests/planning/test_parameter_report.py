@@ -12,7 +12,6 @@ import pytest
 
 import convert
 from convert.peft_writing import adapter_bytes
-from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
@@ -46,14 +45,13 @@ def config_of(shared_data, name):
 def test_published_counts(shared_data, name, unit, parameters):
     config = config_of(shared_data, name)
     for r in (1, 64):
-        report = parameter_report(config, LoraConfig(r=r, target_modules="all-linear"))
+        lora = LoraConfig(r=r, target_modules="all-linear")
+        report = parameter_report(config, lora)
         assert report.trainable_parameters == unit * r
         assert sum(report.groups.values()) == unit * r
         # Two float32 moments for each, and two counts of steps.
         assert report.optimizer_bytes == unit * r * 8 + 8
-        assert adapter_bytes(config, LoraConfig(r=r, target_modules="all-linear")) > (
-            unit * r * 4
-        )
+        assert adapter_bytes(config, lora) > unit * r * 4
     assert report.base_parameters == parameters
 
 
@@ -72,60 +70,55 @@ def test_a_70b_model_is_counted_from_its_configuration():
     assert report.base_parameters == 70_553_706_496
 
 
+# Of LoRA on all projections: of rank 64 in the 8B model, and of rank 8 in the 1B model.
+AT_64, AT_8 = 167_772_160, 8 * 704_512
+TABLE_8B, TABLE_1B = 128_256 * 4096, 128_256 * 2048
+TABLES = ("embed_tokens", "lm_head")
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "fields", "count"),
     [
-        # LoRA on all projections, and two tables of 128,256 x 4,096 and their likes.
+        ("llama-3.1-8b", dict(modules_to_save=TABLES), AT_64 + 2 * TABLE_8B),
         (
             "llama-3.1-8b",
-            dict(r=64, modules_to_save=("embed_tokens", "lm_head")),
-            167_772_160 + 2 * 128_256 * 4096,
+            dict(modules_to_save=("embed_tokens",), ensure_weight_tying=True),
+            AT_64 + TABLE_8B,  # not tied: nothing to ensure
         ),
+        ("llama-3.2-1b", dict(modules_to_save=TABLES), AT_8 + 2 * TABLE_1B),
         (
-            "llama-3.1-8b",
-            dict(r=64, modules_to_save=("embed_tokens",), ensure_weight_tying=True),
-            167_772_160 + 128_256 * 4096,  # not tied: nothing to ensure
+            "llama-3.2-1b",
+            dict(modules_to_save=("lm_head",), ensure_weight_tying=True),
+            AT_8 + TABLE_1B,
         ),
         (
             "llama-3.2-1b",
-            dict(r=8, modules_to_save=("embed_tokens", "lm_head")),
-            8 * 704_512 + 2 * 128_256 * 2048,
-        ),
-        (
-            "llama-3.2-1b",
-            dict(r=8, modules_to_save=("lm_head",), ensure_weight_tying=True),
-            8 * 704_512 + 128_256 * 2048,
-        ),
-        (
-            "llama-3.2-1b",
-            dict(r=8, trainable_token_indices=(128_254, 128_255)),
-            8 * 704_512 + 2 * 2048,
+            dict(trainable_token_indices=(128_254, 128_255)),
+            AT_8 + 2 * 2048,
         ),
         # Magnitudes of the outputs of 16 layers: q, o, down; k, v; gate, up.
         (
             "llama-3.2-1b",
-            dict(r=8, use_dora=True),
-            8 * 704_512 + 16 * (3 * 2048 + 2 * 512 + 2 * 8192),
+            dict(use_dora=True),
+            AT_8 + 16 * (3 * 2048 + 2 * 512 + 2 * 8192),
         ),
-        ("llama-3.2-1b", dict(r=8, modules_to_save=("norm",)), 8 * 704_512 + 33 * 2048),
+        ("llama-3.2-1b", dict(modules_to_save=("norm",)), AT_8 + 33 * 2048),
     ],
 )
 def test_counts_of_everything_that_can_be_trained(shared_data, name, fields, count):
-    lora = LoraConfig(target_modules="all-linear", **fields)
+    r = 64 if name == "llama-3.1-8b" else 8
+    lora = LoraConfig(r=r, target_modules="all-linear", **fields)
     report = parameter_report(config_of(shared_data, name), lora)
     assert report.trainable_parameters == count
     # Two float32 moments for each, and two counts of steps.
     assert report.optimizer_bytes == 8 * count + 8
-    if "lm_head" in fields.get("modules_to_save", ()) and name == "llama-3.1-8b":
-        assert count == 1_218_445_312
 
 
 @pytest.mark.real
-def test_llama_8b_at_rank_64_has_167_million(shared_data):
+def test_the_bytes_of_a_packed_base(shared_data):
     config = config_of(shared_data, "llama-3.1-8b")
     report = parameter_report(config, LoraConfig(r=64, target_modules="all-linear"))
-    assert report.trainable_parameters == 167_772_160
     # NF4 with double quantization: 4 bits and a byte for each block of 64, a float for
     # each 256 of those; embeddings, head and norms in bfloat16.
     packed = 6_979_321_856
@@ -139,14 +132,14 @@ def test_llama_8b_at_rank_64_has_167_million(shared_data):
 def test_the_abstract_base_is_the_one_that_is_loaded(llama_dir, quantization, dtype):
     config, base = convert.load_llama(llama_dir, quantization=quantization, dtype=dtype)
     abstract = abstract_base(config, quantization=quantization, dtype=dtype)
-    loaded = jax.tree_util.tree_leaves_with_path(base)
-    counted = jax.tree_util.tree_leaves_with_path(abstract)
-    assert [jax.tree_util.keystr(path) for path, _ in loaded] == [
-        jax.tree_util.keystr(path) for path, _ in counted
-    ]
-    for (path, leaf), (_, shape) in zip(loaded, counted, strict=True):
-        assert leaf.shape == shape.shape, path
-        assert jnp.dtype(leaf.dtype) == shape.dtype, path
+    loaded, counted = (
+        {
+            jax.tree_util.keystr(path): (leaf.shape, jnp.dtype(leaf.dtype))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (base, abstract)
+    )
+    assert loaded == counted
     report = parameter_report(config, None, quantization=quantization, dtype=dtype)
     assert report.base_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     assert report.trainable_parameters == report.optimizer_bytes == 0
@@ -157,12 +150,7 @@ def test_the_abstract_base_is_the_one_that_is_loaded(llama_dir, quantization, dt
     [
         LoraConfig(r=3, target_modules="all-linear"),
         LoraConfig(r=3, target_modules=("q_proj", "lm_head", "embed_tokens")),
-        LoraConfig(
-            r=4,
-            target_modules=("q_proj", "up_proj"),
-            use_dora=True,
-            modules_to_save=("norm", "lm_head"),
-        ),
+        LoraConfig(r=4, use_dora=True, modules_to_save=("norm", "lm_head")),
     ],
 )
 def test_counts_are_those_of_the_arrays_and_the_file(llama_dir, tmp_path, lora):
@@ -236,12 +224,6 @@ def test_surprising_settings_give_warnings(llama_dir, tied, fields, patterns):
         assert re.search(pattern, text), text
 
 
-def test_targets_that_are_not_there_are_refused(llama_dir):
-    config, _ = convert.load_llama(llama_dir)
-    with pytest.raises(UserError, match="matches no linear module"):
-        parameter_report(config, LoraConfig(target_modules=("query",)))
-
-
 @pytest.mark.real
 def test_inspect_answers_in_seconds(shared_data):
     """From a config.json alone; the time is that of starting Python and JAX."""
@@ -254,12 +236,8 @@ def test_inspect_answers_in_seconds(shared_data):
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(done.stdout.strip()); print(used.ru_utime + used.ru_stime)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-c", program, *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     report, seconds = done.stdout.splitlines()
     assert json.loads(report)["trainable_parameters"] == 167_772_160
     # Of the processor, so that a busy machine does not fail it.

@@ -20,10 +20,13 @@ STEP = Step(CONFIG, Compute(lora=LORA), length=8192)
 GPU = CARDS["rtx-4090"]
 
 
+def step_of(length, **train):
+    train = TrainConfig(steps=1, **train)
+    return dataclasses.replace(STEP, length=length, train=train)
+
+
 def test_every_policy_of_the_ladder_needs_less_than_the_previous():
-    planner = Planner(GPU)
-    step = dataclasses.replace(STEP, length=32768)
-    totals = [planner.estimate(step, policy).total for policy in LADDER]
+    totals = [Planner(GPU).estimate(step_of(32768), p).total for p in LADDER]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == len(LADDER)
 
@@ -51,19 +54,20 @@ def test_tied_tables_have_the_same_memory():
         policies(embed_tokens="device", lm_head="host", tied=True)
 
 
-def test_the_fastest_policy_that_fits_is_taken():
-    planner = Planner(GPU)
-    assert planner.fastest(STEP, policies()).policy.name == "full"
-    short = dataclasses.replace(STEP, length=2048)
-    assert planner.fastest(short, policies()).policy.name == "save_matmuls"
-    long = dataclasses.replace(STEP, length=131072)
-    assert planner.fastest(long, policies()).policy.name == "offload"
-    long = dataclasses.replace(STEP, length=229376)
-    assert planner.fastest(long, policies()).policy.name == "offload, tables, xla"
-    too_long = dataclasses.replace(STEP, length=1 << 20)
-    plan = planner.fastest(too_long, policies())
-    assert not plan.fits
-    assert plan.policy.name == "offload, tables, xla"
+@pytest.mark.parametrize(
+    ("length", "name"),
+    [
+        (2048, "save_matmuls"),
+        (8192, "full"),
+        (131072, "offload"),
+        (229376, "offload, tables, xla"),
+        (1 << 20, "offload, tables, xla"),
+    ],
+)
+def test_the_fastest_policy_that_fits_is_taken(length, name):
+    plan = Planner(GPU).fastest(step_of(length), policies())
+    assert plan.policy.name == name
+    assert plan.fits == (length < 1 << 20)
 
 
 @pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy.name)
@@ -74,28 +78,21 @@ def test_the_longest_fits_and_one_unit_more_does_not(policy, gpu):
     unit = granule(plan.step.length)
     assert plan.step.length % unit == 0
     assert plan.fits
-    more = dataclasses.replace(STEP, length=plan.step.length + unit)
-    assert not planner.estimate(more, policy).fits
+    assert not planner.estimate(step_of(plan.step.length + unit), policy).fits
 
 
 def test_the_largest_batch_fits_and_one_row_more_does_not():
     planner = Planner(GPU)
-    short = dataclasses.replace(STEP, length=2048)
-    plan = planner.longest(short, policies(remat="full"), "batch_size")
-    train = dataclasses.replace(short.train, batch_size=plan.step.train.batch_size + 1)
+    plan = planner.longest(step_of(2048), policies(remat="full"), "batch_size")
     assert plan.fits
-    more = planner.estimate(dataclasses.replace(short, train=train), plan.policy)
-    assert not more.fits
-
-
-def test_a_batch_over_several_devices_comes_out_even():
+    more = step_of(2048, batch_size=plan.step.train.batch_size + 1)
+    assert not planner.estimate(more, plan.policy).fits
+    # Over several devices it comes out even.
     planner = Planner(GPU, mesh={"data": 2, "fsdp": 2})
-    train = TrainConfig(steps=1, batch_size=4)
-    step = dataclasses.replace(STEP, length=2048, train=train)
-    plan = planner.longest(step, policies(remat="full"), "batch_size")
-    assert plan.step.train.batch_size % 4 == 0
-    single = Planner(GPU).longest(step, policies(remat="full"), "batch_size")
-    assert plan.step.train.batch_size > 4 * single.step.train.batch_size
+    step = step_of(2048, batch_size=4)
+    several = planner.longest(step, policies(remat="full"), "batch_size")
+    assert several.step.train.batch_size % 4 == 0
+    assert several.step.train.batch_size > 4 * plan.step.train.batch_size
 
 
 class Curved(Planner):
@@ -109,9 +106,8 @@ class Curved(Planner):
         plan = super()._compile(step, policy)
         self.lengths.append(step.length)
         extra = int(0.2 * plan.memory.temporaries) + 2**27 * (step.length // 5000)
-        memory = dataclasses.replace(
-            plan.memory, temporaries=plan.memory.temporaries + extra
-        )
+        temporaries = plan.memory.temporaries + extra
+        memory = dataclasses.replace(plan.memory, temporaries=temporaries)
         return dataclasses.replace(plan, memory=memory)
 
 
@@ -122,24 +118,25 @@ def test_a_search_plans_few_steps_where_memory_is_not_linear():
     assert len(set(planner.lengths)) == len(planner.lengths)
     assert plan.step.length in planner.lengths
     assert plan.step.length + granule(plan.step.length) in planner.lengths
-    more = dataclasses.replace(STEP, length=plan.step.length + 1024)
     assert plan.fits
-    assert not planner.plan(more, LADDER[3]).fits
+    assert not planner.plan(step_of(plan.step.length + 1024), LADDER[3]).fits
 
 
 def test_the_error_of_a_model_that_does_not_fit_has_excess_and_advice():
     config = LlamaConfig.from_hf(MODELS["70b"].hf_config)
     step = Step(config, Compute(lora=LORA), length=4096)
     planner = Planner(CARDS["l4"])
-    with pytest.raises(DoesNotFit, match=r"128 tokens take .* GB more than the 24.00"):
-        planner.longest(step, policies())
-    with pytest.raises(DoesNotFit, match="no setting alone is enough.*--mesh.fsdp"):
-        planner.longest(step, policies())
+    for message in (
+        r"128 tokens take .* GB more than the 24.00",
+        "no setting alone is enough.*--mesh.fsdp",
+    ):
+        with pytest.raises(DoesNotFit, match=message):
+            planner.longest(step, policies())
 
 
 def test_settings_that_would_be_enough_are_named_with_what_they_save():
     planner = Planner(GPU)
-    plan = planner.plan(dataclasses.replace(STEP, length=40960), LADDER[2])
+    plan = planner.plan(step_of(40960), LADDER[2])
     assert not plan.fits
     enough, _ = planner.knobs(plan)
     assert any("'offload' saves" in text for text in enough)
@@ -162,8 +159,7 @@ def test_the_report_is_json_and_adds_up():
 
 
 def test_limits_of_jax_itself_are_named_where_they_are_too_low():
-    long = dataclasses.replace(STEP, length=524288)
-    lean = Planner(CARDS["l40s"]).plan(long, LADDER[-1])
+    lean = Planner(CARDS["l40s"]).plan(step_of(524288), LADDER[-1])
     assert float(lean.settings["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.75
     # 140 GB pinned, and JAX pins 64 GiB at most.
     limit = int(lean.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
@@ -183,11 +179,8 @@ def test_a_mesh_that_does_not_divide_is_refused():
 def test_flops_are_those_of_the_products():
     # By hand, for a token of an 8B model: 6.98e9 weights of linear layers twice forward
     # and twice backward, the head likewise, attention over 2,048 tokens.
-    step = dataclasses.replace(
-        STEP,
-        length=2048,
-        compute=dataclasses.replace(STEP.compute, remat="none"),
-    )
+    compute = dataclasses.replace(STEP.compute, remat="none")
+    step = dataclasses.replace(STEP, length=2048, compute=compute)
     linear, head = 6_979_321_856, 128256 * 4096
     attention = 32 * 2 * 2048 * 4096 * 3.5
     adapters = 6 * 83_886_080
@@ -202,9 +195,7 @@ def test_flops_are_those_of_the_products():
 def test_lower_bounds_of_time_scale_with_their_limits():
     floor = estimate.step_seconds_floor(STEP, GPU)
     assert floor["host_link"] == 0
-    twice = dataclasses.replace(
-        STEP, train=TrainConfig(steps=1, gradient_accumulation_steps=2)
-    )
+    twice = step_of(8192, gradient_accumulation_steps=2)
     other = estimate.step_seconds_floor(twice, GPU)
     assert other["compute"] == pytest.approx(2 * floor["compute"])
     assert floor["bandwidth"] < other["bandwidth"] < 2 * floor["bandwidth"]

@@ -2,13 +2,12 @@ import dataclasses
 import json
 import math
 
-import jax
 import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
+from qlora_jax.models.params import tree_bytes, tree_size
 from qlora_jax.planning.estimate import parameter_report
 from qlora_jax.planning.step import (
     Step,
@@ -19,18 +18,10 @@ from qlora_jax.planning.step import (
 )
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.tree import FrozenDict
+from tests.models.reference import CONFIG as SMALL
 
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
-CONFIG = LlamaConfig.from_hf(SIZES)
+SIZES = {"vocab_size": 256, "intermediate_size": 128, "num_hidden_layers": 3}
+CONFIG = dataclasses.replace(SMALL, **SIZES)
 STEP = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=32)
 
 
@@ -60,11 +51,8 @@ def test_arguments_have_the_sizes_of_the_parameter_report():
     step = dataclasses.replace(STEP, train=train, packed=True)
     state, base, batch = abstract_arguments(step)
     report = parameter_report(CONFIG, STEP.compute.lora)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
-    assert size == report.base_bytes
-    assert sum(x.size for x in jax.tree.leaves(state.adapters)) == (
-        report.trainable_parameters
-    )
+    assert tree_bytes(base) == report.base_bytes
+    assert tree_size(state.adapters) == report.trainable_parameters
     assert set(batch) == {"tokens", "labels", "positions", "segment_ids"}
     assert {leaf.shape for leaf in batch.values()} == {(5, 2, 32)}
 
@@ -98,26 +86,24 @@ def test_a_longer_step_takes_more():
 
 
 def test_invalid_steps_are_refused():
-    with pytest.raises(UserError, match="`max_length` must be at least 1 token, got 0"):
-        dataclasses.replace(STEP, length=0)
-    with pytest.raises(UserError, match=r"2,147,483,648 tokens.*counted in 32 bits"):
-        dataclasses.replace(
-            STEP, length=2**20, train=TrainConfig(steps=1, batch_size=2**11)
-        )
-    with pytest.raises(UserError, match="counted in 32 bits"):
-        accumulated = TrainConfig(steps=1, gradient_accumulation_steps=2**12)
-        dataclasses.replace(STEP, length=2**19, train=accumulated)
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    rows = TrainConfig(steps=1, batch_size=2**11)
+    micro = TrainConfig(steps=1, gradient_accumulation_steps=2**12)
+    for changes, message in (
+        ({"length": 0}, "`max_length` must be at least 1 token, got 0"),
+        ({"length": 2**20, "train": rows}, r"2,147,483,648 tokens.*counted in 32 bits"),
+        ({"length": 2**19, "train": micro}, "counted in 32 bits"),
+        ({"config": tied, "lm_head": "nf4"}, "lm_head='nf4': this model's head is its"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(STEP, **changes)
     with pytest.raises(UserError, match="needs a LoRA configuration"):
         abstract_arguments(dataclasses.replace(STEP, compute=Compute()))
-    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
-    with pytest.raises(UserError, match="lm_head='nf4': this model's head is its"):
-        dataclasses.replace(STEP, config=tied, lm_head="nf4")
 
 
 def test_arrays_of_more_than_2_to_the_31_elements_are_traced():
     # Kept inputs [3, 1, T, 8192], and inside the MLP [T, 32768]: both beyond int32.
-    sizes = {"hidden_size": 8192, "intermediate_size": 32768}
-    config = LlamaConfig.from_hf(SIZES | sizes)
+    config = dataclasses.replace(CONFIG, hidden_size=8192, intermediate_size=32768)
     compute = dataclasses.replace(STEP.compute, remat="save_matmuls")
     step = Step(config, compute, length=2**17)
     text = lower(step).as_text()

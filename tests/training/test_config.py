@@ -28,24 +28,25 @@ from qlora_jax.training.config import ParameterGroup, TrainConfig
         ({"loraplus_lr_ratio": 0.0}, "`loraplus_lr_ratio` must be > 0, or left out"),
         ({"neftune_noise_alpha": -5.0}, "`neftune_noise_alpha` must be > 0, or left"),
         ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1, or left out, got"),
-        (
-            {"groups": (ParameterGroup("(", learning_rate=1.0),)},
-            r"train: group 1: `match` = '\(' is not a regular expression: missing \)",
-        ),
-        ({"groups": (ParameterGroup("q_proj"),)}, "group 1: it changes nothing"),
-        (
-            {"groups": (ParameterGroup("q_proj", learning_rate=-1.0),)},
-            "group 1: `learning_rate` must be >= 0, got -1.0",
-        ),
-        (
-            {"groups": (ParameterGroup("q_proj", warmup_steps=9),)},
-            "group 1: `warmup_steps`=9 exceeds `steps`=5",
-        ),
     ],
 )
 def test_invalid_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**{"steps": 5, **change})
+
+
+@pytest.mark.parametrize(
+    "group, message",
+    [
+        (("(", 1.0), r"`match` = '\(' is not a regular expression: missing \)"),
+        (("q_proj",), "it changes nothing"),
+        (("q_proj", -1.0), "`learning_rate` must be >= 0, got -1.0"),
+        (("q_proj", None, None, None, 9), "`warmup_steps`=9 exceeds `steps`=5"),
+    ],
+)
+def test_invalid_groups_are_refused(group, message):
+    with pytest.raises(UserError, match=f"train: group 1: {message}"):
+        TrainConfig(steps=5, groups=(ParameterGroup(*group),))
 
 
 def test_all_invalid_settings_are_reported_at_once():

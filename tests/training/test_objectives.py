@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.data.encoding import IGNORE
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.llama import Llama
 from qlora_jax.training.objectives import embedding_noise, head_variables, text_lengths
+from tests.models.reference import CONFIG
 
 
 def test_each_token_has_the_length_of_its_document():
@@ -39,22 +39,13 @@ def test_noise_is_uniform_with_the_bound_of_the_paper():
 
 
 def test_the_head_reads_its_part_of_the_variables():
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=4,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=4,
-    )
     table, head, norm = ({"weight": jnp.full((8, 4), i)} for i in range(3))
     body = {"embed_tokens": table, "norm": norm}
     params = {"model": body, "lm_head": head}
     adapters = {"model": {"embed_tokens": {"lora_embedding_A": jnp.ones((1, 8))}}}
-    selected = head_variables({"params": params, "lora": adapters}, Llama(config))
+    selected = head_variables({"params": params, "lora": adapters}, Llama(CONFIG))
     assert selected == {"params": {"lm_head": head}, "lora": {}}
-    tied = Llama(dataclasses.replace(config, tie_word_embeddings=True))
+    tied = Llama(dataclasses.replace(CONFIG, tie_word_embeddings=True))
     selected = head_variables({"params": {"model": body}, "lora": adapters}, tied)
     assert selected == {"params": {"model": {"embed_tokens": table}}, "lora": {}}
     # A residual and an adapter of a tied head go with it.

@@ -15,84 +15,39 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.params import tree_bytes
+from qlora_jax.planning.step import Step, abstract_arguments, lower
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import loss_sum
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.parameter_groups import schedule
-from qlora_jax.training.step import TrainState, eval_step, init_state, train_step
+from qlora_jax.training.step import eval_step, init_state, train_step
+from tests.models import reference
+from tests.models.reference import CONFIG, dequantized, equations, rows
 
-CONFIG = LlamaConfig(
-    vocab_size=61,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    initializer_range=0.1,
-)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 DROPOUT = dataclasses.replace(LORA, lora_dropout=0.3)
-
-# `run` below and the stored runs of test_golden.py compile as in use, not as tests do.
-DEFAULT_OPTIMIZATION = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-}
 
 
 def llama(lora=LORA, config=CONFIG, **compute):
     return Llama(config, Compute(**{"dtype": "float32", **compute}, lora=lora))
 
 
-@functools.cache
 def base():
-    """A model of random weights with its projections in double-quantized NF4."""
-
-    def pack(path, leaf):
-        if "_proj" not in str(path[-2]):
-            return leaf
-        layers = [nf4.quantize(np.asarray(w), double_quant=True) for w in leaf]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
-
-    init = jax.jit(llama().init)
-    tree = init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    return jax.tree_util.tree_map_with_path(pack, tree)
+    return reference.base(packed=True)
 
 
-@functools.cache
-def adapters(lora=LORA, *, trained=True):
-    """Adapters that do something: B is not zero."""
-    tree = init_adapters(jax.random.key(1), base(), lora)
-    if not trained:
-        return tree
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [
-        a + 0.05 * jax.random.normal(k, a.shape)
-        for a, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, moved)
+def adapters(lora=LORA):
+    return reference.adapters(lora)
 
 
-def copied(tree):
-    return jax.tree.map(jnp.copy, tree)
-
-
-def rows(count, length=16, seed=0):
-    """Tokens and labels; each row is supervised from another position on."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 61, (count, length))
-    start = rng.integers(0, length - 2, (count, 1))
-    labels = np.where(np.arange(length) < start, IGNORE, tokens)
-    return {
-        "tokens": jnp.asarray(tokens, jnp.int32),
-        "labels": jnp.asarray(labels, jnp.int32),
-    }
+def moved(state):
+    """What a step has added to the adapters."""
+    return jax.tree.map(jnp.subtract, state.adapters, adapters())
 
 
 def window(micro, count, seed=0):
-    """The same rows cut into `micro` micro-batches: [A, B, T]."""
+    """Rows cut into `micro` micro-batches: [A, B, T]."""
     flat = rows(micro * count, seed=seed)
     return jax.tree.map(lambda a: a.reshape(micro, count, -1), flat)
 
@@ -111,8 +66,14 @@ SGD = optax.sgd(1.0)  # an update is then the gradient itself
 
 
 def begin(optimizer=ADAM, tree=None, seed=0):
-    tree = adapters() if tree is None else tree
-    return init_state(copied(tree), optimizer, jax.random.key(seed))
+    tree = jax.tree.map(jnp.copy, adapters() if tree is None else tree)
+    return init_state(tree, optimizer, jax.random.key(seed))
+
+
+def first_step(optimizer=SGD, batch=None, **model):
+    """State and metrics after one step on four rows."""
+    step = step_of(llama(**model), optimizer)
+    return step(begin(optimizer), base(), batch or window(1, 4))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -142,136 +103,62 @@ GRADIENT = 1e-5
 # --- Laws of a step ---
 
 
-@dataclasses.dataclass
-class Run:
-    before: list
-    after: list
-    losses: list
-    compilations: int
-    state: TrainState
-    old_leaf: jax.Array
-
-
-@pytest.fixture(scope="module")
-def run():
-    """Eight steps on one batch."""
-    model = llama()
+def test_eight_steps_on_one_batch():
     step = jax.jit(
-        functools.partial(train_step, model=model, optimizer=ADAM),
+        functools.partial(train_step, model=llama(), optimizer=ADAM),
         donate_argnums=0,
-        compiler_options=DEFAULT_OPTIMIZATION,
+        compiler_options={  # as in use, not as other tests compile
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
+        },
     )
-    before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
-    state = begin()
-    old = jax.tree.leaves(state.adapters)[0]
-    losses = []
+    before = jax.tree.map(np.array, base())
+    state, losses = begin(), []
+    first = jax.tree.leaves(state.adapters)[0]
     for _ in range(8):
         state, metrics = step(state, base(), window(1, 4))
         assert metrics["finite"]
         losses.append(float(metrics["loss"]))
-    after = [np.array(leaf) for leaf in jax.tree.leaves(base())]
-    return Run(before, after, losses, step._cache_size(), state, old)
+    assert losses[-1] < 0.9 * losses[0]
+    assert step._cache_size() == 1
+    # The state is donated; the base is not, and stays as it is.
+    assert first.is_deleted()
+    all_equal(base(), before)
+    assert state.step == 8
+    all_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(0)))
 
 
-def test_steps_do_not_change_the_base(run):
-    for before, after in zip(run.before, run.after, strict=True):
-        np.testing.assert_array_equal(before, after)
-
-
-def test_equal_shapes_compile_once(run):
-    assert run.compilations == 1
-
-
-def test_training_lowers_the_loss(run):
-    assert run.losses[-1] < 0.9 * run.losses[0]
-
-
-def test_the_state_is_donated_and_the_base_is_not(run):
-    assert run.old_leaf.is_deleted()
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base()))
-
-
-def test_the_step_is_counted_and_the_key_is_kept(run):
-    assert run.state.step == 8
-    same = jax.random.key_data(run.state.key) == jax.random.key_data(jax.random.key(0))
-    assert same.all()
-
-
-def test_the_optimizer_covers_exactly_the_trained_leaves():
-    with_head = LoraConfig(r=4, target_modules=("q_proj", "lm_head"))
-    for lora in (LORA, with_head):
-        tree = adapters(lora)
-        state = begin(tree=tree)
-        adam = next(
-            part
-            for part in jax.tree.leaves(
-                state.opt_state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState)
-            )
-            if isinstance(part, optax.ScaleByAdamState)
-        )
-        for moments in (adam.mu, adam.nu):
-            assert jax.tree.structure(moments) == jax.tree.structure(tree)
-            for m, leaf in zip(*map(jax.tree.leaves, (moments, tree)), strict=True):
-                assert (m.shape, m.dtype) == (leaf.shape, jnp.float32)
-        counts = [a for a in jax.tree.leaves(state.opt_state) if a.ndim == 0]
-        total = len(jax.tree.leaves(state.opt_state))
-        assert total == len(counts) + 2 * len(jax.tree.leaves(tree))
-
-
-def test_a_zero_adapter_has_the_loss_of_the_base():
-    evaluate = jax.jit(eval_step, static_argnames="model")
-    plain = evaluate({}, base(), rows(4), model=llama(None))
-    all_equal(plain, evaluate(adapters(trained=False), base(), rows(4), model=llama()))
+@pytest.mark.parametrize("target", ["down_proj", "lm_head"])
+def test_the_optimizer_covers_exactly_the_trained_leaves(target):
+    tree = adapters(LoraConfig(r=4, target_modules=("q_proj", target)))
+    state = jax.tree.leaves(begin(tree=tree).opt_state)
+    moments = [(a.shape, a.dtype) for a in state if a.ndim]  # the others are counts
+    trained = [(leaf.shape, jnp.float32) for leaf in jax.tree.leaves(tree)]
+    assert moments == 2 * trained
 
 
 def test_accumulated_micro_batches_equal_one_large_batch():
     # The micro-batches hold different numbers of supervised tokens: the mean of their
     # means would be another number.
     labels = window(4, 2)["labels"]
-    assert len({int((part != IGNORE).sum()) for part in labels}) > 1
-    step = step_of(llama(), SGD)
-    big, first = step(begin(SGD), base(), window(1, 8))
-    many, metrics = step(begin(SGD), base(), window(4, 2))
+    counts = [int((part[:, 1:] != IGNORE).sum()) for part in labels]
+    assert len(set(counts)) > 1
+    big, first = first_step(batch=window(1, 8))
+    total, _ = loss_and_gradients(adapters(), rows(8), model=llama())
+    assert first["supervised_tokens"] == sum(counts)
+    np.testing.assert_allclose(first["loss"], total / sum(counts), rtol=1e-5)
+    many, metrics = first_step(batch=window(4, 2))
     # Another order of the float32 sum over tokens.
     np.testing.assert_allclose(metrics["loss"], first["loss"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], first["grad_norm"], rtol=1e-5)
     assert metrics["supervised_tokens"] == first["supervised_tokens"]
-    updates = [
-        jax.tree.map(jnp.subtract, state.adapters, adapters()) for state in (many, big)
-    ]
-    all_close(*updates, GRADIENT)
-
-
-def test_the_loss_is_the_mean_over_supervised_tokens():
-    batch = window(1, 4)
-    _, metrics = step_of(llama(), SGD)(begin(SGD), base(), batch)
-    flat = jax.tree.map(lambda a: a[0], batch)
-    logits = jax.jit(llama().apply)(
-        {"params": base(), "lora": adapters()}, flat["tokens"]
-    )
-    logp = jax.nn.log_softmax(np.asarray(logits)[:, :-1].astype(np.float64))
-    targets = np.asarray(flat["labels"])[:, 1:]
-    picked = np.take_along_axis(np.asarray(logp), np.maximum(targets, 0)[..., None], -1)
-    losses = -picked[..., 0][targets != IGNORE]
-    assert metrics["supervised_tokens"] == losses.size
-    np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)  # float32
+    all_close(moved(many), moved(big), GRADIENT)
 
 
 def lift(self, variables):
     """Does as `Compute.arrange` for the Pallas kernels, here with XLA's."""
     params, stacks = nf4.lift_stacks(variables["params"])
     return {**variables, "params": params, "stacks": stacks}
-
-
-def loops(jaxpr):
-    """Every scan in a jaxpr, the inner ones as well."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            yield equation
-        for value in jax.tree.leaves(dict(equation.params)):
-            inner = getattr(value, "jaxpr", value)  # closed or not
-            if hasattr(inner, "eqns"):
-                yield from loops(inner)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +185,9 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
         after, metrics = compiled(state, base(), batch)
         results.append((after.adapters, metrics))
-        written = [v.aval for loop in loops(traced.jaxpr.jaxpr) for v in loop.outvars]
+        found = equations(traced.jaxpr.jaxpr)
+        loops = [equation for equation in found if equation.primitive.name == "scan"]
+        written = [v.aval for loop in loops for v in loop.outvars]
         assert written
         # No packed stack leaves a loop, nor a weight of all layers dequantized.
         assert not [a for a in written if a.dtype == jnp.uint8]
@@ -309,103 +198,58 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
 
 
 def test_packed_documents_train_like_separate_rows():
-    lengths = [7, 5, 4]
-    parts = [rows(1, n, seed=n) for n in lengths]
+    parts = [rows(1, n, seed=n) for n in (7, 5, 4)]
     # Nothing predicts the first token of a document.
     parts = [{**part, "labels": part["labels"].at[:, 0].set(IGNORE)} for part in parts]
+    segments, positions = [1] * 7 + [2] * 5 + [3] * 4, [*range(7), *range(5), *range(4)]
     packed = {
-        key: jnp.concatenate([part[key] for part in parts], axis=1)
-        for key in ("tokens", "labels")
+        "segment_ids": jnp.asarray([segments], jnp.int32),
+        "positions": jnp.asarray([positions], jnp.int32),
     }
-    packed["segment_ids"] = jnp.asarray([[1] * 7 + [2] * 5 + [3] * 4], jnp.int32)
-    packed["positions"] = jnp.asarray(
-        [[i for n in lengths for i in range(n)]], jnp.int32
-    )
-    # The same documents as padded rows.
-    padded = {}
+    padded = {}  # the same documents as rows
     for key, fill in (("tokens", 0), ("labels", IGNORE)):
-        padded[key] = jnp.concatenate(
-            [
-                jnp.pad(
-                    p[key], ((0, 0), (0, 7 - p[key].shape[1])), constant_values=fill
-                )
-                for p in parts
-            ]
-        )
+        texts = [part[key] for part in parts]
+        packed[key] = jnp.concatenate(texts, axis=1)
+        pads = [((0, 0), (0, 7 - text.shape[1])) for text in texts]
+        texts = map(functools.partial(jnp.pad, constant_values=fill), texts, pads)
+        padded[key] = jnp.concatenate(list(texts))
     loss, gradients = loss_and_gradients(adapters(), packed, model=llama())
     want, want_gradients = loss_and_gradients(adapters(), padded, model=llama())
     np.testing.assert_allclose(loss, want, rtol=1e-6)  # float32 sums
     all_close(gradients, want_gradients, GRADIENT)
 
 
-def test_attention_implementations_train_alike():
-    curves = []
-    for attention in ("eager", "auto"):  # auto is xla on a CPU
-        step, state = step_of(llama(attention=attention), ADAM), begin()
-        losses = []
-        for i in range(20):
-            state, metrics = step(state, base(), window(1, 4, seed=i % 5))
-            losses.append(float(metrics["loss"]))
-        curves.append(losses)
-    # Adam turns a relative error of a small gradient into one of the update; over 20
-    # steps of 1e-2 losses of about four part by less than 1e-4.
-    np.testing.assert_allclose(*curves, atol=1e-4)
-    assert min(curves[0]) < 0.9 * curves[0][0]  # they do train
-
-
-def test_recomputation_gives_the_same_gradients():
-    # With dropout: what is recomputed has to draw the same masks.
-    key = jax.random.key(5)
-    results = [
-        loss_and_gradients(adapters(), rows(4), key, model=llama(DROPOUT, remat=remat))
-        for remat in ("none", "full", "save_matmuls")
-    ]
-    for loss, gradients in results[1:]:
-        np.testing.assert_allclose(loss, results[0][0], rtol=1e-6)
-        # The same operations, fused differently.
-        all_close(gradients, results[0][1], GRADIENT)
-
-
-def test_adapter_gradients_are_those_of_plain_autodiff():
+def test_loss_and_gradients_are_those_of_plain_autodiff():
     # Through chunked loss, blockwise attention, packed products and recomputation, and
     # past all of them: eager attention, dense weights, logits of all tokens.
     lora = LoraConfig(r=4, target_modules=("lm_head", "v_proj"))
     tree, batch = adapters(lora), rows(3)
-    _, got = loss_and_gradients(tree, batch, model=llama(lora))
-    dense = jax.tree.map(
-        lambda leaf: nf4.dequantize(leaf) if isinstance(leaf, nf4.NF4Tensor) else leaf,
-        base(),
-        is_leaf=lambda leaf: isinstance(leaf, nf4.NF4Tensor),
-    )
+    value, got = loss_and_gradients(tree, batch, model=llama(lora))
     plain = llama(lora, attention="eager", remat="none")
 
     def loss(tree):
-        logits = plain.apply({"params": dense, "lora": tree}, batch["tokens"])
+        variables = {"params": dequantized(base()), "lora": tree}
+        logits = plain.apply(variables, batch["tokens"])
         logp = jax.nn.log_softmax(logits[:, :-1])
         targets = batch["labels"][:, 1:]
         picked = jnp.take_along_axis(logp, jnp.maximum(targets, 0)[..., None], -1)
         return -jnp.where(targets == IGNORE, 0.0, picked[..., 0]).sum()
 
-    want = jax.jit(jax.grad(loss))(tree)
+    want_value, want = jax.jit(jax.value_and_grad(loss))(tree)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)  # float32
     all_close(got, want, GRADIENT)
 
 
-def test_a_narrow_step_keeps_adapters_moments_and_loss_in_float32():
-    wide, _ = step_of(llama(), SGD)(begin(SGD), base(), window(1, 4))
-    for dtype in ("bfloat16", "float16"):
-        step = step_of(llama(dtype=dtype), SGD)
-        narrow, metrics = step(begin(SGD), base(), window(1, 4))
-        assert metrics["finite"] and metrics["loss"].dtype == jnp.float32
-        assert {a.dtype for a in jax.tree.leaves(narrow.adapters)} == {
-            jnp.dtype("float32")
-        }
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrow_step_keeps_adapters_moments_and_loss_in_float32(dtype):
+    narrow, metrics = first_step(dtype=dtype)
+    assert metrics["finite"] and metrics["loss"].dtype == jnp.float32
+    trees = narrow.adapters, moved(narrow), moved(first_step()[0])
+    for leaf, got, want in zip(*map(jax.tree.leaves, trees), strict=True):
+        assert leaf.dtype == jnp.float32
         # Roundings of 2^-8 in some 20 operations of each layer, adding up at random.
-        for a, b, start in zip(
-            *map(jax.tree.leaves, (narrow.adapters, wide.adapters, adapters())),
-            strict=True,
-        ):
-            error, size = (np.linalg.norm(np.asarray(d)) for d in (a - b, b - start))
-            assert error <= 0.05 * size
+        error, size = (np.linalg.norm(np.asarray(d)) for d in (got - want, want))
+        assert error <= 0.05 * size
 
 
 # --- Dropout ---
@@ -455,16 +299,15 @@ def test_a_step_that_is_not_finite_changes_only_the_step_number(bad):
     all_equal((state.adapters, state.opt_state), kept)
     state, metrics = step(state, base(), window(1, 4))
     assert metrics["finite"]
-    assert not np.array_equal(
-        jax.tree.leaves(state.adapters)[0], jax.tree.leaves(kept[0])[0]
-    )
+    first = jax.tree.leaves(kept[0])[0]
+    assert not np.array_equal(jax.tree.leaves(state.adapters)[0], first)
     assert step._cache_size() == 1
 
 
 def test_a_window_without_supervision_is_a_step_of_zero():
     batch = window(1, 4)
     batch["labels"] = jnp.full_like(batch["labels"], IGNORE)
-    state, metrics = step_of(llama(), SGD)(begin(SGD), base(), batch)
+    state, metrics = first_step(batch=batch)
     assert metrics["finite"]
     for name in ("loss", "grad_norm", "supervised_tokens"):
         assert metrics[name] == 0
@@ -479,12 +322,10 @@ def test_a_restored_state_continues_bit_for_bit():
     state = begin(seed=3)
     for i in range(2):
         state, _ = step(state, base(), window(1, 4, seed=i))
-    leaves, structure = jax.tree.flatten(
-        dataclasses.replace(state, key=jax.random.key_data(state.key))
-    )
-    stored = [np.array(leaf) for leaf in leaves]
+    stored = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    stored = jax.tree.map(np.array, stored)
     through, _ = step(state, base(), window(1, 4, seed=9))
-    restored = jax.tree.unflatten(structure, [jnp.asarray(a) for a in stored])
+    restored = jax.tree.map(jnp.asarray, stored)
     restored = dataclasses.replace(restored, key=jax.random.wrap_key_data(restored.key))
     again, _ = step(restored, base(), window(1, 4, seed=9))
     all_equal((through.adapters, through.opt_state), (again.adapters, again.opt_state))
@@ -505,25 +346,20 @@ def test_weight_decay_does_not_change_untrained_parts():
     # Which part of each array is trained, by the configuration above.
     q, up = np.zeros((2, 2, 4), bool), np.zeros((2, 2, 4), bool)
     q[:, 0], q[:, 1, :2], up[:, 0] = True, True, True
+    both, first, second = np.asarray([[[1], [1]], [[1], [0]], [[0], [1]]], bool)
     used = {
-        "q_proj": {
-            "lora_A": q[0][..., None],
-            "lora_B": q[1][:, None],
-            "lora_magnitude_vector": np.asarray([[True], [True]]),
-        },
-        "up_proj": {
-            "lora_A": up[0][..., None],
-            "lora_B": up[1][:, None],
-            "lora_magnitude_vector": np.asarray([[True], [False]]),
-        },
-        "input_layernorm": {"weight": np.asarray([[False], [True]])},
-        "embed_tokens": {"trainable_tokens_delta": np.asarray([[True], [True]])},
+        ("input_layernorm", "weight"): second,
+        ("embed_tokens", "trainable_tokens_delta"): both,
     }
+    for name, ranks, layers in (("q_proj", q, both), ("up_proj", up, first)):
+        used[name, "lora_A"] = ranks[0][..., None]
+        used[name, "lora_B"] = ranks[1][:, None]
+        used[name, "lora_magnitude_vector"] = layers
     settings = TrainConfig(steps=6, learning_rate=1e-2, weight_decay=0.3)
     optimizer = make_optimizer(settings, 6)
     step = step_of(llama(lora), optimizer)
     start = init_adapters(jax.random.key(1), base(), lora)
-    before = [np.array(leaf) for leaf in jax.tree.leaves(base())]
+    before = jax.tree.map(np.array, base())
     state, losses = begin(optimizer, start), []
     batch = window(1, 4)
     batch["tokens"] = batch["tokens"].at[:, :, :2].set(jnp.asarray([3, 9]))
@@ -531,21 +367,18 @@ def test_weight_decay_does_not_change_untrained_parts():
         state, metrics = step(state, base(), batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.01
-    count = 0
     for (path, new), old in zip(
         jax.tree_util.tree_leaves_with_path(state.adapters),
         jax.tree.leaves(start),
         strict=True,
     ):
-        names = [key.key for key in path]
-        mask = np.broadcast_to(used[names[-2]][names[-1]], new.shape)
+        name = path[-2].key, path[-1].key
         new, old = np.asarray(new), np.asarray(old)
-        assert not new[~mask].any() and not old[~mask].any(), names
-        assert (new != old)[mask].mean() > 0.95, names
-        count += 1
-    assert count == 8
-    for old, new in zip(before, jax.tree.leaves(base()), strict=True):
-        np.testing.assert_array_equal(old, new)
+        mask = np.broadcast_to(used.pop(name), new.shape)
+        assert not new[~mask].any() and not old[~mask].any(), name
+        assert (new != old)[mask].mean() > 0.95, name
+    assert not used
+    all_equal(base(), before)
 
 
 # --- Schedule and optimizer ---
@@ -598,14 +431,9 @@ def numpy_adamw(config, gradients, start):
 @pytest.mark.parametrize("norm", [None, 1.0, 100.0])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_the_optimizer_is_adamw_with_clipping_before(norm, decay):
-    config = TrainConfig(
-        steps=6,
-        learning_rate=0.1,
-        warmup_steps=2,
-        weight_decay=decay,
-        max_grad_norm=norm,
-        adam_epsilon=1e-3,  # so that clipping is not undone by the normalization
-    )
+    # The epsilon is large so that clipping is not undone by the normalization.
+    rates = {"learning_rate": 0.1, "warmup_steps": 2, "weight_decay": decay}
+    config = TrainConfig(steps=6, max_grad_norm=norm, adam_epsilon=1e-3, **rates)
     rng = np.random.default_rng(0)
     start = rng.standard_normal(5).astype(np.float32)
     gradients = (3 * rng.standard_normal((6, 5))).astype(np.float32)
@@ -621,13 +449,12 @@ def test_the_optimizer_is_adamw_with_clipping_before(norm, decay):
 
 
 def test_the_reported_norm_is_from_before_clipping():
-    clipped = optax.chain(optax.clip_by_global_norm(1e-3), SGD)
     norms = []
-    for optimizer in (SGD, clipped):
-        step = step_of(llama(), optimizer)
-        state, metrics = step(begin(optimizer), base(), window(1, 4))
-        moved = jax.tree.map(jnp.subtract, state.adapters, adapters())
-        norms.append((float(metrics["grad_norm"]), float(optax.tree.norm(moved))))
+    for optimizer in (SGD, optax.chain(optax.clip_by_global_norm(1e-3), SGD)):
+        state, metrics = first_step(optimizer)
+        norms.append(
+            (float(metrics["grad_norm"]), float(optax.tree.norm(moved(state))))
+        )
     (plain, unclipped_update), (reported, clipped_update) = norms
     assert plain == reported > 1e-3
     # The update is the difference of parameters of order 0.1: ulps of 1e-8 each.
@@ -641,18 +468,12 @@ def test_the_reported_norm_is_from_before_clipping():
 def test_noise_depends_on_the_key_and_step_and_is_absent_when_off():
     @functools.cache
     def jitted(alpha, remat):
-        step = functools.partial(
-            train_step,
-            model=llama(remat=remat),
-            optimizer=SGD,
-            neftune_noise_alpha=alpha,
-        )
-        return jax.jit(step)
+        settings = {"model": llama(remat=remat), "neftune_noise_alpha": alpha}
+        return jax.jit(functools.partial(train_step, optimizer=SGD, **settings))
 
     def step(alpha, remat="full", seed=0):
-        state, metrics = jitted(alpha, remat)(
-            begin(SGD, seed=seed), base(), window(2, 2)
-        )
+        start = begin(SGD, seed=seed)
+        state, metrics = jitted(alpha, remat)(start, base(), window(2, 2))
         return float(metrics["loss"]), state
 
     plain, _ = step(None)
@@ -664,12 +485,9 @@ def test_noise_depends_on_the_key_and_step_and_is_absent_when_off():
     all_equal(same.adapters, state.adapters)
     assert step(5.0, seed=1)[0] != noisy
     # What is recomputed in the backward pass is computed from the same noise.
-    other, moved = step(5.0, remat="none")
+    other, kept = step(5.0, remat="none")
     assert other == pytest.approx(noisy, rel=1e-6)
-    updates = [
-        jax.tree.map(jnp.subtract, s.adapters, adapters()) for s in (moved, state)
-    ]
-    all_close(*updates, GRADIENT)
+    all_close(moved(kept), moved(state), GRADIENT)
     # When off, the program contains none of it.
     arguments = begin(SGD), base(), window(2, 2)
     texts = [jitted(alpha, "full").lower(*arguments).as_text() for alpha in (5.0, None)]
@@ -679,8 +497,8 @@ def test_noise_depends_on_the_key_and_step_and_is_absent_when_off():
 # --- The structure of the compiled step: from shapes alone, nothing is allocated ---
 
 
-def abstract_step(*, hidden, ffn, layers, tokens, remat="full"):
-    """The lowered step of a double-quantized model, and the bytes of its adapters."""
+def abstract_step(hidden, ffn, *, layers, tokens, remat="full"):
+    """A step of a double-quantized model."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
@@ -691,86 +509,53 @@ def abstract_step(*, hidden, ffn, layers, tokens, remat="full"):
         head_dim=hidden // 8,
         tie_word_embeddings=True,
     )
-    model = llama(LoraConfig(r=8), config, remat=remat)
-
-    def array(shape, kind=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, kind)
-
-    def pack(path, leaf):
-        if "_proj" not in str(path[-2]):
-            return leaf
-        return nf4.abstract(
-            leaf.shape[1:], double_quant=True, dtype="bfloat16", leading=(layers,)
-        )
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    tree = jax.tree_util.tree_map_with_path(pack, shapes["params"])
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    fresh = jax.eval_shape(lambda k: init_adapters(k, tree, LoraConfig(r=8)), key)
-    state = jax.eval_shape(
-        functools.partial(init_state, optimizer=ADAM), fresh, key=key
-    )
-    rows = array((1, 1, tokens), jnp.int32)
-    step = functools.partial(train_step, model=model, optimizer=ADAM)
-    lowered = jax.jit(step, donate_argnums=0).lower(
-        state, tree, {"tokens": rows, "labels": rows}
-    )
-    trained = sum(leaf.size for leaf in jax.tree.leaves(fresh))
-    return lowered, 4 * trained
+    compute = Compute("float32", lora=LoraConfig(r=8), remat=remat)
+    return Step(config, compute, length=tokens)
 
 
-def temporary_bytes(lowered):
-    compiled = lowered.compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+def adapter_bytes(step):
+    return tree_bytes(abstract_arguments(step)[0].adapters)
+
+
+def temporary_bytes(step):
+    return lower(step).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_a_step_holds_little_more_than_one_dequantized_layer():
     # With unrolled layers, or a derivative that keeps weights, this is 360 to 480 MB.
     hidden, ffn, layers, tokens = 1024, 2816, 8, 64
-    lowered, adapter_bytes = abstract_step(
-        hidden=hidden, ffn=ffn, layers=layers, tokens=tokens
-    )
-    temporary = temporary_bytes(lowered)
+    step = abstract_step(hidden, ffn, layers=layers, tokens=tokens)
     layer = 4 * (3 * hidden * hidden + 3 * hidden * ffn)  # q, o, k and v by halves
     # Inputs of all layers; of the layer in hand six of the residual's width and four of
     # the MLP's, forward and backward; gradients and updates of the adapters.
     activations = 4 * tokens * (layers * hidden + 2 * (6 * hidden + 4 * ffn))
-    bound = 1.5 * layer + activations + 2 * adapter_bytes
-    assert temporary < bound < layers * layer / 4
+    bound = 1.5 * layer + activations + 2 * adapter_bytes(step)
+    assert temporary_bytes(step) < bound < layers * layer / 4
     # The bound can tell: without recomputation more is held.
-    kept = abstract_step(
-        hidden=hidden, ffn=ffn, layers=layers, tokens=tokens, remat="none"
-    )
-    assert temporary_bytes(kept[0]) > bound
+    kept = abstract_step(hidden, ffn, layers=layers, tokens=tokens, remat="none")
+    assert temporary_bytes(kept) > bound
 
 
 def test_memory_grows_with_layers_by_their_inputs_and_adapters_only():
-    used, trained = {}, {}
-    for layers in (8, 32):
-        lowered, trained[layers] = abstract_step(
-            hidden=256, ffn=704, tokens=64, layers=layers
-        )
-        used[layers] = temporary_bytes(lowered)
-    of_a_layer = (used[32] - used[8]) / 24
+    few, many = (abstract_step(256, 704, layers=n, tokens=64) for n in (8, 32))
+    of_a_layer = (temporary_bytes(many) - temporary_bytes(few)) / 24
     # The input of the layer, and the gradient of its adapters.
-    assert of_a_layer <= 1.2 * (4 * 64 * 256 + trained[32] / 32)
+    assert of_a_layer <= 1.2 * (4 * 64 * 256 + adapter_bytes(many) / 32)
     assert of_a_layer < 4 * (3 * 256 * 256 + 3 * 256 * 704) / 10  # no weights among it
 
 
 def test_memory_grows_linearly_with_tokens():
-    used = {
-        tokens: temporary_bytes(
-            abstract_step(hidden=128, ffn=352, layers=4, tokens=tokens)[0]
-        )
+    short, long = (
+        temporary_bytes(abstract_step(128, 352, layers=4, tokens=tokens))
         for tokens in (2048, 8192)
-    }
+    )
     # Four times the tokens: 4. It is 8 where the masks of all blocks are held, and 16
     # where scores are.
-    assert used[8192] <= 4.2 * used[2048]
+    assert long <= 4.2 * short
 
 
 def test_the_program_does_not_grow_with_layers():
-    shape = dict(hidden=64, ffn=96, tokens=16)
-    sizes = [len(abstract_step(layers=n, **shape)[0].as_text()) for n in (4, 16, 64)]
+    steps = [abstract_step(64, 96, layers=n, tokens=16) for n in (4, 16, 64)]
+    sizes = [len(lower(step).as_text()) for step in steps]
     # Only the digits of the shapes.
     assert max(sizes) <= 1.01 * min(sizes)

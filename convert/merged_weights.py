@@ -11,7 +11,7 @@ place where the dtype allows, so that no second array of its size is needed.
 
 The result may have tensors that the base lacks: a bias, where the adapter has
 `lora_bias`, and a separate head, where embedding and head of a tied model become
-different. The configuration that `merged_weights` returns has them.
+different. The configuration that `compute_merged_weights` returns has them.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class MergedWeights:
     """Added key -> key of the base that the tensor starts from; None for zeros."""
 
 
-def merged_weights(
+def compute_merged_weights(
     config: LlamaConfig, lora: LoraConfig, adapters: Mapping[str, Any]
 ) -> MergedWeights:
     """Finds the update of each tensor of a base.
