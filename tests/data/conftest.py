@@ -16,12 +16,7 @@ from qlora_jax.data.examples import load_examples
 
 
 def _byte_tokenizer(
-    *,
-    merges=(),
-    specials=("<s>", "</s>"),
-    bos: str | None = "<s>",
-    eos: str | None = "</s>",
-    template: str | None = None,
+    *, merges=(), specials=("<s>", "</s>"), bos="<s>", eos="</s>", adds_eos=False
 ) -> PreTrainedTokenizerFast:
     """One token a byte but for the merges; puts BOS before a text by itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -35,13 +30,12 @@ def _byte_tokenizer(
     backend.add_special_tokens(list(specials))
     if bos:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
+            single=f"{bos} $A" + adds_eos * f" {eos}",
+            special_tokens=[(token, vocab[token]) for token in specials],
         )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=bos, eos_token=eos
     )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -91,28 +85,36 @@ def mistral(shared_data: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """A function that writes rows (or raw lines) to a JSONL file; returns its path."""
+    """A function that writes rows, text or bytes to a file; returns its path."""
 
-    def write(rows, name: str = "data.jsonl") -> str:
-        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-        (tmp_path / name).write_text(
-            "".join(line + "\n" for line in lines), encoding="utf-8"
-        )
+    def write(content, name: str = "data.jsonl") -> str:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        if isinstance(content, str):
+            content = content.encode()
+        (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
 
     return write
 
 
 @pytest.fixture
-def load(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
-    """A function that loads a path with the settings of a `DataConfig`."""
+def load(tokenizer: PreTrainedTokenizerFast, write) -> Callable[..., Any]:
+    """A function that loads rows, or a path, with the settings of a `DataConfig`."""
 
-    def load(path, tokenizer=tokenizer, vocab_size: int = 300, **config):
+    def load(source, tokenizer=tokenizer, vocab_size: int = 300, **config):
+        path = write(source) if isinstance(source, list) else source
         path = path if isinstance(path, tuple) else str(path)
         config = DataConfig(path=path, **config)
         return load_examples(config, tokenizer, vocab_size=vocab_size)
 
     return load
+
+
+@pytest.fixture
+def fingerprint(load) -> Callable[..., str]:
+    """A function that loads as `load` does and returns the fingerprint."""
+    return lambda *args, **config: load(*args, **config).report.fingerprint
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Batches by index: order, epochs, packing, prefetching, evaluation."""
 
+import itertools
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -17,30 +19,31 @@ from qlora_jax.errors import UserError
 PAD = 7
 
 
-def make(tmp_path, lengths, **config):
-    """Examples whose tokens are all different, so that each can be traced."""
-    path = tmp_path / "rows.jsonl"
-    start, lines = 1000, []
-    for length in lengths:
-        ids = list(range(start, start + length))
-        lines.append(json.dumps({"input_ids": ids}))
-        start += length
-    path.write_text("\n".join(lines))
-    config = DataConfig(path=str(path), format="tokens", train_on="all", **config)
-    return load_examples(config, None, vocab_size=start), config
+@pytest.fixture
+def make(tmp_path):
+    """A function: lengths -> examples whose tokens all differ, and their settings."""
+
+    def make(lengths, **config):
+        path = tmp_path / "rows.jsonl"
+        cuts = np.cumsum([1000, *lengths]).tolist()
+        rows = [list(range(*ends)) for ends in itertools.pairwise(cuts)]
+        path.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows))
+        config = DataConfig(path=str(path), format="tokens", train_on="all", **config)
+        return load_examples(config, None, vocab_size=cuts[-1]), config
+
+    return make
 
 
-def batches_of(tmp_path, lengths, batch_size=2, accumulation_steps=1, **config):
-    ends = {key: config.pop(key) for key in ("steps", "epochs") if key in config}
-    examples, config = make(tmp_path, lengths, **config)
-    return Batches(
-        examples,
-        config,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        pad_token_id=PAD,
-        **ends,
-    )
+@pytest.fixture
+def batches_of(make):
+    """A function: lengths, batch size and settings -> their batches."""
+
+    def batches_of(lengths, batch_size=2, accumulation_steps=1, **config):
+        options = {key: config.pop(key) for key in ("steps", "epochs") if key in config}
+        options |= {"batch_size": batch_size, "accumulation_steps": accumulation_steps}
+        return Batches(*make(lengths, **config), pad_token_id=PAD, **options)
+
+    return batches_of
 
 
 def first_tokens(batch):
@@ -57,31 +60,11 @@ LENGTHS = np.random.default_rng(0).integers(2, 60, 37).tolist()
 # --- order ---
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (2, 7)])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_batch_depends_only_on_its_index(tmp_path, packing):
-    config = dict(packing=packing, max_length=64, seed=3)
-    straight = batches_of(tmp_path, LENGTHS, 3, 2, steps=40, **config)
-    expected = list(straight)
-    assert len(expected) == len(straight) == 40
-    resumed = batches_of(tmp_path, LENGTHS, 3, 2, **config)
-    for index in np.random.default_rng(1).permutation(40).tolist():
-        assert same(resumed[index], expected[index])
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation_steps"), [(1, 1), (5, 3), (2, 7)])
-@pytest.mark.parametrize("packing", [False, True])
-def test_every_epoch_sees_every_row_once(
-    tmp_path, batch_size, accumulation_steps, packing
-):
-    batches = batches_of(
-        tmp_path,
-        LENGTHS,
-        batch_size,
-        accumulation_steps,
-        packing=packing,
-        max_length=64,
-    )
-    count, size = batches.rows_per_epoch, batch_size * accumulation_steps
+def test_every_epoch_sees_every_row_once(batches_of, sizes, packing):
+    batches = batches_of(LENGTHS, *sizes, packing=packing, max_length=64)
+    count, size = batches.rows_per_epoch, math.prod(sizes)
     assert count == 37 or packing
     stream = [t for i in range(-(-4 * count // size)) for t in first_tokens(batches[i])]
     epochs = [stream[e * count : (e + 1) * count] for e in range(4)]
@@ -90,58 +73,48 @@ def test_every_epoch_sees_every_row_once(
     assert len({tuple(epoch) for epoch in epochs}) == 4  # each in its own order
 
 
-def test_without_shuffling_the_files_order_is_kept(tmp_path):
-    batches = batches_of(tmp_path, [2, 3, 4], 2, shuffle=False)
-    assert [first_tokens(batches[i]) for i in range(3)] == [
-        [1000, 1002],
-        [1005, 1000],
-        [1002, 1005],
-    ]
+def test_without_shuffling_the_files_order_is_kept(batches_of):
+    batches = batches_of([2, 3, 4], 2, shuffle=False)
+    firsts = [first_tokens(batches[i]) for i in range(3)]
+    assert firsts == [[1000, 1002], [1005, 1000], [1002, 1005]]
 
 
-def test_the_seed_chooses_the_order(tmp_path):
-    orders = {
-        tuple(first_tokens(batches_of(tmp_path, LENGTHS, 37, seed=seed)[0]))
-        for seed in (0, 1, 2**64 - 1)
-    }
-    assert len(orders) == 3
-
-
-def test_the_order_of_a_seed_never_changes(tmp_path):
-    """A run must continue in the same order under every numpy."""
-    batches = batches_of(tmp_path, [2] * 8, 8, seed=5)
+def test_the_seed_chooses_the_order_and_its_order_never_changes(batches_of):
+    batches = [batches_of(LENGTHS, 37, seed=seed)[0] for seed in (0, 1, 2**64 - 1)]
+    assert len({tuple(first_tokens(batch)) for batch in batches}) == 3
+    # A run must continue in the same order under every numpy.
+    batches = batches_of([2] * 8, 8, seed=5)
     orders = [[(t - 1000) // 2 for t in first_tokens(batches[i])] for i in (0, 1)]
     assert orders == [[2, 4, 3, 1, 5, 0, 6, 7], [7, 4, 5, 1, 6, 0, 2, 3]]
 
 
-def test_fewer_rows_than_a_batch_repeat(tmp_path):
-    batches = batches_of(tmp_path, [2, 3], 5, 2, epochs=3)
+def test_fewer_rows_than_a_batch_repeat(batches_of):
+    batches = batches_of([2, 3], 5, 2, epochs=3)
     assert batches.steps_per_epoch == 0.2 and len(batches) == 1
     seen = Counter(first_tokens(batches[0]))
     assert seen == {1000: 5, 1002: 5}
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 19), (0.5, 5), (0.01, 1)])
-def test_epochs_are_rounded_up_to_a_full_batch(tmp_path, epochs, steps):
-    batches = batches_of(tmp_path, LENGTHS, 2, 2, epochs=epochs)
+def test_epochs_are_rounded_up_to_a_full_batch(batches_of, epochs, steps):
+    batches = batches_of(LENGTHS, 2, 2, epochs=epochs)
     assert batches.steps_per_epoch == 9.25
     assert len(batches) == steps
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_tokens_counts_what_is_not_padding(tmp_path, packing):
-    batches = batches_of(
-        tmp_path, LENGTHS, 3, 2, packing=packing, max_length=64, epochs=2
-    )
+def test_tokens_counts_what_is_not_padding(batches_of, packing):
+    batches = batches_of(LENGTHS, 3, 2, packing=packing, max_length=64, epochs=2)
     for index in range(len(batches)):
         assert batches.tokens(index) == (batches[index]["tokens"] != PAD).sum()
 
 
-def test_batches_end_after_their_steps(tmp_path):
-    batches = batches_of(tmp_path, [2, 3], steps=2)
+def test_batches_end_after_their_steps(batches_of):
+    batches = batches_of([2, 3], steps=2)
+    assert len(batches) == len(list(batches)) == 2
     with pytest.raises(IndexError, match="batch 2 of 2"):
         batches[2]
-    endless = batches_of(tmp_path, [2, 3])
+    endless = batches_of([2, 3])
     endless[10_000]
     with pytest.raises(TypeError, match="no end; set `steps` or `epochs`"):
         len(endless)
@@ -157,15 +130,15 @@ def test_batches_end_after_their_steps(tmp_path):
     [(10, 1024, 64), (64, 1024, 64), (65, 1024, 128), (65, 100, 100), (40, 40, 40)],
 )
 def test_rows_are_as_long_as_the_longest_example_needs(
-    tmp_path, longest, max_length, expected
+    batches_of, longest, max_length, expected
 ):
-    batches = batches_of(tmp_path, [2, longest, 3], max_length=max_length)
+    batches = batches_of([2, longest, 3], max_length=max_length)
     assert batches.sequence_length == expected
     assert {batches[i]["tokens"].shape for i in range(5)} == {(1, 2, expected)}
 
 
-def test_an_unpacked_row_is_its_example_and_padding(tmp_path):
-    batches = batches_of(tmp_path, [3, 5], 1, 2, max_length=8, shuffle=False)
+def test_an_unpacked_row_is_its_example_and_padding(batches_of):
+    batches = batches_of([3, 5], 1, 2, max_length=8, shuffle=False)
     batch = batches[0]
     assert batch.keys() == {"tokens", "labels"}
     assert all(array.dtype == np.int32 for array in batch.values())
@@ -179,8 +152,8 @@ def test_an_unpacked_row_is_its_example_and_padding(tmp_path):
     ]
 
 
-def test_a_packed_row_restarts_positions_and_labels_in_every_example(tmp_path):
-    batches = batches_of(tmp_path, [2, 5], 1, max_length=8, packing=True, shuffle=False)
+def test_a_packed_row_restarts_positions_and_labels_in_every_example(batches_of):
+    batches = batches_of([2, 5], 1, max_length=8, packing=True, shuffle=False)
     batch = {key: array[0, 0].tolist() for key, array in batches[0].items()}
     assert batch == {
         "tokens": [1002, 1003, 1004, 1005, 1006, 1000, 1001, 7],
@@ -192,10 +165,10 @@ def test_a_packed_row_restarts_positions_and_labels_in_every_example(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_packing_loses_and_doubles_no_token(tmp_path, seed):
+def test_packing_loses_and_doubles_no_token(make, seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 100, 300).tolist()
-    examples, config = make(tmp_path, lengths, packing=True, max_length=100, seed=seed)
+    examples, config = make(lengths, packing=True, max_length=100, seed=seed)
     packed = Batches(examples, config, batch_size=1, pad_token_id=PAD, epochs=1)
     tokens, supervised = [], 0
     for batch in packed:
@@ -225,8 +198,8 @@ def threads():
     return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_prefetch_gives_the_same_batches_in_order(tmp_path):
-    batches = batches_of(tmp_path, LENGTHS, steps=20)
+def test_prefetch_gives_the_same_batches_in_order(batches_of):
+    batches = batches_of(LENGTHS, steps=20)
     for start, stop in ((0, 20), (7, 20), (19, 20), (5, 5)):
         ahead = list(prefetch(batches, start, stop))
         assert len(ahead) == stop - start
@@ -265,12 +238,13 @@ def test_prefetch_raises_where_the_batch_is_due():
     with pytest.raises(UserError, match="row 3 is bad"):
         for batch in prefetch(Numbered(bad_index=3), 0, 10):
             seen.append(int(batch["tokens"][0]))
-    assert seen == [0, 1, 2]
-    assert not threads()
+    assert seen == [0, 1, 2] and not threads()
+    with pytest.raises(UserError, match="`depth` must be a positive integer, got 0"):
+        prefetch(Numbered(), 0, 1, depth=0)
 
 
-def test_prefetch_ends_when_the_consumer_stops(tmp_path):
-    batches = batches_of(tmp_path, LENGTHS)
+def test_prefetch_ends_when_the_consumer_stops(batches_of):
+    batches = batches_of(LENGTHS)
     stream = prefetch(batches, 0, 10**9)
     assert same(next(stream), batches[0])
     assert threads()
@@ -278,21 +252,15 @@ def test_prefetch_ends_when_the_consumer_stops(tmp_path):
     assert not threads()
 
 
-def test_prefetch_needs_a_depth(tmp_path):
-    with pytest.raises(UserError, match="`depth` must be a positive integer, got 0"):
-        prefetch(batches_of(tmp_path, [2]), 0, 1, depth=0)
-
-
 # --- evaluation ---
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_evaluation_sees_every_example_once_in_order(tmp_path, packing, batch_size):
-    examples, config = make(tmp_path, LENGTHS, max_length=64, packing=packing)
-    batches = list(
-        eval_batches(examples, config, batch_size=batch_size, pad_token_id=PAD)
-    )
+def test_evaluation_sees_every_example_once_in_order(make, packing, batch_size):
+    examples, config = make(LENGTHS, max_length=64, packing=packing)
+    options = {"batch_size": batch_size, "pad_token_id": PAD}
+    batches = list(eval_batches(examples, config, **options))
     assert {b["tokens"].shape for b in batches} == {(batch_size, 64)}
     labels = np.concatenate([b["labels"] for b in batches])
     tokens = np.concatenate([b["tokens"] for b in batches])
@@ -310,16 +278,13 @@ def test_evaluation_sees_every_example_once_in_order(tmp_path, packing, batch_si
         assert tokens[filled, 0].tolist() == [examples[i][0][0] for i in range(37)]
 
 
-def test_evaluation_can_take_the_training_length(tmp_path):
-    examples, config = make(tmp_path, [2, 3])
-    (batch,) = eval_batches(
-        examples, config, batch_size=2, pad_token_id=PAD, sequence_length=256
-    )
+def test_evaluation_can_take_the_training_length(make):
+    examples = make([2, 3])
+    options = {"batch_size": 2, "pad_token_id": PAD}
+    (batch,) = eval_batches(*examples, **options, sequence_length=256)
     assert batch["tokens"].shape == (2, 256)
     with pytest.raises(UserError, match="rows of 2 tokens cannot hold .* 3 tokens"):
-        eval_batches(
-            examples, config, batch_size=2, pad_token_id=PAD, sequence_length=2
-        )
+        eval_batches(*examples, **options, sequence_length=2)
 
 
 # --- refusals ---
@@ -337,17 +302,16 @@ def test_evaluation_can_take_the_training_length(tmp_path):
         ({"pad_token_id": -1}, "`pad_token_id` must be a token id, got -1. Any id"),
     ],
 )
-def test_bad_sizes_are_refused(tmp_path, arguments, message):
-    examples, config = make(tmp_path, [2, 3])
-    arguments = {"batch_size": 1, "pad_token_id": 0} | arguments
+def test_bad_sizes_are_refused(make, arguments, message):
+    examples = make([2, 3])
     with pytest.raises(UserError, match=message):
-        Batches(examples, config, **arguments)
+        Batches(*examples, **{"batch_size": 1, "pad_token_id": 0} | arguments)
     with pytest.raises(UserError, match="`batch_size` must be a positive integer"):
-        eval_batches(examples, config, batch_size=-1, pad_token_id=0)
+        eval_batches(*examples, batch_size=-1, pad_token_id=0)
 
 
-def test_a_config_with_shorter_rows_than_the_examples_is_refused(tmp_path):
-    examples, config = make(tmp_path, [2, 30])
+def test_a_config_with_shorter_rows_than_the_examples_is_refused(make):
+    examples, config = make([2, 30])
     shorter = DataConfig(path=config.path, format="tokens", max_length=16)
     with pytest.raises(UserError, match="rows of 16 tokens cannot hold .* 30 tokens"):
         Batches(examples, shorter, batch_size=1, pad_token_id=0)

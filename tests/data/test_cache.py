@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.data import examples
+from qlora_jax.data import arrays, examples
 from qlora_jax.data.arrays import MappedExamples
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig, Source
@@ -22,30 +23,40 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
-    lines = [
-        json.dumps({"prompt": f"q{n} ", "completion": "y" * (n % 31 + 1)})
-        for n in range(700)
-    ]
-    path.write_text("\n".join(lines))
+    completions = ("y" * (n % 31 + 1) for n in range(700))
+    lines = [{"prompt": f"q{n} ", "completion": y} for n, y in enumerate(completions)]
+    path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
+@pytest.fixture
+def cache(tmp_path):
+    """The directory of the caches."""
+    return tmp_path / "cache"
+
+
 def config_of(path, cache=None, **more):
-    options = dict(format="prompt_completion", max_length=48) | more
-    return DataConfig(
-        path=str(path), cache=None if cache is None else str(cache), **options
-    )
+    options = {"format": "prompt_completion", "max_length": 48} | more
+    return DataConfig(path=str(path), cache=cache and str(cache), **options)
 
 
 @pytest.fixture
 def load(tokenizer):
-    def load(config, tokenizer=tokenizer, vocab_size=300, **more):
-        return load_examples(config, tokenizer, vocab_size=vocab_size, **more)
+    """A function: path, cache, settings -> the examples."""
+
+    def load(
+        path, cache=None, *, tokenizer=tokenizer, vocab_size=300, run=None, **settings
+    ):
+        config = config_of(path, cache, **settings)
+        return load_examples(
+            config, tokenizer, vocab_size=vocab_size, run_directory=run
+        )
 
     return load
 
@@ -80,11 +91,13 @@ def encoded(monkeypatch):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_cached_examples_equal_those_in_memory(load, tmp_path, rows, packing):
-    plain = load(config_of(rows, packing=packing))
-    config = config_of(rows, tmp_path / "cache", packing=packing)
+def test_cached_examples_equal_those_in_memory(load, cache, rows, packing):
+    plain = load(rows, packing=packing)
+    config = config_of(rows, packing=packing)
+    options = {"batch_size": 3, "accumulation_steps": 2, "pad_token_id": 0, "epochs": 2}
+    expected = Batches(plain, config, **options)
     for _ in range(2):  # built, then read
-        stored = load(config)
+        stored = load(rows, cache, packing=packing)
         assert isinstance(stored, MappedExamples)
         assert stored.report == plain.report
         for name in ("tokens", "labels", "offsets", "supervised"):
@@ -92,142 +105,114 @@ def test_cached_examples_equal_those_in_memory(load, tmp_path, rows, packing):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(stored.used(), np.unique(plain.tokens))
-        options = dict(batch_size=3, accumulation_steps=2, pad_token_id=0, epochs=2)
-        ours, theirs = (
-            Batches(stored, config, **options),
-            Batches(plain, config_of(rows, packing=packing), **options),
-        )
-        for index in range(len(theirs)):
-            for key, values in theirs[index].items():
-                np.testing.assert_array_equal(ours[index][key], values)
+        batches = Batches(stored, config_of(rows, cache, packing=packing), **options)
+        for index in range(len(expected)):
+            for key, values in expected[index].items():
+                np.testing.assert_array_equal(batches[index][key], values)
 
 
-def test_rows_are_tokenized_once(load, tmp_path, rows, encoded):
-    config = config_of(rows, tmp_path / "cache")
-    load(config)
-    assert sum(encoded) == 700
-    load(config)
-    moved = rows.rename(tmp_path / "elsewhere.jsonl")
-    load(config_of(moved, tmp_path / "cache"))
-    assert sum(encoded) == 700
-
-
-def test_another_order_reuses_the_cache_under_another_fingerprint(
-    load, tmp_path, rows, encoded
+def test_rows_are_tokenized_once_whatever_their_order_and_path(
+    load, cache, rows, encoded
 ):
-    load(config_of(rows, tmp_path / "cache"))
-    for more in ({"seed": 5}, {"shuffle": False}):
-        expected = load(config_of(rows, **more)).report.fingerprint
-        encoded.clear()
-        stored = load(config_of(rows, tmp_path / "cache", **more))
-        assert not encoded
-        assert stored.report.fingerprint == expected
+    load(rows, cache)
+    load(rows, cache)
+    assert sum(encoded) == 700
+    orders = [{"seed": 5}, {"shuffle": False}]
+    expected = [load(rows, **more).report.fingerprint for more in orders]
+    encoded.clear()
+    stored = [load(rows, cache, **more).report.fingerprint for more in orders]
+    assert stored == expected
+    load(rows.rename(rows.with_name("elsewhere.jsonl")), cache)
+    assert not encoded
 
 
 def test_whatever_changes_the_tokens_makes_another_cache(
-    load, byte_tokenizer, tmp_path, rows
+    load, byte_tokenizer, cache, rows
 ):
-    cache = tmp_path / "cache"
-    load(config_of(rows, cache))
+    load(rows, cache)
     for more in ({"max_length": 20}, {"train_on": "all"}, {"append_eos": False}):
-        load(config_of(rows, cache, **more))
-    load(config_of(rows, cache), byte_tokenizer(eos="<s>"))
-    load(config_of(rows, cache), vocab_size=301)
+        load(rows, cache, **more)
+    load(rows, cache, tokenizer=byte_tokenizer(eos="<s>"))
+    load(rows, cache, vocab_size=301)
     rows.write_text(rows.read_text() + "\n" + '{"prompt": "a", "completion": "b"}')
-    load(config_of(rows, cache))
+    load(rows, cache)
     assert len(caches(cache)) == 7
 
 
-def test_a_chat_template_is_part_of_the_key(load, tokenizer, tmp_path):
-    path, template = tmp_path / "chat.jsonl", tmp_path / "t.jinja"
+def test_a_chat_template_is_part_of_the_key(load, tokenizer, write, cache):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path.write_text(json.dumps({"messages": turns}))
-    tokens = []
-    for end in ("!", "?"):
-        template.write_text(
+    path = write([{"messages": turns}])
+    for end in "!?":
+        template = write(
             "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "{% endfor %}"
-            "{% if add_generation_prompt %}assistant:{% endif %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            "t.jinja",
         )
-        config = config_of(
-            path, tmp_path / "c", format="messages", chat_template=str(template)
-        )
-        tokens.append(load(config)[0][0].tolist())
-    assert tokens == [
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in ("user:a!assistant:b!", "user:a?assistant:b?")
-    ]
+        tokens = load(path, cache, format="messages", chat_template=template)[0][0]
+        text = f"user:a{end}assistant:b{end}"
+        assert tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_each_source_of_a_mixture_has_a_cache(load, tmp_path, rows, encoded):
-    other = tmp_path / "other.jsonl.gz"
-    other.write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 9))
-    sources = (Source(path=str(rows), weight=3), Source(path=str(other), weight=1))
+def test_each_source_of_a_mixture_has_a_cache(tokenizer, write, cache, rows, encoded):
+    line = b'{"prompt": "p", "completion": "c"}\n'
+    other = write(gzip.compress(line * 9), "other.jsonl.gz")
+    sources = (Source(path=str(rows), weight=3), Source(path=other, weight=1))
+    options = {"format": "prompt_completion", "max_length": 48, "packing": True}
 
-    def mixture(cache, **more):
-        options = dict(format="prompt_completion", max_length=48, packing=True) | more
-        return DataConfig(sources=sources, cache=cache and str(cache), **options)
+    def mixture(**more):
+        config = DataConfig(sources=sources, **options, **more)
+        return load_examples(config, tokenizer, vocab_size=300)
 
-    stored = load(mixture(tmp_path / "cache"))
-    assert len(caches(tmp_path / "cache")) == 2
-    assert stored.report == load(mixture(None)).report
+    stored = mixture(cache=str(cache))
+    assert len(caches(cache)) == 2
+    assert stored.report == mixture().report
     encoded.clear()
-    load(mixture(tmp_path / "cache", seed=4))
+    mixture(cache=str(cache), seed=4)
     assert not encoded
 
 
 @pytest.mark.parametrize("what", ["tokens.i4", "meta.json", "labels.i4"])
-def test_a_damaged_cache_is_made_again(load, tmp_path, rows, what, encoded):
-    config = config_of(rows, tmp_path / "cache")
-    expected = load(config).report
-    (entry,) = (tmp_path / "cache" / name for name in caches(tmp_path / "cache"))
+def test_a_damaged_cache_is_made_again(load, cache, rows, what, encoded):
+    expected = load(rows, cache).report
+    (entry,) = (cache / name for name in caches(cache))
     (entry / what).write_bytes((entry / what).read_bytes()[:-7])
-    assert load(config).report == expected
+    assert load(rows, cache).report == expected
     assert sum(encoded) == 1400
 
 
-def test_rows_that_cannot_be_used_leave_nothing_behind(load, tmp_path, rows):
+def test_rows_that_cannot_be_used_leave_nothing_behind(load, cache, rows):
     rows.write_text(rows.read_text() + '\n{"prompt": 3, "completion": ""}')
     with pytest.raises(UserError, match=r":701: field `prompt` must be a string"):
-        load(config_of(rows, tmp_path / "cache"))
-    assert caches(tmp_path / "cache") == []
-    assert not list((tmp_path / "cache").glob(".*.partial"))
+        load(rows, cache)
+    assert caches(cache) == [] and not list(cache.glob(".*.partial"))
+
+
+def _load_until_killed(config, tokenizer):
+    add, count = arrays.Sink.add, itertools.count(1)
+
+    def kill_at_300(self, tokens, labels):
+        if next(count) == 300:
+            self._streams[0].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, tokens, labels)
+
+    arrays.Sink.add = kill_at_300
+    load_examples(config, tokenizer, vocab_size=300)
 
 
 def test_the_next_process_clears_what_a_killed_process_left(
-    load, tokenizer, tmp_path, rows
+    load, tokenizer, cache, rows
 ):
-    cache = tmp_path / "cache"
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    program = f"""
-import os, signal
-from transformers import PreTrainedTokenizerFast
-from qlora_jax.data import arrays
-from qlora_jax.data.config import DataConfig
-from qlora_jax.data.examples import load_examples
-real = arrays.Sink.add
-count = 0
-def add(self, tokens, labels):
-    global count
-    count += 1
-    if count == 300:
-        self._streams[0].flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, tokens, labels)
-arrays.Sink.add = add
-tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
-load_examples({config_of(rows, cache)!r}, tokenizer, vocab_size=300)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+    process = SPAWN.Process(
+        target=_load_until_killed, args=(config_of(rows, cache), tokenizer)
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert caches(cache) == []
     (partial,) = cache.glob(".*.partial")
     assert (partial / "tokens.i4").stat().st_size > 0
-    stored = load(config_of(rows, cache))
-    assert stored.report == load(config_of(rows)).report
+    assert load(rows, cache).report == load(rows).report
     assert not list(cache.glob(".*.partial")) and len(caches(cache)) == 1
 
 
@@ -238,14 +223,10 @@ def _load_slowly(config, tokenizer, queue):
     queue.put((sum(counts), report.fingerprint))
 
 
-def test_processes_that_start_together_tokenize_once(tokenizer, tmp_path, rows):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    config = config_of(rows, tmp_path / "cache")
-    processes = [
-        context.Process(target=_load_slowly, args=(config, tokenizer, queue))
-        for _ in range(2)
-    ]
+def test_processes_that_start_together_tokenize_once(tokenizer, cache, rows):
+    queue = SPAWN.Queue()
+    args = (config_of(rows, cache), tokenizer, queue)
+    processes = [SPAWN.Process(target=_load_slowly, args=args) for _ in range(2)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=120) for _ in processes]
@@ -255,62 +236,53 @@ def test_processes_that_start_together_tokenize_once(tokenizer, tmp_path, rows):
     assert len({fingerprint for _, fingerprint in results}) == 1
 
 
-def test_auto_is_named_after_the_run_directory(load, tmp_path, rows):
-    config = config_of(rows, "auto")
-    load(config, run_directory=tmp_path / "run")
+def test_auto_is_named_after_the_run_directory_and_a_file_is_no_cache(
+    load, tmp_path, rows
+):
+    load(rows, "auto", run=tmp_path / "run")
     assert len(caches(tmp_path / "run.data")) == 1
     with pytest.raises(UserError, match="'auto' is named after a run directory"):
-        load(config)
-
-
-def test_a_cache_that_cannot_be_written_is_refused(load, tmp_path, rows):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match="`data.cache`: cannot write .* 8 bytes a token"
-    ):
-        load(config_of(rows, tmp_path / "file"))
+        load(rows, "auto")
+    message = "`data.cache`: cannot write .* 8 bytes a token"
+    with pytest.raises(UserError, match=message):
+        load(rows, rows)
 
 
 # --- memory ---
 
 _MEASURE = """
 import json, re, sys
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
 
-def memory(name):
-    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+def peak():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
 
 path, tokenizer, cache = sys.argv[1:4]
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-config = DataConfig(path=path, max_length=512, packing=True, cache=cache or None)
-def train(examples, steps):
+def train(path, cache=None, steps=None):
+    config = DataConfig(path=path, max_length=512, packing=True, cache=cache)
+    examples = load_examples(config, tokenizer, vocab_size=512)
+    steps = steps or len(examples) // 8
     batches = Batches(examples, config, batch_size=8, pad_token_id=0, steps=steps)
     for index in range(steps):
         batches[index]
-warm = DataConfig(path=path + ".small", max_length=512, packing=True)
-examples = load_examples(warm, tokenizer, vocab_size=512)
-train(examples, 20)
-before = memory("VmHWM")
-examples = load_examples(config, tokenizer, vocab_size=512)
-loaded = memory("VmHWM")
-train(examples, len(examples) * 512 // 512 // 8)
-examples.used()
-print(json.dumps({
-    "bytes": 8 * examples.report.tokens,
-    "loaded": (loaded - before) * 1024,
-    "trained": (memory("VmHWM") - before) * 1024,
-}))
+    examples.used()
+    return examples.report.tokens
+train(path + ".small", steps=20)
+before = peak()
+tokens = train(path, cache or None)
+print(json.dumps({"bytes": 8 * tokens, "trained": peak() - before}))
 """
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_does_not_grow_with_the_data(tmp_path, shared_data):
+def test_memory_does_not_grow_with_the_data(tmp_path, cache, shared_data):
     text = (shared_data / "text/tinyshakespeare/input.txt").read_text()
     documents = [text[i : i + 4000] for i in range(0, len(text), 4000)]
     lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
@@ -320,10 +292,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, shared_data):
 
     def measure(cache):
         done = subprocess.run(
-            [
-                *(sys.executable, "-c", _MEASURE, str(path)),
-                *(str(shared_data / "stories260K"), str(cache)),
-            ],
+            [sys.executable, "-c", _MEASURE, path, shared_data / "stories260K", cache],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -331,7 +300,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, shared_data):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    mapped, held = measure(tmp_path / "cache"), measure("")
+    mapped, held = measure(cache), measure("")
     size = mapped["bytes"]
     assert size > 100e6
     # 30 MB of 133 were measured: the pages of the maps that are held, 32 MiB at most,

@@ -1,11 +1,10 @@
 """Assistant spans, against the text, the tokens and HF's `{% generation %}` masks."""
 
-import functools
+import copy
 import json
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.chat import ChatRenderer, to_messages
 from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
@@ -52,52 +51,65 @@ CONVERSATION = [
 
 @pytest.fixture
 def chat_tokenizer(byte_tokenizer):
-    """A function that makes a tokenizer with a chat template."""
-    return functools.partial(byte_tokenizer, specials=SPECIALS)
+    """A function: chat template -> a tokenizer with it."""
+
+    def make(template):
+        tokenizer = byte_tokenizer(specials=SPECIALS)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return make
 
 
-def supervised_texts(text, spans):
-    return [text[start:end] for start, end in spans]
+@pytest.fixture
+def supervised(chat_tokenizer):
+    """A function: template, turns -> their text, and the pieces that are supervised."""
+
+    def supervised(template, turns=CONVERSATION, **where):
+        text, spans = ChatRenderer(chat_tokenizer(template)).spans(turns, **where)
+        return text, [text[start:end] for start, end in spans]
+
+    return supervised
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(chat_tokenizer, name):
+def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(supervised, name):
     template, end = TEMPLATES[name]
-    text, spans = ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
     second = CONVERSATION[3]["content"]
     second = second.strip() if name == "llama-3" else second  # it trims contents
     expected = [CONVERSATION[1]["content"] + end, second + end]
-    assert supervised_texts(text, spans) == expected
+    assert supervised(template)[1] == expected
 
 
-def test_labels_agree_with_generation_marks(chat_tokenizer):
-    tokenizer = chat_tokenizer(template=CHATML)
-    text, spans = ChatRenderer(tokenizer).spans(CONVERSATION)
+def assert_as_hf(tokenizer, turns):
+    """Tokens and labels are those that HF's generation marks give."""
+    renderer = ChatRenderer(tokenizer)
+    text, spans = renderer.spans(turns)
+    assert text == renderer.text(turns)
     (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
     hf = tokenizer.apply_chat_template(
-        CONVERSATION, return_dict=True, return_assistant_tokens_mask=True
+        turns, return_dict=True, return_assistant_tokens_mask=True
     )
     assert encoded.tokens.tolist() == hf["input_ids"]
     assert (encoded.labels != IGNORE).astype(int).tolist() == hf["assistant_masks"]
     assert 0 < sum(hf["assistant_masks"]) < len(hf["assistant_masks"])
 
 
-def test_a_conversation_without_assistant_has_no_span(chat_tokenizer):
-    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(CONVERSATION[:1])
-    assert text == "<|im_start|>user\nHi there<|im_end|>\n" and spans == []
+def test_labels_agree_with_generation_marks(chat_tokenizer):
+    assert_as_hf(chat_tokenizer(CHATML), CONVERSATION)
 
 
-def test_an_empty_answer_supervises_its_end_of_turn(chat_tokenizer):
+def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
+    text, pieces = supervised(CHATML, CONVERSATION[:1])
+    assert text == "<|im_start|>user\nHi there<|im_end|>\n" and pieces == []
     turns = [CONVERSATION[0], {"role": "assistant", "content": ""}]
-    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(turns)
-    assert supervised_texts(text, spans) == ["<|im_end|>"]
+    assert supervised(CHATML, turns)[1] == ["<|im_end|>"]
 
 
-def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, tmp_path):
-    path = tmp_path / "chat.jinja"
-    path.write_text(TEMPLATES["plain"][0])
-    tokenizer = chat_tokenizer(template="{{ raise_exception('not this one') }}")
-    text = ChatRenderer(tokenizer, str(path)).text(CONVERSATION[:1])
+def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
+    path = write(TEMPLATES["plain"][0], "chat.jinja")
+    tokenizer = chat_tokenizer("{{ raise_exception('not this one') }}")
+    text = ChatRenderer(tokenizer, path).text(CONVERSATION[:1])
     assert text == "user: Hi there\n"
 
 
@@ -107,40 +119,45 @@ def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
         "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
         "Today: {{ date_string }}"
     )
-    text = ChatRenderer(chat_tokenizer(template=llama32)).text(CONVERSATION)
+    text = ChatRenderer(chat_tokenizer(llama32)).text(CONVERSATION)
     assert text == "Today: 26 Jul 2024"
 
 
 def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):
     template = "{{ tools[0].name }}{{ messages[0].tool_calls[0] }}"
     row = {"messages": [{"role": "assistant", "content": None, "tool_calls": ["call"]}]}
-    renderer = ChatRenderer(chat_tokenizer(template=template))
-    text = renderer.text(to_messages(row, "r"), tools=[{"name": "t"}])
-    assert text == "tcall"
+    renderer = ChatRenderer(chat_tokenizer(template))
+    assert renderer.text(to_messages(row, "r"), tools=[{"name": "t"}]) == "tcall"
 
 
 # --- templates that cannot be labelled ---
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer):
-    strips = (
-        "{% for m in messages %}<{{ m.role }}>"
-        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    turns = [dict(turn) for turn in CONVERSATION]
-    turns[1]["content"] = "hmm</think>yes"
-    with pytest.raises(UserError, match=r"f:3: .* turn 2 differently once other turns"):
-        ChatRenderer(chat_tokenizer(template=strips)).spans(turns, where="f:3")
-
-
-def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused(chat_tokenizer):
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
-    )
-    with pytest.raises(UserError, match=r"generation prompt \('.*<think>'\) is not"):
-        ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant><think>{% endif %}",
+            r"generation prompt \('.*<think>'\) is not",
+        ),
+        *(
+            (template, r"f:3: .* blocks do not mark its text plainly")
+            for template in (
+                "{% for m in messages %}{% generation %}{% generation %}"
+                "{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}",
+                "{% set x %}{% for m in messages %}{% generation %}{{ m.content }}"
+                "{% endgeneration %}{% endfor %}{% endset %}{{ x[1:] }}",
+            )
+        ),
+    ],
+    ids=["prompt", "nested marks", "cut marks"],
+)
+def test_a_template_whose_turns_cannot_be_told_apart_is_refused(
+    supervised, template, message
+):
+    with pytest.raises(UserError, match=message):
+        supervised(template, where="f:3")
 
 
 @pytest.mark.parametrize(
@@ -161,58 +178,48 @@ def test_a_generation_prompt_that_does_not_begin_the_turn_is_refused(chat_tokeni
 def test_turns_that_the_template_cannot_render_name_the_row(
     chat_tokenizer, template, turn, message
 ):
-    renderer = ChatRenderer(chat_tokenizer(template=template))
+    renderer = ChatRenderer(chat_tokenizer(template))
     with pytest.raises(UserError, match=message):
         renderer.text(to_messages({"messages": [turn]}, "f:7"), where="f:7")
 
 
-@pytest.mark.parametrize("template", [None, ""])
-def test_the_error_for_a_missing_template_says_where_to_get_it(
-    chat_tokenizer, template
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"no chat template.*`chat_template\.jinja`"),
+        ("", r"no chat template.*`chat_template\.jinja`"),
+        (
+            "{% for m in messages %}{{ m['role'] ",
+            "tokenizer's chat template is not a valid.*: l",
+        ),
+    ],
+)
+def test_a_missing_template_and_one_with_a_syntax_error_are_refused(
+    chat_tokenizer, template, message
 ):
-    with pytest.raises(UserError, match=r"no chat template.*`chat_template\.jinja`"):
-        ChatRenderer(chat_tokenizer(template=template))
+    with pytest.raises(UserError, match=message):
+        ChatRenderer(chat_tokenizer(template))
 
 
-def test_a_template_with_a_syntax_error_is_refused_once(chat_tokenizer, tmp_path):
-    with pytest.raises(
-        UserError, match=r"tokenizer's chat template is not a valid.*: l"
-    ):
-        ChatRenderer(chat_tokenizer(template="{% for m in messages %}{{ m['role'] "))
-    file = tmp_path / "chat.jinja"
-    file.write_text("line\n{% nonsense %}")
-    with pytest.raises(
-        UserError, match=r"chat\.jinja is not a valid Jinja .* line 2: "
-    ):
-        ChatRenderer(chat_tokenizer(), str(file))
-
-
-def test_a_missing_template_file_is_refused(chat_tokenizer, tmp_path):
+def test_a_template_file_that_cannot_be_used_is_refused(chat_tokenizer, write):
+    file = write("line\n{% nonsense %}", "chat.jinja")
+    message = r"chat\.jinja is not a valid Jinja .* line 2: "
+    with pytest.raises(UserError, match=message):
+        ChatRenderer(chat_tokenizer(CHATML), file)
     with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
-        ChatRenderer(chat_tokenizer(template=CHATML), str(tmp_path / "absent.jinja"))
+        ChatRenderer(chat_tokenizer(CHATML), "absent.jinja")
 
 
 # --- rows to messages ---
 
 
-def test_sharegpt_becomes_messages():
-    row = {
-        "system": "Be brief.",
-        "conversations": [
-            {"from": "human", "value": "q"},
-            {"from": "gpt", "value": "a"},
-            {"from": "observation", "value": "o"},
-        ],
-    }
-    assert to_messages(row, "r") == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a"},
-        {"role": "tool", "content": "o"},
-    ]
-
-
-def test_messages_are_kept_unchanged():
+def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
+    speakers = {"human": "q", "gpt": "a", "observation": "o"}
+    turns = [{"from": speaker, "value": text} for speaker, text in speakers.items()]
+    messages = to_messages({"system": "Be brief.", "conversations": turns}, "r")
+    roles = {"system": "Be brief.", "user": "q", "assistant": "a", "tool": "o"}
+    expected = [{"role": role, "content": text} for role, text in roles.items()]
+    assert messages == expected
     assert to_messages({"messages": CONVERSATION}, "r") == CONVERSATION
 
 
@@ -250,18 +257,17 @@ def test_bad_rows_are_refused(row, message):
 
 
 @pytest.mark.real
-def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(shared_data):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        shared_data / "tokenizers" / "mistral-v1-32000"
-    )
+def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(
+    shared_data, mistral
+):
+    tokenizer = copy.deepcopy(mistral)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}"
         "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>\n{% endif %}"
     )
-    rows = json.loads(
-        (shared_data / "text/fastchat-dummy/dummy_conversation.json").read_text()
-    )
+    file = shared_data / "text/fastchat-dummy/dummy_conversation.json"
+    rows = json.loads(file.read_text())
     renderer = ChatRenderer(tokenizer)
     conversations = [to_messages(row, "r") for row in rows]
     pieces = [Segmented(*renderer.spans(turns)) for turns in conversations]
@@ -308,77 +314,42 @@ def test_marks_change_no_white_space_of_the_text(chat_tokenizer, trim, gap):
         *("{%", trim, " generation ", trim, "%}", gap, "{{ m.content }}", gap),
         *("{%", trim, "endgeneration", trim, "%}", gap, "]{% endfor %}"),
     )
-    template = "".join(parts)
     # HF's mask leaves out the last bytes of a character that is several tokens.
     turns = [{**turn, "content": ascii(turn["content"])} for turn in CONVERSATION]
-    tokenizer = chat_tokenizer(template=template)
-    renderer = ChatRenderer(tokenizer)
-    text, spans = renderer.spans(turns)
-    assert text == renderer.text(turns)
-    hf = tokenizer.apply_chat_template(
-        turns, return_dict=True, return_assistant_tokens_mask=True
-    )
-    (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
-    assert encoded.tokens.tolist() == hf["input_ids"]
-    assert (encoded.labels != IGNORE).astype(int).tolist() == hf["assistant_masks"]
+    assert_as_hf(chat_tokenizer("".join(parts)), turns)
 
 
 def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks(
-    chat_tokenizer,
+    chat_tokenizer, supervised
 ):
     turns = [dict(turn) for turn in CONVERSATION]
     turns[1]["thinking"], turns[3]["thinking"] = "hm", "so"
-    renderer = ChatRenderer(chat_tokenizer(template=MARKED))
-    assert renderer.has_marks
-    text, spans = renderer.spans(turns)
-    first, second = turns[1]["content"], turns[3]["content"]
-    assert supervised_texts(text, spans) == [
-        f"{first}<|im_end|>",
-        f"<think>so</think>{second}<|im_end|>",
-    ]
+    assert ChatRenderer(chat_tokenizer(MARKED)).has_marks
+    first, second = (turns[turn]["content"] + "<|im_end|>" for turn in (1, 3))
+    assert supervised(MARKED, turns)[1] == [first, f"<think>so</think>{second}"]
     # Without the marks, the same template cannot be labelled.
     bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
-    unmarked = ChatRenderer(chat_tokenizer(template=bare))
-    assert not unmarked.has_marks
-    with pytest.raises(UserError, match="writes turn 2 differently once other turns"):
-        unmarked.spans(turns)
+    assert not ChatRenderer(chat_tokenizer(bare)).has_marks
+    message = "f:3: .* turn 2 differently once other turns"
+    with pytest.raises(UserError, match=message):
+        supervised(bare, turns, where="f:3")
 
 
-def test_marks_may_cover_part_of_a_turn(chat_tokenizer):
+def test_marks_may_cover_part_of_a_turn(supervised):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}"
         "{{ m.content }}{% endgeneration %}</s>{% else %}U:{{ m.content }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    text, spans = ChatRenderer(chat_tokenizer(template=template)).spans(CONVERSATION)
-    assert supervised_texts(text, spans) == [
-        CONVERSATION[1]["content"],
-        CONVERSATION[3]["content"],
-    ]
+    contents = [turn["content"] for turn in CONVERSATION]
+    assert supervised(template)[1] == contents[1::2]
 
 
-def test_private_characters_in_the_text_are_no_marks(chat_tokenizer):
+def test_private_characters_in_the_text_are_no_marks(supervised):
     turns = [
         {"role": "user", "content": "\ue000 and \ue001"},
         {"role": "assistant", "content": "\ue000"},
     ]
-    text, spans = ChatRenderer(chat_tokenizer(template=CHATML)).spans(turns)
-    assert supervised_texts(text, spans) == ["\ue000<|im_end|>"]
+    text, pieces = supervised(CHATML, turns)
+    assert pieces == ["\ue000<|im_end|>"]
     assert "\ue000 and \ue001" in text
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% endgeneration %}{% endfor %}",
-        "{% set x %}{% for m in messages %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% endfor %}{% endset %}{{ x[1:] }}",
-    ],
-)
-def test_marks_that_cannot_be_followed_are_refused(chat_tokenizer, template):
-    renderer = ChatRenderer(chat_tokenizer(template=template))
-    with pytest.raises(
-        UserError, match=r"row 7: .* blocks do not mark its text plainly"
-    ):
-        renderer.spans(CONVERSATION, where="row 7")

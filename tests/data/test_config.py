@@ -63,12 +63,11 @@ def test_every_setting_is_documented_for_the_command_line():
 
 
 def test_all_contradictions_are_raised_together():
-    with pytest.raises(UserError) as error:
-        DataConfig(path="", max_length=1, seed=-1, train_on="assistant", prompt="{q}")
-    message = str(error.value)
-    assert message.startswith("5 problems")
-    for name in ("path", "max_length", "seed", "train_on", "prompt"):
-        assert f"`data.{name}`" in message
+    bad = {"path": "", "max_length": 1, "seed": -1, "train_on": "assistant"}
+    bad["prompt"] = "{q}"
+    with pytest.raises(UserError, match="^5 problems") as error:
+        DataConfig(**bad)
+    assert all(f"`data.{name}`" in str(error.value) for name in bad)
 
 
 def test_a_source_overrides_the_settings_its_format_reads():
@@ -94,43 +93,39 @@ def test_a_source_overrides_the_settings_its_format_reads():
     ).needs_tokenizer
 
 
+ONE = (Source("a"),)
+UNLIKE = (Source("a", 1e-6), Source("b", 1.0))
+WEIGHT = "`weight` of the source a must be a positive"
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("kind", "fields", "message"),
     [
-        ({"sources": (Source("a"),), "path": "b"}, "are both given"),
+        (DataConfig, {"sources": ONE, "path": "b"}, "are both given"),
         (
+            DataConfig,
             {"sources": (Source("a", 1.0), Source("b"))},
             "some sources have a `weight` and these have none: b",
         ),
+        (DataConfig, {"sources": UNLIKE}, "largest may be 100,000 times the smallest"),
         (
-            {"sources": (Source("a", 1e-6), Source("b", 1.0))},
-            "largest may be 100,000 times the smallest",
-        ),
-        (
+            DataConfig,
             {"sources": (Source("a", format="messages", prompt="{x}"),)},
             "Source a: `data.prompt` is read by format='prompt_completion' only",
         ),
         (
-            {"sources": (Source("a"),), "prompt": "{x}"},
+            DataConfig,
+            {"sources": ONE, "prompt": "{x}"},
             "`data.prompt` is read by none of the `data.sources`",
         ),
-    ],
-)
-def test_contradictory_mixtures_are_refused(fields, message):
-    with pytest.raises(UserError, match=message):
-        DataConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
         *(
-            ({"path": "a", "weight": w}, "`weight` of the source a must be a positive")
-            for w in (0, -1.0, float("nan"), float("inf"))
+            (Source, {"path": "a", "weight": weight}, WEIGHT)
+            for weight in (0, -1.0, float("nan"), float("inf"))
         ),
-        *(({"path": p}, "`path` of a source must name a file") for p in ("", ())),
+        (Source, {"path": ""}, "`path` of a source must name a file"),
+        (Source, {"path": ()}, "`path` of a source must name a file"),
     ],
 )
-def test_a_source_needs_a_path_and_a_positive_weight(fields, message):
+def test_contradictory_mixtures_and_sources_are_refused(kind, fields, message):
     with pytest.raises(UserError, match=message):
-        Source(**fields)
+        kind(**fields)

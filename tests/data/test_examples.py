@@ -5,51 +5,44 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
+PAIRS = {"format": "prompt_completion"}
+
+
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
 # --- prompt and completion ---
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [
-        ("Q: 1+1?\n", "2"),
-        ("Q:", " 2"),
-        ("Q: ", "2"),
-        ("Q: ", "  2  "),
-        ("", "all of it"),
-        ("naïve 🙂", "🙂 façade"),
-        ("e", "\u0301 combining"),
-        ("日本", "語\u2028x"),
-        ("a\n", "\n\nb\n"),
-        ("2 2", "2"),  # the answer occurs in the prompt: no searching finds it
-    ],
-)
 @pytest.mark.parametrize("name", ["tokenizer", "slow_tokenizer"])
-def test_labels_are_the_completion_and_eos(
-    write, load, decoded, request, prompt, completion, name
-):
-    path = write([{"prompt": prompt, "completion": completion}])
+def test_labels_are_the_completion_and_eos(load, decoded, request, name):
+    pairs = [
+        *(("Q: 1+1?\n", "2"), ("Q:", " 2"), ("Q: ", "2"), ("Q: ", "  2  ")),
+        *(("", "all of it"), ("naïve 🙂", "🙂 façade"), ("e", "\u0301 combining")),
+        *(("日本", "語\u2028x"), ("a\n", "\n\nb\n")),
+        ("2 2", "2"),  # the answer occurs in the prompt: no searching finds it
+    ]
     tokenizer = request.getfixturevalue(name)
-    examples = load(path, tokenizer, format="prompt_completion")
-    text, supervised = decoded(examples)
-    assert text == f"<s>{prompt}{completion}</s>"
-    assert supervised == f"{completion}</s>"
+    examples = load([pair(*texts) for texts in pairs], tokenizer, **PAIRS)
+    for index, (prompt, completion) in enumerate(pairs):
+        text, supervised = decoded(examples, index)
+        assert text == f"<s>{prompt}{completion}</s>"
+        assert supervised == f"{completion}</s>"
     assert examples.report.straddling_rows == 0
 
 
 def test_a_token_across_the_boundary_is_supervised_and_counted(
-    write, load, decoded, byte_tokenizer
+    load, decoded, byte_tokenizer
 ):
     tokenizer = byte_tokenizer(merges=[("Ġ", "2")])
-    path = write([{"prompt": "Q: ", "completion": "2!"}] * 2)
-    examples = load(path, tokenizer, format="prompt_completion")
+    examples = load([pair("Q: ", "2!")] * 2, tokenizer, **PAIRS)
     assert decoded(examples, 1, tokenizer) == ("<s>Q: 2!</s>", " 2!</s>")
     assert examples.report.straddling_rows == 2
     assert "2 rows have a token across" in examples.report.summary()
@@ -64,17 +57,13 @@ def test_a_token_across_the_boundary_is_supervised_and_counted(
             ("<s>{Q} {why}? 3\nb</s>", "b</s>"),
         ),
         ({"completion": "x"}, {"prompt": "Go: "}, ("<s>Go: x</s>", "x</s>")),
-        (
-            {"prompt": "ab", "completion": "c"},
-            {"train_on": "all"},
-            ("<s>abc</s>", "abc</s>"),
-        ),
+        (pair("ab", "c"), {"train_on": "all"}, ("<s>abc</s>", "abc</s>")),
     ],
 )
 def test_templates_fill_the_fields_and_train_on_all_supervises_the_prompt(
-    write, load, decoded, row, config, expected
+    load, decoded, row, config, expected
 ):
-    examples = load(write([row]), format="prompt_completion", **config)
+    examples = load([row], **PAIRS, **config)
     assert decoded(examples) == expected
     assert examples.report.supervised_tokens == len(expected[1].replace("</s>", "."))
 
@@ -83,74 +72,47 @@ def test_templates_fill_the_fields_and_train_on_all_supervises_the_prompt(
 
 
 @pytest.mark.parametrize(
-    ("text", "config", "expected"),
+    ("tokens", "text", "config", "expected"),
     [
-        ("hello", {}, ("<s>hello</s>", "hello</s>")),
-        ("<s>hello", {}, ("<s>hello</s>", "hello</s>")),
-        ("hello</s>", {}, ("<s>hello</s>", "hello</s>")),
-        ("hello", {"append_eos": False}, ("<s>hello", "hello")),
+        ({}, "hello", {}, ("<s>hello</s>", "hello</s>")),
+        ({}, "<s>hello", {}, ("<s>hello</s>", "hello</s>")),
+        ({}, "hello</s>", {}, ("<s>hello</s>", "hello</s>")),
+        ({}, "hello", {"append_eos": False}, ("<s>hello", "hello")),
+        ({"eos": None}, "hello", {"append_eos": False}, ("<s>hello", "hello")),
+        # The first token has nothing before it to be predicted from.
+        ({"bos": None}, "hello", {}, ("hello</s>", "ello</s>")),
+        ({"adds_eos": True}, "hello", {}, ("<s>hello</s>", "hello</s>")),
     ],
 )
 def test_bos_and_eos_stand_once_and_eos_is_supervised(
-    write, load, decoded, text, config, expected
+    load, decoded, byte_tokenizer, tokens, text, config, expected
 ):
-    examples = load(write([{"text": text}]), **config)
-    assert decoded(examples) == expected
+    tokenizer = byte_tokenizer(**tokens)
+    examples = load([{"text": text}], tokenizer, **config)
+    assert decoded(examples, 0, tokenizer) == expected
     assert examples.report.supervised_eos == expected[1].count("</s>")
 
 
-def test_no_bos_is_added_for_a_tokenizer_without_bos(
-    write, load, decoded, byte_tokenizer
-):
-    tokenizer = byte_tokenizer(bos=None)
-    examples = load(write([{"text": "hello"}]), tokenizer)
-    # The first token has nothing before it to be predicted from.
-    assert decoded(examples, 0, tokenizer) == ("hello</s>", "ello</s>")
-
-
-def test_an_eos_that_the_tokenizer_adds_is_not_doubled(
-    write, load, decoded, byte_tokenizer
-):
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    examples = load(write([{"text": "hello"}]), tokenizer)
-    assert decoded(examples, 0, tokenizer)[0] == "<s>hello</s>"
-
-
-def test_a_tokenizer_without_eos_needs_append_eos_false(
-    write, load, decoded, byte_tokenizer
+def test_a_tokenizer_without_eos_is_refused_with_the_problems_of_the_file(
+    load, byte_tokenizer
 ):
     tokenizer = byte_tokenizer(eos=None)
-    path = write([{"text": "hello"}])
     with pytest.raises(UserError, match="`data.append_eos` is true .* no EOS token"):
-        load(path, tokenizer)
-    assert decoded(load(path, tokenizer, append_eos=False), 0, tokenizer)[0] == (
-        "<s>hello"
-    )
-
-
-def test_problems_of_file_and_tokenizer_are_raised_together(
-    load, byte_tokenizer, tmp_path
-):
-    with pytest.raises(UserError) as error:
-        load(str(tmp_path / "absent.txt"), byte_tokenizer(eos=None))
-    message = str(error.value)
-    assert "2 problems" in message
-    assert "no EOS token" in message and "no file" in message
+        load([{"text": "hello"}], tokenizer)
+    with pytest.raises(UserError, match=r"(?s)2 problems.*no file.*no EOS token"):
+        load("absent.txt", tokenizer)
 
 
 def test_a_tokenizer_without_a_pad_token_trains_as_any_other(
-    write, load, byte_tokenizer, tokenizer
+    load, byte_tokenizer, tokenizer
 ):
     # Padding is masked by labels and segment ids, never recognised by its token.
-    path = write([{"text": "hello"}, {"text": "a"}])
+    rows = [{"text": "hello"}, {"text": "a"}]
     assert tokenizer.pad_token_id is None
     padded = byte_tokenizer()
     padded.pad_token = padded.eos_token
-    report = load(path).report
-    assert load(path, padded).report == report
+    report = load(rows).report
+    assert load(rows, padded).report == report
     assert report.supervised_eos == 2
 
 
@@ -162,94 +124,74 @@ CHAT = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TURNS = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "yo"},
-    {"role": "user", "content": "more"},
-    {"role": "assistant", "content": "no"},
+    {"role": role, "content": text}
+    for texts in (("hi", "yo"), ("more", "no"))
+    for role, text in zip(("user", "assistant"), texts, strict=True)
 ]
 
 
 @pytest.fixture
-def template(tmp_path):
-    path = tmp_path / "chat.jinja"
-    path.write_text(CHAT)
-    return str(path)
+def chat(write, load):
+    """A function: conversations, settings -> their examples."""
+
+    def chat(*conversations, template=CHAT, **config):
+        rows = [{"messages": turns} for turns in conversations]
+        file = write(template, "chat.jinja")
+        return load(rows, format="messages", chat_template=file, **config)
+
+    return chat
 
 
-def test_messages_supervise_the_assistant(write, load, decoded, template):
-    path = write([{"messages": TURNS}])
-    examples = load(path, format="messages", chat_template=template)
+@pytest.mark.parametrize("name", ["tokenizer", "slow_tokenizer"])
+def test_messages_supervise_the_assistant(chat, decoded, request, name):
+    tokenizer = request.getfixturevalue(name)
+    examples = chat(TURNS, TURNS[:3], tokenizer=tokenizer)
     text, supervised = decoded(examples)
     assert text == "<s>user:hi\nassistant:yo</s>\nuser:more\nassistant:no</s>\n"
     assert supervised == "yo</s>no</s>"
-    everything = load(path, format="messages", chat_template=template, train_on="all")
+    assert decoded(examples, 1) == (text.removesuffix("assistant:no</s>\n"), "yo</s>")
+    everything = chat(TURNS, tokenizer=tokenizer, train_on="all")
     assert decoded(everything) == (text, text.removeprefix("<s>"))
 
 
-def test_messages_without_offsets_give_the_same(write, load, slow_tokenizer, template):
-    path = write([{"messages": TURNS}, {"messages": TURNS[:3]}])
-    config = dict(format="messages", chat_template=template)
-    fast, slow = load(path, **config), load(path, slow_tokenizer, **config)
-    np.testing.assert_array_equal(fast.tokens, slow.tokens)
-    np.testing.assert_array_equal(fast.labels, slow.labels)
-
-
-def test_a_conversation_without_an_answer_is_dropped_and_counted(write, load, template):
-    path = write([{"messages": TURNS}, {"messages": TURNS[:1]}])
-    report = load(path, format="messages", chat_template=template).report
+def test_a_conversation_without_an_answer_is_dropped_and_counted(chat):
+    report = chat(TURNS, TURNS[:1]).report
     assert report.dropped == {"no assistant turn": 1}
     assert (report.rows_read, report.rows_kept) == (2, 1)
+    nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
+        chat(TURNS, template=CHAT + nothing)
 
 
-def test_the_report_says_how_the_assistants_text_was_located(
-    write, load, decoded, tmp_path, template
-):
-    path = write([{"messages": TURNS}])
-    config = dict(format="messages", chat_template=template)
-    report = load(path, **config).report
+def test_the_report_says_how_the_assistants_text_was_located(chat, decoded):
+    report = chat(TURNS).report
     assert report.assistant_mask == "renderer"
     assert "the chat template has no generation marks" in report.summary()
-    assert load(path, train_on="all", **config).report.assistant_mask is None
-    marked = CHAT.replace(
-        "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
-    )
-    (tmp_path / "chat.jinja").write_text(marked)
-    examples = load(path, **config)
+    assert chat(TURNS, train_on="all").report.assistant_mask is None
+    content = "{{ m.content }}"
+    marked = CHAT.replace(content, "{% generation %}" + content + "{% endgeneration %}")
+    examples = chat(TURNS, template=marked)
     assert examples.report.assistant_mask == "template"
     assert "as the chat template marks it" in examples.report.summary()
     # This one marks every turn, and not the ends of them.
     assert decoded(examples)[1] == "hiyomoreno"
 
 
-def test_rows_are_dropped_if_the_template_marks_no_assistant_turn(
-    write, load, tmp_path, template
-):
-    nothing = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
-    (tmp_path / "chat.jinja").write_text(CHAT + nothing)
-    path = write([{"messages": TURNS}])
-    with pytest.raises(UserError, match="1 assistant turns that the chat template do"):
-        load(path, format="messages", chat_template=template)
-
-
 # --- tokens ---
 
 
-def test_token_rows_are_used_unchanged(write, load):
+def test_token_rows_are_used_unchanged(load):
     rows = [
         {"input_ids": [5, 6, 7], "labels": [5, -100, 9]},
         {"input_ids": [8, 8], "labels": [-100, 8]},
     ]
-    examples = load(write(rows), None, format="tokens")
+    examples = load(rows, None, format="tokens")
     assert examples.tokens.tolist() == [5, 6, 7, 8, 8]
     # But for the first label of an example, which nothing in it could predict.
     assert examples.labels.tolist() == [-100, -100, 9, -100, 8]
     assert examples.offsets.tolist() == [0, 3, 5]
     assert examples.tokens.dtype == examples.labels.dtype == np.int32
-
-
-def test_tokens_with_train_on_all_need_no_labels(write, load):
-    path = write([{"input_ids": [5, 6, 7]}])
-    examples = load(path, None, format="tokens", train_on="all")
+    examples = load([{"input_ids": [5, 6, 7]}], None, format="tokens", train_on="all")
     assert examples.labels.tolist() == [-100, 6, 7]
 
 
@@ -272,132 +214,95 @@ def test_tokens_with_train_on_all_need_no_labels(write, load):
         ({"input_ids": None, "labels": []}, r"field `input_ids` is null"),
     ],
 )
-def test_bad_token_rows_are_refused(write, load, row, message):
-    path = write([{"input_ids": [1, 2], "labels": [1, 2]}, row])
+def test_bad_token_rows_are_refused(load, row, message):
     with pytest.raises(UserError, match=message):
-        load(path, None, format="tokens")
+        load([{"input_ids": [1, 2], "labels": [1, 2]}, row], None, format="tokens")
 
 
 # --- length ---
 
 
-def test_truncation_keeps_the_beginning_and_is_counted(write, load, decoded):
-    rows = [{"prompt": "ab", "completion": "cdefgh"}, {"prompt": "", "completion": "x"}]
-    examples = load(write(rows), format="prompt_completion", max_length=6)
+def test_truncated_and_dropped_rows_are_counted_and_named(write, load, decoded):
+    texts = [("ab", "cdefgh"), ("abcdefgh", "x"), ("a", ""), ("", "x")]
+    path = write([pair(*text) for text in texts])
+    examples = load(path, **PAIRS, max_length=6)
     assert decoded(examples) == ("<s>abcde", "cde")
-    report = examples.report
-    assert (report.truncated, report.tokens_lost) == (1, 4)
-    assert (report.longest_row, report.longest_example) == (10, 6)
-    assert "1 rows truncated (4 tokens lost)" in report.summary()
-
-
-def test_rows_that_lose_every_supervised_token_are_dropped(write, load):
-    rows = [
-        {"prompt": "abcdefgh", "completion": "x"},
-        {"prompt": "", "completion": "x"},
-    ]
-    report = load(write(rows), format="prompt_completion", max_length=6).report
-    assert report.dropped == {"every supervised token truncated": 1}
-    assert (report.rows_kept, report.truncated, report.tokens_lost) == (1, 0, 0)
-    assert "dropped 1: every supervised token truncated" in report.summary()
-
-
-def test_dropped_and_truncated_rows_are_named(write, load):
-    rows = [
-        {"prompt": "ab", "completion": "cdefgh"},
-        {"prompt": "abcdefgh", "completion": "x"},
-        {"prompt": "a", "completion": ""},
-    ]
-    path = write(rows)
-    report = load(path, format="prompt_completion", max_length=6).report
-    assert report.places == {
-        "truncated": (f"{path}:1",),
-        "every supervised token truncated": (f"{path}:2",),
-        "empty completion": (f"{path}:3",),
-    }
-    assert f"every supervised token truncated ({path}:2)" in report.summary()
+    report, summary = examples.report, examples.report.summary()
+    assert (report.rows_kept, report.truncated, report.tokens_lost) == (2, 1, 4)
+    assert (report.longest_row, report.longest_example) == (11, 6)
+    lost = "every supervised token truncated"
+    assert report.dropped == {lost: 1, "empty completion": 1}
+    names = {"truncated": 1, lost: 2, "empty completion": 3}
+    assert report.places == {key: (f"{path}:{line}",) for key, line in names.items()}
+    assert "1 rows truncated (4 tokens lost)" in summary
+    assert f"dropped 1: {lost} ({path}:2)" in summary
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_long_rows_can_be_dropped(write, load, decoded, packing):
-    path = write([{"text": "0123456789"}, {"text": "ab"}])
-    examples = load(path, max_length=6, too_long="drop", packing=packing)
+def test_long_rows_can_be_dropped(load, decoded, packing):
+    rows = [{"text": "0123456789"}, {"text": "ab"}]
+    examples = load(rows, max_length=6, too_long="drop", packing=packing)
     assert decoded(examples)[0] == "<s>ab</s>"
     assert examples.report.dropped == {"longer than max_length=6": 1}
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("length", range(3, 40))
-def test_windows_of_a_plain_text_lose_nothing(load, tokenizer, tmp_path, length):
+def test_windows_of_a_plain_text_lose_nothing(write, load, tokenizer, length, packing):
     text = "".join(chr(97 + i % 26) for i in range(length))
-    path = tmp_path / "book.txt"
-    path.write_text(text)
-    examples = load(str(path), max_length=8)
+    examples = load(write(text, "book.txt"), max_length=8, packing=packing)
     pieces = [tokenizer.decode(examples[i][0]) for i in range(len(examples))]
     assert "".join(pieces) == f"<s>{text}</s>"
     assert len(examples) == -(-(length + 2) // 8)
     # Each window predicts all its tokens but its first.
     assert examples.report.supervised_tokens == length + 2 - len(examples)
-    assert all(
-        (labels[1:] != IGNORE).all()
-        for _, labels in map(examples.__getitem__, range(len(examples)))
-    )
+    for index in range(len(examples)):
+        assert (examples[index][1][1:] != IGNORE).all()
     assert examples.report.documents_cut == (length + 2 > 8)
+    assert examples.report.longest_row == length + 2
     assert not examples.report.dropped and not examples.report.truncated
 
 
-def test_packed_documents_are_cut_and_unpacked_rows_truncated(write, load, decoded):
-    path = write([{"text": "0123456789"}, {"text": "ab"}])
-    packed = load(path, max_length=8, packing=True)
-    assert [decoded(packed, i)[0] for i in range(3)] == [
-        "<s>0123456",
-        "789</s>",
-        "<s>ab</s>",
-    ]
-    assert packed.report.documents_cut == 1 and packed.report.tokens_lost == 0
-    assert (packed.report.packed_rows, packed.report.packing_efficiency) == (2, 1.0)
-    assert packed.report.rows_kept == 2 and packed.report.examples == 3
-    unpacked = load(path, max_length=8)
-    assert unpacked.report.documents_cut == 0 and unpacked.report.truncated == 1
-    assert unpacked.report.packed_rows is unpacked.report.packing_efficiency is None
-
-
-def test_a_long_answer_is_truncated_in_packed_rows_too(write, load):
-    path = write([{"prompt": "ab", "completion": "cdefgh"}])
-    config = dict(format="prompt_completion", max_length=6, packing=True)
-    report = load(path, **config).report
+def test_packed_documents_are_cut_and_answers_and_unpacked_rows_truncated(
+    load, decoded
+):
+    rows = [{"text": "0123456789"}, {"text": "ab"}]
+    packed = load(rows, max_length=8, packing=True)
+    pieces = ["<s>0123456", "789</s>", "<s>ab</s>"]
+    assert [decoded(packed, i)[0] for i in range(3)] == pieces
+    report = packed.report
+    assert report.documents_cut == 1 and report.tokens_lost == 0
+    assert (report.packed_rows, report.packing_efficiency) == (2, 1.0)
+    assert report.rows_kept == 2 and report.examples == 3
+    report = load(rows, max_length=8).report
+    assert report.documents_cut == 0 and report.truncated == 1
+    assert report.packed_rows is report.packing_efficiency is None
+    answer = [pair("ab", "cdefgh")]
+    report = load(answer, **PAIRS, max_length=6, packing=True).report
     assert (report.examples, report.truncated, report.documents_cut) == (1, 1, 0)
 
 
 # --- files ---
 
 
-def test_a_json_list_a_jsonl_and_a_txt_of_jsonl_are_the_same_rows(
-    write, load, tmp_path
-):
+def test_a_json_list_a_jsonl_and_a_txt_of_jsonl_are_the_same_rows(write, fingerprint):
     rows = [{"text": "ab"}, {"text": "cd"}]
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
+    first, second = map(json.dumps, rows)
     paths = [
-        str(tmp_path / "a.json"),
-        write(rows, "b.jsonl"),
-        write(rows, "c.txt"),
-        write(["", json.dumps(rows[0]) + "\r", " ", rows[1]], "d.jsonl"),
-        write(["\ufeff" + json.dumps(rows[0]), rows[1]], "e.jsonl"),
+        *(write(rows, "b.jsonl"), write(rows, "c.txt")),
+        write(json.dumps(rows, indent=2), "a.json"),
+        write(f"\n{first}\r\n \n{second}\n", "d.jsonl"),
+        write(f"\ufeff{first}\n{second}\n", "e.jsonl"),
     ]
-    fingerprints = {load(path).report.fingerprint for path in paths}
-    assert len(fingerprints) == 1
-
-
-def test_a_line_separator_inside_a_string_does_not_end_the_row(load, decoded, tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "a\u2028b\u0085c"}\n', encoding="utf-8")
-    assert decoded(load(str(path)))[0] == "<s>a\u2028b\u0085c</s>"
+    assert len(set(map(fingerprint, paths))) == 1
 
 
 @pytest.mark.parametrize("start", ["[Act 1]", "{ not json", '"quoted"'])
-def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
-    path = tmp_path / "play.txt"
-    path.write_text(start + "\nline")
-    assert decoded(load(str(path)))[0] == f"<s>{start}\nline</s>"
+def test_brackets_and_line_separators_may_be_text(write, load, decoded, start):
+    path = write(f"{start}\nline", "play.txt")
+    assert decoded(load(path))[0] == f"<s>{start}\nline</s>"
+    path = write('{"text": "a\u2028b\u0085c"}\n')
+    assert decoded(load(path))[0] == "<s>a\u2028b\u0085c</s>"
 
 
 @pytest.mark.parametrize(
@@ -405,19 +310,11 @@ def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
     [
         ('{"text": "a"}\n{"text": \n', {}, r"d\.jsonl:2: malformed JSON.*\(JSONL\)"),
         ("[{}, \n{]", {}, r"d\.jsonl:2: malformed JSON list"),
-        (
-            '{"text": "a"}\n\n{"body": "b"}',
-            {},
-            r"d\.jsonl:3: no field `text`; .*`body`",
-        ),
+        ('{"text": "a"}\n\n{"body": 0}', {}, r"d\.jsonl:3: no field `text`; .*`body`"),
         ('[{"text": "a"}, {}]', {}, r"d\.jsonl row 2: no field `text`; .* no fields"),
         ('{"text": null}', {}, r"d\.jsonl:1: field `text` is null"),
         ('{"text": 3}', {}, r"d\.jsonl:1: field `text` must be a string, got int"),
-        (
-            '{"text": "ab\\ud83dc"}',
-            {},
-            r":1: character 2 .* surrogate pair \('\\ud83d'",
-        ),
+        ('{"text": "a\\ud83dc"}', {}, r":1: character 1 .* surrogate pair \('\\ud83d'"),
         ('["a"]', {}, r"row 1: a row must be a JSON object, got str"),
         ("3", {}, r":1: a row must be a JSON object, got int"),
         ("", {}, r"d\.jsonl is empty"),
@@ -426,14 +323,10 @@ def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
         ('{"text": ""}', {}, r"no row is left .*: 1 read, dropped: 1 empty text"),
         (
             '{"prompt": [{"role": "user"}], "completion": "x"}',
-            {"format": "prompt_completion"},
+            PAIRS,
             r"`prompt` must be a string, got list. Use format='messages'",
         ),
-        (
-            '{"prompt": "x"}',
-            {"format": "prompt_completion"},
-            r":1: no field `completion`; the row has `prompt`",
-        ),
+        ('{"prompt": "x"}', PAIRS, r":1: no field `completion`; the row has `prompt`"),
         (
             '{"q": ["x"]}',
             {"text": "{q}"},
@@ -444,7 +337,7 @@ def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
         ('{"q": null}', {"text": "{q}"}, r":1: field `q` is null"),
         (
             '{"prompt": "abcdefgh", "completion": "x"}',
-            {"format": "prompt_completion", "max_length": 4},
+            {**PAIRS, "max_length": 4},
             r"no row is left to train on: 1 read, dropped: 1 every supervised token "
             r"truncated \(`data.max_length` = 4, longest row 11 tokens\)",
         ),
@@ -456,99 +349,65 @@ def test_plain_text_may_begin_with_a_bracket(load, decoded, tmp_path, start):
         ),
     ],
 )
-def test_unusable_files_are_refused(load, tmp_path, content, config, message):
-    path = tmp_path / "d.jsonl"
-    path.write_text(content)
+def test_unusable_files_are_refused(write, load, content, config, message):
+    path = write(content, "d.jsonl")
     with pytest.raises(UserError, match=message):
-        load(str(path), **config)
+        load(path, **config)
 
 
-def test_missing_and_unreadable_files_are_refused(load, tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*absent"):
-        load(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="is a directory that"):
-        load(str(tmp_path))
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("naïve".encode("latin-1"))
+def test_plain_text_in_another_encoding_and_with_a_template_are_refused(write, load):
+    latin, book = write("naïve".encode("latin-1"), "l.txt"), write("words", "book.txt")
     with pytest.raises(UserError, match=r"not UTF-8 text \(byte 2\)"):
-        load(str(latin))
-
-
-def test_a_template_over_plain_text_is_refused(load, tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("words")
+        load(latin)
     with pytest.raises(UserError, match="plain text without fields"):
-        load(str(path), text="{text}")
+        load(book, text="{text}")
 
 
-def test_a_token_beyond_the_embeddings_names_the_row(write, load, tokenizer):
-    path = write([{"text": "ab"}, {"text": "z"}])
+def test_a_token_beyond_the_embeddings_names_the_row(load, tokenizer):
+    rows = [{"text": "ab"}, {"text": "z"}]
     largest = tokenizer.convert_tokens_to_ids("z")
-    with pytest.raises(
-        UserError, match=rf"data\.jsonl:2: .* id {largest}, but the mod"
-    ):
-        load(path, vocab_size=largest)
-    load(path, vocab_size=largest + 1)
-
-
-def test_text_without_a_tokenizer_is_refused(write, load, tokenizer):
-    path = write([{"text": "ab"}])
+    message = rf"data\.jsonl:2: .* id {largest}, but the mod"
+    with pytest.raises(UserError, match=message):
+        load(rows, vocab_size=largest)
+    load(rows, vocab_size=largest + 1)
     with pytest.raises(UserError, match="format='text' needs a tokenizer"):
-        load(path, None)
+        load(rows, None)
 
 
 # --- the fingerprint ---
 
 
-def test_the_fingerprint_follows_content_and_order_and_not_the_path(write, load):
+def test_the_fingerprint_follows_content_and_order_and_not_the_path(write, fingerprint):
     rows = [{"text": "ab"}, {"text": "cd"}]
-    path = write(rows)
-
-    def fingerprint(path=path, **config):
-        return load(path, **config).report.fingerprint
-
-    same = [
-        fingerprint(),
-        fingerprint(write(rows, "copy.jsonl")),
-        fingerprint(train_on="all"),
-    ]
+    first = fingerprint(rows)
+    assert len(first) == 64 and int(first, 16)
+    assert fingerprint(write(rows, "copy.jsonl")) == first
+    assert fingerprint(rows, train_on="all") == first
     different = [
-        fingerprint(write(rows[::-1], "reversed.jsonl")),
-        fingerprint(write([{"text": "ab"}, {"text": "ce"}], "other.jsonl")),
-        fingerprint(write([{"text": "abcd"}], "joined.jsonl")),
-        fingerprint(seed=1),
-        fingerprint(shuffle=False),
-        fingerprint(packing=True),
-        fingerprint(max_length=512),
-        fingerprint(append_eos=False),
-        fingerprint(too_long="drop"),
+        *(fingerprint(rows[::-1]), fingerprint([rows[0], {"text": "ce"}])),
+        fingerprint([{"text": "abcd"}]),
+        *(fingerprint(rows, seed=1), fingerprint(rows, shuffle=False)),
+        *(fingerprint(rows, packing=True), fingerprint(rows, max_length=512)),
+        *(fingerprint(rows, append_eos=False), fingerprint(rows, too_long="drop")),
     ]
-    assert len(set(same)) == 1
-    assert len({*same, *different}) == 1 + len(different)
-    assert len(same[0]) == 64 and int(same[0], 16)
-
-
-def test_the_fingerprint_sees_labels(write, load):
-    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
-    masked = [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}]
-    prints = {
-        load(write(r), None, format="tokens").report.fingerprint for r in (rows, masked)
-    }
-    assert len(prints) == 2
+    assert len({first, *different}) == 1 + len(different)
+    labels = ([1, 2, 3], [1, -100, 3])
+    rows = [[{"input_ids": [1, 2, 3], "labels": row}] for row in labels]
+    one, other = (fingerprint(row, None, format="tokens") for row in rows)
+    assert one != other
 
 
 # --- real text ---
 
-GSM8K = dict(format="prompt_completion", prompt="{question}\n", completion="{answer}")
+GSM8K = {**PAIRS, "prompt": "{question}\n", "completion": "{answer}"}
 
 
 @pytest.mark.real
-def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
+def test_gsm8k_labels_decode_to_the_answers(load, shared_data, mistral):
     with open(shared_data / "text/gsm8k/train.jsonl") as file:
         rows = [json.loads(next(file)) for _ in range(200)]
-    path = write(rows)
     for prompt in ("{question}\n", "Question: {question}\nAnswer:", "{question} "):
-        examples = load(path, mistral, 32000, **(GSM8K | {"prompt": prompt}))
+        examples = load(rows, mistral, 32000, **(GSM8K | {"prompt": prompt}))
         for index, row in enumerate(rows):
             tokens, labels = examples[index]
             supervised = mistral.decode(labels[labels != IGNORE])
@@ -562,7 +421,7 @@ def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("name", "config", "fingerprint"),
+    ("name", "config", "expected"),
     [
         (
             "gsm8k/test.jsonl",
@@ -577,10 +436,11 @@ def test_gsm8k_labels_decode_to_the_answers(write, load, shared_data, mistral):
     ],
 )
 def test_fingerprints_of_real_data_never_change(
-    load, shared_data, mistral, name, config, fingerprint
+    fingerprint, shared_data, mistral, name, config, expected
 ):
-    report = load(str(shared_data / "text" / name), mistral, 32000, **config).report
-    assert report.fingerprint == fingerprint
+    assert (
+        fingerprint(shared_data / "text" / name, mistral, 32000, **config) == expected
+    )
 
 
 @pytest.mark.real
@@ -591,32 +451,6 @@ def test_gsm8k_loads_within_ten_seconds_of_cpu_time(load, shared_data, mistral):
     assert time.process_time() - start < 10  # 2 s are usual
     assert report.rows_read == report.rows_kept == report.supervised_eos == 7473
     assert report.packing_efficiency > 0.98 and report.tokens_lost == 0
-
-
-@pytest.mark.real
-def test_alpaca_rows_are_read_by_templates(load, shared_data, mistral):
-    path = shared_data / "text/llms-from-scratch/instruction-data.json"
-    rows = json.loads(path.read_text())
-    config = dict(prompt="{instruction}\n{input}\n", completion="{output}")
-    examples = load(path, mistral, 32000, format="prompt_completion", **config)
-    assert len(examples) == len(rows) == 1100
-    for index in (0, 1, 2, 1099):
-        _, labels = examples[index]
-        expected = rows[index]["output"] + "</s>"
-        assert mistral.decode(labels[labels != IGNORE]) == expected
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_book_loses_no_token(load, shared_data, packing):
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared_data / "stories260K")
-    path = shared_data / "text/tinyshakespeare/input.txt"
-    examples = load(str(path), tokenizer, 512, max_length=512, packing=packing)
-    text = path.read_text()
-    expected = tokenizer(text, verbose=False)["input_ids"] + [2]
-    assert examples.tokens.tolist() == expected
-    assert examples.report.tokens_lost == 0 and examples.report.documents_cut == 1
-    assert examples.report.longest_row == len(expected)
 
 
 def test_the_progress_bar_is_on_stderr_and_changes_nothing(write, tokenizer, capsys):

@@ -39,8 +39,7 @@ def firsts(examples):
 def test_the_seed_decides_the_split_and_each_side_reports_its_arrays(
     tmp_path, amount, cache
 ):
-    where = None if cache is None else str(tmp_path / cache)
-    path = rows(tmp_path / "a.jsonl", 100, 100)
+    path, where = rows(tmp_path / "a.jsonl", 100, 100), cache and str(tmp_path / cache)
     config, examples = load(path=path, cache=where, seed=7)
     train, held = hold_out(config, examples, **amount, eos_token_id=2)
     assert len(held) == 29 and len(train) == 71  # 0.29 of 100 is not 28.999
@@ -48,25 +47,22 @@ def test_the_seed_decides_the_split_and_each_side_reports_its_arrays(
     trained, measured = firsts(train), firsts(held)
     assert sorted(trained + measured) == list(range(100, 200))
     assert trained == sorted(trained) and measured == sorted(measured)
-    again = hold_out(config, examples, **amount)[1]
-    assert firsts(again) == measured
+    assert firsts(hold_out(config, examples, **amount)[1]) == measured
     reseeded = hold_out(dataclasses.replace(config, seed=8), examples, **amount)[1]
     assert firsts(reseeded) != measured
     # The report of each side agrees with its arrays.
     for side in (train, held):
-        lengths = [len(side[i][0]) for i in range(len(side))]
-        supervised = [int((side[i][1] != IGNORE).sum()) for i in range(len(side))]
+        tokens, labels = zip(*(side[i] for i in range(len(side))), strict=True)
+        lengths = [len(row) for row in tokens]
+        supervised = [int((row != IGNORE).sum()) for row in labels]
         assert side.lengths.tolist() == lengths
         assert side.supervised.tolist() == supervised
         report = side.report
         assert (report.examples, report.tokens) == (len(side), sum(lengths))
         assert report.supervised_tokens == sum(supervised)
-        assert report.supervised_eos == sum(
-            int((side[i][1] == 2).sum()) for i in range(len(side))
-        )
+        assert report.supervised_eos == sum(int((row == 2).sum()) for row in labels)
         assert report.longest_example == max(lengths)
-        used = np.unique(np.concatenate([side[i][0] for i in range(len(side))]))
-        np.testing.assert_array_equal(side.used(), used)
+        assert side.used().tolist() == np.unique(np.concatenate(tokens)).tolist()
     prints = {e.report.fingerprint for e in (examples, train, held, reseeded)}
     assert len(prints) == 4
 

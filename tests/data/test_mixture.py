@@ -21,38 +21,45 @@ SIZES = (40, 7, 23)
 PAD = 9_998
 
 
-def write(tmp_path, sizes=SIZES):
-    """A file for each source; row `n` of source `s` starts with 1000 * s + n."""
-    rng = np.random.default_rng(5)
-    paths = []
-    for source, size in enumerate(sizes):
-        path = tmp_path / f"{source}.jsonl"
-        lines = []
-        for row in range(size):
-            more = rng.integers(1, 20)
-            ids = [1000 * source + row, *([1000 * source + 999] * int(more))]
-            lines.append(json.dumps({"input_ids": ids}))
-        path.write_text("\n".join(lines))
-        paths.append(str(path))
-    return paths
+WEIGHTS = (0.5, 0.2, 0.3)
+# The first token of each row, source after source.
+FIRSTS = [
+    1000 * source + row for source, size in enumerate(SIZES) for row in range(size)
+]
 
 
-def mixture(tmp_path, weights=(0.5, 0.2, 0.3), sizes=SIZES, **config):
-    paths = write(tmp_path, sizes)
-    sources = tuple(
-        Source(path=path, weight=weight)
-        for path, weight in zip(paths, weights, strict=True)
-    )
-    config = DataConfig(
-        sources=sources, format="tokens", train_on="all", max_length=64, **config
-    )
-    return load_examples(config, None, vocab_size=10_000), config
+@pytest.fixture
+def mixture(tmp_path):
+    """A function: weights, settings -> the examples of a mixture, and the settings."""
+
+    def mixture(weights=WEIGHTS, sizes=SIZES, **config):
+        rng = np.random.default_rng(5)
+        sources = []
+        for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+            path = tmp_path / f"{source}.jsonl"
+            lines = []
+            for row in range(size):
+                more = [1000 * source + 999] * int(rng.integers(1, 20))
+                lines.append(json.dumps({"input_ids": [1000 * source + row, *more]}))
+            path.write_text("\n".join(lines))
+            sources.append(Source(path=str(path), weight=weight))
+        options = {"format": "tokens", "train_on": "all", "max_length": 64}
+        config = DataConfig(sources=tuple(sources), **options, **config)
+        return load_examples(config, None, vocab_size=10_000), config
+
+    return mixture
 
 
-def batches_of(tmp_path, weights=(0.5, 0.2, 0.3), batch_size=4, sizes=SIZES, **config):
-    ends = {key: config.pop(key) for key in ("steps", "epochs") if key in config}
-    examples, config = mixture(tmp_path, weights, sizes, **config)
-    return Batches(examples, config, batch_size=batch_size, pad_token_id=PAD, **ends)
+@pytest.fixture
+def batches_of(mixture):
+    """A function: weights, settings of batches and data -> batches of a mixture."""
+
+    def batches_of(weights=WEIGHTS, batch_size=4, **config):
+        ends = {key: config.pop(key) for key in ("steps", "epochs") if key in config}
+        examples = mixture(weights, **config)
+        return Batches(*examples, batch_size=batch_size, pad_token_id=PAD, **ends)
+
+    return batches_of
 
 
 def starts(batch):
@@ -67,19 +74,20 @@ def same(a, b):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("weights", [(0.5, 0.2, 0.3), (None, None, None)])
-def test_a_batch_depends_only_on_its_index(tmp_path, packing, shuffle, weights):
+@pytest.mark.parametrize("weights", [WEIGHTS, (None, None, None)])
+def test_a_batch_depends_only_on_its_index(batches_of, packing, shuffle, weights):
     options = dict(packing=packing, shuffle=shuffle, seed=11)
-    expected = list(batches_of(tmp_path, weights, steps=60, **options))
-    resumed = batches_of(tmp_path, weights, **options)
+    expected = list(batches_of(weights, steps=60, **options))
+    assert len(expected) == 60
+    resumed = batches_of(weights, **options)
     for index in np.random.default_rng(1).permutation(60).tolist():
         assert same(resumed[index], expected[index])
-    other = batches_of(tmp_path, weights, **(options | {"seed": 12}))
+    other = batches_of(weights, **(options | {"seed": 12}))
     assert not shuffle or not all(same(other[i], expected[i]) for i in range(60))
 
 
 @pytest.mark.parametrize("weights", [(5, 2, 3), (1, 1, 1), (0.9, 0.001, 0.1)])
-def test_shares_are_kept_within_a_row_at_every_block(tmp_path, weights):
+def test_shares_are_kept_within_a_row_at_every_block(weights):
     exact = [Fraction(repr(weight)) for weight in weights]
     shares = tuple(weight / sum(exact) for weight in exact)
     for shuffle in (False, True):
@@ -102,34 +110,30 @@ def test_unshuffled_sources_are_spread_evenly():
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_all_rows_of_a_source_are_seen_before_any_repeats(tmp_path, packing):
-    batches = batches_of(tmp_path, packing=packing, seed=2, steps=150)
+def test_all_rows_of_a_source_are_seen_before_any_repeats(batches_of, packing):
+    batches = batches_of(packing=packing, seed=2, steps=150)
     seen = Counter(start for batch in batches for start in starts(batch))
     for source, size in enumerate(SIZES):
         counts = [seen[1000 * source + row] for row in range(size)]
         assert min(counts) >= 2 and max(counts) - min(counts) <= 1, source
 
 
-def test_without_weights_an_epoch_sees_every_row_once(tmp_path):
+def test_without_weights_an_epoch_sees_every_row_once(batches_of):
     for packing in (False, True):
-        batches = batches_of(
-            tmp_path, (None,) * 3, batch_size=1, packing=packing, epochs=1
-        )
+        batches = batches_of((None,) * 3, batch_size=1, packing=packing, epochs=1)
         seen = Counter(start for batch in batches for start in starts(batch))
-        rows = [1000 * s + row for s, size in enumerate(SIZES) for row in range(size)]
-        assert seen == Counter(rows)
+        assert seen == Counter(FIRSTS)
 
 
-def test_a_packed_row_never_joins_weighted_sources(tmp_path):
-    batches = batches_of(tmp_path, packing=True, steps=40)
-    for batch in batches:
+def test_a_packed_row_never_joins_weighted_sources(batches_of):
+    for batch in batches_of(packing=True, steps=40):
         pairs = zip(batch["tokens"][0], batch["segment_ids"][0], strict=True)
         for row, segments in pairs:
             assert len(set((row[segments > 0] // 1000).tolist())) == 1
 
 
-def test_the_report_has_share_and_passes_of_each_source(tmp_path):
-    examples, _ = mixture(tmp_path, (2, 1, 1))
+def test_the_report_has_share_and_passes_of_each_source(mixture):
+    examples, _ = mixture((2, 1, 1))
     assert isinstance(examples, Mixture)
     report = examples.report
     assert report.rows_read == report.rows_kept == len(examples) == sum(SIZES)
@@ -142,40 +146,34 @@ def test_the_report_has_share_and_passes_of_each_source(tmp_path):
     json.dumps(report.as_dict())
 
 
-def test_examples_come_by_index_and_are_evaluated_in_order(tmp_path):
-    examples, config = mixture(tmp_path)
+def test_examples_come_by_index_and_are_evaluated_in_order(mixture):
+    examples, config = mixture()
     firsts = [int(examples[i][0][0]) for i in range(len(examples))]
-    expected = [1000 * s + row for s, size in enumerate(SIZES) for row in range(size)]
-    assert firsts == expected
-    np.testing.assert_array_equal(
-        examples.lengths, [len(examples[i][0]) for i in range(len(examples))]
-    )
+    assert firsts == FIRSTS
+    lengths = [len(examples[i][0]) for i in range(len(examples))]
+    assert examples.lengths.tolist() == lengths
     seen = []
     for batch in eval_batches(examples, config, batch_size=8, pad_token_id=PAD):
         seen += batch["tokens"][(batch["labels"] != IGNORE).any(-1)][:, 0].tolist()
-    assert seen == expected
+    assert seen == FIRSTS
     for index in (-1, len(examples)):
         with pytest.raises(IndexError, match=f"example {index} of 70"):
             examples[index]
-    assert examples.used().tolist() == sorted({*expected, 999, 1999, 2999})
+    assert examples.used().tolist() == sorted({*FIRSTS, 999, 1999, 2999})
 
 
-def test_the_fingerprint_follows_every_source_and_weight(tmp_path):
-    def fingerprint(weights=(0.5, 0.2, 0.3), **config):
-        return mixture(tmp_path, weights, **config)[0].report.fingerprint
+def test_the_fingerprint_follows_every_source_and_weight(mixture):
+    def fingerprint(weights=WEIGHTS, **config):
+        return mixture(weights, **config)[0].report.fingerprint
 
     first = fingerprint()
     assert fingerprint() == first
     # Weights of the same shares give the same run.
     assert fingerprint((5, 2, 3)) == first
     others = [
-        fingerprint((0.5, 0.3, 0.2)),
-        fingerprint((None, None, None)),
-        fingerprint(seed=1),
-        fingerprint(shuffle=False),
-        fingerprint(packing=True),
-        fingerprint(sizes=(40, 7, 22)),
-        fingerprint(sizes=(39, 7, 23)),
+        *(fingerprint((0.5, 0.3, 0.2)), fingerprint((None, None, None))),
+        *(fingerprint(seed=1), fingerprint(shuffle=False), fingerprint(packing=True)),
+        *(fingerprint(sizes=(40, 7, 22)), fingerprint(sizes=(39, 7, 23))),
     ]
     assert len({first, *others}) == 1 + len(others)
 
@@ -183,16 +181,11 @@ def test_the_fingerprint_follows_every_source_and_weight(tmp_path):
 def test_problems_of_all_sources_are_raised_together(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2]}\n{"input_ids": "x"}\n')
     (tmp_path / "b.jsonl").write_text('{"tokens": [1, 2]}\n')
-    sources = tuple(
-        Source(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "c.jsonl")
-    )
+    sources = tuple(Source(path=str(tmp_path / f"{name}.jsonl")) for name in "abc")
     config = DataConfig(sources=sources, format="tokens", train_on="all")
-    with pytest.raises(UserError) as error:
+    message = r"(?s)^3 problems.*a.jsonl:2.*b.jsonl:1: no field `input_ids`.*no file "
+    with pytest.raises(UserError, match=rf"{message}.*c\.jsonl"):
         load_examples(config, None, vocab_size=9)
-    message = str(error.value)
-    assert message.startswith("3 problems")
-    for part in ("a.jsonl:2", "b.jsonl:1: no field `input_ids`", "no file", "c.jsonl"):
-        assert part in message
 
 
 # --- packing ---
@@ -212,43 +205,32 @@ def naive_row_count(lengths, capacity):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_example_is_in_exactly_one_row_and_no_row_overflows(seed):
+def test_packing_is_best_fit_decreasing_and_every_example_is_in_one_row(seed):
     rng = np.random.default_rng(seed)
     capacity = int(rng.integers(1, 300))
-    lengths = rng.integers(1, capacity + 1, int(rng.integers(1, 400)))
-    packing = pack(lengths, capacity)
-    assert sorted(packing.order.tolist()) == list(range(len(lengths)))
-    rows = [packing[i] for i in range(len(packing))]
-    assert np.concatenate(rows).tolist() == packing.order.tolist()
-    assert all(1 <= lengths[row].sum() <= capacity for row in rows)
-    assert packing.capacity == capacity
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_it_is_best_fit_decreasing(seed):
-    rng = np.random.default_rng(100 + seed)
-    capacity = int(rng.integers(10, 200))
-    lengths = np.clip(rng.lognormal(3, 1, 200).astype(np.int64), 1, capacity)
-    packing = pack(lengths, capacity)
-    # Ties may go to either of two equally full rows; the count is the same.
-    assert len(packing) == naive_row_count(lengths.tolist(), capacity)
-
-
-def test_examples_that_complement_each_other_share_a_row():
-    packing = pack(np.array([3, 8, 5, 7, 5, 2]), 10)
-    rows = sorted(sorted(packing[i].tolist()) for i in range(len(packing)))
-    assert rows == [[0, 3], [1, 5], [2, 4]]
+    for lengths in (
+        rng.integers(1, capacity + 1, int(rng.integers(1, 400))),
+        np.clip(rng.lognormal(3, 1, 200).astype(np.int64), 1, capacity),
+    ):
+        packing = pack(lengths, capacity)
+        assert sorted(packing.order.tolist()) == list(range(len(lengths)))
+        rows = [packing[i] for i in range(len(packing))]
+        assert np.concatenate(rows).tolist() == packing.order.tolist()
+        assert all(1 <= lengths[row].sum() <= capacity for row in rows)
+        assert packing.capacity == capacity
+        # Ties may go to either of two equally full rows; the count is the same.
+        assert len(packing) == naive_row_count(lengths.tolist(), capacity)
 
 
 def test_packing_is_deterministic_and_equal_lengths_keep_their_order():
+    packing = pack(np.array([3, 8, 5, 7, 5, 2]), 10)
+    rows = sorted(sorted(packing[i].tolist()) for i in range(len(packing)))
+    assert rows == [[0, 3], [1, 5], [2, 4]]
     assert pack(np.array([4, 4, 4, 4]), 8).order.tolist() == [0, 1, 2, 3]
     lengths = np.random.default_rng(0).integers(1, 65, 1000)
     first, second = pack(lengths, 64), pack(lengths.copy(), 64)
     np.testing.assert_array_equal(first.order, second.order)
     np.testing.assert_array_equal(first.starts, second.starts)
-
-
-def test_no_examples_give_no_rows():
     assert len(pack(np.array([], np.int64), 8)) == 0
 
 

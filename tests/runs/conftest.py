@@ -1,9 +1,12 @@
 """Configurations of short runs on a tiny model."""
 
+import json
+
 import pytest
 
 from qlora_jax.data.config import DataConfig
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import (
     CheckpointConfig,
     EvalConfig,
@@ -12,6 +15,12 @@ from qlora_jax.runs.config import (
     RunConfig,
 )
 from qlora_jax.training.config import TrainConfig
+
+
+@pytest.fixture(scope="session")
+def architecture(llama_dir):
+    """The configuration of the model."""
+    return LlamaConfig.from_hf(json.loads((llama_dir / "config.json").read_text()))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,29 +16,26 @@ import optax
 import pytest
 
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runs.checkpoint import (
-    Checkpoints,
-    DamagedCheckpointError,
-    disk_errors,
-)
+from qlora_jax.runs.checkpoint import Checkpoints, DamagedCheckpointError, disk_errors
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.resume import compare_records, continue_run
 from qlora_jax.training.step import TrainState, init_state
+from tests.runs.directories import LATE_READS
 
 RECORD = {"batches": 3, "lora": {"r": 4, "target_modules": ["q_proj"]}}
 
 
-def state_at(step: int, seed: int = 0) -> TrainState:
-    """A small state, with AdamW's moments and a key that a step has changed."""
-    key = jax.random.key(seed)
-    adapters = {"model": {"a": jax.random.normal(key, (3, 5))}}
-    optimizer = optax.adamw(0.1)
-    state = init_state(adapters, optimizer, jax.random.fold_in(key, 1))
-    with jax.numpy_dtype_promotion("standard"):
-        _, moments = optimizer.update(adapters, state.opt_state, adapters)
-    return TrainState(
-        step=jnp.int32(step), adapters=adapters, opt_state=moments, key=state.key
+def state_at(step: int) -> TrainState:
+    """One whose arrays are not kept among the metadata, which Orbax checks itself."""
+    key = jax.random.key(step)
+    adapters = {"model": {"a": jax.random.normal(key, (40, 50))}}
+    state = init_state(adapters, optax.adamw(0.1), jax.random.fold_in(key, 1))
+    # Moments of zeros would not suffer from zeros.
+    moments = jax.tree.map(
+        lambda leaf: jax.random.normal(key, leaf.shape) if leaf.ndim else leaf,
+        state.opt_state,
     )
+    return dataclasses.replace(state, step=jnp.int32(step), opt_state=moments)
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:
@@ -49,98 +47,99 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
-    state = state_at(3)
-    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def opened(directory: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(directory, CheckpointConfig(keep=keep))
+
+
+def test_a_state_comes_back_as_it_was_and_in_its_own_structure_only(tmp_path):
+    with opened(tmp_path / "c") as checkpoints:
         assert checkpoints.latest() is None
-        checkpoints.save(state, RECORD)
+        checkpoints.save(state_at(3), RECORD)
         checkpoints.wait()
         assert checkpoints.path(3).is_dir()
-        checkpoints.save(state, RECORD)  # the same step again is no second save
-    with Checkpoints(tmp_path / "c", CheckpointConfig()) as checkpoints:
+        checkpoints.save(state_at(3), RECORD)  # the same step again is no second save
+    with opened(tmp_path / "c") as checkpoints:
         assert checkpoints.latest() == 3
         assert checkpoints.record(3) == RECORD
-        assert_equal(checkpoints.restore(3, state_at(0, seed=1)), state)
+        assert_equal(checkpoints.restore(3, state_at(0)), state_at(3))
+        adapters = {"model": {"b": jnp.zeros((40, 50))}}
+        other = init_state(adapters, optax.adamw(0.1), jax.random.key(0))
+        with pytest.raises(CheckpointError, match="step_3` cannot be read"):
+            checkpoints.restore(3, other)
 
 
 def test_a_step_may_take_the_arrays_before_they_are_on_the_disk(tmp_path):
-    states = {step: state_at(step, seed=step) for step in (1, 2, 3)}
     take = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
-    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
-        for step in states:
-            copy = state_at(step, seed=step)
-            checkpoints.save(copy, RECORD)
-            take((copy.adapters, copy.opt_state))
-    with Checkpoints(tmp_path, CheckpointConfig(keep=3)) as checkpoints:
-        for step, state in states.items():
-            assert_equal(checkpoints.restore(step, state_at(0)), state)
+    with opened(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            state = state_at(step)
+            checkpoints.save(state, RECORD)
+            take((state.adapters, state.opt_state))
+    with opened(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            assert_equal(checkpoints.restore(step, state_at(0)), state_at(step))
 
 
-def test_the_newest_are_kept(tmp_path):
-    with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
+def test_the_newest_are_kept_and_what_a_kill_left_half_written_is_not(tmp_path):
+    with opened(tmp_path) as checkpoints:
         for step in (2, 4, 6):
             checkpoints.save(state_at(step), RECORD)
-    assert {path.name for path in tmp_path.iterdir()} == {"step_4", "step_6"}
-
-
-def test_what_a_kill_left_half_written_is_removed(tmp_path):
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_at(2), RECORD)
-    half = tmp_path / "step_4.orbax-checkpoint-tmp"
+    assert names(tmp_path) == {"step_4", "step_6"}
+    half = tmp_path / "step_8.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "state").write_text("half")
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        assert checkpoints.latest() == 2
-        checkpoints.save(state_at(4), RECORD)  # the removal is waited for here
-    assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
-
-
-def test_another_structure_is_refused(tmp_path):
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_at(2), RECORD)
-        checkpoints.wait()
-        other = init_state(
-            {"model": {"b": jnp.zeros((3, 5))}}, optax.adamw(0.1), jax.random.key(0)
-        )
-        with pytest.raises(CheckpointError, match="step_2` cannot be read"):
-            checkpoints.restore(2, other)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 6
+        checkpoints.save(state_at(8), RECORD)  # the removal is waited for here
+    assert names(tmp_path) == {"step_6", "step_8"}
 
 
 @pytest.mark.parametrize(
-    "number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO], ids=os.strerror
+    ("number", "is_full"),
+    [
+        *((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, True)),
+        *((errno.EIO, True), (errno.EOPNOTSUPP, False)),
+    ],
 )
-def test_a_disk_that_takes_no_more_is_a_checkpoint_error(tmp_path, monkeypatch, number):
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+def test_a_disk_that_takes_no_more_is_a_checkpoint_error(
+    tmp_path, monkeypatch, number, is_full
+):
+    def reserve(handle, offset, length):
+        assert length > 3 * 40 * 50 * 4  # adapters and two moments
+        raise OSError(number, os.strerror(number))
+
+    refused = pytest.raises(CheckpointError, match=os.strerror(number))
+    with opened(tmp_path, keep=3) as checkpoints:
         checkpoints.save(state_at(2), RECORD)
-
-        def full(handle, offset, length):
-            assert length > 3 * 3 * 5 * 4  # adapters and two moments
-            raise OSError(number, os.strerror(number))
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "posix_fallocate", full)
-            with pytest.raises(CheckpointError, match=os.strerror(number)):
+            patch.setattr(os, "posix_fallocate", reserve)
+            with refused if is_full else nullcontext():
                 checkpoints.save(state_at(4), RECORD)
+        assert (checkpoints.latest() == 4) != is_full
         checkpoints.save(state_at(4), RECORD)
-    assert {path.name for path in tmp_path.iterdir()} == {"step_2", "step_4"}
+        # Where nothing can be reserved it is written all the same.
+        monkeypatch.delattr(os, "posix_fallocate")
+        checkpoints.save(state_at(6), RECORD)
+    assert names(tmp_path) == {"step_2", "step_4", "step_6"}
 
 
 UNFORESEEN = """
 import pathlib, resource, sys
-import test_checkpoint as here
-from qlora_jax.errors import CheckpointError
-from qlora_jax.runs.checkpoint import Checkpoints
-from qlora_jax.runs.config import CheckpointConfig
+from tests.runs import test_checkpoint as here
 
-Checkpoints._check_space = lambda *_: None
+here.Checkpoints._check_space = lambda *_: None
 try:
-    with Checkpoints(pathlib.Path(sys.argv[1]), CheckpointConfig()) as checkpoints:
+    with here.opened(pathlib.Path(sys.argv[1])) as checkpoints:
         checkpoints.save(here.state_at(2), here.RECORD)
         checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         checkpoints.save(here.state_at(4), here.RECORD)
         checkpoints.wait()
-except CheckpointError as error:
+except here.CheckpointError as error:
     print(error)
 """
 
@@ -152,26 +151,13 @@ def test_a_disk_that_fills_while_orbax_writes_is_a_checkpoint_error(tmp_path):
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}."},
+        env=os.environ | {"PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stderr
     assert "cannot be written: File too large. The checkpoints there" in done.stdout
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+    with opened(tmp_path) as checkpoints:
         assert checkpoints.latest() == 2
         assert_equal(checkpoints.restore(2, state_at(0)), state_at(2))
-
-
-def test_a_file_system_that_cannot_reserve_is_written_to(tmp_path, monkeypatch):
-    def unsupported(handle, offset, length):
-        raise OSError(errno.EOPNOTSUPP, "not supported")
-
-    monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_at(2), RECORD)
-    monkeypatch.delattr(os, "posix_fallocate")
-    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_at(4), RECORD)
-        assert checkpoints.latest() == 4
 
 
 @pytest.mark.parametrize(
@@ -191,7 +177,7 @@ def test_errors_of_the_disk_differ_from_defects(tmp_path, raised, expected, mess
 
 
 def test_an_error_of_closing_does_not_hide_the_first(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints = opened(tmp_path)
     close = checkpoints._manager.close
 
     def failing():
@@ -206,47 +192,32 @@ def test_an_error_of_closing_does_not_hide_the_first(tmp_path, monkeypatch):
 def test_differences_are_named_with_both_values():
     now = {"base": "x", "lora": {"r": 8, "target_modules": ("q_proj",)}, "new": 1}
     saved = {"base": "x", "lora": {"r": 4, "target_modules": ["q_proj"]}}
-    with pytest.raises(UserError) as refused:
+    message = "has changed:\n- lora.r: 4 -> 8\n- new: None -> 1\nUndo"
+    with pytest.raises(UserError, match=message):
         compare_records(saved, now)
-    assert "has changed:\n- lora.r: 4 -> 8\n- new: None -> 1\nUndo" in str(
-        refused.value
-    )
     compare_records(saved, {"base": "x", "lora": dict(saved["lora"])})
 
 
 # --- damage ---
 
-# Where one of many reads has failed, those that end after Orbax has closed its event
-# loop say so from threads of tensorstore, at a time of their own.
-LATE_READS = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
-
 NOW = {"base_fingerprint": "x", "model": {"dtype": "float32", "lm_head": "dense"}}
-
-
-def large_state(step: int) -> TrainState:
-    """One whose arrays are not kept among the metadata, which Orbax checks itself."""
-    key = jax.random.key(step)
-    adapters = {"a": jax.random.normal(key, (40, 50))}
-    state = init_state(adapters, optax.adamw(0.1), jax.random.key(7))
-    # Moments of zeros would not suffer from zeros.
-    moments = jax.tree.map(
-        lambda leaf: jax.random.normal(key, leaf.shape) if leaf.ndim else leaf,
-        state.opt_state,
-    )
-    return dataclasses.replace(state, step=jnp.int32(step), opt_state=moments)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Checkpoints of steps 2, 4 and 6 of a run of 8."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+    with opened(directory, keep=3) as checkpoints:
         for step in (2, 4, 6):
             record = {**NOW, "batches": step, "steps": 8}
-            checkpoints.save(large_state(step), record)
+            checkpoints.save(state_at(step), record)
     return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+    """A copy of them."""
+    return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 def largest(directory: Path) -> Path:
@@ -290,19 +261,16 @@ DAMAGE = {
 
 @LATE_READS
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_falls_back_to_the_previous(
-    saved, tmp_path, capsys, damage
-):
-    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+def test_a_damaged_checkpoint_falls_back_to_the_previous(directory, capsys, damage):
     DAMAGE[damage](directory / "step_6")
-    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
-        state, start = continue_run(checkpoints, large_state(0), NOW, 8)
+    with opened(directory, keep=3) as checkpoints:
+        state, start = continue_run(checkpoints, state_at(0), NOW, 8)
         assert start == 4
-        assert_equal(state, large_state(4))
+        assert_equal(state, state_at(4))
         assert checkpoints.steps() == [4, 2] and checkpoints.latest() == 4
-        checkpoints.save(large_state(6), {**NOW, "batches": 6, "steps": 8})
+        checkpoints.save(state_at(6), {**NOW, "batches": 6, "steps": 8})
         checkpoints.wait()
-        assert_equal(checkpoints.restore(6, large_state(0)), large_state(6))
+        assert_equal(checkpoints.restore(6, state_at(0)), state_at(6))
     err = capsys.readouterr().err
     aside = directory / "damaged_step_6"
     assert f"The checkpoint `{directory / 'step_6'}` cannot be read (" in err
@@ -311,39 +279,37 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous(
 
 
 @LATE_READS
-def test_several_damaged_checkpoints_are_kept_under_new_names(saved, tmp_path, capsys):
-    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+def test_several_damaged_checkpoints_are_kept_under_new_names(directory, capsys):
     (directory / "damaged_step_6").mkdir()
     for step in (6, 4):
         flip(largest(directory / f"step_{step}"))
-    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
-        assert continue_run(checkpoints, large_state(0), NOW, 8)[1] == 2
-    names = {path.name for path in directory.iterdir()}
-    assert names == {"step_2", "damaged_step_4", "damaged_step_6", "damaged_step_6_2"}
+    with opened(directory, keep=3) as checkpoints:
+        assert continue_run(checkpoints, state_at(0), NOW, 8)[1] == 2
+    aside = {"damaged_step_4", "damaged_step_6", "damaged_step_6_2"}
+    assert names(directory) == {"step_2", *aside}
     err = capsys.readouterr().err
     assert "step_6` cannot be read (ValueError: the state is not what was saved" in err
     assert "4 steps are taken again" in err and "2 steps are taken again" in err
 
 
 @LATE_READS
-def test_without_an_intact_checkpoint_nothing_is_moved(saved, tmp_path):
-    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+def test_without_an_intact_checkpoint_nothing_is_moved(directory):
     for step in (2, 4, 6):
         flip(largest(directory / f"step_{step}"))
-    with Checkpoints(directory, CheckpointConfig(keep=3)) as checkpoints:
+    with opened(directory, keep=3) as checkpoints:
         with pytest.raises(CheckpointError, match="Delete .*`train.adapter_init` = "):
-            continue_run(checkpoints, large_state(0), NOW, 8)
+            continue_run(checkpoints, state_at(0), NOW, 8)
         assert checkpoints.steps() == [6, 4, 2]
 
 
 def test_a_transient_failure_is_not_damage(saved, monkeypatch):
-    with Checkpoints(saved, CheckpointConfig(keep=3)) as checkpoints:
+    with opened(saved, keep=3) as checkpoints:
 
         def denied(*_, **__):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr(checkpoints._manager, "restore", denied)
         with pytest.raises(CheckpointError, match="step_6.*Permission denied") as error:
-            continue_run(checkpoints, large_state(0), NOW, 8)
+            continue_run(checkpoints, state_at(0), NOW, 8)
         assert not isinstance(error.value, DamagedCheckpointError)
         assert checkpoints.steps() == [6, 4, 2]

@@ -17,26 +17,15 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
-from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
-from qlora_jax.runs.config import (
-    EvalConfig,
-    LogConfig,
-    RunConfig,
-)
+from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.eval_data import load_held_out, split_held_out
-from qlora_jax.runs.evaluation import (
-    Best,
-    Evaluation,
-    check_prompts,
-    held_out_loss,
-    perplexity,
-)
-from qlora_jax.runs.metrics import Watch, read_evaluations, read_metrics
+from qlora_jax.runs.evaluation import Best, Evaluation, check_prompts, perplexity
+from qlora_jax.runs.metrics import read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
-from qlora_jax.runs.toml import read_config, to_toml
 from qlora_jax.training.step import jit_eval
+from tests.runs.directories import after_step, weights
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 24
@@ -55,15 +44,15 @@ def held_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(make, held_file):
+def make(make, held_file, rows_file):
     """A function: directory, settings of [eval] -> a run that overfits."""
 
-    def measured(directory, **settings) -> RunConfig:
+    def measured(directory, steps=STEPS, data=rows_file, **settings) -> RunConfig:
         return make(
             directory,
             model={"quantization": "none"},
-            data={"max_length": 32},
-            train={"steps": STEPS, "learning_rate": 3e-2},
+            data={"max_length": 32, "path": str(data)},
+            train={"steps": steps, "learning_rate": 3e-2},
             lora={"lora_alpha": LoraConfig.lora_alpha},
             checkpoint={"every": 5},
             eval={"path": str(held_file), "every": 3, "batch_size": 4} | settings,
@@ -117,107 +106,51 @@ def test_nan_is_never_the_best_loss():
     assert math.isfinite(perplexity(5000.0))
 
 
-def test_the_sum_is_over_all_batches():
-    sums = iter([(10.0, 2), (3.0, 4), (0.0, 0)])
-    batches = [{"n": 1}, {"n": 2}, {"n": 3}]
-    total, tokens = held_out_loss(lambda a, b, batch: next(sums), None, None, batches)
-    assert (total, tokens) == (13.0, 6)
-
-
 # --- Data that cannot be measured on ---
 
 
 def test_unusable_held_out_data_are_refused(make, tmp_path, rows_file):
-    config = make(tmp_path / "run")
-    examples = load_examples(config.data, None, vocab_size=32)
+    examples = load_examples(make(tmp_path).data, None, vocab_size=32)
 
-    def held(path):
-        changed = dataclasses.replace(
-            config, eval=dataclasses.replace(config.eval, path=str(path))
-        )
-        return split_held_out(
-            changed, examples, load_held_out(changed, None, vocab_size=32)
-        )
+    def held(text):
+        path = tmp_path / "held.jsonl"
+        path.write_text(text)
+        config = make(tmp_path / "run", path=str(path))
+        held_out = load_held_out(config, None, vocab_size=32)
+        return split_held_out(config, examples, held_out)[1]
 
-    with pytest.raises(UserError, match="every example there is in the training data"):
-        held(rows_file)
-    lines = rows_file.read_text().splitlines()
-    some = tmp_path / "some.jsonl"
-    some.write_text("\n".join([*lines[:2], '{"input_ids": [5, 6], "labels": [5, 6]}']))
-    _, held_out = held(some)
+    rows = rows_file.read_text()
+    for text, message in (
+        (rows, "every example there is in the training data"),
+        (
+            '{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}',
+            r"\[eval\] .*nothing to supervise",
+        ),
+        ("", r"\[eval\] .*held\.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            held(text)
+    new = '{"input_ids": [5, 6], "labels": [5, 6]}'
     note = "2 of the 3 held-out examples are in the training data too"
-    assert note in held_out.note
-    masked = tmp_path / "masked.jsonl"
-    masked.write_text('{"input_ids": [1, 2, 3], "labels": [-100, -100, -100]}')
-    with pytest.raises(UserError, match=r"\[eval\] .*nothing to supervise"):
-        held(masked)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"\[eval\] .*empty\.jsonl"):
-        held(tmp_path / "empty.jsonl")
+    assert note in held("\n".join([*rows.splitlines()[:2], new])).note
 
 
 def test_problems_of_both_files_are_reported_together(make, tmp_path):
-    config = make(tmp_path / "run", path=str(tmp_path / "no.jsonl"))
-    data = dataclasses.replace(config.data, path=str(tmp_path / "neither.jsonl"))
-    with pytest.raises(UserError) as caught:
-        run(dataclasses.replace(config, data=data))
-    assert "neither.jsonl" in str(caught.value) and "[eval]" in str(caught.value)
+    files = {"data": tmp_path / "neither.jsonl", "path": str(tmp_path / "no.jsonl")}
+    with pytest.raises(UserError, match=r"(?s)neither\.jsonl.*\[eval\]"):
+        run(make(tmp_path / "run", **files))
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_eval_are_checked_all_at_once():
-    with pytest.raises(UserError) as caught:
-        EvalConfig(
-            fraction=1.5,
-            every=0,
-            early_stopping_threshold=0.1,
-            sample_every=3,
-            prompt="{q}",
-        )
-    message = str(caught.value)
-    for part in (
-        "`fraction` must be between 0 and 1, got 1.5",
-        "`every` must be at least 1, got 0",
-        "`early_stopping_threshold` needs `early_stopping_patience`",
-        "`sample_every` needs `sample_prompts`",
-        "`prompt`: these apply to `path`, which is not set",
-    ):
-        assert part in message
-    with pytest.raises(UserError, match="needs data to measure"):
-        EvalConfig(early_stopping_patience=2)
-    with pytest.raises(UserError, match="give one of `path`, `examples`"):
-        EvalConfig(path="a", examples=3)
-    with pytest.raises(UserError, match="`early_stopping_threshold` must be >= 0"):
-        EvalConfig(
-            path="a", early_stopping_patience=1, early_stopping_threshold=math.nan
-        )
-
-
 def test_held_out_data_take_the_settings_of_the_training_data():
-    data = DataConfig(
-        "train.jsonl", format="prompt_completion", prompt="Q {q}", split="train"
-    )
+    pairs = {"format": "prompt_completion", "prompt": "Q {q}"}
+    data = DataConfig("train.jsonl", split="train", **pairs)
     same = EvalConfig(path="held.jsonl").data_config(data)
     assert same == dataclasses.replace(data, path="held.jsonl", split=None)
     text = EvalConfig(path="held.txt", format="text").data_config(data)
     assert (text.format, text.prompt) == ("text", None)
     with pytest.raises(UserError, match=r"with the settings of \[data\]: .*text"):
         EvalConfig(path="x", text="{t}").data_config(data)
-
-
-def test_settings_of_eval_and_log_are_written_and_read_again(make, tmp_path):
-    config = make(
-        tmp_path / "run",
-        path=("a.jsonl", "b.jsonl"),
-        early_stopping_patience=2,
-        early_stopping_threshold=0.5,
-        sample_prompts=('say "é"', "two\nlines"),
-    )
-    log = LogConfig(report_to=("tensorboard", "wandb"), run_name="third")
-    config = dataclasses.replace(config, log=log)
-    file = tmp_path / "run.toml"
-    file.write_text(to_toml(config), encoding="utf-8")
-    assert read_config(file) == config
 
 
 class Words:
@@ -235,17 +168,15 @@ class Words:
         return {}
 
 
-def test_prompts_that_cannot_be_continued_are_refused(llama_dir):
-    raw = json.loads((llama_dir / "config.json").read_text())
-    model = LlamaConfig.from_hf(raw)
+def test_prompts_that_cannot_be_continued_are_refused(architecture):
     prompts = ("", "1 99", " ".join(["3"] * 60), "4", "4")
     config = EvalConfig(sample_prompts=prompts, sample_max_new_tokens=10)
     with pytest.raises(UserError) as caught:
-        check_prompts(config, Words(), model)
+        check_prompts(config, Words(), architecture)
     for part in ("'' has no tokens", "token 99", "60 tokens", "room for 54", "twice"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="need a tokenizer"):
-        check_prompts(config, None, model)
+        check_prompts(config, None, architecture)
 
 
 @pytest.mark.parametrize(
@@ -259,14 +190,11 @@ def test_prompts_that_cannot_be_continued_are_refused(llama_dir):
         ),
     ],
 )
-def test_the_reason_to_end_names_the_threshold(llama_dir, threshold, why):
-    raw = json.loads((llama_dir / "config.json").read_text())
-    config = EvalConfig(
-        path="held.txt", early_stopping_patience=2, early_stopping_threshold=threshold
-    )
+def test_the_reason_to_end_names_the_threshold(architecture, threshold, why):
+    patience = {"early_stopping_patience": 2, "early_stopping_threshold": threshold}
     evaluation = Evaluation(
-        config,
-        Llama(LlamaConfig.from_hf(raw), Compute()),
+        EvalConfig(path="held.txt", **patience),
+        Llama(architecture, Compute()),
         held_out=None,
         batch_size=1,
         best=Best(20, 3.736, waited=2),
@@ -275,10 +203,6 @@ def test_the_reason_to_end_names_the_threshold(llama_dir, threshold, why):
 
 
 # --- Whole runs ---
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -304,10 +228,8 @@ def test_a_run_ends_early_and_says_why(straight, capsys):
     assert report["eval"]["best_loss"] == min(losses)
     assert "no better held-out loss in 3 measurements" in report["stopped_early"]
     about = json.loads((directory / "best_adapter" / "training.json").read_text())
-    measured = ("step", "eval_loss", "eval_perplexity")
-    assert {key: about[key] for key in measured} == {
-        key: rows[best][key] for key in measured
-    }
+    for key in ("step", "eval_loss", "eval_perplexity"):
+        assert about[key] == rows[best][key]
     assert "Ended early after step" in (directory / "report.html").read_text()
     # Given again, it is finished; with more patience it goes on.
     before = (directory / "metrics.jsonl").read_bytes()
@@ -317,12 +239,11 @@ def test_a_run_ends_early_and_says_why(straight, capsys):
 
 
 def test_the_numbers_are_those_of_the_kept_adapter(
-    straight, held_file, llama_dir, capsys
+    straight, held_file, llama_dir, architecture, capsys
 ):
-    """Computed by hand from logits: numpy's log-sum-exp in float64 over each row alone,
-    unpadded."""
+    """Computed by hand from logits: log-sum-exp in float64 over each row alone."""
     directory, config, report = straight
-    architecture, base = convert.load_llama(llama_dir, quantization=None)
+    base = convert.load_llama(llama_dir, quantization=None)[1]
     lora, adapters = convert.load_adapter(directory / "best_adapter", base)
     model = Llama(architecture, Compute(dtype="float32", lora=lora))
     variables = {"params": base, "lora": bind(adapters, base, lora)}
@@ -358,59 +279,38 @@ def test_the_numbers_are_those_of_the_kept_adapter(
 
 @pytest.mark.parametrize("at", [4, 17])
 def test_a_run_that_was_killed_decides_as_an_undisturbed_run(
-    straight, make, tmp_path, monkeypatch, at
+    straight, make, tmp_path, at
 ):
     """Step 4: before any checkpoint, after a measurement; 17: continued from 15, with
     two measurements of waiting to remember, and one more to the end."""
-    noted = Watch.step
 
-    def kill(self, number, *rest):
-        noted(self, number, *rest)
-        if number == at:
-            raise Killed
+    def kill():
+        raise KeyboardInterrupt
 
     config = make(tmp_path / "run", early_stopping_patience=3, at_start=True)
-    with monkeypatch.context() as patched:
-        patched.setattr(Watch, "step", kill)
-        with pytest.raises(Killed):
-            run(config)
+    with after_step(at, kill), pytest.raises(KeyboardInterrupt):
+        run(config)
     directory, _, report = straight
     assert report["steps"] == 18 and report["eval"]["best_step"] == 9
     again = run(config)
-
-    def measurements(directory):
-        return [
-            {k: v for k, v in row.items() if k != "eval_seconds"}
-            for row in read_evaluations(directory)
-        ]
-
-    assert measurements(tmp_path / "run") == measurements(directory)
+    measured, expected = map(read_evaluations, (tmp_path / "run", directory))
+    for row in measured + expected:
+        del row["eval_seconds"]
+    assert measured == expected
     assert again["eval"] == report["eval"]
     assert again["stopped_early"] == report["stopped_early"]
     for name in ("adapter", "best_adapter"):
-        weights = Path(name) / "adapter_model.safetensors"
-        files = [d / weights for d in (directory, tmp_path / "run")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+        assert weights(tmp_path / "run", name) == weights(directory, name)
     best = Path("best_adapter/training.json")
     assert (directory / best).read_bytes() == (tmp_path / "run" / best).read_bytes()
 
 
 def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("qlora_jax.runs.prepare.load_tokenizer", lambda path: Words())
-    config = make(
-        tmp_path / "run",
-        path="",
-        fraction=0.25,
-        every=2,
-        sample_prompts=("1 2 3", "7 8"),
-        sample_every=3,
-        sample_max_new_tokens=4,
-    )
-    train = dataclasses.replace(config.train, steps=4)
     data = Path(shutil.copy(rows_file, tmp_path / "rows.jsonl"))
-    config = dataclasses.replace(
-        config, train=train, data=dataclasses.replace(config.data, path=str(data))
-    )
+    settings = {"path": "", "fraction": 0.25, "every": 2, "sample_every": 3}
+    settings |= {"sample_prompts": ("1 2 3", "7 8"), "sample_max_new_tokens": 4}
+    config = make(tmp_path / "run", 4, data, **settings)
     jitted = []
 
     def jit_once(model):

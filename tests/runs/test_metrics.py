@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import time
-import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -21,36 +21,23 @@ from qlora_jax.models.config import FrozenDict, LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning.estimate import model_flops_per_token
 from qlora_jax.planning.step import Step
+from qlora_jax.runs import metrics
 from qlora_jax.runs.config import LogConfig
-from qlora_jax.runs.metrics import (
-    Watch,
-    Work,
-    check_trackers,
-    open_trackers,
-    peak_memory_bytes,
-    process_seconds,
-    read_evaluations,
-    read_metrics,
-    read_rows,
-    read_samples,
-    work_of,
-)
+from qlora_jax.runs.metrics import Watch, check_trackers, open_trackers, read_metrics
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.parameter_groups import schedule
 
 CONFIG = TrainConfig(steps=6, learning_rate=0.5, warmup_steps=2)
 
 
-def make_watch(directory, start=0, every=2, **options):
-    return Watch(
-        directory,
-        start=start,
-        steps=6,
-        schedule=schedule(CONFIG, 6),
-        every=every,
-        began=time.perf_counter(),
-        **options,
-    )
+def make_watch(directory, start=0, **options):
+    options |= {"start": start, "steps": 6, "schedule": schedule(CONFIG, 6), "every": 2}
+    return Watch(directory, began=time.perf_counter(), **options)
+
+
+def take(watch, *steps):
+    for step in steps:
+        watch.step(step, values(step), 20)
 
 
 def values(step):
@@ -58,22 +45,17 @@ def values(step):
 
 
 def evaluation(step):
-    return {
-        "step": step,
-        "eval_loss": 3.0 - step / 10,
-        "eval_perplexity": 2.0,
-        "eval_tokens": 9,
-        "eval_seconds": 0.5,
-    }
+    measured = {"eval_loss": 3.0 - step / 10, "eval_perplexity": 2.0, "eval_tokens": 9}
+    return {"step": step, **measured, "eval_seconds": 0.5}
 
 
 # --- Rows ---
 
 
-def test_each_step_is_one_row_with_its_learning_rate_on_disk_at_once(tmp_path):
+def test_each_step_is_one_row_with_its_learning_rate_on_disk_at_once(tmp_path, capsys):
     with make_watch(tmp_path) as watch:
         for step in range(1, 7):
-            watch.step(step, values(step), 20)
+            take(watch, step)
             # A kill loses no step that was done.
             assert read_metrics(tmp_path)[-1]["step"] == step
     rows = read_metrics(tmp_path)
@@ -81,95 +63,7 @@ def test_each_step_is_one_row_with_its_learning_rate_on_disk_at_once(tmp_path):
     np.testing.assert_allclose([r["learning_rate"] for r in rows], expected, 1e-6)
     assert all(r["tokens_per_second"] * r["seconds"] == pytest.approx(20) for r in rows)
     assert watch.last_loss == 0.0 and watch.seconds_to_first_step > 0
-
-
-def test_repeated_steps_are_written_once(tmp_path):
-    with make_watch(tmp_path) as watch:
-        for step in range(1, 6):
-            watch.step(step, values(step), 20)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')
-    with make_watch(tmp_path, start=3) as watch:
-        assert watch.last_loss == 3.0
-        watch.step(4, values(4), 20)
-    rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert rows[-1]["learning_rate"] == pytest.approx(0.375)
-
-
-class RecordingTracker:
-    def __init__(self):
-        self.rows = []
-
-    def log(self, row):
-        self.rows.append(row)
-
-    def log_sample(self, *sample):
-        self.rows.append(sample)
-
-    def close(self):
-        pass
-
-
-def test_evaluations_and_samples_are_kept_up_to_the_step_continued_from(
-    tmp_path, capsys
-):
-    def take(watch, step):
-        watch.step(step, values(step), 20)
-        watch.evaluated(evaluation(step), "  best so far")
-        watch.sampled(step, {"Zoë:": f" {step}\n[bold]x"})
-
-    tracker = RecordingTracker()
-    with make_watch(tmp_path, trackers=[tracker]) as watch:
-        for step in (1, 2, 3):
-            take(watch, step)
-    with open(tmp_path / "samples.jsonl", "ab") as file:  # cut inside a character
-        file.write('{"step": 4, "prompt": "Zo\u00eb'.encode()[:-1])
-    err = capsys.readouterr().err
-    assert "step 2/6  held-out loss 2.8000  perplexity 2  (0.5 s)  best so far" in err
-    assert "step 3, a sample:\n    Zoë: 3\n    [bold]x\n" in err
-    assert tracker.rows[0]["loss"] == 5.0 and tracker.rows[1]["eval_loss"] == 2.9
-    assert tracker.rows[2] == (1, "Zoë:", " 1\n[bold]x")
-
-    with make_watch(tmp_path, start=2) as watch:
-        assert [row["step"] for row in watch.evaluations] == [1, 2]
-        assert watch.sampled_steps == {1, 2} and watch.last_loss == 4.0
-        take(watch, 3)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    evaluations = read_evaluations(tmp_path)
-    assert [row["eval_loss"] for row in evaluations] == [2.9, 2.8, 2.7]
-    assert read_evaluations(tmp_path, until=2) == evaluations[:2]
-    kinds = ["eval_loss" in row for row in read_rows(tmp_path / "metrics.jsonl")]
-    assert kinds == [False, True] * 3
-    texts = [row["text"] for row in read_samples(tmp_path)]
-    assert texts == [f" {step}\n[bold]x" for step in (1, 2, 3)]
-
-
-def test_restart_timer_excludes_the_time_since_the_last_step(tmp_path):
-    with make_watch(tmp_path) as watch:
-        watch.step(1, values(1), 20)
-        time.sleep(0.3)
-        watch.restart_timer()
-        watch.step(2, values(2), 20)
-    assert read_metrics(tmp_path)[1]["seconds"] < 0.3
-
-
-def test_a_failing_close_does_not_hide_the_first_error(tmp_path):
-    with pytest.raises(ValueError, match="first"), make_watch(tmp_path) as watch:
-        watch._file.close()
-
-        class FullDisk:
-            def close(self):
-                raise OSError("full")
-
-        watch._file = FullDisk()
-        raise ValueError("first")
-
-
-def test_without_a_terminal_progress_is_a_line_every_few_steps(tmp_path, capsys):
-    with make_watch(tmp_path) as watch:
-        for step in range(1, 7):
-            watch.step(step, values(step), 20)
+    # Without a terminal progress is a line every few steps.
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -178,14 +72,66 @@ def test_without_a_terminal_progress_is_a_line_every_few_steps(tmp_path, capsys)
     assert lines[0].endswith("s left")
 
 
+def test_rows_and_samples_are_kept_up_to_the_step_continued_from(tmp_path, capsys):
+    def take_all(watch, step):
+        take(watch, step)
+        watch.evaluated(evaluation(step), "  best so far")
+        watch.sampled(step, {"Zoë:": f" {step}\n[bold]x"})
+
+    tracker = mock.Mock()
+    with make_watch(tmp_path, trackers=[tracker]) as watch:
+        for step in (1, 2, 3):
+            take_all(watch, step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    with open(tmp_path / "samples.jsonl", "ab") as file:  # cut inside a character
+        file.write('{"step": 4, "prompt": "Zo\u00eb'.encode()[:-1])
+    err = capsys.readouterr().err
+    assert "step 2/6  held-out loss 2.8000  perplexity 2  (0.5 s)  best so far" in err
+    assert "step 3, a sample:\n    Zoë: 3\n    [bold]x\n" in err
+    (first,), (second,) = (call.args for call in tracker.log.call_args_list[:2])
+    assert first["loss"] == 5.0 and second["eval_loss"] == 2.9
+    assert tracker.log_sample.call_args_list[0].args == (1, "Zoë:", " 1\n[bold]x")
+
+    with make_watch(tmp_path, start=2) as watch:
+        assert [row["step"] for row in watch.evaluations] == [1, 2]
+        assert watch.sampled_steps == {1, 2} and watch.last_loss == 4.0
+        take_all(watch, 3)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["learning_rate"] == pytest.approx(0.5)
+    evaluations = metrics.read_evaluations(tmp_path)
+    assert [row["eval_loss"] for row in evaluations] == [2.9, 2.8, 2.7]
+    assert metrics.read_evaluations(tmp_path, until=2) == evaluations[:2]
+    rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert ["eval_loss" in row for row in rows] == [False, True] * 3
+    texts = [row["text"] for row in metrics.read_samples(tmp_path)]
+    assert texts == [f" {step}\n[bold]x" for step in (1, 2, 3)]
+
+
+def test_restart_timer_excludes_the_time_since_the_last_step(tmp_path):
+    with make_watch(tmp_path) as watch:
+        take(watch, 1)
+        time.sleep(0.3)
+        watch.restart_timer()
+        take(watch, 2)
+    assert read_metrics(tmp_path)[1]["seconds"] < 0.3
+
+
+def test_a_failing_close_does_not_hide_the_first_error(tmp_path):
+    with pytest.raises(ValueError, match="first"), make_watch(tmp_path) as watch:
+        watch._file.close()
+        watch._file = mock.Mock(close=mock.Mock(side_effect=OSError("full")))
+        raise ValueError("first")
+
+
 # --- Model FLOPs utilization ---
 
 
 def test_mfu_is_model_flops_per_second_over_the_peak(tmp_path, capsys):
-    work = Work(flops_per_token=6e9, peak_flops=1e12)
+    work = metrics.Work(flops_per_token=6e9, peak_flops=1e12)
     with make_watch(tmp_path, work=work) as watch:
-        watch.step(1, values(1), 20)
-        watch.step(2, values(2), 20)
+        take(watch, 1, 2)
     for row in read_metrics(tmp_path):
         # The same product in another order.
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 0.006, rel=1e-12)
@@ -193,15 +139,9 @@ def test_mfu_is_model_flops_per_second_over_the_peak(tmp_path, capsys):
 
 
 def make_step(dtype="bfloat16", remat="full", length=512):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = LlamaConfig(**sizes, **heads, num_hidden_layers=3)
     lora = LoraConfig(r=4, target_modules=("q_proj",))
     return Step(config, Compute(dtype=dtype, remat=remat, lora=lora), length=length)
 
@@ -222,22 +162,22 @@ def test_model_flops_per_token_are_those_counted_by_hand(remat):
 
 
 def test_the_peak_is_known_by_the_device_kind_and_for_16_bits(monkeypatch):
-    assert work_of(make_step(), np.array([5])) is None  # a CPU
+    assert metrics.work_of(make_step(), np.array([5])) is None  # a CPU
 
     class Device:
         device_kind = "NVIDIA H200"
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    work = work_of(make_step(), np.array([5]))
+    work = metrics.work_of(make_step(), np.array([5]))
     assert work is not None and work.peak_flops == 989e12
-    assert work_of(make_step(dtype="float32"), np.array([5])) is None
+    assert metrics.work_of(make_step(dtype="float32"), np.array([5])) is None
     Device.device_kind = "NVIDIA H200 NVL"
-    assert work_of(make_step(), np.array([5])) is None
+    assert metrics.work_of(make_step(), np.array([5])) is None
 
 
 def test_peak_memory_and_age_of_the_process():
     jax.local_devices()
-    assert peak_memory_bytes() > 10_000_000
+    assert metrics.peak_memory_bytes() > 10_000_000
     program = (
         "import time; time.sleep(0.3)\n"
         "from qlora_jax.runs.metrics import process_seconds\n"
@@ -247,7 +187,7 @@ def test_peak_memory_and_age_of_the_process():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     elapsed = time.perf_counter() - began
     assert 0.3 <= float(done.stdout) <= elapsed + 0.1
-    assert process_seconds() > 0
+    assert metrics.process_seconds() > 0
 
 
 # --- Trackers ---
@@ -296,35 +236,10 @@ def test_tensorboard_gets_the_hugging_face_names_and_purges_repeated_steps(tmp_p
         assert (start + 1, "start", None) in read_events(tmp_path)
 
 
-class FakeWandb(types.ModuleType):
-    """The part of wandb's API that is used."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.started, self.logged, self.metrics, self.finished = [], [], [], 0
-
-    def init(self, **options):
-        self.started.append(options)
-        return types.SimpleNamespace(
-            id=options["id"] or "k1",
-            log=self.logged.append,
-            define_metric=lambda name, **by: self.metrics.append((name, by)),
-            finish=self.finish,
-        )
-
-    def finish(self):
-        self.finished += 1
-
-    class Table:
-        def __init__(self, columns):
-            self.columns, self.rows = columns, []
-
-        def add_data(self, *row):
-            self.rows.append(row)
-
-
 def test_wandb_resumes_one_run_and_finishes_it_after_an_error(tmp_path, monkeypatch):
-    wandb = FakeWandb()
+    wandb = mock.Mock()
+    theirs = wandb.init.return_value
+    theirs.id = "k1"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = LogConfig(report_to=("wandb",), project="stories")
     directory = tmp_path / "third"
@@ -333,22 +248,24 @@ def test_wandb_resumes_one_run_and_finishes_it_after_an_error(tmp_path, monkeypa
     for start in (0, 2):
         with open_trackers(log, directory, settings, start) as (run,):
             run.log(TRAIN)
-    first, second = wandb.started
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["id"], second["id"]) == (None, "k1")
     assert first["name"] == "third" and first["project"] == "stories"
     assert first["config"] == {"lora": {"r": 4}} and first["resume"] == "allow"
     # Steps are repeated after a kill, so they are a metric like the others.
-    assert ("*", {"step_metric": "train/global_step"}) in wandb.metrics
-    assert wandb.logged[0] == {
+    theirs.define_metric.assert_any_call("*", step_metric="train/global_step")
+    assert theirs.log.call_args_list[0].args[0] == {
         **{"train/loss": 2.5, "train/learning_rate": 0.125, "train/seconds": 1.5},
         "train/global_step": 3,
     }
-    assert wandb.finished == 2
+    assert theirs.finish.call_count == 2
     with pytest.raises(ValueError), open_trackers(log, directory, {}, 2) as (run,):
         run.log_sample(4, "Once", "upon")
         raise ValueError
-    assert wandb.logged[-1]["samples"].rows == [(4, "Once", "upon")]
-    assert wandb.finished == 3
+    wandb.Table.assert_called_once_with(columns=["step", "prompt", "text"])
+    assert theirs.log.call_args.args[0]["samples"] == wandb.Table.return_value
+    wandb.Table.return_value.add_data.assert_called_once_with(4, "Once", "upon")
+    assert theirs.finish.call_count == 3
 
 
 @pytest.mark.parametrize(
@@ -360,15 +277,3 @@ def test_a_missing_tracker_package_is_named(name, package, monkeypatch):
     check_trackers(LogConfig())
     with pytest.raises(UserError, match=rf'"{name}"\] needs .*pip install {package}\.'):
         check_trackers(LogConfig(report_to=(name,)))
-
-
-@pytest.mark.parametrize(
-    ("report_to", "message"),
-    [
-        (("comet",), "knows 'tensorboard', 'wandb', got 'comet'"),
-        (("wandb", "wandb"), "repeats a name"),
-    ],
-)
-def test_unknown_and_repeated_trackers_are_refused(report_to, message):
-    with pytest.raises(UserError, match=message):
-        LogConfig(report_to=report_to)

@@ -7,14 +7,9 @@ import pytest
 import tyro
 
 from qlora_jax.errors import UserError
+from qlora_jax.runs import overrides
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.overrides import (
-    given_lora,
-    option_defaults,
-    option_keys,
-    unchecked_config,
-    values_of,
-)
+from qlora_jax.runs.overrides import option_keys, values_of
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import ParameterGroup
 
@@ -35,6 +30,7 @@ warmup_steps = 5
 match = "norm"
 learning_rate = 1e-6
 """
+BIAS = ParameterGroup("bias", learning_rate=1e-6)
 HINTS = get_type_hints(RunConfig)
 KEYS = [
     f"{section}.{field.name}"
@@ -53,8 +49,8 @@ def file(tmp_path):
 
 def merge(file, *args) -> RunConfig:
     """Reads file and options as `train` does."""
-    default = None if file is None else option_defaults(read_config(file))
-    like, start = unchecked_config(default)
+    default = None if file is None else overrides.option_defaults(read_config(file))
+    like, start = overrides.unchecked_config(default)
     start = tyro.MISSING_NONPROP if start is None else start
     options = tyro.cli(like, args=args, default=start)
     return read_config(file, values_of(options, option_keys(args)))
@@ -62,11 +58,10 @@ def merge(file, *args) -> RunConfig:
 
 @pytest.mark.parametrize("key", [*KEYS, "output_dir"])
 def test_a_setting_is_recognized_in_every_spelling_of_its_option(key):
-    section, _, name = key.rpartition(".")
-    prefix = f"--{section}." if section else "--"
-    hyphened = name.replace("_", "-")
-    spellings = [name, hyphened, f"no-{hyphened}", f"no_{name}", f"{hyphened}=--x"]
-    for spelling in spellings:
+    section, dot, name = key.rpartition(".")
+    prefix, hyphened = f"--{section}{dot}", name.replace("_", "-")
+    negated = (f"no-{hyphened}", f"no_{name}")
+    for spelling in (name, hyphened, *negated, f"{hyphened}=--x"):
         assert option_keys(["value", prefix + spelling, "-1"]) == {key}
 
 
@@ -75,12 +70,10 @@ def test_other_options_and_values_are_not_settings():
     assert option_keys(args) == set()
 
 
-def test_without_options_the_file_holds(file):
-    assert merge(file) == read_config(file)
-
-
 def test_an_option_changes_its_setting_and_no_other(file):
-    config, plain = merge(file, "--lora.r", "2", "--train.steps=20"), read_config(file)
+    plain = read_config(file)
+    assert merge(file) == plain
+    config = merge(file, "--lora.r", "2", "--train.steps=20")
     assert (config.lora.r, config.train.steps) == (2, 20)
     assert dataclasses.replace(config.lora, r=plain.lora.r) == plain.lora
     assert dataclasses.replace(config.train, steps=10) == plain.train
@@ -96,13 +89,9 @@ def test_an_option_changes_its_setting_and_no_other(file):
         (("--eval.path", "a", "b"), "eval.path", ("a", "b")),
         (("--lora.target-modules", "q_proj"), "lora.target_modules", ("q_proj",)),
         (("--lora.rank-pattern", "v_proj", "2"), "lora.rank_pattern", {"v_proj": 2}),
+        (("--train.groups.0.match", "bias"), "train.groups", (BIAS,)),
         (
-            ("--train.groups.0.match", "bias"),
-            "train.groups",
-            (ParameterGroup("bias", learning_rate=1e-6),),
-        ),
-        (
-            "--model.rope-scaling rope_type linear factor 4".split(),
+            ("--model.rope-scaling", "rope_type", "linear", "factor", "4"),
             "model.rope_scaling",
             {"factor": 4, "rope_type": "linear"},
         ),
@@ -118,38 +107,33 @@ def test_values_of_every_kind_override_the_file(file, args, key, value):
 
 def test_options_alone_make_a_run():
     args = ("--model.path", "base", "--data.path", "rows", "--train.steps", "3")
-    config = merge(None, *args)
-    assert config == read_config(
-        overrides={"model.path": "base", "data.path": "rows", "train.steps": 3}
-    )
+    values = {"model.path": "base", "data.path": "rows", "train.steps": 3}
+    assert merge(None, *args) == read_config(overrides=values)
 
 
 def test_problems_of_all_options_are_listed(file):
     with pytest.raises(UserError) as raised:
         merge(file, "--train.steps", "4", "--lora.r", "0", "--data.max-length", "1")
-    assert [problem.split("`")[1] for problem in raised.value.problems] == [
-        "data.max_length",
-        "r",
-        "warmup_steps",
-    ]
+    named = [problem.split("`")[1] for problem in raised.value.problems]
+    assert named == ["data.max_length", "r", "warmup_steps"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("values", "message"),
     [
         ({"train.stepz": 3}, r"\[train\] `stepz` is not an option .*`steps`"),
         ({"tarin.steps": 3}, r"`tarin` is not an option here\. Did you mean `train`"),
         ({"train.steps": "3"}, r"\[train\] `steps` must be an integer, got '3'"),
     ],
 )
-def test_overrides_are_checked_like_a_file(file, overrides, message):
+def test_overrides_are_checked_like_a_file(file, values, message):
     with pytest.raises(UserError, match=message):
-        read_config(file, overrides)
+        read_config(file, values)
     with pytest.raises(UserError, match="missing `model`, `data`"):
-        read_config(None, overrides)
+        read_config(None, values)
 
 
 def test_lora_settings_are_given_by_the_file_or_by_options(file):
     keys = option_keys(["--lora.r", "2", "--train.steps", "3"])
-    assert given_lora(None, keys) == {"r"}
-    assert given_lora(file, keys) == {"r", "rank_pattern", "alpha_pattern"}
+    assert overrides.given_lora(None, keys) == {"r"}
+    assert overrides.given_lora(file, keys) == {"r", "rank_pattern", "alpha_pattern"}

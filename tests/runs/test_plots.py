@@ -1,21 +1,16 @@
 """loss.png, its share of a run's time, and the geometry of charts."""
 
+import itertools
 import json
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from qlora_jax.runs.plots import (
-    BackgroundPlot,
-    Curve,
-    chart,
-    draw_loss,
-    running_mean,
-    thin,
-    ticks,
-)
+from qlora_jax.runs import plots
+from qlora_jax.runs.plots import BackgroundPlot, Curve, chart, draw_loss, thin
 
 # --- loss.png ---
 
@@ -55,7 +50,7 @@ def test_without_matplotlib_nothing_is_drawn(tmp_path, capsys, monkeypatch):
 )
 def test_the_running_mean_is_centred_and_shrinks_at_the_ends(index, half):
     values = np.random.default_rng(0).normal(size=200)
-    mean, width = running_mean(values)
+    mean, width = plots.running_mean(values)
     assert width == 11
     expected = values[index - half : index + half + 1].mean()
     # Differences of float64 sums of 200 numbers of size 1.
@@ -82,28 +77,20 @@ def test_background_drawing_takes_half_a_percent_of_the_time(tmp_path):
     may_end.set()
     plot.wait()
     assert drawn == [5000.0]
-    began = now  # the drawing has ended; it took 2 s since 5000
-    pause = 2.0 / 0.005
-    now = began + pause - 1
+    pause = 2.0 / 0.005  # the drawing has ended; it took 2 s since 5000
+    now += pause - 1
     assert not plot.start_if_due()
     # The first drawing also counted the time in which it was held up.
-    now = began + 1_000_000
-    assert plot.start_if_due()
-    plot.wait()
-    now = drawn[-1] + 2.0 + pause + 1
-    assert plot.start_if_due()
-    plot.wait()
+    for wait in (1_000_001 - pause, pause + 1):
+        now += wait
+        assert plot.start_if_due()
+        plot.wait()
     assert len(drawn) == 3
 
 
 def test_a_full_disk_is_a_note(tmp_path, capsys):
-    now = 0.0
-
-    def draw(directory, quiet):
-        raise OSError("no space left")
-
-    plot = BackgroundPlot(tmp_path, draw=draw, clock=lambda: now)
-    now = 1000.0
+    draw = mock.Mock(side_effect=OSError("no space left"))
+    plot = BackgroundPlot(tmp_path, draw=draw, clock=itertools.count(0, 500).__next__)
     assert plot.start_if_due()
     plot.wait()
     assert "loss.png was not drawn: no space left" in capsys.readouterr().err
@@ -122,7 +109,7 @@ def test_a_full_disk_is_a_note(tmp_path, capsys):
     ],
 )
 def test_ticks_are_round_numbers_between(low, high, expected):
-    values, _ = ticks(low, high, 5)
+    values, _ = plots.ticks(low, high, 5)
     # Products of a count and a power of ten in float64.
     np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-18)
 
@@ -160,9 +147,7 @@ def test_one_value_is_a_dot_and_points_are_dots_on_a_line():
     assert [dot[2] for dot in line.dots] == ["a, step 3: 1.5"]
     (line,) = chart([Curve("a", [1, 2], [5.0, 6.0], style="points")], label="two").lines
     assert [dot[:2] for dot in line.dots] == line.points
-
-
-def test_curves_without_a_finite_value_and_flat_ones_have_charts():
+    # Curves without a finite value and flat ones have charts too.
     assert not chart([Curve("a", [1], [float("inf")])], label="none").lines
     (line,) = chart([Curve("a", [1, 2], [0.0, 0.0])], label="flat").lines
     assert len(line.points) == 2

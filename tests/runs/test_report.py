@@ -19,51 +19,34 @@ HIDDEN = "\u202e\x1b\x00\ud800\u2028"
 SHOWN = "[U+202E][U+001B][U+0000][U+D800][U+2028]"
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture
 def directory(tmp_path):
     """A run that is not complete, with a hostile string wherever there is a string."""
     run = tmp_path / "a <run>"
     (run / "adapter").mkdir(parents=True)
     (run / "config.toml").write_text(f"# {EVIL}\n")
-    steps = [
-        {
-            "step": step,
-            "loss": 5 / step,
-            "grad_norm": 1.0,
-            "learning_rate": 1e-3,
-            "supervised_tokens": 10,
-            "tokens_per_second": 100.0 * step,
-            "seconds": 0.5,
-            "peak_memory_bytes": 3_000_000_000,
-            "mfu": 0.4,
-        }
+    always = {"grad_norm": 1.0, "learning_rate": 1e-3, "supervised_tokens": 10}
+    always |= {"seconds": 0.5, "peak_memory_bytes": 3_000_000_000, "mfu": 0.4}
+    rows = [
+        {"step": step, "loss": 5 / step, "tokens_per_second": 100.0 * step, **always}
         for step in range(1, 21)
     ]
     # The first was on other held-out data, so its loss does not count as the best.
-    evaluations = [
+    rows += [
         {"step": step, "eval_loss": loss, "eval_perplexity": 9.0, "eval_data": data}
         for step, loss, data in ((1, 0.1, "c"), (5, 3.5, "d"), (10, 1.25, "d"))
     ]
-    evaluations.append({**evaluations[-1], "step": 15, "eval_loss": 1.5})
-    rows = sorted(steps + evaluations, key=lambda row: row["step"])
-    write_rows(run / "metrics.jsonl", rows)
+    rows.append({**rows[-1], "step": 15, "eval_loss": 1.5})
     samples = [
         {"step": step, "prompt": EVIL, "text": f" wrote {step} {EVIL} {HIDDEN}"}
         for step in (10, 20)
     ]
-    write_rows(run / "samples.jsonl", samples)
-    data = {
-        "rows_read": 12,
-        "examples": 11,
-        "tokens": 110,
-        "dropped": {EVIL: 1},
-        "sources": [{"name": EVIL, "share": 0.5}],
-        "fingerprint": "f" * 64,
-    }
+    rows.sort(key=lambda row: row["step"])
+    for name, content in (("metrics", rows), ("samples", samples)):
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (run / f"{name}.jsonl").write_text(lines)
+    data = {"rows_read": 12, "examples": 11, "tokens": 110, "dropped": {EVIL: 1}}
+    data |= {"sources": [{"name": EVIL, "share": 0.5}], "fingerprint": "f" * 64}
     started = {
         "planned_steps": 40,
         "trainable_parameters": 1000,
@@ -102,48 +85,34 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(directory):
-    return Page(render_run(read_run(directory)))
+def html(directory):
+    return render_run(read_run(directory))
 
 
-def test_the_page_is_self_contained_and_runs_nothing(page):
+def test_the_page_is_self_contained_and_shows_strings_as_they_are_stored(html):
+    page = Page(html)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not {"src", "href", "onload"} & {name for name, _ in page.attributes}
-
-
-def test_strings_are_shown_as_they_are_stored(page):
     assert page.text.count(EVIL) >= 11 and "a <run>" in page.text
     assert page.text.count(SHOWN) == 2
     assert not set(HIDDEN) & set(page.text)
 
 
-@pytest.mark.parametrize(
-    "expected",
-    [
-        "step 20 of 40 when this was written",
-        "best held-out loss, step 10",
-        "1.2500",
-        "10.0 s",
-        "75.0%",
-        "2.00 GB",
-        "40.0%",
-        "continued from: trainable parameters before",
-        *("learning rate", "5e-05", "0.0002"),
-        "weight decay",  # a field of one group only
-        "a <run>/adapter",
-    ],
-)
-def test_the_page_has_the_numbers_of_the_run(page, expected):
-    assert expected in page.text
+def test_the_page_has_the_numbers_of_the_run(html):
+    text = Page(html).text
+    for expected in (
+        *("step 20 of 40 when this was written", "best held-out loss, step 10"),
+        *("1.2500", "10.0 s", "75.0%", "2.00 GB", "40.0%", "a <run>/adapter"),
+        *("continued from: trainable parameters before", "learning rate", "5e-05"),
+        *("0.0002", "weight decay"),  # a field of one group only
+    ):
+        assert expected in text
+    # Samples are newest first, and zeros of a plan are left out.
+    assert text.index("wrote 20") < text.index("wrote 10")
+    assert "device bytes: loss" not in text
 
 
-def test_samples_are_newest_first_and_zeros_of_a_plan_are_left_out(page):
-    assert page.text.index("wrote 20") < page.text.index("wrote 10")
-    assert "device bytes: loss" not in page.text
-
-
-def test_charts_are_svg_with_their_curves(directory):
-    html = render_run(read_run(directory))
+def test_charts_are_svg_with_their_curves(html):
     charts = re.findall(r"<svg.*?</svg>", html, re.S)
     assert len(charts) == 6
     loss, *small = (ElementTree.fromstring(svg) for svg in charts)
@@ -156,8 +125,7 @@ def test_charts_are_svg_with_their_curves(directory):
     assert all(len(list(svg.iter("polyline"))) == 1 for svg in small)
 
 
-def test_every_css_variable_is_defined(directory):
-    html = render_run(read_run(directory))
+def test_every_css_variable_is_defined(html):
     used = set(re.findall(r"var\(--([\w-]+)\)", html))
     defined = re.findall(r"--([\w-]+):", html)
     assert used <= set(defined)
@@ -165,16 +133,14 @@ def test_every_css_variable_is_defined(directory):
 
 
 @pytest.mark.parametrize(
-    ("report", "expected"),
+    ("why", "expected"),
     [
-        ({"steps": 20, "stopped_early": None}, "Finished after 20 steps."),
-        (
-            {"steps": 20, "stopped_early": f"because {EVIL}"},
-            f"Ended early after step 20 of 40: because {EVIL}.",
-        ),
+        (None, "Finished after 20 steps."),
+        (f"because {EVIL}", f"Ended early after step 20 of 40: because {EVIL}."),
     ],
 )
-def test_the_state_of_a_complete_run(directory, report, expected):
+def test_the_state_of_a_complete_run(directory, why, expected):
+    report = {"steps": 20, "stopped_early": why}
     run = dataclasses.replace(read_run(directory), report=report)
     assert expected in Page(render_run(run)).text
 

@@ -7,19 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import convert
 from qlora_jax.cli.main import main
 from qlora_jax.data.config import Source
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.runs import prepare as prepared
 from qlora_jax.runs import runner
-from qlora_jax.runs.config import (
-    EvalConfig,
-    RunConfig,
-)
+from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.directory import run_lock
-from qlora_jax.runs.metrics import Watch, read_metrics
 from qlora_jax.runs.resume import run_record
+from tests.runs.directories import after_step, losses, weights
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 STEPS = 7
@@ -31,10 +27,10 @@ def sources(rows_file, tmp_path_factory):
     rows = rows_file.read_text().splitlines()
     folder = tmp_path_factory.mktemp("sources")
     sources = []
-    for number, part in enumerate((rows[:13], rows[13:17], rows[17:])):
-        path = folder / f"{number}.jsonl"
+    for weight, part in ((3, rows[:13]), (1, rows[13:17]), (2, rows[17:])):
+        path = folder / f"{weight}.jsonl"
         path.write_text("\n".join(part))
-        sources.append(Source(path=str(path), weight=(3, 1, 2)[number]))
+        sources.append(Source(path=str(path), weight=weight))
     return tuple(sources)
 
 
@@ -42,35 +38,17 @@ def sources(rows_file, tmp_path_factory):
 def make(make):
     """A function: directory, settings of [data] -> a run of packed rows."""
 
-    def packed(directory, **data) -> RunConfig:
+    def packed(directory, steps=STEPS, held_out=None, **data) -> RunConfig:
         return make(
             directory,
             data={"packing": True, **data},
-            train={"steps": STEPS, "gradient_accumulation_steps": 2},
+            train={"steps": steps, "gradient_accumulation_steps": 2},
+            eval=held_out or {},
             lora={"r": 2, "lora_alpha": 4, "target_modules": ("q_proj",)},
             checkpoint={"every": 2},
         )
 
     return packed
-
-
-def losses(directory: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in read_metrics(directory)]
-
-
-def adapter(directory: Path) -> bytes:
-    return (directory / "adapter/adapter_model.safetensors").read_bytes()
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    noted = Watch.step
-
-    def stop(self, number, *rest):
-        noted(self, number, *rest)
-        if number == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Watch, "step", stop)
 
 
 @pytest.fixture(scope="module")
@@ -81,27 +59,23 @@ def straight(make, sources, tmp_path_factory):
     return directory, report
 
 
-@pytest.mark.parametrize("step", [2, 5])
-@pytest.mark.parametrize("cache", [None, "auto"])
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "cache"), [(2, None), (5, "auto")])
 def test_a_mixture_continues_to_the_same_bits(
-    straight, make, sources, tmp_path, monkeypatch, step, cache
+    straight, make, sources, tmp_path, step, cache
 ):
     config = make(tmp_path / "run", sources=sources, seed=5, cache=cache)
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(config)
+    with after_step(step, interrupt), pytest.raises(KeyboardInterrupt):
+        runner.run(config)
     # Where the tokens are held has no part in what a run is.
-    other = make(
-        tmp_path / "run",
-        sources=sources,
-        seed=5,
-        cache=str(tmp_path / "elsewhere") if cache is None else None,
-    )
-    report = runner.run(other)
+    other = str(tmp_path / "elsewhere") if cache is None else None
+    report = runner.run(make(tmp_path / "run", sources=sources, seed=5, cache=other))
     directory, expected = straight
     assert losses(tmp_path / "run") == losses(directory)
-    assert adapter(tmp_path / "run") == adapter(directory)
+    assert weights(tmp_path / "run") == weights(directory)
     assert report["data"] == expected["data"]
     assert report["data"]["sources"][0]["share"] == 0.5
     assert (tmp_path / "run.data").exists() == (cache == "auto")
@@ -110,12 +84,11 @@ def test_a_mixture_continues_to_the_same_bits(
 def test_a_mixture_that_changed_is_refused(make, sources, tmp_path, straight):
     directory, _ = straight
     first, *rest = sources
-    heavier = (Source(path=first.path, weight=4), *rest)
     shorter = tmp_path / "shorter.jsonl"
     lines = Path(str(first.path)).read_text().splitlines()
     shorter.write_text("\n".join(lines[:-1]))
     for changed in (
-        heavier,
+        (Source(path=first.path, weight=4), *rest),
         (Source(path=str(shorter), weight=3), *rest),
         sources[::-1],
     ):
@@ -142,10 +115,7 @@ def test_the_settings_of_a_run_with_a_mixture_continue_it(straight, capsys):
 def test_the_held_out_part_of_a_mixture_is_measured_by_source(
     make, sources, rows_file, tmp_path, capsys
 ):
-    config = make(tmp_path / "run", sources=sources)
-    short = dataclasses.replace(config.train, steps=1)
-    held = EvalConfig(examples=6)
-    report = runner.run(dataclasses.replace(config, train=short, eval=held))
+    report = runner.run(make(tmp_path / "run", 1, {"examples": 6}, sources=sources))
     assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
     mixture = json.loads(capsys.readouterr().out)
     assert mixture["rows"] == 6 == sum(s["rows"] for s in mixture["sources"].values())
@@ -166,14 +136,20 @@ def test_the_record_has_what_makes_the_rows(make, rows_file):
     }
 
 
-def test_fewer_rows_than_a_step_takes_are_noted(make, rows_file, tmp_path, capsys):
-    config = make(tmp_path / "run", path=str(rows_file))
+def test_fewer_rows_than_a_step_takes_are_noted(
+    make, rows_file, architecture, tmp_path, capsys
+):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(rows_file.read_text().splitlines()[:3]))
-    assert "repeated" not in notes_of(config, capsys)
-    config = make(tmp_path / "run", path=str(few))
+
+    def notes_of(path):
+        config = make(tmp_path / "run", path=str(path))
+        prepared._load_data(config, architecture)
+        return capsys.readouterr().err
+
+    assert "repeated" not in notes_of(rows_file)
     note = "the data make 1 row and a step takes 4, so that rows are rep"
-    assert note in notes_of(config, capsys)
+    assert note in notes_of(few)
 
 
 def test_eval_settings_without_data_to_measure_are_reported(
@@ -193,25 +169,20 @@ def test_eval_settings_without_data_to_measure_are_reported(
         assert error.startswith(note) and bool(error) == bool(note)
 
 
-def notes_of(config: RunConfig, capsys) -> str:
-    architecture, _ = convert.abstract_llama(config.model.path, quantization=None)
-    prepared._load_data(config, architecture)
-    return capsys.readouterr().err
-
-
 def test_a_changed_run_is_refused_before_anything_is_compiled(
-    make, rows_file, tmp_path, monkeypatch
+    make, sources, straight, tmp_path, monkeypatch
 ):
-    directory = tmp_path / "run"
-    config = make(directory, path=str(rows_file))
-    runner.run(config)
+    directory, _ = straight
+    config = make(directory, sources=sources, seed=5)
     monkeypatch.setattr(prepared, "compile_step", pytest.fail)
     other = dataclasses.replace(config.train, learning_rate=0.5, batch_size=3)
-    with pytest.raises(UserError) as refused:
+    message = r"train\.batch_size: 2 -> 3\n- train\.learning_rate: "
+    with pytest.raises(UserError, match=message):
         runner.run(dataclasses.replace(config, train=other))
-    assert "train.batch_size: 2 -> 3\n- train.learning_rate: " in str(refused.value)
-    shorter = dataclasses.replace(config.train, steps=STEPS - 1)
     with pytest.raises(UserError, match=f"has taken {STEPS} steps already"):
-        runner.run(dataclasses.replace(config, train=shorter))
-    with run_lock(directory), pytest.raises(UserError, match="Another process is trai"):
-        runner.run(config)
+        runner.run(make(directory, STEPS - 1, sources=sources, seed=5))
+    (tmp_path / "new").mkdir()
+    for output in (directory, tmp_path / "new"):
+        other = make(output, sources=sources, seed=5)
+        with run_lock(output), pytest.raises(UserError, match="Another process is tr"):
+            runner.run(other)
