@@ -190,7 +190,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     # The reason is the platform that the probe reports, not that the probe failed.
-    assert "gpu_check: jax finds no GPU here (jax's platform is cpu" in done.stderr
+    assert "gpu_check: jax finds no GPU here (its device is cpu)" in done.stderr
     assert not out.exists()
 
 
