@@ -203,12 +203,23 @@ def test_a_decoding_gives_the_tokens_of_generate_tokens(tiny, settings):
     assert out == added[0][: added[0].index(end) + 1]
 
 
-def test_the_penalty_covers_prompt_and_continuation(tiny):
+@pytest.mark.parametrize("padding_is_likely", [False, True])
+def test_the_penalty_covers_prompt_and_continuation(tiny, padding_is_likely):
     """Against the formula, token by token; padding of a shorter row counts nothing."""
-    rows = generate_tokens(*tiny, PROMPTS, max_new_tokens=8, repetition_penalty=1.5)
-    assert rows != generate_tokens(*tiny, PROMPTS, max_new_tokens=8)
+    model, variables = tiny
+    if padding_is_likely:  # token 0 is what the shortest row continues with
+        likely = generate_tokens(*tiny, PROMPTS[1:2], max_new_tokens=1)[0][-1]
+        head = variables["params"]["lm_head"]["weight"]
+        head = head.at[jnp.asarray([0, likely])].set(head[jnp.asarray([likely, 0])])
+        params = {**variables["params"], "lm_head": {"weight": head}}
+        variables = {"params": params}
+    rows = generate_tokens(
+        model, variables, PROMPTS, max_new_tokens=8, repetition_penalty=1.5
+    )
+    assert rows != generate_tokens(model, variables, PROMPTS, max_new_tokens=8)
+    assert rows[1][1] == 0 or not padding_is_likely
     for prompt, row in zip(PROMPTS, rows, strict=True):
-        logits = np.asarray(apply(*tiny, jnp.asarray([row]))[0])
+        logits = np.asarray(apply(model, variables, jnp.asarray([row]))[0])
         for at in range(len(prompt), len(row)):
             scores = logits[at - 1].copy()
             used = sorted(set(row[:at]))

@@ -186,6 +186,9 @@ def test_flops_are_those_of_the_products():
     adapters = 6 * 83_886_080
     expected = 4 * linear + 4 * head + attention + adapters
     assert estimate.flops_per_token(step) == pytest.approx(expected, rel=1e-12)
+    tied = dataclasses.replace(step.config, tie_word_embeddings=True)
+    tied = dataclasses.replace(step, config=tied)  # the table is read as the head
+    assert estimate.flops_per_token(tied) == pytest.approx(expected, rel=1e-12)
     full = dataclasses.replace(step, compute=STEP.compute)
     down = 32 * 14336 * 4096
     more = 2 * (linear - down) + attention / 3.5 + 2 * 83_886_080

@@ -8,7 +8,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.params import tree_bytes, tree_size
-from qlora_jax.planning.estimate import parameter_report
+from qlora_jax.planning.estimate import parameter_report, step_memory
 from qlora_jax.planning.step import (
     Step,
     StepMemory,
@@ -75,6 +75,14 @@ def test_the_kinds_of_a_compiled_step_sum_to_its_bytes():
     assert memory.adapters == 4 * report.trainable_parameters
     # The step's number and the random key are state as well.
     assert memory.optimizer == report.optimizer_bytes + 4 + 8
+
+
+def test_the_arguments_of_a_step_are_estimated_to_the_byte():
+    train = TrainConfig(steps=1, batch_size=2, gradient_accumulation_steps=3)
+    step = dataclasses.replace(STEP, train=train, packed=True)
+    compiled, formula = StepMemory.of(lower(step).compile(), step), step_memory(step)
+    for name in ("base", "adapters", "optimizer", "batch"):
+        assert getattr(formula, name) == getattr(compiled, name), name
 
 
 def test_a_longer_step_takes_more():

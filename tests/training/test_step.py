@@ -18,7 +18,7 @@ from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import tree_bytes
 from qlora_jax.planning.step import Step, abstract_arguments, lower
 from qlora_jax.training.config import TrainConfig
-from qlora_jax.training.objectives import loss_sum
+from qlora_jax.training.objectives import NEXT_TOKEN, loss_sum
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.parameter_groups import schedule
 from qlora_jax.training.step import eval_step, init_state, train_step
@@ -302,6 +302,21 @@ def test_a_step_that_is_not_finite_changes_only_the_step_number(bad):
     first = jax.tree.leaves(kept[0])[0]
     assert not np.array_equal(jax.tree.leaves(state.adapters)[0], first)
     assert step._cache_size() == 1
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing():
+    def steep(tree, *args, **keywords):
+        # The derivative of a square root at 0 is infinite.
+        return loss_sum(tree, *args, **keywords) + jnp.sqrt(
+            0.0 * jax.tree.leaves(tree)[0].sum()
+        )
+
+    objective = NEXT_TOKEN._replace(loss_sum=steep)
+    state, metrics = jax.jit(
+        functools.partial(train_step, model=llama(), optimizer=SGD, objective=objective)
+    )(begin(SGD), base(), window(1, 4))
+    assert np.isfinite(metrics["loss"]) and not metrics["finite"]
+    all_equal(state.adapters, adapters())
 
 
 def test_a_window_without_supervision_is_a_step_of_zero():
