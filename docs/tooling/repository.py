@@ -127,7 +127,7 @@ def _summary(path: Path) -> str:
         return ""
     docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     paragraph = " ".join(docstring.partition("\n\n")[0].split())
-    sentence = re.match(r".+?[.?!](?=\s|$)", paragraph)
+    sentence = re.match(r".+?(?<! al)[.?!](?=\s|$)", paragraph)
     return sentence[0] if sentence else paragraph
 
 

@@ -213,11 +213,7 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
     arguments = abstract_arguments(step)
     if mesh is not None:
         check_mesh(mesh.shape, step.train.batch_size)
-    jitted = jit_step(
-        model,
-        _optimizer(step, arguments[1]),
-        neftune_noise_alpha=step.train.neftune_noise_alpha,
-    )
+    jitted = jit_step(model, _optimizer(step, arguments[1]), step.train)
     if mesh is None:
         return jitted.lower(*arguments)
     # Kernels are chosen by the device kind of the mesh in context.

@@ -213,9 +213,7 @@ def _compile_policy(
     """Compiles the step under one policy; its plan tells whether it fits."""
     step = policy.apply(plain)
     model = model.clone(compute=step.compute)
-    jitted = jit_step(
-        model, optimizer, neftune_noise_alpha=plain.train.neftune_noise_alpha
-    )
+    jitted = jit_step(model, optimizer, plain.train)
     compiled = jitted.lower(*arguments).compile()
     give_back_freed_memory()
     memory = StepMemory.of(compiled, step, arguments=arguments)

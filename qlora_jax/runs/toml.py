@@ -55,7 +55,7 @@ def read_config(
       path: a run file that is complete in itself, or a run directory; None = there are
         overrides alone.
       overrides: dotted key ("train.steps", "output_dir") -> value, in Python's types or
-        in TOML's.
+        in TOML's. One of `train.steps` and `train.epochs` replaces the other.
 
     Raises:
       UserError: the file cannot be read; keys that are unknown, of a wrong type, or
@@ -67,7 +67,12 @@ def read_config(
         config = _structure(RunConfig, table, f"{settings_file(path)}: ")
         if not overrides:
             return config
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    lengths = {"train.steps", "train.epochs"}
+    if len(lengths & overrides.keys()) == 1:
+        (replaced,) = lengths - overrides.keys()
+        table.get("train", {}).pop(replaced.removeprefix("train."), None)
+    for key, value in overrides.items():
         section, _, name = key.rpartition(".")
         (table.setdefault(section, {}) if section else table)[name] = value
     return _structure(RunConfig, table, "")

@@ -26,6 +26,7 @@ import optax
 from jaxtyping import Array
 
 from qlora_jax.models import Llama
+from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import (
     NEXT_TOKEN,
     Batch,
@@ -179,17 +180,19 @@ def _accumulate(
 
 
 def jit_step(
-    model: Llama,
-    optimizer: optax.GradientTransformation,
-    *,
-    neftune_noise_alpha: float | None = None,
+    model: Llama, optimizer: optax.GradientTransformation, config: TrainConfig
 ) -> Any:
-    """Returns `train_step` jitted: (state, base, batch), with the state donated."""
+    """Jits `train_step` as a run takes it and `plan` plans it.
+
+    Returns:
+      (state, base, batch) -> (state, metrics), with the state donated.
+    """
     step = partial(
         train_step,
         model=model,
         optimizer=optimizer,
-        neftune_noise_alpha=neftune_noise_alpha,
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        objective=NEXT_TOKEN,
     )
     return jax.jit(step, donate_argnums=0)
 

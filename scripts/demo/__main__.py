@@ -1,4 +1,4 @@
-"""Runs every command once, end to end: a demo that is also a test.
+"""Runs QLoRA from a base model to a verified adapter: a demo that is also a test.
 
     make demo                                  # on a base that it makes itself
     make demo MODEL=path/to/hf-llama DATA=file # on your model and data

@@ -80,6 +80,13 @@ def test_an_option_changes_its_setting_and_no_other(file):
     assert config.model == plain.model and config.data == plain.data
 
 
+def test_steps_and_epochs_replace_each_other(file):
+    train = merge(file, "--train.epochs", "2").train
+    assert (train.steps, train.epochs) == (None, 2.0)
+    with pytest.raises(UserError, match="either `steps` or `epochs`"):
+        merge(file, "--train.epochs", "2", "--train.steps", "5")
+
+
 @pytest.mark.parametrize(
     ("args", "key", "value"),
     [

@@ -1,4 +1,4 @@
-"""The rules of the house, held on the source itself.
+"""The structure of the source tree, checked on the source itself.
 
 What may import what, what importing may do, how large a module may be, what the wheel
 holds: each rule is data at the top and one test below. (The map of modules on the
@@ -136,7 +136,9 @@ def part_of(name: str) -> tuple[int, str]:
         for part in parts:
             if name == part or (name.startswith(f"{part}.") and part != "qlora_jax"):
                 return line, part
-    raise AssertionError(f"`{name}` belongs to no part in ORDER of tests/test_house.py")
+    raise AssertionError(
+        f"`{name}` belongs to no part in ORDER of tests/test_structure.py"
+    )
 
 
 def is_ours(target: str) -> bool:
