@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import qlora_jax as qj
-from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():
@@ -151,7 +150,7 @@ losses = {}
 for task, data in tasks.items():
     examples = qj.load_examples(data, base.tokenizer, vocab_size=base.config.vocab_size)
     for name, model in models.items():
-        losses[name, task] = measure(model, examples, data, 16).report()["loss"]
+        losses[name, task] = qj.measure_loss(model, examples, data, 16).report()["loss"]
 
 accuracy = {}
 prompts = [row["prompt"] for row in held_out]

@@ -21,7 +21,6 @@ import safetensors.numpy
 
 import convert
 import qlora_jax as qj
-from qlora_jax.runs.evaluation import measure
 
 work = Path("work")
 if not (work / "base").exists():
@@ -175,7 +174,7 @@ for weight in weights:
         part = (model.lora_config, model.adapters, float(weight))
         lora, adapters = qj.combine_adapters([part], model.base)
         scaled = dataclasses.replace(model, lora_config=lora, adapters=adapters)
-    loss.append(measure(scaled, examples, data, 25).report()["loss"])
+    loss.append(qj.measure_loss(scaled, examples, data, 25).report()["loss"])
     texts = scaled.generate(prompts, max_new_tokens=16)
     accuracy.append(np.mean([text == row["prompt"] + row["completion"]
                              for text, row in zip(texts, held_out)]))

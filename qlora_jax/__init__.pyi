@@ -65,6 +65,7 @@ from .runs.runner import run as run
 from .inference.decode import generate_tokens as generate_tokens
 from .planning.estimate import parameter_report as parameter_report
 from .inference.compare import compare_logits as compare_logits
+from .runs.evaluation import measure_loss as measure_loss
 
 # --- Errors ---
 from .errors import UserError as UserError

@@ -305,11 +305,16 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def names_in_text() -> set[str]:
     """Dotted names of the packages in code, in strings of code, and in pages."""
-    pages = (ROOT, ROOT / "docs", ROOT / "notebooks")
-    files = [*ALL_MODULES.values(), *(page for d in pages for page in d.glob("*.md"))]
-    name = re.compile(rf"(?<![\w./-])({'|'.join(PACKAGES)})((?:\.[A-Za-z_]\w*)+)")
-    found = {m[0] for file in files for m in name.finditer(file.read_text())}
-    return {name for name in found if not name.endswith(".md")}
+    pages = (
+        page for d in ("", "docs", "notebooks") for page in (ROOT / d).glob("*.md")
+    )
+    files = [*ALL_MODULES.values(), *pages, *(ROOT / "notebooks").glob("*.py")]
+    text = "\n".join(file.read_text() for file in files)
+    package = rf"(?:{'|'.join(PACKAGES)})"
+    dotted = re.findall(rf"(?<![\w./-]){package}(?:\.[A-Za-z_]\w*)+", text)
+    imported = re.findall(rf"from ({package}[\w.]*) import ([\w, ]+)", text)
+    dotted += [f"{m}.{part.split()[0]}" for m, n in imported for part in n.split(", ")]
+    return {name for name in dotted if not name.endswith(".md")}
 
 
 def test_dotted_names_in_programs_and_pages_exist():
