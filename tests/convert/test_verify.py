@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import ml_dtypes
@@ -35,6 +36,10 @@ def test_every_kind_of_difference(make_model):
 
     result = compare(make_model(name="a"), make_model(change, "b", rms_norm_eps=0.5))
     assert not result.equal
+    nothing = {"missing": [], "extra": [], "different": [], "config": {}}
+    for kind in nothing:  # each is enough
+        others = {name: none for name, none in nothing.items() if name != kind}
+        assert not dataclasses.replace(result, **others).equal
     assert (result.missing, result.extra) == (["lm_head.weight"], ["extra"])
     assert result.config == {"rms_norm_eps": [1e-6, 0.5]}
     different = {d.name: d for d in result.different}
