@@ -258,12 +258,13 @@ def _replace(path: Path, temporary: Path) -> None:
     """Exchanges a directory for a new one; an error puts the old one back."""
     # POSIX exchanges no two directories at once, so the old one steps aside first.
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.rename(path, old)
     try:
+        os.rename(path, old)
         os.rename(temporary, path)
-    except BaseException:  # a signal as well
-        # The signal may have come after the rename, when the new directory is in place.
-        if not path.exists():
+    except BaseException:  # a signal as well, before, between or after the two
+        if path.exists():  # not moved yet, or the new one is in place
+            shutil.rmtree(old)
+        else:
             os.rename(old, path)
         raise
     shutil.rmtree(old)

@@ -456,6 +456,29 @@ def test_error_leaves_nothing_behind(tmp_path, before):
     assert [str(p.relative_to(tmp_path)) for p in after] == before
 
 
+@pytest.mark.parametrize("stop_at", [1, 2])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_signal_while_a_directory_is_replaced_leaves_one_of_the_two(
+    tmp_path, monkeypatch, stop_at, done
+):
+    out, calls, rename = tmp_path / "out", [], os.rename
+    out.mkdir()
+    (out / "old").write_text("1")
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) != stop_at or done:
+            rename(*paths)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_directory(out, overwrite=True) as new:
+        (new / "new").write_text("2")
+    name = "new" if (stop_at, done) == (2, True) else "old"
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", name]
+
+
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     # A file size limit stands in for a full disk: the write fails half-way. In a
     # process of its own, because the limit cannot be raised again.
