@@ -44,8 +44,9 @@ def flash_attention(
     Query head n reads key/value head n // (N // K). Softmax and sums are float32;
     "pallas" rounds the softmax weights to bfloat16 before they are multiplied.
 
-    The residuals of "xla" and "pallas" are named "attention_out" and "attention_lse"
-    for policies of `jax.checkpoint`.
+    "xla" and "pallas" are differentiated in reverse mode only, "reference" in any. The
+    residuals of the first two are named "attention_out" and
+    "attention_lse" for policies of `jax.checkpoint`.
 
     Args:
       q: queries.

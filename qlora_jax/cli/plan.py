@@ -271,10 +271,16 @@ class _Settings:
         options = {
             key: value
             for name, key in _KEYS.items()
-            if (value := getattr(command, name)) not in (None, _FIT)
+            if (value := getattr(command, name)) not in (None, _FIT, "")
         }
+        # A row of one token has nothing to predict.
+        for name, least in (("max_length", 2), ("batch_size", 1)):
+            value = getattr(command, name)
+            if isinstance(value, int) and value < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} must be at least {least}, got {value}.")
         if command.config is None:
-            if command.model is None:
+            if not command.model:
                 raise UserError(
                     "Name the model: --model PATH (a directory or a config.json), or "
                     "a run file."

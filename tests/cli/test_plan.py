@@ -192,8 +192,9 @@ def test_memory_is_drawn(plan_8b, tmp_path):
         ("--gpu rtx4090 --max-length 9", "Did you mean `rtx-4090`"),
         ("--max-length 9", "Name the GPU: --gpu"),
         ("--gpu h200", "Give the length of the rows"),
-        ("--gpu h200 --max-length 0", "`data.max_length` must be an integer from 2"),
-        ("--gpu h200 --max-length -5", "`data.max_length` must be an integer from 2"),
+        ("--gpu h200 --max-length 0", "--max-length must be at least 2"),
+        ("--gpu h200 --max-length -5", "--max-length must be at least 2"),
+        ("--gpu h200 --max-length 9 --batch-size 0", "--batch-size must be at least 1"),
         (
             "--gpu h200 --max-length 2000000000 --batch-size 2",
             "tokens are counted in 32 bits",
