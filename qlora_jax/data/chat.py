@@ -12,6 +12,7 @@ follows it. That is checked: a template that rewrites earlier turns is refused, 
 its labels would be wrong.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 
+# Keys of a turn that say whether it is trained -> what its value means.
+_TRAIN_FLAGS = {
+    "train": True,
+    "trainable": True,
+    "weight": True,
+    "loss": True,
+    "loss_mask": True,
+    "masked": False,
+}
+
 
 def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Returns the `messages` of a row, converting ShareGPT `conversations`.
@@ -55,7 +66,9 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
     Returns:
       A new list of `{"role": str, "content": str, ...}`; further keys (`tool_calls`,
-      `name`, ...) are kept for the template.
+      `name`, ...) are kept for the template. Arguments of calls that are JSON strings,
+      as in OpenAI's API, are decoded, because templates encode them. An empty list of
+      calls is left out.
 
     Raises:
       UserError: the field is missing or empty, has wrong types or an unknown speaker.
@@ -99,12 +112,94 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
                 f"{at} ({turn['role']}) needs a string `content` (ShareGPT: `value`), "
                 f"got {type(content).__name__}."
             )
-        messages.append(dict(turn))
+        turn = _decode_calls(dict(turn), at)
+        if is_trained(turn, at) and turn["role"] != "assistant" and "train" in turn:
+            raise UserError(
+                f"{at} is to be trained (`train`), and it is of the role "
+                f"{turn['role']!r}; only the assistant's turns are."
+            )
+        messages.append(turn)
     system = row.get("system")
     if field == "conversations" and isinstance(system, str) and system:
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    """Decodes the arguments of a turn's tool calls; drops an empty list of them.
+
+    Raises:
+      UserError: `tool_calls` is not a list.
+    """
+    if not turn.get("tool_calls"):
+        turn.pop("tool_calls", None)
+        return turn
+    calls = turn["tool_calls"]
+    if not isinstance(calls, list):
+        raise UserError(f"{at}: `tool_calls` must be a list, got {calls!r}.")
+
+    def decoded(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": decoded(call["function"])}
+        arguments = call.get("arguments")
+        if not isinstance(arguments, str):
+            return call
+        try:
+            value = json.loads(arguments)
+        except ValueError:
+            return call  # not JSON: the template writes the string
+        return {**call, "arguments": value} if isinstance(value, dict) else call
+
+    turn["tool_calls"] = [decoded(call) for call in calls]
+    return turn
+
+
+def is_trained(turn: dict[str, Any], at: str = "turn") -> bool:
+    """Returns whether the flags of a turn (`weight`, `train`, ...) leave it trained.
+
+    Raises:
+      UserError: a flag that is neither true nor false, 0 nor 1; or two that disagree.
+    """
+    wishes = {}
+    for name, meaning in _TRAIN_FLAGS.items():
+        value = turn.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):  # True and False too
+            raise UserError(
+                f"{at}: `{name}` must be true or false (1 or 0), got {value!r}. A "
+                "weight between them is not supported."
+            )
+        wishes[name] = bool(value) == meaning
+    if len(set(wishes.values())) > 1:
+        raise UserError(
+            f"{at}: {' and '.join(f'`{name}`' for name in wishes)} disagree on whether "
+            "the turn is trained."
+        )
+    return all(wishes.values())
+
+
+def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
+    """Returns the `tools` of a row, a list or its JSON; None without any.
+
+    Raises:
+      UserError: they are neither.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where}: `tools` is not valid JSON: {error}.") from error
+    if tools and not isinstance(tools, list):
+        raise UserError(
+            f"{where}: `tools` must be a list of functions, or one in JSON, got "
+            f"{type(tools).__name__}."
+        )
+    return tools or None
 
 
 class ChatRenderer:
@@ -249,6 +344,8 @@ class ChatRenderer:
         because a model stops at the token and never writes it; where a turn ends
         without a special token, the span runs to the end of the turn.
 
+        Turns that their flags exclude (`is_trained`) have no span.
+
         Returns:
           The rendered text and (start, end) character spans: the marked blocks that
           are not empty, or one span per assistant turn.
@@ -270,13 +367,13 @@ class ChatRenderer:
         full = prefix(len(messages), False)
         spans = []
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not is_trained(message):
                 continue
             # What stands between `before` and `after` is what a model writes for this
             # turn.
-            before = prefix(turn, True)
             last = turn + 1 == len(messages)
             after = full if last else prefix(turn + 1, False)
+            before = prefix(turn, True) if turn else self._opening(after, tools, where)
             if not full.startswith(after):
                 raise UserError(
                     f"{where}: the chat template writes turn {turn + 1} differently "
@@ -301,6 +398,32 @@ class ChatRenderer:
             spans.append((start, stop if ends_special else len(after)))
         return full, spans
 
+    def _opening(self, after: str, tools: list[Any] | None, where: str) -> str:
+        """Returns what stands before the answer that opens a conversation.
+
+        Few templates render an empty conversation, so the generation prompt is what it
+        adds to a question, and its first occurrence is looked for in the text.
+
+        Args:
+          after: the text up to the end of the answer.
+          tools: as for `spans`.
+          where: as for `spans`.
+        """
+        question = [{"role": "user", "content": "a"}]
+        without, prompted = (
+            self._render(question, self._template, prompt, tools, where)
+            for prompt in (False, True)
+        )
+        prompt = prompted[len(without) :] if prompted.startswith(without) else None
+        if prompt is None or prompt not in after:
+            raise UserError(
+                f"{where}: the conversation begins with the assistant, and the chat "
+                "template does not write its generation prompt before that answer, so "
+                "where the answer begins is not defined. Begin with a user's turn, or "
+                "give `data.chat_template` a Jinja file with generation marks."
+            )
+        return after[: after.index(prompt) + len(prompt)]
+
     def _spans_by_marks(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
     ) -> tuple[str, list[tuple[int, int]]]:
@@ -321,14 +444,13 @@ class ChatRenderer:
         template = _MARK.sub(mark, self._marked)
         marked = self._render(messages, template, False, tools, where)
         pieces: list[str] = []
-        spans: list[tuple[int, int]] = []
+        blocks: list[tuple[int, int]] = []
         length, start = 0, None
         for piece in re.split(f"([{opening}{closing}])", marked):
             if piece == opening and start is None:
                 start = length
             elif piece == closing and start is not None:
-                if start < length:
-                    spans.append((start, length))
+                blocks.append((start, length))
                 start = None
             elif piece in (opening, closing):  # nested or unbalanced
                 start = -1
@@ -345,4 +467,14 @@ class ChatRenderer:
                 "afterwards). Give `data.chat_template` a Jinja file whose blocks "
                 "enclose what the assistant writes, or that has none."
             )
-        return text, spans
+        trained = [is_trained(m) for m in messages if m["role"] == "assistant"]
+        if not all(trained):
+            if len(blocks) != len(trained):
+                raise UserError(
+                    f"{where}: the chat template marks {len(blocks)} blocks for "
+                    f"{len(trained)} turns of the assistant, so the turns that are not "
+                    "to be trained cannot be told. Leave out their flags, or mark one "
+                    "block a turn."
+                )
+            blocks = [block for block, t in zip(blocks, trained, strict=True) if t]
+        return text, [(start, end) for start, end in blocks if start < end]

@@ -6,6 +6,7 @@ that each source is read with. All problems with the settings are raised at once
 
 import dataclasses
 import math
+import re
 import string
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -344,6 +345,11 @@ def _check_template(name: str, template: object) -> None:
             f"`data.{name}` = {template!r} is not a format string: {error}. Write "
             "a literal brace twice: {{ or }}."
         ) from error
+    widths = [spec for _, _, spec, _ in string.Formatter().parse(template) if spec]
+    if any(len(digits) > 4 for spec in widths for digits in re.findall(r"\d+", spec)):
+        raise UserError(
+            f"`data.{name}` = {template!r} pads a field to 10,000 characters or more."
+        )
     names = [field for field in fields if field is not None]
     if not names and name != "prompt":  # every row may have the same prompt
         raise UserError(

@@ -1,13 +1,14 @@
 """Encodes rows as tokens and labels.
 
 Every format but `tokens` becomes one string with supervised character spans. The string
-is tokenized once, and a token is supervised if its last character is inside a span. So
-no label boundary is searched for among the tokens, and the tokens are those of the
-complete string as a model reads it, not of concatenated pieces.
+is tokenized once, and a token is supervised if any of its characters is inside a span,
+as in the masks of transformers. So no label boundary is searched for among the tokens,
+and the tokens are those of the complete string as a model reads it, not of concatenated
+pieces.
 
-A token that straddles the start of a span (prompt `"a "` and completion `"b"` may share
+A token that straddles the edge of a span (prompt `"a "` and completion `"b"` may share
 the token `" b"`) holds supervised characters and is supervised: masking it would leave
-the first characters of the answer untrained. Rows with such tokens are counted.
+the first or last characters of the answer untrained. Rows with such tokens are counted.
 """
 
 import dataclasses
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.chat import ChatRenderer, is_trained, to_messages, tools_of
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.rows import Fields, Row, fields_of, text_of
 from qlora_jax.errors import Problems, UserError
+
+_LABEL_MASKS = ("completion_mask", "assistant_masks")
 
 IGNORE = -100
 """The label of a token that is not supervised, as in Hugging Face."""
@@ -41,7 +44,7 @@ class Encoded:
     tokens: Int32[np.ndarray, " T"]
     labels: Int32[np.ndarray, " T"]
     straddles: bool = False
-    """Whether a token holds characters on both sides of the start of a span."""
+    """Whether a token holds characters on both sides of an edge of a span."""
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -89,10 +92,11 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         supervised = np.zeros(len(ids), bool)
         straddles = False
         for start, end in piece.spans:
-            # Offsets are half-open, so a token's last character is at ends - 1; it must
-            # be in [start, end).
-            supervised |= (ends > start) & (ends <= end)
-            straddles |= bool(((starts < start) & (ends > start)).any())
+            # Half-open intervals overlap if each begins before the other ends. An empty
+            # token has no character.
+            inside = (starts < end) & (ends > start) & (starts < ends)
+            supervised |= inside
+            straddles |= bool((inside & ((starts < start) | (ends > end))).any())
         labels = np.where(supervised, ids, np.int32(IGNORE))
         yield Encoded(ids, labels, straddles)
 
@@ -116,7 +120,11 @@ def _tokenize_segments(
 def encode_token_row(
     row: dict[str, Any], where: str, *, all_supervised: bool, vocab_size: int
 ) -> Encoded:
-    """Checks a row of `input_ids` and `labels` and returns it unchanged.
+    """Checks a row of `input_ids` and `labels` and returns it without its padding.
+
+    `completion_mask` and `assistant_masks` (1 = supervised) restrict the labels, or
+    make them where there are none. `attention_mask` marks padding at either end.
+    `position_ids` must count from 0.
 
     Args:
       row: the fields.
@@ -125,37 +133,67 @@ def encode_token_row(
       vocab_size: ids must be below it.
 
     Raises:
-      UserError: wrong types, ids out of range, lengths that differ, missing labels.
+      UserError: wrong types, ids out of range, lengths that differ, missing labels,
+        padding between tokens, positions that do not count from 0.
     """
 
-    def integers(name: str, low: int) -> np.ndarray:
+    def integers(name: str, low: int, high: int | None = None) -> np.ndarray:
         values = Fields(row, where)[name]
+        limit = vocab_size if high is None else high
         if not isinstance(values, list) or not all(type(v) is int for v in values):
             raise UserError(f"{where}: `{name}` must be a list of integers.")
         for position, value in enumerate(values):
-            if not (low <= value < vocab_size) or IGNORE < value < 0:
-                allowed = f"0..{vocab_size - 1}" + (", or -100" if low < 0 else "")
+            if not (low <= value < limit) or IGNORE < value < 0:
+                allowed = f"0..{limit - 1}" + (", or -100" if low < 0 else "")
+                model = f" (the model has `vocab_size` = {vocab_size})"
                 raise UserError(
-                    f"{where}: `{name}`[{position}] is {value}; expected {allowed} "
-                    f"(the model has `vocab_size` = {vocab_size})."
+                    f"{where}: `{name}`[{position}] is {value}; expected {allowed}"
+                    f"{model if high is None else ''}."
                 )
         return np.array(values, np.int32)
 
+    def aligned(name: str, low: int, high: int | None = None) -> np.ndarray:
+        values = integers(name, low, high)
+        if len(ids) != len(values):
+            raise UserError(
+                f"{where}: `input_ids` has {len(ids)} entries and `{name}` "
+                f"{len(values)}; they must be aligned one to one (labels are not "
+                "shifted)."
+            )
+        return values
+
     ids = integers("input_ids", 0)
+    masks = [name for name in _LABEL_MASKS if row.get(name) is not None]
     if all_supervised:
-        return Encoded(ids, ids)
-    if "labels" not in row:
+        labels = ids
+    elif row.get("labels") is not None:
+        labels = aligned("labels", IGNORE)
+    elif masks:
+        labels = ids
+    else:
         raise UserError(
             f"{where}: no field `labels`; the row has {fields_of(row)}. Give one label "
             "for each token (-100 = not supervised), or set `data.train_on` to 'all'."
         )
-    labels = integers("labels", IGNORE)
-    if len(ids) != len(labels):
-        raise UserError(
-            f"{where}: `input_ids` has {len(ids)} entries and `labels` {len(labels)}; "
-            "they must be aligned one to one (labels are not shifted)."
-        )
-    return Encoded(ids, labels)
+    for name in () if all_supervised else masks:
+        labels = np.where(aligned(name, 0, 2) == 1, labels, np.int32(IGNORE))
+    kept = slice(None)
+    if row.get("attention_mask") is not None:
+        real = np.flatnonzero(aligned("attention_mask", 0, 2))
+        kept = slice(real[0], real[-1] + 1) if len(real) else slice(0)
+        if len(real) != len(ids[kept]):
+            raise UserError(
+                f"{where}: `attention_mask` has zeros between ones; padding is "
+                "expected at the ends. Remove the tokens, or label them -100."
+            )
+    if row.get("position_ids") is not None:
+        positions = aligned("position_ids", 0, 2**31)[kept]
+        if not np.array_equal(positions, np.arange(len(positions))):
+            raise UserError(
+                f"{where}: `position_ids` must count 0, 1, 2, ... in a row. Split "
+                "packed rows into one a document; `data.packing` packs them again."
+            )
+    return Encoded(ids[kept], labels[kept])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,13 +313,24 @@ def _row_segmenter(
 
     def messages(where: str, row: dict[str, Any]) -> Segmented | str:
         turns = to_messages(row, where)
-        tools = row.get("tools") or None
+        tools = tools_of(row, where)
         if config.supervised == "all":
+            if not all(map(is_trained, turns)):
+                raise UserError(
+                    f"{where}: a turn is not to be trained (`train`, `weight`, ...), "
+                    "and `data.train_on` = 'all' trains every turn. Use 'assistant', "
+                    "or leave out the flag."
+                )
             return Segmented(chat.text(turns, tools=tools, where=where))
         text, spans = chat.spans(turns, tools=tools, where=where)
-        if not spans and any(turn["role"] == "assistant" for turn in turns):
-            return "assistant turns that the chat template does not mark"
-        return Segmented(text, spans) if spans else "no assistant turn"
+        if spans:
+            return Segmented(text, spans)
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if not answers:
+            return "no assistant turn"
+        if not any(map(is_trained, answers)):
+            return "no assistant turn that is to be trained"
+        return "assistant turns that the chat template does not mark"
 
     return messages
 

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import string
 import zlib
@@ -215,6 +216,27 @@ def _json_lines(
         number += 1
 
 
+class _Formatter(string.Formatter):
+    """Fills format strings with strings and finite numbers alone."""
+
+    def __init__(self, where: str, name: str):
+        self._where, self._name = where, name
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        """Returns the value of a field and its name; refuses null, NaN and objects."""
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise UserError(f"{self._where}: field `{field_name}` is null.")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if isinstance(value, dict | list) or not finite:
+            kind = type(value).__name__ if finite else repr(value)
+            raise UserError(
+                f"{self._where}: field `{field_name}` of `data.{self._name}` must be a "
+                f"string or a finite number, got {kind}."
+            )
+        return value, first
+
+
 class Fields(Mapping):
     """A row for `str.format_map` that raises for missing and null fields."""
 
@@ -248,15 +270,8 @@ def text_of(
     """
     fields = Fields(row, where)
     if template is not None:
-        for _, field, _, _ in string.Formatter().parse(template):
-            value = fields[field] if field and "[" not in field else None
-            if isinstance(value, dict | list):
-                raise UserError(
-                    f"{where}: field `{field}` of `data.{name}` must be a string or a "
-                    f"number, got {type(value).__name__}."
-                )
         try:
-            return template.format_map(fields)
+            return _Formatter(where, name).vformat(template, (), fields)
         except UserError:
             raise
         except (LookupError, TypeError, ValueError) as error:

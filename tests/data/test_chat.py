@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data.chat import ChatRenderer, to_messages
+from qlora_jax.data.chat import ChatRenderer, to_messages, tools_of
 from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
 from qlora_jax.errors import UserError
 
@@ -99,6 +99,20 @@ def test_labels_agree_with_generation_marks(chat_tokenizer):
     assert_as_hf(chat_tokenizer(CHATML), CONVERSATION)
 
 
+def test_a_token_across_the_end_of_an_answer_is_supervised_as_in_hf(byte_tokenizer):
+    # "!" of the answer and the template's line break are one token.
+    tokenizer = byte_tokenizer(specials=SPECIALS, merges=[("!", "Ċ")])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+        "{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b!"}]
+    assert_as_hf(tokenizer, turns)
+    (encoded,) = tokenize(tokenizer, [Segmented("a\nb!\n", [(2, 4)])])
+    assert encoded.straddles and (encoded.labels != IGNORE).tolist()[-1]
+
+
 def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
     text, pieces = supervised(CHATML, CONVERSATION[:1])
     assert text == "<|im_start|>user\nHi there<|im_end|>\n" and pieces == []
@@ -121,6 +135,90 @@ def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
     )
     text = ChatRenderer(chat_tokenizer(llama32)).text(CONVERSATION)
     assert text == "Today: 26 Jul 2024"
+
+
+CALLING = (
+    "{{ tools[0].name if tools }}{% for m in messages %}{% for c in m.tool_calls %}"
+    "{{ (c.function or c).arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ('{"city": "Rome", "days": [1]}', '{"city": "Rome", "days": [1]}'),
+        ({"city": "Rome"}, '{"city": "Rome"}'),
+        ("{}", "{}"),
+        ("not JSON", '"not JSON"'),
+        ("[1]", '"[1]"'),
+    ],
+)
+def test_arguments_in_json_are_written_once(chat_tokenizer, nested, arguments, written):
+    call = {"name": "weather", "arguments": arguments}
+    turn = {"role": "assistant", "content": None}
+    turn["tool_calls"] = [{"function": call} if nested else call]
+    messages = to_messages({"messages": [turn]}, "r")
+    assert ChatRenderer(chat_tokenizer(CALLING)).text(messages) == written
+    assert call["arguments"] is arguments  # the row is not changed
+
+
+def test_tools_are_a_list_or_its_json(chat_tokenizer):
+    renderer = ChatRenderer(chat_tokenizer(CALLING))
+    for tools in ([{"name": "t"}], '[{"name": "t"}]'):
+        found = tools_of({"tools": tools}, "r")
+        assert renderer.text(CONVERSATION, tools=found) == "t"
+    for nothing in (None, [], "", "[]"):
+        assert tools_of({"tools": nothing}, "r") is None
+    for wrong in ("{", '{"name": "t"}', 3):
+        with pytest.raises(UserError, match="r: `tools`"):
+            tools_of({"tools": wrong}, "r")
+    turn = {"role": "assistant", "content": "a", "tool_calls": []}
+    (message,) = to_messages({"messages": [turn]}, "r")
+    assert message == {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "marked"])
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"masked": True}]
+)
+def test_an_excluded_turn_has_no_span(supervised, name, flag):
+    template = CHATML if name == "marked" else TEMPLATES[name][0]
+    if name == "chatml":  # without its marks
+        template = template.replace("{% generation %}", "")
+        template = template.replace("{% endgeneration %}", "")
+    text, (_, second) = supervised(template)
+    turns = copy.deepcopy(CONVERSATION)
+    turns[1] |= flag
+    assert supervised(template, turns) == (text, [second])
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"weight": 0.5}, "`weight` must be true or false .1 or 0., got 0.5"),
+        ({"train": "no"}, "`train` must be true or false"),
+        ({"train": True, "weight": 0}, "`train` and `weight` disagree"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(flags, match):
+    turn = {"role": "assistant", "content": "a", **flags}
+    with pytest.raises(UserError, match=match):
+        to_messages({"messages": [turn]}, "r")
+    with pytest.raises(UserError, match="role 'user'; only the assistant's"):
+        to_messages({"messages": [{"role": "user", "content": "a", "train": 1}]}, "r")
+
+
+@pytest.mark.parametrize("name", ["llama-3", "plain", "default system"])
+def test_a_conversation_may_begin_with_the_assistant(supervised, name):
+    template, end = TEMPLATES["llama-3" if name == "default system" else name]
+    if name == "default system":
+        template = "{{ bos_token }}system<|eot_id|>" + template.removeprefix(
+            "{{ bos_token }}"
+        )
+    turns = [{"role": "assistant", "content": "Hello"}, *CONVERSATION]
+    _, pieces = supervised(template, turns)
+    assert pieces[0] == "Hello" + end and len(pieces) == 3
 
 
 def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):

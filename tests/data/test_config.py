@@ -38,6 +38,7 @@ from qlora_jax.errors import UserError
             "`data.text` is read by format='text' only, and the format is 'messages'",
         ),
         ({"chat_template": "x"}, "`data.chat_template` is read by format='messages'"),
+        ({"text": "{q:>99999}"}, "pads a field to 10,000 characters"),
         ({"text": "{q"}, r"`data.text` = '{q' is not a format string.*literal brace"),
         ({"text": "q"}, "`data.text` = 'q' names no field"),
         ({"text": "{}"}, "must name a row's fields in its braces"),

@@ -195,6 +195,39 @@ def test_token_rows_are_used_unchanged(load):
     assert examples.labels.tolist() == [-100, 6, 7]
 
 
+UNLABELED = {"labels": None}
+IDS = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "labels"),
+    [
+        # Padding at the left and the right leaves the row that it pads.
+        ({"attention_mask": [0, 1, 1, 1]}, [6, 7, 8], [-100, 7, 8]),
+        ({"attention_mask": [1, 1, 1, 0]}, [5, 6, 7], [-100, 6, 7]),
+        ({"attention_mask": [0, 1, 1, 0], "position_ids": [0, 0, 1, 1]}, [6, 7], None),
+        ({"position_ids": [0, 1, 2, 3]}, [5, 6, 7, 8], None),
+        ({"completion_mask": [0, 0, 1, 1]}, [5, 6, 7, 8], [-100, -100, 7, 8]),
+        ({"assistant_masks": [0, 1, 0, 1]}, [5, 6, 7, 8], [-100, 6, -100, 8]),
+        (
+            {"assistant_masks": [0, 1, 0, 1]} | UNLABELED,
+            [5, 6, 7, 8],
+            [-100, 6, -100, 8],
+        ),
+        (
+            {"completion_mask": [0, 0, 1, 1]} | UNLABELED,
+            [5, 6, 7, 8],
+            [-100, -100, 7, 8],
+        ),
+        ({"attention_mask": None, "completion_mask": None}, [5, 6, 7, 8], None),
+    ],
+)
+def test_masks_of_token_rows_are_honoured(load, fields, tokens, labels):
+    examples = load([IDS | fields], None, format="tokens")
+    assert examples.tokens.tolist() == tokens
+    assert examples.labels.tolist() == (labels or [-100, *tokens[1:]])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -212,6 +245,13 @@ def test_token_rows_are_used_unchanged(load):
         ({"input_ids": [1, 2], "labels": [1, 300]}, r"`labels`\[1\] is 300; .* -100"),
         ({"input_ids": [1, 2], "labels": [1, -1]}, r"`labels`\[1\] is -1; .* or -100"),
         ({"input_ids": None, "labels": []}, r"field `input_ids` is null"),
+        (IDS | {"attention_mask": [1, 0, 1, 1]}, "`attention_mask` has zeros between"),
+        (IDS | {"attention_mask": [1, 1]}, "4 entries and `attention_mask` 2"),
+        (IDS | {"position_ids": [0, 1, 0, 1]}, "`position_ids` must count 0, 1, 2"),
+        (
+            IDS | {"completion_mask": [0, 1, 2, 1]},
+            r"`completion_mask`\[2\] is 2; .*0..1",
+        ),
     ],
 )
 def test_bad_token_rows_are_refused(load, row, message):
@@ -330,11 +370,15 @@ def test_brackets_and_line_separators_may_be_text(write, load, decoded, start):
         (
             '{"q": ["x"]}',
             {"text": "{q}"},
-            r":1: field `q` of `data.text` must be a string or a number, got list",
+            "field `q` of `data.text` must be a string or a finite number, got list",
         ),
         ('{"q": ["x"]}', {"text": "{q[3]}"}, r"cannot fill `data.text` = '{q\[3\]}'"),
         ('{"q": "x"}', {"text": "{q:d}"}, r"cannot fill .*Unknown format code"),
         ('{"q": null}', {"text": "{q}"}, r":1: field `q` is null"),
+        ('{"q": {"a": null}}', {"text": "{q[a]}"}, r":1: field `q\[a\]` is null"),
+        ('{"q": {"a": ["x"]}}', {"text": "{q[a]}"}, r"`q\[a\]` .*got list"),
+        ('{"q": [NaN]}', {"text": "{q[0]}"}, r"`q\[0\]` .*finite number, got nan"),
+        ('{"q": 1e999}', {"text": "{q}"}, r"`q` .*finite number, got inf"),
         (
             '{"prompt": "abcdefgh", "completion": "x"}',
             {**PAIRS, "max_length": 4},
