@@ -17,8 +17,12 @@ from qlora_jax.models import LlamaConfig
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Loads a directory's tokenizer through transformers; None if it has none.
 
+    Code of the directory (`auto_map`) is never run. A tokenizer that transformers has a
+    class for loads without it.
+
     Raises:
-      CheckpointError: tokenizer files that cannot be read.
+      CheckpointError: tokenizer files that cannot be read, or that need code of the
+        directory.
     """
     path = Path(path)
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -28,8 +32,30 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers raise
+        # Without `trust_remote_code` transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        # transformers compares it with lengths at the first call, and not before.
+        longest = tokenizer.model_max_length
+        if not isinstance(longest, int | float) or isinstance(longest, bool):
+            raise ValueError(f"`model_max_length` must be a number, got {longest!r}")
+        return tokenizer
+    # transformers raises whatever its parsers raise; a panic of the tokenizers library
+    # is not even an `Exception`.
+    except BaseException as error:
+        if not isinstance(error, Exception) and "Panic" not in type(error).__name__:
+            raise
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"The tokenizer in `{path}` needs code of its directory (`auto_map` in "
+                "tokenizer_config.json or config.json), which is not run here. Save it "
+                "as a tokenizer.json: "
+                "`AutoTokenizer.from_pretrained(DIR, trust_remote_code=True)"
+                ".backend_tokenizer.save('tokenizer.json')`, if you trust that code, "
+                "and name a `tokenizer_class` of transformers, such as "
+                "PreTrainedTokenizerFast, without the `auto_map`."
+            ) from error
         raise CheckpointError(
             f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
             "files of the original model there again."
