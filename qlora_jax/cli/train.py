@@ -17,6 +17,7 @@ from qlora_jax.runs import (
     SETTINGS,
     AtOnce,
     RunConfig,
+    check_options,
     given_lora,
     option_defaults,
     option_keys,
@@ -56,6 +57,7 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     """
     args = list(args)
     file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
+    check_options(args)
     keys = option_keys(args)
     defaults = None if file is None else option_defaults(read_config(file))
     like, start = unchecked_config(defaults)

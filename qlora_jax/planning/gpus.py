@@ -218,6 +218,9 @@ def find_gpu(name: str) -> GpuSpec:
       UserError: no such GPU or file, or an incomplete or invalid file.
     """
     plain = name.lower().replace("_", "-")
+    # "4090" is enough of a name. Of the two A100, the one that is sold today.
+    short = {card.rpartition("-")[2]: card for card in CARDS if card.startswith("rtx")}
+    plain = {"a100": "a100-80", **short}.get(plain, plain)
     if plain in CARDS:
         return CARDS[plain]
     if name.endswith(".toml"):

@@ -11,6 +11,7 @@ its default is not is written as "none".
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora import LoraConfig, off_features, refused_features
 from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.other_names import hint
 
 SETTINGS = "config.toml"
 """The settings of a run, in its directory."""
@@ -41,7 +43,15 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
+        on_hub = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix != ".toml":
+            on_hub = (
+                " A run file (TOML) is expected. If this names a model of the hub, "
+                "download it, and give its directory as `model.path` (--model.path)."
+            )
+        raise UserError(
+            f"`{path}` cannot be read: {error.strerror}.{on_hub}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` is not valid TOML: {error}.") from error
 
@@ -90,7 +100,8 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
         if key not in fields:
             problems.add(
                 f"{where}`{key}` is not an option here."
-                f"{did_you_mean(key, fields)} Options: {', '.join(fields)}."
+                f"{hint(key) or did_you_mean(key, fields)} Options: "
+                f"{', '.join(fields)}."
             )
         elif not dataclasses.is_dataclass(hints[key]):
             with problems.collecting():

@@ -97,3 +97,11 @@ def test_a_capability_without_known_limits_cannot_be_compiled_for(tmp_path):
     assert not gpu.compiles
     with pytest.raises(UserError, match="old: compute capability 6.1 is not known"):
         gpu.target  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [("a100", "a100-80"), ("4090", "rtx-4090"), ("A100_40", "a100-40")],
+)
+def test_short_names_of_gpus(short, name):
+    assert find_gpu(short) is find_gpu(name)

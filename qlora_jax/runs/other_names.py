@@ -1,0 +1,66 @@
+"""Names that TRL, PEFT and Unsloth give to the settings of a run, for hints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora_jax.errors import UserError
+
+# Their name -> the key of ours, or a sentence where there is no such setting.
+_NAMES = {
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "optim": "train.optimizer",
+    "embedding_lr": "train.embedding_learning_rate",
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "train_file": "data.path",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "eval_steps": "eval.every",
+    "logging_steps": "log.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "load_in_4bit": 'Here it is `model.quantization`: "nf4_dq", "nf4" or "none".',
+    "load_in_8bit": 'There are 4 bits or none: `model.quantization` = "nf4_dq".',
+    "bf16": 'Here it is `model.dtype` = "bfloat16".',
+    "fp16": 'Here it is `model.dtype` = "float16".',
+    "gradient_checkpointing": "Here it is `model.remat`.",
+    "use_gradient_checkpointing": "Here it is `model.remat`.",
+    "warmup_ratio": "Warm-up is counted in steps: `train.warmup_steps`.",
+    "resume": "The same command continues a run that was stopped.",
+    "resume_from_checkpoint": "The same command continues a run that was stopped.",
+    "config": "A run file is given without an option: `qlora-jax train run.toml`.",
+}
+
+
+def hint(name: str) -> str:
+    """Returns what a name of another library is here, with a space before; or ""."""
+    ours = _NAMES.get(name.replace("-", "_"), "")
+    return f" Here it is `{ours}`." if ours and " " not in ours else f" {ours}".rstrip()
+
+
+def check_options(args: Sequence[str]) -> None:
+    """Refuses options that have a name of another library.
+
+    Raises:
+      UserError: with our name for it.
+    """
+    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        ours = hint(option.removeprefix("--").rpartition(".")[2])
+        if ours:
+            raise UserError(f"There is no option `{option}`.{ours}")

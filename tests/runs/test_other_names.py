@@ -1,0 +1,43 @@
+import pytest
+
+from qlora_jax.cli.train import from_arguments
+from qlora_jax.errors import UserError
+from qlora_jax.runs.other_names import _NAMES, hint
+from qlora_jax.runs.overrides import _keys
+from qlora_jax.runs.toml import read_config
+
+
+def test_hints_name_settings_that_exist_for_names_that_do_not():
+    keys = _keys()
+    ours = {name.rpartition(".")[2] for name in keys}
+    assert not ours & _NAMES.keys()
+    assert {key for key in _NAMES.values() if " " not in key} <= keys
+    assert hint("num-train-epochs") == " Here it is `train.epochs`."
+    assert hint("learning_rate") == hint("") == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--per_device_train_batch_size", "2"), "Here it is `train.batch_size`"),
+        (("--train.lr=1",), "no option `--train.lr`. Here it is `train.learning_rate`"),
+        (("--rank", "8"), "Here it is `lora.r`"),
+        (("--resume",), "The same command continues"),
+        (("--config", "run.toml"), "A run file is given without an option"),
+        (("owner/name",), "cannot be read: .*If this names a model of the hub"),
+    ],
+)
+def test_names_of_other_libraries_get_ours(options, message):
+    with pytest.raises(UserError, match=message):
+        from_arguments(options)
+
+
+def test_in_a_run_file_too(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nnum_train_epochs = 1\n[model]\nload_in_4bit = true\n")
+    with pytest.raises(UserError) as refused:
+        read_config(file)
+    assert "[train] `num_train_epochs` is not an option here. Here it is `train.ep" in (
+        str(refused.value)
+    )
+    assert 'Here it is `model.quantization`: "nf4_dq"' in str(refused.value)
