@@ -14,7 +14,7 @@ from qlora_jax.runs import prepare as prepared
 from qlora_jax.runs import runner
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.directory import run_lock
-from qlora_jax.runs.resume import run_record
+from qlora_jax.runs.resume import compare_records, run_record
 from tests.runs.directories import after_step, losses, weights
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
@@ -167,6 +167,26 @@ def test_eval_settings_without_data_to_measure_are_reported(
         assert prepared._check_paths(config, problems) and not len(problems)
         error = capsys.readouterr().err
         assert error.startswith(note) and bool(error) == bool(note)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"quantization": "nf4"},
+        {"lm_head": "nf4"},
+        {"max_position_embeddings": 999},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_of_the_model_are_in_the_record_of_a_run(make, rows_file, changes):
+    config = make("run", path=str(rows_file))
+    model = dataclasses.replace(config.model, **changes)
+    changed = dataclasses.replace(config, model=model)
+    records = [run_record(c, "base", "data") for c in (config, changed)]
+    with pytest.raises(UserError, match=rf"model\.{next(iter(changes))}"):
+        compare_records(*records)
 
 
 def test_a_changed_run_is_refused_before_anything_is_compiled(
