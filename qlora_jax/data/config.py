@@ -339,18 +339,18 @@ def _check_template(name: str, template: object) -> None:
     if not isinstance(template, str):
         raise UserError(f"`data.{name}` must be a string, got {template!r}.")
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template)]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(
             f"`data.{name}` = {template!r} is not a format string: {error}. Write "
             "a literal brace twice: {{ or }}."
         ) from error
-    widths = [spec for _, _, spec, _ in string.Formatter().parse(template) if spec]
-    if any(len(digits) > 4 for spec in widths for digits in re.findall(r"\d+", spec)):
+    specs = " ".join(spec or "" for _, _, spec, _ in parts)
+    if re.search(r"\d{5}", specs):
         raise UserError(
             f"`data.{name}` = {template!r} pads a field to 10,000 characters or more."
         )
-    names = [field for field in fields if field is not None]
+    names = [field for _, field, _, _ in parts if field is not None]
     if not names and name != "prompt":  # every row may have the same prompt
         raise UserError(
             f"`data.{name}` = {template!r} names no field of a row; write e.g. "
