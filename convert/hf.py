@@ -19,17 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb
+from convert.atomic import new_directory, write_json
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
-from convert.output import (
-    Entry,
-    copy_companions,
-    new_directory,
-    progress_bar,
-    write_json,
-    write_model_files,
-)
+from convert.output import Entry, copy_companions, progress_bar, write_model_files
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import CheckpointError, UserError

@@ -20,21 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb
+from convert.atomic import check_new_directory, new_directory, write_json, write_text
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
 from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged_weights import MergedWeights, compute_merged_weights
 from convert.names import checkpoint_keys
-from convert.output import (
-    Entry,
-    check_new_directory,
-    copy_companions,
-    new_directory,
-    progress_bar,
-    write_json,
-    write_model_files,
-    write_text,
-)
+from convert.output import Entry, copy_companions, progress_bar, write_model_files
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, common_chat_template
 from convert.peft_reading import load_adapter
 from qlora_jax.choices import Quantized

@@ -12,16 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.atomic import new_directory, write_json, write_text
 from convert.files import FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
-from convert.output import (
-    Entry,
-    new_directory,
-    safetensors_bytes,
-    write_json,
-    write_safetensors,
-    write_text,
-)
+from convert.output import Entry, safetensors_bytes, write_safetensors
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError

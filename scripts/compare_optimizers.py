@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 import jax
 
-from convert.output import write_text
+from convert.atomic import write_text
 from qlora_jax.data.config import DataConfig
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +87,7 @@ class Tokens:
         """Writes the changed model; returns its configuration."""
         import jax
 
-        from convert import save_llama
+        from convert import save_llama, scratch_directory
         from qlora_jax.models import add_tokens, repair_rows
 
         if self.repair != "none":
@@ -104,7 +103,7 @@ class Tokens:
             config, base = add_tokens(
                 config, base, tokenizer_size=len(tokenizer), count=len(self.add)
             )
-        with tempfile.TemporaryDirectory() as temporary:
+        with scratch_directory() as temporary:
             tokenizer_files = Path(self.path)
             if self.add:
                 tokenizer.add_tokens(list(self.add), special_tokens=True)
@@ -114,7 +113,7 @@ class Tokens:
                 generation = tokenizer_files / "generation_config.json"
                 if generation.is_file():
                     shutil.copy(generation, temporary)
-                tokenizer_files = Path(temporary)
+                tokenizer_files = temporary
             save_llama(
                 output,
                 config,

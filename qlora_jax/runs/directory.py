@@ -21,12 +21,17 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert import ADAPTER_CONFIG, CHAT_TEMPLATE_FILE, read_json
+from convert import (
+    ADAPTER_CONFIG,
+    CHAT_TEMPLATE_FILE,
+    is_leftover,
+    read_json,
+    remove_leftovers,
+)
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
@@ -147,7 +152,9 @@ def check_directory(directory: Path) -> None:
     if (directory / SETTINGS).is_file():
         _check_not_lost(directory)
         return
-    if any(directory.iterdir()):
+    # What a process left that was killed before it had written the settings is removed
+    # under the lock.
+    if not all(is_leftover(path.name) for path in directory.iterdir()):
         raise UserError(
             f"The output directory `{directory}` is not empty and holds no run "
             f"({SETTINGS}). Give an empty or new directory."
@@ -203,12 +210,8 @@ def run_lock(directory: Path) -> Iterator[None]:
                     f"Another process is training in `{directory}`. Wait until it "
                     "ends, or give another --output-dir."
                 ) from None
-        # Half-written adapters of a process that was killed.
-        # Under the names that `convert.output.new_directory` gives, and under the lock,
-        # so nobody is writing them.
-        for name in (*_ADAPTERS, START):
-            for partial in directory.glob(f".{name}.*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        # Half-written files and adapters of a process that was killed.
+        remove_leftovers(directory)
         yield
     finally:
         os.close(handle)

@@ -34,6 +34,7 @@ import rich.console
 import rich.progress
 from jaxtyping import Integer
 
+from convert import write_text
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.planning import Step, gpu_named, model_flops_per_token
 from qlora_jax.runs.config import LogConfig
@@ -87,10 +88,8 @@ def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
         return []
     # The steps after the checkpoint are taken again and write their rows again.
     rows = [row for row in read_rows(path) if row["step"] <= start]
-    temporary = path.with_name(path.name + ".tmp")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
     return rows
 
 

@@ -15,10 +15,11 @@ import safetensors.numpy
 
 import convert
 from convert import bnb
+from convert.atomic import write_json
 from convert.checkpoint import open_checkpoint
 from convert.merging import write_dense
 from convert.names import checkpoint_keys
-from convert.output import Entry, write_json, write_model_files
+from convert.output import Entry, write_model_files
 from convert.verify import compare_adapters as compare
 from qlora_jax import tree as trees
 from qlora_jax.cli.convert import main

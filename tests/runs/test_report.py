@@ -179,4 +179,4 @@ def test_what_is_not_a_run_and_what_cannot_be_written_is_refused(
         read_run(tmp_path)
     no_folder = tmp_path / "none" / "page.html"
     assert main(["report", str(directory), "--output", str(no_folder)]) == 1
-    assert "cannot be written: No such file" in capsys.readouterr().err
+    assert "there is no directory" in capsys.readouterr().err
