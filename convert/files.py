@@ -225,10 +225,10 @@ def _read_entries(
         if not isinstance(entry, dict):
             raise ValueError(f"the entry of `{name}` is not a JSON object")
         dtype, shape = entry.get("dtype"), entry.get("shape")
-        if not (isinstance(dtype, str) and _is_shape(shape)):
+        if not (isinstance(dtype, str) and is_shape(shape)):
             raise ValueError(f"`{name}` has no dtype and shape")
         offsets = entry.get("data_offsets")
-        if not (_is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        if not (is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
             raise ValueError(f"`{name}` has no valid begin and end offsets")
         begin, end = offsets
         # numpy's bounds, which an empty array has to keep too.
@@ -254,7 +254,7 @@ def is_name(text: str) -> bool:
     return 0 < len(text) <= 500 and text.isprintable()
 
 
-def _is_shape(value: Any) -> TypeGuard[list[int]]:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of integers >= 0 of at most numpy's rank."""
     return (
         isinstance(value, list)

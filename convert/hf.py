@@ -382,7 +382,7 @@ def _quantization_config(
         "bnb_4bit_quant_storage": quant_storage,
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_skip_modules": bnb.skip_modules(
-            skip if isinstance(skip, list) else None,
+            skip,
             dense=_modules(config, lambda path: path not in packed),
             packed=_modules(config, lambda path: path in packed),
         ),

@@ -262,6 +262,10 @@ _ROPE_NUMBERS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_QUANTIZATION_STRINGS = (
+    *("quant_method", "bnb_4bit_quant_type"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
+)
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
@@ -290,6 +294,10 @@ def _check_types(raw: Mapping[str, Any]) -> None:
             value = (raw.get(name) or {}).get(inner)
             if value is not None and not _is_number(value):
                 raise type_error(f"{name}.{inner}", "a number", value)
+    for inner in _QUANTIZATION_STRINGS:
+        value = (raw.get("quantization_config") or {}).get(inner)
+        if value is not None and not isinstance(value, str):
+            raise type_error(f"quantization_config.{inner}", "a string", value)
     names = raw.get("architectures")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
