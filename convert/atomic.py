@@ -24,6 +24,11 @@ from typing import Any
 
 from qlora_jax.errors import UserError
 
+
+class _CannotWriteError(UserError):
+    """What the system refuses; the cause is its `OSError`."""
+
+
 _PARTIAL, _REPLACED = "partial", "replaced"
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.qlora-jax-(?P<kind>\w+)", re.S)
 
@@ -194,11 +199,15 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise UserError(f"Cannot write {str(path)!r}: there is a NUL in the name.")
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"Cannot write `{path}`: {error.strerror or error}. Nothing was left "
+    except (OSError, _CannotWriteError) as error:
+        # A file within a directory that is being written has a path that the user does
+        # not know.
+        cause = error.__cause__ if isinstance(error, _CannotWriteError) else error
+        assert isinstance(cause, OSError)
+        raise _CannotWriteError(
+            f"Cannot write `{path}`: {cause.strerror or cause}. Nothing was left "
             "behind."
-        ) from error
+        ) from cause
 
 
 @contextlib.contextmanager
