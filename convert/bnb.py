@@ -180,7 +180,7 @@ def _read_state(files: TensorFiles, name: str, double: bool) -> QuantState:
     dtype = raw.get("dtype")
     if not (isinstance(dtype, str) and dtype in FLOAT_DTYPES):
         raise ValueError(f"`dtype` is {dtype!r:.100}; expected a 16 or 32-bit float")
-    offset = None
+    offset: Any = None
     if double:
         offset = raw.get("nested_offset")
         # Python's JSON reader accepts NaN and Infinity.

@@ -58,7 +58,7 @@ from convert.files import read_json
 from qlora_jax.cli.main import main as command_line
 from qlora_jax.errors import UserError
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS, REPORT, STARTED
-from qlora_jax.runs.metrics import METRICS, read_evaluations, read_metrics
+from qlora_jax.runs.rows import METRICS, read_evaluations, read_metrics
 from qlora_jax.runs.runner import run as _run_is_imported_before_forks  # noqa: F401
 from qlora_jax.runs.toml import read_config, to_toml
 

@@ -29,18 +29,21 @@ from convert import (
     ADAPTER_CONFIG,
     CHAT_TEMPLATE_FILE,
     is_leftover,
-    read_json,
     remove_leftovers,
 )
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
-from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.rows import read_facts, read_metrics
 from qlora_jax.runs.toml import SETTINGS, read_config
 
 ADAPTER, ADAPTER_EMA = "adapter", "adapter_ema"
 BEST, START = "best_adapter", "initial_adapter"
 REPORT, CHECKPOINTS, STARTED = "report.json", "checkpoints", "started.json"
+REPORT_FIELDS = {
+    *("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes", "data"),
+}
+"""What a program reads of a complete run's report."""
 # Adapters that are used like the run itself: on its base, in its form. START is not
 # among them, since it belongs to the base that the run changed.
 _ADAPTERS = (ADAPTER, ADAPTER_EMA, BEST)
@@ -223,8 +226,10 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 def finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
     """Returns the report of a complete run; None if something is left to do."""
-    path = directory / REPORT
-    if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
+    if start < steps or not (directory / ADAPTER).is_dir():
         return None
-    report = read_json(path)
-    return report if report.get("steps") == steps else None
+    report = read_facts(directory / REPORT)
+    # Without one of its fields it is damaged, and is written again.
+    if report is None or not REPORT_FIELDS <= report.keys():
+        return None
+    return report if report["steps"] == steps else None

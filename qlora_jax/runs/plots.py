@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from convert import new_file
-from qlora_jax.runs.metrics import read_evaluations, read_metrics
+from qlora_jax.runs.rows import read_evaluations, read_metrics
 
 LOSS_PLOT = "loss.png"
 # Runs of fewer steps show the loss of each step alone, without the mean.

@@ -219,8 +219,8 @@ def test_a_pipe_device_or_bad_link_is_refused_and_does_not_block(tmp_path, read)
     (tmp_path / "link").symlink_to("link")
     (tmp_path / "nowhere").symlink_to("absent")
     for path, match in (
-        (tmp_path / "pipe", "pipe` is not a file but a pipe or device"),
-        (Path("/dev/zero"), "not a file but a pipe or device"),
+        (tmp_path / "pipe", "pipe`: it is a pipe or a device, not a file"),
+        (Path("/dev/zero"), "a pipe or a device, not a file"),
         (tmp_path, "Cannot read .*: Is a directory"),
         (tmp_path / "link", "Cannot read .*symbolic links"),
         (tmp_path / "nowhere", "does not exist"),
@@ -282,7 +282,7 @@ def test_a_file_that_shrinks_or_vanishes_while_open_is_an_error(good):
         (b'{"a": %s}' % (b"9" * 5000), "is not valid JSON .*4300 digits"),
         (b'{"a": %s}' % (b"[" * 100_000), "is nested too deeply"),
         (b'{"a": %s%s}' % (b"[" * 60, b"]" * 60), "is nested too deeply"),
-        (b"{" + b" " * 4_000_000 + b"}", "is larger than 4,000,000 bytes"),
+        (b"{" + b" " * 4_000_000 + b"}", "it is larger than 4,000,000 bytes"),
     ],
 )
 def test_bad_json(tmp_path, text, match):

@@ -22,7 +22,7 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs import prepare as prepared
 from qlora_jax.runs import runner
-from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training import step as training
