@@ -15,12 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import json
+import logging
 import os
+import stat
 import sys
+import threading
+import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from qlora_jax.errors import CheckpointError
+from convert import read_json
+from qlora_jax.errors import CheckpointError, say
 from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
@@ -52,7 +59,7 @@ class Checkpoints:
         """Opens (and creates, if need be) the directory.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: it cannot be written, or holds a pipe or a device.
         """
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(
@@ -63,7 +70,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        with disk_errors(self.directory):
+        _check_files(self.directory)
+        _set_aside_metadata(self.directory)
+        with disk_errors(self.directory), _quiet():
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
@@ -77,12 +86,19 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
+        # Threads of Orbax write, and may fail, between the calls as well.
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_quiet())
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         """Waits for a save under way and closes."""
         if kind is AtOnce:  # the next start removes what is half-written
             return
+        with self._stack:
+            self._close(kind)
+
+    def _close(self, kind: Any) -> None:
         try:
             with disk_errors(self.directory):
                 self._manager.close()
@@ -211,6 +227,42 @@ class Checkpoints:
         )
 
 
+def _check_files(directory: Path) -> None:
+    """Raises if there is a pipe or a device among the checkpoints.
+
+    Orbax would open it and wait for its writer, in a thread that no signal reaches.
+
+    Raises:
+      CheckpointError: names the first.
+    """
+    for path in directory.rglob("*"):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a broken link: damage
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(
+                f"`{path}` is a pipe or a device, not a file of a checkpoint. Delete "
+                f"`{directory / path.relative_to(directory).parts[0]}` to continue "
+                "from the checkpoint before."
+            )
+
+
+def _set_aside_metadata(directory: Path) -> None:
+    """Renames a checkpoint's description by Orbax where it is not a JSON object.
+
+    Orbax cannot open the directory with it, and can without it.
+    """
+    for path in directory.glob("step_*/_CHECKPOINT_METADATA"):
+        try:
+            read_json(path)
+        except CheckpointError as error:
+            aside = path.with_name(f"damaged{path.name}")
+            say(f"Note: {error} It is not needed, and is kept as `{aside}`.")
+            with disk_errors(directory):
+                os.replace(path, aside)
+
+
 def _saveable(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
@@ -301,14 +353,17 @@ def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
       DamagedCheckpointError: the files are to blame.
       CheckpointError: the failure may be transient.
     """
-    with _silenced_unfinished_reads():
+    with _quiet():
         try:
             return read()
         except Exception as error:  # Orbax and tensorstore raise a dozen types here
             read_error = _read_error(path, error)
+            _silence_abandoned_reads()
         # If one of many reads fails, Orbax abandons the others: collect them while
         # their complaints are silenced.
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+            gc.collect()
     raise read_error
 
 
@@ -329,21 +384,52 @@ def _read_error(path: Path, error: Exception) -> CheckpointError:
     return (CheckpointError if transient else DamagedCheckpointError)(text)
 
 
-@contextlib.contextmanager
-def _silenced_unfinished_reads() -> Iterator[None]:
-    """Drops the messages of abandoned reads: a page on stderr for each.
+# Loggers that report what raises as well: tracebacks, and lines that begin with ERROR.
+_LOGGERS = ("absl", "asyncio")
 
-    Some end in threads of tensorstore after the event loop was closed.
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax prints; a failure raises, and its message is ours."""
+    thread_hook = threading.excepthook
+
+    # A new one for each call: a logger has a filter once.
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    def in_thread(arguments: threading.ExceptHookArgs) -> None:
+        # An exception of Orbax is raised again where the thread is waited for.
+        frames = traceback.walk_tb(arguments.exc_traceback)
+        if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
+            thread_hook(arguments)
+
+    threading.excepthook = in_thread
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(drop)
+        threading.excepthook = thread_hook
+
+
+@functools.cache
+def _silence_abandoned_reads() -> None:
+    """Drops the messages of reads that Orbax abandons when one of many fails.
+
+    There is a page for each. Some end in threads of tensorstore after the event loop
+    was closed, at a time of their own: hence for good.
     """
     hook = sys.unraisablehook
 
-    def quiet(unraisable: Any) -> None:
+    def unraisable_hook(unraisable: Any) -> None:
         late = "Event loop is closed" in str(unraisable.exc_value)
         if not late and not isinstance(unraisable.object, types.CoroutineType):
             hook(unraisable)
 
-    sys.unraisablehook = quiet
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+    sys.unraisablehook = unraisable_hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.getMessage()
+    )
