@@ -9,7 +9,6 @@ layer of one tensor at a time.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +25,7 @@ from convert.names import checkpoint_keys
 from convert.output import Entry, copy_companions, progress_bar, write_model_files
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
 from qlora_jax.nf4 import NF4Tensor, quantize
@@ -76,7 +75,7 @@ def load_llama(
     checkpoint, base = _allocate(path, quantization, quantize_lm_head, dtype)
     files, config = checkpoint.files, checkpoint.config
     if checkpoint.mixed and progress:
-        print(_made_dense(checkpoint, base), file=sys.stderr)
+        say(_made_dense(checkpoint, base))
     leaves = dict(trees.walk(base))
     table = checkpoint_keys(config)
     # Sequential reads; while one tensor is quantized, the system reads the next.

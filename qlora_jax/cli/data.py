@@ -31,8 +31,9 @@ from qlora_jax.data import (
     data_notes,
     lay_out,
     load_examples,
+    packs,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, visible
 from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
@@ -174,7 +175,7 @@ def _row_counts(
 
     return {
         "length": batches.sequence_length,
-        "packing": config.packing,
+        "packing": packs(config.packing, examples.lengths, config.max_length),
         "steps_per_epoch": batches.steps_per_epoch,
         "packed": layout(True, config.max_length),
         "one_each": layout(False, longest),
@@ -256,7 +257,7 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
         stdout is a terminal.
     """
     colour = bool(sys.stdout.isatty() if colour is None else colour)
-    print(report["summary"])
+    print(visible(report["summary"]))
     least, _, median, *_, most = report["data"]["supervised_per_example"]
     print(
         f"\nsupervised tokens of an example: {least:,} to {most:,}, median {median:,}"
@@ -266,9 +267,9 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
     for reason, rows in report["data"]["places"].items():
         count = report["data"]["dropped"].get(reason, report["data"]["truncated"])
         more = ", ..." if count > len(rows) else ""
-        print(f"\n{reason}: {count:,} ({', '.join(rows)}{more})")
+        print(visible(f"\n{reason}: {count:,} ({', '.join(rows)}{more})"))
     for note in report["notes"]:
-        print(f"\nNote: {note}")
+        print(visible(f"\nNote: {note}"))
     key = f"{SUPERVISED}supervised{RESET}" if colour else "\u27e6supervised\u27e7"
     print(f"\nsupervised tokens are shown so: {key}")
     for example in report["examples"]:
@@ -306,7 +307,7 @@ def mark_supervised(example: Mapping[str, Any], *, colour: bool) -> str:
     parts = []
     tokens = zip(example["supervised"], example["text"], strict=True)
     for supervised, group in itertools.groupby(tokens, key=lambda pair: pair[0]):
-        text = "".join(piece for _, piece in group)
+        text = visible("".join(piece for _, piece in group))
         start = on if supervised else off
         stop = end if supervised or colour else ""
         if colour:  # a terminal would colour the rest of the line

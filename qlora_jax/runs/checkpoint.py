@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import gc
 import hashlib
 import json
 import logging
@@ -70,9 +69,10 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
+        _silence_orbax()
         _check_files(self.directory)
         _set_aside_metadata(self.directory)
-        with disk_errors(self.directory), _quiet():
+        with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
@@ -86,19 +86,12 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
-        # Threads of Orbax write, and may fail, between the calls as well.
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(_quiet())
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         """Waits for a save under way and closes."""
         if kind is AtOnce:  # the next start removes what is half-written
             return
-        with self._stack:
-            self._close(kind)
-
-    def _close(self, kind: Any) -> None:
         try:
             with disk_errors(self.directory):
                 self._manager.close()
@@ -353,17 +346,10 @@ def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
       DamagedCheckpointError: the files are to blame.
       CheckpointError: the failure may be transient.
     """
-    with _quiet():
-        try:
-            return read()
-        except Exception as error:  # Orbax and tensorstore raise a dozen types here
-            read_error = _read_error(path, error)
-            _silence_abandoned_reads()
-        # If one of many reads fails, Orbax abandons the others: collect them while
-        # their complaints are silenced.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-            gc.collect()
+    try:
+        return read()
+    except Exception as error:  # Orbax and tensorstore raise a dozen types here
+        read_error = _read_error(path, error)
     raise read_error
 
 
@@ -384,52 +370,29 @@ def _read_error(path: Path, error: Exception) -> CheckpointError:
     return (CheckpointError if transient else DamagedCheckpointError)(text)
 
 
-# Loggers that report what raises as well: tracebacks, and lines that begin with ERROR.
-_LOGGERS = ("absl", "asyncio")
+@functools.cache
+def _silence_orbax() -> None:
+    """Drops what Orbax prints about failures, in this process from now on.
 
+    They are raised as well, and our message tells them. Where one of many reads or
+    writes fails, a page is printed for each, from threads and from the garbage
+    collector, at times of their own: hence for good.
+    """
+    unraisable, in_thread = sys.unraisablehook, threading.excepthook
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Orbax prints; a failure raises, and its message is ours."""
-    thread_hook = threading.excepthook
+    def unraisable_hook(arguments: Any) -> None:
+        late = "Event loop is closed" in str(arguments.exc_value)
+        if not late and not isinstance(arguments.object, types.CoroutineType):
+            unraisable(arguments)
 
-    # A new one for each call: a logger has a filter once.
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    def in_thread(arguments: threading.ExceptHookArgs) -> None:
-        # An exception of Orbax is raised again where the thread is waited for.
+    def thread_hook(arguments: threading.ExceptHookArgs) -> None:
         frames = traceback.walk_tb(arguments.exc_traceback)
         if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
-            thread_hook(arguments)
+            in_thread(arguments)
 
-    threading.excepthook = in_thread
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    for logger in loggers:
-        logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(drop)
-        threading.excepthook = thread_hook
-
-
-@functools.cache
-def _silence_abandoned_reads() -> None:
-    """Drops the messages of reads that Orbax abandons when one of many fails.
-
-    There is a page for each. Some end in threads of tensorstore after the event loop
-    was closed, at a time of their own: hence for good.
-    """
-    hook = sys.unraisablehook
-
-    def unraisable_hook(unraisable: Any) -> None:
-        late = "Event loop is closed" in str(unraisable.exc_value)
-        if not late and not isinstance(unraisable.object, types.CoroutineType):
-            hook(unraisable)
-
-    sys.unraisablehook = unraisable_hook
+    sys.unraisablehook, threading.excepthook = unraisable_hook, thread_hook
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(
         lambda record: "never retrieved" not in record.getMessage()
     )
+    warnings.filterwarnings("ignore", r"coroutine '\w*Store\..* was never awaited")

@@ -35,7 +35,7 @@ import rich.progress
 from jaxtyping import Integer
 
 from convert import write_text
-from qlora_jax.errors import UserError, readable_bytes, say
+from qlora_jax.errors import UserError, readable_bytes, say, visible
 from qlora_jax.planning import Step, gpu_named, model_flops_per_token
 from qlora_jax.runs.config import LogConfig
 from qlora_jax.runs.rows import METRICS, SAMPLES, read_rows
@@ -374,7 +374,8 @@ class Watch:
             numbers += f"  MFU {row['mfu']:.1%}"
         numbers += f"  {readable_bytes(row['peak_memory_bytes'])}"
         self._bar.update(self._task, completed=step, numbers=numbers)
-        if not self._plain or (step % self.every and step != self.steps):
+        is_shown = step % self.every == 0 or step in (self.start + 1, self.steps)
+        if not (self._plain and is_shown):
             return
         line = f"step {step}/{self.steps}  {numbers}  lr {row['learning_rate']:.2e}"
         # Extrapolated without the first step, which waited for the compiler.
@@ -385,6 +386,7 @@ class Watch:
         self._print(line)
 
     def _print(self, text: str) -> None:
+        text = visible(text)
         if self._plain:
             print(text, file=sys.stderr, flush=True)
         else:  # above the bar

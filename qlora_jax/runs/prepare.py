@@ -43,7 +43,7 @@ from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_
 from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
+from qlora_jax.runs.directory import CHECKPOINTS, STARTED, saved_steps
 from qlora_jax.runs.eval_data import (
     HeldOut,
     eval_errors,
@@ -110,10 +110,13 @@ def prepare(
       problems: problems so far, raised together with those of this function.
 
     Raises:
-      UserError: every problem. Large data are read only if there is no other problem.
+      UserError: every problem. Large data are read only if there is no other problem,
+        and none if the directory or a changed setting is refused.
       CheckpointError: files of the model or of an adapter are missing or damaged, and
         there is no other problem.
     """
+    # A directory that is refused makes all else moot.
+    blocked = len(problems) > 0
     quick = _check_paths(config, problems)
     resumed = bool(saved_steps(Path(config.output_dir) / CHECKPOINTS))
     options = base_options(config.model)
@@ -135,7 +138,12 @@ def prepare(
     if starts_fresh or origin is not None:
         with problems.collecting():
             trained = _select_trained(config, model.config, base)
-    if quick or not len(problems):
+    if resumed:  # a changed setting needs no data to be seen
+        before = len(problems)
+        with problems.collecting():
+            check_continues(config, steps=config.train.steps)
+        blocked = blocked or len(problems) > before
+    if not blocked and (quick or not len(problems)):
         with problems.collecting():
             data = _load_data(config, model.config)
     if resumed and data is not None:
@@ -154,7 +162,7 @@ def prepare(
         optimizer_groups=optimizer_groups,
         origin=origin,
         data=data,
-        compiled=_compile(config, model, base, data),
+        compiled=_compile(config, model, base, data, resumed),
     )
 
 
@@ -314,7 +322,7 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
     if config.train.longest_warmup > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
-            f"{len(batches)} steps of this run."
+            f"{len(batches)} steps of this run. Give fewer of them, or a share (0.03)."
         )
     return RunData(examples, batches, held_out, tokenizer)
 
@@ -336,8 +344,13 @@ def _load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
-def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> CompiledStep:
+def _compile(
+    config: RunConfig, model: Llama, base: Any, data: RunData, resumed: bool
+) -> CompiledStep:
     """Compiles the run's step and describes its plan on stderr."""
+    started, recorded = Path(config.output_dir) / STARTED, None
+    if resumed and started.is_file():
+        recorded = convert.read_json(started).get("plan")
     _note_length(model.config, data.examples.report.longest_example)
     held_out, eval_batch = data.held_out, None
     if held_out is not None:
@@ -352,6 +365,8 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
     compute = Compute(
         dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
     )
+    rows, length = data.batches[0]["tokens"].shape[1:]
+    say(f"Compiling the step, of {rows:,} x {length:,} tokens.")
     compiled = compile_step(
         model.clone(compute=compute),
         # Every batch has the shapes of the first, so one compilation serves the run.
@@ -359,6 +374,7 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
         config.model,
         config.train,
         len(data.batches),
+        recorded=recorded,
     )
     say(compiled.summary())
     return compiled

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qlora_jax.errors import UserError, readable_bytes
+from qlora_jax.errors import UserError, readable_bytes, visible
 from qlora_jax.reading import read_bytes
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED
 from qlora_jax.runs.plots import (
@@ -40,13 +39,6 @@ REPORT_PAGE = "report.html"
 
 Row = Mapping[str, Any]
 
-# Control characters except tab and newline, line and paragraph separators, bidi marks
-# (which let text read otherwise than it is stored), and surrogates (JSON allows them,
-# UTF-8 does not).
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-    "\ud800-\udfff]"
-)
 # Fields of started.json and report.json that have a section or a tile of their own.
 _SHOWN_ELSEWHERE = {
     *("groups", "optimizer_groups", "data", "held_out", "plan", "versions", "eval"),
@@ -96,7 +88,7 @@ def show_invisible(value: Any) -> Any:
     """Replaces control characters and bidi marks in a string by [U+XXXX]."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value  # a number, or a macro's output, whose strings were replaced
-    return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
+    return visible(value)
 
 
 # --- Reading ---
