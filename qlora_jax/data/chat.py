@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.templates import render
 from qlora_jax.errors import UserError
+from qlora_jax.reading import read_text
 
 # Templates of the Llama 3 family print today's date by default. Tokens must not change
 # between the day a run starts and the day it resumes, so the date is fixed to the one
@@ -26,7 +28,10 @@ _DATE = "26 Jul 2024"
 
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
-_DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+_DATA_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
 
 # `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -50,10 +55,11 @@ class ChatRenderer:
         self._template: str | None = None
         if template_path is not None:
             try:
-                self._template = Path(template_path).read_text("utf-8")
+                self._template = read_text(Path(template_path))
             except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {error}"
+                    f"`data.chat_template`: cannot read {template_path}: {reason}"
                 ) from error
         elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -124,6 +130,8 @@ class ChatRenderer:
                 f"{what} is not a valid Jinja template: line {error.lineno}: {why}. "
                 "Correct it, or give the path of another one as `data.chat_template`."
             ) from error
+        except UserError:  # it takes too much, whatever the turns
+            raise
         except (jinja2.TemplateError, *_DATA_ERRORS):
             pass  # this template needs other turns; those of the data may fit
 
@@ -134,12 +142,12 @@ class ChatRenderer:
         add_generation_prompt: bool,
         tools: list[Any] | None,
     ) -> str:
-        return self._tokenizer.apply_chat_template(
+        return render(
+            self._tokenizer,
             messages,
             tools=tools,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
             date_string=_DATE,
         )
 
@@ -155,6 +163,8 @@ class ChatRenderer:
 
         try:
             return self._apply(messages, template, add_generation_prompt, tools)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(
