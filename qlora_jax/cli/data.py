@@ -78,8 +78,10 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import load_tokenizer, read_json, write_text
+        from convert import check_new_file, load_tokenizer, read_json, write_text
 
+        if self.html is not None:
+            check_new_file(Path(self.html))
         model = Path(self.model)
         tokenizer = load_tokenizer(model)
         examples = load_examples(

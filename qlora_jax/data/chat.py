@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.conversations import is_trained
-from qlora_jax.data.templates import render
+from qlora_jax.data.rendering import render
 from qlora_jax.errors import UserError
 from qlora_jax.reading import read_text
 
@@ -31,6 +31,7 @@ _DATE = "26 Jul 2024"
 _DATA_ERRORS = (
     *(TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError, MemoryError),
+    SyntaxError,  # "break" outside of a loop is one of the Python that Jinja writes
 )
 
 # `{% generation %}`, `{%- endgeneration -%}` and the other spellings.

@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
+from qlora_jax.reading import open_file
+
+_MAX_DEPTH = 100
+"""Levels of a JSON row."""
 
 Row = tuple[str, dict[str, Any]]
 """The location of a row, for messages, and its fields."""
@@ -83,7 +87,7 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
     head: list[str] = []  # up to the first line that is not blank
     with contextlib.ExitStack() as stack:
         stack.enter_context(_reading(path))
-        raw = stack.enter_context(open(path, "rb"))
+        raw = stack.enter_context(open_file(path))
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
         lines = stack.enter_context(
@@ -174,8 +178,39 @@ def _bad_byte(path: Path) -> str:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line.strip()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _loads(text: str) -> Any:
+    """Parses JSON; what is nested too deeply for templates and messages is an error.
+
+    Raises:
+      ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+        # Only where brackets could be that deep is the value walked.
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _json_list(
@@ -184,7 +219,7 @@ def _json_list(
     with _reading(path):
         content = "".join(head) + lines.read()
     try:
-        rows = json.loads(content)
+        rows = _loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", "?")
         raise UserError(f"{path}:{line}: malformed JSON list: {error}") from error
@@ -202,7 +237,7 @@ def _json_lines(
     while line is not None:
         if line.strip():
             try:
-                row = json.loads(line)
+                row = _loads(line)
             except ValueError as error:
                 problems.add(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "

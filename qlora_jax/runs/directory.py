@@ -33,6 +33,7 @@ from convert import (
 )
 from qlora_jax.data import DataConfig, Source
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.reading import read_text
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.rows import read_facts, read_metrics
 from qlora_jax.runs.toml import SETTINGS, read_config
@@ -110,7 +111,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     if first is None:
         return None
     try:
-        return Path(first).read_text("utf-8")
+        return read_text(Path(first))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"`data.chat_template`: cannot read {first}: {error}"
