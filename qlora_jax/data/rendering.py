@@ -119,7 +119,7 @@ def _environment() -> Any:
     import jinja2.ext
 
     class Generation(jinja2.ext.Extension):
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
