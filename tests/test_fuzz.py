@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from convert import bnb, read_json
-from qlora_jax.data import rendering
+from qlora_jax.data import bounded_templates
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
@@ -299,7 +299,7 @@ def try_cases(kind: str, seeds: range, directory: Path) -> Counter[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mutated_file_is_read_or_refused_clearly(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
     ended = try_cases(kind, range(CASES // len(KINDS)), tmp_path)
     assert ended["read"] >= 3 and ended["refused"] >= 3 or kind == "a run directory"
 
@@ -307,5 +307,5 @@ def test_a_mutated_file_is_read_or_refused_clearly(kind, tmp_path, monkeypatch):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_mutated_files(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
     try_cases(kind, range(CASES, CASES + MANY // len(KINDS)), tmp_path)

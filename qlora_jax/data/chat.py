@@ -16,8 +16,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.bounded_templates import render
 from qlora_jax.data.conversations import is_trained
-from qlora_jax.data.rendering import render
 from qlora_jax.errors import UserError
 from qlora_jax.reading import read_text
 

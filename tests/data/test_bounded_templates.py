@@ -3,9 +3,9 @@
 import jinja2
 import pytest
 
-from qlora_jax.data import rendering
+from qlora_jax.data import bounded_templates
+from qlora_jax.data.bounded_templates import is_linear
 from qlora_jax.data.chat import ChatRenderer
-from qlora_jax.data.rendering import is_linear
 from qlora_jax.errors import UserError
 
 LLAMA = """{{- bos_token }}
@@ -85,19 +85,19 @@ def test_one_that_could_but_does_not_is_rendered_as_here(tokenizer):
         TURNS, chat_template=template, tokenize=False, date_string="x"
     )
     options = {"chat_template": template, "date_string": "x", "tools": None}
-    assert rendering.render(tokenizer, TURNS, **options) == expected
+    assert bounded_templates.render(tokenizer, TURNS, **options) == expected
     with pytest.raises(ValueError, match="no turns"):
-        rendering.render(
+        bounded_templates.render(
             Tokenizer("{{ range(2) }}{{ raise_exception('no turns') }}"), TURNS
         )
 
 
 @pytest.mark.parametrize("template", [WILD[0], WILD[1], WILD[6]], ids=len)
 def test_one_that_does_is_refused_once_and_for_all(template, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(bounded_templates, "SECONDS", 1)
     with pytest.raises(UserError, match="takes more than 1 s .* or 1.1 GB of memory"):
         ChatRenderer(Tokenizer(template))
-    monkeypatch.setattr(rendering._Worker, "_start", pytest.fail)
+    monkeypatch.setattr(bounded_templates._Worker, "_start", pytest.fail)
     with pytest.raises(UserError, match="takes more than"):
         ChatRenderer(Tokenizer(template))
 

@@ -295,7 +295,7 @@ class _Worker:
         root = str(Path(__file__).resolve().parents[2])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            "from qlora_jax.data.rendering import main; main()"
+            "from qlora_jax.data.bounded_templates import main; main()"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
