@@ -14,28 +14,30 @@ from typing import Any, Literal, get_args
 from qlora_jax.errors import Problems, UserError
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
-TrainOn = Literal["all", "completion", "assistant"]
+TrainOn = Literal["all", "completion", "assistant", "last"]
 TooLong = Literal["truncate", "drop"]
 
 # What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "text": ("all",),
     "prompt_completion": ("completion", "all"),
-    "messages": ("assistant", "all"),
+    "messages": ("assistant", "last", "all"),
     "tokens": (None, "all"),
 }
 # The templates that each format reads.
 _TEMPLATES = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
-    "messages": ("chat_template",),
+    "messages": ("chat_template", "answers"),
 }
+_READ_BY_SOME = ("text", "prompt", "completion", "chat_template", "answers")
+_FORMAT_STRINGS = ("text", "prompt", "completion")
 # Settings that locate the rows or the cache. The fingerprint of the examples covers
 # their content instead, so that a moved or renamed file does not change a run.
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
-    *("too_long", "append_eos"),
+    *("answers", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
 
@@ -69,6 +71,8 @@ class Source:
     """As `data.text`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
     too_long: TooLong | None = None
     """As `data.too_long`."""
     append_eos: bool | None = None
@@ -118,7 +122,8 @@ class DataConfig:
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
     """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels of `tokens`."""
+    assistant's turns of `messages`, all of `text`, the labels of `tokens`. `last`: the
+    last of the assistant's turns alone."""
     prompt: str | None = None
     """Prompt of `prompt_completion` as a Python format string over the row's fields,
     e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
@@ -131,6 +136,12 @@ class DataConfig:
     field `text`."""
     chat_template: str | None = None
     """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    answers: tuple[int, ...] | None = None
+    """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
+    all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
+    allow_lost_answers: bool = False
+    """Train on conversations in which the chat template writes nothing of an answer
+    (tool calls that it does not know); they are refused otherwise."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
     or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
@@ -177,6 +188,7 @@ class DataConfig:
             ("packing", (False, True)),
             ("shuffle", (False, True)),
             ("append_eos", (False, True)),
+            ("allow_lost_answers", (False, True)),
         ):
             value = getattr(self, name)
             # By identity but for strings, because 1 == True.
@@ -194,6 +206,15 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.answers is not None and not (
+            isinstance(self.answers, tuple)
+            and self.answers
+            and all(type(index) is int for index in self.answers)
+        ):
+            yield (
+                "`data.answers` must be a list of indices, e.g. [0, -1] for the first "
+                f"and the last answer; got {self.answers!r}."
+            )
         if self.sources:  # formats are checked source by source, in `_build_parts`
             yield from self._weight_problems()
         elif self.format in _TRAIN_ON:
@@ -207,7 +228,13 @@ class DataConfig:
                 f"`data.train_on` = {self.train_on!r} does not apply to format="
                 f"{self.format!r}; use {known}, or leave it out."
             )
-        for name in ("text", "prompt", "completion", "chat_template"):
+        if self.answers is not None and self.supervised != "assistant":
+            yield (
+                "`data.answers` chooses among the answers that `data.train_on` = "
+                f"'assistant' trains, and it is {self.train_on!r}. Leave out one of "
+                "them."
+            )
+        for name in _READ_BY_SOME:
             template = getattr(self, name)
             if template is None:
                 continue
@@ -217,7 +244,7 @@ class DataConfig:
                     f"`data.{name}` is read by format={reader!r} only, and the format "
                     f"is {self.format!r}. Leave one of them out or change the other."
                 )
-            elif name != "chat_template":
+            elif name in _FORMAT_STRINGS:
                 try:
                     _check_template(name, template)
                 except UserError as error:
@@ -248,8 +275,7 @@ class DataConfig:
         self, problems: Problems
     ) -> Iterator[tuple[Source, "DataConfig | None"]]:
         """Yields each source with its settings, None if they contradict each other."""
-        templates = {name for names in _TEMPLATES.values() for name in names}
-        unread = {name for name in templates if getattr(self, name) is not None}
+        unread = {name for name in _READ_BY_SOME if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
             unread -= set(_TEMPLATES.get(format, ()))
@@ -270,7 +296,7 @@ class DataConfig:
         values = {name: getattr(source, name) for name in SOURCE_FIELDS}
         fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
-        for name in ("text", "prompt", "completion", "chat_template"):
+        for name in _READ_BY_SOME:
             if name not in fields and name not in _TEMPLATES.get(format, ()):
                 fields[name] = None
         if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(format, ()):
@@ -300,11 +326,19 @@ class DataConfig:
 
     @property
     def content_settings(self) -> dict[str, Any]:
-        """The settings of one source that change its batches (not where it is)."""
-        settings = dataclasses.asdict(self) | {"train_on": self.supervised}
-        for name in LOCATION_FIELDS:
-            del settings[name]
-        return settings
+        """The settings of one source that change its batches (not where it is).
+
+        Those that have their default are left out, so that a new setting changes no
+        fingerprint of data that do not use it.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in LOCATION_FIELDS and value != defaults[name]
+        }
+        # What these are, whether or not they were given.
+        return settings | {"format": self.format, "train_on": self.supervised}
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -12,6 +12,7 @@ the first or last characters of the answer untrained. Rows with such tokens are 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,8 @@ from jaxtyping import Int32
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.conversations import is_trained, to_messages, tools_of
+from qlora_jax.data.conversations import to_messages, tools_of
+from qlora_jax.data.rendering import plain_row, render_conversation
 from qlora_jax.data.rows import Fields, Row, fields_of, text_of
 from qlora_jax.errors import Problems, UserError
 
@@ -36,6 +38,8 @@ class Segmented:
 
     text: str
     spans: list[tuple[int, int]] | None = None
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    """What was lost or changed on the way from the row, and how often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Encoded:
     labels: Int32[np.ndarray, " T"]
     straddles: bool = False
     """Whether a token holds characters on both sides of an edge of a span."""
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    """As those of `Segmented`."""
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -202,12 +208,12 @@ class Encoder:
     """Encodes the rows of one source; `make_encoder` creates it.
 
     Attributes:
-      encode: returns for each row its tokens and labels, the reason to drop it, or None
-        if it was added to the problems.
+      encode: returns for each row the tokens and labels of its examples, the reason to
+        drop it, or None if it was added to the problems.
       assistant_mask: `DataReport.assistant_mask`.
     """
 
-    encode: Callable[[list[Row]], list[Encoded | str | None]]
+    encode: Callable[[list[Row]], list[list[Encoded] | str | None]]
     assistant_mask: str | None
 
 
@@ -238,47 +244,57 @@ def make_encoder(
     suffix: list[int] = []
     if config.format == "messages":  # templates write BOS and end of turn themselves
         chat = ChatRenderer(tokenizer, config.chat_template)
-        if config.supervised == "assistant":
+        if config.supervised != "all":
             mask = "template" if chat.has_marks else "renderer"
     else:
         prefix = text_prefix(tokenizer)
         suffix = _eos(tokenizer) if config.append_eos else []
     segment = _row_segmenter(config, chat)
 
-    def segment_row(where: str, row: dict[str, Any]) -> Segmented | str | None:
+    def segment_row(where: str, row: dict[str, Any]) -> list[Segmented] | str | None:
         try:
             segmented = segment(where, row)
-            if isinstance(segmented, Segmented):
-                _check_encodable(segmented.text, where)
+            for example in segmented if isinstance(segmented, list) else ():
+                _check_encodable(example.text, where)
             return segmented
         except UserError as error:
             problems.add(error)
             return None
 
-    def encode(rows: list[Row]) -> list[Encoded | str | None]:
+    def encode(rows: list[Row]) -> list[list[Encoded] | str | None]:
         segmented = [segment_row(where, row) for where, row in rows]
-        texts = [text for text in segmented if isinstance(text, Segmented)]
+        texts = [t for examples in segmented for t in _examples(examples)]
         encoded = tokenize(tokenizer, texts)
         return [
-            _enclose(next(encoded), prefix, suffix)
-            if isinstance(text, Segmented)
-            else text
-            for text in segmented
+            [
+                dataclasses.replace(
+                    _enclose(next(encoded), prefix, suffix), remarks=text.remarks
+                )
+                for text in examples
+            ]
+            if isinstance(examples, list)
+            else examples
+            for examples in segmented
         ]
 
     return Encoder(encode, mask)
 
 
+def _examples(segmented: list[Segmented] | str | None) -> list[Segmented]:
+    return segmented if isinstance(segmented, list) else []
+
+
 def _token_row_encode(
     config: DataConfig, vocab_size: int, problems: Problems
-) -> Callable[[list[Row]], list[Encoded | str | None]]:
+) -> Callable[[list[Row]], list[list[Encoded] | str | None]]:
     all_supervised = config.supervised == "all"
 
-    def encode_row(where: str, row: dict[str, Any]) -> Encoded | None:
+    def encode_row(where: str, row: dict[str, Any]) -> list[Encoded] | None:
         try:
-            return encode_token_row(
+            encoded = encode_token_row(
                 row, where, all_supervised=all_supervised, vocab_size=vocab_size
             )
+            return [encoded]
         except UserError as error:
             problems.add(error)
             return None
@@ -288,50 +304,43 @@ def _token_row_encode(
 
 def _row_segmenter(
     config: DataConfig, chat: ChatRenderer | None
-) -> Callable[[str, dict[str, Any]], Segmented | str]:
-    """Returns the function (location, row) -> `Segmented` or the reason to drop it."""
+) -> Callable[[str, dict[str, Any]], list[Segmented] | str]:
+    """Returns the function (location, row) -> its examples, or why it is dropped."""
     if config.format == "text":
 
-        def text(where: str, row: dict[str, Any]) -> Segmented | str:
+        def text(where: str, row: dict[str, Any]) -> list[Segmented] | str:
             document = text_of(row, where, "text", config.text)
-            return Segmented(document) if document else "empty text"
+            return [Segmented(document)] if document else "empty text"
 
         return text
     if config.format == "prompt_completion":
 
-        def prompt_completion(where: str, row: dict[str, Any]) -> Segmented | str:
+        def prompt_completion(where: str, row: dict[str, Any]) -> list[Segmented] | str:
             prompt = text_of(row, where, "prompt", config.prompt)
             completion = text_of(row, where, "completion", config.completion)
             if not completion:
                 return "empty completion"
             text = prompt + completion
             if config.supervised == "all":
-                return Segmented(text)
-            return Segmented(text, [(len(prompt), len(text))])
+                return [Segmented(text)]
+            return [Segmented(text, [(len(prompt), len(text))])]
 
         return prompt_completion
     assert chat is not None
 
-    def messages(where: str, row: dict[str, Any]) -> Segmented | str:
-        turns = to_messages(row, where)
-        tools = tools_of(row, where)
-        if config.supervised == "all":
-            if not all(map(is_trained, turns)):
-                raise UserError(
-                    f"{where}: a turn is not to be trained (`train`, `weight`, ...), "
-                    "and `data.train_on` = 'all' trains every turn. Use 'assistant', "
-                    "or leave out the flag."
-                )
-            return Segmented(chat.text(turns, tools=tools, where=where))
-        text, spans = chat.spans(turns, tools=tools, where=where)
-        if spans:
-            return Segmented(text, spans)
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        if not answers:
-            return "no assistant turn"
-        if not any(map(is_trained, answers)):
-            return "no assistant turn that is to be trained"
-        return "assistant turns that the chat template does not mark"
+    def messages(where: str, row: dict[str, Any]) -> list[Segmented] | str:
+        row, changes = plain_row(row)
+        turns, tools = to_messages(row, where), tools_of(row, where)
+        rendered = render_conversation(
+            chat, config, turns, tools, row.get("system"), where
+        )
+        if isinstance(rendered, str):
+            return rendered
+        renderings, remarks = rendered
+        whole = config.supervised == "all"
+        examples = [Segmented(r.text, None if whole else r.spans) for r in renderings]
+        examples[0].remarks.update(changes + remarks)
+        return examples
 
     return messages
 

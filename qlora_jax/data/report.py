@@ -16,9 +16,11 @@ class DataReport:
     rows_kept: int
     """Rows with at least one example."""
     examples: int
-    """Examples (more than `rows_kept` when documents were cut into windows)."""
+    """Examples (more than `rows_kept` when documents were cut into windows, or
+    conversations split)."""
     dropped: dict[str, int]
-    """Rows that were left out (windows, where documents were cut), by reason."""
+    """Rows that were left out (windows or examples, where documents were cut or
+    conversations split), by reason."""
     truncated: int
     """Rows that were kept without their end."""
     tokens_lost: int
@@ -52,8 +54,13 @@ class DataReport:
     """How the assistant's text was located: `template` (`{% generation %}` marks),
     `renderer` (what each turn adds after the generation prompt), or None where it was
     not needed."""
+    remarks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What is not trained on, or was changed, of rows that were kept, and how often:
+    parts of turns that the chat template does not write, answers that are not trained,
+    conversations that were split."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Locations of the first rows that were dropped, by reason, or `truncated`."""
+    """Locations of the first rows that were dropped, by reason, or `truncated`, or of
+    which there is a remark."""
     sources: tuple["SourceReport", ...] = ()
     """Of a mixture: the report of each source."""
 
@@ -148,9 +155,11 @@ def combined(
         *("supervised_eos", "straddling_rows"),
     )
     dropped: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     locations: dict[str, tuple[str, ...]] = {}
     for report in reports:
         dropped.update(report.dropped)
+        remarks.update(report.remarks)
         for reason, rows in report.places.items():
             locations[reason] = (*locations.get(reason, ()), *rows)
     return DataReport(
@@ -160,6 +169,7 @@ def combined(
         longest_row=max(report.longest_row for report in reports),
         fingerprint=fingerprint,
         assistant_mask=None,  # sources may differ
+        remarks=dict(remarks),
         places=locations,
         sources=tuple(sources),
     )

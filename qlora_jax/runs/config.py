@@ -161,6 +161,8 @@ class EvalConfig:
     """As `data.text`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
     too_long: TooLong | None = None
     """As `data.too_long`."""
     append_eos: bool | None = None
