@@ -6,6 +6,7 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.report import BAD_ROW
 
 # Rows less full than this get a note.
 _WELL_FILLED = 0.8
@@ -40,6 +41,13 @@ def data_notes(
     if dropped:
         reasons = ", ".join(report.dropped)
         notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
+    bad = report.dropped.get(BAD_ROW, 0)
+    if bad:
+        notes.append(
+            f"{_plural(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
+            "left out (`data.on_bad_row` = 'skip'). The first: "
+            + " ".join(report.bad_rows)
+        )
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
         remedies = {
