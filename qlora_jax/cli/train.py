@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,6 @@ import tyro
 from qlora_jax.cli.options import parse
 from qlora_jax.cli.output import Terminated, print_report, report_stop
 from qlora_jax.runs import (
-    SETTINGS,
     AtOnce,
     RunConfig,
     check_options,
@@ -33,7 +32,7 @@ def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax train`; returns the exit status."""
     config, explicit = from_arguments(args)
     # What a run needs takes seconds to import, and `--help` does without it.
-    from qlora_jax.runs import process_seconds, run
+    from qlora_jax.runs import RunInterrupted, process_seconds, run
 
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -42,6 +41,10 @@ def main(args: Sequence[str]) -> int:
         # step.
         began = time.perf_counter() - process_seconds()
         report = run(config, explicit_lora=explicit, began=began)
+    except RunInterrupted as error:
+        # Not 0, which schedulers and `train a && train b` take for a finished run.
+        print(f"qlora-jax train: {error}", file=sys.stderr)
+        return error.status
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
         return report_stop("qlora-jax train", error, idle + _CONTINUES)
@@ -77,14 +80,6 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:
     from qlora_jax.runs import ADAPTER
 
-    if "interrupted" in report:
-        settings = str(Path(config.output_dir) / SETTINGS)
-        print(
-            f"Stopped by {report['interrupted']} after step {report['step']}; all of "
-            "it is saved. To continue:\n\n    qlora-jax train "
-            f"{shlex.quote(settings)}"
-        )
-        return
     shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
     print_report(
         {

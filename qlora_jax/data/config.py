@@ -8,14 +8,16 @@ import dataclasses
 import math
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import Problems, UserError
+from qlora_jax.tree import FrozenDict
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant", "last"]
 TooLong = Literal["truncate", "drop"]
+OnBadRow = Literal["refuse", "skip"]
 
 # What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
@@ -24,20 +26,23 @@ _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "messages": ("assistant", "last", "all"),
     "tokens": (None, "all"),
 }
-# The templates that each format reads.
-_TEMPLATES = {
+_CONVERSATION = ("chat_template", "roles")
+# The settings that some formats read, and not all.
+_SETTINGS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("chat_template", "answers"),
+    "prompt_completion": ("prompt", "completion", *_CONVERSATION),
+    "messages": ("messages", "answers", *_CONVERSATION),
+    "tokens": (),
 }
-_READ_BY_SOME = ("text", "prompt", "completion", "chat_template", "answers")
+_SOME_READ = tuple(dict.fromkeys(name for read in _SETTINGS.values() for name in read))
+_TABLES = ("roles",)
 _FORMAT_STRINGS = ("text", "prompt", "completion")
 # Settings that locate the rows or the cache. The fingerprint of the examples covers
 # their content instead, so that a moved or renamed file does not change a run.
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
-    *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
-    *("answers", "too_long", "append_eos"),
+    *("split", "format", "train_on", "prompt", "completion", "text", "messages"),
+    *("roles", "chat_template", "answers", "on_bad_row", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
 
@@ -69,10 +74,16 @@ class Source:
     """As `data.completion`."""
     text: str | None = None
     """As `data.text`."""
+    messages: str | None = None
+    """As `data.messages`."""
+    roles: Mapping[str, str] | None = None
+    """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
     answers: tuple[int, ...] | None = None
     """As `data.answers`."""
+    on_bad_row: OnBadRow | None = None
+    """As `data.on_bad_row`."""
     too_long: TooLong | None = None
     """As `data.too_long`."""
     append_eos: bool | None = None
@@ -80,6 +91,7 @@ class Source:
 
     def __post_init__(self):
         """Raises if a value cannot be used."""
+        _freeze_tables(self)
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -134,14 +146,24 @@ class DataConfig:
     text: str | None = None
     """Document of `text` as a format string, e.g. "{title}\\n\\n{body}". Default: the
     field `text`."""
+    messages: str | None = None
+    """Field of `messages` that holds the conversation. Default: the one of `messages`,
+    `conversations`, `conversation` and `data` that a row has."""
+    roles: Mapping[str, str] | None = None
+    """Roles of the rows -> roles of the chat template, e.g. {bot = "assistant"}, in
+    addition to those that are known ("human", "gpt", "model", ...)."""
     chat_template: str | None = None
-    """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    """Path of a Jinja chat template for conversations. Default: the tokenizer's own."""
     answers: tuple[int, ...] | None = None
     """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
     all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
     allow_lost_answers: bool = False
     """Train on conversations in which the chat template writes nothing of an answer
     (tool calls that it does not know); they are refused otherwise."""
+    on_bad_row: OnBadRow = "refuse"
+    """What to do with a row that cannot be used (malformed, a field missing, a role
+    that the template refuses): refuse the data and list all such rows, or leave the row
+    out; how many there are, and why, is reported."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
     or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
@@ -162,6 +184,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Raises if a value cannot be used."""
+        _freeze_tables(self)
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
@@ -183,7 +206,8 @@ class DataConfig:
             )
         for name, choices in (
             ("format", get_args(Format)),
-            ("too_long", ("truncate", "drop")),
+            ("too_long", get_args(TooLong)),
+            ("on_bad_row", get_args(OnBadRow)),
             ("train_on", (None, *get_args(TrainOn))),
             ("packing", (False, True)),
             ("shuffle", (False, True)),
@@ -202,7 +226,7 @@ class DataConfig:
                     f"`data.{name}` must be an integer from {low} to {high}, "
                     f"got {value!r}."
                 )
-        for name in ("split", "cache"):
+        for name in ("split", "cache", "messages"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
@@ -215,6 +239,9 @@ class DataConfig:
                 "`data.answers` must be a list of indices, e.g. [0, -1] for the first "
                 f"and the last answer; got {self.answers!r}."
             )
+        for key, value in (self.roles or {}).items():
+            if not (isinstance(key, str) and isinstance(value, str) and value):
+                yield f"`data.roles` must be a table of strings, got {self.roles!r}."
         if self.sources:  # formats are checked source by source, in `_build_parts`
             yield from self._weight_problems()
         elif self.format in _TRAIN_ON:
@@ -234,19 +261,20 @@ class DataConfig:
                 f"'assistant' trains, and it is {self.train_on!r}. Leave out one of "
                 "them."
             )
-        for name in _READ_BY_SOME:
-            template = getattr(self, name)
-            if template is None:
+        for name in _SOME_READ:
+            value = getattr(self, name)
+            if value is None:
                 continue
-            if name not in _TEMPLATES.get(self.format, ()):
-                reader = next(f for f, names in _TEMPLATES.items() if name in names)
+            if name not in _SETTINGS[self.format]:
+                readers = [repr(f) for f, names in _SETTINGS.items() if name in names]
                 yield (
-                    f"`data.{name}` is read by format={reader!r} only, and the format "
-                    f"is {self.format!r}. Leave one of them out or change the other."
+                    f"`data.{name}` is read by format={' and '.join(readers)} only, "
+                    f"and the format is {self.format!r}. Leave one of them out or "
+                    "change the other."
                 )
             elif name in _FORMAT_STRINGS:
                 try:
-                    _check_template(name, template)
+                    _check_template(name, value)
                 except UserError as error:
                     yield str(error)
 
@@ -275,10 +303,10 @@ class DataConfig:
         self, problems: Problems
     ) -> Iterator[tuple[Source, "DataConfig | None"]]:
         """Yields each source with its settings, None if they contradict each other."""
-        unread = {name for name in _READ_BY_SOME if getattr(self, name) is not None}
+        unread = {name for name in _SOME_READ if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
-            unread -= set(_TEMPLATES.get(format, ()))
+            unread -= set(_SETTINGS.get(format, ()))
             try:
                 yield source, self.read_as(source)
             except UserError as error:
@@ -296,8 +324,8 @@ class DataConfig:
         values = {name: getattr(source, name) for name in SOURCE_FIELDS}
         fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
-        for name in _READ_BY_SOME:
-            if name not in fields and name not in _TEMPLATES.get(format, ()):
+        for name in _SOME_READ:
+            if name not in fields and name not in _SETTINGS.get(format, ()):
                 fields[name] = None
         if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(format, ()):
             fields["train_on"] = None
@@ -356,6 +384,15 @@ class DataConfig:
 def name_of(path: str | tuple[str, ...]) -> str:
     """Joins the paths of a source, for messages."""
     return path if isinstance(path, str) else ", ".join(path)
+
+
+def _freeze_tables(config: DataConfig | Source) -> None:
+    """Makes the settings that are tables hashable, in the order of their keys."""
+    for name in _TABLES:
+        table = getattr(config, name)
+        if table is not None:
+            frozen = FrozenDict(sorted(table.items()))
+            object.__setattr__(config, name, frozen)
 
 
 def _is_path(path: Any) -> bool:

@@ -14,32 +14,21 @@ the first or last characters of the answer untrained. Rows with such tokens are 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.conversations import to_messages, tools_of
-from qlora_jax.data.rendering import plain_row, render_conversation
-from qlora_jax.data.rows import Fields, Row, fields_of, text_of
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.data.rows import Fields, Reading, Row, fields_of
+from qlora_jax.data.segments import Segmented, Segmenter
+from qlora_jax.errors import UserError
 
+_T = TypeVar("_T")
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
 
 IGNORE = -100
 """The label of a token that is not supervised, as in Hugging Face."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Segmented:
-    """A string and its supervised character spans; None supervises all of it."""
-
-    text: str
-    spans: list[tuple[int, int]] | None = None
-    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
-    """What was lost or changed on the way from the row, and how often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +114,12 @@ def _tokenize_segments(
 
 
 def encode_token_row(
-    row: dict[str, Any], where: str, *, all_supervised: bool, vocab_size: int
+    row: dict[str, Any],
+    where: str,
+    reading: Reading | None = None,
+    *,
+    all_supervised: bool,
+    vocab_size: int,
 ) -> Encoded:
     """Checks a row of `input_ids` and `labels` and returns it without its padding.
 
@@ -136,6 +130,7 @@ def encode_token_row(
     Args:
       row: the fields.
       where: location of the row, for messages.
+      reading: gets the names of the fields that are read.
       all_supervised: every token is its own label; `labels` is not read.
       vocab_size: ids must be below it.
 
@@ -143,9 +138,10 @@ def encode_token_row(
       UserError: wrong types, ids out of range, lengths that differ, missing labels,
         padding between tokens, positions that do not count from 0.
     """
+    read = None if reading is None else reading.fields
 
     def integers(name: str, low: int, high: int | None = None) -> np.ndarray:
-        values = Fields(row, where)[name]
+        values = Fields(row, where, read)[name]
         limit = vocab_size if high is None else high
         if not isinstance(values, list) or not all(type(v) is int for v in values):
             raise UserError(f"{where}: `{name}` must be a list of integers.")
@@ -203,146 +199,109 @@ def encode_token_row(
     return Encoded(ids[kept], labels[kept])
 
 
-@dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Encodes the rows of one source; `make_encoder` creates it.
-
-    Attributes:
-      encode: returns for each row the tokens and labels of its examples, the reason to
-        drop it, or None if it was added to the problems.
-      assistant_mask: `DataReport.assistant_mask`.
-    """
-
-    encode: Callable[[list[Row]], list[list[Encoded] | str | None]]
-    assistant_mask: str | None
-
-
-def make_encoder(
-    config: DataConfig, tokenizer: Any, *, vocab_size: int, problems: Problems
-) -> Encoder:
-    """Creates the encoder of a source.
+    """Encodes the rows of one source.
 
     Args:
       config: the source and how to read it.
       tokenizer: a `transformers` tokenizer; None for format `tokens`.
       vocab_size: ids must be below it.
-      problems: collects rows that cannot be encoded.
+
+    Attributes:
+      recognised: phrases on what was recognised, and in how many rows.
+      unread: fields that nothing reads, and how many rows have them.
 
     Raises:
       UserError: the format needs a tokenizer, chat template or EOS and there is none.
     """
-    if config.format == "tokens":
-        return Encoder(_token_row_encode(config, vocab_size, problems), None)
-    if tokenizer is None:
-        raise UserError(
-            f"format={config.format!r} needs a tokenizer and the model came without "
-            "one. Put the tokenizer's files into the model's directory, or use "
-            "format='tokens'."
-        )
-    chat = mask = None
-    prefix: list[int] = []
-    suffix: list[int] = []
-    if config.format == "messages":  # templates write BOS and end of turn themselves
-        chat = ChatRenderer(tokenizer, config.chat_template)
-        if config.supervised != "all":
-            mask = "template" if chat.has_marks else "renderer"
-    else:
-        prefix = text_prefix(tokenizer)
-        suffix = _eos(tokenizer) if config.append_eos else []
-    segment = _row_segmenter(config, chat)
 
-    def segment_row(where: str, row: dict[str, Any]) -> list[Segmented] | str | None:
-        try:
-            segmented = segment(where, row)
-            for example in segmented if isinstance(segmented, list) else ():
-                _check_encodable(example.text, where)
-            return segmented
-        except UserError as error:
-            problems.add(error)
-            return None
+    def __init__(self, config: DataConfig, tokenizer: Any, *, vocab_size: int):
+        self.recognised: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
+        self._config, self._tokenizer = config, tokenizer
+        self._vocab_size = vocab_size
+        self._segmenter: Segmenter | None = None
+        if config.format == "tokens":
+            return
+        if tokenizer is None:
+            raise UserError(
+                f"format={config.format!r} needs a tokenizer and the model came "
+                "without one. Put the tokenizer's files into the model's directory, or "
+                "use format='tokens'."
+            )
+        self._segmenter = Segmenter(config, tokenizer)
+        # Chat templates write BOS and ends of turns themselves.
+        encloses = config.format != "messages"
+        self._prefix = text_prefix(tokenizer) if encloses else []
+        self._suffix = _eos(tokenizer) if encloses and config.append_eos else []
 
-    def encode(rows: list[Row]) -> list[list[Encoded] | str | None]:
-        segmented = [segment_row(where, row) for where, row in rows]
-        texts = [t for examples in segmented for t in _examples(examples)]
-        encoded = tokenize(tokenizer, texts)
+    @property
+    def assistant_mask(self) -> str | None:
+        """How the assistant's text is located; `DataReport.assistant_mask`."""
+        return self._segmenter and self._segmenter.assistant_mask
+
+    def encode(self, rows: list[Row]) -> list[list[Encoded] | str | UserError]:
+        """Returns each row's examples, the reason to drop it, or what is wrong."""
+        if self._segmenter is None:
+            return [self._read(self._encode_tokens, where, row) for where, row in rows]
+        segmented = [self._read(self._segment, where, row) for where, row in rows]
+        pieces = [
+            piece
+            for examples in segmented
+            if isinstance(examples, list)
+            for piece in examples
+        ]
+        encoded = tokenize(self._tokenizer, pieces)
         return [
-            [
-                dataclasses.replace(
-                    _enclose(next(encoded), prefix, suffix), remarks=text.remarks
-                )
-                for text in examples
-            ]
+            [self._enclosed(piece, next(encoded)) for piece in examples]
             if isinstance(examples, list)
             else examples
             for examples in segmented
         ]
 
-    return Encoder(encode, mask)
-
-
-def _examples(segmented: list[Segmented] | str | None) -> list[Segmented]:
-    return segmented if isinstance(segmented, list) else []
-
-
-def _token_row_encode(
-    config: DataConfig, vocab_size: int, problems: Problems
-) -> Callable[[list[Row]], list[list[Encoded] | str | None]]:
-    all_supervised = config.supervised == "all"
-
-    def encode_row(where: str, row: dict[str, Any]) -> list[Encoded] | None:
+    def _read(
+        self,
+        read: Callable[[str, dict[str, Any], Reading], _T],
+        where: str,
+        row: dict[str, Any] | UserError,
+    ) -> _T | UserError:
+        """Calls a function with a row and counts what it read; returns its error."""
+        if isinstance(row, UserError):
+            return row
+        reading = Reading()
         try:
-            encoded = encode_token_row(
-                row, where, all_supervised=all_supervised, vocab_size=vocab_size
-            )
-            return [encoded]
+            value = read(where, row, reading)
         except UserError as error:
-            problems.add(error)
-            return None
+            return error
+        self.recognised.update(reading.recognised)
+        self.unread.update(row.keys() - reading.fields)
+        return value
 
-    return lambda rows: [encode_row(where, row) for where, row in rows]
+    def _segment(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> list[Segmented] | str:
+        assert self._segmenter is not None
+        segmented = self._segmenter.segment(where, row, reading)
+        for piece in segmented if isinstance(segmented, list) else ():
+            _check_encodable(piece.text, where)
+        return segmented
 
-
-def _row_segmenter(
-    config: DataConfig, chat: ChatRenderer | None
-) -> Callable[[str, dict[str, Any]], list[Segmented] | str]:
-    """Returns the function (location, row) -> its examples, or why it is dropped."""
-    if config.format == "text":
-
-        def text(where: str, row: dict[str, Any]) -> list[Segmented] | str:
-            document = text_of(row, where, "text", config.text)
-            return [Segmented(document)] if document else "empty text"
-
-        return text
-    if config.format == "prompt_completion":
-
-        def prompt_completion(where: str, row: dict[str, Any]) -> list[Segmented] | str:
-            prompt = text_of(row, where, "prompt", config.prompt)
-            completion = text_of(row, where, "completion", config.completion)
-            if not completion:
-                return "empty completion"
-            text = prompt + completion
-            if config.supervised == "all":
-                return [Segmented(text)]
-            return [Segmented(text, [(len(prompt), len(text))])]
-
-        return prompt_completion
-    assert chat is not None
-
-    def messages(where: str, row: dict[str, Any]) -> list[Segmented] | str:
-        row, changes = plain_row(row)
-        turns, tools = to_messages(row, where), tools_of(row, where)
-        rendered = render_conversation(
-            chat, config, turns, tools, row.get("system"), where
+    def _encode_tokens(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> list[Encoded]:
+        encoded = encode_token_row(
+            row,
+            where,
+            reading,
+            all_supervised=self._config.supervised == "all",
+            vocab_size=self._vocab_size,
         )
-        if isinstance(rendered, str):
-            return rendered
-        renderings, remarks = rendered
-        whole = config.supervised == "all"
-        examples = [Segmented(r.text, None if whole else r.spans) for r in renderings]
-        examples[0].remarks.update(changes + remarks)
-        return examples
+        return [encoded]
 
-    return messages
+    def _enclosed(self, piece: Segmented, encoded: Encoded) -> Encoded:
+        if piece.complete:
+            return dataclasses.replace(encoded, remarks=piece.remarks)
+        return _enclose(encoded, self._prefix, self._suffix)
 
 
 def _check_encodable(text: str, where: str) -> None:

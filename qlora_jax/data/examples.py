@@ -19,9 +19,9 @@ from qlora_jax.data.arrays import (
     fingerprint,
 )
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, make_encoder
+from qlora_jax.data.encoding import IGNORE, Encoded, Encoder
 from qlora_jax.data.mixture import AnyExamples, count_examples, mix
-from qlora_jax.data.report import DataReport
+from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
 from qlora_jax.errors import Problems, UserError
 
@@ -105,9 +105,7 @@ class _Loader:
         with self._problems.collecting():
             self._sources = _row_sources(config)
         with self._problems.collecting():
-            self._encoder = make_encoder(
-                config, tokenizer, vocab_size=vocab_size, problems=self._problems
-            )
+            self._encoder = Encoder(config, tokenizer, vocab_size=vocab_size)
         self._problems.raise_if_any()
 
     def load(self, directory: Path | None) -> Examples:
@@ -158,15 +156,28 @@ class _Collector:
         self._sink = sink
         self._dropped: Counter[str] = Counter()
         self._locations: dict[str, list[str]] = {}
+        self._bad_rows: list[str] = []
         self._rows_read = self._supervised_eos = 0
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
         self._remarks: Counter[str] = Counter()
 
-    def add(self, where: str, encoded: list[Encoded] | str | None, plain: bool) -> None:
-        """Adds what the encoder made of a row."""
+    def add(
+        self, where: str, encoded: list[Encoded] | str | UserError, plain: bool
+    ) -> None:
+        """Adds what the encoder made of a row.
+
+        Raises:
+          UserError: that of the row, unless such rows are skipped; or its ids are not
+            those of the model.
+        """
         self._rows_read += 1
-        if encoded is None:
+        if isinstance(encoded, UserError):
+            if self._config.on_bad_row == "refuse":
+                raise encoded
+            self._drop(where, BAD_ROW)
+            if len(self._bad_rows) < _MAX_LOCATIONS:
+                self._bad_rows.append(str(encoded))
             return
         if isinstance(encoded, str):
             self._drop(where, encoded)
@@ -257,6 +268,7 @@ class _Collector:
                 f"dropped: {reasons} (`data.max_length` = {config.max_length}, "
                 f"longest row {self._longest} tokens). Check `data.max_length`, "
                 "`data.train_on` and the labels."
+                + "".join(f"\n{reason}" for reason in self._bad_rows)
             )
         report = DataReport(
             **count_examples(config, sink.lengths, sink.supervised),
@@ -272,6 +284,9 @@ class _Collector:
             fingerprint="",
             assistant_mask=encoder.assistant_mask,
             remarks=dict(self._remarks),
+            recognised=dict(encoder.recognised),
+            unread=dict(encoder.unread),
+            bad_rows=tuple(self._bad_rows),
             places={k: tuple(v) for k, v in self._locations.items()},
         )
         examples = sink.examples(report)

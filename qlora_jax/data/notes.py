@@ -6,6 +6,7 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.report import BAD_ROW
 
 # Rows less full than this get a note.
 _WELL_FILLED = 0.8
@@ -45,6 +46,13 @@ def data_notes(
     for remark, count in report.remarks.items():
         first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
         notes.append(f"{count:,} {remark}; the first: {first}.")
+    bad = report.dropped.get(BAD_ROW, 0)
+    if bad:
+        notes.append(
+            f"{_plural(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
+            "left out (`data.on_bad_row` = 'skip'). The first: "
+            + " ".join(report.bad_rows)
+        )
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
         remedies = {

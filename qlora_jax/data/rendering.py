@@ -90,7 +90,6 @@ def render_conversation(
     config: DataConfig,
     messages: list[dict[str, Any]],
     tools: list[Any] | None,
-    system: Any,
     where: str,
 ) -> tuple[list[Rendering], Counter[str]] | str:
     """Renders the conversation of a row, and compares the result with the row.
@@ -100,7 +99,6 @@ def render_conversation(
       config: of the source.
       messages: the turns.
       tools: the functions of the row.
-      system: the field `system` of the row, if there is one.
       where: location of the row, for messages.
 
     Returns:
@@ -114,8 +112,9 @@ def render_conversation(
         if not all(map(is_trained, messages)):
             raise UserError(
                 f"{where}: a turn is not to be trained (`train`, `weight`, ...), and "
-                "`data.train_on` = 'all' trains every turn. Use 'assistant', or leave "
-                "out the flag."
+                "`data.train_on` = 'all' trains every turn. Use "
+                f"'{'assistant' if config.format == 'messages' else 'completion'}', "
+                "or leave out the flag."
             )
         text = chat.text(messages, tools=tools, where=where)
         renderings = [Rendering(text, [], ())]
@@ -133,7 +132,6 @@ def render_conversation(
     remarks = find_unwritten(
         messages,
         tools,
-        system,
         renderings,
         where,
         allow_lost_answers=config.allow_lost_answers,

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+BAD_ROW = "row that cannot be used"
+"""Reason in `DataReport.dropped` with `data.on_bad_row` = "skip"."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
@@ -58,6 +61,12 @@ class DataReport:
     """What is not trained on, or was changed, of rows that were kept, and how often:
     parts of turns that the chat template does not write, answers that are not trained,
     conversations that were split."""
+    recognised: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What was recognised in the rows (fields, roles, parts), and in how many."""
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Fields of the rows that nothing reads, and how many rows have them."""
+    bad_rows: tuple[str, ...] = ()
+    """What is wrong with the first rows that cannot be used and were left out."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Locations of the first rows that were dropped, by reason, or `truncated`, or of
     which there is a remark."""
@@ -73,8 +82,15 @@ class DataReport:
             f"({self.supervised_tokens / self.tokens:.1%}); "
             f"longest row {self.longest_row:,} tokens"
         ]
+        if self.recognised:
+            parts.append(f"read: {self._counted(self.recognised)}")
+        if self.unread:
+            fields = {f"`{name}`": count for name, count in self.unread.items()}
+            parts.append(f"fields that are not read: {self._counted(fields)}")
         for reason, count in self.dropped.items():
             parts.append(f"dropped {count:,}: {reason}{self._where(reason)}")
+        if self.bad_rows:
+            parts.append(f"the first of those: {self.bad_rows[0]}".rstrip("."))
         if self.truncated:
             parts.append(
                 f"{self.truncated:,} rows truncated ({self.tokens_lost:,} tokens lost)"
@@ -112,6 +128,13 @@ class DataReport:
         places = self.places.get(reason, ())
         return f" ({', '.join(places)})" if 0 < len(places) < 4 else ""
 
+    def _counted(self, counts: dict[str, int]) -> str:
+        """Joins phrases, each with its number of rows unless it holds for all."""
+        return ", ".join(
+            phrase + ("" if count == self.rows_read else f" ({count:,} rows)")
+            for phrase, count in sorted(counts.items(), key=lambda item: -item[1])
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values, as JSON decodes them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -135,6 +158,7 @@ def from_dict(values: dict[str, Any]) -> DataReport:
     """Restores the report of one source from the values of `as_dict`."""
     values = dict(values, sources=())
     values["supervised_per_example"] = tuple(values["supervised_per_example"])
+    values["bad_rows"] = tuple(values["bad_rows"])
     values["places"] = {k: tuple(v) for k, v in values["places"].items()}
     return DataReport(**values)
 
@@ -155,21 +179,28 @@ def combined(
         *("supervised_eos", "straddling_rows"),
     )
     dropped: Counter[str] = Counter()
+    recognised: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     locations: dict[str, tuple[str, ...]] = {}
     for report in reports:
         dropped.update(report.dropped)
+        recognised.update(report.recognised)
         remarks.update(report.remarks)
+        unread.update(report.unread)
         for reason, rows in report.places.items():
             locations[reason] = (*locations.get(reason, ()), *rows)
     return DataReport(
         **{name: sum(getattr(report, name) for report in reports) for name in summed},
         **example_counts,
         dropped=dict(dropped),
+        recognised=dict(recognised),
+        unread=dict(unread),
         longest_row=max(report.longest_row for report in reports),
         fingerprint=fingerprint,
         assistant_mask=None,  # sources may differ
         remarks=dict(remarks),
+        bad_rows=tuple(reason for report in reports for reason in report.bad_rows),
         places=locations,
         sources=tuple(sources),
     )

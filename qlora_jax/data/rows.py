@@ -20,8 +20,26 @@ from typing import Any
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
 
-Row = tuple[str, dict[str, Any]]
-"""The location of a row, for messages, and its fields."""
+Row = tuple[str, dict[str, Any] | UserError]
+"""The location of a row, for messages, and its fields or why it cannot be read."""
+
+
+@dataclasses.dataclass
+class Reading:
+    """What was read of a row, and what was recognised in it, for the report.
+
+    Attributes:
+      fields: names of the fields that were read.
+      recognised: phrases.
+    """
+
+    fields: set[str] = dataclasses.field(default_factory=set)
+    recognised: set[str] = dataclasses.field(default_factory=set)
+
+    def recognise(self, phrase: str, *fields: str) -> None:
+        """Notes a phrase and the fields that were read for it."""
+        self.recognised.add(phrase)
+        self.fields.update(fields)
 
 
 def fields_of(row: dict[str, Any]) -> str:
@@ -44,7 +62,9 @@ class RowFile:
     done: Callable[[], float]
 
 
-def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
+def read_rows(
+    path: Path, *, plain_text: bool
+) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
     """Reads JSONL, a JSON list of objects or, optionally, a plain text file.
 
     Args:
@@ -59,13 +79,18 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
         or a row is not an object.
     """
     problems = Problems("the data")
-    file = open_rows(path, plain_text=plain_text, problems=problems)
-    rows = list(file.rows)
+    file = open_rows(path, plain_text=plain_text)
+    rows = []
+    for where, row in file.rows:
+        if isinstance(row, UserError):
+            problems.add(row)
+        else:
+            rows.append((where, row))
     problems.raise_if_any()
     return rows, file.plain
 
 
-def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
+def open_rows(path: Path, *, plain_text: bool) -> RowFile:
     """Opens a file as `read_rows` does, for one pass with one line in memory.
 
     A JSON list and a plain text file are single values and are read completely. A name
@@ -74,7 +99,6 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
     Args:
       path: the file.
       plain_text: as for `read_rows`.
-      problems: collects malformed lines; reading continues after them.
 
     Raises:
       UserError: the file is missing, empty or not UTF-8; raised by the rows too if it
@@ -111,15 +135,14 @@ def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
             if head[-1].lstrip().startswith("["):
                 values = _json_list(path, head, lines)
             else:
-                values = _json_lines(path, head, lines, problems)
+                values = _json_lines(path, head, lines)
             for where, row in values:
-                if isinstance(row, dict):
-                    yield where, row
-                else:
-                    problems.add(
+                if not isinstance(row, dict | UserError):
+                    row = UserError(
                         f"{where}: a row must be a JSON object, got "
                         f"{type(row).__name__}."
                     )
+                yield where, row
 
     # `tell` of a text stream is slow; the position in the raw file is close enough.
     return RowFile(rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size)
@@ -194,9 +217,12 @@ def _json_list(
 
 
 def _json_lines(
-    path: Path, head: list[str], lines: io.TextIOWrapper, problems: Problems
+    path: Path, head: list[str], lines: io.TextIOWrapper
 ) -> Iterator[tuple[str, Any]]:
-    """Yields locations and values of the last line of `head` and of all later lines."""
+    """Yields locations and values of the last line of `head` and of all later lines.
+
+    The value of a malformed line is a `UserError`.
+    """
     number = len(head)
     line: str | None = head[-1]
     while line is not None:
@@ -204,13 +230,12 @@ def _json_lines(
             try:
                 row = json.loads(line)
             except ValueError as error:
-                problems.add(
+                row = UserError(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "
                     "object on every line (JSONL), or a file that is one list of "
                     "objects."
                 )
-            else:
-                yield f"{path}:{number}", row
+            yield f"{path}:{number}", row
         with _reading(path):
             line = next(lines, None)
         number += 1
@@ -238,10 +263,17 @@ class _Formatter(string.Formatter):
 
 
 class Fields(Mapping):
-    """A row for `str.format_map` that raises for missing and null fields."""
+    """A row for `str.format_map` that raises for missing and null fields.
 
-    def __init__(self, row: dict[str, Any], where: str):
+    Args:
+      row: the fields.
+      where: location of the row, for messages.
+      read: gets the names of the fields that are read.
+    """
+
+    def __init__(self, row: dict[str, Any], where: str, read: set[str] | None = None):
         self._row, self._where = row, where
+        self._read = set() if read is None else read
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._row:
@@ -251,6 +283,7 @@ class Fields(Mapping):
             )
         if self._row[name] is None:
             raise UserError(f"{self._where}: field `{name}` is null.")
+        self._read.add(name)
         return self._row[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -261,14 +294,25 @@ class Fields(Mapping):
 
 
 def text_of(
-    row: dict[str, Any], where: str, name: str, template: str | None = None
+    row: dict[str, Any],
+    where: str,
+    name: str,
+    template: str | None = None,
+    reading: Reading | None = None,
 ) -> str:
     """Returns the text field `name`, or a format string filled from the row.
+
+    Args:
+      row: the fields.
+      where: location of the row, for messages.
+      name: of the field, and of the setting that the format string is.
+      template: the format string.
+      reading: gets the names of the fields.
 
     Raises:
       UserError: a field is missing (lists those present), null, or not a string.
     """
-    fields = Fields(row, where)
+    fields = Fields(row, where, None if reading is None else reading.fields)
     if template is not None:
         try:
             return _Formatter(where, name).vformat(template, (), fields)

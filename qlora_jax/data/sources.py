@@ -37,13 +37,13 @@ class RowSource:
     Attributes:
       name: the path, or "hf:owner/name".
       size: bytes where they are known, else 1; weight in the progress bar.
-      open: opens it; malformed rows are added to the problems it is passed.
+      open: opens it.
       content_hash: hashes everything it holds.
     """
 
     name: str
     size: int
-    open: Callable[[Problems], RowFile]
+    open: Callable[[], RowFile]
     content_hash: Callable[[], str]
 
     @property
@@ -108,13 +108,13 @@ def read_chunks(
 
     Args:
       sources: read one after the other.
-      problems: collects what is wrong with a source or its rows; reading continues
-        with the next one.
+      problems: collects what is wrong with a source; reading continues with the next
+        one.
       on_read: called after each chunk with the source's index and its open file.
     """
     for index, source in enumerate(sources):
         with problems.collecting():
-            file = source.open(problems)
+            file = source.open()
             rows = iter(file.rows)
             while chunk := _take_chunk(rows):
                 yield chunk, file.plain
@@ -126,7 +126,7 @@ def _take_chunk(rows: Iterator[Row]) -> list[Row]:
     size = 0
     for where, row in rows:
         chunk.append((where, row))
-        size += _count_characters(row)
+        size += 0 if isinstance(row, UserError) else _count_characters(row)
         if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
             break
     return chunk
@@ -189,10 +189,10 @@ def _file_source(path: Path, plain_text: bool) -> RowSource:
             f"its files, e.g. '{path}/*.jsonl'."
         )
 
-    def open_file(problems: Problems) -> RowFile:
+    def open_file() -> RowFile:
         if path.suffix in (".parquet", ".arrow"):
             return _open_columns(path)
-        return open_rows(path, plain_text=plain_text, problems=problems)
+        return open_rows(path, plain_text=plain_text)
 
     return RowSource(str(path), size, open_file, lambda: _hash_files(path, [path]))
 
@@ -278,7 +278,7 @@ def _saved_source(path: Path, split: str | None) -> RowSource:
     return RowSource(
         name=str(path),
         size=sum(file.stat().st_size for file in files),
-        open=lambda _: _open_dataset(str(path), load()),
+        open=lambda: _open_dataset(str(path), load()),
         content_hash=lambda: f"{split}:{_hash_files(path, files)}",
     )
 
@@ -316,7 +316,7 @@ def _hub_source(entry: str, split: str | None) -> RowSource:
     return RowSource(
         name=entry,
         size=1,
-        open=lambda _: _open_dataset(entry, load()),
+        open=lambda: _open_dataset(entry, load()),
         # The hash by which `datasets` itself names the cache of this data set.
         content_hash=lambda: f"{entry}:{split}:{load()._fingerprint}",
     )

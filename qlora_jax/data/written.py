@@ -41,7 +41,6 @@ class _Text:
 def find_unwritten(
     messages: list[dict[str, Any]],
     tools: list[Any] | None,
-    system: Any,
     renderings: Sequence[Rendering],
     where: str,
     *,
@@ -52,7 +51,6 @@ def find_unwritten(
     Args:
       messages: the turns.
       tools: the functions that the template was given.
-      system: the field `system` of the row.
       renderings: of the conversation; each trained answer is in one of them.
       where: location of the row, for messages.
       allow_lost_answers: count trained answers of which nothing is written.
@@ -83,8 +81,6 @@ def find_unwritten(
                 )
             parts = {"answers (all of their text and calls)"}
         unwritten.update(parts)
-    if isinstance(system, str) and not _writes_text(system, whole):
-        unwritten["texts in the field `system`"] += 1
     for tool in tools or ():
         name = _function(tool).get("name")
         if isinstance(name, str) and not whole.has(name):

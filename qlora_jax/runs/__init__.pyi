@@ -14,6 +14,7 @@ from .evaluation import Loss as Loss
 from .evaluation import measure_loss as measure_loss
 from .interruption import SIGNALS as SIGNALS
 from .interruption import AtOnce as AtOnce
+from .interruption import RunInterrupted as RunInterrupted
 from .loading import Resolved as Resolved
 from .loading import base_name_for_copy as base_name_for_copy
 from .loading import is_broken_path as is_broken_path
@@ -32,5 +33,4 @@ from .report import read_run as read_run
 from .report import render_page as render_page
 from .report import render_run as render_run
 from .runner import run as run
-from .toml import SETTINGS as SETTINGS
 from .toml import read_config as read_config

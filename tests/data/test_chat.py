@@ -8,7 +8,8 @@ import pytest
 
 from qlora_jax.data.chat import EMPTY_REASONING, ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
-from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
+from qlora_jax.data.encoding import IGNORE, tokenize
+from qlora_jax.data.segments import Segmented
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
@@ -398,7 +399,7 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": 1, "id": 2}, r"f:1: expected `messages` .* has `text`, `id`"),
+        ({"text": 1, "id": 2}, r"f:1: expected a conv.*`messages`, .* `text`, `id`"),
         ({}, r"the row has no fields"),
         ({"messages": []}, r"`messages` must be a non-empty list .* an empty list"),
         ({"messages": {}}, r"`messages` must be a non-empty list .* got dict"),
@@ -407,13 +408,25 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
         ({"messages": [{"role": "user"}]}, r"needs a string `content` .* got NoneType"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"turn 1 of `messages` \(user\) needs a string `content` .* got list",
+            r"turn 1 of `messages`: part 1 of its `content` is not text; expected",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a", {"type": "image_url"}]}]},
+            r"part 2 of its `content` is of the type 'image_url', and only text",
         ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
-            r"turn 1 of `conversations` is `from` 'alien'; known speakers are system",
+            r"1 of `conversations` has the role 'alien'; .* `data.roles` = {'alien'",
         ),
-        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"is `from` \['gpt'\]"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "needs a string `role`"),
+        (
+            {"messages": [{"role": "function_call", "content": "no JSON"}]},
+            "'function_call', whose text must be a call in JSON",
+        ),
+        (
+            {"messages": [{"role": "user"}], "conversations": [{"from": "gpt"}]},
+            "the row has `messages` and `conversations`, .* `data.messages`",
+        ),
         (
             {"conversations": [{"from": "human", "text": "x"}]},
             r"needs a string `content` \(ShareGPT: `value`\), got NoneType",
@@ -422,7 +435,7 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
 )
 def test_bad_rows_are_refused(row, message):
     with pytest.raises(UserError, match=message):
-        to_messages(row, "f:1")
+        to_messages(row, "f:1", roles={})
 
 
 # --- real text ---

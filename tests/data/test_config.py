@@ -26,7 +26,7 @@ from qlora_jax.errors import UserError
         ({"train_on": "assistant"}, r"'assistant' does not apply .*'text'; use 'all'"),
         (
             {"format": "messages", "train_on": "completion"},
-            "does not apply to format='messages'; use 'assistant', 'all'",
+            "does not apply to format='messages'; use 'assistant', 'last', 'all'",
         ),
         (
             {"format": "tokens", "train_on": "completion"},
@@ -37,7 +37,9 @@ from qlora_jax.errors import UserError
             {"format": "messages", "text": "{q}"},
             "`data.text` is read by format='text' only, and the format is 'messages'",
         ),
-        ({"chat_template": "x"}, "`data.chat_template` is read by format='messages'"),
+        ({"chat_template": "x"}, "read by format='prompt_completion' and 'messages' o"),
+        ({"roles": {"bot": 3}}, "`data.roles` must be a table of strings, got {'bot"),
+        ({"on_bad_row": "drop"}, "`data.on_bad_row` must be one of 'refuse', 'skip'"),
         ({"text": "{q:>99999}"}, "pads a field to 10,000 characters"),
         ({"text": "{q"}, r"`data.text` = '{q' is not a format string.*literal brace"),
         ({"text": "q"}, "`data.text` = 'q' names no field"),

@@ -51,7 +51,10 @@ def test_what_a_template_writes_in_another_form_is_not_reported(load_chat, templ
 LOST = [
     ({"messages": [ASKED, answer("a", tool_calls=[CALL])]}, "calls of functions"),
     ({"messages": [ASKED, answer("a")], "tools": [CALL]}, "functions in `tools`"),
-    ({"messages": [ASKED, answer("a")], "system": "Brief"}, "texts in the field `sy"),
+    (
+        {"messages": [ASKED, answer("a")], "system": "Brief"},
+        "contents of turns of the role 'system'",
+    ),
     (
         {"messages": [ASKED, answer("a", reasoning_content="since b")]},
         "reasonings of answers",

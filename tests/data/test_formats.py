@@ -1,0 +1,214 @@
+"""Spellings of rows: every known one gives the examples of the plain one."""
+
+import json
+
+import pytest
+
+from qlora_jax.data.conversations import to_messages
+from qlora_jax.data.rows import Reading
+from qlora_jax.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+TURNS = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yo"},
+    {"role": "user", "content": "more"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+@pytest.fixture
+def chatml(byte_tokenizer):
+    tokenizer = byte_tokenizer(specials=SPECIALS)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# --- conversations ---
+
+
+def spelled(role="role", content="content", **names):
+    """TURNS with other keys and roles."""
+    return [
+        {role: names.get(t["role"], t["role"]), content: t["content"]} for t in TURNS
+    ]
+
+
+PARTS = [
+    {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "recognised"),
+    [
+        ({"messages": TURNS}, "conversations in `messages`"),
+        ({"conversation": TURNS, "messages": None}, "conversations in `conversation`"),
+        ({"data": TURNS, "messages": []}, "conversations in `data`"),
+        ({"conversations": json.dumps(TURNS)}, "`conversations` decoded from JSON"),
+        ({"messages": PARTS}, "text parts joined to one text"),
+        ({"messages": TURNS[1:], "system": "s"}, "`system` as the first turn"),
+        (
+            {"conversations": spelled("from", "value", user="human", assistant="gpt")},
+            "`value` of turns as `content`",
+        ),
+        *(
+            ({"messages": spelled(assistant=name)}, f"role '{name}' as 'assistant'")
+            for name in ("gpt", "bing", "bard", "model", "Assistant")
+        ),
+        ({"data": spelled(user="human")}, "role 'human' as 'user'"),
+        ({"messages": spelled(assistant="bot")}, "role 'bot' as 'assistant'"),
+    ],
+)
+def test_spellings_of_a_conversation_are_read_and_said(row, recognised):
+    reading = Reading()
+    assert to_messages(row, "r", reading, roles={"bot": "assistant"}) == TURNS
+    assert recognised in reading.recognised
+    assert reading.fields <= row.keys()
+
+
+def test_roles_of_tools_are_those_of_templates():
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "3"},
+        {"from": "function_response", "value": "4"},
+    ]
+    assert to_messages({"conversations": turns}, "r", roles={}) == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": call}],
+        },
+        {"role": "tool", "content": "3"},
+        {"role": "tool", "content": "4"},
+    ]
+    kept = {"function_call": "assistant", "observation": "observation"}
+    first, second, _ = to_messages({"conversations": turns}, "r", roles=kept)
+    assert first == {"role": "assistant", "content": json.dumps(call)}
+    assert second["role"] == "observation"
+
+
+def test_parts_are_joined_without_a_separator():
+    parts = [{"type": "text", "text": "a "}, "b", {"text": "c"}]
+    (turn,) = to_messages({"messages": [{"role": "user", "content": parts}]}, "r")
+    assert turn["content"] == "a bc"
+
+
+def test_flags_of_sharegpt_turns_are_kept(load, chatml, decoded):
+    turns = spelled("from", "value", user="human", assistant="gpt")
+    turns[2] |= {"weight": 0}
+    examples = load([{"conversations": turns}], chatml, format="messages")
+    assert decoded(examples, 0, chatml)[1] == "no<|im_end|>"
+
+
+def test_the_field_and_roles_of_the_settings_are_used_and_the_rest_is_said(
+    load, chatml, decoded
+):
+    rows = [
+        {"chat": spelled(assistant="bot"), "messages": "m", "id": 1},
+        {"chat": TURNS},
+    ]
+    settings = {"messages": "chat", "roles": {"bot": "assistant"}}
+    examples = load(rows, chatml, format="messages", **settings)
+    assert decoded(examples, 0, chatml) == decoded(examples, 1, chatml)
+    report = examples.report
+    assert report.recognised["role 'bot' as 'assistant'"] == 1
+    assert report.unread == {"messages": 1, "id": 1}
+    summary = report.summary()
+    assert (
+        "read: conversations in `chat`, role 'bot' as 'assistant' (1 rows)" in summary
+    )
+    assert "fields that are not read: `" in summary
+
+
+@pytest.mark.parametrize("format", ["prompt_completion", "messages"])
+def test_turns_of_a_prompt_and_its_completion_are_one_conversation(
+    load, chatml, decoded, format
+):
+    # As in TRL: what the template writes for prompt + completion beyond the prompt with
+    # its generation prompt; but for the white space after the end of the turn, which a
+    # model never writes.
+    rows = [{"prompt": TURNS[:cut], "completion": TURNS[cut:]} for cut in (2, 4)]
+    examples = load(rows, chatml, format=format)
+    for index, row in enumerate(rows):
+        text, supervised = decoded(examples, index, chatml)
+        assert text == chatml.apply_chat_template(TURNS, tokenize=False)
+        if index == 1:  # the first answer is a part of the prompt
+            prompt = chatml.apply_chat_template(
+                row["prompt"], tokenize=False, add_generation_prompt=True
+            )
+            assert supervised == text[len(prompt) :].removesuffix("\n")
+    assert decoded(examples, 0, chatml)[1] == "yo<|im_end|>no<|im_end|>"
+    everything = load(rows[1:], chatml, format=format, train_on="all")
+    assert decoded(everything, 0, chatml)[1] == text.removeprefix("<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        (
+            {"prompt": TURNS[:2], "completion": "yo"},
+            {"format": "messages"},
+            "must be two strings, or two lists of turns; `prompt` is list",
+        ),
+        (
+            {"prompt": "hi", "completion": TURNS[2:]},
+            {"format": "prompt_completion"},
+            "two lists of turns; `completion` is list",
+        ),
+        (
+            {"prompt": "hi", "completion": "yo"},
+            {"format": "prompt_completion", "roles": {"bot": "assistant"}},
+            "`data.roles` is for conversations, .* With format='messages' the chat",
+        ),
+    ],
+)
+def test_prompts_of_turns_and_of_text_are_not_mixed(
+    load, chatml, row, settings, message
+):
+    with pytest.raises(UserError, match=message):
+        load([row], chatml, **settings)
+
+
+# --- rows that cannot be used ---
+
+BAD = [
+    ("{", {}, r"jsonl:2: malformed JSON"),
+    ("3", {}, r"jsonl:2: a row must be a JSON object, got int"),
+    ('{"body": "x"}', {}, r"jsonl:2: no field `text`"),
+    ('{"text": "\\ud800"}', {}, "half of a surrogate pair"),
+    ('{"messages": [{"role": "a"}]}', {"format": "messages"}, "has the role 'a'"),
+    ('{"input_ids": [999]}', {"format": "tokens", "train_on": "all"}, "is 999; expec"),
+]
+GOOD = {"text": "ok", "messages": TURNS, "input_ids": [1, 2]}
+
+
+@pytest.mark.parametrize(("line", "settings", "reason"), BAD)
+def test_bad_rows_are_refused_or_left_out_and_said(
+    write, load, chatml, line, settings, reason
+):
+    path = write(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(UserError, match=reason):
+        load(path, chatml, **settings)
+    report = load(path, chatml, on_bad_row="skip", **settings).report
+    assert (report.rows_read, report.rows_kept) == (3, 2)
+    assert report.dropped == {"row that cannot be used": 1}
+    (message,) = report.bad_rows
+    assert message.startswith(f"{path}:2: ") and message.rstrip(".") in report.summary()
+    # What is left is that of a file without the row.
+    clean = load([GOOD, GOOD], chatml, on_bad_row="skip", **settings).report
+    assert report.fingerprint == clean.fingerprint
+    path = write(f"{line}\n{line}\n")
+    with pytest.raises(UserError, match=r"(?s)no row is left .*2 row that .*\n.*:1: "):
+        load(path, chatml, on_bad_row="skip", **settings)
+
+
+def test_a_file_that_cannot_be_read_is_refused_even_if_bad_rows_are_skipped(load):
+    with pytest.raises(UserError, match="there is no file"):
+        load("absent.jsonl", on_bad_row="skip")
