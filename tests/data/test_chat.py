@@ -202,14 +202,25 @@ def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
     assert text == "user: Hi there\n"
 
 
-def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
-    llama32 = (
-        "{% if not date_string is defined %}"
-        "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
-        "Today: {{ date_string }}"
-    )
-    text = ChatRenderer(chat_tokenizer(llama32)).text(CONVERSATION)
-    assert text == "Today: 26 Jul 2024"
+# How Llama 3.2 and gpt-oss write the date.
+DATED = (
+    "{% if not date_string is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+    '{{ strftime_now("%Y-%m-%d") }}'
+)
+
+
+def test_a_template_writes_the_date_it_is_given_or_todays(chat_tokenizer):
+    tokenizer = chat_tokenizer(DATED)
+    given = ChatRenderer(tokenizer, date="2024-07-05")
+    assert given.text(CONVERSATION) == "05 Jul 2024 2024-07-05"
+    today = ChatRenderer(tokenizer).text(CONVERSATION)
+    assert today == tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert today != given.text(CONVERSATION)
+    computed = chat_tokenizer("{% set f = '%Y' %}{{ strftime_now(f) }}")
+    assert ChatRenderer(computed).reads_clock
+    with pytest.raises(UserError, match="computes the format of the date"):
+        ChatRenderer(computed, date="2024-07-05")
 
 
 CALLING = (
