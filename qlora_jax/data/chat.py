@@ -421,8 +421,13 @@ class ChatRenderer:
         """
         opening = _OPENS_REASONING.search(before)
         if opening is not None and after.startswith(before[: opening.start()]):
-            answer = after[opening.start() :].removeprefix(opening["open"])
+            answer = after[opening.start() :]
             close = f"{opening['left']}/{opening['name']}{opening['right']}"
+            if answer.startswith(opening["open"]):
+                # The prompt and the answer differ in white space alone.
+                answer = answer.removeprefix(opening["open"]).lstrip()
+                empty = answer.startswith(close)
+                return before, before + "\n" * empty + answer, empty
             content = messages[turn].get("content") or ""
             reasoning, gap = _reasoning_field(messages[turn]), "\n\n"
             if close in content:
@@ -430,8 +435,6 @@ class ChatRenderer:
                 reasoning = reasoning.rpartition(opening["open"])[2]
                 gap = visible[: len(visible) - len(visible.lstrip())]
                 gap = "" if answer.startswith(gap) else gap
-            if answer.lstrip().startswith(close):  # "<think></think>The answer"
-                return before, f"{before}\n{answer.lstrip()}", True
             if close not in answer:
                 written = f"{reasoning.strip()}\n{close}{gap}{answer}"
                 return before, before + written, not reasoning.strip()

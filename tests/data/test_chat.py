@@ -175,6 +175,21 @@ def test_one_pass_gives_the_spans_that_growing_prefixes_give(
     assert renderer.examples(turns) == [example]
 
 
+@pytest.mark.parametrize(
+    ("reasoning", "written"), [("", "\n</think>yo</s>"), ("hm", "hm</think>yo</s>")]
+)
+def test_an_answer_may_open_its_reasoning_as_the_prompt_does_without_its_line_break(
+    supervised, reasoning, written
+):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>"
+        "{{ m.thinking }}</think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    turn = {"role": "assistant", "content": "yo", "thinking": reasoning}
+    assert supervised(template, [CONVERSATION[0], turn])[1] == [written]
+
+
 def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
