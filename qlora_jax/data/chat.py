@@ -48,10 +48,6 @@ _OPENS_REASONING = re.compile(
     re.I,
 )
 
-EMPTY_REASONING = "answers trained with empty reasoning, which the rows do not have"
-"""Said of answers of rows without reasoning where a template prompts with its start."""
-
-
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a turn that may hold its reasoning."""
 
@@ -64,13 +60,11 @@ class Rendering:
       text: the text.
       spans: (start, end) of the trained text, ascending.
       answers: indices of the turns that the spans are of, ascending.
-      remarks: what was added to the rows' text.
     """
 
     text: str
     spans: list[tuple[int, int]]
     answers: tuple[int, ...]
-    remarks: tuple[str, ...] = ()
 
 
 class ChatRenderer:
@@ -301,28 +295,19 @@ class ChatRenderer:
         if spans is not None:
             return [Rendering(full, spans, tuple(sorted(answers)))]
         examples: list[Rendering] = []
-        text = full
         # From the last one: the text up to it shows most of the answers before.
         for turn in sorted(answers, reverse=True):
-            remarks: tuple[str, ...] = ()
             before, after = self._around(turn, messages, full, tools, where)
             if not after.startswith(before):
-                before, after, empty = self._open_reasoning(
-                    turn, messages, before, after, where
-                )
-                remarks = (EMPTY_REASONING,) if empty else ()
+                after = self._open_reasoning(turn, messages, before, after, where)
             span = self._trim(after, len(before), len(after))
             if examples and examples[-1].text.startswith(after):
                 later = examples.pop()
-                example = Rendering(
-                    later.text,
-                    [span, *later.spans],
-                    (turn, *later.answers),
-                    (*remarks, *later.remarks),
-                )
+                spans, shown = [span, *later.spans], (turn, *later.answers)
+                example = Rendering(later.text, spans, shown)
             else:
                 text = full if not examples and full.startswith(after) else after
-                example = Rendering(text, [span], (turn,), remarks)
+                example = Rendering(text, [span], (turn,))
             examples.append(example)
         return examples[::-1] or [Rendering(full, [], ())]
 
@@ -399,7 +384,7 @@ class ChatRenderer:
         before: str,
         after: str,
         where: str,
-    ) -> tuple[str, str, bool]:
+    ) -> str:
         """Writes an answer after a generation prompt that opens its reasoning.
 
         Such a prompt ends in "<think>", and the template leaves out what an answer has
@@ -413,8 +398,8 @@ class ChatRenderer:
           where: location of the row, for messages.
 
         Returns:
-          The texts before and after what a model writes, and whether the row has no
-          reasoning for it.
+          The text up to the end of the answer, which begins with `before`. A row that
+          has no reasoning gets an empty one.
 
         Raises:
           UserError: the generation prompt is not of this kind.
@@ -426,8 +411,7 @@ class ChatRenderer:
             if answer.startswith(opening["open"]):
                 # The prompt and the answer differ in white space alone.
                 answer = answer.removeprefix(opening["open"]).lstrip()
-                empty = answer.startswith(close)
-                return before, before + "\n" * empty + answer, empty
+                return before + "\n" * answer.startswith(close) + answer
             content = messages[turn].get("content") or ""
             reasoning, gap = _reasoning_field(messages[turn]), "\n\n"
             if close in content:
@@ -436,8 +420,7 @@ class ChatRenderer:
                 gap = visible[: len(visible) - len(visible.lstrip())]
                 gap = "" if answer.startswith(gap) else gap
             if close not in answer:
-                written = f"{reasoning.strip()}\n{close}{gap}{answer}"
-                return before, before + written, not reasoning.strip()
+                return f"{before}{reasoning.strip()}\n{close}{gap}{answer}"
         raise UserError(
             f"{where}: the chat template's generation prompt ({before[-40:]!r}) is "
             f"not how it starts the assistant's turn {turn + 1}, so where the answer "

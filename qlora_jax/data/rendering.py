@@ -190,6 +190,4 @@ def render_conversation(
         ] = roles.count("assistant") - len(answers)
         if len(renderings) > 1:
             remarks[SPLIT] = 1
-        for rendering in renderings:
-            remarks.update(rendering.remarks)
     return renderings, +remarks

@@ -15,10 +15,13 @@ from typing import Any
 from qlora_jax.data.chat import REASONING_FIELDS, Rendering
 from qlora_jax.errors import UserError
 
+_REASON = r"[\w:|]*(?:think|thought|reason)[\w:|]*[>\]]"
 # The end of reasoning inside a content.
-_REASONING_END = re.compile(
-    r"[<\[]/[\w:|]*(?:think|thought|reason)[\w:|]*[>\]]", re.IGNORECASE
-)
+_REASONING_END = re.compile(rf"[<\[]/{_REASON}", re.IGNORECASE)
+# How an answer begins whose reasoning is empty; a prompt may have opened it.
+_EMPTY_REASONING = re.compile(rf"(?:[<\[]{_REASON})?\s*[<\[]/{_REASON}", re.IGNORECASE)
+EMPTY_REASONING = "answers trained with empty reasoning"
+_NOT_WRITTEN = "that the chat template does not write"
 # A tag alone on its line may be one that the template writes itself.
 _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")
 
@@ -85,12 +88,13 @@ def find_unwritten(
         name = _function(tool).get("name")
         if isinstance(name, str) and not whole.has(name):
             unwritten["functions in `tools`"] += 1
-    return Counter(
-        {
-            f"{part} that the chat template does not write": n
-            for part, n in unwritten.items()
-        }
+    remarks = Counter(
+        {f"{part} {_NOT_WRITTEN}": count for part, count in unwritten.items()}
     )
+    remarks[EMPTY_REASONING] = sum(
+        _EMPTY_REASONING.match(text) is not None for text in answers.values()
+    )
+    return +remarks
 
 
 def _answer_texts(renderings: Sequence[Rendering]) -> dict[int, str]:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data.chat import EMPTY_REASONING, ChatRenderer
+from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
 from qlora_jax.data.encoding import IGNORE, tokenize
 from qlora_jax.data.segments import Segmented
@@ -569,20 +569,16 @@ OPENS = (
 
 
 @pytest.mark.parametrize(
-    ("turn", "written", "empty"),
+    ("turn", "written"),
     [
-        ({"content": "<think>\nhm\n</think>\n\nyo"}, "hm\n</think>\n\nyo</s>", False),
-        ({"content": "hm</think> yo"}, "hm\n</think> yo</s>", False),
-        (
-            {"content": "yo", "reasoning_content": "hm"},
-            "hm\n</think>\n\nyo</s>",
-            False,
-        ),
-        ({"content": "yo"}, "\n</think>\n\nyo</s>", True),
+        ({"content": "<think>\nhm\n</think>\n\nyo"}, "hm\n</think>\n\nyo</s>"),
+        ({"content": "hm</think> yo"}, "hm\n</think> yo</s>"),
+        ({"content": "yo", "reasoning_content": "hm"}, "hm\n</think>\n\nyo</s>"),
+        ({"content": "yo"}, "\n</think>\n\nyo</s>"),
     ],
 )
 def test_an_answer_follows_the_prompt_that_opens_its_reasoning(
-    chat_tokenizer, turn, written, empty
+    chat_tokenizer, turn, written
 ):
     renderer = ChatRenderer(chat_tokenizer(OPENS))
     turns = [CONVERSATION[0], {"role": "assistant", **turn}]
@@ -590,11 +586,7 @@ def test_an_answer_follows_the_prompt_that_opens_its_reasoning(
     prompt = "<user>Hi there</s><assistant><think>\n"
     assert first.text == prompt + written
     assert first.spans == [(len(prompt), len(first.text))]
-    assert [r == (EMPTY_REASONING,) for r in (first.remarks, second.remarks)] == (
-        [empty] * 2
-    )
-    shown = renderer.text(turns)
-    assert second.text == f"{shown}{first.text}"
+    assert second.text == renderer.text(turns) + first.text
 
 
 def test_marks_may_cover_part_of_a_turn(supervised):

@@ -154,6 +154,13 @@ def test_a_split_conversation_is_one_row_and_is_reported(load_chat):
     assert report.remarks[split] == 1
 
 
+@pytest.mark.parametrize("written", ["<think>\n\n</think>", "\n</think>", "[/THINK]"])
+def test_empty_reasoning_is_counted(load_chat, written):
+    template = TEXT.replace("{{ m.content", written + "{{ m.content")
+    report = load_chat(template, {"messages": TURNS[:4]}).report
+    assert report.remarks == {"answers trained with empty reasoning": 2}
+
+
 # --- The date ---
 
 CLOCK = "{{ strftime_now('%Y-%m-%d') }}" + TEXT
