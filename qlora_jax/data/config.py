@@ -114,9 +114,10 @@ class DataConfig:
 
     path: str | tuple[str, ...] = ""
     """The data of one source: a file, several, or a pattern ("part-*.jsonl"). JSONL
-    (one object a line) and JSON (a list of objects), also as .gz; Parquet; Arrow; a
-    directory that `datasets` saved; "hf:owner/name" of the hub; or, for format `text`,
-    any UTF-8 text file, which is one document."""
+    (one object a line), JSON (a list of objects), CSV and TSV (the first line names the
+    fields), also as .gz; Parquet; Arrow; a directory that `datasets` saved;
+    "hf:owner/name" of the hub; or, for format `text`, a UTF-8 text file (.txt, .md,
+    ...), which is one document. Files of other kinds are refused."""
     format: Format = "text"
     """How rows are read. `text`: one document a row. `prompt_completion`: a question
     and its answer. `messages`: a conversation (or ShareGPT `conversations`). `tokens`:

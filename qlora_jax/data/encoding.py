@@ -266,8 +266,8 @@ class Encoder:
             value = read(where, row, reading)
         except UserError as error:
             return error
-        self.recognised.update(reading.recognised)
-        self.unread.update(row.keys() - reading.fields)
+        self.recognised.update(sorted(reading.recognised))
+        self.unread.update(name for name in row if name not in reading.fields)
         return value
 
     def _segment(

@@ -125,7 +125,7 @@ class DataReport:
         """Joins phrases, each with its number of rows unless it holds for all."""
         return ", ".join(
             phrase + ("" if count == self.rows_read else f" ({count:,} rows)")
-            for phrase, count in sorted(counts.items(), key=lambda item: -item[1])
+            for phrase, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
         )
 
     def as_dict(self) -> dict[str, Any]:
