@@ -5,18 +5,26 @@ searched for in the text or in the tokens.
 
 A template with `{% generation %}` blocks marks them itself: it is rendered with a
 private character at both ends of every block, and the characters are removed again.
-Any other template is rendered on growing prefixes of the conversation: what turn `i`
-adds after the generation prompt is exactly what a model has to write there, end-of-turn
-token included. This needs a template that renders an earlier turn the same whatever
-follows it. That is checked: a template that rewrites earlier turns is refused, because
-its labels would be wrong.
+With any other template, what turn `i` adds after the generation prompt is exactly what
+a model has to write there, end-of-turn token included. Both are prefixes of the
+conversation: the turns before with the prompt, and the turns with `i`. They are known
+from one pass where a template can be followed (`TurnEnds`), and rendered otherwise.
+
+A template that rewrites earlier turns (those of reasoning models leave out earlier
+reasoning) has no text in which all answers stand as a model writes them. The
+conversation then becomes several examples, each with the answers that it shows so.
 """
 
+import contextlib
+import dataclasses
+import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
 # Templates of the Llama 3 family print today's date by default. Tokens must not change
@@ -32,6 +40,36 @@ _DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Unicode's private use area: real text rarely holds these characters.
 _PRIVATE = range(0xE000, 0xF8FF)
+# What the generation prompt of a reasoning model ends with: "<think>\n", "[THINK]".
+_OPENS_REASONING = re.compile(
+    r"(?P<open>(?P<left>[<\[])(?P<name>[\w:|]*(?:think|thought|reason)[\w:|]*)"
+    r"(?P<right>[>\]]))\s*\Z",
+    re.I,
+)
+
+EMPTY_REASONING = "answers trained with empty reasoning, which the rows do not have"
+"""Said of answers of rows without reasoning where a template prompts with its start."""
+
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that may hold its reasoning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A conversation, or its beginning, as text.
+
+    Attributes:
+      text: the text.
+      spans: (start, end) of the trained text, ascending.
+      answers: indices of the turns that the spans are of, ascending.
+      remarks: what was added to the rows' text.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    answers: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
 
 class ChatRenderer:
@@ -48,6 +86,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, template_path: str | None = None):
         self._tokenizer = tokenizer
         self._template: str | None = None
+        self._variables: dict[str, Any] = {"date_string": _DATE}
         if template_path is not None:
             try:
                 self._template = Path(template_path).read_text("utf-8")
@@ -70,16 +109,22 @@ class ChatRenderer:
         # One that is white space is stripped from the end of a turn before the
         # comparison.
         self._specials = tuple(s for s in specials if s.strip())
-        source = self._template or getattr(tokenizer, "chat_template", None)
-        if isinstance(source, dict):  # several by name: transformers uses `default`
-            source = source.get("default")
-        self._marked = source if source and _MARK.search(source) else None
         self._check_syntax(template_path)
+        self._ends: dict[str, TurnEnds] = {}
+        self._prompts: dict[str, str] = {}
 
     @property
     def has_marks(self) -> bool:
         """Whether the template marks the assistant's text with `{% generation %}`."""
-        return self._marked is not None
+        return _MARK.search(self._source(None)) is not None
+
+    def _source(self, tools: list[Any] | None) -> str:
+        """Returns the template that a conversation is rendered with."""
+        source = self._template or getattr(self._tokenizer, "chat_template", None)
+        if isinstance(source, dict):  # several by name, as in transformers
+            name = "tool_use" if tools and "tool_use" in source else "default"
+            source = source.get(name)
+        return source or ""
 
     def text(
         self,
@@ -140,7 +185,7 @@ class ChatRenderer:
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            date_string=_DATE,
+            **self._variables,
         )
 
     def _render(
@@ -156,18 +201,24 @@ class ChatRenderer:
         try:
             return self._apply(messages, template, add_generation_prompt, tools)
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
+            encoded = _with_json_arguments(messages)
+            if encoded is not None:
+                # Some templates join the arguments of calls to the text as strings.
+                with contextlib.suppress(jinja2.TemplateError, *_DATA_ERRORS):
+                    return self._apply(encoded, template, add_generation_prompt, tools)
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(
                 f"{where}: the chat template cannot render the turns ({roles}): {error}"
             ) from error
 
-    def spans(
+    def examples(
         self,
         messages: list[dict[str, Any]],
         *,
+        answers: Collection[int] | None = None,
         tools: list[Any] | None = None,
         where: str = "conversation",
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> list[Rendering]:
         """Renders a conversation and marks what the assistant wrote.
 
         With generation marks, the spans are the marked blocks. Without, a span starts
@@ -176,59 +227,180 @@ class ChatRenderer:
         because a model stops at the token and never writes it; where a turn ends
         without a special token, the span runs to the end of the turn.
 
-        Turns that their flags exclude (`is_trained`) have no span.
+        Args:
+          messages: the turns.
+          answers: indices of the turns of the assistant to train; default those that
+            their flags leave trained (`is_trained`).
+          tools: functions that the template describes.
+          where: location of the row, for messages.
 
         Returns:
-          The rendered text and (start, end) character spans: the marked blocks that
-          are not empty, or one span per assistant turn.
+          One rendering, or several if the template rewrites earlier turns. Their spans
+          are the marked blocks that are not empty, or one for each answer.
 
         Raises:
-          UserError: the template cannot render the conversation, renders a turn
-            differently when others follow, or has marks that cannot be followed.
+          UserError: the template cannot render the conversation, starts an answer
+            otherwise than it prompts for one, or has marks that cannot be followed.
         """
-        if self._marked is not None:
-            return self._spans_by_marks(messages, tools, where)
-        return self._spans_by_prefixes(messages, tools, where)
+        if answers is None:
+            answers = trained_answers(messages)
+        source = self._source(tools)
+        if _MARK.search(source):
+            return [self._example_by_marks(messages, answers, source, tools, where)]
+        return self._examples_by_prefixes(messages, answers, tools, where)
 
-    def _spans_by_prefixes(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _examples_by_prefixes(
+        self,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        tools: list[Any] | None,
+        where: str,
+    ) -> list[Rendering]:
+        full = self._render(messages, self._template, False, tools, where)
+        spans = self._spans_by_ends(full, messages, answers, tools, where)
+        if spans is not None:
+            return [Rendering(full, spans, tuple(sorted(answers)))]
+        examples: list[Rendering] = []
+        text = full
+        # From the last one: the text up to it shows most of the answers before.
+        for turn in sorted(answers, reverse=True):
+            remarks: tuple[str, ...] = ()
+            before, after = self._around(turn, messages, full, tools, where)
+            if not after.startswith(before):
+                before, after, empty = self._open_reasoning(
+                    turn, messages, before, after, where
+                )
+                remarks = (EMPTY_REASONING,) if empty else ()
+            span = self._trim(after, len(before), len(after))
+            if examples and examples[-1].text.startswith(after):
+                later = examples.pop()
+                example = Rendering(
+                    later.text,
+                    [span, *later.spans],
+                    (turn, *later.answers),
+                    (*remarks, *later.remarks),
+                )
+            else:
+                text = full if not examples and full.startswith(after) else after
+                example = Rendering(text, [span], (turn,), remarks)
+            examples.append(example)
+        return examples[::-1] or [Rendering(full, [], ())]
+
+    def _around(
+        self,
+        turn: int,
+        messages: list[dict[str, Any]],
+        full: str,
+        tools: list[Any] | None,
+        where: str,
+    ) -> tuple[str, str]:
+        """Returns the texts before and after what a model writes for a turn."""
+
         def prefix(turns: int, prompt: bool) -> str:
             return self._render(messages[:turns], self._template, prompt, tools, where)
 
-        full = prefix(len(messages), False)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant" or not is_trained(message):
-                continue
-            # What stands between `before` and `after` is what a model writes for this
-            # turn.
-            last = turn + 1 == len(messages)
-            after = full if last else prefix(turn + 1, False)
-            before = prefix(turn, True) if turn else self._opening(after, tools, where)
-            if not full.startswith(after):
-                raise UserError(
-                    f"{where}: the chat template writes turn {turn + 1} differently "
-                    "once other turns follow it (templates of reasoning models strip "
-                    "earlier answers this way), so the text of that answer cannot be "
-                    "supervised. Give `data.chat_template` a Jinja file that writes "
-                    "a turn the same wherever it occurs, or split the conversation "
-                    "into rows with one answer each."
-                )
-            if not after.startswith(before):
-                raise UserError(
-                    f"{where}: the chat template's generation prompt "
-                    f"({before[-40:]!r}) is not how it starts the assistant's turn "
-                    f"{turn + 1}, so where the answer begins is not defined. Give "
-                    "`data.chat_template` a Jinja file whose generation prompt is "
-                    "the beginning of an assistant turn."
-                )
-            # [start, stop) in the characters of `full`, of which `after` is a prefix.
-            start = len(before)
-            stop = len(after[start:].rstrip()) + start
-            ends_special = self._specials and after[start:stop].endswith(self._specials)
-            spans.append((start, stop if ends_special else len(after)))
-        return full, spans
+        last = turn + 1 == len(messages)
+        after = full if last else prefix(turn + 1, False)
+        before = prefix(turn, True) if turn else self._opening(after, tools, where)
+        return before, after
+
+    def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """Returns a span without the white space after a special token at its end."""
+        stop = start + len(text[start:end].rstrip())
+        ends_special = self._specials and text[start:stop].endswith(self._specials)
+        return start, stop if ends_special else end
+
+    def _spans_by_ends(
+        self,
+        full: str,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        tools: list[Any] | None,
+        where: str,
+    ) -> list[tuple[int, int]] | None:
+        """Returns the spans in the text of a template that can be followed, or None."""
+        source = self._source(tools)
+        specials = getattr(self._tokenizer, "special_tokens_map", None)
+        if specials is None or not answers:
+            return None
+        if source not in self._ends:
+            self._ends[source] = TurnEnds(source)
+        context = {**specials, **self._variables, "tools": tools, "documents": None}
+        ends = self._ends[source].find(full, messages, context)
+        if ends is None or ends[-1] is None:
+            return None
+        if source not in self._prompts:
+            # It does not depend on the turns.
+            prompted = self._render(messages, self._template, True, tools, where)
+            if not prompted.startswith(full[: ends[-1]]):
+                return None
+            self._prompts[source] = prompted[ends[-1] :]
+        prompt, spans = self._prompts[source], []
+        for turn in sorted(answers):
+            begin, end = ends[turn - 1] if turn else None, ends[turn]
+            if begin is not None and end is not None:
+                start = begin + len(prompt)
+                # What ends a conversation belongs to its last turn.
+                end = end if turn + 1 < len(messages) else len(full)
+                follows = full.startswith(prompt, begin) and start <= end
+            else:
+                before, after = self._around(turn, messages, full, tools, where)
+                start, end = len(before), len(after)
+                follows = full.startswith(after) and after.startswith(before)
+            if not follows:
+                return None
+            spans.append(self._trim(full, start, end))
+        return spans
+
+    def _open_reasoning(
+        self,
+        turn: int,
+        messages: list[dict[str, Any]],
+        before: str,
+        after: str,
+        where: str,
+    ) -> tuple[str, str, bool]:
+        """Writes an answer after a generation prompt that opens its reasoning.
+
+        Such a prompt ends in "<think>", and the template leaves out what an answer has
+        before "</think>", so it never shows an answer as the model writes it.
+
+        Args:
+          turn: index of the answer.
+          messages: the turns.
+          before: what the template writes up to the generation prompt.
+          after: what it writes up to the end of the answer.
+          where: location of the row, for messages.
+
+        Returns:
+          The texts before and after what a model writes, and whether the row has no
+          reasoning for it.
+
+        Raises:
+          UserError: the generation prompt is not of this kind.
+        """
+        opening = _OPENS_REASONING.search(before)
+        if opening is not None and after.startswith(before[: opening.start()]):
+            answer = after[opening.start() :].removeprefix(opening["open"])
+            close = f"{opening['left']}/{opening['name']}{opening['right']}"
+            content = messages[turn].get("content") or ""
+            reasoning, gap = _reasoning_field(messages[turn]), "\n\n"
+            if close in content:
+                reasoning, _, visible = content.partition(close)
+                reasoning = reasoning.rpartition(opening["open"])[2]
+                gap = visible[: len(visible) - len(visible.lstrip())]
+                gap = "" if answer.startswith(gap) else gap
+            if answer.lstrip().startswith(close):  # "<think></think>The answer"
+                return before, f"{before}\n{answer.lstrip()}", True
+            if close not in answer:
+                written = f"{reasoning.strip()}\n{close}{gap}{answer}"
+                return before, before + written, not reasoning.strip()
+        raise UserError(
+            f"{where}: the chat template's generation prompt ({before[-40:]!r}) is "
+            f"not how it starts the assistant's turn {turn + 1}, so where the answer "
+            "begins is not defined. Give `data.chat_template` a Jinja file whose "
+            "generation prompt is the beginning of an assistant turn."
+        )
 
     def _opening(self, after: str, tools: list[Any] | None, where: str) -> str:
         """Returns what stands before the answer that opens a conversation.
@@ -238,8 +410,8 @@ class ChatRenderer:
 
         Args:
           after: the text up to the end of the answer.
-          tools: as for `spans`.
-          where: as for `spans`.
+          tools: as for `examples`.
+          where: as for `examples`.
         """
         question = [{"role": "user", "content": "a"}]
         without, prompted = (
@@ -256,10 +428,14 @@ class ChatRenderer:
             )
         return after[: after.index(prompt) + len(prompt)]
 
-    def _spans_by_marks(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        assert self._marked is not None
+    def _example_by_marks(
+        self,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        source: str,
+        tools: list[Any] | None,
+        where: str,
+    ) -> Rendering:
         text = self.text(messages, tools=tools, where=where)
         used = set(text)
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
@@ -273,7 +449,7 @@ class ChatRenderer:
                 f'{{%{tag[1]} if true %}}{{{{ "{character}" }}}}{{% endif {tag[3]}%}}'
             )
 
-        template = _MARK.sub(mark, self._marked)
+        template = _MARK.sub(mark, source)
         marked = self._render(messages, template, False, tools, where)
         pieces: list[str] = []
         blocks: list[tuple[int, int]] = []
@@ -299,14 +475,54 @@ class ChatRenderer:
                 "afterwards). Give `data.chat_template` a Jinja file whose blocks "
                 "enclose what the assistant writes, or that has none."
             )
-        trained = [is_trained(m) for m in messages if m["role"] == "assistant"]
-        if not all(trained):
-            if len(blocks) != len(trained):
+        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+        if len(answers) < len(turns):
+            if len(blocks) != len(turns):
                 raise UserError(
                     f"{where}: the chat template marks {len(blocks)} blocks for "
-                    f"{len(trained)} turns of the assistant, so the turns that are not "
-                    "to be trained cannot be told. Leave out their flags, or mark one "
-                    "block a turn."
+                    f"{len(turns)} turns of the assistant, so the turns that are not "
+                    "to be trained cannot be told. Leave out their flags and train on "
+                    "all of them, or mark one block a turn."
                 )
-            blocks = [block for block, t in zip(blocks, trained, strict=True) if t]
-        return text, [(start, end) for start, end in blocks if start < end]
+            pairs = zip(blocks, turns, strict=True)
+            blocks = [block for block, turn in pairs if turn in answers]
+        spans = [(start, end) for start, end in blocks if start < end]
+        return Rendering(text, spans, tuple(sorted(answers)))
+
+
+def _with_json_arguments(
+    messages: list[dict[str, Any]],
+) -> list[dict[str, Any]] | None:
+    """Returns the turns with arguments of calls as JSON; None if there are none."""
+
+    def encode(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": encode(call["function"])}
+        if not isinstance(call.get("arguments"), dict):
+            return call
+        text = json.dumps(call["arguments"], ensure_ascii=False)
+        return {**call, "arguments": text}
+
+    encoded = [
+        {**message, "tool_calls": [encode(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+    return None if encoded == messages else encoded
+
+
+def _reasoning_field(message: dict[str, Any]) -> str:
+    values = (message.get(name) for name in REASONING_FIELDS)
+    return next((text for text in values if isinstance(text, str)), "")
+
+
+def trained_answers(messages: list[dict[str, Any]]) -> list[int]:
+    """Returns the indices of the assistant's turns that their flags leave trained."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and is_trained(message)
+    ]

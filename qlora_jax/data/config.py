@@ -15,7 +15,7 @@ from qlora_jax.errors import Problems, UserError
 from qlora_jax.tree import FrozenDict
 
 Format = Literal["text", "prompt_completion", "messages", "tokens"]
-TrainOn = Literal["all", "completion", "assistant"]
+TrainOn = Literal["all", "completion", "assistant", "last"]
 TooLong = Literal["truncate", "drop"]
 OnBadRow = Literal["refuse", "skip"]
 
@@ -23,7 +23,7 @@ OnBadRow = Literal["refuse", "skip"]
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "text": ("all",),
     "prompt_completion": ("completion", "all"),
-    "messages": ("assistant", "all"),
+    "messages": ("assistant", "last", "all"),
     "tokens": (None, "all"),
 }
 _CONVERSATION = ("chat_template", "roles")
@@ -31,7 +31,7 @@ _CONVERSATION = ("chat_template", "roles")
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion", *_CONVERSATION),
-    "messages": ("messages", *_CONVERSATION),
+    "messages": ("messages", "answers", *_CONVERSATION),
     "tokens": (),
 }
 _SOME_READ = tuple(dict.fromkeys(name for read in _SETTINGS.values() for name in read))
@@ -42,7 +42,7 @@ _FORMAT_STRINGS = ("text", "prompt", "completion")
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", "messages"),
-    *("roles", "chat_template", "on_bad_row", "too_long", "append_eos"),
+    *("roles", "chat_template", "answers", "on_bad_row", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
 
@@ -80,6 +80,8 @@ class Source:
     """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
     on_bad_row: OnBadRow | None = None
     """As `data.on_bad_row`."""
     too_long: TooLong | None = None
@@ -133,7 +135,8 @@ class DataConfig:
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
     """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels of `tokens`."""
+    assistant's turns of `messages`, all of `text`, the labels of `tokens`. `last`: the
+    last of the assistant's turns alone."""
     prompt: str | None = None
     """Prompt of `prompt_completion` as a Python format string over the row's fields,
     e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
@@ -152,6 +155,12 @@ class DataConfig:
     addition to those that are known ("human", "gpt", "model", ...)."""
     chat_template: str | None = None
     """Path of a Jinja chat template for conversations. Default: the tokenizer's own."""
+    answers: tuple[int, ...] | None = None
+    """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
+    all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
+    allow_lost_answers: bool = False
+    """Train on conversations in which the chat template writes nothing of an answer
+    (tool calls that it does not know); they are refused otherwise."""
     on_bad_row: OnBadRow = "refuse"
     """What to do with a row that cannot be used (malformed, a field missing, a role
     that the template refuses): refuse the data and list all such rows, or leave the row
@@ -204,6 +213,7 @@ class DataConfig:
             ("packing", (False, True)),
             ("shuffle", (False, True)),
             ("append_eos", (False, True)),
+            ("allow_lost_answers", (False, True)),
         ):
             value = getattr(self, name)
             # By identity but for strings, because 1 == True.
@@ -221,6 +231,15 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.answers is not None and not (
+            isinstance(self.answers, tuple)
+            and self.answers
+            and all(type(index) is int for index in self.answers)
+        ):
+            yield (
+                "`data.answers` must be a list of indices, e.g. [0, -1] for the first "
+                f"and the last answer; got {self.answers!r}."
+            )
         for key, value in (self.roles or {}).items():
             if not (isinstance(key, str) and isinstance(value, str) and value):
                 yield f"`data.roles` must be a table of strings, got {self.roles!r}."
@@ -236,6 +255,12 @@ class DataConfig:
             yield (
                 f"`data.train_on` = {self.train_on!r} does not apply to format="
                 f"{self.format!r}; use {known}, or leave it out."
+            )
+        if self.answers is not None and self.supervised != "assistant":
+            yield (
+                "`data.answers` chooses among the answers that `data.train_on` = "
+                f"'assistant' trains, and it is {self.train_on!r}. Leave out one of "
+                "them."
             )
         for name in _SOME_READ:
             value = getattr(self, name)

@@ -39,6 +39,8 @@ class Encoded:
     labels: Int32[np.ndarray, " T"]
     straddles: bool = False
     """Whether a token holds characters on both sides of an edge of a span."""
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    """As those of `Segmented`."""
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -238,18 +240,23 @@ class Encoder:
         """How the assistant's text is located; `DataReport.assistant_mask`."""
         return self._segmenter and self._segmenter.assistant_mask
 
-    def encode(self, rows: list[Row]) -> list[Encoded | str | UserError]:
-        """Returns for each row its tokens, the reason to drop it, or what is wrong."""
+    def encode(self, rows: list[Row]) -> list[list[Encoded] | str | UserError]:
+        """Returns each row's examples, the reason to drop it, or what is wrong."""
         if self._segmenter is None:
             return [self._read(self._encode_tokens, where, row) for where, row in rows]
         segmented = [self._read(self._segment, where, row) for where, row in rows]
-        pieces = [piece for piece in segmented if isinstance(piece, Segmented)]
+        pieces = [
+            piece
+            for examples in segmented
+            if isinstance(examples, list)
+            for piece in examples
+        ]
         encoded = tokenize(self._tokenizer, pieces)
         return [
-            self._enclosed(piece, next(encoded))
-            if isinstance(piece, Segmented)
-            else piece
-            for piece in segmented
+            [self._enclosed(piece, next(encoded)) for piece in examples]
+            if isinstance(examples, list)
+            else examples
+            for examples in segmented
         ]
 
     def _read(
@@ -272,27 +279,28 @@ class Encoder:
 
     def _segment(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
+    ) -> list[Segmented] | str:
         assert self._segmenter is not None
         segmented = self._segmenter.segment(where, row, reading)
-        if isinstance(segmented, Segmented):
-            _check_encodable(segmented.text, where)
+        for piece in segmented if isinstance(segmented, list) else ():
+            _check_encodable(piece.text, where)
         return segmented
 
     def _encode_tokens(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Encoded:
-        return encode_token_row(
+    ) -> list[Encoded]:
+        encoded = encode_token_row(
             row,
             where,
             reading,
             all_supervised=self._config.supervised == "all",
             vocab_size=self._vocab_size,
         )
+        return [encoded]
 
     def _enclosed(self, piece: Segmented, encoded: Encoded) -> Encoded:
         if piece.complete:
-            return encoded
+            return dataclasses.replace(encoded, remarks=piece.remarks)
         return _enclose(encoded, self._prefix, self._suffix)
 
 

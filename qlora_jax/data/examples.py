@@ -161,8 +161,11 @@ class _Collector:
         self._rows_read = self._supervised_eos = 0
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
+        self._remarks: Counter[str] = Counter()
 
-    def add(self, where: str, encoded: Encoded | str | UserError, plain: bool) -> None:
+    def add(
+        self, where: str, encoded: list[Encoded] | str | UserError, plain: bool
+    ) -> None:
         """Adds what the encoder made of a row.
 
         Raises:
@@ -180,6 +183,22 @@ class _Collector:
         if isinstance(encoded, str):
             self._drop(where, encoded)
             return
+        examples = len(self._sink)
+        truncated, straddling = self._truncated, self._straddling
+        for example in encoded:
+            self._add_example(where, example, plain)
+        if len(self._sink) == examples:
+            return
+        # Counted once a row, though a row may have become several examples.
+        self._rows_kept += 1
+        self._truncated = truncated + (self._truncated > truncated)
+        self._straddling = straddling + (self._straddling > straddling)
+        for example in encoded:
+            self._remarks.update(example.remarks)
+            for remark in example.remarks:
+                self._locate(where, remark)
+
+    def _add_example(self, where: str, encoded: Encoded, plain: bool) -> None:
         tokens, labels = encoded.tokens, encoded.labels
         if not len(tokens):
             self._drop(where, "no tokens")
@@ -205,12 +224,10 @@ class _Collector:
             else:
                 self._drop(where, "nothing to supervise")
         if kept:
-            self._rows_kept += 1
             if lost:
                 self._truncated += 1
                 self._locate(where, "truncated")
             self._tokens_lost += lost
-            # Counted once a row, though a row may have become several examples.
             self._straddling += encoded.straddles
 
     def _fit(self, length: int, plain: bool) -> tuple[list[slice], int]:
@@ -267,6 +284,7 @@ class _Collector:
             straddling_rows=self._straddling,
             fingerprint="",
             assistant_mask=encoder.assistant_mask,
+            remarks=dict(self._remarks),
             recognised=dict(encoder.recognised),
             unread=dict(encoder.unread),
             bad_rows=tuple(self._bad_rows),

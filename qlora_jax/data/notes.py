@@ -10,6 +10,8 @@ from qlora_jax.data.report import BAD_ROW
 
 # Rows less full than this get a note.
 _WELL_FILLED = 0.8
+# Locations that a note names.
+_SHOWN_PLACES = 3
 
 
 def data_notes(
@@ -41,6 +43,9 @@ def data_notes(
     if dropped:
         reasons = ", ".join(report.dropped)
         notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
+    for remark, count in report.remarks.items():
+        first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
+        notes.append(f"{count:,} {remark}; the first: {first}.")
     bad = report.dropped.get(BAD_ROW, 0)
     if bad:
         notes.append(

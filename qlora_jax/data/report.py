@@ -19,9 +19,11 @@ class DataReport:
     rows_kept: int
     """Rows with at least one example."""
     examples: int
-    """Examples (more than `rows_kept` when documents were cut into windows)."""
+    """Examples (more than `rows_kept` when documents were cut into windows, or
+    conversations split)."""
     dropped: dict[str, int]
-    """Rows that were left out (windows, where documents were cut), by reason."""
+    """Rows that were left out (windows or examples, where documents were cut or
+    conversations split), by reason."""
     truncated: int
     """Rows that were kept without their end."""
     tokens_lost: int
@@ -55,6 +57,10 @@ class DataReport:
     """How the assistant's text was located: `template` (`{% generation %}` marks),
     `renderer` (what each turn adds after the generation prompt), or None where it was
     not needed."""
+    remarks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What is not trained on, or was changed, of rows that were kept, and how often:
+    parts of turns that the chat template does not write, answers that are not trained,
+    conversations that were split."""
     recognised: dict[str, int] = dataclasses.field(default_factory=dict)
     """What was recognised in the rows (fields, roles, parts), and in how many."""
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -62,7 +68,8 @@ class DataReport:
     bad_rows: tuple[str, ...] = ()
     """What is wrong with the first rows that cannot be used and were left out."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Locations of the first rows that were dropped, by reason, or `truncated`."""
+    """Locations of the first rows that were dropped, by reason, or `truncated`, or of
+    which there is a remark."""
     sources: tuple["SourceReport", ...] = ()
     """Of a mixture: the report of each source."""
 
@@ -174,10 +181,12 @@ def combined(
     dropped: Counter[str] = Counter()
     recognised: Counter[str] = Counter()
     unread: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
     locations: dict[str, tuple[str, ...]] = {}
     for report in reports:
         dropped.update(report.dropped)
         recognised.update(report.recognised)
+        remarks.update(report.remarks)
         unread.update(report.unread)
         for reason, rows in report.places.items():
             locations[reason] = (*locations.get(reason, ()), *rows)
@@ -190,6 +199,7 @@ def combined(
         longest_row=max(report.longest_row for report in reports),
         fingerprint=fingerprint,
         assistant_mask=None,  # sources may differ
+        remarks=dict(remarks),
         bad_rows=tuple(reason for report in reports for reason in report.bad_rows),
         places=locations,
         sources=tuple(sources),

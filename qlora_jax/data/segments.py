@@ -1,6 +1,7 @@
 """Rows to strings with supervised character spans, by format."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,12 @@ from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.conversations import (
     has_conversation,
-    is_trained,
     to_messages,
     to_pair,
     tools_of,
     without_flags,
 )
+from qlora_jax.data.rendering import plain_row, render_conversation
 from qlora_jax.data.rows import Reading, text_of
 from qlora_jax.errors import UserError
 
@@ -26,11 +27,13 @@ class Segmented:
       text: the string.
       spans: (start, end) of its supervised parts, ascending.
       complete: whether a chat template wrote it, with BOS and ends of turns.
+      remarks: what was lost or changed on the way from the row, and how often.
     """
 
     text: str
     spans: list[tuple[int, int]] | None = None
     complete: bool = False
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 class Segmenter:
@@ -65,8 +68,8 @@ class Segmenter:
 
     def segment(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
-        """Returns the string of a row, or the reason to drop the row.
+    ) -> list[Segmented] | str:
+        """Returns the strings of a row, or the reason to drop the row.
 
         Args:
           where: location of the row, for messages.
@@ -80,13 +83,13 @@ class Segmenter:
 
     def _text(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
+    ) -> list[Segmented] | str:
         document = text_of(row, where, "text", self._config.text, reading)
-        return Segmented(document) if document else "empty text"
+        return [Segmented(document)] if document else "empty text"
 
     def _prompt_completion(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
+    ) -> list[Segmented] | str:
         config = self._config
         if not (config.prompt or config.completion) and isinstance(
             row.get("completion"), list
@@ -106,7 +109,7 @@ class Segmenter:
 
     def _messages(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
+    ) -> list[Segmented] | str:
         return self._conversation(where, row, reading)
 
     def _turns(
@@ -133,41 +136,36 @@ class Segmenter:
 
     def _conversation(
         self, where: str, row: dict[str, Any], reading: Reading
-    ) -> Segmented | str:
+    ) -> list[Segmented] | str:
         config = self._config
         if self._chat is None:  # rows of turns under format `prompt_completion`
             self._chat = ChatRenderer(self._tokenizer)
+        row, changes = plain_row(row)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)
-        if config.supervised == "all":
-            if not all(map(is_trained, turns)):
-                raise UserError(
-                    f"{where}: a turn is not to be trained (`train`, `weight`, ...), "
-                    "and `data.train_on` = 'all' trains every turn. Use "
-                    f"'{'assistant' if config.format == 'messages' else 'completion'}',"
-                    " or leave out the flag."
-                )
-            text = self._chat.text(turns, tools=tools, where=where)
-            return Segmented(text, complete=True)
-        text, spans = self._chat.spans(turns, tools=tools, where=where)
-        if spans:
-            return Segmented(text, spans, complete=True)
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        if not answers:
-            return "no assistant turn"
-        if not any(map(is_trained, answers)):
-            return "no assistant turn that is to be trained"
-        return "assistant turns that the chat template does not mark"
+        rendered = render_conversation(self._chat, config, turns, tools, where)
+        if isinstance(rendered, str):
+            return rendered
+        renderings, remarks = rendered
+        whole = config.supervised == "all"
+        examples = [
+            Segmented(r.text, None if whole else r.spans, complete=True)
+            for r in renderings
+        ]
+        examples[0].remarks.update(changes + remarks)
+        return examples
 
 
-_Builder = Callable[[str, dict[str, Any], Reading], Segmented | str]
+_Builder = Callable[[str, dict[str, Any], Reading], list[Segmented] | str]
 
 
-def _answered(prompt: str, completion: str, config: DataConfig) -> Segmented | str:
+def _answered(
+    prompt: str, completion: str, config: DataConfig
+) -> list[Segmented] | str:
     """Returns a prompt with its completion, which is supervised."""
     if not completion:
         return "empty completion"
     text = prompt + completion
     if config.supervised == "all":
-        return Segmented(text)
-    return Segmented(text, [(len(prompt), len(text))])
+        return [Segmented(text)]
+    return [Segmented(text, [(len(prompt), len(text))])]

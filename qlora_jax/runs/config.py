@@ -173,6 +173,8 @@ class EvalConfig:
     """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
     on_bad_row: OnBadRow | None = None
     """As `data.on_bad_row`."""
     too_long: TooLong | None = None

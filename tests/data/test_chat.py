@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data.chat import ChatRenderer
+from qlora_jax.data.chat import EMPTY_REASONING, ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
 from qlora_jax.data.encoding import IGNORE, tokenize
 from qlora_jax.data.segments import Segmented
+from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
 CHATML = (
@@ -68,8 +69,9 @@ def supervised(chat_tokenizer):
     """A function: template, turns -> their text, and the pieces that are supervised."""
 
     def supervised(template, turns=CONVERSATION, **where):
-        text, spans = ChatRenderer(chat_tokenizer(template)).spans(turns, **where)
-        return text, [text[start:end] for start, end in spans]
+        renderer = ChatRenderer(chat_tokenizer(template))
+        (example,) = renderer.examples(turns, **where)
+        return example.text, [example.text[start:end] for start, end in example.spans]
 
     return supervised
 
@@ -86,9 +88,9 @@ def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(supervised, na
 def assert_as_hf(tokenizer, turns):
     """Tokens and labels are those that HF's generation marks give."""
     renderer = ChatRenderer(tokenizer)
-    text, spans = renderer.spans(turns)
-    assert text == renderer.text(turns)
-    (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
+    (example,) = renderer.examples(turns)
+    assert example.text == renderer.text(turns)
+    (encoded,) = tokenize(tokenizer, [Segmented(example.text, example.spans)])
     hf = tokenizer.apply_chat_template(
         turns, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -120,6 +122,77 @@ def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
     assert text == "<|im_start|>user\nHi there<|im_end|>\n" and pieces == []
     turns = [CONVERSATION[0], {"role": "assistant", "content": ""}]
     assert supervised(CHATML, turns)[1] == ["<|im_end|>"]
+
+
+# Templates that look at other turns than the one they write, or end as the turns were.
+LOOKING = {
+    "loop.last": "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{{ '' if loop.last and m.role == 'user' else '' }}</s>{% endfor %}",
+    "length": "{% if messages | length > 99 %}x{% endif %}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "backwards": "{% for m in messages[::-1] %}{% endfor %}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "system": "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{{ s }}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 1 %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}{{ '' if ns.n else 'x' }}",
+    "skips": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}"
+    "{% endif %}{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *LOOKING])
+@pytest.mark.parametrize("first", ["user", "system"])
+def test_one_pass_gives_the_spans_that_growing_prefixes_give(
+    chat_tokenizer, monkeypatch, name, first
+):
+    if name in TEMPLATES:
+        template = TEMPLATES[name][0].replace("{% generation %}", "")
+        template = template.replace("{% endgeneration %}", "")
+    else:
+        prompt = "{% if add_generation_prompt %}assistant:{% endif %}"
+        template = LOOKING[name] + prompt
+    system = [{"role": "system", "content": "s"}] if first == "system" else []
+    if name == "mistral":
+        system = []
+    turns = [*system, *CONVERSATION, *CONVERSATION, CONVERSATION[0]]
+    renderer = ChatRenderer(chat_tokenizer(template))
+    (example,) = renderer.examples(turns)
+    renders = 0
+    apply = renderer._apply
+
+    def count(*args):
+        nonlocal renders
+        renders += 1
+        return apply(*args)
+
+    monkeypatch.setattr(renderer, "_apply", count)
+    renderer.examples([*turns, *turns[len(system) + 1 :]])
+    # The whole conversation, and the prefixes of the first answers at most.
+    assert (renders <= 3) == (name in {*TEMPLATES, "system", "skips"})
+    monkeypatch.setattr(TurnEnds, "find", lambda *_: None)
+    assert renderer.examples(turns) == [example]
+
+
+def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
+    )
+    first, second = (CONVERSATION[turn]["content"] + "<|im_end|>" for turn in (1, 3))
+    assert supervised(template)[1] == [first, second + "</s>"]
+
+
+def test_arguments_are_written_for_templates_that_join_strings(chat_tokenizer):
+    template = (
+        "{% for m in messages %}{{ m.tool_calls[0].arguments + '!' }}{% endfor %}"
+    )
+    call = {"name": "f", "arguments": '{"city": "Zürich"}'}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = to_messages({"messages": [turn]}, "r")
+    text = ChatRenderer(chat_tokenizer(template)).text(messages)
+    assert text == '{"city": "Zürich"}!'
 
 
 def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
@@ -238,8 +311,8 @@ def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):
     [
         (
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-            "{% if add_generation_prompt %}<assistant><think>{% endif %}",
-            r"generation prompt \('.*<think>'\) is not",
+            "{% if add_generation_prompt %}<assistant>Sure: {% endif %}",
+            r"generation prompt \('.*Sure: '\) is not",
         ),
         *(
             (template, r"f:3: .* blocks do not mark its text plainly")
@@ -382,7 +455,8 @@ def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(
     rows = json.loads(file.read_text())
     renderer = ChatRenderer(tokenizer)
     conversations = [to_messages(row, "r") for row in rows]
-    pieces = [Segmented(*renderer.spans(turns)) for turns in conversations]
+    examples = [e for turns in conversations for e in renderer.examples(turns)]
+    pieces = [Segmented(example.text, example.spans) for example in examples]
     answers = 0
     for turns, encoded in zip(conversations, tokenize(tokenizer, pieces), strict=True):
         mask = encoded.labels != IGNORE
@@ -439,12 +513,62 @@ def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks(
     assert ChatRenderer(chat_tokenizer(MARKED)).has_marks
     first, second = (turns[turn]["content"] + "<|im_end|>" for turn in (1, 3))
     assert supervised(MARKED, turns)[1] == [first, f"<think>so</think>{second}"]
-    # Without the marks, the same template cannot be labelled.
+
+
+def test_a_template_that_strips_earlier_thinking_gives_one_example_an_answer(
+    chat_tokenizer,
+):
+    turns = [dict(turn) for turn in CONVERSATION]
+    turns[1]["thinking"], turns[3]["thinking"] = "hm", "so"
     bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
-    assert not ChatRenderer(chat_tokenizer(bare)).has_marks
-    message = "f:3: .* turn 2 differently once other turns"
-    with pytest.raises(UserError, match=message):
-        supervised(bare, turns, where="f:3")
+    renderer = ChatRenderer(chat_tokenizer(bare))
+    examples = renderer.examples([*turns, CONVERSATION[0]])
+    assert [example.answers for example in examples] == [(1,), (3,)]
+    for example, stop in zip(examples, (2, 4), strict=True):
+        # Prompt and answer are those of inference.
+        prompt = renderer.text(turns[: stop - 1], add_generation_prompt=True)
+        (span,) = example.spans
+        assert example.text[: span[0]] == prompt
+        assert example.text == renderer.text(turns[:stop])
+    # The last answer alone takes one; a later turn of the user is left out.
+    (last,) = renderer.examples(turns, answers=[3])
+    assert last == examples[1]
+
+
+# A prompt that opens the reasoning, and a template that never writes it.
+OPENS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turn", "written", "empty"),
+    [
+        ({"content": "<think>\nhm\n</think>\n\nyo"}, "hm\n</think>\n\nyo</s>", False),
+        ({"content": "hm</think> yo"}, "hm\n</think> yo</s>", False),
+        (
+            {"content": "yo", "reasoning_content": "hm"},
+            "hm\n</think>\n\nyo</s>",
+            False,
+        ),
+        ({"content": "yo"}, "\n</think>\n\nyo</s>", True),
+    ],
+)
+def test_an_answer_follows_the_prompt_that_opens_its_reasoning(
+    chat_tokenizer, turn, written, empty
+):
+    renderer = ChatRenderer(chat_tokenizer(OPENS))
+    turns = [CONVERSATION[0], {"role": "assistant", **turn}]
+    first, second = renderer.examples([*turns, *turns])
+    prompt = "<user>Hi there</s><assistant><think>\n"
+    assert first.text == prompt + written
+    assert first.spans == [(len(prompt), len(first.text))]
+    assert [r == (EMPTY_REASONING,) for r in (first.remarks, second.remarks)] == (
+        [empty] * 2
+    )
+    shown = renderer.text(turns)
+    assert second.text == f"{shown}{first.text}"
 
 
 def test_marks_may_cover_part_of_a_turn(supervised):

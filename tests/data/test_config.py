@@ -26,7 +26,7 @@ from qlora_jax.errors import UserError
         ({"train_on": "assistant"}, r"'assistant' does not apply .*'text'; use 'all'"),
         (
             {"format": "messages", "train_on": "completion"},
-            "does not apply to format='messages'; use 'assistant', 'all'",
+            "does not apply to format='messages'; use 'assistant', 'last', 'all'",
         ),
         (
             {"format": "tokens", "train_on": "completion"},
