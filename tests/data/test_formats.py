@@ -178,6 +178,160 @@ def test_prompts_of_turns_and_of_text_are_not_mixed(
         load([row], chatml, **settings)
 
 
+# --- columns of a question and its answer ---
+
+# Of Stanford's Alpaca, in its two forms.
+ALPACA = [
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1 {x}\n\n### Response:",
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:",
+]
+
+
+def test_alpaca_rows_have_the_texts_of_alpaca(load, decoded):
+    row = {"instruction": "Add.", "output": "2"}
+    rows = [row | {"input": "1 {x}"}, row | {"input": ""}, row | {"input": None}, row]
+    examples = load(rows, format="alpaca")
+    for index in range(4):
+        prompt = ALPACA[min(index, 1)]
+        assert decoded(examples, index) == (f"<s>{prompt}2</s>", "2</s>")
+    assert examples.report.recognised["Alpaca's prompt without `input`"] == 3
+    assert not examples.report.unread
+    everything = load(rows[-1:], format="alpaca", train_on="all")
+    assert decoded(everything)[1] == f"{ALPACA[1]}2</s>"
+    with pytest.raises(UserError, match="no field `output`; the row has `instruction`"):
+        load([{"instruction": "a"}], format="alpaca")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "asked"),
+    [
+        ({"instruction": "a", "input": "b", "output": "yo"}, {}, "a\nb"),
+        ({"instruction": "a", "input": "", "output": "yo"}, {}, "a"),
+        ({"instruction": "a", "context": "b", "response": "yo"}, {}, "a\nb"),
+        ({"question": "a", "answer": "yo"}, {}, "a"),
+        ({"prompt": "a", "completion": "yo"}, {}, "a"),
+        ({"prompt": "a", "response": "yo", "messages": "x"}, {}, "a"),
+        (
+            {"q": "a", "a": "yo", "messages": []},
+            {"prompt": "({q})", "completion": "{a}"},
+            "(a)",
+        ),
+    ],
+)
+def test_a_question_and_its_answer_are_turns_of_the_chat_template(
+    load, chatml, decoded, row, settings, asked
+):
+    rows = [row | {"system": "s"}] if not settings else [row]
+    examples = load(rows, chatml, format="messages", **settings)
+    text, supervised = decoded(examples, 0, chatml)
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yo"}]
+    turns[:0] = [] if settings else [{"role": "system", "content": "s"}]
+    assert text == chatml.apply_chat_template(turns, tokenize=False)
+    assert supervised == "yo<|im_end|>"
+    said = " ".join(examples.report.recognised)
+    assert settings or "as the user's turn" in said
+    assert examples.report.unread.keys() == row.keys() & {"messages"}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "hint"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "prompt_completion",
+            r"`data.prompt` = '{qu",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "text",
+            "format='messages' writes `question`",
+        ),
+        ({"instruction": "a", "output": "b"}, "text", "or format='alpaca'"),
+        ({"conversations": []}, "prompt_completion", "format='messages' reads conver"),
+    ],
+)
+def test_the_format_of_known_fields_is_named(load, row, format, hint):
+    with pytest.raises(UserError, match=hint):
+        load([row], format=format)
+
+
+# --- texts that a chat template has written ---
+
+PARTS_OF_CHATML = {
+    "instruction_part": "<|im_start|>user\n",
+    "response_part": "<|im_start|>assistant\n",
+}
+
+
+@pytest.fixture
+def marked(load, chatml, decoded):
+    """A function: a text -> the supervised text, and the report."""
+
+    def marked(*texts, **settings):
+        settings = PARTS_OF_CHATML | settings
+        examples = load([{"text": text} for text in texts], chatml, **settings)
+        return decoded(examples, 0, chatml)[1], examples.report
+
+    return marked
+
+
+@pytest.mark.parametrize(
+    ("text", "supervised"),
+    [
+        # The end of the turn and what follows it belong to the answer, up to the next
+        # instruction; the answer that ends the text is followed by EOS.
+        (
+            "{q}1<|im_end|>\n{a}2<|im_end|>\n{q}3<|im_end|>\n{a}4<|im_end|>\n",
+            "2<|im_end|>\n4<|im_end|>\n</s>",
+        ),
+        ("{q}1{a}2{q}3", "2"),
+        ("{q}1{a}{a}2", "2</s>"),
+        ("{q}1{a}{q}2{a}3", "3</s>"),
+        ("{a}2{q}3{a}4", "24</s>"),
+        ("assistant\n{q}user\n{a}2", "2</s>"),
+    ],
+)
+def test_what_follows_the_response_part_is_supervised(marked, text, supervised):
+    written = text.format(
+        q=PARTS_OF_CHATML["instruction_part"], a=PARTS_OF_CHATML["response_part"]
+    )
+    found, report = marked(written)
+    assert found == supervised
+    assert report.assistant_mask == "markers"
+    assert "what follows `data.response_part`" in report.summary()
+
+
+def test_a_marked_text_has_the_labels_of_its_conversation(
+    marked, load, chatml, decoded
+):
+    text = chatml.apply_chat_template(TURNS, tokenize=False)
+    found, _ = marked(text, append_eos=False)
+    turns = load([{"messages": TURNS}], chatml, format="messages")
+    # But for the line breaks after the ends of turns.
+    assert found.replace("\n", "") == decoded(turns, 0, chatml)[1]
+
+
+def test_texts_without_markers_are_left_out_and_counted(marked):
+    text = "<|im_start|>assistant\nyo"
+    empty = "<|im_start|>user\nhi<|im_start|>assistant\n"
+    _, report = marked(text, "no marker", empty)
+    assert report.dropped == {
+        "no `data.response_part` in the text": 1,
+        "no text after `data.response_part`": 1,
+    }
+    assert report.recognised["no `data.instruction_part` in the text"] == 1
+    with pytest.raises(UserError, match="no row is left .*no `data.response_part` in"):
+        marked(text.replace("\n", " "))
+
+
+def test_the_longer_marker_is_meant_where_one_begins_with_the_other(marked):
+    parts = {"instruction_part": "### ", "response_part": "### A: "}
+    assert marked("### q### A: a### q### A: b", **parts)[0] == "ab</s>"
+
+
 # --- CSV and TSV ---
 
 FIELDS = [
