@@ -171,7 +171,9 @@ class DataConfig:
     """Roles of the rows -> roles of the chat template, e.g. {bot = "assistant"}, in
     addition to those that are known ("human", "gpt", "model", ...)."""
     chat_template: str | None = None
-    """Path of a Jinja chat template for conversations. Default: the tokenizer's own."""
+    """Jinja chat template for conversations: the path of a file, or the name of one
+    that is built in (alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr). Default:
+    the tokenizer's own."""
     answers: tuple[int, ...] | None = None
     """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
     all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
@@ -434,6 +436,11 @@ class DataConfig:
         }
         # What these are, whether or not they were given.
         return settings | {"format": self.format, "train_on": self.supervised}
+
+    @property
+    def writes_conversations(self) -> bool:
+        """Whether this one source holds conversations, as far as its settings say."""
+        return self.format == "messages" or self.chat_template is not None
 
     @property
     def needs_tokenizer(self) -> bool:
