@@ -25,4 +25,5 @@ from .held_out import hold_out as hold_out
 from .mixture import Mixture as Mixture
 from .mixture import lay_out as lay_out
 from .notes import data_notes as data_notes
+from .rendering import with_date as with_date
 from .segments import Segmented as Segmented

@@ -17,6 +17,7 @@ conversation then becomes several examples, each with the answers that it shows 
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import re
 from collections.abc import Collection
@@ -27,10 +28,10 @@ from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
-# Templates of the Llama 3 family print today's date by default. Tokens must not change
-# between the day a run starts and the day it resumes, so the date is fixed to the one
-# that those templates use as their own fallback.
-_DATE = "26 Jul 2024"
+# Where a template reads the clock: `strftime_now("%d %b %Y")`.
+_CLOCK = re.compile(
+    r"""strftime_now\s*\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)"""
+)
 
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
@@ -79,15 +80,26 @@ class ChatRenderer:
       tokenizer: a `transformers` tokenizer.
       template_path: a Jinja chat template, or the name of one that is built in; None
         uses the tokenizer's own.
+      date: the day that the template takes for today ("2026-11-29"); None leaves it to
+        the template, as transformers does.
 
     Raises:
-      UserError: there is no template, or it cannot be read or parsed.
+      UserError: there is no template, or it cannot be read or parsed; or how it writes
+        a date cannot be told, and `date` is given.
     """
 
-    def __init__(self, tokenizer: Any, template_path: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_path: str | None = None,
+        date: str | None = None,
+    ):
         self._tokenizer = tokenizer
         self._template: str | None = None
-        self._variables: dict[str, Any] = {"date_string": _DATE}
+        self._day = None if date is None else datetime.date.fromisoformat(date)
+        self._variables: dict[str, Any] = {}
+        if self._day is not None:  # what templates of the Llama 3 family ask for
+            self._variables["date_string"] = self._day.strftime("%d %b %Y")
         if template_path is not None:
             try:
                 self._template = template_file(template_path).read_text("utf-8")
@@ -113,6 +125,15 @@ class ChatRenderer:
         # comparison.
         self._specials = tuple(s for s in specials if s.strip())
         self._check_syntax(template_path)
+        if self._day is not None and re.search(
+            r"strftime_now\s*\(", self._source(None)
+        ):
+            raise UserError(
+                "The chat template computes the format of the date that it writes, so "
+                "that the date of the run (`data.date`) cannot take its place. Give "
+                "`data.chat_template` a copy of it that writes "
+                'strftime_now("%Y-%m-%d"), or a date.'
+            )
         self._ends: dict[str, TurnEnds] = {}
         self._prompts: dict[str, str] = {}
 
@@ -127,7 +148,28 @@ class ChatRenderer:
         if isinstance(source, dict):  # several by name, as in transformers
             name = "tool_use" if tools and "tool_use" in source else "default"
             source = source.get(name)
-        return source or ""
+        return self._dated(source or "")
+
+    def _dated(self, source: str) -> str:
+        """Returns a template that writes the date instead of reading the clock.
+
+        `apply_chat_template` passes no functions on to a template, so its own cannot be
+        replaced.
+        """
+        if self._day is None:
+            return source
+        day = datetime.datetime.combine(self._day, datetime.time())
+        return _CLOCK.sub(lambda m: json.dumps(day.strftime(m["format"])), source)
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the template writes today's date."""
+        return "strftime_now" in self._source(None)
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether the template writes a date that it is given."""
+        return self.reads_clock or "date_string" in self._source(None)
 
     def text(
         self,
@@ -142,9 +184,7 @@ class ChatRenderer:
         Raises:
           UserError: the template cannot render the conversation.
         """
-        return self._render(
-            messages, self._template, add_generation_prompt, tools, where
-        )
+        return self._render(messages, None, add_generation_prompt, tools, where)
 
     @property
     def writes_generation_prompt(self) -> bool:
@@ -160,7 +200,7 @@ class ChatRenderer:
         import jinja2
 
         try:
-            self._apply([{"role": "user", "content": ""}], self._template, False, None)
+            self._apply([{"role": "user", "content": ""}], None, False, None)
         except jinja2.TemplateSyntaxError as error:
             what = (
                 "The tokenizer's chat template"
@@ -185,7 +225,7 @@ class ChatRenderer:
         return self._tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=template,
+            chat_template=self._source(tools) if template is None else template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
             **self._variables,
@@ -259,7 +299,7 @@ class ChatRenderer:
         tools: list[Any] | None,
         where: str,
     ) -> list[Rendering]:
-        full = self._render(messages, self._template, False, tools, where)
+        full = self._render(messages, None, False, tools, where)
         spans = self._spans_by_ends(full, messages, answers, tools, where)
         if spans is not None:
             return [Rendering(full, spans, tuple(sorted(answers)))]
@@ -300,7 +340,7 @@ class ChatRenderer:
         """Returns the texts before and after what a model writes for a turn."""
 
         def prefix(turns: int, prompt: bool) -> str:
-            return self._render(messages[:turns], self._template, prompt, tools, where)
+            return self._render(messages[:turns], None, prompt, tools, where)
 
         last = turn + 1 == len(messages)
         after = full if last else prefix(turn + 1, False)
@@ -334,7 +374,7 @@ class ChatRenderer:
             return None
         if source not in self._prompts:
             # It does not depend on the turns.
-            prompted = self._render(messages, self._template, True, tools, where)
+            prompted = self._render(messages, None, True, tools, where)
             if not prompted.startswith(full[: ends[-1]]):
                 return None
             self._prompts[source] = prompted[ends[-1] :]
@@ -384,8 +424,13 @@ class ChatRenderer:
         """
         opening = _OPENS_REASONING.search(before)
         if opening is not None and after.startswith(before[: opening.start()]):
-            answer = after[opening.start() :].removeprefix(opening["open"])
+            answer = after[opening.start() :]
             close = f"{opening['left']}/{opening['name']}{opening['right']}"
+            if answer.startswith(opening["open"]):
+                # The prompt and the answer differ in white space alone.
+                answer = answer.removeprefix(opening["open"]).lstrip()
+                empty = answer.startswith(close)
+                return before, before + "\n" * empty + answer, empty
             content = messages[turn].get("content") or ""
             reasoning, gap = _reasoning_field(messages[turn]), "\n\n"
             if close in content:
@@ -393,8 +438,6 @@ class ChatRenderer:
                 reasoning = reasoning.rpartition(opening["open"])[2]
                 gap = visible[: len(visible) - len(visible.lstrip())]
                 gap = "" if answer.startswith(gap) else gap
-            if answer.lstrip().startswith(close):  # "<think></think>The answer"
-                return before, f"{before}\n{answer.lstrip()}", True
             if close not in answer:
                 written = f"{reasoning.strip()}\n{close}{gap}{answer}"
                 return before, before + written, not reasoning.strip()
@@ -418,7 +461,7 @@ class ChatRenderer:
         """
         question = [{"role": "user", "content": "a"}]
         without, prompted = (
-            self._render(question, self._template, prompt, tools, where)
+            self._render(question, None, prompt, tools, where)
             for prompt in (False, True)
         )
         prompt = prompted[len(without) :] if prompted.startswith(without) else None

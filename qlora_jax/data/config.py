@@ -5,6 +5,7 @@ that each source is read with. All problems with the settings are raised at once
 """
 
 import dataclasses
+import datetime
 import math
 import re
 import string
@@ -177,6 +178,10 @@ class DataConfig:
     answers: tuple[int, ...] | None = None
     """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
     all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
+    date: str | None = None
+    """The day that chat templates write as today's, e.g. "2026-11-29". Default: the day
+    on which the run starts, kept in its config.toml, for templates that read the clock.
+    """
     allow_lost_answers: bool = False
     """Train on conversations in which the chat template writes nothing of an answer
     (tool calls that it does not know); they are refused otherwise."""
@@ -250,6 +255,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.date is not None and not _is_day(self.date):
+            yield (
+                '`data.date` must be a day in the form "2026-11-29", got '
+                f"{self.date!r}."
+            )
         if self.answers is not None and not (
             isinstance(self.answers, tuple)
             and self.answers
@@ -458,6 +468,14 @@ class DataConfig:
 def name_of(path: str | tuple[str, ...]) -> str:
     """Joins the paths of a source, for messages."""
     return path if isinstance(path, str) else ", ".join(path)
+
+
+def _is_day(date: str) -> bool:
+    try:
+        datetime.date.fromisoformat(date)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _freeze_tables(config: DataConfig | Source) -> None:

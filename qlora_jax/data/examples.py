@@ -21,6 +21,7 @@ from qlora_jax.data.arrays import (
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE, Encoded, Encoder
 from qlora_jax.data.mixture import AnyExamples, count_examples, mix
+from qlora_jax.data.rendering import with_date, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
 from qlora_jax.errors import Problems, UserError
@@ -59,7 +60,9 @@ def load_examples(
     directory = cache_directory(config, run_directory)
     problems = Problems("the data")
     parts = []
+    config = with_date(config, tokenizer)
     for settings in config.each:
+        settings = without_unused_date(settings, tokenizer)
         with problems.collecting():
             loader = _Loader(settings, tokenizer, vocab_size, progress)
             parts.append(loader.load(directory))

@@ -7,6 +7,7 @@ from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.rendering import without_unused_date
 from qlora_jax.data.report import BAD_ROW
 
 # Rows less full than this get a note.
@@ -70,6 +71,10 @@ def data_notes(
             "prompt and the start of the answer. It is supervised, but a prompt at "
             f"inference ends with another token. To avoid it, {remedy}."
         )
+    if config.date is not None and not any(
+        without_unused_date(settings, tokenizer).date for settings in config.each
+    ):
+        notes.append("`data.date` is given, and no chat template writes a date.")
     if tokenizer is not None:
         notes += _template_notes(config, tokenizer)
     return notes

@@ -1,5 +1,8 @@
 """Rows of conversations to rendered examples, with what was lost on the way."""
 
+import contextlib
+import dataclasses
+import datetime
 import json
 from collections import Counter
 from typing import Any
@@ -73,6 +76,51 @@ def _without_nulls(value: Any) -> tuple[Any, int]:
         items = [_without_nulls(item) for item in value]
         return [item for item, _ in items], sum(n for _, n in items)
     return value, 0
+
+
+def with_date(
+    config: DataConfig, tokenizer: Any, saved: str | None = None
+) -> DataConfig:
+    """Returns settings with the date that their chat templates write.
+
+    The tokens of a run must not change between the day on which it starts and the day
+    on which it is continued.
+
+    Args:
+      config: of one source or a mixture.
+      tokenizer: of the model; None for format `tokens`.
+      saved: the date with which the run started, if it did.
+
+    Returns:
+      The settings; `date` is set if it was, or if a template reads the clock.
+    """
+    if config.date is not None:
+        return config
+    if not any(_reads(settings, tokenizer, "clock") for settings in config.each):
+        return config
+    today = datetime.date.today().isoformat()
+    return dataclasses.replace(config, date=saved or today)
+
+
+def without_unused_date(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """Returns the settings of a source without a date that no template of it writes."""
+    if config.date is None or _reads(config, tokenizer, "date"):
+        return config
+    return dataclasses.replace(config, date=None)
+
+
+def _reads(config: DataConfig, tokenizer: Any, what: str) -> bool:
+    """Whether the conversations of a source are written with the clock, or a date."""
+    if config.format == "prompt_completion":
+        conversations = not (config.prompt or config.completion)  # there may be some
+    else:
+        conversations = config.format == "messages"
+    if not conversations or tokenizer is None:
+        return False
+    with contextlib.suppress(UserError):  # raised when the rows are read
+        chat = ChatRenderer(tokenizer, config.chat_template)
+        return chat.reads_clock if what == "clock" else chat.reads_date
+    return False
 
 
 def select_answers(messages: list[dict[str, Any]], config: DataConfig) -> list[int]:

@@ -52,7 +52,7 @@ class Segmenter:
         self._config, self._tokenizer = config, tokenizer
         self._chat: ChatRenderer | None = None
         if config.format == "messages" or config.chat_template is not None:
-            self._chat = ChatRenderer(tokenizer, config.chat_template)
+            self._chat = ChatRenderer(tokenizer, config.chat_template, config.date)
         builders: dict[str, _Builder] = {
             "text": self._text,
             "prompt_completion": self._prompt_completion,
@@ -172,7 +172,7 @@ class Segmenter:
     ) -> list[Segmented] | str:
         config = self._config
         if self._chat is None:  # rows of turns under format `prompt_completion`
-            self._chat = ChatRenderer(self._tokenizer)
+            self._chat = ChatRenderer(self._tokenizer, date=config.date)
         row, changes = plain_row(row)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)

@@ -175,6 +175,21 @@ def test_one_pass_gives_the_spans_that_growing_prefixes_give(
     assert renderer.examples(turns) == [example]
 
 
+@pytest.mark.parametrize(
+    ("reasoning", "written"), [("", "\n</think>yo</s>"), ("hm", "hm</think>yo</s>")]
+)
+def test_an_answer_may_open_its_reasoning_as_the_prompt_does_without_its_line_break(
+    supervised, reasoning, written
+):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>"
+        "{{ m.thinking }}</think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    turn = {"role": "assistant", "content": "yo", "thinking": reasoning}
+    assert supervised(template, [CONVERSATION[0], turn])[1] == [written]
+
+
 def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
@@ -202,14 +217,25 @@ def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
     assert text == "user: Hi there\n"
 
 
-def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
-    llama32 = (
-        "{% if not date_string is defined %}"
-        "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
-        "Today: {{ date_string }}"
-    )
-    text = ChatRenderer(chat_tokenizer(llama32)).text(CONVERSATION)
-    assert text == "Today: 26 Jul 2024"
+# How Llama 3.2 and gpt-oss write the date.
+DATED = (
+    "{% if not date_string is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+    '{{ strftime_now("%Y-%m-%d") }}'
+)
+
+
+def test_a_template_writes_the_date_it_is_given_or_todays(chat_tokenizer):
+    tokenizer = chat_tokenizer(DATED)
+    given = ChatRenderer(tokenizer, date="2024-07-05")
+    assert given.text(CONVERSATION) == "05 Jul 2024 2024-07-05"
+    today = ChatRenderer(tokenizer).text(CONVERSATION)
+    assert today == tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert today != given.text(CONVERSATION)
+    computed = chat_tokenizer("{% set f = '%Y' %}{{ strftime_now(f) }}")
+    assert ChatRenderer(computed).reads_clock
+    with pytest.raises(UserError, match="computes the format of the date"):
+        ChatRenderer(computed, date="2024-07-05")
 
 
 CALLING = (

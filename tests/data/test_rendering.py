@@ -1,10 +1,13 @@
 """Conversations to examples: which answers are trained, what is lost or changed."""
 
+import dataclasses
+
 import pytest
 
+from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.notes import data_notes
-from qlora_jax.data.rendering import plain_row
+from qlora_jax.data.rendering import plain_row, with_date
 from qlora_jax.errors import UserError
 
 # Writes text alone; with "calls", tool calls and tools too, and with "system" nothing.
@@ -68,7 +71,7 @@ LOST = [
 
 @pytest.mark.parametrize(("row", "what"), LOST, ids=[what for _, what in LOST])
 def test_what_a_template_does_not_write_is_counted_with_the_first_rows(
-    load_chat, tokenizer, row, what
+    load_chat, row, what
 ):
     examples = load_chat(TEXT, {"messages": [ASKED, answer("a")]}, row, row)
     ((remark, count),) = examples.report.remarks.items()
@@ -140,7 +143,7 @@ def test_answers_that_cannot_be_chosen_are_refused(settings, message):
         DataConfig(**{"path": "x", "format": "messages"} | settings)
 
 
-def test_a_split_conversation_is_one_row_and_is_reported(load_chat, tokenizer):
+def test_a_split_conversation_is_one_row_and_is_reported(load_chat):
     strips = TEXT.replace(
         "{{ m.content", "{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content"
     )
@@ -149,6 +152,35 @@ def test_a_split_conversation_is_one_row_and_is_reported(load_chat, tokenizer):
     assert (report.rows_read, report.rows_kept, report.examples) == (1, 1, 2)
     (split,) = (remark for remark in report.remarks if "split" in remark)
     assert report.remarks[split] == 1
+
+
+# --- The date ---
+
+CLOCK = "{{ strftime_now('%Y-%m-%d') }}" + TEXT
+GIVEN = "{{ date_string }}" + TEXT
+
+
+def test_the_date_is_part_of_the_data_where_a_template_writes_it(
+    load_chat, byte_tokenizer, decoded
+):
+    tokenizer = byte_tokenizer()
+    row = {"messages": [ASKED, answer("a")]}
+    for template, dated in ((CLOCK, True), (GIVEN, True), (TEXT, False)):
+        examples = [load_chat(template, row, date=f"2024-07-0{day}") for day in (5, 6)]
+        fingerprints = {e.report.fingerprint for e in examples}
+        assert len(fingerprints) == 1 + dated
+    assert decoded(load_chat(CLOCK, row, date="2024-07-05"))[0][:10] == "2024-07-05"
+    # A template that takes no date of its own accord has none in its fingerprint.
+    config = DataConfig(path="x", format="messages")
+    for template, dated in ((CLOCK, True), (GIVEN, False), (TEXT, False)):
+        tokenizer.chat_template = template
+        assert (with_date(config, tokenizer).date is not None) == dated
+        saved = with_date(config, tokenizer, "2020-01-01").date
+        assert saved == ("2020-01-01" if dated else None)
+        given = dataclasses.replace(config, date="2021-01-01")
+        assert with_date(given, tokenizer, "2020-01-01") == given
+    with pytest.raises(UserError, match="`data.date` must be a day in the form"):
+        DataConfig(path="x", date="26 Jul 2024")
 
 
 # --- Rows ---
@@ -190,13 +222,12 @@ def test_results_of_tools_become_json(result, content):
     assert plain_row(kept) == (kept, {})
 
 
-def test_remarks_are_notes_with_their_first_rows(load_chat, tokenizer):
-    from qlora_jax.data.batches import Batches
-
+def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
     examples = load_chat(TEXT, *rows)
     config = DataConfig(path="x", format="messages")
     batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
+    tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEXT
     notes = data_notes(examples, config, batches, tokenizer)
     (note,) = (note for note in notes if "functions in" in note)
