@@ -4,6 +4,7 @@ from .arrays import Examples as Examples
 from .batches import Batches as Batches
 from .batches import eval_batches as eval_batches
 from .batches import prefetch as prefetch
+from .builtin_templates import template_file as template_file
 from .chat import ChatRenderer as ChatRenderer
 from .config import LOCATION_FIELDS as LOCATION_FIELDS
 from .config import SOURCE_FIELDS as SOURCE_FIELDS

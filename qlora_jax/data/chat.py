@@ -21,9 +21,9 @@ import datetime
 import json
 import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
@@ -72,7 +72,8 @@ class ChatRenderer:
 
     Args:
       tokenizer: a `transformers` tokenizer.
-      template_path: a Jinja chat template; None uses the tokenizer's own.
+      template_path: a Jinja chat template, or the name of one that is built in; None
+        uses the tokenizer's own.
       date: the day that the template takes for today ("2026-11-29"); None leaves it to
         the template, as transformers does.
 
@@ -95,19 +96,21 @@ class ChatRenderer:
             self._variables["date_string"] = self._day.strftime("%d %b %Y")
         if template_path is not None:
             try:
-                self._template = Path(template_path).read_text("utf-8")
+                self._template = template_file(template_path).read_text("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {error}"
+                    f"`data.chat_template`: cannot read {template_path}: {error}. "
+                    f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
                 ) from error
         elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "This tokenizer has no chat template, which format='messages' needs. "
-                "Base models ship none: take `chat_template.jinja` (or the "
-                "`chat_template` of `tokenizer_config.json`) from the instruct model "
-                "of the same family, save it as a file, and give its path as "
-                "`data.chat_template`; or write the rows as format="
-                "'prompt_completion'."
+                "Base models ship none: name one that is built in as "
+                f"`data.chat_template` ({', '.join(BUILTIN_TEMPLATES)}); or take "
+                "`chat_template.jinja` (or the `chat_template` of "
+                "`tokenizer_config.json`) from the instruct model of the same family, "
+                "save it as a file, and give its path there; or write the rows as "
+                "format='prompt_completion'."
             )
         specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -15,24 +15,27 @@ from typing import Any, Literal, get_args
 from qlora_jax.errors import Problems, UserError
 from qlora_jax.tree import FrozenDict
 
-Format = Literal["text", "prompt_completion", "messages", "tokens"]
+Format = Literal["text", "prompt_completion", "alpaca", "messages", "tokens"]
 TrainOn = Literal["all", "completion", "assistant", "last"]
 TooLong = Literal["truncate", "drop"]
 OnBadRow = Literal["refuse", "skip"]
 
 # What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
-    "text": ("all",),
+    "text": ("all", "assistant"),
     "prompt_completion": ("completion", "all"),
+    "alpaca": ("completion", "all"),
     "messages": ("assistant", "last", "all"),
     "tokens": (None, "all"),
 }
+_PARTS = ("instruction_part", "response_part")
 _CONVERSATION = ("chat_template", "roles")
 # The settings that some formats read, and not all.
 _SETTINGS: dict[str, tuple[str, ...]] = {
-    "text": ("text",),
+    "text": ("text", *_PARTS),
     "prompt_completion": ("prompt", "completion", *_CONVERSATION),
-    "messages": ("messages", "answers", *_CONVERSATION),
+    "alpaca": (),
+    "messages": ("messages", "answers", "prompt", "completion", *_CONVERSATION),
     "tokens": (),
 }
 _SOME_READ = tuple(dict.fromkeys(name for read in _SETTINGS.values() for name in read))
@@ -42,8 +45,9 @@ _FORMAT_STRINGS = ("text", "prompt", "completion")
 # their content instead, so that a moved or renamed file does not change a run.
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
-    *("split", "format", "train_on", "prompt", "completion", "text", "messages"),
-    *("roles", "chat_template", "answers", "on_bad_row", "too_long", "append_eos"),
+    *("split", "format", "train_on", "prompt", "completion", "text", *_PARTS),
+    *("messages", "answers", "roles", "chat_template"),
+    *("on_bad_row", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
 
@@ -75,6 +79,10 @@ class Source:
     """As `data.completion`."""
     text: str | None = None
     """As `data.text`."""
+    instruction_part: str | None = None
+    """As `data.instruction_part`."""
+    response_part: str | None = None
+    """As `data.response_part`."""
     messages: str | None = None
     """As `data.messages`."""
     roles: Mapping[str, str] | None = None
@@ -117,13 +125,15 @@ class DataConfig:
 
     path: str | tuple[str, ...] = ""
     """The data of one source: a file, several, or a pattern ("part-*.jsonl"). JSONL
-    (one object a line) and JSON (a list of objects), also as .gz; Parquet; Arrow; a
-    directory that `datasets` saved; "hf:owner/name" of the hub; or, for format `text`,
-    any UTF-8 text file, which is one document."""
+    (one object a line), JSON (a list of objects), CSV and TSV (the first line names the
+    fields), also as .gz; Parquet; Arrow; a directory that `datasets` saved;
+    "hf:owner/name" of the hub; or, for format `text`, a UTF-8 text file (.txt, .md,
+    ...), which is one document. Files of other kinds are refused."""
     format: Format = "text"
     """How rows are read. `text`: one document a row. `prompt_completion`: a question
-    and its answer. `messages`: a conversation (or ShareGPT `conversations`). `tokens`:
-    `input_ids` and `labels`."""
+    and its answer, as they are. `alpaca`: `instruction`, `input` and `output` in the
+    text of Stanford's Alpaca. `messages`: a conversation, or columns of a question and
+    its answer, written by the chat template. `tokens`: `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
     packing: bool = False
@@ -134,19 +144,27 @@ class DataConfig:
     seed: int = 0
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
-    """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels of `tokens`. `last`: the
-    last of the assistant's turns alone."""
+    """Which tokens are supervised. Default: the completion of `prompt_completion` and
+    `alpaca`, the assistant's turns of `messages` and of `text` with `response_part`,
+    all of other `text`, the labels of `tokens`. `last`: the last of the assistant's
+    turns alone."""
     prompt: str | None = None
-    """Prompt of `prompt_completion` as a Python format string over the row's fields,
-    e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
-    the field `prompt`."""
+    """Prompt of `prompt_completion`, or the user's turn of `messages`, as a Python
+    format string over the row's fields, e.g. "Q: {question} A: " (in a shell, a line
+    break is $'{question}\\n'). Default: the field `prompt`."""
     completion: str | None = None
-    """Completion of `prompt_completion` as a format string, e.g. "{answer}". Default:
-    the field `completion`."""
+    """Completion of `prompt_completion`, or the assistant's turn of `messages`, as a
+    format string, e.g. "{answer}". Default: the field `completion`."""
     text: str | None = None
     """Document of `text` as a format string, e.g. "{title}\\n\\n{body}". Default: the
     field `text`."""
+    instruction_part: str | None = None
+    """What stands before each instruction in a `text` that a chat template has written
+    already, e.g. "<|im_start|>user\\n"; with `response_part`."""
+    response_part: str | None = None
+    """What stands before each answer there, e.g. "<|im_start|>assistant\\n". What
+    follows it, up to the next of both or the end, is supervised and nothing else. Rows
+    without it are left out."""
     messages: str | None = None
     """Field of `messages` that holds the conversation. Default: the one of `messages`,
     `conversations`, `conversation` and `data` that a row has."""
@@ -154,7 +172,9 @@ class DataConfig:
     """Roles of the rows -> roles of the chat template, e.g. {bot = "assistant"}, in
     addition to those that are known ("human", "gpt", "model", ...)."""
     chat_template: str | None = None
-    """Path of a Jinja chat template for conversations. Default: the tokenizer's own."""
+    """Jinja chat template for conversations: the path of a file, or the name of one
+    that is built in (alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr). Default:
+    the tokenizer's own."""
     answers: tuple[int, ...] | None = None
     """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
     all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
@@ -287,6 +307,46 @@ class DataConfig:
                     _check_template(name, value)
                 except UserError as error:
                     yield str(error)
+        yield from self._parts_problems()
+        if self.format == "messages" and (self.prompt is None) != (
+            self.completion is None
+        ):
+            yield (
+                "`data.prompt` and `data.completion` make the turns of user and "
+                "assistant of format='messages' together: give both, or none of them."
+            )
+        if self.messages is not None and self.prompt is not None:
+            yield (
+                "`data.messages` names a conversation, and `data.prompt` makes one of "
+                "other fields. Leave one of them out."
+            )
+
+    def _parts_problems(self) -> Iterator[str]:
+        """Yields what is wrong with the markers of format `text`."""
+        parts = [getattr(self, name) for name in _PARTS]
+        if self.format == "text" and self.train_on == "assistant" and None in parts:
+            yield (
+                "`data.train_on` = 'assistant' needs `data.instruction_part` and "
+                "`data.response_part` with format='text', to tell the answers in it."
+            )
+        if parts == [None, None]:
+            return
+        if not all(isinstance(part, str) and part.strip() for part in parts):
+            yield (
+                "`data.instruction_part` and `data.response_part` mark a text "
+                "together: both must be strings that are not blank, got "
+                f"{parts[0]!r} and {parts[1]!r}."
+            )
+        elif parts[0] == parts[1]:
+            yield (
+                "`data.instruction_part` and `data.response_part` are the same, "
+                f"{parts[0]!r}, so answers cannot be told from instructions."
+            )
+        if self.train_on == "all":
+            yield (
+                "`data.train_on` = 'all' trains every token, and "
+                "`data.response_part` the answers alone. Leave one of them out."
+            )
 
     def _weight_problems(self) -> Iterator[str]:
         weights = [source.weight for source in self.sources]
@@ -316,7 +376,7 @@ class DataConfig:
         unread = {name for name in _SOME_READ if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
-            unread -= set(_SETTINGS.get(format, ()))
+            unread -= self._inherited(format)
             try:
                 yield source, self.read_as(source)
             except UserError as error:
@@ -335,11 +395,19 @@ class DataConfig:
         fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
         for name in _SOME_READ:
-            if name not in fields and name not in _SETTINGS.get(format, ()):
+            if name not in fields and name not in self._inherited(format):
                 fields[name] = None
         if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(format, ()):
             fields["train_on"] = None
         return dataclasses.replace(self, path=source.path, sources=(), **fields)
+
+    def _inherited(self, format: str) -> set[str]:
+        """Returns the settings that a source of a format takes from these."""
+        names = set(_SETTINGS.get(format, ()))
+        if format == "messages" != self.format:
+            # They are those of other sources: their rows have no conversation.
+            names -= {"prompt", "completion"}
+        return names
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
         """Returns each source of a mixture with its settings; [] without a mixture."""
@@ -360,7 +428,8 @@ class DataConfig:
     @property
     def supervised(self) -> str | None:
         """`train_on`, or the format's default (None: the labels of the rows)."""
-        return self.train_on or _TRAIN_ON[self.format][0]
+        marked = "assistant" if self.response_part is not None else None
+        return self.train_on or marked or _TRAIN_ON[self.format][0]
 
     @property
     def content_settings(self) -> dict[str, Any]:
@@ -377,6 +446,11 @@ class DataConfig:
         }
         # What these are, whether or not they were given.
         return settings | {"format": self.format, "train_on": self.supervised}
+
+    @property
+    def writes_conversations(self) -> bool:
+        """Whether this one source holds conversations, as far as its settings say."""
+        return self.format == "messages" or self.chat_template is not None
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -24,12 +24,12 @@ _ROLES = {
 }
 # Turns of the assistant whose text is a call in JSON.
 _CALL_ROLES = ("function_call", "tool_call")
-# Columns of a question and its answer, in the order in which they are looked for.
-_PAIRS = (
+PAIRS = (
     *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output")),
     *(("instruction", "response"), ("question", "answer"), ("question", "response")),
     *(("query", "response"), ("input", "output")),
 )
+"""Columns of a question and its answer, in the order in which they are looked for."""
 # What an `instruction` may be given with.
 _INPUTS = ("input", "context")
 
@@ -267,7 +267,7 @@ def to_pair(
     Raises:
       UserError: one is a string and the other is not, or turns cannot be read.
     """
-    names = next((p for p in _PAIRS if row.keys() >= {*p}), None)
+    names = next((p for p in PAIRS if row.keys() >= {*p}), None)
     if names is None:
         return None
     question, answer = (row[name] for name in names)

@@ -273,8 +273,8 @@ class Encoder:
             value = read(where, row, reading)
         except UserError as error:
             return error
-        self.recognised.update(reading.recognised)
-        self.unread.update(row.keys() - reading.fields)
+        self.recognised.update(sorted(reading.recognised))
+        self.unread.update(name for name in row if name not in reading.fields)
         return value
 
     def _segment(
@@ -301,7 +301,9 @@ class Encoder:
     def _enclosed(self, piece: Segmented, encoded: Encoded) -> Encoded:
         if piece.complete:
             return dataclasses.replace(encoded, remarks=piece.remarks)
-        return _enclose(encoded, self._prefix, self._suffix)
+        # What a text ends with is supervised or not; so is the EOS after it.
+        open_end = piece.spans is None or piece.spans[-1][1] == len(piece.text)
+        return _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
 
 
 def _check_encodable(text: str, where: str) -> None:
@@ -326,12 +328,15 @@ def _eos(tokenizer: Any) -> list[int]:
     return [int(eos)]
 
 
-def _enclose(encoded: Encoded, prefix: list[int], suffix: list[int]) -> Encoded:
-    """Adds BOS and EOS unless the string already has them; EOS is supervised."""
+def _enclose(
+    encoded: Encoded, prefix: list[int], suffix: list[int], *, supervised: bool
+) -> Encoded:
+    """Adds BOS and EOS, supervised or not, unless the string already has them."""
     ids = encoded.tokens
     # A row, or a format string of the user, may have them already.
     before = prefix if ids[: len(prefix)].tolist() != prefix else []
     after = suffix if ids[-1:].tolist() != suffix else []
     tokens = np.concatenate([before, ids, after]).astype(np.int32)
-    labels = np.concatenate([[IGNORE] * len(before), encoded.labels, after])
+    ending = after if supervised else [IGNORE] * len(after)
+    labels = np.concatenate([[IGNORE] * len(before), encoded.labels, ending])
     return Encoded(tokens, labels.astype(np.int32), encoded.straddles)

@@ -131,8 +131,9 @@ class _Loader:
         problems = self._problems
         try:
             with progress_bar(self._sources, enabled=self._progress) as on_read:
-                for rows, plain in read_chunks(self._sources, problems, on_read):
-                    if plain and self._config.text is not None:
+                for rows, file in read_chunks(self._sources, problems, on_read):
+                    self._encoder.recognised[file.kind] += len(rows)
+                    if file.plain and self._config.text is not None:
                         problems.add(
                             "`data.text` is a template over a row's fields, but "
                             f"{rows[0][0]} is plain text without fields. Leave "
@@ -142,7 +143,7 @@ class _Loader:
                     encoded_rows = self._encoder.encode(rows)
                     for (where, _), encoded in zip(rows, encoded_rows, strict=True):
                         with problems.collecting():
-                            collector.add(where, encoded, plain)
+                            collector.add(where, encoded, file.plain)
             problems.raise_if_any()
             return collector.finish(self._encoder)
         finally:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_jax.data.batches import Batches
+from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
@@ -57,6 +58,9 @@ def data_notes(
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
         remedies = {
+            "alpaca": "write the prompt with a line break at its end as `data.prompt` "
+            "of format='prompt_completion'",
+            "text": "let `data.response_part` end with a line break",
             "messages": "let the template's generation prompt end with a line break",
             "prompt_completion": "end the prompt with a line break, or move its last "
             "space to the start of the completion",
@@ -71,8 +75,8 @@ def data_notes(
         without_unused_date(settings, tokenizer).date for settings in config.each
     ):
         notes.append("`data.date` is given, and no chat template writes a date.")
-    if "messages" in formats and tokenizer is not None:
-        notes += _generation_prompt_notes(config, tokenizer)
+    if tokenizer is not None:
+        notes += _template_notes(config, tokenizer)
     return notes
 
 
@@ -100,14 +104,11 @@ def _layout_notes(
     return notes
 
 
-def _generation_prompt_notes(config: DataConfig, tokenizer: Any) -> list[str]:
-    paths = {
-        settings.chat_template
-        for settings in config.each
-        if settings.format == "messages"
-    }
+def _template_notes(config: DataConfig, tokenizer: Any) -> list[str]:
+    paths = {s.chat_template for s in config.each if s.writes_conversations}
+    lacks = (template_note(path, tokenizer) for path in paths if path is not None)
     renderers = {path: ChatRenderer(tokenizer, path) for path in paths}
-    return [
+    return [note for note in lacks if note is not None] + [
         f"the chat template {path or 'of the tokenizer'} writes nothing for the "
         "generation prompt (`add_generation_prompt`). What it writes before an answer "
         "is supervised with it, and `chat` prompts without it."

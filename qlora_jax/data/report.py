@@ -6,6 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+_ASSISTANT_MASKS = {
+    "template": "the assistant's text as the chat template marks it",
+    "renderer": "the assistant's text is what each turn adds after the generation "
+    "prompt (the chat template has no generation marks)",
+    "markers": "the assistant's text is what follows `data.response_part`",
+}
 BAD_ROW = "row that cannot be used"
 """Reason in `DataReport.dropped` with `data.on_bad_row` = "skip"."""
 
@@ -55,8 +61,8 @@ class DataReport:
     """Supervised tokens of an example: minimum, quartiles, maximum (five numbers)."""
     assistant_mask: str | None = None
     """How the assistant's text was located: `template` (`{% generation %}` marks),
-    `renderer` (what each turn adds after the generation prompt), or None where it was
-    not needed."""
+    `renderer` (what each turn adds after the generation prompt), `markers`
+    (`data.response_part` in a text), or None where it was not needed."""
     remarks: dict[str, int] = dataclasses.field(default_factory=dict)
     """What is not trained on, or was changed, of rows that were kept, and how often:
     parts of turns that the chat template does not write, answers that are not trained,
@@ -104,12 +110,7 @@ class DataReport:
                 "answer"
             )
         if self.assistant_mask is not None:
-            parts.append(
-                "the assistant's text as the chat template marks it"
-                if self.assistant_mask == "template"
-                else "the assistant's text is what each turn adds after the "
-                "generation prompt (the chat template has no generation marks)"
-            )
+            parts.append(_ASSISTANT_MASKS[self.assistant_mask])
         if self.packing_efficiency is not None:
             parts.append(
                 f"packed into {self.packed_rows:,} rows, "
@@ -132,7 +133,7 @@ class DataReport:
         """Joins phrases, each with its number of rows unless it holds for all."""
         return ", ".join(
             phrase + ("" if count == self.rows_read else f" ({count:,} rows)")
-            for phrase, count in sorted(counts.items(), key=lambda item: -item[1])
+            for phrase, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
         )
 
     def as_dict(self) -> dict[str, Any]:

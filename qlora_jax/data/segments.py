@@ -16,6 +16,7 @@ from qlora_jax.data.conversations import (
 )
 from qlora_jax.data.rendering import plain_row, render_conversation
 from qlora_jax.data.rows import Reading, text_of
+from qlora_jax.data.text_formats import alpaca_texts, field_text, response_spans
 from qlora_jax.errors import UserError
 
 
@@ -55,6 +56,7 @@ class Segmenter:
         builders: dict[str, _Builder] = {
             "text": self._text,
             "prompt_completion": self._prompt_completion,
+            "alpaca": self._alpaca,
             "messages": self._messages,
         }
         self._build = builders[config.format]
@@ -62,6 +64,8 @@ class Segmenter:
     @property
     def assistant_mask(self) -> str | None:
         """How the assistant's text is located; `DataReport.assistant_mask`."""
+        if self._config.response_part is not None:
+            return "markers"
         if self._chat is None or self._config.supervised == "all":
             return None
         return "template" if self._chat.has_marks else "renderer"
@@ -84,8 +88,28 @@ class Segmenter:
     def _text(
         self, where: str, row: dict[str, Any], reading: Reading
     ) -> list[Segmented] | str:
-        document = text_of(row, where, "text", self._config.text, reading)
-        return [Segmented(document)] if document else "empty text"
+        config = self._config
+        document = field_text(row, where, "text", config.text, reading)
+        if not document:
+            return "empty text"
+        if config.instruction_part is None or config.response_part is None:
+            return [Segmented(document)]
+        spans, found = response_spans(
+            document, config.instruction_part, config.response_part
+        )
+        if not found:
+            return "no `data.response_part` in the text"
+        if not spans:
+            return "no text after `data.response_part`"
+        if config.instruction_part not in document:
+            reading.recognise("no `data.instruction_part` in the text")
+        return [Segmented(document, spans)]
+
+    def _alpaca(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> list[Segmented] | str:
+        prompt, completion = alpaca_texts(row, where, reading)
+        return _answered(prompt, completion, self._config)
 
     def _prompt_completion(
         self, where: str, row: dict[str, Any], reading: Reading
@@ -103,8 +127,8 @@ class Segmenter:
                 "format='messages' the chat template writes them as the turns of user "
                 f"and assistant; else leave out `data.{name}`."
             )
-        prompt = text_of(row, where, "prompt", config.prompt, reading)
-        completion = text_of(row, where, "completion", config.completion, reading)
+        prompt = field_text(row, where, "prompt", config.prompt, reading)
+        completion = field_text(row, where, "completion", config.completion, reading)
         return _answered(prompt, completion, config)
 
     def _messages(
@@ -118,6 +142,15 @@ class Segmenter:
         """Returns the turns of a row; those of a prompt are not trained."""
         config = self._config
         roles = config.roles or {}
+        if config.prompt is not None:
+            question, answer = (
+                text_of(row, where, name, getattr(config, name), reading)
+                for name in ("prompt", "completion")
+            )
+            return [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
         if config.messages is None and not has_conversation(row):
             pair = to_pair(row, where, reading, roles=roles)
             if pair is not None:

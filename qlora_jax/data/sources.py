@@ -1,6 +1,6 @@
 """Opens every kind of data source as one stream of rows.
 
-JSON and text files, file patterns, Parquet, Arrow, and data sets of the `datasets`
+JSON, CSV and text files, file patterns, Parquet, Arrow, and data sets of the `datasets`
 library are all read once from start to end and yield plain Python dicts with their
 location, so that no later stage depends on the kind of source.
 
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.rows import Row, RowFile, open_rows
+from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows
+from qlora_jax.data.tables import DELIMITERS, open_table
 from qlora_jax.errors import Problems, UserError
 
 HUB = "hf:"
@@ -26,6 +27,8 @@ _TABLE_ROWS = 512
 # Rows in a chunk, and their characters: enough to keep a fast tokenizer's threads
 # busy, and little memory next to the tokenizer's output (about 100 bytes a token).
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 18
+# Suffixes of files of columns, and their names.
+_COLUMNS = {".parquet": "Parquet", ".arrow": "Arrow"}
 # Files that `save_to_disk` of a DatasetDict or a Dataset always writes.
 _SAVED_MARKERS = ("dataset_dict.json", "state.json")
 
@@ -103,8 +106,8 @@ def read_chunks(
     sources: Iterable[RowSource],
     problems: Problems,
     on_read: Callable[[int, RowFile], None],
-) -> Iterator[tuple[list[Row], bool]]:
-    """Yields rows in chunks, each with whether it is a plain text file.
+) -> Iterator[tuple[list[Row], RowFile]]:
+    """Yields rows in chunks, each with the file that they are read from.
 
     Args:
       sources: read one after the other.
@@ -117,7 +120,7 @@ def read_chunks(
             file = source.open()
             rows = iter(file.rows)
             while chunk := _take_chunk(rows):
-                yield chunk, file.plain
+                yield chunk, file
                 on_read(index, file)
 
 
@@ -190,8 +193,10 @@ def _file_source(path: Path, plain_text: bool) -> RowSource:
         )
 
     def open_file() -> RowFile:
-        if path.suffix in (".parquet", ".arrow"):
+        if path.suffix.lower() in _COLUMNS:
             return _open_columns(path)
+        if name_suffix(path) in DELIMITERS:
+            return open_table(path)
         return open_rows(path, plain_text=plain_text)
 
     return RowSource(str(path), size, open_file, lambda: _hash_files(path, [path]))
@@ -209,9 +214,10 @@ def _open_columns(path: Path) -> RowFile:
             "installed: pip install pyarrow."
         ) from error
     errors = (pyarrow.ArrowException, OSError, ValueError)
+    is_parquet = path.suffix.lower() == ".parquet"
 
     def batches() -> Iterator[Any]:
-        if path.suffix == ".parquet":
+        if is_parquet:
             with pyarrow.parquet.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_size=_TABLE_ROWS)
             return
@@ -235,12 +241,12 @@ def _open_columns(path: Path) -> RowFile:
             raise UserError(f"{path}: cannot be read: {error}") from error
 
     total = 1
-    if path.suffix == ".parquet":
+    if is_parquet:
         try:
             total = max(pyarrow.parquet.read_metadata(path).num_rows, 1)
         except errors as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-    return _table_rows(str(path), tables(), total)
+    return _table_rows(str(path), tables(), total, _COLUMNS[path.suffix.lower()])
 
 
 def _hash_files(name: Path, paths: list[Path]) -> str:
@@ -348,13 +354,13 @@ def _choose_split(name: str, known: list[str], split: str | None) -> str:
 def _open_dataset(name: str, dataset: Any) -> RowFile:
     # As Arrow tables, so that unused columns (images, audio) are never decoded.
     tables = dataset.with_format("arrow").iter(batch_size=_TABLE_ROWS)
-    return _table_rows(name, tables, max(len(dataset), 1))
+    return _table_rows(name, tables, max(len(dataset), 1), "a data set of `datasets`")
 
 
 # --- Arrow tables ---
 
 
-def _table_rows(name: str, tables: Iterable[Any], total: int) -> RowFile:
+def _table_rows(name: str, tables: Iterable[Any], total: int, kind: str) -> RowFile:
     """Numbers the rows of Arrow tables from 1."""
     count = 0
 
@@ -367,7 +373,7 @@ def _table_rows(name: str, tables: Iterable[Any], total: int) -> RowFile:
         if not count:
             raise UserError(f"{name} has no rows.")
 
-    return RowFile(rows(), False, lambda: min(count / total, 1.0))
+    return RowFile(rows(), False, lambda: min(count / total, 1.0), kind)
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -167,6 +167,10 @@ class EvalConfig:
     """As `data.completion`."""
     text: str | None = None
     """As `data.text`."""
+    instruction_part: str | None = None
+    """As `data.instruction_part`."""
+    response_part: str | None = None
+    """As `data.response_part`."""
     messages: str | None = None
     """As `data.messages`."""
     roles: Mapping[str, str] | None = None

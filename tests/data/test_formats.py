@@ -1,11 +1,15 @@
 """Spellings of rows: every known one gives the examples of the plain one."""
 
+import csv
+import gzip
+import io
 import json
 
 import pytest
 
 from qlora_jax.data.conversations import to_messages
 from qlora_jax.data.rows import Reading
+from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import UserError
 
 CHATML = (
@@ -121,9 +125,7 @@ def test_the_field_and_roles_of_the_settings_are_used_and_the_rest_is_said(
     assert report.recognised["role 'bot' as 'assistant'"] == 1
     assert report.unread == {"messages": 1, "id": 1}
     summary = report.summary()
-    assert (
-        "read: conversations in `chat`, role 'bot' as 'assistant' (1 rows)" in summary
-    )
+    assert "conversations in `chat`, role 'bot' as 'assistant' (1 rows);" in summary
     assert "fields that are not read: `" in summary
 
 
@@ -174,6 +176,300 @@ def test_prompts_of_turns_and_of_text_are_not_mixed(
 ):
     with pytest.raises(UserError, match=message):
         load([row], chatml, **settings)
+
+
+# --- columns of a question and its answer ---
+
+# Of Stanford's Alpaca, in its two forms.
+ALPACA = [
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1 {x}\n\n### Response:",
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:",
+]
+
+
+def test_alpaca_rows_have_the_texts_of_alpaca(load, decoded):
+    row = {"instruction": "Add.", "output": "2"}
+    rows = [row | {"input": "1 {x}"}, row | {"input": ""}, row | {"input": None}, row]
+    examples = load(rows, format="alpaca")
+    for index in range(4):
+        prompt = ALPACA[min(index, 1)]
+        assert decoded(examples, index) == (f"<s>{prompt}2</s>", "2</s>")
+    assert examples.report.recognised["Alpaca's prompt without `input`"] == 3
+    assert not examples.report.unread
+    everything = load(rows[-1:], format="alpaca", train_on="all")
+    assert decoded(everything)[1] == f"{ALPACA[1]}2</s>"
+    with pytest.raises(UserError, match="no field `output`; the row has `instruction`"):
+        load([{"instruction": "a"}], format="alpaca")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "asked"),
+    [
+        ({"instruction": "a", "input": "b", "output": "yo"}, {}, "a\nb"),
+        ({"instruction": "a", "input": "", "output": "yo"}, {}, "a"),
+        ({"instruction": "a", "context": "b", "response": "yo"}, {}, "a\nb"),
+        ({"question": "a", "answer": "yo"}, {}, "a"),
+        ({"prompt": "a", "completion": "yo"}, {}, "a"),
+        ({"prompt": "a", "response": "yo", "messages": "x"}, {}, "a"),
+        (
+            {"q": "a", "a": "yo", "messages": []},
+            {"prompt": "({q})", "completion": "{a}"},
+            "(a)",
+        ),
+    ],
+)
+def test_a_question_and_its_answer_are_turns_of_the_chat_template(
+    load, chatml, decoded, row, settings, asked
+):
+    rows = [row | {"system": "s"}] if not settings else [row]
+    examples = load(rows, chatml, format="messages", **settings)
+    text, supervised = decoded(examples, 0, chatml)
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "yo"}]
+    turns[:0] = [] if settings else [{"role": "system", "content": "s"}]
+    assert text == chatml.apply_chat_template(turns, tokenize=False)
+    assert supervised == "yo<|im_end|>"
+    said = " ".join(examples.report.recognised)
+    assert settings or "as the user's turn" in said
+    assert examples.report.unread.keys() == row.keys() & {"messages"}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "hint"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "prompt_completion",
+            r"`data.prompt` = '{qu",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "text",
+            "format='messages' writes `question`",
+        ),
+        ({"instruction": "a", "output": "b"}, "text", "or format='alpaca'"),
+        ({"conversations": []}, "prompt_completion", "format='messages' reads conver"),
+    ],
+)
+def test_the_format_of_known_fields_is_named(load, row, format, hint):
+    with pytest.raises(UserError, match=hint):
+        load([row], format=format)
+
+
+# --- texts that a chat template has written ---
+
+PARTS_OF_CHATML = {
+    "instruction_part": "<|im_start|>user\n",
+    "response_part": "<|im_start|>assistant\n",
+}
+
+
+@pytest.fixture
+def marked(load, chatml, decoded):
+    """A function: a text -> the supervised text, and the report."""
+
+    def marked(*texts, **settings):
+        settings = PARTS_OF_CHATML | settings
+        examples = load([{"text": text} for text in texts], chatml, **settings)
+        return decoded(examples, 0, chatml)[1], examples.report
+
+    return marked
+
+
+@pytest.mark.parametrize(
+    ("text", "supervised"),
+    [
+        # The end of the turn and what follows it belong to the answer, up to the next
+        # instruction; the answer that ends the text is followed by EOS.
+        (
+            "{q}1<|im_end|>\n{a}2<|im_end|>\n{q}3<|im_end|>\n{a}4<|im_end|>\n",
+            "2<|im_end|>\n4<|im_end|>\n</s>",
+        ),
+        ("{q}1{a}2{q}3", "2"),
+        ("{q}1{a}{a}2", "2</s>"),
+        ("{q}1{a}{q}2{a}3", "3</s>"),
+        ("{a}2{q}3{a}4", "24</s>"),
+        ("assistant\n{q}user\n{a}2", "2</s>"),
+    ],
+)
+def test_what_follows_the_response_part_is_supervised(marked, text, supervised):
+    written = text.format(
+        q=PARTS_OF_CHATML["instruction_part"], a=PARTS_OF_CHATML["response_part"]
+    )
+    found, report = marked(written)
+    assert found == supervised
+    assert report.assistant_mask == "markers"
+    assert "what follows `data.response_part`" in report.summary()
+
+
+def test_a_marked_text_has_the_labels_of_its_conversation(
+    marked, load, chatml, decoded
+):
+    text = chatml.apply_chat_template(TURNS, tokenize=False)
+    found, _ = marked(text, append_eos=False)
+    turns = load([{"messages": TURNS}], chatml, format="messages")
+    # But for the line breaks after the ends of turns.
+    assert found.replace("\n", "") == decoded(turns, 0, chatml)[1]
+
+
+def test_texts_without_markers_are_left_out_and_counted(marked):
+    text = "<|im_start|>assistant\nyo"
+    empty = "<|im_start|>user\nhi<|im_start|>assistant\n"
+    _, report = marked(text, "no marker", empty)
+    assert report.dropped == {
+        "no `data.response_part` in the text": 1,
+        "no text after `data.response_part`": 1,
+    }
+    assert report.recognised["no `data.instruction_part` in the text"] == 1
+    with pytest.raises(UserError, match="no row is left .*no `data.response_part` in"):
+        marked(text.replace("\n", " "))
+
+
+def test_the_longer_marker_is_meant_where_one_begins_with_the_other(marked):
+    parts = {"instruction_part": "### ", "response_part": "### A: "}
+    assert marked("### q### A: a### q### A: b", **parts)[0] == "ab</s>"
+
+
+# --- CSV and TSV ---
+
+FIELDS = [
+    {"text": "a, b", "n": "1"},
+    {"text": 'she said "hi"\r\nand left', "n": ""},
+    {"text": "tab\there", "n": "naïve"},
+    {"text": "x" * 200_000, "n": "2"},
+]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function: rows, file name, encoding -> a file that the `csv` module wrote."""
+
+    def table(rows, name, encoding="utf-8", **dialect):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), **dialect)
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode(encoding)
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return path
+
+    return table
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        ("x.csv", {}),
+        ("x.CSV", {"quoting": csv.QUOTE_ALL, "lineterminator": "\n"}),
+        ("x.csv", {"encoding": "utf-8-sig", "lineterminator": "\n\n"}),
+        ("x.csv.gz", {}),
+        ("x.tsv", {"delimiter": "\t"}),
+        ("x.tsv.gz", {"delimiter": "\t", "encoding": "utf-8-sig"}),
+    ],
+)
+def test_tables_are_read_by_field(table, name, dialect):
+    path = table(FIELDS, name, **dialect)
+    (source,) = list_sources(str(path), split=None, plain_text=True)
+    file = source.open()
+    rows = list(file.rows)
+    assert [row for _, row in rows] == FIELDS
+    assert file.kind == name.upper()[2:5] and not file.plain
+    if "lineterminator" not in dialect:
+        # The second row has a line break in quotes.
+        assert [where.rpartition(":")[2] for where, _ in rows] == ["2", "3", "5", "6"]
+
+
+def test_a_table_is_trained_on_by_its_text_field(table, load, decoded):
+    examples = load(table(FIELDS[:2], "x.csv"), max_length=100)
+    assert decoded(examples, 0)[1] == "a, b</s>"
+    assert examples.report.recognised["CSV"] == 2
+    assert examples.report.unread == {"n": 2}
+    with pytest.raises(UserError, match=r"x\.csv:2: no field `text`; the row has `q`"):
+        load(table([{"q": "a", "a": "b"}], "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"t\.csv is empty"),
+        ("\n\n", r"t\.csv is empty"),
+        ("text,n\n", r"t\.csv has a header and no rows"),
+        ("text,n\na,1\nb\n", r"t\.csv:3: 1 fields, and the header names 2 .text, n."),
+        ("text,n\na,1,2\n", r"t\.csv:2: 3 fields, and the header names 2"),
+        ('text,n\n"a\nb",1\n"c,2\n', r"t\.csv:4: malformed CSV: unexpected end of d"),
+        ('text,n\n"a"b,1\n', r"t\.csv:2: malformed CSV: ',' expected after"),
+        ("text;n\na;1\n", r"t\.csv:1: the header .* by semicolons; .* by commas"),
+        ("text\tn\na\t1\n", r"t\.csv:1: the header .* by tabs; a .csv file"),
+        ("text,text\na,b\n", r"t\.csv:1: the header names 'text' several times"),
+        (b"text,n\n\xff,1\n", r"t\.csv is not UTF-8 text .byte 7."),
+    ],
+)
+def test_tables_that_cannot_be_read_are_refused(write, load, content, message):
+    with pytest.raises(UserError, match=message):
+        load(write(content, "t.csv"))
+
+
+def test_ragged_rows_may_be_skipped_and_open_quotes_may_not(write, load):
+    report = load(write("text,n\na,1\nb\nc,2\n", "t.csv"), on_bad_row="skip").report
+    assert (report.rows_kept, report.dropped) == (2, {"row that cannot be used": 1})
+    with pytest.raises(UserError, match="unexpected end of data"):
+        load(write('text\na\n"b\nc\n', "t.csv"), on_bad_row="skip")
+
+
+# --- files of other kinds ---
+
+
+@pytest.mark.parametrize("format", ["text", "messages", "prompt_completion", "tokens"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("x.xml", "<a>b</a>"), ("x.yaml", "text: a"), ("x.html", "<p>a")),
+        *(("x.py", "a = 1"), ("x.xls", b"\xd0\xcf\x11\xe0"), ("x.pkl", b"\x80\x04")),
+        *(("x.zip", b"PK\x03\x04\xff"), ("x.tar.gz", gzip.compress(b"a"))),
+        *(("x.ipynb", '{\n "cells": []\n}'), ("x.jsonl.zst", b"\x28\xb5\x2f\xfd")),
+    ],
+)
+def test_files_of_other_kinds_are_refused(write, load, chatml, name, content, format):
+    with pytest.raises(
+        UserError, match=r"files are not read. Rows are read from .json"
+    ):
+        load(write(content, name), chatml, format=format)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.jsonl",
+            gzip.compress(b"{}"),
+            "compressed by gzip: let its name end in .gz",
+        ),
+        ("x.csv", b"PK\x03\x04\xff", "a zip archive: unpack it"),
+        ("x.txt", b"PAR1\xff", "a Parquet file: let its name end in .parquet"),
+    ],
+)
+def test_a_file_with_another_name_is_recognised(write, load, name, content, message):
+    with pytest.raises(UserError, match=message):
+        load(write(content, name))
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.rst", "corpus"])
+def test_documents_are_those_of_format_text_alone(write, load, chatml, name):
+    path = write("some words", name)
+    report = load(path).report
+    assert report.recognised == {"plain text, one document a file": 1}
+    for format in ("messages", "prompt_completion", "tokens"):
+        with pytest.raises(UserError, match="is plain text, which format='text' reads"):
+            load(path, chatml, format=format)
+
+
+def test_rows_in_json_are_known_under_any_name(write, load):
+    for name in ("x.jsonl.bak", "x.data", "x.txt", "x"):
+        report = load(write([{"text": "a"}], name)).report
+        assert report.recognised == {"JSON lines": 1}
 
 
 # --- rows that cannot be used ---

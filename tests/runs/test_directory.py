@@ -37,6 +37,16 @@ def test_the_text_of_the_first_template_is_kept(tmp_path):
         template_text(alike, notes.append)
 
 
+def test_the_text_of_a_built_in_template_travels_too():
+    notes = []
+    named = DataConfig(**MESSAGES, chat_template="chatml")
+    assert "<|im_start|>" in (template_text(named, notes.append) or "")
+    turns = DataConfig(
+        path="a.jsonl", format="prompt_completion", chat_template="chatml"
+    )
+    assert template_text(turns, notes.append) == template_text(named, notes.append)
+
+
 def test_settings_of_a_moved_run_name_its_copy_of_the_template(tmp_path):
     run = tmp_path / "moved"
     (run / "best_adapter").mkdir(parents=True)
