@@ -21,7 +21,7 @@ _REASONING_END = re.compile(rf"[<\[]/{_REASON}", re.IGNORECASE)
 # How an answer begins whose reasoning is empty; a prompt may have opened it.
 _EMPTY_REASONING = re.compile(rf"(?:[<\[]{_REASON})?\s*[<\[]/{_REASON}", re.IGNORECASE)
 EMPTY_REASONING = "answers trained with empty reasoning"
-_NOT_WRITTEN = "that the chat template does not write"
+NOT_WRITTEN = "that the chat template does not write"
 # A tag alone on its line may be one that the template writes itself.
 _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")
 
@@ -89,7 +89,7 @@ def find_unwritten(
         if isinstance(name, str) and not whole.has(name):
             unwritten["functions in `tools`"] += 1
     remarks = Counter(
-        {f"{part} {_NOT_WRITTEN}": count for part, count in unwritten.items()}
+        {f"{part} {NOT_WRITTEN}": count for part, count in unwritten.items()}
     )
     remarks[EMPTY_REASONING] = sum(
         _EMPTY_REASONING.match(text) is not None for text in answers.values()

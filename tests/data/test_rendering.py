@@ -232,6 +232,7 @@ def test_results_of_tools_become_json(result, content):
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
     examples = load_chat(TEXT, *rows)
+    assert "; 5 functions in `tools` that" in examples.report.summary()
     config = DataConfig(path="x", format="messages")
     batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
     tokenizer = byte_tokenizer()
