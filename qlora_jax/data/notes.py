@@ -94,7 +94,7 @@ def _remark_notes(report: DataReport) -> list[str]:
         else:
             continue
         first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
-        notes.append(f"{count:,} {remark}; the first: {first}.{advice}")
+        notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
     return notes
 
 

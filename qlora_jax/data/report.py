@@ -103,7 +103,7 @@ class DataReport:
                 f"{self._where('truncated')}"
             )
         for remark, count in self.remarks.items():
-            parts.append(f"{count:,} {remark}{self._where(remark)}")
+            parts.append(f"{remark}: {count:,}{self._where(remark)}")
         if self.documents_cut:
             parts.append(f"{self.documents_cut:,} documents cut into windows")
         if self.straddling_rows:
