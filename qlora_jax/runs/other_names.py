@@ -26,7 +26,8 @@ _NAMES = {
     "sequence_len": "data.max_length",
     "mask_history": 'Here it is `data.train_on` = "last".',
     "assistant_only_loss": 'Here it is `data.train_on` = "assistant", the default.',
-    "train_on_responses_only": 'Here it is `data.train_on` = "assistant", the default.',
+    "train_on_responses_only": 'Here it is `data.train_on` = "assistant", the default; '
+    "for format='text', `data.response_part`.",
     "roles_to_train": "The assistant's turns are trained; `data.answers` chooses some.",
     "train_on_inputs": 'Here it is `data.train_on` = "all".',
     "completion_only_loss": 'Here it is `data.train_on` = "completion", the default.',

@@ -232,9 +232,8 @@ def test_results_of_tools_become_json(result, content):
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
     examples = load_chat(TEXT, *rows)
-    assert (
-        "; functions in `tools` that the chat template does not write: 5 ("
-        in examples.report.summary()
+    assert "functions in `tools` that the chat template does not write: 5;" in (
+        examples.report.summary()
     )
     config = DataConfig(path="x", format="messages")
     batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
