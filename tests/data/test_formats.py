@@ -167,7 +167,7 @@ def test_turns_of_a_prompt_and_its_completion_are_one_conversation(
         (
             {"prompt": "hi", "completion": "yo"},
             {"format": "prompt_completion", "roles": {"bot": "assistant"}},
-            "`data.roles` is for conversations, .* With format='messages' the chat",
+            "`data.roles` are for conversations, .* With format='messages' the chat",
         ),
     ],
 )
@@ -470,6 +470,65 @@ def test_rows_in_json_are_known_under_any_name(write, load):
     for name in ("x.jsonl.bak", "x.data", "x.txt", "x"):
         report = load(write([{"text": "a"}], name)).report
         assert report.recognised == {"JSON lines": 1}
+
+
+# --- variables of the chat template ---
+
+OPENING = "<|im_start|>assistant\n{{ '' if bare else '> ' }}"
+PROMPTED = (
+    "{% if style %}[{{ style }}]{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    + OPENING
+    + "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + OPENING + "{% endif %}"
+)
+
+
+@pytest.fixture
+def prompting(byte_tokenizer):
+    """A tokenizer whose template starts answers with "> ", unless it is told not to."""
+    tokenizer = byte_tokenizer(specials=SPECIALS)
+    tokenizer.chat_template = PROMPTED
+    return tokenizer
+
+
+def test_variables_of_settings_and_rows_reach_the_template(load, prompting, decoded):
+    rows = [
+        {"messages": TURNS[1:3], "chat_template_kwargs": variables}
+        for variables in ({}, {"bare": True}, None, {"style": "x"})
+    ]
+    settings = {"format": "messages", "chat_template_kwargs": {"style": "s"}}
+    examples = load(rows, prompting, **settings)
+    start = "hi<|im_start|>assistant\n"
+    for index, text in enumerate(
+        (f"[s]{start}> yo", f"[s]{start}yo", f"[s]{start}> yo", f"[x]{start}> yo")
+    ):
+        # What the generation prompt writes is not supervised.
+        expected = (f"{text}<|im_end|>", "yo<|im_end|>")
+        assert decoded(examples, index, prompting) == expected
+    recognised = "variables of the chat template in `chat_template_kwargs`"
+    assert examples.report.recognised[recognised] == 2
+    assert not examples.report.unread and not examples.report.remarks
+
+
+def test_variables_that_nothing_reads_are_said_or_refused(load, prompting):
+    row = {"messages": TURNS[1:3], "chat_template_kwargs": {"bare": True}}
+    rows = [row, row | {"chat_template_kwargs": {"think": 1}}]
+    remark = "variables in `chat_template_kwargs` that the chat template does not read"
+    report = load(rows, prompting, format="messages").report
+    assert report.remarks == {remark: 1}
+    with pytest.raises(UserError, match="kwargs`: the chat template does not read `th"):
+        load([row], prompting, format="messages", chat_template_kwargs={"think": True})
+    for variables, message in (
+        ({"tools": []}, r":1: `chat_template_kwargs` has tools, which"),
+        ([1], r":1: `chat_template_kwargs` must be an object of .*, got list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(
+                [row | {"chat_template_kwargs": variables}],
+                prompting,
+                format="messages",
+            )
 
 
 # --- rows that cannot be used ---
