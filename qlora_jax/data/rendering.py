@@ -111,10 +111,11 @@ def without_unused_date(config: DataConfig, tokenizer: Any) -> DataConfig:
 
 def _reads(config: DataConfig, tokenizer: Any, what: str) -> bool:
     """Whether the conversations of a source are written with the clock, or a date."""
-    if config.format == "prompt_completion":
-        conversations = not (config.prompt or config.completion)  # there may be some
-    else:
-        conversations = config.format == "messages"
+    conversations = config.writes_conversations or (
+        # The columns may hold turns.
+        config.format == "prompt_completion"
+        and not (config.prompt or config.completion)
+    )
     if not conversations or tokenizer is None:
         return False
     with contextlib.suppress(UserError):  # raised when the rows are read
