@@ -132,13 +132,17 @@ class DataReport:
     def _counted(self, counts: dict[str, int]) -> str:
         """Joins phrases, each with its number of rows unless it holds for all."""
         return ", ".join(
-            phrase + ("" if count == self.rows_read else f" ({count:,} rows)")
+            phrase + ("" if count == self.rows_read else f" ({_rows(count)})")
             for phrase, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values, as JSON decodes them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_the_field_and_roles_of_the_settings_are_used_and_the_rest_is_said(
     assert report.recognised["role 'bot' as 'assistant'"] == 1
     assert report.unread == {"messages": 1, "id": 1}
     summary = report.summary()
-    assert "conversations in `chat`, role 'bot' as 'assistant' (1 rows);" in summary
+    assert "conversations in `chat`, role 'bot' as 'assistant' (1 row);" in summary
     assert "fields that are not read: `" in summary
 
 
