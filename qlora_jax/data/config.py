@@ -196,8 +196,9 @@ class DataConfig:
     out; how many there are, and why, is reported."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
-    are cut into consecutive windows of `max_length` tokens."""
+    or drop it. With `truncate`, plain text files and packed `text` (without
+    `response_part`) lose nothing: they are cut into consecutive windows of `max_length`
+    tokens."""
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
     Chat templates write their own end of turn; `tokens` are used unchanged."""
