@@ -16,11 +16,13 @@ conversation then becomes several examples, each with the answers that it shows 
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
+import inspect
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
@@ -164,6 +166,30 @@ class ChatRenderer:
     def reads_date(self) -> bool:
         """Whether the template writes a date that it is given."""
         return self.reads_clock or "date_string" in self._source(None)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatRenderer":
+        """Returns a renderer whose template gets these variables too.
+
+        Raises:
+          UserError: one has the name of something that the template gets anyway.
+        """
+        apply = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = {"messages", *apply} & set(variables)
+        if reserved:
+            raise UserError(
+                f"`chat_template_kwargs` has {', '.join(sorted(reserved))}, which "
+                "a chat template gets from the conversation or the renderer. Leave it "
+                "out."
+            )
+        renderer = copy.copy(self)
+        renderer._variables = {**self._variables, **variables}
+        renderer._prompts = {}  # another one may follow from them
+        return renderer
+
+    def unread(self, variables: Mapping[str, Any]) -> list[str]:
+        """Returns the names of variables that the template does not mention."""
+        words = set(re.findall(r"\w+", self._source(None)))
+        return [name for name in variables if name not in words]
 
     def text(
         self,

@@ -29,7 +29,7 @@ _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
     "tokens": (None, "all"),
 }
 _PARTS = ("instruction_part", "response_part")
-_CONVERSATION = ("chat_template", "roles")
+_CONVERSATION = ("chat_template", "chat_template_kwargs", "roles")
 # The settings that some formats read, and not all.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "text": ("text", *_PARTS),
@@ -39,14 +39,14 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "tokens": (),
 }
 _SOME_READ = tuple(dict.fromkeys(name for read in _SETTINGS.values() for name in read))
-_TABLES = ("roles",)
+_TABLES = ("roles", "chat_template_kwargs")
 _FORMAT_STRINGS = ("text", "prompt", "completion")
 # Settings that locate the rows or the cache. The fingerprint of the examples covers
 # their content instead, so that a moved or renamed file does not change a run.
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
     *("split", "format", "train_on", "prompt", "completion", "text", *_PARTS),
-    *("messages", "answers", "roles", "chat_template"),
+    *("messages", "answers", *_CONVERSATION),
     *("on_bad_row", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
@@ -89,6 +89,8 @@ class Source:
     """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """As `data.chat_template_kwargs`."""
     answers: tuple[int, ...] | None = None
     """As `data.answers`."""
     on_bad_row: OnBadRow | None = None
@@ -175,6 +177,9 @@ class DataConfig:
     """Jinja chat template for conversations: the path of a file, or the name of one
     that is built in (alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr). Default:
     the tokenizer's own."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """Variables for the chat template, e.g. {enable_thinking = false}. Those in a
+    row's field `chat_template_kwargs` win."""
     answers: tuple[int, ...] | None = None
     """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
     all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
@@ -191,8 +196,9 @@ class DataConfig:
     out; how many there are, and why, is reported."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
-    are cut into consecutive windows of `max_length` tokens."""
+    or drop it. With `truncate`, plain text files and packed `text` (without
+    `response_part`) lose nothing: they are cut into consecutive windows of `max_length`
+    tokens."""
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
     Chat templates write their own end of turn; `tokens` are used unchanged."""
@@ -450,7 +456,9 @@ class DataConfig:
     @property
     def writes_conversations(self) -> bool:
         """Whether this one source holds conversations, as far as its settings say."""
-        return self.format == "messages" or self.chat_template is not None
+        return self.format == "messages" or any(
+            getattr(self, name) is not None for name in _CONVERSATION
+        )
 
     @property
     def needs_tokenizer(self) -> bool:

@@ -5,6 +5,7 @@ recognised is noted for the report, because it is a guess.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def has_conversation(row: dict[str, Any]) -> bool:
     values = (row.get(name) for name in _CONTAINERS)
     return any(
         isinstance(value, list)
-        or (isinstance(value, str) and value.lstrip().startswith("["))
+        or (isinstance(value, str) and re.match(r"\s*\[\s*\{", value))
         for value in values
     )
 

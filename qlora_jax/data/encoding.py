@@ -25,6 +25,7 @@ from qlora_jax.data.segments import Segmented, Segmenter
 from qlora_jax.errors import UserError
 
 _T = TypeVar("_T")
+_MAX_UNREAD = 100
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
 
 IGNORE = -100
@@ -274,7 +275,11 @@ class Encoder:
         except UserError as error:
             return error
         self.recognised.update(sorted(reading.recognised))
-        self.unread.update(name for name in row if name not in reading.fields)
+        for name in row:
+            # Rows whose names are data (ids) would fill the memory with them.
+            known = len(self.unread) < _MAX_UNREAD or name in self.unread
+            if known and name not in reading.fields:
+                self.unread[name] += 1
         return value
 
     def _segment(

@@ -240,7 +240,9 @@ class _Collector:
             return [slice(0, length)], 0
         if config.too_long == "drop":
             return [], 0
-        if config.format == "text" and (plain or config.packing):
+        # An answer in a window without its question would be trained without it.
+        packed = config.packing and config.response_part is None
+        if config.format == "text" and (plain or packed):
             self._documents_cut += 1
             return list(_windows(length, limit)), 0
         return [slice(0, limit)], length - limit

@@ -12,6 +12,8 @@ _ASSISTANT_MASKS = {
     "prompt (the chat template has no generation marks)",
     "markers": "the assistant's text is what follows `data.response_part`",
 }
+# Phrases of a kind in a summary.
+_MAX_PHRASES = 12
 BAD_ROW = "row that cannot be used"
 """Reason in `DataReport.dropped` with `data.on_bad_row` = "skip"."""
 
@@ -70,7 +72,8 @@ class DataReport:
     recognised: dict[str, int] = dataclasses.field(default_factory=dict)
     """What was recognised in the rows (fields, roles, parts), and in how many."""
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Fields of the rows that nothing reads, and how many rows have them."""
+    """Fields of the rows that nothing reads, the first hundred of them, and how many
+    rows have them."""
     bad_rows: tuple[str, ...] = ()
     """What is wrong with the first rows that cannot be used and were left out."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -133,14 +136,21 @@ class DataReport:
 
     def _counted(self, counts: dict[str, int]) -> str:
         """Joins phrases, each with its number of rows unless it holds for all."""
-        return ", ".join(
-            phrase + ("" if count == self.rows_read else f" ({count:,} rows)")
-            for phrase, count in sorted(counts.items(), key=lambda i: (-i[1], i[0]))
-        )
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        phrases = [
+            phrase + ("" if count == self.rows_read else f" ({_rows(count)})")
+            for phrase, count in ranked[:_MAX_PHRASES]
+        ]
+        more = len(ranked) - _MAX_PHRASES
+        return ", ".join([*phrases, *[f"and {more:,} more"] * (more > 0)])
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values, as JSON decodes them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 @dataclasses.dataclass(frozen=True)

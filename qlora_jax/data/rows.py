@@ -157,6 +157,12 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
             if plain:
                 with reading_file(path):
                     text = "".join(head) + lines.read()
+                if _is_json(text):
+                    raise UserError(
+                        f"{path} holds JSON over several lines; its name, for a text "
+                        "document, would have it trained on as it is. Rename it to "
+                        ".json for a list of objects, or write one object a line."
+                    )
                 yield f"{path}", {"text": text}
                 return
             if head[-1].lstrip().startswith("["):
@@ -255,6 +261,17 @@ def _bad_byte(path: Path) -> str:
             if not piece:
                 return "at its end"
             start += len(piece)
+
+
+def _is_json(text: str) -> bool:
+    """Returns whether a whole document is a JSON list or object."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_object(line: str) -> bool:

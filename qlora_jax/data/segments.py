@@ -1,6 +1,7 @@
 """Rows to strings with supervised character spans, by format."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,9 @@ class Segmenter:
     def __init__(self, config: DataConfig, tokenizer: Any):
         self._config, self._tokenizer = config, tokenizer
         self._chat: ChatRenderer | None = None
-        if config.format == "messages" or config.chat_template is not None:
-            self._chat = ChatRenderer(tokenizer, config.chat_template, config.date)
+        self._with_variables: dict[str, ChatRenderer] = {}
+        if config.writes_conversations:
+            self._chat = self._make_renderer()
         builders: dict[str, _Builder] = {
             "text": self._text,
             "prompt_completion": self._prompt_completion,
@@ -119,13 +121,13 @@ class Segmenter:
             row.get("completion"), list
         ):
             return self._conversation(where, row, reading)
-        if config.chat_template is not None or config.roles is not None:
-            name = "chat_template" if config.chat_template is not None else "roles"
+        if config.writes_conversations:
             raise UserError(
-                f"`data.{name}` is for conversations, and the prompt and completion of "
-                "the rows are strings, which are trained on as they are. With "
-                "format='messages' the chat template writes them as the turns of user "
-                f"and assistant; else leave out `data.{name}`."
+                "`data.chat_template`, `data.chat_template_kwargs` and `data.roles` "
+                "are for conversations, and the prompt and completion of the rows are "
+                "strings, which are trained on as they are. With format='messages' the "
+                "chat template writes them as the turns of user and assistant; else "
+                "leave these settings out."
             )
         prompt = field_text(row, where, "prompt", config.prompt, reading)
         completion = field_text(row, where, "completion", config.completion, reading)
@@ -171,12 +173,13 @@ class Segmenter:
         self, where: str, row: dict[str, Any], reading: Reading
     ) -> list[Segmented] | str:
         config = self._config
-        if self._chat is None:  # rows of turns under format `prompt_completion`
-            self._chat = ChatRenderer(self._tokenizer, date=config.date)
+        chat, unread = self._renderer(where, row, reading)
         row, changes = plain_row(row)
+        if unread:
+            changes[_UNREAD_VARIABLES] += len(unread)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)
-        rendered = render_conversation(self._chat, config, turns, tools, where)
+        rendered = render_conversation(chat, config, turns, tools, where)
         if isinstance(rendered, str):
             return rendered
         renderings, remarks = rendered
@@ -188,7 +191,50 @@ class Segmenter:
         examples[0].remarks.update(changes + remarks)
         return examples
 
+    def _make_renderer(self) -> ChatRenderer:
+        config = self._config
+        renderer = ChatRenderer(self._tokenizer, config.chat_template, config.date)
+        variables = config.chat_template_kwargs
+        if not variables:
+            return renderer
+        unread = renderer.unread(variables)
+        if unread:
+            raise UserError(
+                f"`data.chat_template_kwargs`: the chat template does not read "
+                f"{', '.join(f'`{name}`' for name in unread)}. Correct the name, or "
+                "leave it out."
+            )
+        return renderer.with_variables(variables)
 
+    def _renderer(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> tuple[ChatRenderer, list[str]]:
+        """Returns the renderer of a row, and its variables that are not read."""
+        if self._chat is None:  # rows of turns under format `prompt_completion`
+            self._chat = self._make_renderer()
+        variables = row.get("chat_template_kwargs")
+        reading.fields.add("chat_template_kwargs")
+        if not variables:
+            return self._chat, []
+        if not isinstance(variables, dict):
+            raise UserError(
+                f"{where}: `chat_template_kwargs` must be an object of variables for "
+                f"the chat template, got {type(variables).__name__}."
+            )
+        reading.recognise("variables of the chat template in `chat_template_kwargs`")
+        key = json.dumps(variables, sort_keys=True)
+        if key not in self._with_variables:
+            try:
+                renderer = self._chat.with_variables(variables)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            self._with_variables[key] = renderer
+        return self._with_variables[key], self._chat.unread(variables)
+
+
+_UNREAD_VARIABLES = (
+    "variables in `chat_template_kwargs` that the chat template does not read"
+)
 _Builder = Callable[[str, dict[str, Any], Reading], list[Segmented] | str]
 
 

@@ -177,6 +177,8 @@ class EvalConfig:
     """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """As `data.chat_template_kwargs`."""
     answers: tuple[int, ...] | None = None
     """As `data.answers`."""
     on_bad_row: OnBadRow | None = None

@@ -26,14 +26,28 @@ _NAMES = {
     "sequence_len": "data.max_length",
     "mask_history": 'Here it is `data.train_on` = "last".',
     "assistant_only_loss": 'Here it is `data.train_on` = "assistant", the default.',
-    "train_on_responses_only": 'Here it is `data.train_on` = "assistant", the default; '
-    "for format='text', `data.response_part`.",
+    "train_on_responses_only": 'Here it is `data.train_on` = "assistant", the default, '
+    "or, in texts that are rendered already, `data.response_part`.",
     "roles_to_train": "The assistant's turns are trained; `data.answers` chooses some.",
     "train_on_inputs": 'Here it is `data.train_on` = "all".',
     "completion_only_loss": 'Here it is `data.train_on` = "completion", the default.',
     "dataset": "data.path",
     "dataset_name": "data.path",
     "train_file": "data.path",
+    "dataset_text_field": 'Here it is `data.text`, e.g. "{body}" for the field `body`.',
+    "formatting_func": "Here `data.text`, or `data.prompt` and `data.completion`, are "
+    'format strings over the fields of a row, e.g. "Q: {question}\\nA: ".',
+    "field_instruction": "Here `data.prompt` and `data.completion` name the fields in "
+    'braces, e.g. "{question}".',
+    "field_output": "Here `data.prompt` and `data.completion` name the fields in "
+    'braces, e.g. "{answer}".',
+    "field_messages": "data.messages",
+    "type": 'Here it is `data.format`, e.g. "alpaca" or "messages".',
+    "chat_template_jinja": "data.chat_template",
+    "template": "data.chat_template",
+    "mapping": "data.roles",
+    "instruction_template": "data.instruction_part",
+    "response_template": "data.response_part",
     "per_device_eval_batch_size": "eval.batch_size",
     "eval_steps": "eval.every",
     "logging_steps": "log.every",

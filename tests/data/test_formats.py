@@ -7,10 +7,15 @@ import json
 
 import pytest
 
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
 from qlora_jax.data.conversations import to_messages
+from qlora_jax.data.examples import load_examples
+from qlora_jax.data.notes import data_notes
 from qlora_jax.data.rows import Reading
 from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import UserError
+from qlora_jax.runs.config import EvalConfig
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -125,7 +130,7 @@ def test_the_field_and_roles_of_the_settings_are_used_and_the_rest_is_said(
     assert report.recognised["role 'bot' as 'assistant'"] == 1
     assert report.unread == {"messages": 1, "id": 1}
     summary = report.summary()
-    assert "conversations in `chat`, role 'bot' as 'assistant' (1 rows);" in summary
+    assert "conversations in `chat`, role 'bot' as 'assistant' (1 row);" in summary
     assert "fields that are not read: `" in summary
 
 
@@ -167,7 +172,7 @@ def test_turns_of_a_prompt_and_its_completion_are_one_conversation(
         (
             {"prompt": "hi", "completion": "yo"},
             {"format": "prompt_completion", "roles": {"bot": "assistant"}},
-            "`data.roles` is for conversations, .* With format='messages' the chat",
+            "`data.roles` are for conversations, .* With format='messages' the chat",
         ),
     ],
 )
@@ -327,6 +332,13 @@ def test_texts_without_markers_are_left_out_and_counted(marked):
         marked(text.replace("\n", " "))
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_long_marked_text_keeps_its_beginning(marked, packing):
+    text = "<|im_start|>user\na<|im_start|>assistant\n" + "b" * 50
+    supervised, report = marked(text, packing=packing, max_length=30)
+    assert supervised == "b" * 11 and report.truncated == 1 and report.examples == 1
+
+
 def test_the_longer_marker_is_meant_where_one_begins_with_the_other(marked):
     parts = {"instruction_part": "### ", "response_part": "### A: "}
     assert marked("### q### A: a### q### A: b", **parts)[0] == "ab</s>"
@@ -466,10 +478,75 @@ def test_documents_are_those_of_format_text_alone(write, load, chatml, name):
             load(path, chatml, format=format)
 
 
+def test_json_over_several_lines_is_no_document(write, load):
+    for value in ([{"text": "a"}], {"text": "a"}):
+        with pytest.raises(UserError, match=r"x\.txt holds JSON .*Rename it to .json"):
+            load(write(json.dumps(value, indent=1), "x.txt"))
+
+
 def test_rows_in_json_are_known_under_any_name(write, load):
     for name in ("x.jsonl.bak", "x.data", "x.txt", "x"):
         report = load(write([{"text": "a"}], name)).report
         assert report.recognised == {"JSON lines": 1}
+
+
+# --- variables of the chat template ---
+
+OPENING = "<|im_start|>assistant\n{{ '' if bare else '> ' }}"
+PROMPTED = (
+    "{% if style %}[{{ style }}]{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    + OPENING
+    + "{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + OPENING + "{% endif %}"
+)
+
+
+@pytest.fixture
+def prompting(byte_tokenizer):
+    """A tokenizer whose template starts answers with "> ", unless it is told not to."""
+    tokenizer = byte_tokenizer(specials=SPECIALS)
+    tokenizer.chat_template = PROMPTED
+    return tokenizer
+
+
+def test_variables_of_settings_and_rows_reach_the_template(load, prompting, decoded):
+    rows = [
+        {"messages": TURNS[1:3], "chat_template_kwargs": variables}
+        for variables in ({}, {"bare": True}, None, {"style": "x"})
+    ]
+    settings = {"format": "messages", "chat_template_kwargs": {"style": "s"}}
+    examples = load(rows, prompting, **settings)
+    start = "hi<|im_start|>assistant\n"
+    for index, text in enumerate(
+        (f"[s]{start}> yo", f"[s]{start}yo", f"[s]{start}> yo", f"[x]{start}> yo")
+    ):
+        # What the generation prompt writes is not supervised.
+        expected = (f"{text}<|im_end|>", "yo<|im_end|>")
+        assert decoded(examples, index, prompting) == expected
+    recognised = "variables of the chat template in `chat_template_kwargs`"
+    assert examples.report.recognised[recognised] == 2
+    assert not examples.report.unread and not examples.report.remarks
+
+
+def test_variables_that_nothing_reads_are_said_or_refused(load, prompting):
+    row = {"messages": TURNS[1:3], "chat_template_kwargs": {"bare": True}}
+    rows = [row, row | {"chat_template_kwargs": {"think": 1}}]
+    remark = "variables in `chat_template_kwargs` that the chat template does not read"
+    report = load(rows, prompting, format="messages").report
+    assert report.remarks == {remark: 1}
+    with pytest.raises(UserError, match="kwargs`: the chat template does not read `th"):
+        load([row], prompting, format="messages", chat_template_kwargs={"think": True})
+    for variables, message in (
+        ({"tools": []}, r":1: `chat_template_kwargs` has tools, which"),
+        ([1], r":1: `chat_template_kwargs` must be an object of .*, got list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(
+                [row | {"chat_template_kwargs": variables}],
+                prompting,
+                format="messages",
+            )
 
 
 # --- rows that cannot be used ---
@@ -503,6 +580,28 @@ def test_bad_rows_are_refused_or_left_out_and_said(
     path = write(f"{line}\n{line}\n")
     with pytest.raises(UserError, match=r"(?s)no row is left .*2 row that .*\n.*:1: "):
         load(path, chatml, on_bad_row="skip", **settings)
+
+
+def test_bad_rows_get_a_note_and_held_out_data_the_setting(write, tokenizer):
+    path = write('{"text": "a"}\n{\n{"text": 3}\n')
+    config = DataConfig(path=path, on_bad_row="skip")
+    examples = load_examples(config, tokenizer, vocab_size=300)
+    batches = Batches(examples, config, batch_size=1, pad_token_id=0)
+    notes = " ".join(data_notes(examples, config, batches, tokenizer))
+    assert "2 rows cannot be used and are left out" in notes
+    assert f"{path}:2: malformed JSON" in notes
+    held_out = EvalConfig(path=path).data_config(config)
+    assert held_out.on_bad_row == "skip"
+    strict = EvalConfig(path=path, on_bad_row="refuse").data_config(config)
+    assert strict.on_bad_row == "refuse"
+
+
+def test_a_report_lists_the_first_of_many_unread_fields(load):
+    rows = [{"text": "a", f"id {number}": 0} for number in range(150)]
+    report = load(rows).report
+    assert len(report.unread) == 100
+    assert "`id 0` (1 row), " in report.summary()
+    assert "and 88 more" in report.summary()
 
 
 def test_a_file_that_cannot_be_read_is_refused_even_if_bad_rows_are_skipped(load):
