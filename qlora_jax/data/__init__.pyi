@@ -4,18 +4,19 @@ from .arrays import Examples as Examples
 from .batches import Batches as Batches
 from .batches import eval_batches as eval_batches
 from .batches import prefetch as prefetch
+from .builtin_templates import template_file as template_file
 from .chat import ChatRenderer as ChatRenderer
 from .config import LOCATION_FIELDS as LOCATION_FIELDS
 from .config import SOURCE_FIELDS as SOURCE_FIELDS
 from .config import DataConfig as DataConfig
 from .config import Format as Format
+from .config import OnBadRow as OnBadRow
 from .config import Source as Source
 from .config import TooLong as TooLong
 from .config import TrainOn as TrainOn
 from .config import name_of as name_of
 from .conversations import to_messages as to_messages
 from .encoding import IGNORE as IGNORE
-from .encoding import Segmented as Segmented
 from .encoding import tokenize as tokenize
 from .examples import data_size as data_size
 from .examples import load_examples as load_examples
@@ -25,3 +26,5 @@ from .mixture import Mixture as Mixture
 from .mixture import lay_out as lay_out
 from .notes import data_notes as data_notes
 from .packing import packs as packs
+from .rendering import with_date as with_date
+from .segments import Segmented as Segmented

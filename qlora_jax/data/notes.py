@@ -3,10 +3,17 @@
 from typing import Any
 
 from qlora_jax.data.batches import Batches
+from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
 from qlora_jax.data.packing import WELL_FILLED
+from qlora_jax.data.rendering import SPLIT, without_unused_date
+from qlora_jax.data.report import BAD_ROW, DataReport
+from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
+
+# Locations that a note names.
+_SHOWN_PLACES = 3
 
 
 def data_notes(
@@ -38,9 +45,20 @@ def data_notes(
     if dropped:
         reasons = ", ".join(report.dropped)
         notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
+    notes += _remark_notes(report)
+    bad = report.dropped.get(BAD_ROW, 0)
+    if bad:
+        notes.append(
+            f"{_plural(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
+            "left out (`data.on_bad_row` = 'skip'). The first: "
+            + " ".join(report.bad_rows)
+        )
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
         remedies = {
+            "alpaca": "write the prompt with a line break at its end as `data.prompt` "
+            "of format='prompt_completion'",
+            "text": "let `data.response_part` end with a line break",
             "messages": "let the template's generation prompt end with a line break",
             "prompt_completion": "end the prompt with a line break, or move its last "
             "space to the start of the completion",
@@ -51,8 +69,31 @@ def data_notes(
             "prompt and the start of the answer. It is supervised, but a prompt at "
             f"inference ends with another token. To avoid it, {remedy}."
         )
-    if "messages" in formats and tokenizer is not None:
-        notes += _generation_prompt_notes(config, tokenizer)
+    if config.date is not None and not any(
+        without_unused_date(settings, tokenizer).date for settings in config.each
+    ):
+        notes.append("`data.date` is given, and no chat template writes a date.")
+    if tokenizer is not None:
+        notes += _template_notes(config, tokenizer)
+    return notes
+
+
+def _remark_notes(report: DataReport) -> list[str]:
+    notes = []
+    for remark, count in report.remarks.items():
+        if remark == SPLIT:
+            advice = ' `data.train_on` = "last" trains the last answer alone.'
+        elif remark == EMPTY_REASONING:
+            advice = (
+                " The model learns to answer without reasoning; another chat template, "
+                "or reasoning in the rows, avoids it."
+            )
+        elif remark.endswith(NOT_WRITTEN):
+            advice = ""
+        else:
+            continue
+        first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
+        notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
     return notes
 
 
@@ -81,14 +122,11 @@ def _layout_notes(
     return notes
 
 
-def _generation_prompt_notes(config: DataConfig, tokenizer: Any) -> list[str]:
-    paths = {
-        settings.chat_template
-        for settings in config.each
-        if settings.format == "messages"
-    }
+def _template_notes(config: DataConfig, tokenizer: Any) -> list[str]:
+    paths = {s.chat_template for s in config.each if s.writes_conversations}
+    lacks = (template_note(path, tokenizer) for path in paths if path is not None)
     renderers = {path: ChatRenderer(tokenizer, path) for path in paths}
-    return [
+    return [note for note in lacks if note is not None] + [
         f"the chat template {path or 'of the tokenizer'} writes nothing for the "
         "generation prompt (`add_generation_prompt`). What it writes before an answer "
         "is supervised with it, and `chat` prompts without it."

@@ -9,6 +9,7 @@ not fit, missing libraries, unusable rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -30,6 +31,7 @@ from qlora_jax.data import (
     data_size,
     eval_batches,
     load_examples,
+    with_date,
 )
 from qlora_jax.errors import Problems, UserError, say
 from qlora_jax.lora import (
@@ -54,6 +56,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
+from qlora_jax.runs.toml import SETTINGS, read_table
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
 # Data up to this size are read even after the settings were refused, so that their
@@ -145,7 +148,7 @@ def prepare(
         blocked = blocked or len(problems) > before
     if not blocked and (quick or not len(problems)):
         with problems.collecting():
-            data = _load_data(config, model.config)
+            config, data = _load_data(config, model.config)
     if resumed and data is not None:
         with problems.collecting():
             data_fingerprint = data.examples.report.fingerprint
@@ -282,9 +285,34 @@ def _select_trained(
     return selection, groups
 
 
-def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
-    """Loads the examples, holds some out, and arranges the others in batches."""
+def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """Returns the settings of a run with the date that its chat templates write.
+
+    It is the day on which the run was started, which its directory keeps, because the
+    tokens of a run must not change when it is continued.
+    """
+    saved = None
+    if (Path(config.output_dir) / SETTINGS).is_file():
+        saved = read_table(Path(config.output_dir)).get("data", {}).get("date")
+    date = with_date(config.data, tokenizer, saved).date
+    if date is None and config.eval.path:
+        with contextlib.suppress(UserError):  # raised when they are read
+            held_out = config.eval.data_config(config.data)
+            date = with_date(held_out, tokenizer, saved).date
+    data = dataclasses.replace(config.data, date=date)
+    return dataclasses.replace(config, data=data)
+
+
+def _load_data(
+    config: RunConfig, architecture: LlamaConfig
+) -> tuple[RunConfig, RunData]:
+    """Loads the examples, holds some out, and arranges the others in batches.
+
+    Returns:
+      The settings with the date of the run, and its data.
+    """
     tokenizer = _load_tokenizer(config)
+    config = with_run_date(config, tokenizer)
     vocab_size = architecture.vocab_size
     examples, held_out, problems = None, None, Problems()
     with problems.collecting():
@@ -324,7 +352,7 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run. Give fewer of them, or a share (0.03)."
         )
-    return RunData(examples, batches, held_out, tokenizer)
+    return config, RunData(examples, batches, held_out, tokenizer)
 
 
 def _load_tokenizer(config: RunConfig) -> Any:
