@@ -263,8 +263,9 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
     )
     _print_rows(report["rows"])
     _print_histogram(report["lengths"])
+    counts = {**report["data"]["remarks"], **report["data"]["dropped"]}
     for reason, rows in report["data"]["places"].items():
-        count = report["data"]["dropped"].get(reason, report["data"]["truncated"])
+        count = counts.get(reason, report["data"]["truncated"])
         more = ", ..." if count > len(rows) else ""
         print(f"\n{reason}: {count:,} ({', '.join(rows)}{more})")
     for note in report["notes"]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.reasoning import open_reasoning
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
@@ -43,15 +44,6 @@ _DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Unicode's private use area: real text rarely holds these characters.
 _PRIVATE = range(0xE000, 0xF8FF)
-# What the generation prompt of a reasoning model ends with: "<think>\n", "[THINK]".
-_OPENS_REASONING = re.compile(
-    r"(?P<open>(?P<left>[<\[])(?P<name>[\w:|]*(?:think|thought|reason)[\w:|]*)"
-    r"(?P<right>[>\]]))\s*\Z",
-    re.I,
-)
-
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a turn that may hold its reasoning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +320,16 @@ class ChatRenderer:
         for turn in sorted(answers, reverse=True):
             before, after = self._around(turn, messages, full, tools, where)
             if not after.startswith(before):
-                after = self._open_reasoning(turn, messages, before, after, where)
+                opened = open_reasoning(messages[turn], before, after)
+                if opened is None:
+                    raise UserError(
+                        f"{where}: the chat template's generation prompt "
+                        f"({before[-40:]!r}) is not how it starts the assistant's turn "
+                        f"{turn + 1}, so where the answer begins is not defined. Give "
+                        "`data.chat_template` a Jinja file whose generation prompt is "
+                        "the beginning of an assistant turn."
+                    )
+                after = opened
             span = self._trim(after, len(before), len(after))
             if examples and examples[-1].text.startswith(after):
                 later = examples.pop()
@@ -405,57 +406,6 @@ class ChatRenderer:
                 return None
             spans.append(self._trim(full, start, end))
         return spans
-
-    def _open_reasoning(
-        self,
-        turn: int,
-        messages: list[dict[str, Any]],
-        before: str,
-        after: str,
-        where: str,
-    ) -> str:
-        """Writes an answer after a generation prompt that opens its reasoning.
-
-        Such a prompt ends in "<think>", and the template leaves out what an answer has
-        before "</think>", so it never shows an answer as the model writes it.
-
-        Args:
-          turn: index of the answer.
-          messages: the turns.
-          before: what the template writes up to the generation prompt.
-          after: what it writes up to the end of the answer.
-          where: location of the row, for messages.
-
-        Returns:
-          The text up to the end of the answer, which begins with `before`. A row that
-          has no reasoning gets an empty one.
-
-        Raises:
-          UserError: the generation prompt is not of this kind.
-        """
-        opening = _OPENS_REASONING.search(before)
-        if opening is not None and after.startswith(before[: opening.start()]):
-            answer = after[opening.start() :]
-            close = f"{opening['left']}/{opening['name']}{opening['right']}"
-            if answer.startswith(opening["open"]):
-                # The prompt and the answer differ in white space alone.
-                answer = answer.removeprefix(opening["open"]).lstrip()
-                return before + "\n" * answer.startswith(close) + answer
-            content = messages[turn].get("content") or ""
-            reasoning, gap = _reasoning_field(messages[turn]), "\n\n"
-            if close in content:
-                reasoning, _, visible = content.partition(close)
-                reasoning = reasoning.rpartition(opening["open"])[2]
-                gap = visible[: len(visible) - len(visible.lstrip())]
-                gap = "" if answer.startswith(gap) else gap
-            if close not in answer:
-                return f"{before}{reasoning.strip()}\n{close}{gap}{answer}"
-        raise UserError(
-            f"{where}: the chat template's generation prompt ({before[-40:]!r}) is "
-            f"not how it starts the assistant's turn {turn + 1}, so where the answer "
-            "begins is not defined. Give `data.chat_template` a Jinja file whose "
-            "generation prompt is the beginning of an assistant turn."
-        )
 
     def _opening(self, after: str, tools: list[Any] | None, where: str) -> str:
         """Returns what stands before the answer that opens a conversation.
@@ -567,11 +517,6 @@ def _with_json_arguments(
         for message in messages
     ]
     return None if encoded == messages else encoded
-
-
-def _reasoning_field(message: dict[str, Any]) -> str:
-    values = (message.get(name) for name in REASONING_FIELDS)
-    return next((text for text in values if isinstance(text, str)), "")
 
 
 def trained_answers(messages: list[dict[str, Any]]) -> list[int]:

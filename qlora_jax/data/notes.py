@@ -7,8 +7,9 @@ from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
-from qlora_jax.data.rendering import without_unused_date
-from qlora_jax.data.report import BAD_ROW
+from qlora_jax.data.rendering import SPLIT, without_unused_date
+from qlora_jax.data.report import BAD_ROW, DataReport
+from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
 
 # Rows less full than this get a note.
 _WELL_FILLED = 0.8
@@ -45,9 +46,7 @@ def data_notes(
     if dropped:
         reasons = ", ".join(report.dropped)
         notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
-    for remark, count in report.remarks.items():
-        first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
-        notes.append(f"{count:,} {remark}; the first: {first}.")
+    notes += _remark_notes(report)
     bad = report.dropped.get(BAD_ROW, 0)
     if bad:
         notes.append(
@@ -77,6 +76,25 @@ def data_notes(
         notes.append("`data.date` is given, and no chat template writes a date.")
     if tokenizer is not None:
         notes += _template_notes(config, tokenizer)
+    return notes
+
+
+def _remark_notes(report: DataReport) -> list[str]:
+    notes = []
+    for remark, count in report.remarks.items():
+        if remark == SPLIT:
+            advice = ' `data.train_on` = "last" trains the last answer alone.'
+        elif remark == EMPTY_REASONING:
+            advice = (
+                " The model learns to answer without reasoning; another chat template, "
+                "or reasoning in the rows, avoids it."
+            )
+        elif remark.endswith(NOT_WRITTEN):
+            advice = ""
+        else:
+            continue
+        first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
+        notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
     return notes
 
 

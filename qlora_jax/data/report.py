@@ -105,6 +105,8 @@ class DataReport:
                 f"{self.truncated:,} rows truncated ({self.tokens_lost:,} tokens lost)"
                 f"{self._where('truncated')}"
             )
+        for remark, count in self.remarks.items():
+            parts.append(f"{remark}: {count:,}{self._where(remark)}")
         if self.documents_cut:
             parts.append(f"{self.documents_cut:,} documents cut into windows")
         if self.straddling_rows:

@@ -12,16 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qlora_jax.data.chat import REASONING_FIELDS, Rendering
+from qlora_jax.data.chat import Rendering
+from qlora_jax.data.reasoning import has_empty_reasoning, split_reasoning
 from qlora_jax.errors import UserError
 
-_REASON = r"[\w:|]*(?:think|thought|reason)[\w:|]*[>\]]"
-# The end of reasoning inside a content.
-_REASONING_END = re.compile(rf"[<\[]/{_REASON}", re.IGNORECASE)
-# How an answer begins whose reasoning is empty; a prompt may have opened it.
-_EMPTY_REASONING = re.compile(rf"(?:[<\[]{_REASON})?\s*[<\[]/{_REASON}", re.IGNORECASE)
 EMPTY_REASONING = "answers trained with empty reasoning"
-_NOT_WRITTEN = "that the chat template does not write"
+NOT_WRITTEN = "that the chat template does not write"
 # A tag alone on its line may be one that the template writes itself.
 _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")
 
@@ -89,10 +85,10 @@ def find_unwritten(
         if isinstance(name, str) and not whole.has(name):
             unwritten["functions in `tools`"] += 1
     remarks = Counter(
-        {f"{part} {_NOT_WRITTEN}": count for part, count in unwritten.items()}
+        {f"{part} {NOT_WRITTEN}": count for part, count in unwritten.items()}
     )
     remarks[EMPTY_REASONING] = sum(
-        _EMPTY_REASONING.match(text) is not None for text in answers.values()
+        has_empty_reasoning(text) for text in answers.values()
     )
     return +remarks
 
@@ -113,7 +109,10 @@ def _missing_parts(
 ) -> tuple[list[str], set[str]]:
     """Returns what a turn has if nothing of it is written, and what is not written."""
     role = message["role"]
-    reasoning, content = _split_reasoning(message)
+    if role == "assistant":
+        reasoning, content = split_reasoning(message)
+    else:
+        reasoning, content = "", message.get("content") or ""
     calls = message.get("tool_calls") or []
     lines = [content.strip()] if content.strip() else []
     written = [text.has(line) for line in lines]
@@ -134,21 +133,6 @@ def _missing_parts(
         parts.add(f"reasonings of {which}")
     has = [name for name, value in (("text", lines), ("calls", calls)) if value]
     return ([] if any(written) or any(called) else has), parts
-
-
-def _split_reasoning(message: dict[str, Any]) -> tuple[str, str]:
-    """Returns the reasoning of a turn and what the user sees."""
-    content = message.get("content")
-    content = content if isinstance(content, str) else ""
-    if message["role"] != "assistant":
-        return "", content
-    end = None
-    if "</" in content or "[/" in content:  # faster than the pattern
-        end = _REASONING_END.search(content)
-    if end is not None:
-        return content[: end.start()], content[end.end() :]
-    values = (message.get(name) for name in REASONING_FIELDS)
-    return next((v for v in values if isinstance(v, str)), ""), content
 
 
 def _function(value: Any) -> dict[str, Any]:

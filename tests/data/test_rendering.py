@@ -232,11 +232,14 @@ def test_results_of_tools_become_json(result, content):
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
     examples = load_chat(TEXT, *rows)
+    assert "functions in `tools` that the chat template does not write: 5;" in (
+        examples.report.summary()
+    )
     config = DataConfig(path="x", format="messages")
     batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEXT
     notes = data_notes(examples, config, batches, tokenizer)
     (note,) = (note for note in notes if "functions in" in note)
-    assert note.startswith("5 functions in `tools` that the chat template does not")
+    assert "does not write: 5; the first in " in note
     assert note.count("data.jsonl:") == 3
