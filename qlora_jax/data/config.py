@@ -138,9 +138,10 @@ class DataConfig:
     its answer, written by the chat template. `tokens`: `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
-    packing: bool = False
+    packing: bool | Literal["auto"] = "auto"
     """Put several examples in one row of `max_length` tokens; none attends to another.
-    """
+    auto = if one example a row left more than a fifth to padding, and there are at
+    least 64 packed rows."""
     shuffle: bool = True
     """Visit the rows in a new order every epoch."""
     seed: int = 0
@@ -240,7 +241,7 @@ class DataConfig:
             ("too_long", get_args(TooLong)),
             ("on_bad_row", get_args(OnBadRow)),
             ("train_on", (None, *get_args(TrainOn))),
-            ("packing", (False, True)),
+            ("packing", (False, True, "auto")),
             ("shuffle", (False, True)),
             ("append_eos", (False, True)),
             ("allow_lost_answers", (False, True)),
@@ -441,17 +442,15 @@ class DataConfig:
     def content_settings(self) -> dict[str, Any]:
         """The settings of one source that change its batches (not where it is).
 
-        Those that have their default are left out, so that a new setting changes no
-        fingerprint of data that do not use it.
+        Those that are not given and have no default are left out, so that a new one of
+        them changes no fingerprint.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        settings = {
+        settings = dataclasses.asdict(self) | {"train_on": self.supervised}
+        return {
             name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in LOCATION_FIELDS and value != defaults[name]
+            for name, value in settings.items()
+            if name not in LOCATION_FIELDS and value is not None
         }
-        # What these are, whether or not they were given.
-        return settings | {"format": self.format, "train_on": self.supervised}
 
     @property
     def writes_conversations(self) -> bool:

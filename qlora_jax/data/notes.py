@@ -7,12 +7,11 @@ from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import SPLIT, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
 
-# Rows less full than this get a note.
-_WELL_FILLED = 0.8
 # Locations that a note names.
 _SHOWN_PLACES = 3
 
@@ -109,9 +108,10 @@ def _layout_notes(
             "so that rows are repeated within a step. A smaller `train.batch_size` (or "
             "no packing) avoids it."
         )
-    tokens = examples.report.tokens
+    report = examples.report
+    tokens = report.tokens
     filled = tokens / (rows * batches.sequence_length)
-    if not config.packing and filled < _WELL_FILLED:
+    if not report.packed_rows and filled < WELL_FILLED:
         packed = sum(lay_out(examples, packing=True, length=config.max_length).counts)
         packed_filled = tokens / (packed * config.max_length)
         if packed_filled > filled:
