@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qlora_jax.cli.options import FLAGS, parse, path_argument
-from qlora_jax.cli.output import run_and_print
+from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
 
 
@@ -36,7 +36,6 @@ class Combine:
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import (
-            common_chat_template,
             lazy_base,
             load_adapter,
             open_config,
@@ -77,7 +76,7 @@ class Combine:
             adapters,
             config,
             base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
-            extra_files=common_chat_template(*sources),
+            extra_files=self._text_files(sources),
         )
         return {
             "output": str(self.output),
@@ -87,6 +86,19 @@ class Combine:
             "r": lora.r,
             "relative_error": errors,
         }
+
+    def _text_files(self, sources: Sequence[Path]) -> dict[str, bytes]:
+        """Returns the tokenizer files that the adapters have alike."""
+        from convert import common_text_files
+
+        files = common_text_files(*sources)
+        if not files and any(map(common_text_files, sources)):
+            print_note(
+                "the adapters have different tokenizers, chat templates or end tokens, "
+                f"and none are written into `{self.output}`: the base's will be used. "
+                "Copy the files of one of them there for another choice"
+            )
+        return files
 
 
 def main(args: Sequence[str]) -> int:

@@ -31,6 +31,7 @@ from qlora_jax.data import (
     data_notes,
     lay_out,
     load_examples,
+    with_eos,
 )
 from qlora_jax.errors import UserError
 from qlora_jax.models import LlamaConfig
@@ -53,6 +54,9 @@ class DataView:
     """Model directory: its tokenizer and the size of its vocabulary. No weights are
     read."""
     data: DataConfig
+    adapter: str | None = None
+    """PEFT directory of the adapter that the run starts from: its tokenizer counts, if
+    it has one."""
     rows_per_step: int = 1
     """Rows of a step: batch_size times gradient_accumulation_steps."""
     eval_fraction: float | None = None
@@ -77,14 +81,17 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import load_tokenizer, read_json, write_text
+        from convert import load_tokenization, read_json, write_text
 
-        model = Path(self.model)
-        tokenizer = load_tokenizer(model)
+        config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
+        text = load_tokenization(config, self.model, self.adapter)
+        for note in text.notes:
+            print(note, file=sys.stderr)
+        tokenizer = with_eos(text.tokenizer, self.data.eos_token)
         examples = load_examples(
             self.data,
             tokenizer,
-            vocab_size=LlamaConfig.from_hf(read_json(model / "config.json")).vocab_size,
+            vocab_size=config.vocab_size,
             progress=sys.stderr.isatty(),
             run_directory=self.run_directory,
         )
@@ -143,6 +150,7 @@ def from_arguments(args: Sequence[str]) -> DataView:
         default = DataView(
             model=run.model.path,
             data=run.data,
+            adapter=run.train.adapter_init,
             rows_per_step=run.train.batch_size * run.train.gradient_accumulation_steps,
             run_directory=run.output_dir,
             eval_fraction=run.eval.fraction,

@@ -16,6 +16,7 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
+from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError
 from qlora_jax.inference import Sampling
 
@@ -147,7 +148,7 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
     """Prints a note if a prompt and what is added may exceed the model's context."""
     if model.tokenizer is None:  # which is an error of its own
         return
-    lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    lengths = (len(encode_prompt(model.tokenizer, prompt)) for prompt in prompts)
     longest, limit = max(lengths, default=0), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         print_note(
@@ -161,8 +162,7 @@ def _warn_of_joined_tokens(model: Model, chat_template: str | None) -> None:
     """Prints a note if an answer's first token differs from training."""
     from qlora_jax.inference import ChatPrompts
 
-    template = model.chat_template if chat_template is None else chat_template
-    end = ChatPrompts(model.tokenizer, template).joined_end()
+    end = ChatPrompts(model.tokenizer, chat_template).joined_end()
     if end is not None:
         print_note(
             f"the generation prompt of the chat template ends with {end!r}, which this "

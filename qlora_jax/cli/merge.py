@@ -61,6 +61,7 @@ class Merge:
 
         from convert import (
             add_to_report,
+            has_tokenizer,
             merge,
             open_adapter,
             open_config,
@@ -71,7 +72,8 @@ class Merge:
         source = peft_directory(self.adapter)
         config = open_config(self.base)
         lora = open_adapter(source)[0]
-        tokens = probe(self.base, config, self.probe, [lora])
+        text = source if has_tokenizer(source) else self.base
+        tokens = probe(text, config, self.probe, [lora])
         report = merge(
             self.base,
             source,

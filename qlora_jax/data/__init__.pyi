@@ -16,7 +16,11 @@ from .config import name_of as name_of
 from .conversations import to_messages as to_messages
 from .encoding import IGNORE as IGNORE
 from .encoding import Segmented as Segmented
+from .encoding import encode_prompt as encode_prompt
+from .encoding import text_prefix as text_prefix
 from .encoding import tokenize as tokenize
+from .encoding import with_eos as with_eos
+from .ends import end_tokens_of as end_tokens_of
 from .examples import data_size as data_size
 from .examples import load_examples as load_examples
 from .held_out import content_keys as content_keys

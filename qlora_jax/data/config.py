@@ -138,6 +138,9 @@ class DataConfig:
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
     Chat templates write their own end of turn; `tokens` are used unchanged."""
+    eos_token: str | None = None
+    """EOS to train with instead of the tokenizer's own: a token of its vocabulary, such
+    as "<|im_end|>". It becomes the EOS of the tokenizer that is saved with adapters."""
     split: str | None = None
     """Split of a `datasets` directory or of a data set of the hub. Default: `train`, or
     the only one."""
@@ -190,7 +193,7 @@ class DataConfig:
                     f"`data.{name}` must be an integer from {low} to {high}, "
                     f"got {value!r}."
                 )
-        for name in ("split", "cache"):
+        for name in ("eos_token", "split", "cache"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
@@ -302,7 +305,8 @@ class DataConfig:
     def content_settings(self) -> dict[str, Any]:
         """The settings of one source that change its batches (not where it is)."""
         settings = dataclasses.asdict(self) | {"train_on": self.supervised}
-        for name in LOCATION_FIELDS:
+        # The EOS is among the tokens.
+        for name in (*LOCATION_FIELDS, "eos_token"):
             del settings[name]
         return settings
 

@@ -19,7 +19,13 @@ from qlora_jax.data.arrays import (
     fingerprint,
 )
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, make_encoder
+from qlora_jax.data.encoding import (
+    IGNORE,
+    Encoded,
+    Encoder,
+    make_encoder,
+    with_eos,
+)
 from qlora_jax.data.mixture import AnyExamples, count_examples, mix
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
@@ -57,6 +63,7 @@ def load_examples(
         is left to train on, or a token id is not below `vocab_size`.
     """
     directory = cache_directory(config, run_directory)
+    tokenizer = with_eos(tokenizer, config.eos_token)
     problems = Problems("the data")
     parts = []
     for settings in config.each:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert import chat_template_file, peft_directory, shorten
+from convert import load_tokenization, peft_directory, shorten
+from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
@@ -59,7 +60,8 @@ class Model:
     """LoRA tree (float32), or None."""
     lora_config: LoraConfig | None
     tokenizer: Any
-    """The directory's transformers tokenizer, or None if it has none."""
+    """The transformers tokenizer of the adapter, else of the base; None if neither has
+    one."""
     compute: Compute
     path: Path
     """Directory of the base."""
@@ -69,9 +71,7 @@ class Model:
     """A custom MLP module."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a row: the configuration's, the tokenizer's and those of
-    generation_config.json."""
-    chat_template: str | None = None
-    """Jinja file of the chat template that the adapter was trained with, if any."""
+    generation_config.json, of the base and of the adapter."""
     adapter_path: Path | None = None
     """Directory of the adapter."""
 
@@ -107,7 +107,9 @@ class Model:
     ) -> Model:
         """Returns this model with another adapter, or (None) without an adapter.
 
-        The base is shared. Nothing is recompiled if the new adapter has the shapes of
+        The tokenizer becomes that of the new adapter, or the base's if it has none;
+        without an adapter it stays, so that both models can be asked alike. The base is
+        shared. Nothing is recompiled if the new adapter has the shapes of
         the old one.
 
         Args:
@@ -129,12 +131,16 @@ class Model:
         config = apply_changes(
             undo_changes(self.config), lora_config.base_config_changes
         )
+        text = load_tokenization(config, self.path, directory)
+        for note in text.notes:
+            print(note, file=sys.stderr)
         return dataclasses.replace(
             self,
             config=config,
             adapters=adapters,
             lora_config=lora_config,
-            chat_template=chat_template_file(directory),
+            tokenizer=text.tokenizer,
+            eos_token_ids=text.eos_token_ids,
             adapter_path=directory,
         )
 
@@ -302,8 +308,7 @@ class Model:
         """
         check_turns(messages)
         self._need_tokenizer()
-        template = self.chat_template if chat_template is None else chat_template
-        prompts = ChatPrompts(self.tokenizer, template)
+        prompts = ChatPrompts(self.tokenizer, chat_template)
         tokens = prompts.tokens(messages)
         # Positions beyond those the model was trained on make an answer meaningless.
         left = self.config.max_position_embeddings - len(tokens)
@@ -337,7 +342,7 @@ class Model:
     def _encode(self, prompt: str) -> list[int]:
         check_text(prompt)
         self._need_tokenizer()
-        return self.tokenizer(prompt)["input_ids"]
+        return encode_prompt(self.tokenizer, prompt)
 
     def _need_tokenizer(self) -> None:
         if self.tokenizer is None:

@@ -15,6 +15,7 @@ directories that belong together can be moved together.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,7 @@ import jax.numpy as jnp
 import convert
 from convert import (
     ADAPTER_CONFIG,
-    chat_template_file,
-    end_tokens,
-    load_tokenizer,
+    load_tokenization,
     open_adapter,
     peft_directory,
 )
@@ -67,11 +66,6 @@ class Resolved:
     def fingerprint(self) -> str | None:
         """Fingerprint of the base that the adapter was trained on, if recorded."""
         return None if self.lora is None else self.lora.base_fingerprint
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja file of the adapter's conversations, if it has one."""
-        return chat_template_file(self.adapter)
 
     def base_options(
         self,
@@ -304,18 +298,19 @@ def load(
         lora, adapters = load_attached(resolved.adapter, directory, tree, strict=strict)
         config = apply_changes(config, lora.base_config_changes)
     check_weights(drawn, tree, lora, directory)
-    tokenizer = load_tokenizer(directory)
+    text = load_tokenization(config, directory, resolved.adapter)
+    for note in text.notes:
+        print(note, file=sys.stderr)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),
         adapters=adapters,
         lora_config=lora,
-        tokenizer=tokenizer,
+        tokenizer=text.tokenizer,
         compute=compute,
         path=directory,
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
-        eos_token_ids=end_tokens(config, tokenizer, directory),
-        chat_template=resolved.chat_template,
+        eos_token_ids=text.eos_token_ids,
         adapter_path=resolved.adapter,
     )

@@ -73,7 +73,6 @@ def test_every_path_of_a_run_resolves_to_it(fact_run):
     assert resolved.base == Path(resolved.settings.model.path) == base
     report = json.loads((run / "report.json").read_text())
     assert resolved.fingerprint == report["base_fingerprint"]
-    assert resolved.chat_template == str(run / "adapter" / "chat_template.jinja")
     assert resolve(run / "adapter") == resolved
     attached = resolve(base, adapter=run)
     assert (attached.adapter, attached.lora) == (resolved.adapter, resolved.lora)

@@ -133,6 +133,7 @@ def test_the_record_has_what_makes_the_rows(make, rows_file):
     assert set(record["data"]) == {
         *("fingerprint", "format", "max_length", "packing", "shuffle", "seed"),
         *("train_on", "prompt", "completion", "text", "too_long", "append_eos"),
+        "eos_token",
     }
 
 
