@@ -11,6 +11,7 @@ import tyro
 
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import print_note, print_report, run_and_print
+from qlora_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Adapter:
     """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    base: Path
-    """The base model's directory; its config.json is read, and its embedding and head
-    where IN has copies of them to compare."""
+    base: Path | None = None
+    """The base model's directory, where IN's configuration does not lead to it. Its
+    config.json is read, and its embedding and head where IN has copies of them."""
     base_name: str | None = None
     """Base to name in the new adapter_config.json. Default: as before, but a relative
     path that would not lead there from OUT becomes an absolute one."""
@@ -43,18 +44,23 @@ class Adapter:
             load_adapter,
             open_config,
             open_model,
-            peft_directory,
             save_adapter,
             shorten,
         )
-        from qlora_jax.runs import base_name_for_copy, is_broken_path
+        from qlora_jax.runs import base_name_for_copy, is_broken_path, resolve
 
-        config = open_config(self.base)
+        resolved = resolve(self.input, self.base, strict=self.strict)
+        base, source = resolved.base, resolved.adapter
+        if source is None:
+            raise UserError(
+                f"`{self.input}` is not an adapter or a run directory: it has no "
+                "adapter_config.json."
+            )
+        config = open_config(base)
         has_weights = any(
-            (self.base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)
+            (base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)
         )
-        files = open_model(self.base) if has_weights else None
-        source = peft_directory(self.input)
+        files = open_model(base) if has_weights else None
         skipped: list[str] = []
         lora, adapters = load_adapter(
             source, lazy_base(config, files), strict=self.strict, skipped=skipped
@@ -62,7 +68,7 @@ class Adapter:
         base_name = self.base_name
         if base_name is None:
             before = lora.base_model_name_or_path
-            base_name = base_name_for_copy(before, source, self.output, self.base)
+            base_name = base_name_for_copy(before, source, self.output, base)
             if is_broken_path(before, source):
                 print_note(
                     f"`{before}`, the base of `{source}`, is not a model directory; "

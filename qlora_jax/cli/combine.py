@@ -20,16 +20,20 @@ class Combine:
 
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    base: Path
-    """The base model's directory; only its config.json is read."""
     adapters: tuple[Path, ...]
     """PEFT directories, or run directories of qlora-jax."""
+    base: Path | None = None
+    """The base model's directory, where the first adapter's configuration does not lead
+    to it; only its config.json is read."""
     weights: tuple[float, ...] | None = None
     """One for each adapter (default: 1 each)."""
     method: Literal["cat", "svd"] = "cat"
     """cat: the sum itself, ranks add up. svd: the best approximation of rank --r."""
     r: int | None = None
     """With --method svd (default: the largest rank among the adapters)."""
+    base_name: str | None = None
+    """Base to name in the new adapter_config.json. Default: the one that all adapters
+    name, if they do."""
     json: bool = False
     """Print a report as JSON."""
 
@@ -43,9 +47,10 @@ class Combine:
             save_adapter,
         )
         from qlora_jax.lora import combine_adapters
-        from qlora_jax.runs import base_name_for_copy
+        from qlora_jax.runs import base_name_for_copy, resolve
 
-        config = open_config(self.base)
+        directory = self.base or resolve(self.adapters[0]).base
+        config = open_config(directory)
         weights = self.weights or (1.0,) * len(self.adapters)
         if len(weights) != len(self.adapters):
             raise UserError(
@@ -66,10 +71,17 @@ class Combine:
         )
         base_names = {
             base_name_for_copy(
-                source_lora.base_model_name_or_path, source, self.output, self.base
+                source_lora.base_model_name_or_path, source, self.output, directory
             )
             for source, (source_lora, _) in zip(sources, loaded, strict=True)
         }
+        if self.base_name is not None:
+            base_names = {self.base_name}
+        elif len(base_names) > 1:
+            print_note(
+                f"the adapters name different bases ({', '.join(map(str, base_names))})"
+                ", and the sum names none; --base-name does"
+            )
         save_adapter(
             self.output,
             lora,

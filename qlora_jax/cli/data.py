@@ -33,7 +33,7 @@ from qlora_jax.data import (
     load_examples,
     with_eos,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
@@ -86,7 +86,7 @@ class DataView:
         config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
         text = load_tokenization(config, self.model, self.adapter)
         for note in text.notes:
-            print(note, file=sys.stderr)
+            say(note)
         tokenizer = with_eos(text.tokenizer, self.data.eos_token)
         examples = load_examples(
             self.data,

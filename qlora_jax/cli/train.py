@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,13 @@ from typing import Any
 import tyro
 
 from qlora_jax.cli.options import parse
-from qlora_jax.cli.output import Terminated, print_report, report_stop
+from qlora_jax.cli.output import (
+    Terminated,
+    format_value,
+    print_report,
+    report_stop,
+)
+from qlora_jax.errors import readable_bytes, say
 from qlora_jax.runs import (
     AtOnce,
     RunConfig,
@@ -43,7 +49,7 @@ def main(args: Sequence[str]) -> int:
         report = run(config, explicit_lora=explicit, began=began)
     except RunInterrupted as error:
         # Not 0, which schedulers and `train a && train b` take for a finished run.
-        print(f"qlora-jax train: {error}", file=sys.stderr)
+        say(f"qlora-jax train: {error}")
         return error.status
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
@@ -78,13 +84,30 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
 
 
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:
-    from qlora_jax.runs import ADAPTER
+    from qlora_jax.runs import ADAPTER, BEST, REPORT_PAGE
 
-    shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
-    print_report(
-        {
-            "run directory": config.output_dir,
-            "adapter": str(Path(config.output_dir) / ADAPTER),
-            **{name: report[name] for name in shown},
-        }
+    directory, evaluation = Path(config.output_dir), report["eval"] or {}
+    best_step, tuned = evaluation.get("best_step"), directory
+    rows = {
+        "run directory": str(directory),
+        "report": str(directory / REPORT_PAGE),
+        "steps": report["steps"],
+        "final loss": report["final_loss"],
+    }
+    if best_step is not None:
+        rows["best held-out loss"] = (
+            f"{format_value(evaluation['best_loss'])} (after step {best_step:,})"
+        )
+        if best_step != report["steps"]:
+            tuned = directory / BEST
+            rows["best adapter"] = str(tuned)
+    rows["adapter"] = (
+        f"{directory / ADAPTER} ({readable_bytes(report['adapter_bytes'])})"
     )
+    rows["trained parameters"] = report["trainable_parameters"]
+    print_report({**rows, "by module": report["groups"]})
+    path = shlex.quote(str(tuned))
+    use = f"chat {path}"
+    if all(source.format != "messages" for source in config.data.each):
+        use = f'generate {path} --prompt "..."'
+    print(f"\nTo use it:\n\n    qlora-jax {use}\n    qlora-jax merge {path} merged")

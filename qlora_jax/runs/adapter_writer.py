@@ -109,7 +109,8 @@ class AdapterWriter:
             lora,
             adapters,
             self.architecture,
-            base_model_name_or_path=self.config.model.path,
+            base_model_name_or_path=lora.base_model_name_or_path
+            or self.config.model.path,
             overwrite=True,
             extra_files={**self.files, TRAINING_RECORD: record},
         )

@@ -14,9 +14,9 @@ directories that belong together can be moved together.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,10 +31,11 @@ from convert import (
     load_tokenization,
     open_adapter,
     peft_directory,
+    training_record,
 )
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
-from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference import Model, load_attached
+from qlora_jax.errors import CheckpointError, UserError, say
+from qlora_jax.inference import Model, common_dtype, load_attached, main_dtype
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import (
     Compute,
@@ -67,14 +68,41 @@ class Resolved:
         """Fingerprint of the base that the adapter was trained on, if recorded."""
         return None if self.lora is None else self.lora.base_fingerprint
 
-    def base_options(
+    @property
+    def trained_form(self) -> Mapping[str, Any]:
+        """How the base was held in training; {} if neither run nor adapter records it.
+
+        "quantization" of the linear layers, "lm_head" ("nf4" if it was packed too), and
+        "dtype" of the other tensors, a list where there were several.
+        """
+        if self.settings is not None:
+            return dataclasses.asdict(self.settings.model)
+        record = {} if self.adapter is None else training_record(self.adapter)
+        is_known = record.get("quantization") in get_args(Quantization)
+        return record if is_known else {}
+
+    def load_options(
         self,
         quantization: Auto | Quantization | None = "auto",
         dtype: Auto | Dtype = "auto",
-    ) -> dict[str, Any]:
-        """Returns the arguments of `convert.load_llama`; see `base_options`."""
-        model = None if self.settings is None else self.settings.model
-        return base_options(model, quantization, dtype)
+    ) -> tuple[dict[str, Any], Dtype]:
+        """Returns the arguments of `convert.load_llama`, and the dtype to compute in.
+
+        "auto" is as in training where the run or the adapter records it. Elsewhere the
+        base stays as it is stored, to be computed in the dtype of most parameters.
+        """
+        form = self.trained_form
+        trained = ModelConfig(
+            path="",
+            quantization=form.get("quantization", "none"),
+            lm_head="nf4" if form.get("lm_head") == "nf4" else "auto",
+        )
+        options = base_options(trained, quantization, dtype)
+        if dtype != "auto":
+            return options, dtype
+        if form.get("dtype") in get_args(Dtype):
+            return {**options, "dtype": form["dtype"]}, form["dtype"]
+        return {**options, "dtype": common_dtype(self.base)}, main_dtype(self.base)
 
 
 def base_options(
@@ -149,7 +177,11 @@ def resolve(
                 "cannot be attached to it. Give the base as `path`."
             )
         lora = open_adapter(inside, strict=strict)[0]
-        return Resolved(_base_of(inside, lora, base), inside, run, settings, lora)
+        names = [lora.base_model_name_or_path]
+        if settings is not None:
+            # The name in the adapter may be the one it is published with.
+            names.insert(0, settings.model.path)
+        return Resolved(_base_of(inside, names, base), inside, run, settings, lora)
     if base is not None:
         raise UserError(
             f"`base` names the base of an adapter directory, and `{path}` is none."
@@ -162,9 +194,9 @@ def resolve(
 
 
 def _base_of(
-    adapter: Path, lora: LoraConfig, base: str | os.PathLike[str] | None
+    adapter: Path, names: Sequence[str | None], base: str | os.PathLike[str] | None
 ) -> Path:
-    """Returns the base of an adapter: `base`, else where its configuration leads.
+    """Returns the base of an adapter: `base`, else where one of its names leads.
 
     Only directories of this machine are considered, never a hub.
     """
@@ -172,17 +204,18 @@ def _base_of(
         if not Path(base).is_dir():
             raise CheckpointError(f"The base `{base}` is not a directory.")
         return Path(base)
-    name = lora.base_model_name_or_path
-    if not name:
+    known = list(dict.fromkeys(name for name in names if name))
+    if not known:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
             f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
-    candidates = base_candidates(adapter, name)
+    candidates = [path for name in known for path in base_candidates(adapter, name)]
     directory = _first_model(candidates)
     if directory is None:
         raise CheckpointError(
-            f"The base of `{adapter}` is {name!r}, which is not a directory here "
+            f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "
+            "a directory here "
             f"(looked at {', '.join(f'`{p}`' for p in candidates)}). Give it with "
             "`base=` (--base)."
         )
@@ -262,10 +295,9 @@ def load(
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
       quantization: of the linear layers: NF4, NF4 with double quantization, or none
-        (None means the same). "auto" is what a run directory was trained with, the
-        output head included, and "nf4_dq" elsewhere.
-      dtype: of activations and of the tensors that stay dense. "auto" is what a run
-        directory was trained with, and "bfloat16" elsewhere.
+        (None means the same). "auto" is what a run or an adapter was trained with, the
+        output head included, where that is recorded; else the base stays as stored.
+      dtype: of activations and of the tensors that stay dense; "auto" likewise.
       attention: implementation.
       kernels: of products with packed weights, as `Compute` takes them.
       attention_cls: custom attention modules, as `Llama` takes them. Their tensors
@@ -284,8 +316,8 @@ def load(
     if not isinstance(resolved, Resolved):
         resolved = resolve(resolved, base, adapter, strict=strict)
     directory = resolved.base
-    options = resolved.base_options(quantization, dtype)
-    compute = Compute(dtype=options["dtype"], attention=attention, kernels=kernels)
+    options, compute_dtype = resolved.load_options(quantization, dtype)
+    compute = Compute(dtype=compute_dtype, attention=attention, kernels=kernels)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
     # Random values of parameters that are in no file; `check_weights` demands that the
@@ -300,7 +332,7 @@ def load(
     check_weights(drawn, tree, lora, directory)
     text = load_tokenization(config, directory, resolved.adapter)
     for note in text.notes:
-        print(note, file=sys.stderr)
+        say(note)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),

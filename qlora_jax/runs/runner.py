@@ -123,6 +123,7 @@ class LoadedBase:
 def _load_base(prepared: PreparedRun) -> LoadedBase:
     """Loads the base into the memories of the plan; describes what is trained."""
     config, policy = prepared.config, prepared.compiled.plan.policy
+    say(f"Loading `{config.model.path}`.")
     _, base = convert.load_llama(
         config.model.path, **prepared.base_options, progress=sys.stderr.isatty()
     )

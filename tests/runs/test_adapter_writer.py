@@ -2,13 +2,18 @@
 
 import json
 
+import jax
 import pytest
 
+import convert
 from qlora_jax.data.config import Source
 from qlora_jax.errors import UserError
+from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.runs.adapter_writer import adapter_files
+from qlora_jax.runs.adapter_writer import AdapterWriter, adapter_files
 from qlora_jax.runs.prepare import _load_data
+from qlora_jax.training.optimizer import make_optimizer
+from qlora_jax.training.step import init_state
 from tests.byte_tokenizers import byte_tokenizer
 
 EOT = "<|eot_id|>"
@@ -114,3 +119,24 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_first_adapter(trained, tmp_path
     assert data.trained_ends == (259,) and "EOS is '<|im_end|>' instead of" in err
     assert json.loads(files.pop("generation_config.json"))["eos_token_id"] == [1, 259]
     assert files == first
+
+
+@pytest.mark.parametrize("name", [None, "org/name"])
+def test_an_adapter_names_the_base_that_the_run_file_names(
+    make, llama_dir, tmp_path, name
+):
+    config = make(tmp_path, lora={"base_model_name_or_path": name})
+    architecture, tree = convert.load_llama(llama_dir, quantization=None)
+    adapters = init_adapters(jax.random.key(0), tree, config.lora)
+    writer = AdapterWriter(
+        config=config,
+        architecture=architecture,
+        base=tree,
+        fingerprint="0" * 64,
+        files={"tokenizer.json": b"{}"},
+    )
+    optimizer = make_optimizer(config.train, 1)
+    writer.write(init_state(adapters, optimizer, jax.random.key(0)))
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == (name or str(llama_dir))
+    assert (tmp_path / "adapter" / "tokenizer.json").read_bytes() == b"{}"
