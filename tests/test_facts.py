@@ -6,6 +6,7 @@ what ends an answer, the terminal.
 
 import dataclasses
 import io
+import json
 import sys
 
 import pytest
@@ -192,6 +193,43 @@ def test_a_prompt_that_runs_into_the_answer_is_noted(talk, tmp_path):
     status, _, err = talk(options=["--chat-template", str(template)])
     (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
     assert status == 0 and "ends with '[Q] a [A] ', which this tokenizer" in note
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_conversations_of_a_file_are_answered(fact_run, tmp_path, capsys, form):
+    rows = [{"messages": ASK}, {"messages": ASK, "tools": None}]
+    lines = {"json": json.dumps(rows), "jsonl": "\n".join(map(json.dumps, rows))}
+    file = tmp_path / f"rows.{form}"
+    file.write_text(lines[form])
+    assert main(["generate", str(fact_run), "--messages", str(file)]) == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n\n{ANSWER}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --prompt or --messages"),
+        (["--messages", "rows.jsonl"], "row 1 must be an object with `messages`"),
+        (["--messages", "absent"], "`absent` cannot be read"),
+        (["--prompt", "a", "--tools", "t"], "`t` cannot be read"),
+        (["--prompt", "a", "--chat-template-kwargs", "{}"], "go with --messages"),
+        (["--prompt", "a", "--chat-template-kwargs", "[1]"], "must be a JSON object"),
+    ],
+    ids=str,
+)
+def test_options_for_templates_are_used_or_refused(
+    fact_run, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
+    assert main(["generate", str(fact_run), *options]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_template_that_has_no_use_for_tools_refuses_them(talk, tmp_path):
+    (tmp_path / "tools.json").write_text('[{"name": "find"}]')
+    status, _, err = talk(options=["--tools", str(tmp_path / "tools.json")])
+    assert status == 1 and "does not read `tools`" in " ".join(err.split())
 
 
 def test_generate_notes_where_the_positions_end(fact_run, capsys):

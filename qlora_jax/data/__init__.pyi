@@ -14,6 +14,7 @@ from .config import TooLong as TooLong
 from .config import TrainOn as TrainOn
 from .config import name_of as name_of
 from .conversations import to_messages as to_messages
+from .conversations import tools_of as tools_of
 from .encoding import IGNORE as IGNORE
 from .encoding import Segmented as Segmented
 from .encoding import encode_prompt as encode_prompt

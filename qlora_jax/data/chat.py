@@ -13,6 +13,7 @@ its labels would be wrong.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,21 @@ class ChatRenderer:
     Args:
       tokenizer: a `transformers` tokenizer.
       template_path: a Jinja chat template; None uses the tokenizer's own.
+      variables: further variables of the template, such as `enable_thinking`.
 
     Raises:
       UserError: there is no template, or it cannot be read or parsed.
     """
 
-    def __init__(self, tokenizer: Any, template_path: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_path: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self._tokenizer = tokenizer
+        self._variables = {"date_string": _DATE, **(variables or {})}
         self._template: str | None = None
         if template_path is not None:
             try:
@@ -80,6 +89,18 @@ class ChatRenderer:
     def has_marks(self) -> bool:
         """Whether the template marks the assistant's text with `{% generation %}`."""
         return self._marked is not None
+
+    def mentions(self, name: str, *, tools: bool = False) -> bool:
+        """Returns whether a name, such as that of a variable, is in the template.
+
+        Args:
+          name: the name.
+          tools: look into the template for conversations with tools.
+        """
+        source = self._template or self._tokenizer.chat_template
+        if isinstance(source, dict):  # several by name, as in transformers
+            source = source.get("tool_use" if tools else "") or source.get("default")
+        return re.search(rf"\b{re.escape(name)}\b", source or "") is not None
 
     def text(
         self,
@@ -140,7 +161,7 @@ class ChatRenderer:
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            date_string=_DATE,
+            **self._variables,
         )
 
     def _render(

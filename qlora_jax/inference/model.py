@@ -262,6 +262,8 @@ class Model:
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> str:
         """Answers the last turn of a conversation.
@@ -273,20 +275,26 @@ class Model:
           max_new_tokens: of the answer, at most; fewer if the model's positions end.
           stop: strings that end the answer, as the template's end of a turn does.
           chat_template: a Jinja file in place of the tokenizer's template.
+          chat_template_kwargs: further variables of the template, such as
+            `{"enable_thinking": False}`.
+          tools: functions that the template describes to the model, as JSON schemas.
           **sampling: `temperature` and the others of `generate`.
 
         Returns:
           The answer, without white space at both ends.
 
         Raises:
-          UserError: no tokenizer, no chat template, turns that it refuses, or a
-            conversation that is longer than the model's positions.
+          UserError: no tokenizer, no chat template, turns that it refuses, tools or
+            variables that it does not read, or a conversation that is longer than the
+            model's positions.
         """
         reply = self.stream_chat(
             messages,
             max_new_tokens=max_new_tokens,
             stop=stop,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
             **sampling,
         )
         return "".join(reply)
@@ -298,6 +306,8 @@ class Model:
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> TextStream:
         """Answers as `chat`, and yields the answer as it is generated, as `stream`.
@@ -307,7 +317,9 @@ class Model:
         """
         check_turns(messages)
         self._need_tokenizer()
-        prompts = ChatPrompts(self.tokenizer, chat_template)
+        prompts = ChatPrompts(
+            self.tokenizer, chat_template, variables=chat_template_kwargs, tools=tools
+        )
         tokens = prompts.tokens(messages)
         # Positions beyond those the model was trained on make an answer meaningless.
         left = self.config.max_position_embeddings - len(tokens)
