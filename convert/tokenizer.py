@@ -125,7 +125,13 @@ def load_tokenization(
     base, adapter = Path(base), Path(adapter)
     own, notes = companion_files(adapter), []
     if has_tokenizer(adapter):
-        tokenizer = load_tokenizer(adapter)
+        try:
+            tokenizer = load_tokenizer(adapter)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} To use that of the base, delete the tokenizer files of the "
+                "adapter."
+            ) from error
     else:
         tokenizer = load_tokenizer(base)
         templates = chat_templates(own, f"`{adapter}`: ")

@@ -15,6 +15,7 @@ from convert.companions import (
 )
 from convert.output import write_files
 from convert.tokenizer import load_tokenization, merged_text_files
+from qlora_jax.errors import CheckpointError
 from qlora_jax.models.config import LlamaConfig
 from tests.byte_tokenizers import byte_tokenizer
 
@@ -65,6 +66,12 @@ def test_a_base_needs_no_tokenizer_if_the_adapter_has_one(adapter, tmp_path):
     small = dataclasses.replace(CONFIG, vocab_size=258)
     (note,) = load_tokenization(small, tmp_path, adapter).notes
     assert "it has token 258, and the model has 258 tokens" in note
+
+
+def test_a_damaged_tokenizer_of_an_adapter_is_not_passed_over(base, adapter):
+    (adapter / "tokenizer.json").write_text("version https://git-lfs.example/v1")
+    with pytest.raises(CheckpointError, match="delete the tokenizer files of the adap"):
+        load_tokenization(CONFIG, base, adapter)
 
 
 def test_an_equal_tokenizer_is_not_noted(base, tmp_path):
