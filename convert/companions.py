@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ CONFIGURATION_FILES = (
 )
 """Files that configure the tokenizer of a vocabulary."""
 _TOKENIZER_FILES = (*_VOCABULARIES, *CONFIGURATION_FILES, *_TEMPLATE_FILES)
+# Vocabularies have some 20 MB.
+_MOST_BYTES = 1 << 30
 
 Companions = Mapping[str, bytes]
 """Files by their names in a directory."""
@@ -122,11 +125,12 @@ def chat_templates(files: Companions, where: str = "") -> dict[str, str]:
     if isinstance(entry, str):
         templates["default"] = entry
     elif isinstance(entry, list):
-        templates = {
-            item["name"]: item["template"]
-            for item in entry
-            if isinstance(item, dict) and {"name", "template"} <= item.keys()
-        }
+        templates = dict(_named_template(item, where) for item in entry)
+    elif entry is not None:
+        raise CheckpointError(
+            f"{where}{TOKENIZER_CONFIG}: `chat_template` must be a string, or a list "
+            f"of them with names, got {entry!r:.80}."
+        )
     for name in files:
         folder, _, file = name.rpartition("/")
         if name == CHAT_TEMPLATE_FILE:
@@ -134,6 +138,20 @@ def chat_templates(files: Companions, where: str = "") -> dict[str, str]:
         elif folder == _TEMPLATES:
             templates[file.removesuffix(".jinja")] = _text(files, name, where)
     return templates
+
+
+def _named_template(item: Any, where: str) -> tuple[str, str]:
+    """Returns the name and the text of an entry in a list of templates."""
+    item = item if isinstance(item, dict) else {}
+    name, template = item.get("name"), item.get("template")
+    # The name becomes that of a file.
+    if isinstance(name, str) and re.fullmatch(r"[\w-]+", name):
+        if isinstance(template, str):
+            return name, template
+    raise CheckpointError(
+        f"{where}{TOKENIZER_CONFIG}: an entry of `chat_template` needs a `name` of "
+        f"letters and digits and a string `template`, got {item!r:.80}."
+    )
 
 
 def with_chat_template(files: Companions, template: str) -> dict[str, bytes]:
@@ -241,6 +259,11 @@ def _text(files: Companions, name: str, where: str) -> str:
 
 def _read(file: Path) -> bytes:
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(
+                f"`{file}` is larger than {_MOST_BYTES:,} bytes, the most that is "
+                "read. Is it the right file?"
+            )
         return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"`{file}` cannot be read: {error.strerror}.") from error

@@ -74,6 +74,19 @@ def test_a_damaged_tokenizer_of_an_adapter_is_not_passed_over(base, adapter):
         load_tokenization(CONFIG, base, adapter)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [3, [3], [{"name": "../x", "template": "t"}], [{"name": "a", "template": 3}]],
+    ids=str,
+)
+def test_a_template_that_could_not_be_a_file_is_refused(base, tmp_path, entry):
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": entry})
+    )
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: .*chat_template"):
+        merged_text_files(CONFIG, base, tmp_path)
+
+
 def test_an_equal_tokenizer_is_not_noted(base, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = "<s>"
