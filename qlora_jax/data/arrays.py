@@ -276,7 +276,7 @@ def cache_key(
     settings = config.content_settings
     # One cache serves every seed.
     for name in _ORDER_FIELDS:
-        settings.pop(name, None)
+        del settings[name]
     template = None
     if config.chat_template is not None:
         with contextlib.suppress(OSError):  # the renderer reports a missing template
