@@ -201,7 +201,7 @@ class DataConfig:
     `response_part`) lose nothing: they are cut into consecutive windows of `max_length`
     tokens."""
     append_eos: bool = True
-    """End examples of `text`, `prompt_completion` and `alpaca` with the tokenizer's EOS,
+    """End `text`, `prompt_completion` and `alpaca` examples with the tokenizer's EOS,
     supervised. Chat templates write their own end of turn; `tokens` are used unchanged.
     """
     eos_token: str | None = None
