@@ -201,8 +201,9 @@ class DataConfig:
     `response_part`) lose nothing: they are cut into consecutive windows of `max_length`
     tokens."""
     append_eos: bool = True
-    """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
-    Chat templates write their own end of turn; `tokens` are used unchanged."""
+    """End `text`, `prompt_completion` and `alpaca` examples with the tokenizer's EOS,
+    supervised. Chat templates write their own end of turn; `tokens` are used unchanged.
+    """
     eos_token: str | None = None
     """EOS to train with instead of the tokenizer's own: a token of its vocabulary, such
     as "<|im_end|>". It becomes the EOS of the tokenizer that is saved with adapters."""
