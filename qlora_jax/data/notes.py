@@ -12,6 +12,7 @@ from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import SPLIT, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
+from qlora_jax.errors import counted
 
 # Locations that a note names.
 _SHOWN_PLACES = 3
@@ -41,12 +42,12 @@ def data_notes(
     dropped = sum(report.dropped.values())
     if dropped:
         reasons = ", ".join(report.dropped)
-        notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
+        notes.append(f"{counted(dropped, 'row')} left out ({reasons}).")
     notes += _remark_notes(report)
     bad = report.dropped.get(BAD_ROW, 0)
     if bad:
         notes.append(
-            f"{_plural(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
+            f"{counted(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
             "left out (`data.on_bad_row` = 'skip'). The first: "
             + " ".join(report.bad_rows)
         )
@@ -62,7 +63,7 @@ def data_notes(
         }
         remedy = "; or ".join(remedies[f] for f in sorted(formats & remedies.keys()))
         notes.append(
-            f"in {_plural(report.straddling_rows, 'row')} a token holds the end of the "
+            f"in {counted(report.straddling_rows, 'row')} a token holds the end of the "
             "prompt and the start of the answer. It is supervised, but a prompt at "
             f"inference ends with another token. To avoid it, {remedy}."
         )
@@ -129,7 +130,7 @@ def _layout_notes(
     rows, rows_per_step = batches.rows_per_epoch, batches.rows_per_step
     if rows < rows_per_step:
         notes.append(
-            f"the data make {_plural(rows, 'row')} and a step takes {rows_per_step:,}, "
+            f"the data make {counted(rows, 'row')} and a step takes {rows_per_step:,}, "
             "so that rows are repeated within a step. A smaller `train.batch_size` (or "
             "no packing) avoids it."
         )
@@ -158,7 +159,3 @@ def _template_notes(config: DataConfig, tokenizer: Any) -> list[str]:
         for path, renderer in renderers.items()
         if not renderer.has_marks and not renderer.writes_generation_prompt
     ]
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from qlora_jax.errors import counted
+
 _ASSISTANT_MASKS = {
     "template": "the assistant's text as the chat template marks it",
     "renderer": "the assistant's text is what each turn adds after the generation "
@@ -85,11 +87,11 @@ class DataReport:
     def summary(self) -> str:
         """Returns a paragraph for people, and another for each source of a mixture."""
         parts = [
-            f"{self.rows_kept:,} of {self.rows_read:,} rows kept, "
-            f"{self.examples:,} examples, {self.tokens:,} tokens, "
+            f"{self.rows_kept:,} of {counted(self.rows_read, 'row')} kept, "
+            f"{counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
             f"{self.supervised_tokens:,} supervised "
             f"({self.supervised_tokens / self.tokens:.1%}); "
-            f"longest row {self.longest_row:,} tokens"
+            f"longest row {counted(self.longest_row, 'token')}"
         ]
         if self.recognised:
             parts.append(f"read: {self._counted(self.recognised)}")
@@ -102,23 +104,24 @@ class DataReport:
             parts.append(f"the first of those: {self.bad_rows[0]}".rstrip("."))
         if self.truncated:
             parts.append(
-                f"{self.truncated:,} rows truncated ({self.tokens_lost:,} tokens lost)"
+                f"{counted(self.truncated, 'row')} truncated "
+                f"({counted(self.tokens_lost, 'token')} lost)"
                 f"{self._where('truncated')}"
             )
         for remark, count in self.remarks.items():
             parts.append(f"{remark}: {count:,}{self._where(remark)}")
         if self.documents_cut:
-            parts.append(f"{self.documents_cut:,} documents cut into windows")
+            parts.append(f"{counted(self.documents_cut, 'document')} cut into windows")
         if self.straddling_rows:
             parts.append(
-                f"{self.straddling_rows:,} rows have a token across the start of the "
-                "answer"
+                f"{counted(self.straddling_rows, 'row')} with a token across the start "
+                "of the answer"
             )
         if self.assistant_mask is not None:
             parts.append(_ASSISTANT_MASKS[self.assistant_mask])
         if self.packing_efficiency is not None:
             parts.append(
-                f"packed into {self.packed_rows:,} rows, "
+                f"packed into {counted(self.packed_rows or 0, 'row')}, "
                 f"{self.packing_efficiency:.1%} full"
             )
         text = "; ".join(parts) + "."
