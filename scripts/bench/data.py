@@ -165,9 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(templates) < 2 or args.turns < 2 or args.turns % 2:
             parser.error("--turns is an even number, with --prompt and --completion")
         rows, _ = read_rows(Path(args.data), plain_text=False)
-        names = ("prompt", "completion")
         pairs = [
-            tuple(text_of(row, where, name, templates[name]) for name in names)
+            (
+                text_of(row, where, "prompt", templates["prompt"]),
+                text_of(row, where, "completion", templates["completion"]),
+            )
             for where, row in rows
         ]
         options = {"turns": args.turns, "repeat": args.repeat}
