@@ -134,5 +134,6 @@ convert.save_adapter(
     config,
     base_model_name_or_path=str(Path(args.model).resolve()),
     base_fingerprint=qj.fingerprint_tree(base),
+    extra_files=convert.text_files(args.model),  # its tokenizer
 )
 print(f"adapter: {args.output}")

@@ -16,8 +16,13 @@ from .config import TooLong as TooLong
 from .config import TrainOn as TrainOn
 from .config import name_of as name_of
 from .conversations import to_messages as to_messages
+from .conversations import tools_of as tools_of
 from .encoding import IGNORE as IGNORE
+from .encoding import encode_prompt as encode_prompt
+from .encoding import text_prefix as text_prefix
 from .encoding import tokenize as tokenize
+from .encoding import with_eos as with_eos
+from .ends import end_tokens_of as end_tokens_of
 from .examples import data_size as data_size
 from .examples import load_examples as load_examples
 from .held_out import content_keys as content_keys

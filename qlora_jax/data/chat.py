@@ -70,6 +70,7 @@ class ChatRenderer:
         uses the tokenizer's own.
       date: the day that the template takes for today ("2026-11-29"); None leaves it to
         the template, as transformers does.
+      variables: further variables of the template, such as `enable_thinking`.
 
     Raises:
       UserError: there is no template, or it cannot be read or parsed; or how it writes
@@ -81,6 +82,8 @@ class ChatRenderer:
         tokenizer: Any,
         template_path: str | None = None,
         date: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
     ):
         self._tokenizer = tokenizer
         self._template: str | None = None
@@ -88,6 +91,7 @@ class ChatRenderer:
         self._variables: dict[str, Any] = {}
         if self._day is not None:  # what templates of the Llama 3 family ask for
             self._variables["date_string"] = self._day.strftime("%d %b %Y")
+        self._variables.update(variables or {})
         if template_path is not None:
             try:
                 self._template = template_file(template_path).read_text("utf-8")
@@ -182,10 +186,15 @@ class ChatRenderer:
         renderer._prompts = {}  # another one may follow from them
         return renderer
 
-    def unread(self, variables: Mapping[str, Any]) -> list[str]:
-        """Returns the names of variables that the template does not mention."""
-        words = set(re.findall(r"\w+", self._source(None)))
-        return [name for name in variables if name not in words]
+    def mentions(self, name: str, *, tools: bool = False) -> bool:
+        """Returns whether a name, such as that of a variable, is in the template.
+
+        Args:
+          name: the name.
+          tools: look into the template for conversations with tools.
+        """
+        source = self._source([{}] if tools else None)
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
     def text(
         self,

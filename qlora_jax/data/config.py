@@ -203,6 +203,9 @@ class DataConfig:
     append_eos: bool = True
     """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
     Chat templates write their own end of turn; `tokens` are used unchanged."""
+    eos_token: str | None = None
+    """EOS to train with instead of the tokenizer's own: a token of its vocabulary, such
+    as "<|im_end|>". It becomes the EOS of the tokenizer that is saved with adapters."""
     split: str | None = None
     """Split of a `datasets` directory or of a data set of the hub. Default: `train`, or
     the only one."""
@@ -258,7 +261,7 @@ class DataConfig:
                     f"`data.{name}` must be an integer from {low} to {high}, "
                     f"got {value!r}."
                 )
-        for name in ("split", "cache", "messages"):
+        for name in ("eos_token", "split", "cache", "messages"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
@@ -449,7 +452,8 @@ class DataConfig:
         return {
             name: value
             for name, value in settings.items()
-            if name not in LOCATION_FIELDS and value is not None
+            # The EOS is among the tokens.
+            if name not in (*LOCATION_FIELDS, "eos_token") and value is not None
         }
 
     @property

@@ -11,6 +11,7 @@ the token `" b"`) holds supervised characters and is supervised: masking it woul
 the first or last characters of the answer untrained. Rows with such tokens are counted.
 """
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from jaxtyping import Int32
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.rows import Fields, Reading, Row, fields_of
 from qlora_jax.data.segments import Segmented, Segmenter
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, did_you_mean
 
 _T = TypeVar("_T")
 _MAX_UNREAD = 100
@@ -54,6 +55,46 @@ def text_prefix(tokenizer: Any) -> list[int]:
             return [int(i) for i in ids[:start]]
     bos = getattr(tokenizer, "bos_token_id", None)
     return [int(bos)] if bos is not None and ids[:1] == [bos] else []
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text that is to be continued, as training has them.
+
+    They begin with what the tokenizer puts before a string (BOS), once, and end where
+    the text ends, also with a tokenizer that adds EOS.
+    """
+    (encoded,) = tokenize(tokenizer, [Segmented(text)])
+    prefix = text_prefix(tokenizer)
+    return _enclose(encoded, prefix, [], supervised=False).tokens.tolist()
+
+
+def with_eos(tokenizer: Any, eos_token: str | None) -> Any:
+    """Returns a tokenizer with this EOS token; None leaves it as it is.
+
+    Args:
+      tokenizer: a `transformers` tokenizer, which is not changed.
+      eos_token: a token of its vocabulary.
+
+    Raises:
+      UserError: there is no such token, or no tokenizer.
+    """
+    if eos_token is None or getattr(tokenizer, "eos_token", None) == eos_token:
+        return tokenizer
+    if tokenizer is None:
+        raise UserError(
+            "`data.eos_token` is given and the model came without a tokenizer. Leave "
+            "it out; the rows of format='tokens' say what ends them."
+        )
+    if eos_token not in tokenizer.get_vocab():
+        known = map(str, tokenizer.added_tokens_decoder.values())
+        raise UserError(
+            f"`data.eos_token` = {eos_token!r} is not a token of this tokenizer."
+            f"{did_you_mean(eos_token, known)} `qlora-jax tokens --add` writes a base "
+            "that has it."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = eos_token
+    return tokenizer
 
 
 def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:

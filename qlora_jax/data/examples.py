@@ -19,7 +19,7 @@ from qlora_jax.data.arrays import (
     fingerprint,
 )
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, Encoded, Encoder
+from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, with_eos
 from qlora_jax.data.mixture import AnyExamples, count_examples, mix
 from qlora_jax.data.rendering import with_date, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
@@ -58,6 +58,7 @@ def load_examples(
         is left to train on, or a token id is not below `vocab_size`.
     """
     directory = cache_directory(config, run_directory)
+    tokenizer = with_eos(tokenizer, config.eos_token)
     problems = Problems("the data")
     parts = []
     config = with_date(config, tokenizer)

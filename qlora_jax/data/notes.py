@@ -6,7 +6,8 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.ends import end_tokens_of
+from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import SPLIT, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
@@ -29,12 +30,8 @@ def data_notes(
     """
     report = examples.report
     notes = _layout_notes(examples, config, batches)
-    if not report.supervised_eos and tokenizer is not None:
-        notes.append(
-            "no supervised token is the tokenizer's EOS "
-            f"({getattr(tokenizer, 'eos_token', None)!r}). A model trained on this "
-            "learns to stop only if another token (an end of turn) stops it."
-        )
+    if tokenizer is not None:
+        notes += _end_notes(examples, config, tokenizer)
     if report.truncated:
         notes.append(
             f"{report.truncated / report.rows_kept:.1%} of the rows lose their end: "
@@ -94,6 +91,34 @@ def _remark_notes(report: DataReport) -> list[str]:
             continue
         first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
         notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
+    return notes
+
+
+def _end_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> list[str]:
+    """Returns notes on the sources whose answers do not end with EOS."""
+    notes = []
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    eos, eos_id = (
+        getattr(tokenizer, name, None) for name in ("eos_token", "eos_token_id")
+    )
+    for settings, part, ends in zip(
+        config.each, parts, end_tokens_of(examples, tokenizer), strict=True
+    ):
+        where = f" of {settings.name}" if config.sources else ""
+        others = [i for i in ends if i != eos_id]
+        if others:
+            names = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(others)))
+            notes.append(
+                f"answers{where} end with {names}, and the tokenizer's EOS is {eos!r}. "
+                "What ends answers is saved with the adapters (generation_config.json) "
+                "and ends generation."
+            )
+        elif not ends and not part.report.supervised_eos:
+            notes.append(
+                f"no supervised token{where} is the tokenizer's EOS ({eos!r}), and no "
+                "other special token ends what is supervised. A model trained on this "
+                "does not learn to stop."
+            )
     return notes
 
 

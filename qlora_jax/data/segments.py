@@ -197,7 +197,7 @@ class Segmenter:
         variables = config.chat_template_kwargs
         if not variables:
             return renderer
-        unread = renderer.unread(variables)
+        unread = [name for name in variables if not renderer.mentions(name)]
         if unread:
             raise UserError(
                 f"`data.chat_template_kwargs`: the chat template does not read "
@@ -229,7 +229,8 @@ class Segmenter:
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
             self._with_variables[key] = renderer
-        return self._with_variables[key], self._chat.unread(variables)
+        unread = [name for name in variables if not self._chat.mentions(name)]
+        return self._with_variables[key], unread
 
 
 _UNREAD_VARIABLES = (

@@ -22,18 +22,20 @@ import flax.linen as nn
 import jax
 
 import convert
-from convert import load_tokenizer
+from convert import Tokenization, load_tokenization
 from qlora_jax.data import (
     Batches,
     Examples,
     Mixture,
     data_notes,
     data_size,
+    end_tokens_of,
     eval_batches,
     load_examples,
     with_date,
+    with_eos,
 )
-from qlora_jax.errors import Problems, UserError, say
+from qlora_jax.errors import CheckpointError, Problems, UserError, say
 from qlora_jax.lora import (
     Selection,
     check_start,
@@ -72,7 +74,11 @@ class RunData:
     batches: Batches
     held_out: HeldOut | None
     tokenizer: Any
-    """None if nothing needs it."""
+    """None if the base, or the adapter that the run starts from, has none."""
+    trained_ends: tuple[int, ...]
+    """Tokens that the data teach as the end of an answer."""
+    eos_token_ids: tuple[int, ...]
+    """These, and the tokens that end generation without the run."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +326,8 @@ def _load_data(
     Returns:
       The settings with the date of the run, and its data.
     """
-    tokenizer = _load_tokenizer(config)
+    text = _load_tokenization(config, architecture)
+    tokenizer = with_eos(text.tokenizer, config.data.eos_token)
     config = with_run_date(config, tokenizer)
     vocab_size = architecture.vocab_size
     examples, held_out, problems = None, None, Problems()
@@ -339,6 +346,10 @@ def _load_data(
     problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
+    ends = [end for ends in end_tokens_of(examples, tokenizer) for end in ends]
+    if config.data.eos_token is not None and eos is not None:
+        ends.append(eos)
+    trained_ends = tuple(dict.fromkeys(ends))
     # Before `Batches`, so that their fingerprint and order are those of what is trained
     # on.
     examples, held_out = split_held_out(config, examples, held_out, eos)
@@ -361,24 +372,39 @@ def _load_data(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run. Give fewer of them, or a share (0.03)."
         )
-    return config, RunData(examples, batches, held_out, tokenizer)
+    data = RunData(
+        examples=examples,
+        batches=batches,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        trained_ends=trained_ends,
+        eos_token_ids=tuple(sorted({*text.eos_token_ids, *trained_ends})),
+    )
+    return config, data
 
 
-def _load_tokenizer(config: RunConfig) -> Any:
-    """Loads the model's tokenizer if data or samples need it; else None."""
-    needed = config.data.needs_tokenizer
+def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokenization:
+    """Loads the tokenizer of the base, or of the adapter that the run starts from."""
+    needed = config.data.needs_tokenizer or bool(config.eval.sample_prompts)
     if config.eval.path:
         needed = needed or config.eval.data_config(config.data).needs_tokenizer
-    tokenizer = None
-    if needed or config.eval.sample_prompts:
-        tokenizer = load_tokenizer(config.model.path)
-    if needed and tokenizer is None:
+    base, adapter = config.model.path, config.train.adapter_init
+    try:
+        text = load_tokenization(architecture, base, adapter)
+    except CheckpointError as error:
+        if needed:
+            raise
+        say(f"Note: {error} The run does without, and stops at no trained token.")
+        return Tokenization(None, architecture.eos_token_ids)
+    for note in text.notes:
+        say(note)
+    if text.tokenizer is None and config.data.needs_tokenizer:
         raise UserError(
-            f"`{config.model.path}` has no tokenizer, and data.format="
-            f"{config.data.format!r} needs one. Put the model's tokenizer files "
-            "there, or give token ids (data.format = 'tokens')."
+            f"`{base}` has no tokenizer, and data.format={config.data.format!r} needs "
+            "one. Put the model's tokenizer files there, or give token ids "
+            "(data.format = 'tokens')."
         )
-    return tokenizer
+    return text
 
 
 def _compile(

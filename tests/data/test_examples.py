@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.encoding import IGNORE, encode_prompt
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
@@ -91,6 +91,15 @@ def test_bos_and_eos_stand_once_and_eos_is_supervised(
     examples = load([{"text": text}], tokenizer, **config)
     assert decoded(examples, 0, tokenizer) == expected
     assert examples.report.supervised_eos == expected[1].count("</s>")
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_a_prompt_has_the_tokens_of_training(byte_tokenizer, load, bos, adds_eos):
+    tokenizer = byte_tokenizer(bos=bos, adds_eos=adds_eos)
+    trained = load([{"text": "ab"}], tokenizer)[0][0].tolist()
+    for prompt in ("ab", f"{bos or ''}ab"):
+        assert [*encode_prompt(tokenizer, prompt), 1] == trained
 
 
 def test_a_tokenizer_without_eos_is_refused_with_the_problems_of_the_file(

@@ -440,7 +440,7 @@ def test_ragged_rows_may_be_skipped_and_open_quotes_may_not(write, load):
     [
         *(("x.xml", "<a>b</a>"), ("x.yaml", "text: a"), ("x.html", "<p>a")),
         *(("x.py", "a = 1"), ("x.xls", b"\xd0\xcf\x11\xe0"), ("x.pkl", b"\x80\x04")),
-        *(("x.zip", b"PK\x03\x04\xff"), ("x.tar.gz", gzip.compress(b"a"))),
+        *(("x.zip", b"PK\x03\x04\xff"), ("x.tar.gz", gzip.compress(b"a", mtime=0))),
         *(("x.ipynb", '{\n "cells": []\n}'), ("x.jsonl.zst", b"\x28\xb5\x2f\xfd")),
     ],
 )
@@ -456,7 +456,7 @@ def test_files_of_other_kinds_are_refused(write, load, chatml, name, content, fo
     [
         (
             "x.jsonl",
-            gzip.compress(b"{}"),
+            gzip.compress(b"{}", mtime=0),
             "compressed by gzip: let its name end in .gz",
         ),
         ("x.csv", b"PK\x03\x04\xff", "a zip archive: unpack it"),

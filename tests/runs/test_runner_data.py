@@ -136,6 +136,7 @@ def test_the_record_has_what_makes_the_rows(make, rows_file):
         *("messages", "roles", "on_bad_row", "chat_template_kwargs"),
         *("instruction_part", "response_part"),
         *("answers", "date", "allow_lost_answers"),
+        "eos_token",
     }
 
 
