@@ -143,6 +143,32 @@ class Model:
             adapter_path=directory,
         )
 
+    def with_adapters(
+        self, adapters: Mapping[str, Any], lora_config: LoraConfig
+    ) -> Model:
+        """Returns this model with adapters in memory, e.g. of a run's train state.
+
+        The base is shared, and nothing is recompiled for adapters of equal shapes.
+
+        Args:
+          adapters: LoRA tree. Of an initialization that changed the base (PiSSA, OLoRA)
+            the result of `absorb`, which belongs to the base as it was loaded.
+          lora_config: their configuration.
+
+        Raises:
+          UserError: arrays that are missing, or that `lora_config` does not have on
+            this base.
+        """
+        bind(adapters, self.base, lora_config)
+        changes = lora_config.base_config_changes
+        return dataclasses.replace(
+            self,
+            config=apply_changes(undo_changes(self.config), changes),
+            adapters=adapters,
+            lora_config=lora_config,
+            adapter_path=None,
+        )
+
     def logits(
         self,
         tokens: Any,

@@ -1,5 +1,6 @@
 """Loading directories of every kind, and the methods of the model."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -80,6 +81,14 @@ def test_an_adapter_is_attached(llama_dir, adapter_dir, tmp_path, way):
     assert np.abs(model.logits(tokens) - plain).max() > 1e-3
     _, adapters = convert.load_adapter(adapter_dir, model.config)
     jax.tree.map(np.testing.assert_array_equal, model.adapters, adapters)
+    # From memory the same; a tree that does not belong to the configuration is refused.
+    lora, logits = model.lora_config, model.logits(tokens)
+    bare = model.attach(None)
+    np.testing.assert_array_equal(
+        bare.with_adapters(adapters, lora).logits(tokens), logits
+    )
+    with pytest.raises(UserError):
+        bare.with_adapters(adapters, dataclasses.replace(lora, r=4))
 
 
 def test_the_base_of_an_adapter(llama_dir, adapter_dir, tmp_path, monkeypatch):
