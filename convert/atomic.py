@@ -131,14 +131,19 @@ def new_file(path: Path) -> Iterator[Path]:
             os.replace(new, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, or replaces it; it is complete at every moment.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, or replaces it; it is complete at every moment.
 
     Raises:
       UserError: as for `new_file`.
     """
     with new_file(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as UTF-8, by `write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:

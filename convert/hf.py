@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from convert import bnb
 from convert.atomic import new_directory, write_json
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.companions import companion_files
 from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
-from convert.output import Entry, copy_companions, progress_bar, write_model_files
+from convert.output import Entry, progress_bar, write_files, write_model_files
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import CheckpointError, UserError, say
@@ -348,7 +349,7 @@ def save_llama(
             new, entries, max_shard_bytes=max_shard_bytes, progress=progress
         )
         if tokenizer_from is not None:
-            copy_companions(Path(tokenizer_from), new)
+            write_files(new, companion_files(Path(tokenizer_from)))
 
 
 def _check_storage(packed: Mapping[trees.Path, NF4Tensor], quant_storage: str) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,26 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.atomic import write_json
+from convert.atomic import write_bytes, write_json
 from convert.files import DTYPES, WEIGHTS_FILE, WEIGHTS_INDEX
 from qlora_jax.errors import UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-
-# Files of a model other than its weights and config.json; copied unchanged.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclass(frozen=True)
@@ -161,15 +146,11 @@ def write_model_files(
     write_json(directory / WEIGHTS_INDEX, index)
 
 
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copies a model's tokenizer and generation configuration, as far as they exist."""
-    for name in _COMPANIONS:
-        if not (source / name).is_file():
-            continue
-        with open(source / name, "rb") as old, open(directory / name, "wb") as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a directory by their names, which may have a folder."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_bytes(directory / name, content)
 
 
 @contextlib.contextmanager

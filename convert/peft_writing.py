@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.atomic import new_directory, write_json, write_text
+from convert.atomic import new_directory, write_json
 from convert.files import FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
-from convert.output import Entry, safetensors_bytes, write_safetensors
+from convert.output import Entry, safetensors_bytes, write_files, write_safetensors
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
@@ -51,8 +51,8 @@ def save_adapter(
         on, as it was loaded for training. Kept in the file, it lets a loader notice
         another base (default: that of `lora_config`).
       overwrite: whether an existing directory is replaced.
-      extra_files: further files of the directory: name -> a string, or a value to write
-        as JSON.
+      extra_files: further files of the directory: name -> bytes, or a value to write as
+        JSON.
 
     Raises:
       UserError: an adapter of a changed base (see `absorb`), or a directory that cannot
@@ -88,8 +88,8 @@ def save_adapter(
             changes = json.loads(lora_config.base_config_changes)
             write_json(new / CHANGES_FILE, changes)
         for name, content in (extra_files or {}).items():
-            if isinstance(content, str):
-                write_text(new / name, content)
+            if isinstance(content, bytes):
+                write_files(new, {name: content})
             else:
                 write_json(new / name, content, sort_keys=False)
 

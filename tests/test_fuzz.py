@@ -26,6 +26,7 @@ from qlora_jax.errors import UserError, visible
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.report import read_run, render_run
 from qlora_jax.runs.toml import read_config
+from tests.byte_tokenizers import byte_tokenizer
 from tests.convert.test_fuzz import (
     MODEL,
     NUMBERS,
@@ -41,7 +42,6 @@ from tests.convert.test_fuzz import (
     pick,
     watched,
 )
-from tests.data.conftest import _byte_tokenizer
 
 CASES = 1_000
 MANY = 20_000
@@ -236,10 +236,10 @@ def template(directory: Path, rng: Rng) -> None:
     file = directory / "chat.jinja"
     file.write_bytes(text.encode("utf-8", "replace"))
     renderer = ChatRenderer(TOKENIZER, str(file))
-    renderer.spans(TURNS)
+    renderer.examples(TURNS)
 
 
-TOKENIZER: Any = _byte_tokenizer()
+TOKENIZER: Any = byte_tokenizer()
 KINDS: dict[str, Callable[[Path, Rng], None]] = {
     "a run file": run_file,
     "rows": rows,

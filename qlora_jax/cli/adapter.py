@@ -39,7 +39,7 @@ class Adapter:
         from convert import (
             WEIGHTS_FILE,
             WEIGHTS_INDEX,
-            common_chat_template,
+            common_text_files,
             lazy_base,
             load_adapter,
             open_config,
@@ -80,7 +80,7 @@ class Adapter:
             adapters,
             config,
             base_model_name_or_path=base_name,
-            extra_files=common_chat_template(source),
+            extra_files=common_text_files(source),
         )
         for skip in shorten(skipped):
             print_note(f"not taken from `{source}`: {skip}")

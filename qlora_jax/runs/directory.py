@@ -31,7 +31,7 @@ from convert import (
     is_leftover,
     remove_leftovers,
 )
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data import DataConfig, Source, template_file
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.reading import read_text
 from qlora_jax.runs.config import EvalConfig, RunConfig
@@ -111,7 +111,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     if first is None:
         return None
     try:
-        return read_text(Path(first))
+        return read_text(template_file(first))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"`data.chat_template`: cannot read {first}: {error}"
@@ -120,7 +120,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
 
 def _template_files(data: DataConfig) -> list[str | None]:
     """Returns the distinct templates of conversations; None is the tokenizer's own."""
-    files = [s.chat_template for s in data.each if s.format == "messages"]
+    files = [s.chat_template for s in data.each if s.writes_conversations]
     return list(dict.fromkeys(files)) or [None]
 
 
