@@ -238,11 +238,7 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
     Raises:
       UserError: it cannot be written.
     """
-    path = Path(directory) / REPORT
-    try:
-        write_json(path, report, sort_keys=False)
-    except OSError as error:
-        raise UserError(f"Cannot write `{path}`: {error.strerror or error}.") from error
+    write_json(Path(directory) / REPORT, report, sort_keys=False)
 
 
 def _config_changes(

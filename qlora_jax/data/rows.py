@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from typing import Any
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.reading import open_file
 
+# Of a row, in a message.
+_FIELDS_SHOWN = 30
 _MAX_DEPTH = 100
 """Levels of a JSON row."""
 
@@ -59,7 +62,9 @@ class Reading:
 
 def fields_of(row: dict[str, Any]) -> str:
     """Quotes the names of a row's fields, for messages."""
-    return ", ".join(f"`{name}`" for name in row) or "no fields"
+    listed = [f"`{name:.100}`" for name in itertools.islice(row, _FIELDS_SHOWN)]
+    more = len(row) - len(listed)
+    return ", ".join(listed) + (f" and {more:,} more" if more else "") or "no fields"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -324,8 +324,8 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
     architectures = raw.get("architectures") or []
     if kind != "llama" or any(a != "LlamaForCausalLM" for a in architectures):
         raise UserError(
-            f"Not a Llama causal language model: config.json has model_type={kind!r}, "
-            f"architectures={list(architectures)!r}. Supported: model_type 'llama', "
+            f"Not a Llama causal language model: config.json has model_type={kind!r:.100}, "
+            f"architectures={list(architectures)!r:.200}. Supported: model_type 'llama', "
             "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
