@@ -107,7 +107,8 @@ class NF4Tensor:
       nested_offset: float32 [...], likewise.
       nested_quant_map: float32 [..., 256], likewise.
       shape: (O, I), without the leading axes.
-      dtype: name of the dtype before quantization ("bfloat16").
+      dtype: name of the dtype before quantization ("bfloat16"). The weights are values
+        of this dtype, whatever dtype they are computed in.
       layer: None, or an int32 scalar: the arrays then have one leading axis, and the
         tensor is that layer of them (`lift_stacks`).
     """
@@ -158,7 +159,8 @@ def dequantize(
 ) -> Float[Array, "*L O I"]:
     """Returns the weight in `dtype` (default: the dtype before quantization).
 
-    Exact: table value times block scale in float32, rounded once to nearest even.
+    As bitsandbytes computes it: table value times block scale in float32, rounded to
+    the dtype before quantization, then cast to `dtype`.
 
     Args:
       tensor: the weight, with any leading axes.
@@ -177,6 +179,7 @@ def dequantize(
             t.nested(),
             shape=t.shape,
             dtype=dtype,
+            stored_dtype=t.dtype,
             block_size=t.block_size,
             nested_block_size=t.nested_block_size,
             layer=t.layer,
@@ -220,6 +223,7 @@ def matmul(
             tensor.nested(),
             shape=tensor.shape,
             dtype=dtype,
+            stored_dtype=tensor.dtype,
             block_size=tensor.block_size,
             nested_block_size=tensor.nested_block_size,
             layer=tensor.layer,
