@@ -50,6 +50,12 @@ _INERT = (
 _PEFT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"r": 8, "lora_alpha": 8, "target_modules": ("q_proj", "v_proj")}
 )
+# Fields that PEFT has had only since a later version than 0.6. Up to 0.13 it takes no
+# file with a field that it does not know, so that these are written where they are set.
+_LATER_FIELDS = (
+    *("use_rslora", "use_dora", "exclude_modules", "lora_bias"),
+    *("trainable_token_indices", "ensure_weight_tying"),
+)
 # PEFT's initializations that leave the base weights as they are: a trained adapter is
 # complete without knowing its start.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -300,14 +306,16 @@ class LoraConfig:
         return out
 
     def to_peft(self) -> dict[str, Any]:
-        """Returns the content of an `adapter_config.json` that PEFT reads."""
-        out: dict[str, Any] = dict(_REFUSED)
-        # PEFT does not write it.
-        del out["runtime_config"]
+        """Returns the content of an `adapter_config.json`.
+
+        Every PEFT since 0.6 that computes such an adapter reads it. (`peft_version` is
+        left out: it is a field of 0.18.)
+        """
+        out: dict[str, Any] = {"fan_in_fan_out": False}
         for f in dataclasses.fields(self):
-            if f.name in _OUTSIDE:
-                continue
             value = getattr(self, f.name)
+            if f.name in _OUTSIDE or (f.name in _LATER_FIELDS and value == f.default):
+                continue
             if isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
