@@ -1,5 +1,6 @@
 # What the other packages use of `convert`.
 
+from .added_tokens import copy_with_added_tokens as copy_with_added_tokens
 from .checkpoint import lazy_base as lazy_base
 from .checkpoint import open_checkpoint as open_checkpoint
 from .checkpoint import open_config as open_config
