@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
 from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig, Selection, select
@@ -284,25 +285,32 @@ def _compare_base_copies(
         if not hasattr(table, "__array__"):
             notes.append(f"{key}: not compared, no weights of the base were given")
             continue
-        if _is_same_table(match.files, key, np.asarray(table)):
+        difference = _table_difference(match.files, key, np.asarray(table))
+        if difference is None:
             continue
         if strict:
             raise CheckpointError(
-                f"`{key}` is not the table of this base, so the adapter was trained on "
-                "another base (or another vocabulary). Give that base, or use the "
-                "adapter on this one with `strict`=False (--no-strict)."
+                f"`{key}` is not the table of this base ({difference}), so the adapter "
+                "was trained on another base (or another vocabulary). Give that base, "
+                "or use the adapter on this one with `strict`=False (--no-strict)."
             )
-        notes.append(f"{key}: differs from the base's own, which is used")
+        notes.append(f"{key}: the base's own table is used; {difference}")
 
 
-def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+def _table_difference(files: TensorFiles, key: str, table: NDArray) -> str | None:
+    """Describes how a copy in the file differs from a table by more than rounding."""
     # Shapes first: a resized vocabulary is another table, whatever its rows.
-    if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
-        return False
-    saved = files.read(key)
-    # In the narrower of the two dtypes: either may be a rounded form of the other.
-    narrow = min(saved.dtype, table.dtype, key=lambda d: d.itemsize)
-    return np.array_equal(saved.astype(narrow), table.astype(narrow))
+    if files[key].shape != table.shape:
+        return f"{list(files[key].shape)} instead of {list(table.shape)}"
+    if files[key].dtype not in FLOAT_NAMES:
+        return f"dtype {files[key].dtype}"
+    rows, largest = rows_beyond_rounding(files.read(key), table)
+    if not rows:
+        return None
+    return (
+        f"{rows:,} of {len(table):,} rows differ by more than rounding, by up to "
+        f"{largest:.2g}"
+    )
 
 
 def _probable_cause(

@@ -652,7 +652,7 @@ def test_copies_of_another_base_are_refused(with_tables, tied, edit_tensors, ref
     refused(path, why, "`strict`=False (--no", model=base)
     notes = []
     convert.load_adapter(path, base, strict=False, skipped=notes)
-    what = "base_layer.weight: differs from the base's own, which is used"
+    what = "base_layer.weight: the base's own table is used; "
     assert sorted(notes) == [f"{PREFIX}{name}.{what}" for name in (HEAD, EMBED)]
     longer = {f"{PREFIX}{EMBED}.base_layer.weight": np.zeros((V + 2, D), np.float32)}
     edit_tensors(path / WEIGHTS, lambda tensors: tensors.update(longer))
