@@ -37,10 +37,12 @@ from convert.output import (
 )
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, common_chat_template
 from convert.peft_reading import load_adapter
+from convert.peft_tables import with_saved_tables
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
 from qlora_jax.tree import Path as TreePath
+from qlora_jax.tree import hf_key
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
@@ -58,6 +60,7 @@ def merge(
     quantization: Quantized | None = None,
     requantize: Quantized | None = None,
     dtype: str | None = None,
+    resize_to_adapter: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -89,6 +92,7 @@ def merge(
         write a bitsandbytes-4bit directory. The report states the loss of precision.
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
         keeps each tensor's own.
+      resize_to_adapter: let the vocabulary grow to that of the adapter.
       max_shard_bytes: size above which the weights are split over several files.
       progress: show a progress bar on stderr.
 
@@ -98,7 +102,7 @@ def merge(
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
       the adapter has none), "output", "onto", "quantization",
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
-      base lacks), "config_changes" (field -> [before, after]), "max_abs_change"
+      base lacks), "config_changes" (field -> [before, after]), "notes", "max_abs_change"
       (against the weights merged onto), "requantization_error" (null, or projection ->
       {"max_abs", "relative"}, the latter as a ratio of Frobenius norms) and
       "qlora_jax_version".
@@ -114,11 +118,16 @@ def merge(
     check_dtype(dtype)
     output = Path(output_dir)
     check_new_directory(output)
-    lora, adapters = load_adapter(
-        adapter_path, lazy_base(checkpoint.config, checkpoint.files)
+    base = with_saved_tables(
+        checkpoint.config,
+        lazy_base(checkpoint.config, checkpoint.files),
+        adapter_path,
+        resize=resize_to_adapter,
     )
-    merged = compute_merged_weights(checkpoint.config, lora, adapters)
-    stream = _Stream(checkpoint, merged, dtype, quantization, requantize)
+    lora, adapters = load_adapter(adapter_path, base.base)
+    merged = compute_merged_weights(base.config, lora, adapters)
+    tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
+    stream = _Stream(checkpoint, merged, dtype, quantization, requantize, tables)
     # Tokenizers prefer this file to the template in tokenizer_config.json.
     template = common_chat_template(Path(adapter_path))
     with new_directory(output) as new:
@@ -144,6 +153,7 @@ def merge(
             "tensors_changed": stream.changed,
             "tensors_added": len(merged.sources),
             "config_changes": changes,
+            "notes": list(base.notes),
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,
@@ -253,7 +263,7 @@ def _config_changes(
     checkpoint: Checkpoint, merged: MergedWeights
 ) -> dict[str, list[Any]]:
     before, after = checkpoint.config.to_hf(), merged.config.to_hf()
-    fields = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    fields = ("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
     fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
     pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -350,6 +360,8 @@ class _Stream:
     dtype: str | None
     quantization: str | None = None
     requantize: str | None = None
+    tables: Mapping[str, NDArray] = field(default_factory=dict)
+    """Key -> weight that the adapter's file has for the base."""
     written: int = 0
     changed: int = 0
     max_abs_change: float = 0.0
@@ -431,6 +443,8 @@ class _Stream:
             # A new bias gets the dtype of its weight.
             weight = f"{key.removesuffix('.bias')}.weight"
             key = self.merged.sources[key] or weight
+        if key in self.tables:
+            return self.tables[key].dtype
         # Of packed bytes, the dtype that they dequantize to.
         return DTYPES[FLOAT_DTYPES[self.checkpoint.dtype(key)]]
 
@@ -453,6 +467,8 @@ class _Stream:
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""
         files = self.checkpoint.files
+        if key in self.tables:
+            return self.tables[key].copy()  # `Update.apply` may overwrite it
         if key in self.checkpoint.packed:
             # What bitsandbytes computes with: scale times code, rounded to the dtype.
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))

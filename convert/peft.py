@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.files import TensorFiles, read_header, read_json
-from convert.names import adapter_key
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
-from qlora_jax.tree import EMBEDDING, HEAD
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -125,7 +123,7 @@ def open_adapter(
         base_fingerprint=metadata.get(FINGERPRINT),
         base_config_changes=_base_config_changes(path),
     )
-    return _with_saved_tables(lora, files), files
+    return lora, files
 
 
 def _check_directory(path: Path) -> None:
@@ -153,25 +151,6 @@ def _base_config_changes(path: Path) -> str | None:
     changes = read_json(file)
     read_changes(changes, f"`{file}`")
     return changes_to_json(changes)
-
-
-def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
-    """Adds the embedding tables of a file to `modules_to_save`.
-
-    PEFT saves them without being configured to where the vocabulary was resized.
-    """
-    saved = lora.modules_to_save or ()
-    tables = (EMBEDDING[-1], HEAD[-1])
-    # With tied tables, one that is named stands for both.
-    names_table = any(name.rpartition(".")[2] in tables for name in saved)
-    unnamed = tuple(
-        path[-1]
-        for path in (EMBEDDING, HEAD)
-        if adapter_key(path, None, "weight") in files
-        and not any(".".join(path).endswith(name) for name in saved)
-        and not (names_table and lora.ensure_weight_tying)
-    )
-    return replace(lora, modules_to_save=(*saved, *unnamed)) if unnamed else lora
 
 
 def shorten(notes: Sequence[str], *, shown: int = 10) -> list[str]:

@@ -42,6 +42,9 @@ class Merge:
     requantize: Quantized | None = None
     """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
     loses precision; the report says how much."""
+    resize_to_adapter: bool = False
+    """Let the vocabulary of BASE grow to that of an ADAPTER trained with added tokens
+    (default: such an ADAPTER is refused)."""
     dtype: Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
@@ -80,9 +83,12 @@ class Merge:
             quantization=self.quantization,
             requantize=self.requantize,
             dtype=self.dtype,
+            resize_to_adapter=self.resize_to_adapter,
             max_shard_bytes=self.max_shard_bytes,
             progress=sys.stderr.isatty(),
         )
+        for note in report["notes"]:
+            print_note(note)
         if not self.check:
             return report
         try:
@@ -111,7 +117,11 @@ class Merge:
             print_note(custom_modules_note(self.base))
             return report
         before = partial(
-            load_exact, self.base, adapter=source, quantization=self.quantization
+            load_exact,
+            self.base,
+            adapter=source,
+            quantization=self.quantization,
+            resize_to_adapter=self.resize_to_adapter,
         )
         after = partial(load_exact, self.output)
         report["logits"] = compare_logits(before, after, tokens)

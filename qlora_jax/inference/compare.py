@@ -157,7 +157,11 @@ def probe(
 
 
 def load_exact(
-    path: Path, *, adapter: Path | None = None, quantization: Any = None
+    path: Path,
+    *,
+    adapter: Path | None = None,
+    quantization: Any = None,
+    resize_to_adapter: bool = False,
 ) -> Model:
     """Loads a model without rounding its weights, to be computed in float32.
 
@@ -168,6 +172,7 @@ def load_exact(
       path: Hugging Face directory.
       adapter: PEFT directory.
       quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
+      resize_to_adapter: let the vocabulary grow to that of the adapter.
 
     Raises:
       CheckpointError: files that are missing, damaged, or of another model.
@@ -179,6 +184,10 @@ def load_exact(
     check_plain(config, path)
     lora = adapters = None
     if adapter is not None:
+        with_tables = convert.with_saved_tables(
+            config, base, adapter, resize=resize_to_adapter
+        )
+        config, base = with_tables.config, with_tables.base
         lora, adapters = convert.load_adapter(adapter, base)
         config = apply_changes(config, lora.base_config_changes)
         adapters = jax.tree.map(jnp.asarray, adapters)

@@ -15,6 +15,7 @@ directories that belong together can be moved together.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,13 @@ class Resolved:
         """Returns the arguments of `convert.load_llama`; see `base_options`."""
         model = None if self.settings is None else self.settings.model
         return base_options(model, quantization, dtype)
+
+
+    def resizes(self, resize_to_adapter: bool | Auto = "auto") -> bool:
+        """Returns whether the base grows to the vocabulary of the adapter."""
+        if resize_to_adapter != "auto":
+            return resize_to_adapter
+        return self.settings is not None and self.settings.model.resize_to_adapter
 
 
 def base_options(
@@ -255,6 +263,7 @@ def load(
     kernels: Kernels = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
+    resize_to_adapter: bool | Auto = "auto",
     strict: bool = True,
     progress: bool = False,
 ) -> Model:
@@ -278,6 +287,9 @@ def load(
         come from the directory (`LlamaConfig.extra_tensors`) or from an adapter that
         saves the modules completely (`modules_to_save`).
       mlp_cls: custom MLP modules.
+      resize_to_adapter: let the vocabulary of the base grow to that of an adapter that
+        was trained with added tokens, as PEFT's AutoPeftModel does. "auto" is what a
+        run directory was trained with, and False elsewhere.
       strict: raise for an adapter that does not fit exactly; otherwise what was not
         used is printed on stderr.
       progress: show a progress bar on stderr.
@@ -297,11 +309,19 @@ def load(
     # Random values of parameters that are in no file; `check_weights` demands that the
     # adapter replaces them.
     module, tree = add_parameters(module, tree, jax.random.key(0))
-    config = module.config
+    config, original = module.config, tree
     drawn = set(config.extra_tensors) - set(stored.extra_tensors)
     lora = adapters = None
     if resolved.adapter is not None:
-        lora, adapters = load_attached(resolved.adapter, directory, tree, strict=strict)
+        with_tables = convert.with_saved_tables(
+            config, tree, resolved.adapter, resize=resolved.resizes(resize_to_adapter)
+        )
+        config, tree = with_tables.config, with_tables.base
+        for note in with_tables.notes:
+            print(f"Note: {note}.", file=sys.stderr)
+        lora, adapters = load_attached(
+            resolved.adapter, directory, tree, original=original, strict=strict
+        )
         config = apply_changes(config, lora.base_config_changes)
     check_weights(drawn, tree, lora, directory)
     tokenizer = load_tokenizer(directory)
