@@ -61,6 +61,7 @@ def merge(
     requantize: Quantized | None = None,
     dtype: str | None = None,
     resize_to_adapter: bool = False,
+    strict: bool = True,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def merge(
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
         keeps each tensor's own.
       resize_to_adapter: let the vocabulary grow to that of the adapter.
+      strict: raise for an adapter that does not fit exactly; otherwise what is left out
+        is among the "notes" of the report.
       max_shard_bytes: size above which the weights are split over several files.
       progress: show a progress bar on stderr.
 
@@ -100,12 +103,12 @@ def merge(
       A report, which is also written into the directory as merge_report.json: "base",
       "base_sha256" (over the base's files), "adapter", "adapter_sha256",
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
-      the adapter has none), "output", "onto", "quantization",
-      "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
-      base lacks), "config_changes" (field -> [before, after]), "notes", "max_abs_change"
-      (against the weights merged onto), "requantization_error" (null, or projection ->
-      {"max_abs", "relative"}, the latter as a ratio of Frobenius norms) and
-      "qlora_jax_version".
+      the adapter has none), "output", "onto", "quantization", "requantize", "dtype",
+      "tensors", "tensors_changed", "tensors_added" (which the base lacks),
+      "config_changes" (field -> [before, after]), "notes" (on what was left out, or is
+      in no file), "max_abs_change" (against the weights merged onto),
+      "requantization_error" (null, or projection -> {"max_abs", "relative"}, the latter
+      as a ratio of Frobenius norms) and "qlora_jax_version".
 
     Raises:
       CheckpointError: a damaged or incomplete directory, file or tensor.
@@ -124,7 +127,10 @@ def merge(
         adapter_path,
         resize=resize_to_adapter,
     )
-    lora, adapters = load_adapter(adapter_path, base.base)
+    skipped: list[str] = []
+    lora, adapters = load_adapter(
+        adapter_path, base.base, strict=strict, skipped=skipped
+    )
     merged = compute_merged_weights(base.config, lora, adapters)
     tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
     stream = _Stream(checkpoint, merged, dtype, quantization, requantize, tables)
@@ -153,7 +159,7 @@ def merge(
             "tensors_changed": stream.changed,
             "tensors_added": len(merged.sources),
             "config_changes": changes,
-            "notes": list(base.notes),
+            "notes": [*base.notes, *skipped],
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,

@@ -5,9 +5,9 @@ The configuration and the model determine which tensors a file must have
 refused, where PEFT would load the tensors that match and leave the others at their
 initial values.
 
-PEFT adds copies: tables of the base (`convert.peft_tables`), fully trained modules under
-several names, and the tensors of an embedding for a tied head that shares them. Copies
-are compared with their originals.
+PEFT adds copies: tables of the base (`convert.peft_tables`), fully trained modules
+under several names, and the tensors of an embedding for a tied head that shares them.
+Copies are compared with their originals.
 """
 
 from __future__ import annotations
@@ -288,6 +288,7 @@ def _compare_base_copies(
     match: _Match, base: Mapping[str, Any], *, strict: bool, notes: list[str]
 ) -> None:
     """Compares tables that PEFT saved with those of the base."""
+    replacing = saved_tables(match.lora, match.files).replacing.values()
     for key, path in match.base_copies.items():
         if path == HEAD and "weight" not in base.get(HEAD[-1], {}):
             path = EMBEDDING  # tied
@@ -298,6 +299,12 @@ def _compare_base_copies(
         difference = _table_difference(match.files, key, np.asarray(table))
         if difference is None:
             continue
+        if key in replacing:
+            raise CheckpointError(
+                f"`{key}` replaces a table of the base ({difference}), so this adapter "
+                "cannot share a base with others. Load it with a base of its own: "
+                "`qlora_jax.load(base, adapter=...)`."
+            )
         if strict:
             raise CheckpointError(
                 f"`{key}` is not the table of this base ({difference}), so the adapter "

@@ -11,6 +11,7 @@ import tyro
 
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import print_note, print_report, run_and_print
+from qlora_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Adapter:
     base_name: str | None = None
     """Base to name in the new adapter_config.json. Default: as before, but a relative
     path that would not lead there from OUT becomes an absolute one."""
+    resize_to_adapter: bool = False
+    """Take an IN that was trained with more tokens than BASE has."""
     strict: bool = True
     """Take what fits of an IN that does not fit exactly, and list on stderr what is
     left out (default: such an IN is refused)."""
@@ -46,6 +49,7 @@ class Adapter:
             peft_directory,
             save_adapter,
             shorten,
+            with_saved_tables,
         )
         from qlora_jax.runs import base_name_for_copy, is_broken_path
 
@@ -56,8 +60,16 @@ class Adapter:
         files = open_model(self.base) if has_weights else None
         source = peft_directory(self.input)
         skipped: list[str] = []
+        base = with_saved_tables(
+            config, lazy_base(config, files), source, resize=self.resize_to_adapter
+        )
+        if base.taken and files is None:
+            raise UserError(
+                f"`{source}` holds tables of its base, and `{self.base}` has no "
+                "weights to compare them with. Give the complete base."
+            )
         lora, adapters = load_adapter(
-            source, lazy_base(config, files), strict=self.strict, skipped=skipped
+            source, base.base, strict=self.strict, skipped=skipped
         )
         base_name = self.base_name
         if base_name is None:
@@ -72,7 +84,8 @@ class Adapter:
             self.output,
             lora,
             adapters,
-            config,
+            base.config,
+            base_tables=base.tables,
             base_model_name_or_path=base_name,
             extra_files=common_chat_template(source),
         )

@@ -45,6 +45,9 @@ class Merge:
     resize_to_adapter: bool = False
     """Let the vocabulary of BASE grow to that of an ADAPTER trained with added tokens
     (default: such an ADAPTER is refused)."""
+    strict: bool = True
+    """Merge what fits of an ADAPTER that does not fit exactly, and list on stderr what
+    is left out (default: such an ADAPTER is refused)."""
     dtype: Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
@@ -73,7 +76,7 @@ class Merge:
 
         source = peft_directory(self.adapter)
         config = open_config(self.base)
-        lora = open_adapter(source)[0]
+        lora = open_adapter(source, strict=self.strict)[0]
         tokens = probe(self.base, config, self.probe, [lora])
         report = merge(
             self.base,
@@ -84,6 +87,7 @@ class Merge:
             requantize=self.requantize,
             dtype=self.dtype,
             resize_to_adapter=self.resize_to_adapter,
+            strict=self.strict,
             max_shard_bytes=self.max_shard_bytes,
             progress=sys.stderr.isatty(),
         )
@@ -122,6 +126,7 @@ class Merge:
             adapter=source,
             quantization=self.quantization,
             resize_to_adapter=self.resize_to_adapter,
+            strict=self.strict,
         )
         after = partial(load_exact, self.output)
         report["logits"] = compare_logits(before, after, tokens)

@@ -162,6 +162,7 @@ def load_exact(
     adapter: Path | None = None,
     quantization: Any = None,
     resize_to_adapter: bool = False,
+    strict: bool = True,
 ) -> Model:
     """Loads a model without rounding its weights, to be computed in float32.
 
@@ -173,6 +174,7 @@ def load_exact(
       adapter: PEFT directory.
       quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
       resize_to_adapter: let the vocabulary grow to that of the adapter.
+      strict: raise for an adapter that does not fit exactly.
 
     Raises:
       CheckpointError: files that are missing, damaged, or of another model.
@@ -188,7 +190,7 @@ def load_exact(
             config, base, adapter, resize=resize_to_adapter
         )
         config, base = with_tables.config, with_tables.base
-        lora, adapters = convert.load_adapter(adapter, base)
+        lora, adapters = convert.load_adapter(adapter, base, strict=strict)
         config = apply_changes(config, lora.base_config_changes)
         adapters = jax.tree.map(jnp.asarray, adapters)
     return Model(

@@ -83,7 +83,6 @@ class Resolved:
         model = None if self.settings is None else self.settings.model
         return base_options(model, quantization, dtype)
 
-
     def resizes(self, resize_to_adapter: bool | Auto = "auto") -> bool:
         """Returns whether the base grows to the vocabulary of the adapter."""
         if resize_to_adapter != "auto":
