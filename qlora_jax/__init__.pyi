@@ -70,5 +70,6 @@ from .runs.evaluation import measure_loss as measure_loss
 # --- Errors ---
 from .errors import UserError as UserError
 from .errors import CheckpointError as CheckpointError
+from .runs.interruption import RunInterrupted as RunInterrupted
 
 __version__: str

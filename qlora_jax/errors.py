@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -185,6 +187,29 @@ def readable_bytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
-def say(line: str) -> None:
-    """Prints a line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Prints a message on stderr: on a terminal, broken at words to its width.
+
+    A file gets whole lines, which can be searched.
+    """
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(_wrap(line, width) for line in text.split("\n"))
+    print(text, file=sys.stderr, flush=True)
+
+
+def _wrap(line: str, width: int) -> str:
+    """Breaks a line at words; what follows an indent or a bullet is indented like it.
+
+    A command to copy stays in one line.
+    """
+    indent = len(line) - len(line.lstrip(" ").removeprefix("- "))
+    if len(line) <= width or indent >= 4:
+        return line
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

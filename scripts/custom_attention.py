@@ -79,7 +79,7 @@ def main(args: Args) -> dict[str, Any]:
             f"{args.steps}."
         )
     # --- 2. Load the standard part; draw what the checkpoint does not have -----------
-    loaded = qj.load(args.model, dtype="float32")
+    loaded = qj.load(args.model, quantization="nf4_dq", dtype="float32")
     lora = qj.LoraConfig(
         r=8,
         lora_alpha=16,
@@ -102,7 +102,7 @@ def main(args: Args) -> dict[str, Any]:
     # --- 4. Save, reload, merge ------------------------------------------------------
     save(args, lora, gated.config, base, with_gate["adapters"])
     options = {"dtype": "float32", "attention_cls": GatedAttention}
-    reloaded = qj.load(args.output / "adapter", **options)
+    reloaded = qj.load(args.output / "adapter", quantization="nf4_dq", **options)
     merged = qj.load(args.output / "merged", quantization=None, **options)
     tokens = jnp.asarray(batches[0]["tokens"][0])
     trained = {"params": base, "lora": qj.bind(with_gate["adapters"], base, lora)}

@@ -287,8 +287,8 @@ class Launcher:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
         self.status = process.returncode
-        accepted = {-number} if number == signal.SIGKILL else {0, -number, 128 + number}
-        if process.returncode not in accepted | {0}:
+        accepted = {0, -number, 128 + number}  # 0: the signal came after the last step
+        if process.returncode not in accepted:
             raise SystemExit(f"status {process.returncode}:\n{self.log.read_text()}")
         return "end" if (metrics.parent / REPORT).is_file() else when
 
@@ -385,11 +385,10 @@ def kill_repeatedly(
         counts["half a checkpoint"] += any(partial_checkpoints)
         counts["half an adapter"] += any(run.glob(f".{ADAPTER}.*"))
         log = launcher.log.read_text()
-        # Another status: the signal came just after the last step.
-        if args.signal == "TERM" and when == "training" and launcher.status == 0:
-            program, _train, command = shlex.split(log.rstrip().splitlines()[-1])
-            if program != "qlora-jax":
-                raise SystemExit(f"no command that continues the run:\n{log}")
+        # At once, while it starts or after the last step, there is none.
+        last = log.rstrip().splitlines()[-1].strip() if log.strip() else ""
+        if args.signal == "TERM" and last.startswith("qlora-jax train "):
+            _program, _train, command = shlex.split(last)
             counts["command to continue"] += 1
         if args.verbose:
             print(f"{kill + 1}: {when}, {late:.3f} s", flush=True)

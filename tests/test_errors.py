@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from qlora_jax.errors import (
@@ -100,3 +102,12 @@ def test_sizes_are_in_decimal_units(nbytes, text):
 def test_progress_goes_to_stderr(capsys):
     say("a line")
     assert capsys.readouterr() == ("", "a line\n")
+
+
+def test_messages_break_at_words_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    say("- a list of words-and-words\n\n    qlora-jax train run/config.toml")
+    assert capsys.readouterr().err == (
+        "- a list of\n  words-and-words\n\n    qlora-jax train run/config.toml\n"
+    )

@@ -22,9 +22,9 @@ class Adapter:
     """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    base: Path
-    """The base model's directory; its config.json is read, and its embedding and head
-    where IN has copies of them to compare."""
+    base: Path | None = None
+    """The base model's directory, where IN's configuration does not lead to it. Its
+    config.json is read, and its embedding and head where IN has copies of them."""
     base_name: str | None = None
     """Base to name in the new adapter_config.json. Default: as before, but a relative
     path that would not lead there from OUT becomes an absolute one."""
@@ -46,35 +46,40 @@ class Adapter:
             load_adapter,
             open_config,
             open_model,
-            peft_directory,
             save_adapter,
             shorten,
             with_saved_tables,
         )
-        from qlora_jax.runs import base_name_for_copy, is_broken_path
+        from qlora_jax.runs import base_name_for_copy, is_broken_path, resolve
 
-        config = open_config(self.base)
+        resolved = resolve(self.input, self.base, strict=self.strict)
+        base, source = resolved.base, resolved.adapter
+        if source is None:
+            raise UserError(
+                f"`{self.input}` is not an adapter or a run directory: it has no "
+                "adapter_config.json."
+            )
+        config = open_config(base)
         has_weights = any(
-            (self.base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)
+            (base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)
         )
-        files = open_model(self.base) if has_weights else None
-        source = peft_directory(self.input)
+        files = open_model(base) if has_weights else None
         skipped: list[str] = []
-        base = with_saved_tables(
+        grown = with_saved_tables(
             config, lazy_base(config, files), source, resize=self.resize_to_adapter
         )
-        if base.taken and files is None:
+        if grown.taken and files is None:
             raise UserError(
-                f"`{source}` holds tables of its base, and `{self.base}` has no "
+                f"`{source}` holds tables of its base, and `{base}` has no "
                 "weights to compare them with. Give the complete base."
             )
         lora, adapters = load_adapter(
-            source, base.base, strict=self.strict, skipped=skipped
+            source, grown.base, strict=self.strict, skipped=skipped
         )
         base_name = self.base_name
         if base_name is None:
             before = lora.base_model_name_or_path
-            base_name = base_name_for_copy(before, source, self.output, self.base)
+            base_name = base_name_for_copy(before, source, self.output, base)
             if is_broken_path(before, source):
                 print_note(
                     f"`{before}`, the base of `{source}`, is not a model directory; "
@@ -84,8 +89,8 @@ class Adapter:
             self.output,
             lora,
             adapters,
-            base.config,
-            base_tables=base.tables,
+            grown.config,
+            base_tables=grown.tables,
             base_model_name_or_path=base_name,
             extra_files=common_chat_template(source),
         )

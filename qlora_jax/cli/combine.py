@@ -20,10 +20,11 @@ class Combine:
 
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    base: Path
-    """The base model's directory; only its config.json is read."""
     adapters: tuple[Path, ...]
     """PEFT directories, or run directories of qlora-jax."""
+    base: Path | None = None
+    """The base model's directory, where the first adapter's configuration does not lead
+    to it; only its config.json is read."""
     weights: tuple[float, ...] | None = None
     """One for each adapter (default: 1 each)."""
     method: Literal["cat", "svd"] = "cat"
@@ -45,9 +46,10 @@ class Combine:
             with_saved_tables,
         )
         from qlora_jax.lora import combine_adapters
-        from qlora_jax.runs import base_name_for_copy
+        from qlora_jax.runs import base_name_for_copy, resolve
 
-        config = open_config(self.base)
+        directory = self.base or resolve(self.adapters[0]).base
+        config = open_config(directory)
         weights = self.weights or (1.0,) * len(self.adapters)
         if len(weights) != len(self.adapters):
             raise UserError(
@@ -74,7 +76,7 @@ class Combine:
         )
         base_names = {
             base_name_for_copy(
-                source_lora.base_model_name_or_path, source, self.output, self.base
+                source_lora.base_model_name_or_path, source, self.output, directory
             )
             for source, (source_lora, _) in zip(sources, loaded, strict=True)
         }

@@ -16,7 +16,7 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.inference import Sampling
 
 if TYPE_CHECKING:
@@ -98,16 +98,16 @@ class Chat(ModelOptions):
         # So a problem of tokenizer, template or settings comes before the first turn.
         self._answer(model, [*opening, {"role": "user", "content": "Hi"}])
         _warn_of_joined_tokens(model, self.chat_template)
-        print(_CHAT_COMMANDS, file=sys.stderr)
+        say(_CHAT_COMMANDS)
         messages = [*opening]
         while (line := _read_line()) is not None:
             if line == "/exit":
                 break
             if line == "/reset":
                 messages = [*opening]
-                print("The conversation starts anew.", file=sys.stderr)
+                say("The conversation starts anew.")
             elif line.startswith("/") and " " not in line:
-                print(f"There is no {line}: {_CHAT_COMMANDS}", file=sys.stderr)
+                say(f"There is no {line}: {_CHAT_COMMANDS}")
             elif line:
                 self._take_turn(model, messages, line)
         return {"messages": messages}
@@ -132,15 +132,15 @@ class Chat(ModelOptions):
             answer = self._answer(model, messages)
             interrupted = _print_stream(answer)
         except UserError as error:
-            print(f"{error}\nThis turn was taken back.", file=sys.stderr)
+            say(f"{error}\nThis turn was taken back.")
             messages.pop()
             return
         # Also of an answer that was stopped: the next turn refers to what was shown.
         messages.append({"role": "assistant", "content": answer.text})
         if interrupted:
-            print("(stopped)", file=sys.stderr)
+            say("(stopped)")
         elif answer.finish_reason == "length":
-            print(f"(cut off after {len(answer.tokens):,} tokens)", file=sys.stderr)
+            say(f"(cut off after {len(answer.tokens):,} tokens)")
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -199,7 +199,7 @@ def _read_line() -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            print(f"\n{_CHAT_COMMANDS}", file=sys.stderr)
+            say(f"\n{_CHAT_COMMANDS}")
 
 
 def main(args: Sequence[str]) -> int:

@@ -52,6 +52,7 @@ class Inspect:
         """
         from convert import adapter_bytes, read_json
         from qlora_jax.planning import estimate_warnings, parameter_report
+        from qlora_jax.runs import base_options
 
         resolved = self._resolve(explicit)
         base, run = resolved.base, resolved.settings
@@ -59,7 +60,8 @@ class Inspect:
             base = base / "config.json"
         config = LlamaConfig.from_hf(read_json(base))
         lora = self._lora(resolved, explicit, config)
-        held = resolved.base_options(self.quantization, self.dtype)
+        model = None if run is None else run.model
+        held = base_options(model, self.quantization, self.dtype)
         train = TrainConfig(steps=1) if run is None else run.train
         if self.optimizer is not None:
             train = dataclasses.replace(train, optimizer=self.optimizer)

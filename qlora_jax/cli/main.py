@@ -1,7 +1,7 @@
-"""`qlora-jax`: train, evaluate, ask, inspect, plan and quantize on a command line.
+"""`qlora-jax`: train, evaluate, ask, inspect, plan, merge and quantize.
 
-Exit status: 0 done, or a run that a signal stopped and that is saved; 1 a failure the
-user can fix (one paragraph on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
+Exit status: 0 done, 1 a failure the user can fix (one paragraph on stderr), 2 wrong
+usage, 130 interrupted, 143 terminated (a run that was training is saved then).
 What a command reports goes to stdout, as a table or, with `--json`, as one JSON object;
 progress goes to stderr.
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from qlora_jax.cli.output import STOPS, leave, report_stop, signals_raise
-from qlora_jax.errors import UserError, did_you_mean
+from qlora_jax.errors import UserError, did_you_mean, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,11 @@ QLORA_JAX = Program(
             summary="Plan the memory of a run on a GPU; reads no weights and no data.",
             module="plan",
         ),
+        "merge": Command(
+            summary="Merge an adapter into its base: a checkpoint that needs no PEFT.",
+            module="merge",
+            function="main_of_qlora_jax",
+        ),
         "quantize": Command(
             summary="Quantize a checkpoint to a bitsandbytes-4bit directory (NF4).",
             module="quantize",
@@ -145,7 +150,7 @@ def _run(command: Command, title: str, args: Sequence[str]) -> int:
         module = importlib.import_module(f"qlora_jax.cli.{command.module}")
         return getattr(module, command.function)(args)
     except UserError as error:
-        print(f"{title}: {error}", file=sys.stderr)
+        say(f"{title}: {error}")
         return command.failure
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2

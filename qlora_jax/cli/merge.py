@@ -1,4 +1,4 @@
-"""The `merge` command of `qlora-convert`: an adapter added into its base."""
+"""The `merge` command of both programs: an adapter added into its base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -20,6 +20,9 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import LlamaConfig
 
+if TYPE_CHECKING:
+    from qlora_jax.runs import Resolved
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -28,23 +31,26 @@ class Merge:
     The report is also written into OUT, as merge_report.json.
     """
 
-    base: Annotated[tyro.conf.Positional[Path], path_argument("BASE")]
-    """The base model's directory."""
     adapter: Annotated[tyro.conf.Positional[Path], path_argument("ADAPTER")]
-    """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
+    """Run directory (its adapter/ is taken), an adapter in one, or PEFT directory."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
-    onto: Literal["original", "dequantized"]
-    """Which weights are added to: the 16 or 32-bit ones of BASE, or the 4-bit ones the
-    adapter was trained on, dequantized."""
+    base: Path | None = None
+    """The base model's directory, where the adapter's configuration does not lead to
+    it."""
+    onto: Literal["original", "dequantized"] | None = None
+    """Which weights are added to: the 16 or 32-bit ones of the base, or the 4-bit ones
+    the adapter was trained on, dequantized. Default: what it was trained on, where that
+    is recorded."""
     quantization: Quantized | None = None
-    """With --onto dequantized and a BASE that is not 4-bit: as in its training."""
+    """With --onto dequantized and a base that is not 4-bit. Default: as in training,
+    where that is recorded."""
     requantize: Quantized | None = None
     """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
     loses precision; the report says how much."""
     resize_to_adapter: bool = False
-    """Let the vocabulary of BASE grow to that of an ADAPTER trained with added tokens
-    (default: such an ADAPTER is refused)."""
+    """Let the vocabulary of the base grow to that of an ADAPTER that was trained with
+    added tokens (default: such an ADAPTER is refused)."""
     strict: bool = True
     """Merge what fits of an ADAPTER that does not fit exactly, and list on stderr what
     is left out (default: such an ADAPTER is refused)."""
@@ -52,8 +58,8 @@ class Merge:
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
     """Load nothing after merging (default: the model is loaded before and after, their
-    logits are compared, and BASE, in the form that is merged onto, is compared with
-    what ADAPTER was trained on)."""
+    logits are compared, and the base, in the form that is merged onto, is compared with
+    what the adapter was trained on)."""
     probe: str | None = None
     """Text to compare logits on (default: 128 fixed token ids)."""
     max_shard_bytes: int = 5_000_000_000
@@ -65,25 +71,27 @@ class Merge:
         """Merges; returns the report."""
         import jax
 
-        from convert import (
-            add_to_report,
-            merge,
-            open_adapter,
-            open_config,
-            peft_directory,
-        )
+        from convert import add_to_report, merge, open_config
         from qlora_jax.inference import probe
+        from qlora_jax.runs import resolve
 
-        source = peft_directory(self.adapter)
-        config = open_config(self.base)
-        lora = open_adapter(source, strict=self.strict)[0]
-        tokens = probe(self.base, config, self.probe, [lora])
+        resolved = resolve(self.adapter, self.base, strict=self.strict)
+        source, lora = resolved.adapter, resolved.lora
+        if source is None or lora is None:
+            raise UserError(
+                f"`{self.adapter}` is not an adapter or a run directory. The base is "
+                f"found by the adapter's configuration, or given with --base: merge "
+                "ADAPTER OUT --base BASE."
+            )
+        config = open_config(resolved.base)
+        onto, quantization = self._choose_weights(resolved)
+        tokens = probe(resolved.base, config, self.probe, [lora])
         report = merge(
-            self.base,
+            resolved.base,
             source,
             self.output,
-            onto=self.onto,
-            quantization=self.quantization,
+            onto=onto,
+            quantization=quantization,
             requantize=self.requantize,
             dtype=self.dtype,
             resize_to_adapter=self.resize_to_adapter,
@@ -96,7 +104,7 @@ class Merge:
         if not self.check:
             return report
         try:
-            report.update(self._check_result(config, source, lora, tokens))
+            report.update(self._check_result(report, config, lora, tokens))
         except (MemoryError, UserError, jax.errors.JaxRuntimeError) as error:
             raise UserError(
                 f"`{self.output}` was written, and could not be checked: {error} "
@@ -105,26 +113,64 @@ class Merge:
         add_to_report(self.output, report)
         return report
 
+    def _choose_weights(
+        self, resolved: Resolved
+    ) -> tuple[Literal["original", "dequantized"], Quantized | None]:
+        """Returns `onto` and `quantization`: as given, else those of the training.
+
+        Raises:
+          UserError: neither is known.
+        """
+        from convert import open_checkpoint
+
+        if open_checkpoint(resolved.base).quantized:
+            return self.onto or "dequantized", self.quantization
+        trained = resolved.trained_form.get("quantization")
+        if trained == "none":
+            trained = None
+        elif trained is None and self.onto is None and self.quantization is None:
+            raise UserError(
+                f"`{resolved.adapter}` does not record what it was trained on. Say "
+                "what to merge it onto: --onto original (the weights of "
+                f"`{resolved.base}`, as PEFT does), or --onto dequantized "
+                "--quantization nf4_dq (what QLoRA training saw of them)."
+            )
+        quantization = self.quantization or trained
+        onto = self.onto or ("original" if quantization is None else "dequantized")
+        return onto, quantization if onto == "dequantized" else self.quantization
+
     def _check_result(
-        self, config: LlamaConfig, source: Path, lora: LoraConfig, tokens: np.ndarray
+        self,
+        merged: Mapping[str, Any],
+        config: LlamaConfig,
+        lora: LoraConfig,
+        tokens: np.ndarray,
     ) -> dict[str, Any]:
-        """Loads the models before and after; returns what the report gets from that."""
+        """Loads the models before and after; returns what the report gets from that.
+
+        Args:
+          merged: report of `merge`.
+          config: of the base.
+          lora: of the adapter.
+          tokens: to compare logits on.
+        """
         from qlora_jax.inference import compare_logits, load_exact
 
-        form = trained_form_of(self.base, lora)
+        base, source = Path(merged["base"]), Path(merged["adapter"])
+        form = trained_form_of(base, lora)
         report: dict[str, Any] = {
-            "trained_on_this_base": self._is_trained_form(form, source),
+            "trained_on_this_base": self._is_trained_form(form, merged),
             "trained_form": form or None,
             "logits": None,
         }
         if config.extra_tensors:
-            print_note(custom_modules_note(self.base))
+            print_note(custom_modules_note(base))
             return report
         before = partial(
             load_exact,
-            self.base,
+            base,
             adapter=source,
-            quantization=self.quantization,
+            quantization=merged["quantization"],
             resize_to_adapter=self.resize_to_adapter,
             strict=self.strict,
         )
@@ -132,29 +178,30 @@ class Merge:
         report["logits"] = compare_logits(before, after, tokens)
         return report
 
-    def _is_trained_form(self, form: str | Literal[False] | None, source: Path) -> Any:
+    def _is_trained_form(
+        self, form: str | Literal[False] | None, merged: Mapping[str, Any]
+    ) -> bool | None:
         """Whether the adapter was trained on what it was merged onto; None: unknown."""
+        from qlora_jax.inference import dense_dtypes
+
+        base, source = Path(merged["base"]), Path(merged["adapter"])
         if form is None:
             return None
         if form is False:
-            print_note(other_base_note(source, self.base))
+            print_note(other_base_note(source, base))
             return False
+        onto = form
         # With --onto original the user chose these weights, whatever was trained on.
-        onto = form if self.onto == "original" else self._dequantized_form()
+        if merged["onto"] == "dequantized":
+            # Tensors that stay dense are cast to the dtype of the result.
+            dense = self.dtype or ", ".join(sorted(dense_dtypes(base)))
+            onto = f"{merged['quantization'] or '4-bit'}, {dense}"
         if form != onto:
             print_note(
-                f"`{source}` was trained on `{self.base}` as {form}, and was "
-                f"merged onto {onto}"
+                f"`{source}` was trained on `{base}` as {form}, and was merged onto "
+                f"{onto}; --dtype and --quantization choose these"
             )
         return form == onto
-
-    def _dequantized_form(self) -> str:
-        """Names the dequantized weights as `trained_form` does."""
-        from qlora_jax.inference import dense_dtypes
-
-        # Tensors that stay dense are cast to the dtype of the result.
-        dense = self.dtype or ", ".join(sorted(dense_dtypes(self.base)))
-        return f"{self.quantization or '4-bit'}, {dense}"
 
 
 def _print(report: Mapping[str, Any]) -> None:
@@ -165,7 +212,10 @@ def _print(report: Mapping[str, Any]) -> None:
     print_report({**report, "config_changes": changes})
 
 
-def main(args: Sequence[str]) -> int:
-    """Runs `qlora-convert merge`; returns the exit status."""
-    command = parse(Merge, args, prog="qlora-convert merge", config=FLAGS)
+def main(args: Sequence[str], prog: str = "qlora-convert merge") -> int:
+    """Runs the command; returns the exit status."""
+    command = parse(Merge, args, prog=prog, config=FLAGS)
     return run_and_print(command.run, as_json=command.json, show=_print)
+
+
+main_of_qlora_jax = partial(main, prog="qlora-jax merge")

@@ -23,6 +23,7 @@ from tyro.constructors import (
 )
 
 from qlora_jax.choices import Attention, Auto, Dtype, Quantization
+from qlora_jax.errors import say
 from qlora_jax.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -68,11 +69,10 @@ class ModelOptions:
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
     quantization: Auto | Quantization = "auto"
-    """Of the base's linear layers; auto = as a run directory was trained (its output
-    head included), else nf4_dq."""
+    """Of the base's linear layers; auto = as run or adapter were trained (the output
+    head included), and as stored without a record of that."""
     dtype: Auto | Dtype = "auto"
-    """Of activations and dense tensors; auto = as a run directory was trained, else
-    bfloat16."""
+    """Of activations and dense tensors; auto likewise."""
     attention: Attention = "auto"
     """Attention implementation."""
     resize_to_adapter: bool = False
@@ -102,9 +102,8 @@ class ModelOptions:
             strict=self.strict,
             progress=sys.stderr.isatty(),
         )
-        # A dense checkpoint is quantized on the way in by default, which matters to
-        # whoever compares two losses.
-        print(model.description, file=sys.stderr)
+        # Quantization and dtype matter to whoever compares two losses.
+        say(model.description)
         return model
 
 

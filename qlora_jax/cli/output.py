@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qlora_jax.errors import say
 from qlora_jax.runs import SIGNALS, AtOnce
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def format_value(value: Any) -> str:
 
 def print_note(text: str) -> None:
     """Prints a note on stderr."""
-    print(f"Note: {text}.", file=sys.stderr)
+    say(f"Note: {text}.")
 
 
 def console() -> Console:
@@ -246,7 +247,7 @@ def report_stop(command: str, error: BaseException, hint: str = "") -> int:
     how = "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, AtOnce):
         how = "ended at once"
-    print(f"{command}: {how}.{hint}", file=sys.stderr)
+    say(f"{command}: {how}.{hint}")
     # As shells report a process that a signal ended.
     return 128 + _RAISED_BY[type(error)]
 

@@ -21,7 +21,7 @@ import tyro
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.data import DataConfig, load_examples
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 
 _NO_DATA = "none"  # special tokens and those of the chat template only
 
@@ -136,7 +136,7 @@ class Tokens:
         if tokenizer is None and self.data.needs_tokenizer:
             raise UserError("The model has no tokenizer, which the data needs.")
         examples = load_examples(self.data, tokenizer, vocab_size=vocab_size)
-        print(examples.report.summary(), file=sys.stderr)
+        say(examples.report.summary())
         return used_tokens(examples.used(), tokenizer)
 
 

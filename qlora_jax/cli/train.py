@@ -12,9 +12,14 @@ from typing import Any
 import tyro
 
 from qlora_jax.cli.options import parse
-from qlora_jax.cli.output import Terminated, print_report, report_stop
+from qlora_jax.cli.output import (
+    Terminated,
+    format_value,
+    print_report,
+    report_stop,
+)
+from qlora_jax.errors import readable_bytes, say
 from qlora_jax.runs import (
-    SETTINGS,
     AtOnce,
     RunConfig,
     check_options,
@@ -33,7 +38,7 @@ def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax train`; returns the exit status."""
     config, explicit = from_arguments(args)
     # What a run needs takes seconds to import, and `--help` does without it.
-    from qlora_jax.runs import process_seconds, run
+    from qlora_jax.runs import RunInterrupted, process_seconds, run
 
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -42,6 +47,10 @@ def main(args: Sequence[str]) -> int:
         # step.
         began = time.perf_counter() - process_seconds()
         report = run(config, explicit_lora=explicit, began=began)
+    except RunInterrupted as error:
+        # Not 0, which schedulers and `train a && train b` take for a finished run.
+        say(f"qlora-jax train: {error}")
+        return error.status
     except (KeyboardInterrupt, Terminated) as error:
         idle = "" if isinstance(error, AtOnce) else " No step was under way."
         return report_stop("qlora-jax train", error, idle + _CONTINUES)
@@ -75,21 +84,30 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
 
 
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:
-    from qlora_jax.runs import ADAPTER
+    from qlora_jax.runs import ADAPTER, BEST, REPORT_PAGE
 
-    if "interrupted" in report:
-        settings = str(Path(config.output_dir) / SETTINGS)
-        print(
-            f"Stopped by {report['interrupted']} after step {report['step']}; all of "
-            "it is saved. To continue:\n\n    qlora-jax train "
-            f"{shlex.quote(settings)}"
+    directory, evaluation = Path(config.output_dir), report["eval"] or {}
+    best_step, tuned = evaluation.get("best_step"), directory
+    rows = {
+        "run directory": str(directory),
+        "report": str(directory / REPORT_PAGE),
+        "steps": report["steps"],
+        "final loss": report["final_loss"],
+    }
+    if best_step is not None:
+        rows["best held-out loss"] = (
+            f"{format_value(evaluation['best_loss'])} (after step {best_step:,})"
         )
-        return
-    shown = ("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes")
-    print_report(
-        {
-            "run directory": config.output_dir,
-            "adapter": str(Path(config.output_dir) / ADAPTER),
-            **{name: report[name] for name in shown},
-        }
+        if best_step != report["steps"]:
+            tuned = directory / BEST
+            rows["best adapter"] = str(tuned)
+    rows["adapter"] = (
+        f"{directory / ADAPTER} ({readable_bytes(report['adapter_bytes'])})"
     )
+    rows["trained parameters"] = report["trainable_parameters"]
+    print_report({**rows, "by module": report["groups"]})
+    path = shlex.quote(str(tuned))
+    use = f"chat {path}"
+    if all(source.format != "messages" for source in config.data.each):
+        use = f'generate {path} --prompt "..."'
+    print(f"\nTo use it:\n\n    qlora-jax {use}\n    qlora-jax merge {path} merged")

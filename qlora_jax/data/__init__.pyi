@@ -5,7 +5,6 @@ from .batches import Batches as Batches
 from .batches import eval_batches as eval_batches
 from .batches import prefetch as prefetch
 from .chat import ChatRenderer as ChatRenderer
-from .chat import to_messages as to_messages
 from .config import LOCATION_FIELDS as LOCATION_FIELDS
 from .config import SOURCE_FIELDS as SOURCE_FIELDS
 from .config import DataConfig as DataConfig
@@ -14,6 +13,7 @@ from .config import Source as Source
 from .config import TooLong as TooLong
 from .config import TrainOn as TrainOn
 from .config import name_of as name_of
+from .conversations import to_messages as to_messages
 from .encoding import IGNORE as IGNORE
 from .encoding import Segmented as Segmented
 from .encoding import tokenize as tokenize

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data.chat import ChatRenderer, is_trained, to_messages, tools_of
+from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
+from qlora_jax.data.conversations import is_trained, to_messages, tools_of
 from qlora_jax.data.rows import Fields, Row, fields_of, text_of
 from qlora_jax.errors import Problems, UserError
 

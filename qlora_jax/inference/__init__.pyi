@@ -6,7 +6,9 @@ from .compare import probe as probe
 from .config import Sampling as Sampling
 from .decode import generate_tokens as generate_tokens
 from .identity import base_form as base_form
+from .identity import common_dtype as common_dtype
 from .identity import dense_dtypes as dense_dtypes
+from .identity import main_dtype as main_dtype
 from .identity import trained_form as trained_form
 from .model import Model as Model
 from .model import load_attached as load_attached

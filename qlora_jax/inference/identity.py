@@ -8,9 +8,11 @@ from one with other weights.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import convert
 from convert import (
@@ -23,8 +25,10 @@ from convert import (
     training_record,
 )
 from qlora_jax import tree as trees
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import CHANGEABLE_FIELDS, LlamaConfig, is_projection, undo_changes
+from qlora_jax.models import params as model_params
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
 
@@ -32,16 +36,16 @@ from qlora_jax.tree import HEAD
 def describe_quantization(base: Mapping[str, Any]) -> str:
     """Returns the quantization of the linear layers of a base, in words."""
     forms = {"nf4_dq": "NF4, double-quantized", "nf4": "NF4", "none": "dense"}
-    head = dict(trees.walk(base)).get((*HEAD, "weight"))
-    packed_head = ", lm_head too" if isinstance(head, NF4Tensor) else ""
-    return forms[base_form(base)["quantization"]] + packed_head
+    form = base_form(base)
+    packed_head = ", lm_head too" if form["lm_head"] == "nf4" else ""
+    return forms[form["quantization"]] + packed_head
 
 
 def base_form(base: Mapping[str, Any]) -> dict[str, str]:
     """Returns quantization and dtype of a base, in the words of a training record.
 
-    "quantization" is "nf4", "nf4_dq" or "none"; "dtype" lists the dtypes of the dense
-    tensors.
+    "quantization" is "nf4", "nf4_dq" or "none"; "lm_head" is "nf4" for a packed head,
+    else "auto"; "dtype" lists the dtypes of the dense tensors.
     """
     leaves = [leaf for _, leaf in trees.walk(base)]
     packed = next((leaf for leaf in leaves if isinstance(leaf, NF4Tensor)), None)
@@ -49,7 +53,12 @@ def base_form(base: Mapping[str, Any]) -> dict[str, str]:
     quantization = "none"
     if packed is not None:
         quantization = "nf4_dq" if packed.double_quant else "nf4"
-    return {"quantization": quantization, "dtype": ", ".join(sorted(dense))}
+    head = dict(trees.walk(base)).get((*HEAD, "weight"))
+    return {
+        "quantization": quantization,
+        "lm_head": "nf4" if isinstance(head, NF4Tensor) else "auto",
+        "dtype": ", ".join(sorted(dense)),
+    }
 
 
 def describe_adapter(path: Path) -> str:
@@ -136,6 +145,19 @@ def common_dtype(path: Path) -> str | None:
     for key, (param_path, _) in checkpoint_keys(checkpoint.config).items():
         dtypes.setdefault(param_path, set()).add(checkpoint.dtype(key))
     return "float32" if any(len(seen) > 1 for seen in dtypes.values()) else None
+
+
+def main_dtype(path: Path) -> Dtype:
+    """Returns the dtype that most parameters of a model are stored in.
+
+    Args:
+      path: Hugging Face directory; 4-bit weights count in the dtype of their values.
+    """
+    checkpoint = open_checkpoint(path)
+    shapes, counts = model_params.shapes(checkpoint.config), Counter[str]()
+    for key, (param_path, _) in checkpoint_keys(checkpoint.config).items():
+        counts[checkpoint.dtype(key)] += math.prod(shapes[param_path])
+    return max(get_args(Dtype), key=lambda name: counts[name])
 
 
 def dense_dtypes(path: Path) -> set[str]:

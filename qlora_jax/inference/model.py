@@ -1,6 +1,6 @@
 """The loaded model: logits, generation, chat, and exchange of adapters.
 
-    model = load("path/to/hf-llama")          # quantized to NF4 while it is read
+    model = load("path/to/hf-llama")          # as it is stored
     model = load("path/to/peft-adapter")      # loads its base and attaches the adapter
 
 `Model` holds plain data (configuration, two trees, tokenizer) and no other state.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from jaxtyping import Array, Float32
 
 import convert
 from convert import chat_template_file, peft_directory, shorten
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
 from qlora_jax.inference.identity import (
@@ -377,9 +376,9 @@ def load_attached(
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
     for note in shorten(skipped):
-        print(f"Not used of `{adapter}`: {note}.", file=sys.stderr)
+        say(f"Not used of `{adapter}`: {note}.")
     original = base if original is None else original
     note = base_mismatch(adapter, path, original, lora.base_fingerprint)
     if note is not None:
-        print(note, file=sys.stderr)
+        say(note)
     return lora, jax.tree.map(jnp.asarray, adapters)

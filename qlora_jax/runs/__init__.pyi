@@ -4,6 +4,7 @@ from .config import EvalConfig as EvalConfig
 from .config import ModelConfig as ModelConfig
 from .config import RunConfig as RunConfig
 from .directory import ADAPTER as ADAPTER
+from .directory import BEST as BEST
 from .directory import STARTED as STARTED
 from .directory import find_run as find_run
 from .directory import read_settings as read_settings
@@ -14,8 +15,10 @@ from .evaluation import Loss as Loss
 from .evaluation import measure_loss as measure_loss
 from .interruption import SIGNALS as SIGNALS
 from .interruption import AtOnce as AtOnce
+from .interruption import RunInterrupted as RunInterrupted
 from .loading import Resolved as Resolved
 from .loading import base_name_for_copy as base_name_for_copy
+from .loading import base_options as base_options
 from .loading import is_broken_path as is_broken_path
 from .loading import load as load
 from .loading import resolve as resolve
@@ -32,5 +35,4 @@ from .report import read_run as read_run
 from .report import render_page as render_page
 from .report import render_run as render_run
 from .runner import run as run
-from .toml import SETTINGS as SETTINGS
 from .toml import read_config as read_config

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 # Requests to end: schedulers send the first, Ctrl-C the second.
@@ -27,6 +29,30 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class AtOnce(KeyboardInterrupt):
     """The user signalled again during the save, and does not want to wait for it."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A signal stopped a run between two steps; everything up to there is saved.
+
+    Not an error of the run, so `except Exception` lets it pass, and what follows an
+    unfinished run is not done: the next cell of a notebook, the next line of a script.
+
+    Attributes:
+      signal: "SIGTERM" or "SIGINT".
+      step: steps taken.
+      steps: steps of the whole run.
+      command: continues the run; so does the same call of `run`.
+      status: exit status of a process that a signal ended (143 or 130).
+    """
+
+    def __init__(self, name: str, step: int, steps: int, settings: Path):
+        self.signal, self.step, self.steps = name, step, steps
+        self.command = f"qlora-jax train {shlex.quote(str(settings))}"
+        self.status = 128 + signal.Signals[name]
+        super().__init__(
+            f"stopped by {name} after step {step} of {steps}; everything is saved. To "
+            f"continue:\n\n    {self.command}"
+        )
 
 
 class Interruption:

@@ -14,9 +14,9 @@ directories that belong together can be moved together.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,10 +33,11 @@ from convert import (
     load_tokenizer,
     open_adapter,
     peft_directory,
+    training_record,
 )
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
-from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.inference import Model, load_attached
+from qlora_jax.errors import CheckpointError, UserError, say
+from qlora_jax.inference import Model, common_dtype, load_attached, main_dtype
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import (
     Compute,
@@ -74,14 +75,41 @@ class Resolved:
         """Jinja file of the adapter's conversations, if it has one."""
         return chat_template_file(self.adapter)
 
-    def base_options(
+    @property
+    def trained_form(self) -> Mapping[str, Any]:
+        """How the base was held in training; {} if neither run nor adapter records it.
+
+        "quantization" of the linear layers, "lm_head" ("nf4" if it was packed too), and
+        "dtype" of the other tensors, a list where there were several.
+        """
+        if self.settings is not None:
+            return dataclasses.asdict(self.settings.model)
+        record = {} if self.adapter is None else training_record(self.adapter)
+        is_known = record.get("quantization") in get_args(Quantization)
+        return record if is_known else {}
+
+    def load_options(
         self,
         quantization: Auto | Quantization | None = "auto",
         dtype: Auto | Dtype = "auto",
-    ) -> dict[str, Any]:
-        """Returns the arguments of `convert.load_llama`; see `base_options`."""
-        model = None if self.settings is None else self.settings.model
-        return base_options(model, quantization, dtype)
+    ) -> tuple[dict[str, Any], Dtype]:
+        """Returns the arguments of `convert.load_llama`, and the dtype to compute in.
+
+        "auto" is as in training where the run or the adapter records it. Elsewhere the
+        base stays as it is stored, to be computed in the dtype of most parameters.
+        """
+        form = self.trained_form
+        trained = ModelConfig(
+            path="",
+            quantization=form.get("quantization", "none"),
+            lm_head="nf4" if form.get("lm_head") == "nf4" else "auto",
+        )
+        options = base_options(trained, quantization, dtype)
+        if dtype != "auto":
+            return options, dtype
+        if form.get("dtype") in get_args(Dtype):
+            return {**options, "dtype": form["dtype"]}, form["dtype"]
+        return {**options, "dtype": common_dtype(self.base)}, main_dtype(self.base)
 
     def resizes(self, resize_to_adapter: bool | Auto = "auto") -> bool:
         """Returns whether the base grows to the vocabulary of the adapter."""
@@ -276,10 +304,9 @@ def load(
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
       quantization: of the linear layers: NF4, NF4 with double quantization, or none
-        (None means the same). "auto" is what a run directory was trained with, the
-        output head included, and "nf4_dq" elsewhere.
-      dtype: of activations and of the tensors that stay dense. "auto" is what a run
-        directory was trained with, and "bfloat16" elsewhere.
+        (None means the same). "auto" is what a run or an adapter was trained with, the
+        output head included, where that is recorded; else the base stays as stored.
+      dtype: of activations and of the tensors that stay dense; "auto" likewise.
       attention: implementation.
       kernels: of products with packed weights, as `Compute` takes them.
       attention_cls: custom attention modules, as `Llama` takes them. Their tensors
@@ -301,8 +328,8 @@ def load(
     if not isinstance(resolved, Resolved):
         resolved = resolve(resolved, base, adapter, strict=strict)
     directory = resolved.base
-    options = resolved.base_options(quantization, dtype)
-    compute = Compute(dtype=options["dtype"], attention=attention, kernels=kernels)
+    options, compute_dtype = resolved.load_options(quantization, dtype)
+    compute = Compute(dtype=compute_dtype, attention=attention, kernels=kernels)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
     # Random values of parameters that are in no file; `check_weights` demands that the
@@ -317,7 +344,7 @@ def load(
         )
         config, tree = with_tables.config, with_tables.base
         for note in with_tables.notes:
-            print(f"Note: {note}.", file=sys.stderr)
+            say(f"Note: {note}.")
         lora, adapters = load_attached(
             resolved.adapter, directory, tree, original=original, strict=strict
         )

@@ -408,7 +408,8 @@ class Watch:
             numbers += f"  MFU {row['mfu']:.1%}"
         numbers += f"  {readable_bytes(row['peak_memory_bytes'])}"
         self._bar.update(self._task, completed=step, numbers=numbers)
-        if not self._plain or (step % self.every and step != self.steps):
+        is_shown = step % self.every == 0 or step in (self.start + 1, self.steps)
+        if not (self._plain and is_shown):
             return
         line = f"step {step}/{self.steps}  {numbers}  lr {row['learning_rate']:.2e}"
         # Extrapolated without the first step, which waited for the compiler.

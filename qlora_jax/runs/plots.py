@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from qlora_jax.errors import say
 from qlora_jax.runs.metrics import read_evaluations, read_metrics
 
 LOSS_PLOT = "loss.png"
@@ -81,7 +81,7 @@ def draw_loss(directory: Path, *, quiet: bool = False) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         if not quiet:
-            print("loss.png is not drawn: pip install matplotlib.", file=sys.stderr)
+            say("loss.png is not drawn: pip install matplotlib.")
         return None
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     loss_axes, rate_axes = figure.subplots(2, sharex=True, height_ratios=(4, 1))
@@ -195,7 +195,7 @@ class BackgroundPlot:
         except (
             OSError
         ) as error:  # on a full disk the checkpoints fail the run, not this
-            print(f"Note: loss.png was not drawn: {error}.", file=sys.stderr)
+            say(f"Note: loss.png was not drawn: {error}.")
         # t seconds of drawing, then t / 0.005 without one.
         self._due = self._clock() + (self._clock() - began) / _TIME_SHARE
 

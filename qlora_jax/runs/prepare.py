@@ -110,10 +110,13 @@ def prepare(
       problems: problems so far, raised together with those of this function.
 
     Raises:
-      UserError: every problem. Large data are read only if there is no other problem.
+      UserError: every problem. Large data are read only if there is no other problem,
+        and none if the directory or a changed setting is refused.
       CheckpointError: files of the model or of an adapter are missing or damaged, and
         there is no other problem.
     """
+    # A directory that is refused makes all else moot.
+    blocked = len(problems) > 0
     quick = _check_paths(config, problems)
     resumed = bool(saved_steps(Path(config.output_dir) / CHECKPOINTS))
     options = base_options(config.model)
@@ -143,7 +146,12 @@ def prepare(
     if starts_fresh or origin is not None:
         with problems.collecting():
             trained = _select_trained(config, model.config, base)
-    if quick or not len(problems):
+    if resumed:  # a changed setting needs no data to be seen
+        before = len(problems)
+        with problems.collecting():
+            check_continues(config, steps=config.train.steps)
+        blocked = blocked or len(problems) > before
+    if not blocked and (quick or not len(problems)):
         with problems.collecting():
             data = _load_data(config, model.config)
     if resumed and data is not None:
@@ -374,6 +382,8 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
     compute = Compute(
         dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
     )
+    rows, length = data.batches[0]["tokens"].shape[1:]
+    say(f"Compiling the step, of {rows:,} x {length:,} tokens.")
     compiled = compile_step(
         model.clone(compute=compute),
         # Every batch has the shapes of the first, so one compilation serves the run.

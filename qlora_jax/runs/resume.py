@@ -116,10 +116,17 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
-def check_continues(config: RunConfig, data_fingerprint: str, steps: int) -> None:
+def check_continues(
+    config: RunConfig, data_fingerprint: str | None = None, steps: int | None = None
+) -> None:
     """Raises early what `continue_run` would raise once the base is loaded.
 
     Ignores damaged checkpoints, and what the base contains.
+
+    Args:
+      config: the run.
+      data_fingerprint: of the training examples; None = not known yet.
+      steps: length of the run, likewise.
 
     Raises:
       UserError: the run was started with something else, or is longer already.
@@ -131,8 +138,9 @@ def check_continues(config: RunConfig, data_fingerprint: str, steps: int) -> Non
                 saved = checkpoints.record(step)
             except DamagedCheckpointError:
                 continue
-            record = run_record(config, saved["base_fingerprint"], data_fingerprint)
-            _check_record(saved, record, steps)
+            data = data_fingerprint or saved["data"]["fingerprint"]
+            record = run_record(config, saved["base_fingerprint"], data)
+            _check_record(saved, record, saved["batches"] if steps is None else steps)
             return
 
 

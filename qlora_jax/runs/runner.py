@@ -63,7 +63,7 @@ from qlora_jax.runs.directory import (
     template_text,
 )
 from qlora_jax.runs.evaluation import Evaluation
-from qlora_jax.runs.interruption import Interruption
+from qlora_jax.runs.interruption import Interruption, RunInterrupted
 from qlora_jax.runs.metrics import Watch, open_trackers, read_evaluations, work_of
 from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
@@ -84,8 +84,7 @@ def run(
     """Trains, or continues, a run; returns the content of report.json.
 
     SIGTERM or SIGINT while it trains (in the main thread) end it after the current
-    step, with a checkpoint. It then returns `{"interrupted": "SIGTERM", "step": 120}`,
-    there is no report.json, and the same call continues.
+    step, with a checkpoint and without a report.json; the same call continues.
 
     Args:
       config: the run.
@@ -102,6 +101,7 @@ def run(
         is not finite.
       CheckpointError: model, tokenizer or checkpoint files that are missing or
         damaged, or a run directory that cannot be written.
+      RunInterrupted: SIGTERM or SIGINT; a `KeyboardInterrupt`.
     """
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
@@ -131,6 +131,7 @@ class LoadedBase:
 def _load_base(prepared: PreparedRun) -> LoadedBase:
     """Loads the base into the memories of the plan; describes what is trained."""
     config, policy = prepared.config, prepared.compiled.plan.policy
+    say(f"Loading `{config.model.path}`.")
     architecture, base = convert.load_llama(
         config.model.path, **prepared.base_options, progress=sys.stderr.isatty()
     )
@@ -223,7 +224,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             if reason is not None:
                 say(f"The run ends after step {taken} of {steps}: {reason}.")
             elif signal is not None:
-                return {"interrupted": signal, "step": taken}
+                raise RunInterrupted(signal, taken, steps, directory / SETTINGS)
         return _write_report(loop, facts, taken, reason)
 
 

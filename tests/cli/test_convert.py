@@ -75,7 +75,7 @@ def packed(tiny_model, tmp_path):
         ("merge", "a"),
         ("verify", "a"),
         ("model", "a", "b", "--dtype", "int8"),
-        ("merge", "a", "b", "c"),  # --onto is never guessed
+        ("merge", "a", "b", "--onto", "base"),
     ],
 )
 def test_wrong_usage_exits_with_2(refused, args):
@@ -187,7 +187,7 @@ def test_custom_modules_compare_no_logits(
         assert compared["equal"] is (other is a) and compared["logits"] is None
         (note,) = compared["notes"]
         assert note.startswith(why)
-    args = ("merge", base, a, tmp_path / "o", "--onto", "original", "--json")
+    args = ("merge", a, tmp_path / "o", "--base", base, "--onto", "original", "--json")
     status, text, err = run(*args)
     assert status == 0 and err.startswith(f"Note: {why}")
     assert json.loads(text)["logits"] is None
@@ -340,7 +340,10 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
 
 def test_merge(run, report, refused, tiny, tiny_model, packed, make_adapter, tmp_path):
     adapter, out = make_adapter(tiny), tmp_path / "o"
-    merged = report("merge", tiny_model, adapter, out, "--onto", "original")
+    of = ("--base", tiny_model)
+    # What it was trained on is recorded nowhere, and not guessed.
+    refused("does not record what it was trained on", "merge", adapter, out, *of)
+    merged = report("merge", adapter, out, *of, "--onto", "original")
     assert merged["tensors_changed"] == 4
     logits = merged["logits"]
     assert logits["probe_tokens"] == 64  # its context is 32
@@ -350,18 +353,20 @@ def test_merge(run, report, refused, tiny, tiny_model, packed, make_adapter, tmp
     assert read(out, "merge_report.json") == merged
     convert.merge(tiny_model, adapter, tmp_path / "p")
     assert compare(out, tmp_path / "p").equal
-    args = ("merge", packed, adapter, tmp_path / "q", "--onto")
-    status, text, _ = run(*args, "dequantized", "--dtype", "bfloat16", "--no-check")
+    # Of a 4-bit base there is one form, the default.
+    args, of = ("merge", adapter, tmp_path / "q"), ("--base", packed)
+    status, text, _ = run(*args, *of, "--dtype", "bfloat16", "--no-check")
     assert status == 0
     assert "logits" not in text
     assert table(text)["config_changes"] == "none"
     assert table(text)["requantization_error"] == "-"
-    refused("no original to merge", *args[:3], tmp_path / "r", "--onto", "original")
+    refused("no original to merge", *args[:2], tmp_path / "r", *of, "--onto=original")
+    refused("is not an adapter or a run", "merge", tiny_model, tmp_path / "r")
 
 
 def test_merge_quantized_and_again(run, tiny, tiny_model, make_adapter, tmp_path):
     adapter, out = make_adapter(tiny, seed=3), tmp_path / "o"
-    args = ("merge", tiny_model, adapter, out, "--onto", "dequantized")
+    args = ("merge", adapter, out, "--base", tiny_model)  # --onto follows
     status, text, _ = run(*args, "--quantization", "nf4_dq", "--requantize", "nf4")
     assert status == 0
     report = read(out, "merge_report.json")
@@ -386,7 +391,7 @@ def test_the_base_that_was_trained_on(run, report, tiny, tiny_model, adapter, tm
     note = f"Note: `{other}` was trained on another base than `{tiny_model}`.\n"
     for adapter, form, err in ((known, "nf4, bfloat16", ""), (other, None, note)):
         out = tmp_path / f"merged-{adapter.name}"
-        args = ("merge", tiny_model, adapter, out, "--onto", "original")
+        args = ("merge", adapter, out, "--base", tiny_model, "--onto", "original")
         merged = report(*args, note=err)
         assert merged["trained_on_this_base"] is (form is not None)
         assert merged["trained_form"] == form
@@ -398,10 +403,11 @@ def test_the_base_that_was_trained_on(run, report, tiny, tiny_model, adapter, tm
     ):
         note = (
             f"Note: `{known}` was trained on `{tiny_model}` as nf4, bfloat16, and was "
-            f"merged onto {quantization}, {dtype}.\n"
+            f"merged onto {quantization}, {dtype}; --dtype and --quantization choose "
+            "these.\n"
         )
-        args = ("merge", tiny_model, known, tmp_path / f"{quantization}-{dtype}")
-        args += ("--onto", "dequantized", "--quantization", quantization)
+        args = ("merge", known, tmp_path / f"{quantization}-{dtype}")
+        args += ("--base", tiny_model, "--quantization", quantization)
         merged = report(*args, "--dtype", dtype, note="" if here else note)
         assert merged["trained_on_this_base"] is here
     status, text, _ = run("verify", known, other)
@@ -422,7 +428,7 @@ def test_a_failed_check_is_told(refused, monkeypatch, tiny_model, adapter, tmp_p
         raise MemoryError("Unable to allocate 16 GiB.")
 
     monkeypatch.setattr("qlora_jax.inference.compare_logits", fail)
-    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
+    args = ("merge", adapter, tmp_path / "o", "--base", tiny_model, "--onto")
     err = refused(f"`{tmp_path / 'o'}` was written, and could not", *args, "original")
     assert "Unable to allocate 16 GiB. With --no-check nothing is loaded" in err
     assert "logits" not in read(tmp_path / "o", "merge_report.json")
@@ -433,7 +439,8 @@ def test_a_probe_text(run, report, shared_data, tmp_path):
     base, out = shared_data / "stories260K", tmp_path / "o"
     adapter = shared_data / "adapters" / "stories260K-lora-r8-shakespeare"
     probe = ("--probe", "Once upon a time")
-    merged = report("merge", base, adapter, out, "--onto", "original", *probe)
+    of = ("--base", base, "--onto", "original")
+    merged = report("merge", adapter, out, *of, *probe)
     assert 2 < merged["logits"]["probe_tokens"] < 20
     status, text, _ = run("verify", base, out, *probe)
     assert status == 1
@@ -441,7 +448,7 @@ def test_a_probe_text(run, report, shared_data, tmp_path):
 
 
 def test_a_probe_text_without_a_tokenizer(refused, tiny_model, adapter, tmp_path):
-    args = ("merge", tiny_model, adapter, tmp_path / "o", "--onto")
+    args = ("merge", adapter, tmp_path / "o", "--base", tiny_model, "--onto")
     message = "has no tokenizer to read a probe text with"
     refused(message, *args, "original", "--probe", "text")
     assert not (tmp_path / "o").exists()

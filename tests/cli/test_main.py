@@ -130,7 +130,8 @@ def test_a_run_needs_no_file(cli, out, model_dir, rows_file):
 def test_train_then_ask_about_the_run(cli, settings, out, refused, rows_file):
     status, text, err = cli("train", settings("learning_rate = 0.01"))
     assert status == 0 and "step 2/2" in err
-    assert f"{out / 'adapter'}" in text and "trainable_parameters" in text
+    assert f"{out / 'adapter'}" in text and "trained parameters" in text
+    assert text.endswith(f"qlora-jax merge {out} merged\n")
     report = json.loads((out / "report.json").read_text())
 
     # inspect: the same counts, from the configuration alone.
@@ -173,6 +174,17 @@ def test_train_then_ask_about_the_run(cli, settings, out, refused, rows_file):
     assert status == 1 and "held nothing out" in message and str(rows_file) in message
     assert cli("eval", out, "--help")[0] == 0
 
+    # merge: onto what it was trained on, and then eval of that, as it is stored, is
+    # eval of the run.
+    merged = out.with_name("merged")
+    _, text, _ = cli("merge", out, merged, "--json")
+    report = json.loads(text)
+    assert (report["onto"], report["quantization"]) == ("dequantized", "nf4_dq")
+    assert report["trained_on_this_base"] is True
+    _, text, err = cli("eval", merged, *data, "--json", "--batch-size", "5")
+    assert json.loads(text)["loss"] == pytest.approx(result["loss"], abs=1e-5)
+    assert "linear layers dense; computed in float32" in err
+
     # Without its tokenizer a run cannot be asked for text, and says so.
     status, _, err = cli("generate", out, "--prompt", "Once")
     assert status == 1 and "has no tokenizer" in paragraph(err, "generate")
@@ -183,7 +195,7 @@ def test_generate_prints_prompt_and_continuation(cli, shared_data):
     path = shared_data / "stories260K"
     stored = json.loads((path / "greedy.json").read_text())[:2]
     prompts, texts = ([row[key] for row in stored] for key in ("prompt", "text"))
-    exact = ["--quantization", "none", "--dtype", "float32", "--max-new-tokens", "60"]
+    exact = ["--max-new-tokens", "60"]  # as it is stored
     status, out, err = cli("generate", path, *exact, "--prompt", *prompts)
     assert status == 0
     assert err == f"`{path}`: linear layers dense; computed in float32.\n"

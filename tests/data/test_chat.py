@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.data.chat import ChatRenderer, to_messages, tools_of
+from qlora_jax.data.chat import ChatRenderer
+from qlora_jax.data.conversations import to_messages, tools_of
 from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
 from qlora_jax.errors import UserError
 

@@ -12,7 +12,12 @@ import pytest
 from qlora_jax.cli.main import main
 from qlora_jax.errors import CheckpointError
 from qlora_jax.runs import prepare as prepared
-from qlora_jax.runs.interruption import SIGNALS, AtOnce, Interruption
+from qlora_jax.runs.interruption import (
+    SIGNALS,
+    AtOnce,
+    Interruption,
+    RunInterrupted,
+)
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import to_toml
 from tests.runs.directories import (
@@ -125,16 +130,22 @@ def test_stopped_damaged_and_lost(config_of, straight, capsys):
     output, file = Path(config.output_dir), Path(f"{config.output_dir}.toml")
     file.write_text(to_toml(config))
     with signalled(5, "SIGTERM"):
-        assert run(config) == {"interrupted": "SIGTERM", "step": 6}
+        with pytest.raises(RunInterrupted) as stopped:
+            run(config)
+    reached = (stopped.value.signal, stopped.value.step, stopped.value.steps)
+    assert reached == ("SIGTERM", 6, 12) and stopped.value.status == 143
     assert (output / "checkpoints" / "step_6").is_dir()
     assert (output / "adapter").is_dir() and not (output / "report.json").exists()
     assert len(losses(output)) == 6
 
     # On the command line the last thing printed is the command that continues.
     with signalled(8, "SIGINT"):
-        assert main(["train", str(file)]) == 0
-    shown, last = capsys.readouterr().out.rstrip().split("\n\n")
-    assert shown == ("Stopped by SIGINT after step 9; all of it is saved. To continue:")
+        assert main(["train", str(file)]) == 130
+    shown, last = capsys.readouterr().err.rstrip().split("\n\n")[-2:]
+    assert shown.splitlines()[-1] == (
+        "qlora-jax train: stopped by SIGINT after step 9 of 12; everything is saved. "
+        "To continue:"
+    )
     assert last == f"    qlora-jax train {shlex.quote(str(output / 'config.toml'))}"
     program, *args = shlex.split(last)
     assert main(args) == 0

@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.loading import (
+    Resolved,
     base_candidates,
     base_name_for_copy,
     base_options,
@@ -63,6 +66,42 @@ def test_the_head_is_packed_as_in_the_run(asked, quantization, packed_head):
     default = {"quantization": "nf4_dq", "dtype": "bfloat16"}
     assert base_options(None) == {**default, "quantize_lm_head": False}
     assert base_options(run, "none", "float16")["quantization"] is None
+
+
+NF4 = {"quantization": "nf4", "quantize_lm_head": True, "dtype": "float16"}
+DQ = {"quantization": "nf4_dq"}
+BF16 = "bfloat16"
+STORED = {"quantization": None, "quantize_lm_head": False, "dtype": None}
+RECORD = {"quantization": "nf4", "lm_head": "nf4", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("record", "asked", "options", "computed"),
+    [
+        (None, {}, STORED, BF16),
+        (RECORD, {}, NF4, "float16"),
+        (RECORD, {"dtype": "float32"}, NF4 | {"dtype": "float32"}, "float32"),
+        (RECORD, {"quantization": "none"}, STORED | {"dtype": "float16"}, "float16"),
+        (RECORD | {"dtype": "bfloat16, float32"}, {}, NF4 | {"dtype": None}, BF16),
+        (RECORD | {"quantization": ["nf4"]}, {}, STORED, BF16),
+        (None, DQ, STORED | DQ, BF16),
+        (None, {"dtype": "float32"}, STORED | {"dtype": "float32"}, "float32"),
+    ],
+)
+def test_a_base_is_as_in_training_or_as_stored(
+    tiny, make_tensors, save_model, tmp_path, record, asked, options, computed
+):
+    tensors = make_tensors(tiny, ml_dtypes.bfloat16)
+    # Norms in float32, as some checkpoints have them, change nothing.
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    adapter = None
+    if record is not None:
+        adapter = tmp_path
+        (adapter / "training.json").write_text(json.dumps(record))
+    resolved = Resolved(save_model(tiny, tensors), adapter)
+    load_options, dtype = resolved.load_options(**asked)
+    assert load_options == options
+    assert dtype == computed
 
 
 def test_every_path_of_a_run_resolves_to_it(fact_run):

@@ -194,10 +194,11 @@ def test_a_longer_run_continues_with_a_note(tmp_path, make, short, capsys):
         ({"data": {"max_length": 63}}, r"data\.max_length: 64 -> 63"),
     ],
 )
-def test_a_changed_setting_is_refused_and_nothing_is_written(
-    short, make, sections, difference
+def test_a_changed_setting_is_refused_before_data_are_read_and_nothing_is_written(
+    short, make, monkeypatch, sections, difference
 ):
     before = snapshot(short)
+    monkeypatch.setattr(prepared, "load_examples", pytest.fail)
     sections["train"] = {"steps": 4, **sections.get("train", {})}
     with pytest.raises(UserError, match=f"has changed:\n(- .*\n)*- .*{difference}"):
         run(make(short, **sections))
@@ -410,6 +411,7 @@ def test_the_output_directory_has_to_be_a_run_or_empty_and_writable(
     tmp_path, make, monkeypatch
 ):
     (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(prepared, "load_examples", pytest.fail)
     for directory, problem in (
         (tmp_path / "file", "`.*file` is a file"),
         (tmp_path / "file" / "run", "`.*/file` is a file"),

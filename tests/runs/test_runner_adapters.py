@@ -115,7 +115,7 @@ def stopped(make, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(llama_dir):
     """The logits of the base alone."""
-    return load(llama_dir, dtype="float32").logits(TOKENS)
+    return load(llama_dir, quantization="nf4_dq", dtype="float32").logits(TOKENS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

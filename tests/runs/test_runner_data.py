@@ -189,12 +189,12 @@ def test_settings_of_the_model_are_in_the_record_of_a_run(make, rows_file, chang
         compare_records(*records)
 
 
-def test_a_changed_run_is_refused_before_anything_is_compiled(
+def test_a_changed_run_is_refused_before_data_are_read(
     make, sources, straight, tmp_path, monkeypatch
 ):
     directory, _ = straight
     config = make(directory, sources=sources, seed=5)
-    monkeypatch.setattr(prepared, "compile_step", pytest.fail)
+    monkeypatch.setattr(prepared, "load_examples", pytest.fail)
     other = dataclasses.replace(config.train, learning_rate=0.5, batch_size=3)
     message = r"train\.batch_size: 2 -> 3\n- train\.learning_rate: "
     with pytest.raises(UserError, match=message):
