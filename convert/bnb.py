@@ -27,6 +27,7 @@ from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora import match_patterns
 from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
+from qlora_jax.tree import HEAD
 
 _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
@@ -326,14 +327,22 @@ def new_quantization_config(
 
 
 def skip_modules(
-    original: Sequence[str] | None, *, dense: Sequence[str], packed: Sequence[str]
+    original: Sequence[str] | None,
+    *,
+    dense: Sequence[str],
+    packed: Sequence[str],
+    packed_head: bool = False,
 ) -> list[str] | None:
     """Returns the `llm_int8_skip_modules` for these dense and packed linear modules.
 
     The list of the original file is kept where it still holds: entries that select a
     packed module are removed, and projections with dense modules that no entry selects
-    are added. None stands for the output head, so a list must name the head too.
+    are added. None stands for the output head, so a list must name the head too, unless
+    it is packed (`packed_head`).
     """
+    if packed_head:
+        packed = [*packed, HEAD[-1]]
+        original = original or []
     entries = None
     missing = list(dense)
     if original is not None:

@@ -135,7 +135,8 @@ def _allocate(
         )
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    if quantize_lm_head:
+    # A head that is packed in the directory is what was asked for.
+    if quantize_lm_head and f"{trees.HEAD[-1]}.weight" not in checkpoint.packed:
         _check_head_can_be_quantized(checkpoint, quantization)
     if checkpoint.quantized:
         quantization = None
@@ -391,6 +392,7 @@ def _quantization_config(
             skip if isinstance(skip, list) else None,
             dense=_modules(config, lambda path: path not in packed),
             packed=_modules(config, lambda path: path in packed),
+            packed_head=(*trees.HEAD, "weight") in packed,
         ),
     }
 
@@ -433,9 +435,9 @@ def _checked_leaves(
         if path not in leaves:
             problems.add("missing arrays", name)
         elif isinstance(leaf := leaves[path], NF4Tensor):
-            if not model_params.is_projection(path):
+            if not model_params.can_be_packed(path):
                 problems.add("quantized arrays that must stay 16-bit", name)
-            elif (leaf.shape, leaf.codes.shape[:1]) != (shape, leading):
+            elif (leaf.shape, leaf.codes.shape[: len(leading)]) != (shape, leading):
                 problems.add("arrays of another shape", f"{name} {leaf.shape}")
         elif tuple(leaf.shape) != (*leading, *shape):
             problems.add(

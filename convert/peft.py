@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.files import TensorFiles, read_header, read_json
+from convert.files import TensorFiles, broken_link, read_header, read_json
+from convert.peft_names import plain_names
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
@@ -109,21 +110,33 @@ def open_adapter(
         skipped=[] if skipped is None else skipped,
     )
     if not (path / ADAPTER_WEIGHTS).is_file():
-        if (path / "adapter_model.bin").is_file():
-            raise CheckpointError(
-                f"`{path}` holds its weights in adapter_model.bin, a pickle file, "
-                "which can run any code when it is opened and is therefore not read. "
-                "Load it once with PEFT and save it again; PEFT writes safetensors."
-            )
-        raise CheckpointError(f"`{path}` has no {ADAPTER_WEIGHTS}.")
+        raise CheckpointError(_no_weights(path))
     infos, metadata = read_header(path / ADAPTER_WEIGHTS)
-    files = TensorFiles(path, infos)
+    files = plain_names(infos, path, [] if skipped is None else skipped)
     lora = replace(
         lora,
         base_fingerprint=metadata.get(FINGERPRINT),
         base_config_changes=_base_config_changes(path),
     )
     return lora, files
+
+
+def _no_weights(path: Path) -> str:
+    """Returns the message for a directory without safetensors weights."""
+    if (path / "adapter_model.bin").is_file():
+        return (
+            f"`{path}` holds its weights in adapter_model.bin, a pickle file, which "
+            "can run any code when it is opened and is therefore not read. Where torch "
+            "is installed, these lines convert it, and refuse anything but tensors:\n"
+            "  import torch, safetensors.torch\n"
+            f"  tensors = torch.load({str(path / 'adapter_model.bin')!r}, "
+            "weights_only=True, map_location='cpu')\n"
+            "  tensors = {k: v.clone().contiguous() for k, v in tensors.items()}\n"
+            f"  safetensors.torch.save_file(tensors, {str(path / ADAPTER_WEIGHTS)!r}, "
+            "metadata={'format': 'pt'})"
+        )
+    link = broken_link(path / ADAPTER_WEIGHTS)
+    return link or f"`{path}` has no {ADAPTER_WEIGHTS}."
 
 
 def _check_directory(path: Path) -> None:
@@ -137,6 +150,9 @@ def _check_directory(path: Path) -> None:
             f"`{path}` is a file; give the PEFT directory that holds it."
         )
     if not (path / ADAPTER_CONFIG).is_file():
+        link = broken_link(path / ADAPTER_CONFIG)
+        if link is not None:
+            raise CheckpointError(link)
         kind = "a model" if (path / "config.json").is_file() else "not a PEFT adapter"
         inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""

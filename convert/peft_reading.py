@@ -337,8 +337,13 @@ def _probable_cause(
     if not any(key.startswith(PEFT_PREFIX) for key in files):
         example = next(iter(tensors))
         return f"PEFT's keys look like {example}; save the adapter with PEFT."
-    if any(".lora_A.default." in key for key in files):
-        return "The keys carry an adapter name; save the adapter with PEFT."
+    if any(0 in files[key].shape for key in files):
+        return (
+            "It has tensors without elements: DeepSpeed ZeRO-3 divides the weights, "
+            "and they were saved without being gathered. Save the adapter with "
+            "`stage3_gather_16bit_weights_on_model_save`, or convert the checkpoint "
+            "with DeepSpeed's zero_to_fp32.py."
+        )
     others = {
         key.split(".lora_")[0].rpartition(".")[2]
         for key in files

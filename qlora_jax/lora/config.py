@@ -268,6 +268,12 @@ class LoraConfig:
             raise UserError(
                 f"adapter_config.json must contain a JSON object, got {raw!r:.80}."
             )
+        if "peft_type" not in raw and "lora_parameters" in raw:
+            raise UserError(
+                "adapter_config.json is that of an MLX adapter (`lora_parameters`), "
+                "whose tensors have other names and shapes than PEFT's. Fuse it into "
+                "its base with MLX (`mlx_lm.fuse`) and use the fused model."
+            )
         if raw.get("peft_type") != "LORA":
             raise UserError(
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "

@@ -211,7 +211,7 @@ class LlamaConfig:
         which every reader knows.
         """
         out = dict(self.raw)
-        out.setdefault("architectures", ["LlamaForCausalLM"])
+        out["architectures"] = ["LlamaForCausalLM"]
         out["model_type"] = "llama"
         out["hidden_act"] = "silu"
         for f in dataclasses.fields(self):
@@ -325,7 +325,16 @@ def _is_number(value: Any) -> bool:
 def _check_architecture(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or []
-    if kind != "llama" or any(a != "LlamaForCausalLM" for a in architectures):
+    is_headless = kind == "llama" and architectures == ["LlamaModel"]
+    if is_headless and not raw.get("tie_word_embeddings"):
+        raise UserError(
+            "config.json: a `LlamaModel` has no output head, and these embeddings are "
+            "not tied to one (`tie_word_embeddings`), so it gives no logits. Start "
+            "from the causal language model that it was taken from."
+        )
+    # The second is what the first conversions of Llama wrote.
+    known = {"LlamaForCausalLM", "LLaMAForCausalLM"}
+    if not is_headless and (kind != "llama" or not known.issuperset(architectures)):
         raise UserError(
             f"Not a Llama causal language model: config.json has model_type={kind!r}, "
             f"architectures={list(architectures)!r}. Supported: model_type 'llama', "

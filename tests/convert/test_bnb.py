@@ -142,9 +142,10 @@ def call_fp4(tensors):
     tensors[STATE.replace("nf4", "fp4")] = tensors.pop(STATE)
 
 
-def quantize_head(tensors):
-    head = quantize(tensors.pop("lm_head.weight"), double_quant=False)
-    for entry in bnb.entries("lm_head.weight", head, None, quant_storage="uint8"):
+def quantize_embedding(tensors):
+    key = "model.embed_tokens.weight"
+    table = quantize(tensors.pop(key), double_quant=False)
+    for entry in bnb.entries(key, table, None, quant_storage="uint8"):
         tensors[entry.name] = entry.read()
 
 
@@ -190,7 +191,7 @@ DAMAGES = [
         f"Tensor `{Q}` contains NaN",
     ),
     (call_fp4, f"FP4, which is not supported.*: {Q}"),
-    (quantize_head, "must stay 16-bit .*: lm_head.weight"),
+    (quantize_embedding, "must stay 16-bit .*: model.embed_tokens.weight"),
 ]
 
 
