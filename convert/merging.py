@@ -41,8 +41,8 @@ from convert.peft_tables import with_saved_tables
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
+from qlora_jax.tree import HEAD, hf_key
 from qlora_jax.tree import Path as TreePath
-from qlora_jax.tree import hf_key
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
@@ -58,6 +58,7 @@ def merge(
     *,
     onto: Literal["original", "dequantized"] = "original",
     quantization: Quantized | None = None,
+    quantize_lm_head: bool = False,
     requantize: Quantized | None = None,
     dtype: str | None = None,
     resize_to_adapter: bool = False,
@@ -89,6 +90,7 @@ def merge(
       output_dir: to be created; must not exist or be empty.
       onto: see above.
       quantization: "nf4" or "nf4_dq", for "dequantized" on a dense base only.
+      quantize_lm_head: whether `quantization` is that of the output head too.
       requantize: quantize the merged weights again, all projections of all layers, and
         write a bitsandbytes-4bit directory. The report states the loss of precision.
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
@@ -103,10 +105,10 @@ def merge(
       A report, which is also written into the directory as merge_report.json: "base",
       "base_sha256" (over the base's files), "adapter", "adapter_sha256",
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
-      the adapter has none), "output", "onto", "quantization", "requantize", "dtype",
-      "tensors", "tensors_changed", "tensors_added" (which the base lacks),
-      "config_changes" (field -> [before, after]), "notes" (on what was left out, or is
-      in no file), "max_abs_change" (against the weights merged onto),
+      the adapter has none), "output", "onto", "quantization", "quantize_lm_head",
+      "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
+      base lacks), "config_changes" (field -> [before, after]), "notes" (on what was
+      left out, or is in no file), "max_abs_change" (against the weights merged onto),
       "requantization_error" (null, or projection -> {"max_abs", "relative"}, the latter
       as a ratio of Frobenius norms) and "qlora_jax_version".
 
@@ -118,6 +120,8 @@ def merge(
     # Settings, names and shapes are checked before the first byte is written.
     checkpoint = open_checkpoint(base_path)
     _check_choice(checkpoint, onto, quantization, requantize)
+    if quantize_lm_head and quantization is None:
+        raise UserError("`quantize_lm_head` goes with `quantization` only.")
     check_dtype(dtype)
     output = Path(output_dir)
     check_new_directory(output)
@@ -133,7 +137,15 @@ def merge(
     )
     merged = compute_merged_weights(base.config, lora, adapters)
     tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
-    stream = _Stream(checkpoint, merged, dtype, quantization, requantize, tables)
+    stream = _Stream(
+        checkpoint,
+        merged,
+        dtype,
+        quantization,
+        requantize,
+        tables,
+        quantize_lm_head=quantize_lm_head,
+    )
     # Tokenizers prefer this file to the template in tokenizer_config.json.
     template = common_chat_template(Path(adapter_path))
     with new_directory(output) as new:
@@ -153,6 +165,7 @@ def merge(
             "output": str(output_dir),
             "onto": onto,
             "quantization": quantization,
+            "quantize_lm_head": quantize_lm_head,
             "requantize": requantize,
             "dtype": dtype,
             "tensors": stream.written,
@@ -368,6 +381,8 @@ class _Stream:
     requantize: str | None = None
     tables: Mapping[str, NDArray] = field(default_factory=dict)
     """Key -> weight that the adapter's file has for the base."""
+    quantize_lm_head: bool = False
+    """Whether `quantization` is that of the output head too."""
     written: int = 0
     changed: int = 0
     max_abs_change: float = 0.0
@@ -479,7 +494,10 @@ class _Stream:
             # What bitsandbytes computes with: scale times code, rounded to the dtype.
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
         weight = files.read(key)
-        if self.quantization is not None and model_params.is_projection(path):
+        is_packed = model_params.is_projection(path) or (
+            self.quantize_lm_head and key == hf_key((*HEAD, "weight"))
+        )
+        if self.quantization is not None and is_packed:
             # Rounds the weight as loading for training did, and merges onto the result.
             double_quant = self.quantization == "nf4_dq"
             return bnb.dequantize(

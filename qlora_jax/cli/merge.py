@@ -92,6 +92,10 @@ class Merge:
             self.output,
             onto=onto,
             quantization=quantization,
+            # As in training, where its quantization is what is merged onto.
+            quantize_lm_head=quantization is not None
+            and resolved.trained_form.get("quantization") == quantization
+            and resolved.trained_form.get("lm_head") == "nf4",
             requantize=self.requantize,
             dtype=self.dtype,
             resize_to_adapter=self.resize_to_adapter,
@@ -171,6 +175,7 @@ class Merge:
             base,
             adapter=source,
             quantization=merged["quantization"],
+            quantize_lm_head=merged["quantize_lm_head"],
             resize_to_adapter=self.resize_to_adapter,
             strict=self.strict,
         )
@@ -182,7 +187,7 @@ class Merge:
         self, form: str | Literal[False] | None, merged: Mapping[str, Any]
     ) -> bool | None:
         """Whether the adapter was trained on what it was merged onto; None: unknown."""
-        from qlora_jax.inference import dense_dtypes
+        from qlora_jax.inference import dense_dtypes, form_name
 
         base, source = Path(merged["base"]), Path(merged["adapter"])
         if form is None:
@@ -195,7 +200,8 @@ class Merge:
         if merged["onto"] == "dequantized":
             # Tensors that stay dense are cast to the dtype of the result.
             dense = self.dtype or ", ".join(sorted(dense_dtypes(base)))
-            onto = f"{merged['quantization'] or '4-bit'}, {dense}"
+            name = merged["quantization"] or "4-bit"
+            onto = f"{form_name(name, merged['quantize_lm_head'])}, {dense}"
         if form != onto:
             print_note(
                 f"`{source}` was trained on `{base}` as {form}, and was merged onto "

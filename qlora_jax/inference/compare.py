@@ -161,6 +161,7 @@ def load_exact(
     *,
     adapter: Path | None = None,
     quantization: Any = None,
+    quantize_lm_head: bool = False,
     resize_to_adapter: bool = False,
     strict: bool = True,
 ) -> Model:
@@ -173,6 +174,7 @@ def load_exact(
       path: Hugging Face directory.
       adapter: PEFT directory.
       quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
+      quantize_lm_head: whether to quantize its output head too.
       resize_to_adapter: let the vocabulary grow to that of the adapter.
       strict: raise for an adapter that does not fit exactly.
 
@@ -181,7 +183,10 @@ def load_exact(
       UserError: the model has custom modules.
     """
     config, base = convert.load_llama(
-        path, quantization=quantization, dtype=common_dtype(path)
+        path,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        dtype=common_dtype(path),
     )
     check_plain(config, path)
     lora = adapters = None
