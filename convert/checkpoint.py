@@ -60,8 +60,8 @@ class Checkpoint:
         """The projections whose layers are stored in different forms.
 
         Some layers are in 4 bit and others are not (`llm_int8_skip_modules` names
-        single layers), or they differ in double quantization or in the dtype before
-        quantization.
+        single layers), or they differ in double quantization, in the dtype before
+        quantization or in the size of blocks.
         """
         paths = []
         for path in filter(
@@ -73,7 +73,7 @@ class Checkpoint:
             )
             # None for a dense layer. Offsets differ from layer to layer and do not
             # count.
-            if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
+            if len({s and (s.dtype, s.double_quant, s.block_size) for s in states}) > 1:
                 paths.append(path)
         return tuple(paths)
 

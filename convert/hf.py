@@ -156,6 +156,7 @@ def _allocate(
                 double_quant=state.double_quant,
                 dtype=state.dtype,
                 leading=leading,
+                block_size=state.block_size,
             )
         # A stack is one array, and so of one dtype.
         elif len(stored) > 1 and dtype is None:
