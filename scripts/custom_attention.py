@@ -144,7 +144,10 @@ def make_batches(args: Args, loaded: qj.Model) -> qj.Batches:
 def train(model: Any, base: Any, lora: Any, args: Args, batches: Any) -> dict:
     """Trains fresh adapters; returns them with their counts and the median step."""
     settings = qj.TrainConfig(
-        steps=args.steps, batch_size=args.batch_size, learning_rate=3e-3
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=3e-3,
+        warmup_steps=0,
     )
     adapters = qj.init_adapters(jax.random.key(0), base, lora)
     optimizer = qj.make_optimizer(settings, len(batches))

@@ -31,6 +31,7 @@ from qlora_jax.data import (
     data_notes,
     lay_out,
     load_examples,
+    packs,
 )
 from qlora_jax.errors import UserError
 from qlora_jax.models import LlamaConfig
@@ -174,7 +175,7 @@ def _row_counts(
 
     return {
         "length": batches.sequence_length,
-        "packing": config.packing,
+        "packing": packs(config.packing, examples.lengths, config.max_length),
         "steps_per_epoch": batches.steps_per_epoch,
         "packed": layout(True, config.max_length),
         "one_each": layout(False, longest),

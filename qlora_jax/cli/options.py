@@ -51,7 +51,7 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     Raises:
       SystemExit: 0 after `--help`; 2 for wrong usage, with a message on stderr.
     """
-    with _help_rules():
+    with _help_rules(settings.get("config") == FLAGS):
         return tyro.cli(kind, args=args, prog=prog, **settings)
 
 
@@ -107,8 +107,13 @@ class ModelOptions:
         return model
 
 
-def _help_rules() -> ConstructorRegistry:
-    """Returns rules for tyro, to enter as a context: they change help texts only."""
+def _help_rules(is_single: bool) -> ConstructorRegistry:
+    """Returns rules for tyro, to enter as a context: they change help texts only.
+
+    Args:
+      is_single: a flag has one form. The text of `--no-check` says what it does, and
+        the default of the field, True, would read as the flag's.
+    """
     registry = ConstructorRegistry()
     asking: list[Any] = []
 
@@ -128,6 +133,14 @@ def _help_rules() -> ConstructorRegistry:
             _hide(field) if is_lora and field.name in _HIDDEN else _join(field)
             for field in spec.fields
         ]
+        # The text says what happens where an option is left out; "None" says nothing.
+        hidden = (None, True, False) if is_single else (None,)
+        fields = [
+            _without_default(field)
+            if any(field.default is v for v in hidden)
+            else field
+            for field in fields
+        ]
         return dataclasses.replace(spec, fields=tuple(fields))
 
     return registry
@@ -135,6 +148,11 @@ def _help_rules() -> ConstructorRegistry:
 
 def _hide(field: StructFieldSpec) -> StructFieldSpec:
     kind: Any = Annotated[field.type, tyro.conf.Suppress]
+    return dataclasses.replace(field, type=kind)
+
+
+def _without_default(field: StructFieldSpec) -> StructFieldSpec:
+    kind: Any = Annotated[field.type, tyro.conf.arg(help_behavior_hint="")]
     return dataclasses.replace(field, type=kind)
 
 

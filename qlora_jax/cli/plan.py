@@ -100,8 +100,7 @@ class PlanCommand:
     attention: Annotated[Attention | None, _default("auto")] = None
     """Attention implementation."""
     remat: Annotated[RematOrAuto | None, _default("auto")] = None
-    """What is recomputed or kept on the host; auto = the fastest policy that fits. (In
-    a run file the default is full.)"""
+    """What is recomputed or kept on the host; auto = the fastest policy that fits."""
     kernels: Annotated[Kernels | None, _default("auto")] = None
     """Of products with packed weights."""
     embed_tokens: Annotated[Literal[Auto, EmbeddingMemory] | None, _default("auto")] = (
@@ -239,6 +238,8 @@ _KEYS = {
 }
 # What a run must have and a plan of one step does not use.
 _UNUSED = {"output_dir": "none", "data.path": "none", "train.steps": 1}
+# The smallest step, where they are not given.
+_SMALLEST = {"train.batch_size": 1, "data.packing": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +286,7 @@ class _Settings:
                     "Name the model: --model PATH (a directory or a config.json), or "
                     "a run file."
                 )
-            options = {**_UNUSED, "model.remat": "auto", **options}
+            options = {**_UNUSED, **_SMALLEST, **options}
             run = dataclasses.replace(read_config(None, options), lora=command.lora)
         else:
             options |= values_of(command, (f"lora.{name}" for name in explicit))
@@ -300,7 +301,7 @@ class _Settings:
             lora=run.lora,
             train=_single_step(run.train, batch_size),
             length=length,
-            packed=run.data.packing,
+            packed=bool(run.data.packing),  # "auto" may pack
             dtype=None if unnamed else run.model.dtype,
             fit=fit,
         )

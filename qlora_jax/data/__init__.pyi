@@ -24,3 +24,4 @@ from .held_out import hold_out as hold_out
 from .mixture import Mixture as Mixture
 from .mixture import lay_out as lay_out
 from .notes import data_notes as data_notes
+from .packing import packs as packs

@@ -28,13 +28,11 @@ from jaxtyping import Int32
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.mixture import AnyExamples, Interleaving, lay_out, random_keys
+from qlora_jax.data.packing import packs, row_length
 from qlora_jax.errors import UserError
 
 Batch = dict[str, Int32[np.ndarray, "..."]]
 """`tokens` and `labels`; with packing also `positions` and `segment_ids`."""
-
-# Row lengths are rounded up to a multiple of this many tokens, which kernels can tile.
-_LENGTH_MULTIPLE = 64
 
 
 @runtime_checkable
@@ -62,13 +60,13 @@ class _Rows:
             )
         self._examples, self._pad = examples, pad_token_id
         longest = int(examples.lengths.max())
+        packing = packs(config.packing, examples.lengths, config.max_length)
         if sequence_length is None:
             # One length for the whole run: batches of several lengths would be as many
             # compiled programs.
-            rounded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
             sequence_length = config.max_length
-            if not config.packing:
-                sequence_length = min(sequence_length, rounded)
+            if not packing:
+                sequence_length = row_length(examples.lengths, config.max_length)
         if longest > sequence_length:
             raise UserError(
                 f"rows of {sequence_length} tokens cannot hold the longest example, "
@@ -76,7 +74,7 @@ class _Rows:
                 f"{sequence_length} or use longer rows."
             )
         self.length = sequence_length
-        layout = lay_out(examples, packing=config.packing, length=self.length)
+        layout = lay_out(examples, packing=packing, length=self.length)
         self.counts, self.shares = layout.counts, layout.shares
         self._packing = layout.packing
         self._tokens = examples.lengths

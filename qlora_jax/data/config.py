@@ -109,9 +109,10 @@ class DataConfig:
     `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
-    packing: bool = False
+    packing: bool | Literal["auto"] = "auto"
     """Put several examples in one row of `max_length` tokens; none attends to another.
-    """
+    auto = if one example a row left more than a fifth to padding, and there are at
+    least 64 packed rows."""
     shuffle: bool = True
     """Visit the rows in a new order every epoch."""
     seed: int = 0
@@ -174,7 +175,7 @@ class DataConfig:
             ("format", get_args(Format)),
             ("too_long", ("truncate", "drop")),
             ("train_on", (None, *get_args(TrainOn))),
-            ("packing", (False, True)),
+            ("packing", (False, True, "auto")),
             ("shuffle", (False, True)),
             ("append_eos", (False, True)),
         ):

@@ -23,7 +23,7 @@ from jaxtyping import Int32, Int64
 
 from qlora_jax.data.arrays import Examples
 from qlora_jax.data.config import DataConfig, name_of
-from qlora_jax.data.packing import Packing, pack
+from qlora_jax.data.packing import Packing, pack, packs
 from qlora_jax.data.report import DataReport, SourceReport, combined
 
 # Streams of `random_keys`. A source has the stream of its index, at most 65,534.
@@ -124,8 +124,15 @@ def _join(
     content: str,
 ) -> Mixture:
     """Joins the examples of sources; the fingerprint is the hash of `content`."""
-    rows = [part.report.packed_rows or len(part) for part in parts]
-    total = sum(map(len, parts))
+    lengths = np.concatenate([part.lengths for part in parts])
+    rows = list(map(len, parts))
+    if packs(config.packing, lengths, config.max_length):
+        # A source alone may have been too small to be packed.
+        rows = [
+            part.report.packed_rows or len(pack(part.lengths, config.max_length))
+            for part in parts
+        ]
+    total = len(lengths)
     reports = [
         SourceReport(
             name=name,
@@ -139,7 +146,7 @@ def _join(
     ]
     counts = count_examples(
         config,
-        np.concatenate([part.lengths for part in parts]),
+        lengths,
         np.concatenate([part.supervised for part in parts]),
         # Sources with shares are packed separately.
         packed_rows=sum(rows) if shares else None,
@@ -164,7 +171,7 @@ def count_examples(
       packed_rows: rows after packing, where they are known.
     """
     tokens = int(lengths.sum())
-    if not config.packing:
+    if not packs(config.packing, lengths, config.max_length):
         packed_rows = None
     elif packed_rows is None:
         packed_rows = len(pack(lengths, config.max_length))

@@ -6,9 +6,7 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.mixture import AnyExamples, lay_out
-
-# Rows less full than this get a note.
-_WELL_FILLED = 0.8
+from qlora_jax.data.packing import WELL_FILLED
 
 
 def data_notes(
@@ -69,9 +67,10 @@ def _layout_notes(
             "so that rows are repeated within a step. A smaller `train.batch_size` (or "
             "no packing) avoids it."
         )
-    tokens = examples.report.tokens
+    report = examples.report
+    tokens = report.tokens
     filled = tokens / (rows * batches.sequence_length)
-    if not config.packing and filled < _WELL_FILLED:
+    if not report.packed_rows and filled < WELL_FILLED:
         packed = sum(lay_out(examples, packing=True, length=config.max_length).counts)
         packed_filled = tokens / (packed * config.max_length)
         if packed_filled > filled:

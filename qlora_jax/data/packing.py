@@ -7,11 +7,18 @@ on real chat and instruction data, rows are full to within a fraction of a perce
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
 
 from qlora_jax.errors import UserError
+
+WELL_FILLED = 0.8
+"""Rows at least this full gain little from packing."""
+_FEWEST_ROWS = 64
+# Lengths of rows are rounded up to a multiple of this, which kernels can tile.
+_LENGTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,34 @@ class Packing:
     def __getitem__(self, row: int) -> Int64[np.ndarray, " documents"]:
         """Returns the indices of the examples in a row, in their order."""
         return self.order[self.starts[row] : self.starts[row + 1]]
+
+
+def packs(
+    packing: bool | Literal["auto"],
+    lengths: Int64[np.ndarray, " examples"],
+    capacity: int,
+) -> bool:
+    """Returns whether examples are packed; "auto" is decided by their lengths.
+
+    It packs where one example a row would leave more than a fifth of the rows to
+    padding, and 64 packed rows are left: eight steps of eight.
+
+    Args:
+      packing: as in `DataConfig`.
+      lengths: int64 [examples], the examples' lengths in tokens.
+      capacity: tokens in a packed row.
+    """
+    if packing != "auto":
+        return packing
+    tokens = int(lengths.sum())
+    is_full = tokens > WELL_FILLED * len(lengths) * row_length(lengths, capacity)
+    # Packing fills rows almost completely, so that counting them takes no packing.
+    return not is_full and tokens > _FEWEST_ROWS * capacity
+
+
+def row_length(lengths: Int64[np.ndarray, " examples"], capacity: int) -> int:
+    """Returns the tokens in a row of one example: the longest, rounded up."""
+    return min(capacity, -(-int(lengths.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
 
 
 def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:

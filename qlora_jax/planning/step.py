@@ -61,7 +61,7 @@ class Step:
     """Includes the LoRA configuration."""
     length: int
     """Tokens per row."""
-    train: TrainConfig = TrainConfig(steps=1)
+    train: TrainConfig = TrainConfig(steps=1, batch_size=1)
     """Batch size, micro-batches, and the optimizer."""
     quantization: str | None = "nf4_dq"
     """Of the linear modules, as `abstract_base` takes it."""

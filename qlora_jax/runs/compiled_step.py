@@ -120,6 +120,7 @@ def compile_step(
     steps: int,
     *,
     gpu: GpuSpec | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -131,6 +132,8 @@ def compile_step(
       train: optimizer and batch.
       steps: optimizer steps of the run.
       gpu: what it has to fit on; default the device at hand.
+      recorded: `report()` of the run that is continued. Its policy comes first, since
+        another may round differently.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
@@ -152,6 +155,12 @@ def compile_step(
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
+    )
+    names = [field.name for field in dataclasses.fields(Policy) if field.name != "name"]
+    allowed.sort(
+        key=lambda policy: any(
+            getattr(policy, name) != (recorded or {}).get(name) for name in names
+        )
     )
     too_large: list[Plan] = []
     for policy in allowed:

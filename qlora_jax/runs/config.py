@@ -41,9 +41,9 @@ class ModelConfig:
     """Dtype of activations, matrix products and the tensors that stay dense."""
     attention: Attention = "auto"
     """Attention implementation."""
-    remat: RematOrAuto = "full"
+    remat: RematOrAuto = "auto"
     """What the backward pass recomputes, or fetches from the host's memory; auto = the
-    fastest policy that fits the device."""
+    fastest policy that fits the device, which a continued run keeps."""
     embed_tokens: Literal["auto", EmbeddingMemory] = "auto"
     """Memory of the frozen embedding table: the device's, or the host's, from which
     each step copies it to the device. auto = the device's, unless remat = "auto" finds

@@ -43,7 +43,7 @@ from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_
 from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.directory import CHECKPOINTS, saved_steps
+from qlora_jax.runs.directory import CHECKPOINTS, STARTED, saved_steps
 from qlora_jax.runs.eval_data import (
     HeldOut,
     eval_errors,
@@ -170,7 +170,7 @@ def prepare(
         optimizer_groups=optimizer_groups,
         origin=origin,
         data=data,
-        compiled=_compile(config, model, base, data),
+        compiled=_compile(config, model, base, data, resumed),
     )
 
 
@@ -344,7 +344,7 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
     if config.train.longest_warmup > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
-            f"{len(batches)} steps of this run."
+            f"{len(batches)} steps of this run. Give fewer of them, or a share (0.03)."
         )
     return RunData(examples, batches, held_out, tokenizer)
 
@@ -366,8 +366,13 @@ def _load_tokenizer(config: RunConfig) -> Any:
     return tokenizer
 
 
-def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> CompiledStep:
+def _compile(
+    config: RunConfig, model: Llama, base: Any, data: RunData, resumed: bool
+) -> CompiledStep:
     """Compiles the run's step and describes its plan on stderr."""
+    started, recorded = Path(config.output_dir) / STARTED, None
+    if resumed and started.is_file():
+        recorded = convert.read_json(started).get("plan")
     _note_length(model.config, data.examples.report.longest_example)
     held_out, eval_batch = data.held_out, None
     if held_out is not None:
@@ -391,6 +396,7 @@ def _compile(config: RunConfig, model: Llama, base: Any, data: RunData) -> Compi
         config.model,
         config.train,
         len(data.batches),
+        recorded=recorded,
     )
     say(compiled.summary())
     return compiled

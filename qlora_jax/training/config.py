@@ -38,7 +38,7 @@ class ParameterGroup:
     """Decoupled weight decay, also of norms and biases that the group matches."""
     lr_scheduler: Scheduler | None = None
     """As `train.lr_scheduler`."""
-    warmup_steps: int | None = None
+    warmup_steps: int | float | None = None
     """As `train.warmup_steps`."""
 
 
@@ -54,16 +54,17 @@ class TrainConfig:
     """Optimizer steps; give this or `epochs`."""
     epochs: float | None = None
     """Passes over the data; give this or `steps`."""
-    batch_size: int = 1
-    """Rows of a micro-batch."""
+    batch_size: int = 8
+    """Rows of a micro-batch. 8 is the default of TRL; QLoRA's paper took 16."""
     gradient_accumulation_steps: int = 1
     """Micro-batches summed into one optimizer step."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_scheduler: Scheduler = "linear"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    warmup_steps: int | float = 0.03
+    """Steps over which the learning rate rises from 0; below 1, a share of all steps,
+    rounded down. 3 % are those of QLoRA's paper."""
     weight_decay: float = 0.0
     """Decoupled weight decay; norms, biases and DoRA's magnitudes are not decayed."""
     max_grad_norm: float | None = 1.0
@@ -167,15 +168,20 @@ class TrainConfig:
                 f"{scheduler!r}."
             )
         warmup = settings.warmup_steps
-        if warmup is not None and warmup < 0:
-            yield f"{where}`warmup_steps` must be >= 0, got {warmup}."
-        if steps is not None and warmup is not None and warmup > steps:
+        if warmup is not None and not (
+            warmup >= 0 and (warmup < 1 or isinstance(warmup, int))
+        ):
+            yield (
+                f"{where}`warmup_steps` must be a number of steps, or a share of them "
+                f"below 1, got {warmup}."
+            )
+        if steps is not None and isinstance(warmup, int) and warmup > steps:
             yield (
                 f"{where}`warmup_steps`={warmup} exceeds `steps`={steps}; the learning "
                 "rate would never reach its peak."
             )
 
     @property
-    def longest_warmup(self) -> int:
-        """Steps of the longest warm-up of any parameter."""
+    def longest_warmup(self) -> int | float:
+        """The longest warm-up of any parameter, in steps or as a share of them."""
         return max(self.warmup_steps, *(g.warmup_steps or 0 for g in self.groups), 0)

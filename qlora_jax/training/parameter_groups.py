@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,7 +45,15 @@ class Rule:
     """At its peak."""
     weight_decay: float
     lr_scheduler: str
-    warmup_steps: int
+    warmup_steps: int | float
+    """As in `TrainConfig`."""
+
+    def count_warmup(self, steps: int) -> int:
+        """Returns the steps of the warm-up in a run of so many."""
+        if isinstance(self.warmup_steps, int):
+            return self.warmup_steps
+        # The decimal that was written: 0.29 of 100 steps is 29.
+        return math.floor(Fraction(repr(self.warmup_steps)) * steps)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,13 @@ class Group:
     def __str__(self) -> str:
         """Returns one line for a person."""
         rule = self.rule
+        warmup = f"{rule.warmup_steps:,}"
+        if isinstance(rule.warmup_steps, float):
+            warmup = f"{100 * rule.warmup_steps:g}%"
         return (
             f"{self.name}: {self.parameters:,} parameters, learning rate "
-            f"{rule.learning_rate:g} ({rule.lr_scheduler}, warm-up "
-            f"{rule.warmup_steps:,}), weight decay {rule.weight_decay:g}"
+            f"{rule.learning_rate:g} ({rule.lr_scheduler}, warm-up {warmup}), weight "
+            f"decay {rule.weight_decay:g}"
         )
 
 
@@ -293,7 +305,7 @@ def schedule(config: TrainConfig, steps: int) -> Callable[[Any], Array]:
 
 def rate_of(rule: Rule, steps: int) -> Callable[[Any], Array]:
     """Returns step -> learning rate; see `schedule`."""
-    warmup = rule.warmup_steps
+    warmup = rule.count_warmup(steps)
     # A run may end with its warm-up.
     rest = max(steps - warmup, 1)
 

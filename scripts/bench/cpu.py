@@ -114,7 +114,12 @@ def build(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     lora = LoraConfig(r=args.rank, lora_alpha=args.rank, use_dora=bool(args.dora))
     model = Llama(config, Compute(dtype=dtype, remat=args.remat, lora=lora))
     optimizer = make_optimizer(
-        TrainConfig(steps=args.steps, learning_rate=1e-4, lr_scheduler="constant"),
+        TrainConfig(
+            steps=args.steps,
+            learning_rate=1e-4,
+            lr_scheduler="constant",
+            warmup_steps=0,
+        ),
         args.steps,
     )
     state = init_state(

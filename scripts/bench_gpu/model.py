@@ -245,6 +245,7 @@ def train(
         batch_size=tokens.shape[1],
         learning_rate=how.learning_rate,
         lr_scheduler="constant",
+        warmup_steps=0,
     )
     started = time.perf_counter()
     model, shapes = Llama(config, compute), jax.tree.map(_shape, base)

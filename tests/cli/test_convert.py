@@ -125,6 +125,7 @@ def test_the_help_of_a_flag_says_what_the_flag_does(run, command, option):
     text = " ".join(out.replace("│", " ").split())
     helptext = text.split(f"--no-{option} ")[-1]
     assert helptext.startswith(("Take what fits", "Load nothing after merging"))
+    assert "(default: True)" not in helptext.split("--")[0]
 
 
 # --- verify ---

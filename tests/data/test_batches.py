@@ -54,6 +54,27 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(
+    ("packing", "count", "packed"),
+    [
+        *[("auto", 656, True), ("auto", 600, False)],  # 65 and 59 packed rows
+        *[(True, 20, True), (False, 656, False)],
+    ],
+)
+def test_rows_are_packed_unless_too_few_are_left(make, packing, count, packed):
+    lengths = [10] * (count - 1) + [60]
+    examples, config = make(lengths, packing=packing, max_length=100)
+    batches = Batches(examples, config, batch_size=2, pad_token_id=PAD)
+    assert ("segment_ids" in batches[0]) == packed
+    assert (examples.report.packed_rows is not None) == packed
+    assert batches.sequence_length == (100 if packed else 64)
+
+
+def test_full_rows_are_not_packed(make):
+    batches = Batches(*make([62] * 200, max_length=640), batch_size=2, pad_token_id=PAD)
+    assert "segment_ids" not in batches[0] and batches.sequence_length == 64
+
+
 LENGTHS = np.random.default_rng(0).integers(2, 60, 37).tolist()
 
 

@@ -15,7 +15,7 @@ from qlora_jax.errors import UserError
         ({"path": ""}, "`data.path` must name a file"),
         ({"format": "csv"}, r"`data.format` must be one of 'text', .*got 'csv'"),
         ({"too_long": "cut"}, "`data.too_long` must be one of"),
-        ({"packing": 1}, "`data.packing` must be one of False, True, got 1"),
+        ({"packing": 1}, "`data.packing` must be one of False, True, 'auto', got 1"),
         ({"shuffle": "no"}, "`data.shuffle` must be one of"),
         ({"append_eos": None}, "`data.append_eos` must be one of"),
         ({"max_length": 1}, "`data.max_length` must be an integer from 2"),

@@ -21,7 +21,7 @@ GPU = CARDS["rtx-4090"]
 
 
 def step_of(length, **train):
-    train = TrainConfig(steps=1, **train)
+    train = TrainConfig(**{"steps": 1, "batch_size": 1} | train)
     return dataclasses.replace(STEP, length=length, train=train)
 
 

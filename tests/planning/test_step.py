@@ -96,7 +96,7 @@ def test_a_longer_step_takes_more():
 def test_invalid_steps_are_refused():
     tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
     rows = TrainConfig(steps=1, batch_size=2**11)
-    micro = TrainConfig(steps=1, gradient_accumulation_steps=2**12)
+    micro = TrainConfig(steps=1, batch_size=1, gradient_accumulation_steps=2**12)
     for changes, message in (
         ({"length": 0}, "`max_length` must be at least 1 token, got 0"),
         ({"length": 2**20, "train": rows}, r"2,147,483,648 tokens.*counted in 32 bits"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_auto_takes_the_fastest_policy_that_fits(
     assert chosen == full
     assert "policy 'full'" in capsys.readouterr().err
     assert losses(tmp_path / "fitted") == losses(directory)
+
+
+def test_a_continued_run_keeps_its_policy(make, plain, tmp_path):
+    """Another one may round differently, whatever the memory that is free today."""
+    _, directory = plain
+    copy = shutil.copytree(directory, tmp_path / "run")
+    config = make(copy, remat="auto")
+    longer = dataclasses.replace(config.train, steps=4)
+    assert run(dataclasses.replace(config, train=longer))["plan"]["policy"] == "full"
 
 
 def test_bytes_of_the_plan_are_those_of_the_run(plain):

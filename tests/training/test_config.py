@@ -17,7 +17,7 @@ from qlora_jax.training.config import ParameterGroup, TrainConfig
         ({"steps": None, "epochs": 0.0}, "`epochs` must be > 0, got 0.0"),
         ({"learning_rate": -1.0}, "`learning_rate` must be >= 0, got -1.0"),
         ({"learning_rate": math.nan}, "`learning_rate` must be >= 0, got nan"),
-        ({"warmup_steps": -1}, "`warmup_steps` must be >= 0, got -1"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be a number of steps, or a share"),
         ({"warmup_steps": 6}, "`warmup_steps`=6 exceeds `steps`=5; the learning rate"),
         ({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or none, got 0.0"),
         ({"weight_decay": -0.1}, "`weight_decay` must be >= 0, got -0.1"),

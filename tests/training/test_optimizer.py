@@ -172,7 +172,7 @@ def test_the_first_group_that_matches_counts_and_the_rest_is_as_without():
     found = by_path(config)[*Q, "lora_A"]
     report = found.report()
     assert report["name"] == r"q_proj\.lora_A$" and report["parameters"] == 3 * 4 * 64
-    assert "learning rate 0 (linear, warm-up 0), weight decay 0" in str(found)
+    assert "learning rate 0 (linear, warm-up 3%), weight decay 0" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,16 @@ def test_rates_of_all_groups_at_a_step():
     groups = optimizer_groups(config, selection())
     at = {group.name: float(rate_of(group.rule, 8)(2)) for group in groups}
     assert at == {"default": 0.75, "lora_B": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"),
+    [(0.03, 33, 0), (0.03, 100, 3), (0.29, 100, 29), (5, 100, 5), (0.0, 9, 0)],
+)
+def test_a_warmup_below_one_is_a_share_of_the_steps(warmup, steps, expected):
+    config = TrainConfig(steps=steps, learning_rate=1.0, warmup_steps=warmup)
+    rates = np.asarray(schedule(config, steps)(np.arange(steps)))
+    assert rates.argmax() == expected and rates.max() == 1.0
 
 
 # --- The optimizers ---
