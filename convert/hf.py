@@ -68,7 +68,9 @@ def load_llama(
       quantize_lm_head: quantize the output head as well, of a model whose head is not
         the embedding (`tie_word_embeddings` false).
       dtype: "float32", "bfloat16" or "float16" for the tensors that stay dense; None
-        keeps each file's own. Weights are quantized from the file's precision.
+        keeps each file's own. Weights are quantized from the file's precision, and
+        dequantize to values of `dtype`, as in transformers, which casts them to it
+        before. (Those of a 4-bit directory dequantize to their own.)
       progress: show a progress bar on stderr, and which projections became dense.
 
     Returns:
@@ -169,8 +171,7 @@ def _allocate(
             leaf = bnb.empty(
                 (shape[0], shape[1]),
                 double_quant=quantization == "nf4_dq",
-                # Quantized from the file's precision.
-                dtype=dtype if dtype and len(stored) > 1 else stored[0],
+                dtype=dtype or stored[0],
                 leading=leading,
             )
         else:

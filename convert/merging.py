@@ -500,7 +500,8 @@ class _Stream:
         if self.quantization is not None and is_packed:
             # Rounds the weight as loading for training did, and merges onto the result.
             double_quant = self.quantization == "nf4_dq"
-            return bnb.dequantize(
-                quantize_tensor(weight, key, double_quant=double_quant)
-            )
+            tensor = quantize_tensor(weight, key, double_quant=double_quant)
+            if self.dtype == "float32":
+                tensor = replace(tensor, dtype=self.dtype)
+            return bnb.dequantize(tensor)
         return weight

@@ -159,7 +159,10 @@ def _match(
             bad.add(key)
             problems.add("unexpected tensors", key)
     if strict:
-        problems.check(cause=_probable_cause(files, tensors, lora))
+        problems.check(
+            cause=_probable_cause(files, tensors, lora),
+            hint="`strict`=False (--no-strict) uses what fits and names the rest.",
+        )
     else:
         _check_can_skip(bad, tensors, problems)
         notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]

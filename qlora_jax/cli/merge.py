@@ -176,6 +176,7 @@ class Merge:
             adapter=source,
             quantization=merged["quantization"],
             quantize_lm_head=merged["quantize_lm_head"],
+            dtype="float32" if merged["dtype"] == "float32" else None,
             resize_to_adapter=self.resize_to_adapter,
             strict=self.strict,
         )

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import convert
 from convert import load_tokenizer
+from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import common_dtype
 from qlora_jax.inference.model import Model
@@ -162,6 +163,7 @@ def load_exact(
     adapter: Path | None = None,
     quantization: Any = None,
     quantize_lm_head: bool = False,
+    dtype: Dtype | None = None,
     resize_to_adapter: bool = False,
     strict: bool = True,
 ) -> Model:
@@ -175,6 +177,7 @@ def load_exact(
       adapter: PEFT directory.
       quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
       quantize_lm_head: whether to quantize its output head too.
+      dtype: to load it in, where that does not round; None keeps the file's.
       resize_to_adapter: let the vocabulary grow to that of the adapter.
       strict: raise for an adapter that does not fit exactly.
 
@@ -186,7 +189,7 @@ def load_exact(
         path,
         quantization=quantization,
         quantize_lm_head=quantize_lm_head,
-        dtype=common_dtype(path),
+        dtype=dtype or common_dtype(path),
     )
     check_plain(config, path)
     lora = adapters = None

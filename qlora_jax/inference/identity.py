@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -210,7 +211,7 @@ def trained_form(path: Path, fingerprint: str) -> str | None:
             quantize_lm_head=head,
             dtype=common_dtype(path),
         )
-        for dtype, tree in _in_each_dtype(base):
+        for dtype, tree in _in_each_dtype(base, packed=checkpoint.quantized):
             if fingerprint_tree(tree) == fingerprint:
                 name = "4-bit" if checkpoint.quantized else quantization
                 return f"{form_name(name, head)}, {dtype}"
@@ -222,20 +223,29 @@ def form_name(quantization: str | None, quantize_lm_head: bool) -> str:
     return (quantization or "none") + (" (lm_head too)" if quantize_lm_head else "")
 
 
-def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the base in its stored dtypes, then cast to each other dtype."""
+def _in_each_dtype(
+    base: Mapping[str, Any], *, packed: bool
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the base in its stored dtypes, then cast to each other dtype.
+
+    Args:
+      base: parameter tree.
+      packed: whether the 4-bit weights are packed in the file, and so keep their dtype.
+    """
     leaves = dict(trees.walk(base))
     stored = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
     yield ", ".join(sorted(stored)), base
+    values = {v.dtype for v in leaves.values() if isinstance(v, NF4Tensor)}
     for dtype in ("bfloat16", "float32", "float16"):
-        if stored == {dtype}:
+        if (stored if packed else stored | values) == {dtype}:
             continue
         tree: dict[str, Any] = {}
         try:
             for path, leaf in leaves.items():
-                # Packed leaves are the same whatever the dtype of the others.
                 if not isinstance(leaf, NF4Tensor):
                     leaf = cast(leaf, DTYPES[FLOAT_DTYPES[dtype]], ".".join(path))
+                elif not packed:
+                    leaf = replace(leaf, dtype=dtype)
                 trees.put(tree, path, leaf)
         except CheckpointError:  # out of float16's range: not trained in float16
             continue

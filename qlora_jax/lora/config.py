@@ -290,7 +290,8 @@ class LoraConfig:
             raise UserError(
                 "adapter_config.json has unknown fields, which may change what the "
                 f"adapter computes: {shown}{more}."
-                f"{did_you_mean(unknown[0], known)}"
+                f"{did_you_mean(unknown[0], known)} `strict`=False (--no-strict) reads "
+                "the file without them."
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
