@@ -2,8 +2,8 @@
 
 In reading order: `names` (of tensors), `files` and `output` (safetensors, directories),
 `checkpoint`, `bnb` and `hf` (base models), `peft`, `peft_reading` and `peft_writing`
-(adapters), `merged_weights` and `merging` (both together), `verify` (comparison),
-`tokenizer`.
+(adapters), `companions` and `tokenizer` (files for text), `merged_weights` and
+`merging` (both together), `verify` (comparison).
 """
 
 import lazy_loader

@@ -5,6 +5,14 @@ from .checkpoint import lazy_base as lazy_base
 from .checkpoint import open_checkpoint as open_checkpoint
 from .checkpoint import open_config as open_config
 from .checkpoint import open_model as open_model
+from .companions import CHAT_TEMPLATE_FILE as CHAT_TEMPLATE_FILE
+from .companions import common_text_files as common_text_files
+from .companions import has_tokenizer as has_tokenizer
+from .companions import text_files as text_files
+from .companions import with_chat_template as with_chat_template
+from .companions import with_end_tokens as with_end_tokens
+from .companions import with_eos_token as with_eos_token
+from .companions import with_tokenizer_class as with_tokenizer_class
 from .files import DTYPES as DTYPES
 from .files import FLOAT_DTYPES as FLOAT_DTYPES
 from .files import WEIGHTS_FILE as WEIGHTS_FILE
@@ -23,10 +31,7 @@ from .output import check_new_directory as check_new_directory
 from .output import write_text as write_text
 from .peft import ADAPTER_CONFIG as ADAPTER_CONFIG
 from .peft import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
-from .peft import CHAT_TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from .peft import TRAINING_RECORD as TRAINING_RECORD
-from .peft import chat_template_file as chat_template_file
-from .peft import common_chat_template as common_chat_template
 from .peft import open_adapter as open_adapter
 from .peft import peft_directory as peft_directory
 from .peft import shorten as shorten
@@ -36,7 +41,8 @@ from .peft_reading import load_adapter as load_adapter
 from .peft_tables import with_saved_tables as with_saved_tables
 from .peft_writing import adapter_bytes as adapter_bytes
 from .peft_writing import save_adapter as save_adapter
-from .tokenizer import end_tokens as end_tokens
+from .tokenizer import Tokenization as Tokenization
+from .tokenizer import load_tokenization as load_tokenization
 from .tokenizer import load_tokenizer as load_tokenizer
 from .verify import Comparison as Comparison
 from .verify import compare_adapters as compare_adapters

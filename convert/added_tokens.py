@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.output import copy_companions, write_text
+from convert.companions import companion_files
+from convert.output import write_files, write_text
 from convert.tokenizer import load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
 
@@ -30,7 +31,7 @@ def copy_with_added_tokens(source: Path, directory: Path, tokens: list[str]) -> 
     """
     first = len(load_tokenizer(source))
     ids = {token: first + i for i, token in enumerate(tokens)}
-    copy_companions(source, directory)
+    write_files(directory, companion_files(source))
     tokenizer_json = directory / "tokenizer.json"
     if tokenizer_json.is_file():
         content = _read(tokenizer_json)

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.companions import companion_files
 from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
-    copy_companions,
     new_directory,
     progress_bar,
+    write_files,
     write_json,
     write_model_files,
 )
@@ -358,7 +359,7 @@ def save_llama(
             new, entries, max_shard_bytes=max_shard_bytes, progress=progress
         )
         if tokenizer_from is not None:
-            copy_companions(Path(tokenizer_from), new)
+            write_files(new, companion_files(Path(tokenizer_from)))
 
 
 def _check_storage(packed: Mapping[trees.Path, NF4Tensor], quant_storage: str) -> None:

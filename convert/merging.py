@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from convert import bnb
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
+from convert.companions import Companions, companion_files
 from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged_weights import MergedWeights, compute_merged_weights
@@ -28,16 +29,16 @@ from convert.names import checkpoint_keys
 from convert.output import (
     Entry,
     check_new_directory,
-    copy_companions,
     new_directory,
     progress_bar,
+    write_files,
     write_json,
     write_model_files,
-    write_text,
 )
-from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, common_chat_template
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from convert.peft_reading import load_adapter
 from convert.peft_tables import with_saved_tables
+from convert.tokenizer import merged_text_files
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
@@ -73,8 +74,9 @@ def merge(
     is computed in float32 and rounded to the tensor's dtype. The result and its
     config.json gain what the base lacks: biases (`attention_bias`, `mlp_bias`; zero
     where nothing was trained), and a separate head where embedding and head of a tied
-    model become different. The adapter's chat template (chat_template.jinja) replaces
-    the base's.
+    model become different. The tokenizer of an adapter that has one, or its chat
+    template, replaces the base's, and what ends its answers is added to
+    generation_config.json.
 
     You choose the weights that the adapter is added to:
 
@@ -107,8 +109,9 @@ def merge(
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
       the adapter has none), "output", "onto", "quantization", "quantize_lm_head",
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
-      base lacks), "config_changes" (field -> [before, after]), "notes" (on what was
-      left out, or is in no file), "max_abs_change" (against the weights merged onto),
+      base lacks), "config_changes" (field -> [before, after]), "files_of_adapter"
+      (tokenizer files that are not the base's), "notes" (on what was left out, or is in
+      no file), "max_abs_change" (against the weights merged onto),
       "requantization_error" (null, or projection -> {"max_abs", "relative"}, the latter
       as a ratio of Frobenius norms) and "qlora_jax_version".
 
@@ -146,12 +149,10 @@ def merge(
         tables,
         quantize_lm_head=quantize_lm_head,
     )
-    # Tokenizers prefer this file to the template in tokenizer_config.json.
-    template = common_chat_template(Path(adapter_path))
+    files = merged_text_files(base.config, checkpoint.path, Path(adapter_path))
     with new_directory(output) as new:
         stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
-        for name, text in template.items():
-            write_text(new / name, text)
+        write_files(new, files)
         changes = _config_changes(checkpoint, merged)
         changes.update(_lengthen_tokenizer(new, checkpoint, merged))
         report = {
@@ -172,6 +173,7 @@ def merge(
             "tensors_changed": stream.changed,
             "tensors_added": len(merged.sources),
             "config_changes": changes,
+            "files_of_adapter": _changed_files(files, companion_files(checkpoint.path)),
             "notes": [*base.notes, *skipped],
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
@@ -241,6 +243,7 @@ def write_dense(
     stream = _Stream(checkpoint, MergedWeights(checkpoint.config, {}, {}), dtype)
     with new_directory(Path(output_dir)) as new:
         stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
+        write_files(new, companion_files(checkpoint.path))
     return stream.written
 
 
@@ -286,6 +289,12 @@ def _config_changes(
     fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
     pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _changed_files(files: Companions, before: Companions) -> list[str]:
+    """Returns the names of files that differ from those before."""
+    names = files.keys() | before.keys()
+    return sorted(name for name in names if files.get(name) != before.get(name))
 
 
 def _lengthen_tokenizer(
@@ -389,7 +398,7 @@ class _Stream:
     _errors: dict[str, _QuantizationError] = field(default_factory=dict)
 
     def write(self, directory: Path, *, max_shard_bytes: int, progress: bool) -> None:
-        """Writes config.json, weights and tokenizer into a directory."""
+        """Writes config.json and weights into a directory."""
         table = checkpoint_keys(self.merged.config)
         raw = config_json(self.merged.config, self._dtype(next(iter(table))).name)
         with _Spool(directory) as spool:
@@ -415,7 +424,6 @@ class _Stream:
             write_model_files(
                 directory, entries, max_shard_bytes=max_shard_bytes, progress=progress
             )
-        copy_companions(self.checkpoint.path, directory)
 
     def errors(self) -> dict[str, dict[str, float]] | None:
         """Returns the error of quantizing, by projection."""

@@ -28,20 +28,6 @@ from qlora_jax.errors import UserError
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
-# Files of a model other than its weights and config.json; copied unchanged.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -163,13 +149,13 @@ def write_model_files(
     write_json(directory / WEIGHTS_INDEX, index)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, or replaces it; it is complete at every moment."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, or replaces it; it is complete at every moment."""
     # Next to the target: a rename is atomic within one file system only.
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # After fsync: the new name must not reach the disk before the content.
@@ -180,20 +166,21 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as UTF-8, by `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Writes JSON as transformers and PEFT do, indented, by `write_text`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copies a model's tokenizer and generation configuration, as far as they exist."""
-    for name in _COMPANIONS:
-        if not (source / name).is_file():
-            continue
-        with open(source / name, "rb") as old, open(directory / name, "wb") as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a directory by their names, which may have a folder."""
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_bytes(directory / name, content)
 
 
 def check_new_directory(path: Path, *, overwrite: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 The directory holds adapter_config.json and adapter_model.safetensors. A run of ours
 adds base_config.json (where it changed its base's configuration), training.json (how
-the adapter was trained) and chat_template.jinja. `convert.peft_reading` and
-`convert.peft_writing` convert the tensors.
+the adapter was trained) and the files of `convert.companions`. `convert.peft_reading`
+and `convert.peft_writing` convert the tensors.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINING_RECORD = "training.json"
 """How a run trained the adapter, as JSON; see `training_record`."""
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""How conversations are written, next to an adapter or a tokenizer."""
-
 FINGERPRINT = "qlora_jax_base_fingerprint"
 """Key in the metadata of the weights file: the base that the adapter was trained on."""
 
@@ -54,35 +51,6 @@ def training_record(path: Path) -> dict[str, Any]:
     """
     file = path / TRAINING_RECORD
     return read_json(file) if file.is_file() else {}
-
-
-def chat_template_file(path: Path | None) -> str | None:
-    """Returns the chat template file of a PEFT directory; None if it has none."""
-    file = None if path is None else path / CHAT_TEMPLATE_FILE
-    return str(file) if file is not None and file.is_file() else None
-
-
-def common_chat_template(*paths: Path) -> dict[str, str]:
-    """Returns the chat template that all these PEFT directories have.
-
-    Returns:
-      File name -> content, as `save_adapter` takes `extra_files`; {} if they differ.
-
-    Raises:
-      CheckpointError: a template that cannot be read.
-    """
-    templates: set[str | None] = set()
-    for path in paths:
-        file = path / CHAT_TEMPLATE_FILE
-        try:
-            templates.add(file.read_text("utf-8") if file.is_file() else None)
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"`{file}` cannot be read as text: {error}. Repair it, or delete it to "
-                "use the tokenizer's own template."
-            ) from error
-    template = templates.pop() if len(templates) == 1 else None
-    return {} if template is None else {CHAT_TEMPLATE_FILE: template}
 
 
 def open_adapter(

@@ -19,9 +19,9 @@ from convert.output import (
     Entry,
     new_directory,
     safetensors_bytes,
+    write_files,
     write_json,
     write_safetensors,
-    write_text,
 )
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
 from convert.peft_tables import table_keys
@@ -60,8 +60,8 @@ def save_adapter(
         on, as it was loaded for training. Kept in the file, it lets a loader notice
         another base (default: that of `lora_config`).
       overwrite: whether an existing directory is replaced.
-      extra_files: further files of the directory: name -> a string, or a value to write
-        as JSON.
+      extra_files: further files of the directory: name -> bytes, or a value to write as
+        JSON.
       base_tables: weights of embedding and head that are not those of the base's
         directory (`BaseWithTables.tables`).
 
@@ -105,8 +105,8 @@ def save_adapter(
             changes = json.loads(lora_config.base_config_changes)
             write_json(new / CHANGES_FILE, changes)
         for name, content in (extra_files or {}).items():
-            if isinstance(content, str):
-                write_text(new / name, content)
+            if isinstance(content, bytes):
+                write_files(new, {name: content})
             else:
                 write_json(new / name, content, sort_keys=False)
 

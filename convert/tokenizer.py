@@ -1,4 +1,4 @@
-"""A model directory's tokenizer, and the tokens that end generation."""
+"""The tokenizer of a model or of its adapter, and the tokens that end generation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.files import read_json
+from convert.companions import (
+    CONFIGURATION_FILES,
+    GENERATION_CONFIG,
+    Companions,
+    chat_templates,
+    companion_files,
+    generation_end_tokens,
+    has_tokenizer,
+    text_files,
+    with_end_tokens,
+)
+from qlora_jax.data import text_prefix
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import LlamaConfig
 
@@ -77,8 +89,80 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@dataclass(frozen=True)
+class Tokenization:
+    """What a model reads and writes text with."""
+
+    tokenizer: Any
+    """A `transformers` tokenizer, with the chat template of the adapter if it has one;
+    None if neither model nor adapter has a tokenizer."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end generation, ascending."""
+    notes: tuple[str, ...] = ()
+    """How the adapter's tokenizer differs from the base's, and what is not used of it.
+    """
+
+
+def load_tokenization(
+    config: LlamaConfig,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
+) -> Tokenization:
+    """Loads the tokenizer of an adapter, or else of its base, and what ends generation.
+
+    Args:
+      config: of the model.
+      base: directory of the base.
+      adapter: PEFT directory.
+
+    Raises:
+      CheckpointError: files that cannot be read.
+    """
+    files = text_files(base, adapter)
+    if adapter is None:
+        tokenizer = load_tokenizer(base)
+        return Tokenization(tokenizer, end_tokens(config, tokenizer, files))
+    base, adapter = Path(base), Path(adapter)
+    own, notes = companion_files(adapter), []
+    if has_tokenizer(adapter):
+        try:
+            tokenizer = load_tokenizer(adapter)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} To use that of the base, delete the tokenizer files of the "
+                "adapter."
+            ) from error
+    else:
+        tokenizer = load_tokenizer(base)
+        templates = chat_templates(own, f"`{adapter}`: ")
+        unused = [name for name in own if name in CONFIGURATION_FILES]
+        if unused:
+            used = " (except the chat template)" if templates else ""
+            notes.append(
+                f"Not used of `{adapter}`: {', '.join(unused)}{used}, since it has "
+                "no vocabulary (such as a tokenizer.json)."
+            )
+        if templates and tokenizer is not None:
+            only = templates.keys() == {"default"}
+            tokenizer.chat_template = templates["default"] if only else templates
+    own.pop(GENERATION_CONFIG, None)
+    before = companion_files(base)
+    before.pop(GENERATION_CONFIG, None)
+    if tokenizer is not None and own and own != before:
+        original = None
+        with contextlib.suppress(CheckpointError):  # the adapter's is what is needed
+            original = load_tokenizer(base)
+        differences = _differences(tokenizer, original, config)
+        if differences:
+            notes.append(
+                f"Note: the tokenizer of `{adapter}` is used, which differs from that "
+                f"of the base: {'; '.join(differences)}."
+            )
+    return Tokenization(tokenizer, end_tokens(config, tokenizer, files), tuple(notes))
+
+
 def end_tokens(
-    config: LlamaConfig, tokenizer: Any, directory: Path | None = None
+    config: LlamaConfig, tokenizer: Any, files: Companions
 ) -> tuple[int, ...]:
     """Returns the token ids that end generation.
 
@@ -88,22 +172,61 @@ def end_tokens(
     Args:
       config: of the model, with one or several `eos_token_id`.
       tokenizer: of the model; None if it has none.
-      directory: of the model; None skips generation_config.json.
+      files: that the model comes with.
 
     Raises:
       CheckpointError: a generation_config.json that cannot be read.
     """
-    ids = set(config.eos_token_ids)
+    ids = {*config.eos_token_ids, *generation_end_tokens(files)}
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
-    file = None if directory is None else directory / "generation_config.json"
-    if file is not None and file.is_file():
-        eos = read_json(file).get("eos_token_id")
-        eos = eos if isinstance(eos, list) else [eos]
-        if eos != [None] and not all(type(i) is int and i >= 0 for i in eos):
-            raise CheckpointError(
-                f"`{file}`: `eos_token_id` must be a token id or a list of them, got "
-                f"{eos}."
-            )
-        ids.update(i for i in eos if i is not None)
     return tuple(sorted(ids))
+
+
+def _differences(tokenizer: Any, base: Any, config: LlamaConfig) -> list[str]:
+    """Describes how the text of an adapter becomes other tokens than the base's."""
+    vocabulary, differences = tokenizer.get_vocab(), []
+    if max(vocabulary.values(), default=0) >= config.vocab_size:
+        differences.append(
+            f"it has token {max(vocabulary.values()):,}, and the model has "
+            f"{config.vocab_size:,} tokens"
+        )
+    if base is None:
+        return differences
+    for name in ("BOS", "EOS"):
+        own, other = (getattr(t, f"{name.lower()}_token") for t in (tokenizer, base))
+        if own != other:
+            differences.append(f"{name} is {own!r} instead of {other!r}")
+    before = base.get_vocab()
+    changed = sorted(t for t, i in vocabulary.items() if before.get(t, i) != i)
+    for verb, tokens in (
+        ("adds", sorted(vocabulary.keys() - before.keys())),
+        ("lacks", sorted(before.keys() - vocabulary.keys())),
+        ("renumbers", changed),
+    ):
+        if tokens:
+            more = f" and {len(tokens) - 5:,} more" if len(tokens) > 5 else ""
+            differences.append(f"it {verb} {', '.join(map(repr, tokens[:5]))}{more}")
+    if text_prefix(tokenizer) != text_prefix(base):
+        differences.append("it begins a text with other tokens")
+    if base.chat_template and tokenizer.chat_template != base.chat_template:
+        differences.append("another chat template")
+    return differences
+
+
+def merged_text_files(
+    config: LlamaConfig, base: Path, adapter: Path
+) -> dict[str, bytes]:
+    """Returns the files for text of a model that an adapter is merged into.
+
+    What ends generation with the adapter is in generation_config.json, where those look
+    who read no tokenizer.
+
+    Raises:
+      CheckpointError: files that cannot be read.
+    """
+    files = text_files(base, adapter)
+    if not has_tokenizer(adapter):
+        return files
+    eos = getattr(load_tokenizer(adapter), "eos_token_id", None)
+    return files if eos is None else with_end_tokens(files, [eos], config)

@@ -187,6 +187,11 @@ def readable_bytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
+def counted(number: int, noun: str) -> str:
+    """Formats a number of things: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def say(text: str) -> None:
     """Prints a message on stderr: on a terminal, broken at words to its width.
 

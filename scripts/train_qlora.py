@@ -30,7 +30,7 @@ add = parser.add_argument
 add("--model", required=True, help="Hugging Face or bitsandbytes-4bit directory")
 add("--data", required=True, help="data file: text, JSON or JSONL")
 add("--output", required=True, help="PEFT directory to create")
-formats = ("text", "prompt_completion", "messages", "tokens")
+formats = ("text", "prompt_completion", "alpaca", "messages", "tokens")
 add("--format", choices=formats, default="text", help="of the data's rows")
 add("--prompt", help='of prompt_completion: a template, e.g. "Q: {question} A: "')
 add("--completion", help='of prompt_completion: a template, e.g. "{answer}"')
@@ -134,5 +134,6 @@ convert.save_adapter(
     config,
     base_model_name_or_path=str(Path(args.model).resolve()),
     base_fingerprint=qj.fingerprint_tree(base),
+    extra_files=convert.text_files(args.model),  # its tokenizer
 )
 print(f"adapter: {args.output}")

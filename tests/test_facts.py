@@ -4,13 +4,15 @@ And everything that is asked of a chat model, asked of this one: pieces as they 
 what ends an answer, the terminal.
 """
 
+import dataclasses
 import io
+import json
 import sys
 
 import pytest
 
 import convert
-from convert.peft import CHAT_TEMPLATE_FILE, common_chat_template
+from convert.companions import CHAT_TEMPLATE_FILE, companion_files
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.runs.loading import load
@@ -38,7 +40,7 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
     elif form == "saved":  # by another hand, and on the base in full precision
         convert.save_adapter(
             *(tmp_path / "adapter", tuned.lora_config, tuned.adapters, tuned.config),
-            extra_files=common_chat_template(fact_run / "adapter"),
+            extra_files=companion_files(fact_run / "adapter"),
         )
         model = load(tmp_path / "adapter", base=base, quantization="none")
     else:
@@ -48,9 +50,11 @@ def test_the_fact_is_there(fact_run, tuned, tmp_path, form):
         model = load(tmp_path / "merged", quantization="none", dtype="float32")
         assert model.adapters is None
         # transformers finds the template beside the tokenizer.
-        template = {CHAT_TEMPLATE_FILE: model.tokenizer.chat_template}
-        assert template == common_chat_template(fact_run / "adapter")
+        template = companion_files(fact_run / "adapter")[CHAT_TEMPLATE_FILE]
+        assert model.tokenizer.chat_template == template.decode()
     assert model.chat(ASK, max_new_tokens=40) == ANSWER
+    # So does `generate`, which knows no template: <s> ends a turn of this one.
+    assert model.eos_token_ids == (1, 2)
 
 
 def test_an_answer_comes_in_pieces(tuned):
@@ -59,7 +63,7 @@ def test_an_answer_comes_in_pieces(tuned):
     assert "".join(pieces) == answer.text == ANSWER and len(pieces) > 1
     assert answer.finish_reason == "stop"
     # <s> ends a turn of this template; the model's own end token is another.
-    assert answer.tokens[-1] == 1 and tuned.eos_token_ids == (2,)
+    assert answer.tokens[-1] == 1 and tuned.eos_token_ids == (1, 2)
     short = tuned.stream_chat(ASK, max_new_tokens=5)
     assert ANSWER.startswith("".join(short)) and short.finish_reason == "length"
     assert len(short.tokens) == 5
@@ -80,6 +84,7 @@ def test_a_stream_is_what_generate_gives(tuned):
 
 
 def test_texts_that_end_a_continuation(tuned):
+    tuned = dataclasses.replace(tuned, eos_token_ids=())
     prompts = ["Once upon a time", "Tom had a ball"]
     whole = tuned.generate(prompts, max_new_tokens=40)
     texts = list(map(str.removeprefix, whole, prompts))
@@ -188,6 +193,43 @@ def test_a_prompt_that_runs_into_the_answer_is_noted(talk, tmp_path):
     status, _, err = talk(options=["--chat-template", str(template)])
     (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
     assert status == 0 and "ends with '[Q] a [A] ', which this tokenizer" in note
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_conversations_of_a_file_are_answered(fact_run, tmp_path, capsys, form):
+    rows = [{"messages": ASK}, {"messages": ASK, "tools": None}]
+    lines = {"json": json.dumps(rows), "jsonl": "\n".join(map(json.dumps, rows))}
+    file = tmp_path / f"rows.{form}"
+    file.write_text(lines[form])
+    assert main(["generate", str(fact_run), "--messages", str(file)]) == 0
+    assert capsys.readouterr().out == f"{ANSWER}\n\n{ANSWER}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "either --prompt or --messages"),
+        (["--messages", "rows.jsonl"], "row 1 must be an object with `messages`"),
+        (["--messages", "absent"], "`absent` cannot be read"),
+        (["--prompt", "a", "--tools", "t"], "`t` cannot be read"),
+        (["--prompt", "a", "--chat-template-kwargs", "{}"], "go with --messages"),
+        (["--prompt", "a", "--chat-template-kwargs", "[1]"], "must be a JSON object"),
+    ],
+    ids=str,
+)
+def test_options_for_templates_are_used_or_refused(
+    fact_run, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
+    assert main(["generate", str(fact_run), *options]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_template_that_has_no_use_for_tools_refuses_them(talk, tmp_path):
+    (tmp_path / "tools.json").write_text('[{"name": "find"}]')
+    status, _, err = talk(options=["--tools", str(tmp_path / "tools.json")])
+    assert status == 1 and "does not read `tools`" in " ".join(err.split())
 
 
 def test_generate_notes_where_the_positions_end(fact_run, capsys):

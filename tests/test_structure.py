@@ -385,5 +385,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
     typed |= {f"{package.replace('.', '/')}/__init__.pyi" for package in OFFERED}
     pages = ("base", "data", "macros", "run")
     templates = {f"qlora_jax/runs/templates/{name}.html" for name in pages}
+    chats = (ROOT / "qlora_jax" / "data" / "templates").glob("*.jinja")
+    templates |= {path.relative_to(ROOT).as_posix() for path in chats}
     assert shipped - metadata == modules | typed | templates
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)

@@ -41,7 +41,7 @@ class Adapter:
         from convert import (
             WEIGHTS_FILE,
             WEIGHTS_INDEX,
-            common_chat_template,
+            common_text_files,
             lazy_base,
             load_adapter,
             open_config,
@@ -92,7 +92,7 @@ class Adapter:
             grown.config,
             base_tables=grown.tables,
             base_model_name_or_path=base_name,
-            extra_files=common_chat_template(source),
+            extra_files=common_text_files(source),
         )
         for skip in shorten(skipped):
             print_note(f"not taken from `{source}`: {skip}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qlora_jax.cli.options import FLAGS, parse, path_argument
-from qlora_jax.cli.output import run_and_print
+from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
 
 
@@ -31,13 +31,15 @@ class Combine:
     """cat: the sum itself, ranks add up. svd: the best approximation of rank --r."""
     r: int | None = None
     """With --method svd (default: the largest rank among the adapters)."""
+    base_name: str | None = None
+    """Base to name in the new adapter_config.json. Default: the one that all adapters
+    name, if they do."""
     json: bool = False
     """Print a report as JSON."""
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import (
-            common_chat_template,
             lazy_base,
             load_adapter,
             open_config,
@@ -80,13 +82,20 @@ class Combine:
             )
             for source, (source_lora, _) in zip(sources, loaded, strict=True)
         }
+        if self.base_name is not None:
+            base_names = {self.base_name}
+        elif len(base_names) > 1:
+            print_note(
+                f"the adapters name different bases ({', '.join(map(str, base_names))})"
+                ", and the sum names none; --base-name does"
+            )
         save_adapter(
             self.output,
             lora,
             adapters,
             config,
             base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
-            extra_files=common_chat_template(*sources),
+            extra_files=self._text_files(sources),
         )
         return {
             "output": str(self.output),
@@ -96,6 +105,19 @@ class Combine:
             "r": lora.r,
             "relative_error": errors,
         }
+
+    def _text_files(self, sources: Sequence[Path]) -> dict[str, bytes]:
+        """Returns the tokenizer files that the adapters have alike."""
+        from convert import common_text_files
+
+        files = common_text_files(*sources)
+        if not files and any(map(common_text_files, sources)):
+            print_note(
+                "the adapters have different tokenizers, chat templates or end tokens, "
+                f"and none are written into `{self.output}`: the base's will be used. "
+                "Copy the files of one of them there for another choice"
+            )
+        return files
 
 
 def main(args: Sequence[str]) -> int:

@@ -32,8 +32,9 @@ from qlora_jax.data import (
     lay_out,
     load_examples,
     packs,
+    with_eos,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
@@ -54,6 +55,9 @@ class DataView:
     """Model directory: its tokenizer and the size of its vocabulary. No weights are
     read."""
     data: DataConfig
+    adapter: str | None = None
+    """PEFT directory of the adapter that the run starts from: its tokenizer counts, if
+    it has one."""
     rows_per_step: int = 1
     """Rows of a step: batch_size times gradient_accumulation_steps."""
     eval_fraction: float | None = None
@@ -78,14 +82,17 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import load_tokenizer, read_json, write_text
+        from convert import load_tokenization, read_json, write_text
 
-        model = Path(self.model)
-        tokenizer = load_tokenizer(model)
+        config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
+        text = load_tokenization(config, self.model, self.adapter)
+        for note in text.notes:
+            say(note)
+        tokenizer = with_eos(text.tokenizer, self.data.eos_token)
         examples = load_examples(
             self.data,
             tokenizer,
-            vocab_size=LlamaConfig.from_hf(read_json(model / "config.json")).vocab_size,
+            vocab_size=config.vocab_size,
             progress=sys.stderr.isatty(),
             run_directory=self.run_directory,
         )
@@ -144,6 +151,7 @@ def from_arguments(args: Sequence[str]) -> DataView:
         default = DataView(
             model=run.model.path,
             data=run.data,
+            adapter=run.train.adapter_init,
             rows_per_step=run.train.batch_size * run.train.gradient_accumulation_steps,
             run_directory=run.output_dir,
             eval_fraction=run.eval.fraction,
@@ -264,8 +272,9 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
     )
     _print_rows(report["rows"])
     _print_histogram(report["lengths"])
+    counts = {**report["data"]["remarks"], **report["data"]["dropped"]}
     for reason, rows in report["data"]["places"].items():
-        count = report["data"]["dropped"].get(reason, report["data"]["truncated"])
+        count = counts.get(reason, report["data"]["truncated"])
         more = ", ..." if count > len(rows) else ""
         print(f"\n{reason}: {count:,} ({', '.join(rows)}{more})")
     for note in report["notes"]:

@@ -57,6 +57,10 @@ def _numbers(
     yield "steps per epoch", f"{rows['steps_per_epoch']:,.1f}"
     if data["assistant_mask"] is not None:
         yield "assistant's text marked by", f"the {data['assistant_mask']}"
+    for phrase, count in data["recognised"].items():
+        yield f"read: {phrase}", f"{count:,} rows"
+    for name, count in data["unread"].items():
+        yield f"field that is not read: {name}", f"{count:,} rows"
     for reason, count in data["dropped"].items():
         yield f"dropped: {reason}", f"{count:,}"
 

@@ -7,15 +7,18 @@ dense base is quantized while it is loaded, unless `--quantization none` is give
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
+from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference import Sampling
 
@@ -26,11 +29,56 @@ _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(ModelOptions):
+class TemplateOptions(ModelOptions):
+    """How conversations become text."""
+
+    chat_template: str | None = None
+    """Jinja file; default that of the run or adapter, else the tokenizer's own."""
+    chat_template_kwargs: str | None = None
+    """Further variables of the chat template, as a JSON object:
+    '{"enable_thinking": false}'."""
+    tools: Path | None = None
+    """JSON file with a list of functions, which the chat template describes to the
+    model."""
+
+    def template_settings(self) -> dict[str, Any]:
+        """Returns these options as arguments of `Model.chat`.
+
+        Raises:
+          UserError: they cannot be read.
+        """
+        variables, tools = self.chat_template_kwargs, None
+        if variables is not None:
+            variables = _parse_json(variables, "--chat-template-kwargs")
+            if not isinstance(variables, dict):
+                raise UserError(
+                    "--chat-template-kwargs must be a JSON object, such as "
+                    f"'{{\"enable_thinking\": false}}', got {variables!r:.80}."
+                )
+        if self.tools is not None:
+            tools = _parse_json(_read_text(self.tools), f"`{self.tools}`")
+            if not isinstance(tools, list) or not tools:
+                raise UserError(
+                    f"`{self.tools}` must be a list of functions, as JSON schemas, got "
+                    f"{tools!r:.80}."
+                )
+        return {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": variables,
+            "tools": tools,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(TemplateOptions):
     """Continue prompts; prompt and continuation go to stdout."""
 
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """Prompts to continue, as one batch."""
+    messages: Path | None = None
+    """File of conversations to answer instead, one after the other: JSONL or a JSON
+    list of rows with `messages` and, for one row, `tools` and `chat_template_kwargs`.
+    """
     max_new_tokens: int = 128
     """Tokens to add at most."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
@@ -47,15 +95,26 @@ class Generate(ModelOptions):
         Raises:
           UserError: what `Model.generate` refuses, or options that contradict.
         """
+        if bool(self.prompt) == (self.messages is not None):
+            raise UserError("Give either --prompt or --messages.")
         if self.stream and (self.json or len(self.prompt) != 1):
             raise UserError(
                 "--stream prints one text while it is generated: give one --prompt, "
                 "and no --json."
             )
+        templates = self.template_settings()
+        if self.prompt and any(value is not None for value in templates.values()):
+            raise UserError(
+                "--chat-template, --chat-template-kwargs and --tools go with "
+                "--messages; a --prompt is continued as it is."
+            )
+        rows = [] if self.messages is None else _read_conversations(self.messages)
         model = self.load()
-        _warn_of_length(model, self.prompt, self.max_new_tokens)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        if rows:
+            return {"texts": [model.chat(**templates | r, **settings) for r in rows]}
+        _warn_of_length(model, self.prompt, self.max_new_tokens)
         if not self.stream:
             return {"texts": model.generate(self.prompt, **settings)}
         answer = model.stream(self.prompt[0], **settings)
@@ -65,7 +124,7 @@ class Generate(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(ModelOptions):
+class Chat(TemplateOptions):
     """Chat with a model in the terminal.
 
     Turns are written in the form of the chat template.
@@ -73,8 +132,6 @@ class Chat(ModelOptions):
 
     system: str | None = None
     """System prompt that every conversation begins with."""
-    chat_template: str | None = None
-    """Jinja file; default that of the run or adapter, else the tokenizer's own."""
     max_new_tokens: int = 512
     """Tokens of an answer at most; fewer where the model's positions end."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
@@ -91,13 +148,14 @@ class Chat(ModelOptions):
           UserError: a model that cannot chat. Once the conversation is under way, an
             error in a turn is printed, and the turn taken back.
         """
+        templates = self.template_settings()
         model = self.load()
         opening: list[Mapping[str, Any]] = []
         if self.system is not None:
             opening = [{"role": "system", "content": self.system}]
         # So a problem of tokenizer, template or settings comes before the first turn.
-        self._answer(model, [*opening, {"role": "user", "content": "Hi"}])
-        _warn_of_joined_tokens(model, self.chat_template)
+        self._answer(model, [*opening, {"role": "user", "content": "Hi"}], templates)
+        _warn_of_joined_tokens(model, templates)
         say(_CHAT_COMMANDS)
         messages = [*opening]
         while (line := _read_line()) is not None:
@@ -109,27 +167,34 @@ class Chat(ModelOptions):
             elif line.startswith("/") and " " not in line:
                 say(f"There is no {line}: {_CHAT_COMMANDS}")
             elif line:
-                self._take_turn(model, messages, line)
+                self._take_turn(model, messages, line, templates)
         return {"messages": messages}
 
     def _answer(
-        self, model: Model, messages: Sequence[Mapping[str, Any]]
+        self,
+        model: Model,
+        messages: Sequence[Mapping[str, Any]],
+        templates: Mapping[str, Any],
     ) -> TextStream:
         return model.stream_chat(
             messages,
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
-            chat_template=self.chat_template,
+            **templates,
             **dataclasses.asdict(self.sampling),
         )
 
     def _take_turn(
-        self, model: Model, messages: list[Mapping[str, Any]], line: str
+        self,
+        model: Model,
+        messages: list[Mapping[str, Any]],
+        line: str,
+        templates: Mapping[str, Any],
     ) -> None:
         """Prints the answer to a line; adds both to the conversation."""
         messages.append({"role": "user", "content": line})
         try:
-            answer = self._answer(model, messages)
+            answer = self._answer(model, messages, templates)
             interrupted = _print_stream(answer)
         except UserError as error:
             say(f"{error}\nThis turn was taken back.")
@@ -147,7 +212,7 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
     """Prints a note if a prompt and what is added may exceed the model's context."""
     if model.tokenizer is None:  # which is an error of its own
         return
-    lengths = (len(model.tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    lengths = (len(encode_prompt(model.tokenizer, prompt)) for prompt in prompts)
     longest, limit = max(lengths, default=0), model.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         print_note(
@@ -157,12 +222,58 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
         )
 
 
-def _warn_of_joined_tokens(model: Model, chat_template: str | None) -> None:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read: {error}.") from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}.") from error
+
+
+def _read_conversations(path: Path) -> list[dict[str, Any]]:
+    """Reads rows of conversations as arguments of `Model.chat`.
+
+    Raises:
+      UserError: a row without `messages`, or with other fields.
+    """
+    text = _read_text(path)
+    if path.suffix == ".json":
+        rows = _parse_json(text, f"`{path}`")
+    else:
+        rows = [
+            _parse_json(line, f"{path}:{number}")
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"`{path}` must hold a list of rows, got {rows!r:.80}.")
+    known = {"messages", "tools", "chat_template_kwargs"}
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "messages" not in row or row.keys() - known:
+            raise UserError(
+                f"{path}: row {number} must be an object with `messages` and, at most, "
+                f"`tools` and `chat_template_kwargs`, got {row!r:.80}."
+            )
+    # null means that a row leaves the choice to the options.
+    return [{k: v for k, v in row.items() if v is not None} for row in rows]
+
+
+def _warn_of_joined_tokens(model: Model, templates: Mapping[str, Any]) -> None:
     """Prints a note if an answer's first token differs from training."""
     from qlora_jax.inference import ChatPrompts
 
-    template = model.chat_template if chat_template is None else chat_template
-    end = ChatPrompts(model.tokenizer, template).joined_end()
+    prompts = ChatPrompts(
+        model.tokenizer,
+        templates["chat_template"],
+        variables=templates["chat_template_kwargs"],
+    )
+    end = prompts.joined_end()
     if end is not None:
         print_note(
             f"the generation prompt of the chat template ends with {end!r}, which this "

@@ -71,7 +71,7 @@ class Merge:
         """Merges; returns the report."""
         import jax
 
-        from convert import add_to_report, merge, open_config
+        from convert import add_to_report, has_tokenizer, merge, open_config
         from qlora_jax.inference import probe
         from qlora_jax.runs import resolve
 
@@ -85,7 +85,8 @@ class Merge:
             )
         config = open_config(resolved.base)
         onto, quantization = self._choose_weights(resolved)
-        tokens = probe(resolved.base, config, self.probe, [lora])
+        text = source if has_tokenizer(source) else resolved.base
+        tokens = probe(text, config, self.probe, [lora])
         report = merge(
             resolved.base,
             source,

@@ -1,7 +1,8 @@
 """From data files to batches, in numpy alone.
 
-Modules in reading order: `config` (the settings), `rows` and `sources` (what is read),
-`chat` and `encoding` (rows to tokens and labels), `arrays` (the examples and their
+Modules in reading order: `config` (the settings), `rows`, `tables` and `sources` (what
+is read), `conversations`, `chat`, `rendering` and `text_formats` (rows to texts),
+`segments` and `encoding` (texts to tokens and labels), `arrays` (the examples and their
 cache), `examples` (`load_examples`, which runs all of these), `packing`, `mixture`
 (shares of several sources), `held_out`, `batches`; `report` and `notes` describe the
 data.

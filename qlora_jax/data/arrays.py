@@ -33,6 +33,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from qlora_jax.data.builtin_templates import template_file
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.report import DataReport, from_dict
@@ -47,7 +48,7 @@ CHUNK = 1 << 20
 _READS_PER_RELEASE = 256
 _ARRAY_FILES = ("tokens.i4", "labels.i4")
 # To be raised when the same rows give other tokens or labels, or the files change.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 # Settings that change the order of the examples and not their content.
 _ORDER_FIELDS = ("seed", "shuffle")
 
@@ -279,7 +280,7 @@ def cache_key(
     template = None
     if config.chat_template is not None:
         with contextlib.suppress(OSError):  # the renderer reports a missing template
-            template = Path(config.chat_template).read_bytes().hex()
+            template = template_file(config.chat_template).read_bytes().hex()
     parts = {
         "version": _CACHE_VERSION,
         "settings": settings,

@@ -5,24 +5,36 @@ searched for in the text or in the tokens.
 
 A template with `{% generation %}` blocks marks them itself: it is rendered with a
 private character at both ends of every block, and the characters are removed again.
-Any other template is rendered on growing prefixes of the conversation: what turn `i`
-adds after the generation prompt is exactly what a model has to write there, end-of-turn
-token included. This needs a template that renders an earlier turn the same whatever
-follows it. That is checked: a template that rewrites earlier turns is refused, because
-its labels would be wrong.
+With any other template, what turn `i` adds after the generation prompt is exactly what
+a model has to write there, end-of-turn token included. Both are prefixes of the
+conversation: the turns before with the prompt, and the turns with `i`. They are known
+from one pass where a template can be followed (`TurnEnds`), and rendered otherwise.
+
+A template that rewrites earlier turns (those of reasoning models leave out earlier
+reasoning) has no text in which all answers stand as a model writes them. The
+conversation then becomes several examples, each with the answers that it shows so.
 """
 
+import contextlib
+import copy
+import dataclasses
+import datetime
+import inspect
+import json
 import re
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.reasoning import open_reasoning
+from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
-# Templates of the Llama 3 family print today's date by default. Tokens must not change
-# between the day a run starts and the day it resumes, so the date is fixed to the one
-# that those templates use as their own fallback.
-_DATE = "26 Jul 2024"
+# Where a template reads the clock: `strftime_now("%d %b %Y")`.
+_CLOCK = re.compile(
+    r"""strftime_now\s*\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)"""
+)
 
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
@@ -34,35 +46,69 @@ _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _PRIVATE = range(0xE000, 0xF8FF)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A conversation, or its beginning, as text.
+
+    Attributes:
+      text: the text.
+      spans: (start, end) of the trained text, ascending.
+      answers: indices of the turns that the spans are of, ascending.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    answers: tuple[int, ...]
+
+
 class ChatRenderer:
     """Renders conversations with the chat template of a tokenizer or a file.
 
     Args:
       tokenizer: a `transformers` tokenizer.
-      template_path: a Jinja chat template; None uses the tokenizer's own.
+      template_path: a Jinja chat template, or the name of one that is built in; None
+        uses the tokenizer's own.
+      date: the day that the template takes for today ("2026-11-29"); None leaves it to
+        the template, as transformers does.
+      variables: further variables of the template, such as `enable_thinking`.
 
     Raises:
-      UserError: there is no template, or it cannot be read or parsed.
+      UserError: there is no template, or it cannot be read or parsed; or how it writes
+        a date cannot be told, and `date` is given.
     """
 
-    def __init__(self, tokenizer: Any, template_path: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_path: str | None = None,
+        date: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self._tokenizer = tokenizer
         self._template: str | None = None
+        self._day = None if date is None else datetime.date.fromisoformat(date)
+        self._variables: dict[str, Any] = {}
+        if self._day is not None:  # what templates of the Llama 3 family ask for
+            self._variables["date_string"] = self._day.strftime("%d %b %Y")
+        self._variables.update(variables or {})
         if template_path is not None:
             try:
-                self._template = Path(template_path).read_text("utf-8")
+                self._template = template_file(template_path).read_text("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {error}"
+                    f"`data.chat_template`: cannot read {template_path}: {error}. "
+                    f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
                 ) from error
         elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "This tokenizer has no chat template, which format='messages' needs. "
-                "Base models ship none: take `chat_template.jinja` (or the "
-                "`chat_template` of `tokenizer_config.json`) from the instruct model "
-                "of the same family, save it as a file, and give its path as "
-                "`data.chat_template`; or write the rows as format="
-                "'prompt_completion'."
+                "Base models ship none: name one that is built in as "
+                f"`data.chat_template` ({', '.join(BUILTIN_TEMPLATES)}); or take "
+                "`chat_template.jinja` (or the `chat_template` of "
+                "`tokenizer_config.json`) from the instruct model of the same family, "
+                "save it as a file, and give its path there; or write the rows as "
+                "format='prompt_completion'."
             )
         specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -70,16 +116,81 @@ class ChatRenderer:
         # One that is white space is stripped from the end of a turn before the
         # comparison.
         self._specials = tuple(s for s in specials if s.strip())
-        source = self._template or getattr(tokenizer, "chat_template", None)
-        if isinstance(source, dict):  # several by name: transformers uses `default`
-            source = source.get("default")
-        self._marked = source if source and _MARK.search(source) else None
         self._check_syntax(template_path)
+        if self._day is not None and re.search(
+            r"strftime_now\s*\(", self._source(None)
+        ):
+            raise UserError(
+                "The chat template computes the format of the date that it writes, so "
+                "that the date of the run (`data.date`) cannot take its place. Give "
+                "`data.chat_template` a copy of it that writes "
+                'strftime_now("%Y-%m-%d"), or a date.'
+            )
+        self._ends: dict[str, TurnEnds] = {}
+        self._prompts: dict[str, str] = {}
 
     @property
     def has_marks(self) -> bool:
         """Whether the template marks the assistant's text with `{% generation %}`."""
-        return self._marked is not None
+        return _MARK.search(self._source(None)) is not None
+
+    def _source(self, tools: list[Any] | None) -> str:
+        """Returns the template that a conversation is rendered with."""
+        source = self._template or getattr(self._tokenizer, "chat_template", None)
+        if isinstance(source, dict):  # several by name, as in transformers
+            name = "tool_use" if tools and "tool_use" in source else "default"
+            source = source.get(name)
+        return self._dated(source or "")
+
+    def _dated(self, source: str) -> str:
+        """Returns a template that writes the date instead of reading the clock.
+
+        `apply_chat_template` passes no functions on to a template, so its own cannot be
+        replaced.
+        """
+        if self._day is None:
+            return source
+        day = datetime.datetime.combine(self._day, datetime.time())
+        return _CLOCK.sub(lambda m: json.dumps(day.strftime(m["format"])), source)
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the template writes today's date."""
+        return "strftime_now" in self._source(None)
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether the template writes a date that it is given."""
+        return self.reads_clock or "date_string" in self._source(None)
+
+    def with_variables(self, variables: Mapping[str, Any]) -> "ChatRenderer":
+        """Returns a renderer whose template gets these variables too.
+
+        Raises:
+          UserError: one has the name of something that the template gets anyway.
+        """
+        apply = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        reserved = {"messages", *apply} & set(variables)
+        if reserved:
+            raise UserError(
+                f"`chat_template_kwargs` has {', '.join(sorted(reserved))}, which "
+                "a chat template gets from the conversation or the renderer. Leave it "
+                "out."
+            )
+        renderer = copy.copy(self)
+        renderer._variables = {**self._variables, **variables}
+        renderer._prompts = {}  # another one may follow from them
+        return renderer
+
+    def mentions(self, name: str, *, tools: bool = False) -> bool:
+        """Returns whether a name, such as that of a variable, is in the template.
+
+        Args:
+          name: the name.
+          tools: look into the template for conversations with tools.
+        """
+        source = self._source([{}] if tools else None)
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
     def text(
         self,
@@ -94,9 +205,7 @@ class ChatRenderer:
         Raises:
           UserError: the template cannot render the conversation.
         """
-        return self._render(
-            messages, self._template, add_generation_prompt, tools, where
-        )
+        return self._render(messages, None, add_generation_prompt, tools, where)
 
     @property
     def writes_generation_prompt(self) -> bool:
@@ -112,7 +221,7 @@ class ChatRenderer:
         import jinja2
 
         try:
-            self._apply([{"role": "user", "content": ""}], self._template, False, None)
+            self._apply([{"role": "user", "content": ""}], None, False, None)
         except jinja2.TemplateSyntaxError as error:
             what = (
                 "The tokenizer's chat template"
@@ -137,10 +246,10 @@ class ChatRenderer:
         return self._tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=template,
+            chat_template=self._source(tools) if template is None else template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            date_string=_DATE,
+            **self._variables,
         )
 
     def _render(
@@ -156,18 +265,24 @@ class ChatRenderer:
         try:
             return self._apply(messages, template, add_generation_prompt, tools)
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
+            encoded = _with_json_arguments(messages)
+            if encoded is not None:
+                # Some templates join the arguments of calls to the text as strings.
+                with contextlib.suppress(jinja2.TemplateError, *_DATA_ERRORS):
+                    return self._apply(encoded, template, add_generation_prompt, tools)
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise UserError(
                 f"{where}: the chat template cannot render the turns ({roles}): {error}"
             ) from error
 
-    def spans(
+    def examples(
         self,
         messages: list[dict[str, Any]],
         *,
+        answers: Collection[int] | None = None,
         tools: list[Any] | None = None,
         where: str = "conversation",
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> list[Rendering]:
         """Renders a conversation and marks what the assistant wrote.
 
         With generation marks, the spans are the marked blocks. Without, a span starts
@@ -176,59 +291,130 @@ class ChatRenderer:
         because a model stops at the token and never writes it; where a turn ends
         without a special token, the span runs to the end of the turn.
 
-        Turns that their flags exclude (`is_trained`) have no span.
+        Args:
+          messages: the turns.
+          answers: indices of the turns of the assistant to train; default those that
+            their flags leave trained (`is_trained`).
+          tools: functions that the template describes.
+          where: location of the row, for messages.
 
         Returns:
-          The rendered text and (start, end) character spans: the marked blocks that
-          are not empty, or one span per assistant turn.
+          One rendering, or several if the template rewrites earlier turns. Their spans
+          are the marked blocks that are not empty, or one for each answer.
 
         Raises:
-          UserError: the template cannot render the conversation, renders a turn
-            differently when others follow, or has marks that cannot be followed.
+          UserError: the template cannot render the conversation, starts an answer
+            otherwise than it prompts for one, or has marks that cannot be followed.
         """
-        if self._marked is not None:
-            return self._spans_by_marks(messages, tools, where)
-        return self._spans_by_prefixes(messages, tools, where)
+        if answers is None:
+            answers = trained_answers(messages)
+        source = self._source(tools)
+        if _MARK.search(source):
+            return [self._example_by_marks(messages, answers, source, tools, where)]
+        return self._examples_by_prefixes(messages, answers, tools, where)
 
-    def _spans_by_prefixes(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        def prefix(turns: int, prompt: bool) -> str:
-            return self._render(messages[:turns], self._template, prompt, tools, where)
-
-        full = prefix(len(messages), False)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant" or not is_trained(message):
-                continue
-            # What stands between `before` and `after` is what a model writes for this
-            # turn.
-            last = turn + 1 == len(messages)
-            after = full if last else prefix(turn + 1, False)
-            before = prefix(turn, True) if turn else self._opening(after, tools, where)
-            if not full.startswith(after):
-                raise UserError(
-                    f"{where}: the chat template writes turn {turn + 1} differently "
-                    "once other turns follow it (templates of reasoning models strip "
-                    "earlier answers this way), so the text of that answer cannot be "
-                    "supervised. Give `data.chat_template` a Jinja file that writes "
-                    "a turn the same wherever it occurs, or split the conversation "
-                    "into rows with one answer each."
-                )
+    def _examples_by_prefixes(
+        self,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        tools: list[Any] | None,
+        where: str,
+    ) -> list[Rendering]:
+        full = self._render(messages, None, False, tools, where)
+        spans = self._spans_by_ends(full, messages, answers, tools, where)
+        if spans is not None:
+            return [Rendering(full, spans, tuple(sorted(answers)))]
+        examples: list[Rendering] = []
+        # From the last one: the text up to it shows most of the answers before.
+        for turn in sorted(answers, reverse=True):
+            before, after = self._around(turn, messages, full, tools, where)
             if not after.startswith(before):
-                raise UserError(
-                    f"{where}: the chat template's generation prompt "
-                    f"({before[-40:]!r}) is not how it starts the assistant's turn "
-                    f"{turn + 1}, so where the answer begins is not defined. Give "
-                    "`data.chat_template` a Jinja file whose generation prompt is "
-                    "the beginning of an assistant turn."
-                )
-            # [start, stop) in the characters of `full`, of which `after` is a prefix.
-            start = len(before)
-            stop = len(after[start:].rstrip()) + start
-            ends_special = self._specials and after[start:stop].endswith(self._specials)
-            spans.append((start, stop if ends_special else len(after)))
-        return full, spans
+                opened = open_reasoning(messages[turn], before, after)
+                if opened is None:
+                    raise UserError(
+                        f"{where}: the chat template's generation prompt "
+                        f"({before[-40:]!r}) is not how it starts the assistant's turn "
+                        f"{turn + 1}, so where the answer begins is not defined. Give "
+                        "`data.chat_template` a Jinja file whose generation prompt is "
+                        "the beginning of an assistant turn."
+                    )
+                after = opened
+            span = self._trim(after, len(before), len(after))
+            if examples and examples[-1].text.startswith(after):
+                later = examples.pop()
+                spans, shown = [span, *later.spans], (turn, *later.answers)
+                example = Rendering(later.text, spans, shown)
+            else:
+                text = full if not examples and full.startswith(after) else after
+                example = Rendering(text, [span], (turn,))
+            examples.append(example)
+        return examples[::-1] or [Rendering(full, [], ())]
+
+    def _around(
+        self,
+        turn: int,
+        messages: list[dict[str, Any]],
+        full: str,
+        tools: list[Any] | None,
+        where: str,
+    ) -> tuple[str, str]:
+        """Returns the texts before and after what a model writes for a turn."""
+
+        def prefix(turns: int, prompt: bool) -> str:
+            return self._render(messages[:turns], None, prompt, tools, where)
+
+        last = turn + 1 == len(messages)
+        after = full if last else prefix(turn + 1, False)
+        before = prefix(turn, True) if turn else self._opening(after, tools, where)
+        return before, after
+
+    def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """Returns a span without the white space after a special token at its end."""
+        stop = start + len(text[start:end].rstrip())
+        ends_special = self._specials and text[start:stop].endswith(self._specials)
+        return start, stop if ends_special else end
+
+    def _spans_by_ends(
+        self,
+        full: str,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        tools: list[Any] | None,
+        where: str,
+    ) -> list[tuple[int, int]] | None:
+        """Returns the spans in the text of a template that can be followed, or None."""
+        source = self._source(tools)
+        specials = getattr(self._tokenizer, "special_tokens_map", None)
+        if specials is None or not answers:
+            return None
+        if source not in self._ends:
+            self._ends[source] = TurnEnds(source)
+        context = {**specials, **self._variables, "tools": tools, "documents": None}
+        ends = self._ends[source].find(full, messages, context)
+        if ends is None or ends[-1] is None:
+            return None
+        if source not in self._prompts:
+            # It does not depend on the turns.
+            prompted = self._render(messages, None, True, tools, where)
+            if not prompted.startswith(full[: ends[-1]]):
+                return None
+            self._prompts[source] = prompted[ends[-1] :]
+        prompt, spans = self._prompts[source], []
+        for turn in sorted(answers):
+            begin, end = ends[turn - 1] if turn else None, ends[turn]
+            if begin is not None and end is not None:
+                start = begin + len(prompt)
+                # What ends a conversation belongs to its last turn.
+                end = end if turn + 1 < len(messages) else len(full)
+                follows = full.startswith(prompt, begin) and start <= end
+            else:
+                before, after = self._around(turn, messages, full, tools, where)
+                start, end = len(before), len(after)
+                follows = full.startswith(after) and after.startswith(before)
+            if not follows:
+                return None
+            spans.append(self._trim(full, start, end))
+        return spans
 
     def _opening(self, after: str, tools: list[Any] | None, where: str) -> str:
         """Returns what stands before the answer that opens a conversation.
@@ -238,12 +424,12 @@ class ChatRenderer:
 
         Args:
           after: the text up to the end of the answer.
-          tools: as for `spans`.
-          where: as for `spans`.
+          tools: as for `examples`.
+          where: as for `examples`.
         """
         question = [{"role": "user", "content": "a"}]
         without, prompted = (
-            self._render(question, self._template, prompt, tools, where)
+            self._render(question, None, prompt, tools, where)
             for prompt in (False, True)
         )
         prompt = prompted[len(without) :] if prompted.startswith(without) else None
@@ -256,10 +442,14 @@ class ChatRenderer:
             )
         return after[: after.index(prompt) + len(prompt)]
 
-    def _spans_by_marks(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
-    ) -> tuple[str, list[tuple[int, int]]]:
-        assert self._marked is not None
+    def _example_by_marks(
+        self,
+        messages: list[dict[str, Any]],
+        answers: Collection[int],
+        source: str,
+        tools: list[Any] | None,
+        where: str,
+    ) -> Rendering:
         text = self.text(messages, tools=tools, where=where)
         used = set(text)
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
@@ -273,7 +463,7 @@ class ChatRenderer:
                 f'{{%{tag[1]} if true %}}{{{{ "{character}" }}}}{{% endif {tag[3]}%}}'
             )
 
-        template = _MARK.sub(mark, self._marked)
+        template = _MARK.sub(mark, source)
         marked = self._render(messages, template, False, tools, where)
         pieces: list[str] = []
         blocks: list[tuple[int, int]] = []
@@ -299,14 +489,49 @@ class ChatRenderer:
                 "afterwards). Give `data.chat_template` a Jinja file whose blocks "
                 "enclose what the assistant writes, or that has none."
             )
-        trained = [is_trained(m) for m in messages if m["role"] == "assistant"]
-        if not all(trained):
-            if len(blocks) != len(trained):
+        turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+        if len(answers) < len(turns):
+            if len(blocks) != len(turns):
                 raise UserError(
                     f"{where}: the chat template marks {len(blocks)} blocks for "
-                    f"{len(trained)} turns of the assistant, so the turns that are not "
-                    "to be trained cannot be told. Leave out their flags, or mark one "
-                    "block a turn."
+                    f"{len(turns)} turns of the assistant, so the turns that are not "
+                    "to be trained cannot be told. Leave out their flags and train on "
+                    "all of them, or mark one block a turn."
                 )
-            blocks = [block for block, t in zip(blocks, trained, strict=True) if t]
-        return text, [(start, end) for start, end in blocks if start < end]
+            pairs = zip(blocks, turns, strict=True)
+            blocks = [block for block, turn in pairs if turn in answers]
+        spans = [(start, end) for start, end in blocks if start < end]
+        return Rendering(text, spans, tuple(sorted(answers)))
+
+
+def _with_json_arguments(
+    messages: list[dict[str, Any]],
+) -> list[dict[str, Any]] | None:
+    """Returns the turns with arguments of calls as JSON; None if there are none."""
+
+    def encode(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": encode(call["function"])}
+        if not isinstance(call.get("arguments"), dict):
+            return call
+        text = json.dumps(call["arguments"], ensure_ascii=False)
+        return {**call, "arguments": text}
+
+    encoded = [
+        {**message, "tool_calls": [encode(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+    return None if encoded == messages else encoded
+
+
+def trained_answers(messages: list[dict[str, Any]]) -> list[int]:
+    """Returns the indices of the assistant's turns that their flags leave trained."""
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and is_trained(message)
+    ]

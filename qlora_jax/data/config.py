@@ -5,37 +5,49 @@ that each source is read with. All problems with the settings are raised at once
 """
 
 import dataclasses
+import datetime
 import math
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import Problems, UserError
+from qlora_jax.tree import FrozenDict
 
-Format = Literal["text", "prompt_completion", "messages", "tokens"]
-TrainOn = Literal["all", "completion", "assistant"]
+Format = Literal["text", "prompt_completion", "alpaca", "messages", "tokens"]
+TrainOn = Literal["all", "completion", "assistant", "last"]
 TooLong = Literal["truncate", "drop"]
+OnBadRow = Literal["refuse", "skip"]
 
 # What each format can supervise; the first is its default.
 _TRAIN_ON: dict[str, tuple[str | None, ...]] = {
-    "text": ("all",),
+    "text": ("all", "assistant"),
     "prompt_completion": ("completion", "all"),
-    "messages": ("assistant", "all"),
+    "alpaca": ("completion", "all"),
+    "messages": ("assistant", "last", "all"),
     "tokens": (None, "all"),
 }
-# The templates that each format reads.
-_TEMPLATES = {
-    "text": ("text",),
-    "prompt_completion": ("prompt", "completion"),
-    "messages": ("chat_template",),
+_PARTS = ("instruction_part", "response_part")
+_CONVERSATION = ("chat_template", "chat_template_kwargs", "roles")
+# The settings that some formats read, and not all.
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "text": ("text", *_PARTS),
+    "prompt_completion": ("prompt", "completion", *_CONVERSATION),
+    "alpaca": (),
+    "messages": ("messages", "answers", "prompt", "completion", *_CONVERSATION),
+    "tokens": (),
 }
+_SOME_READ = tuple(dict.fromkeys(name for read in _SETTINGS.values() for name in read))
+_TABLES = ("roles", "chat_template_kwargs")
+_FORMAT_STRINGS = ("text", "prompt", "completion")
 # Settings that locate the rows or the cache. The fingerprint of the examples covers
 # their content instead, so that a moved or renamed file does not change a run.
 LOCATION_FIELDS = ("path", "chat_template", "split", "cache", "sources")
 SOURCE_FIELDS = (
-    *("split", "format", "train_on", "prompt", "completion", "text", "chat_template"),
-    *("too_long", "append_eos"),
+    *("split", "format", "train_on", "prompt", "completion", "text", *_PARTS),
+    *("messages", "answers", *_CONVERSATION),
+    *("on_bad_row", "too_long", "append_eos"),
 )
 """Settings of `[data]` that a source or `[eval]` may override."""
 
@@ -67,8 +79,22 @@ class Source:
     """As `data.completion`."""
     text: str | None = None
     """As `data.text`."""
+    instruction_part: str | None = None
+    """As `data.instruction_part`."""
+    response_part: str | None = None
+    """As `data.response_part`."""
+    messages: str | None = None
+    """As `data.messages`."""
+    roles: Mapping[str, str] | None = None
+    """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """As `data.chat_template_kwargs`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
+    on_bad_row: OnBadRow | None = None
+    """As `data.on_bad_row`."""
     too_long: TooLong | None = None
     """As `data.too_long`."""
     append_eos: bool | None = None
@@ -76,6 +102,7 @@ class Source:
 
     def __post_init__(self):
         """Raises if a value cannot be used."""
+        _freeze_tables(self)
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -100,13 +127,15 @@ class DataConfig:
 
     path: str | tuple[str, ...] = ""
     """The data of one source: a file, several, or a pattern ("part-*.jsonl"). JSONL
-    (one object a line) and JSON (a list of objects), also as .gz; Parquet; Arrow; a
-    directory that `datasets` saved; "hf:owner/name" of the hub; or, for format `text`,
-    any UTF-8 text file, which is one document."""
+    (one object a line), JSON (a list of objects), CSV and TSV (the first line names the
+    fields), also as .gz; Parquet; Arrow; a directory that `datasets` saved;
+    "hf:owner/name" of the hub; or, for format `text`, a UTF-8 text file (.txt, .md,
+    ...), which is one document. Files of other kinds are refused."""
     format: Format = "text"
     """How rows are read. `text`: one document a row. `prompt_completion`: a question
-    and its answer. `messages`: a conversation (or ShareGPT `conversations`). `tokens`:
-    `input_ids` and `labels`."""
+    and its answer, as they are. `alpaca`: `instruction`, `input` and `output` in the
+    text of Stanford's Alpaca. `messages`: a conversation, or columns of a question and
+    its answer, written by the chat template. `tokens`: `input_ids` and `labels`."""
     max_length: int = 1024
     """Longest example, and length of a packed row (tokens)."""
     packing: bool | Literal["auto"] = "auto"
@@ -118,27 +147,66 @@ class DataConfig:
     seed: int = 0
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
-    """Which tokens are supervised. Default: the completion of `prompt_completion`, the
-    assistant's turns of `messages`, all of `text`, the labels of `tokens`."""
+    """Which tokens are supervised. Default: the completion of `prompt_completion` and
+    `alpaca`, the assistant's turns of `messages` and of `text` with `response_part`,
+    all of other `text`, the labels of `tokens`. `last`: the last of the assistant's
+    turns alone."""
     prompt: str | None = None
-    """Prompt of `prompt_completion` as a Python format string over the row's fields,
-    e.g. "Q: {question} A: " (in a shell, a line break is $'{question}\\n'). Default:
-    the field `prompt`."""
+    """Prompt of `prompt_completion`, or the user's turn of `messages`, as a Python
+    format string over the row's fields, e.g. "Q: {question} A: " (in a shell, a line
+    break is $'{question}\\n'). Default: the field `prompt`."""
     completion: str | None = None
-    """Completion of `prompt_completion` as a format string, e.g. "{answer}". Default:
-    the field `completion`."""
+    """Completion of `prompt_completion`, or the assistant's turn of `messages`, as a
+    format string, e.g. "{answer}". Default: the field `completion`."""
     text: str | None = None
     """Document of `text` as a format string, e.g. "{title}\\n\\n{body}". Default: the
     field `text`."""
+    instruction_part: str | None = None
+    """What stands before each instruction in a `text` that a chat template has written
+    already, e.g. "<|im_start|>user\\n"; with `response_part`."""
+    response_part: str | None = None
+    """What stands before each answer there, e.g. "<|im_start|>assistant\\n". What
+    follows it, up to the next of both or the end, is supervised and nothing else. Rows
+    without it are left out."""
+    messages: str | None = None
+    """Field of `messages` that holds the conversation. Default: the one of `messages`,
+    `conversations`, `conversation` and `data` that a row has."""
+    roles: Mapping[str, str] | None = None
+    """Roles of the rows -> roles of the chat template, e.g. {bot = "assistant"}, in
+    addition to those that are known ("human", "gpt", "model", ...)."""
     chat_template: str | None = None
-    """Path of a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    """Jinja chat template for conversations: the path of a file, or the name of one
+    that is built in (alpaca, chatml, gemma, llama-3, mistral, vicuna, zephyr). Default:
+    the tokenizer's own."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """Variables for the chat template, e.g. {enable_thinking = false}. Those in a
+    row's field `chat_template_kwargs` win."""
+    answers: tuple[int, ...] | None = None
+    """Which turns of the assistant are trained: 0 is the first, -1 the last. Default:
+    all. Those whose flags (`train`, `weight`, ...) exclude them never are."""
+    date: str | None = None
+    """The day that chat templates write as today's, e.g. "2026-11-29". Default: the day
+    on which the run starts, kept in its config.toml, for templates that read the clock.
+    """
+    allow_lost_answers: bool = False
+    """Train on conversations in which the chat template writes nothing of an answer
+    (tool calls that it does not know); they are refused otherwise."""
+    on_bad_row: OnBadRow = "refuse"
+    """What to do with a row that cannot be used (malformed, a field missing, a role
+    that the template refuses): refuse the data and list all such rows, or leave the row
+    out; how many there are, and why, is reported."""
     too_long: TooLong = "truncate"
     """What to do with an example of more than `max_length` tokens: keep its beginning,
-    or drop it. With `truncate`, plain text files and packed `text` lose nothing: they
-    are cut into consecutive windows of `max_length` tokens."""
+    or drop it. With `truncate`, plain text files and packed `text` (without
+    `response_part`) lose nothing: they are cut into consecutive windows of `max_length`
+    tokens."""
     append_eos: bool = True
-    """End `text` and `prompt_completion` examples with the tokenizer's EOS, supervised.
-    Chat templates write their own end of turn; `tokens` are used unchanged."""
+    """End `text`, `prompt_completion` and `alpaca` examples with the tokenizer's EOS,
+    supervised. Chat templates write their own end of turn; `tokens` are used unchanged.
+    """
+    eos_token: str | None = None
+    """EOS to train with instead of the tokenizer's own: a token of its vocabulary, such
+    as "<|im_end|>". It becomes the EOS of the tokenizer that is saved with adapters."""
     split: str | None = None
     """Split of a `datasets` directory or of a data set of the hub. Default: `train`, or
     the only one."""
@@ -152,6 +220,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Raises if a value cannot be used."""
+        _freeze_tables(self)
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)
@@ -173,11 +242,13 @@ class DataConfig:
             )
         for name, choices in (
             ("format", get_args(Format)),
-            ("too_long", ("truncate", "drop")),
+            ("too_long", get_args(TooLong)),
+            ("on_bad_row", get_args(OnBadRow)),
             ("train_on", (None, *get_args(TrainOn))),
             ("packing", (False, True, "auto")),
             ("shuffle", (False, True)),
             ("append_eos", (False, True)),
+            ("allow_lost_answers", (False, True)),
         ):
             value = getattr(self, name)
             # By identity but for strings, because 1 == True.
@@ -191,10 +262,27 @@ class DataConfig:
                     f"`data.{name}` must be an integer from {low} to {high}, "
                     f"got {value!r}."
                 )
-        for name in ("split", "cache"):
+        for name in ("eos_token", "split", "cache", "messages"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 yield f"`data.{name}` must be a non-empty string, got {value!r}."
+        if self.date is not None and not _is_day(self.date):
+            yield (
+                '`data.date` must be a day in the form "2026-11-29", got '
+                f"{self.date!r}."
+            )
+        if self.answers is not None and not (
+            isinstance(self.answers, tuple)
+            and self.answers
+            and all(type(index) is int for index in self.answers)
+        ):
+            yield (
+                "`data.answers` must be a list of indices, e.g. [0, -1] for the first "
+                f"and the last answer; got {self.answers!r}."
+            )
+        for key, value in (self.roles or {}).items():
+            if not (isinstance(key, str) and isinstance(value, str) and value):
+                yield f"`data.roles` must be a table of strings, got {self.roles!r}."
         if self.sources:  # formats are checked source by source, in `_build_parts`
             yield from self._weight_problems()
         elif self.format in _TRAIN_ON:
@@ -208,21 +296,68 @@ class DataConfig:
                 f"`data.train_on` = {self.train_on!r} does not apply to format="
                 f"{self.format!r}; use {known}, or leave it out."
             )
-        for name in ("text", "prompt", "completion", "chat_template"):
-            template = getattr(self, name)
-            if template is None:
+        if self.answers is not None and self.supervised != "assistant":
+            yield (
+                "`data.answers` chooses among the answers that `data.train_on` = "
+                f"'assistant' trains, and it is {self.train_on!r}. Leave out one of "
+                "them."
+            )
+        for name in _SOME_READ:
+            value = getattr(self, name)
+            if value is None:
                 continue
-            if name not in _TEMPLATES.get(self.format, ()):
-                reader = next(f for f, names in _TEMPLATES.items() if name in names)
+            if name not in _SETTINGS[self.format]:
+                readers = [repr(f) for f, names in _SETTINGS.items() if name in names]
                 yield (
-                    f"`data.{name}` is read by format={reader!r} only, and the format "
-                    f"is {self.format!r}. Leave one of them out or change the other."
+                    f"`data.{name}` is read by format={' and '.join(readers)} only, "
+                    f"and the format is {self.format!r}. Leave one of them out or "
+                    "change the other."
                 )
-            elif name != "chat_template":
+            elif name in _FORMAT_STRINGS:
                 try:
-                    _check_template(name, template)
+                    _check_template(name, value)
                 except UserError as error:
                     yield str(error)
+        yield from self._parts_problems()
+        if self.format == "messages" and (self.prompt is None) != (
+            self.completion is None
+        ):
+            yield (
+                "`data.prompt` and `data.completion` make the turns of user and "
+                "assistant of format='messages' together: give both, or none of them."
+            )
+        if self.messages is not None and self.prompt is not None:
+            yield (
+                "`data.messages` names a conversation, and `data.prompt` makes one of "
+                "other fields. Leave one of them out."
+            )
+
+    def _parts_problems(self) -> Iterator[str]:
+        """Yields what is wrong with the markers of format `text`."""
+        parts = [getattr(self, name) for name in _PARTS]
+        if self.format == "text" and self.train_on == "assistant" and None in parts:
+            yield (
+                "`data.train_on` = 'assistant' needs `data.instruction_part` and "
+                "`data.response_part` with format='text', to tell the answers in it."
+            )
+        if parts == [None, None]:
+            return
+        if not all(isinstance(part, str) and part.strip() for part in parts):
+            yield (
+                "`data.instruction_part` and `data.response_part` mark a text "
+                "together: both must be strings that are not blank, got "
+                f"{parts[0]!r} and {parts[1]!r}."
+            )
+        elif parts[0] == parts[1]:
+            yield (
+                "`data.instruction_part` and `data.response_part` are the same, "
+                f"{parts[0]!r}, so answers cannot be told from instructions."
+            )
+        if self.train_on == "all":
+            yield (
+                "`data.train_on` = 'all' trains every token, and "
+                "`data.response_part` the answers alone. Leave one of them out."
+            )
 
     def _weight_problems(self) -> Iterator[str]:
         weights = [source.weight for source in self.sources]
@@ -249,11 +384,10 @@ class DataConfig:
         self, problems: Problems
     ) -> Iterator[tuple[Source, "DataConfig | None"]]:
         """Yields each source with its settings, None if they contradict each other."""
-        templates = {name for names in _TEMPLATES.values() for name in names}
-        unread = {name for name in templates if getattr(self, name) is not None}
+        unread = {name for name in _SOME_READ if getattr(self, name) is not None}
         for source in self.sources:
             format = source.format or self.format
-            unread -= set(_TEMPLATES.get(format, ()))
+            unread -= self._inherited(format)
             try:
                 yield source, self.read_as(source)
             except UserError as error:
@@ -271,12 +405,20 @@ class DataConfig:
         values = {name: getattr(source, name) for name in SOURCE_FIELDS}
         fields: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
         format = fields.get("format", self.format)
-        for name in ("text", "prompt", "completion", "chat_template"):
-            if name not in fields and name not in _TEMPLATES.get(format, ()):
+        for name in _SOME_READ:
+            if name not in fields and name not in self._inherited(format):
                 fields[name] = None
         if "train_on" not in fields and self.train_on not in _TRAIN_ON.get(format, ()):
             fields["train_on"] = None
         return dataclasses.replace(self, path=source.path, sources=(), **fields)
+
+    def _inherited(self, format: str) -> set[str]:
+        """Returns the settings that a source of a format takes from these."""
+        names = set(_SETTINGS.get(format, ()))
+        if format == "messages" != self.format:
+            # They are those of other sources: their rows have no conversation.
+            names -= {"prompt", "completion"}
+        return names
 
     def parts(self) -> list[tuple[Source, "DataConfig"]]:
         """Returns each source of a mixture with its settings; [] without a mixture."""
@@ -297,15 +439,30 @@ class DataConfig:
     @property
     def supervised(self) -> str | None:
         """`train_on`, or the format's default (None: the labels of the rows)."""
-        return self.train_on or _TRAIN_ON[self.format][0]
+        marked = "assistant" if self.response_part is not None else None
+        return self.train_on or marked or _TRAIN_ON[self.format][0]
 
     @property
     def content_settings(self) -> dict[str, Any]:
-        """The settings of one source that change its batches (not where it is)."""
+        """The settings of one source that change its batches (not where it is).
+
+        Those that are not given and have no default are left out, so that a new one of
+        them changes no fingerprint.
+        """
         settings = dataclasses.asdict(self) | {"train_on": self.supervised}
-        for name in LOCATION_FIELDS:
-            del settings[name]
-        return settings
+        return {
+            name: value
+            for name, value in settings.items()
+            # The EOS is among the tokens.
+            if name not in (*LOCATION_FIELDS, "eos_token") and value is not None
+        }
+
+    @property
+    def writes_conversations(self) -> bool:
+        """Whether this one source holds conversations, as far as its settings say."""
+        return self.format == "messages" or any(
+            getattr(self, name) is not None for name in _CONVERSATION
+        )
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -323,6 +480,23 @@ class DataConfig:
 def name_of(path: str | tuple[str, ...]) -> str:
     """Joins the paths of a source, for messages."""
     return path if isinstance(path, str) else ", ".join(path)
+
+
+def _is_day(date: str) -> bool:
+    try:
+        datetime.date.fromisoformat(date)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _freeze_tables(config: DataConfig | Source) -> None:
+    """Makes the settings that are tables hashable, in the order of their keys."""
+    for name in _TABLES:
+        table = getattr(config, name)
+        if table is not None:
+            frozen = FrozenDict(sorted(table.items()))
+            object.__setattr__(config, name, frozen)
 
 
 def _is_path(path: Any) -> bool:

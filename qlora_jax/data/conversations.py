@@ -1,21 +1,38 @@
-"""Reads the conversation of a row: turns, roles, tool calls, tools, train flags."""
+"""Reads the conversation of a row: turns, roles, tool calls, tools, train flags.
+
+Data sets spell conversations in many ways. Those that are known are read, and what was
+recognised is noted for the report, because it is a guess.
+"""
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.rows import fields_of
+from qlora_jax.data.rows import Reading, fields_of
 from qlora_jax.errors import UserError
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+_CONTAINERS = ("messages", "conversations", "conversation", "data")
+# Roles that chat templates know, and what else they are called. The keys are lower
+# case.
+_ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    "ipython": "ipython",  # what the templates of Llama 3.1 call a tool
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+    "function": "tool",
 }
+# Turns of the assistant whose text is a call in JSON.
+_CALL_ROLES = ("function_call", "tool_call")
+PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output")),
+    *(("instruction", "response"), ("question", "answer"), ("question", "response")),
+    *(("query", "response"), ("input", "output")),
+)
+"""Columns of a question and its answer, in the order in which they are looked for."""
+# What an `instruction` may be given with.
+_INPUTS = ("input", "context")
 
 # Keys of a turn that say whether it is trained -> what its value means.
 _TRAIN_FLAGS = {
@@ -28,30 +45,97 @@ _TRAIN_FLAGS = {
 }
 
 
-def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """Returns the `messages` of a row, converting ShareGPT `conversations`.
+def to_messages(
+    row: dict[str, Any],
+    where: str,
+    reading: Reading | None = None,
+    *,
+    field: str | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Returns the conversation of a row in the form that chat templates read.
 
     Args:
-      row: `{"messages": [{"role", "content"}, ...]}`, or
-        `{"conversations": [{"from", "value"}, ...]}` with an optional `system` string.
+      row: `{"messages": [{"role", "content"}, ...]}`, likewise with the field
+        `conversations`, `conversation` or `data` and turns of ShareGPT's `from` and
+        `value`, and with an optional `system` string.
       where: location of the row ("file.jsonl:12"), for messages.
+      reading: gets what was read and recognised.
+      field: the field of the turns; None = the one of those that the row has.
+      roles: role of the row -> role of the template, before those that are known. None
+        leaves unknown roles as they are; with a table they are refused.
 
     Returns:
       A new list of `{"role": str, "content": str, ...}`; further keys (`tool_calls`,
       `name`, ...) are kept for the template. Arguments of calls that are JSON strings,
       as in OpenAI's API, are decoded, because templates encode them. An empty list of
-      calls is left out.
+      calls is left out. Text parts become one string.
 
     Raises:
-      UserError: the field is missing or empty, has wrong types or an unknown speaker.
+      UserError: the field is missing or empty, has wrong types, an unknown role or
+        parts that are not text.
     """
-    field = next((f for f in ("messages", "conversations") if f in row), None)
-    if field is None:
+    reading = Reading() if reading is None else reading
+    field = _container(row, where) if field is None else field
+    turns = row.get(field)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try:
+            turns = json.loads(turns)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: `{field}` is not valid JSON: {error}."
+            ) from error
+        reading.recognise(f"`{field}` decoded from JSON")
+    messages = read_turns(turns, field, where, reading, roles=roles)
+    reading.recognise(f"conversations in `{field}`")
+    system = row.get("system")
+    if system and isinstance(system, str) and messages[0]["role"] != "system":
+        reading.recognise("`system` as the first turn", "system")
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def has_conversation(row: dict[str, Any]) -> bool:
+    """Returns whether one of the known fields holds a list, or a list in JSON."""
+    values = (row.get(name) for name in _CONTAINERS)
+    return any(
+        isinstance(value, list)
+        or (isinstance(value, str) and re.match(r"\s*\[\s*\{", value))
+        for value in values
+    )
+
+
+def _container(row: dict[str, Any], where: str) -> str:
+    """Returns the field that holds the conversation."""
+    present = [name for name in _CONTAINERS if name in row]
+    if not present:
         raise UserError(
-            f"{where}: expected `messages` (or ShareGPT `conversations`), "
-            f"the row has {fields_of(row)}."
+            f"{where}: expected a conversation in one of "
+            f"{', '.join(f'`{name}`' for name in _CONTAINERS)} (or in the field that "
+            "`data.messages` names), or columns of a question and its answer, e.g. "
+            f"`instruction` and `output`; the row has {fields_of(row)}."
         )
-    turns = row[field]
+    filled = [name for name in present if row[name]]
+    # `data` is a common name of columns of another kind.
+    lists = [name for name in filled if isinstance(row[name], list)] or filled
+    if len(lists) > 1:
+        raise UserError(
+            f"{where}: the row has {' and '.join(f'`{name}`' for name in lists)}, and "
+            "each may be its conversation. Name the one to read as `data.messages`."
+        )
+    return (lists or present)[0]
+
+
+def read_turns(
+    turns: Any,
+    field: str,
+    where: str,
+    reading: Reading,
+    *,
+    roles: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Reads a list of turns; arguments and errors as for `to_messages`."""
+    reading.fields.add(field)
     if not isinstance(turns, list) or not turns:
         raise UserError(
             f"{where}: `{field}` must be a non-empty list of turns, got "
@@ -62,40 +146,160 @@ def to_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         at = f"{where}: turn {number} of `{field}`"
         if not isinstance(turn, dict):
             raise UserError(f"{at} must be an object, got {type(turn).__name__}.")
-        if "role" not in turn and "from" in turn:
-            speaker = turn["from"]
-            if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-                raise UserError(
-                    f"{at} is `from` {speaker!r}; known speakers are "
-                    f"{', '.join(_SHAREGPT_ROLES)}. Rename it, or write the row with "
-                    "`messages`, whose roles are passed to the template unchanged."
-                )
-            turn = {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
-        if not isinstance(turn.get("role"), str):
-            raise UserError(
-                f"{at} needs a string `role` (ShareGPT: `from`), it has "
-                f"{fields_of(turn)}."
-            )
-        content = turn.get("content")
-        if not isinstance(content, str) and not (
-            content is None and turn.get("tool_calls")
-        ):
-            raise UserError(
-                f"{at} ({turn['role']}) needs a string `content` (ShareGPT: `value`), "
-                f"got {type(content).__name__}."
-            )
-        turn = _decode_calls(dict(turn), at)
+        turn = _read_turn(turn, at, reading, roles)
         if is_trained(turn, at) and turn["role"] != "assistant" and "train" in turn:
             raise UserError(
                 f"{at} is to be trained (`train`), and it is of the role "
                 f"{turn['role']!r}; only the assistant's turns are."
             )
         messages.append(turn)
-    system = row.get("system")
-    if field == "conversations" and isinstance(system, str) and system:
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _read_turn(
+    turn: dict[str, Any],
+    at: str,
+    reading: Reading,
+    roles: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Returns a copy of a turn with `role` and string `content`."""
+    turn = dict(turn)
+    for name, sharegpt in (("role", "from"), ("content", "value")):
+        if name not in turn and sharegpt in turn:
+            turn[name] = turn.pop(sharegpt)
+            reading.recognise(f"`{sharegpt}` of turns as `{name}`")
+    role = turn.get("role")
+    if not isinstance(role, str):
+        raise UserError(
+            f"{at} needs a string `role` (ShareGPT: `from`), it has {fields_of(turn)}."
+        )
+    if _is_call(role, roles):
+        turn = _call_turn(turn, at)
+    else:
+        turn["role"] = _template_role(role, at, roles)
+    if turn["role"] != role:
+        reading.recognise(f"role {role!r} as {turn['role']!r}")
+    content = turn.get("content")
+    if isinstance(content, list):
+        turn["content"] = _joined_parts(content, at)
+        reading.recognise("text parts joined to one text")
+    elif not isinstance(content, str) and not (
+        content is None and turn.get("tool_calls")
+    ):
+        raise UserError(
+            f"{at} ({turn['role']}) needs a string `content` (ShareGPT: `value`), "
+            f"got {type(content).__name__}."
+        )
+    return _decode_calls(turn, at)
+
+
+def _is_call(role: str, roles: Mapping[str, str] | None) -> bool:
+    return role.strip().lower() in _CALL_ROLES and role not in (roles or {})
+
+
+def _template_role(role: str, at: str, roles: Mapping[str, str] | None) -> str:
+    if role in (roles or {}):
+        return (roles or {})[role]
+    known = _ROLES.get(role.strip().lower())
+    if known is not None:
+        return known
+    if roles is None:
+        return role
+    raise UserError(
+        f"{at} has the role {role!r}; known are {', '.join((*_ROLES, *_CALL_ROLES))}. "
+        f"Say what it is to the chat template, e.g. `data.roles` = {{{role!r}: "
+        "'assistant'}; its own name leaves it as it is."
+    )
+
+
+def _call_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    """Turns the JSON of a `function_call` turn into the assistant's `tool_calls`."""
+    try:
+        calls = json.loads(turn.get("content") or "")
+    except (TypeError, ValueError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UserError(
+            f"{at} has the role {turn['role']!r}, whose text must be a call in JSON, "
+            '{"name": ..., "arguments": {...}}, or a list of them. To train on its '
+            f"text as it is, set `data.roles` = {{{turn['role']!r}: 'assistant'}}."
+        )
+    calls = [{"type": "function", "function": call} for call in calls]
+    return turn | {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _joined_parts(parts: list[Any], at: str) -> str:
+    """Joins the text parts of a content, as templates of several modalities do.
+
+    Raises:
+      UserError: a part is not text.
+    """
+    texts = []
+    for number, part in enumerate(parts, 1):
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(text, str):
+            raise UserError(
+                f"{at}: part {number} of its `content` is "
+                + (
+                    f"of the type {kind!r}, and only text is trained on. Remove it, or "
+                    "leave the row out."
+                    if kind != "text"
+                    else 'not text; expected {"type": "text", "text": "..."}.'
+                )
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def to_pair(
+    row: dict[str, Any],
+    where: str,
+    reading: Reading,
+    *,
+    roles: Mapping[str, str] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
+    """Returns a question and its answer as turns; None if no columns of them are known.
+
+    Each is a string, or a list of turns as in TRL. An `input` or `context` follows the
+    `instruction` on a new line. A `system` string is the first turn.
+
+    Raises:
+      UserError: one is a string and the other is not, or turns cannot be read.
+    """
+    names = next((p for p in PAIRS if row.keys() >= {*p}), None)
+    if names is None:
+        return None
+    question, answer = (row[name] for name in names)
+    if isinstance(question, list) and isinstance(answer, list):
+        prompt, completion = (
+            read_turns(row[name], name, where, reading, roles=roles) for name in names
+        )
+        reading.recognise(f"turns of `{names[0]}` and, supervised, of `{names[1]}`")
+        return prompt, completion
+    for name in names:
+        if not isinstance(row[name], str):
+            raise UserError(
+                f"{where}: `{names[0]}` and `{names[1]}` must be two strings, or two "
+                f"lists of turns; `{name}` is {type(row[name]).__name__}."
+            )
+    columns = [names[0]]
+    if names[0] == "instruction":
+        # Empty where an instruction needs none.
+        columns += [name for name in _INPUTS if isinstance(row.get(name), str)]
+    text = "\n".join(row[name] for name in columns if row[name])
+    reading.recognise(
+        f"{' and '.join(f'`{name}`' for name in columns)} as the user's turn, "
+        f"`{names[1]}` as the assistant's",
+        *(*columns, names[1]),
+    )
+    prompt = [{"role": "user", "content": text}]
+    system = row.get("system")
+    if system and isinstance(system, str):
+        reading.recognise("`system` as the first turn", "system")
+        prompt.insert(0, {"role": "system", "content": system})
+    return prompt, [{"role": "assistant", "content": answer}]
 
 
 def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
@@ -154,7 +358,14 @@ def is_trained(turn: dict[str, Any], at: str = "turn") -> bool:
     return all(wishes.values())
 
 
-def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
+def without_flags(turn: dict[str, Any]) -> dict[str, Any]:
+    """Returns a turn without the flags that `is_trained` reads."""
+    return {name: value for name, value in turn.items() if name not in _TRAIN_FLAGS}
+
+
+def tools_of(
+    row: dict[str, Any], where: str, reading: Reading | None = None
+) -> list[Any] | None:
     """Returns the `tools` of a row, a list or its JSON; None without any.
 
     Raises:
@@ -171,4 +382,6 @@ def tools_of(row: dict[str, Any], where: str) -> list[Any] | None:
             f"{where}: `tools` must be a list of functions, or one in JSON, got "
             f"{type(tools).__name__}."
         )
+    if reading is not None:
+        reading.fields.add("tools")
     return tools or None

@@ -11,31 +11,26 @@ the token `" b"`) holds supervised characters and is supervised: masking it woul
 the first or last characters of the answer untrained. Rows with such tokens are counted.
 """
 
+import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
 
-from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.conversations import is_trained, to_messages, tools_of
-from qlora_jax.data.rows import Fields, Row, fields_of, text_of
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.data.rows import Fields, Reading, Row, fields_of
+from qlora_jax.data.segments import Segmented, Segmenter
+from qlora_jax.errors import UserError, did_you_mean
 
+_T = TypeVar("_T")
+_MAX_UNREAD = 100
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
 
 IGNORE = -100
 """The label of a token that is not supervised, as in Hugging Face."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Segmented:
-    """A string and its supervised character spans; None supervises all of it."""
-
-    text: str
-    spans: list[tuple[int, int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +41,8 @@ class Encoded:
     labels: Int32[np.ndarray, " T"]
     straddles: bool = False
     """Whether a token holds characters on both sides of an edge of a span."""
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    """As those of `Segmented`."""
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -58,6 +55,46 @@ def text_prefix(tokenizer: Any) -> list[int]:
             return [int(i) for i in ids[:start]]
     bos = getattr(tokenizer, "bos_token_id", None)
     return [int(bos)] if bos is not None and ids[:1] == [bos] else []
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a text that is to be continued, as training has them.
+
+    They begin with what the tokenizer puts before a string (BOS), once, and end where
+    the text ends, also with a tokenizer that adds EOS.
+    """
+    (encoded,) = tokenize(tokenizer, [Segmented(text)])
+    prefix = text_prefix(tokenizer)
+    return _enclose(encoded, prefix, [], supervised=False).tokens.tolist()
+
+
+def with_eos(tokenizer: Any, eos_token: str | None) -> Any:
+    """Returns a tokenizer with this EOS token; None leaves it as it is.
+
+    Args:
+      tokenizer: a `transformers` tokenizer, which is not changed.
+      eos_token: a token of its vocabulary.
+
+    Raises:
+      UserError: there is no such token, or no tokenizer.
+    """
+    if eos_token is None or getattr(tokenizer, "eos_token", None) == eos_token:
+        return tokenizer
+    if tokenizer is None:
+        raise UserError(
+            "`data.eos_token` is given and the model came without a tokenizer. Leave "
+            "it out; the rows of format='tokens' say what ends them."
+        )
+    if eos_token not in tokenizer.get_vocab():
+        known = map(str, tokenizer.added_tokens_decoder.values())
+        raise UserError(
+            f"`data.eos_token` = {eos_token!r} is not a token of this tokenizer."
+            f"{did_you_mean(eos_token, known)} `qlora-jax tokens --add` writes a base "
+            "that has it."
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = eos_token
+    return tokenizer
 
 
 def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
@@ -119,7 +156,12 @@ def _tokenize_segments(
 
 
 def encode_token_row(
-    row: dict[str, Any], where: str, *, all_supervised: bool, vocab_size: int
+    row: dict[str, Any],
+    where: str,
+    reading: Reading | None = None,
+    *,
+    all_supervised: bool,
+    vocab_size: int,
 ) -> Encoded:
     """Checks a row of `input_ids` and `labels` and returns it without its padding.
 
@@ -130,6 +172,7 @@ def encode_token_row(
     Args:
       row: the fields.
       where: location of the row, for messages.
+      reading: gets the names of the fields that are read.
       all_supervised: every token is its own label; `labels` is not read.
       vocab_size: ids must be below it.
 
@@ -137,9 +180,10 @@ def encode_token_row(
       UserError: wrong types, ids out of range, lengths that differ, missing labels,
         padding between tokens, positions that do not count from 0.
     """
+    read = None if reading is None else reading.fields
 
     def integers(name: str, low: int, high: int | None = None) -> np.ndarray:
-        values = Fields(row, where)[name]
+        values = Fields(row, where, read)[name]
         limit = vocab_size if high is None else high
         if not isinstance(values, list) or not all(type(v) is int for v in values):
             raise UserError(f"{where}: `{name}` must be a list of integers.")
@@ -197,143 +241,115 @@ def encode_token_row(
     return Encoded(ids[kept], labels[kept])
 
 
-@dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Encodes the rows of one source; `make_encoder` creates it.
-
-    Attributes:
-      encode: returns for each row its tokens and labels, the reason to drop it, or None
-        if it was added to the problems.
-      assistant_mask: `DataReport.assistant_mask`.
-    """
-
-    encode: Callable[[list[Row]], list[Encoded | str | None]]
-    assistant_mask: str | None
-
-
-def make_encoder(
-    config: DataConfig, tokenizer: Any, *, vocab_size: int, problems: Problems
-) -> Encoder:
-    """Creates the encoder of a source.
+    """Encodes the rows of one source.
 
     Args:
       config: the source and how to read it.
       tokenizer: a `transformers` tokenizer; None for format `tokens`.
       vocab_size: ids must be below it.
-      problems: collects rows that cannot be encoded.
+
+    Attributes:
+      recognised: phrases on what was recognised, and in how many rows.
+      unread: fields that nothing reads, and how many rows have them.
 
     Raises:
       UserError: the format needs a tokenizer, chat template or EOS and there is none.
     """
-    if config.format == "tokens":
-        return Encoder(_token_row_encode(config, vocab_size, problems), None)
-    if tokenizer is None:
-        raise UserError(
-            f"format={config.format!r} needs a tokenizer and the model came without "
-            "one. Put the tokenizer's files into the model's directory, or use "
-            "format='tokens'."
-        )
-    chat = mask = None
-    prefix: list[int] = []
-    suffix: list[int] = []
-    if config.format == "messages":  # templates write BOS and end of turn themselves
-        chat = ChatRenderer(tokenizer, config.chat_template)
-        if config.supervised == "assistant":
-            mask = "template" if chat.has_marks else "renderer"
-    else:
-        prefix = text_prefix(tokenizer)
-        suffix = _eos(tokenizer) if config.append_eos else []
-    segment = _row_segmenter(config, chat)
 
-    def segment_row(where: str, row: dict[str, Any]) -> Segmented | str | None:
-        try:
-            segmented = segment(where, row)
-            if isinstance(segmented, Segmented):
-                _check_encodable(segmented.text, where)
-            return segmented
-        except UserError as error:
-            problems.add(error)
-            return None
+    def __init__(self, config: DataConfig, tokenizer: Any, *, vocab_size: int):
+        self.recognised: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
+        self._config, self._tokenizer = config, tokenizer
+        self._vocab_size = vocab_size
+        self._segmenter: Segmenter | None = None
+        if config.format == "tokens":
+            return
+        if tokenizer is None:
+            raise UserError(
+                f"format={config.format!r} needs a tokenizer and the model came "
+                "without one. Put the tokenizer's files into the model's directory, or "
+                "use format='tokens'."
+            )
+        self._segmenter = Segmenter(config, tokenizer)
+        # Chat templates write BOS and ends of turns themselves.
+        encloses = config.format != "messages"
+        self._prefix = text_prefix(tokenizer) if encloses else []
+        self._suffix = _eos(tokenizer) if encloses and config.append_eos else []
 
-    def encode(rows: list[Row]) -> list[Encoded | str | None]:
-        segmented = [segment_row(where, row) for where, row in rows]
-        texts = [text for text in segmented if isinstance(text, Segmented)]
-        encoded = tokenize(tokenizer, texts)
+    @property
+    def assistant_mask(self) -> str | None:
+        """How the assistant's text is located; `DataReport.assistant_mask`."""
+        return self._segmenter and self._segmenter.assistant_mask
+
+    def encode(self, rows: list[Row]) -> list[list[Encoded] | str | UserError]:
+        """Returns each row's examples, the reason to drop it, or what is wrong."""
+        if self._segmenter is None:
+            return [self._read(self._encode_tokens, where, row) for where, row in rows]
+        segmented = [self._read(self._segment, where, row) for where, row in rows]
+        pieces = [
+            piece
+            for examples in segmented
+            if isinstance(examples, list)
+            for piece in examples
+        ]
+        encoded = tokenize(self._tokenizer, pieces)
         return [
-            _enclose(next(encoded), prefix, suffix)
-            if isinstance(text, Segmented)
-            else text
-            for text in segmented
+            [self._enclosed(piece, next(encoded)) for piece in examples]
+            if isinstance(examples, list)
+            else examples
+            for examples in segmented
         ]
 
-    return Encoder(encode, mask)
-
-
-def _token_row_encode(
-    config: DataConfig, vocab_size: int, problems: Problems
-) -> Callable[[list[Row]], list[Encoded | str | None]]:
-    all_supervised = config.supervised == "all"
-
-    def encode_row(where: str, row: dict[str, Any]) -> Encoded | None:
+    def _read(
+        self,
+        read: Callable[[str, dict[str, Any], Reading], _T],
+        where: str,
+        row: dict[str, Any] | UserError,
+    ) -> _T | UserError:
+        """Calls a function with a row and counts what it read; returns its error."""
+        if isinstance(row, UserError):
+            return row
+        reading = Reading()
         try:
-            return encode_token_row(
-                row, where, all_supervised=all_supervised, vocab_size=vocab_size
-            )
+            value = read(where, row, reading)
         except UserError as error:
-            problems.add(error)
-            return None
+            return error
+        self.recognised.update(sorted(reading.recognised))
+        for name in row:
+            # Rows whose names are data (ids) would fill the memory with them.
+            known = len(self.unread) < _MAX_UNREAD or name in self.unread
+            if known and name not in reading.fields:
+                self.unread[name] += 1
+        return value
 
-    return lambda rows: [encode_row(where, row) for where, row in rows]
+    def _segment(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> list[Segmented] | str:
+        assert self._segmenter is not None
+        segmented = self._segmenter.segment(where, row, reading)
+        for piece in segmented if isinstance(segmented, list) else ():
+            _check_encodable(piece.text, where)
+        return segmented
 
+    def _encode_tokens(
+        self, where: str, row: dict[str, Any], reading: Reading
+    ) -> list[Encoded]:
+        encoded = encode_token_row(
+            row,
+            where,
+            reading,
+            all_supervised=self._config.supervised == "all",
+            vocab_size=self._vocab_size,
+        )
+        return [encoded]
 
-def _row_segmenter(
-    config: DataConfig, chat: ChatRenderer | None
-) -> Callable[[str, dict[str, Any]], Segmented | str]:
-    """Returns the function (location, row) -> `Segmented` or the reason to drop it."""
-    if config.format == "text":
-
-        def text(where: str, row: dict[str, Any]) -> Segmented | str:
-            document = text_of(row, where, "text", config.text)
-            return Segmented(document) if document else "empty text"
-
-        return text
-    if config.format == "prompt_completion":
-
-        def prompt_completion(where: str, row: dict[str, Any]) -> Segmented | str:
-            prompt = text_of(row, where, "prompt", config.prompt)
-            completion = text_of(row, where, "completion", config.completion)
-            if not completion:
-                return "empty completion"
-            text = prompt + completion
-            if config.supervised == "all":
-                return Segmented(text)
-            return Segmented(text, [(len(prompt), len(text))])
-
-        return prompt_completion
-    assert chat is not None
-
-    def messages(where: str, row: dict[str, Any]) -> Segmented | str:
-        turns = to_messages(row, where)
-        tools = tools_of(row, where)
-        if config.supervised == "all":
-            if not all(map(is_trained, turns)):
-                raise UserError(
-                    f"{where}: a turn is not to be trained (`train`, `weight`, ...), "
-                    "and `data.train_on` = 'all' trains every turn. Use 'assistant', "
-                    "or leave out the flag."
-                )
-            return Segmented(chat.text(turns, tools=tools, where=where))
-        text, spans = chat.spans(turns, tools=tools, where=where)
-        if spans:
-            return Segmented(text, spans)
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        if not answers:
-            return "no assistant turn"
-        if not any(map(is_trained, answers)):
-            return "no assistant turn that is to be trained"
-        return "assistant turns that the chat template does not mark"
-
-    return messages
+    def _enclosed(self, piece: Segmented, encoded: Encoded) -> Encoded:
+        if piece.complete:
+            return dataclasses.replace(encoded, remarks=piece.remarks)
+        # What a text ends with is supervised or not; so is the EOS after it.
+        open_end = piece.spans is None or piece.spans[-1][1] == len(piece.text)
+        return _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
 
 
 def _check_encodable(text: str, where: str) -> None:
@@ -358,12 +374,15 @@ def _eos(tokenizer: Any) -> list[int]:
     return [int(eos)]
 
 
-def _enclose(encoded: Encoded, prefix: list[int], suffix: list[int]) -> Encoded:
-    """Adds BOS and EOS unless the string already has them; EOS is supervised."""
+def _enclose(
+    encoded: Encoded, prefix: list[int], suffix: list[int], *, supervised: bool
+) -> Encoded:
+    """Adds BOS and EOS, supervised or not, unless the string already has them."""
     ids = encoded.tokens
     # A row, or a format string of the user, may have them already.
     before = prefix if ids[: len(prefix)].tolist() != prefix else []
     after = suffix if ids[-1:].tolist() != suffix else []
     tokens = np.concatenate([before, ids, after]).astype(np.int32)
-    labels = np.concatenate([[IGNORE] * len(before), encoded.labels, after])
+    ending = after if supervised else [IGNORE] * len(after)
+    labels = np.concatenate([[IGNORE] * len(before), encoded.labels, ending])
     return Encoded(tokens, labels.astype(np.int32), encoded.straddles)

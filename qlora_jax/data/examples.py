@@ -19,9 +19,10 @@ from qlora_jax.data.arrays import (
     fingerprint,
 )
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, make_encoder
+from qlora_jax.data.encoding import IGNORE, Encoded, Encoder, with_eos
 from qlora_jax.data.mixture import AnyExamples, count_examples, mix
-from qlora_jax.data.report import DataReport
+from qlora_jax.data.rendering import with_date, without_unused_date
+from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
 from qlora_jax.errors import Problems, UserError
 
@@ -57,9 +58,12 @@ def load_examples(
         is left to train on, or a token id is not below `vocab_size`.
     """
     directory = cache_directory(config, run_directory)
+    tokenizer = with_eos(tokenizer, config.eos_token)
     problems = Problems("the data")
     parts = []
+    config = with_date(config, tokenizer)
     for settings in config.each:
+        settings = without_unused_date(settings, tokenizer)
         with problems.collecting():
             loader = _Loader(settings, tokenizer, vocab_size, progress)
             parts.append(loader.load(directory))
@@ -105,9 +109,7 @@ class _Loader:
         with self._problems.collecting():
             self._sources = _row_sources(config)
         with self._problems.collecting():
-            self._encoder = make_encoder(
-                config, tokenizer, vocab_size=vocab_size, problems=self._problems
-            )
+            self._encoder = Encoder(config, tokenizer, vocab_size=vocab_size)
         self._problems.raise_if_any()
 
     def load(self, directory: Path | None) -> Examples:
@@ -130,8 +132,9 @@ class _Loader:
         problems = self._problems
         try:
             with progress_bar(self._sources, enabled=self._progress) as on_read:
-                for rows, plain in read_chunks(self._sources, problems, on_read):
-                    if plain and self._config.text is not None:
+                for rows, file in read_chunks(self._sources, problems, on_read):
+                    self._encoder.recognised[file.kind] += len(rows)
+                    if file.plain and self._config.text is not None:
                         problems.add(
                             "`data.text` is a template over a row's fields, but "
                             f"{rows[0][0]} is plain text without fields. Leave "
@@ -141,7 +144,7 @@ class _Loader:
                     encoded_rows = self._encoder.encode(rows)
                     for (where, _), encoded in zip(rows, encoded_rows, strict=True):
                         with problems.collecting():
-                            collector.add(where, encoded, plain)
+                            collector.add(where, encoded, file.plain)
             problems.raise_if_any()
             return collector.finish(self._encoder)
         finally:
@@ -158,18 +161,48 @@ class _Collector:
         self._sink = sink
         self._dropped: Counter[str] = Counter()
         self._locations: dict[str, list[str]] = {}
+        self._bad_rows: list[str] = []
         self._rows_read = self._supervised_eos = 0
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
+        self._remarks: Counter[str] = Counter()
 
-    def add(self, where: str, encoded: Encoded | str | None, plain: bool) -> None:
-        """Adds what the encoder made of a row."""
+    def add(
+        self, where: str, encoded: list[Encoded] | str | UserError, plain: bool
+    ) -> None:
+        """Adds what the encoder made of a row.
+
+        Raises:
+          UserError: that of the row, unless such rows are skipped; or its ids are not
+            those of the model.
+        """
         self._rows_read += 1
-        if encoded is None:
+        if isinstance(encoded, UserError):
+            if self._config.on_bad_row == "refuse":
+                raise encoded
+            self._drop(where, BAD_ROW)
+            if len(self._bad_rows) < _MAX_LOCATIONS:
+                self._bad_rows.append(str(encoded))
             return
         if isinstance(encoded, str):
             self._drop(where, encoded)
             return
+        examples = len(self._sink)
+        truncated, straddling = self._truncated, self._straddling
+        for example in encoded:
+            self._add_example(where, example, plain)
+        if len(self._sink) == examples:
+            return
+        # Counted once a row, though a row may have become several examples.
+        self._rows_kept += 1
+        self._truncated = truncated + (self._truncated > truncated)
+        self._straddling = straddling + (self._straddling > straddling)
+        for example in encoded:
+            self._remarks.update(example.remarks)
+            for remark in example.remarks:
+                self._locate(where, remark)
+
+    def _add_example(self, where: str, encoded: Encoded, plain: bool) -> None:
         tokens, labels = encoded.tokens, encoded.labels
         if not len(tokens):
             self._drop(where, "no tokens")
@@ -195,12 +228,10 @@ class _Collector:
             else:
                 self._drop(where, "nothing to supervise")
         if kept:
-            self._rows_kept += 1
             if lost:
                 self._truncated += 1
                 self._locate(where, "truncated")
             self._tokens_lost += lost
-            # Counted once a row, though a row may have become several examples.
             self._straddling += encoded.straddles
 
     def _fit(self, length: int, plain: bool) -> tuple[list[slice], int]:
@@ -210,7 +241,9 @@ class _Collector:
             return [slice(0, length)], 0
         if config.too_long == "drop":
             return [], 0
-        if config.format == "text" and (plain or config.packing):
+        # An answer in a window without its question would be trained without it.
+        packed = config.packing and config.response_part is None
+        if config.format == "text" and (plain or packed):
             self._documents_cut += 1
             return list(_windows(length, limit)), 0
         return [slice(0, limit)], length - limit
@@ -242,6 +275,7 @@ class _Collector:
                 f"dropped: {reasons} (`data.max_length` = {config.max_length}, "
                 f"longest row {self._longest} tokens). Check `data.max_length`, "
                 "`data.train_on` and the labels."
+                + "".join(f"\n{reason}" for reason in self._bad_rows)
             )
         report = DataReport(
             **count_examples(config, sink.lengths, sink.supervised),
@@ -256,6 +290,10 @@ class _Collector:
             straddling_rows=self._straddling,
             fingerprint="",
             assistant_mask=encoder.assistant_mask,
+            remarks=dict(self._remarks),
+            recognised=dict(encoder.recognised),
+            unread=dict(encoder.unread),
+            bad_rows=tuple(self._bad_rows),
             places={k: tuple(v) for k, v in self._locations.items()},
         )
         examples = sink.examples(report)

@@ -3,10 +3,19 @@
 from typing import Any
 
 from qlora_jax.data.batches import Batches
+from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.mixture import AnyExamples, lay_out
+from qlora_jax.data.ends import end_tokens_of
+from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
+from qlora_jax.data.rendering import SPLIT, without_unused_date
+from qlora_jax.data.report import BAD_ROW, DataReport
+from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
+from qlora_jax.errors import counted
+
+# Locations that a note names.
+_SHOWN_PLACES = 3
 
 
 def data_notes(
@@ -22,12 +31,8 @@ def data_notes(
     """
     report = examples.report
     notes = _layout_notes(examples, config, batches)
-    if not report.supervised_eos and tokenizer is not None:
-        notes.append(
-            "no supervised token is the tokenizer's EOS "
-            f"({getattr(tokenizer, 'eos_token', None)!r}). A model trained on this "
-            "learns to stop only if another token (an end of turn) stops it."
-        )
+    if tokenizer is not None:
+        notes += _end_notes(examples, config, tokenizer)
     if report.truncated:
         notes.append(
             f"{report.truncated / report.rows_kept:.1%} of the rows lose their end: "
@@ -37,22 +42,84 @@ def data_notes(
     dropped = sum(report.dropped.values())
     if dropped:
         reasons = ", ".join(report.dropped)
-        notes.append(f"{_plural(dropped, 'row')} left out ({reasons}).")
+        notes.append(f"{counted(dropped, 'row')} left out ({reasons}).")
+    notes += _remark_notes(report)
+    bad = report.dropped.get(BAD_ROW, 0)
+    if bad:
+        notes.append(
+            f"{counted(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
+            "left out (`data.on_bad_row` = 'skip'). The first: "
+            + " ".join(report.bad_rows)
+        )
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
         remedies = {
+            "alpaca": "write the prompt with a line break at its end as `data.prompt` "
+            "of format='prompt_completion'",
+            "text": "let `data.response_part` end with a line break",
             "messages": "let the template's generation prompt end with a line break",
             "prompt_completion": "end the prompt with a line break, or move its last "
             "space to the start of the completion",
         }
         remedy = "; or ".join(remedies[f] for f in sorted(formats & remedies.keys()))
         notes.append(
-            f"in {_plural(report.straddling_rows, 'row')} a token holds the end of the "
+            f"in {counted(report.straddling_rows, 'row')} a token holds the end of the "
             "prompt and the start of the answer. It is supervised, but a prompt at "
             f"inference ends with another token. To avoid it, {remedy}."
         )
-    if "messages" in formats and tokenizer is not None:
-        notes += _generation_prompt_notes(config, tokenizer)
+    if config.date is not None and not any(
+        without_unused_date(settings, tokenizer).date for settings in config.each
+    ):
+        notes.append("`data.date` is given, and no chat template writes a date.")
+    if tokenizer is not None:
+        notes += _template_notes(config, tokenizer)
+    return notes
+
+
+def _remark_notes(report: DataReport) -> list[str]:
+    notes = []
+    for remark, count in report.remarks.items():
+        if remark == SPLIT:
+            advice = ' `data.train_on` = "last" trains the last answer alone.'
+        elif remark == EMPTY_REASONING:
+            advice = (
+                " The model learns to answer without reasoning; another chat template, "
+                "or reasoning in the rows, avoids it."
+            )
+        elif remark.endswith(NOT_WRITTEN):
+            advice = ""
+        else:
+            continue
+        first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
+        notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
+    return notes
+
+
+def _end_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> list[str]:
+    """Returns notes on the sources whose answers do not end with EOS."""
+    notes = []
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    eos, eos_id = (
+        getattr(tokenizer, name, None) for name in ("eos_token", "eos_token_id")
+    )
+    for settings, part, ends in zip(
+        config.each, parts, end_tokens_of(examples, tokenizer), strict=True
+    ):
+        where = f" of {settings.name}" if config.sources else ""
+        others = [i for i in ends if i != eos_id]
+        if others:
+            names = " and ".join(map(repr, tokenizer.convert_ids_to_tokens(others)))
+            notes.append(
+                f"answers{where} end with {names}, and the tokenizer's EOS is {eos!r}. "
+                "What ends answers is saved with the adapters (generation_config.json) "
+                "and ends generation."
+            )
+        elif not ends and not part.report.supervised_eos:
+            notes.append(
+                f"no supervised token{where} is the tokenizer's EOS ({eos!r}), and no "
+                "other special token ends what is supervised. A model trained on this "
+                "does not learn to stop."
+            )
     return notes
 
 
@@ -63,7 +130,7 @@ def _layout_notes(
     rows, rows_per_step = batches.rows_per_epoch, batches.rows_per_step
     if rows < rows_per_step:
         notes.append(
-            f"the data make {_plural(rows, 'row')} and a step takes {rows_per_step:,}, "
+            f"the data make {counted(rows, 'row')} and a step takes {rows_per_step:,}, "
             "so that rows are repeated within a step. A smaller `train.batch_size` (or "
             "no packing) avoids it."
         )
@@ -81,21 +148,14 @@ def _layout_notes(
     return notes
 
 
-def _generation_prompt_notes(config: DataConfig, tokenizer: Any) -> list[str]:
-    paths = {
-        settings.chat_template
-        for settings in config.each
-        if settings.format == "messages"
-    }
+def _template_notes(config: DataConfig, tokenizer: Any) -> list[str]:
+    paths = {s.chat_template for s in config.each if s.writes_conversations}
+    lacks = (template_note(path, tokenizer) for path in paths if path is not None)
     renderers = {path: ChatRenderer(tokenizer, path) for path in paths}
-    return [
+    return [note for note in lacks if note is not None] + [
         f"the chat template {path or 'of the tokenizer'} writes nothing for the "
         "generation prompt (`add_generation_prompt`). What it writes before an answer "
         "is supervised with it, and `chat` prompts without it."
         for path, renderer in renderers.items()
         if not renderer.has_marks and not renderer.writes_generation_prompt
     ]
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"

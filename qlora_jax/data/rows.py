@@ -20,8 +20,37 @@ from typing import Any
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
 
-Row = tuple[str, dict[str, Any]]
-"""The location of a row, for messages, and its fields."""
+Row = tuple[str, dict[str, Any] | UserError]
+"""The location of a row, for messages, and its fields or why it cannot be read."""
+
+
+_JSON = (".json", ".jsonl", ".ndjson")
+# What is trained on as one document, if the format is `text`.
+_DOCUMENTS = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", "")
+# First bytes of files that are not text -> what to do.
+_MAGIC = {
+    b"\x1f\x8b": "It is compressed by gzip: let its name end in .gz.",
+    b"PK\x03\x04": "It is a zip archive: unpack it.",
+    b"PAR1": "It is a Parquet file: let its name end in .parquet.",
+}
+
+
+@dataclasses.dataclass
+class Reading:
+    """What was read of a row, and what was recognised in it, for the report.
+
+    Attributes:
+      fields: names of the fields that were read.
+      recognised: phrases.
+    """
+
+    fields: set[str] = dataclasses.field(default_factory=set)
+    recognised: set[str] = dataclasses.field(default_factory=set)
+
+    def recognise(self, phrase: str, *fields: str) -> None:
+        """Notes a phrase and the fields that were read for it."""
+        self.recognised.add(phrase)
+        self.fields.update(fields)
 
 
 def fields_of(row: dict[str, Any]) -> str:
@@ -37,14 +66,18 @@ class RowFile:
       rows: iterates over the rows once.
       plain: whether the file is plain text, one document.
       done: returns the fraction that has been read, 0 to 1.
+      kind: what it was read as, for the report.
     """
 
     rows: Iterator[Row]
     plain: bool
     done: Callable[[], float]
+    kind: str
 
 
-def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
+def read_rows(
+    path: Path, *, plain_text: bool
+) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
     """Reads JSONL, a JSON list of objects or, optionally, a plain text file.
 
     Args:
@@ -59,78 +92,127 @@ def read_rows(path: Path, *, plain_text: bool) -> tuple[list[Row], bool]:
         or a row is not an object.
     """
     problems = Problems("the data")
-    file = open_rows(path, plain_text=plain_text, problems=problems)
-    rows = list(file.rows)
+    file = open_rows(path, plain_text=plain_text)
+    rows = []
+    for where, row in file.rows:
+        if isinstance(row, UserError):
+            problems.add(row)
+        else:
+            rows.append((where, row))
     problems.raise_if_any()
     return rows, file.plain
 
 
-def open_rows(path: Path, *, plain_text: bool, problems: Problems) -> RowFile:
+def open_rows(path: Path, *, plain_text: bool) -> RowFile:
     """Opens a file as `read_rows` does, for one pass with one line in memory.
 
     A JSON list and a plain text file are single values and are read completely. A name
-    that ends in .gz is decompressed while reading.
+    that ends in .gz is decompressed while reading. A file of another kind, whose markup
+    or bytes would be trained on by accident, is refused.
 
     Args:
       path: the file.
       plain_text: as for `read_rows`.
-      problems: collects malformed lines; reading continues after them.
 
     Raises:
       UserError: the file is missing, empty or not UTF-8; raised by the rows too if it
         cannot be read to its end.
     """
+    suffix = name_suffix(path)
+    is_named = suffix in (*_JSON, *_DOCUMENTS)
     head: list[str] = []  # up to the first line that is not blank
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_reading(path))
+        stack.enter_context(reading_file(path))
         raw = stack.enter_context(open(path, "rb"))
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
         lines = stack.enter_context(
             # -sig: skips the byte order mark that programs of Windows write.
-            io.TextIOWrapper(_decompressed(path, raw), encoding="utf-8-sig")
+            io.TextIOWrapper(decompressed(path, raw), encoding="utf-8-sig")
         )
-        for line in lines:
-            head.append(line)
-            if line.strip():
-                break
-        else:
-            raise UserError(f"{path} is empty.")
+        try:
+            for line in lines:
+                head.append(line)
+                if line.strip():
+                    break
+            else:
+                raise UserError(f"{path} is empty.")
+        except UnicodeDecodeError:
+            if is_named:
+                raise
+        is_json = suffix in _JSON or bool(head and _is_object(head[-1]))
+        if not is_json and suffix not in _DOCUMENTS:
+            raise UserError(_unknown_kind(path))
+        plain = not is_json
+        if plain and not plain_text and not head[-1].lstrip().startswith("["):
+            raise UserError(
+                f"{path} is plain text, which format='text' reads as one document; "
+                "this format reads rows with fields (JSONL, CSV, Parquet, ...)."
+            )
+        plain = plain and plain_text
         stack.pop_all()  # the row iterator closes the file
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    is_json = suffix in (".json", ".jsonl", ".ndjson")
-    plain = plain_text and not is_json and not _is_object(head[-1])
 
     def rows() -> Iterator[Row]:
         with contextlib.closing(raw), lines:
             if plain:
-                with _reading(path):
+                with reading_file(path):
                     text = "".join(head) + lines.read()
+                if _is_json(text):
+                    raise UserError(
+                        f"{path} holds JSON over several lines; its name, for a text "
+                        "document, would have it trained on as it is. Rename it to "
+                        ".json for a list of objects, or write one object a line."
+                    )
                 yield f"{path}", {"text": text}
                 return
             if head[-1].lstrip().startswith("["):
                 values = _json_list(path, head, lines)
             else:
-                values = _json_lines(path, head, lines, problems)
+                values = _json_lines(path, head, lines)
             for where, row in values:
-                if isinstance(row, dict):
-                    yield where, row
-                else:
-                    problems.add(
+                if not isinstance(row, dict | UserError):
+                    row = UserError(
                         f"{where}: a row must be a JSON object, got "
                         f"{type(row).__name__}."
                     )
+                yield where, row
 
+    kind = "JSON lines"
+    if plain:
+        kind = "plain text, one document a file"
+    elif head[-1].lstrip().startswith("["):
+        kind = "a list in JSON"
     # `tell` of a text stream is slow; the position in the raw file is close enough.
-    return RowFile(rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size)
+    return RowFile(
+        rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size, kind
+    )
 
 
-def _decompressed(path: Path, raw: Any) -> Any:
-    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+def name_suffix(path: Path) -> str:
+    """Returns the suffix of a file in lower case, without .gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return next(
+        iter(suffixes[-1:] if suffixes[-1:] != [".gz"] else suffixes[-2:-1]), ""
+    )
+
+
+def _unknown_kind(path: Path) -> str:
+    return (
+        f"{path}: {path.suffix} files are not read. Rows are read from "
+        f"{', '.join(_JSON)}, .csv, .tsv (also with .gz), .parquet, .arrow, a "
+        f"directory that `datasets` saved, or 'hf:owner/name'; with format='text' "
+        f"{', '.join(filter(None, _DOCUMENTS))} are documents. Convert it, or, if its "
+        "text as it is shall be trained on, write it into a .txt file."
+    )
+
+
+def decompressed(path: Path, raw: Any) -> Any:
+    """Returns a binary file that reads the content of one that may be compressed."""
+    return gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading_file(path: Path) -> Iterator[None]:
     """Raises what can go wrong with a file as a UserError."""
     try:
         yield
@@ -138,7 +220,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"`data.path`: there is no file {path}.") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text ({_bad_byte(path)}). Convert it to UTF-8."
+            f"{path} is not UTF-8 text ({_bad_byte(path)}). {_remedy(path)}"
         ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
@@ -146,6 +228,16 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise UserError(f"`data.path`: cannot read {path}: {error}") from error
+
+
+def _remedy(path: Path) -> str:
+    """Says what to do with a file that is not text, by its first bytes."""
+    with open(path, "rb") as file:
+        first = file.read(4)
+    for magic, remedy in _MAGIC.items():
+        if first.startswith(magic) and path.suffix.lower() != ".gz":
+            return remedy
+    return "Convert it to UTF-8."
 
 
 def _bad_byte(path: Path) -> str:
@@ -156,7 +248,7 @@ def _bad_byte(path: Path) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
     with open(path, "rb") as raw:
-        binary = _decompressed(path, raw)
+        binary = decompressed(path, raw)
         while True:
             piece = binary.read(1 << 20)
             pending = len(decoder.getstate()[0])
@@ -171,6 +263,17 @@ def _bad_byte(path: Path) -> str:
             start += len(piece)
 
 
+def _is_json(text: str) -> bool:
+    """Returns whether a whole document is a JSON list or object."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line.strip()), dict)
@@ -181,7 +284,7 @@ def _is_object(line: str) -> bool:
 def _json_list(
     path: Path, head: list[str], lines: io.TextIOWrapper
 ) -> list[tuple[str, Any]]:
-    with _reading(path):
+    with reading_file(path):
         content = "".join(head) + lines.read()
     try:
         rows = json.loads(content)
@@ -194,9 +297,12 @@ def _json_list(
 
 
 def _json_lines(
-    path: Path, head: list[str], lines: io.TextIOWrapper, problems: Problems
+    path: Path, head: list[str], lines: io.TextIOWrapper
 ) -> Iterator[tuple[str, Any]]:
-    """Yields locations and values of the last line of `head` and of all later lines."""
+    """Yields locations and values of the last line of `head` and of all later lines.
+
+    The value of a malformed line is a `UserError`.
+    """
     number = len(head)
     line: str | None = head[-1]
     while line is not None:
@@ -204,14 +310,13 @@ def _json_lines(
             try:
                 row = json.loads(line)
             except ValueError as error:
-                problems.add(
+                row = UserError(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "
                     "object on every line (JSONL), or a file that is one list of "
                     "objects."
                 )
-            else:
-                yield f"{path}:{number}", row
-        with _reading(path):
+            yield f"{path}:{number}", row
+        with reading_file(path):
             line = next(lines, None)
         number += 1
 
@@ -238,10 +343,17 @@ class _Formatter(string.Formatter):
 
 
 class Fields(Mapping):
-    """A row for `str.format_map` that raises for missing and null fields."""
+    """A row for `str.format_map` that raises for missing and null fields.
 
-    def __init__(self, row: dict[str, Any], where: str):
+    Args:
+      row: the fields.
+      where: location of the row, for messages.
+      read: gets the names of the fields that are read.
+    """
+
+    def __init__(self, row: dict[str, Any], where: str, read: set[str] | None = None):
         self._row, self._where = row, where
+        self._read = set() if read is None else read
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._row:
@@ -251,6 +363,7 @@ class Fields(Mapping):
             )
         if self._row[name] is None:
             raise UserError(f"{self._where}: field `{name}` is null.")
+        self._read.add(name)
         return self._row[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -261,14 +374,25 @@ class Fields(Mapping):
 
 
 def text_of(
-    row: dict[str, Any], where: str, name: str, template: str | None = None
+    row: dict[str, Any],
+    where: str,
+    name: str,
+    template: str | None = None,
+    reading: Reading | None = None,
 ) -> str:
     """Returns the text field `name`, or a format string filled from the row.
+
+    Args:
+      row: the fields.
+      where: location of the row, for messages.
+      name: of the field, and of the setting that the format string is.
+      template: the format string.
+      reading: gets the names of the fields.
 
     Raises:
       UserError: a field is missing (lists those present), null, or not a string.
     """
-    fields = Fields(row, where)
+    fields = Fields(row, where, None if reading is None else reading.fields)
     if template is not None:
         try:
             return _Formatter(where, name).vformat(template, (), fields)

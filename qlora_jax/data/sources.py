@@ -1,6 +1,6 @@
 """Opens every kind of data source as one stream of rows.
 
-JSON and text files, file patterns, Parquet, Arrow, and data sets of the `datasets`
+JSON, CSV and text files, file patterns, Parquet, Arrow, and data sets of the `datasets`
 library are all read once from start to end and yield plain Python dicts with their
 location, so that no later stage depends on the kind of source.
 
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.rows import Row, RowFile, open_rows
+from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows
+from qlora_jax.data.tables import DELIMITERS, open_table
 from qlora_jax.errors import Problems, UserError
 
 HUB = "hf:"
@@ -26,6 +27,8 @@ _TABLE_ROWS = 512
 # Rows in a chunk, and their characters: enough to keep a fast tokenizer's threads
 # busy, and little memory next to the tokenizer's output (about 100 bytes a token).
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 512, 1 << 18
+# Suffixes of files of columns, and their names.
+_COLUMNS = {".parquet": "Parquet", ".arrow": "Arrow"}
 # Files that `save_to_disk` of a DatasetDict or a Dataset always writes.
 _SAVED_MARKERS = ("dataset_dict.json", "state.json")
 
@@ -37,13 +40,13 @@ class RowSource:
     Attributes:
       name: the path, or "hf:owner/name".
       size: bytes where they are known, else 1; weight in the progress bar.
-      open: opens it; malformed rows are added to the problems it is passed.
+      open: opens it.
       content_hash: hashes everything it holds.
     """
 
     name: str
     size: int
-    open: Callable[[Problems], RowFile]
+    open: Callable[[], RowFile]
     content_hash: Callable[[], str]
 
     @property
@@ -103,21 +106,21 @@ def read_chunks(
     sources: Iterable[RowSource],
     problems: Problems,
     on_read: Callable[[int, RowFile], None],
-) -> Iterator[tuple[list[Row], bool]]:
-    """Yields rows in chunks, each with whether it is a plain text file.
+) -> Iterator[tuple[list[Row], RowFile]]:
+    """Yields rows in chunks, each with the file that they are read from.
 
     Args:
       sources: read one after the other.
-      problems: collects what is wrong with a source or its rows; reading continues
-        with the next one.
+      problems: collects what is wrong with a source; reading continues with the next
+        one.
       on_read: called after each chunk with the source's index and its open file.
     """
     for index, source in enumerate(sources):
         with problems.collecting():
-            file = source.open(problems)
+            file = source.open()
             rows = iter(file.rows)
             while chunk := _take_chunk(rows):
-                yield chunk, file.plain
+                yield chunk, file
                 on_read(index, file)
 
 
@@ -126,7 +129,7 @@ def _take_chunk(rows: Iterator[Row]) -> list[Row]:
     size = 0
     for where, row in rows:
         chunk.append((where, row))
-        size += _count_characters(row)
+        size += 0 if isinstance(row, UserError) else _count_characters(row)
         if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_CHARACTERS:
             break
     return chunk
@@ -189,10 +192,12 @@ def _file_source(path: Path, plain_text: bool) -> RowSource:
             f"its files, e.g. '{path}/*.jsonl'."
         )
 
-    def open_file(problems: Problems) -> RowFile:
-        if path.suffix in (".parquet", ".arrow"):
+    def open_file() -> RowFile:
+        if path.suffix.lower() in _COLUMNS:
             return _open_columns(path)
-        return open_rows(path, plain_text=plain_text, problems=problems)
+        if name_suffix(path) in DELIMITERS:
+            return open_table(path)
+        return open_rows(path, plain_text=plain_text)
 
     return RowSource(str(path), size, open_file, lambda: _hash_files(path, [path]))
 
@@ -209,9 +214,10 @@ def _open_columns(path: Path) -> RowFile:
             "installed: pip install pyarrow."
         ) from error
     errors = (pyarrow.ArrowException, OSError, ValueError)
+    is_parquet = path.suffix.lower() == ".parquet"
 
     def batches() -> Iterator[Any]:
-        if path.suffix == ".parquet":
+        if is_parquet:
             with pyarrow.parquet.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_size=_TABLE_ROWS)
             return
@@ -235,12 +241,12 @@ def _open_columns(path: Path) -> RowFile:
             raise UserError(f"{path}: cannot be read: {error}") from error
 
     total = 1
-    if path.suffix == ".parquet":
+    if is_parquet:
         try:
             total = max(pyarrow.parquet.read_metadata(path).num_rows, 1)
         except errors as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
-    return _table_rows(str(path), tables(), total)
+    return _table_rows(str(path), tables(), total, _COLUMNS[path.suffix.lower()])
 
 
 def _hash_files(name: Path, paths: list[Path]) -> str:
@@ -278,7 +284,7 @@ def _saved_source(path: Path, split: str | None) -> RowSource:
     return RowSource(
         name=str(path),
         size=sum(file.stat().st_size for file in files),
-        open=lambda _: _open_dataset(str(path), load()),
+        open=lambda: _open_dataset(str(path), load()),
         content_hash=lambda: f"{split}:{_hash_files(path, files)}",
     )
 
@@ -316,7 +322,7 @@ def _hub_source(entry: str, split: str | None) -> RowSource:
     return RowSource(
         name=entry,
         size=1,
-        open=lambda _: _open_dataset(entry, load()),
+        open=lambda: _open_dataset(entry, load()),
         # The hash by which `datasets` itself names the cache of this data set.
         content_hash=lambda: f"{entry}:{split}:{load()._fingerprint}",
     )
@@ -348,13 +354,13 @@ def _choose_split(name: str, known: list[str], split: str | None) -> str:
 def _open_dataset(name: str, dataset: Any) -> RowFile:
     # As Arrow tables, so that unused columns (images, audio) are never decoded.
     tables = dataset.with_format("arrow").iter(batch_size=_TABLE_ROWS)
-    return _table_rows(name, tables, max(len(dataset), 1))
+    return _table_rows(name, tables, max(len(dataset), 1), "a data set of `datasets`")
 
 
 # --- Arrow tables ---
 
 
-def _table_rows(name: str, tables: Iterable[Any], total: int) -> RowFile:
+def _table_rows(name: str, tables: Iterable[Any], total: int, kind: str) -> RowFile:
     """Numbers the rows of Arrow tables from 1."""
     count = 0
 
@@ -367,7 +373,7 @@ def _table_rows(name: str, tables: Iterable[Any], total: int) -> RowFile:
         if not count:
             raise UserError(f"{name} has no rows.")
 
-    return RowFile(rows(), False, lambda: min(count / total, 1.0))
+    return RowFile(rows(), False, lambda: min(count / total, 1.0), kind)
 
 
 def _drop_nulls(value: Any) -> Any:

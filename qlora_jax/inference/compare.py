@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import convert
 from convert import load_tokenizer
 from qlora_jax.choices import Dtype
+from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import common_dtype
 from qlora_jax.inference.model import Model
@@ -126,7 +127,7 @@ def probe_text(path: Path, config: LlamaConfig, text: str) -> Int[np.ndarray, "1
             f"`{path}` has no tokenizer to read a probe text with. Put its tokenizer "
             "files there, or leave the text out to compare on fixed token ids."
         )
-    ids = tokenizer(text)["input_ids"]
+    ids = encode_prompt(tokenizer, text)
     ids = ids[: min(PROBE_TOKENS, config.max_position_embeddings)]
     if not ids:
         raise UserError("The probe text has no tokens; give one of at least a word.")

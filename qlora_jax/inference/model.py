@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert import chat_template_file, peft_directory, shorten
+from convert import load_tokenization, peft_directory, shorten
+from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import Decoding, DecodingConfig, generate_tokens
@@ -58,7 +59,8 @@ class Model:
     """LoRA tree (float32), or None."""
     lora_config: LoraConfig | None
     tokenizer: Any
-    """The directory's transformers tokenizer, or None if it has none."""
+    """The transformers tokenizer of the adapter, else of the base; None if neither has
+    one."""
     compute: Compute
     path: Path
     """Directory of the base."""
@@ -68,9 +70,7 @@ class Model:
     """A custom MLP module."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a row: the configuration's, the tokenizer's and those of
-    generation_config.json."""
-    chat_template: str | None = None
-    """Jinja file of the chat template that the adapter was trained with, if any."""
+    generation_config.json, of the base and of the adapter."""
     adapter_path: Path | None = None
     """Directory of the adapter."""
 
@@ -106,7 +106,9 @@ class Model:
     ) -> Model:
         """Returns this model with another adapter, or (None) without an adapter.
 
-        The base is shared. Nothing is recompiled if the new adapter has the shapes of
+        The tokenizer becomes that of the new adapter, or the base's if it has none;
+        without an adapter it stays, so that both models can be asked alike. The base is
+        shared. Nothing is recompiled if the new adapter has the shapes of
         the old one.
 
         Args:
@@ -128,13 +130,43 @@ class Model:
         config = apply_changes(
             undo_changes(self.config), lora_config.base_config_changes
         )
+        text = load_tokenization(config, self.path, directory)
+        for note in text.notes:
+            say(note)
         return dataclasses.replace(
             self,
             config=config,
             adapters=adapters,
             lora_config=lora_config,
-            chat_template=chat_template_file(directory),
+            tokenizer=text.tokenizer,
+            eos_token_ids=text.eos_token_ids,
             adapter_path=directory,
+        )
+
+    def with_adapters(
+        self, adapters: Mapping[str, Any], lora_config: LoraConfig
+    ) -> Model:
+        """Returns this model with adapters in memory, e.g. of a run's train state.
+
+        The base is shared, and nothing is recompiled for adapters of equal shapes.
+
+        Args:
+          adapters: LoRA tree. Of an initialization that changed the base (PiSSA, OLoRA)
+            the result of `absorb`, which belongs to the base as it was loaded.
+          lora_config: their configuration.
+
+        Raises:
+          UserError: arrays that are missing, or that `lora_config` does not have on
+            this base.
+        """
+        bind(adapters, self.base, lora_config)
+        changes = lora_config.base_config_changes
+        return dataclasses.replace(
+            self,
+            config=apply_changes(undo_changes(self.config), changes),
+            adapters=adapters,
+            lora_config=lora_config,
+            adapter_path=None,
         )
 
     def logits(
@@ -256,6 +288,8 @@ class Model:
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> str:
         """Answers the last turn of a conversation.
@@ -267,20 +301,26 @@ class Model:
           max_new_tokens: of the answer, at most; fewer if the model's positions end.
           stop: strings that end the answer, as the template's end of a turn does.
           chat_template: a Jinja file in place of the tokenizer's template.
+          chat_template_kwargs: further variables of the template, such as
+            `{"enable_thinking": False}`.
+          tools: functions that the template describes to the model, as JSON schemas.
           **sampling: `temperature` and the others of `generate`.
 
         Returns:
           The answer, without white space at both ends.
 
         Raises:
-          UserError: no tokenizer, no chat template, turns that it refuses, or a
-            conversation that is longer than the model's positions.
+          UserError: no tokenizer, no chat template, turns that it refuses, tools or
+            variables that it does not read, or a conversation that is longer than the
+            model's positions.
         """
         reply = self.stream_chat(
             messages,
             max_new_tokens=max_new_tokens,
             stop=stop,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
             **sampling,
         )
         return "".join(reply)
@@ -292,6 +332,8 @@ class Model:
         max_new_tokens: int = 512,
         stop: Sequence[str] = (),
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> TextStream:
         """Answers as `chat`, and yields the answer as it is generated, as `stream`.
@@ -301,8 +343,9 @@ class Model:
         """
         check_turns(messages)
         self._need_tokenizer()
-        template = self.chat_template if chat_template is None else chat_template
-        prompts = ChatPrompts(self.tokenizer, template)
+        prompts = ChatPrompts(
+            self.tokenizer, chat_template, variables=chat_template_kwargs, tools=tools
+        )
         tokens = prompts.tokens(messages)
         # Positions beyond those the model was trained on make an answer meaningless.
         left = self.config.max_position_embeddings - len(tokens)
@@ -336,7 +379,7 @@ class Model:
     def _encode(self, prompt: str) -> list[int]:
         check_text(prompt)
         self._need_tokenizer()
-        return self.tokenizer(prompt)["input_ids"]
+        return encode_prompt(self.tokenizer, prompt)
 
     def _need_tokenizer(self) -> None:
         if self.tokenizer is None:

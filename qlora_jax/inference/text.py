@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int32
 
-from qlora_jax.data import ChatRenderer, Segmented, to_messages, tokenize
+from qlora_jax.data import ChatRenderer, Segmented, to_messages, tokenize, tools_of
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import Decoding
 
@@ -331,6 +331,8 @@ class ChatPrompts:
     Args:
       tokenizer: a `transformers` tokenizer.
       chat_template: a Jinja file; None = the tokenizer's template.
+      variables: further variables of the template, such as `enable_thinking`.
+      tools: functions that the template describes to the model.
 
     Attributes:
       stop: what ends an answer, read off the text that the template writes between an
@@ -338,10 +340,18 @@ class ChatPrompts:
         the next.
 
     Raises:
-      UserError: there is no template, or it cannot be read.
+      UserError: there is no template, it cannot be read, or it has no use for tools or
+        a variable.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> None:
         if chat_template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "This model's tokenizer has no chat template, so how a conversation "
@@ -351,7 +361,21 @@ class ChatPrompts:
                 "and give its path as `chat_template` (--chat-template)."
             )
         self._tokenizer = tokenizer
-        self._renderer = ChatRenderer(tokenizer, chat_template)
+        self._renderer = ChatRenderer(tokenizer, chat_template, variables=variables)
+        self._tools = tools_of({"tools": tools and list(tools)}, "chat")
+        names = [*(variables or {}), *(["tools"] if self._tools else [])]
+        unread = [
+            name
+            for name in names
+            if not self._renderer.mentions(name, tools=bool(self._tools))
+        ]
+        if unread:
+            raise UserError(
+                "This chat template does not read "
+                f"{' or '.join(f'`{name}`' for name in unread)}, so giving it would "
+                "change nothing. Leave it out, or give a template that reads it "
+                "(`chat_template`, --chat-template)."
+            )
         self.stop = self._end_of_turn()
 
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -364,7 +388,9 @@ class ChatPrompts:
           UserError: no messages, missing fields, or turns that the template refuses.
         """
         turns = to_messages({"messages": list(map(dict, messages))}, "chat")
-        text = self._renderer.text(turns, add_generation_prompt=True, where="chat")
+        text = self._renderer.text(
+            turns, add_generation_prompt=True, tools=self._tools, where="chat"
+        )
         return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:

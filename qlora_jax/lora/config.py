@@ -134,7 +134,8 @@ class LoraConfig:
     task_type: str = "CAUSAL_LM"
     """PEFT's word for what the model does; a Llama here is a language model."""
     base_model_name_or_path: str | None = None
-    """Path or hub name of the base; written into adapter_config.json."""
+    """Path or hub name of the base in adapter_config.json; default `model.path` of a
+    run. The run itself is loaded with `model.path`."""
     revision: str | None = None
     """Revision of the base on the hub."""
     base_fingerprint: str | None = None

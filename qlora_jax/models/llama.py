@@ -43,6 +43,7 @@ from qlora_jax.models.layers import (
     Embed,
     Linear,
     RMSNorm,
+    check_output,
     map_chunks,
     mlp_chunks,
     mlp_tokens,
@@ -297,6 +298,7 @@ class Block(nn.Module):
             h, kv = self_attn(x, rope, segments, kv, cached, norm)
         else:
             h, kv = self_attn(norm(x), rope, segments, kv, cached)
+            check_output(self_attn, h, x)
         return (self._add_mlp(x + h, training=kv is None), kv), None
 
     def _add_mlp(self, x: Float[Array, "B T D"], training: bool) -> Array:
@@ -309,7 +311,9 @@ class Block(nn.Module):
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
             chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
         if chunks == 1:
-            return x + mlp(norm(x))
+            update = mlp(norm(x))
+            check_output(mlp, update, x)
+            return x + update
         norm = norm.function(x.shape[-1])
         # Unpacked before the loop, in which every chunk would dequantize it again.
         update = mlp.function(x.shape[-1], unpack=True)

@@ -21,7 +21,15 @@ from qlora_jax.choices import (
     Quantization,
     RematOrAuto,
 )
-from qlora_jax.data import SOURCE_FIELDS, DataConfig, Format, Source, TooLong, TrainOn
+from qlora_jax.data import (
+    SOURCE_FIELDS,
+    DataConfig,
+    Format,
+    OnBadRow,
+    Source,
+    TooLong,
+    TrainOn,
+)
 from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
@@ -162,8 +170,22 @@ class EvalConfig:
     """As `data.completion`."""
     text: str | None = None
     """As `data.text`."""
+    instruction_part: str | None = None
+    """As `data.instruction_part`."""
+    response_part: str | None = None
+    """As `data.response_part`."""
+    messages: str | None = None
+    """As `data.messages`."""
+    roles: Mapping[str, str] | None = None
+    """As `data.roles`."""
     chat_template: str | None = None
     """As `data.chat_template`."""
+    chat_template_kwargs: Mapping[str, bool | int | float | str] | None = None
+    """As `data.chat_template_kwargs`."""
+    answers: tuple[int, ...] | None = None
+    """As `data.answers`."""
+    on_bad_row: OnBadRow | None = None
+    """As `data.on_bad_row`."""
     too_long: TooLong | None = None
     """As `data.too_long`."""
     append_eos: bool | None = None

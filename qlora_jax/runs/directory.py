@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from convert import ADAPTER_CONFIG, CHAT_TEMPLATE_FILE, read_json
-from qlora_jax.data import DataConfig, Source
+from qlora_jax.data import DataConfig, Source, template_file
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.metrics import read_metrics
@@ -102,7 +102,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     if first is None:
         return None
     try:
-        return Path(first).read_text("utf-8")
+        return template_file(first).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"`data.chat_template`: cannot read {first}: {error}"
@@ -111,7 +111,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
 
 def _template_files(data: DataConfig) -> list[str | None]:
     """Returns the distinct templates of conversations; None is the tokenizer's own."""
-    files = [s.chat_template for s in data.each if s.format == "messages"]
+    files = [s.chat_template for s in data.each if s.writes_conversations]
     return list(dict.fromkeys(files)) or [None]
 
 

@@ -22,7 +22,7 @@ from qlora_jax.data import (
     hold_out,
     load_examples,
 )
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, counted
 from qlora_jax.runs.config import READING, EvalConfig, RunConfig
 
 _SHARED_SETTINGS = re.compile(rf"`data\.({'|'.join(READING)})`")
@@ -164,10 +164,11 @@ def exclude_held_out(
         eos_token_id=eos_token_id,
     )
     copies = total - len(examples) - len(chosen)
-    note = f"Held out of the training data: {len(chosen):,} examples, " + (
-        f"{chosen.report.supervised_tokens:,} supervised tokens"
+    note = f"Held out of the training data: {counted(len(chosen), 'example')}, " + (
+        counted(chosen.report.supervised_tokens, "supervised token")
     )
     if copies:
-        note += f"; {copies:,} copies of them are not trained on either"
-    note += f". {len(examples):,} examples are left to train on."
+        word = "copy" if copies == 1 else "copies"
+        note += f"; {copies:,} {word} of them not trained on either"
+    note += f". Left to train on: {counted(len(examples), 'example')}."
     return examples, HeldOut(chosen, data, note)

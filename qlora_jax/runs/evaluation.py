@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert import end_tokens
-from qlora_jax.data import DataConfig, Examples, eval_batches
+from qlora_jax.data import DataConfig, Examples, encode_prompt, eval_batches
 from qlora_jax.errors import UserError
 from qlora_jax.inference import Model, generate_tokens
 from qlora_jax.lora import bind
@@ -149,6 +148,8 @@ class Evaluation:
     batch_size: int
     tokenizer: Any = None
     """Encodes prompts and decodes samples."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a sample."""
     step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens); default `jit_eval`'s."""
     best: Best = Best()
@@ -164,7 +165,7 @@ class Evaluation:
             self._data = self.held_out.examples.report.fingerprint[:16]
         prompts = self.config.sample_prompts
         check_prompts(self.config, self.tokenizer, self.model.config)
-        self._prompts = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        self._prompts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
 
     def resume(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Counts the measurements of a run that is continued.
@@ -265,7 +266,7 @@ class Evaluation:
             {"params": base, "lora": bind(adapters, base, lora)},
             self._prompts,
             max_new_tokens=self.config.sample_max_new_tokens,
-            eos_token_ids=end_tokens(self.model.config, self.tokenizer),
+            eos_token_ids=self.eos_token_ids,
         )
         texts = {}
         for prompt, tokens, row in zip(
@@ -307,7 +308,7 @@ def check_prompts(config: EvalConfig, tokenizer: Any, model: LlamaConfig) -> Non
         )
     problems = []
     for prompt in config.sample_prompts:
-        tokens = tokenizer(prompt)["input_ids"]
+        tokens = encode_prompt(tokenizer, prompt)
         room = model.max_position_embeddings - config.sample_max_new_tokens
         if not tokens:
             problems.append(f"{prompt!r} has no tokens")

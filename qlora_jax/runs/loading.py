@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -28,9 +28,7 @@ import jax.numpy as jnp
 import convert
 from convert import (
     ADAPTER_CONFIG,
-    chat_template_file,
-    end_tokens,
-    load_tokenizer,
+    load_tokenization,
     open_adapter,
     peft_directory,
     training_record,
@@ -69,11 +67,6 @@ class Resolved:
     def fingerprint(self) -> str | None:
         """Fingerprint of the base that the adapter was trained on, if recorded."""
         return None if self.lora is None else self.lora.base_fingerprint
-
-    @property
-    def chat_template(self) -> str | None:
-        """Jinja file of the adapter's conversations, if it has one."""
-        return chat_template_file(self.adapter)
 
     @property
     def trained_form(self) -> Mapping[str, Any]:
@@ -190,7 +183,11 @@ def resolve(
                 "cannot be attached to it. Give the base as `path`."
             )
         lora = open_adapter(inside, strict=strict)[0]
-        return Resolved(_base_of(inside, lora, base), inside, run, settings, lora)
+        names = [lora.base_model_name_or_path]
+        if settings is not None:
+            # The name in the adapter may be the one it is published with.
+            names.insert(0, settings.model.path)
+        return Resolved(_base_of(inside, names, base), inside, run, settings, lora)
     if base is not None:
         raise UserError(
             f"`base` names the base of an adapter directory, and `{path}` is none."
@@ -203,9 +200,9 @@ def resolve(
 
 
 def _base_of(
-    adapter: Path, lora: LoraConfig, base: str | os.PathLike[str] | None
+    adapter: Path, names: Sequence[str | None], base: str | os.PathLike[str] | None
 ) -> Path:
-    """Returns the base of an adapter: `base`, else where its configuration leads.
+    """Returns the base of an adapter: `base`, else where one of its names leads.
 
     Only directories of this machine are considered, never a hub.
     """
@@ -213,17 +210,18 @@ def _base_of(
         if not Path(base).is_dir():
             raise CheckpointError(f"The base `{base}` is not a directory.")
         return Path(base)
-    name = lora.base_model_name_or_path
-    if not name:
+    known = list(dict.fromkeys(name for name in names if name))
+    if not known:
         raise CheckpointError(
             f"`{adapter}` does not say what its base is (`base_model_name_or_path` in "
             f"{ADAPTER_CONFIG} is empty). Give it with `base=` (--base)."
         )
-    candidates = base_candidates(adapter, name)
+    candidates = [path for name in known for path in base_candidates(adapter, name)]
     directory = _first_model(candidates)
     if directory is None:
         raise CheckpointError(
-            f"The base of `{adapter}` is {name!r}, which is not a directory here "
+            f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "
+            "a directory here "
             f"(looked at {', '.join(f'`{p}`' for p in candidates)}). Give it with "
             "`base=` (--base)."
         )
@@ -350,18 +348,19 @@ def load(
         )
         config = apply_changes(config, lora.base_config_changes)
     check_weights(drawn, tree, lora, directory)
-    tokenizer = load_tokenizer(directory)
+    text = load_tokenization(config, directory, resolved.adapter)
+    for note in text.notes:
+        say(note)
     return Model(
         config=config,
         base=jax.tree.map(jnp.asarray, tree),
         adapters=adapters,
         lora_config=lora,
-        tokenizer=tokenizer,
+        tokenizer=text.tokenizer,
         compute=compute,
         path=directory,
         attention_cls=attention_cls,
         mlp_cls=mlp_cls,
-        eos_token_ids=end_tokens(config, tokenizer, directory),
-        chat_template=resolved.chat_template,
+        eos_token_ids=text.eos_token_ids,
         adapter_path=resolved.adapter,
     )

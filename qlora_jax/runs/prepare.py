@@ -9,6 +9,7 @@ not fit, missing libraries, unusable rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -21,17 +22,20 @@ import flax.linen as nn
 import jax
 
 import convert
-from convert import load_tokenizer
+from convert import Tokenization, load_tokenization
 from qlora_jax.data import (
     Batches,
     Examples,
     Mixture,
     data_notes,
     data_size,
+    end_tokens_of,
     eval_batches,
     load_examples,
+    with_date,
+    with_eos,
 )
-from qlora_jax.errors import Problems, UserError, say
+from qlora_jax.errors import CheckpointError, Problems, UserError, say
 from qlora_jax.lora import (
     Selection,
     check_start,
@@ -54,6 +58,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
+from qlora_jax.runs.toml import SETTINGS, read_table
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
 # Data up to this size are read even after the settings were refused, so that their
@@ -69,7 +74,11 @@ class RunData:
     batches: Batches
     held_out: HeldOut | None
     tokenizer: Any
-    """None if nothing needs it."""
+    """None if the base, or the adapter that the run starts from, has none."""
+    trained_ends: tuple[int, ...]
+    """Tokens that the data teach as the end of an answer."""
+    eos_token_ids: tuple[int, ...]
+    """These, and the tokens that end generation without the run."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def prepare(
         blocked = blocked or len(problems) > before
     if not blocked and (quick or not len(problems)):
         with problems.collecting():
-            data = _load_data(config, model.config)
+            config, data = _load_data(config, model.config)
     if resumed and data is not None:
         with problems.collecting():
             data_fingerprint = data.examples.report.fingerprint
@@ -304,9 +313,35 @@ def _select_trained(
     return selection, groups
 
 
-def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
-    """Loads the examples, holds some out, and arranges the others in batches."""
-    tokenizer = _load_tokenizer(config)
+def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """Returns the settings of a run with the date that its chat templates write.
+
+    It is the day on which the run was started, which its directory keeps, because the
+    tokens of a run must not change when it is continued.
+    """
+    saved = None
+    if (Path(config.output_dir) / SETTINGS).is_file():
+        saved = read_table(Path(config.output_dir)).get("data", {}).get("date")
+    date = with_date(config.data, tokenizer, saved).date
+    if date is None and config.eval.path:
+        with contextlib.suppress(UserError):  # raised when they are read
+            held_out = config.eval.data_config(config.data)
+            date = with_date(held_out, tokenizer, saved).date
+    data = dataclasses.replace(config.data, date=date)
+    return dataclasses.replace(config, data=data)
+
+
+def _load_data(
+    config: RunConfig, architecture: LlamaConfig
+) -> tuple[RunConfig, RunData]:
+    """Loads the examples, holds some out, and arranges the others in batches.
+
+    Returns:
+      The settings with the date of the run, and its data.
+    """
+    text = _load_tokenization(config, architecture)
+    tokenizer = with_eos(text.tokenizer, config.data.eos_token)
+    config = with_run_date(config, tokenizer)
     vocab_size = architecture.vocab_size
     examples, held_out, problems = None, None, Problems()
     with problems.collecting():
@@ -324,6 +359,10 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
     problems.raise_if_any()
     assert examples is not None
     eos = getattr(tokenizer, "eos_token_id", None)
+    ends = [end for ends in end_tokens_of(examples, tokenizer) for end in ends]
+    if config.data.eos_token is not None and eos is not None:
+        ends.append(eos)
+    trained_ends = tuple(dict.fromkeys(ends))
     # Before `Batches`, so that their fingerprint and order are those of what is trained
     # on.
     examples, held_out = split_held_out(config, examples, held_out, eos)
@@ -346,24 +385,39 @@ def _load_data(config: RunConfig, architecture: LlamaConfig) -> RunData:
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
             f"{len(batches)} steps of this run. Give fewer of them, or a share (0.03)."
         )
-    return RunData(examples, batches, held_out, tokenizer)
+    data = RunData(
+        examples=examples,
+        batches=batches,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        trained_ends=trained_ends,
+        eos_token_ids=tuple(sorted({*text.eos_token_ids, *trained_ends})),
+    )
+    return config, data
 
 
-def _load_tokenizer(config: RunConfig) -> Any:
-    """Loads the model's tokenizer if data or samples need it; else None."""
-    needed = config.data.needs_tokenizer
+def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokenization:
+    """Loads the tokenizer of the base, or of the adapter that the run starts from."""
+    needed = config.data.needs_tokenizer or bool(config.eval.sample_prompts)
     if config.eval.path:
         needed = needed or config.eval.data_config(config.data).needs_tokenizer
-    tokenizer = None
-    if needed or config.eval.sample_prompts:
-        tokenizer = load_tokenizer(config.model.path)
-    if needed and tokenizer is None:
+    base, adapter = config.model.path, config.train.adapter_init
+    try:
+        text = load_tokenization(architecture, base, adapter)
+    except CheckpointError as error:
+        if needed:
+            raise
+        say(f"Note: {error} The run does without, and stops at no trained token.")
+        return Tokenization(None, architecture.eos_token_ids)
+    for note in text.notes:
+        say(note)
+    if text.tokenizer is None and config.data.needs_tokenizer:
         raise UserError(
-            f"`{config.model.path}` has no tokenizer, and data.format="
-            f"{config.data.format!r} needs one. Put the model's tokenizer files "
-            "there, or give token ids (data.format = 'tokens')."
+            f"`{base}` has no tokenizer, and data.format={config.data.format!r} needs "
+            "one. Put the model's tokenizer files there, or give token ids "
+            "(data.format = 'tokens')."
         )
-    return tokenizer
+    return text
 
 
 def _compile(

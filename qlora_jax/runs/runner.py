@@ -28,30 +28,25 @@ import convert
 from convert import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CHAT_TEMPLATE_FILE,
-    TRAINING_RECORD,
     open_checkpoint,
     write_text,
 )
 from qlora_jax.data import prefetch
 from qlora_jax.errors import Problems, UserError, say
-from qlora_jax.inference import base_form
-from qlora_jax.lora import Selection, absorb, factor_out, init_adapters
+from qlora_jax.lora import Selection, factor_out, init_adapters
 from qlora_jax.models import (
-    LlamaConfig,
     add_parameters,
-    changes_to_json,
     check_weights,
     put_base,
     report_untrained,
     tree_bytes,
 )
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
+from qlora_jax.runs.adapter_writer import AdapterWriter, adapter_files
 from qlora_jax.runs.checkpoint import Checkpoints, disk_errors
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import (
     ADAPTER,
-    ADAPTER_EMA,
     BEST,
     CHECKPOINTS,
     REPORT,
@@ -60,7 +55,6 @@ from qlora_jax.runs.directory import (
     check_directory,
     finished_report,
     run_lock,
-    template_text,
 )
 from qlora_jax.runs.evaluation import Evaluation
 from qlora_jax.runs.interruption import Interruption, RunInterrupted
@@ -70,7 +64,7 @@ from qlora_jax.runs.prepare import PreparedRun, prepare
 from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.toml import SETTINGS, to_toml
-from qlora_jax.training import TrainState, averaged, init_state, schedule
+from qlora_jax.training import TrainState, init_state, schedule
 
 
 def run(
@@ -170,13 +164,16 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
     directory, steps = Path(config.output_dir), len(data.batches)
     data_fingerprint = data.examples.report.fingerprint
     record = run_record(config, loaded.fingerprint, data_fingerprint)
-    template = template_text(config.data, say)
+    files = adapter_files(
+        config, prepared.model.config, data.tokenizer, data.trained_ends
+    )
     evaluation = Evaluation(
         config=config.eval,
         model=compiled.model,
         held_out=data.held_out,
         batch_size=config.eval_batch_size,
         tokenizer=data.tokenizer,
+        eos_token_ids=data.eos_token_ids,
         step=compiled.eval_step,
     )
     with disk_errors(directory):
@@ -213,7 +210,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     base=base,
                     fingerprint=loaded.fingerprint,
                     base_tables=loaded.tables,
-                    chat_template=template,
+                    files=files,
                 ),
             )
             state = loop.run(state, start, began)
@@ -297,72 +294,6 @@ def _write_report(
     write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
     write_text(directory / REPORT_PAGE, render_run(read_run(directory)))
     return report
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterWriter:
-    """Writes a run's adapters as PEFT directories for the base as it was loaded."""
-
-    config: RunConfig
-    architecture: LlamaConfig
-    base: Any
-    """Tree that the adapters are trained on."""
-    fingerprint: str
-    """Of the base as it was loaded."""
-    base_tables: Mapping[tuple[str, ...], Any]
-    """Weights of the base that are not those of its directory, by module."""
-    chat_template: str | None
-    """Text of the template file of the conversations, if there is one."""
-
-    def write(
-        self,
-        state: TrainState,
-        name: str = ADAPTER,
-        losses: Mapping[str, float] | None = None,
-    ) -> None:
-        """Writes an adapter directory.
-
-        Args:
-          state: has the adapters.
-          name: of the directory within the run directory.
-          losses: of a measurement at this step, for the training record.
-        """
-        # With pissa and olora the trained adapter belongs to the changed base; what is
-        # written is for the base as it was loaded.
-        lora, adapters = absorb(
-            self.config.lora, jax.device_get(state.adapters), self.base
-        )
-        lora = dataclasses.replace(
-            lora,
-            base_fingerprint=self.fingerprint,
-            base_config_changes=changes_to_json(self.config.model.config_changes),
-        )
-        files: dict[str, Any] = {
-            TRAINING_RECORD: {
-                "step": int(state.step),
-                **base_form(self.base),
-                **(losses or {}),
-            }
-        }
-        if self.chat_template is not None:
-            files[CHAT_TEMPLATE_FILE] = self.chat_template
-        convert.save_adapter(
-            Path(self.config.output_dir) / name,
-            lora,
-            adapters,
-            self.architecture,
-            base_model_name_or_path=self.config.model.path,
-            overwrite=True,
-            extra_files=files,
-            base_tables=self.base_tables,
-        )
-
-    def write_all(self, state: TrainState) -> None:
-        """Writes adapter/ and, if the run keeps a moving average, adapter_ema/."""
-        self.write(state)
-        average = averaged(state.opt_state)
-        if average is not None:
-            self.write(dataclasses.replace(state, adapters=average), ADAPTER_EMA)
 
 
 def log_step(watch: Watch, step: int, metrics: Mapping[str, Any], tokens: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.peft import CHAT_TEMPLATE_FILE
+from convert.companions import CHAT_TEMPLATE_FILE
 from convert.verify import compare_adapters as compare
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree

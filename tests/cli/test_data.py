@@ -180,7 +180,7 @@ def test_what_the_run_holds_out_is_not_shown(call, model, tmp_path):
     status, out, _ = call(file)
     assert status == 0
     assert "Held out of the training data: 3 examples" in out
-    assert "9 examples are left to train on." in out
+    assert "Left to train on: 9 examples." in out
     report = json.loads(call(file, "--json", "--show", 99)[1])
     assert (report["data"]["examples"], report["held_out"]["examples"]) == (9, 3)
     assert len(report["examples"]) == 9

@@ -17,7 +17,7 @@ def report():
         **{"truncated": 1, "tokens_lost": 3, "documents_cut": 0},
         "supervised_per_example": [1, 2, 3, 4, 5000],
         "assistant_mask": EVIL,
-        "dropped": {EVIL: 1},
+        **{"dropped": {EVIL: 1}, "recognised": {EVIL: 8}, "unread": {EVIL: 2}},
         "sources": [],
         "places": {EVIL: [f"{EVIL}:1", "b:2"]},
     }
@@ -69,7 +69,7 @@ def test_each_token_has_its_text_label_position_and_id(report):
 def test_every_string_is_escaped_and_every_part_shown(report):
     page = Page(render_data(report, EVIL))
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(EVIL) == 9  # title and heading among them
+    assert page.text.count(EVIL) == 11  # title and heading among them
     for shown in (
         *("500 (25.0%)", "1 to 5,000, median 3", "1,500 tokens", "1 (3 tokens)"),
         *("one example a row (this run)", "5 - 8", f"{EVIL}:1, b:2", "1.5"),

@@ -1,6 +1,5 @@
 """The memory-mapped cache: the same examples, built once, complete or not at all."""
 
-import dataclasses
 import gzip
 import itertools
 import json
@@ -19,6 +18,7 @@ from qlora_jax.data import arrays, examples
 from qlora_jax.data.arrays import MappedExamples
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig, Source
+from qlora_jax.data.encoding import Encoder
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
@@ -65,28 +65,23 @@ def caches(directory):
     return sorted(p.name for p in directory.iterdir() if not p.name.startswith("."))
 
 
-def counting(make_encoder, counts, delay=0.0):
-    """`make_encoder` whose encoders record the rows of each call."""
+def counting(counts, delay=0.0):
+    """An `Encoder` that records the rows of each call."""
 
-    def make(*args, **options):
-        encoder = make_encoder(*args, **options)
-
-        def encode(rows):
+    class Counting(Encoder):
+        def encode(self, rows):
             counts.append(len(rows))
             time.sleep(delay)
-            return encoder.encode(rows)
+            return super().encode(rows)
 
-        return dataclasses.replace(encoder, encode=encode)
-
-    return make
+    return Counting
 
 
 @pytest.fixture
 def encoded(monkeypatch):
     """The number of rows of each call of an encoder."""
     counts = []
-    make = counting(examples.make_encoder, counts)
-    monkeypatch.setattr(examples, "make_encoder", make)
+    monkeypatch.setattr(examples, "Encoder", counting(counts))
     return counts
 
 
@@ -218,7 +213,7 @@ def test_the_next_process_clears_what_a_killed_process_left(
 
 def _load_slowly(config, tokenizer, queue):
     counts = []
-    examples.make_encoder = counting(examples.make_encoder, counts, delay=0.2)
+    examples.Encoder = counting(counts, delay=0.2)
     report = load_examples(config, tokenizer, vocab_size=300).report
     queue.put((sum(counts), report.fingerprint))
 

@@ -8,7 +8,9 @@ import pytest
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
-from qlora_jax.data.encoding import IGNORE, Segmented, tokenize
+from qlora_jax.data.encoding import IGNORE, tokenize
+from qlora_jax.data.segments import Segmented
+from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 
 CHATML = (
@@ -67,8 +69,9 @@ def supervised(chat_tokenizer):
     """A function: template, turns -> their text, and the pieces that are supervised."""
 
     def supervised(template, turns=CONVERSATION, **where):
-        text, spans = ChatRenderer(chat_tokenizer(template)).spans(turns, **where)
-        return text, [text[start:end] for start, end in spans]
+        renderer = ChatRenderer(chat_tokenizer(template))
+        (example,) = renderer.examples(turns, **where)
+        return example.text, [example.text[start:end] for start, end in example.spans]
 
     return supervised
 
@@ -85,9 +88,9 @@ def test_spans_are_what_the_assistant_writes_with_its_end_of_turn(supervised, na
 def assert_as_hf(tokenizer, turns):
     """Tokens and labels are those that HF's generation marks give."""
     renderer = ChatRenderer(tokenizer)
-    text, spans = renderer.spans(turns)
-    assert text == renderer.text(turns)
-    (encoded,) = tokenize(tokenizer, [Segmented(text, spans)])
+    (example,) = renderer.examples(turns)
+    assert example.text == renderer.text(turns)
+    (encoded,) = tokenize(tokenizer, [Segmented(example.text, example.spans)])
     hf = tokenizer.apply_chat_template(
         turns, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -121,6 +124,92 @@ def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
     assert supervised(CHATML, turns)[1] == ["<|im_end|>"]
 
 
+# Templates that look at other turns than the one they write, or end as the turns were.
+LOOKING = {
+    "loop.last": "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{{ '' if loop.last and m.role == 'user' else '' }}</s>{% endfor %}",
+    "length": "{% if messages | length > 99 %}x{% endif %}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "backwards": "{% for m in messages[::-1] %}{% endfor %}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "system": "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{{ s }}{% for m in messages %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+    "state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 1 %}"
+    "{{ m.role }}:{{ m.content }}</s>{% endfor %}{{ '' if ns.n else 'x' }}",
+    "skips": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}"
+    "{% endif %}{{ m.role }}:{{ m.content }}</s>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *LOOKING])
+@pytest.mark.parametrize("first", ["user", "system"])
+def test_one_pass_gives_the_spans_that_growing_prefixes_give(
+    chat_tokenizer, monkeypatch, name, first
+):
+    if name in TEMPLATES:
+        template = TEMPLATES[name][0].replace("{% generation %}", "")
+        template = template.replace("{% endgeneration %}", "")
+    else:
+        prompt = "{% if add_generation_prompt %}assistant:{% endif %}"
+        template = LOOKING[name] + prompt
+    system = [{"role": "system", "content": "s"}] if first == "system" else []
+    if name == "mistral":
+        system = []
+    turns = [*system, *CONVERSATION, *CONVERSATION, CONVERSATION[0]]
+    renderer = ChatRenderer(chat_tokenizer(template))
+    (example,) = renderer.examples(turns)
+    renders = 0
+    apply = renderer._apply
+
+    def count(*args):
+        nonlocal renders
+        renders += 1
+        return apply(*args)
+
+    monkeypatch.setattr(renderer, "_apply", count)
+    renderer.examples([*turns, *turns[len(system) + 1 :]])
+    # The whole conversation, and the prefixes of the first answers at most.
+    assert (renders <= 3) == (name in {*TEMPLATES, "system", "skips"})
+    monkeypatch.setattr(TurnEnds, "find", lambda *_: None)
+    assert renderer.examples(turns) == [example]
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "written"), [("", "\n</think>yo</s>"), ("hm", "hm</think>yo</s>")]
+)
+def test_an_answer_may_open_its_reasoning_as_the_prompt_does_without_its_line_break(
+    supervised, reasoning, written
+):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>"
+        "{{ m.thinking }}</think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    turn = {"role": "assistant", "content": "yo", "thinking": reasoning}
+    assert supervised(template, [CONVERSATION[0], turn])[1] == [written]
+
+
+def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}</s>{% endif %}"
+    )
+    first, second = (CONVERSATION[turn]["content"] + "<|im_end|>" for turn in (1, 3))
+    assert supervised(template)[1] == [first, second + "</s>"]
+
+
+def test_arguments_are_written_for_templates_that_join_strings(chat_tokenizer):
+    template = (
+        "{% for m in messages %}{{ m.tool_calls[0].arguments + '!' }}{% endfor %}"
+    )
+    call = {"name": "f", "arguments": '{"city": "Zürich"}'}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = to_messages({"messages": [turn]}, "r")
+    text = ChatRenderer(chat_tokenizer(template)).text(messages)
+    assert text == '{"city": "Zürich"}!'
+
+
 def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
     path = write(TEMPLATES["plain"][0], "chat.jinja")
     tokenizer = chat_tokenizer("{{ raise_exception('not this one') }}")
@@ -128,14 +217,25 @@ def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
     assert text == "user: Hi there\n"
 
 
-def test_dated_templates_give_the_same_text_every_day(chat_tokenizer):
-    llama32 = (
-        "{% if not date_string is defined %}"
-        "{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
-        "Today: {{ date_string }}"
-    )
-    text = ChatRenderer(chat_tokenizer(llama32)).text(CONVERSATION)
-    assert text == "Today: 26 Jul 2024"
+# How Llama 3.2 and gpt-oss write the date.
+DATED = (
+    "{% if not date_string is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+    '{{ strftime_now("%Y-%m-%d") }}'
+)
+
+
+def test_a_template_writes_the_date_it_is_given_or_todays(chat_tokenizer):
+    tokenizer = chat_tokenizer(DATED)
+    given = ChatRenderer(tokenizer, date="2024-07-05")
+    assert given.text(CONVERSATION) == "05 Jul 2024 2024-07-05"
+    today = ChatRenderer(tokenizer).text(CONVERSATION)
+    assert today == tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert today != given.text(CONVERSATION)
+    computed = chat_tokenizer("{% set f = '%Y' %}{{ strftime_now(f) }}")
+    assert ChatRenderer(computed).reads_clock
+    with pytest.raises(UserError, match="computes the format of the date"):
+        ChatRenderer(computed, date="2024-07-05")
 
 
 CALLING = (
@@ -237,8 +337,8 @@ def test_tools_and_tool_calls_reach_the_template(chat_tokenizer):
     [
         (
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-            "{% if add_generation_prompt %}<assistant><think>{% endif %}",
-            r"generation prompt \('.*<think>'\) is not",
+            "{% if add_generation_prompt %}<assistant>Sure: {% endif %}",
+            r"generation prompt \('.*Sure: '\) is not",
         ),
         *(
             (template, r"f:3: .* blocks do not mark its text plainly")
@@ -325,7 +425,7 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": 1, "id": 2}, r"f:1: expected `messages` .* has `text`, `id`"),
+        ({"text": 1, "id": 2}, r"f:1: expected a conv.*`messages`, .* `text`, `id`"),
         ({}, r"the row has no fields"),
         ({"messages": []}, r"`messages` must be a non-empty list .* an empty list"),
         ({"messages": {}}, r"`messages` must be a non-empty list .* got dict"),
@@ -334,13 +434,25 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
         ({"messages": [{"role": "user"}]}, r"needs a string `content` .* got NoneType"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            r"turn 1 of `messages` \(user\) needs a string `content` .* got list",
+            r"turn 1 of `messages`: part 1 of its `content` is not text; expected",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a", {"type": "image_url"}]}]},
+            r"part 2 of its `content` is of the type 'image_url', and only text",
         ),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
-            r"turn 1 of `conversations` is `from` 'alien'; known speakers are system",
+            r"1 of `conversations` has the role 'alien'; .* `data.roles` = {'alien'",
         ),
-        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"is `from` \['gpt'\]"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "needs a string `role`"),
+        (
+            {"messages": [{"role": "function_call", "content": "no JSON"}]},
+            "'function_call', whose text must be a call in JSON",
+        ),
+        (
+            {"messages": [{"role": "user"}], "conversations": [{"from": "gpt"}]},
+            "the row has `messages` and `conversations`, .* `data.messages`",
+        ),
         (
             {"conversations": [{"from": "human", "text": "x"}]},
             r"needs a string `content` \(ShareGPT: `value`\), got NoneType",
@@ -349,7 +461,7 @@ def test_sharegpt_becomes_messages_and_messages_are_kept_unchanged():
 )
 def test_bad_rows_are_refused(row, message):
     with pytest.raises(UserError, match=message):
-        to_messages(row, "f:1")
+        to_messages(row, "f:1", roles={})
 
 
 # --- real text ---
@@ -369,7 +481,8 @@ def test_every_answer_of_the_fastchat_conversations_is_supervised_exactly(
     rows = json.loads(file.read_text())
     renderer = ChatRenderer(tokenizer)
     conversations = [to_messages(row, "r") for row in rows]
-    pieces = [Segmented(*renderer.spans(turns)) for turns in conversations]
+    examples = [e for turns in conversations for e in renderer.examples(turns)]
+    pieces = [Segmented(example.text, example.spans) for example in examples]
     answers = 0
     for turns, encoded in zip(conversations, tokenize(tokenizer, pieces), strict=True):
         mask = encoded.labels != IGNORE
@@ -426,12 +539,54 @@ def test_a_template_that_strips_earlier_thinking_is_followed_by_its_marks(
     assert ChatRenderer(chat_tokenizer(MARKED)).has_marks
     first, second = (turns[turn]["content"] + "<|im_end|>" for turn in (1, 3))
     assert supervised(MARKED, turns)[1] == [first, f"<think>so</think>{second}"]
-    # Without the marks, the same template cannot be labelled.
+
+
+def test_a_template_that_strips_earlier_thinking_gives_one_example_an_answer(
+    chat_tokenizer,
+):
+    turns = [dict(turn) for turn in CONVERSATION]
+    turns[1]["thinking"], turns[3]["thinking"] = "hm", "so"
     bare = MARKED.replace("{%- generation %}", "").replace("{%- endgeneration -%}", "")
-    assert not ChatRenderer(chat_tokenizer(bare)).has_marks
-    message = "f:3: .* turn 2 differently once other turns"
-    with pytest.raises(UserError, match=message):
-        supervised(bare, turns, where="f:3")
+    renderer = ChatRenderer(chat_tokenizer(bare))
+    examples = renderer.examples([*turns, CONVERSATION[0]])
+    assert [example.answers for example in examples] == [(1,), (3,)]
+    for example, stop in zip(examples, (2, 4), strict=True):
+        # Prompt and answer are those of inference.
+        prompt = renderer.text(turns[: stop - 1], add_generation_prompt=True)
+        (span,) = example.spans
+        assert example.text[: span[0]] == prompt
+        assert example.text == renderer.text(turns[:stop])
+    # The last answer alone takes one; a later turn of the user is left out.
+    (last,) = renderer.examples(turns, answers=[3])
+    assert last == examples[1]
+
+
+# A prompt that opens the reasoning, and a template that never writes it.
+OPENS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turn", "written"),
+    [
+        ({"content": "<think>\nhm\n</think>\n\nyo"}, "hm\n</think>\n\nyo</s>"),
+        ({"content": "hm</think> yo"}, "hm\n</think> yo</s>"),
+        ({"content": "yo", "reasoning_content": "hm"}, "hm\n</think>\n\nyo</s>"),
+        ({"content": "yo"}, "\n</think>\n\nyo</s>"),
+    ],
+)
+def test_an_answer_follows_the_prompt_that_opens_its_reasoning(
+    chat_tokenizer, turn, written
+):
+    renderer = ChatRenderer(chat_tokenizer(OPENS))
+    turns = [CONVERSATION[0], {"role": "assistant", **turn}]
+    first, second = renderer.examples([*turns, *turns])
+    prompt = "<user>Hi there</s><assistant><think>\n"
+    assert first.text == prompt + written
+    assert first.spans == [(len(prompt), len(first.text))]
+    assert second.text == renderer.text(turns) + first.text
 
 
 def test_marks_may_cover_part_of_a_turn(supervised):

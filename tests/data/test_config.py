@@ -23,21 +23,39 @@ from qlora_jax.errors import UserError
         ({"seed": -1}, "`data.seed` must be an integer from 0"),
         ({"seed": True}, "`data.seed` must be an integer"),
         ({"train_on": "answers"}, "`data.train_on` must be one of None, 'all'"),
-        ({"train_on": "assistant"}, r"'assistant' does not apply .*'text'; use 'all'"),
+        ({"train_on": "completion"}, "does not apply .*'text'; use 'all', 'assistant'"),
         (
             {"format": "messages", "train_on": "completion"},
-            "does not apply to format='messages'; use 'assistant', 'all'",
+            "does not apply to format='messages'; use 'assistant', 'last', 'all'",
         ),
         (
             {"format": "tokens", "train_on": "completion"},
             "does not apply to format='tokens'; use 'all'",
         ),
-        ({"prompt": "{q}"}, "`data.prompt` is read by format='prompt_completion' only"),
+        (
+            {"prompt": "{q}"},
+            "is read by format='prompt_completion' and 'messages' only",
+        ),
+        ({"format": "messages", "prompt": "{q}"}, "together: give both, or none of th"),
+        (
+            {"format": "messages", "prompt": "", "completion": "{a}", "messages": "m"},
+            "`data.messages` names a conversation, and `data.prompt` makes one",
+        ),
+        ({"train_on": "assistant"}, "needs `data.instruction_part` and"),
+        ({"response_part": "A:"}, "both must be strings .* got None and 'A:'"),
+        ({"response_part": "A:", "instruction_part": " "}, "that are not blank"),
+        ({"response_part": "A:", "instruction_part": "A:"}, "are the same, 'A:'"),
+        (
+            {"response_part": "A:", "instruction_part": "Q:", "train_on": "all"},
+            "trains every token, and `data.response_part` the answers alone",
+        ),
         (
             {"format": "messages", "text": "{q}"},
             "`data.text` is read by format='text' only, and the format is 'messages'",
         ),
-        ({"chat_template": "x"}, "`data.chat_template` is read by format='messages'"),
+        ({"chat_template": "x"}, "read by format='prompt_completion' and 'messages' o"),
+        ({"roles": {"bot": 3}}, "`data.roles` must be a table of strings, got {'bot"),
+        ({"on_bad_row": "drop"}, "`data.on_bad_row` must be one of 'refuse', 'skip'"),
         ({"text": "{q:>99999}"}, "pads a field to 10,000 characters"),
         ({"text": "{q"}, r"`data.text` = '{q' is not a format string.*literal brace"),
         ({"text": "q"}, "`data.text` = 'q' names no field"),
@@ -81,16 +99,19 @@ def test_a_source_overrides_the_settings_its_format_reads():
             Source(path="a", completion="{b}"),
             Source(path="b", format="text", text="{body}", append_eos=False),
             Source(path="c", format="tokens", train_on="all"),
+            # Its rows hold conversations, not the fields of the other sources.
+            Source(path="d", format="messages"),
         ),
     )
-    (_, first), (_, second), (_, third) = config.parts()
+    (_, first), (_, second), (_, third), (_, fourth) = config.parts()
+    assert fourth.prompt is fourth.completion is None
     assert (first.prompt, first.completion, first.max_length) == ("{q}", "{b}", 77)
     assert (second.format, second.text, second.prompt) == ("text", "{body}", None)
     assert (second.append_eos, third.append_eos) == (False, True)
     assert third.supervised == "all" and third.completion is None
     assert config.needs_tokenizer
     assert not dataclasses.replace(
-        config, prompt=None, completion=None, sources=config.sources[2:]
+        config, prompt=None, completion=None, sources=config.sources[2:3]
     ).needs_tokenizer
 
 
@@ -111,8 +132,8 @@ WEIGHT = "`weight` of the source a must be a positive"
         (DataConfig, {"sources": UNLIKE}, "largest may be 100,000 times the smallest"),
         (
             DataConfig,
-            {"sources": (Source("a", format="messages", prompt="{x}"),)},
-            "Source a: `data.prompt` is read by format='prompt_completion' only",
+            {"sources": (Source("a", format="text", prompt="{x}"),)},
+            "Source a: `data.prompt` is read by format='prompt_completion' and 'messag",
         ),
         (
             DataConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE
+from qlora_jax.data.encoding import IGNORE, encode_prompt
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
@@ -45,7 +45,7 @@ def test_a_token_across_the_boundary_is_supervised_and_counted(
     examples = load([pair("Q: ", "2!")] * 2, tokenizer, **PAIRS)
     assert decoded(examples, 1, tokenizer) == ("<s>Q: 2!</s>", " 2!</s>")
     assert examples.report.straddling_rows == 2
-    assert "2 rows have a token across" in examples.report.summary()
+    assert "2 rows with a token across" in examples.report.summary()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,15 @@ def test_bos_and_eos_stand_once_and_eos_is_supervised(
     examples = load([{"text": text}], tokenizer, **config)
     assert decoded(examples, 0, tokenizer) == expected
     assert examples.report.supervised_eos == expected[1].count("</s>")
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_a_prompt_has_the_tokens_of_training(byte_tokenizer, load, bos, adds_eos):
+    tokenizer = byte_tokenizer(bos=bos, adds_eos=adds_eos)
+    trained = load([{"text": "ab"}], tokenizer)[0][0].tolist()
+    for prompt in ("ab", f"{bos or ''}ab"):
+        assert [*encode_prompt(tokenizer, prompt), 1] == trained
 
 
 def test_a_tokenizer_without_eos_is_refused_with_the_problems_of_the_file(
@@ -470,12 +479,12 @@ def test_gsm8k_labels_decode_to_the_answers(load, shared_data, mistral):
         (
             "gsm8k/test.jsonl",
             GSM8K | {"packing": True},
-            "efcb15b93915f1febd0869cbfdb45eb6651229dac2e503adc1499e6c31a6a3bf",
+            "043f8d55a61c0e39b455534d5dd2a914a7dbab6420508d9dd4bfd3a6a69bfaf8",
         ),
         (
             "tinyshakespeare/input.txt",
             dict(max_length=256, packing=False),
-            "aa2707b16c2558eb592d5d0a1ea15aa9e38565bf232d62ae55780f493e3b9e17",
+            "a85dc1ee9f3956ddad45802bab1d7e51e15832acb2546709539276ad0a04ef28",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Loading directories of every kind, and the methods of the model."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert.companions import companion_files
 from convert.tokenizer import end_tokens, load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference.text import (
@@ -79,6 +81,14 @@ def test_an_adapter_is_attached(llama_dir, adapter_dir, tmp_path, way):
     assert np.abs(model.logits(tokens) - plain).max() > 1e-3
     _, adapters = convert.load_adapter(adapter_dir, model.config)
     jax.tree.map(np.testing.assert_array_equal, model.adapters, adapters)
+    # From memory the same; a tree that does not belong to the configuration is refused.
+    lora, logits = model.lora_config, model.logits(tokens)
+    bare = model.attach(None)
+    np.testing.assert_array_equal(
+        bare.with_adapters(adapters, lora).logits(tokens), logits
+    )
+    with pytest.raises(UserError):
+        bare.with_adapters(adapters, dataclasses.replace(lora, r=4))
 
 
 def test_the_base_of_an_adapter(llama_dir, adapter_dir, tmp_path, monkeypatch):
@@ -227,9 +237,9 @@ def test_generating_needs_a_tokenizer_and_a_list(llama_dir):
 def test_end_tokens_are_the_models_and_the_tokenizers(shared_data, llama_dir):
     path = shared_data / "stories260K"
     model = load(path)
-    assert end_tokens(model.config, model.tokenizer) == (2,)
+    assert end_tokens(model.config, model.tokenizer, {}) == (2,)
     other = load(llama_dir).config
-    assert end_tokens(other, None) == other.eos_token_ids
+    assert end_tokens(other, None, {}) == other.eos_token_ids
 
 
 def test_end_tokens_of_a_generation_config(llama_dir, tmp_path):
@@ -239,11 +249,11 @@ def test_end_tokens_of_a_generation_config(llama_dir, tmp_path):
     for given, expected in (([9, 4], (4, 9)), (7, (7,)), (None, ())):
         file.write_text(json.dumps({"eos_token_id": given}))
         ids = tuple(sorted({*config.eos_token_ids, *expected}))
-        assert end_tokens(config, None, tmp_path) == ids
+        assert end_tokens(config, None, companion_files(tmp_path)) == ids
     for wrong in ("x", [1, None], [-3], [True]):
         file.write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(CheckpointError, match="`eos_token_id` must be a token id"):
-            end_tokens(config, None, tmp_path)
+            end_tokens(config, None, companion_files(tmp_path))
 
 
 @pytest.mark.real

@@ -131,3 +131,32 @@ def test_prompts_and_ends_of_turns_are_those_of_the_template(
     }[template]
     tokens = prompts.tokens([{"role": "user", "content": "Hi"}])
     assert tokens == tokenizer(text)["input_ids"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+REASONING = (
+    "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}"
+    "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'thinks ' if enable_thinking else 'says ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "Hi\nsays "),
+        ({"variables": {"enable_thinking": True}}, "Hi\nthinks "),
+        ({"tools": TOOLS}, "findHi\nsays "),
+    ],
+    ids=str,
+)
+def test_tools_and_variables_reach_the_template(tokenizer, tmp_path, options, expected):
+    file = tmp_path / "chat.jinja"
+    file.write_text(REASONING)
+    prompts = ChatPrompts(tokenizer, str(file), **options)
+    tokens = prompts.tokens([{"role": "user", "content": "Hi"}])
+    assert tokens == tokenizer(expected)["input_ids"]
+    file.write_text(PLAIN)
+    if options:
+        with pytest.raises(UserError, match="does not read `(tools|enable_thinking)`"):
+            ChatPrompts(tokenizer, str(file), **options)

@@ -213,6 +213,30 @@ def test_weights_that_are_stored_nowhere_are_refused(llama_dir):
         reload(llama_dir)
 
 
+class Float32MLP(MLP):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x).astype(jnp.float32)
+
+
+class Float32Attention(Attention):
+    @nn.compact
+    def __call__(self, x, rope, segments, kv=None, cached=None):
+        out, kv = super().__call__(x, rope, segments, kv, cached)
+        return out.astype(jnp.float32), kv
+
+
+@pytest.mark.parametrize(
+    "classes", [{"mlp_cls": Float32MLP}, {"attention_cls": Float32Attention}]
+)
+def test_an_output_of_another_dtype_is_refused_by_the_name_of_its_class(
+    llama_dir, classes
+):
+    name = next(iter(classes.values())).__name__
+    with pytest.raises(UserError, match=rf"`{name}` returns float32\[1, 1, 64\] for"):
+        load(llama_dir, dtype="bfloat16", **classes)
+
+
 def test_a_custom_block_may_nest_the_usual_mlp(llama_dir):
     config, base = convert.load_llama(llama_dir, quantization=None)
     base = jax.tree.map(jnp.asarray, base)

@@ -1,6 +1,8 @@
 """A run directory: its settings, its chat template, its adapters."""
 
 import dataclasses
+import datetime
+import types
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.directory import find_run, read_settings, template_text
+from qlora_jax.runs.prepare import with_run_date
 from qlora_jax.runs.toml import to_toml
 from qlora_jax.training.config import TrainConfig
 
@@ -34,6 +37,16 @@ def test_the_text_of_the_first_template_is_kept(tmp_path):
         template_text(alike, notes.append)
 
 
+def test_the_text_of_a_built_in_template_travels_too():
+    notes = []
+    named = DataConfig(**MESSAGES, chat_template="chatml")
+    assert "<|im_start|>" in (template_text(named, notes.append) or "")
+    turns = DataConfig(
+        path="a.jsonl", format="prompt_completion", chat_template="chatml"
+    )
+    assert template_text(turns, notes.append) == template_text(named, notes.append)
+
+
 def test_settings_of_a_moved_run_name_its_copy_of_the_template(tmp_path):
     run = tmp_path / "moved"
     (run / "best_adapter").mkdir(parents=True)
@@ -52,6 +65,31 @@ def test_settings_of_a_moved_run_name_its_copy_of_the_template(tmp_path):
     settings = read_settings(run)
     assert [s.chat_template for s in settings.data.sources] == [str(copy), "b.jinja"]
     assert settings.eval.chat_template == str(copy)
+
+
+def test_a_run_keeps_the_date_of_its_first_start(tmp_path):
+    tokenizer = types.SimpleNamespace(
+        chat_template="{{ strftime_now('%d') }}",
+        apply_chat_template=lambda *_, **__: "",
+    )
+    config = RunConfig(
+        model=ModelConfig(path="base"),
+        data=DataConfig(**MESSAGES),
+        train=TrainConfig(steps=1),
+        output_dir=str(tmp_path),
+    )
+    started = with_run_date(config, tokenizer)
+    assert started.data.date == datetime.date.today().isoformat()
+    kept = dataclasses.replace(started.data, date="2020-01-01")
+    (tmp_path / "config.toml").write_text(
+        to_toml(dataclasses.replace(started, data=kept))
+    )
+    assert with_run_date(config, tokenizer).data == kept
+    # Held-out conversations alone may be dated too; other data have no date.
+    text = dataclasses.replace(config, data=DataConfig(path="a.txt"))
+    assert with_run_date(text, tokenizer) == text
+    held_out = dataclasses.replace(text, eval=EvalConfig(**MESSAGES))
+    assert with_run_date(held_out, tokenizer).data.date == "2020-01-01"
 
 
 def test_adapters_on_the_unchanged_base_are_parts_of_the_run(tmp_path, monkeypatch):

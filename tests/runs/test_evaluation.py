@@ -158,8 +158,11 @@ class Words:
 
     eos_token_id = None
 
-    def __call__(self, text):
-        return {"input_ids": [int(word) for word in text.split()]}
+    def __call__(self, text, **options):
+        if isinstance(text, list):
+            return {"input_ids": [self(t)["input_ids"] for t in text]}
+        words = text.split()
+        return {"input_ids": [int(word) if word.isdigit() else 0 for word in words]}
 
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(map(str, ids))
@@ -306,7 +309,7 @@ def test_a_run_that_was_killed_decides_as_an_undisturbed_run(
 
 
 def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("qlora_jax.runs.prepare.load_tokenizer", lambda path: Words())
+    monkeypatch.setattr("convert.tokenizer.load_tokenizer", lambda path: Words())
     data = Path(shutil.copy(rows_file, tmp_path / "rows.jsonl"))
     settings = {"path": "", "fraction": 0.25, "every": 2, "sample_every": 3}
     settings |= {"sample_prompts": ("1 2 3", "7 8"), "sample_max_new_tokens": 4}
@@ -334,7 +337,6 @@ def test_samples_and_a_part_held_out(make, rows_file, tmp_path, monkeypatch, cap
         assert len(row["text"].split()) == 4
         assert row["prompt"] + row["text"] in err
     # The last sample is what the saved adapter writes.
-    monkeypatch.setattr("qlora_jax.runs.loading.load_tokenizer", lambda path: Words())
     capsys.readouterr()
     args = ["generate", str(tmp_path / "run"), "--prompt", "7 8"]
     assert main([*args, "--max-new-tokens", "4"]) == 0

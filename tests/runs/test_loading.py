@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax.errors import UserError
+from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.loading import (
     Resolved,
@@ -17,6 +17,7 @@ from qlora_jax.runs.loading import (
     is_broken_path,
     resolve,
 )
+from qlora_jax.runs.toml import to_toml
 
 
 def model(path: Path) -> Path:
@@ -112,7 +113,6 @@ def test_every_path_of_a_run_resolves_to_it(fact_run):
     assert resolved.base == Path(resolved.settings.model.path) == base
     report = json.loads((run / "report.json").read_text())
     assert resolved.fingerprint == report["base_fingerprint"]
-    assert resolved.chat_template == str(run / "adapter" / "chat_template.jinja")
     assert resolve(run / "adapter") == resolved
     attached = resolve(base, adapter=run)
     assert (attached.adapter, attached.lora) == (resolved.adapter, resolved.lora)
@@ -121,3 +121,17 @@ def test_every_path_of_a_run_resolves_to_it(fact_run):
         resolve(run, adapter=run)
     with pytest.raises(UserError, match="names the base of an adapter directory"):
         resolve(base, base=run)
+
+
+def test_a_run_is_loaded_from_its_own_path_whatever_its_adapter_names(
+    make, tmp_path, make_adapter, tiny
+):
+    base, adapter = model(tmp_path / "base"), tmp_path / "run" / "adapter"
+    (tmp_path / "run").mkdir()
+    make_adapter(tiny, name="run/adapter", base_model_name_or_path="org/name")
+    settings = to_toml(make(tmp_path / "run", model={"path": str(base)}))
+    (tmp_path / "run" / "config.toml").write_text(settings)
+    assert resolve(adapter).base == resolve(tmp_path / "run").base == base
+    (base / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"is '{base}' or 'org/name', which is"):
+        resolve(adapter)

@@ -133,6 +133,10 @@ def test_the_record_has_what_makes_the_rows(make, rows_file):
     assert set(record["data"]) == {
         *("fingerprint", "format", "max_length", "packing", "shuffle", "seed"),
         *("train_on", "prompt", "completion", "text", "too_long", "append_eos"),
+        *("messages", "roles", "on_bad_row", "chat_template_kwargs"),
+        *("instruction_part", "response_part"),
+        *("answers", "date", "allow_lost_answers"),
+        "eos_token",
     }
 
 

@@ -123,6 +123,18 @@ def test_text_is_measured_too(shared_data, capsys):
     assert figures["rows"] == 1 and figures["packing_efficiency"] > 0.99
 
 
+@pytest.mark.real
+def test_conversations_are_rendered_in_a_few_passes(shared_data, capsys):
+    options = ["--tokenizer", shared_data / "tokenizers/mistral-v1-32000"]
+    options += ["--prompt", "{question}", "--completion", "{answer}", "--turns", 400]
+    template = shared_data.parent / "golden/preference/chat_template.jinja"
+    options += ["--chat-template", template]
+    figures = measure_data(capsys, shared_data / "text/gsm8k/test.jsonl", *options)
+    assert figures["conversations"] == 6
+    # Two hundred answers take some two passes; one for every answer would take 100.
+    assert figures["seconds"] < 20 * figures["text_seconds"]
+
+
 # --- logging ---
 
 

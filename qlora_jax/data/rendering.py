@@ -1,0 +1,194 @@
+"""Rows of conversations to rendered examples, with what was lost on the way."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+from collections import Counter
+from typing import Any
+
+from qlora_jax.data.chat import ChatRenderer, Rendering
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.written import find_unwritten
+from qlora_jax.errors import UserError
+
+NULLS = "nulls in tool calls and `tools` that count as absent"
+SPLIT = (
+    "conversations split into several examples, because the chat template writes "
+    "earlier answers differently than it prompts for them"
+)
+# Roles of a tool's result.
+_RESULT_ROLES = ("tool", "function", "observation", "ipython")
+
+
+def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], Counter[str]]:
+    """Returns a row as its templates expect it, and what was changed in it.
+
+    In objects, a key whose value is null counts as absent: `Dataset.to_json` writes
+    every object of a column with the keys of all of them. (Arguments that are a JSON
+    string are not touched; their nulls are meant.) The result of a tool becomes JSON if
+    it is an object, a list of other things than text parts, or a number.
+    """
+    changes: Counter[str] = Counter()
+    fields = {}
+    for name, value in row.items():
+        if name == "tools":
+            value, nulls = _without_nulls(value)
+            changes[NULLS] += nulls
+        elif isinstance(value, list):
+            value = [_plain_turn(turn, changes) for turn in value]
+        fields[name] = value
+    return fields, +changes
+
+
+def _plain_turn(turn: Any, changes: Counter[str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    turn = {name: value for name, value in turn.items() if value is not None}
+    if "tool_calls" in turn:
+        turn["tool_calls"], nulls = _without_nulls(turn["tool_calls"])
+        changes[NULLS] += nulls
+    if turn.get("role", turn.get("from")) in _RESULT_ROLES:
+        name = "content" if "content" in turn or "value" not in turn else "value"
+        result = turn.get(name)
+        if isinstance(result, dict | list | int | float) and not _is_text(result):
+            turn[name] = json.dumps(result, ensure_ascii=False)
+            changes["results of tools written as JSON"] += 1
+    return turn
+
+
+def _is_text(content: Any) -> bool:
+    """Whether a content is text parts, as in OpenAI's API."""
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text")
+        for part in content
+    )
+
+
+def _without_nulls(value: Any) -> tuple[Any, int]:
+    """Returns a value without the null entries of its objects, and their number."""
+    if isinstance(value, dict):
+        pairs = {k: _without_nulls(v) for k, v in value.items() if v is not None}
+        count = len(value) - len(pairs) + sum(n for _, n in pairs.values())
+        return {k: v for k, (v, _) in pairs.items()}, count
+    if isinstance(value, list):
+        items = [_without_nulls(item) for item in value]
+        return [item for item, _ in items], sum(n for _, n in items)
+    return value, 0
+
+
+def with_date(
+    config: DataConfig, tokenizer: Any, saved: str | None = None
+) -> DataConfig:
+    """Returns settings with the date that their chat templates write.
+
+    The tokens of a run must not change between the day on which it starts and the day
+    on which it is continued.
+
+    Args:
+      config: of one source or a mixture.
+      tokenizer: of the model; None for format `tokens`.
+      saved: the date with which the run started, if it did.
+
+    Returns:
+      The settings; `date` is set if it was, or if a template reads the clock.
+    """
+    if config.date is not None:
+        return config
+    if not any(_reads(settings, tokenizer, "clock") for settings in config.each):
+        return config
+    today = datetime.date.today().isoformat()
+    return dataclasses.replace(config, date=saved or today)
+
+
+def without_unused_date(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """Returns the settings of a source without a date that no template of it writes."""
+    if config.date is None or _reads(config, tokenizer, "date"):
+        return config
+    return dataclasses.replace(config, date=None)
+
+
+def _reads(config: DataConfig, tokenizer: Any, what: str) -> bool:
+    """Whether the conversations of a source are written with the clock, or a date."""
+    conversations = config.writes_conversations or (
+        # The columns may hold turns.
+        config.format == "prompt_completion"
+        and not (config.prompt or config.completion)
+    )
+    if not conversations or tokenizer is None:
+        return False
+    with contextlib.suppress(UserError):  # raised when the rows are read
+        chat = ChatRenderer(tokenizer, config.chat_template)
+        return chat.reads_clock if what == "clock" else chat.reads_date
+    return False
+
+
+def select_answers(messages: list[dict[str, Any]], config: DataConfig) -> list[int]:
+    """Returns the indices of the turns that `train_on`, `answers` and flags train."""
+    turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    chosen = [-1] if config.supervised == "last" else config.answers
+    if chosen is not None:
+        count = len(turns)
+        turns = sorted({turns[i] for i in chosen if -count <= i < count})
+    return [turn for turn in turns if is_trained(messages[turn])]
+
+
+def render_conversation(
+    chat: ChatRenderer,
+    config: DataConfig,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    where: str,
+) -> tuple[list[Rendering], Counter[str]] | str:
+    """Renders the conversation of a row, and compares the result with the row.
+
+    Args:
+      chat: the renderer.
+      config: of the source.
+      messages: the turns.
+      tools: the functions of the row.
+      where: location of the row, for messages.
+
+    Returns:
+      The examples, and phrases for the report with their counts; or the reason to drop
+      the row.
+
+    Raises:
+      UserError: the template cannot render the row, or writes nothing of an answer.
+    """
+    if config.supervised == "all":
+        if not all(map(is_trained, messages)):
+            raise UserError(
+                f"{where}: a turn is not to be trained (`train`, `weight`, ...), and "
+                "`data.train_on` = 'all' trains every turn. Use "
+                f"'{'assistant' if config.format == 'messages' else 'completion'}', "
+                "or leave out the flag."
+            )
+        text = chat.text(messages, tools=tools, where=where)
+        renderings = [Rendering(text, [], ())]
+        answers = []
+    else:
+        answers = select_answers(messages, config)
+        renderings = chat.examples(messages, answers=answers, tools=tools, where=where)
+        roles = [message["role"] for message in messages]
+        if not any(rendering.spans for rendering in renderings):
+            if "assistant" not in roles:
+                return "no assistant turn"
+            if not answers:
+                return "no assistant turn that is to be trained"
+            return "assistant turns that the chat template does not mark"
+    remarks = find_unwritten(
+        messages,
+        tools,
+        renderings,
+        where,
+        allow_lost_answers=config.allow_lost_answers,
+    )
+    if config.supervised != "all":
+        remarks[
+            "answers that are not trained (`train_on`, `answers` or flags of turns)"
+        ] = roles.count("assistant") - len(answers)
+        if len(renderings) > 1:
+            remarks[SPLIT] = 1
+    return renderings, +remarks

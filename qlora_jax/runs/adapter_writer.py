@@ -1,0 +1,126 @@
+"""Writes the adapters of a run, with what they read and write text with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import convert
+from convert import (
+    TRAINING_RECORD,
+    text_files,
+    with_chat_template,
+    with_end_tokens,
+    with_eos_token,
+    with_tokenizer_class,
+)
+from qlora_jax.errors import say
+from qlora_jax.inference import base_form
+from qlora_jax.lora import absorb
+from qlora_jax.models import LlamaConfig, changes_to_json
+from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.directory import ADAPTER, ADAPTER_EMA, template_text
+from qlora_jax.training import TrainState, averaged
+
+
+def adapter_files(
+    config: RunConfig,
+    architecture: LlamaConfig,
+    tokenizer: Any,
+    trained_ends: Sequence[int],
+) -> dict[str, bytes]:
+    """Returns the files of a run's adapters other than the adapter itself.
+
+    They are those of the base's tokenizer, or of the adapter that the run starts from,
+    with what the run changes: chat template, EOS, and what ends generation.
+
+    Args:
+      config: of the run.
+      architecture: of its model.
+      tokenizer: of the run; None if it has none.
+      trained_ends: tokens that the data teach as the end of an answer.
+
+    Raises:
+      CheckpointError: a file that cannot be read.
+      UserError: the chat template cannot be read.
+    """
+    adapter = config.train.adapter_init
+    files = text_files(
+        Path(config.model.path), None if adapter is None else Path(adapter)
+    )
+    if tokenizer is not None:
+        files = with_tokenizer_class(files, tokenizer)
+    template = template_text(config.data, say)
+    if template is not None:
+        files = with_chat_template(files, template)
+    if config.data.eos_token is not None:
+        files = with_eos_token(files, config.data.eos_token)
+    return with_end_tokens(files, trained_ends, architecture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWriter:
+    """Writes a run's adapters as PEFT directories for the base as it was loaded."""
+
+    config: RunConfig
+    architecture: LlamaConfig
+    base: Any
+    """Tree that the adapters are trained on."""
+    fingerprint: str
+    """Of the base as it was loaded."""
+    files: Mapping[str, bytes]
+    """Tokenizer and templates, by `adapter_files`."""
+    base_tables: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    """Weights of the base that are not those of its directory, by module."""
+
+    def write(
+        self,
+        state: TrainState,
+        name: str = ADAPTER,
+        losses: Mapping[str, float] | None = None,
+    ) -> None:
+        """Writes an adapter directory.
+
+        Args:
+          state: has the adapters.
+          name: of the directory within the run directory.
+          losses: of a measurement at this step, for the training record.
+        """
+        # With pissa and olora the trained adapter belongs to the changed base; what is
+        # written is for the base as it was loaded.
+        lora, adapters = absorb(
+            self.config.lora, jax.device_get(state.adapters), self.base
+        )
+        lora = dataclasses.replace(
+            lora,
+            base_fingerprint=self.fingerprint,
+            base_config_changes=changes_to_json(self.config.model.config_changes),
+        )
+        record = {
+            "step": int(state.step),
+            **base_form(self.base),
+            **(losses or {}),
+        }
+        convert.save_adapter(
+            Path(self.config.output_dir) / name,
+            lora,
+            adapters,
+            self.architecture,
+            base_model_name_or_path=lora.base_model_name_or_path
+            or self.config.model.path,
+            overwrite=True,
+            extra_files={**self.files, TRAINING_RECORD: record},
+            base_tables=self.base_tables,
+        )
+
+    def write_all(self, state: TrainState) -> None:
+        """Writes adapter/ and, if the run keeps a moving average, adapter_ema/."""
+        self.write(state)
+        average = averaged(state.opt_state)
+        if average is not None:
+            self.write(dataclasses.replace(state, adapters=average), ADAPTER_EMA)

@@ -1,0 +1,245 @@
+"""Conversations to examples: which answers are trained, what is lost or changed."""
+
+import dataclasses
+
+import pytest
+
+from qlora_jax.data.batches import Batches
+from qlora_jax.data.config import DataConfig
+from qlora_jax.data.notes import data_notes
+from qlora_jax.data.rendering import plain_row, with_date
+from qlora_jax.errors import UserError
+
+# Writes text alone; with "calls", tool calls and tools too, and with "system" nothing.
+TEXT = (
+    "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>"
+    "{{ m.content | trim }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = "{{ tools | tojson if tools }}"
+CALLS = TOOLS + TEXT.replace("</s>", "{{ m.tool_calls | tojson if m.tool_calls }}</s>")
+XML = TOOLS + TEXT.replace(
+    "</s>",
+    "{% for c in m.tool_calls %}<f={{ c.name }}>{% for k, v in c.arguments | items %}"
+    "<p={{ k }}>{{ v if v is string else v | tojson }}</p>{% endfor %}{% endfor %}</s>",
+)
+CALL = {"name": "look", "arguments": {"city": 'Zürich "Ü"', "days": [1, 2.5, True]}}
+ASKED = {"role": "user", "content": " Where?\n\tThere & <x>\n"}
+
+
+def answer(content="", **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+@pytest.fixture
+def load_chat(write, load):
+    """A function: template, rows, settings -> their examples."""
+
+    def load_chat(template, *rows, **config):
+        file = write(template, "chat.jinja")
+        return load(list(rows), format="messages", chat_template=file, **config)
+
+    return load_chat
+
+
+@pytest.mark.parametrize("template", [CALLS, XML])
+def test_what_a_template_writes_in_another_form_is_not_reported(load_chat, template):
+    row = {
+        "messages": [ASKED, answer('  "Yes"\n\n é ', tool_calls=[CALL]), ASKED],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+    }
+    assert load_chat(template, row).report.remarks == {}
+
+
+LOST = [
+    ({"messages": [ASKED, answer("a", tool_calls=[CALL])]}, "calls of functions"),
+    ({"messages": [ASKED, answer("a")], "tools": [CALL]}, "functions in `tools`"),
+    (
+        {"messages": [ASKED, answer("a")], "system": "Brief"},
+        "contents of turns of the role 'system'",
+    ),
+    (
+        {"messages": [ASKED, answer("a", reasoning_content="since b")]},
+        "reasonings of answers",
+    ),
+    (
+        {"messages": [{"role": "system", "content": "No\nB"}, ASKED, answer("a")]},
+        "contents of turns of the role 'system'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "what"), LOST, ids=[what for _, what in LOST])
+def test_what_a_template_does_not_write_is_counted_with_the_first_rows(
+    load_chat, row, what
+):
+    examples = load_chat(TEXT, {"messages": [ASKED, answer("a")]}, row, row)
+    ((remark, count),) = examples.report.remarks.items()
+    assert remark.startswith(what) and remark.endswith("template does not write")
+    assert count == 2
+    assert [place[-2:] for place in examples.report.places[remark]] == [":2", ":3"]
+
+
+def test_arguments_that_are_not_written_are_counted(load_chat):
+    template = XML.replace("{{ v if v is string else v | tojson }}", "")
+    row = {"messages": [ASKED, answer(tool_calls=[CALL])]}
+    (remark,) = load_chat(template, row).report.remarks
+    assert remark.startswith("arguments of calls")
+
+
+def test_an_answer_that_is_lost_altogether_is_refused_unless_allowed(load_chat):
+    rows = [{"messages": [ASKED, answer(tool_calls=[CALL])]}] * 2
+    with pytest.raises(UserError, match=r":1, 2: .* nothing of the answer in turn 2"):
+        load_chat(TEXT, *rows)
+    report = load_chat(TEXT, *rows, allow_lost_answers=True).report
+    assert report.remarks == {
+        "answers (all of their text and calls) that the chat template does not write": 2
+    }
+    # An answer that is empty in the row is no loss.
+    assert load_chat(TEXT, {"messages": [ASKED, answer()]}).report.remarks == {}
+
+
+TURNS = [ASKED, answer("one"), ASKED, answer("two"), ASKED, answer("three", weight=0)]
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        ({}, ["one", "two"]),
+        ({"answers": (0,)}, ["one"]),
+        ({"answers": (-2, 0, 9)}, ["one", "two"]),
+        ({"train_on": "last"}, ["three"]),
+    ],
+)
+@pytest.mark.parametrize("marks", [False, True])
+def test_the_answers_that_are_trained_can_be_chosen(
+    load_chat, decoded, config, trained, marks
+):
+    template = TEXT
+    if marks:
+        template = TEXT.replace(
+            "{{ m.content | trim }}</s>",
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+            "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}",
+        )
+    turns = TURNS if trained != ["three"] else [*TURNS[:5], answer("three")]
+    examples = load_chat(template, {"messages": turns}, **config)
+    assert decoded(examples)[1] == "".join(f"{text}</s>" for text in trained)
+    ((remark, count),) = examples.report.remarks.items()
+    assert remark.startswith("answers that are not trained")
+    assert count == 3 - len(trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"answers": ()}, "`data.answers` must be a list of indices"),
+        ({"answers": (0,), "train_on": "last"}, "Leave out one of them"),
+        ({"answers": (0,), "format": "text"}, "read by format='messages' only"),
+    ],
+)
+def test_answers_that_cannot_be_chosen_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**{"path": "x", "format": "messages"} | settings)
+
+
+def test_a_split_conversation_is_one_row_and_is_reported(load_chat):
+    strips = TEXT.replace(
+        "{{ m.content", "{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content"
+    )
+    examples = load_chat(strips, {"messages": TURNS[1:4]})
+    report = examples.report
+    assert (report.rows_read, report.rows_kept, report.examples) == (1, 1, 2)
+    (split,) = (remark for remark in report.remarks if "split" in remark)
+    assert report.remarks[split] == 1
+
+
+@pytest.mark.parametrize("written", ["<think>\n\n</think>", "\n</think>", "[/THINK]"])
+def test_empty_reasoning_is_counted(load_chat, written):
+    template = TEXT.replace("{{ m.content", written + "{{ m.content")
+    report = load_chat(template, {"messages": TURNS[:4]}).report
+    assert report.remarks == {"answers trained with empty reasoning": 2}
+
+
+# --- The date ---
+
+CLOCK = "{{ strftime_now('%Y-%m-%d') }}" + TEXT
+GIVEN = "{{ date_string }}" + TEXT
+
+
+def test_the_date_is_part_of_the_data_where_a_template_writes_it(
+    load_chat, byte_tokenizer, decoded
+):
+    tokenizer = byte_tokenizer()
+    row = {"messages": [ASKED, answer("a")]}
+    for template, dated in ((CLOCK, True), (GIVEN, True), (TEXT, False)):
+        examples = [load_chat(template, row, date=f"2024-07-0{day}") for day in (5, 6)]
+        fingerprints = {e.report.fingerprint for e in examples}
+        assert len(fingerprints) == 1 + dated
+    assert decoded(load_chat(CLOCK, row, date="2024-07-05"))[0][:10] == "2024-07-05"
+    # A template that takes no date of its own accord has none in its fingerprint.
+    config = DataConfig(path="x", format="messages")
+    for template, dated in ((CLOCK, True), (GIVEN, False), (TEXT, False)):
+        tokenizer.chat_template = template
+        assert (with_date(config, tokenizer).date is not None) == dated
+        saved = with_date(config, tokenizer, "2020-01-01").date
+        assert saved == ("2020-01-01" if dated else None)
+        given = dataclasses.replace(config, date="2021-01-01")
+        assert with_date(given, tokenizer, "2020-01-01") == given
+    with pytest.raises(UserError, match="`data.date` must be a day in the form"):
+        DataConfig(path="x", date="26 Jul 2024")
+
+
+# --- Rows ---
+
+
+def test_nulls_of_calls_and_tools_count_as_absent_and_are_counted():
+    arguments = {"city": "Rome", "unit": None, "when": {"day": None, "all": [None, 1]}}
+    turn = answer(tool_calls=[{"name": "look", "arguments": arguments}], name=None)
+    tool = {"name": "look", "parameters": {"default": None, "enum": ["a", None]}}
+    row, changes = plain_row({"messages": [turn], "tools": [tool]})
+    call = {"city": "Rome", "when": {"all": [None, 1]}}
+    assert row["messages"] == [answer(tool_calls=[{"name": "look", "arguments": call}])]
+    assert row["tools"] == [{"name": "look", "parameters": {"enum": ["a", None]}}]
+    assert list(changes.values()) == [3]
+    # In a JSON string they were written on purpose.
+    text = answer(tool_calls=[{"name": "look", "arguments": '{"unit": null}'}])
+    assert plain_row({"messages": [text], "tools": '[{"a": null}]'}) == (
+        {"messages": [text], "tools": '[{"a": null}]'},
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("result", "content"),
+    [
+        ({"temp": 21, "sky": "über"}, '{"temp": 21, "sky": "über"}'),
+        ([1, 2], "[1, 2]"),
+        (21.5, "21.5"),
+        (False, "false"),
+    ],
+)
+def test_results_of_tools_become_json(result, content):
+    for turn, name in (({"role": "tool"}, "content"), ({"from": "tool"}, "value")):
+        row, changes = plain_row({"messages": [turn | {name: result}]})
+        assert row["messages"] == [turn | {name: content}]
+        assert list(changes.values()) == [1]
+    parts = [{"type": "text", "text": "a"}]
+    kept = {"messages": [{"role": "tool", "content": parts}, {"role": "user", "n": 1}]}
+    assert plain_row(kept) == (kept, {})
+
+
+def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
+    rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
+    examples = load_chat(TEXT, *rows)
+    assert "functions in `tools` that the chat template does not write: 5;" in (
+        examples.report.summary()
+    )
+    config = DataConfig(path="x", format="messages")
+    batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEXT
+    notes = data_notes(examples, config, batches, tokenizer)
+    (note,) = (note for note in notes if "functions in" in note)
+    assert "does not write: 5; the first in " in note
+    assert note.count("data.jsonl:") == 3
