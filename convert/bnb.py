@@ -26,7 +26,14 @@ from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora import match_patterns
-from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
+from qlora_jax.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4_CODE,
+    READ_BLOCK_SIZES,
+    NF4Tensor,
+)
+from qlora_jax.tree import HEAD
 
 _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
@@ -42,6 +49,8 @@ class QuantState:
     dtype: str
     nested_offset: float | None
     """float32 value; None without double quantization."""
+    block_size: int = BLOCK_SIZE
+    """Weights that share a scale."""
 
     @property
     def double_quant(self) -> bool:
@@ -103,7 +112,7 @@ def check(
             f"{key} {list(state.shape)} instead of {list(shape)}",
         )
         return None, names
-    mismatches = _mismatches(files, key, math.prod(shape), double)
+    mismatches = _mismatches(files, key, math.prod(shape), state)
     # `NF4Tensor` has no table of its own: with another one the same codes would be
     # other weights. (The nested table is kept in the tensor and may be any.)
     if not mismatches and (
@@ -117,12 +126,12 @@ def check(
 
 
 def _mismatches(
-    files: TensorFiles, key: str, size: int, double: bool
+    files: TensorFiles, key: str, size: int, state: QuantState
 ) -> list[tuple[str, str]]:
     """Compares dtypes and sizes with those of a weight of `size` elements."""
-    # A scale for each 64 weights of the row-major [out, in] matrix; blocks may straddle
+    # A scale for each block of the row-major [out, in] matrix; blocks may straddle
     # rows, and the last one may be shorter.
-    blocks = -(-size // BLOCK_SIZE)
+    blocks, double = -(-size // state.block_size), state.double_quant
     expected = {
         f"{key}.absmax": ("U8" if double else "F32", blocks),
         f"{key}.quant_map": ("F32", 16),
@@ -156,10 +165,11 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
     """Reads the JSON of a weight; raises ValueError for unsupported values."""
     if raw["quant_type"] != "nf4":
         raise ValueError(f"`quant_type` is {raw['quant_type']!r}; only 'nf4' is read")
-    if raw["blocksize"] != BLOCK_SIZE:
+    block_size = raw["blocksize"]
+    if type(block_size) is not int or block_size not in READ_BLOCK_SIZES:
         raise ValueError(
-            f"`blocksize` is {raw['blocksize']}; only {BLOCK_SIZE}, which transformers "
-            "writes, is read"
+            f"`blocksize` is {block_size!r:.80}; expected one of "
+            f"{', '.join(map(str, READ_BLOCK_SIZES))}"
         )
     if raw["dtype"] not in FLOAT_DTYPES:
         raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
@@ -177,7 +187,8 @@ def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
         if raw["nested_dtype"] != "float32":
             raise ValueError(f"`nested_dtype` is {raw['nested_dtype']!r}, not float32")
     out_features, in_features = raw["shape"]
-    return QuantState((out_features, in_features), raw["dtype"], offset)
+    shape = (out_features, in_features)
+    return QuantState(shape, raw["dtype"], offset, block_size)
 
 
 def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
@@ -195,7 +206,12 @@ def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -
 
 def read(files: TensorFiles, key: str, state: QuantState) -> NF4Tensor:
     """Returns the quantized weight `key` as an `NF4Tensor` of numpy arrays."""
-    tensor = empty(state.shape, double_quant=state.double_quant, dtype=state.dtype)
+    tensor = empty(
+        state.shape,
+        double_quant=state.double_quant,
+        dtype=state.dtype,
+        block_size=state.block_size,
+    )
     read_into(files, key, state, tensor)
     return tensor
 
@@ -206,11 +222,18 @@ def empty(
     double_quant: bool,
     dtype: str,
     leading: tuple[int, ...] = (),
+    block_size: int = BLOCK_SIZE,
 ) -> NF4Tensor:
     """Makes an `NF4Tensor` of uninitialized numpy arrays."""
     return jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        nf4.abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
+        nf4.abstract(
+            shape,
+            double_quant=double_quant,
+            dtype=dtype,
+            leading=leading,
+            block_size=block_size,
+        ),
     )
 
 
@@ -326,14 +349,22 @@ def new_quantization_config(
 
 
 def skip_modules(
-    original: Sequence[str] | None, *, dense: Sequence[str], packed: Sequence[str]
+    original: Sequence[str] | None,
+    *,
+    dense: Sequence[str],
+    packed: Sequence[str],
+    packed_head: bool = False,
 ) -> list[str] | None:
     """Returns the `llm_int8_skip_modules` for these dense and packed linear modules.
 
     The list of the original file is kept where it still holds: entries that select a
     packed module are removed, and projections with dense modules that no entry selects
-    are added. None stands for the output head, so a list must name the head too.
+    are added. None stands for the output head, so a list must name the head too, unless
+    it is packed (`packed_head`).
     """
+    if packed_head:
+        packed = [*packed, HEAD[-1]]
+        original = original or []
     entries = None
     missing = list(dense)
     if original is not None:
