@@ -142,6 +142,10 @@ class ChatRenderer:
             source = source.get(name)
         return self._dated(source or "")
 
+    def _sources(self) -> set[str]:
+        """Returns the templates of conversations without tools and with some."""
+        return {self._source(None), self._source([{}])}
+
     def _dated(self, source: str) -> str:
         """Returns a template that writes the date instead of reading the clock.
 
@@ -155,13 +159,13 @@ class ChatRenderer:
 
     @property
     def reads_clock(self) -> bool:
-        """Whether the template writes today's date."""
-        return "strftime_now" in self._source(None)
+        """Whether the template writes today's date, and was not given another."""
+        return any("strftime_now" in source for source in self._sources())
 
     @property
     def reads_date(self) -> bool:
         """Whether the template writes a date that it is given."""
-        return self.reads_clock or "date_string" in self._source(None)
+        return self.reads_clock or any("date_string" in s for s in self._sources())
 
     def with_variables(self, variables: Mapping[str, Any]) -> "ChatRenderer":
         """Returns a renderer whose template gets these variables too.

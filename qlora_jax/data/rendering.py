@@ -78,28 +78,18 @@ def _without_nulls(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-def with_date(
-    config: DataConfig, tokenizer: Any, saved: str | None = None
-) -> DataConfig:
-    """Returns settings with the date that their chat templates write.
-
-    The tokens of a run must not change between the day on which it starts and the day
-    on which it is continued.
+def with_date(config: DataConfig, tokenizer: Any) -> DataConfig:
+    """Returns settings whose `date` is today's if a chat template reads the clock.
 
     Args:
-      config: of one source or a mixture.
+      config: of one source or a mixture; a date that it has is kept.
       tokenizer: of the model; None for format `tokens`.
-      saved: the date with which the run started, if it did.
-
-    Returns:
-      The settings; `date` is set if it was, or if a template reads the clock.
     """
     if config.date is not None:
         return config
     if not any(_reads(settings, tokenizer, "clock") for settings in config.each):
         return config
-    today = datetime.date.today().isoformat()
-    return dataclasses.replace(config, date=saved or today)
+    return dataclasses.replace(config, date=datetime.date.today().isoformat())
 
 
 def without_unused_date(config: DataConfig, tokenizer: Any) -> DataConfig:

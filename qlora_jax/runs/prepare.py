@@ -128,6 +128,9 @@ def prepare(
     blocked = len(problems) > 0
     quick = _check_paths(config, problems)
     resumed = bool(saved_steps(Path(config.output_dir) / CHECKPOINTS))
+    if resumed:
+        with problems.collecting():
+            config = with_saved_date(config)
     options = base_options(config.model)
     loaded = None
     with problems.collecting():
@@ -291,20 +294,26 @@ def _select_trained(
     return selection, groups
 
 
-def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
-    """Returns the settings of a run with the date that its chat templates write.
+def with_saved_date(config: RunConfig) -> RunConfig:
+    """Returns the settings of a run that continues, with the date of its first start.
 
-    It is the day on which the run was started, which its directory keeps, because the
-    tokens of a run must not change when it is continued.
+    The tokens of a run must not change from one day to the next.
     """
-    saved = None
-    if (Path(config.output_dir) / SETTINGS).is_file():
-        saved = read_table(Path(config.output_dir)).get("data", {}).get("date")
-    date = with_date(config.data, tokenizer, saved).date
+    path = Path(config.output_dir)
+    if config.data.date is not None or not (path / SETTINGS).is_file():
+        return config
+    date = read_table(path).get("data", {}).get("date")
+    data = dataclasses.replace(config.data, date=date)
+    return dataclasses.replace(config, data=data)
+
+
+def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """Returns the settings of a run with the date that its chat templates write."""
+    date = with_date(config.data, tokenizer).date
     if date is None and config.eval.path:
         with contextlib.suppress(UserError):  # raised when they are read
             held_out = config.eval.data_config(config.data)
-            date = with_date(held_out, tokenizer, saved).date
+            date = with_date(held_out, tokenizer).date
     data = dataclasses.replace(config.data, date=date)
     return dataclasses.replace(config, data=data)
 

@@ -190,6 +190,20 @@ def test_an_answer_may_open_its_reasoning_as_the_prompt_does_without_its_line_br
     assert supervised(template, [CONVERSATION[0], turn])[1] == [written]
 
 
+def test_the_template_for_tools_labels_conversations_that_have_some(chat_tokenizer):
+    plain, _ = TEMPLATES["plain"]
+    tokenizer = chat_tokenizer({"default": CHATML, "tool_use": DATED + plain})
+    renderer = ChatRenderer(tokenizer, date="2024-07-05")
+    assert ChatRenderer(tokenizer).reads_clock
+    for tools, start, answer in (
+        (None, "<|im_start|>user", "  two  spaces<|im_end|>"),
+        ([{"name": "f"}], "05 Jul 2024 2024-07-05user: ", "  two  spaces\n"),
+    ):
+        (example,) = renderer.examples(CONVERSATION, tools=tools)
+        assert example.text.startswith(start)
+        assert example.text[slice(*example.spans[-1])] == answer
+
+
 def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"

@@ -11,7 +11,7 @@ from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.directory import find_run, read_settings, template_text
-from qlora_jax.runs.prepare import with_run_date
+from qlora_jax.runs.prepare import with_run_date, with_saved_date
 from qlora_jax.runs.toml import to_toml
 from qlora_jax.training.config import TrainConfig
 
@@ -80,16 +80,18 @@ def test_a_run_keeps_the_date_of_its_first_start(tmp_path):
     )
     started = with_run_date(config, tokenizer)
     assert started.data.date == datetime.date.today().isoformat()
-    kept = dataclasses.replace(started.data, date="2020-01-01")
-    (tmp_path / "config.toml").write_text(
-        to_toml(dataclasses.replace(started, data=kept))
+    assert with_saved_date(config) == config
+    kept = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, date="2020-01-01")
     )
-    assert with_run_date(config, tokenizer).data == kept
+    (tmp_path / "config.toml").write_text(to_toml(kept))
+    assert with_saved_date(config) == kept == with_run_date(kept, tokenizer)
+    assert with_saved_date(started) == started  # to be refused, as it was given
     # Held-out conversations alone may be dated too; other data have no date.
     text = dataclasses.replace(config, data=DataConfig(path="a.txt"))
     assert with_run_date(text, tokenizer) == text
     held_out = dataclasses.replace(text, eval=EvalConfig(**MESSAGES))
-    assert with_run_date(held_out, tokenizer).data.date == "2020-01-01"
+    assert with_run_date(held_out, tokenizer).data.date == started.data.date
 
 
 def test_adapters_on_the_unchanged_base_are_parts_of_the_run(tmp_path, monkeypatch):

@@ -437,7 +437,8 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, everything, straight, cach
     assert full.returncode == 1, full.stderr
     *lines, last = full.stderr.splitlines()
     # The lines of every run, and none of the threads that write.
-    known = ("24 of 24 rows", "Plan: ", "Training ", "  default: ")
+    known = ("24 of 24 rows", "Compiling ", "Plan: ", "Loading ", "Training ")
+    known += ("  default: ", "step 1/20")
     assert all(line.startswith(known) for line in lines), lines
     assert last.startswith("qlora-jax train: ")
     assert "cannot be written: File too large. The checkpoints there are" in last
