@@ -81,6 +81,9 @@ $(VENV_PEER)/.installed: pyproject.toml
 	@$(VENV_PEER)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_PEER)
 	$(VENV_PEER)/bin/python -m pip install --quiet torch==2.13.0
 	$(VENV_PEER)/bin/python -m pip install --quiet peft bitsandbytes accelerate --editable '.[dev]'
+	for version in 0.6.0 0.10.0 0.13.2; do \
+	  $(VENV_PEER)/bin/python -m pip install --quiet --no-deps \
+	    --target $(VENV_PEER)/peft-$$version peft==$$version || exit 1; done
 	@touch $@
 
 peer: $(VENV_PEER)/.installed

@@ -1,5 +1,6 @@
 # What the other packages use of `convert`.
 
+from .added_tokens import copy_with_added_tokens as copy_with_added_tokens
 from .atomic import check_new_directory as check_new_directory
 from .atomic import check_new_file as check_new_file
 from .atomic import is_leftover as is_leftover
@@ -42,6 +43,7 @@ from .peft import shorten as shorten
 from .peft import training_record as training_record
 from .peft_reading import check_adapter as check_adapter
 from .peft_reading import load_adapter as load_adapter
+from .peft_tables import with_saved_tables as with_saved_tables
 from .peft_writing import adapter_bytes as adapter_bytes
 from .peft_writing import save_adapter as save_adapter
 from .tokenizer import Tokenization as Tokenization

@@ -24,7 +24,14 @@ from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, is_shap
 from convert.output import Entry
 from qlora_jax import nf4
 from qlora_jax.errors import say
-from qlora_jax.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Tensor
+from qlora_jax.nf4 import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    NF4_CODE,
+    READ_BLOCK_SIZES,
+    NF4Tensor,
+)
+from qlora_jax.tree import HEAD
 
 _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
@@ -44,6 +51,8 @@ class QuantState:
     dtype: str
     nested_offset: float | None
     """float32 value; None without double quantization."""
+    block_size: int = BLOCK_SIZE
+    """Weights that share a scale."""
 
     @property
     def double_quant(self) -> bool:
@@ -103,7 +112,7 @@ def check(
             f"{key} {list(state.shape)} instead of {list(shape)}",
         )
         return None, names
-    mismatches = _mismatches(files, key, math.prod(shape), double)
+    mismatches = _mismatches(files, key, math.prod(shape), state)
     # `NF4Tensor` has no table of its own: with another one the same codes would be
     # other weights. (The nested table is kept in the tensor and may be any.)
     if not mismatches and (
@@ -117,12 +126,12 @@ def check(
 
 
 def _mismatches(
-    files: TensorFiles, key: str, size: int, double: bool
+    files: TensorFiles, key: str, size: int, state: QuantState
 ) -> list[tuple[str, str]]:
     """Compares dtypes and sizes with those of a weight of `size` elements."""
-    # A scale for each 64 weights of the row-major [out, in] matrix; blocks may straddle
+    # A scale for each block of the row-major [out, in] matrix; blocks may straddle
     # rows, and the last one may be shorter.
-    blocks = -(-size // BLOCK_SIZE)
+    blocks, double = -(-size // state.block_size), state.double_quant
     expected = {
         f"{key}.absmax": ("U8" if double else "F32", blocks),
         f"{key}.quant_map": ("F32", 16),
@@ -176,7 +185,12 @@ def _read_state(files: TensorFiles, name: str, double: bool) -> QuantState:
             raise ValueError(f"`{field}` is {value!r:.100}; only {which} is read")
 
     check("quant_type", "nf4", "'nf4'")
-    check("blocksize", BLOCK_SIZE, f"{BLOCK_SIZE}, which transformers writes,")
+    block_size = raw.get("blocksize")
+    if type(block_size) is not int or block_size not in READ_BLOCK_SIZES:
+        raise ValueError(
+            f"`blocksize` is {block_size!r:.80}; expected one of "
+            f"{', '.join(map(str, READ_BLOCK_SIZES))}"
+        )
     dtype = raw.get("dtype")
     if not (isinstance(dtype, str) and dtype in FLOAT_DTYPES):
         raise ValueError(f"`dtype` is {dtype!r:.100}; expected a 16 or 32-bit float")
@@ -192,7 +206,7 @@ def _read_state(files: TensorFiles, name: str, double: bool) -> QuantState:
     shape = raw.get("shape")
     if not (is_shape(shape) and len(shape) == 2):
         raise ValueError(f"`shape` is {shape!r:.100}; expected two sizes")
-    return QuantState((shape[0], shape[1]), dtype, offset)
+    return QuantState((shape[0], shape[1]), dtype, offset, block_size)
 
 
 def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
@@ -210,7 +224,12 @@ def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -
 
 def read(files: TensorFiles, key: str, state: QuantState) -> NF4Tensor:
     """Returns the quantized weight `key` as an `NF4Tensor` of numpy arrays."""
-    tensor = empty(state.shape, double_quant=state.double_quant, dtype=state.dtype)
+    tensor = empty(
+        state.shape,
+        double_quant=state.double_quant,
+        dtype=state.dtype,
+        block_size=state.block_size,
+    )
     read_into(files, key, state, tensor)
     return tensor
 
@@ -221,11 +240,18 @@ def empty(
     double_quant: bool,
     dtype: str,
     leading: tuple[int, ...] = (),
+    block_size: int = BLOCK_SIZE,
 ) -> NF4Tensor:
     """Makes an `NF4Tensor` of uninitialized numpy arrays."""
     return jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        nf4.abstract(shape, double_quant=double_quant, dtype=dtype, leading=leading),
+        nf4.abstract(
+            shape,
+            double_quant=double_quant,
+            dtype=dtype,
+            leading=leading,
+            block_size=block_size,
+        ),
     )
 
 
@@ -341,13 +367,18 @@ def new_quantization_config(
 
 
 def skip_modules(
-    original: Any, *, dense: Sequence[str], packed: Sequence[str]
+    original: Any,
+    *,
+    dense: Sequence[str],
+    packed: Sequence[str],
+    packed_head: bool = False,
 ) -> list[str] | None:
     """Returns the `llm_int8_skip_modules` for these dense and packed linear modules.
 
     Entries of the original file are kept where they still hold: names that may select a
     packed module are removed, and projections with dense modules that no entry selects
-    are added. None stands for the output head, so a list must name the head too.
+    are added. None stands for the output head, so a list must name the head too, unless
+    it is packed (`packed_head`).
 
     Versions of transformers read an entry in several ways, as a name or as a regular
     expression. What is returned means the same to all of them: what is not a name is
@@ -357,7 +388,11 @@ def skip_modules(
       original: the value in the file, whatever it is.
       dense: paths of the linear modules in 16 or 32 bit.
       packed: of those in 4 bit.
+      packed_head: whether the output head is in 4 bit too.
     """
+    if packed_head:
+        packed = [*packed, HEAD[-1]]
+        original = original or []
     entries = None
     missing = list(dense)
     if original is not None:

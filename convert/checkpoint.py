@@ -24,6 +24,7 @@ from convert.files import (
     Mismatches,
     TensorFiles,
     TensorInfo,
+    broken_link,
     is_name,
     read_header,
     read_json,
@@ -59,8 +60,8 @@ class Checkpoint:
         """The projections whose layers are stored in different forms.
 
         Some layers are in 4 bit and others are not (`llm_int8_skip_modules` names
-        single layers), or they differ in double quantization or in the dtype before
-        quantization.
+        single layers), or they differ in double quantization, in the dtype before
+        quantization or in the size of blocks.
         """
         paths = []
         for path in filter(
@@ -72,7 +73,7 @@ class Checkpoint:
             )
             # None for a dense layer. Offsets differ from layer to layer and do not
             # count.
-            if len({s and (s.dtype, s.double_quant) for s in states}) > 1:
+            if len({s and (s.dtype, s.double_quant, s.block_size) for s in states}) > 1:
                 paths.append(path)
         return tuple(paths)
 
@@ -115,6 +116,9 @@ def check_model_directory(path: Path) -> None:
         )
     if (path / "config.json").is_file():
         return
+    links = (broken_link(path / n) for n in ("config.json", "adapter_config.json"))
+    for link in filter(None, links):
+        raise CheckpointError(link)
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
@@ -122,6 +126,18 @@ def check_model_directory(path: Path) -> None:
         )
     raise CheckpointError(
         f"`{path}` has no config.json, so it is not a Hugging Face model directory."
+        + _gguf_hint(path)
+    )
+
+
+def _gguf_hint(path: Path) -> str:
+    names = sorted(p.name for p in path.glob("*.gguf"))
+    if not names:
+        return ""
+    return (
+        f" It has GGUF files ({', '.join(names[:3])}), the form of llama.cpp, which is "
+        "not read. Download the original model, which the page of the GGUF names as "
+        "its base model."
     )
 
 
@@ -139,7 +155,7 @@ def open_model(path: Path) -> TensorFiles:
             "be current. Remove the stale one."
         )
     if single.is_file():
-        return TensorFiles(path, read_header(single)[0])
+        return TensorFiles(path, _with_prefix(read_header(single)[0]))
     if not index.is_file():
         raise CheckpointError(_no_weights(path))
     weight_map = read_json(index).get("weight_map")
@@ -155,26 +171,43 @@ def open_model(path: Path) -> TensorFiles:
     infos: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
-            problems.add("missing files", name)
+            link = " (a link to a file that does not exist)"
+            problems.add(
+                "missing files", name + (link if (path / name).is_symlink() else "")
+            )
             continue
         for key, info in read_header(path / name)[0].items():
             if key in infos:
                 problems.add(
                     "tensors in two shards", f"{key} ({infos[key].file.name}, {name})"
                 )
-            elif key not in weight_map:
+            elif key not in weight_map and not key.endswith(_DERIVED):
                 problems.add("tensors that the index does not name", f"{key} ({name})")
-            elif weight_map[key] != name:
+            elif weight_map.get(key, name) != name:
                 problems.add(
                     "tensors in another shard than the index says",
                     f"{key} ({name} instead of {weight_map[key]})",
                 )
             infos[key] = info
     for key, name in weight_map.items():
-        if key not in infos and (path / name).is_file():
+        missing = key not in infos and not key.endswith(_DERIVED)
+        if missing and (path / name).is_file():
             problems.add("tensors that their shard lacks", f"{key} ({name})")
     problems.check(hint="Download or copy the checkpoint again.")
-    return TensorFiles(path, infos)
+    return TensorFiles(path, _with_prefix(infos))
+
+
+def _with_prefix(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Returns the tensors under the names of a causal language model.
+
+    A `LlamaModel` without an output head has them without `model.`.
+    """
+    if hf_key((*EMBEDDING[1:], "weight")) not in infos:
+        return dict(infos)
+    return {
+        key if key.startswith((*HEAD, EMBEDDING[0])) else f"{EMBEDDING[0]}.{key}": info
+        for key, info in infos.items()
+    }
 
 
 def _no_weights(path: Path) -> str:
@@ -189,6 +222,9 @@ def _no_weights(path: Path) -> str:
             "Convert once with transformers: "
             "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)`."
         )
+    link = next(filter(None, (broken_link(path / name) for name in names)), None)
+    if link is not None:
+        return link
     if shards:
         return (
             f"`{path}` has {', '.join(shards[:3])} but neither {WEIGHTS_FILE} nor "
@@ -196,6 +232,7 @@ def _no_weights(path: Path) -> str:
         )
     return (
         f"`{path}` has no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX} is there."
+        + _gguf_hint(path)
     )
 
 
@@ -221,7 +258,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             # Its parts are not reported again as unknown tensors.
             known.update(n for n in files if n.startswith(f"{key}."))
             known.add(key)
-        elif kind is not None and not model_params.is_projection(tree_path):
+        elif kind is not None and not model_params.can_be_packed(tree_path):
             problems.add(
                 "quantized tensors that must stay 16-bit (keep them out with "
                 "`llm_int8_skip_modules`)",
@@ -283,6 +320,13 @@ def _check_dense(
         problems.add("missing tensors", key)
         return
     info = files[key]
+    if 0 in info.shape:
+        problems.add(
+            "tensors without elements (saved under DeepSpeed ZeRO-3 without gathering "
+            "them: `stage3_gather_16bit_weights_on_model_save`, or zero_to_fp32.py)",
+            key,
+        )
+        return
     if info.dtype not in FLOAT_NAMES:
         problems.add(
             "tensors of another dtype",

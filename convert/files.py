@@ -150,6 +150,31 @@ def _new_array(name: str, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
         ) from None
 
 
+# Of a Git LFS pointer, and of a web page.
+_OTHER_STARTS = (b"version ", b"<!DOCTYP", b"<!doctyp", b"<html")
+
+
+def _not_itself(path: Path) -> str:
+    return (
+        f"`{path}` is a Git LFS pointer or a web page, not the file itself; download "
+        "it again (`git lfs pull`, or `hf download`)."
+    )
+
+
+def broken_link(path: Path) -> str | None:
+    """Returns the message for a symbolic link without its file; None if it is not one.
+
+    A copy of a download cache that leaves out the files the cache links to has such.
+    """
+    if not path.is_symlink() or path.exists():
+        return None
+    return (
+        f"`{path}` is a symbolic link to `{os.readlink(path)}`, which does not exist. "
+        "Copy the directory with the files that it links to (`cp -rL`), or download it "
+        "again."
+    )
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Opens one safetensors file; returns its tensors and its metadata.
 
@@ -160,11 +185,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
-            if start.startswith((b"version ", b"<!DOCTYP", b"<html")):
-                raise CheckpointError(
-                    f"`{path}` is a Git LFS pointer or a web page, not the file "
-                    "itself; download the checkpoint again (`git lfs pull`)."
-                )
+            if start.startswith(_OTHER_STARTS):
+                raise CheckpointError(_not_itself(path))
             length = int.from_bytes(start, "little")
             # A length beyond the file is damage, which the library reports better.
             if MAX_JSON_BYTES < length <= size:
@@ -182,7 +204,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         # error messages cannot take, and because the file can change in between.
         return _read_entries(header, path, data=8 + length, size=size)
     except FileNotFoundError:
-        raise CheckpointError(f"`{path}` does not exist.") from None
+        message = broken_link(path) or f"`{path}` does not exist."
+        raise CheckpointError(message) from None
     except OSError as error:
         raise CheckpointError(f"Cannot read `{path}`: {error.strerror}.") from error
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
@@ -269,11 +292,15 @@ def read_json(path: Path) -> Any:
       CheckpointError: a missing, oversized or malformed file.
     """
     try:
-        value = json.loads(read_bytes(path, MAX_JSON_BYTES).decode())
+        text = read_bytes(path, MAX_JSON_BYTES)
+        if text.startswith(_OTHER_STARTS):
+            raise CheckpointError(_not_itself(path))
+        value = json.loads(text.decode())
         if _is_deep(value):
             raise RecursionError
     except FileNotFoundError:
-        raise CheckpointError(f"`{path}` does not exist.") from None
+        message = broken_link(path) or f"`{path}` does not exist."
+        raise CheckpointError(message) from None
     except OSError as error:
         raise CheckpointError(f"Cannot read `{path}`: {error.strerror}.") from error
     except RecursionError:

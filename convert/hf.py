@@ -62,7 +62,9 @@ def load_llama(
       quantize_lm_head: quantize the output head as well, of a model whose head is not
         the embedding (`tie_word_embeddings` false).
       dtype: "float32", "bfloat16" or "float16" for the tensors that stay dense; None
-        keeps each file's own. Weights are quantized from the file's precision.
+        keeps each file's own. Weights are quantized from the file's precision, and
+        dequantize to values of `dtype`, as in transformers, which casts them to it
+        before. (Those of a 4-bit directory dequantize to their own.)
       progress: show a progress bar on stderr, and which projections became dense.
 
     Returns:
@@ -129,7 +131,8 @@ def _allocate(
         )
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    if quantize_lm_head:
+    # A head that is packed in the directory is what was asked for.
+    if quantize_lm_head and f"{trees.HEAD[-1]}.weight" not in checkpoint.packed:
         _check_head_can_be_quantized(checkpoint, quantization)
     if checkpoint.quantized:
         quantization = None
@@ -149,6 +152,7 @@ def _allocate(
                 double_quant=state.double_quant,
                 dtype=state.dtype,
                 leading=leading,
+                block_size=state.block_size,
             )
         # A stack is one array, and so of one dtype.
         elif len(stored) > 1 and dtype is None:
@@ -161,8 +165,7 @@ def _allocate(
             leaf = bnb.empty(
                 (shape[0], shape[1]),
                 double_quant=quantization == "nf4_dq",
-                # Quantized from the file's precision.
-                dtype=dtype if dtype and len(stored) > 1 else stored[0],
+                dtype=dtype or stored[0],
                 leading=leading,
             )
         else:
@@ -385,6 +388,7 @@ def _quantization_config(
             skip,
             dense=_modules(config, lambda path: path not in packed),
             packed=_modules(config, lambda path: path in packed),
+            packed_head=(*trees.HEAD, "weight") in packed,
         ),
     }
 
@@ -427,9 +431,9 @@ def _checked_leaves(
         if path not in leaves:
             problems.add("missing arrays", name)
         elif isinstance(leaf := leaves[path], NF4Tensor):
-            if not model_params.is_projection(path):
+            if not model_params.can_be_packed(path):
                 problems.add("quantized arrays that must stay 16-bit", name)
-            elif (leaf.shape, leaf.codes.shape[:1]) != (shape, leading):
+            elif (leaf.shape, leaf.codes.shape[: len(leading)]) != (shape, leading):
                 problems.add("arrays of another shape", f"{name} {leaf.shape}")
         elif tuple(leaf.shape) != (*leading, *shape):
             problems.add(

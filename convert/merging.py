@@ -30,10 +30,12 @@ from convert.names import checkpoint_keys
 from convert.output import Entry, progress_bar, write_files, write_model_files
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from convert.peft_reading import load_adapter
+from convert.peft_tables import with_saved_tables
 from convert.tokenizer import merged_text_files
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
+from qlora_jax.tree import HEAD, hf_key
 from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
 
@@ -50,8 +52,11 @@ def merge(
     *,
     onto: Literal["original", "dequantized"] = "original",
     quantization: Quantized | None = None,
+    quantize_lm_head: bool = False,
     requantize: Quantized | None = None,
     dtype: str | None = None,
+    resize_to_adapter: bool = False,
+    strict: bool = True,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -80,10 +85,14 @@ def merge(
       output_dir: to be created; must not exist or be empty.
       onto: see above.
       quantization: "nf4" or "nf4_dq", for "dequantized" on a dense base only.
+      quantize_lm_head: whether `quantization` is that of the output head too.
       requantize: quantize the merged weights again, all projections of all layers, and
         write a bitsandbytes-4bit directory. The report states the loss of precision.
       dtype: dtype of all dense tensors of the result, and of what is quantized; None
         keeps each tensor's own.
+      resize_to_adapter: let the vocabulary grow to that of the adapter.
+      strict: raise for an adapter that does not fit exactly; otherwise what is left out
+        is among the "notes" of the report.
       max_shard_bytes: size above which the weights are split over several files.
       progress: show a progress bar on stderr.
 
@@ -91,13 +100,13 @@ def merge(
       A report, which is also written into the directory as merge_report.json: "base",
       "base_sha256" (over the base's files), "adapter", "adapter_sha256",
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
-      the adapter has none), "output", "onto", "quantization",
+      the adapter has none), "output", "onto", "quantization", "quantize_lm_head",
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
       base lacks), "config_changes" (field -> [before, after]), "files_of_adapter"
-      (tokenizer files that are not the base's), "max_abs_change"
-      (against the weights merged onto), "requantization_error" (null, or projection ->
-      {"max_abs", "relative"}, the latter as a ratio of Frobenius norms) and
-      "qlora_jax_version".
+      (tokenizer files that are not the base's), "notes" (on what was left out, or is in
+      no file), "max_abs_change" (against the weights merged onto),
+      "requantization_error" (null, or projection -> {"max_abs", "relative"}, the latter
+      as a ratio of Frobenius norms) and "qlora_jax_version".
 
     Raises:
       CheckpointError: a damaged or incomplete directory, file or tensor.
@@ -107,15 +116,33 @@ def merge(
     # Settings, names and shapes are checked before the first byte is written.
     checkpoint = open_checkpoint(base_path)
     _check_choice(checkpoint, onto, quantization, requantize)
+    if quantize_lm_head and quantization is None:
+        raise UserError("`quantize_lm_head` goes with `quantization` only.")
     check_dtype(dtype)
     output = Path(output_dir)
     check_new_directory(output)
-    lora, adapters = load_adapter(
-        adapter_path, lazy_base(checkpoint.config, checkpoint.files)
+    base = with_saved_tables(
+        checkpoint.config,
+        lazy_base(checkpoint.config, checkpoint.files),
+        adapter_path,
+        resize=resize_to_adapter,
     )
-    merged = compute_merged_weights(checkpoint.config, lora, adapters)
-    stream = _Stream(checkpoint, merged, dtype, quantization, requantize)
-    files = merged_text_files(checkpoint.config, checkpoint.path, Path(adapter_path))
+    skipped: list[str] = []
+    lora, adapters = load_adapter(
+        adapter_path, base.base, strict=strict, skipped=skipped
+    )
+    merged = compute_merged_weights(base.config, lora, adapters)
+    tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
+    stream = _Stream(
+        checkpoint,
+        merged,
+        dtype,
+        quantization,
+        requantize,
+        tables,
+        quantize_lm_head=quantize_lm_head,
+    )
+    files = merged_text_files(base.config, checkpoint.path, Path(adapter_path))
     with new_directory(output) as new:
         stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
         write_files(new, files)
@@ -132,6 +159,7 @@ def merge(
             "output": str(output_dir),
             "onto": onto,
             "quantization": quantization,
+            "quantize_lm_head": quantize_lm_head,
             "requantize": requantize,
             "dtype": dtype,
             "tensors": stream.written,
@@ -139,6 +167,7 @@ def merge(
             "tensors_added": len(merged.sources),
             "config_changes": changes,
             "files_of_adapter": _changed_files(files, companion_files(checkpoint.path)),
+            "notes": [*base.notes, *skipped],
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,
@@ -245,7 +274,7 @@ def _config_changes(
     checkpoint: Checkpoint, merged: MergedWeights
 ) -> dict[str, list[Any]]:
     before, after = checkpoint.config.to_hf(), merged.config.to_hf()
-    fields = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    fields = ("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
     fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
     pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -348,6 +377,10 @@ class _Stream:
     dtype: str | None
     quantization: str | None = None
     requantize: str | None = None
+    tables: Mapping[str, NDArray] = field(default_factory=dict)
+    """Key -> weight that the adapter's file has for the base."""
+    quantize_lm_head: bool = False
+    """Whether `quantization` is that of the output head too."""
     written: int = 0
     changed: int = 0
     max_abs_change: float = 0.0
@@ -428,6 +461,8 @@ class _Stream:
             # A new bias gets the dtype of its weight.
             weight = f"{key.removesuffix('.bias')}.weight"
             key = self.merged.sources[key] or weight
+        if key in self.tables:
+            return self.tables[key].dtype
         # Of packed bytes, the dtype that they dequantize to.
         return DTYPES[FLOAT_DTYPES[self.checkpoint.dtype(key)]]
 
@@ -450,14 +485,20 @@ class _Stream:
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""
         files = self.checkpoint.files
+        if key in self.tables:
+            return self.tables[key].copy()  # `Update.apply` may overwrite it
         if key in self.checkpoint.packed:
             # What bitsandbytes computes with: scale times code, rounded to the dtype.
             return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
         weight = files.read(key)
-        if self.quantization is not None and model_params.is_projection(path):
+        is_packed = model_params.is_projection(path) or (
+            self.quantize_lm_head and key == hf_key((*HEAD, "weight"))
+        )
+        if self.quantization is not None and is_packed:
             # Rounds the weight as loading for training did, and merges onto the result.
             double_quant = self.quantization == "nf4_dq"
-            return bnb.dequantize(
-                quantize_tensor(weight, key, double_quant=double_quant)
-            )
+            tensor = quantize_tensor(weight, key, double_quant=double_quant)
+            if self.dtype == "float32":
+                tensor = replace(tensor, dtype=self.dtype)
+            return bnb.dequantize(tensor)
         return weight

@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.files import TensorFiles, read_header, read_json
-from convert.names import adapter_key
+from convert.files import TensorFiles, broken_link, read_header, read_json
+from convert.peft_names import plain_names
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
-from qlora_jax.tree import EMBEDDING, HEAD
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -79,21 +78,33 @@ def open_adapter(
         skipped=[] if skipped is None else skipped,
     )
     if not (path / ADAPTER_WEIGHTS).is_file():
-        if (path / "adapter_model.bin").is_file():
-            raise CheckpointError(
-                f"`{path}` holds its weights in adapter_model.bin, a pickle file, "
-                "which can run any code when it is opened and is therefore not read. "
-                "Load it once with PEFT and save it again; PEFT writes safetensors."
-            )
-        raise CheckpointError(f"`{path}` has no {ADAPTER_WEIGHTS}.")
+        raise CheckpointError(_no_weights(path))
     infos, metadata = read_header(path / ADAPTER_WEIGHTS)
-    files = TensorFiles(path, infos)
+    files = plain_names(infos, path, [] if skipped is None else skipped)
     lora = replace(
         lora,
         base_fingerprint=metadata.get(FINGERPRINT),
         base_config_changes=_base_config_changes(path),
     )
-    return _with_saved_tables(lora, files), files
+    return lora, files
+
+
+def _no_weights(path: Path) -> str:
+    """Returns the message for a directory without safetensors weights."""
+    if (path / "adapter_model.bin").is_file():
+        return (
+            f"`{path}` holds its weights in adapter_model.bin, a pickle file, which "
+            "can run any code when it is opened and is therefore not read. Where torch "
+            "is installed, these lines convert it, and refuse anything but tensors:\n"
+            "  import torch, safetensors.torch\n"
+            f"  tensors = torch.load({str(path / 'adapter_model.bin')!r}, "
+            "weights_only=True, map_location='cpu')\n"
+            "  tensors = {k: v.clone().contiguous() for k, v in tensors.items()}\n"
+            f"  safetensors.torch.save_file(tensors, {str(path / ADAPTER_WEIGHTS)!r}, "
+            "metadata={'format': 'pt'})"
+        )
+    link = broken_link(path / ADAPTER_WEIGHTS)
+    return link or f"`{path}` has no {ADAPTER_WEIGHTS}."
 
 
 def _check_directory(path: Path) -> None:
@@ -107,6 +118,9 @@ def _check_directory(path: Path) -> None:
             f"`{path}` is a file; give the PEFT directory that holds it."
         )
     if not (path / ADAPTER_CONFIG).is_file():
+        link = broken_link(path / ADAPTER_CONFIG)
+        if link is not None:
+            raise CheckpointError(link)
         kind = "a model" if (path / "config.json").is_file() else "not a PEFT adapter"
         inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
@@ -121,25 +135,6 @@ def _base_config_changes(path: Path) -> str | None:
     changes = read_json(file)
     read_changes(changes, f"`{file}`")
     return changes_to_json(changes)
-
-
-def _with_saved_tables(lora: LoraConfig, files: TensorFiles) -> LoraConfig:
-    """Adds the embedding tables of a file to `modules_to_save`.
-
-    PEFT saves them without being configured to where the vocabulary was resized.
-    """
-    saved = lora.modules_to_save or ()
-    tables = (EMBEDDING[-1], HEAD[-1])
-    # With tied tables, one that is named stands for both.
-    names_table = any(name.rpartition(".")[2] in tables for name in saved)
-    unnamed = tuple(
-        path[-1]
-        for path in (EMBEDDING, HEAD)
-        if adapter_key(path, None, "weight") in files
-        and not any(".".join(path).endswith(name) for name in saved)
-        and not (names_table and lora.ensure_weight_tying)
-    )
-    return replace(lora, modules_to_save=(*saved, *unnamed)) if unnamed else lora
 
 
 def shorten(notes: Sequence[str], *, shown: int = 10) -> list[str]:

@@ -5,9 +5,9 @@ The configuration and the model determine which tensors a file must have
 refused, where PEFT would load the tensors that match and leave the others at their
 initial values.
 
-PEFT adds copies: `.base_layer.weight` of an adapted embedding or head is the base's
-table, and a tied head that shares the embedding's update repeats its tensors. Copies
-are compared with their originals.
+PEFT adds copies: tables of the base (`convert.peft_tables`), fully trained modules
+under several names, and the tensors of an embedding for a tied head that shares them.
+Copies are compared with their originals.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
-from convert.names import PEFT_PREFIX, AdapterTensor, adapter_key, adapter_keys
+from convert.names import PEFT_PREFIX, AdapterTensor, adapter_keys
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from convert.peft_tables import check_vocab_size, saved_tables
+from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig, Selection, select
 from qlora_jax.models import LlamaConfig, abstract_base
-from qlora_jax.tree import EMBEDDING, HEAD
+from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
 # With bias="all" PEFT saves the biases of fully trained modules twice more, under names
 # that it does not look up when it loads.
@@ -60,7 +62,7 @@ def load_adapter(
       (lora, adapters): float32 numpy arrays under the module paths of the base tree,
       as `qlora_jax.lora.functional` lists them. `lora.unmatched` targets are not an
       error. Embedding tables that the file holds though its configuration does not name
-      them (after a resized vocabulary) are added to `modules_to_save`.
+      them (after a resized vocabulary) belong to the base: `with_saved_tables`.
 
     Raises:
       CheckpointError: tensors that are missing, unknown, of another shape, rank or
@@ -105,8 +107,10 @@ class _Match:
     selection: Selection
     tensors: Mapping[str, AdapterTensor]
     """Every expected tensor, by its key in this file."""
-    base_copies: tuple[str, ...]
-    """Keys of the base's tables in the file."""
+    base_copies: Mapping[str, trees.Path]
+    """Keys of the base's tables in the file, and their modules."""
+    same: Mapping[str, str]
+    """Keys that repeat another one."""
     bad: set[str]
     """Keys that are missing, unexpected or of another shape or dtype."""
 
@@ -119,12 +123,20 @@ def _match(
     notes: list[str],
 ) -> _Match:
     lora, files = open_adapter(path, strict=strict, skipped=notes)
+    check_vocab_size(lora, files, base, path)
     selection = select(base, lora)
-    tensors = {
-        _key_in_file(key, files): tensor
-        for key, tensor in adapter_keys(selection, lora).items()
-    }
-    copies = tuple(key for key in _base_copy_keys(selection) if key in files)
+    tensors: dict[str, AdapterTensor] = {}
+    same: dict[str, str] = {}
+    for key, tensor in adapter_keys(selection, lora).items():
+        key, *others = [k for k in _spellings(key) if k in files] or [key]
+        tensors[key] = tensor
+        same |= dict.fromkeys(others, key)
+        # Of a tied head PEFT saves the rows too where it saves the tables.
+        twin = key.replace(hf_key(EMBEDDING), hf_key(HEAD))
+        if tensor.path[-1] == "trainable_tokens_delta" and twin in files:
+            if any(rows.tied_to == tensor.path[:-1] for rows in selection.rows):
+                same[twin] = key
+    copies = saved_tables(lora, files).keys
     targets = lora.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(targets or ())
@@ -143,37 +155,31 @@ def _match(
     for key in files:
         if lora.bias == "all" and _STRAY_BIAS.search(key):
             notes.append(f"{key}: a stray copy that PEFT writes and does not read")
-        elif key not in tensors and key not in copies:
+        elif key not in tensors and key not in copies and key not in same:
             bad.add(key)
             problems.add("unexpected tensors", key)
     if strict:
-        problems.check(cause=_probable_cause(files, tensors, lora))
+        problems.check(
+            cause=_probable_cause(files, tensors, lora),
+            hint="`strict`=False (--no-strict) uses what fits and names the rest.",
+        )
     else:
         _check_can_skip(bad, tensors, problems)
         notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]
-    return _Match(lora, files, selection, tensors, copies, bad)
+    return _Match(lora, files, selection, tensors, copies, same, bad)
 
 
-def _key_in_file(key: str, files: TensorFiles) -> str:
-    """Returns the key as this file spells it.
+def _spellings(key: str) -> list[str]:
+    """Lists the names that a tensor may have in a file.
 
     Some PEFT versions add `.weight` to a magnitude, and a state dict saved without PEFT
-    keeps wrapper names that PEFT removes.
+    keeps wrapper names that PEFT removes (or repeats, with the tables of the base).
     """
     module, _, name = key.rpartition(".")
-    spellings = [f"{module}.modules_to_save{part}.{name}" for part in ("", ".default")]
     if name == "lora_magnitude_vector":
-        spellings = [f"{key}.weight"]
-    return next((k for k in (key, *spellings) if k in files), key)
-
-
-def _base_copy_keys(selection: Selection) -> list[str]:
-    """Lists the keys under which PEFT may have saved tables of the base."""
-    return [
-        adapter_key(module.path, None, "base_layer.weight")
-        for module in selection.adapted
-        if module.path in (EMBEDDING, HEAD)
-    ]
+        return [key, f"{key}.weight"]
+    parts = ("", ".default")
+    return [key, *(f"{module}.modules_to_save{part}.{name}" for part in parts)]
 
 
 def _problem(
@@ -252,10 +258,20 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             array = files.read(key)
             check_finite(array, key)
             destination[...] = array
+    for key, original in match.same.items():
+        _compare_twin(key, original, files)
     # Now that every original has been read. Widening is exact, so equality is too.
     for key in copies:
         _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
     return adapters
+
+
+def _compare_twin(key: str, original: str, files: TensorFiles) -> None:
+    if not np.array_equal(files.read(key), files.read(original)):
+        raise CheckpointError(
+            f"`{key}` and `{original}` are one tensor in PEFT and differ in the file, "
+            "so it is ambiguous which to use. Save the adapter again with PEFT."
+        )
 
 
 def _compare_tied_copy(
@@ -275,34 +291,46 @@ def _compare_base_copies(
     match: _Match, base: Mapping[str, Any], *, strict: bool, notes: list[str]
 ) -> None:
     """Compares tables that PEFT saved with those of the base."""
-    for key in match.base_copies:
-        name = key.removeprefix(PEFT_PREFIX).removesuffix(".base_layer.weight")
-        path = tuple(name.split("."))
+    replacing = saved_tables(match.lora, match.files).replacing.values()
+    for key, path in match.base_copies.items():
         if path == HEAD and "weight" not in base.get(HEAD[-1], {}):
             path = EMBEDDING  # tied
         table = trees.at(base, path)["weight"]
         if not hasattr(table, "__array__"):
             notes.append(f"{key}: not compared, no weights of the base were given")
             continue
-        if _is_same_table(match.files, key, np.asarray(table)):
+        difference = _table_difference(match.files, key, np.asarray(table))
+        if difference is None:
             continue
+        if key in replacing:
+            raise CheckpointError(
+                f"`{key}` replaces a table of the base ({difference}), so this adapter "
+                "cannot share a base with others. Load it with a base of its own: "
+                "`qlora_jax.load(base, adapter=...)`."
+            )
         if strict:
             raise CheckpointError(
-                f"`{key}` is not the table of this base, so the adapter was trained on "
-                "another base (or another vocabulary). Give that base, or use the "
-                "adapter on this one with `strict`=False (--no-strict)."
+                f"`{key}` is not the table of this base ({difference}), so the adapter "
+                "was trained on another base (or another vocabulary). Give that base, "
+                "or use the adapter on this one with `strict`=False (--no-strict)."
             )
-        notes.append(f"{key}: differs from the base's own, which is used")
+        notes.append(f"{key}: the base's own table is used; {difference}")
 
 
-def _is_same_table(files: TensorFiles, key: str, table: NDArray) -> bool:
+def _table_difference(files: TensorFiles, key: str, table: NDArray) -> str | None:
+    """Describes how a copy in the file differs from a table by more than rounding."""
     # Shapes first: a resized vocabulary is another table, whatever its rows.
-    if files[key].dtype not in FLOAT_NAMES or files[key].shape != table.shape:
-        return False
-    saved = files.read(key)
-    # In the narrower of the two dtypes: either may be a rounded form of the other.
-    narrow = min(saved.dtype, table.dtype, key=lambda d: d.itemsize)
-    return np.array_equal(saved.astype(narrow), table.astype(narrow))
+    if files[key].shape != table.shape:
+        return f"{list(files[key].shape)} instead of {list(table.shape)}"
+    if files[key].dtype not in FLOAT_NAMES:
+        return f"dtype {files[key].dtype}"
+    rows, largest = rows_beyond_rounding(files.read(key), table)
+    if not rows:
+        return None
+    return (
+        f"{rows:,} of {len(table):,} rows differ by more than rounding, by up to "
+        f"{largest:.2g}"
+    )
 
 
 def _probable_cause(
@@ -312,8 +340,13 @@ def _probable_cause(
     if not any(key.startswith(PEFT_PREFIX) for key in files):
         example = next(iter(tensors))
         return f"PEFT's keys look like {example}; save the adapter with PEFT."
-    if any(".lora_A.default." in key for key in files):
-        return "The keys carry an adapter name; save the adapter with PEFT."
+    if any(0 in files[key].shape for key in files):
+        return (
+            "It has tensors without elements: DeepSpeed ZeRO-3 divides the weights, "
+            "and they were saved without being gathered. Save the adapter with "
+            "`stage3_gather_16bit_weights_on_model_save`, or convert the checkpoint "
+            "with DeepSpeed's zero_to_fp32.py."
+        )
     others = {
         key.split(".lora_")[0].rpartition(".")[2]
         for key in files

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from convert.files import FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
 from convert.output import Entry, safetensors_bytes, write_files, write_safetensors
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
+from convert.peft_tables import table_keys
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig, Selection, select
@@ -33,11 +35,12 @@ def save_adapter(
     base_fingerprint: str | None = None,
     overwrite: bool = False,
     extra_files: Mapping[str, Any] | None = None,
+    base_tables: Mapping[trees.Path, Any] | None = None,
 ) -> None:
     """Writes a PEFT directory that PEFT, vLLM and Unsloth load.
 
     The directory appears complete or not at all. The same adapter gives the same
-    bytes. Tables of the base are not copied into it; PEFT does not need them.
+    bytes. Tables of the base are copied into it only if `base_tables` has them.
 
     Args:
       directory: to be created; must not exist or be empty.
@@ -53,6 +56,8 @@ def save_adapter(
       overwrite: whether an existing directory is replaced.
       extra_files: further files of the directory: name -> bytes, or a value to write as
         JSON.
+      base_tables: weights of embedding and head that are not those of the base's
+        directory (`BaseWithTables.tables`).
 
     Raises:
       UserError: an adapter of a changed base (see `absorb`), or a directory that cannot
@@ -75,6 +80,12 @@ def save_adapter(
         # the place of the last good one.
         check_finite(np.ascontiguousarray(tensor.view(arrays[tensor.path])), key)
     entries = [_entry(key, tensor, arrays) for key, tensor in tensors.items()]
+    entries += [
+        Entry(
+            key, np.dtype(table.dtype), tuple(table.shape), partial(np.asarray, table)
+        )
+        for key, table in table_keys(base_tables or {}, selection).items()
+    ]
     if base_fingerprint is not None:
         lora_config = replace(lora_config, base_fingerprint=base_fingerprint)
     raw = _adapter_config(lora_config, selection)

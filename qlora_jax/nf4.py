@@ -37,9 +37,10 @@ from pallas_kernels.nf4.reference import NF4_CODE, Nested
 from qlora_jax.choices import Dtype
 from qlora_jax.errors import UserError
 
-# bitsandbytes allows other sizes, but transformers has no setting for them: files on
-# the hub have these.
+# What `quantize` makes. transformers has no setting for it, but bitsandbytes has made
+# larger blocks on AMD GPUs; those of `READ_BLOCK_SIZES` are read.
 BLOCK_SIZE = 64
+READ_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 
 # Midpoints between neighbouring codes in float32. A weight takes the number of
@@ -100,14 +101,15 @@ _CHUNK = 1 << 16
 class NF4Tensor:
     """A weight [O, I] in 4 bits; every array may have leading (layer) axes.
 
-    Fields, with G = I/64 blocks a row and N = ceil(O*I/64) blocks in all:
-      codes: uint8, [..., O, I/2] if I % 64 == 0 else [..., ceil(O*I/2)].
+    Fields, with blocks of S weights, G = I/S a row and N = ceil(O*I/S) in all:
+      codes: uint8, [..., O, I/2] if I % S == 0 else [..., ceil(O*I/2)].
       absmax: float32, or uint8 under double quantization, [..., O, G] or [..., N].
       nested_absmax: float32 [..., ceil(N/256)], or None without double quantization.
       nested_offset: float32 [...], likewise.
       nested_quant_map: float32 [..., 256], likewise.
       shape: (O, I), without the leading axes.
-      dtype: name of the dtype before quantization ("bfloat16").
+      dtype: name of the dtype before quantization ("bfloat16"). The weights are values
+        of this dtype, whatever dtype they are computed in.
       layer: None, or an int32 scalar: the arrays then have one leading axis, and the
         tensor is that layer of them (`lift_stacks`).
     """
@@ -158,7 +160,8 @@ def dequantize(
 ) -> Float[Array, "*L O I"]:
     """Returns the weight in `dtype` (default: the dtype before quantization).
 
-    Exact: table value times block scale in float32, rounded once to nearest even.
+    As bitsandbytes computes it: table value times block scale in float32, rounded to
+    the dtype before quantization, then cast to `dtype`.
 
     Args:
       tensor: the weight, with any leading axes.
@@ -177,6 +180,7 @@ def dequantize(
             t.nested(),
             shape=t.shape,
             dtype=dtype,
+            stored_dtype=t.dtype,
             block_size=t.block_size,
             nested_block_size=t.nested_block_size,
             layer=t.layer,
@@ -220,6 +224,7 @@ def matmul(
             tensor.nested(),
             shape=tensor.shape,
             dtype=dtype,
+            stored_dtype=tensor.dtype,
             block_size=tensor.block_size,
             nested_block_size=tensor.nested_block_size,
             layer=tensor.layer,
@@ -288,7 +293,8 @@ def _leading_axes(tensor: NF4Tensor) -> int:
     """Returns the number of leading axes; 0 without arrays."""
     if tensor.codes is None:
         return 0
-    return tensor.codes.ndim - (2 if is_aligned(tensor.shape) else 1)
+    aligned = is_aligned(tensor.shape, tensor.block_size)
+    return tensor.codes.ndim - (2 if aligned else 1)
 
 
 def is_aligned(shape: tuple[int, int], block_size: int = BLOCK_SIZE) -> bool:
@@ -344,12 +350,13 @@ def abstract(
     double_quant: bool,
     dtype: str,
     leading: tuple[int, ...] = (),
+    block_size: int = BLOCK_SIZE,
 ) -> NF4Tensor:
     """Returns the shapes and dtypes `quantize` would give, with leading axes."""
-    blocks = -(-shape[0] * shape[1] // BLOCK_SIZE)
-    if is_aligned(shape):
+    blocks = -(-shape[0] * shape[1] // block_size)
+    if is_aligned(shape, block_size):
         code_shape: tuple[int, ...] = (shape[0], shape[1] // 2)
-        absmax_shape: tuple[int, ...] = (shape[0], shape[1] // BLOCK_SIZE)
+        absmax_shape: tuple[int, ...] = (shape[0], shape[1] // block_size)
     else:
         code_shape = (-(-shape[0] * shape[1] // 2),)
         absmax_shape = (blocks,)
@@ -366,6 +373,7 @@ def abstract(
         nested_quant_map=array((256,), jnp.float32) if double_quant else None,
         shape=shape,
         dtype=dtype,
+        block_size=block_size,
     )
 
 

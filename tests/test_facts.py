@@ -75,6 +75,7 @@ WARM = {"max_new_tokens": 50, "temperature": 3.0, "min_p": 1e-4, "seed": 1}
 
 
 def test_a_stream_is_what_generate_gives(tuned):
+    tuned = dataclasses.replace(tuned, eos_token_ids=())
     half = "\N{REPLACEMENT CHARACTER}"
     (whole,) = tuned.generate(["Once upon a time"], **WARM)
     assert half in whole

@@ -331,6 +331,22 @@ def test_the_default_dtype_is_the_one_before_quantization():
     equal(dequantize(tensor), wide.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("shape", [(3, 64), (3, 65)])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_values_of_the_dtype_before_quantization(shape, stored, dtype):
+    weight = random_weight(shape)
+    weight[1] *= 1e-6  # subnormal in float16
+    tensor = quantize(weight.astype(stored), double_quant=False)
+    exact = np.asarray(dequantize(dataclasses.replace(tensor, dtype="float32")))
+    want = exact.astype(stored).astype(dtype)
+    # Compiled: a compiler may remove a cast there and back.
+    got = jax.jit(lambda t: dequantize(t, dtype))(tensor)
+    equal(got, want)
+    x = jnp.eye(shape[1], dtype=dtype)
+    equal(jax.jit(nf4.matmul)(x, tensor), want.T)
+
+
 def test_it_is_a_pytree_that_keeps_its_static_fields():
     tensor = quantize(random_weight((4, 64)), double_quant=True)
     leaves, tree = jax.tree.flatten(tensor)

@@ -43,12 +43,13 @@ def nf4_dequantize(
     *,
     shape: tuple[int, int],
     dtype: DTypeLike,
+    stored_dtype: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
     layer: Int32[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "O I"]:
-    """Computes `NF4_CODE[codes] * absmax[block]`, rounded once to `dtype`.
+    """Computes `NF4_CODE[codes] * absmax[block]`, rounded to `dtype`.
 
     All implementations give the same bits.
 
@@ -58,6 +59,8 @@ def nf4_dequantize(
       nested: the second level, exactly when `absmax` is uint8.
       shape: (O, I) of the weight.
       dtype: of the result; the product is float32 and rounded to nearest even.
+      stored_dtype: of the weight before it was packed. bitsandbytes rounds the product
+        to it first, whatever `dtype` is; None rounds to `dtype` only.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
       layer: which of the stacked layers, where the arrays are stacks; clipped to those
@@ -72,7 +75,8 @@ def nf4_dequantize(
         cannot do this here, with the reason. A NaN among the scales gives NaN weights,
         since values are not known when a program is traced.
     """
-    spec = _Spec(shape, None, block_size, nested_block_size, implementation)
+    stored = _stored("nf4_dequantize", stored_dtype)
+    spec = _Spec(shape, None, stored, block_size, nested_block_size, implementation)
     packed = _packed(codes, absmax, nested, layer)
     _check("nf4_dequantize", spec, packed)
     dtype = _floating("nf4_dequantize", "dtype", dtype)
@@ -87,6 +91,7 @@ def nf4_matmul(
     *,
     shape: tuple[int, int],
     dtype: DTypeLike | None = None,
+    stored_dtype: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
     layer: Int32[Array, ""] | int | None = None,
@@ -112,6 +117,9 @@ def nf4_matmul(
       nested: as for `nf4_dequantize`.
       shape: (O, I) of the weight.
       dtype: of the result; default that of `x`.
+      stored_dtype: as for `nf4_dequantize`. Where it is not the dtype of `x`, only
+        dequantization rounds as it demands: the kernels that multiply packed bytes
+        are left out, unless theirs is the coarser rounding.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
       layer: as for `nf4_dequantize`.
@@ -131,7 +139,14 @@ def nf4_matmul(
     out_dtype = _floating("nf4_matmul", "the dtype of `x`", x.dtype)
     if dtype is not None:
         out_dtype = _floating("nf4_matmul", "dtype", dtype)
-    spec = _Spec(shape, out_dtype.name, block_size, nested_block_size, implementation)
+    spec = _Spec(
+        shape,
+        out_dtype.name,
+        _stored("nf4_matmul", stored_dtype),
+        block_size,
+        nested_block_size,
+        implementation,
+    )
     packed = _packed(codes, absmax, nested, layer)
     _check("nf4_matmul", spec, packed)
     return _matmul(spec, x, packed)
@@ -147,6 +162,7 @@ class _Spec(NamedTuple):
 
     shape: tuple[int, int]
     out_dtype: str | None
+    stored_dtype: str | None
     block_size: int
     nested_block_size: int
     implementation: str | None
@@ -155,6 +171,12 @@ class _Spec(NamedTuple):
     def name(self) -> str:
         """The key of the shape in measured data."""
         return f"{self.shape[0]}x{self.shape[1]}"
+
+    def rounded_to(self, dtype: DTypeLike) -> str | None:
+        """The dtype to round to on the way to `dtype`, if that changes the result."""
+        if self.stored_dtype in (None, "float32", jnp.dtype(dtype).name):
+            return None
+        return self.stored_dtype
 
 
 def _packed(
@@ -176,6 +198,10 @@ def _floating(caller: str, argument: str, dtype: DTypeLike) -> jnp.dtype:
             f"or float32), got {dtype}."
         )
     return dtype
+
+
+def _stored(caller: str, dtype: DTypeLike | None) -> str | None:
+    return None if dtype is None else _floating(caller, "stored_dtype", dtype).name
 
 
 def _check(caller: str, spec: _Spec, packed: Packed) -> None:
@@ -292,6 +318,10 @@ def _uses_packed_bytes(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
     # The tensor cores take 16-bit operands; float32 inputs keep all their bits.
     if spec.implementation == "xla" or dtype.itemsize != 2 or rows == 0:
         return False
+    # Rounding the table in bfloat16 outweighs that of a float16 weight, not vice versa.
+    stored = spec.rounded_to(dtype)
+    if stored is not None and jnp.finfo(stored).nmant < jnp.finfo(dtype).nmant:
+        return False
     limit = _tuned_choice(spec, "fused_rows")
     if limit is None:
         # Not measured: None stays with XLA, and a choice by name gets the estimate.
@@ -305,7 +335,7 @@ def _uses_packed_bytes(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
 
 def _uses_wgmma(spec: _Spec, rows: int, dtype: jnp.dtype) -> bool:
     """Returns whether `wgmma.matmul` was measured to be the fastest for the rows."""
-    if spec.implementation == "xla" or dtype.itemsize != 2:
+    if spec.implementation == "xla" or dtype.itemsize != 2 or spec.rounded_to(dtype):
         return False
     # (1, 0) is an empty range.
     first, last = _tuned_choice(spec, "wgmma_rows") or (1, 0)
@@ -321,23 +351,27 @@ def _interpret(spec: _Spec) -> Any:
 
 def _weight(spec: _Spec, packed: Packed, dtype: DTypeLike) -> Array:
     chosen = spec.implementation or _tuned_choice(spec, "dequantize") or "xla"
+    rounded_to = spec.rounded_to(dtype)
     if chosen == "xla":
         return dequantize(
             packed,
             shape=spec.shape,
             dtype=dtype,
+            rounded_to=rounded_to,
             block_size=spec.block_size,
             nested_block_size=spec.nested_block_size,
         )
     from pallas_kernels.nf4 import gpu
 
-    return gpu.dequantize(
+    weight = gpu.dequantize(
         packed.stack(),
         shape=spec.shape,
-        dtype=dtype,
+        # A kernel rounds to the array that it writes.
+        dtype=rounded_to or dtype,
         interpret=_interpret(spec),
         **_tuned_settings(spec, "dequantize", 0),
     )
+    return weight.astype(dtype)
 
 
 def _product_of_packed_bytes(spec: _Spec, x: Array, packed: Packed) -> Array:

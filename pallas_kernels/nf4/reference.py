@@ -107,11 +107,30 @@ def dequantize_absmax(
     return flat.reshape(absmax.shape)
 
 
+def round_to(values: Float32[Array, "..."], dtype: DTypeLike) -> Float32[Array, "..."]:
+    """Rounds float32 values to those of a 16-bit dtype, to nearest even.
+
+    A cast there and back would do the same, and is what a compiler removes.
+    """
+    dtype = jnp.dtype(dtype)
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(values, info.nexp, info.nmant)
+    if dtype != jnp.float16:
+        return rounded
+    # `reduce_precision` flushes what is subnormal in float16: multiples of 2^-24.
+    step = np.float32(info.smallest_subnormal)
+    subnormal = jnp.round(values / step) * step
+    return jnp.where(
+        jnp.abs(values) < np.float32(info.smallest_normal), subnormal, rounded
+    )
+
+
 def dequantize(
     packed: Packed,
     *,
     shape: tuple[int, int],
     dtype: DTypeLike,
+    rounded_to: DTypeLike | None = None,
     block_size: int = 64,
     nested_block_size: int = 256,
 ) -> Float[Array, "O I"]:
@@ -121,12 +140,17 @@ def dequantize(
       packed: the weight.
       shape: (O, I) of the weight.
       dtype: of the result.
+      rounded_to: 16-bit dtype that the float32 product is rounded to before.
       block_size: weights that share one scale.
       nested_block_size: block scales that share one second-level scale.
 
     Returns:
       The weight [O, I].
     """
+
+    def rounded(values: Array) -> Array:
+        return values if rounded_to is None else round_to(values, rounded_to)
+
     codes, absmax, nested, _ = packed.unstack()
     out_features, in_features = shape
     if nested is not None:
@@ -143,10 +167,10 @@ def dequantize(
         grouped = values.reshape(out_features, in_features // block_size, block_size)
         # Scales stay float32: the product is all that is rounded.
         scales = absmax.reshape(out_features, in_features // block_size, 1)
-        return (grouped * scales).reshape(shape).astype(dtype)
+        return rounded(grouped * scales).reshape(shape).astype(dtype)
     size, blocks = out_features * in_features, absmax.size
     # The last byte may hold one weight, the last block fewer than `block_size`.
     flat = values.reshape(-1)[:size]
     flat = jnp.pad(flat, (0, blocks * block_size - size)).reshape(blocks, block_size)
     scaled = (flat * absmax.reshape(blocks, 1)).reshape(-1)[:size]
-    return scaled.reshape(shape).astype(dtype)
+    return rounded(scaled).reshape(shape).astype(dtype)

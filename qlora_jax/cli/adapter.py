@@ -28,6 +28,8 @@ class Adapter:
     base_name: str | None = None
     """Base to name in the new adapter_config.json. Default: as before, but a relative
     path that would not lead there from OUT becomes an absolute one."""
+    resize_to_adapter: bool = False
+    """Take an IN that was trained with more tokens than BASE has."""
     strict: bool = True
     """Take what fits of an IN that does not fit exactly, and list on stderr what is
     left out (default: such an IN is refused)."""
@@ -46,6 +48,7 @@ class Adapter:
             open_model,
             save_adapter,
             shorten,
+            with_saved_tables,
         )
         from qlora_jax.runs import base_name_for_copy, is_broken_path, resolve
 
@@ -62,8 +65,16 @@ class Adapter:
         )
         files = open_model(base) if has_weights else None
         skipped: list[str] = []
+        grown = with_saved_tables(
+            config, lazy_base(config, files), source, resize=self.resize_to_adapter
+        )
+        if grown.taken and files is None:
+            raise UserError(
+                f"`{source}` holds tables of its base, and `{base}` has no "
+                "weights to compare them with. Give the complete base."
+            )
         lora, adapters = load_adapter(
-            source, lazy_base(config, files), strict=self.strict, skipped=skipped
+            source, grown.base, strict=self.strict, skipped=skipped
         )
         base_name = self.base_name
         if base_name is None:
@@ -78,7 +89,8 @@ class Adapter:
             self.output,
             lora,
             adapters,
-            config,
+            grown.config,
+            base_tables=grown.tables,
             base_model_name_or_path=base_name,
             extra_files=common_text_files(source),
         )

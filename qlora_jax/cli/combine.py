@@ -45,6 +45,7 @@ class Combine:
             open_config,
             peft_directory,
             save_adapter,
+            with_saved_tables,
         )
         from qlora_jax.lora import combine_adapters
         from qlora_jax.runs import base_name_for_copy, resolve
@@ -59,6 +60,12 @@ class Combine:
             )
         base = lazy_base(config, None)
         sources = [peft_directory(path) for path in self.adapters]
+        for path in sources:
+            if with_saved_tables(config, base, path).taken:
+                raise UserError(
+                    f"`{path}` holds tables of its base, of which there is no sum. "
+                    "Merge it into its base, and train or combine on the result."
+                )
         loaded = [load_adapter(path, base) for path in sources]
         errors: dict[str, float] = {}
         lora, adapters = combine_adapters(

@@ -24,6 +24,7 @@ from qlora_jax.inference import Sampling
 
 if TYPE_CHECKING:
     from qlora_jax.inference import Model, TextStream
+    from qlora_jax.runs import RunConfig
 
 _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
@@ -36,13 +37,16 @@ class TemplateOptions(ModelOptions):
     """Jinja file; default that of the run or adapter, else the tokenizer's own."""
     chat_template_kwargs: str | None = None
     """Further variables of the chat template, as a JSON object:
-    '{"enable_thinking": false}'."""
+    '{"enable_thinking": false}'. They add to those that a run was trained with."""
     tools: Path | None = None
     """JSON file with a list of functions, which the chat template describes to the
     model."""
 
-    def template_settings(self) -> dict[str, Any]:
+    def template_settings(self, run: RunConfig | None) -> dict[str, Any]:
         """Returns these options as arguments of `Model.chat`.
+
+        Args:
+          run: settings of the run, if it is one: its variables are the defaults.
 
         Raises:
           UserError: they cannot be read.
@@ -62,9 +66,15 @@ class TemplateOptions(ModelOptions):
                     f"`{self.tools}` must be a list of functions, as JSON schemas, got "
                     f"{tools!r:.80}."
                 )
+        sources = () if run is None else run.data.each
+        trained = next(
+            (s.chat_template_kwargs for s in sources if s.format == "messages"), None
+        )
+        if trained:
+            say(f"Variables of the chat template, from the run: {json.dumps(trained)}.")
         return {
             "chat_template": self.chat_template,
-            "chat_template_kwargs": variables,
+            "chat_template_kwargs": {**(trained or {}), **(variables or {})} or None,
             "tools": tools,
         }
 
@@ -102,14 +112,16 @@ class Generate(TemplateOptions):
                 "--stream prints one text while it is generated: give one --prompt, "
                 "and no --json."
             )
-        templates = self.template_settings()
-        if self.prompt and any(value is not None for value in templates.values()):
+        given = (self.chat_template, self.chat_template_kwargs, self.tools)
+        if self.prompt and any(value is not None for value in given):
             raise UserError(
                 "--chat-template, --chat-template-kwargs and --tools go with "
                 "--messages; a --prompt is continued as it is."
             )
         rows = [] if self.messages is None else _read_conversations(self.messages)
-        model = self.load()
+        resolved = self.resolve()
+        templates = self.template_settings(resolved.settings) if rows else {}
+        model = self.load(resolved)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         if rows:
@@ -148,8 +160,9 @@ class Chat(TemplateOptions):
           UserError: a model that cannot chat. Once the conversation is under way, an
             error in a turn is printed, and the turn taken back.
         """
-        templates = self.template_settings()
-        model = self.load()
+        resolved = self.resolve()
+        templates = self.template_settings(resolved.settings)
+        model = self.load(resolved)
         opening: list[Mapping[str, Any]] = []
         if self.system is not None:
             opening = [{"role": "system", "content": self.system}]

@@ -48,6 +48,12 @@ class Merge:
     requantize: Quantized | None = None
     """Quantize the merged projections again, into a bitsandbytes-4bit directory. This
     loses precision; the report says how much."""
+    resize_to_adapter: bool = False
+    """Let the vocabulary of the base grow to that of an ADAPTER that was trained with
+    added tokens (default: such an ADAPTER is refused)."""
+    strict: bool = True
+    """Merge what fits of an ADAPTER that does not fit exactly, and list on stderr what
+    is left out (default: such an ADAPTER is refused)."""
     dtype: Dtype | None = None
     """dtype of the result (default: each tensor's own)."""
     check: bool = True
@@ -69,7 +75,7 @@ class Merge:
         from qlora_jax.inference import probe
         from qlora_jax.runs import resolve
 
-        resolved = resolve(self.adapter, self.base)
+        resolved = resolve(self.adapter, self.base, strict=self.strict)
         source, lora = resolved.adapter, resolved.lora
         if source is None or lora is None:
             raise UserError(
@@ -87,11 +93,19 @@ class Merge:
             self.output,
             onto=onto,
             quantization=quantization,
+            # As in training, where its quantization is what is merged onto.
+            quantize_lm_head=quantization is not None
+            and resolved.trained_form.get("quantization") == quantization
+            and resolved.trained_form.get("lm_head") == "nf4",
             requantize=self.requantize,
             dtype=self.dtype,
+            resize_to_adapter=self.resize_to_adapter,
+            strict=self.strict,
             max_shard_bytes=self.max_shard_bytes,
             progress=sys.stderr.isatty(),
         )
+        for note in report["notes"]:
+            print_note(note)
         if not self.check:
             return report
         try:
@@ -157,8 +171,16 @@ class Merge:
         if config.extra_tensors:
             print_note(custom_modules_note(base))
             return report
-        quantization = merged["quantization"]
-        before = partial(load_exact, base, adapter=source, quantization=quantization)
+        before = partial(
+            load_exact,
+            base,
+            adapter=source,
+            quantization=merged["quantization"],
+            quantize_lm_head=merged["quantize_lm_head"],
+            dtype="float32" if merged["dtype"] == "float32" else None,
+            resize_to_adapter=self.resize_to_adapter,
+            strict=self.strict,
+        )
         after = partial(load_exact, self.output)
         report["logits"] = compare_logits(before, after, tokens)
         return report
@@ -167,7 +189,7 @@ class Merge:
         self, form: str | Literal[False] | None, merged: Mapping[str, Any]
     ) -> bool | None:
         """Whether the adapter was trained on what it was merged onto; None: unknown."""
-        from qlora_jax.inference import dense_dtypes
+        from qlora_jax.inference import dense_dtypes, form_name
 
         base, source = Path(merged["base"]), Path(merged["adapter"])
         if form is None:
@@ -180,7 +202,8 @@ class Merge:
         if merged["onto"] == "dequantized":
             # Tensors that stay dense are cast to the dtype of the result.
             dense = self.dtype or ", ".join(sorted(dense_dtypes(base)))
-            onto = f"{merged['quantization'] or '4-bit'}, {dense}"
+            name = merged["quantization"] or "4-bit"
+            onto = f"{form_name(name, merged['quantize_lm_head'])}, {dense}"
         if form != onto:
             print_note(
                 f"`{source}` was trained on `{base}` as {form}, and was merged onto "

@@ -75,12 +75,19 @@ class ModelOptions:
     """Of activations and dense tensors; auto likewise."""
     attention: Attention = "auto"
     """Attention implementation."""
+    resize_to_adapter: bool = False
+    """Let the vocabulary of the base grow to that of an adapter trained with added
+    tokens (default: as a run directory was trained, else such an adapter is refused).
+    """
+    strict: bool = True
+    """Use what fits of an adapter that does not fit exactly, and list on stderr what is
+    left out (default: such an adapter is refused)."""
 
     def resolve(self) -> Resolved:
         """Returns the base, adapter and run that `path` stands for."""
         from qlora_jax.runs import resolve
 
-        return resolve(self.path, self.base)
+        return resolve(self.path, self.base, strict=self.strict)
 
     def load(self, resolved: Resolved | None = None) -> Model:
         """Loads the model (`resolve()`, if not given) and describes it on stderr."""
@@ -91,6 +98,8 @@ class ModelOptions:
             quantization=self.quantization,
             dtype=self.dtype,
             attention=self.attention,
+            resize_to_adapter=self.resize_to_adapter or "auto",
+            strict=self.strict,
             progress=sys.stderr.isatty(),
         )
         # Quantization and dtype matter to whoever compares two losses.

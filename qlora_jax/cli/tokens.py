@@ -8,7 +8,6 @@ byte.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +72,7 @@ class Tokens:
             return report
         output = Path(self.output_dir)
         config = self._write(output, config, base, untrained.rows, tokenizer)
-        first = 0 if tokenizer is None else len(tokenizer) - len(self.add)
+        first = 0 if tokenizer is None else len(tokenizer)
         return {
             **report,
             "new_tokens": list(range(first, first + len(self.add))),
@@ -87,7 +86,7 @@ class Tokens:
         """Writes the changed model; returns its configuration."""
         import jax
 
-        from convert import save_llama, scratch_directory
+        from convert import copy_with_added_tokens, save_llama, scratch_directory
         from qlora_jax.models import add_tokens, repair_rows
 
         if self.repair != "none":
@@ -106,13 +105,7 @@ class Tokens:
         with scratch_directory() as temporary:
             tokenizer_files = Path(self.path)
             if self.add:
-                tokenizer.add_tokens(list(self.add), special_tokens=True)
-                tokenizer.save_pretrained(temporary)
-                # `save_llama` copies it from the tokenizer's directory, where
-                # `save_pretrained` does not write it.
-                generation = tokenizer_files / "generation_config.json"
-                if generation.is_file():
-                    shutil.copy(generation, temporary)
+                copy_with_added_tokens(tokenizer_files, temporary, list(self.add))
                 tokenizer_files = temporary
             save_llama(
                 output,

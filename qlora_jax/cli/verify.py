@@ -108,17 +108,19 @@ class Verify:
 
 def _adapter_loaders(base: Path, a: Path, b: Path) -> tuple[Callable[[], Any], ...]:
     """Returns loaders of two adapters that share one base in memory."""
-    from convert import load_adapter
+    from convert import load_adapter, with_saved_tables
     from qlora_jax.inference import load_exact
     from qlora_jax.models import apply_changes
 
     model = load_exact(base)
 
     def with_adapter(path: Path) -> Any:
-        lora, adapters = load_adapter(path, model.base)
-        config = apply_changes(model.config, lora.base_config_changes)
+        # Two adapters may have grown the vocabulary differently.
+        own = with_saved_tables(model.config, model.base, path, resize=True)
+        lora, adapters = load_adapter(path, own.base)
+        config = apply_changes(own.config, lora.base_config_changes)
         return dataclasses.replace(
-            model, config=config, lora_config=lora, adapters=adapters
+            model, config=config, base=own.base, lora_config=lora, adapters=adapters
         )
 
     return partial(with_adapter, a), partial(with_adapter, b)

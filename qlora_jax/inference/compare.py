@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import convert
 from convert import load_tokenizer
+from qlora_jax.choices import Dtype
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError
 from qlora_jax.inference.identity import common_dtype
@@ -158,7 +159,14 @@ def probe(
 
 
 def load_exact(
-    path: Path, *, adapter: Path | None = None, quantization: Any = None
+    path: Path,
+    *,
+    adapter: Path | None = None,
+    quantization: Any = None,
+    quantize_lm_head: bool = False,
+    dtype: Dtype | None = None,
+    resize_to_adapter: bool = False,
+    strict: bool = True,
 ) -> Model:
     """Loads a model without rounding its weights, to be computed in float32.
 
@@ -169,18 +177,29 @@ def load_exact(
       path: Hugging Face directory.
       adapter: PEFT directory.
       quantization: "nf4" or "nf4_dq" to quantize the projections of a dense model.
+      quantize_lm_head: whether to quantize its output head too.
+      dtype: to load it in, where that does not round; None keeps the file's.
+      resize_to_adapter: let the vocabulary grow to that of the adapter.
+      strict: raise for an adapter that does not fit exactly.
 
     Raises:
       CheckpointError: files that are missing, damaged, or of another model.
       UserError: the model has custom modules.
     """
     config, base = convert.load_llama(
-        path, quantization=quantization, dtype=common_dtype(path)
+        path,
+        quantization=quantization,
+        quantize_lm_head=quantize_lm_head,
+        dtype=dtype or common_dtype(path),
     )
     check_plain(config, path)
     lora = adapters = None
     if adapter is not None:
-        lora, adapters = convert.load_adapter(adapter, base)
+        with_tables = convert.with_saved_tables(
+            config, base, adapter, resize=resize_to_adapter
+        )
+        config, base = with_tables.config, with_tables.base
+        lora, adapters = convert.load_adapter(adapter, base, strict=strict)
         config = apply_changes(config, lora.base_config_changes)
         adapters = jax.tree.map(jnp.asarray, adapters)
     return Model(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -187,40 +188,64 @@ def trained_form(path: Path, fingerprint: str) -> str | None:
     """Returns the quantization and dtype in which a base has this fingerprint.
 
     A fingerprint is that of the arrays in memory, so the base is loaded with each
-    quantization and in each dtype of the dense tensors.
+    quantization, of an output head of its own too, and in each dtype of the dense
+    tensors.
 
     Args:
       path: Hugging Face directory.
       fingerprint: `LoraConfig.base_fingerprint`.
 
     Returns:
-      E.g. "nf4_dq, bfloat16"; None if it was another base.
+      E.g. "nf4_dq, bfloat16" or "nf4_dq (lm_head too), bfloat16"; None if it was
+      another base.
     """
-    packed = open_checkpoint(path).quantized
-    for quantization in (None,) if packed else ("nf4_dq", "nf4", None):
+    checkpoint = open_checkpoint(path)
+    forms: list[tuple[Any, bool]] = [(None, False)]
+    if not checkpoint.quantized:
+        heads = (False,) if checkpoint.config.tie_word_embeddings else (False, True)
+        forms = [(q, head) for head in heads for q in ("nf4_dq", "nf4")] + forms
+    for quantization, head in forms:
         _, base = convert.load_llama(
-            path, quantization=quantization, dtype=common_dtype(path)
+            path,
+            quantization=quantization,
+            quantize_lm_head=head,
+            dtype=common_dtype(path),
         )
-        for dtype, tree in _in_each_dtype(base):
+        for dtype, tree in _in_each_dtype(base, packed=checkpoint.quantized):
             if fingerprint_tree(tree) == fingerprint:
-                return f"{'4-bit' if packed else quantization or 'none'}, {dtype}"
+                name = "4-bit" if checkpoint.quantized else quantization
+                return f"{form_name(name, head)}, {dtype}"
     return None
 
 
-def _in_each_dtype(base: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the base in its stored dtypes, then cast to each other dtype."""
+def form_name(quantization: str | None, quantize_lm_head: bool) -> str:
+    """Returns the quantization of a base as `trained_form` spells it."""
+    return (quantization or "none") + (" (lm_head too)" if quantize_lm_head else "")
+
+
+def _in_each_dtype(
+    base: Mapping[str, Any], *, packed: bool
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the base in its stored dtypes, then cast to each other dtype.
+
+    Args:
+      base: parameter tree.
+      packed: whether the 4-bit weights are packed in the file, and so keep their dtype.
+    """
     leaves = dict(trees.walk(base))
     stored = {v.dtype.name for v in leaves.values() if not isinstance(v, NF4Tensor)}
     yield ", ".join(sorted(stored)), base
+    values = {v.dtype for v in leaves.values() if isinstance(v, NF4Tensor)}
     for dtype in ("bfloat16", "float32", "float16"):
-        if stored == {dtype}:
+        if (stored if packed else stored | values) == {dtype}:
             continue
         tree: dict[str, Any] = {}
         try:
             for path, leaf in leaves.items():
-                # Packed leaves are the same whatever the dtype of the others.
                 if not isinstance(leaf, NF4Tensor):
                     leaf = cast(leaf, DTYPES[FLOAT_DTYPES[dtype]], ".".join(path))
+                elif not packed:
+                    leaf = replace(leaf, dtype=dtype)
                 trees.put(tree, path, leaf)
         except CheckpointError:  # out of float16's range: not trained in float16
             continue

@@ -398,7 +398,12 @@ def _logits(
 
 
 def load_attached(
-    adapter: Path, path: Path, base: Mapping[str, Any], *, strict: bool
+    adapter: Path,
+    path: Path,
+    base: Mapping[str, Any],
+    *,
+    original: Mapping[str, Any] | None = None,
+    strict: bool,
 ) -> tuple[LoraConfig, Any]:
     """Loads an adapter for a loaded base onto the device.
 
@@ -408,13 +413,15 @@ def load_attached(
       adapter: PEFT directory.
       path: directory of the base.
       base: its parameter tree.
+      original: the tree without tables of the adapter's file, if `base` has them.
       strict: raise for an adapter that does not fit exactly.
     """
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
     for note in shorten(skipped):
         say(f"Not used of `{adapter}`: {note}.")
-    note = base_mismatch(adapter, path, base, lora.base_fingerprint)
+    original = base if original is None else original
+    note = base_mismatch(adapter, path, original, lora.base_fingerprint)
     if note is not None:
         say(note)
     return lora, jax.tree.map(jnp.asarray, adapters)

@@ -50,6 +50,12 @@ _INERT = (
 _PEFT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"r": 8, "lora_alpha": 8, "target_modules": ("q_proj", "v_proj")}
 )
+# Fields that PEFT has had only since a later version than 0.6. Up to 0.13 it takes no
+# file with a field that it does not know, so that these are written where they are set.
+_LATER_FIELDS = (
+    *("use_rslora", "use_dora", "exclude_modules", "lora_bias"),
+    *("trainable_token_indices", "ensure_weight_tying"),
+)
 # PEFT's initializations that leave the base weights as they are: a trained adapter is
 # complete without knowing its start.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -263,6 +269,12 @@ class LoraConfig:
             raise UserError(
                 f"adapter_config.json must contain a JSON object, got {raw!r:.80}."
             )
+        if "peft_type" not in raw and "lora_parameters" in raw:
+            raise UserError(
+                "adapter_config.json is that of an MLX adapter (`lora_parameters`), "
+                "whose tensors have other names and shapes than PEFT's. Fuse it into "
+                "its base with MLX (`mlx_lm.fuse`) and use the fused model."
+            )
         if raw.get("peft_type") != "LORA":
             raise UserError(
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "
@@ -279,7 +291,8 @@ class LoraConfig:
             raise UserError(
                 "adapter_config.json has unknown fields, which may change what the "
                 f"adapter computes: {shown}{more}."
-                f"{did_you_mean(unknown[0], known)}"
+                f"{did_you_mean(unknown[0], known)} `strict`=False (--no-strict) reads "
+                "the file without them."
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
@@ -301,14 +314,16 @@ class LoraConfig:
         return out
 
     def to_peft(self) -> dict[str, Any]:
-        """Returns the content of an `adapter_config.json` that PEFT reads."""
-        out: dict[str, Any] = dict(_REFUSED)
-        # PEFT does not write it.
-        del out["runtime_config"]
+        """Returns the content of an `adapter_config.json`.
+
+        Every PEFT since 0.6 that computes such an adapter reads it. (`peft_version` is
+        left out: it is a field of 0.18.)
+        """
+        out: dict[str, Any] = {"fan_in_fan_out": False}
         for f in dataclasses.fields(self):
-            if f.name in _OUTSIDE:
-                continue
             value = getattr(self, f.name)
+            if f.name in _OUTSIDE or (f.name in _LATER_FIELDS and value == f.default):
+                continue
             if isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):

@@ -3,7 +3,8 @@
 `LlamaConfig` holds the fields that the computation needs, with their names in the file.
 It raises at construction if the model does not compute what they ask for, so that
 nothing else has to check again. The file exists in two generations: transformers 4
-writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`; both are read.
+writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both are
+read, with the precedence of transformers 5 in a file that has both.
 
 A run may change its base's config.json, for a longer context:
 
@@ -205,12 +206,12 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """Returns a `config.json`: `raw` updated with this configuration's values.
 
-        The rope fields are written in the form (transformers 4 or 5) that `raw` has. If
-        it has neither, they are written in that of transformers 4, which every reader
-        knows.
+        The rope fields are written once, in the form that `raw` has: `rope_parameters`
+        (transformers 5), or else `rope_theta` and `rope_scaling` (transformers 4),
+        which every reader knows.
         """
         out = dict(self.raw)
-        out.setdefault("architectures", ["LlamaForCausalLM"])
+        out["architectures"] = ["LlamaForCausalLM"]
         out["model_type"] = "llama"
         out["hidden_act"] = "silu"
         for f in dataclasses.fields(self):
@@ -223,10 +224,16 @@ class LlamaConfig:
                 continue
             out[f.name] = list(value) if isinstance(value, tuple) else value
         scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
-        if "rope_parameters" in out:
+        # Readers take these before, or for want of, what is written below.
+        out.pop("original_max_position_embeddings", None)
+        out.pop("partial_rotary_factor", None)
+        if out.get("rope_parameters"):
+            out.pop("rope_theta", None)
+            out.pop("rope_scaling", None)
             parameters = {"rope_type": "default"} if scaling is None else scaling
             out["rope_parameters"] = {**parameters, "rope_theta": self.rope_theta}
         else:
+            out.pop("rope_parameters", None)
             out["rope_theta"] = self.rope_theta
             out["rope_scaling"] = scaling
         return out
@@ -251,11 +258,15 @@ _INTEGERS = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "original_max_position_embeddings",
     "bos_token_id",
     "pad_token_id",
 )
-_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range")
+_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor")
+# Which of them transformers 5 has in `rope_parameters`.
+_MAY_BE_NULL = ("rope_theta", "partial_rotary_factor")
 _ROPE_NUMBERS = (
+    "partial_rotary_factor",
     "rope_theta",
     "factor",
     "low_freq_factor",
@@ -282,8 +293,8 @@ def _check_types(raw: Mapping[str, Any]) -> None:
             raise type_error(name, "an integer", value)
     for name in _NUMBERS:
         if name in raw and not _is_number(raw[name]):
-            if name == "rope_theta" and raw[name] is None:
-                continue  # a file of transformers 5 has it in `rope_parameters`
+            if name in _MAY_BE_NULL and raw[name] is None:
+                continue
             raise type_error(name, "a number", raw[name])
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         value = raw.get(name)
@@ -322,10 +333,20 @@ def _is_number(value: Any) -> bool:
 def _check_architecture(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or []
-    if kind != "llama" or any(a != "LlamaForCausalLM" for a in architectures):
+    is_headless = kind == "llama" and architectures == ["LlamaModel"]
+    if is_headless and not raw.get("tie_word_embeddings"):
         raise UserError(
-            f"Not a Llama causal language model: config.json has model_type={kind!r:.100}, "
-            f"architectures={list(architectures)!r:.200}. Supported: model_type 'llama', "
+            "config.json: a `LlamaModel` has no output head, and these embeddings are "
+            "not tied to one (`tie_word_embeddings`), so it gives no logits. Start "
+            "from the causal language model that it was taken from."
+        )
+    # The second is what the first conversions of Llama wrote.
+    known = {"LlamaForCausalLM", "LLaMAForCausalLM"}
+    if not is_headless and (kind != "llama" or not known.issuperset(architectures)):
+        raise UserError(
+            "Not a Llama causal language model: config.json has "
+            f"model_type={kind!r:.100}, architectures={list(architectures)!r:.200}. "
+            "Supported: model_type 'llama', "
             "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -359,16 +380,54 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
 
 
 def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    parameters = raw.get("rope_parameters")
-    if parameters is not None:
-        # transformers 5 keeps theta and scaling together.
-        theta = parameters.get("rope_theta", raw.get("rope_theta", 10000.0))
-        scaling = parameters
-    else:
-        theta = raw.get("rope_theta", 10000.0)
-        scaling = raw.get("rope_scaling") or {}
-    theta = float(10000.0 if theta is None else theta)
-    return theta, read_rope_scaling(scaling)
+    """Reads theta and scaling by the precedence of transformers 5.
+
+    `rope_scaling` counts before `rope_parameters`, and a theta in either before the one
+    next to them. What transformers fails on, or passes over, is refused by name.
+    """
+    source = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    fields = dict(raw.get(source) or {})
+    nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(
+            f"config.json: `{source}` has fields for single kinds of layers "
+            f"({', '.join(map(repr, nested))!s:.80}), and the layers of a Llama are of "
+            f"one kind. Write `rope_type` and `rope_theta` directly into `{source}`."
+        )
+    theta_name = f"{source}.rope_theta" if "rope_theta" in fields else "rope_theta"
+    theta = fields.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if theta is None:
+        raise UserError(
+            f"config.json: `{theta_name}` is null, so the base of the rotary "
+            "frequencies is unknown. Write the value of the original checkpoint there "
+            "(Llama 2: 10000, Llama 3: 500000)."
+        )
+    kind = _rope_type(fields, "config.json")
+    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    # transformers' Llama passes over it under "default".
+    if kind != "default" and partial is not None and partial != 1:
+        raise UserError(
+            f"config.json: `partial_rotary_factor`={partial!r:.80} is not supported; a "
+            "Llama rotates whole heads."
+        )
+    if kind == "llama3":
+        native = "original_max_position_embeddings"
+        length = raw.get("max_position_embeddings", 2048)
+        # An own field of the file counts before that of the object.
+        fields[native] = raw.get(native, fields.get(native, length))
+    return float(theta), read_rope_scaling(fields)
+
+
+def _rope_type(scaling: Mapping[str, Any], where: str) -> Any:
+    # `type` is the older name of the key.
+    name = "rope_type" if "rope_type" in scaling else "type"
+    kind = scaling.get(name, "default")
+    if kind is None:
+        raise UserError(
+            f"{where}: `rope_scaling.{name}` is null. Write 'default', 'linear' or "
+            "'llama3', or leave the whole object out."
+        )
+    return kind
 
 
 def read_rope_scaling(
@@ -384,8 +443,7 @@ def read_rope_scaling(
       UserError: another type than "linear" and "llama3", or fields that are missing or
         not numbers.
     """
-    # `type` is the older name of the key.
-    kind = scaling.get("rope_type", scaling.get("type", "default")) or "default"
+    kind = _rope_type(scaling, where)
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):

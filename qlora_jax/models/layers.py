@@ -293,7 +293,7 @@ class _Adaptable(nn.Module):
         # Trained in some layers only. The scan has one program for all of them, so the
         # choice between the two tensors is data.
         if isinstance(frozen, nf4.NF4Tensor):
-            frozen = nf4.dequantize(frozen)
+            frozen = nf4.dequantize(frozen, value.dtype)
         return jnp.where(is_trained, value, frozen.astype(value.dtype))
 
     def adapter(self, compute: Compute, names: tuple[str, ...]) -> ModuleAdapter:

@@ -67,6 +67,14 @@ def is_projection(path: Path) -> bool:
     return path[-1] == "weight" and path[-2] in PROJECTIONS
 
 
+def can_be_packed(path: Path) -> bool:
+    """Returns whether `path` is a weight that may be stored in 4 bits.
+
+    That is a projection or an output head of its own.
+    """
+    return is_projection(path) or path == (*HEAD, "weight")
+
+
 def layers_of(path: Path, config: LlamaConfig) -> list[int | None]:
     """Returns the layer numbers for the names of `path`; [None] if not stacked."""
     return list(range(config.num_hidden_layers)) if is_stacked(path) else [None]

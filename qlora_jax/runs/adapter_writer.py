@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class AdapterWriter:
     """Of the base as it was loaded."""
     files: Mapping[str, bytes]
     """Tokenizer and templates, by `adapter_files`."""
+    base_tables: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    """Weights of the base that are not those of its directory, by module."""
 
     def write(
         self,
@@ -113,6 +115,7 @@ class AdapterWriter:
             or self.config.model.path,
             overwrite=True,
             extra_files={**self.files, TRAINING_RECORD: record},
+            base_tables=self.base_tables,
         )
 
     def write_all(self, state: TrainState) -> None:

@@ -69,6 +69,9 @@ class ModelConfig:
     of its fields, `rope_type` ("linear", "llama3", or "default" for no scaling),
     `factor` and, for llama3, `low_freq_factor`, `high_freq_factor` and
     `original_max_position_embeddings`."""
+    resize_to_adapter: bool = False
+    """Let the vocabulary of the base grow to that of `train.adapter_init`, which was
+    trained with added tokens; its tables stay frozen and are saved with the adapter."""
 
     def __post_init__(self) -> None:
         if self.rope_scaling is not None:

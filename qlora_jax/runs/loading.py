@@ -104,6 +104,12 @@ class Resolved:
             return {**options, "dtype": form["dtype"]}, form["dtype"]
         return {**options, "dtype": common_dtype(self.base)}, main_dtype(self.base)
 
+    def resizes(self, resize_to_adapter: bool | Auto = "auto") -> bool:
+        """Returns whether the base grows to the vocabulary of the adapter."""
+        if resize_to_adapter != "auto":
+            return resize_to_adapter
+        return self.settings is not None and self.settings.model.resize_to_adapter
+
 
 def base_options(
     trained: ModelConfig | None,
@@ -282,6 +288,7 @@ def load(
     kernels: Kernels = "auto",
     attention_cls: Callable[..., nn.Module] | None = None,
     mlp_cls: Callable[..., nn.Module] | None = None,
+    resize_to_adapter: bool | Auto = "auto",
     strict: bool = True,
     progress: bool = False,
 ) -> Model:
@@ -304,6 +311,9 @@ def load(
         come from the directory (`LlamaConfig.extra_tensors`) or from an adapter that
         saves the modules completely (`modules_to_save`).
       mlp_cls: custom MLP modules.
+      resize_to_adapter: let the vocabulary of the base grow to that of an adapter that
+        was trained with added tokens, as PEFT's AutoPeftModel does. "auto" is what a
+        run directory was trained with, and False elsewhere.
       strict: raise for an adapter that does not fit exactly; otherwise what was not
         used is printed on stderr.
       progress: show a progress bar on stderr.
@@ -323,11 +333,19 @@ def load(
     # Random values of parameters that are in no file; `check_weights` demands that the
     # adapter replaces them.
     module, tree = add_parameters(module, tree, jax.random.key(0))
-    config = module.config
+    config, original = module.config, tree
     drawn = set(config.extra_tensors) - set(stored.extra_tensors)
     lora = adapters = None
     if resolved.adapter is not None:
-        lora, adapters = load_attached(resolved.adapter, directory, tree, strict=strict)
+        with_tables = convert.with_saved_tables(
+            config, tree, resolved.adapter, resize=resolved.resizes(resize_to_adapter)
+        )
+        config, tree = with_tables.config, with_tables.base
+        for note in with_tables.notes:
+            say(f"Note: {note}.")
+        lora, adapters = load_attached(
+            resolved.adapter, directory, tree, original=original, strict=strict
+        )
         config = apply_changes(config, lora.base_config_changes)
     check_weights(drawn, tree, lora, directory)
     text = load_tokenization(config, directory, resolved.adapter)

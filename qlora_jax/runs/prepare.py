@@ -140,6 +140,14 @@ def prepare(
     assert loaded is not None
     model, base, drawn = loaded
     starts_fresh = config.train.adapter_init is None
+    if not starts_fresh:
+        with problems.collecting():
+            model, base = _with_adapter_tables(config, model, base)
+    elif config.model.resize_to_adapter:
+        problems.add(
+            "model: `resize_to_adapter` goes with `train.adapter_init`, the adapter "
+            "whose vocabulary the base gets."
+        )
     origin = trained = data = None
     with problems.collecting():
         if not starts_fresh:
@@ -220,6 +228,20 @@ def _abstract_model(
     base = jax.eval_shape(add, shapes)
     drawn = set(complete.config.extra_tensors) - set(architecture.extra_tensors)
     return complete, base, drawn
+
+
+def _with_adapter_tables(
+    config: RunConfig, model: Llama, base: Any
+) -> tuple[Llama, Any]:
+    """Gives the model the vocabulary and tables of `train.adapter_init`."""
+    path = config.train.adapter_init
+    assert path is not None
+    out = convert.with_saved_tables(
+        model.config, base, path, resize=config.model.resize_to_adapter
+    )
+    for note in out.notes:
+        say(f"Note: {note}.")
+    return model.clone(config=out.config), out.base
 
 
 def _with_initial_adapter(

@@ -119,16 +119,27 @@ class LoadedBase:
     fingerprint: str
     initial_adapters: Any
     """Those of `train.adapter_init`; None = the run starts with fresh ones."""
+    tables: Mapping[tuple[str, ...], Any]
+    """Weights of `tree` that come from that adapter's file, by module."""
 
 
 def _load_base(prepared: PreparedRun) -> LoadedBase:
     """Loads the base into the memories of the plan; describes what is trained."""
     config, policy = prepared.config, prepared.compiled.plan.policy
     say(f"Loading `{config.model.path}`.")
-    _, base = convert.load_llama(
+    architecture, base = convert.load_llama(
         config.model.path, **prepared.base_options, progress=sys.stderr.isatty()
     )
     fingerprint = fingerprint_tree(base)
+    tables: Mapping[tuple[str, ...], Any] = {}
+    if config.train.adapter_init is not None:
+        with_tables = convert.with_saved_tables(
+            architecture,
+            base,
+            config.train.adapter_init,
+            resize=config.model.resize_to_adapter,
+        )
+        base, tables = with_tables.base, with_tables.tables
     key = jax.random.key(config.train.seed)
     _, base = add_parameters(prepared.model, base, key)
     base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
@@ -145,7 +156,7 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     for group in prepared.optimizer_groups:
         say(f"  {group}")
     _note_untrained(base, prepared.selection, prepared.data.examples.used())
-    return LoadedBase(base, fingerprint, initial)
+    return LoadedBase(base, fingerprint, initial, tables)
 
 
 def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str, Any]:
@@ -199,6 +210,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     architecture=prepared.model.config,
                     base=base,
                     fingerprint=loaded.fingerprint,
+                    base_tables=loaded.tables,
                     files=files,
                 ),
             )

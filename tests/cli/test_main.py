@@ -18,14 +18,17 @@ import pytest
 import safetensors.numpy
 
 import convert
+from qlora_jax.cli.generate import Chat
 from qlora_jax.cli.main import main
 from qlora_jax.cli.options import join_lines
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import DataConfig, load_examples
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.init import init_adapters
+from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.toml import read_config
+from qlora_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,6 +192,20 @@ def test_train_then_ask_about_the_run(cli, settings, out, refused, rows_file):
     # Without its tokenizer a run cannot be asked for text, and says so.
     status, _, err = cli("generate", out, "--prompt", "Once")
     assert status == 1 and "has no tokenizer" in paragraph(err, "generate")
+
+
+def test_variables_of_the_template_are_those_of_the_run_and_options_win(capsys):
+    data = DataConfig(
+        path="rows",
+        format="messages",
+        chat_template_kwargs={"enable_thinking": False, "style": "short"},
+    )
+    run = RunConfig(ModelConfig("base"), data, TrainConfig(steps=1))
+    options = Chat(path="run", chat_template_kwargs='{"style": "long"}')
+    variables = options.template_settings(run)["chat_template_kwargs"]
+    assert variables == {"enable_thinking": False, "style": "long"}
+    assert '"enable_thinking": false' in capsys.readouterr().err
+    assert Chat(path="run").template_settings(None)["chat_template_kwargs"] is None
 
 
 @pytest.mark.real

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert.added_tokens import copy_with_added_tokens
 from convert.tokenizer import load_tokenizer
 from qlora_jax.runs.loading import load
 
@@ -74,7 +75,18 @@ def test_new_tokens_get_rows_and_names(shared_data, tmp_path, report):
     assert added["new_tokens"] == [512, 513] and added["new_vocab_size"] == 514
     tokenizer = load_tokenizer(out)
     ids = tokenizer("<ask>Once")["input_ids"]
-    assert 512 in ids
+    assert 512 in ids and "<ask>" not in tokenizer.decode(ids, skip_special_tokens=True)
+    # The files are those of the base, with two tokens more.
+    before, after = ((d / "tokenizer_config.json").read_text() for d in (source, out))
+    assert before == after
+    before, after = (
+        json.loads((d / "tokenizer.json").read_text()) for d in (source, out)
+    )
+    added = after.pop("added_tokens")
+    assert added[:-2] == before.pop("added_tokens") and before == after
+    assert [(t["id"], t["content"]) for t in added[-2:]] == (
+        [(512, "<ask>"), (513, "<answer>")]
+    )
     model = load(out, dtype="float32", quantization=None)
     assert model.logits([ids]).shape[-1] == 514
     plain = load(source, dtype="float32", quantization=None)
@@ -83,6 +95,28 @@ def test_new_tokens_get_rows_and_names(shared_data, tmp_path, report):
     np.testing.assert_allclose(
         model.logits(tokens)[..., :512], plain.logits(tokens), atol=3e-5
     )
+
+
+@pytest.mark.parametrize("older", ["added_tokens.json", "added_tokens_decoder"])
+def test_tokens_are_added_wherever_the_tokenizer_lists_them(
+    shared_data, tmp_path, older
+):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir(), out.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((shared_data / "stories260K" / name).read_bytes())
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    if older == "added_tokens_decoder":
+        config[older] = {"0": {"content": "<unk>", "special": True}}
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        (source / older).write_text("{}")
+    copy_with_added_tokens(source, out, ["<é>"])
+    listed = json.loads((out / "tokenizer_config.json").read_text()).get(older)
+    if older == "added_tokens.json":
+        assert json.loads((out / older).read_text()) == {"<é>": 512}
+    else:
+        assert listed["0"] == config[older]["0"] and listed["512"]["content"] == "<é>"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import convert
 from convert import bnb
 from convert.files import Mismatches, TensorFiles, read_header
-from convert.output import write_safetensors
+from convert.output import Entry, write_safetensors
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.nf4 import quantize
+from qlora_jax.nf4 import NF4_CODE, quantize
 from tests.convert.reference import (
     MODEL,
     edit_json,
@@ -78,6 +78,33 @@ def test_any_shape_and_storage_comes_back(tmp_path, shape, storage, double_quant
     assert equal_arrays(back, tensor)
 
 
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+@pytest.mark.parametrize("shape", [(8, 256), (6, 64), (3, 65)])
+def test_blocks_of_other_sizes_are_read_and_come_back(tmp_path, shape, block_size):
+    rng = np.random.default_rng(0)
+    size, out = shape[0] * shape[1], tmp_path / "x.safetensors"
+    codes = rng.integers(0, 256, -(-size // 2), np.uint8)
+    absmax = rng.uniform(0.5, 1, -(-size // block_size)).astype(np.float32)
+    raw = {"quant_type": "nf4", "blocksize": block_size, "dtype": "float32"}
+    tensors = {
+        "w": codes.reshape(-1, 1),
+        "w.absmax": absmax,
+        "w.quant_map": NF4_CODE,
+        f"w{SUFFIX}": np.frombuffer(
+            json.dumps({**raw, "shape": list(shape)}).encode(), np.uint8
+        ),
+    }
+    write_safetensors(out, [Entry.of(n, t) for n, t in tensors.items()], {})
+    tensor, _ = read_checked(open_file(out), "w", shape)
+    index = np.stack([codes >> 4, codes & 15], -1).reshape(-1)[:size]
+    want = (NF4_CODE[index] * np.repeat(absmax, block_size)[:size]).reshape(shape)
+    np.testing.assert_array_equal(bnb.dequantize(tensor), want)
+    again = bnb.entries("w", tensor, None, quant_storage="uint8")
+    assert {e.name: e.read().tobytes() for e in again} == {
+        name: value.tobytes() for name, value in tensors.items()
+    }
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ["llama32/nf4", "llama32/nf4_dq", "llama2/nf4"])
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
@@ -142,9 +169,10 @@ def call_fp4(tensors):
     tensors[STATE.replace("nf4", "fp4")] = tensors.pop(STATE)
 
 
-def quantize_head(tensors):
-    head = quantize(tensors.pop("lm_head.weight"), double_quant=False)
-    for entry in bnb.entries("lm_head.weight", head, None, quant_storage="uint8"):
+def quantize_embedding(tensors):
+    key = "model.embed_tokens.weight"
+    table = quantize(tensors.pop(key), double_quant=False)
+    for entry in bnb.entries(key, table, None, quant_storage="uint8"):
         tensors[entry.name] = entry.read()
 
 
@@ -156,7 +184,9 @@ PARTS = [
     (".nested_quant_map", "F32", r"\[255\] instead of \[256\]"),
 ]
 DAMAGES = [
-    (state(blocksize=128), "`blocksize` is 128; only 64"),
+    (state(blocksize=96), "`blocksize` is 96; expected one of 32, 64, 128"),
+    (state(blocksize=64.0), "`blocksize` is 64.0; expected"),
+    (state(blocksize=128), r"absmax \[64\] instead of \[32\]"),
     (state(quant_type="fp4"), "`quant_type` is 'fp4'; only 'nf4'"),
     (state(dtype="int8"), "`dtype` is 'int8'; expected a 16 or 32-bit float"),
     (state(nested_blocksize=128), "`nested_blocksize` is 128; only 256"),
@@ -171,7 +201,6 @@ DAMAGES = [
     ),
     (state(quant_type=["nf4"]), r"`quant_type` is \['nf4'\]; only"),
     (state(dtype={}), "`dtype` is {}; expected"),
-    (state(blocksize=64.0), r"`blocksize` is 64\.0; only"),
     (state(shape=[32, 128]), r"q_proj.weight \[32, 128\] instead of \[64, 64\]"),
     *(
         (text_of_state(text), f"1 unusable quantization.*{STATE}")
@@ -198,7 +227,7 @@ DAMAGES = [
         f"Tensor `{Q}` contains NaN",
     ),
     (call_fp4, f"FP4, which is not supported.*: {Q}"),
-    (quantize_head, "must stay 16-bit .*: lm_head.weight"),
+    (quantize_embedding, "must stay 16-bit .*: model.embed_tokens.weight"),
 ]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import os
 from pathlib import Path
@@ -150,9 +151,27 @@ def test_dtype_casts_what_stays_dense_and_nothing_else(make_model, stored, dtype
     kept = dict(trees.walk(convert.load_llama(path)[1]))
     for where, leaf in trees.walk(convert.load_llama(path, dtype=dtype)[1]):
         expected = kept[where]
-        if not isinstance(leaf, NF4Tensor):
+        if isinstance(leaf, NF4Tensor):
+            # The same codes and scales, of weights in this dtype.
+            expected = dataclasses.replace(expected, dtype=dtype)
+        else:
             expected = expected.astype(dtype)
         assert equal_arrays(leaf, expected)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_quantized_weights_are_values_of_the_dtype_they_are_loaded_in(
+    make_model, tmp_path, dtype
+):
+    path = make_model(dtype=BF16)
+    for source in (path, tmp_path / "packed"):
+        config, base = convert.load_llama(source, quantization="nf4", dtype=dtype)
+        weight = base["model"]["layers"]["mlp"]["up_proj"]["weight"]
+        # Those of a 4-bit directory are what they were packed from.
+        assert weight.dtype == ("bfloat16" if source != path or not dtype else dtype)
+        if source == path:
+            _, stored = convert.load_llama(path, quantization="nf4")
+            convert.save_llama(tmp_path / "packed", config, stored)
 
 
 def test_layers_of_different_dtypes_need_a_dtype(make_model):

@@ -134,6 +134,18 @@ def test_onto_what_quantization_makes(make_model, adapter, tmp_path, quantizatio
     assert equal_arrays(all_tensors(a)[key], bnb.dequantize(rounded))
 
 
+def test_onto_a_quantized_head(tiny_model, adapter, tmp_path, out):
+    options = {"onto": "dequantized", "quantization": "nf4_dq"}
+    report = convert.merge(tiny_model, adapter, out, quantize_lm_head=True, **options)
+    assert report["quantize_lm_head"] is True
+    head = convert.load_llama(tiny_model, quantization=None)[1]["lm_head"]["weight"]
+    merged = convert.load_llama(out, quantization=None)[1]["lm_head"]["weight"]
+    want = bnb.dequantize(quantize(head, double_quant=True))
+    np.testing.assert_array_equal(merged, want)
+    with pytest.raises(UserError, match="`quantize_lm_head` goes with"):
+        convert.merge(tiny_model, adapter, tmp_path / "no", quantize_lm_head=True)
+
+
 @pytest.mark.golden
 def test_dense_copy_of_a_4bit_directory(golden, out):
     source = golden / "llama2/nf4"

@@ -202,6 +202,9 @@ def test_every_form_a_base_is_trained_in_is_found(llama_dir, tmp_path, stored):
         _, base = convert.load_llama(path, quantization=quantization, dtype=dtype)
         form = trained_form(path, fingerprint_tree(base))
         assert form == f"{quantization or 'none'}, {dtype or np.dtype(stored).name}"
+    head = {"quantization": "nf4", "quantize_lm_head": True, "dtype": "bfloat16"}
+    form = trained_form(path, fingerprint_tree(convert.load_llama(path, **head)[1]))
+    assert form == "nf4 (lm_head too), bfloat16"
     assert trained_form(path, "0" * 64) is None
 
 

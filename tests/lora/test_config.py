@@ -377,6 +377,48 @@ def test_files_of_peft_come_back_equal_and_are_read_as_written(golden):
     ]
 
 
+# The fields of PEFT's LoraConfig, by the first version that has them (of those that we
+# write or could write). Up to 0.13 a field of a later version is a TypeError.
+PEFT_FIELDS = {
+    "0.6": "peft_type auto_mapping base_model_name_or_path revision task_type "
+    "inference_mode r target_modules lora_alpha lora_dropout fan_in_fan_out bias "
+    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern "
+    "alpha_pattern",
+    "0.7": "megatron_config megatron_core loftq_config",
+    "0.8": "use_rslora",
+    "0.9": "use_dora",
+    "0.10": "layer_replication",
+    "0.14": "exclude_modules eva_config lora_bias",
+    "0.15": "trainable_token_indices corda_config",
+    "0.18": "ensure_weight_tying peft_version",
+}
+
+
+@pytest.mark.parametrize(
+    "fields, version",
+    [
+        ({}, "0.6"),
+        ({"rank_pattern": {"q_proj": 2}, "modules_to_save": ("lm_head",)}, "0.6"),
+        ({"layers_to_transform": (0,), "layers_pattern": "layers"}, "0.6"),
+        ({"use_rslora": True}, "0.8"),
+        ({"use_dora": True}, "0.9"),
+        ({"exclude_modules": ("k_proj",)}, "0.14"),
+        ({"lora_bias": True}, "0.14"),
+        ({"trainable_token_indices": (3,)}, "0.15"),
+        ({"ensure_weight_tying": True}, "0.18"),
+    ],
+)
+def test_the_oldest_peft_that_computes_an_adapter_reads_its_file(fields, version):
+    versions = list(PEFT_FIELDS)
+    known = {
+        name
+        for older in versions[: versions.index(version) + 1]
+        for name in PEFT_FIELDS[older].split()
+    }
+    written = LoraConfig(**fields).to_peft()
+    assert set(written) <= known and set(fields) <= set(written)
+
+
 def test_how_an_adapter_started_does_not_matter_in_a_file():
     for init in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
         read = init if init in ("gaussian", "orthogonal") else "default"

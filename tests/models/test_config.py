@@ -69,6 +69,74 @@ def test_both_generations_of_rope_fields_read_equal(scaling):
     assert four.rope_theta == 5e5
 
 
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+NO_NATIVE = {k: v for k, v in LLAMA3.items() if not k.startswith("original")}
+
+
+# Values: what transformers computes with (tests/peer/test_rope_fields.py).
+ROPE_FIELDS = [
+    ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5, None),
+    ({"rope_parameters": DEFAULT, "rope_theta": None}, 5e5, None),
+    ({"rope_parameters": DEFAULT, "rope_scaling": {}}, 5e5, None),
+    ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, 1e4, LINEAR),
+    ({"rope_parameters": LINEAR, "rope_scaling": DEFAULT}, 5e5, None),
+    ({"rope_scaling": {**LLAMA3, "rope_theta": 5e5}}, 5e5, LLAMA3),
+    ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, 1e4, None),
+    (
+        {"rope_scaling": NO_NATIVE, "max_position_embeddings": 8192},
+        *(1e4, LLAMA3),
+    ),
+    (
+        {
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 5},
+            "original_max_position_embeddings": 8192,
+        },
+        *(1e4, LLAMA3),
+    ),
+    ({"rope_theta": 5e5, "partial_rotary_factor": 0.5}, 5e5, None),
+    ({"rope_scaling": {**LINEAR, "partial_rotary_factor": 1}}, 1e4, LINEAR),
+]
+
+
+@pytest.mark.parametrize("fields, theta, scaling", ROPE_FIELDS)
+def test_rope_fields_have_the_precedence_of_transformers(fields, theta, scaling):
+    config = read(**fields)
+    assert config.rope_theta == theta
+    assert config.rope_scaling == (scaling and RopeScaling(**scaling))
+    # Written once, so that no reader can prefer another.
+    written = config.to_hf()
+    assert LlamaConfig.from_hf(written) == config
+    assert ("rope_parameters" in written) != ("rope_scaling" in written)
+    assert ("rope_parameters" in written) != ("rope_theta" in written)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rope_theta": None}, "`rope_theta` is null"),
+        ({"rope_theta": None, "rope_scaling": LINEAR}, "`rope_theta` is null"),
+        (
+            {"rope_parameters": {**DEFAULT, "rope_theta": None}, "rope_theta": 5e5},
+            "`rope_parameters.rope_theta` is null",
+        ),
+        (
+            {"rope_parameters": {"full_attention": DEFAULT}},
+            "single kinds of layers .'full_attention'",
+        ),
+        ({"rope_scaling": {"rope_type": None, "type": "linear"}}, "rope_type` is null"),
+        (
+            {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}},
+            "`partial_rotary_factor`=0.5 is not supported",
+        ),
+        ({"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "=0.5 is not supp"),
+        ({"partial_rotary_factor": "x"}, "`partial_rotary_factor` must be a number"),
+    ],
+)
+def test_rope_fields_that_transformers_fails_on_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        read(**fields)
+
+
 def test_a_config_is_hashable_and_raw_is_not_compared():
     one, two = read(comment="a"), read(comment="b")
     assert one == two and hash(one) == hash(two)
@@ -143,7 +211,7 @@ GATE = "model.layers.self_attn.gate.weight"
         (
             "rope_scaling",
             {"rope_type": "llama3", "factor": 8.0},
-            "needs `low_freq_factor`, `high_freq_factor`, `original_max_pos",
+            "needs `low_freq_factor`, `high_freq_factor`.$",
         ),
         ("rope_scaling", {**LLAMA3, "factor": 0.0}, "factor` must be > 0, got 0"),
         (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from convert import bnb
+from qlora_jax import nf4
 from qlora_jax.nf4 import DYNAMIC_MAP, NF4_CODE, is_aligned, quantize
 
 pytestmark = pytest.mark.peer
@@ -103,6 +104,9 @@ def test_their_codes_dequantize_to_their_weights(
         got = to_torch(np.array(bnb.dequantize(ours)))
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected), shape
+        # What `matmul_4bit` multiplies with in another dtype.
+        got = to_torch(np.array(nf4.dequantize(ours, np.float32)))
+        assert torch.equal(got, expected.float()), shape
 
 
 def test_the_tables_are_equal(theirs):

@@ -6,6 +6,9 @@
 import functools
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -292,3 +295,23 @@ def test_ten_qlora_steps_side_by_side(golden, torch, peft, theirs, tmp_path):
         assert abs(float(metrics["loss"]) - loss) <= LOSS
         assert abs(float(metrics["grad_norm"]) / norm - 1) <= 1e-4
     assert expected[-1][0] < expected[0][0] - 100 * LOSS
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.10.0", "0.13.2"])
+def test_older_versions_of_peft_read_our_configuration(version, dense, tmp_path):
+    root = Path(sys.prefix) / f"peft-{version}"
+    if not root.is_dir():
+        pytest.skip(f"`make peer` installs PEFT {version} into `{root}`")
+    lora, config = LoraConfig(r=3), convert.open_config(dense)
+    base = convert.load_llama(dense, quantization=None)[1]
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    convert.save_adapter(tmp_path / "adapter", lora, adapters, config)
+    script = Path(__file__).with_name("old_peft.py")
+    out = subprocess.run(
+        [sys.executable, script, root, tmp_path / "adapter"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read = json.loads(out.stdout)
+    assert read == {"r": 3, "target_modules": sorted(lora.target_modules)}

@@ -58,7 +58,7 @@ def trained(make, base, tmp_path, capsys):
             train=train or {},
         )
         architecture = LlamaConfig(260, 8, 8, 1, 1, 1, 8, eos_token_id=1)
-        loaded = _load_data(config, architecture)
+        _, loaded = _load_data(config, architecture)
         ends = loaded.trained_ends
         files = adapter_files(config, architecture, loaded.tokenizer, ends)
         return loaded, files, " ".join(capsys.readouterr().err.split())

@@ -18,11 +18,13 @@ import convert
 from convert.peft import open_adapter
 from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
-from qlora_jax.errors import UserError
+from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference import model as inference
 from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.init import init_adapters
 from qlora_jax.lora.targets import select
 from qlora_jax.models.config import RopeScaling
+from qlora_jax.models.vocabulary import add_tokens
 from qlora_jax.runs import runner
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.loading import load
@@ -353,3 +355,34 @@ def test_hot_swap(make, straight, tmp_path):
     bare = first.attach(None)
     assert bare.adapters is None and bare.base is first.base
     assert jax.tree.structure(first.adapters) == jax.tree.structure(second.adapters)
+
+
+def test_a_run_from_a_grown_vocabulary_keeps_its_tables(tmp_path, make, llama_dir):
+    config, base = convert.load_llama(llama_dir, quantization=None)
+    size = config.vocab_size + 4
+    larger, tree = add_tokens(
+        config, base, tokenizer_size=config.vocab_size, count=4, how=3
+    )
+    lora, start = LoraConfig(r=4, lora_alpha=8), tmp_path / "start"
+    adapters = init_adapters(jax.random.key(0), tree, lora)
+    table = tree["model"]["embed_tokens"]["weight"]
+    tables = {("model", "embed_tokens"): table}
+    if not config.tie_word_embeddings:
+        tables["lm_head",] = tree["lm_head"]["weight"]
+    convert.save_adapter(start, lora, adapters, larger, base_tables=tables)
+
+    train = {"steps": 1, "adapter_init": str(start)}
+    with pytest.raises(CheckpointError, match=f"of {size} tokens, and this base has"):
+        run(make(tmp_path / "run", {}, **train))
+    model = {"resize_to_adapter": True, "quantization": "none"}
+    run(make(tmp_path / "run", {}, **train, model=model))
+    # The tables are in the adapter again, as they were, and nothing trained them.
+    loaded = load(tmp_path / "run")
+    assert loaded.config.vocab_size == size
+    assert loaded.lora_config.modules_to_save is None
+    np.testing.assert_array_equal(
+        loaded.base["model"]["embed_tokens"]["weight"], table.astype(np.float32)
+    )
+    # Only with an adapter is there a vocabulary to grow to.
+    with pytest.raises(UserError, match="`resize_to_adapter` goes with"):
+        run(make(tmp_path / "two", {}, model=model))

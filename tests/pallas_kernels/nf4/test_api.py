@@ -45,6 +45,22 @@ def test_dequantize_gives_the_same_bits(implementation, nested, dtype, stack, la
             np.testing.assert_array_equal(bits(got), bits(want))
 
 
+@pytest.mark.parametrize(
+    "stored, dtype", [("bfloat16", "float32"), ("bfloat16", "float16")]
+)
+def test_weights_are_rounded_to_the_dtype_they_were_stored_in(
+    implementation, stored, dtype, random_packed
+):
+    shape = (32, 192)
+    packed = random_packed(shape, nested=True)
+    want = nf4_dequantize(*packed, shape=shape, dtype=stored).astype(dtype)
+    named = {"shape": shape, "stored_dtype": stored, "implementation": implementation}
+    np.testing.assert_array_equal(nf4_dequantize(*packed, dtype=dtype, **named), want)
+    # Few rows too, which are not multiplied from the packed bytes then.
+    x = jnp.eye(4, 192, dtype=dtype)
+    np.testing.assert_array_equal(nf4_matmul(x, *packed, **named), want[:, :4].T)
+
+
 def test_a_layer_that_does_not_exist_is_the_nearest_that_does(implementation, stack):
     packed = stack((16, 64), nested=False)
     named = {"shape": (16, 64), "dtype": "float32", "implementation": implementation}
