@@ -64,13 +64,13 @@ def test_each_step_is_one_row_with_its_learning_rate_on_disk_at_once(tmp_path, c
     np.testing.assert_allclose([r["learning_rate"] for r in rows], expected, 1e-6)
     assert all(r["tokens_per_second"] * r["seconds"] == pytest.approx(20) for r in rows)
     assert watch.last_loss == 0.0 and watch.seconds_to_first_step > 0
-    # Without a terminal progress is a line every few steps.
+    # Without a terminal progress is a line for the first step and every few.
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert [line.split()[1] for line in lines] == ["2/6", "4/6", "6/6"]
-    assert "loss 4.0000" in lines[0] and "lr 2.50e-01" in lines[0]
-    assert lines[0].endswith("s left")
+    assert [line.split()[1] for line in lines] == ["1/6", "2/6", "4/6", "6/6"]
+    assert "loss 4.0000" in lines[1] and "lr 2.50e-01" in lines[1]
+    assert lines[1].endswith("s left") and "left" not in lines[0]
 
 
 def test_rows_and_samples_are_kept_up_to_the_step_continued_from(tmp_path, capsys):
