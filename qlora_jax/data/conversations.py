@@ -113,7 +113,13 @@ def _container(row: dict[str, Any], where: str) -> str:
             f"{where}: expected a conversation in one of "
             f"{', '.join(f'`{name}`' for name in _CONTAINERS)} (or in the field that "
             "`data.messages` names), or columns of a question and its answer, e.g. "
-            f"`instruction` and `output`; the row has {fields_of(row)}."
+            f"`instruction` and `output`; the row has {fields_of(row)}. "
+            + (
+                "format='text' reads `text`."
+                if "text" in row
+                else "`data.prompt` and `data.completion` name other columns, e.g. "
+                "'{my_question}' and '{my_answer}'."
+            )
         )
     filled = [name for name in present if row[name]]
     # `data` is a common name of columns of another kind.

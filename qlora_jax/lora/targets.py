@@ -566,11 +566,19 @@ def _nothing_matches(inventory: _Inventory, lora: LoraConfig) -> UserError:
     values = {name: getattr(lora, name) for name in (*limits, "modules_to_save")}
     set_limits = [f"`{k}`={v!r:.200}" for k, v in values.items() if v is not None]
     count = max((n for _, n in inventory.modules.values() if n is not None), default=0)
+    # A string is a pattern, so that the name of a module alone matches none.
+    is_name = isinstance(targets, str) and targets in names
+    suggestion = (
+        " A string is a regular expression for the full path of a module; modules are "
+        f'named in a list: ["{targets}"].'
+        if is_name
+        else did_you_mean(targets, names)
+    )
     return UserError(
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
         f"of this model{' under ' if set_limits else ''}{', '.join(set_limits)}."
         + (f" Layers here: 0 to {count - 1}." if absent_layers(lora, count) else "")
-        + did_you_mean(targets, names)
+        + suggestion
         + f" Modules here: {', '.join(sorted(names))}."
     )
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from qlora_jax.choices import (
     Attention,
@@ -298,3 +298,20 @@ class RunConfig:
     def eval_batch_size(self) -> int:
         """Held-out rows at a time."""
         return self.eval.batch_size or self.train.batch_size
+
+
+def config_sections() -> dict[str, Any]:
+    """Returns the sections of a run and their classes."""
+    hints = get_type_hints(RunConfig)
+    return {name: cls for name, cls in hints.items() if dataclasses.is_dataclass(cls)}
+
+
+def setting_keys() -> set[str]:
+    """Returns the keys of all settings of a run: "train.steps", "output_dir"."""
+    sections = config_sections()
+    top = {f.name for f in dataclasses.fields(RunConfig)} - sections.keys()
+    return top.union(
+        f"{section}.{f.name}"
+        for section, cls in sections.items()
+        for f in dataclasses.fields(cls)
+    )

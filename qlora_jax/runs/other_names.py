@@ -1,10 +1,11 @@
-"""Names that TRL, PEFT and Unsloth give to the settings of a run, for hints."""
+"""Hints for names of TRL, PEFT and Unsloth, and for ours in another section."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from qlora_jax.errors import UserError
+from qlora_jax.runs.config import setting_keys
 
 # Their name -> the key of ours, or a sentence where there is no such setting.
 _NAMES = {
@@ -62,7 +63,7 @@ _NAMES = {
     "fp16": 'Here it is `model.dtype` = "float16".',
     "gradient_checkpointing": "Here it is `model.remat`.",
     "use_gradient_checkpointing": "Here it is `model.remat`.",
-    "warmup_ratio": "Warm-up is counted in steps: `train.warmup_steps`.",
+    "warmup_ratio": "Here it is `train.warmup_steps`: a value below 1 is a share.",
     "resume": "The same command continues a run that was stopped.",
     "resume_from_checkpoint": "The same command continues a run that was stopped.",
     "config": "A run file is given without an option: `qlora-jax train run.toml`.",
@@ -70,18 +71,36 @@ _NAMES = {
 
 
 def hint(name: str) -> str:
-    """Returns what a name of another library is here, with a space before; or ""."""
-    ours = _NAMES.get(name.replace("-", "_"), "")
-    return f" Here it is `{ours}`." if ours and " " not in ours else f" {ours}".rstrip()
+    """Returns where a setting is to be found, as a sentence with a space before it.
+
+    Args:
+      name: of a setting in another library, or of one of ours without its section.
+
+    Returns:
+      "" where the name is known as neither.
+    """
+    name = name.replace("-", "_")
+    ours = _NAMES.get(name, "")
+    if " " in ours:
+        return f" {ours}"
+    keys = [ours] if ours else _keys_of(name)
+    return f" Here it is {' or '.join(f'`{key}`' for key in keys)}." if keys else ""
+
+
+def _keys_of(name: str) -> list[str]:
+    """Returns the keys of the settings with a name, in any section."""
+    return sorted(key for key in setting_keys() if key.rpartition(".")[2] == name)
 
 
 def check_options(args: Sequence[str]) -> None:
-    """Refuses options that have a name of another library.
+    """Refuses options with a name of another library, or with ours in another section.
 
     Raises:
-      UserError: with our name for it.
+      UserError: with the key here.
     """
+    keys = setting_keys()
     for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        ours = hint(option.removeprefix("--").rpartition(".")[2])
+        key = option.removeprefix("--")
+        ours = "" if key.replace("-", "_") in keys else hint(key.rpartition(".")[2])
         if ours:
             raise UserError(f"There is no option `{option}`.{ours}")

@@ -17,7 +17,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.config import RunConfig, config_sections, setting_keys
 from qlora_jax.runs.toml import read_table
 from qlora_jax.tree import FrozenDict
 
@@ -29,7 +29,7 @@ _TABLES = ("rank_pattern", "alpha_pattern")
 
 def option_keys(args: Sequence[str]) -> set[str]:
     """Returns the keys of the settings that options of a command line give."""
-    known = _keys()
+    known = setting_keys()
     options = (_OPTION.match(arg) for arg in args)
     names = (match["key"].replace("-", "_") for match in options if match)
     keys = set()
@@ -40,17 +40,6 @@ def option_keys(args: Sequence[str]) -> set[str]:
         # A flag has a second spelling that switches it off.
         keys |= {key, re.sub(r"(^|\.)no_", r"\1", key)} & known
     return keys
-
-
-def _keys() -> set[str]:
-    """The keys of all settings of a run."""
-    sections = _sections()
-    top = {f.name for f in dataclasses.fields(RunConfig)} - sections.keys()
-    return top.union(
-        f"{section}.{f.name}"
-        for section, cls in sections.items()
-        for f in dataclasses.fields(cls)
-    )
 
 
 def values_of(options: Any, keys: Iterable[str]) -> dict[str, Any]:
@@ -97,7 +86,7 @@ def unchecked_config(config: RunConfig | None = None) -> tuple[type[RunConfig], 
             (cls,),
             {"__post_init__": lambda self: None, "__doc__": cls.__doc__},
         )
-        for name, cls in _sections().items()
+        for name, cls in config_sections().items()
     }
     body: dict[str, Any] = {
         "__annotations__": {**get_type_hints(RunConfig), **sections},
@@ -113,12 +102,6 @@ def unchecked_config(config: RunConfig | None = None) -> tuple[type[RunConfig], 
     for name, cls in sections.items():
         values[name] = cls(**_fields(values[name]))
     return like, like(**values)
-
-
-def _sections() -> dict[str, Any]:
-    """The sections of a run and their classes."""
-    hints = get_type_hints(RunConfig)
-    return {name: cls for name, cls in hints.items() if dataclasses.is_dataclass(cls)}
 
 
 def _fields(instance: Any) -> dict[str, Any]:

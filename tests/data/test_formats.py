@@ -256,11 +256,13 @@ def test_a_question_and_its_answer_are_turns_of_the_chat_template(
         ),
         ({"instruction": "a", "output": "b"}, "text", "or format='alpaca'"),
         ({"conversations": []}, "prompt_completion", "format='messages' reads conver"),
+        ({"text": "a"}, "messages", "format='text' reads `text`"),
+        ({"ask": "a", "reply": "b"}, "messages", "`data.prompt` and `data.completion`"),
     ],
 )
-def test_the_format_of_known_fields_is_named(load, row, format, hint):
+def test_the_format_of_known_fields_is_named(load, chatml, row, format, hint):
     with pytest.raises(UserError, match=hint):
-        load([row], format=format)
+        load([row], chatml, format=format)
 
 
 # --- texts that a chat template has written ---

@@ -315,6 +315,10 @@ def saved(*names):
         (config("q_projj"), rf"=\('q_projj',\) {NOWHERE}q_proj.*{HERE}"),
         (config("wq", "wk"), r"=\('wq', 'wk'\) matches no .* Modules he"),
         (config("norm"), "matches no linear module"),
+        (
+            LoraConfig(target_modules="q_proj"),
+            r'a regular expression .* in a list: \["q_proj"\]\.',
+        ),
         (config(r".*nothing"), r"='\.\*nothing' matches no linear module"),
         (
             config(layers_to_transform=(7,)),
