@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
@@ -115,6 +116,21 @@ def test_a_token_across_the_end_of_an_answer_is_supervised_as_in_hf(byte_tokeniz
     assert_as_hf(tokenizer, turns)
     (encoded,) = tokenize(tokenizer, [Segmented("a\nb!\n", [(2, 4)])])
     assert encoded.straddles and (encoded.labels != IGNORE).tolist()[-1]
+
+
+def test_spaces_that_offsets_leave_out_are_supervised(byte_tokenizer):
+    # The tokenizers of GPT-2 and SmolLM give "   b" the offsets of "b".
+    tokenizer = byte_tokenizer(specials=SPECIALS, merges=[("Ġ", "Ġ"), ("Ġ", "b")])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.chat_template = CHATML
+    turns = [
+        {"role": "user", "content": " a "},
+        {"role": "assistant", "content": "if a:\n   b  \n   b"},
+    ]
+    assert_as_hf(tokenizer, turns)
+    (encoded,) = tokenize(tokenizer, [Segmented("a b", [(2, 3)])])
+    assert encoded.straddles and (encoded.labels != IGNORE).tolist() == [False, True]
 
 
 def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
