@@ -4,12 +4,17 @@ Data sets spell conversations in many ways. Those that are known are read, and w
 recognised is noted for the report, because it is a guess.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.rows import Reading, fields_of
+from qlora_jax.data.rows import (
+    Reading,
+    RepeatedKeyError,
+    fields_of,
+    parse_json,
+    to_json,
+)
 from qlora_jax.errors import UserError
 
 _CONTAINERS = ("messages", "conversations", "conversation", "data")
@@ -80,7 +85,7 @@ def to_messages(
     turns = row.get(field)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
-            turns = json.loads(turns)
+            turns = parse_json(turns)
         except ValueError as error:
             raise UserError(
                 f"{where}: `{field}` is not valid JSON: {error}."
@@ -215,7 +220,7 @@ def _template_role(role: str, at: str, roles: Mapping[str, str] | None) -> str:
 def _call_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
     """Turns the JSON of a `function_call` turn into the assistant's `tool_calls`."""
     try:
-        calls = json.loads(turn.get("content") or "")
+        calls = parse_json(turn.get("content") or "")
     except (TypeError, ValueError):
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
@@ -306,7 +311,7 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
     """Decodes the arguments of a turn's tool calls; drops an empty list of them.
 
     Raises:
-      UserError: `tool_calls` is not a list.
+      UserError: `tool_calls` is not a list, or holds what JSON does not have.
     """
     if not turn.get("tool_calls"):
         turn.pop("tool_calls", None)
@@ -324,12 +329,15 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
         if not isinstance(arguments, str):
             return call
         try:
-            value = json.loads(arguments)
+            value = parse_json(arguments)
+        except RepeatedKeyError as error:
+            raise UserError(f"{at}: `arguments` of a call: {error}.") from error
         except ValueError:
             return call  # not JSON: the template writes the string
         return {**call, "arguments": value} if isinstance(value, dict) else call
 
     turn["tool_calls"] = [decoded(call) for call in calls]
+    to_json(turn["tool_calls"], f"{at}: `tool_calls`")  # templates do so
     return turn
 
 
@@ -369,12 +377,12 @@ def tools_of(
     """Returns the `tools` of a row, a list or its JSON; None without any.
 
     Raises:
-      UserError: they are neither.
+      UserError: they are neither, or hold what JSON does not have.
     """
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as error:
             raise UserError(f"{where}: `tools` is not valid JSON: {error}.") from error
     if tools and not isinstance(tools, list):
@@ -382,6 +390,7 @@ def tools_of(
             f"{where}: `tools` must be a list of functions, or one in JSON, got "
             f"{type(tools).__name__}."
         )
+    to_json(tools, f"{where}: `tools`")  # templates do so
     if reading is not None:
         reading.fields.add("tools")
     return tools or None

@@ -319,6 +319,11 @@ class Encoder:
             value = read(where, row, reading)
         except UserError as error:
             return error
+        except RecursionError:
+            return UserError(
+                f"{where}: its lists or objects are nested too deeply. Write the "
+                "inner ones as a JSON string."
+            )
         self.recognised.update(sorted(reading.recognised))
         for name in row:
             # Rows whose names are data (ids) would fill the memory with them.

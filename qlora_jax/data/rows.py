@@ -53,6 +53,51 @@ class Reading:
         self.fields.update(fields)
 
 
+class RepeatedKeyError(ValueError):
+    """A key stands twice in an object of JSON, so that one of its values is lost."""
+
+
+def parse_json(text: str) -> Any:
+    """Decodes JSON.
+
+    Raises:
+      ValueError: it is malformed or nested too deeply.
+      RepeatedKeyError: a key stands twice in an object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("its lists or objects are nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def to_json(value: Any, what: str) -> str:
+    """Returns a value as JSON.
+
+    Args:
+      value: from a row.
+      what: names it, for messages.
+
+    Raises:
+      UserError: it holds what JSON does not have (NaN, a date, bytes, ...).
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{what} cannot be written as JSON: {error}. Use strings, finite "
+            "numbers, true, false and null alone."
+        ) from error
+
+
 def fields_of(row: dict[str, Any]) -> str:
     """Quotes the names of a row's fields, for messages."""
     return ", ".join(f"`{name}`" for name in row) or "no fields"
@@ -277,7 +322,7 @@ def _is_json(text: str) -> bool:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line.strip()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -287,10 +332,11 @@ def _json_list(
     with reading_file(path):
         content = "".join(head) + lines.read()
     try:
-        rows = json.loads(content)
+        rows = parse_json(content)
     except ValueError as error:
-        line = getattr(error, "lineno", "?")
-        raise UserError(f"{path}:{line}: malformed JSON list: {error}") from error
+        malformed = isinstance(error, json.JSONDecodeError)
+        where = f"{path}:{error.lineno}" if malformed else f"{path}"
+        raise UserError(f"{where}: malformed JSON list: {error}") from error
     if not rows:
         raise UserError(f"{path} has no rows.")
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
@@ -308,7 +354,7 @@ def _json_lines(
     while line is not None:
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 row = UserError(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "

@@ -125,6 +125,41 @@ def test_every_bad_row_is_listed(write, load):
     assert ":1000: a row must be a JSON object, got list" in message
 
 
+ASKED = '{"messages": [{"role": "user", "content": "a"}, %s]}'
+CALLING = ASKED % (
+    '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": %s}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "a", "text": "b"}', ":1: malformed JSON: the key 'text' stands"),
+        ('[{"a": {"b": 1, "b": 1}}]', "jsonl: malformed JSON list: the key 'b' stands"),
+        (CALLING % '"{\\"a\\": 1, \\"a\\": 2}"', "of a call: the key 'a' stands twice"),
+        (
+            CALLING % '{"a": NaN}',
+            "turn 2 of `messages`: `tool_calls` cannot be written",
+        ),
+        (CALLING % '"{\\"a\\": 1e999}"', "`tool_calls` cannot be written as JSON"),
+        (ASKED % '{"role": "tool", "content": {"a": NaN}}', ":1: the result of a tool"),
+        (
+            CALLING % ('{"a": %s}' % ("[" * 800 + "]" * 800)),
+            ":1: its lists .* too deep",
+        ),
+        ('{"text": %s}' % ("[" * 10_000), "malformed JSON: its lists .* too deeply"),
+        ("[" * 10_000, "malformed JSON list: its lists .* too deeply"),
+    ],
+)
+def test_json_that_loses_a_value_or_is_no_json_in_a_template_is_refused(
+    write, load, byte_tokenizer, row, message
+):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    with pytest.raises(UserError, match=message):
+        load(write(row), tokenizer, format="messages")
+
+
 def test_problems_of_all_files_are_raised_together(write, load, tmp_path):
     for name, content in (("a", '{"text": 1}\n'), ("b", "["), ("c", " ")):
         write(content, f"{name}.jsonl")
