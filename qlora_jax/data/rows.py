@@ -374,12 +374,12 @@ class _Formatter(string.Formatter):
         self._where, self._name = where, name
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        """Returns the value of a field and its name; refuses null, NaN and objects."""
+        """Returns the value of a field and its name; refuses null, NaN, objects, bytes."""
         value, first = super().get_field(field_name, args, kwargs)
         if value is None:
             raise UserError(f"{self._where}: field `{field_name}` is null.")
         finite = not isinstance(value, float) or math.isfinite(value)
-        if isinstance(value, dict | list) or not finite:
+        if isinstance(value, dict | list | bytes) or not finite:
             kind = type(value).__name__ if finite else repr(value)
             raise UserError(
                 f"{self._where}: field `{field_name}` of `data.{self._name}` must be a "

@@ -218,6 +218,45 @@ def test_keys_that_only_other_turns_have_are_removed(tmp_path):
     assert row["messages"][1] == {"role": "assistant", "tool_calls": [{"name": "f"}]}
 
 
+def test_maps_and_json_of_columns_are_objects(tmp_path):
+    pyarrow = library("pyarrow")
+    text, json_type = pyarrow.string(), pyarrow.json_()
+    maps = pyarrow.array(
+        [[{"a": [("b", "c")]}]],
+        pyarrow.list_(pyarrow.struct([("a", pyarrow.map_(text, text))])),
+    )
+    # `datasets.Json` is stored so, e.g. as the arguments of calls.
+    stored = pyarrow.array(['{"b": null}', None], text).cast(json_type)
+    nested = pyarrow.StructArray.from_arrays([stored], ["a"])
+    nested = pyarrow.ListArray.from_arrays([0, 2], nested)
+    table = pyarrow.table({"maps": maps, "json": stored[:1], "nested": nested})
+    library("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    ((_, row),) = rows_of(str(tmp_path / "x.parquet"))
+    assert row == {
+        "maps": [{"a": {"b": "c"}}],
+        "json": {"b": None},
+        "nested": [{"a": {"b": None}}, {}],
+    }
+
+
+def test_columns_that_cannot_be_converted_are_refused(tmp_path, load):
+    pyarrow = library("pyarrow")
+    path, buffer = tmp_path / "x.parquet", pyarrow.py_buffer
+    not_utf8 = pyarrow.StringArray.from_buffers(
+        1, buffer(np.array([0, 1], np.int32).tobytes()), buffer(b"\xff")
+    )
+    text = pyarrow.array([b"a"])
+    for names, columns, config, message in (
+        ("tt", [text, text], {}, "several columns of the name 't'"),
+        ("ab", [text, not_utf8], {}, r"the column 'b' \(string\) cannot be read: 'utf"),
+        ("a", [text], {"text": "{a}"}, "`a` of `data.text` must be .* got bytes"),
+    ):
+        table = pyarrow.Table.from_arrays(columns, names=list(names))
+        library("pyarrow.parquet").write_table(table, path)
+        with pytest.raises(UserError, match=message):
+            load(path, **config)
+
+
 def test_token_rows_come_from_parquet(tmp_path, load):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
     path = parquet(tmp_path / "x.parquet", rows)
