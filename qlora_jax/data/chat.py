@@ -40,6 +40,7 @@ _CLOCK = re.compile(
 # text is joined to a null `content`.
 _DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
 
+_WORD = re.compile(r"\w+")
 # `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Unicode's private use area: real text rarely holds these characters.
@@ -128,6 +129,7 @@ class ChatRenderer:
             )
         self._ends: dict[str, TurnEnds] = {}
         self._prompts: dict[str, str] = {}
+        self._words: dict[bool, set[str]] = {}
 
     @property
     def has_marks(self) -> bool:
@@ -193,8 +195,10 @@ class ChatRenderer:
           name: the name.
           tools: look into the template for conversations with tools.
         """
-        source = self._source([{}] if tools else None)
-        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+        if tools not in self._words:
+            source = self._source([{}] if tools else None)
+            self._words[tools] = set(_WORD.findall(source))
+        return set(_WORD.findall(name)) <= self._words[tools]
 
     def text(
         self,

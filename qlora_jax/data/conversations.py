@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.data.reasoning import REASONING_FIELDS
 from qlora_jax.data.rows import (
     Reading,
     RepeatedKeyError,
@@ -48,6 +49,8 @@ _TRAIN_FLAGS = {
     "loss_mask": True,
     "masked": False,
 }
+# Keys of a turn that are read here, or compared with what a template writes.
+_TURN_KEYS = {"role", "content", "tool_calls", *REASONING_FIELDS, *_TRAIN_FLAGS}
 
 
 def to_messages(
@@ -152,10 +155,22 @@ def read_turns(
         if not isinstance(turn, dict):
             raise UserError(f"{at} must be an object, got {type(turn).__name__}.")
         turn = _read_turn(turn, at, reading, roles)
+        reading.nested |= {
+            f"{field}[].{key}"
+            for key, value in turn.items()
+            if key not in _TURN_KEYS and value not in (None, "", [], {})
+        }
         if is_trained(turn, at) and turn["role"] != "assistant" and "train" in turn:
             raise UserError(
                 f"{at} is to be trained (`train`), and it is of the role "
                 f"{turn['role']!r}; only the assistant's turns are."
+            )
+        flags = [
+            name for name, train in _TRAIN_FLAGS.items() if train and turn.get(name)
+        ]
+        if flags and turn["role"] != "assistant":
+            reading.recognise(
+                f"`{flags[0]}` of turns that are not the assistant's has no effect"
             )
         messages.append(turn)
     return messages
@@ -184,6 +199,9 @@ def _read_turn(
         turn["role"] = _template_role(role, at, roles)
     if turn["role"] != role:
         reading.recognise(f"role {role!r} as {turn['role']!r}")
+    if turn.get("function_call") and not turn.get("tool_calls"):
+        turn = _legacy_call(turn, at)
+        reading.recognise("`function_call` of turns as a call")
     content = turn.get("content")
     if isinstance(content, list):
         turn["content"] = _joined_parts(content, at)
@@ -232,6 +250,17 @@ def _call_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
         )
     calls = [{"type": "function", "function": call} for call in calls]
     return turn | {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _legacy_call(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    """Turns the `function_call` of a turn, as in OpenAI's first API, into a call."""
+    call = turn.pop("function_call")
+    if not isinstance(call, dict) or "name" not in call:
+        raise UserError(
+            f"{at}: `function_call` must be a call, "
+            f'{{"name": ..., "arguments": ...}}; got {call!r}.'
+        )
+    return turn | {"tool_calls": [{"type": "function", "function": call}]}
 
 
 def _joined_parts(parts: list[Any], at: str) -> str:

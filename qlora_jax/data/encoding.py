@@ -325,10 +325,10 @@ class Encoder:
                 "inner ones as a JSON string."
             )
         self.recognised.update(sorted(reading.recognised))
-        for name in row:
+        unread = [name for name in row if name not in reading.fields]
+        for name in (*unread, *sorted(reading.nested)):
             # Rows whose names are data (ids) would fill the memory with them.
-            known = len(self.unread) < _MAX_UNREAD or name in self.unread
-            if known and name not in reading.fields:
+            if len(self.unread) < _MAX_UNREAD or name in self.unread:
                 self.unread[name] += 1
         return value
 

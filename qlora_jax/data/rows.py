@@ -42,10 +42,12 @@ class Reading:
     Attributes:
       fields: names of the fields that were read.
       recognised: phrases.
+      nested: keys of turns that a chat template may read, as "field[].key".
     """
 
     fields: set[str] = dataclasses.field(default_factory=set)
     recognised: set[str] = dataclasses.field(default_factory=set)
+    nested: set[str] = dataclasses.field(default_factory=set)
 
     def recognise(self, phrase: str, *fields: str) -> None:
         """Notes a phrase and the fields that were read for it."""
@@ -374,7 +376,7 @@ class _Formatter(string.Formatter):
         self._where, self._name = where, name
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        """Returns the value of a field and its name; refuses null, NaN, objects, bytes."""
+        """Returns the value of a field and its name; refuses what is no text or number."""
         value, first = super().get_field(field_name, args, kwargs)
         if value is None:
             raise UserError(f"{self._where}: field `{field_name}` is null.")

@@ -178,6 +178,11 @@ class Segmenter:
             changes[_UNREAD_VARIABLES] += len(unread)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)
+        reading.nested = {
+            name
+            for name in reading.nested
+            if not chat.mentions(name.rpartition(".")[2], tools=bool(tools))
+        }
         rendered = render_conversation(chat, config, turns, tools, where)
         if isinstance(rendered, str):
             return rendered

@@ -388,8 +388,8 @@ def _python_rows(name: str, table: Any) -> Iterator[dict[str, Any]]:
     twice = sorted({column for column in names if names.count(column) > 1})
     if twice:
         raise UserError(
-            f"{name} has several columns of the name {', '.join(map(repr, twice))}, and "
-            "a row has one value of each name. Rename or remove one of them."
+            f"{name} has several columns of the name {', '.join(map(repr, twice))}; a "
+            "row has one value of each name. Rename or remove one of them."
         )
     columns = []
     for field in table.schema:
