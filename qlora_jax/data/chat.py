@@ -113,6 +113,9 @@ class ChatRenderer:
             )
         specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
+        control = {str(t) for t in added.values() if getattr(t, "special", True)}
+        pattern = "|".join(re.escape(t) for t in control | specials if t.strip())
+        self._control = re.compile(pattern or "(?!)")
         specials.update(str(token) for token in added.values())
         # One that is white space is stripped from the end of a turn before the
         # comparison.
@@ -199,6 +202,14 @@ class ChatRenderer:
             source = self._source([{}] if tools else None)
             self._words[tools] = set(_WORD.findall(source))
         return set(_WORD.findall(name)) <= self._words[tools]
+
+    def has_special(self, message: dict[str, Any]) -> bool:
+        """Returns whether the text of a turn has special tokens of the tokenizer.
+
+        The tokenizer cannot tell them from those of the template: they may end the
+        turn, or begin another one.
+        """
+        return self._control.search(message.get("content") or "") is not None
 
     def text(
         self,

@@ -165,9 +165,7 @@ def read_turns(
                 f"{at} is to be trained (`train`), and it is of the role "
                 f"{turn['role']!r}; only the assistant's turns are."
             )
-        flags = [
-            name for name, train in _TRAIN_FLAGS.items() if train and turn.get(name)
-        ]
+        flags = [name for name in _TRAIN_FLAGS if name != "masked" and turn.get(name)]
         if flags and turn["role"] != "assistant":
             reading.recognise(
                 f"`{flags[0]}` of turns that are not the assistant's has no effect"

@@ -10,7 +10,7 @@ from qlora_jax.data.chat import ChatRenderer, Rendering
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.rows import to_json
-from qlora_jax.data.written import find_unwritten
+from qlora_jax.data.written import EMPTY_ANSWER, SPECIAL_TOKENS, find_unwritten
 from qlora_jax.errors import UserError
 
 NULLS = "nulls in tool calls and `tools` that count as absent"
@@ -184,10 +184,16 @@ def render_conversation(
         where,
         allow_lost_answers=config.allow_lost_answers,
     )
+    remarks[SPECIAL_TOKENS] = sum(map(chat.has_special, messages))
     if config.supervised != "all":
+        remarks[EMPTY_ANSWER] = sum(_is_empty(messages[turn]) for turn in answers)
         remarks[
             "answers that are not trained (`train_on`, `answers` or flags of turns)"
         ] = roles.count("assistant") - len(answers)
         if len(renderings) > 1:
             remarks[SPLIT] = 1
     return renderings, +remarks
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    return not (message.get("content") or "").strip() and not message.get("tool_calls")

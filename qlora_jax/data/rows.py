@@ -376,7 +376,7 @@ class _Formatter(string.Formatter):
         self._where, self._name = where, name
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        """Returns the value of a field and its name; refuses what is no text or number."""
+        """Returns the value of a field and its name; only of text and numbers."""
         value, first = super().get_field(field_name, args, kwargs)
         if value is None:
             raise UserError(f"{self._where}: field `{field_name}` is null.")

@@ -96,7 +96,8 @@ def test_an_answer_that_is_lost_altogether_is_refused_unless_allowed(load_chat):
         "answers (all of their text and calls) that the chat template does not write": 2
     }
     # An answer that is empty in the row is no loss.
-    assert load_chat(TEXT, {"messages": [ASKED, answer()]}).report.remarks == {}
+    (remark,) = load_chat(TEXT, {"messages": [ASKED, answer()]}).report.remarks
+    assert remark == "answers trained that have no text and no calls"
 
 
 TURNS = [ASKED, answer("one"), ASKED, answer("two"), ASKED, answer("three", weight=0)]
@@ -225,6 +226,21 @@ def test_results_of_tools_become_json(result, content):
     parts = [{"type": "text", "text": "a"}]
     kept = {"messages": [{"role": "tool", "content": parts}, {"role": "user", "n": 1}]}
     assert plain_row(kept) == (kept, {})
+
+
+def test_empty_answers_and_special_tokens_in_texts_are_counted(load_chat):
+    # `<s>` is a tag of HTML too; both become BOS and EOS as the template's own do.
+    striked = {"role": "user", "content": "<s>old</s>"}
+    rows = [
+        {"messages": [striked, answer("a</s>")]},
+        {"messages": [ASKED, answer(" ")]},
+        {"messages": [ASKED, answer("", train=False), ASKED, answer("b")]},
+        {"messages": [ASKED, answer("", tool_calls=[CALL])]},
+    ]
+    remarks = load_chat(CALLS, *rows).report.remarks
+    assert remarks["turns whose text has special tokens of the tokenizer"] == 2
+    assert remarks["answers trained that have no text and no calls"] == 1
+    assert len(remarks) == 3  # and the answer that is not trained
 
 
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
