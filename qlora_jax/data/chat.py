@@ -38,7 +38,10 @@ _CLOCK = re.compile(
 
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
-_DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+_DATA_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    RecursionError,
+)
 
 _WORD = re.compile(r"\w+")
 # `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
@@ -94,13 +97,7 @@ class ChatRenderer:
             self._variables["date_string"] = self._day.strftime("%d %b %Y")
         self._variables.update(variables or {})
         if template_path is not None:
-            try:
-                self._template = template_file(template_path).read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {error}. "
-                    f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
-                ) from error
+            self._template = _read_template(template_path)
         elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "This tokenizer has no chat template, which format='messages' needs. "
@@ -521,6 +518,35 @@ class ChatRenderer:
             blocks = [block for block, turn in pairs if turn in answers]
         spans = [(start, end) for start, end in blocks if start < end]
         return Rendering(text, spans, tuple(sorted(answers)))
+
+
+def _read_template(path: str) -> str:
+    """Reads a Jinja file, or a template that is built in.
+
+    Raises:
+      UserError: it cannot be read, or is empty or JSON.
+    """
+    try:
+        # -sig: a byte order mark would be written at the start of every text.
+        template = template_file(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"`data.chat_template`: cannot read {path}: {error}. "
+            f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
+        ) from error
+    if not template.strip():
+        raise UserError(f"`data.chat_template`: {path} is empty.")
+    try:
+        is_json = isinstance(json.loads(template), dict)
+    except (ValueError, RecursionError):
+        is_json = False
+    if is_json:
+        raise UserError(
+            f"`data.chat_template`: {path} is JSON, which would be written as it is "
+            "around the turns. Save the string of its `chat_template` as a file of its "
+            "own, and give that."
+        )
+    return template
 
 
 def _with_json_arguments(

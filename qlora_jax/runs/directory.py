@@ -102,7 +102,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     if first is None:
         return None
     try:
-        return template_file(first).read_text("utf-8")
+        return template_file(first).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"`data.chat_template`: cannot read {first}: {error}"

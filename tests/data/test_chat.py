@@ -240,6 +240,13 @@ def test_arguments_are_written_for_templates_that_join_strings(chat_tokenizer):
     assert text == '{"city": "Zürich"}!'
 
 
+def test_the_byte_order_mark_of_a_template_file_is_not_written(chat_tokenizer, write):
+    path = write(b"\xef\xbb\xbf" + CHATML.encode(), "chat.jinja")
+    tokenizer = chat_tokenizer(CHATML)
+    chats = ChatRenderer(tokenizer, path), ChatRenderer(tokenizer)
+    assert len({chat.text(CONVERSATION) for chat in chats}) == 1
+
+
 def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
     path = write(TEMPLATES["plain"][0], "chat.jinja")
     tokenizer = chat_tokenizer("{{ raise_exception('not this one') }}")
@@ -402,6 +409,12 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(
             {"role": "assistant", "content": None, "tool_calls": [1]},
             r"f:7: .* \(assistant\): can only concatenate",
         ),
+        ("{{ 1 / 0 }}", CONVERSATION[0], r"f:7: .* \(user\): division by zero"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            CONVERSATION[0],
+            r"f:7: .* \(user\): maximum recursion depth",
+        ),
     ],
 )
 def test_turns_that_the_template_cannot_render_name_the_row(
@@ -437,6 +450,11 @@ def test_a_template_file_that_cannot_be_used_is_refused(chat_tokenizer, write):
         ChatRenderer(chat_tokenizer(CHATML), file)
     with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
         ChatRenderer(chat_tokenizer(CHATML), "absent.jinja")
+    with pytest.raises(UserError, match=r"chat\.jinja is empty"):
+        ChatRenderer(chat_tokenizer(CHATML), write(" \n", "chat.jinja"))
+    file = write(json.dumps({"chat_template": CHATML}), "chat_template.json")
+    with pytest.raises(UserError, match=r"json is JSON, .* string of its `chat_templ"):
+        ChatRenderer(chat_tokenizer(CHATML), file)
 
 
 # --- rows to messages ---
