@@ -131,6 +131,35 @@ def test_the_answers_that_are_trained_can_be_chosen(
     assert count == 3 - len(trained)
 
 
+# One block for the reasoning of an answer, and one for its text, if it has them.
+TWO_BLOCKS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% if m.thinking and not STRIPS %}{% generation %}[{{ m.thinking }}]"
+    "{% endgeneration %}{% endif %}{% if m.content %}{% generation %}{{ m.content }}"
+    "</s>{% endgeneration %}{% endif %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "written"),
+    [(answer("a"), "a</s>"), (answer(), ""), (answer("a", thinking="h"), "[h]a</s>")],
+)
+def test_the_generation_blocks_of_an_answer_are_those_that_its_turn_adds(
+    load_chat, decoded, first, written
+):
+    row = {"messages": [ASKED, first, ASKED, answer("b", thinking="t")]}
+    template = TWO_BLOCKS.replace("STRIPS", "false")
+    last = load_chat(template, row, train_on="last")
+    assert decoded(last)[1] == "[t]b</s>"
+    if written:
+        assert decoded(load_chat(template, row, answers=(0,)))[1] == written
+    if first.get("thinking"):  # no longer written once there are later turns
+        template = TWO_BLOCKS.replace("STRIPS", "not loop.last")
+        assert decoded(load_chat(template, row, train_on="last"))[1] == "[t]b</s>"
+        with pytest.raises(UserError, match="3 blocks for 2 turns .* cannot be told"):
+            load_chat(template, row, answers=(0,))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
