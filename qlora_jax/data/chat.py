@@ -24,12 +24,14 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from qlora_jax.data.bounded_templates import is_linear, render
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.marks import Blocks, choose_blocks, find_blocks, has_marks
 from qlora_jax.data.reasoning import open_reasoning
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
+from qlora_jax.reading import read_text
 
 # Where a template reads the clock: `strftime_now("%d %b %Y")`.
 _CLOCK = re.compile(
@@ -39,8 +41,9 @@ _CLOCK = re.compile(
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
 _DATA_ERRORS = (
-    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    RecursionError,
+    *(TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+    SyntaxError,  # "break" outside of a loop is one of the Python that Jinja writes
 )
 
 _WORD = re.compile(r"\w+")
@@ -245,6 +248,8 @@ class ChatRenderer:
                 f"{what} is not a valid Jinja template: line {error.lineno}: {why}. "
                 "Correct it, or give the path of another one as `data.chat_template`."
             ) from error
+        except UserError:  # it takes too much, whatever the turns
+            raise
         except (jinja2.TemplateError, *_DATA_ERRORS):
             pass  # this template needs other turns; those of the data may fit
 
@@ -255,12 +260,12 @@ class ChatRenderer:
         add_generation_prompt: bool,
         tools: list[Any] | None,
     ) -> str:
-        return self._tokenizer.apply_chat_template(
+        return render(
+            self._tokenizer,
             messages,
             tools=tools,
             chat_template=self._source(tools) if template is None else template,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
             **self._variables,
         )
 
@@ -276,6 +281,8 @@ class ChatRenderer:
 
         try:
             return self._apply(messages, template, add_generation_prompt, tools)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             encoded = _with_json_arguments(messages)
             if encoded is not None:
@@ -396,7 +403,7 @@ class ChatRenderer:
         """Returns the spans in the text of a template that can be followed, or None."""
         source = self._source(tools)
         specials = getattr(self._tokenizer, "special_tokens_map", None)
-        if specials is None or not answers:
+        if specials is None or not answers or not is_linear(source):
             return None
         if source not in self._ends:
             self._ends[source] = TurnEnds(source)
@@ -464,10 +471,10 @@ class ChatRenderer:
             turns, source = messages[:count], self._source(tools)
             text = self.text(turns, tools=tools, where=where)
 
-            def render(template: str) -> str:
+            def with_template(template: str) -> str:
                 return self._render(turns, template, False, tools, where)
 
-            return text, find_blocks(text, source, render, where)
+            return text, find_blocks(text, source, with_template, where)
 
         text, blocks = blocks_of(len(messages))
         turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
@@ -484,11 +491,11 @@ def _read_template(path: str) -> str:
       UserError: it cannot be read, or is empty or JSON.
     """
     try:
-        # -sig: a byte order mark would be written at the start of every text.
-        template = template_file(path).read_text("utf-8-sig")
+        template = read_text(template_file(path))
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"`data.chat_template`: cannot read {path}: {error}. "
+            f"`data.chat_template`: cannot read {path}: {reason}. "
             f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
         ) from error
     if not template.strip():

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_jax.data.reasoning import REASONING_FIELDS
 from qlora_jax.data.rows import (
     Reading,
-    RepeatedKeyError,
+    UnusableJsonError,
     fields_of,
     parse_json,
     to_json,
@@ -357,7 +357,7 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
             return call
         try:
             value = parse_json(arguments)
-        except RepeatedKeyError as error:
+        except UnusableJsonError as error:
             raise UserError(f"{at}: `arguments` of a call: {error}.") from error
         except ValueError:
             return call  # not JSON: the template writes the string

@@ -319,11 +319,6 @@ class Encoder:
             value = read(where, row, reading)
         except UserError as error:
             return error
-        except RecursionError:
-            return UserError(
-                f"{where}: its lists or objects are nested too deeply. Write the "
-                "inner ones as a JSON string."
-            )
         self.recognised.update(sorted(reading.recognised))
         unread = [name for name in row if name not in reading.fields]
         for name in (*unread, *sorted(reading.nested)):

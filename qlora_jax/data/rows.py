@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
+from qlora_jax.reading import open_file
+
+# Of a row, in a message.
+_FIELDS_SHOWN = 30
+_MAX_DEPTH = 100
+"""Levels of a JSON row."""
 
 Row = tuple[str, dict[str, Any] | UserError]
 """The location of a row, for messages, and its fields or why it cannot be read."""
@@ -55,21 +62,43 @@ class Reading:
         self.fields.update(fields)
 
 
-class RepeatedKeyError(ValueError):
-    """A key stands twice in an object of JSON, so that one of its values is lost."""
+class UnusableJsonError(ValueError):
+    """Valid JSON that has a key twice in an object, or is nested too deeply."""
 
 
 def parse_json(text: str) -> Any:
     """Decodes JSON.
 
+    What is nested too deeply for templates and messages is an error, and a key that
+    stands twice in an object, because one of its values would be lost.
+
     Raises:
-      ValueError: it is malformed or nested too deeply.
-      RepeatedKeyError: a key stands twice in an object.
+      ValueError: it is malformed.
+      UnusableJsonError: it is valid, and one of these errors.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("its lists or objects are nested too deeply") from error
+        value = json.loads(text, object_pairs_hook=_unique)
+        # Only where brackets could be that deep is the value walked.
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
+    except RecursionError:
+        raise UnusableJsonError("it is nested too deeply") from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,7 +106,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object")
+        raise UnusableJsonError(f"the key {twice!r} stands twice in one object")
     return value
 
 
@@ -102,7 +131,9 @@ def to_json(value: Any, what: str) -> str:
 
 def fields_of(row: dict[str, Any]) -> str:
     """Quotes the names of a row's fields, for messages."""
-    return ", ".join(f"`{name}`" for name in row) or "no fields"
+    listed = [f"`{name:.100}`" for name in itertools.islice(row, _FIELDS_SHOWN)]
+    more = len(row) - len(listed)
+    return ", ".join(listed) + (f" and {more:,} more" if more else "") or "no fields"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +201,7 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
     head: list[str] = []  # up to the first line that is not blank
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading_file(path))
-        raw = stack.enter_context(open(path, "rb"))
+        raw = stack.enter_context(open_file(path))
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
         lines = stack.enter_context(
