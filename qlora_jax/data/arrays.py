@@ -415,6 +415,8 @@ def _tokenizer_key(tokenizer: Any) -> str:
         repr(getattr(tokenizer, "chat_template", None)),
         repr(getattr(tokenizer, "bos_token_id", None)),
         repr(getattr(tokenizer, "eos_token_id", None)),
+        # A chat template may write any of them.
+        repr(getattr(tokenizer, "special_tokens_map", None)),
         # Whether transformers adds BOS may be a setting outside the rules.
         repr(tokenizer("a", add_special_tokens=True)["input_ids"]),
     ]
