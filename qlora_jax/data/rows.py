@@ -15,7 +15,7 @@ import math
 import os
 import string
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class RowFile:
       kind: what it was read as, for the report.
     """
 
-    rows: Iterator[Row]
+    rows: Generator[Row, None, None]
     plain: bool
     done: Callable[[], float]
     kind: str
@@ -230,7 +230,7 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
         plain = plain and plain_text
         stack.pop_all()  # the row iterator closes the file
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Generator[Row, None, None]:
         with contextlib.closing(raw), lines:
             if plain:
                 with reading_file(path):

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def read_chunks(
     sources: Iterable[RowSource],
     problems: Problems,
     on_read: Callable[[int, RowFile], None],
-) -> Iterator[tuple[list[Row], RowFile]]:
+) -> Generator[tuple[list[Row], RowFile], None, None]:
     """Yields rows in chunks, each with the file that they are read from.
 
     Args:
@@ -122,10 +122,11 @@ def read_chunks(
     for index, source in enumerate(sources):
         with problems.collecting():
             file = source.open()
-            rows = iter(file.rows)
-            while chunk := _take_chunk(rows):
-                yield chunk, file
-                on_read(index, file)
+            # Closed here where reading ends early, not when it is collected.
+            with contextlib.closing(file.rows) as rows:
+                while chunk := _take_chunk(rows):
+                    yield chunk, file
+                    on_read(index, file)
 
 
 def _take_chunk(rows: Iterator[Row]) -> list[Row]:
@@ -387,7 +388,7 @@ def _table_rows(name: str, tables: Iterable[Any], total: int, kind: str) -> RowF
     """Numbers the rows of Arrow tables from 1."""
     count = 0
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Generator[Row, None, None]:
         nonlocal count
         for table in tables:
             for row in _python_rows(name, table):
