@@ -48,7 +48,7 @@ CHUNK = 1 << 20
 _READS_PER_RELEASE = 256
 _ARRAY_FILES = ("tokens.i4", "labels.i4")
 # To be raised when the same rows give other tokens or labels, or the files change.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # Settings that change the order of the examples and not their content.
 _ORDER_FIELDS = ("seed", "shuffle")
 
@@ -415,6 +415,8 @@ def _tokenizer_key(tokenizer: Any) -> str:
         repr(getattr(tokenizer, "chat_template", None)),
         repr(getattr(tokenizer, "bos_token_id", None)),
         repr(getattr(tokenizer, "eos_token_id", None)),
+        # A chat template may write any of them.
+        repr(getattr(tokenizer, "special_tokens_map", None)),
         # Whether transformers adds BOS may be a setting outside the rules.
         repr(tokenizer("a", add_special_tokens=True)["input_ids"]),
     ]

@@ -3,12 +3,11 @@
 The spans of the assistant are known while a conversation is rendered, so nothing is
 searched for in the text or in the tokens.
 
-A template with `{% generation %}` blocks marks them itself: it is rendered with a
-private character at both ends of every block, and the characters are removed again.
-With any other template, what turn `i` adds after the generation prompt is exactly what
-a model has to write there, end-of-turn token included. Both are prefixes of the
-conversation: the turns before with the prompt, and the turns with `i`. They are known
-from one pass where a template can be followed (`TurnEnds`), and rendered otherwise.
+A template with `{% generation %}` blocks marks them itself (`marks`). With any other
+template, what turn `i` adds after the generation prompt is exactly what a model has to
+write there, end-of-turn token included. Both are prefixes of the conversation: the
+turns before with the prompt, and the turns with `i`. They are known from one pass where
+a template can be followed (`TurnEnds`), and rendered otherwise.
 
 A template that rewrites earlier turns (those of reasoning models leave out earlier
 reasoning) has no text in which all answers stand as a model writes them. The
@@ -28,6 +27,7 @@ from typing import Any
 from qlora_jax.data.bounded_templates import is_linear, render
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.marks import Blocks, choose_blocks, find_blocks, has_marks
 from qlora_jax.data.reasoning import open_reasoning
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
@@ -46,10 +46,7 @@ _DATA_ERRORS = (
     SyntaxError,  # "break" outside of a loop is one of the Python that Jinja writes
 )
 
-# `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
-_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-# Unicode's private use area: real text rarely holds these characters.
-_PRIVATE = range(0xE000, 0xF8FF)
+_WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +96,7 @@ class ChatRenderer:
             self._variables["date_string"] = self._day.strftime("%d %b %Y")
         self._variables.update(variables or {})
         if template_path is not None:
-            try:
-                self._template = read_text(template_file(template_path))
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {reason}. "
-                    f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
-                ) from error
+            self._template = _read_template(template_path)
         elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "This tokenizer has no chat template, which format='messages' needs. "
@@ -119,6 +109,9 @@ class ChatRenderer:
             )
         specials: set[str] = set(getattr(tokenizer, "all_special_tokens", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
+        control = {str(t) for t in added.values() if getattr(t, "special", True)}
+        pattern = "|".join(re.escape(t) for t in control | specials if t.strip())
+        self._control = re.compile(pattern or "(?!)")
         specials.update(str(token) for token in added.values())
         # One that is white space is stripped from the end of a turn before the
         # comparison.
@@ -135,11 +128,12 @@ class ChatRenderer:
             )
         self._ends: dict[str, TurnEnds] = {}
         self._prompts: dict[str, str] = {}
+        self._words: dict[bool, set[str]] = {}
 
     @property
     def has_marks(self) -> bool:
         """Whether the template marks the assistant's text with `{% generation %}`."""
-        return _MARK.search(self._source(None)) is not None
+        return has_marks(self._source(None))
 
     def _source(self, tools: list[Any] | None) -> str:
         """Returns the template that a conversation is rendered with."""
@@ -200,8 +194,18 @@ class ChatRenderer:
           name: the name.
           tools: look into the template for conversations with tools.
         """
-        source = self._source([{}] if tools else None)
-        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+        if tools not in self._words:
+            source = self._source([{}] if tools else None)
+            self._words[tools] = set(_WORD.findall(source))
+        return set(_WORD.findall(name)) <= self._words[tools]
+
+    def has_special(self, message: dict[str, Any]) -> bool:
+        """Returns whether the text of a turn has special tokens of the tokenizer.
+
+        The tokenizer cannot tell them from those of the template: they may end the
+        turn, or begin another one.
+        """
+        return self._control.search(message.get("content") or "") is not None
 
     def text(
         self,
@@ -323,9 +327,8 @@ class ChatRenderer:
         """
         if answers is None:
             answers = trained_answers(messages)
-        source = self._source(tools)
-        if _MARK.search(source):
-            return [self._example_by_marks(messages, answers, source, tools, where)]
+        if has_marks(self._source(tools)):
+            return [self._example_by_marks(messages, answers, tools, where)]
         return self._examples_by_prefixes(messages, answers, tools, where)
 
     def _examples_by_prefixes(
@@ -461,62 +464,53 @@ class ChatRenderer:
         self,
         messages: list[dict[str, Any]],
         answers: Collection[int],
-        source: str,
         tools: list[Any] | None,
         where: str,
     ) -> Rendering:
-        text = self.text(messages, tools=tools, where=where)
-        used = set(text)
-        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-        opening, closing = next(free), next(free)
+        def blocks_of(count: int) -> Blocks:
+            turns, source = messages[:count], self._source(tools)
+            text = self.text(turns, tools=tools, where=where)
 
-        def mark(tag: re.Match[str]) -> str:
-            # A block tag replaces the tag, so that Jinja trims the white space around
-            # it as before.
-            character = closing if tag[2] else opening
-            return (
-                f'{{%{tag[1]} if true %}}{{{{ "{character}" }}}}{{% endif {tag[3]}%}}'
-            )
+            def with_template(template: str) -> str:
+                return self._render(turns, template, False, tools, where)
 
-        template = _MARK.sub(mark, source)
-        marked = self._render(messages, template, False, tools, where)
-        pieces: list[str] = []
-        blocks: list[tuple[int, int]] = []
-        length, start = 0, None
-        for piece in re.split(f"([{opening}{closing}])", marked):
-            if piece == opening and start is None:
-                start = length
-            elif piece == closing and start is not None:
-                blocks.append((start, length))
-                start = None
-            elif piece in (opening, closing):  # nested or unbalanced
-                start = -1
-                break
-            else:
-                pieces.append(piece)
-                length += len(piece)
-        # A filter of the template (`trim`, `length`) may have seen the marks and have
-        # changed the rest.
-        if start is not None or "".join(pieces) != text:
-            raise UserError(
-                f"{where}: the chat template's `{{% generation %}}` blocks do not mark "
-                "its text plainly (they are nested, or their content is changed "
-                "afterwards). Give `data.chat_template` a Jinja file whose blocks "
-                "enclose what the assistant writes, or that has none."
-            )
+            return text, find_blocks(text, source, with_template, where)
+
+        text, blocks = blocks_of(len(messages))
         turns = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         if len(answers) < len(turns):
-            if len(blocks) != len(turns):
-                raise UserError(
-                    f"{where}: the chat template marks {len(blocks)} blocks for "
-                    f"{len(turns)} turns of the assistant, so the turns that are not "
-                    "to be trained cannot be told. Leave out their flags and train on "
-                    "all of them, or mark one block a turn."
-                )
-            pairs = zip(blocks, turns, strict=True)
-            blocks = [block for block, turn in pairs if turn in answers]
+            blocks = choose_blocks((text, blocks), turns, answers, blocks_of, where)
         spans = [(start, end) for start, end in blocks if start < end]
         return Rendering(text, spans, tuple(sorted(answers)))
+
+
+def _read_template(path: str) -> str:
+    """Reads a Jinja file, or a template that is built in.
+
+    Raises:
+      UserError: it cannot be read, or is empty or JSON.
+    """
+    try:
+        template = read_text(template_file(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"`data.chat_template`: cannot read {path}: {reason}. "
+            f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
+        ) from error
+    if not template.strip():
+        raise UserError(f"`data.chat_template`: {path} is empty.")
+    try:
+        is_json = isinstance(json.loads(template), dict)
+    except (ValueError, RecursionError):
+        is_json = False
+    if is_json:
+        raise UserError(
+            f"`data.chat_template`: {path} is JSON, which would be written as it is "
+            "around the turns. Save the string of its `chat_template` as a file of its "
+            "own, and give that."
+        )
+    return template
 
 
 def _with_json_arguments(

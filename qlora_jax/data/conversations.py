@@ -4,12 +4,18 @@ Data sets spell conversations in many ways. Those that are known are read, and w
 recognised is noted for the report, because it is a guess.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.rows import Reading, fields_of
+from qlora_jax.data.reasoning import REASONING_FIELDS
+from qlora_jax.data.rows import (
+    Reading,
+    UnusableJsonError,
+    fields_of,
+    parse_json,
+    to_json,
+)
 from qlora_jax.errors import UserError
 
 _CONTAINERS = ("messages", "conversations", "conversation", "data")
@@ -43,6 +49,8 @@ _TRAIN_FLAGS = {
     "loss_mask": True,
     "masked": False,
 }
+# Keys of a turn that are read here, or compared with what a template writes.
+_TURN_KEYS = {"role", "content", "tool_calls", *REASONING_FIELDS, *_TRAIN_FLAGS}
 
 
 def to_messages(
@@ -80,7 +88,7 @@ def to_messages(
     turns = row.get(field)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
-            turns = json.loads(turns)
+            turns = parse_json(turns)
         except ValueError as error:
             raise UserError(
                 f"{where}: `{field}` is not valid JSON: {error}."
@@ -153,10 +161,20 @@ def read_turns(
         if not isinstance(turn, dict):
             raise UserError(f"{at} must be an object, got {type(turn).__name__}.")
         turn = _read_turn(turn, at, reading, roles)
+        reading.nested |= {
+            f"{field}[].{key}"
+            for key, value in turn.items()
+            if key not in _TURN_KEYS and value not in (None, "", [], {})
+        }
         if is_trained(turn, at) and turn["role"] != "assistant" and "train" in turn:
             raise UserError(
                 f"{at} is to be trained (`train`), and it is of the role "
                 f"{turn['role']!r}; only the assistant's turns are."
+            )
+        flags = [name for name in _TRAIN_FLAGS if name != "masked" and turn.get(name)]
+        if flags and turn["role"] != "assistant":
+            reading.recognise(
+                f"`{flags[0]}` of turns that are not the assistant's has no effect"
             )
         messages.append(turn)
     return messages
@@ -185,6 +203,9 @@ def _read_turn(
         turn["role"] = _template_role(role, at, roles)
     if turn["role"] != role:
         reading.recognise(f"role {role!r} as {turn['role']!r}")
+    if turn.get("function_call") and not turn.get("tool_calls"):
+        turn = _legacy_call(turn, at)
+        reading.recognise("`function_call` of turns as a call")
     content = turn.get("content")
     if isinstance(content, list):
         turn["content"] = _joined_parts(content, at)
@@ -221,7 +242,7 @@ def _template_role(role: str, at: str, roles: Mapping[str, str] | None) -> str:
 def _call_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
     """Turns the JSON of a `function_call` turn into the assistant's `tool_calls`."""
     try:
-        calls = json.loads(turn.get("content") or "")
+        calls = parse_json(turn.get("content") or "")
     except (TypeError, ValueError):
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
@@ -233,6 +254,17 @@ def _call_turn(turn: dict[str, Any], at: str) -> dict[str, Any]:
         )
     calls = [{"type": "function", "function": call} for call in calls]
     return turn | {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _legacy_call(turn: dict[str, Any], at: str) -> dict[str, Any]:
+    """Turns the `function_call` of a turn, as in OpenAI's first API, into a call."""
+    call = turn.pop("function_call")
+    if not isinstance(call, dict) or "name" not in call:
+        raise UserError(
+            f"{at}: `function_call` must be a call, "
+            f'{{"name": ..., "arguments": ...}}; got {call!r}.'
+        )
+    return turn | {"tool_calls": [{"type": "function", "function": call}]}
 
 
 def _joined_parts(parts: list[Any], at: str) -> str:
@@ -312,7 +344,7 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
     """Decodes the arguments of a turn's tool calls; drops an empty list of them.
 
     Raises:
-      UserError: `tool_calls` is not a list.
+      UserError: `tool_calls` is not a list, or holds what JSON does not have.
     """
     if not turn.get("tool_calls"):
         turn.pop("tool_calls", None)
@@ -330,12 +362,15 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
         if not isinstance(arguments, str):
             return call
         try:
-            value = json.loads(arguments)
+            value = parse_json(arguments)
+        except UnusableJsonError as error:
+            raise UserError(f"{at}: `arguments` of a call: {error}.") from error
         except ValueError:
             return call  # not JSON: the template writes the string
         return {**call, "arguments": value} if isinstance(value, dict) else call
 
     turn["tool_calls"] = [decoded(call) for call in calls]
+    to_json(turn["tool_calls"], f"{at}: `tool_calls`")  # templates do so
     return turn
 
 
@@ -375,12 +410,12 @@ def tools_of(
     """Returns the `tools` of a row, a list or its JSON; None without any.
 
     Raises:
-      UserError: they are neither.
+      UserError: they are neither, or hold what JSON does not have.
     """
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as error:
             raise UserError(f"{where}: `tools` is not valid JSON: {error}.") from error
     if tools and not isinstance(tools, list):
@@ -388,6 +423,7 @@ def tools_of(
             f"{where}: `tools` must be a list of functions, or one in JSON, got "
             f"{type(tools).__name__}."
         )
+    to_json(tools, f"{where}: `tools`")  # templates do so
     if reading is not None:
         reading.fields.add("tools")
     return tools or None

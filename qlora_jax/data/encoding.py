@@ -126,7 +126,11 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
             yield Encoded(ids, ids)
             continue
         spans = np.array(encoding["offset_mapping"][number], np.int64).reshape(-1, 2)
-        starts, ends = spans[:, 0], spans[:, 1]
+        # Offsets may leave out the spaces of a token (`trim_offsets`); characters that
+        # no token has belong to the next one.
+        ends = spans[:, 1]
+        reached = np.maximum.accumulate(np.append(0, ends))[:-1]
+        starts = np.minimum(spans[:, 0], reached)
         supervised = np.zeros(len(ids), bool)
         straddles = False
         for start, end in piece.spans:
@@ -316,10 +320,10 @@ class Encoder:
         except UserError as error:
             return error
         self.recognised.update(sorted(reading.recognised))
-        for name in row:
+        unread = [name for name in row if name not in reading.fields]
+        for name in (*unread, *sorted(reading.nested)):
             # Rows whose names are data (ids) would fill the memory with them.
-            known = len(self.unread) < _MAX_UNREAD or name in self.unread
-            if known and name not in reading.fields:
+            if len(self.unread) < _MAX_UNREAD or name in self.unread:
                 self.unread[name] += 1
         return value
 

@@ -4,6 +4,7 @@ Every row is counted, whether it is kept, truncated or dropped. A row that canno
 used is collected as a problem and reading continues, so that one error lists them all.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
@@ -131,8 +132,13 @@ class _Loader:
         collector = _Collector(self._config, self._vocab_size, eos, sink)
         problems = self._problems
         try:
-            with progress_bar(self._sources, enabled=self._progress) as on_read:
-                for rows, file in read_chunks(self._sources, problems, on_read):
+            with (
+                progress_bar(self._sources, enabled=self._progress) as on_read,
+                contextlib.closing(
+                    read_chunks(self._sources, problems, on_read)
+                ) as chunks,
+            ):
+                for rows, file in chunks:
                     self._encoder.recognised[file.kind] += len(rows)
                     if file.plain and self._config.text is not None:
                         problems.add(

@@ -11,7 +11,12 @@ from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import SPLIT, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
-from qlora_jax.data.written import EMPTY_REASONING, NOT_WRITTEN
+from qlora_jax.data.written import (
+    EMPTY_ANSWER,
+    EMPTY_REASONING,
+    NOT_WRITTEN,
+    SPECIAL_TOKENS,
+)
 from qlora_jax.errors import counted
 
 # Locations that a note names.
@@ -85,6 +90,13 @@ def _remark_notes(report: DataReport) -> list[str]:
             advice = (
                 " The model learns to answer without reasoning; another chat template, "
                 "or reasoning in the rows, avoids it."
+            )
+        elif remark == EMPTY_ANSWER:
+            advice = " The model learns to answer with nothing; leave these rows out."
+        elif remark == SPECIAL_TOKENS:
+            advice = (
+                " They become the tokens that the chat template begins and ends turns "
+                "with, not text. Remove them, if that is not meant."
             )
         elif remark.endswith(NOT_WRITTEN):
             advice = ""

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import datetime
-import json
 from collections import Counter
 from typing import Any
 
 from qlora_jax.data.chat import ChatRenderer, Rendering
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.conversations import is_trained
-from qlora_jax.data.written import find_unwritten
+from qlora_jax.data.rows import to_json
+from qlora_jax.data.written import EMPTY_ANSWER, SPECIAL_TOKENS, find_unwritten
 from qlora_jax.errors import UserError
 
 NULLS = "nulls in tool calls and `tools` that count as absent"
@@ -22,13 +22,22 @@ SPLIT = (
 _RESULT_ROLES = ("tool", "function", "observation", "ipython")
 
 
-def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], Counter[str]]:
+def plain_row(
+    row: dict[str, Any], where: str = "row"
+) -> tuple[dict[str, Any], Counter[str]]:
     """Returns a row as its templates expect it, and what was changed in it.
 
     In objects, a key whose value is null counts as absent: `Dataset.to_json` writes
     every object of a column with the keys of all of them. (Arguments that are a JSON
     string are not touched; their nulls are meant.) The result of a tool becomes JSON if
     it is an object, a list of other things than text parts, or a number.
+
+    Args:
+      row: the fields.
+      where: location of the row, for messages.
+
+    Raises:
+      UserError: the result of a tool holds what JSON does not have.
     """
     changes: Counter[str] = Counter()
     fields = {}
@@ -37,12 +46,12 @@ def plain_row(row: dict[str, Any]) -> tuple[dict[str, Any], Counter[str]]:
             value, nulls = _without_nulls(value)
             changes[NULLS] += nulls
         elif isinstance(value, list):
-            value = [_plain_turn(turn, changes) for turn in value]
+            value = [_plain_turn(turn, changes, where) for turn in value]
         fields[name] = value
     return fields, +changes
 
 
-def _plain_turn(turn: Any, changes: Counter[str]) -> Any:
+def _plain_turn(turn: Any, changes: Counter[str], where: str) -> Any:
     if not isinstance(turn, dict):
         return turn
     turn = {name: value for name, value in turn.items() if value is not None}
@@ -53,7 +62,7 @@ def _plain_turn(turn: Any, changes: Counter[str]) -> Any:
         name = "content" if "content" in turn or "value" not in turn else "value"
         result = turn.get(name)
         if isinstance(result, dict | list | int | float) and not _is_text(result):
-            turn[name] = json.dumps(result, ensure_ascii=False)
+            turn[name] = to_json(result, f"{where}: the result of a tool")
             changes["results of tools written as JSON"] += 1
     return turn
 
@@ -175,10 +184,16 @@ def render_conversation(
         where,
         allow_lost_answers=config.allow_lost_answers,
     )
+    remarks[SPECIAL_TOKENS] = sum(map(chat.has_special, messages))
     if config.supervised != "all":
+        remarks[EMPTY_ANSWER] = sum(_is_empty(messages[turn]) for turn in answers)
         remarks[
             "answers that are not trained (`train_on`, `answers` or flags of turns)"
         ] = roles.count("assistant") - len(answers)
         if len(renderings) > 1:
             remarks[SPLIT] = 1
     return renderings, +remarks
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    return not (message.get("content") or "").strip() and not message.get("tool_calls")

@@ -74,8 +74,8 @@ class DataReport:
     recognised: dict[str, int] = dataclasses.field(default_factory=dict)
     """What was recognised in the rows (fields, roles, parts), and in how many."""
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Fields of the rows that nothing reads, the first hundred of them, and how many
-    rows have them."""
+    """Fields of the rows, and keys of their turns, that nothing reads, the first
+    hundred of them, and how many rows have them."""
     bad_rows: tuple[str, ...] = ()
     """What is wrong with the first rows that cannot be used and were left out."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -15,7 +15,7 @@ import math
 import os
 import string
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,84 @@ class Reading:
     Attributes:
       fields: names of the fields that were read.
       recognised: phrases.
+      nested: keys of turns that a chat template may read, as "field[].key".
     """
 
     fields: set[str] = dataclasses.field(default_factory=set)
     recognised: set[str] = dataclasses.field(default_factory=set)
+    nested: set[str] = dataclasses.field(default_factory=set)
 
     def recognise(self, phrase: str, *fields: str) -> None:
         """Notes a phrase and the fields that were read for it."""
         self.recognised.add(phrase)
         self.fields.update(fields)
+
+
+class UnusableJsonError(ValueError):
+    """Valid JSON that has a key twice in an object, or is nested too deeply."""
+
+
+def parse_json(text: str) -> Any:
+    """Decodes JSON.
+
+    What is nested too deeply for templates and messages is an error, and a key that
+    stands twice in an object, because one of its values would be lost.
+
+    Raises:
+      ValueError: it is malformed.
+      UnusableJsonError: it is valid, and one of these errors.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+        # Only where brackets could be that deep is the value walked.
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
+    except RecursionError:
+        raise UnusableJsonError("it is nested too deeply") from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnusableJsonError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def to_json(value: Any, what: str) -> str:
+    """Returns a value as JSON.
+
+    Args:
+      value: from a row.
+      what: names it, for messages.
+
+    Raises:
+      UserError: it holds what JSON does not have (NaN, a date, bytes, ...).
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{what} cannot be written as JSON: {error}. Use strings, finite "
+            "numbers, true, false and null alone."
+        ) from error
 
 
 def fields_of(row: dict[str, Any]) -> str:
@@ -78,7 +147,7 @@ class RowFile:
       kind: what it was read as, for the report.
     """
 
-    rows: Iterator[Row]
+    rows: Generator[Row, None, None]
     plain: bool
     done: Callable[[], float]
     kind: str
@@ -161,7 +230,7 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
         plain = plain and plain_text
         stack.pop_all()  # the row iterator closes the file
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Generator[Row, None, None]:
         with contextlib.closing(raw), lines:
             if plain:
                 with reading_file(path):
@@ -290,47 +359,17 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _loads(text: str) -> Any:
-    """Parses JSON; what is nested too deeply for templates and messages is an error.
-
-    Raises:
-      ValueError: it is not JSON, or nested too deeply.
-    """
-    try:
-        value = json.loads(text)
-        # Only where brackets could be that deep is the value walked.
-        if text.count("[") + text.count("{") > _MAX_DEPTH:
-            _check_depth(value)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return value
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise RecursionError
-
-
 def _json_list(
     path: Path, head: list[str], lines: io.TextIOWrapper
 ) -> list[tuple[str, Any]]:
     with reading_file(path):
         content = "".join(head) + lines.read()
     try:
-        rows = _loads(content)
+        rows = parse_json(content)
     except ValueError as error:
-        line = getattr(error, "lineno", "?")
-        raise UserError(f"{path}:{line}: malformed JSON list: {error}") from error
+        malformed = isinstance(error, json.JSONDecodeError)
+        where = f"{path}:{error.lineno}" if malformed else f"{path}"
+        raise UserError(f"{where}: malformed JSON list: {error}") from error
     if not rows:
         raise UserError(f"{path} has no rows.")
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
@@ -348,7 +387,7 @@ def _json_lines(
     while line is not None:
         if line.strip():
             try:
-                row = _loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 row = UserError(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "
@@ -368,12 +407,12 @@ class _Formatter(string.Formatter):
         self._where, self._name = where, name
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        """Returns the value of a field and its name; refuses null, NaN and objects."""
+        """Returns the value of a field and its name; only of text and numbers."""
         value, first = super().get_field(field_name, args, kwargs)
         if value is None:
             raise UserError(f"{self._where}: field `{field_name}` is null.")
         finite = not isinstance(value, float) or math.isfinite(value)
-        if isinstance(value, dict | list) or not finite:
+        if isinstance(value, dict | list | bytes) or not finite:
             kind = type(value).__name__ if finite else repr(value)
             raise UserError(
                 f"{self._where}: field `{field_name}` of `data.{self._name}` must be a "

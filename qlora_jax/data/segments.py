@@ -1,7 +1,6 @@
 """Rows to strings with supervised character spans, by format."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from qlora_jax.data.conversations import (
     without_flags,
 )
 from qlora_jax.data.rendering import plain_row, render_conversation
-from qlora_jax.data.rows import Reading, text_of
+from qlora_jax.data.rows import Reading, text_of, to_json
 from qlora_jax.data.text_formats import alpaca_texts, field_text, response_spans
 from qlora_jax.errors import UserError
 
@@ -174,11 +173,16 @@ class Segmenter:
     ) -> list[Segmented] | str:
         config = self._config
         chat, unread = self._renderer(where, row, reading)
-        row, changes = plain_row(row)
+        row, changes = plain_row(row, where)
         if unread:
             changes[_UNREAD_VARIABLES] += len(unread)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)
+        reading.nested = {
+            name
+            for name in reading.nested
+            if not chat.mentions(name.rpartition(".")[2], tools=bool(tools))
+        }
         rendered = render_conversation(chat, config, turns, tools, where)
         if isinstance(rendered, str):
             return rendered
@@ -222,7 +226,7 @@ class Segmenter:
                 f"the chat template, got {type(variables).__name__}."
             )
         reading.recognise("variables of the chat template in `chat_template_kwargs`")
-        key = json.dumps(variables, sort_keys=True)
+        key = to_json(variables, f"{where}: `chat_template_kwargs`")
         if key not in self._with_variables:
             try:
                 renderer = self._chat.with_variables(variables)

@@ -15,12 +15,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.data.file_patterns import matching_files
-from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows
+from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows, parse_json
 from qlora_jax.data.tables import DELIMITERS, open_table
 from qlora_jax.errors import Problems, UserError
 
@@ -110,7 +110,7 @@ def read_chunks(
     sources: Iterable[RowSource],
     problems: Problems,
     on_read: Callable[[int, RowFile], None],
-) -> Iterator[tuple[list[Row], RowFile]]:
+) -> Generator[tuple[list[Row], RowFile], None, None]:
     """Yields rows in chunks, each with the file that they are read from.
 
     Args:
@@ -122,10 +122,11 @@ def read_chunks(
     for index, source in enumerate(sources):
         with problems.collecting():
             file = source.open()
-            rows = iter(file.rows)
-            while chunk := _take_chunk(rows):
-                yield chunk, file
-                on_read(index, file)
+            # Closed here where reading ends early, not when it is collected.
+            with contextlib.closing(file.rows) as rows:
+                while chunk := _take_chunk(rows):
+                    yield chunk, file
+                    on_read(index, file)
 
 
 def _take_chunk(rows: Iterator[Row]) -> list[Row]:
@@ -387,16 +388,74 @@ def _table_rows(name: str, tables: Iterable[Any], total: int, kind: str) -> RowF
     """Numbers the rows of Arrow tables from 1."""
     count = 0
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Generator[Row, None, None]:
         nonlocal count
         for table in tables:
-            for row in table.to_pylist():
+            for row in _python_rows(name, table):
                 count += 1
-                yield f"{name} row {count}", {k: _drop_nulls(v) for k, v in row.items()}
+                yield f"{name} row {count}", row
         if not count:
             raise UserError(f"{name} has no rows.")
 
     return RowFile(rows(), False, lambda: min(count / total, 1.0), kind)
+
+
+def _python_rows(name: str, table: Any) -> Iterator[dict[str, Any]]:
+    """Converts an Arrow table or record batch; maps become objects.
+
+    Raises:
+      UserError: a column cannot be converted, or two have the same name.
+    """
+    import pyarrow
+
+    names = table.schema.names
+    twice = sorted({column for column in names if names.count(column) > 1})
+    if twice:
+        raise UserError(
+            f"{name} has several columns of the name {', '.join(map(repr, twice))}; a "
+            "row has one value of each name. Rename or remove one of them."
+        )
+    columns = []
+    for field in table.schema:
+        decode = _json_decoder(field.type)
+        try:
+            values = table.column(field.name).to_pylist(maps_as_pydicts="strict")
+            values = map(_drop_nulls, values)
+            columns.append(list(map(decode, values) if decode else values))
+        except (pyarrow.ArrowException, ValueError, LookupError) as error:
+            raise UserError(
+                f"{name}: the column {field.name!r} ({field.type}) cannot be read: "
+                f"{str(error).rstrip('.')}. Convert the column, or leave it out."
+            ) from error
+    for row in zip(*columns, strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """Returns what decodes the JSON in a column, as of `datasets.Json`; None without.
+
+    Args:
+      kind: the Arrow type of the column.
+    """
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return lambda value: None if value is None else parse_json(value)
+    if types.is_struct(kind):
+        decoders = {f.name: d for f in kind if (d := _json_decoder(f.type))}
+        if decoders:
+            return lambda value: (
+                value and {k: decoders.get(k, _same)(v) for k, v in value.items()}
+            )
+    elif types.is_list(kind) or types.is_large_list(kind):
+        decode = _json_decoder(kind.value_type)
+        if decode is not None:
+            return lambda value: value and list(map(decode, value))
+    return None
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _drop_nulls(value: Any) -> Any:
@@ -407,6 +466,8 @@ def _drop_nulls(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {k: _drop_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+    items = value if isinstance(value, list) else ()
+    first = next((item for item in items if item is not None), None)
+    if isinstance(first, dict | list):
         return [_drop_nulls(item) for item in value]
     return value

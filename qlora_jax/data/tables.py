@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def open_table(path: Path) -> RowFile:
         header = _read_header(path, records, delimiter)
         stack.pop_all()  # the row iterator closes the file
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Generator[Row, None, None]:
         count = 0
         with contextlib.closing(raw), lines, reading_file(path):
             for line, values in records:

@@ -17,6 +17,8 @@ from qlora_jax.data.reasoning import has_empty_reasoning, split_reasoning
 from qlora_jax.errors import UserError
 
 EMPTY_REASONING = "answers trained with empty reasoning"
+EMPTY_ANSWER = "answers trained that have no text and no calls"
+SPECIAL_TOKENS = "turns whose text has special tokens of the tokenizer"
 NOT_WRITTEN = "that the chat template does not write"
 # A tag alone on its line may be one that the template writes itself.
 _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")

@@ -134,17 +134,24 @@ def test_whatever_changes_the_tokens_makes_another_cache(
     assert len(caches(cache)) == 7
 
 
-def test_a_chat_template_is_part_of_the_key(load, tokenizer, write, cache):
+def test_a_chat_template_and_its_tokens_are_part_of_the_key(
+    load, byte_tokenizer, write, cache
+):
+    tokenizer = byte_tokenizer()
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write([{"messages": turns}])
-    for end in "!?":
+    for end, pad in ("!", "x"), ("?", "x"), ("?", "y"):
+        tokenizer.pad_token = pad
         template = write(
-            "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "{% endfor %}"
+            "{{ pad_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+            + end
+            + "{% endfor %}"
             "{% if add_generation_prompt %}assistant:{% endif %}",
             "t.jinja",
         )
-        tokens = load(path, cache, format="messages", chat_template=template)[0][0]
-        text = f"user:a{end}assistant:b{end}"
+        options = {"format": "messages", "chat_template": template}
+        tokens = load(path, cache, tokenizer=tokenizer, **options)[0][0]
+        text = f"{pad}user:a{end}assistant:b{end}"
         assert tokens.tolist() == tokenizer.encode(text, add_special_tokens=False)
 
 

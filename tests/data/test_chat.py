@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
@@ -117,6 +118,21 @@ def test_a_token_across_the_end_of_an_answer_is_supervised_as_in_hf(byte_tokeniz
     assert encoded.straddles and (encoded.labels != IGNORE).tolist()[-1]
 
 
+def test_spaces_that_offsets_leave_out_are_supervised(byte_tokenizer):
+    # The tokenizers of GPT-2 and SmolLM give "   b" the offsets of "b".
+    tokenizer = byte_tokenizer(specials=SPECIALS, merges=[("Ġ", "Ġ"), ("Ġ", "b")])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.chat_template = CHATML
+    turns = [
+        {"role": "user", "content": " a "},
+        {"role": "assistant", "content": "if a:\n   b  \n   b"},
+    ]
+    assert_as_hf(tokenizer, turns)
+    (encoded,) = tokenize(tokenizer, [Segmented("a b", [(2, 3)])])
+    assert encoded.straddles and (encoded.labels != IGNORE).tolist() == [False, True]
+
+
 def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
     text, pieces = supervised(CHATML, CONVERSATION[:1])
     assert text == "<|im_start|>user\nHi there<|im_end|>\n" and pieces == []
@@ -222,6 +238,13 @@ def test_arguments_are_written_for_templates_that_join_strings(chat_tokenizer):
     messages = to_messages({"messages": [turn]}, "r")
     text = ChatRenderer(chat_tokenizer(template)).text(messages)
     assert text == '{"city": "Zürich"}!'
+
+
+def test_the_byte_order_mark_of_a_template_file_is_not_written(chat_tokenizer, write):
+    path = write(b"\xef\xbb\xbf" + CHATML.encode(), "chat.jinja")
+    tokenizer = chat_tokenizer(CHATML)
+    chats = ChatRenderer(tokenizer, path), ChatRenderer(tokenizer)
+    assert len({chat.text(CONVERSATION) for chat in chats}) == 1
 
 
 def test_a_template_file_overrides_that_of_the_tokenizer(chat_tokenizer, write):
@@ -386,6 +409,12 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(
             {"role": "assistant", "content": None, "tool_calls": [1]},
             r"f:7: .* \(assistant\): can only concatenate",
         ),
+        ("{{ 1 / 0 }}", CONVERSATION[0], r"f:7: .* \(user\): division by zero"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            CONVERSATION[0],
+            r"f:7: .* \(user\): maximum recursion depth",
+        ),
     ],
 )
 def test_turns_that_the_template_cannot_render_name_the_row(
@@ -421,6 +450,11 @@ def test_a_template_file_that_cannot_be_used_is_refused(chat_tokenizer, write):
         ChatRenderer(chat_tokenizer(CHATML), file)
     with pytest.raises(UserError, match=r"cannot read .*absent\.jinja"):
         ChatRenderer(chat_tokenizer(CHATML), "absent.jinja")
+    with pytest.raises(UserError, match=r"chat\.jinja is empty"):
+        ChatRenderer(chat_tokenizer(CHATML), write(" \n", "chat.jinja"))
+    file = write(json.dumps({"chat_template": CHATML}), "chat_template.json")
+    with pytest.raises(UserError, match=r"json is JSON, .* string of its `chat_templ"):
+        ChatRenderer(chat_tokenizer(CHATML), file)
 
 
 # --- rows to messages ---

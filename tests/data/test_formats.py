@@ -53,6 +53,31 @@ PARTS = [
 ]
 
 
+@pytest.mark.parametrize("content", [None, "", "look!"])
+def test_a_function_call_of_openais_first_api_is_a_call(content):
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    turn = {"role": "assistant", "content": content, "function_call": call}
+    reading = Reading()
+    (message,) = to_messages({"messages": [turn]}, "r", reading)
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert message["tool_calls"] == [{"type": "function", "function": function}]
+    assert message["content"] == content and "function_call" not in message
+    assert "`function_call` of turns as a call" in reading.recognised
+    with pytest.raises(UserError, match="`function_call` must be a call.* got 'f'"):
+        to_messages({"messages": [turn | {"function_call": "f"}]}, "r")
+
+
+def test_keys_of_turns_that_nothing_reads_are_reported(load, chatml):
+    unread = {"images": ["a.png"], "thought": "hm", "name": "Bo", "empty": []}
+    asked = {"role": "user", "content": "hi", "weight": 1} | unread
+    row = {"messages": [asked, {"role": "assistant", "content": "yo", "weight": 0}]}
+    row["messages"].append({"role": "assistant", "content": "a", "reasoning": "b"})
+    chatml.chat_template = "{{ messages[0].name }}" + CHATML
+    report = load([row, row], chatml, format="messages").report
+    assert report.unread == {"messages[].images": 2, "messages[].thought": 2}
+    assert any(r.startswith("`weight` of turns that are") for r in report.recognised)
+
+
 @pytest.mark.parametrize(
     ("row", "recognised"),
     [

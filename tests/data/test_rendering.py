@@ -96,7 +96,8 @@ def test_an_answer_that_is_lost_altogether_is_refused_unless_allowed(load_chat):
         "answers (all of their text and calls) that the chat template does not write": 2
     }
     # An answer that is empty in the row is no loss.
-    assert load_chat(TEXT, {"messages": [ASKED, answer()]}).report.remarks == {}
+    (remark,) = load_chat(TEXT, {"messages": [ASKED, answer()]}).report.remarks
+    assert remark == "answers trained that have no text and no calls"
 
 
 TURNS = [ASKED, answer("one"), ASKED, answer("two"), ASKED, answer("three", weight=0)]
@@ -128,6 +129,35 @@ def test_the_answers_that_are_trained_can_be_chosen(
     ((remark, count),) = examples.report.remarks.items()
     assert remark.startswith("answers that are not trained")
     assert count == 3 - len(trained)
+
+
+# One block for the reasoning of an answer, and one for its text, if it has them.
+TWO_BLOCKS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% if m.thinking and not STRIPS %}{% generation %}[{{ m.thinking }}]"
+    "{% endgeneration %}{% endif %}{% if m.content %}{% generation %}{{ m.content }}"
+    "</s>{% endgeneration %}{% endif %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "written"),
+    [(answer("a"), "a</s>"), (answer(), ""), (answer("a", thinking="h"), "[h]a</s>")],
+)
+def test_the_generation_blocks_of_an_answer_are_those_that_its_turn_adds(
+    load_chat, decoded, first, written
+):
+    row = {"messages": [ASKED, first, ASKED, answer("b", thinking="t")]}
+    template = TWO_BLOCKS.replace("STRIPS", "false")
+    last = load_chat(template, row, train_on="last")
+    assert decoded(last)[1] == "[t]b</s>"
+    if written:
+        assert decoded(load_chat(template, row, answers=(0,)))[1] == written
+    if first.get("thinking"):  # no longer written once there are later turns
+        template = TWO_BLOCKS.replace("STRIPS", "not loop.last")
+        assert decoded(load_chat(template, row, train_on="last"))[1] == "[t]b</s>"
+        with pytest.raises(UserError, match="3 blocks for 2 turns .* cannot be told"):
+            load_chat(template, row, answers=(0,))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +255,21 @@ def test_results_of_tools_become_json(result, content):
     parts = [{"type": "text", "text": "a"}]
     kept = {"messages": [{"role": "tool", "content": parts}, {"role": "user", "n": 1}]}
     assert plain_row(kept) == (kept, {})
+
+
+def test_empty_answers_and_special_tokens_in_texts_are_counted(load_chat):
+    # `<s>` is a tag of HTML too; both become BOS and EOS as the template's own do.
+    striked = {"role": "user", "content": "<s>old</s>"}
+    rows = [
+        {"messages": [striked, answer("a</s>")]},
+        {"messages": [ASKED, answer(" ")]},
+        {"messages": [ASKED, answer("", train=False), ASKED, answer("b")]},
+        {"messages": [ASKED, answer("", tool_calls=[CALL])]},
+    ]
+    remarks = load_chat(CALLS, *rows).report.remarks
+    assert remarks["turns whose text has special tokens of the tokenizer"] == 2
+    assert remarks["answers trained that have no text and no calls"] == 1
+    assert len(remarks) == 3  # and the answer that is not trained
 
 
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):

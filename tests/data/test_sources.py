@@ -125,6 +125,38 @@ def test_every_bad_row_is_listed(write, load):
     assert ":1000: a row must be a JSON object, got list" in message
 
 
+ASKED = '{"messages": [{"role": "user", "content": "a"}, %s]}'
+CALLING = ASKED % (
+    '{"role": "assistant", "tool_calls": [{"name": "f", "arguments": %s}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "a", "text": "b"}', ":1: malformed JSON: the key 'text' stands"),
+        ('[{"a": {"b": 1, "b": 1}}]', "jsonl: malformed JSON list: the key 'b' stands"),
+        (CALLING % '"{\\"a\\": 1, \\"a\\": 2}"', "of a call: the key 'a' stands twice"),
+        (
+            CALLING % '{"a": NaN}',
+            "turn 2 of `messages`: `tool_calls` cannot be written",
+        ),
+        (CALLING % '"{\\"a\\": 1e999}"', "`tool_calls` cannot be written as JSON"),
+        (ASKED % '{"role": "tool", "content": {"a": NaN}}', ":1: the result of a tool"),
+        (CALLING % f'"{"[" * 800 + "]" * 800}"', "of a call: it is nested too dee"),
+        ('{"text": %s}' % ("[" * 10_000), "malformed JSON: it is nested too deeply"),
+        ("[" * 10_000, "malformed JSON list: it is nested too deeply"),
+    ],
+)
+def test_json_that_loses_a_value_or_is_no_json_in_a_template_is_refused(
+    write, load, byte_tokenizer, row, message
+):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    with pytest.raises(UserError, match=message):
+        load(write(row), tokenizer, format="messages")
+
+
 def test_problems_of_all_files_are_raised_together(write, load, tmp_path):
     for name, content in (("a", '{"text": 1}\n'), ("b", "["), ("c", " ")):
         write(content, f"{name}.jsonl")
@@ -181,6 +213,45 @@ def test_keys_that_only_other_turns_have_are_removed(tmp_path):
     assert where.endswith("x.parquet row 1")
     assert row["messages"][0] == TURNS[0]
     assert row["messages"][1] == {"role": "assistant", "tool_calls": [{"name": "f"}]}
+
+
+def test_maps_and_json_of_columns_are_objects(tmp_path):
+    pyarrow = library("pyarrow")
+    text, json_type = pyarrow.string(), pyarrow.json_()
+    maps = pyarrow.array(
+        [[{"a": [("b", "c")]}]],
+        pyarrow.list_(pyarrow.struct([("a", pyarrow.map_(text, text))])),
+    )
+    # `datasets.Json` is stored so, e.g. as the arguments of calls.
+    stored = pyarrow.array(['{"b": null}', None], text).cast(json_type)
+    nested = pyarrow.StructArray.from_arrays([stored], ["a"])
+    nested = pyarrow.ListArray.from_arrays([0, 2], nested)
+    table = pyarrow.table({"maps": maps, "json": stored[:1], "nested": nested})
+    library("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    ((_, row),) = rows_of(str(tmp_path / "x.parquet"))
+    assert row == {
+        "maps": [{"a": {"b": "c"}}],
+        "json": {"b": None},
+        "nested": [{"a": {"b": None}}, {}],
+    }
+
+
+def test_columns_that_cannot_be_converted_are_refused(tmp_path, load):
+    pyarrow = library("pyarrow")
+    path, buffer = tmp_path / "x.parquet", pyarrow.py_buffer
+    not_utf8 = pyarrow.StringArray.from_buffers(
+        1, buffer(np.array([0, 1], np.int32).tobytes()), buffer(b"\xff")
+    )
+    text = pyarrow.array([b"a"])
+    for names, columns, config, message in (
+        ("tt", [text, text], {}, "several columns of the name 't'"),
+        ("ab", [text, not_utf8], {}, r"the column 'b' \(string\) cannot be read: 'utf"),
+        ("a", [text], {"text": "{a}"}, "`a` of `data.text` must be .* got bytes"),
+    ):
+        table = pyarrow.Table.from_arrays(columns, names=list(names))
+        library("pyarrow.parquet").write_table(table, path)
+        with pytest.raises(UserError, match=message):
+            load(path, **config)
 
 
 def test_token_rows_come_from_parquet(tmp_path, load):
