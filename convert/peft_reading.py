@@ -29,7 +29,7 @@ from convert.peft_tables import check_vocab_size, saved_tables
 from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.lora import LoraConfig, Selection, select, unused_settings
 from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
@@ -75,6 +75,10 @@ def load_adapter(
     match = _match(path, base, strict=strict, notes=notes)
     adapters = _read_tree(match)
     _compare_base_copies(match, base, strict=strict, notes=notes)
+    notes += [
+        f"{setting}, which selects nothing in this model"
+        for setting in unused_settings(match.lora, match.selection)
+    ]
     return match.lora, adapters
 
 
