@@ -383,7 +383,7 @@ def _load_data(
         config.data,
         batch_size=config.train.batch_size,
         accumulation_steps=config.train.gradient_accumulation_steps,
-        pad_token_id=architecture.pad_token_id or 0,
+        pad_token_id=architecture.padding_id,
         steps=config.train.steps,
         epochs=config.train.epochs,
     )
