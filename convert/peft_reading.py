@@ -79,6 +79,12 @@ def load_adapter(
         f"{setting}, which selects nothing in this model"
         for setting in unused_settings(match.lora, match.selection)
     ]
+    if _changes_nothing(match.selection, adapters):
+        notes.append(
+            "the updates of the adapter, all zero (every `lora_B` is): the model is "
+            "its base. It was saved before it was trained, or without gathering its "
+            "weights (DeepSpeed, FSDP)"
+        )
     return match.lora, adapters
 
 
@@ -268,6 +274,19 @@ def _read_tree(match: _Match) -> dict[str, Any]:
     for key in copies:
         _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
     return adapters
+
+
+def _changes_nothing(selection: Selection, adapters: Mapping[str, Any]) -> bool:
+    """Whether an adapter consists of low-rank updates, and all of them are zero."""
+    # The factor that starts at zero. Magnitudes and whole tensors start as the base's.
+    parts = ("lora_B", "lora_embedding_A", "lora_bias")
+    return (
+        not (selection.full_tensors or selection.rows)
+        and not any(module.dora for module in selection.adapted)
+        and not any(
+            leaf.any() for path, leaf in trees.walk(adapters) if path[-1] in parts
+        )
+    )
 
 
 def _compare_twin(key: str, original: str, files: TensorFiles) -> None:

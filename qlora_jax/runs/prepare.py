@@ -262,6 +262,7 @@ def _with_initial_adapter(
     if explicit_lora is None:
         explicit_lora = given_fields(config.lora)
     adapter = convert.check_adapter(path, base)
+    convert.check_not_merged(config.model.path, path)
     # The context length that the adapter was trained for is kept.
     changes = json.loads(adapter.base_config_changes or "{}")
     model = dataclasses.replace(
