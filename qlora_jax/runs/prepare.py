@@ -55,7 +55,7 @@ from qlora_jax.runs.eval_data import (
     split_held_out,
 )
 from qlora_jax.runs.evaluation import check_prompts
-from qlora_jax.runs.loading import base_options
+from qlora_jax.runs.loading import base_options, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -139,7 +139,9 @@ def prepare(
         problems.raise_if_any()
     assert loaded is not None
     model, base, drawn = loaded
-    starts_fresh = config.train.adapter_init is None
+    initial = config.train.adapter_init
+    starts_fresh = initial is None
+    say_unused(Path(config.model.path), None if initial is None else Path(initial))
     if not starts_fresh:
         with problems.collecting():
             model, base = _with_adapter_tables(config, model, base)
