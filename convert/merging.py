@@ -158,7 +158,7 @@ def merge(
         write_files(new, files)
         changes = _config_changes(checkpoint, merged)
         changes.update(_lengthen_tokenizer(new, checkpoint, merged))
-        if not (stream.changed or tables):
+        if not stream.changed:
             skipped.append(
                 "no tensor changed: the weights of the result are the base's"
             )
@@ -512,11 +512,21 @@ class _Stream:
             tensor = self._base_tensor(source, path)
         self.written += 1
         if update is None:
+            self.changed += self._is_replaced(source, tensor)
             return cast(tensor, dtype, key)
         tensor, largest = update.apply(tensor, dtype, key)
         self.changed += largest > 0
         self.max_abs_change = max(self.max_abs_change, largest)
         return tensor
+
+    def _is_replaced(self, key: str | None, table: NDArray) -> bool:
+        """Whether a table of the adapter's file is another one than the base's."""
+        files = self.checkpoint.files
+        if key not in self.tables or key not in files:
+            return False
+        return files[key].shape != table.shape or not np.array_equal(
+            files.read(key), table
+        )
 
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""

@@ -77,7 +77,7 @@ def load_adapter(
     _compare_base_copies(match, base, strict=strict, notes=notes)
     notes += [
         f"{setting}, which selects nothing in this model"
-        for setting in unused_settings(match.lora, match.selection)
+        for setting in unused_settings(match.lora, match.selection, base)
     ]
     if _changes_nothing(match.selection, adapters):
         notes.append(

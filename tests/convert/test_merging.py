@@ -135,6 +135,21 @@ def test_a_merge_that_changes_nothing_says_so(make_model, adapter, out, edit_ten
     assert note == "no tensor changed: the weights of the result are the base's"
 
 
+@pytest.mark.parametrize(("scale", "changed"), [(1, 0), (2, 1)])
+def test_a_table_of_the_file_that_replaces_the_bases_is_counted(
+    tiny_model, adapter, out, edit_tensors, scale, changed
+):
+    """PEFT saves a table with the adapter after a vocabulary was resized."""
+    head = safetensors.numpy.load_file(tiny_model / MODEL)["lm_head.weight"] * scale
+    edit_tensors(
+        adapter / WEIGHTS,
+        lambda tensors: tensors.update({"base_model.model.lm_head.weight": head}),
+    )
+    report = convert.merge(tiny_model, adapter, out)
+    assert report["tensors_changed"] == 4 + changed
+    np.testing.assert_array_equal(all_tensors(out)["lm_head.weight"], head)
+
+
 def test_an_adapter_is_not_merged_twice(tiny, tiny_model, adapter, make_adapter, out):
     convert.merge(tiny_model, adapter, out)
     with pytest.raises(UserError, match=f"would be added twice.*`{tiny_model}`"):

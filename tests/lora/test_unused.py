@@ -6,7 +6,11 @@ import pytest
 
 import convert
 from qlora_jax.lora import LoraConfig, select
-from qlora_jax.lora.unused import unused_patterns, unused_settings
+from qlora_jax.lora.unused import (
+    unused_exclusions,
+    unused_patterns,
+    unused_settings,
+)
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import abstract_base
 
@@ -36,11 +40,28 @@ def test_patterns_that_set_no_modules_value(tiny, field, patterns, unused):
 
 def test_targets_and_layers_that_the_model_lacks(tiny):
     lora = LoraConfig(target_modules=("q_proj", "w1"), layers_to_transform=(0, 2))
-    selection = select(abstract_base(LlamaConfig.from_hf(tiny)), lora)
+    base = abstract_base(LlamaConfig.from_hf(tiny))
+    selection = select(base, lora)
     named = ["`target_modules` of 'w1'", "`layers_to_transform` of 2"]
-    assert unused_settings(lora, selection) == named
+    assert unused_settings(lora, selection, base) == named
     every = dataclasses.replace(lora, target_modules=("q_proj",), layers_to_transform=0)
-    assert unused_settings(every, selection) == ["`target_modules` of 'w1'"]
+    assert unused_settings(every, selection, base) == ["`target_modules` of 'w1'"]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "unused"),
+    [
+        (None, []),
+        (("lm_head", "layers.1.self_attn.q_proj", "embed_tokens", "norm"), ["norm"]),
+        (("k_prj",), ["k_prj"]),
+        (".*vision.*", [".*vision.*"]),
+        (".*up_proj", []),
+    ],
+)
+def test_exclusions_of_what_the_model_lacks(tiny, excluded, unused):
+    lora = LoraConfig(exclude_modules=excluded)
+    got = unused_exclusions(lora, abstract_base(LlamaConfig.from_hf(tiny)))
+    assert got == [f"`exclude_modules` of {name!r}" for name in unused]
 
 
 def test_they_are_noted_when_an_adapter_is_loaded(tiny, make_adapter):
