@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 SOURCES := qlora_jax pallas_kernels convert scripts docs/tooling tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit lint types format docs peer compile bench gpu clean
+.PHONY: help demo test unit lint types format docs peer compile fuzz bench gpu clean
 
 define CHECK_PYTHON
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,7 +32,7 @@ endef
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
-	@echo "targets: demo test unit lint types format docs peer compile bench gpu clean"
+	@echo "targets: demo test unit lint types format docs peer compile fuzz bench gpu clean"
 
 # The stamp is written last: an interrupted installation starts over. A venv made by a
 # Python that has since gone is made anew.
@@ -106,6 +106,10 @@ compile: $(VENV_GPU)/.installed
 	$(VENV_GPU)/bin/pyright --pythonpath $(VENV_GPU)/bin/python
 	$(VENV_GPU)/bin/python -m pytest tests -n $(JOBS) --dist loadfile \
 	  -m "compile or interpret" $(ARGS)
+
+# 20,000 damaged files of every kind; the tests try 1,000.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_fuzz.py -m fuzz $(ARGS)
 
 bench: $(VENV)/.installed $(VENV_PEER)/.installed
 	$(BIN)/python scripts/bench cpu compare --peer-python $(VENV_PEER)/bin/python $(ARGS)

@@ -1,6 +1,13 @@
 # What the other packages use of `convert`.
 
 from .added_tokens import copy_with_added_tokens as copy_with_added_tokens
+from .atomic import check_new_directory as check_new_directory
+from .atomic import check_new_file as check_new_file
+from .atomic import is_leftover as is_leftover
+from .atomic import new_file as new_file
+from .atomic import remove_leftovers as remove_leftovers
+from .atomic import scratch_directory as scratch_directory
+from .atomic import write_text as write_text
 from .checkpoint import lazy_base as lazy_base
 from .checkpoint import open_checkpoint as open_checkpoint
 from .checkpoint import open_config as open_config
@@ -28,8 +35,6 @@ from .merging import check_not_merged as check_not_merged
 from .merging import merge as merge
 from .merging import write_dense as write_dense
 from .names import checkpoint_keys as checkpoint_keys
-from .output import check_new_directory as check_new_directory
-from .output import write_text as write_text
 from .peft import ADAPTER_CONFIG as ADAPTER_CONFIG
 from .peft import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from .peft import TRAINING_RECORD as TRAINING_RECORD

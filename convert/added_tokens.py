@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.atomic import write_text
 from convert.companions import companion_files
-from convert.output import write_files, write_text
+from convert.output import write_files
 from convert.tokenizer import load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
 

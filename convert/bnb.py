@@ -9,11 +9,10 @@ says. Bytes are read and written unchanged.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,10 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, is_shape
 from convert.output import Entry
 from qlora_jax import nf4
-from qlora_jax.errors import UserError
-from qlora_jax.lora import match_patterns
+from qlora_jax.errors import say
 from qlora_jax.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -39,6 +37,10 @@ _STATE = ".quant_state.bitsandbytes__"
 # dtypes that packed bytes may be viewed as -> safetensors' names.
 # `bnb_4bit_quant_storage` is a view: another dtype and length, the same bytes.
 _STORAGES = {"uint8": "U8", **FLOAT_DTYPES}
+
+# A real one has about 200.
+_MAX_STATE_BYTES = 10_000
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,8 @@ def check(
     if missing:
         return None, names
     try:
-        # names[3]: the JSON, a byte tensor, since safetensors holds nothing else.
-        raw = json.loads(files.read_bytes(names[3]).tobytes())
-        state = _parse(raw, double)
-    except (ValueError, KeyError, TypeError) as error:
+        state = _read_state(files, names[3], double)
+    except ValueError as error:
         problems.add("unusable quantization states", f"{names[3]} ({error})")
         return None, names
     if state.shape != shape:
@@ -161,34 +161,52 @@ def _mismatches(
     return mismatches
 
 
-def _parse(raw: Mapping[str, Any], double: bool) -> QuantState:
-    """Reads the JSON of a weight; raises ValueError for unsupported values."""
-    if raw["quant_type"] != "nf4":
-        raise ValueError(f"`quant_type` is {raw['quant_type']!r}; only 'nf4' is read")
-    block_size = raw["blocksize"]
+def _read_state(files: TensorFiles, name: str, double: bool) -> QuantState:
+    """Reads the JSON of a weight from a tensor of bytes.
+
+    Raises:
+      ValueError: it is not the JSON of a quantized weight, or has unsupported values.
+    """
+    if files[name].nbytes > _MAX_STATE_BYTES:
+        raise ValueError(
+            f"{files[name].nbytes:,} bytes, and at most {_MAX_STATE_BYTES:,} are read"
+        )
+    try:
+        raw = json.loads(files.read_bytes(name).tobytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise ValueError("not a JSON object")
+
+    def check(field: str, expected: str | int, which: str) -> None:
+        value = raw.get(field)
+        # By type as well: True == 1, and 64.0 == 64.
+        if type(value) is not type(expected) or value != expected:
+            raise ValueError(f"`{field}` is {value!r:.100}; only {which} is read")
+
+    check("quant_type", "nf4", "'nf4'")
+    block_size = raw.get("blocksize")
     if type(block_size) is not int or block_size not in READ_BLOCK_SIZES:
         raise ValueError(
             f"`blocksize` is {block_size!r:.80}; expected one of "
             f"{', '.join(map(str, READ_BLOCK_SIZES))}"
         )
-    if raw["dtype"] not in FLOAT_DTYPES:
-        raise ValueError(f"`dtype` is {raw['dtype']!r}; expected a 16 or 32-bit float")
-    offset = None
+    dtype = raw.get("dtype")
+    if not (isinstance(dtype, str) and dtype in FLOAT_DTYPES):
+        raise ValueError(f"`dtype` is {dtype!r:.100}; expected a 16 or 32-bit float")
+    offset: Any = None
     if double:
-        offset = float(raw["nested_offset"])
+        offset = raw.get("nested_offset")
         # Python's JSON reader accepts NaN and Infinity.
-        if not math.isfinite(offset):
-            raise ValueError(f"`nested_offset` is {offset}")
-        if raw["nested_blocksize"] != NESTED_BLOCK_SIZE:
-            raise ValueError(
-                f"`nested_blocksize` is {raw['nested_blocksize']}; only "
-                f"{NESTED_BLOCK_SIZE} is read"
-            )
-        if raw["nested_dtype"] != "float32":
-            raise ValueError(f"`nested_dtype` is {raw['nested_dtype']!r}, not float32")
-    out_features, in_features = raw["shape"]
-    shape = (out_features, in_features)
-    return QuantState(shape, raw["dtype"], offset, block_size)
+        if type(offset) not in (int, float) or not abs(offset) <= _FLOAT32_MAX:
+            raise ValueError(f"`nested_offset` is {offset!r:.100}, not a float32")
+        offset = float(offset)
+        check("nested_blocksize", NESTED_BLOCK_SIZE, str(NESTED_BLOCK_SIZE))
+        check("nested_dtype", "float32", "'float32'")
+    shape = raw.get("shape")
+    if not (is_shape(shape) and len(shape) == 2):
+        raise ValueError(f"`shape` is {shape!r:.100}; expected two sizes")
+    return QuantState((shape[0], shape[1]), dtype, offset, block_size)
 
 
 def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
@@ -349,7 +367,7 @@ def new_quantization_config(
 
 
 def skip_modules(
-    original: Sequence[str] | None,
+    original: Any,
     *,
     dense: Sequence[str],
     packed: Sequence[str],
@@ -357,10 +375,20 @@ def skip_modules(
 ) -> list[str] | None:
     """Returns the `llm_int8_skip_modules` for these dense and packed linear modules.
 
-    The list of the original file is kept where it still holds: entries that select a
+    Entries of the original file are kept where they still hold: names that may select a
     packed module are removed, and projections with dense modules that no entry selects
     are added. None stands for the output head, so a list must name the head too, unless
     it is packed (`packed_head`).
+
+    Versions of transformers read an entry in several ways, as a name or as a regular
+    expression. What is returned means the same to all of them: what is not a name is
+    left out, with a note, and the projections are named.
+
+    Args:
+      original: the value in the file, whatever it is.
+      dense: paths of the linear modules in 16 or 32 bit.
+      packed: of those in 4 bit.
+      packed_head: whether the output head is in 4 bit too.
     """
     if packed_head:
         packed = [*packed, HEAD[-1]]
@@ -368,12 +396,20 @@ def skip_modules(
     entries = None
     missing = list(dense)
     if original is not None:
+        listed = original if isinstance(original, list) else [original]
+        names = [entry for entry in listed if _is_module_name(entry)]
         # transformers builds a dense layer wherever an entry matches, and could not
         # load packed bytes into it.
-        selected = _selected(original, [*dense, *packed])
-        entries = [entry for entry in original if selected[entry].isdisjoint(packed)]
-        in_16_bit = set().union(*(selected[entry] for entry in entries))
-        missing = [module for module in dense if module not in in_16_bit]
+        entries = [
+            name for name in names if not any(_may_select(name, m) for m in packed)
+        ]
+        missing = [m for m in dense if not any(_selects(name, m) for name in entries)]
+        if len(names) < len(listed):
+            say(
+                f"Note: config.json: {len(listed) - len(names)} of {len(listed)} "
+                "entries of `llm_int8_skip_modules` are not names of modules, and are "
+                "left out. The projections that are not quantized are named."
+            )
     if not missing:
         return entries
     # Short names select every layer: a stack is dense in all its layers or in none.
@@ -381,25 +417,26 @@ def skip_modules(
     return [*(["lm_head"] if entries is None else entries), *projections]
 
 
-def _selected(entries: Sequence[str], modules: Sequence[str]) -> dict[str, set[str]]:
-    """Returns the modules that transformers keeps in 16 bit for each entry.
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
-    Raises:
-      UserError: an entry takes too long to match.
-    """
-    # The two rules of transformers: `re.match` from the start of the path up to the
-    # border of a component, and `str.endswith`.
-    match = functools.partial(
-        match_patterns,
-        field="config.json: `llm_int8_skip_modules`",
-        inside=r"(?:{})(?:(?<=\.)|(?=\.|$))",
+
+def _is_module_name(entry: Any) -> bool:
+    return isinstance(entry, str) and _MODULE_NAME.fullmatch(entry) is not None
+
+
+def _may_select(name: str, module: str) -> bool:
+    """Whether some version of transformers keeps a module in 16 bit for an entry."""
+    # As an expression at the beginning of the path (a "." is any character), as an end
+    # of it, or as anything within it up to a ".".
+    return (
+        re.match(name, module) is not None
+        or module.endswith(name)
+        or f"{name}." in module
     )
-    out = {entry: {m for m in modules if m.endswith(entry)} for entry in entries}
-    expressions = []
-    for entry in out:
-        with contextlib.suppress(UserError):  # an end of a path need not be valid
-            match((entry,))
-            expressions.append(entry)
-    for entry, names in match(tuple(expressions), tuple(modules)).items():
-        out[entry].update(names)
-    return out
+
+
+def _selects(name: str, module: str) -> bool:
+    """Whether every version of transformers keeps a module in 16 bit for an entry."""
+    # Versions 4 take the path of a module, or of one around it, and last components;
+    # versions 5 the beginning of a path up to the border of a component, and any end.
+    return f"{module}.".startswith(f"{name}.") or module.rpartition(".")[2] == name

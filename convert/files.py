@@ -10,11 +10,9 @@ truncated meanwhile is an error and not a bus error.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from qlora_jax.errors import CheckpointError
+from qlora_jax.reading import open_file, read_bytes
 
 # safetensors' names -> numpy dtypes, in the library's order. Others (F8_E5M2, ...)
 # exist; the checks refuse files that have them and name the tensor.
@@ -113,7 +112,7 @@ class TensorFiles:
             raise AssertionError(f"`{name}`: `out` does not hold {info.nbytes} bytes")
         target = memoryview(flat)
         try:
-            with _open_file(info.file) as file:
+            with open_file(info.file) as file:
                 file.seek(info.start)
                 done = 0
                 while done < info.nbytes:
@@ -183,7 +182,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
       CheckpointError: missing, truncated or malformed file.
     """
     try:
-        with _open_file(path) as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start.startswith(_OTHER_STARTS):
@@ -248,10 +247,10 @@ def _read_entries(
         if not isinstance(entry, dict):
             raise ValueError(f"the entry of `{name}` is not a JSON object")
         dtype, shape = entry.get("dtype"), entry.get("shape")
-        if not (isinstance(dtype, str) and _is_shape(shape)):
+        if not (isinstance(dtype, str) and is_shape(shape)):
             raise ValueError(f"`{name}` has no dtype and shape")
         offsets = entry.get("data_offsets")
-        if not (_is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        if not (is_shape(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
             raise ValueError(f"`{name}` has no valid begin and end offsets")
         begin, end = offsets
         # numpy's bounds, which an empty array has to keep too.
@@ -277,7 +276,7 @@ def is_name(text: str) -> bool:
     return 0 < len(text) <= 500 and text.isprintable()
 
 
-def _is_shape(value: Any) -> TypeGuard[list[int]]:
+def is_shape(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of integers >= 0 of at most numpy's rank."""
     return (
         isinstance(value, list)
@@ -293,14 +292,7 @@ def read_json(path: Path) -> Any:
       CheckpointError: a missing, oversized or malformed file.
     """
     try:
-        with _open_file(path) as file:
-            # One byte more than is allowed tells a longer file without reading it.
-            text = file.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"`{path}` is larger than {MAX_JSON_BYTES:,} bytes, the most that is "
-                "read. Is it the right file?"
-            )
+        text = read_bytes(path, MAX_JSON_BYTES)
         if text.startswith(_OTHER_STARTS):
             raise CheckpointError(_not_itself(path))
         value = json.loads(text.decode())
@@ -345,20 +337,6 @@ def _short(error: Exception) -> str:
     """Returns the start of an error's text, which may quote the file, on one line."""
     text = str(error) or type(error).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:300])
-
-
-def _open_file(path: Path) -> io.BufferedReader:
-    """Opens a regular file; a pipe or device could block or never end."""
-    file = open(path, "rb", opener=_open_now)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise CheckpointError(f"`{path}` is not a file but a pipe or device.")
-    return file
-
-
-def _open_now(path: str, flags: int) -> int:
-    # Opening a pipe would otherwise wait for its writer. Regular files ignore the flag.
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Mismatches:

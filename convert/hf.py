@@ -9,7 +9,6 @@ layer of one tensor at a time.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,21 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb
+from convert.atomic import new_directory, write_json
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.companions import companion_files
 from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, check_finite
 from convert.names import checkpoint_keys
-from convert.output import (
-    Entry,
-    new_directory,
-    progress_bar,
-    write_files,
-    write_json,
-    write_model_files,
-)
+from convert.output import Entry, progress_bar, write_files, write_model_files
 from qlora_jax import tree as trees
 from qlora_jax.choices import Quantized
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.models import LlamaConfig
 from qlora_jax.models import params as model_params
 from qlora_jax.nf4 import NF4Tensor, quantize
@@ -85,7 +78,7 @@ def load_llama(
     checkpoint, base = _allocate(path, quantization, quantize_lm_head, dtype)
     files, config = checkpoint.files, checkpoint.config
     if checkpoint.mixed and progress:
-        print(_made_dense(checkpoint, base), file=sys.stderr)
+        say(_made_dense(checkpoint, base))
     leaves = dict(trees.walk(base))
     table = checkpoint_keys(config)
     # Sequential reads; while one tensor is quantized, the system reads the next.
@@ -392,7 +385,7 @@ def _quantization_config(
         "bnb_4bit_quant_storage": quant_storage,
         "bnb_4bit_use_double_quant": double_quant,
         "llm_int8_skip_modules": bnb.skip_modules(
-            skip if isinstance(skip, list) else None,
+            skip,
             dense=_modules(config, lambda path: path not in packed),
             packed=_modules(config, lambda path: path in packed),
             packed_head=(*trees.HEAD, "weight") in packed,

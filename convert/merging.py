@@ -20,21 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert import bnb
+from convert.atomic import check_new_directory, new_directory, write_json
 from convert.checkpoint import Checkpoint, lazy_base, open_checkpoint
 from convert.companions import Companions, companion_files
 from convert.files import DTYPES, FLOAT_DTYPES, read_json
 from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged_weights import MergedWeights, compute_merged_weights
 from convert.names import checkpoint_keys
-from convert.output import (
-    Entry,
-    check_new_directory,
-    new_directory,
-    progress_bar,
-    write_files,
-    write_json,
-    write_model_files,
-)
+from convert.output import Entry, progress_bar, write_files, write_model_files
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from convert.peft_reading import load_adapter
 from convert.peft_tables import with_saved_tables
@@ -299,11 +292,7 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
     Raises:
       UserError: it cannot be written.
     """
-    path = Path(directory) / REPORT
-    try:
-        write_json(path, report, sort_keys=False)
-    except OSError as error:
-        raise UserError(f"Cannot write `{path}`: {error.strerror or error}.") from error
+    write_json(Path(directory) / REPORT, report, sort_keys=False)
 
 
 def _config_changes(

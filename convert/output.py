@@ -1,8 +1,7 @@
-"""Atomic output: files and directories that appear complete or not at all.
+"""Model directories, written tensor by tensor.
 
-safetensors are written tensor by tensor, each computed when its turn comes, so that a
-checkpoint larger than memory can be written. A directory is filled under a temporary
-name next to its final one, synced, and renamed.
+Each tensor is computed when its turn comes, so that a checkpoint larger than memory can
+be written.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.atomic import write_bytes, write_json
 from convert.files import DTYPES, WEIGHTS_FILE, WEIGHTS_INDEX
 from qlora_jax.errors import UserError
 
@@ -149,120 +146,11 @@ def write_model_files(
     write_json(directory / WEIGHTS_INDEX, index)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, or replaces it; it is complete at every moment."""
-    # Next to the target: a rename is atomic within one file system only.
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # After fsync: the new name must not reach the disk before the content.
-        os.replace(temporary, path)
-    except BaseException:  # a signal as well
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file as UTF-8, by `write_bytes`."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Writes JSON as transformers and PEFT do, indented, by `write_text`."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
-
-
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Writes files into a directory by their names, which may have a folder."""
     for name, content in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         write_bytes(directory / name, content)
-
-
-def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
-    """Raises where `new_directory` would; call it before long work.
-
-    Raises:
-      UserError: `path` is a file, or a directory with something in it.
-    """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"Cannot write the directory `{path}`: it is a file.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"`{path}` exists and is not empty; nothing was written. Give a new "
-            "directory, or remove this one."
-        )
-
-
-@contextlib.contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory to fill, which is renamed to `path` at the end.
-
-    After an error or a signal nothing is left behind, and `path` is as before.
-
-    Raises:
-      UserError: `path` exists and is not an empty directory (unless `overwrite`), or
-        it cannot be written (disk full, no permission).
-    """
-    # Gives "." and ".." a name and a parent, and keeps symbolic links.
-    path = Path(os.path.abspath(path))
-    check_new_directory(path, overwrite=overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            # mkdtemp makes it private; set the mode of any new directory.
-            # The mask can only be read by setting it.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(stat.S_IMODE(0o777 & ~mask))
-            # The entries reach the disk before the rename, and the rename before
-            # success is reported.
-            _sync(temporary)
-            if overwrite and path.is_dir() and any(path.iterdir()):
-                _replace(path, temporary)
-            else:
-                # Replaces an empty directory, and fails if it was filled in the
-                # meantime.
-                os.rename(temporary, path)
-            _sync(path.parent)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write `{path}`: {error.strerror or error}. Nothing was left "
-            "behind."
-        ) from error
-
-
-def _replace(path: Path, temporary: Path) -> None:
-    """Exchanges a directory for a new one; an error puts the old one back."""
-    # POSIX exchanges no two directories at once, so the old one steps aside first.
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        os.rename(path, old)
-        os.rename(temporary, path)
-    except BaseException:  # a signal as well, before, between or after the two
-        if path.exists():  # not moved yet, or the new one is in place
-            shutil.rmtree(old)
-        else:
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.atomic import new_directory, write_json
 from convert.files import FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
-from convert.output import (
-    Entry,
-    new_directory,
-    safetensors_bytes,
-    write_files,
-    write_json,
-    write_safetensors,
-)
+from convert.output import Entry, safetensors_bytes, write_files, write_safetensors
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
 from convert.peft_tables import table_keys
 from qlora_jax import tree as trees

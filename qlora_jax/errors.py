@@ -192,11 +192,33 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
+# Control characters except tab and newline, line and paragraph separators, bidi marks
+# (which let text read otherwise than it is stored), and surrogates (JSON allows them,
+# UTF-8 does not).
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+    "\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""Replaces characters that a terminal or a browser obeys or hides by [U+XXXX].
+
+    Whatever comes from a file goes through it before it is shown.
+
+    >>> visible("\x1b[31mred")
+    '[U+001B][31mred'
+    """
+    return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
 def say(text: str) -> None:
     """Prints a message on stderr: on a terminal, broken at words to its width.
 
-    A file gets whole lines, which can be searched.
+    A file gets whole lines, which can be searched. Characters that a terminal would
+    obey are shown by their code points.
     """
+    text = visible(text)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         text = "\n".join(_wrap(line, width) for line in text.split("\n"))

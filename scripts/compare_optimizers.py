@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
 import jax
 
-from convert.output import write_text
+from convert.atomic import write_text
 from qlora_jax.data.config import DataConfig
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
-from qlora_jax.runs.metrics import read_metrics
 from qlora_jax.runs.resume import versions
+from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.training.config import Optimizer, TrainConfig
 

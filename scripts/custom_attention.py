@@ -27,7 +27,7 @@ import tyro
 
 import convert
 import qlora_jax as qj
-from convert.output import check_new_directory
+from convert.atomic import check_new_directory
 from qlora_jax.lora.targets import select
 from qlora_jax.models.layers import Linear
 from qlora_jax.models.llama import Attention

@@ -38,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # if not installed
 
-from convert.output import write_text
+from convert.atomic import write_text
 from pallas_kernels.device import device_slug
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,10 @@ trains and writes checkpoints. Each next process continues. At the end the adapt
 optimizer's moments and the losses of all steps are compared, bit for bit; the exit
 status is 1 if they differ. With `--signal TERM` each process is asked to stop and must
 print the command that continues the run, which starts the next process. `--every 1`
-writes a checkpoint at each step, so that most signals meet one. `--fork` starts
+writes a checkpoint at each step, so that most signals meet one. With `--calls` each
+process is killed at one of its operations on files of the run (opening, making,
+renaming, deleting), from the first to the last: just before it, or within the next
+milliseconds, while the file is written. `--fork` starts
 processes as forks of one that has imported everything but has touched no device, which
 saves the seconds that importing takes; otherwise each is started as a user starts it.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -34,9 +38,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +53,12 @@ import orbax.checkpoint as ocp
 import rich.console
 import rich.table
 
+from convert.atomic import write_text
 from convert.files import read_json
-from convert.output import write_text
 from qlora_jax.cli.main import main as command_line
 from qlora_jax.errors import UserError
 from qlora_jax.runs.directory import ADAPTER, CHECKPOINTS, REPORT, STARTED
-from qlora_jax.runs.metrics import METRICS, read_evaluations, read_metrics
+from qlora_jax.runs.rows import METRICS, read_evaluations, read_metrics
 from qlora_jax.runs.runner import run as _run_is_imported_before_forks  # noqa: F401
 from qlora_jax.runs.toml import read_config, to_toml
 
@@ -61,6 +66,8 @@ QLORA_JAX = (sys.executable, "-m", "qlora_jax.cli")
 # Share of the signals of a storm that come while a process starts up and compiles.
 EARLY = 0.15
 POLL_SECONDS = 0.002
+# A small file is written in less.
+WRITING_SECONDS = 0.005
 
 # --- A chain: one run after the other, each killed halfway ---
 
@@ -185,11 +192,43 @@ def chain(args: argparse.Namespace) -> int:
 # --- A storm: one run, killed again and again ---
 
 
+FILE_CALLS = (
+    *("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"),
+    *("os.listdir", "os.scandir", "shutil.rmtree"),
+)
+"""The audit events of Python that name a file first."""
+
+
+def kill_at_call(directory: Path, number: int, seconds: float) -> None:
+    """Kills this process at its n-th operation on a file in or below a directory.
+
+    Args:
+      directory: absolute.
+      number: of the operation, from 1.
+      seconds: after the operation began; 0 = before it.
+    """
+    count, prefix = 0, str(directory)
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in FILE_CALLS and str(arguments[0]).startswith(prefix):
+            count += 1
+            if count == number:
+                threading.Timer(seconds, kill).start() if seconds else kill()
+
+    sys.addaudithook(hook)
+
+
 class Fork:
     """A fork of this process; the part of `subprocess.Popen` that is used here."""
 
-    def __init__(self, args: list[str], log: Path) -> None:
-        """Starts `qlora-jax ARGS`."""
+    def __init__(
+        self, args: list[str], log: Path, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Starts `qlora-jax ARGS`; calls `before` in the new process first."""
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid:
@@ -199,6 +238,7 @@ class Fork:
             handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            before()
             status = command_line(args)
         finally:
             sys.stdout.flush()
@@ -255,6 +295,32 @@ class Launcher:
             raise SystemExit(f"status {process.returncode}:\n{self.log.read_text()}")
         return time.perf_counter() - began
 
+    def kill_at_call(
+        self, args: list[str], metrics: Path, number: int, seconds: float
+    ) -> str:
+        """Starts `qlora-jax ARGS`, a fork, and kills it at an operation on a file.
+
+        Args:
+          args: of the command.
+          metrics: file of the run.
+          number: of the operation in or below the run directory, from 1.
+          seconds: from its beginning to the kill.
+
+        Returns:
+          When the kill came, as `interrupt`.
+        """
+        size = metrics.stat().st_size if metrics.is_file() else 0
+        before = functools.partial(kill_at_call, metrics.parent, number, seconds)
+        process = Fork(args, self.log, before)
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+        if process.returncode not in (-signal.SIGKILL, 0):
+            raise SystemExit(f"status {process.returncode}:\n{self.log.read_text()}")
+        if (metrics.parent / REPORT).is_file():
+            return "end"
+        trained = metrics.is_file() and metrics.stat().st_size > size
+        return "training" if trained else "start"
+
     def interrupt(
         self, args: list[str], metrics: Path, number: int, early: float, late: float
     ) -> str:
@@ -301,7 +367,7 @@ def _inode(path: Path) -> int | None:
 
 
 def compare_runs(directories: Sequence[Path]) -> tuple[int, list[str]]:
-    """Compares two finished runs, bit for bit.
+    """Compares two finished runs, bit for bit: one without and one with interruptions.
 
     Returns:
       The bytes of the states, and the names of what differs.
@@ -331,7 +397,15 @@ def compare_runs(directories: Sequence[Path]) -> tuple[int, list[str]]:
     ]
     if rows[0] != rows[1]:
         differences.append("losses")
+    straight, killed = map(_file_names, directories)
+    differences += [f"a file left behind: {name}" for name in killed - straight]
     return sum(np.asarray(leaf).nbytes for _, leaf in states[0]), differences
+
+
+def _file_names(directory: Path) -> set[str]:
+    """Returns the names of a run's files, without those within checkpoints."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*"))
+    return {str(p) for p in paths if p.parts[0] != CHECKPOINTS or len(p.parts) <= 2}
 
 
 def write_run_files(args: argparse.Namespace, directory: Path) -> list[Path]:
@@ -377,9 +451,15 @@ def kill_repeatedly(
         if rng.random() < EARLY:
             early = rng.uniform(0.0, startup)
         late = rng.uniform(0.0, window)
-        when = launcher.interrupt(
-            ["train", command], run / METRICS, number, early, late
-        )
+        if args.calls:
+            late = rng.choice((0.0, rng.uniform(0.0, WRITING_SECONDS)))
+            when = launcher.kill_at_call(
+                ["train", command], run / METRICS, kill + 1, late
+            )
+        else:
+            when = launcher.interrupt(
+                ["train", command], run / METRICS, number, early, late
+            )
         counts[when] += 1
         partial_checkpoints = run.glob(f"{CHECKPOINTS}/*.orbax-checkpoint*")
         counts["half a checkpoint"] += any(partial_checkpoints)
@@ -398,7 +478,7 @@ def kill_repeatedly(
 def measure_storm(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Trains without and with interruptions and compares; returns the figures."""
     straight, file = write_run_files(args, directory)
-    launcher = Launcher(directory, args.fork)
+    launcher = Launcher(directory, args.fork or args.calls)
     total = launcher.finish(["train", str(straight)])
     rows = read_metrics(directory / "straight")
     training = sum(row["seconds"] for row in rows[1:])
@@ -459,6 +539,7 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     s.add_argument("--every", type=int, help="steps between checkpoints")
     s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--calls", action="store_true", help="kill at operations on files")
     s.add_argument("--fork", action="store_true", help="import once, then fork")
     s.add_argument("--directory", type=Path, help="to work in; default temporary")
     s.add_argument("--verbose", action="store_true")

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from convert.output import write_text
+from convert.atomic import write_text
 from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig

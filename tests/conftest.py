@@ -76,6 +76,7 @@ LONG = (
     "runs/test_runner_adapters.py",
     "training/test_step.py",
     "convert/test_fuzz.py",
+    "test_fuzz.py",
     "runs/test_runner.py",
     "test_golden.py",
     "models/test_custom_modules.py",

@@ -2,6 +2,8 @@ import sys
 
 import pytest
 
+from qlora_jax.cli.main import main
+from qlora_jax.cli.output import print_report
 from qlora_jax.errors import (
     CheckpointError,
     Problems,
@@ -111,3 +113,21 @@ def test_messages_break_at_words_on_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "- a list of\n  words-and-words\n\n    qlora-jax train run/config.toml\n"
     )
+
+
+HOSTILE = "\x1b[31m\x07\x00\x9b\r\u202e\u2028\udfff"
+
+
+def test_what_a_terminal_would_obey_is_shown_by_its_code_point(capsys):
+    say(f"a\tb\nĀ€ {HOSTILE}")
+    shown = "[U+001B][31m[U+0007][U+0000][U+009B][U+000D][U+202E][U+2028][U+DFFF]"
+    assert capsys.readouterr().err == f"a\tb\nĀ€ {shown}\n"
+
+
+def test_errors_and_reports_of_commands_are_shown_so(capsys, tmp_path):
+    missing = f"{tmp_path}/\x1b[31m\u202e"
+    assert main(["report", missing]) == 1
+    print_report({f"k{HOSTILE}": HOSTILE, "n": {HOSTILE: [HOSTILE]}})
+    written = capsys.readouterr()
+    assert "[U+001B][31m" in written.err and "[U+DFFF]" in written.out
+    assert not set(HOSTILE) - set("[31m") & set(written.err + written.out)

@@ -27,7 +27,7 @@ SCRIPTS = ("scripts", "docs/tooling")
 ORDER = (
     (
         *("pallas_kernels", "qlora_jax.choices", "qlora_jax.errors", "qlora_jax.tree"),
-        "qlora_jax.version",
+        *("qlora_jax.reading", "qlora_jax.version"),
     ),
     ("qlora_jax.nf4", "qlora_jax.data"),
     ("qlora_jax.lora",),

@@ -34,7 +34,7 @@ from qlora_jax.data import (
     packs,
     with_eos,
 )
-from qlora_jax.errors import UserError, say
+from qlora_jax.errors import UserError, say, visible
 from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
 
@@ -82,8 +82,10 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import load_tokenization, read_json, write_text
+        from convert import check_new_file, load_tokenization, read_json, write_text
 
+        if self.html is not None:
+            check_new_file(Path(self.html))
         config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
         text = load_tokenization(config, self.model, self.adapter)
         for note in text.notes:
@@ -265,7 +267,7 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
         stdout is a terminal.
     """
     colour = bool(sys.stdout.isatty() if colour is None else colour)
-    print(report["summary"])
+    print(visible(report["summary"]))
     least, _, median, *_, most = report["data"]["supervised_per_example"]
     print(
         f"\nsupervised tokens of an example: {least:,} to {most:,}, median {median:,}"
@@ -276,9 +278,9 @@ def print_view(report: Mapping[str, Any], *, colour: bool | None = None) -> None
     for reason, rows in report["data"]["places"].items():
         count = counts.get(reason, report["data"]["truncated"])
         more = ", ..." if count > len(rows) else ""
-        print(f"\n{reason}: {count:,} ({', '.join(rows)}{more})")
+        print(visible(f"\n{reason}: {count:,} ({', '.join(rows)}{more})"))
     for note in report["notes"]:
-        print(f"\nNote: {note}")
+        print(visible(f"\nNote: {note}"))
     key = f"{SUPERVISED}supervised{RESET}" if colour else "\u27e6supervised\u27e7"
     print(f"\nsupervised tokens are shown so: {key}")
     for example in report["examples"]:
@@ -316,7 +318,7 @@ def mark_supervised(example: Mapping[str, Any], *, colour: bool) -> str:
     parts = []
     tokens = zip(example["supervised"], example["text"], strict=True)
     for supervised, group in itertools.groupby(tokens, key=lambda pair: pair[0]):
-        text = "".join(piece for _, piece in group)
+        text = visible("".join(piece for _, piece in group))
         start = on if supervised else off
         stop = end if supervised or colour else ""
         if colour:  # a terminal would colour the rest of the line

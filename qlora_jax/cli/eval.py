@@ -135,8 +135,9 @@ def _held_out(config: RunConfig, model: Model) -> tuple[HeldOut, str]:
     started = Path(config.output_dir) / STARTED
     unchanged = True  # of a run that was stopped before it recorded anything
     if started.is_file():
-        recorded = read_json(started).get("held_out") or {}
-        unchanged = recorded.get("fingerprint") == held.examples.report.fingerprint
+        recorded = read_json(started).get("held_out")
+        fingerprint = recorded.get("fingerprint") if isinstance(recorded, dict) else ""
+        unchanged = fingerprint == held.examples.report.fingerprint
     if config.eval.path:
         description = "the data that the run was measured on ([eval])"
         return held, description if unchanged else f"{description}, changed since"

@@ -12,6 +12,7 @@ once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,12 @@ from typing import NoReturn
 
 from qlora_jax.cli.output import STOPS, leave, report_stop, signals_raise
 from qlora_jax.errors import UserError, did_you_mean, say
+
+# What the system says of a path that a user gave; other failures are defects.
+_REFUSED_BY_SYSTEM = (
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +158,11 @@ def _run(command: Command, title: str, args: Sequence[str]) -> int:
         return getattr(module, command.function)(args)
     except UserError as error:
         say(f"{title}: {error}")
+        return command.failure
+    except OSError as error:
+        if error.errno not in _REFUSED_BY_SYSTEM or error.filename is None:
+            raise
+        say(f"{title}: `{error.filename}`: {error.strerror}.")
         return command.failure
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qlora_jax.errors import say
+from qlora_jax.errors import say, visible
 from qlora_jax.runs import SIGNALS, AtOnce
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def print_report(report: Mapping[str, Any]) -> None:
 def _rows(report: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
     for key, value in report.items():
         if isinstance(value, Mapping) and value:
-            yield f"{indent}{key}", ""
+            yield visible(f"{indent}{key}"), ""
             yield from _rows(value, f"{indent}  ")
         else:
-            yield f"{indent}{key}", format_value(value)
+            yield visible(f"{indent}{key}"), format_value(value)
 
 
 def format_value(value: Any) -> str:
@@ -95,11 +95,11 @@ def format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        pairs = (f"{key} {format_value(entry)}" for key, entry in value.items())
+        pairs = (f"{visible(key)} {format_value(v)}" for key, v in value.items())
         return ", ".join(pairs) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(format_value, value)) or "none"
-    return str(value)
+    return visible(str(value))
 
 
 def print_note(text: str) -> None:

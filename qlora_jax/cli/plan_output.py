@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert import check_new_file, new_file
 from qlora_jax.errors import UserError, readable_bytes, say
 from qlora_jax.planning import ALLOWANCE, Plan, Planner, Policy, Step
 
@@ -114,8 +114,7 @@ def check_picture_path(path: Path) -> None:
     """Raises where no picture can be written, before anything is compiled."""
     if path.suffix.lower() != ".png":
         raise UserError(f"`plot` draws a PNG, and {str(path)!r} is named otherwise.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"`plot`: the directory of {str(path)!r} does not exist.")
+    check_new_file(path)
 
 
 def draw_memory(
@@ -141,10 +140,8 @@ def draw_memory(
         (line,) = axes.plot(fine, np.interp(fine, lengths, totals), label=policy.name)
         axes.plot(lengths, totals, "o", markersize=3.5, color=line.get_color())
     _label_axes(axes, planner, plan)
-    # With the suffix last, by which matplotlib chooses the format.
-    temporary = path.with_suffix(f".tmp{path.suffix or '.png'}")
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     return path
 
 

@@ -11,7 +11,6 @@ import tyro
 
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
-from qlora_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,7 @@ class Report:
 
         run = read_run(Path(self.path))
         output = Path(self.output) if self.output else run.directory / REPORT_PAGE
-        try:
-            write_text(output, render_run(run))
-        except OSError as error:
-            raise UserError(
-                f"`{output}` cannot be written: {error.strerror}."
-            ) from None
+        write_text(output, render_run(run))
         last = run.metrics[-1] if run.metrics else {}
         best = best_evaluation(run.evaluations) or {}
         return {

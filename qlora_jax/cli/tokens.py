@@ -9,7 +9,6 @@ byte.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +86,7 @@ class Tokens:
         """Writes the changed model; returns its configuration."""
         import jax
 
-        from convert import copy_with_added_tokens, save_llama
+        from convert import copy_with_added_tokens, save_llama, scratch_directory
         from qlora_jax.models import add_tokens, repair_rows
 
         if self.repair != "none":
@@ -103,11 +102,11 @@ class Tokens:
             config, base = add_tokens(
                 config, base, tokenizer_size=len(tokenizer), count=len(self.add)
             )
-        with tempfile.TemporaryDirectory() as temporary:
+        with scratch_directory() as temporary:
             tokenizer_files = Path(self.path)
             if self.add:
-                copy_with_added_tokens(tokenizer_files, Path(temporary), list(self.add))
-                tokenizer_files = Path(temporary)
+                copy_with_added_tokens(tokenizer_files, temporary, list(self.add))
+                tokenizer_files = temporary
             save_llama(
                 output,
                 config,

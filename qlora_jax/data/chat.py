@@ -25,11 +25,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from qlora_jax.data.bounded_templates import is_linear, render
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.reasoning import open_reasoning
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
+from qlora_jax.reading import read_text
 
 # Where a template reads the clock: `strftime_now("%d %b %Y")`.
 _CLOCK = re.compile(
@@ -38,7 +40,11 @@ _CLOCK = re.compile(
 
 # What Python raises inside a template for a row of an unexpected shape, e.g. where
 # text is joined to a null `content`.
-_DATA_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+_DATA_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, MemoryError),
+    SyntaxError,  # "break" outside of a loop is one of the Python that Jinja writes
+)
 
 # `{% generation %}`, `{%- endgeneration -%}` and the other spellings.
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -94,10 +100,11 @@ class ChatRenderer:
         self._variables.update(variables or {})
         if template_path is not None:
             try:
-                self._template = template_file(template_path).read_text("utf-8")
+                self._template = read_text(template_file(template_path))
             except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or error
                 raise UserError(
-                    f"`data.chat_template`: cannot read {template_path}: {error}. "
+                    f"`data.chat_template`: cannot read {template_path}: {reason}. "
                     f"Built in are {', '.join(BUILTIN_TEMPLATES)}."
                 ) from error
         elif not getattr(tokenizer, "chat_template", None):
@@ -237,6 +244,8 @@ class ChatRenderer:
                 f"{what} is not a valid Jinja template: line {error.lineno}: {why}. "
                 "Correct it, or give the path of another one as `data.chat_template`."
             ) from error
+        except UserError:  # it takes too much, whatever the turns
+            raise
         except (jinja2.TemplateError, *_DATA_ERRORS):
             pass  # this template needs other turns; those of the data may fit
 
@@ -247,12 +256,12 @@ class ChatRenderer:
         add_generation_prompt: bool,
         tools: list[Any] | None,
     ) -> str:
-        return self._tokenizer.apply_chat_template(
+        return render(
+            self._tokenizer,
             messages,
             tools=tools,
             chat_template=self._source(tools) if template is None else template,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
             **self._variables,
         )
 
@@ -268,6 +277,8 @@ class ChatRenderer:
 
         try:
             return self._apply(messages, template, add_generation_prompt, tools)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
             encoded = _with_json_arguments(messages)
             if encoded is not None:
@@ -389,7 +400,7 @@ class ChatRenderer:
         """Returns the spans in the text of a template that can be followed, or None."""
         source = self._source(tools)
         specials = getattr(self._tokenizer, "special_tokens_map", None)
-        if specials is None or not answers:
+        if specials is None or not answers or not is_linear(source):
             return None
         if source not in self._ends:
             self._ends[source] = TurnEnds(source)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
+from qlora_jax.reading import open_file
+
+# Of a row, in a message.
+_FIELDS_SHOWN = 30
+_MAX_DEPTH = 100
+"""Levels of a JSON row."""
 
 Row = tuple[str, dict[str, Any] | UserError]
 """The location of a row, for messages, and its fields or why it cannot be read."""
@@ -55,7 +62,9 @@ class Reading:
 
 def fields_of(row: dict[str, Any]) -> str:
     """Quotes the names of a row's fields, for messages."""
-    return ", ".join(f"`{name}`" for name in row) or "no fields"
+    listed = [f"`{name:.100}`" for name in itertools.islice(row, _FIELDS_SHOWN)]
+    more = len(row) - len(listed)
+    return ", ".join(listed) + (f" and {more:,} more" if more else "") or "no fields"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +132,7 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
     head: list[str] = []  # up to the first line that is not blank
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading_file(path))
-        raw = stack.enter_context(open(path, "rb"))
+        raw = stack.enter_context(open_file(path))
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Universal newlines (\n, \r\n, \r): not U+2028, which JSON strings may hold.
         lines = stack.enter_context(
@@ -277,8 +286,39 @@ def _is_json(text: str) -> bool:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line.strip()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _loads(text: str) -> Any:
+    """Parses JSON; what is nested too deeply for templates and messages is an error.
+
+    Raises:
+      ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+        # Only where brackets could be that deep is the value walked.
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _json_list(
@@ -287,7 +327,7 @@ def _json_list(
     with reading_file(path):
         content = "".join(head) + lines.read()
     try:
-        rows = json.loads(content)
+        rows = _loads(content)
     except ValueError as error:
         line = getattr(error, "lineno", "?")
         raise UserError(f"{path}:{line}: malformed JSON list: {error}") from error
@@ -308,7 +348,7 @@ def _json_lines(
     while line is not None:
         if line.strip():
             try:
-                row = json.loads(line)
+                row = _loads(line)
             except ValueError as error:
                 row = UserError(
                     f"{path}:{number}: malformed JSON: {error}. Expected one complete "

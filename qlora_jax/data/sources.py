@@ -12,11 +12,14 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.file_patterns import matching_files
 from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows
 from qlora_jax.data.tables import DELIMITERS, open_table
 from qlora_jax.errors import Problems, UserError
@@ -80,14 +83,15 @@ def list_sources(
             has_splits = True
             continue
         names = [entry]
-        if not Path(entry).exists() and glob.has_magic(entry):
-            names = sorted(glob.glob(entry, recursive=True))
-            names = [name for name in names if Path(name).is_file()]
-            if not names:
-                problems.add(f"`data.path`: no file matches the pattern {entry!r}.")
+        if glob.has_magic(entry) and not os.path.lexists(entry):
+            names = []
+            with problems.collecting():
+                names = matching_files(entry)
+                if not names:
+                    problems.add(f"`data.path`: no file matches the pattern {entry!r}.")
         for name in names:
             with problems.collecting():
-                if any((Path(name) / file).is_file() for file in _SAVED_MARKERS):
+                if _is_saved(Path(name)):
                     sources.append(_saved_source(Path(name), split))
                     has_splits = True
                 else:
@@ -176,16 +180,33 @@ def progress_bar(
 # --- Files ---
 
 
+def _is_saved(path: Path) -> bool:
+    """Whether a directory is one that `datasets` saved."""
+    with contextlib.suppress(OSError):  # a name that is too long, or no permission
+        return any((path / file).is_file() for file in _SAVED_MARKERS)
+    return False
+
+
 def _file_source(path: Path, plain_text: bool) -> RowSource:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except FileNotFoundError as error:
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):
             hint = f" (A data set of the Hugging Face hub is written '{HUB}{path}'.)"
         raise UserError(f"`data.path`: there is no file {path}.{hint}") from error
     except OSError as error:
-        raise UserError(f"`data.path`: cannot read {path}: {error}") from error
+        reason = error.strerror or error
+        raise UserError(f"`data.path`: cannot read {path}: {reason}") from error
+    except ValueError:
+        raise UserError(
+            f"`data.path`: there is a NUL in the name {str(path)!r}."
+        ) from None
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise UserError(
+            f"`data.path`: {path} is a pipe or a device, and data are read more than "
+            "once. Write them to a file."
+        )
     if path.is_dir():
         raise UserError(
             f"`data.path`: {path} is a directory that `datasets` did not save. Give "
@@ -199,7 +220,9 @@ def _file_source(path: Path, plain_text: bool) -> RowSource:
             return open_table(path)
         return open_rows(path, plain_text=plain_text)
 
-    return RowSource(str(path), size, open_file, lambda: _hash_files(path, [path]))
+    return RowSource(
+        str(path), status.st_size, open_file, lambda: _hash_files(path, [path])
+    )
 
 
 def _open_columns(path: Path) -> RowFile:

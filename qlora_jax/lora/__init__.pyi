@@ -13,7 +13,6 @@ from .init import continued_config as continued_config
 from .init import factor_out as factor_out
 from .init import given_fields as given_fields
 from .init import init_adapters as init_adapters
-from .patterns import match_patterns as match_patterns
 from .targets import AdaptedModule as AdaptedModule
 from .targets import FullTensor as FullTensor
 from .targets import Selection as Selection

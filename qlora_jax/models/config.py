@@ -282,6 +282,10 @@ _ROPE_NUMBERS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_QUANTIZATION_STRINGS = (
+    *("quant_method", "bnb_4bit_quant_type"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
+)
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
@@ -310,6 +314,10 @@ def _check_types(raw: Mapping[str, Any]) -> None:
             value = (raw.get(name) or {}).get(inner)
             if value is not None and not _is_number(value):
                 raise type_error(f"{name}.{inner}", "a number", value)
+    for inner in _QUANTIZATION_STRINGS:
+        value = (raw.get("quantization_config") or {}).get(inner)
+        if value is not None and not isinstance(value, str):
+            raise type_error(f"quantization_config.{inner}", "a string", value)
     names = raw.get("architectures")
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -345,8 +353,9 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
     known = {"LlamaForCausalLM", "LLaMAForCausalLM"}
     if not is_headless and (kind != "llama" or not known.issuperset(architectures)):
         raise UserError(
-            f"Not a Llama causal language model: config.json has model_type={kind!r}, "
-            f"architectures={list(architectures)!r}. Supported: model_type 'llama', "
+            "Not a Llama causal language model: config.json has "
+            f"model_type={kind!r:.100}, architectures={list(architectures)!r:.200}. "
+            "Supported: model_type 'llama', "
             "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
         )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):

@@ -132,6 +132,7 @@ def compile_for(
       UserError: the step cannot be compiled for this GPU; the message has the
         compiler's last line.
     """
+    from convert import scratch_directory
     from qlora_jax.planning.step import StepMemory
 
     request = {
@@ -140,8 +141,7 @@ def compile_for(
         "mesh": None if mesh is None else dict(mesh),
         "program": program,
     }
-    with tempfile.TemporaryDirectory(prefix="qlora-jax-") as name:
-        folder = Path(name)
+    with scratch_directory() as folder:
         (folder / REQUEST).write_text(json.dumps(request))
         child = _run_compiler(python, folder, gpu, timeout)
         if child.returncode or not (folder / ANSWER).is_file():

@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
+import functools
 import hashlib
 import json
+import logging
 import os
+import stat
 import sys
+import threading
+import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +34,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from qlora_jax.errors import CheckpointError
+from convert import read_json
+from qlora_jax.errors import CheckpointError, say
 from qlora_jax.nf4 import crc32, fingerprint_tree
 from qlora_jax.runs.config import CheckpointConfig
 from qlora_jax.runs.directory import saved_steps
@@ -52,7 +58,7 @@ class Checkpoints:
         """Opens (and creates, if need be) the directory.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: it cannot be written, or holds a pipe or a device.
         """
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(
@@ -63,6 +69,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
+        _silence_orbax()
+        _check_files(self.directory)
+        _set_aside_metadata(self.directory)
         with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -211,6 +220,42 @@ class Checkpoints:
         )
 
 
+def _check_files(directory: Path) -> None:
+    """Raises if there is a pipe or a device among the checkpoints.
+
+    Orbax would open it and wait for its writer, in a thread that no signal reaches.
+
+    Raises:
+      CheckpointError: names the first.
+    """
+    for path in directory.rglob("*"):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # a broken link: damage
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(
+                f"`{path}` is a pipe or a device, not a file of a checkpoint. Delete "
+                f"`{directory / path.relative_to(directory).parts[0]}` to continue "
+                "from the checkpoint before."
+            )
+
+
+def _set_aside_metadata(directory: Path) -> None:
+    """Renames a checkpoint's description by Orbax where it is not a JSON object.
+
+    Orbax cannot open the directory with it, and can without it.
+    """
+    for path in directory.glob("step_*/_CHECKPOINT_METADATA"):
+        try:
+            read_json(path)
+        except CheckpointError as error:
+            aside = path.with_name(f"damaged{path.name}")
+            say(f"Note: {error} It is not needed, and is kept as `{aside}`.")
+            with disk_errors(directory):
+                os.replace(path, aside)
+
+
 def _saveable(state: TrainState) -> dict[str, Any]:
     return {
         "step": state.step,
@@ -301,14 +346,10 @@ def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
       DamagedCheckpointError: the files are to blame.
       CheckpointError: the failure may be transient.
     """
-    with _silenced_unfinished_reads():
-        try:
-            return read()
-        except Exception as error:  # Orbax and tensorstore raise a dozen types here
-            read_error = _read_error(path, error)
-        # If one of many reads fails, Orbax abandons the others: collect them while
-        # their complaints are silenced.
-        gc.collect()
+    try:
+        return read()
+    except Exception as error:  # Orbax and tensorstore raise a dozen types here
+        read_error = _read_error(path, error)
     raise read_error
 
 
@@ -329,21 +370,29 @@ def _read_error(path: Path, error: Exception) -> CheckpointError:
     return (CheckpointError if transient else DamagedCheckpointError)(text)
 
 
-@contextlib.contextmanager
-def _silenced_unfinished_reads() -> Iterator[None]:
-    """Drops the messages of abandoned reads: a page on stderr for each.
+@functools.cache
+def _silence_orbax() -> None:
+    """Drops what Orbax prints about failures, in this process from now on.
 
-    Some end in threads of tensorstore after the event loop was closed.
+    They are raised as well, and our message tells them. Where one of many reads or
+    writes fails, a page is printed for each, from threads and from the garbage
+    collector, at times of their own: hence for good.
     """
-    hook = sys.unraisablehook
+    unraisable, in_thread = sys.unraisablehook, threading.excepthook
 
-    def quiet(unraisable: Any) -> None:
-        late = "Event loop is closed" in str(unraisable.exc_value)
-        if not late and not isinstance(unraisable.object, types.CoroutineType):
-            hook(unraisable)
+    def unraisable_hook(arguments: Any) -> None:
+        late = "Event loop is closed" in str(arguments.exc_value)
+        if not late and not isinstance(arguments.object, types.CoroutineType):
+            unraisable(arguments)
 
-    sys.unraisablehook = quiet
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+    def thread_hook(arguments: threading.ExceptHookArgs) -> None:
+        frames = traceback.walk_tb(arguments.exc_traceback)
+        if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
+            in_thread(arguments)
+
+    sys.unraisablehook, threading.excepthook = unraisable_hook, thread_hook
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "never retrieved" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", r"coroutine '\w*Store\..* was never awaited")

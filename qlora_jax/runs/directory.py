@@ -21,21 +21,30 @@ import dataclasses
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert import ADAPTER_CONFIG, CHAT_TEMPLATE_FILE, read_json
+from convert import (
+    ADAPTER_CONFIG,
+    CHAT_TEMPLATE_FILE,
+    is_leftover,
+    remove_leftovers,
+)
 from qlora_jax.data import DataConfig, Source, template_file
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.reading import read_text
 from qlora_jax.runs.config import EvalConfig, RunConfig
-from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.rows import read_facts, read_metrics
 from qlora_jax.runs.toml import SETTINGS, read_config
 
 ADAPTER, ADAPTER_EMA = "adapter", "adapter_ema"
 BEST, START = "best_adapter", "initial_adapter"
 REPORT, CHECKPOINTS, STARTED = "report.json", "checkpoints", "started.json"
+REPORT_FIELDS = {
+    *("steps", "final_loss", "trainable_parameters", "groups", "adapter_bytes", "data"),
+}
+"""What a program reads of a complete run's report."""
 # Adapters that are used like the run itself: on its base, in its form. START is not
 # among them, since it belongs to the base that the run changed.
 _ADAPTERS = (ADAPTER, ADAPTER_EMA, BEST)
@@ -102,7 +111,7 @@ def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:
     if first is None:
         return None
     try:
-        return template_file(first).read_text("utf-8")
+        return read_text(template_file(first))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"`data.chat_template`: cannot read {first}: {error}"
@@ -147,7 +156,9 @@ def check_directory(directory: Path) -> None:
     if (directory / SETTINGS).is_file():
         _check_not_lost(directory)
         return
-    if any(directory.iterdir()):
+    # What a process left that was killed before it had written the settings is removed
+    # under the lock.
+    if not all(is_leftover(path.name) for path in directory.iterdir()):
         raise UserError(
             f"The output directory `{directory}` is not empty and holds no run "
             f"({SETTINGS}). Give an empty or new directory."
@@ -203,12 +214,8 @@ def run_lock(directory: Path) -> Iterator[None]:
                     f"Another process is training in `{directory}`. Wait until it "
                     "ends, or give another --output-dir."
                 ) from None
-        # Half-written adapters of a process that was killed.
-        # Under the names that `convert.output.new_directory` gives, and under the lock,
-        # so nobody is writing them.
-        for name in (*_ADAPTERS, START):
-            for partial in directory.glob(f".{name}.*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        # Half-written files and adapters of a process that was killed.
+        remove_leftovers(directory)
         yield
     finally:
         os.close(handle)
@@ -220,8 +227,10 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 def finished_report(directory: Path, start: int, steps: int) -> dict[str, Any] | None:
     """Returns the report of a complete run; None if something is left to do."""
-    path = directory / REPORT
-    if start < steps or not path.is_file() or not (directory / ADAPTER).is_dir():
+    if start < steps or not (directory / ADAPTER).is_dir():
         return None
-    report = read_json(path)
-    return report if report.get("steps") == steps else None
+    report = read_facts(directory / REPORT)
+    # Without one of its fields it is damaged, and is written again.
+    if report is None or not REPORT_FIELDS <= report.keys():
+        return None
+    return report if report["steps"] == steps else None

@@ -4,10 +4,10 @@ metrics.jsonl is the record that plots and reports are made from. It gets one JS
 object per training step as soon as the step is done, and one per evaluation on held-out
 data. A step appears once, however often the run was interrupted:
 
-    {"step", "loss", "grad_norm", "learning_rate", ...}          `read_metrics`
-    {"step", "eval_loss", "eval_perplexity", "eval_tokens", ...} `read_evaluations`
+    {"step", "loss", "grad_norm", "learning_rate", ...}
+    {"step", "eval_loss", "eval_perplexity", "eval_tokens", ...}
 
-samples.jsonl has the generated samples: {"step", "prompt", "text"}.
+samples.jsonl has the generated samples: {"step", "prompt", "text"}. `rows` reads both.
 
 Trackers get the same rows under the names that the Hugging Face trainers use
 (train/loss, eval/loss), so that runs of both libraries share one chart.
@@ -34,64 +34,16 @@ import rich.console
 import rich.progress
 from jaxtyping import Integer
 
-from qlora_jax.errors import UserError, readable_bytes
+from convert import write_text
+from qlora_jax.errors import UserError, readable_bytes, say, visible
 from qlora_jax.planning import Step, gpu_named, model_flops_per_token
 from qlora_jax.runs.config import LogConfig
+from qlora_jax.runs.rows import METRICS, SAMPLES, read_rows
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 TENSORBOARD, WANDB_ID = "tensorboard", ".wandb_id"
 
 # Value of `report_to` -> the package to install for it.
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
-
-# --- Reading ---
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSON Lines file, up to a last line that a kill cut off."""
-    if not path.is_file():
-        return []
-    rows = []
-    # A kill may cut inside a UTF-8 character, hence `errors`.
-    # Not `splitlines`: it also splits at U+2028 and others that JSON strings may hold.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Returns the training steps in a run's metrics.jsonl."""
-    return [row for row in read_rows(directory / METRICS) if "loss" in row]
-
-
-def read_evaluations(
-    directory: Path, *, until: int | None = None
-) -> list[dict[str, Any]]:
-    """Returns the evaluations in a run's metrics.jsonl, up to step `until`."""
-    rows = [row for row in read_rows(directory / METRICS) if "eval_loss" in row]
-    return [row for row in rows if until is None or row["step"] <= until]
-
-
-def read_samples(directory: Path) -> list[dict[str, Any]]:
-    """Returns the generated samples in a run's samples.jsonl."""
-    return read_rows(directory / SAMPLES)
-
-
-def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
-    """Deletes the rows of steps after `start` from a file; returns the others."""
-    if not path.is_file():
-        return []
-    # The steps after the checkpoint are taken again and write their rows again.
-    rows = [row for row in read_rows(path) if row["step"] <= start]
-    temporary = path.with_name(path.name + ".tmp")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
-    return rows
 
 
 # --- Model FLOPs utilization ---
@@ -257,6 +209,20 @@ class _WeightsAndBiases:
 # --- Writing ---
 
 
+def _truncate(path: Path, start: int) -> list[dict[str, Any]]:
+    """Deletes the rows of steps after `start` from a file; returns the others."""
+    if not path.exists():
+        return []
+    notes: list[str] = []
+    # The steps after the checkpoint are taken again and write their rows again.
+    rows = [row for row in read_rows(path, notes) if row["step"] <= start]
+    for note in notes:
+        say(f"Note: {note}")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(path, "".join(lines))
+    return rows
+
+
 @dataclass(eq=False)
 class Watch:
     """Writes metrics.jsonl and samples.jsonl and shows progress on stderr.
@@ -420,6 +386,7 @@ class Watch:
         self._print(line)
 
     def _print(self, text: str) -> None:
+        text = visible(text)
         if self._plain:
             print(text, file=sys.stderr, flush=True)
         else:  # above the bar

@@ -11,7 +11,6 @@ of the time.
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from convert import new_file
 from qlora_jax.errors import say
-from qlora_jax.runs.metrics import read_evaluations, read_metrics
+from qlora_jax.runs.rows import read_evaluations, read_metrics
 
 LOSS_PLOT = "loss.png"
 # Runs of fewer steps show the loss of each step alone, without the mean.
@@ -95,11 +95,10 @@ def draw_loss(directory: Path, *, quiet: bool = False) -> Path | None:
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    path, temporary = directory / LOSS_PLOT, directory / "loss.tmp.png"
     # Renamed when complete: an image viewer may reload the file at any time.
-    figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)
-    return path
+    with new_file(directory / LOSS_PLOT) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    return directory / LOSS_PLOT
 
 
 def _draw_training_loss(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:

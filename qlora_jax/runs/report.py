@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import read_json
-from qlora_jax.errors import UserError, readable_bytes
+from qlora_jax.errors import UserError, readable_bytes, visible
+from qlora_jax.reading import read_bytes
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED
-from qlora_jax.runs.metrics import read_evaluations, read_metrics, read_samples
 from qlora_jax.runs.plots import (
     MIN_STEPS_FOR_MEAN,
     Chart,
@@ -31,6 +29,7 @@ from qlora_jax.runs.plots import (
     chart,
     running_mean,
 )
+from qlora_jax.runs.rows import read_evaluations, read_facts, read_metrics, read_samples
 from qlora_jax.runs.toml import SETTINGS
 
 if TYPE_CHECKING:
@@ -40,13 +39,6 @@ REPORT_PAGE = "report.html"
 
 Row = Mapping[str, Any]
 
-# Control characters except tab and newline, line and paragraph separators, bidi marks
-# (which let text read otherwise than it is stored), and surrogates (JSON allows them,
-# UTF-8 does not).
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-    "\ud800-\udfff]"
-)
 # Fields of started.json and report.json that have a section or a tile of their own.
 _SHOWN_ELSEWHERE = {
     *("groups", "optimizer_groups", "data", "held_out", "plan", "versions", "eval"),
@@ -96,7 +88,7 @@ def show_invisible(value: Any) -> Any:
     """Replaces control characters and bidi marks in a string by [U+XXXX]."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value  # a number, or a macro's output, whose strings were replaced
-    return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", value)
+    return visible(value)
 
 
 # --- Reading ---
@@ -116,6 +108,8 @@ class RunFiles:
     samples: Sequence[Row]
     report: Row | None
     """report.json; None while the run is not complete."""
+    notes: Sequence[str] = ()
+    """What is left out, because it is not what a run writes."""
 
 
 def read_run(directory: Path) -> RunFiles:
@@ -124,21 +118,28 @@ def read_run(directory: Path) -> RunFiles:
     Raises:
       UserError: `directory` is not a run directory.
     """
-    if not (directory / SETTINGS).is_file():
+    try:
+        settings = read_bytes(directory / SETTINGS).decode("utf-8", "replace")
+    except FileNotFoundError:
         raise UserError(
             f"`{directory}` is not a run directory: it has no {SETTINGS}. `qlora-jax "
             "train` makes one."
-        )
-    report = directory / REPORT
-    started = directory / STARTED
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"`{directory / SETTINGS}` cannot be read: {error.strerror}."
+        ) from error
+    notes: list[str] = []
     return RunFiles(
         directory=directory,
-        settings=(directory / SETTINGS).read_text(encoding="utf-8"),
-        started=read_json(started) if started.is_file() else {},
-        metrics=read_metrics(directory),
+        settings=settings,
+        started=read_facts(directory / STARTED, notes) or {},
+        # A note about metrics.jsonl is for both kinds of rows in it.
+        metrics=read_metrics(directory, notes),
         evaluations=read_evaluations(directory),
-        samples=read_samples(directory),
-        report=read_json(report) if report.is_file() else None,
+        samples=read_samples(directory, notes),
+        report=read_facts(directory / REPORT, notes),
+        notes=notes,
     )
 
 
@@ -172,6 +173,7 @@ def render_run(run: RunFiles) -> str:
         title=f"Run: {name}",
         name=name,
         state=_state(run),
+        notes=run.notes,
         adapters=_adapters(run.directory),
         tiles=_tiles(run, facts),
         charts=_charts(run),
@@ -202,7 +204,9 @@ def _state(run: RunFiles) -> str:
         return (
             f"Running or interrupted: step {step:,}{of_planned} when this was written."
         )
-    steps, reason = run.report["steps"], run.report.get("stopped_early")
+    steps, reason = run.report.get("steps"), run.report.get("stopped_early")
+    if steps is None:
+        return "Finished."
     if reason:
         return f"Ended early after step {steps:,}{of_planned}: {reason}."
     return f"Finished after {steps:,} steps."
@@ -302,10 +306,10 @@ def _samples_by_prompt(samples: Sequence[Row]) -> list[list[Row]]:
 
 def _groups(facts: Row) -> list[tuple[str, str, str]]:
     """Returns name, size and share of each group of trainable parameters."""
-    rows = []
+    rows, total = [], facts.get("trainable_parameters")
     for name, value in (facts.get("groups") or {}).items():
         is_count = isinstance(value, int)
-        share = f"{value / facts['trainable_parameters']:.1%}" if is_count else ""
+        share = f"{value / total:.1%}" if is_count and total else ""
         rows.append((name, _format("", value), share))
     return rows
 
@@ -359,10 +363,10 @@ def _format(name: str, value: Any) -> str:
     """Formats a value by its type, and by the unit that its name tells."""
     if name.endswith("fingerprint"):
         return str(value)[:16]
-    if "bytes" in name and isinstance(value, int):
-        return readable_bytes(value)
     if isinstance(value, bool) or value is None:
         return "none" if value is None else str(value).lower()
+    if "bytes" in name and isinstance(value, int) and abs(value) < 1 << 63:
+        return readable_bytes(value)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

@@ -58,11 +58,12 @@ from qlora_jax.runs.directory import (
 )
 from qlora_jax.runs.evaluation import Evaluation
 from qlora_jax.runs.interruption import Interruption, RunInterrupted
-from qlora_jax.runs.metrics import Watch, open_trackers, read_evaluations, work_of
+from qlora_jax.runs.metrics import Watch, open_trackers, work_of
 from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
 from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
+from qlora_jax.runs.rows import read_evaluations
 from qlora_jax.runs.toml import SETTINGS, to_toml
 from qlora_jax.training import TrainState, init_state, schedule
 

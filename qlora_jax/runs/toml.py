@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora import LoraConfig, off_features, refused_features
+from qlora_jax.reading import read_text
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.other_names import hint
 
@@ -39,9 +40,9 @@ def read_table(path: Path) -> dict[str, Any]:
     Raises:
       UserError: the file cannot be read, or is not valid TOML.
     """
-    path = settings_file(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        path = settings_file(path)
+        return tomllib.loads(read_text(path))
     except OSError as error:
         on_hub = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix != ".toml":
@@ -52,7 +53,9 @@ def read_table(path: Path) -> dict[str, Any]:
         raise UserError(
             f"`{path}` cannot be read: {error.strerror}.{on_hub}"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"`{path}` is nested too deeply.") from None
+    except ValueError as error:  # TOML, UTF-8, or a number of too many digits
         raise UserError(f"`{path}` is not valid TOML: {error}.") from error
 
 
@@ -99,7 +102,7 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
     for key, value in table.items():
         if key not in fields:
             problems.add(
-                f"{where}`{key}` is not an option here."
+                f"{where}`{key:.200}` is not an option here."
                 f"{hint(key) or did_you_mean(key, fields)} Options: "
                 f"{', '.join(fields)}."
             )
@@ -110,7 +113,7 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
             with problems.collecting():
                 values[key] = _structure(hints[key], value, f"{where}[{key}] ")
         else:
-            problems.add(f"{where}`{key}` must be a table, got {value!r}.")
+            problems.add(f"{where}`{key:.200}` must be a table, got {value!r:.200}.")
     missing = [
         name
         for name, field in fields.items()
@@ -176,11 +179,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return {k: _convert(of, v, f"{where}.{k}") for k, v in value.items()}
         # Not `isinstance`: True is an int in Python, and no number in TOML.
         elif type(value) is kind:
+            if kind is str and "\0" in value:
+                raise UserError(
+                    f"{where} must not have a NUL in it, got {value!r:.200}."
+                )
             return value
         elif kind is float and type(value) is int:
             return float(value)
     expected = " or ".join(_expected(k) for k in alternatives if k is not type(None))
-    raise UserError(f"{where} must be {expected}, got {value!r}.")
+    raise UserError(f"{where} must be {expected}, got {value!r:.200}.")
 
 
 def _convert_items(kind: Any, items: Any, where: str) -> tuple[Any, ...] | None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert.output import write_text
+from convert.atomic import write_text
 from pallas_kernels.device import device_slug
 from scripts.bench_gpu.worker import Budget
 

@@ -104,7 +104,7 @@ def test_a_signal_leaves_nothing_half_written(
         file.write_text("{")
         signal.raise_signal(number)
 
-    monkeypatch.setattr("convert.output.write_text", half)
+    monkeypatch.setattr("convert.atomic.write_text", half)
     message = f"qlora-convert model: {how}. Nothing half-written is left.\n"
     assert run("model", tiny_model, out) == (status, "", message)
     assert list(out.parent.iterdir()) == []

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 import convert
 from qlora_jax.cli.generate import Chat
+from qlora_jax.cli.main import main
 from qlora_jax.cli.options import join_lines
 from qlora_jax.data.batches import eval_batches
 from qlora_jax.data.examples import DataConfig, load_examples
@@ -467,3 +468,16 @@ def test_a_reader_that_goes_away_is_no_error(model_dir):
     shell = ["bash", "-c", f"set -o pipefail; {command}"]
     done = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *("report {}", "train {}", "data {}", "generate {} x", "inspect {}"),
+        *("eval {}", "tokens {}", "quantize {} {}2", "train --model.path {}"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_clear_error(args, capsys):
+    status = main(args.format("x" * 5000, "x" * 5000).split())
+    err = capsys.readouterr().err
+    assert status in (1, 2) and "Traceback" not in err and err

@@ -183,7 +183,7 @@ def test_memory_is_drawn(plan_8b, tmp_path):
     report = plan_8b(f"rtx-4090 --max-length 8192 --plot {picture}")
     assert report["plot"] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.tmp*"))
+    assert not list(tmp_path.glob("*partial"))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_model_is_needed(refused, tmp_path):
 @pytest.mark.parametrize("name", ["nowhere/memory.png", "memory.txt"])
 def test_a_picture_not_to_be_drawn_is_refused(refused, config_json, tmp_path, name):
     args = ("--model", config_json, "--plot", tmp_path / name)
-    assert "`plot`" in refused("--gpu l4 --max-length 2048", *args)
+    assert "memory." in refused("--gpu l4 --max-length 2048", *args)
 
 
 def test_a_policy_is_printed_as_settings_of_a_run_file(cli, config_json):

@@ -190,14 +190,21 @@ DAMAGES = [
     (state(quant_type="fp4"), "`quant_type` is 'fp4'; only 'nf4'"),
     (state(dtype="int8"), "`dtype` is 'int8'; expected a 16 or 32-bit float"),
     (state(nested_blocksize=128), "`nested_blocksize` is 128; only 256"),
-    (state(nested_dtype="float16"), "`nested_dtype` is 'float16', not float32"),
-    (state(nested_offset=float("nan")), "`nested_offset` is nan"),
-    (state(nested_offset=None), "nested_offset"),
-    (state(shape=[64]), "not enough values"),
+    (state(nested_dtype="float16"), "`nested_dtype` is 'float16'; only 'float32'"),
+    *(
+        (state(nested_offset=value), "`nested_offset` is .*, not a float32")
+        for value in (float("nan"), float("inf"), 10**400, 1e300, None, True, "0", [])
+    ),
+    *(
+        (state(shape=value), "`shape` is .*; expected two sizes")
+        for value in ([64], [64] * 3, [True, 64], [64.0, 64], [-1, 64], "64", None)
+    ),
+    (state(quant_type=["nf4"]), r"`quant_type` is \['nf4'\]; only"),
+    (state(dtype={}), "`dtype` is {}; expected"),
     (state(shape=[32, 128]), r"q_proj.weight \[32, 128\] instead of \[64, 64\]"),
     *(
         (text_of_state(text), f"1 unusable quantization.*{STATE}")
-        for text in (b"{", b"\xff", b"3")
+        for text in (b"{", b"\xff", b"3", b"[" * 9000, b" " * 20_000)
     ),
     *(
         (lambda t, name=name: t.pop(Q + name), f"1 missing tensors: {Q}{name}[.]$")

@@ -330,7 +330,7 @@ def test_a_report_is_replaced_and_never_absent(config, tiny_model, adapter, tmp_
     add_to_report(out, {**report, "more": 1})
     assert sorted(path.name for path in out.iterdir()) == before
     assert read(out, REPORT) == {**report, "more": 1}
-    with pytest.raises(UserError, match="Cannot write .*merge_report.json`: No such"):
+    with pytest.raises(UserError, match="Cannot write .*merge_report.json`: there is"):
         add_to_report(tmp_path / "none", report)
 
 

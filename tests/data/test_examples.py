@@ -283,7 +283,7 @@ def test_truncated_and_dropped_rows_are_counted_and_named(write, load, decoded):
     assert report.dropped == {lost: 1, "empty completion": 1}
     names = {"truncated": 1, lost: 2, "empty completion": 3}
     assert report.places == {key: (f"{path}:{line}",) for key, line in names.items()}
-    assert "1 rows truncated (4 tokens lost)" in summary
+    assert "1 row truncated (4 tokens lost)" in summary
     assert f"dropped 1: {lost} ({path}:2)" in summary
 
 

@@ -136,7 +136,7 @@ def test_a_probe_text_without_tokens_is_refused(monkeypatch, llama_dir):
     from qlora_jax.inference import compare
 
     def load_tokenizer(path):
-        return lambda text: {"input_ids": []}
+        return lambda text, **_: {"input_ids": [[]] if isinstance(text, list) else []}
 
     monkeypatch.setattr(compare, "load_tokenizer", load_tokenizer)
     with pytest.raises(UserError, match="The probe text has no tokens"):

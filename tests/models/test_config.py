@@ -249,6 +249,11 @@ def test_rows_are_filled_with_a_token_of_the_vocabulary(tiny, pad, padding):
         ("rope_parameters", 0, "`rope_parameters.*an object"),
         ("rope_scaling", {**LINEAR, "factor": "x"}, "`rope_scaling.*a number"),
         ("quantization_config", "", "`quantization_config.*an object"),
+        (
+            "quantization_config",
+            {"bnb_4bit_quant_storage": ["uint8"]},
+            "quantization_config.bnb_4bit_quant_storage` must be a string",
+        ),
         ("bos_token_id", [], "`bos_token_id.*an integer"),
         ("pad_token_id", {}, "`pad_token_id.*an integer"),
         ("eos_token_id", [[]], "`eos_token_id.*an integer, or a list"),

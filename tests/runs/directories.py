@@ -16,7 +16,8 @@ import convert
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.runs.checkpoint import Checkpoints
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.metrics import Watch, read_metrics
+from qlora_jax.runs.metrics import Watch
+from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.toml import to_toml
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import init_state

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -145,7 +146,7 @@ except here.CheckpointError as error:
 
 
 def test_a_disk_that_fills_while_orbax_writes_is_a_checkpoint_error(tmp_path):
-    """Where the reservation said yes; Orbax's threads say more than one line then."""
+    """Where the reservation said yes."""
     done = subprocess.run(
         [sys.executable, "-c", UNFORESEEN, str(tmp_path)],
         capture_output=True,
@@ -153,7 +154,7 @@ def test_a_disk_that_fills_while_orbax_writes_is_a_checkpoint_error(tmp_path):
         cwd=Path(__file__).parents[2],
         env=os.environ | {"PYTHONPATH": "."},
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert "cannot be written: File too large. The checkpoints there" in done.stdout
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest() == 2
@@ -238,6 +239,11 @@ def rewrite(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+def replace(file: Path, make: Callable[[Path], None]) -> None:
+    file.unlink()
+    make(file)
+
+
 DAMAGE = {
     "a flipped bit": lambda d: flip(largest(d)),
     "an array file cut off": lambda d: os.truncate(largest(d), 99),
@@ -255,6 +261,11 @@ DAMAGE = {
         d / "record" / "metadata", '"checksums"', '"chequesums"'
     ),
     "no state": lambda d: shutil.rmtree(d / "state"),
+    "a directory for a file": lambda d: replace(d / "state" / "_METADATA", Path.mkdir),
+    "a link to itself": lambda d: replace(
+        largest(d), lambda file: file.symlink_to(file.name)
+    ),
+    "deep JSON": lambda d: (d / "record" / "metadata").write_text("[" * 100_000),
     "nothing at all": lambda d: [shutil.rmtree(p) for p in d.iterdir() if p.is_dir()],
 }
 
@@ -276,6 +287,46 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous(directory, capsys, dama
     assert f"The checkpoint `{directory / 'step_6'}` cannot be read (" in err
     assert f"kept as `{aside}`" in err and "of step 4: 2 steps are taken again" in err
     assert aside.is_dir()
+
+
+def test_a_pipe_among_checkpoints_is_refused_and_does_not_block(directory):
+    replace(largest(directory / "step_6"), os.mkfifo)
+    with pytest.raises(CheckpointError, match="is a pipe.* Delete `.*step_6` to cont"):
+        opened(directory)
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, ""], ids=len)
+def test_a_description_by_orbax_is_not_needed(directory, capsys, content):
+    (directory / "step_6" / "_CHECKPOINT_METADATA").write_text(content)
+    with opened(directory, keep=3) as checkpoints:
+        assert continue_run(checkpoints, state_at(0), NOW, 8)[1] == 6
+    assert "It is not needed, and is kept as" in capsys.readouterr().err
+
+
+QUIET = """
+import pathlib, sys
+from tests.runs import test_checkpoint as here
+
+for step in (6, 4):
+    here.DAMAGE[sys.argv[2]](pathlib.Path(sys.argv[1]) / f"step_{step}")
+with here.opened(pathlib.Path(sys.argv[1]), keep=3) as checkpoints:
+    here.continue_run(checkpoints, here.state_at(0), here.NOW, 8)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_of_a_damaged_checkpoint_nothing_but_our_message_is_shown(directory, damage):
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET, str(directory), damage],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and done.stdout == ""
+    assert [line.split()[0] for line in lines] == ["The", "The", "Continuing"]
 
 
 @LATE_READS

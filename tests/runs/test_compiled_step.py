@@ -16,7 +16,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.planning import gpus
 from qlora_jax.planning.gpus import ALLOWANCE, this_device
 from qlora_jax.runs import compiled_step
-from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")

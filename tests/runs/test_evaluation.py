@@ -22,7 +22,7 @@ from qlora_jax.models.llama import Llama
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.eval_data import load_held_out, split_held_out
 from qlora_jax.runs.evaluation import Best, Evaluation, check_prompts, perplexity
-from qlora_jax.runs.metrics import read_evaluations, read_metrics
+from qlora_jax.runs.rows import read_evaluations, read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.training.step import jit_eval
 from tests.runs.directories import after_step, weights

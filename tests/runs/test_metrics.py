@@ -23,7 +23,8 @@ from qlora_jax.planning.estimate import model_flops_per_token
 from qlora_jax.planning.step import Step
 from qlora_jax.runs import metrics
 from qlora_jax.runs.config import LogConfig
-from qlora_jax.runs.metrics import Watch, check_trackers, open_trackers, read_metrics
+from qlora_jax.runs.metrics import Watch, check_trackers, open_trackers
+from qlora_jax.runs.rows import read_evaluations, read_metrics, read_samples
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.parameter_groups import schedule
 
@@ -63,13 +64,13 @@ def test_each_step_is_one_row_with_its_learning_rate_on_disk_at_once(tmp_path, c
     np.testing.assert_allclose([r["learning_rate"] for r in rows], expected, 1e-6)
     assert all(r["tokens_per_second"] * r["seconds"] == pytest.approx(20) for r in rows)
     assert watch.last_loss == 0.0 and watch.seconds_to_first_step > 0
-    # Without a terminal progress is a line every few steps.
+    # Without a terminal progress is a line for the first step and every few.
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert [line.split()[1] for line in lines] == ["2/6", "4/6", "6/6"]
-    assert "loss 4.0000" in lines[0] and "lr 2.50e-01" in lines[0]
-    assert lines[0].endswith("s left")
+    assert [line.split()[1] for line in lines] == ["1/6", "2/6", "4/6", "6/6"]
+    assert "loss 4.0000" in lines[1] and "lr 2.50e-01" in lines[1]
+    assert lines[1].endswith("s left") and "left" not in lines[0]
 
 
 def test_rows_and_samples_are_kept_up_to_the_step_continued_from(tmp_path, capsys):
@@ -100,13 +101,36 @@ def test_rows_and_samples_are_kept_up_to_the_step_continued_from(tmp_path, capsy
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[-1]["learning_rate"] == pytest.approx(0.5)
-    evaluations = metrics.read_evaluations(tmp_path)
+    evaluations = read_evaluations(tmp_path)
     assert [row["eval_loss"] for row in evaluations] == [2.9, 2.8, 2.7]
-    assert metrics.read_evaluations(tmp_path, until=2) == evaluations[:2]
+    assert read_evaluations(tmp_path, until=2) == evaluations[:2]
     rows = metrics.read_rows(tmp_path / "metrics.jsonl")
     assert ["eval_loss" in row for row in rows] == [False, True] * 3
-    texts = [row["text"] for row in metrics.read_samples(tmp_path)]
+    texts = [row["text"] for row in read_samples(tmp_path)]
     assert texts == [f" {step}\n[bold]x" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("5", "null", '"x"', "[]", "{}", "{", "[" * 100_000, "1" * 5000, "\\udfff"),
+        *('{"step": "1", "loss": 1}', '{"step": 1e3, "eval_loss": 1}', "\0"),
+        '{"step": 1, "loss": 1e999, "grad_norm": 1}',
+    ],
+)
+def test_lines_that_no_run_writes_are_left_out_and_counted(tmp_path, capsys, line):
+    with make_watch(tmp_path) as watch:
+        take(watch, 1, 2)
+    file = tmp_path / "metrics.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([rows[0], line, rows[1], line[:40]]))
+    capsys.readouterr()
+    with make_watch(tmp_path, start=2) as watch:
+        take(watch, 3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    err = capsys.readouterr().err
+    assert "of the 4 lines of `metrics.jsonl` are not what a run writes" in err
+    assert "the first is line 2." in err
 
 
 def test_restart_timer_excludes_the_time_since_the_last_step(tmp_path):

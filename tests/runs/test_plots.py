@@ -16,8 +16,13 @@ from qlora_jax.runs.plots import BackgroundPlot, Curve, chart, draw_loss, thin
 
 
 def write_metrics(directory, evaluations=()):
-    rows = [{"step": i, "loss": 9 / i, "learning_rate": 0.1} for i in range(1, 60)]
-    rows += [{"step": step, "eval_loss": loss} for step, loss in evaluations]
+    always = {"learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_second": 9.0}
+    always |= {"seconds": 1.0, "peak_memory_bytes": 1}
+    rows = [{"step": i, "loss": 9 / i, **always} for i in range(1, 60)]
+    rows += [
+        {"step": step, "eval_loss": loss, "eval_perplexity": 9.0}
+        for step, loss in evaluations
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (directory / "metrics.jsonl").write_text(text)
 

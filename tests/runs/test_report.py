@@ -145,6 +145,40 @@ def test_the_state_of_a_complete_run(directory, why, expected):
     assert expected in Page(render_run(run)).text
 
 
+HOSTILE = [
+    *(None, True, 0, -1, 10**400, 1e308, float("nan"), float("inf"), "x", HIDDEN, ""),
+    *([], {}, [[]], [None], {"": None}, {"dropped": 1}, {"dropped": {}, "sources": 3}),
+    {"dropped": {"x": "y"}, "fingerprint": 1},
+]
+
+
+@pytest.mark.parametrize("name", ["started.json", "report.json"])
+@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+def test_fields_that_no_run_writes_are_left_out_and_named(directory, name, value):
+    facts = json.loads((directory / "started.json").read_text())
+    facts |= {"steps": 20, "stopped_early": None, "eval": None}
+    (directory / name).write_text(json.dumps(dict.fromkeys(facts, value)))
+    run = read_run(directory)
+    text = Page(render_run(run)).text
+    kept = (run.report if name == "report.json" else run.started) or {}
+    for field in facts:
+        assert (field in kept) == (f"`{field}`" not in " ".join(run.notes))
+    assert all(note in text for note in run.notes)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[]", b"7", b"[" * 100_000, b"9" * 5000], ids=len
+)
+@pytest.mark.parametrize(
+    "name", ["started.json", "report.json", "metrics.jsonl", "samples.jsonl"]
+)
+def test_a_damaged_file_is_left_out_of_the_page_and_named(directory, name, content):
+    (directory / name).write_bytes(content + b"\n")
+    text = Page(render_run(read_run(directory))).text
+    empty = not content and name.endswith("jsonl")
+    assert (name in text and "Left out" in text) == (not empty)
+
+
 def test_a_run_before_its_first_step_has_a_page(directory):
     for name in ("metrics.jsonl", "samples.jsonl", "started.json"):
         (directory / name).unlink()
@@ -179,4 +213,4 @@ def test_what_is_not_a_run_and_what_cannot_be_written_is_refused(
         read_run(tmp_path)
     no_folder = tmp_path / "none" / "page.html"
     assert main(["report", str(directory), "--output", str(no_folder)]) == 1
-    assert "cannot be written: No such file" in capsys.readouterr().err
+    assert "there is no directory" in capsys.readouterr().err

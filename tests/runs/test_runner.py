@@ -22,7 +22,7 @@ from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs import prepare as prepared
 from qlora_jax.runs import runner
-from qlora_jax.runs.metrics import read_metrics
+from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training import step as training
@@ -153,12 +153,12 @@ def test_killed_before_the_report_the_run_is_completed(tmp_path, make, short):
     (directory / "report.json").unlink()
     (directory / "adapter" / "adapter_model.safetensors").unlink()
     # What a kill in the middle of writing the adapter leaves.
-    (directory / ".adapter.abc").mkdir()
+    (directory / ".adapter.0123abcd.qlora-jax-partial").mkdir()
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     report = run(make(directory, train={"steps": 3}))
     assert weights(directory) == weights(short)
-    assert not (directory / ".adapter.abc").exists()
+    assert not (directory / ".adapter.0123abcd.qlora-jax-partial").exists()
     assert report["final_loss"] == losses(short)[-1][1]
     assert len(losses(directory)) == 3
 

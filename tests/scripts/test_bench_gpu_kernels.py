@@ -321,7 +321,7 @@ def test_a_run_writes_results_table_and_choices(options, tmp_path, monkeypatch, 
     tuned = json.loads((tmp_path / "tuned/fake-gpu-1.json").read_text())
     assert tuned["fused_rows"]["1024x4096"] == 16
     assert tuned["dequantize"]["4096x14336"] == "pallas"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*partial"))
     assert bench.main([*options, "--only", "dequantize"]) == 0
 
 

@@ -96,10 +96,11 @@ def test_a_chain_is_killed_and_continues(kill_runs, write_run, tmp_path):
             ("--kills", "50", "--fork"),
             {"while training": 30, "left half a checkpoint": 5},
         ),
+        (30, ("--kills", "40", "--calls"), {"while starting": 10}),
         (12, ("--kills", "2"), {}),
         (30, ("--kills", "5", "--signal", "TERM", "--fork"), {"said how to go on": 2}),
     ],
-    ids=["forks", "processes", "asked to stop"],
+    ids=["forks", "operations on files", "processes", "asked to stop"],
 )
 def test_a_storm_changes_nothing(kill_runs, write_run, steps, options, least):
     write_run("run.toml", steps=steps, more=STORM)
