@@ -511,7 +511,7 @@ class _Stream:
     def _is_replaced(self, key: str | None, table: NDArray) -> bool:
         """Whether a table of the adapter's file is another one than the base's."""
         files = self.checkpoint.files
-        if key not in self.tables or key not in files:
+        if key is None or key not in self.tables or key not in files:
             return False
         return files[key].shape != table.shape or not np.array_equal(
             files.read(key), table
