@@ -31,6 +31,7 @@ from .hf import dtype_name as dtype_name
 from .hf import load_llama as load_llama
 from .hf import save_llama as save_llama
 from .merging import add_to_report as add_to_report
+from .merging import check_not_merged as check_not_merged
 from .merging import merge as merge
 from .merging import write_dense as write_dense
 from .names import checkpoint_keys as checkpoint_keys

@@ -124,9 +124,12 @@ def check_model_directory(path: Path) -> None:
             f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
             "model here."
         )
+    # Of a download cache, with the model one level further down.
+    inside = sorted(path.glob("snapshots/*/config.json"))
+    hint = f" Did you mean `{inside[0].parent}`?" if inside else _gguf_hint(path)
     raise CheckpointError(
         f"`{path}` has no config.json, so it is not a Hugging Face model directory."
-        + _gguf_hint(path)
+        + hint
     )
 
 

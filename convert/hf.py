@@ -453,7 +453,7 @@ def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     """Returns the config.json of a dense checkpoint of this dtype."""
     raw = config.to_hf()
     raw.pop("quantization_config", None)
-    # transformers 5 calls it `dtype`, transformers 4 `torch_dtype`; both read the
-    # older one.
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
-    return raw
+    # transformers 5 calls it `dtype`, transformers 4 `torch_dtype`; both read the older
+    # one, and a file with both must not have two dtypes.
+    names = [name for name in ("dtype", "torch_dtype") if name in raw]
+    return raw | dict.fromkeys(names or ["torch_dtype"], dtype)

@@ -40,6 +40,7 @@ from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
+_NO_CHANGE = "no tensor changed: the weights of the result are the base's"
 
 # What `checkpoint_keys` returns.
 _Table = Mapping[str, tuple[TreePath, int | None]]
@@ -110,8 +111,9 @@ def merge(
 
     Raises:
       CheckpointError: a damaged or incomplete directory, file or tensor.
-      UserError: `onto` that does not suit the base, a trained bias that a Llama
-        checkpoint cannot have, or a directory that cannot be written.
+      UserError: `onto` that does not suit the base, a base that holds this adapter
+        already, a trained bias that a Llama checkpoint cannot have, or a directory that
+        cannot be written.
     """
     # Settings, names and shapes are checked before the first byte is written.
     checkpoint = open_checkpoint(base_path)
@@ -131,6 +133,7 @@ def merge(
     lora, adapters = load_adapter(
         adapter_path, base.base, strict=strict, skipped=skipped
     )
+    check_not_merged(base_path, adapter_path)
     merged = compute_merged_weights(base.config, lora, adapters)
     tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
     stream = _Stream(
@@ -148,13 +151,15 @@ def merge(
         write_files(new, files)
         changes = _config_changes(checkpoint, merged)
         changes.update(_lengthen_tokenizer(new, checkpoint, merged))
+        if not stream.changed:
+            skipped.append(
+                "no tensor changed: the weights of the result are the base's"
+            )
         report = {
             "base": str(base_path),
             "base_sha256": fingerprint(base_path),
             "adapter": str(adapter_path),
-            "adapter_sha256": _sha256(
-                Path(adapter_path) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-            ),
+            "adapter_sha256": _adapter_sha256(adapter_path),
             "adapter_base_fingerprint": lora.base_fingerprint,
             "output": str(output_dir),
             "onto": onto,
@@ -174,6 +179,22 @@ def merge(
         }
         write_json(new / REPORT, report, sort_keys=False)
     return report
+
+
+def check_not_merged(
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str]
+) -> None:
+    """Raises `UserError` if a base is the result of merging this adapter."""
+    file = Path(base) / REPORT
+    if not file.is_file():
+        return
+    report = read_json(file)
+    if report.get("adapter_sha256") == _adapter_sha256(adapter):
+        raise UserError(
+            f"`{base}` holds the adapter `{adapter}` already ({REPORT}), which would "
+            "be added twice. Use it without the adapter, or give the base that it was "
+            f"merged into: `{report.get('base')}`."
+        )
 
 
 def _check_choice(
@@ -248,6 +269,10 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         if file.name == "config.json"
         or file.name.endswith((".safetensors", ".safetensors.index.json"))
     )
+
+
+def _adapter_sha256(path: str | os.PathLike[str]) -> str:
+    return _sha256(Path(path) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
 
 
 def _sha256(files: Iterable[Path]) -> str:
@@ -476,11 +501,21 @@ class _Stream:
             tensor = self._base_tensor(source, path)
         self.written += 1
         if update is None:
+            self.changed += self._is_replaced(source, tensor)
             return cast(tensor, dtype, key)
         tensor, largest = update.apply(tensor, dtype, key)
         self.changed += largest > 0
         self.max_abs_change = max(self.max_abs_change, largest)
         return tensor
+
+    def _is_replaced(self, key: str | None, table: NDArray) -> bool:
+        """Whether a table of the adapter's file is another one than the base's."""
+        files = self.checkpoint.files
+        if key is None or key not in self.tables or key not in files:
+            return False
+        return files[key].shape != table.shape or not np.array_equal(
+            files.read(key), table
+        )
 
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""

@@ -103,6 +103,13 @@ def _no_weights(path: Path) -> str:
             f"  safetensors.torch.save_file(tensors, {str(path / ADAPTER_WEIGHTS)!r}, "
             "metadata={'format': 'pt'})"
         )
+    shards = sorted(p.name for p in path.glob("adapter_model-*.safetensors"))
+    if shards:
+        return (
+            f"`{path}` holds its weights in shards ({shards[0]}, ...), "
+            "which neither PEFT nor this program reads. Put their tensors into one "
+            f"{ADAPTER_WEIGHTS}."
+        )
     link = broken_link(path / ADAPTER_WEIGHTS)
     return link or f"`{path}` has no {ADAPTER_WEIGHTS}."
 

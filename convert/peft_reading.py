@@ -29,7 +29,7 @@ from convert.peft_tables import check_vocab_size, saved_tables
 from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError
-from qlora_jax.lora import LoraConfig, Selection, select
+from qlora_jax.lora import LoraConfig, Selection, select, unused_settings
 from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
@@ -75,6 +75,16 @@ def load_adapter(
     match = _match(path, base, strict=strict, notes=notes)
     adapters = _read_tree(match)
     _compare_base_copies(match, base, strict=strict, notes=notes)
+    notes += [
+        f"{setting}, which selects nothing in this model"
+        for setting in unused_settings(match.lora, match.selection, base)
+    ]
+    if _changes_nothing(match.selection, adapters):
+        notes.append(
+            "the updates of the adapter, all zero (every `lora_B` is): the model is "
+            "its base. It was saved before it was trained, or without gathering its "
+            "weights (DeepSpeed, FSDP)"
+        )
     return match.lora, adapters
 
 
@@ -264,6 +274,19 @@ def _read_tree(match: _Match) -> dict[str, Any]:
     for key in copies:
         _compare_tied_copy(key, tensors[key], files, leaves[tensors[key].path])
     return adapters
+
+
+def _changes_nothing(selection: Selection, adapters: Mapping[str, Any]) -> bool:
+    """Whether an adapter consists of low-rank updates, and all of them are zero."""
+    # The factor that starts at zero. Magnitudes and whole tensors start as the base's.
+    parts = ("lora_B", "lora_embedding_A", "lora_bias")
+    return (
+        not (selection.full_tensors or selection.rows)
+        and not any(module.dora for module in selection.adapted)
+        and not any(
+            leaf.any() for path, leaf in trees.walk(adapters) if path[-1] in parts
+        )
+    )
 
 
 def _compare_twin(key: str, original: str, files: TensorFiles) -> None:

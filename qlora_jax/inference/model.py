@@ -415,9 +415,14 @@ def load_attached(
       base: its parameter tree.
       original: the tree without tables of the adapter's file, if `base` has them.
       strict: raise for an adapter that does not fit exactly.
+
+    Raises:
+      CheckpointError: an adapter that does not fit.
+      UserError: a base that is the result of merging this adapter.
     """
     skipped: list[str] = []
     lora, adapters = convert.load_adapter(adapter, base, strict=strict, skipped=skipped)
+    convert.check_not_merged(path, adapter)
     for note in shorten(skipped):
         say(f"Not used of `{adapter}`: {note}.")
     original = base if original is None else original

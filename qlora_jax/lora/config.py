@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
-from qlora_jax.lora.patterns import match_patterns
+from qlora_jax.lora.patterns import first_matches, match_patterns
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
 # Fields of adapter_config.json for features that are not computed here -> the value
@@ -234,13 +234,21 @@ class LoraConfig:
     ) -> dict[str, tuple[int, float]]:
         """Returns dotted module path -> (rank, factor of `B @ A`)."""
         paths = tuple(module_paths)
-        ranks = _first_matches("rank_pattern", self.rank_pattern, paths)
-        alphas = _first_matches("alpha_pattern", self.alpha_pattern, paths)
+        ranks, alphas = (
+            first_matches(tuple(table), paths, field=f"lora: `{name}`", inside=AT_END)
+            for name, table in (
+                ("rank_pattern", self.rank_pattern),
+                ("alpha_pattern", self.alpha_pattern),
+            )
+        )
         out = {}
         for path in paths:
             # Separately: a module may match a pattern of one table only. alpha is
             # divided by the module's own rank.
-            r, alpha = ranks.get(path, self.r), alphas.get(path, self.lora_alpha)
+            r = self.rank_pattern[ranks[path]] if path in ranks else self.r
+            alpha = self.lora_alpha
+            if path in alphas:
+                alpha = self.alpha_pattern[alphas[path]]
             out[path] = (r, alpha / (math.sqrt(r) if self.use_rslora else r))
         return out
 
@@ -297,8 +305,12 @@ class LoraConfig:
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
         values = dict(_PEFT_DEFAULTS)
-        # null in a file means the default.
+        # null in a file means the default, ...
         values |= {name: raw[name] for name in known if raw.get(name) is not None}
+        # ... except of the numbers that PEFT cannot compute without.
+        values |= {
+            name: None for name in ("r", "lora_alpha") if raw.get(name, 0) is None
+        }
         targets = values["target_modules"]
         if isinstance(targets, (list, set)):
             # PEFT has a set here, and writes it in any order.
@@ -380,19 +392,6 @@ def off_features(raw: Mapping[str, Any]) -> list[str]:
 def _off(value: Any, off: Any) -> bool:
     """Whether a value means "not used": the field's own off value, or an empty one."""
     return value is None or value is False or value == off or value in ([], {})
-
-
-def _first_matches(
-    name: str, table: Mapping[str, Any], paths: tuple[str, ...]
-) -> dict[str, Any]:
-    """Returns module path -> value of the first pattern of a table that matches it."""
-    patterns = tuple(table)
-    matched = match_patterns(patterns, paths, field=f"lora: `{name}`", inside=AT_END)
-    values: dict[str, Any] = {}
-    # The first pattern that matches is written last, and so wins.
-    for pattern in reversed(patterns):
-        values.update(dict.fromkeys(matched[pattern], table[pattern]))
-    return values
 
 
 # --- Checks: (name of the field, value) -> the value as it is stored ---
@@ -495,7 +494,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _patterns(inside: str, name: str, value: Any) -> tuple[str, ...] | None:
-    names = () if value is None else _names(name, value)
+    names = _names(name, value) if value else ()  # as in PEFT, "" means none
     match_patterns(names, field=f"lora: `{name}`", inside=inside)
     return names or None
 

@@ -87,6 +87,21 @@ def match_patterns(
     return out
 
 
+def first_matches(
+    patterns: tuple[str, ...], names: tuple[str, ...], *, field: str, inside: str
+) -> dict[str, str]:
+    """Returns each name that matches -> the first expression that matches it.
+
+    Arguments and errors are those of `match_patterns`.
+    """
+    matched = match_patterns(patterns, names, field=field, inside=inside)
+    out: dict[str, str] = {}
+    # The first that matches is written last, and so wins.
+    for pattern in reversed(patterns):
+        out.update(dict.fromkeys(matched[pattern], pattern))
+    return out
+
+
 def _count_nodes(pattern: str) -> int:
     """Bounds the compiled size; a group has a copy for each required repeat."""
     repeats = [(group, int(least or 1)) for group, least in _REPEAT.findall(pattern)]

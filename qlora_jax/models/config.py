@@ -138,6 +138,15 @@ class LlamaConfig:
         return self.eos_token_id
 
     @property
+    def padding_id(self) -> int:
+        """A token id of the vocabulary to fill rows with.
+
+        Files have -1 for none, or the id of a token for which no row was added.
+        """
+        token = self.pad_token_id
+        return token if token is not None and 0 <= token < self.vocab_size else 0
+
+    @property
     def quantization_config(self) -> Mapping[str, Any] | None:
         """The `quantization_config` of the file, if it has one."""
         return self.raw.get("quantization_config")

@@ -31,6 +31,8 @@ from qlora_jax.lora import (
     abstract_adapters,
     linear_modules,
     select,
+    unused_exclusions,
+    unused_patterns,
 )
 from qlora_jax.models import (
     LlamaConfig,
@@ -441,6 +443,10 @@ def _selection_warnings(
             f"`layers_to_transform` names {', '.join(map(str, absent))}; this model "
             f"has layers 0 to {config.num_hidden_layers - 1}."
         )
+    for name in unused_exclusions(lora, base):
+        yield f"{name} names no module of this model."
+    for pattern in unused_patterns(lora, selection):
+        yield f"{pattern} sets nothing: it is the first to match no adapted module."
     biases = [w for w in selection.full_tensors if w.path[-1] == "bias"]
     if lora.bias != "none" and not biases:
         reason = "this model has no biases"

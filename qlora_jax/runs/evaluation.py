@@ -106,7 +106,7 @@ def measure_loss(
         examples,
         data,
         batch_size=batch_size,
-        pad_token_id=model.config.pad_token_id or 0,
+        pad_token_id=model.config.padding_id,
     )
     adapters = model.variables.get("lora", {})
     total, tokens = held_out_loss(jit_eval(model.module), adapters, model.base, batches)
@@ -208,7 +208,7 @@ class Evaluation:
             self.held_out.examples,
             self.held_out.config,
             batch_size=self.batch_size,
-            pad_token_id=self.model.config.pad_token_id or 0,
+            pad_token_id=self.model.config.padding_id,
         )
         total, tokens = held_out_loss(self._step, adapters, base, batches)
         # The mean over all tokens. A mean of batch means would give the tokens of a

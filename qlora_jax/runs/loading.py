@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import convert
 from convert import (
     ADAPTER_CONFIG,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
     load_tokenization,
     open_adapter,
     peft_directory,
@@ -161,6 +163,8 @@ def resolve(
 ) -> Resolved:
     """Finds the base, adapter and run that a path stands for; reads no weights.
 
+    A note on stderr names what a directory with a model and an adapter is not used for.
+
     Args:
       path: model directory, PEFT adapter directory, run directory, or adapter in one.
       base: directory of the base, if `path` is an adapter whose adapter_config.json
@@ -187,7 +191,9 @@ def resolve(
         if settings is not None:
             # The name in the adapter may be the one it is published with.
             names.insert(0, settings.model.path)
-        return Resolved(_base_of(inside, names, base), inside, run, settings, lora)
+        directory = _base_of(inside, names, base)
+        say_unused(directory, inside)
+        return Resolved(directory, inside, run, settings, lora)
     if base is not None:
         raise UserError(
             f"`base` names the base of an adapter directory, and `{path}` is none."
@@ -197,6 +203,28 @@ def resolve(
     inside = peft_directory(Path(adapter))
     lora = open_adapter(inside, strict=strict)[0]
     return Resolved(path, inside, run, settings, lora)
+
+
+def say_unused(base: Path, adapter: Path | None) -> None:
+    """Notes a model beside the adapter that is used, and an adapter beside the base.
+
+    A merge that was saved into its adapter's directory leaves such a directory. As in
+    transformers, it stands for the adapter on the base that this names.
+    """
+    if adapter is not None and adapter.resolve() == base.resolve():
+        return  # both are used
+    weights = (WEIGHTS_FILE, WEIGHTS_INDEX)
+    if adapter is not None and any((adapter / name).is_file() for name in weights):
+        say(
+            f"Note: `{adapter}` holds an adapter and the weights of a model. The "
+            f"adapter is used, on `{base}`; the model is what the directory stands for "
+            f"without {ADAPTER_CONFIG}."
+        )
+    if (base / ADAPTER_CONFIG).is_file():
+        say(
+            f"Note: `{base}` holds a model and an adapter. The model is used, without "
+            "this adapter."
+        )
 
 
 def _base_of(
@@ -222,7 +250,8 @@ def _base_of(
         raise CheckpointError(
             f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "
             "a directory here "
-            f"(looked at {', '.join(f'`{p}`' for p in candidates)}). Give it with "
+            f"(looked at {', '.join(f'`{p}`' for p in dict.fromkeys(candidates))}). "
+            "Give it with "
             "`base=` (--base)."
         )
     return directory

@@ -55,7 +55,7 @@ from qlora_jax.runs.eval_data import (
     split_held_out,
 )
 from qlora_jax.runs.evaluation import check_prompts
-from qlora_jax.runs.loading import base_options
+from qlora_jax.runs.loading import base_options, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -139,7 +139,9 @@ def prepare(
         problems.raise_if_any()
     assert loaded is not None
     model, base, drawn = loaded
-    starts_fresh = config.train.adapter_init is None
+    initial = config.train.adapter_init
+    starts_fresh = initial is None
+    say_unused(Path(config.model.path), None if initial is None else Path(initial))
     if not starts_fresh:
         with problems.collecting():
             model, base = _with_adapter_tables(config, model, base)
@@ -262,6 +264,7 @@ def _with_initial_adapter(
     if explicit_lora is None:
         explicit_lora = given_fields(config.lora)
     adapter = convert.check_adapter(path, base)
+    convert.check_not_merged(config.model.path, path)
     # The context length that the adapter was trained for is kept.
     changes = json.loads(adapter.base_config_changes or "{}")
     model = dataclasses.replace(
@@ -383,7 +386,7 @@ def _load_data(
         config.data,
         batch_size=config.train.batch_size,
         accumulation_steps=config.train.gradient_accumulation_steps,
-        pad_token_id=architecture.pad_token_id or 0,
+        pad_token_id=architecture.padding_id,
         steps=config.train.steps,
         epochs=config.train.epochs,
     )

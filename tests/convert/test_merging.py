@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import inspect
 import io
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import convert
+import qlora_jax
 from convert import bnb
 from convert.merging import REPORT, add_to_report, fingerprint, write_dense
 from convert.names import checkpoint_keys
@@ -117,6 +119,61 @@ def test_updates_are_rounded_once(make_model, adapter, out, stored, dtype, shard
             assert merged[key].dtype == target
             assert (np.abs(merged[key].astype(np.float64) - exact) <= bound).all()
     assert read(out)["torch_dtype"] == target.name
+
+
+def test_a_merge_that_changes_nothing_says_so(make_model, adapter, out, edit_tensors):
+    """An update below the precision of the weights is lost, as one of zeros is."""
+
+    def shrink(tensors):
+        for key in tensors:
+            tensors[key] *= 1e-4
+
+    edit_tensors(adapter / WEIGHTS, shrink)
+    report = convert.merge(make_model(dtype=BF16), adapter, out)
+    assert report["tensors_changed"] == 0
+    (note,) = report["notes"]
+    assert note == "no tensor changed: the weights of the result are the base's"
+
+
+@pytest.mark.parametrize(("scale", "changed"), [(1, 0), (2, 1)])
+def test_a_table_of_the_file_that_replaces_the_bases_is_counted(
+    tiny_model, adapter, out, edit_tensors, scale, changed
+):
+    """PEFT saves a table with the adapter after a vocabulary was resized."""
+    head = safetensors.numpy.load_file(tiny_model / MODEL)["lm_head.weight"] * scale
+    edit_tensors(
+        adapter / WEIGHTS,
+        lambda tensors: tensors.update({"base_model.model.lm_head.weight": head}),
+    )
+    report = convert.merge(tiny_model, adapter, out)
+    assert report["tensors_changed"] == 4 + changed
+    np.testing.assert_array_equal(all_tensors(out)["lm_head.weight"], head)
+
+
+def test_an_adapter_is_not_merged_twice(tiny, tiny_model, adapter, make_adapter, out):
+    convert.merge(tiny_model, adapter, out)
+    with pytest.raises(UserError, match=f"would be added twice.*`{tiny_model}`"):
+        convert.merge(out, adapter, out.with_name("again"))
+    with pytest.raises(UserError, match="would be added twice"):
+        qlora_jax.load(out, adapter=adapter)
+    other = make_adapter(tiny, name="other", seed=2)
+    assert convert.merge(out, other, out.with_name("both"))["tensors_changed"] > 0
+
+
+@pytest.mark.parametrize(
+    "names", [("dtype",), ("torch_dtype",), ("torch_dtype", "dtype")]
+)
+def test_config_json_names_one_dtype(make_model, adapter, out, names):
+    """transformers 4 reads `torch_dtype`, transformers 5 `dtype`; files have both."""
+    base = make_model(dtype=BF16)
+    raw = read(base)
+    del raw["torch_dtype"]
+    (base / "config.json").write_text(
+        json.dumps(raw | dict.fromkeys(names, "bfloat16"))
+    )
+    convert.merge(base, adapter, out, dtype="float16")
+    dtypes = {name: v for name, v in read(out).items() if "dtype" in name}
+    assert dtypes == dict.fromkeys(names, "float16")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_dq"])

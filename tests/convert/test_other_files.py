@@ -185,3 +185,18 @@ def test_a_link_without_an_adapter_is_named(adapter, model):
     (adapter / WEIGHTS).symlink_to("../../blobs/5678")
     with pytest.raises(CheckpointError, match="link to `../../blobs/5678`, which does"):
         convert.load_adapter(adapter, model)
+
+
+def test_the_root_of_a_download_cache_leads_to_its_snapshot(tiny_model, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    tiny_model.rename(snapshot)
+    with pytest.raises(CheckpointError, match=f"Did you mean `{snapshot}`"):
+        convert.load_llama(snapshot.parents[1])
+
+
+def test_an_adapter_in_shards_is_called_that(adapter, model):
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(adapter / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="in shards .*into one adapter_model"):
+        convert.load_adapter(adapter, model)

@@ -396,6 +396,20 @@ def adapter(tiny, make_adapter) -> Path:
     return make_adapter(tiny)
 
 
+def test_an_adapter_without_any_update_is_noted(config, adapter, edit_tensors):
+    def zero(keys):
+        keys = [key for key in keys if key.endswith("lora_B.weight")]
+        edit_tensors(adapter / WEIGHTS, lambda t: [t[key].fill(0) for key in keys])
+        notes: list[str] = []
+        convert.load_adapter(adapter, config, skipped=notes)
+        return notes
+
+    *some, last = stored(adapter)
+    assert zero([last, *some][:-2]) == []
+    (note,) = zero([*some, last])
+    assert "all zero (every `lora_B` is): the model is its base" in note
+
+
 @pytest.fixture
 def refused(config):
     """A function: fails unless an adapter is refused with a message of these parts."""

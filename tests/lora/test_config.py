@@ -294,6 +294,7 @@ def test_empty_lists_mean_none():
     lists = (*NAMES[1:], "layers_to_transform", "trainable_token_indices")
     assert make(**dict.fromkeys(lists, ())) == LoraConfig()
     assert LoraConfig(trainable_token_indices={}) == LoraConfig()
+    assert peft(layers_pattern="", modules_to_save="") == peft()
 
 
 def test_a_list_of_one_may_mean_a_pattern():
@@ -477,7 +478,8 @@ TOKENS = "alora_invocation_tokens"
         ({"peft_type": "IA3"}, "`peft_type` is 'IA3'; only 'LORA' adapters"),
         ({"peft_type": None}, "`peft_type` is None"),
         ({"peft_type": ["LORA"]}, r"`peft_type` is \['LORA'\]"),
-        *(({"r": r}, "`r` must be a positive integer") for r in (0, "8")),
+        *(({"r": r}, "`r` must be a positive integer") for r in (0, "8", None)),
+        ({"lora_alpha": None}, "`lora_alpha` must be > 0, got None"),
         ({"target_modules": [1]}, "`target_modules` must be a list of names"),
         ({"target_modules": []}, "`target_modules` is empty"),
         ({"bias": "lora"}, "`bias` must be"),

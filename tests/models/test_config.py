@@ -187,6 +187,13 @@ GATE = "model.layers.self_attn.gate.weight"
 
 
 @pytest.mark.parametrize(
+    ("pad", "padding"), [(None, 0), (0, 0), (5, 5), (23, 23), (24, 0), (-1, 0)]
+)
+def test_rows_are_filled_with_a_token_of_the_vocabulary(tiny, pad, padding):
+    assert LlamaConfig.from_hf({**tiny, "pad_token_id": pad}).padding_id == padding
+
+
+@pytest.mark.parametrize(
     "name, value, message",
     [
         ("model_type", "mistral", "model_type='mistral'"),

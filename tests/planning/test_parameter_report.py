@@ -212,6 +212,7 @@ def test_the_padding_of_ranks_is_held_and_not_counted(llama_dir):
                 "for 1,920 trained parameters"
             ],
         ),
+        (False, dict(alpha_pattern={"^q_proj": 8}), ["^`alpha_pattern` of '.q_proj'"]),
     ],
 )
 def test_surprising_settings_give_warnings(llama_dir, tied, fields, patterns):

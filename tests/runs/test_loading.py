@@ -1,6 +1,7 @@
 """A path stands for a base, an adapter and a run; copies of adapters find the base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -134,4 +135,30 @@ def test_a_run_is_loaded_from_its_own_path_whatever_its_adapter_names(
     assert resolve(adapter).base == resolve(tmp_path / "run").base == base
     (base / "config.json").unlink()
     with pytest.raises(CheckpointError, match=f"is '{base}' or 'org/name', which is"):
+        resolve(adapter)
+
+
+def test_a_directory_with_a_model_and_an_adapter_stands_for_the_adapter(
+    tiny, make_tensors, save_model, make_adapter, capsys
+):
+    base = save_model(tiny, make_tensors(tiny), "base")
+    both = save_model(tiny, make_tensors(tiny), "both")
+    adapter = make_adapter(tiny, base_model_name_or_path=str(base))
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    resolved = resolve(both)
+    assert (resolved.base, resolved.adapter) == (base, both)
+    note = f"`{both}` holds an adapter and the weights of a model. The adapter is used"
+    assert note in capsys.readouterr().err
+    other = make_adapter(tiny, name="other", base_model_name_or_path=str(both))
+    assert resolve(other).base == both
+    assert "holds a model and an adapter. The model is used" in capsys.readouterr().err
+    # Nothing is left out where the adapter belongs to the model beside it.
+    shutil.copytree(other, both, dirs_exist_ok=True)
+    assert resolve(both).base == both
+    assert capsys.readouterr().err == ""
+
+
+def test_a_base_elsewhere_is_looked_for_once(tiny, make_adapter):
+    adapter = make_adapter(tiny, base_model_name_or_path="/nowhere/base")
+    with pytest.raises(CheckpointError, match=r"\(looked at `/nowhere/base`\)"):
         resolve(adapter)
