@@ -60,7 +60,7 @@ for name in list(tensors)[:4]:
     print(f"  {name:<66} {str(tensors[name].shape):<10} {tensors[name].dtype}")
 
 settings = json.loads((work / "saved" / "adapter_config.json").read_text())
-shown = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "bias")
+shown = ("peft_type", "task_type", "r", "lora_alpha", "target_modules")
 print({name: settings[name] for name in shown})
 
 again = model.attach(work / "saved")

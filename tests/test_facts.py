@@ -212,9 +212,12 @@ def test_conversations_of_a_file_are_answered(fact_run, tmp_path, capsys, form):
         ([], "either --prompt or --messages"),
         (["--messages", "rows.jsonl"], "row 1 must be an object with `messages`"),
         (["--messages", "absent"], "`absent` cannot be read"),
-        (["--prompt", "a", "--tools", "t"], "`t` cannot be read"),
+        (["--messages", "asked.jsonl", "--tools", "t"], "`t` cannot be read"),
         (["--prompt", "a", "--chat-template-kwargs", "{}"], "go with --messages"),
-        (["--prompt", "a", "--chat-template-kwargs", "[1]"], "must be a JSON object"),
+        (
+            ["--messages", "asked.jsonl", "--chat-template-kwargs", "[1]"],
+            "must be a JSON object",
+        ),
     ],
     ids=str,
 )
@@ -223,6 +226,7 @@ def test_options_for_templates_are_used_or_refused(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": ASK}))
     assert main(["generate", str(fact_run), *options]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
 

@@ -573,6 +573,8 @@ def _see(event: str, args: tuple[Any, ...]) -> None:
     if _written is None:
         return
     if event == "open":
+        if isinstance(args[0], int) or args[0] == os.devnull:  # a pipe
+            return
         writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
         if isinstance(args[2], int) and args[2] & writes:
             _written.append(str(args[0]))
@@ -580,6 +582,8 @@ def _see(event: str, args: tuple[Any, ...]) -> None:
         _written.extend(
             str(a) for a in args if isinstance(a, str | bytes | os.PathLike)
         )
+    elif event == "subprocess.Popen" and "bounded_templates" in str(args[1]):
+        pass  # the process in which templates are rendered
     elif event in ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec"):
         _written.append(f"{event} {args!r}")
 

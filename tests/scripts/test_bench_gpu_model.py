@@ -40,7 +40,8 @@ def test_decoding_is_timed(small, base):
 def test_training_is_timed_and_learns(small, base):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, small.vocab_size, (1, 2, 16)).astype(np.int32)
-    settings = ModelConfig(path="small", dtype="float32", embed_tokens="host")
+    held = {"remat": "full", "embed_tokens": "host"}
+    settings = ModelConfig(path="small", dtype="float32", **held)
     how = bench.Training(settings=settings, steps=8, learning_rate=1e-2)
     result = bench.train(small, base, tokens, how)
     assert result["finite"] and result["losses"][-1] < result["losses"][0]
