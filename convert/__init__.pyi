@@ -38,6 +38,7 @@ from .names import checkpoint_keys as checkpoint_keys
 from .peft import ADAPTER_CONFIG as ADAPTER_CONFIG
 from .peft import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from .peft import TRAINING_RECORD as TRAINING_RECORD
+from .peft import common_record as common_record
 from .peft import open_adapter as open_adapter
 from .peft import peft_directory as peft_directory
 from .peft import shorten as shorten

@@ -53,6 +53,29 @@ def training_record(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def common_record(*paths: Path) -> dict[str, Any]:
+    """Returns the training record for a copy of an adapter, or a sum of several.
+
+    Args:
+      paths: PEFT directories.
+
+    Returns:
+      Of one, its record; of several, the form of the base if all have the same. As
+      `save_adapter` takes `extra_files`: {} if nothing is recorded.
+
+    Raises:
+      CheckpointError: a record that is not a JSON object.
+    """
+    record, *others = map(training_record, paths)
+    if others:
+        form = {name: record.get(name) for name in ("quantization", "lm_head", "dtype")}
+        differs = any(
+            other.get(name) != value for other in others for name, value in form.items()
+        )
+        record = {} if differs or form["quantization"] is None else form
+    return {TRAINING_RECORD: record} if record else {}
+
+
 def open_adapter(
     path: str | os.PathLike[str],
     *,

@@ -41,6 +41,7 @@ class Adapter:
         from convert import (
             WEIGHTS_FILE,
             WEIGHTS_INDEX,
+            common_record,
             common_text_files,
             lazy_base,
             load_adapter,
@@ -92,7 +93,7 @@ class Adapter:
             grown.config,
             base_tables=grown.tables,
             base_model_name_or_path=base_name,
-            extra_files=common_text_files(source),
+            extra_files={**common_text_files(source), **common_record(source)},
         )
         for skip in shorten(skipped):
             print_note(f"not taken from `{source}`: {skip}")

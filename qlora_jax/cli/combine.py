@@ -40,6 +40,7 @@ class Combine:
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import (
+            common_record,
             lazy_base,
             load_adapter,
             open_config,
@@ -95,7 +96,7 @@ class Combine:
             adapters,
             config,
             base_model_name_or_path=base_names.pop() if len(base_names) == 1 else None,
-            extra_files=self._text_files(sources),
+            extra_files={**self._text_files(sources), **common_record(*sources)},
         )
         return {
             "output": str(self.output),

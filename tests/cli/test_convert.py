@@ -211,7 +211,10 @@ def test_verify_options_that_do_not_fit(refused, tiny_model, adapter):
 def test_adapter(run, report, tiny_model, adapter, tmp_path):
     source, out, again = adapter, tmp_path / "clean", tmp_path / "again"
     (source / CHAT_TEMPLATE_FILE).write_text("{{ messages }}\n")
+    record = {"step": 7, "quantization": "nf4", "lm_head": "auto", "dtype": "float32"}
+    (source / "training.json").write_text(json.dumps(record))
     made = report("adapter", source, out, "--base", tiny_model)
+    assert read(out, "training.json") == record  # the copy is loaded as it was trained
     assert (made["r"], made["scaling"]) == (3, 2.0)
     assert made["bytes"] == (out / WEIGHTS).stat().st_size
     assert compare(source, out).equal
@@ -312,6 +315,13 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     two = make_adapter(tiny, targets=("q_proj",), r=2, name="two", seed=2)
     for directory in (one, two):
         (directory / CHAT_TEMPLATE_FILE).write_text("{{ messages }}")
+        record = {
+            "step": 3,
+            "quantization": "nf4",
+            "lm_head": "auto",
+            "dtype": "float16",
+        }
+        (directory / "training.json").write_text(json.dumps(record))
     both = ["--base", tiny_model, "--adapters", one, two, "--weights", 0.5, 2]
     combined = report("combine", tmp_path / "sum", *both)
     assert combined["relative_error"]["total"] == 0.0
@@ -326,12 +336,16 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
     assert read(tmp_path / "sum")["base_model_name_or_path"] == "some/base"
     assert (tmp_path / "sum" / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}"
+    del record["step"]
+    assert read(tmp_path / "sum", "training.json") == record
+    (one / "training.json").unlink()
 
     (one / CHAT_TEMPLATE_FILE).write_text("{{ messages[0] }}")
     svd = tmp_path / "svd"
     status, text, _ = run("combine", svd, *both, "--method", "svd", "--r", 4)
     assert status == 0 and table(text)["r"] == "4"
     assert not (svd / CHAT_TEMPLATE_FILE).exists()  # they do not agree
+    assert not (svd / "training.json").exists()
     refused("1 numbers for 2 adapters", "combine", tmp_path / "x", *both[:-1])
     assert not (tmp_path / "x").exists()
 
