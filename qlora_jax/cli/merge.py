@@ -78,10 +78,11 @@ class Merge:
         resolved = resolve(self.adapter, self.base, strict=self.strict)
         source, lora = resolved.adapter, resolved.lora
         if source is None or lora is None:
+            is_kind = "is not an adapter or a run directory"
+            problem = is_kind if self.adapter.exists() else "does not exist"
             raise UserError(
-                f"`{self.adapter}` is not an adapter or a run directory. The base is "
-                f"found by the adapter's configuration, or given with --base: merge "
-                "ADAPTER OUT --base BASE."
+                f"`{self.adapter}` {problem}. The base is found by the adapter's "
+                "configuration, or given with --base: merge ADAPTER OUT --base BASE."
             )
         config = open_config(resolved.base)
         onto, quantization = self._choose_weights(resolved)

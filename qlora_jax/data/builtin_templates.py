@@ -40,8 +40,9 @@ def template_note(name: str, tokenizer: Any) -> str | None:
             f"the chat template {name} ends and begins turns with special tokens that "
             f"this tokenizer does not have ({', '.join(missing)}), so each is written "
             "as several tokens of text. Add them to the model with `qlora-jax tokens "
-            f"MODEL --add {added} --output-dir NEW` and train their rows, or take a "
-            "template of ordinary text (alpaca, vicuna, zephyr)."
+            f"MODEL --add {added} --output-dir NEW` and train their rows "
+            "(`lora.trainable_token_indices`), or take a template of ordinary text "
+            "(alpaca, vicuna, zephyr)."
         )
     if name in _ENDS_WITH_EOS and getattr(tokenizer, "eos_token", None) is None:
         return (

@@ -290,8 +290,15 @@ class ChatRenderer:
                 with contextlib.suppress(jinja2.TemplateError, *_DATA_ERRORS):
                     return self._apply(encoded, template, add_generation_prompt, tools)
             roles = ", ".join(message["role"] for message in messages) or "none"
+            hint = ""
+            if any(message.get("tool_calls") for message in messages):
+                hint = (
+                    ". They call tools: take the template of a model that was trained "
+                    "to (the built-in ones write no calls)."
+                )
             raise UserError(
-                f"{where}: the chat template cannot render the turns ({roles}): {error}"
+                f"{where}: the chat template cannot render the turns ({roles}): "
+                f"{str(error).rstrip('.') if hint else error}{hint}"
             ) from error
 
     def examples(

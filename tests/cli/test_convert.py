@@ -377,6 +377,7 @@ def test_merge(run, report, refused, tiny, tiny_model, packed, make_adapter, tmp
     assert table(text)["requantization_error"] == "-"
     refused("no original to merge", *args[:2], tmp_path / "r", *of, "--onto=original")
     refused("is not an adapter or a run", "merge", tiny_model, tmp_path / "r")
+    refused("`nothing` does not exist", "merge", "nothing", tmp_path / "r")
 
 
 def test_merge_quantized_and_again(run, tiny, tiny_model, make_adapter, tmp_path):

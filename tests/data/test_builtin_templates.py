@@ -153,3 +153,12 @@ def test_tokens_that_a_template_needs_and_the_tokenizer_lacks_are_said(
 def test_an_unknown_name_is_refused_with_those_that_are_built_in(tokenizer):
     with pytest.raises(UserError, match=r"cannot read chatlm: .* alpaca, chatml, gem"):
         ChatRenderer(tokenizer, "chatlm")
+
+
+def test_calls_of_tools_under_a_template_without_them_are_explained(tokenizer):
+    call = {"function": {"name": "find", "arguments": {"q": "x"}}}
+    turns = [*TURNS[:1], {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(
+        UserError, match="They call tools: take the template of"
+    ):
+        ChatRenderer(tokenizer, "chatml").text(turns)
