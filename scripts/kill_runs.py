@@ -40,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,6 +241,8 @@ class Fork:
             os.dup2(handle, 2)
             before()
             status = command_line(args)
+        except BaseException:
+            traceback.print_exc()  # `os._exit` would lose it
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

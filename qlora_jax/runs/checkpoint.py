@@ -54,8 +54,16 @@ class DamagedCheckpointError(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits at the end."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, directory: Path, config: CheckpointConfig, *, cleanup: bool = True
+    ) -> None:
         """Opens (and creates, if need be) the directory.
+
+        Args:
+          directory: of the checkpoints.
+          config: how many are kept.
+          cleanup: delete half-written checkpoints of a process that was killed. Orbax
+            does so in a thread, which may outlive a manager that only reads.
 
         Raises:
           CheckpointError: it cannot be written, or holds a pipe or a device.
@@ -65,8 +73,7 @@ class Checkpoints:
             max_to_keep=config.keep,
             step_prefix="step",
             create=True,
-            # Half-written checkpoints of a process that was killed.
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=cleanup,
             enable_async_checkpointing=True,
         )
         _silence_orbax()
@@ -228,7 +235,11 @@ def _check_files(directory: Path) -> None:
     Raises:
       CheckpointError: names the first.
     """
-    for path in directory.rglob("*"):
+    # `os.walk` goes on where a directory vanishes, as a half-written checkpoint does.
+    files = (
+        Path(root, name) for root, _, names in os.walk(directory) for name in names
+    )
+    for path in files:
         try:
             mode = path.stat().st_mode
         except OSError:  # a broken link: damage
@@ -246,7 +257,10 @@ def _set_aside_metadata(directory: Path) -> None:
 
     Orbax cannot open the directory with it, and can without it.
     """
-    for path in directory.glob("step_*/_CHECKPOINT_METADATA"):
+    for step in saved_steps(directory):
+        path = directory / f"step_{step}" / "_CHECKPOINT_METADATA"
+        if not path.is_file():
+            continue
         try:
             read_json(path)
         except CheckpointError as error:

@@ -57,7 +57,7 @@ from qlora_jax.runs.eval_data import (
 from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_unused
 from qlora_jax.runs.metrics import check_trackers
-from qlora_jax.runs.resume import check_continues
+from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.toml import SETTINGS, read_table
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
@@ -150,7 +150,7 @@ def prepare(
             "model: `resize_to_adapter` goes with `train.adapter_init`, the adapter "
             "whose vocabulary the base gets."
         )
-    origin = trained = data = None
+    origin = trained = saved = data = None
     with problems.collecting():
         if not starts_fresh:
             config, origin = _with_initial_adapter(config, explicit_lora, base, resumed)
@@ -163,15 +163,17 @@ def prepare(
     if resumed:  # a changed setting needs no data to be seen
         before = len(problems)
         with problems.collecting():
-            check_continues(config, steps=config.train.steps)
+            saved = newest_record(config)
+            if saved is not None:
+                check_continues(config, saved, steps=config.train.steps)
         blocked = blocked or len(problems) > before
     if not blocked and (quick or not len(problems)):
         with problems.collecting():
             config, data = _load_data(config, model.config)
-    if resumed and data is not None:
+    if saved is not None and data is not None:
         with problems.collecting():
             data_fingerprint = data.examples.report.fingerprint
-            check_continues(config, data_fingerprint, len(data.batches))
+            check_continues(config, saved, data_fingerprint, len(data.batches))
     problems.raise_if_any()
     assert trained is not None and data is not None
     selection, optimizer_groups = trained

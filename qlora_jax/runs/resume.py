@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -116,44 +117,51 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return entries
 
 
+def newest_record(config: RunConfig) -> dict[str, Any] | None:
+    """Returns the record of a run's newest intact checkpoint, if there is one."""
+    directory = Path(config.output_dir) / CHECKPOINTS
+    with Checkpoints(directory, config.checkpoint, cleanup=False) as checkpoints:
+        for step in checkpoints.steps():
+            with contextlib.suppress(DamagedCheckpointError):
+                return checkpoints.record(step)
+    return None
+
+
 def check_continues(
-    config: RunConfig, data_fingerprint: str | None = None, steps: int | None = None
+    config: RunConfig,
+    saved: Mapping[str, Any],
+    data_fingerprint: str | None = None,
+    steps: int | None = None,
 ) -> None:
     """Raises early what `continue_run` would raise once the base is loaded.
 
-    Ignores damaged checkpoints, and what the base contains.
+    Ignores what the base contains.
 
     Args:
       config: the run.
+      saved: of `newest_record`.
       data_fingerprint: of the training examples; None = not known yet.
       steps: length of the run, likewise.
 
     Raises:
       UserError: the run was started with something else, or is longer already.
     """
-    directory = Path(config.output_dir) / CHECKPOINTS
-    with Checkpoints(directory, config.checkpoint) as checkpoints:
-        for step in checkpoints.steps():
-            try:
-                saved = checkpoints.record(step)
-            except DamagedCheckpointError:
-                continue
-            data = data_fingerprint or saved["data"]["fingerprint"]
-            record = run_record(config, saved["base_fingerprint"], data)
-            _check_record(saved, record, saved["batches"] if steps is None else steps)
-            return
+    data = data_fingerprint or saved["data"]["fingerprint"]
+    record = run_record(config, saved["base_fingerprint"], data)
+    _check_record(saved, record, saved["batches"] if steps is None else steps)
 
 
 def _check_record(
-    saved: dict[str, Any], record: Mapping[str, Any], steps: int
+    saved: Mapping[str, Any], record: Mapping[str, Any], steps: int
 ) -> tuple[int, int]:
     """Compares a checkpoint's record with the run's.
 
     Returns:
       The steps that the checkpoint has taken, and those that its run was to take.
     """
-    start, length = saved.pop("batches"), saved.pop("steps")
-    compare_records(saved, record)
+    unchanging = dict(saved)
+    start, length = unchanging.pop("batches"), unchanging.pop("steps")
+    compare_records(unchanging, record)
     if start > steps:
         raise UserError(
             f"This run has taken {start} steps already, and is now to end after "

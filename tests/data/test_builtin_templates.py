@@ -158,7 +158,5 @@ def test_an_unknown_name_is_refused_with_those_that_are_built_in(tokenizer):
 def test_calls_of_tools_under_a_template_without_them_are_explained(tokenizer):
     call = {"function": {"name": "find", "arguments": {"q": "x"}}}
     turns = [*TURNS[:1], {"role": "assistant", "tool_calls": [call]}]
-    with pytest.raises(
-        UserError, match="They call tools: take the template of"
-    ):
+    with pytest.raises(UserError, match="They call tools: take the template of"):
         ChatRenderer(tokenizer, "chatml").text(turns)

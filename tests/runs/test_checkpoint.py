@@ -364,3 +364,11 @@ def test_a_transient_failure_is_not_damage(saved, monkeypatch):
             continue_run(checkpoints, state_at(0), NOW, 8)
         assert not isinstance(error.value, DamagedCheckpointError)
         assert checkpoints.steps() == [6, 4, 2]
+
+
+def test_reading_deletes_no_half_written_checkpoint(tmp_path):
+    half = tmp_path / "step_3.orbax-checkpoint-tmp-7"
+    half.mkdir()
+    with Checkpoints(tmp_path, CheckpointConfig(), cleanup=False) as checkpoints:
+        assert checkpoints.steps() == []
+    assert half.is_dir()
