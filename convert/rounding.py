@@ -74,7 +74,7 @@ def _last_place(
         # even.
         exponent = np.where(values == 0, info.minexp, np.frexp(values)[1] - 1)
         units.append(np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant))
-    return np.max(units, axis=0)
+    return np.stack(units).max(axis=0)
 
 
 def _rounds_to(a: NDArray, b: NDArray) -> Bool[np.ndarray, " V"]:
