@@ -1,8 +1,8 @@
 """Failures that a user can cause and fix, and what is printed about them.
 
 `UserError` is such a failure; any other exception is a defect of this library. The
-command line prints a `UserError` as one paragraph and exits with status 1; every other
-exception keeps its traceback.
+command line prints a `UserError` as one paragraph and exits with status 1, or 2 if it
+is a `UsageError`; every other exception keeps its traceback.
 
 Someone who fixes a run file or a data file wants to see every mistake at once:
 `Problems` collects them while checking goes on, and raises them as one error.
@@ -43,6 +43,10 @@ class UserError(ValueError):
     def __init__(self, message: str, problems: Iterable[str] = ()):
         super().__init__(message)
         self.problems = tuple(problems) or (message,)
+
+
+class UsageError(UserError):
+    """A command line is wrong: an option that does not exist, or one out of place."""
 
 
 class CheckpointError(UserError):

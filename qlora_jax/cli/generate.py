@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import tyro
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.data import encode_prompt
-from qlora_jax.errors import UserError, say
+from qlora_jax.errors import UsageError, UserError, say
 from qlora_jax.inference import Sampling
 
 if TYPE_CHECKING:
@@ -106,7 +107,11 @@ class Generate(TemplateOptions):
           UserError: what `Model.generate` refuses, or options that contradict.
         """
         if bool(self.prompt) == (self.messages is not None):
-            raise UserError("Give either --prompt or --messages.")
+            raise UserError(
+                "Give either --prompt, which is continued as it is, or --messages, "
+                "which are answered by the chat template (`qlora-jax chat` asks for "
+                "them in the terminal)."
+            )
         if self.stream and (self.json or len(self.prompt) != 1):
             raise UserError(
                 "--stream prints one text while it is generated: give one --prompt, "
@@ -328,6 +333,11 @@ def _read_line() -> str | None:
 
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax generate`; returns the exit status."""
+    if len(args) > 1 and not any(arg.startswith("-") for arg in args[:2]):
+        raise UsageError(
+            "A prompt is given by an option: "
+            f"qlora-jax generate {shlex.quote(args[0])} --prompt {shlex.quote(args[1])}"
+        )
     command = parse(Generate, args, prog="qlora-jax generate")
 
     def show(report: Mapping[str, Any]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -35,6 +35,7 @@ T = TypeVar("T")
 FLAGS = (tyro.conf.FlagCreatePairsOff,)
 """For `config` of `parse`: a flag has one form, the one that changes its default."""
 
+_BOOLEANS = {"True": True, "False": False}
 # What a run notes in its adapter: options that work and that the help leaves out.
 _HIDDEN = ("base_fingerprint", "base_config_changes")
 
@@ -51,8 +52,60 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     Raises:
       SystemExit: 0 after `--help`; 2 for wrong usage, with a message on stderr.
     """
-    with _help_rules(settings.get("config") == FLAGS):
+    is_single = settings.get("config") == FLAGS
+    args = _spell_switches(args, dict(_switches(kind)), is_single)
+    with _help_rules(is_single):
         return tyro.cli(kind, args=args, prog=prog, **settings)
+
+
+def _switches(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the options of a dataclass that are on or off, with their defaults.
+
+    An option with further choices has the default None.
+    """
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, name = hints[field.name], prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from _switches(hint, f"{name}.")
+        elif hint is bool:
+            yield name, field.default
+        elif any(True in get_args(choice) for choice in get_args(hint)) or (
+            bool in get_args(hint)
+        ):
+            yield name, None
+
+
+def _spell_switches(
+    args: Sequence[str], switches: Mapping[str, Any], is_single: bool
+) -> list[str]:
+    """Writes `--check true` and `--check=false` as tyro has them: `--no-check`.
+
+    Args:
+      args: a command line.
+      switches: name -> default of the options that are on or off.
+      is_single: a flag has one form, the one that changes its default.
+    """
+    rest, spelled = list(args), []
+    while rest:
+        arg = rest.pop(0)
+        option, is_assigned, value = arg.partition("=")
+        name = option.removeprefix("--").replace("_", "-")
+        if not is_assigned and rest:
+            value = rest[0]
+        value = value.capitalize()
+        if option[:2] != "--" or name not in switches or value not in _BOOLEANS:
+            spelled.append(arg)
+            continue
+        if not is_assigned:
+            rest.pop(0)
+        section, _, flag = name.rpartition(".")
+        if switches[name] is None:
+            spelled += [option, value]
+        elif not is_single or switches[name] is not _BOOLEANS[value]:
+            prefix = f"--{section}." if section else "--"
+            spelled.append(prefix + ("" if _BOOLEANS[value] else "no-") + flag)
+    return spelled
 
 
 def path_argument(name: str) -> Any:

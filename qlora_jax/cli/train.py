@@ -18,7 +18,7 @@ from qlora_jax.cli.output import (
     print_report,
     report_stop,
 )
-from qlora_jax.errors import readable_bytes, say
+from qlora_jax.errors import UsageError, readable_bytes, say
 from qlora_jax.runs import (
     AtOnce,
     RunConfig,
@@ -67,6 +67,11 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     args = list(args)
     file = Path(args.pop(0)) if args and not args[0].startswith("-") else None
     check_options(args)
+    if file is None and args and args[-1][-5:] == ".toml" and Path(args[-1]).is_file():
+        raise UsageError(
+            f"The run file comes before the options: qlora-jax train {args[-1]} "
+            f"{shlex.join(args[:-1])}"
+        )
     keys = option_keys(args)
     defaults = None if file is None else option_defaults(read_config(file))
     like, start = unchecked_config(defaults)

@@ -23,7 +23,7 @@ from .loading import is_broken_path as is_broken_path
 from .loading import load as load
 from .loading import resolve as resolve
 from .metrics import process_seconds as process_seconds
-from .other_names import check_options as check_options
+from .overrides import check_options as check_options
 from .overrides import given_lora as given_lora
 from .overrides import option_defaults as option_defaults
 from .overrides import option_keys as option_keys

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from qlora_jax.errors import UserError
 from qlora_jax.runs.config import setting_keys
 
 # Their name -> the key of ours, or a sentence where there is no such setting.
@@ -51,8 +48,11 @@ _NAMES = {
     "response_template": "data.response_part",
     "per_device_eval_batch_size": "eval.batch_size",
     "eval_steps": "eval.every",
+    "eval.steps": "eval.every",
     "logging_steps": "log.every",
+    "log.steps": "log.every",
     "save_steps": "checkpoint.every",
+    "checkpoint.steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "model_name": "model.path",
     "model_name_or_path": "model.path",
@@ -74,13 +74,15 @@ def hint(name: str) -> str:
     """Returns where a setting is to be found, as a sentence with a space before it.
 
     Args:
-      name: of a setting in another library, or of one of ours without its section.
+      name: of a setting in another library, or of one of ours without its section;
+        behind a section and a dot, if it was given in one.
 
     Returns:
       "" where the name is known as neither.
     """
-    name = name.replace("-", "_")
-    ours = _NAMES.get(name, "")
+    key = name.replace("-", "_")
+    name = key.rpartition(".")[2]
+    ours = _NAMES.get(key) or _NAMES.get(name, "")
     if " " in ours:
         return f" {ours}"
     keys = [ours] if ours else _keys_of(name)
@@ -90,17 +92,3 @@ def hint(name: str) -> str:
 def _keys_of(name: str) -> list[str]:
     """Returns the keys of the settings with a name, in any section."""
     return sorted(key for key in setting_keys() if key.rpartition(".")[2] == name)
-
-
-def check_options(args: Sequence[str]) -> None:
-    """Refuses options with a name of another library, or with ours in another section.
-
-    Raises:
-      UserError: with the key here.
-    """
-    keys = setting_keys()
-    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        key = option.removeprefix("--")
-        ours = "" if key.replace("-", "_") in keys else hint(key.rpartition(".")[2])
-        if ours:
-            raise UserError(f"There is no option `{option}`.{ours}")

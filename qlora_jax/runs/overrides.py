@@ -17,7 +17,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from qlora_jax.errors import UsageError, did_you_mean
 from qlora_jax.runs.config import RunConfig, config_sections, setting_keys
+from qlora_jax.runs.other_names import hint
 from qlora_jax.runs.toml import read_table
 from qlora_jax.tree import FrozenDict
 
@@ -40,6 +42,23 @@ def option_keys(args: Sequence[str]) -> set[str]:
         # A flag has a second spelling that switches it off.
         keys |= {key, re.sub(r"(^|\.)no_", r"\1", key)} & known
     return keys
+
+
+def check_options(args: Sequence[str]) -> None:
+    """Refuses options that are no setting of a run.
+
+    Raises:
+      UsageError: with the key here, for a name of another library, one of ours in
+        another section, or a typing error.
+    """
+    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        if option == "--help" or option_keys([option]):
+            continue
+        key = option.removeprefix("--").replace("-", "_")
+        ours = hint(key) or did_you_mean(key, setting_keys())
+        raise UsageError(
+            f"There is no option `{option}`.{ours} `qlora-jax train --help` lists all."
+        )
 
 
 def values_of(options: Any, keys: Iterable[str]) -> dict[str, Any]:

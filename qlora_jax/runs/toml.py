@@ -91,8 +91,15 @@ def read_config(
     return _structure(RunConfig, table, "")
 
 
-def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
-    """Builds a dataclass from a TOML table; `where` starts each message."""
+def _structure(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "") -> Any:
+    """Builds a dataclass from a TOML table.
+
+    Args:
+      cls: the dataclass.
+      table: its values.
+      where: starts each message.
+      prefix: the section of the table and a dot, if it is one.
+    """
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
@@ -103,7 +110,7 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
         if key not in fields:
             problems.add(
                 f"{where}`{key:.200}` is not an option here."
-                f"{hint(key) or did_you_mean(key, fields)} Options: "
+                f"{hint(prefix + key) or did_you_mean(key, fields)} Options: "
                 f"{', '.join(fields)}."
             )
         elif not dataclasses.is_dataclass(hints[key]):
@@ -111,7 +118,9 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str) -> Any:
                 values[key] = _convert(hints[key], value, f"{where}`{key}`")
         elif isinstance(value, Mapping):
             with problems.collecting():
-                values[key] = _structure(hints[key], value, f"{where}[{key}] ")
+                values[key] = _structure(
+                    hints[key], value, f"{where}[{key}] ", f"{key}."
+                )
         else:
             problems.add(f"{where}`{key:.200}` must be a table, got {value!r:.200}.")
     missing = [

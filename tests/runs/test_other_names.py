@@ -1,7 +1,7 @@
 import pytest
 
 from qlora_jax.cli.train import from_arguments
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UsageError, UserError
 from qlora_jax.runs.config import setting_keys
 from qlora_jax.runs.other_names import _NAMES, hint
 from qlora_jax.runs.toml import read_config
@@ -30,6 +30,9 @@ def test_hints_name_settings_that_exist_for_names_that_do_not():
         (("--warmup_ratio", "0.1"), "`train.warmup_steps`: a value below 1 is a share"),
         (("--resume",), "The same command continues"),
         (("--config", "run.toml"), "A run file is given without an option"),
+        (("--train.stepz", "3"), "`--train.stepz`. Did you mean `train.steps`"),
+        (("--eval.steps", "3"), "Here it is `eval.every`"),
+        (("--nothing.like-it",), "no option `--nothing.like-it`. `qlora-jax train"),
         (("owner/name",), "cannot be read: .*If this names a model of the hub"),
     ],
 )
@@ -38,11 +41,20 @@ def test_names_of_other_libraries_get_ours(options, message):
         from_arguments(options)
 
 
+def test_a_run_file_behind_options_is_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.touch()
+    with pytest.raises(
+        UsageError, match=f"comes before .*train {file} --train.steps 3"
+    ):
+        from_arguments(["--train.steps", "3", str(file)])
+
+
 def test_in_a_run_file_too(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         "packing = true\n[train]\nnum_train_epochs = 1\nlora_dropout = 0.1\n"
-        "[model]\nload_in_4bit = true\n"
+        "[model]\nload_in_4bit = true\n[eval]\nsteps = 5\n"
     )
     with pytest.raises(UserError) as refused:
         read_config(file)
@@ -51,6 +63,9 @@ def test_in_a_run_file_too(tmp_path):
     )
     assert 'Here it is `model.quantization`: "nf4_dq"' in str(refused.value)
     assert "`packing` is not an option here. Here it is `data.packing`." in (
+        str(refused.value)
+    )
+    assert "[eval] `steps` is not an option here. Here it is `eval.every`." in (
         str(refused.value)
     )
     assert "[train] `lora_dropout` is not an option here. Here it is `lora.lora_d" in (
