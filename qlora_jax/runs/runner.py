@@ -196,6 +196,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             # It belongs to a shorter run that this one continues.
             (directory / REPORT).unlink(missing_ok=True)
             facts = _facts(prepared, loaded.fingerprint, base, state)
+            facts["resumed_from_step"] = start or None
             write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
             # The base is an argument of every step and is in no checkpoint; its
             # fingerprint is.

@@ -142,6 +142,7 @@ def test_a_finished_run_is_not_changed(tmp_path, make, short, capsys):
     before, config = snapshot(directory), make(directory, train={"steps": 3})
     report = run(config)
     assert report == json.loads((short / "report.json").read_text())
+    assert report["resumed_from_step"] is None
     assert "finished (step 3 of 3); nothing was changed" in capsys.readouterr().err
     after = snapshot(directory)
     del before["config.toml"], after["config.toml"]
@@ -166,7 +167,7 @@ def test_killed_before_the_report_the_run_is_completed(tmp_path, make, short):
 def test_a_longer_run_continues_with_a_note(tmp_path, make, short, capsys):
     directory = shutil.copytree(short, tmp_path / "run")
     report = run(make(directory, train={"steps": 5}))
-    assert report["steps"] == 5
+    assert report["steps"] == 5 and report["resumed_from_step"] == 3
     err = capsys.readouterr().err
     assert "was to take 3 steps and now takes 5; from here the learning rate" in err
     assert "Continuing from step 3 of 5." in err
