@@ -113,10 +113,9 @@ def text_lengths(batch: Batch) -> Int[Array, "B T"]:
     rows, length = labels.shape
     if batch.get("segment_ids") is not None:
         segments = batch["segment_ids"]
-        # [B, T + 1]: tokens of each document. A packed row has at most T documents, and
-        # padding counts as document 0.
-        counts = jax.vmap(partial(jnp.bincount, length=length + 1))(segments)
-        text_length = jnp.take_along_axis(counts, segments, axis=1)
+        # By searching, because the ids of a batch that a caller has made may be any
+        # integers. Padding counts as document 0.
+        text_length = jax.vmap(_count_equal)(segments)
     elif batch.get("attention_mask") is not None:
         text_length = (
             batch["attention_mask"].astype(jnp.int32).sum(axis=1, keepdims=True)
@@ -130,6 +129,15 @@ def text_lengths(batch: Batch) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.broadcast_to(text_length, (rows, length)), 1).astype(
         jnp.int32
     )
+
+
+def _count_equal(values: Int[Array, " T"]) -> Int[Array, " T"]:
+    """Returns how often each value occurs."""
+    ordered = jnp.sort(values)
+    first, after = (
+        jnp.searchsorted(ordered, values, side=side) for side in ("left", "right")
+    )
+    return after - first
 
 
 def head_variables(variables: Mapping[str, Any], model: Llama) -> dict[str, Any]:

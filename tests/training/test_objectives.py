@@ -17,6 +17,10 @@ def test_each_token_has_the_length_of_its_document():
     lengths = text_lengths({"labels": labels, "segment_ids": packed})
     # Two documents of three and two tokens and a pad; one and five.
     assert lengths.tolist() == [[3, 3, 3, 2, 2, 1], [1, 5, 5, 5, 5, 5]]
+    # Ids of a caller's own batch may be any.
+    chosen = jnp.asarray([[90, 90, 90, -7, -7, 0], [8, 9, 9, 8, 8, 8]], jnp.int32)
+    lengths = text_lengths({"labels": labels, "segment_ids": chosen})
+    assert lengths.tolist() == [[3, 3, 3, 2, 2, 1], [4, 2, 2, 4, 4, 4]]
     masked = jnp.asarray([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]], jnp.int32)
     lengths = text_lengths({"labels": labels, "attention_mask": masked})
     assert lengths[:, 0].tolist() == [4, 1]
