@@ -48,7 +48,7 @@ CHUNK = 1 << 20
 _READS_PER_RELEASE = 256
 _ARRAY_FILES = ("tokens.i4", "labels.i4")
 # To be raised when the same rows give other tokens or labels, or the files change.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 # Settings that change the order of the examples and not their content.
 _ORDER_FIELDS = ("seed", "shuffle")
 

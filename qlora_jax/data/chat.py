@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import inspect
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from qlora_jax.data.bounded_templates import is_linear, render
 from qlora_jax.data.builtin_templates import BUILTIN_TEMPLATES, template_file
 from qlora_jax.data.conversations import is_trained
 from qlora_jax.data.marks import Blocks, choose_blocks, find_blocks, has_marks
-from qlora_jax.data.reasoning import open_reasoning
+from qlora_jax.data.reasoning import follow_prompt, open_reasoning
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
 from qlora_jax.reading import read_text
@@ -47,6 +48,8 @@ _DATA_ERRORS = (
 )
 
 _WORD = re.compile(r"\w+")
+# Answers that begin differently; of Unicode's private use area.
+_CONTENTS = ("\ue000", "\ue001")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,14 @@ class Rendering:
       text: the text.
       spans: (start, end) of the trained text, ascending.
       answers: indices of the turns that the spans are of, ascending.
+      prompted: how many of them stand after the generation prompt, and not after what
+        the template writes before them.
     """
 
     text: str
     spans: list[tuple[int, int]]
     answers: tuple[int, ...]
+    prompted: int = 0
 
 
 class ChatRenderer:
@@ -353,9 +359,14 @@ class ChatRenderer:
         # From the last one: the text up to it shows most of the answers before.
         for turn in sorted(answers, reverse=True):
             before, after = self._around(turn, messages, full, tools, where)
+            prompted = 0
             if not after.startswith(before):
-                opened = open_reasoning(messages[turn], before, after)
-                if opened is None:
+                written = open_reasoning(messages[turn], before, after)
+                if written is None:
+                    start = self._start(messages[:turn], tools, where)
+                    written = follow_prompt(before, after, start)
+                    prompted = 1
+                if written is None:
                     raise UserError(
                         f"{where}: the chat template's generation prompt "
                         f"({before[-40:]!r}) is not how it starts the assistant's turn "
@@ -363,15 +374,16 @@ class ChatRenderer:
                         "`data.chat_template` a Jinja file whose generation prompt is "
                         "the beginning of an assistant turn."
                     )
-                after = opened
+                after = written
             span = self._trim(after, len(before), len(after))
             if examples and examples[-1].text.startswith(after):
                 later = examples.pop()
                 spans, shown = [span, *later.spans], (turn, *later.answers)
-                example = Rendering(later.text, spans, shown)
+                prompted += later.prompted
+                example = Rendering(later.text, spans, shown, prompted)
             else:
                 text = full if not examples and full.startswith(after) else after
-                example = Rendering(text, [span], (turn,))
+                example = Rendering(text, [span], (turn,), prompted)
             examples.append(example)
         return examples[::-1] or [Rendering(full, [], ())]
 
@@ -393,11 +405,27 @@ class ChatRenderer:
         before = prefix(turn, True) if turn else self._opening(after, tools, where)
         return before, after
 
+    def _start(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, where: str
+    ) -> str:
+        """Returns what the template writes before an answer, whatever the answer is."""
+        texts = [
+            self._render(
+                [*messages, {"role": "assistant", "content": content}],
+                *(None, False, tools, where),
+            )
+            for content in _CONTENTS
+        ]
+        return os.path.commonprefix(texts)
+
+    def ends_special(self, text: str) -> bool:
+        """Whether a text ends with a special or added token of the tokenizer."""
+        return bool(self._specials) and text.rstrip().endswith(self._specials)
+
     def _trim(self, text: str, start: int, end: int) -> tuple[int, int]:
         """Returns a span without the white space after a special token at its end."""
         stop = start + len(text[start:end].rstrip())
-        ends_special = self._specials and text[start:stop].endswith(self._specials)
-        return start, stop if ends_special else end
+        return start, stop if self.ends_special(text[start:stop]) else end
 
     def _spans_by_ends(
         self,

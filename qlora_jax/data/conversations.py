@@ -90,17 +90,37 @@ def to_messages(
         try:
             turns = parse_json(turns)
         except ValueError as error:
+            python = re.match(r"\[\s*\{\s*'", turns)
             raise UserError(
                 f"{where}: `{field}` is not valid JSON: {error}."
+                + " It is a list as Python prints it; write it by json.dumps."
+                * bool(python)
             ) from error
         reading.recognise(f"`{field}` decoded from JSON")
     messages = read_turns(turns, field, where, reading, roles=roles)
     reading.recognise(f"conversations in `{field}`")
-    system = row.get("system")
-    if system and isinstance(system, str) and messages[0]["role"] != "system":
+    system = _companion(row, "system", where)
+    if system and messages[0]["role"] != "system":
         reading.recognise("`system` as the first turn", "system")
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _companion(row: dict[str, Any], name: str, where: str) -> str:
+    """Returns a text that belongs to a question or a conversation, or "".
+
+    Raises:
+      UserError: it is neither a string nor null or an empty list.
+    """
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    if value is None or value in ([], {}):
+        return ""
+    raise UserError(
+        f"{where}: field `{name}` belongs to the prompt and must be a string, got "
+        f"{type(value).__name__}. Write it as text, or leave the field out."
+    )
 
 
 def has_conversation(row: dict[str, Any]) -> bool:
@@ -153,7 +173,8 @@ def read_turns(
     if not isinstance(turns, list) or not turns:
         raise UserError(
             f"{where}: `{field}` must be a non-empty list of turns, got "
-            f"{'an empty list' if turns == [] else type(turns).__name__}."
+            f"{'an empty list' if turns == [] else type(turns).__name__}"
+            + (f" with {fields_of(turns)}." if isinstance(turns, dict) else ".")
         )
     messages = []
     for number, turn in enumerate(turns, 1):
@@ -224,10 +245,20 @@ def _is_call(role: str, roles: Mapping[str, str] | None) -> bool:
     return role.strip().lower() in _CALL_ROLES and role not in (roles or {})
 
 
+def known_role(role: Any, roles: Mapping[str, str] | None = None) -> str | None:
+    """Returns the role of the chat template for that of a turn; None if unknown.
+
+    Args:
+      role: of the turn.
+      roles: role of the row -> role of the template, before those that are known.
+    """
+    if not isinstance(role, str):
+        return None
+    return (roles or {}).get(role) or _ROLES.get(role.strip().lower())
+
+
 def _template_role(role: str, at: str, roles: Mapping[str, str] | None) -> str:
-    if role in (roles or {}):
-        return (roles or {})[role]
-    known = _ROLES.get(role.strip().lower())
+    known = known_role(role, roles)
     if known is not None:
         return known
     if roles is None:
@@ -304,7 +335,8 @@ def to_pair(
     `instruction` on a new line. A `system` string is the first turn.
 
     Raises:
-      UserError: one is a string and the other is not, or turns cannot be read.
+      UserError: one is a string and the other is not, or turns cannot be read; or what
+        belongs to the question is not a string.
     """
     names = next((p for p in PAIRS if row.keys() >= {*p}), None)
     if names is None:
@@ -325,16 +357,18 @@ def to_pair(
     columns = [names[0]]
     if names[0] == "instruction":
         # Empty where an instruction needs none.
-        columns += [name for name in _INPUTS if isinstance(row.get(name), str)]
-    text = "\n".join(row[name] for name in columns if row[name])
+        reading.fields.update(name for name in _INPUTS if name in row)
+        columns += [name for name in _INPUTS if row.get(name) is not None]
+    texts = (_companion(row, name, where) for name in columns)
+    text = "\n".join(filter(None, texts))
     reading.recognise(
         f"{' and '.join(f'`{name}`' for name in columns)} as the user's turn, "
         f"`{names[1]}` as the assistant's",
         *(*columns, names[1]),
     )
     prompt = [{"role": "user", "content": text}]
-    system = row.get("system")
-    if system and isinstance(system, str):
+    system = _companion(row, "system", where)
+    if system:
         reading.recognise("`system` as the first turn", "system")
         prompt.insert(0, {"role": "system", "content": system})
     return prompt, [{"role": "assistant", "content": answer}]

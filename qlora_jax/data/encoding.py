@@ -9,6 +9,8 @@ pieces.
 A token that straddles the edge of a span (prompt `"a "` and completion `"b"` may share
 the token `" b"`) holds supervised characters and is supervised: masking it would leave
 the first or last characters of the answer untrained. Rows with such tokens are counted.
+White space that an added token takes with it (`rstrip`, as Phi-3's) is not counted to
+the token, which is on one side of the edge by what it says.
 """
 
 import copy
@@ -28,6 +30,10 @@ from qlora_jax.errors import UserError, did_you_mean
 _T = TypeVar("_T")
 _MAX_UNREAD = 100
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
+# Of rows that are packed already: what tells their documents apart.
+_PACKED = ("seq_lengths", "segment_ids", "sequence_ids", "document_ids")
+OTHER_LABELS = "rows whose labels are not their tokens"
+"""A remark on rows of tokens."""
 
 IGNORE = -100
 """The label of a token that is not supervised, as in Hugging Face."""
@@ -120,6 +126,11 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
     encoding = tokenizer(
         [piece.text for piece in pieces], return_offsets_mapping=marked, **options
     )
+    absorbing = [
+        int(i)
+        for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if (token.lstrip or token.rstrip) and str(token).strip()
+    ]
     for number, piece in enumerate(pieces):
         ids = np.array(encoding["input_ids"][number], np.int32)
         if piece.spans is None:
@@ -128,9 +139,14 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         spans = np.array(encoding["offset_mapping"][number], np.int64).reshape(-1, 2)
         # Offsets may leave out the spaces of a token (`trim_offsets`); characters that
         # no token has belong to the next one.
-        ends = spans[:, 1]
+        starts, ends = spans[:, 0], spans[:, 1].copy()
         reached = np.maximum.accumulate(np.append(0, ends))[:-1]
-        starts = np.minimum(spans[:, 0], reached)
+        starts = np.minimum(starts, reached)
+        for at in np.flatnonzero(np.isin(ids, absorbing)) if absorbing else ():
+            # The white space that it takes with it is not part of what it says.
+            taken = piece.text[starts[at] : ends[at]]
+            starts[at] += len(taken) - len(taken.lstrip())
+            ends[at] -= len(taken) - len(taken.rstrip())
         supervised = np.zeros(len(ids), bool)
         straddles = False
         for start, end in piece.spans:
@@ -171,7 +187,8 @@ def encode_token_row(
 
     `completion_mask` and `assistant_masks` (1 = supervised) restrict the labels, or
     make them where there are none. `attention_mask` marks padding at either end.
-    `position_ids` must count from 0.
+    `position_ids` must count from 0, and fields of rows that are packed already
+    (`seq_lengths`, `segment_ids`, ...) may name one document.
 
     Args:
       row: the fields.
@@ -182,7 +199,7 @@ def encode_token_row(
 
     Raises:
       UserError: wrong types, ids out of range, lengths that differ, missing labels,
-        padding between tokens, positions that do not count from 0.
+        padding between tokens, positions that do not count from 0, several documents.
     """
     read = None if reading is None else reading.fields
 
@@ -242,7 +259,23 @@ def encode_token_row(
                 f"{where}: `position_ids` must count 0, 1, 2, ... in a row. Split "
                 "packed rows into one a document; `data.packing` packs them again."
             )
-    return Encoded(ids[kept], labels[kept])
+    for name in _PACKED:
+        values = row.get(name)
+        # Lengths are one a document; ids are one a token.
+        if not isinstance(values, list):
+            continue
+        parts = values if name == "seq_lengths" else set(map(str, values))
+        if len(parts) > 1:
+            raise UserError(
+                f"{where}: `{name}` says that the row holds several documents, which "
+                "would attend to each other. Split packed rows into one a document; "
+                "`data.packing` packs them again."
+            )
+    ids, labels = ids[kept], labels[kept]
+    remarks: Counter[str] = Counter()
+    if ((labels != IGNORE) & (labels != ids)).any():
+        remarks[OTHER_LABELS] = 1
+    return Encoded(ids, labels, remarks=remarks)
 
 
 class Encoder:

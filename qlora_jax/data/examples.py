@@ -139,7 +139,7 @@ class _Loader:
                 ) as chunks,
             ):
                 for rows, file in chunks:
-                    self._encoder.recognised[file.kind] += len(rows)
+                    self._encoder.recognised[file.kind()] += len(rows)
                     if file.plain and self._config.text is not None:
                         problems.add(
                             "`data.text` is a template over a row's fields, but "

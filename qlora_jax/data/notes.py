@@ -6,10 +6,16 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
+from qlora_jax.data.encoding import OTHER_LABELS, text_prefix
 from qlora_jax.data.ends import end_tokens_of
 from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
-from qlora_jax.data.rendering import SPLIT, without_unused_date
+from qlora_jax.data.rendering import (
+    NO_END,
+    PROMPTED,
+    SPLIT,
+    without_unused_date,
+)
 from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.written import (
     EMPTY_ANSWER,
@@ -38,6 +44,7 @@ def data_notes(
     notes = _layout_notes(examples, config, batches)
     if tokenizer is not None:
         notes += _end_notes(examples, config, tokenizer)
+        notes += _bos_notes(examples, config, tokenizer)
     if report.truncated:
         notes.append(
             f"{report.truncated / report.rows_kept:.1%} of the rows lose their end: "
@@ -98,7 +105,17 @@ def _remark_notes(report: DataReport) -> list[str]:
                 " They become the tokens that the chat template begins and ends turns "
                 "with, not text. Remove them, if that is not meant."
             )
-        elif remark.endswith(NOT_WRITTEN):
+        elif remark == OTHER_LABELS:
+            advice = (
+                " A label is that of the token at its own place, and the loss shifts "
+                "them; labels that are shifted already train the token after the next."
+            )
+        elif remark == NO_END:
+            advice = (
+                " The model does not learn to stop there. Another chat template, or "
+                '`data.train_on` = "last", avoids it.'
+            )
+        elif remark == PROMPTED or remark.endswith(NOT_WRITTEN):
             advice = ""
         else:
             continue
@@ -133,6 +150,27 @@ def _end_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> lis
                 "does not learn to stop."
             )
     return notes
+
+
+def _bos_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> list[str]:
+    """Returns notes on the chat templates that leave out the tokenizer's BOS."""
+    prefix = text_prefix(tokenizer)
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    paths: dict[str | None, None] = {}
+    for settings, part in zip(config.each, parts, strict=True):
+        # All examples of a source begin alike.
+        if settings.writes_conversations and prefix and len(part):
+            begins = part[0][0][: len(prefix)].tolist()
+            if begins != prefix:
+                paths[settings.chat_template] = None
+    name = "".join(map(str, tokenizer.convert_ids_to_tokens(prefix)))
+    return [
+        f"conversations begin without {name!r}, which this tokenizer puts before other "
+        f"texts: the chat template {path or 'of the tokenizer'} does not write it, in "
+        "training and in `chat`. If the base model expects it, begin a copy of the "
+        "template with {{ bos_token }}."
+        for path in paths
+    ]
 
 
 def _layout_notes(

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import datetime
+import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.data.chat import ChatRenderer, Rendering
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.conversations import is_trained
+from qlora_jax.data.conversations import is_trained, known_role
 from qlora_jax.data.rows import to_json
 from qlora_jax.data.written import EMPTY_ANSWER, SPECIAL_TOKENS, find_unwritten
 from qlora_jax.errors import UserError
@@ -18,23 +20,31 @@ SPLIT = (
     "conversations split into several examples, because the chat template writes "
     "earlier answers differently than it prompts for them"
 )
-# Roles of a tool's result.
+NO_END = "answers that end without a special token, unlike others of their conversation"
+PROMPTED = (
+    "answers written after the generation prompt, where the chat template writes "
+    "something else before them (white space, or no reasoning that is closed at once)"
+)
+# Roles of a tool's result, to chat templates.
 _RESULT_ROLES = ("tool", "function", "observation", "ipython")
+# Parts of the content of a turn, which are not data that a tool returns.
+_PARTS = re.compile(r"text|(input_)?(image|audio|video|file)(_url)?")
 
 
 def plain_row(
-    row: dict[str, Any], where: str = "row"
+    row: dict[str, Any], where: str = "row", roles: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], Counter[str]]:
     """Returns a row as its templates expect it, and what was changed in it.
 
     In objects, a key whose value is null counts as absent: `Dataset.to_json` writes
     every object of a column with the keys of all of them. (Arguments that are a JSON
     string are not touched; their nulls are meant.) The result of a tool becomes JSON if
-    it is an object, a list of other things than text parts, or a number.
+    it is an object, a list of other things than parts of a content, or a number.
 
     Args:
       row: the fields.
       where: location of the row, for messages.
+      roles: role of the row -> role of the template, before those that are known.
 
     Raises:
       UserError: the result of a tool holds what JSON does not have.
@@ -46,32 +56,38 @@ def plain_row(
             value, nulls = _without_nulls(value)
             changes[NULLS] += nulls
         elif isinstance(value, list):
-            value = [_plain_turn(turn, changes, where) for turn in value]
+            value = [_plain_turn(turn, changes, where, roles) for turn in value]
         fields[name] = value
     return fields, +changes
 
 
-def _plain_turn(turn: Any, changes: Counter[str], where: str) -> Any:
+def _plain_turn(
+    turn: Any, changes: Counter[str], where: str, roles: Mapping[str, str] | None
+) -> Any:
     if not isinstance(turn, dict):
         return turn
     turn = {name: value for name, value in turn.items() if value is not None}
     if "tool_calls" in turn:
         turn["tool_calls"], nulls = _without_nulls(turn["tool_calls"])
         changes[NULLS] += nulls
-    if turn.get("role", turn.get("from")) in _RESULT_ROLES:
+    if known_role(turn.get("role", turn.get("from")), roles) in _RESULT_ROLES:
         name = "content" if "content" in turn or "value" not in turn else "value"
         result = turn.get(name)
-        if isinstance(result, dict | list | int | float) and not _is_text(result):
+        if isinstance(result, dict | list | int | float) and not _is_content(result):
             turn[name] = to_json(result, f"{where}: the result of a tool")
             changes["results of tools written as JSON"] += 1
     return turn
 
 
-def _is_text(content: Any) -> bool:
-    """Whether a content is text parts, as in OpenAI's API."""
-    return isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text")
-        for part in content
+def _is_content(value: Any) -> bool:
+    """Whether a value is a list of parts, as in OpenAI's API."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(part, dict) and _PARTS.fullmatch(str(part.get("type")))
+            for part in value
+        )
     )
 
 
@@ -186,6 +202,14 @@ def render_conversation(
     )
     remarks[SPECIAL_TOKENS] = sum(map(chat.has_special, messages))
     if config.supervised != "all":
+        ends = [
+            chat.ends_special(rendering.text[start:end])
+            for rendering in renderings
+            if len(rendering.spans) == len(rendering.answers)
+            for start, end in rendering.spans
+        ]
+        remarks[NO_END] = ends.count(False) if any(ends) else 0
+        remarks[PROMPTED] = sum(rendering.prompted for rendering in renderings)
         remarks[EMPTY_ANSWER] = sum(_is_empty(messages[turn]) for turn in answers)
         remarks[
             "answers that are not trained (`train_on`, `answers` or flags of turns)"

@@ -35,11 +35,19 @@ _JSON = (".json", ".jsonl", ".ndjson")
 # What is trained on as one document, if the format is `text`.
 _DOCUMENTS = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", "")
 # First bytes of files that are not text -> what to do.
+_UNPACK = "unpack it, or compress it by gzip, with a name that ends in .gz"
 _MAGIC = {
     b"\x1f\x8b": "It is compressed by gzip: let its name end in .gz.",
     b"PK\x03\x04": "It is a zip archive: unpack it.",
+    b"\x28\xb5\x2f\xfd": f"It is compressed by zstd: {_UNPACK}.",
+    b"\xfd7zX": f"It is compressed by xz: {_UNPACK}.",
+    b"BZh": f"It is compressed by bzip2: {_UNPACK}.",
     b"PAR1": "It is a Parquet file: let its name end in .parquet.",
 }
+
+
+# Names of files that are compressed, or archives, and not read.
+_COMPRESSED = (".bz2", ".xz", ".zst", ".lz4", ".br", ".zip", ".7z", ".rar", ".tar")
 
 
 @dataclasses.dataclass
@@ -144,13 +152,13 @@ class RowFile:
       rows: iterates over the rows once.
       plain: whether the file is plain text, one document.
       done: returns the fraction that has been read, 0 to 1.
-      kind: what it was read as, for the report.
+      kind: returns what the rows so far were read as, for the report.
     """
 
     rows: Generator[Row, None, None]
     plain: bool
     done: Callable[[], float]
-    kind: str
+    kind: Callable[[], str]
 
 
 def read_rows(
@@ -235,6 +243,8 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
             if plain:
                 with reading_file(path):
                     text = "".join(head) + lines.read()
+                found = lines.newlines or ()
+                newlines.update((found,) if isinstance(found, str) else found)
                 if _is_json(text):
                     raise UserError(
                         f"{path} holds JSON over several lines; its name, for a text "
@@ -255,11 +265,16 @@ def open_rows(path: Path, *, plain_text: bool) -> RowFile:
                     )
                 yield where, row
 
-    kind = "JSON lines"
-    if plain:
-        kind = "plain text, one document a file"
-    elif head[-1].lstrip().startswith("["):
-        kind = "a list in JSON"
+    newlines: set[str] = set()
+
+    def kind() -> str:
+        if plain:
+            changed = newlines - {"\n"}
+            return "plain text, one document a file" + (
+                ", its line breaks (CR LF or CR) as LF" if changed else ""
+            )
+        return "a list in JSON" if head[-1].lstrip().startswith("[") else "JSON lines"
+
     # `tell` of a text stream is slow; the position in the raw file is close enough.
     return RowFile(
         rows(), plain, lambda: 1.0 if raw.closed else raw.tell() / size, kind
@@ -275,12 +290,20 @@ def name_suffix(path: Path) -> str:
 
 
 def _unknown_kind(path: Path) -> str:
+    inner, last = name_suffix(path), path.suffix.lower()
+    remedy = (
+        "Convert it, or, if its text as it is shall be trained on, write it into a "
+        ".txt file."
+    )
+    if last in _COMPRESSED:
+        remedy = f"It is compressed: {_UNPACK}."
+    elif inner != last:
+        remedy = "It is compressed: unpack it."
     return (
-        f"{path}: {path.suffix} files are not read. Rows are read from "
-        f"{', '.join(_JSON)}, .csv, .tsv (also with .gz), .parquet, .arrow, a "
-        f"directory that `datasets` saved, or 'hf:owner/name'; with format='text' "
-        f"{', '.join(filter(None, _DOCUMENTS))} are documents. Convert it, or, if its "
-        "text as it is shall be trained on, write it into a .txt file."
+        f"{path}: {last if inner == last else inner + last} files are not read. Rows "
+        f"are read from {', '.join(_JSON)}, .csv, .tsv (also with .gz), .parquet, "
+        ".arrow, a directory that `datasets` saved, or 'hf:owner/name'; with "
+        f"format='text' {', '.join(filter(None, _DOCUMENTS))} are documents. {remedy}"
     )
 
 

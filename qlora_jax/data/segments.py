@@ -173,7 +173,7 @@ class Segmenter:
     ) -> list[Segmented] | str:
         config = self._config
         chat, unread = self._renderer(where, row, reading)
-        row, changes = plain_row(row, where)
+        row, changes = plain_row(row, where, config.roles)
         if unread:
             changes[_UNREAD_VARIABLES] += len(unread)
         turns = self._turns(where, row, reading)

@@ -397,7 +397,7 @@ def _table_rows(name: str, tables: Iterable[Any], total: int, kind: str) -> RowF
         if not count:
             raise UserError(f"{name} has no rows.")
 
-    return RowFile(rows(), False, lambda: min(count / total, 1.0), kind)
+    return RowFile(rows(), False, lambda: min(count / total, 1.0), lambda: kind)
 
 
 def _python_rows(name: str, table: Any) -> Iterator[dict[str, Any]]:

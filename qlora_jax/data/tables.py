@@ -54,7 +54,7 @@ def open_table(path: Path) -> RowFile:
 
     kind = name_suffix(path)[1:].upper()
     return RowFile(
-        rows(), False, lambda: 1.0 if raw.closed else raw.tell() / size, kind
+        rows(), False, lambda: 1.0 if raw.closed else raw.tell() / size, lambda: kind
     )
 
 

@@ -1,5 +1,6 @@
 """Texts that rows or their authors format: Alpaca's prompts, and markers in a text."""
 
+import os
 import re
 from typing import Any
 
@@ -7,6 +8,8 @@ from qlora_jax.data.conversations import PAIRS, has_conversation
 from qlora_jax.data.rows import Reading, fields_of, text_of
 from qlora_jax.errors import UserError, did_you_mean
 
+# What begins a turn: <|im_start|>, <start_of_turn>, [TURN].
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _REQUEST = "Write a response that appropriately completes the request."
 # The texts that the models of Stanford's Alpaca are trained with; the answer follows
 # directly.
@@ -83,7 +86,9 @@ def response_spans(
     """Finds the responses in a text with markers.
 
     A response is what stands between a `response_part` and the next marker of either
-    kind, or the end: the text and the end of the turn.
+    kind, or the end: the text and the end of the turn. Where both markers begin with
+    the same tag (`<|im_start|>`), it begins every turn, and ends a response too: that
+    of a tool or of the system may follow.
 
     Args:
       text: the text.
@@ -99,6 +104,9 @@ def response_spans(
     spans = []
     start: int | None = None
     found = False
+    opening = _TAG.match(os.path.commonprefix(markers))
+    if opening is not None:
+        markers.append(opening[0])
     for match in re.finditer("|".join(map(re.escape, markers)), text):
         if start is not None and start < match.start():
             spans.append((start, match.start()))

@@ -25,16 +25,29 @@ _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")
 
 
 class _Text:
-    """A rendered text in which the parts of turns are looked for in their order."""
+    """A part of a rendered text in which what turns have is looked for in its order.
 
-    def __init__(self, text: str):
-        self._text, self._position = text, 0
+    Args:
+      text: the rendered text.
+      start: of the part. What begins before and ends inside counts: a generation
+        prompt may hold the first words of an answer.
+      end: of the part.
+    """
+
+    def __init__(self, text: str, start: int = 0, end: int | None = None):
+        self._text, self._start = text, start
+        self._end = len(text) if end is None else end
+        self._position = 0
+
+    def __str__(self) -> str:
+        return self._text[self._start : self._end]
 
     def has(self, part: str) -> bool:
         """Whether a string occurs: after the last one, or anywhere."""
-        found = self._text.find(part, self._position)
+        first = max(self._start - len(part) + 1, 0)
+        found = self._text.find(part, max(self._position, first), self._end)
         if found < 0:
-            return part in self._text
+            return self._text.find(part, first, self._end) >= 0
         self._position = found + len(part)
         return True
 
@@ -69,14 +82,14 @@ def find_unwritten(
     end = max(answers, default=len(messages) - 1) + 1
     for number, message in enumerate(messages[:end]):
         trained = number in answers
-        text = _Text(answers[number]) if trained else whole
+        text = answers[number] if trained else whole
         lost, parts = _missing_parts(message, text, earlier=not trained)
         if trained and lost:
             if not allow_lost_answers:
                 raise UserError(
                     f"{where}: the chat template writes nothing of the answer in turn "
                     f"{number + 1} (its {' and '.join(lost)}), so that the model would "
-                    f"learn to answer {answers[number]!r}. Give `data.chat_template` a "
+                    f"learn to answer {str(text)!r}. Give `data.chat_template` a "
                     "Jinja file that writes it, leave the row out, or set "
                     "`data.allow_lost_answers` = true to train on it."
                 )
@@ -90,18 +103,19 @@ def find_unwritten(
         {f"{part} {NOT_WRITTEN}": count for part, count in unwritten.items()}
     )
     remarks[EMPTY_REASONING] = sum(
-        has_empty_reasoning(text) for text in answers.values()
+        has_empty_reasoning(str(text)) for text in answers.values()
     )
     return +remarks
 
 
-def _answer_texts(renderings: Sequence[Rendering]) -> dict[int, str]:
+def _answer_texts(renderings: Sequence[Rendering]) -> dict[int, _Text]:
     """Returns the trained text of each answer."""
-    texts = {}
+    texts: dict[int, _Text] = {}
     for rendering in renderings:
-        pieces = [rendering.text[start:end] for start, end in rendering.spans]
+        pieces = [_Text(rendering.text, start, end) for start, end in rendering.spans]
         if len(pieces) != len(rendering.answers):  # generation marks
-            pieces = ["".join(pieces)] * len(rendering.answers)
+            joined = "".join(map(str, pieces))
+            pieces = [_Text(joined) for _ in rendering.answers]
         texts.update(zip(rendering.answers, pieces, strict=True))
     return texts
 

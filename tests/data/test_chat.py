@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
@@ -75,6 +75,24 @@ def supervised(chat_tokenizer):
         return example.text, [example.text[start:end] for start, end in example.spans]
 
     return supervised
+
+
+def test_white_space_that_an_added_token_takes_is_on_no_side_of_an_edge(byte_tokenizer):
+    # As in Phi-3: the tokens of turns take the line breaks after them.
+    tokenizer = byte_tokenizer()
+    names = ["<|user|>", "<|assistant|>", "<|end|>"]
+    added = [AddedToken(name, rstrip=True, special=True) for name in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " a"}]
+    (example,) = ChatRenderer(tokenizer).examples(turns)
+    (encoded,) = tokenize(tokenizer, [Segmented(example.text, example.spans)])
+    supervised = encoded.labels[encoded.labels != IGNORE].tolist()
+    assert supervised == tokenizer.convert_tokens_to_ids(["a", "<|end|>"])
+    assert not encoded.straddles
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

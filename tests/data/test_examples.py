@@ -216,6 +216,7 @@ IDS = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
         ({"attention_mask": [1, 1, 1, 0]}, [5, 6, 7], [-100, 6, 7]),
         ({"attention_mask": [0, 1, 1, 0], "position_ids": [0, 0, 1, 1]}, [6, 7], None),
         ({"position_ids": [0, 1, 2, 3]}, [5, 6, 7, 8], None),
+        ({"seq_lengths": [4], "segment_ids": [1, 1, 1, 1]}, [5, 6, 7, 8], None),
         ({"completion_mask": [0, 0, 1, 1]}, [5, 6, 7, 8], [-100, -100, 7, 8]),
         ({"assistant_masks": [0, 1, 0, 1]}, [5, 6, 7, 8], [-100, 6, -100, 8]),
         (
@@ -257,6 +258,11 @@ def test_masks_of_token_rows_are_honoured(load, fields, tokens, labels):
         (IDS | {"attention_mask": [1, 0, 1, 1]}, "`attention_mask` has zeros between"),
         (IDS | {"attention_mask": [1, 1]}, "4 entries and `attention_mask` 2"),
         (IDS | {"position_ids": [0, 1, 0, 1]}, "`position_ids` must count 0, 1, 2"),
+        (
+            IDS | {"seq_lengths": [2, 2]},
+            "`seq_lengths` says that the row holds several",
+        ),
+        (IDS | {"segment_ids": [1, 1, 2, 2]}, "`segment_ids` says that the row holds"),
         (
             IDS | {"completion_mask": [0, 1, 2, 1]},
             r"`completion_mask`\[2\] is 2; .*0..1",
@@ -513,3 +519,10 @@ def test_the_progress_bar_is_on_stderr_and_changes_nothing(write, tokenizer, cap
     shown = load_examples(config, tokenizer, vocab_size=300, progress=True)
     assert capsys.readouterr().out == ""
     assert shown.report == quiet.report
+
+
+def test_labels_that_are_not_the_tokens_of_their_places_are_counted(load):
+    shifted = {"input_ids": [5, 6, 7], "labels": [6, 7, -100]}
+    own = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    remarks = load([shifted, own], format="tokens").report.remarks
+    assert remarks == {"rows whose labels are not their tokens": 1}

@@ -1,9 +1,11 @@
 """Spellings of rows: every known one gives the examples of the plain one."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 
 import pytest
 
@@ -241,6 +243,7 @@ def test_alpaca_rows_have_the_texts_of_alpaca(load, decoded):
         ({"instruction": "a", "input": "b", "output": "yo"}, {}, "a\nb"),
         ({"instruction": "a", "input": "", "output": "yo"}, {}, "a"),
         ({"instruction": "a", "context": "b", "response": "yo"}, {}, "a\nb"),
+        ({"instruction": "a", "input": None, "output": "yo"}, {}, "a"),
         ({"question": "a", "answer": "yo"}, {}, "a"),
         ({"prompt": "a", "completion": "yo"}, {}, "a"),
         ({"prompt": "a", "response": "yo", "messages": "x"}, {}, "a"),
@@ -320,6 +323,12 @@ def marked(load, chatml, decoded):
             "2<|im_end|>\n4<|im_end|>\n</s>",
         ),
         ("{q}1{a}2{q}3", "2"),
+        # Turns of others have no marker, but begin as the markers do.
+        (
+            "{q}1{a}2<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n{a}4<|im_end|>\n"
+            "<|im_start|>system\n5<|im_end|>\n{q}6{a}7",
+            "2<|im_end|>\n4<|im_end|>\n7</s>",
+        ),
         ("{q}1{a}{a}2", "2</s>"),
         ("{q}1{a}{q}2{a}3", "3</s>"),
         ("{a}2{q}3{a}4", "24</s>"),
@@ -415,7 +424,7 @@ def test_tables_are_read_by_field(table, name, dialect):
     file = source.open()
     rows = list(file.rows)
     assert [row for _, row in rows] == FIELDS
-    assert file.kind == name.upper()[2:5] and not file.plain
+    assert file.kind() == name.upper()[2:5] and not file.plain
     if "lineterminator" not in dialect:
         # The second row has a line break in quotes.
         assert [where.rpartition(":")[2] for where, _ in rows] == ["2", "3", "5", "6"]
@@ -488,6 +497,15 @@ def test_files_of_other_kinds_are_refused(write, load, chatml, name, content, fo
         ),
         ("x.csv", b"PK\x03\x04\xff", "a zip archive: unpack it"),
         ("x.txt", b"PAR1\xff", "a Parquet file: let its name end in .parquet"),
+        ("x.jsonl", bz2.compress(b"{}"), "compressed by bzip2: unpack it, or compress"),
+        ("x.csv", lzma.compress(b"{}"), "compressed by xz: unpack it"),
+        ("x.txt", b"\x28\xb5\x2f\xfd\xff", "compressed by zstd: unpack it"),
+        ("x.jsonl.bz2", b"BZh", ".bz2 files are not .* compressed: unpack it, or"),
+        (
+            "x.parquet.gz",
+            gzip.compress(b"\xff", mtime=0),
+            r".parquet.gz files are not .* compressed: unpack it",
+        ),
     ],
 )
 def test_a_file_with_another_name_is_recognised(write, load, name, content, message):
@@ -634,3 +652,54 @@ def test_a_report_lists_the_first_of_many_unread_fields(load):
 def test_a_file_that_cannot_be_read_is_refused_even_if_bad_rows_are_skipped(load):
     with pytest.raises(UserError, match="there is no file"):
         load("absent.jsonl", on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "add", "input": 3, "output": "4"}, "`input` .* got int"),
+        (
+            {"instruction": "a", "context": ["b"], "output": "c"},
+            "`context` .* got list",
+        ),
+        ({"question": "a", "answer": "b", "system": 1}, "`system` .* got int"),
+        ({"messages": TURNS, "system": ["s"]}, "`system` .* got list"),
+        ({"messages": str(TURNS)}, "a list as Python prints it; write it by json"),
+        ({"data": {"turns": TURNS}}, "got dict with `turns`"),
+        (
+            {
+                "messages": [
+                    {"role": "Tool", "content": [{"type": "image", "url": "x"}]}
+                ]
+            },
+            "of the type 'image', and only text",
+        ),
+    ],
+)
+def test_what_belongs_to_a_prompt_is_text_or_refused(load, chatml, row, message):
+    with pytest.raises(UserError, match=message):
+        load([row], chatml, format="messages")
+
+
+def test_line_breaks_that_a_document_loses_are_said(write, load, decoded):
+    examples = load(write(b"a\r\nb\n", "book.txt"))
+    assert decoded(examples)[1] == "a\nb\n</s>"
+    said = "plain text, one document a file, its line breaks (CR LF or CR) as LF"
+    assert list(examples.report.recognised) == [said]
+    examples = load(write(b"a\nb\n", "book.txt"))
+    assert list(examples.report.recognised) == ["plain text, one document a file"]
+
+
+@pytest.mark.parametrize(("bos", "count"), [("", 1), ("{{ bos_token }}", 0)])
+def test_a_template_without_the_tokenizers_bos_gets_a_note(
+    write, byte_tokenizer, bos, count
+):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = bos + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = write([{"messages": TURNS}])
+    config = DataConfig(path=path, format="messages", train_on="all")
+    examples = load_examples(config, tokenizer, vocab_size=300)
+    batches = Batches(examples, config, batch_size=1, pad_token_id=0)
+    notes = data_notes(examples, config, batches, tokenizer)
+    said = "conversations begin without '<s>', which this tokenizer puts before"
+    assert sum(note.startswith(said) for note in notes) == count

@@ -244,17 +244,28 @@ def test_nulls_of_calls_and_tools_count_as_absent_and_are_counted():
         ({"temp": 21, "sky": "über"}, '{"temp": 21, "sky": "über"}'),
         ([1, 2], "[1, 2]"),
         (21.5, "21.5"),
+        ([], "[]"),
+        (["a", "b"], '["a", "b"]'),
+        ([{"type": "row", "n": 1}], '[{"type": "row", "n": 1}]'),
         (False, "false"),
     ],
 )
 def test_results_of_tools_become_json(result, content):
-    for turn, name in (({"role": "tool"}, "content"), ({"from": "tool"}, "value")):
+    for turn, name in (
+        ({"role": "tool"}, "content"),
+        ({"role": "Tool"}, "content"),
+        ({"from": "tool_response"}, "value"),
+    ):
         row, changes = plain_row({"messages": [turn | {name: result}]})
         assert row["messages"] == [turn | {name: content}]
         assert list(changes.values()) == [1]
     parts = [{"type": "text", "text": "a"}]
     kept = {"messages": [{"role": "tool", "content": parts}, {"role": "user", "n": 1}]}
     assert plain_row(kept) == (kept, {})
+    row, _ = plain_row(
+        {"messages": [{"role": "bot", "content": {}}]}, "", {"bot": "tool"}
+    )
+    assert row["messages"] == [{"role": "bot", "content": "{}"}]
 
 
 def test_empty_answers_and_special_tokens_in_texts_are_counted(load_chat):
@@ -286,3 +297,119 @@ def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     (note,) = (note for note in notes if "functions in" in note)
     assert "does not write: 5; the first in " in note
     assert note.count("data.jsonl:") == 3
+
+
+# The shape of Gemma 4: reasoning is left out of answers, and the prompt closes it.
+CLOSED = (
+    "{% for m in messages %}<|turn>{{ m.role }}\n"
+    "{{ m.content.split('<channel|>')[-1] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>assistant\n"
+    "{% if not thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+)
+# The shape of Hermes: a line break that depends on whether a turn follows.
+SPACED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if m.role == 'tool' and not loop.last %}{{ '\n' }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPTED = "answers written after the generation prompt, where"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "texts"),
+    [
+        (
+            CLOSED,
+            [
+                {"role": "user", "content": "q"},
+                answer("<|channel>thought\nr<channel|>a"),
+            ],
+            [
+                (
+                    "<|turn>user\nq</s>\n<|turn>assistant\n<|channel>thought\n<channel|>",
+                    "a",
+                )
+            ],
+        ),
+        (
+            CLOSED,
+            [
+                *({"role": "user", "content": "q"}, answer("a")),
+                *({"role": "user", "content": "p"}, answer("b")),
+            ],
+            [
+                (
+                    "<|turn>user\nq</s>\n<|turn>assistant\n<|channel>thought\n<channel|>",
+                    "a",
+                ),
+                (
+                    "<|turn>user\nq</s>\n<|turn>assistant\na</s>\n<|turn>user\np</s>\n"
+                    "<|turn>assistant\n<|channel>thought\n<channel|>",
+                    "b",
+                ),
+            ],
+        ),
+        (
+            SPACED,
+            [{"role": "tool", "content": "4"}, answer("four")],
+            [("<tool>4</s><assistant>", "four")],
+        ),
+    ],
+)
+def test_an_answer_follows_the_prompt_that_a_model_sees(
+    load_chat, decoded, template, turns, texts
+):
+    examples = load_chat(template, {"messages": turns})
+    assert len(examples) == len(texts)
+    for index, (before, text) in enumerate(texts):
+        whole, supervised = decoded(examples, index)
+        # The line break after the end of a turn is not the model's.
+        assert whole.rstrip() == f"{before}{text}</s>"
+        assert supervised == f"{text}</s>"
+    (said,) = (r for r in examples.report.remarks if r.startswith(PROMPTED))
+    assert examples.report.remarks[said] == len(texts)
+    lost = "reasonings of answers that the chat template does not write"
+    assert (lost in examples.report.remarks) == ("r<channel|>" in turns[1]["content"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CLOSED.replace("\n<channel|>", "\nLet me<channel|>"),  # not empty
+        SPACED.replace("}<assistant>", "}<assistant>Well, "),  # words of its own
+        # The answer opens its reasoning again.
+        CLOSED.replace(".split('<channel|>')[-1]", ""),
+    ],
+)
+def test_a_prompt_that_says_something_else_is_refused(load_chat, template):
+    turns = [
+        {"role": "user", "content": "q"},
+        answer("<|channel>thought\nr<channel|>a"),
+    ]
+    with pytest.raises(UserError, match="is not how it starts the assistant's turn 2"):
+        load_chat(template, {"messages": turns})
+
+
+def test_an_answer_may_begin_inside_the_generation_prompt(load_chat, decoded):
+    template = TEXT.replace("}<assistant>", "}<assistant>Answer: ")
+    turns = [{"role": "user", "content": "4"}, answer("Answer: 4")]
+    text, supervised = decoded(load_chat(template, {"messages": turns}))
+    assert (text, supervised) == ("<user>4</s><assistant>Answer: 4</s>", "4</s>")
+    # The question does not count as a lost answer.
+    lost = TEXT.replace("m.content | trim", "m.content if m.role == 'user'")
+    with pytest.raises(UserError, match="writes nothing of the answer in turn 2"):
+        load_chat(lost, {"messages": [turns[0], answer("4")]})
+
+
+def test_answers_without_the_end_that_others_have_are_counted(load_chat):
+    # Metharme writes EOS after the last turn alone.
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "q"}, answer("a")]
+    said = "answers that end without a special token, unlike others of their"
+    remarks = load_chat(template, {"messages": turns * 3}).report.remarks
+    assert [n for r, n in remarks.items() if r.startswith(said)] == [2]
+    assert not load_chat(template, {"messages": turns}).report.remarks
+    assert not load_chat(TEXT, {"messages": turns * 3}).report.remarks
