@@ -32,8 +32,12 @@ def step_of(model: str, length: int, batch_size: int = 1) -> Step:
     )
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_a_step_compiles_for_every_card_that_is_listed(gpu_compiler, card):
+# The last of those that are listed: compilers ask for nothing else of a card's kind.
+BY_CAPABILITY = {card.compute_capability: name for name, card in CARDS.items()}
+
+
+@pytest.mark.parametrize("card", BY_CAPABILITY.values())
+def test_a_step_compiles_for_every_compute_capability(gpu_compiler, card):
     step = step_of("1b", 1024)
     if not CARDS[card].bfloat16:
         compute = dataclasses.replace(step.compute, dtype="float16", attention="xla")
