@@ -32,7 +32,7 @@ def step_of(model: str, length: int, batch_size: int = 1) -> Step:
     )
 
 
-# The last of those that are listed: compilers ask for nothing else of a card's kind.
+# One card of each: instructions and limits follow from it, memory and speed do not.
 BY_CAPABILITY = {card.compute_capability: name for name, card in CARDS.items()}
 
 
