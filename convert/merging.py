@@ -172,7 +172,7 @@ def merge(
             "tensors_added": len(merged.sources),
             "config_changes": changes,
             "files_of_adapter": _changed_files(files, companion_files(checkpoint.path)),
-            "notes": [*base.notes, *skipped],
+            "notes": [*checkpoint.notes, *base.notes, *skipped],
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,

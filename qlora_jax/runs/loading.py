@@ -227,6 +227,12 @@ def say_unused(base: Path, adapter: Path | None) -> None:
         )
 
 
+def say_notes(base: Path) -> None:
+    """Says what the directory of a model holds that the loaded model is not."""
+    for note in convert.open_checkpoint(base).notes:
+        say(f"Note: {note}.")
+
+
 def _base_of(
     adapter: Path, names: Sequence[str | None], base: str | os.PathLike[str] | None
 ) -> Path:
@@ -357,6 +363,7 @@ def load(
     directory = resolved.base
     options, compute_dtype = resolved.load_options(quantization, dtype)
     compute = Compute(dtype=compute_dtype, attention=attention, kernels=kernels)
+    say_notes(directory)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
     # Random values of parameters that are in no file; `check_weights` demands that the

@@ -55,7 +55,7 @@ from qlora_jax.runs.eval_data import (
     split_held_out,
 )
 from qlora_jax.runs.evaluation import check_prompts
-from qlora_jax.runs.loading import base_options, say_unused
+from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -142,6 +142,7 @@ def prepare(
     initial = config.train.adapter_init
     starts_fresh = initial is None
     say_unused(Path(config.model.path), None if initial is None else Path(initial))
+    say_notes(Path(config.model.path))
     if not starts_fresh:
         with problems.collecting():
             model, base = _with_adapter_tables(config, model, base)

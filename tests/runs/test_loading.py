@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import convert
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.loading import (
@@ -16,6 +17,7 @@ from qlora_jax.runs.loading import (
     base_name_for_copy,
     base_options,
     is_broken_path,
+    load,
     resolve,
 )
 from qlora_jax.runs.toml import to_toml
@@ -156,6 +158,17 @@ def test_a_directory_with_a_model_and_an_adapter_stands_for_the_adapter(
     shutil.copytree(other, both, dirs_exist_ok=True)
     assert resolve(both).base == both
     assert capsys.readouterr().err == ""
+
+
+def test_fields_of_a_base_that_are_not_read_are_said_when_it_is_loaded(
+    tiny, make_tensors, save_model, make_adapter, tmp_path, capsys
+):
+    base = save_model({**tiny, "sliding_window": 4}, make_tensors(tiny), "base")
+    load(base)
+    note = "has fields that a Llama does not read, here as in transformers: `sliding_w"
+    assert note in capsys.readouterr().err
+    report = convert.merge(base, make_adapter(tiny), tmp_path / "merged")
+    assert note in report["notes"][0]
 
 
 def test_a_base_elsewhere_is_looked_for_once(tiny, make_adapter):
