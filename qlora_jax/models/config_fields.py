@@ -8,7 +8,7 @@ transformers' Llama passes over it too, named (`unread_fields`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from qlora_jax.errors import UserError
 
@@ -89,7 +89,7 @@ def is_integer(value: Any) -> bool:
     return type(value) is int and abs(value) < 1 << 31
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value of a file is a finite number."""
     # False for NaN, and for integers that floats cannot hold.
     return type(value) in (int, float) and abs(value) < 1e30
