@@ -40,6 +40,7 @@ from .peft import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
 from .peft import TRAINING_RECORD as TRAINING_RECORD
 from .peft import common_record as common_record
 from .peft import open_adapter as open_adapter
+from .peft import other_base_name as other_base_name
 from .peft import peft_directory as peft_directory
 from .peft import shorten as shorten
 from .peft import training_record as training_record

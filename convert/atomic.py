@@ -172,6 +172,14 @@ def check_new_file(path: Path) -> None:
         _check_permission(path, parent)
 
 
+def _check_home(path: Path) -> None:
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise UserError(
+            f"`{path}`: `~` is not expanded here and would become a directory of this "
+            "name. Write the path out, or use `pathlib.Path(...).expanduser()`."
+        )
+
+
 def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
     """Raises where `new_directory` would; call it before long work.
 
@@ -180,6 +188,7 @@ def check_new_directory(path: Path, *, overwrite: bool = False) -> None:
         permission.
     """
     with _output_errors(path):
+        _check_home(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"Cannot write the directory `{path}`: it is a file.")
         if not overwrite and path.is_dir() and any(path.iterdir()):
@@ -226,6 +235,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         it cannot be written (disk full, no permission).
     """
     # Gives "." and ".." a name and a parent, and keeps symbolic links.
+    _check_home(path)
     path = Path(os.path.abspath(path))
     with _output_errors(path):
         check_new_directory(path, overwrite=overwrite)

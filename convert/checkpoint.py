@@ -31,7 +31,7 @@ from convert.files import (
 )
 from convert.names import checkpoint_keys
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import LlamaConfig
+from qlora_jax.models import LlamaConfig, unread_fields
 from qlora_jax.models import params as model_params
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key, put
 from qlora_jax.tree import Path as TreePath
@@ -76,6 +76,36 @@ class Checkpoint:
             if len({s and (s.dtype, s.double_quant, s.block_size) for s in states}) > 1:
                 paths.append(path)
         return tuple(paths)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the directory says and the loaded model is not; sentences."""
+        unread = unread_fields(self.config.raw, self.config.vocab_size)
+        notes = []
+        if unread:
+            notes.append(
+                f"`{self.path / 'config.json'}` has fields that a Llama does not read, "
+                f"here as in transformers: {', '.join(unread)}"
+            )
+        if self.config.quantization_config is not None and not self.packed:
+            notes.append(
+                f"the config.json of `{self.path}` says that the weights are in 4 bits "
+                "(`quantization_config`), and none is: they are used as they are stored"
+            )
+        used = {info.file.name for info in self.files.infos.values()}
+        stale = sorted(
+            path.name
+            for path in self.path.glob("model*.safetensors")
+            if path.name not in used
+        )
+        if stale:
+            more = f" and {len(stale) - 3:,} more" if len(stale) > 3 else ""
+            named = WEIGHTS_INDEX if len(used) > 1 or WEIGHTS_FILE not in used else ""
+            why = f"which {named} does not name" if named else f"beside {WEIGHTS_FILE}"
+            notes.append(
+                f"not read of `{self.path}`: {', '.join(stale[:3])}{more}, {why}"
+            )
+        return notes
 
     def dtype(self, key: str) -> str:
         """Name of a weight's dtype; of a packed weight, its dtype before packing."""
@@ -280,8 +310,60 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for key in files:
         if key not in known and not key.endswith(_DERIVED):
             problems.add("tensors that this model does not have", key)
-    problems.check()
+    if problems.by_kind:
+        problems.check(cause=_probable_cause(config, files))
     return Checkpoint(path, config, files, packed)
+
+
+# Beginnings of names that wrappers add when their state dict is saved.
+_WRAPPERS = {
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "PEFT",
+}
+
+
+def _probable_cause(config: LlamaConfig, files: TensorFiles) -> str:
+    """Returns the usual cause of tensors that do not fit, where their names show it."""
+    wrapper = next((p for p in _WRAPPERS if any(k.startswith(p) for k in files)), None)
+    adapted = [k for k in files if ".lora_" in k or ".base_layer." in k]
+    if adapted or wrapper == "base_model.model.":
+        return (
+            "They were saved with an adapter around the model. Save it with PEFT's "
+            "`merge_and_unload()`, or use the base and the adapter for themselves."
+        )
+    if wrapper is not None:
+        return (
+            f"Their names begin with `{wrapper}`, which {_WRAPPERS[wrapper]} puts "
+            "around a model. Save the model inside it with `save_pretrained`."
+        )
+    if any(key.startswith(("v_head.", "score.", "classifier.")) for key in files):
+        return (
+            "It has the head of a reward, value or classification model, which no "
+            "language model has."
+        )
+    numbers = [
+        int(part)
+        for key in files
+        if key.startswith("model.layers.") and (part := key.split(".")[2]).isdecimal()
+    ]
+    layers = max(numbers, default=-1) + 1
+    if layers not in (0, config.num_hidden_layers):
+        return (
+            f"Its layers are 0 to {layers - 1}, and `num_hidden_layers` is "
+            f"{config.num_hidden_layers}."
+        )
+    head, embedding = "lm_head.weight", hf_key((*EMBEDDING, "weight"))
+    if embedding in files and head not in files and not config.tie_word_embeddings:
+        return (
+            "It has no output head, and `tie_word_embeddings` is not set: set it to "
+            "true if this model's head is its embedding."
+        )
+    rows = {files[key].shape[0] for key in (head, embedding) if key in files}
+    if len(rows) == 1 and rows != {config.vocab_size}:
+        return f"Its tables have {rows.pop()} rows (`vocab_size`)."
+    return ""
 
 
 class StoredTensor:

@@ -28,7 +28,7 @@ from convert.hf import cast, check_dtype, config_json, quantize_tensor
 from convert.merged_weights import MergedWeights, compute_merged_weights
 from convert.names import checkpoint_keys
 from convert.output import Entry, progress_bar, write_files, write_model_files
-from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, other_base_name
 from convert.peft_reading import load_adapter
 from convert.peft_tables import with_saved_tables
 from convert.tokenizer import merged_text_files
@@ -105,7 +105,8 @@ def merge(
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
       base lacks), "config_changes" (field -> [before, after]), "files_of_adapter"
       (tokenizer files that are not the base's), "notes" (on what was left out, or is in
-      no file), "max_abs_change" (against the weights merged onto),
+      no file), "max_abs_change" (against the weights merged onto, in
+      rows that the base has),
       "requantization_error" (null, or projection -> {"max_abs", "relative"}, the latter
       as a ratio of Frobenius norms) and "qlora_jax_version".
 
@@ -133,6 +134,7 @@ def merge(
     lora, adapters = load_adapter(
         adapter_path, base.base, strict=strict, skipped=skipped
     )
+    skipped += other_base_name(lora, Path(adapter_path), checkpoint.path)
     check_not_merged(base_path, adapter_path)
     merged = compute_merged_weights(base.config, lora, adapters)
     tables = {hf_key((*path, "weight")): w for path, w in base.tables.items()}
@@ -172,7 +174,7 @@ def merge(
             "tensors_added": len(merged.sources),
             "config_changes": changes,
             "files_of_adapter": _changed_files(files, companion_files(checkpoint.path)),
-            "notes": [*base.notes, *skipped],
+            "notes": [*checkpoint.notes, *base.notes, *skipped],
             "max_abs_change": stream.max_abs_change,
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,
@@ -330,6 +332,16 @@ def _lengthen_tokenizer(
         return {}
     write_json(file, {**tokenizer, "model_max_length": after}, sort_keys=False)
     return {"model_max_length": [before, after]}
+
+
+def _largest_difference(a: NDArray, b: NDArray) -> float:
+    """Returns the largest difference of two tables in the rows that both have."""
+    largest, rows = 0.0, min(len(a), len(b))
+    for start in range(0, rows, 4096):  # bounds the scratch memory
+        block = slice(start, min(start + 4096, rows))
+        difference = np.subtract(a[block], b[block], dtype=np.float32)
+        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+    return largest
 
 
 class _Spool:
@@ -501,21 +513,22 @@ class _Stream:
             tensor = self._base_tensor(source, path)
         self.written += 1
         if update is None:
-            self.changed += self._is_replaced(source, tensor)
-            return cast(tensor, dtype, key)
-        tensor, largest = update.apply(tensor, dtype, key)
-        self.changed += largest > 0
+            tensor, largest = cast(tensor, dtype, key), 0.0
+        else:
+            tensor, largest = update.apply(tensor, dtype, key)
+        grown = False
+        if (
+            source is not None
+            and source in self.tables
+            and source in self.checkpoint.files
+        ):
+            # Against the base's own table, not that of the adapter's file.
+            base = self.checkpoint.files.read(source)
+            grown = base.shape != tensor.shape
+            largest = _largest_difference(base, tensor)
+        self.changed += grown or largest > 0
         self.max_abs_change = max(self.max_abs_change, largest)
         return tensor
-
-    def _is_replaced(self, key: str | None, table: NDArray) -> bool:
-        """Whether a table of the adapter's file is another one than the base's."""
-        files = self.checkpoint.files
-        if key is None or key not in self.tables or key not in files:
-            return False
-        return files[key].shape != table.shape or not np.array_equal(
-            files.read(key), table
-        )
 
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""

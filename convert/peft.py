@@ -9,6 +9,7 @@ and `convert.peft_writing` convert the tensors.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,54 @@ def _check_directory(path: Path) -> None:
         inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
         raise CheckpointError(f"`{path}` is {kind}: it has no {ADAPTER_CONFIG}.{hint}")
+
+
+def other_base_name(lora: LoraConfig, adapter: Path, base: Path) -> list[str]:
+    """Notes a base whose name is not the one that an adapter was trained on.
+
+    Where the adapter has the fingerprint of its base, the weights are compared instead.
+    Of a name only the last part counts: a download may lie anywhere.
+
+    Args:
+      lora: configuration of the adapter.
+      adapter: its directory.
+      base: directory of the base that it is used on.
+
+    Returns:
+      One note, or none.
+    """
+    name = lora.base_model_name_or_path
+    if lora.base_fingerprint is not None or not name:
+        return []
+    # A download cache has models--OWNER--NAME/snapshots/REVISION.
+    here = base.resolve()
+    is_snapshot = here.parent.name == "snapshots"
+    names = {
+        here.name,
+        base.name,
+        here.parents[1].name.split("--")[-1] if is_snapshot else "",
+    }
+    config = base / "config.json"
+    if config.is_file():
+        names.add(os.path.basename(str(read_json(config).get("_name_or_path") or "")))
+    paths = (Path(name).resolve(), (adapter / name).resolve())
+    unlike = here not in paths and not {_plain(n) for n in names if n} & {
+        _plain(os.path.basename(name.rstrip("/")))
+    }
+    revision = lora.revision
+    if revision in (None, "", "main") or (is_snapshot and here.name == revision):
+        revision = None
+    if not unlike and revision is None:
+        return []
+    wanted = f"{name!r:.200}" + (f" at revision {revision!r:.80}" if revision else "")
+    return [
+        f"`{adapter}` names {wanted} as its base and is used on `{base}`; it records "
+        "no fingerprint, so whether the weights are the same is not known"
+    ]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _base_config_changes(path: Path) -> str | None:

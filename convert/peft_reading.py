@@ -28,13 +28,15 @@ from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from convert.peft_tables import check_vocab_size, saved_tables
 from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, counted
 from qlora_jax.lora import LoraConfig, Selection, select, unused_settings
 from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
 # With bias="all" PEFT saves the biases of fully trained modules twice more, under names
 # that it does not look up when it loads.
+# float64 is what a program without torch may save.
+_ADAPTER_DTYPES = (*FLOAT_NAMES, "F64")
 _STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
 
@@ -89,13 +91,17 @@ def load_adapter(
 
 
 def check_adapter(
-    path: str | os.PathLike[str], model: LlamaConfig | Mapping[str, Any]
+    path: str | os.PathLike[str],
+    model: LlamaConfig | Mapping[str, Any],
+    *,
+    strict: bool = True,
 ) -> LoraConfig:
     """Checks that a PEFT directory fits a model; reads no tensor.
 
     Args:
       path: directory with adapter_config.json and adapter_model.safetensors.
       model: the base's configuration, or its parameter tree, of arrays or shapes.
+      strict: as for `load_adapter`.
 
     Returns:
       The adapter's configuration.
@@ -105,7 +111,7 @@ def check_adapter(
       UserError: as `load_adapter`.
     """
     base = abstract_base(model) if isinstance(model, LlamaConfig) else model
-    return _match(path, base, strict=True, notes=[]).lora
+    return _match(path, base, strict=strict, notes=[]).lora
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,11 @@ def _match(
         if tensor.path[-1] == "trainable_tokens_delta" and twin in files:
             if any(rows.tied_to == tensor.path[:-1] for rows in selection.rows):
                 same[twin] = key
+    wide = sum(files[key].dtype == "F64" for key in tensors if key in files)
+    if wide:
+        notes.append(
+            f"the float64 digits of {counted(wide, 'tensor')}, in float32 here"
+        )
     copies = saved_tables(lora, files).keys
     targets = lora.target_modules
     if not isinstance(targets, str):
@@ -199,7 +210,7 @@ def _problem(
     if key not in files:
         return "missing tensors", key
     info = files[key]
-    if info.dtype not in FLOAT_NAMES:
+    if info.dtype not in _ADAPTER_DTYPES:
         return "tensors of another dtype", f"{key} {info.dtype}"
     if info.shape != tensor.shape:
         return (
@@ -265,9 +276,7 @@ def _read_tree(match: _Match) -> dict[str, Any]:
             files.read_into(key, destination)
             check_finite(destination, key)
         else:
-            array = files.read(key)
-            check_finite(array, key)
-            destination[...] = array
+            destination[...] = _read_finite(files, key)
     for key, original in match.same.items():
         _compare_twin(key, original, files)
     # Now that every original has been read. Widening is exact, so equality is too.
@@ -289,6 +298,20 @@ def _changes_nothing(selection: Selection, adapters: Mapping[str, Any]) -> bool:
     )
 
 
+def _read_finite(files: TensorFiles, key: str) -> NDArray:
+    """Reads a tensor; float64 is narrowed to float32, as PEFT's parameters are.
+
+    Raises:
+      CheckpointError: NaN or infinity, also where float32 has no such number.
+    """
+    array = files.read(key)
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore", under="ignore"):
+            array = array.astype(np.float32)
+    check_finite(array, key)
+    return array
+
+
 def _compare_twin(key: str, original: str, files: TensorFiles) -> None:
     if not np.array_equal(files.read(key), files.read(original)):
         raise CheckpointError(
@@ -300,8 +323,7 @@ def _compare_twin(key: str, original: str, files: TensorFiles) -> None:
 def _compare_tied_copy(
     key: str, tensor: AdapterTensor, files: TensorFiles, original: NDArray
 ) -> None:
-    array = files.read(key)
-    check_finite(array, key)
+    array = _read_finite(files, key)
     if not np.array_equal(array, tensor.view(original)):
         raise CheckpointError(
             f"`{key}` and `{'.'.join(tensor.path)}` are tied (`ensure_weight_tying`) "
@@ -369,6 +391,29 @@ def _probable_cause(
             "and they were saved without being gathered. Save the adapter with "
             "`stage3_gather_16bit_weights_on_model_save`, or convert the checkpoint "
             "with DeepSpeed's zero_to_fp32.py."
+        )
+    found = {key: files[key] for key in tensors if key in files}
+    dtypes = sorted({i.dtype for i in found.values()} - set(_ADAPTER_DTYPES))
+    if dtypes:
+        return (
+            f"Adapters are read in float16, bfloat16, float32 and float64, and it has "
+            f"{', '.join(dtypes)}. Convert its tensors to one of these."
+        )
+    shapes = [(found[key].shape, tensors[key].shape) for key in found]
+    unlike = [(shape, expected) for shape, expected in shapes if shape != expected]
+    if unlike and all(shape == expected[::-1] for shape, expected in unlike):
+        return (
+            "The tensors are transposed, as those of MLX and of Conv1D layers are: "
+            "PEFT's `lora_A` is [r, in] and its `lora_B` [out, r]."
+        )
+    inner = f"{PEFT_PREFIX}model."
+    if not any(key.startswith(inner) for key in files) and (
+        any(key.startswith(f"{PEFT_PREFIX}layers.") for key in files)
+    ):
+        return (
+            "It was trained on a `LlamaModel`, without the language model around it "
+            f"(its names begin with `{PEFT_PREFIX}layers.`), as those of embedding "
+            f"models are. As an adapter of a LlamaForCausalLM it has `{inner}layers.`."
         )
     others = {
         key.split(".lora_")[0].rpartition(".")[2]

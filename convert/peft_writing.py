@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.atomic import new_directory, write_json
-from convert.files import FLOAT_DTYPES, Mismatches, check_finite
+from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, check_finite
 from convert.names import AdapterTensor, adapter_keys
 from convert.output import Entry, safetensors_bytes, write_files, write_safetensors
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FINGERPRINT
@@ -105,14 +105,33 @@ def save_adapter(
                 write_json(new / name, content, sort_keys=False)
 
 
-def adapter_bytes(model: LlamaConfig | Mapping[str, Any], lora: LoraConfig) -> int:
-    """Returns the exact size of the adapter_model.safetensors that would be saved."""
+def adapter_bytes(
+    model: LlamaConfig | Mapping[str, Any],
+    lora: LoraConfig,
+    *,
+    base_tables: Mapping[trees.Path, Any] | None = None,
+    table_dtype: str = "float32",
+) -> int:
+    """Returns the exact size of the adapter_model.safetensors that would be saved.
+
+    Args:
+      model: configuration or parameter tree of the base.
+      lora: of the adapter.
+      base_tables: tables of the base that are saved with it, of shapes or arrays.
+      table_dtype: dtype that they are held in.
+    """
     # The size follows from the header; no entry is read.
     empty = np.zeros(0, np.float32)
     base = abstract_base(model) if isinstance(model, LlamaConfig) else model
+    selection = select(base, lora)
     entries = [
         Entry(key, empty.dtype, tensor.shape, lambda: empty)
-        for key, tensor in adapter_keys(select(base, lora), lora).items()
+        for key, tensor in adapter_keys(selection, lora).items()
+    ]
+    dtype = DTYPES[FLOAT_DTYPES[table_dtype]]
+    entries += [
+        Entry(key, dtype, tuple(table.shape), lambda: empty)
+        for key, table in table_keys(base_tables or {}, selection).items()
     ]
     return safetensors_bytes(entries, _metadata(lora))
 

@@ -11,9 +11,21 @@ import io
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 MAX_TEXT_BYTES = 4_000_000
 """The longest text file that is read whole: a template, or the settings of a run."""
+
+
+def expand_user(path: Any) -> Any:
+    """Returns a path, or several, with `~` at the beginning expanded as a shell does.
+
+    A shell does not expand it in `--output-dir=~/run`, nor does TOML or Python. What is
+    not a string is returned as it is.
+    """
+    if isinstance(path, (list, tuple)):
+        return tuple(map(expand_user, path))
+    return os.path.expanduser(path) if isinstance(path, str) else path
 
 
 def open_file(path: Path) -> io.BufferedReader:

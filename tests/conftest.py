@@ -476,7 +476,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
             "r": r,
             "lora_alpha": 6,
             "target_modules": list(targets),
-            "base_model_name_or_path": "some/base",
+            "base_model_name_or_path": "some/model",
             **fields,
         }
         (path / "adapter_config.json").write_text(json.dumps(settings))

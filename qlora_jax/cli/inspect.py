@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +50,8 @@ class Inspect:
           explicit: names of the fields of `lora` that were given as options; they
             override a run file's, and those of an adapter cannot be changed.
         """
-        from convert import adapter_bytes, read_json
+        from convert import adapter_bytes, read_json, with_saved_tables
+        from qlora_jax.models import abstract_base
         from qlora_jax.planning import estimate_warnings, parameter_report
         from qlora_jax.runs import base_options
 
@@ -59,6 +60,15 @@ class Inspect:
         if base.is_dir():
             base = base / "config.json"
         config = LlamaConfig.from_hf(read_json(base))
+        tables: Mapping[Any, Any] = {}
+        if resolved.adapter is not None:
+            grown = with_saved_tables(
+                config,
+                abstract_base(config),
+                resolved.adapter,
+                resize=resolved.resizes(),
+            )
+            config, tables = grown.config, grown.tables
         lora = self._lora(resolved, explicit, config)
         model = None if run is None else run.model
         held = base_options(model, self.quantization, self.dtype)
@@ -75,7 +85,9 @@ class Inspect:
         return {
             "trainable_parameters": report.trainable_parameters,
             "groups": dict(report.groups),
-            "adapter_bytes": adapter_bytes(config, saved),
+            "adapter_bytes": adapter_bytes(
+                config, saved, base_tables=tables, table_dtype=held["dtype"]
+            ),
             "optimizer_bytes": report.optimizer_bytes,
             "base_parameters": report.base_parameters,
             "base_bytes": report.base_bytes,
@@ -102,7 +114,11 @@ class Inspect:
         options = values_of(self, (f"lora.{name}" for name in explicit))
         run = read_config(Path(self.path), options)
         base = self.base or run.model.path
-        resolved = resolve(base, adapter=run.train.adapter_init)
+        resolved = resolve(
+            base,
+            adapter=run.train.adapter_init,
+            strict=run.train.adapter_init_strict,
+        )
         return dataclasses.replace(resolved, settings=run)
 
     def _lora(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -55,7 +56,14 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     is_single = settings.get("config") == FLAGS
     args = _spell_switches(args, dict(_switches(kind)), is_single)
     with _help_rules(is_single):
-        return tyro.cli(kind, args=args, prog=prog, **settings)
+        command = tyro.cli(kind, args=args, prog=prog, **settings)
+    # `--output=~/out` reaches a program as it is written.
+    paths = {
+        field.name: value.expanduser()
+        for field in dataclasses.fields(command)
+        if isinstance(value := getattr(command, field.name), Path)
+    }
+    return dataclasses.replace(command, **paths) if paths else command
 
 
 def _switches(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import Problems, UserError
+from qlora_jax.reading import expand_user
 from qlora_jax.tree import FrozenDict
 
 Format = Literal["text", "prompt_completion", "alpaca", "messages", "tokens"]
@@ -103,6 +104,9 @@ class Source:
     def __post_init__(self):
         """Raises if a value cannot be used."""
         _freeze_tables(self)
+        for name in ("path", "chat_template", "cache"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, expand_user(getattr(self, name)))
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -221,6 +225,9 @@ class DataConfig:
     def __post_init__(self):
         """Raises if a value cannot be used."""
         _freeze_tables(self)
+        for name in ("path", "chat_template", "cache"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, expand_user(getattr(self, name)))
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)

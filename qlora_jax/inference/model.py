@@ -425,6 +425,8 @@ def load_attached(
     convert.check_not_merged(path, adapter)
     for note in shorten(skipped):
         say(f"Not used of `{adapter}`: {note}.")
+    for note in convert.other_base_name(lora, adapter, path):
+        say(f"Note: {note}.")
     original = base if original is None else original
     note = base_mismatch(adapter, path, original, lora.base_fingerprint)
     if note is not None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import first_matches, match_patterns
+from qlora_jax.lora.peft_fields import passed_over, start_reason
 from qlora_jax.tree import PROJECTIONS, FrozenDict
 
 # Fields of adapter_config.json for features that are not computed here -> the value
@@ -288,6 +289,7 @@ class LoraConfig:
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "
                 "only 'LORA' adapters are supported."
             )
+        raw, notes = passed_over(raw)
         init = raw.get("init_lora_weights", True)
         _refuse_features(raw, init)
         known = {f.name for f in dataclasses.fields(cls)} - {*_OUTSIDE, *_INERT}
@@ -304,6 +306,7 @@ class LoraConfig:
             )
         if skipped is not None:
             skipped += [f"{name!r:.80} of adapter_config.json" for name in unknown]
+            skipped += notes
         values = dict(_PEFT_DEFAULTS)
         # null in a file means the default, ...
         values |= {name: raw[name] for name in known if raw.get(name) is not None}
@@ -361,11 +364,7 @@ class LoraConfig:
 def _refuse_features(raw: Mapping[str, Any], init: Any) -> None:
     refused = refused_features(raw)
     if not any(init is start or init == start for start in _PLAIN_STARTS):
-        refused.append(
-            f"`init_lora_weights`={init!r:.80} (it was trained on a changed base; "
-            "save it with PEFT's `path_initial_model_for_weight_conversion`, which "
-            "makes a plain LoRA of it)"
-        )
+        refused.append(f"`init_lora_weights`={init!r:.80} ({start_reason(init)})")
     if refused:
         raise UserError(
             "adapter_config.json uses LoRA features that are not supported: "

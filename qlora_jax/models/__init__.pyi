@@ -9,6 +9,7 @@ from .config import apply_changes as apply_changes
 from .config import changes_to_json as changes_to_json
 from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
+from .config_fields import unread_fields as unread_fields
 from .layers import Compute as Compute
 from .layers import mlp_tokens as mlp_tokens
 from .llama import Cache as Cache

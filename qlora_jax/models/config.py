@@ -25,6 +25,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qlora_jax.errors import UserError
+from qlora_jax.models.config_fields import (
+    check_architecture,
+    check_types,
+    is_integer,
+    is_number,
+)
 from qlora_jax.tree import FrozenDict
 
 
@@ -122,6 +128,15 @@ class LlamaConfig:
         object.__setattr__(
             self, "extra_tensors", _read_extra_tensors(self.extra_tensors)
         )
+        for name, valid, limit in (
+            ("rms_norm_eps", self.rms_norm_eps >= 0, ">= 0"),
+            ("rope_theta", self.rope_theta > 0, "> 0"),
+        ):
+            # Both are under a root or a power, which is NaN elsewhere.
+            if not valid:
+                raise UserError(
+                    f"config: `{name}` must be {limit}, got {getattr(self, name)}."
+                )
         if self.head_dim % 2:
             raise UserError(
                 f"config: `head_dim` must be even for rotary embeddings, "
@@ -130,12 +145,15 @@ class LlamaConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The token ids that end a generation; possibly none."""
+        """The token ids that end a generation; possibly none.
+
+        Ids outside the vocabulary, such as -1, end none: `unread_fields` names them.
+        """
         if self.eos_token_id is None:
             return ()
-        if isinstance(self.eos_token_id, int):
-            return (self.eos_token_id,)
-        return self.eos_token_id
+        eos = self.eos_token_id
+        ids = (eos,) if isinstance(eos, int) else eos
+        return tuple(token for token in ids if 0 <= token < self.vocab_size)
 
     @property
     def padding_id(self) -> int:
@@ -159,8 +177,8 @@ class LlamaConfig:
           UserError: another architecture, a missing field, or a feature (rope type,
             activation, quantization method) that this model does not compute.
         """
-        _check_types(raw)
-        _check_architecture(raw)
+        check_types(raw)
+        check_architecture(raw)
         needed = (
             "vocab_size",
             "hidden_size",
@@ -176,7 +194,7 @@ class LlamaConfig:
             )
         heads = raw["num_attention_heads"]
         for name in needed:
-            if not _is_integer(raw[name]):
+            if not is_integer(raw[name]):
                 raise UserError(
                     f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
                 )
@@ -194,9 +212,9 @@ class LlamaConfig:
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=heads,
             # Files of models without grouped heads leave it out, or have null.
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // max(heads, 1),
-            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+            num_key_value_heads=_given(raw, "num_key_value_heads", heads),
+            head_dim=_given(raw, "head_dim", raw["hidden_size"] // max(heads, 1)),
+            max_position_embeddings=_given(raw, "max_position_embeddings", 2048),
             # An absent key has the default of transformers' LlamaConfig.
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
@@ -248,6 +266,12 @@ class LlamaConfig:
         return out
 
 
+def _given(raw: Mapping[str, Any], name: str, default: int) -> int:
+    # 0 is a value, and is refused like every other that no model can have.
+    value = raw.get(name)
+    return default if value is None else value
+
+
 def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
     valid = isinstance(table, Mapping) and all(
         isinstance(shape, (list, tuple))
@@ -261,131 +285,6 @@ def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
             f"positive integers), got {table!r:.80}."
         )
     return FrozenDict({name: tuple(shape) for name, shape in table.items()})
-
-
-_INTEGERS = (
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "original_max_position_embeddings",
-    "bos_token_id",
-    "pad_token_id",
-)
-_NUMBERS = ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor")
-# Which of them transformers 5 has in `rope_parameters`.
-_MAY_BE_NULL = ("rope_theta", "partial_rotary_factor")
-_ROPE_NUMBERS = (
-    "partial_rotary_factor",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-_QUANTIZATION_STRINGS = (
-    *("quant_method", "bnb_4bit_quant_type"),
-    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
-)
-
-
-def _check_types(raw: Mapping[str, Any]) -> None:
-    """Raises if a field that may be left out has a value of another type."""
-
-    def type_error(name: str, expected: str, value: Any) -> UserError:
-        return UserError(
-            f"config.json: `{name}` must be {expected}, got {value!r:.80}."
-        )
-
-    for name in _INTEGERS:
-        value = raw.get(name)
-        if value is not None and not _is_integer(value):
-            raise type_error(name, "an integer", value)
-    for name in _NUMBERS:
-        if name in raw and not _is_number(raw[name]):
-            if name in _MAY_BE_NULL and raw[name] is None:
-                continue
-            raise type_error(name, "a number", raw[name])
-    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
-        value = raw.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise type_error(name, "an object", value)
-    for name in ("rope_scaling", "rope_parameters"):
-        for inner in _ROPE_NUMBERS:
-            value = (raw.get(name) or {}).get(inner)
-            if value is not None and not _is_number(value):
-                raise type_error(f"{name}.{inner}", "a number", value)
-    for inner in _QUANTIZATION_STRINGS:
-        value = (raw.get("quantization_config") or {}).get(inner)
-        if value is not None and not isinstance(value, str):
-            raise type_error(f"quantization_config.{inner}", "a string", value)
-    names = raw.get("architectures")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise type_error("architectures", "a list of names", names)
-    eos = raw.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [eos]
-    if eos is not None and not all(map(_is_integer, ids)):
-        raise type_error("eos_token_id", "an integer, or a list of them", eos)
-
-
-def _is_integer(value: Any) -> bool:
-    # A bool is an int to `isinstance`; `true` in a file is not the number 1.
-    return type(value) is int and abs(value) < 1 << 31
-
-
-def _is_number(value: Any) -> bool:
-    # False for NaN, and for integers that floats cannot hold.
-    return type(value) in (int, float) and abs(value) < 1e30
-
-
-def _check_architecture(raw: Mapping[str, Any]) -> None:
-    kind = raw.get("model_type")
-    architectures = raw.get("architectures") or []
-    is_headless = kind == "llama" and architectures == ["LlamaModel"]
-    if is_headless and not raw.get("tie_word_embeddings"):
-        raise UserError(
-            "config.json: a `LlamaModel` has no output head, and these embeddings are "
-            "not tied to one (`tie_word_embeddings`), so it gives no logits. Start "
-            "from the causal language model that it was taken from."
-        )
-    # The second is what the first conversions of Llama wrote.
-    known = {"LlamaForCausalLM", "LLaMAForCausalLM"}
-    if not is_headless and (kind != "llama" or not known.issuperset(architectures)):
-        raise UserError(
-            "Not a Llama causal language model: config.json has "
-            f"model_type={kind!r:.100}, architectures={list(architectures)!r:.200}. "
-            "Supported: model_type 'llama', "
-            "LlamaForCausalLM (Llama 2, 3, 3.1, 3.2, 3.3, TinyLlama)."
-        )
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(
-            f"config.json: `hidden_act`={raw['hidden_act']!r} is not supported; "
-            "Llama models use 'silu'."
-        )
-    if raw.get("attention_dropout"):
-        raise UserError(
-            f"config.json: `attention_dropout`={raw['attention_dropout']} is not "
-            "supported; set it to 0 (use `lora_dropout` to regularize)."
-        )
-    quant = raw.get("quantization_config")
-    if quant is not None:
-        method = quant.get("quant_method", "bitsandbytes")
-        # transformers writes both; older files lack the one with the underscore.
-        four_bit = quant.get("load_in_4bit", quant.get("_load_in_4bit", False))
-        if method != "bitsandbytes" or not four_bit:
-            raise UserError(
-                f"config.json: checkpoints quantized with {method!r} "
-                f"(load_in_4bit={bool(four_bit)}) are not supported. Supported: "
-                "bitsandbytes 4-bit NF4, or an unquantized checkpoint."
-            )
-        # fp4 is the default of transformers: a file without the field is not NF4.
-        if quant.get("bnb_4bit_quant_type", "fp4") != "nf4":
-            raise UserError(
-                "config.json: `bnb_4bit_quant_type`="
-                f"{quant.get('bnb_4bit_quant_type', 'fp4')!r} is not supported; only "
-                "'nf4' is. Start from the unquantized checkpoint instead."
-            )
 
 
 def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -473,7 +372,7 @@ def read_rope_scaling(
             f"{where}: rope type {kind!r} needs {', '.join(f'`{m}`' for m in missing)}."
         )
     for name in needed:
-        if not _is_number(scaling[name]):
+        if not is_number(scaling[name]):
             raise UserError(
                 f"{where}: `rope_scaling.{name}` must be a number, got "
                 f"{scaling[name]!r:.80}."

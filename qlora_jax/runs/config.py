@@ -33,6 +33,7 @@ from qlora_jax.data import (
 from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
+from qlora_jax.reading import expand_user
 from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
 
@@ -80,6 +81,7 @@ class ModelConfig:
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
         read_changes(self.config_changes, "model")
+        object.__setattr__(self, "path", expand_user(self.path))
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -216,6 +218,8 @@ class EvalConfig:
     """Most tokens to add to a prompt."""
 
     def __post_init__(self) -> None:
+        for name in ("path", "chat_template"):
+            object.__setattr__(self, name, expand_user(getattr(self, name)))
         raise_problems("[eval]", self._problems(), "eval: ")
 
     def _problems(self) -> Iterator[str]:
@@ -293,6 +297,9 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     output_dir: str = "run"
     """The run directory. If it holds an unfinished run, that run continues."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", expand_user(self.output_dir))
 
     @property
     def eval_batch_size(self) -> int:

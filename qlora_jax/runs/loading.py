@@ -176,11 +176,15 @@ def resolve(
       CheckpointError: no base here, or damaged adapter files.
       UserError: arguments that contradict each other, or an unsupported adapter.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    base = None if base is None else Path(base).expanduser()
     run = find_run(path)
     settings = None if run is None else read_settings(run)
     inside = peft_directory(path)
-    if (inside / ADAPTER_CONFIG).is_file():
+    is_adapter = (inside / ADAPTER_CONFIG).is_file()
+    if adapter is not None and inside == path and _has_weights(path):
+        is_adapter = False  # the model in it is the base of the adapter that is given
+    if is_adapter:
         if adapter is not None:
             raise UserError(
                 f"`{path}` is an adapter itself; the adapter `{os.fspath(adapter)}` "
@@ -200,8 +204,9 @@ def resolve(
         )
     if adapter is None:
         return Resolved(path, run=run, settings=settings)
-    inside = peft_directory(Path(adapter))
+    inside = peft_directory(Path(adapter).expanduser())
     lora = open_adapter(inside, strict=strict)[0]
+    say_unused(path, inside)
     return Resolved(path, inside, run, settings, lora)
 
 
@@ -213,8 +218,7 @@ def say_unused(base: Path, adapter: Path | None) -> None:
     """
     if adapter is not None and adapter.resolve() == base.resolve():
         return  # both are used
-    weights = (WEIGHTS_FILE, WEIGHTS_INDEX)
-    if adapter is not None and any((adapter / name).is_file() for name in weights):
+    if adapter is not None and _has_weights(adapter):
         say(
             f"Note: `{adapter}` holds an adapter and the weights of a model. The "
             f"adapter is used, on `{base}`; the model is what the directory stands for "
@@ -225,6 +229,16 @@ def say_unused(base: Path, adapter: Path | None) -> None:
             f"Note: `{base}` holds a model and an adapter. The model is used, without "
             "this adapter."
         )
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX))
+
+
+def say_notes(base: Path) -> None:
+    """Says what the directory of a model holds that the loaded model is not."""
+    for note in convert.open_checkpoint(base).notes:
+        say(f"Note: {note}.")
 
 
 def _base_of(
@@ -357,6 +371,7 @@ def load(
     directory = resolved.base
     options, compute_dtype = resolved.load_options(quantization, dtype)
     compute = Compute(dtype=compute_dtype, attention=attention, kernels=kernels)
+    say_notes(directory)
     stored, tree = convert.load_llama(directory, **options, progress=progress)
     module = Llama(stored, compute, attention_cls, mlp_cls)
     # Random values of parameters that are in no file; `check_weights` demands that the

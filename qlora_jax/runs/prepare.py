@@ -55,7 +55,7 @@ from qlora_jax.runs.eval_data import (
     split_held_out,
 )
 from qlora_jax.runs.evaluation import check_prompts
-from qlora_jax.runs.loading import base_options, say_unused
+from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -142,6 +142,14 @@ def prepare(
     initial = config.train.adapter_init
     starts_fresh = initial is None
     say_unused(Path(config.model.path), None if initial is None else Path(initial))
+    say_notes(Path(config.model.path))
+    if config.model.dtype == "float16":
+        say(
+            "Note: with model.dtype = 'float16' the loss is not scaled: gradients "
+            "below 6e-8 become 0 without a sign of it, and a step with one above "
+            "65,504 ends the run. Where the GPU has bfloat16 (Ampere and later), "
+            "'bfloat16' has neither limit; 'float32' has it anywhere."
+        )
     if not starts_fresh:
         with problems.collecting():
             model, base = _with_adapter_tables(config, model, base)
@@ -265,8 +273,10 @@ def _with_initial_adapter(
     assert path is not None
     if explicit_lora is None:
         explicit_lora = given_fields(config.lora)
-    adapter = convert.check_adapter(path, base)
+    adapter = convert.check_adapter(path, base, strict=config.train.adapter_init_strict)
     convert.check_not_merged(config.model.path, path)
+    for note in convert.other_base_name(adapter, Path(path), Path(config.model.path)):
+        say(f"Note: {note}.")
     # The context length that the adapter was trained for is kept.
     changes = json.loads(adapter.base_config_changes or "{}")
     model = dataclasses.replace(

@@ -146,7 +146,15 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     check_weights(prepared.drawn, base, config.lora, Path(config.model.path))
     initial = None
     if config.train.adapter_init is not None:
-        initial = convert.load_adapter(config.train.adapter_init, base)[1]
+        skipped: list[str] = []
+        initial = convert.load_adapter(
+            config.train.adapter_init,
+            base,
+            strict=config.train.adapter_init_strict,
+            skipped=skipped,
+        )[1]
+        for note in convert.shorten(skipped):
+            say(f"Not used of `{config.train.adapter_init}`: {note}.")
     groups = prepared.selection.groups()
     say(
         f"Training {sum(groups.values()):,} of {_count_parameters(base):,} parameters: "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import raise_problems
+from qlora_jax.reading import expand_user
 
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "adafactor"]
@@ -77,6 +78,9 @@ class TrainConfig:
     Its configuration replaces `[lora]`; of the settings there, `lora_alpha`,
     `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and any other
     difference is an error."""
+    adapter_init_strict: bool = True
+    """Refuse an `adapter_init` that does not fit the model exactly; false uses what
+    fits and says what is left out."""
     seed: int = 0
     """Seed of the adapters' initialization and of dropout."""
     embedding_learning_rate: float | None = None
@@ -101,6 +105,7 @@ class TrainConfig:
     schedule."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "adapter_init", expand_user(self.adapter_init))
         raise_problems("the [train] settings", self._problems(), "train: ")
 
     def _problems(self) -> Iterator[str]:

@@ -271,7 +271,7 @@ def test_the_copy_of_an_adapter_leads_to_its_base(
             ("../model", near, tiny_model, "../model"),
             ("../model", far / "a", tiny_model, str(tiny_model)),
             ("model", far / "b", tiny_model, str(tiny_model)),
-            ("some/base", far / "c", tiny_model, "some/base"),
+            ("some/model", far / "c", tiny_model, "some/model"),
             ("../nowhere", far / "d", tiny_model, "../nowhere"),
             # The same directory by the path that was given, a link perhaps.
             ("../model", far / "e", link, str(link)),
@@ -334,7 +334,7 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
 
     expected = 0.5 * update(one) + 2.0 * update(two)
     np.testing.assert_allclose(update(tmp_path / "sum"), expected, atol=1e-5)
-    assert read(tmp_path / "sum")["base_model_name_or_path"] == "some/base"
+    assert read(tmp_path / "sum")["base_model_name_or_path"] == "some/model"
     assert (tmp_path / "sum" / CHAT_TEMPLATE_FILE).read_text() == "{{ messages }}"
     del record["step"]
     assert read(tmp_path / "sum", "training.json") == record

@@ -1,6 +1,8 @@
 import dataclasses
 import inspect
+import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.checkpoint import open_model
+from convert.checkpoint import open_checkpoint, open_model
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.models import params as model_params
@@ -234,6 +236,58 @@ def test_a_message_lists_everything_wrong(make_model):
         "lm_head.weight I8 instead of F32, BF16, F16",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rename", "fields", "cause"),
+    [
+        (lambda k: f"module.{k}", {}, "begin with `module.`"),
+        (lambda k: f"_orig_mod.{k}", {}, "torch.compile"),
+        (lambda k: f"base_model.model.{k}", {}, "with an adapter around the model"),
+        (
+            lambda k: k.replace("q_proj.", "q_proj.base_layer."),
+            {},
+            "with an adapter around the model",
+        ),
+        (lambda k: k.replace("lm_head", "v_head"), {}, "reward, value or class"),
+        (lambda k: k, {"num_hidden_layers": 9}, "`num_hidden_layers` is 9"),
+        (lambda k: k, {"vocab_size": 999}, r"tables have \d+ rows \(`vocab_size`\)"),
+        (
+            lambda k: k.replace("lm_head.weight", "model.rotary_emb.inv_freq"),
+            {},
+            "`tie_word_embeddings` is not set",
+        ),
+    ],
+)
+def test_the_cause_of_names_that_do_not_fit_is_told(
+    make_model, tiny, rename, fields, cause
+):
+    def change(tensors):
+        renamed = {rename(key): array for key, array in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    path = make_model(change)
+    raw = {**tiny, **fields}
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=cause):
+        convert.load_llama(path)
+
+
+def test_what_a_directory_holds_and_is_not_used_is_noted(make_model):
+    assert open_checkpoint(make_model()).notes == []
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    nf4["bnb_4bit_quant_type"] = "nf4"
+    path = make_model(None, "b", sliding_window=4, quantization_config=nf4)
+    shutil.copy(path / "model.safetensors", path / "model-00001-of-00002.safetensors")
+    fields, dense, stale = open_checkpoint(path).notes
+    assert "`sliding_window`=4" in fields
+    assert "weights are in 4 bits" in dense and "as they are stored" in dense
+    assert "model-00001-of-00002.safetensors, beside model.safetensors" in stale
+    sharded = make_model(None, "c", shards=2)
+    (sharded / "model-9.safetensors").touch()
+    (note,) = open_checkpoint(sharded).notes
+    assert "model-9.safetensors, which model.safetensors.index.json does" in note
 
 
 def test_rotary_frequencies_of_old_files_are_ignored(tiny_model, make_model):

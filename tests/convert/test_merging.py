@@ -135,7 +135,7 @@ def test_a_merge_that_changes_nothing_says_so(make_model, adapter, out, edit_ten
     assert note == "no tensor changed: the weights of the result are the base's"
 
 
-@pytest.mark.parametrize(("scale", "changed"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("scale", "changed"), [(1, 0), (64, 1)])
 def test_a_table_of_the_file_that_replaces_the_bases_is_counted(
     tiny_model, adapter, out, edit_tensors, scale, changed
 ):
@@ -147,6 +147,8 @@ def test_a_table_of_the_file_that_replaces_the_bases_is_counted(
     )
     report = convert.merge(tiny_model, adapter, out)
     assert report["tensors_changed"] == 4 + changed
+    if changed:  # against the base's own table, a 64th of the file's
+        assert report["max_abs_change"] == np.abs(head * 63 / 64).max()
     np.testing.assert_array_equal(all_tensors(out)["lm_head.weight"], head)
 
 

@@ -433,7 +433,7 @@ def test_a_message_lists_everything_wrong(adapter, edit_tensors, refused):
     def change(tensors):
         del tensors[KEY]
         tensors[b] = np.zeros((64, 4), np.float32)
-        tensors[other] = tensors[other].astype(np.float64)
+        tensors[other] = tensors[other].astype(np.int32)
         tensors[value] = np.zeros((3, 64), np.float32)
 
     edit_tensors(adapter / WEIGHTS, change)
@@ -442,10 +442,73 @@ def test_a_message_lists_everything_wrong(adapter, edit_tensors, refused):
         "`r`=3, `target_modules`='down_proj, q_proj')",
         f"1 missing tensors: {KEY}",
         f"{b} [64, 4] instead of [64, 3]",
-        f"1 tensors of another dtype: {other} F64",
+        f"1 tensors of another dtype: {other} I32",
         f"1 unexpected tensors: {value}",
-        "Is it the adapter of another model?",
+        "read in float16, bfloat16, float32 and float64, and it has I32",
     )
+
+
+def test_float64_is_narrowed_and_said(adapter, config, edit_tensors):
+    before = convert.load_adapter(adapter, config)[1]
+    edit_tensors(
+        adapter / WEIGHTS,
+        lambda tensors: tensors.update(
+            {k: v.astype(np.float64) for k, v in tensors.items()}
+        ),
+    )
+    notes: list[str] = []
+    after = convert.load_adapter(adapter, config, skipped=notes)[1]
+    equal(before, after)
+    assert notes == ["the float64 digits of 8 tensors, in float32 here"]
+
+
+@pytest.mark.parametrize(
+    ("rename", "transpose", "cause"),
+    [
+        (lambda k: k, True, "The tensors are transposed, as those of MLX"),
+        (
+            lambda k: k.replace("model.model.", "model."),
+            False,
+            "It was trained on a `LlamaModel`, without the language model",
+        ),
+    ],
+)
+def test_tensors_of_another_layout_get_their_cause(
+    adapter, edit_tensors, refused, rename, transpose, cause
+):
+    def change(tensors):
+        old = dict(tensors)
+        tensors.clear()
+        for key, array in old.items():
+            array = np.ascontiguousarray(array.T) if transpose else array
+            tensors[rename(key)] = array
+
+    edit_tensors(adapter / WEIGHTS, change)
+    refused(adapter, cause)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "revision", "said"),
+    [
+        ("org/Llama-3.2-1B", "llama_3.2_1b", None, False),
+        ("org/Llama-3.2-1B", "models--org--Llama-3.2-1B/snapshots/ab1", "ab1", False),
+        ("org/Llama-3.2-1B", "models--org--Llama-3.2-1B/snapshots/ab1", "cd2", True),
+        ("org/Llama-3.2-1B", "llama-3.2-1b", "cd2", True),
+        ("org/Llama-3.2-1B", "llama-3.2-1b-instruct", None, True),
+        ("../base", "base", None, False),
+        (None, "base", None, False),
+    ],
+)
+def test_a_base_of_another_name_is_said(tmp_path, name, base, revision, said):
+    lora = LoraConfig(base_model_name_or_path=name, revision=revision)
+    (tmp_path / base).mkdir(parents=True)
+    notes = convert.other_base_name(lora, tmp_path / "adapter", tmp_path / base)
+    assert bool(notes) == said
+    if said:
+        assert repr(name) in notes[0] and "is not known" in notes[0]
+    # The fingerprint is compared instead.
+    known = dataclasses.replace(lora, base_fingerprint="0" * 64)
+    assert not convert.other_base_name(known, tmp_path / "a", tmp_path / base)
 
 
 def test_wrong_rank_or_targets_in_the_configuration(adapter, refused):

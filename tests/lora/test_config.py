@@ -432,7 +432,7 @@ def test_how_an_adapter_started_does_not_matter_in_a_file():
 
 @pytest.mark.parametrize(
     "init",
-    ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "dummy", 3],
+    ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"],
 )
 def test_a_file_of_a_changed_base_is_refused_with_the_way_out(init):
     found = f"`init_lora_weights`={init!r} .it was trained on a changed base.*"
@@ -442,15 +442,41 @@ def test_a_file_of_a_changed_base_is_refused_with_the_way_out(init):
 
 
 @pytest.mark.parametrize(
+    ("init", "reason"),
+    [("loftq", "a base that LoftQ changed"), ("dummy", "no PEFT has"), (3, "no PEFT")],
+)
+def test_other_starts_of_a_file_are_refused_with_their_own_reason(init, reason):
+    with pytest.raises(UserError, match=f"{init!r} .*{reason}.*write true"):
+        peft(init_lora_weights=init)
+
+
+@pytest.mark.parametrize(
     "name, value",
     [
-        *(("fan_in_fan_out", True), ("layer_replication", [[0, 4], [2, 5]])),
+        ("fan_in_fan_out", True),
+        ("runtime_config", {"ephemeral_gpu_offload": False}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("lora_ga_config", {"a": 1}),
+        ("task_type", "SEQ_CLS"),
+    ],
+)
+def test_fields_that_peft_passes_over_are_read_and_said(name, value):
+    notes: list[str] = []
+    raw = {"peft_type": "LORA", name: value}
+    assert LoraConfig.from_peft(raw, skipped=notes) == peft()
+    (note,) = notes
+    assert note.startswith(f"`{name}`={value!r}: ")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("layer_replication", [[0, 4], [2, 5]]),
         *(("target_parameters", ["mlp.experts"]), ("alora_invocation_tokens", [1, 2])),
         *(("use_qalora", True), ("use_bdlora", {"target_modules_bd_a": ["q_proj"]})),
         *(("arrow_config", {"top_k": 3}), ("kasa_config", {"a": 1})),
         *(("velora_config", {"num_groups": 8}), ("monteclora_config", {"a": 1})),
-        *(("corda_config", {"corda_method": "ipm"}), ("lora_ga_config", {"a": 1})),
-        *(("megatron_config", {"a": 1}), ("runtime_config", {"a": 1})),
+        ("megatron_config", {"a": 1}),
     ],
 )
 def test_lora_features_that_are_not_computed_are_refused_by_name(name, value):

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig, RopeScaling
+from qlora_jax.models.config_fields import unread_fields
 
 TINY = {
     "model_type": "llama",
@@ -52,6 +53,62 @@ def test_fields_of_the_file_win_over_defaults():
 @pytest.mark.parametrize("eos, ids", [(None, ()), (2, (2,)), ([1, 2], (1, 2))])
 def test_end_tokens_are_a_tuple(eos, ids):
     assert read(eos_token_id=eos).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("eos", [-1, 100, [2, 100]])
+def test_end_tokens_outside_the_vocabulary_end_nothing_and_are_named(eos):
+    config = read(eos_token_id=eos)
+    assert config.eos_token_ids == ((2,) if isinstance(eos, list) else ())
+    (note,) = unread_fields(config.raw, config.vocab_size)
+    assert note.startswith("`eos_token_id`=") and "100 tokens" in note
+    # In a vocabulary that has grown it is one.
+    if eos != -1:
+        grown = dataclasses.replace(config, vocab_size=101)
+        assert 100 in grown.eos_token_ids and not unread_fields(grown.raw, 101)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"sliding_window": 4}, ["`sliding_window`=4"]),
+        ({"sliding_window": 4096}, []),
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 3}, []),
+        ({"layer_types": ["sliding_attention"] * 3}, ["`layer_types`"]),
+        ({"embedding_multiplier": 12.0}, ["`embedding_multiplier`=12.0"]),
+        ({"embedding_multiplier": 1.0, "use_qk_norm": False}, []),
+        ({"auto_map": {"AutoModel": "a.B"}}, ["`auto_map`"]),
+        ({"partial_rotary_factor": 0.5}, ["`partial_rotary_factor`=0.5"]),
+        ({"rope_scaling": LINEAR}, []),
+        ({"rope_scaling": {**LLAMA3, "type": "llama3"}}, []),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
+            ["`rope_parameters.factor`=4.0 (`rope_parameters.rope_type` is 'default')"],
+        ),
+        (
+            {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}},
+            ["`rope_scaling.partial_rotary_factor`=0.5"],
+        ),
+        (
+            {"rope_scaling": {**LINEAR, "attention_factor": 2.0}},
+            ["`rope_scaling.attention_factor`=2.0"],
+        ),
+        ({"rope_scaling": {**LINEAR, "type": "default"}}, ["`rope_scaling.type`"]),
+        (
+            {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}},
+            ["`rope_parameters`"],
+        ),
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}},
+            ["`rope_theta`=1000000.0"],
+        ),
+    ],
+)
+def test_fields_that_a_llama_passes_over_are_named(fields, named):
+    config = read(**fields)
+    notes = unread_fields(config.raw, config.vocab_size)
+    assert len(notes) == len(named)
+    for note, start in zip(notes, named, strict=True):
+        assert note.startswith(start)
 
 
 @pytest.mark.parametrize("absent", [None, {}, {"rope_type": "default"}])
@@ -229,9 +286,22 @@ def test_rows_are_filled_with_a_token_of_the_vocabulary(tiny, pad, padding):
         ("quantization_config", {"quant_method": "gptq"}, "quantized with 'gptq'"),
         (
             "quantization_config",
-            {"load_in_8bit": True},
-            r"'bitsandbytes' \(load_in_4bit=False\)",
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "'bitsandbytes', and not in 4 bits",
         ),
+        (
+            "quantization_config",
+            {"bits": 4},
+            "quantized in a way that it does not name",
+        ),
+        # A transformers 5 Llama then attends in both directions.
+        ("is_causal", False, "every token attends to later ones too"),
+        ("attention_bias", "false", "`attention_bias` must be true or false"),
+        ("tie_word_embeddings", 0, "`tie_word_embeddings` must be true or false"),
+        ("num_key_value_heads", 0, "`num_key_value_heads` must be a positive integer"),
+        ("head_dim", 0, "`head_dim` must be a positive integer"),
+        ("rms_norm_eps", -1e-5, "`rms_norm_eps` must be >= 0"),
+        ("rope_theta", 0, "`rope_theta` must be > 0"),
         (
             "quantization_config",
             {"load_in_4bit": True},

@@ -315,3 +315,26 @@ def test_older_versions_of_peft_read_our_configuration(version, dense, tmp_path)
     )
     read = json.loads(out.stdout)
     assert read == {"r": 3, "target_modules": sorted(lora.target_modules)}
+
+
+def test_generate_stops_at_a_trained_end_only_if_it_is_told(
+    dense, trained, torch, peft, theirs, tmp_path
+):
+    """The two lines of docs/generation.md."""
+    import transformers
+
+    model = peft.PeftModel.from_pretrained(theirs(dense), trained("plain"))
+    prompt = torch.tensor([[1, 2, 3]])
+    free = model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+    end = free[3]
+    assert len(free) == 9 and end != model.config.eos_token_id
+    # What a run writes beside its adapter, which `from_pretrained` does not read.
+    adapter = shutil.copytree(trained("plain"), tmp_path / "adapter")
+    (adapter / "generation_config.json").write_text(f'{{"eos_token_id": [2, {end}]}}')
+    model = peft.PeftModel.from_pretrained(theirs(dense), adapter)
+    assert model.generate(prompt, max_new_tokens=6, do_sample=False).shape == (1, 9)
+    ends = transformers.GenerationConfig.from_pretrained(adapter).eos_token_id
+    stopped = model.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=ends
+    )
+    assert stopped[0].tolist() == free[:4]

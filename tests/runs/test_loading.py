@@ -8,17 +8,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import convert
+from qlora_jax.cli.merge import Merge
+from qlora_jax.cli.options import parse
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
 from qlora_jax.runs.loading import (
     Resolved,
     base_candidates,
     base_name_for_copy,
     base_options,
     is_broken_path,
+    load,
     resolve,
 )
 from qlora_jax.runs.toml import to_toml
+from qlora_jax.training.config import TrainConfig
 
 
 def model(path: Path) -> Path:
@@ -156,6 +162,55 @@ def test_a_directory_with_a_model_and_an_adapter_stands_for_the_adapter(
     shutil.copytree(other, both, dirs_exist_ok=True)
     assert resolve(both).base == both
     assert capsys.readouterr().err == ""
+
+
+def test_fields_of_a_base_that_are_not_read_are_said_when_it_is_loaded(
+    tiny, make_tensors, save_model, make_adapter, tmp_path, capsys
+):
+    base = save_model({**tiny, "sliding_window": 4}, make_tensors(tiny), "base")
+    load(base)
+    note = "has fields that a Llama does not read, here as in transformers: `sliding_w"
+    assert note in capsys.readouterr().err
+    report = convert.merge(base, make_adapter(tiny), tmp_path / "merged")
+    assert note in report["notes"][0]
+
+
+def test_the_model_beside_an_adapter_is_the_base_of_another_that_is_given(
+    tiny, make_tensors, save_model, make_adapter, capsys
+):
+    both = save_model(tiny, make_tensors(tiny), "both")
+    shutil.copytree(make_adapter(tiny), both, dirs_exist_ok=True)
+    other = make_adapter(tiny, name="other")
+    resolved = resolve(both, adapter=other)
+    assert (resolved.base, resolved.adapter) == (both, other)
+    note = "holds a model and an adapter. The model is used, without this adapter"
+    assert note in capsys.readouterr().err
+    with pytest.raises(UserError, match="is an adapter itself"):
+        resolve(other, adapter=other)
+
+
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/model").base == tmp_path / "model"
+    config = RunConfig(
+        ModelConfig("~/m"),
+        DataConfig(
+            ("~/a.txt", "hf:x/y"), format="messages", chat_template="~/t", cache="~/c"
+        ),
+        TrainConfig(steps=1, adapter_init="~/a"),
+        eval=EvalConfig(path="~/e.txt"),
+        output_dir="~/run",
+    )
+    home = f"{tmp_path}/"
+    paths = (config.model.path, config.train.adapter_init, config.output_dir)
+    assert paths == (f"{home}m", f"{home}a", f"{home}run")
+    assert config.data.path == (f"{home}a.txt", "hf:x/y")
+    assert (config.data.chat_template, config.data.cache) == (f"{home}t", f"{home}c")
+    assert config.eval.path == f"{home}e.txt"
+    command = parse(Merge, ["~/adapter", "~/out", "--base=~/base"], prog="merge")
+    assert command.output == tmp_path / "out" and command.base == tmp_path / "base"
+    with pytest.raises(UserError, match="`~` is not expanded here"):
+        convert.check_new_directory(Path("~/out"))
 
 
 def test_a_base_elsewhere_is_looked_for_once(tiny, make_adapter):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import convert
 from convert.peft import open_adapter
@@ -337,6 +338,27 @@ def test_inspect_predicts_what_a_run_writes(straight, llama_dir, capsys):
     assert counted["optimizer_bytes"] == 4 * counted["trainable_parameters"] + 8
 
 
+def test_a_run_may_start_from_what_fits_of_an_adapter(make, straight, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(straight("plain").directory / "adapter", start)
+    file = start / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["value_head.weight"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(tensors, file)
+    train = {"steps": 1, "adapter_init": str(start)}
+    with pytest.raises(CheckpointError, match="1 unexpected tensors: value_head"):
+        run(make(tmp_path / "a", {}, **train))
+    run(make(tmp_path / "b", {}, **train, adapter_init_strict=False))
+    note = f"Not used of `{start}`: value_head.weight: unexpected tensors"
+    assert note in capsys.readouterr().err
+
+
+def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
+    for dtype, said in (("float16", True), ("bfloat16", False)):
+        run(make(tmp_path / dtype, {}, steps=1, model={"dtype": dtype}))
+        assert ("the loss is not scaled" in capsys.readouterr().err) == said
+
+
 def test_hot_swap(make, straight, tmp_path):
     """Another adapter of the same shapes: no new program, and the right logits."""
     run(make(tmp_path / "two", {"lora_alpha": 32}, steps=2))
@@ -357,7 +379,9 @@ def test_hot_swap(make, straight, tmp_path):
     assert jax.tree.structure(first.adapters) == jax.tree.structure(second.adapters)
 
 
-def test_a_run_from_a_grown_vocabulary_keeps_its_tables(tmp_path, make, llama_dir):
+def test_a_run_from_a_grown_vocabulary_keeps_its_tables(
+    tmp_path, make, llama_dir, capsys
+):
     config, base = convert.load_llama(llama_dir, quantization=None)
     size = config.vocab_size + 4
     larger, tree = add_tokens(
@@ -375,7 +399,12 @@ def test_a_run_from_a_grown_vocabulary_keeps_its_tables(tmp_path, make, llama_di
     with pytest.raises(CheckpointError, match=f"of {size} tokens, and this base has"):
         run(make(tmp_path / "run", {}, **train))
     model = {"resize_to_adapter": True, "quantization": "none"}
-    run(make(tmp_path / "run", {}, **train, model=model))
+    report = run(make(tmp_path / "run", {}, **train, model=model))
+    # What inspect predicts has the tables too.
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run" / "config.toml"), "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)
+    assert predicted["adapter_bytes"] == report["adapter_bytes"]
     # The tables are in the adapter again, as they were, and nothing trained them.
     loaded = load(tmp_path / "run")
     assert loaded.config.vocab_size == size
