@@ -16,6 +16,9 @@ from convert.companions import companion_files
 from convert.output import write_files
 from convert.tokenizer import load_tokenizer
 from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.reading import read_text
+
+_MAX_BYTES = 1 << 30
 
 
 def copy_with_added_tokens(source: Path, directory: Path, tokens: list[str]) -> None:
@@ -77,11 +80,14 @@ def _description(token: str) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    # No limit of size: a tokenizer.json has megabytes, and was read before.
+    # A tokenizer.json has megabytes, which is more than `read_json` takes.
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"`{file}` cannot be read: {error}.") from error
+        return json.loads(read_text(file, _MAX_BYTES))
+    except OSError as error:
+        message = f"`{file}` cannot be read: {error.strerror}."
+        raise CheckpointError(message) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{file}` is not valid JSON: {error}.") from error
 
 
 def _write(file: Path, content: Any) -> None:

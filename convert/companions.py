@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import LlamaConfig
+from qlora_jax.reading import read_bytes
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """How conversations are written, next to an adapter or a tokenizer."""
@@ -259,11 +260,6 @@ def _text(files: Companions, name: str, where: str) -> str:
 
 def _read(file: Path) -> bytes:
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise CheckpointError(
-                f"`{file}` is larger than {_MOST_BYTES:,} bytes, the most that is "
-                "read. Is it the right file?"
-            )
-        return file.read_bytes()
+        return read_bytes(file, _MOST_BYTES)
     except OSError as error:
         raise CheckpointError(f"`{file}` cannot be read: {error.strerror}.") from error

@@ -35,6 +35,7 @@ from convert.tokenizer import merged_text_files
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
+from qlora_jax.reading import open_file
 from qlora_jax.tree import HEAD, hf_key
 from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
@@ -280,7 +281,7 @@ def _adapter_sha256(path: str | os.PathLike[str]) -> str:
 def _sha256(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as opened:
+        with open_file(file) as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
         # A hash of names and hashes: neither a renamed file nor another border between
         # two files gives the same one.

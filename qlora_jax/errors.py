@@ -220,13 +220,17 @@ def say(text: str) -> None:
     """Prints a message on stderr: on a terminal, broken at words to its width.
 
     A file gets whole lines, which can be searched. Characters that a terminal would
-    obey are shown by their code points.
+    obey are shown by their code points. What cannot be printed (the reader has gone,
+    the disk with the log is full) is lost: the work is worth more than its messages.
     """
+    if sys.stderr is None:  # the process was started without one
+        return
     text = visible(text)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         text = "\n".join(_wrap(line, width) for line in text.split("\n"))
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _wrap(line: str, width: int) -> str:

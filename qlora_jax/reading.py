@@ -65,6 +65,13 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     return content
 
 
+def reason(error: OSError | UnicodeDecodeError) -> str:
+    """Returns what a message says about a file that `read_text` could not read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start})"
+    return error.strerror or str(error)
+
+
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     """Reads a UTF-8 file; a byte order mark and Windows line ends are taken off.
 

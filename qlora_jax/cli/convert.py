@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qlora_jax.cli.main import Command, Program, dispatch
-from qlora_jax.cli.output import leave
+from qlora_jax.cli.output import leave, open_streams
 
 QLORA_CONVERT = Program(
     name="qlora-convert",
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script: runs one command and leaves with its status."""
+    open_streams()
     leave(main())
 
 

@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
-from qlora_jax.cli.output import print_note, run_and_print
+from qlora_jax.cli.output import print_note, print_text, run_and_print
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UsageError, UserError, say
 from qlora_jax.inference import Sampling
+from qlora_jax.reading import read_text, reason
 
 if TYPE_CHECKING:
     from qlora_jax.inference import Model, TextStream
     from qlora_jax.runs import RunConfig
 
+# Conversations to answer are read whole, and answered one by one.
+_MAX_BYTES = 100_000_000
 _CHAT_COMMANDS = "/reset forgets the conversation, /exit (or Ctrl-D) leaves."
 
 
@@ -135,7 +138,7 @@ class Generate(TemplateOptions):
         if not self.stream:
             return {"texts": model.generate(self.prompt, **settings)}
         answer = model.stream(self.prompt[0], **settings)
-        print(self.prompt[0], end="", flush=True)
+        print_text(self.prompt[0], end="")
         _print_stream(answer)
         return {"texts": [self.prompt[0] + answer.text]}
 
@@ -242,9 +245,9 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_text(path, _MAX_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` cannot be read: {error}.") from error
+        raise UserError(f"`{path}` cannot be read: {reason(error)}.") from error
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -266,7 +269,8 @@ def _read_conversations(path: Path) -> list[dict[str, Any]]:
     else:
         rows = [
             _parse_json(line, f"{path}:{number}")
-            for number, line in enumerate(text.splitlines(), 1)
+            # Not `splitlines`: JSON strings may hold other ends of lines, as U+2028.
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
     if not isinstance(rows, list) or not rows:
@@ -307,10 +311,10 @@ def _print_stream(answer: TextStream) -> bool:
     interrupted = False
     try:
         for piece in answer:
-            print(piece, end="", flush=True)
+            print_text(piece, end="")
     except KeyboardInterrupt:
         interrupted = True
-    print(flush=True)
+    print_text("")
     return interrupted
 
 
@@ -342,7 +346,7 @@ def main(args: Sequence[str]) -> int:
 
     def show(report: Mapping[str, Any]) -> None:
         if not command.stream:  # else all is printed
-            print("\n\n".join(report["texts"]))
+            print_text("\n\n".join(report["texts"]))
 
     return run_and_print(command.run, as_json=command.json, show=show)
 

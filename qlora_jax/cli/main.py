@@ -19,13 +19,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from qlora_jax.cli.output import STOPS, leave, report_stop, signals_raise
+from qlora_jax.cli.output import (
+    STOPS,
+    leave,
+    open_streams,
+    report_stop,
+    signals_raise,
+)
 from qlora_jax.errors import UsageError, UserError, did_you_mean, say
 
 # What the system says of a path that a user gave; other failures are defects.
 _REFUSED_BY_SYSTEM = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM),
-    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
 )
 
 
@@ -123,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The console script: runs one command and leaves with its status."""
+    open_streams()
     leave(main())
 
 
@@ -137,15 +144,15 @@ def dispatch(program: Program, argv: Sequence[str]) -> int:
       The exit status.
     """
     name, *args = argv or [""]
-    if name in ("-h", "--help"):
-        print(program.usage())
-        return 0
-    command = program.commands.get(name)
-    if command is None:
-        print(f"{_unknown(program, name)}{program.usage()}", file=sys.stderr)
-        return 2
     title = f"{program.name} {name}"
     try:
+        if name in ("-h", "--help"):
+            print(program.usage())
+            return 0
+        command = program.commands.get(name)
+        if command is None:
+            print(f"{_unknown(program, name)}{program.usage()}", file=sys.stderr)
+            return 2
         with signals_raise():
             return _run(command, title, args)
     except STOPS as error:
@@ -160,9 +167,11 @@ def _run(command: Command, title: str, args: Sequence[str]) -> int:
         say(f"{title}: {error}")
         return 2 if isinstance(error, UsageError) else command.failure
     except OSError as error:
-        if error.errno not in _REFUSED_BY_SYSTEM or error.filename is None:
+        if error.errno not in _REFUSED_BY_SYSTEM:
             raise
-        say(f"{title}: `{error.filename}`: {error.strerror}.")
+        # Without a name it is an open file or stream that takes no more.
+        where = "its output" if error.filename is None else f"`{error.filename}`"
+        say(f"{title}: {where}: {error.strerror}.")
         return command.failure
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2

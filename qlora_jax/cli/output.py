@@ -6,12 +6,13 @@ every digit. `console` and `print_report` import rich when they are called, beca
 
     with signals_raise(): ...     around all of a command, its imports included
     report_stop(name, error)      what to print, and the exit status
-    leave(status)                 ends the process
+    open_streams(), leave(status) begin and end the process
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,9 +20,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from qlora_jax.errors import say, visible
+from qlora_jax.errors import UserError, say, visible
 from qlora_jax.runs import SIGNALS, AtOnce
 
 if TYPE_CHECKING:
@@ -50,11 +51,42 @@ def run_and_print(
       The exit status, 0.
     """
     report = run()
-    if as_json:
-        print(json.dumps(report))
-    else:
-        (show or print_report)(report)
+    with _to_stdout():
+        if as_json:
+            print(json.dumps(report))
+        else:
+            (show or print_report)(report)
     return 0
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Prints text of a model or a user on stdout, at once.
+
+    A file or another program gets it as it is. On a terminal, characters that it would
+    obey are shown by their code points.
+    """
+    with _to_stdout():
+        print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+@contextlib.contextmanager
+def _to_stdout() -> Iterator[None]:
+    """Raises where stdout takes no more what is printed within.
+
+    Raises:
+      UserError: the disk with the file is full, for example.
+      BrokenPipeError: the reader has gone, which is no failure.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"Its output cannot be written to stdout: {error.strerror or error}. The "
+            "work is done; what was to be printed is lost."
+        ) from error
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -241,8 +273,6 @@ def _resend_or(report: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def report_stop(command: str, error: BaseException, hint: str = "") -> int:
     """Prints on stderr which of `STOPS` ended a command; returns its exit status."""
     if isinstance(error, BrokenPipeError):
-        # Python flushes stdout at exit and would complain about the broken pipe.
-        sys.stderr.close()
         return 1
     how = "terminated" if isinstance(error, Terminated) else "interrupted"
     if isinstance(error, AtOnce):
@@ -252,12 +282,57 @@ def report_stop(command: str, error: BaseException, hint: str = "") -> int:
     return 128 + _RAISED_BY[type(error)]
 
 
+def open_streams() -> None:
+    """Prepares the standard streams of a process, before it opens any file.
+
+    Those that it was started without are opened: else the next file would get the
+    number of stderr, and what a library prints would be written into it. What the
+    encoding of stdout lacks is written as an escape, and bytes of stdin that are not
+    text arrive as half surrogate pairs, which are refused where they are used.
+    """
+    closed = [
+        name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None
+    ]
+    for name in closed:
+        # The lowest number that is free: that of the stream.
+        handle = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(handle, True)
+        mode = "r" if name == "stdin" else "w"
+        setattr(sys, name, open(handle, mode, encoding="utf-8", closefd=False))
+    for name, errors in (("stdin", "surrogateescape"), ("stdout", "backslashreplace")):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
+    if "stdout" in closed:
+        say("Note: stdout is closed: what this command reports is not shown.")
+
+
+def _flush(stream: TextIO) -> OSError | None:
+    """Flushes a stream; where that fails, what it holds is dropped.
+
+    Python flushes once more at exit, and would complain in its own words.
+    """
+    try:
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process; at once where a signal has ended the work.
 
     Threads of the compiler may still run then, which crash (a segmentation fault) in an
     orderly shutdown, and threads that write a checkpoint would be waited for.
     """
+    error = _flush(sys.stdout)
+    if error is not None and status == 0:
+        status = 1
+        if not isinstance(error, BrokenPipeError):
+            say(f"The output cannot be written to stdout: {error.strerror}.")
+    _flush(sys.stderr)  # what cannot be said is lost, as in `say`
     if status in (128 + number for number in SIGNALS):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):

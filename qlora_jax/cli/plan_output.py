@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert import check_new_file, new_file
-from qlora_jax.errors import UserError, readable_bytes, say
+from qlora_jax.errors import UserError, readable_bytes, say, visible
 from qlora_jax.planning import ALLOWANCE, Plan, Planner, Policy, Step
 
 _LABELS = {
@@ -32,7 +32,8 @@ _LABELS = {
 def print_plan(report: Mapping[str, Any]) -> None:
     """Prints a report of `PlanCommand.run` as tables."""
     devices = math.prod(report["mesh"].values())
-    gpus = report["card"] if devices == 1 else f"{devices} x {report['card']}"
+    card = visible(report["card"])  # a name from a file of the user
+    gpus = card if devices == 1 else f"{devices} x {card}"
     verdict = "fits" if report["fits"] else "does not fit"
     how = "compiled" if report["method"] == "compiled" else "estimated"
     print(
@@ -57,9 +58,9 @@ def print_plan(report: Mapping[str, Any]) -> None:
         for name, value in report["settings"].items():
             print(f"  {name}={value}")
     if report.get("plot"):
-        print(f"\ndrawn: {report['plot']}")
+        print(visible(f"\ndrawn: {report['plot']}"))
     for note in report["notes"]:
-        print(f"\nNote: {note}")
+        print(visible(f"\nNote: {note}"))
 
 
 def _print_device_bytes(report: Mapping[str, Any], devices: int) -> None:

@@ -16,6 +16,7 @@ from qlora_jax.cli.output import (
     Terminated,
     format_value,
     print_report,
+    print_text,
     report_stop,
 )
 from qlora_jax.errors import UsageError, readable_bytes, say
@@ -115,4 +116,6 @@ def _print_run(config: RunConfig, report: dict[str, Any]) -> None:
     use = f"chat {path}"
     if all(source.format != "messages" for source in config.data.each):
         use = f'generate {path} --prompt "..."'
-    print(f"\nTo use it:\n\n    qlora-jax {use}\n    qlora-jax merge {path} merged")
+    print_text(
+        f"\nTo use it:\n\n    qlora-jax {use}\n    qlora-jax merge {path} merged"
+    )

@@ -18,6 +18,7 @@ from .config import name_of as name_of
 from .conversations import to_messages as to_messages
 from .conversations import tools_of as tools_of
 from .encoding import IGNORE as IGNORE
+from .encoding import check_encodable as check_encodable
 from .encoding import encode_prompt as encode_prompt
 from .encoding import text_prefix as text_prefix
 from .encoding import tokenize as tokenize

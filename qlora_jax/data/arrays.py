@@ -38,6 +38,7 @@ from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import IGNORE
 from qlora_jax.data.report import DataReport, from_dict
 from qlora_jax.errors import UserError
+from qlora_jax.reading import open_file, read_bytes
 
 # The dtype in memory and on disk; on every platform of JAX it is the native int32.
 _INT32 = np.dtype("<i4")
@@ -280,7 +281,7 @@ def cache_key(
     template = None
     if config.chat_template is not None:
         with contextlib.suppress(OSError):  # the renderer reports a missing template
-            template = template_file(config.chat_template).read_bytes().hex()
+            template = read_bytes(template_file(config.chat_template)).hex()
     parts = {
         "version": _CACHE_VERSION,
         "settings": settings,
@@ -321,21 +322,25 @@ def cached(
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f".{key}.lock"):
             # Asked under the lock: the process that held it before may have built it.
-            if not _is_complete(entry):
-                shutil.rmtree(entry, ignore_errors=True)
+            found = _read_entry(entry)
+            if found is None:
+                _remove(entry)
                 _build_entry(entry, directory / f".{key}.partial", config, build)
+                found = _read_entry(entry)
     except OSError as error:
         raise UserError(
             f"`data.cache`: cannot write {directory}: {error}. Tokens and labels take "
             "8 bytes a token there; name another directory, or free disk space."
         ) from error
-    meta = json.loads((entry / "meta.json").read_text())
-    report = from_dict(meta["report"])
-    lengths = np.load(entry / "lengths.npy")
-    supervised = np.load(entry / "supervised.npy")
-    examples = _map_examples(entry, lengths, supervised, report)
-    if meta["settings"] == config.content_settings:
+    if found is None:
+        raise UserError(
+            f"`data.cache`: {entry} was written and cannot be read. Delete it, or name "
+            "another directory."
+        )
+    examples, settings = found
+    if settings == config.content_settings:
         return examples
+    report = examples.report
     # Another seed gives another fingerprint of the same examples.
     values = report.as_dict() | {"fingerprint": fingerprint(config, examples)}
     return dataclasses.replace(examples, report=from_dict(values))
@@ -348,7 +353,7 @@ def _build_entry(
     build: Callable[[Path], Examples],
 ) -> None:
     # A leftover is of a process that was killed: this one holds the lock.
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.mkdir()
     try:
         examples = build(partial)
@@ -370,13 +375,56 @@ def _build_entry(
         raise
 
 
-def _is_complete(entry: Path) -> bool:
-    """Whether the array files exist with the sizes they were written with."""
+def _read_entry(entry: Path) -> tuple[MappedExamples, dict[str, Any]] | None:
+    """Maps what `_build_entry` wrote.
+
+    Returns:
+      The examples and the settings they were made with; None if something is missing
+      or damaged.
+    """
     try:
-        sizes = json.loads((entry / "meta.json").read_text())["sizes"]
-        return all((entry / n).stat().st_size == size for n, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        meta = json.loads(read_bytes(entry / "meta.json"))
+        sizes = meta["sizes"]
+        if any(_size(entry / name) != sizes[name] for name in _ARRAY_FILES):
+            return None
+        lengths, supervised = (
+            _load_array(entry / f"{name}.npy") for name in ("lengths", "supervised")
+        )
+        # As many tokens as the files have, in examples of at least one.
+        is_sound = (
+            lengths.dtype == np.int64
+            and supervised.dtype == np.int32
+            and lengths.shape == supervised.shape == (len(lengths),)
+            and bool((lengths >= 0).all())
+            and int(lengths.sum()) * _INT32.itemsize == sizes[_ARRAY_FILES[0]]
+        )
+        if not is_sound:
+            return None
+        report = from_dict(meta["report"])
+        return _map_examples(entry, lengths, supervised, report), meta["settings"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except (EOFError, RecursionError, MemoryError):  # of JSON, or of a header's claim
+        return None
+
+
+def _load_array(path: Path) -> np.ndarray:
+    with open_file(path) as file:
+        return np.load(file)
+
+
+def _size(path: Path) -> int:
+    """Returns the size of a regular file."""
+    with open_file(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, or what is in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,11 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
     They begin with what the tokenizer puts before a string (BOS), once, and end where
     the text ends, also with a tokenizer that adds EOS.
+
+    Raises:
+      UserError: the text is not valid Unicode.
     """
+    check_encodable(text, "the prompt")
     (encoded,) = tokenize(tokenizer, [Segmented(text)])
     prefix = text_prefix(tokenizer)
     return _enclose(encoded, prefix, [], supervised=False).tokens.tolist()
@@ -366,7 +370,7 @@ class Encoder:
         assert self._segmenter is not None
         segmented = self._segmenter.segment(where, row, reading)
         for piece in segmented if isinstance(segmented, list) else ():
-            _check_encodable(piece.text, where)
+            check_encodable(piece.text, where)
         return segmented
 
     def _encode_tokens(
@@ -389,16 +393,29 @@ class Encoder:
         return _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
 
 
-def _check_encodable(text: str, where: str) -> None:
-    """Raises for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+def check_encodable(text: str, where: str) -> None:
+    """Raises for half a surrogate pair, which JSON can hold and UTF-8 cannot.
+
+    Python also has them for bytes of a command line or of stdin that are not UTF-8.
+
+    Raises:
+      UserError: begins with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: character {error.start} of the text is half of a surrogate pair "
             f"({ascii(error.object[error.start])}), which is not valid Unicode. Repair "
-            "or remove it."
+            f"or remove it.{_hint_of_bytes(error.object[error.start])}"
         ) from error
+
+
+def _hint_of_bytes(character: str) -> str:
+    # Python's stand-ins for bytes of a command line that are not of its encoding.
+    if not "\udc80" <= character <= "\udcff":
+        return ""
+    return " It may be a byte that is not UTF-8, or the locale is not: LC_ALL=C.UTF-8."
 
 
 def _eos(tokenizer: Any) -> list[int]:

@@ -333,7 +333,7 @@ def reading_file(path: Path) -> Iterator[None]:
 
 def _remedy(path: Path) -> str:
     """Says what to do with a file that is not text, by its first bytes."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         first = file.read(4)
     for magic, remedy in _MAGIC.items():
         if first.startswith(magic) and path.suffix.lower() != ".gz":
@@ -348,7 +348,7 @@ def _bad_byte(path: Path) -> str:
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     start = 0
-    with open(path, "rb") as raw:
+    with open_file(path) as raw:
         binary = decompressed(path, raw)
         while True:
             piece = binary.read(1 << 20)

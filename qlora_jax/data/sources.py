@@ -23,6 +23,7 @@ from qlora_jax.data.file_patterns import matching_files
 from qlora_jax.data.rows import Row, RowFile, name_suffix, open_rows, parse_json
 from qlora_jax.data.tables import DELIMITERS, open_table
 from qlora_jax.errors import Problems, UserError
+from qlora_jax.reading import open_file as open_regular
 
 HUB = "hf:"
 # Rows converted from columns at a time.
@@ -277,7 +278,7 @@ def _hash_files(name: Path, paths: list[Path]) -> str:
     digest = hashlib.sha256()
     try:
         for path in paths:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise UserError(f"`data.path`: cannot read {name}: {error}") from error

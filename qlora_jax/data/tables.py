@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_jax.data.rows import Row, RowFile, decompressed, name_suffix, reading_file
 from qlora_jax.errors import UserError
+from qlora_jax.reading import open_file
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 """Suffixes of the files that `open_table` reads -> what stands between fields."""
@@ -33,7 +34,7 @@ def open_table(path: Path) -> RowFile:
     csv.field_size_limit(_LONGEST_FIELD)
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading_file(path))
-        raw = stack.enter_context(open(path, "rb"))
+        raw = stack.enter_context(open_file(path))
         size = max(os.fstat(raw.fileno()).st_size, 1)
         # Line breaks inside quotes are kept as they are.
         lines = stack.enter_context(

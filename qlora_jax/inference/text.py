@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int32
 
-from qlora_jax.data import ChatRenderer, Segmented, to_messages, tokenize, tools_of
+from qlora_jax.data import (
+    ChatRenderer,
+    Segmented,
+    check_encodable,
+    to_messages,
+    tokenize,
+    tools_of,
+)
 from qlora_jax.errors import UserError
 from qlora_jax.inference.decode import Decoding
 
@@ -385,12 +392,14 @@ class ChatPrompts:
         merges the end of the prompt with the answer (`joined_end`).
 
         Raises:
-          UserError: no messages, missing fields, or turns that the template refuses.
+          UserError: no messages, missing fields, text that is not valid Unicode, or
+            turns that the template refuses.
         """
         turns = to_messages({"messages": list(map(dict, messages))}, "chat")
         text = self._renderer.text(
             turns, add_generation_prompt=True, tools=self._tools, where="chat"
         )
+        check_encodable(text, "chat")
         return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:

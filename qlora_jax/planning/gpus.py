@@ -37,6 +37,7 @@ from typing import Any
 import jax
 
 from qlora_jax.errors import UserError, did_you_mean, readable_bytes
+from qlora_jax.reading import read_text, reason
 
 ALLOWANCE = 700_000_000
 """Bytes that a process takes beyond the plan of its program: the CUDA context with its
@@ -241,10 +242,10 @@ def gpu_named(description: str) -> GpuSpec | None:
 
 def _read_spec(path: Path) -> GpuSpec:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(read_text(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read: {reason(error)}.") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"`{path}` is not valid TOML: {error}.") from error
     fields = ("name", "like", "compute_capability", *_UNITS)
     for key in content:

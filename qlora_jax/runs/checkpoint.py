@@ -45,6 +45,9 @@ from qlora_jax.training import TrainState
 # Bytes that a checkpoint may need in addition to its arrays.
 _SLACK = 1 << 20
 _CHECKSUMS = "checksums"
+# What Orbax writes about a checkpoint; and its name where that is damaged.
+_METADATA = "_CHECKPOINT_METADATA"
+_ASIDE = f"damaged{_METADATA}"
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -66,7 +69,7 @@ class Checkpoints:
             does so in a thread, which may outlive a manager that only reads.
 
         Raises:
-          CheckpointError: it cannot be written, or holds a pipe or a device.
+          CheckpointError: it cannot be written.
         """
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(
@@ -77,7 +80,6 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         _silence_orbax()
-        _check_files(self.directory)
         _set_aside_metadata(self.directory)
         with disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(
@@ -164,8 +166,9 @@ class Checkpoints:
         if not hasattr(os, "posix_fallocate"):
             return
         probe = self.directory / ".space"
+        probe.unlink(missing_ok=True)  # opening a pipe would wait for its reader
         try:
-            with open(probe, "wb") as file:
+            with open(probe, "xb") as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes + _SLACK)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
@@ -227,47 +230,66 @@ class Checkpoints:
         )
 
 
-def _check_files(directory: Path) -> None:
-    """Raises if there is a pipe or a device among the checkpoints.
+def _check_files(path: Path) -> None:
+    """Raises if there is a pipe, a socket or a device in the checkpoint at `path`.
 
     Orbax would open it and wait for its writer, in a thread that no signal reaches.
 
     Raises:
-      CheckpointError: names the first.
+      DamagedCheckpointError: names the first; or the checkpoint is itself not a
+        directory.
     """
+    if path.exists() and not path.is_dir():
+        raise DamagedCheckpointError(
+            f"The checkpoint `{path}` cannot be read (it is not a directory)."
+        )
+    seen = set()
     # `os.walk` goes on where a directory vanishes, as a half-written checkpoint does.
-    files = (
-        Path(root, name) for root, _, names in os.walk(directory) for name in names
-    )
-    for path in files:
-        try:
-            mode = path.stat().st_mode
-        except OSError:  # a broken link: damage
-            continue
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise CheckpointError(
-                f"`{path}` is a pipe or a device, not a file of a checkpoint. Delete "
-                f"`{directory / path.relative_to(directory).parts[0]}` to continue "
-                "from the checkpoint before."
-            )
+    for root, directories, names in os.walk(path, followlinks=True):
+        # Links may lead in circles.
+        real = os.path.realpath(root)
+        if real in seen:
+            directories.clear()
+        seen.add(real)
+        for file in (Path(root, name) for name in names):
+            if file.name != _ASIDE and _is_endless(file):
+                raise DamagedCheckpointError(
+                    f"The checkpoint `{path}` cannot be read (`{file}` is a pipe or a "
+                    "device, not a file)."
+                )
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether opening or reading this may never end; a broken link or loop does."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _set_aside_metadata(directory: Path) -> None:
     """Renames a checkpoint's description by Orbax where it is not a JSON object.
 
-    Orbax cannot open the directory with it, and can without it.
+    Orbax cannot open the directory of all checkpoints with it, and can without it.
     """
     for step in saved_steps(directory):
-        path = directory / f"step_{step}" / "_CHECKPOINT_METADATA"
-        if not path.is_file():
+        path = directory / f"step_{step}" / _METADATA
+        if not os.path.lexists(path):
             continue
         try:
             read_json(path)
         except CheckpointError as error:
-            aside = path.with_name(f"damaged{path.name}")
+            aside = path.with_name(_ASIDE)
+            try:
+                with disk_errors(directory):
+                    os.replace(path, aside)
+            except CheckpointError:
+                # A run under way may have deleted an old checkpoint in the meantime.
+                if os.path.lexists(path):
+                    raise
+                continue
             say(f"Note: {error} It is not needed, and is kept as `{aside}`.")
-            with disk_errors(directory):
-                os.replace(path, aside)
 
 
 def _saveable(state: TrainState) -> dict[str, Any]:
@@ -356,10 +378,13 @@ _T = TypeVar("_T")
 def _read_checkpoint(path: Path, read: Callable[[], _T]) -> _T:
     """Returns `read()`, which reads a part of the checkpoint at `path`.
 
+    Files that can be read to an end are checked first.
+
     Raises:
       DamagedCheckpointError: the files are to blame.
       CheckpointError: the failure may be transient.
     """
+    _check_files(path)
     try:
         return read()
     except Exception as error:  # Orbax and tensorstore raise a dozen types here

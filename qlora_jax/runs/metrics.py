@@ -387,10 +387,13 @@ class Watch:
 
     def _print(self, text: str) -> None:
         text = visible(text)
-        if self._plain:
-            print(text, file=sys.stderr, flush=True)
-        else:  # above the bar
-            self._bar.console.print(text, markup=False, highlight=False, emoji=False)
+        # As `say`: the run goes on when nobody reads its progress any longer.
+        with contextlib.suppress(OSError):
+            if self._plain:
+                print(text, file=sys.stderr, flush=True)
+            else:  # above the bar
+                console = self._bar.console
+                console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def peak_memory_bytes() -> int:

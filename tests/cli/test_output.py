@@ -1,5 +1,7 @@
 """Reports in two columns; signals that end a process at once, or raise."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from qlora_jax.cli.output import (
     console,
     format_value,
     print_report,
+    print_text,
     signals_raise,
 )
 from qlora_jax.runs.interruption import SIGNALS
@@ -163,3 +166,67 @@ def test_after_a_signal_the_process_leaves_at_once(status, orderly):
         f"print('out'); print('err', file=sys.stderr); leave({status})"
     )
     assert run_python(code) == (status, "out\n" + "orderly\n" * orderly, "err\n")
+
+
+# --- streams ---
+
+HOSTILE = "a\x1b[31m\u202e\rb\ud800\n\tc"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_text_is_exact_in_a_file_and_visible_on_a_terminal(monkeypatch, terminal):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    # In pieces, as an answer is streamed.
+    for piece in HOSTILE:
+        print_text(piece, end="")
+    shown = "a[U+001B][31m[U+202E][U+000D]b[U+D800]\n\tc"
+    assert stream.getvalue() == (shown if terminal else HOSTILE)
+
+
+def in_a_process(program: str, shell: str = "", env: dict[str, str] | None = None):
+    """Runs Python code between `open_streams` and `leave`, streams as a shell says."""
+    code = (
+        "import sys\n"
+        "from qlora_jax.cli.output import open_streams, leave, print_text\n"
+        "from qlora_jax.errors import say\n"
+        f"open_streams()\n{program}\nleave(0)\n"
+    )
+    return subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | (env or {}),
+    )
+
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not Linux")
+
+
+@pytest.mark.parametrize(
+    ("program", "shell", "status", "out", "err"),
+    [
+        ("print(1)", ">&-", 0, "", "stdout is closed"),
+        ("say('a'); print(1)", "2>&-", 0, "1\n", ""),
+        ("print(repr(sys.stdin.read()))", "<&-", 0, "''\n", ""),
+        # No file gets the number of a stream.
+        ("print(open('/dev/null').fileno() > 2)", "<&- 2>&-", 0, "True\n", ""),
+        pytest.param("say('a'); print(1)", "2>/dev/full", 0, "1\n", "", marks=FULL),
+        pytest.param("print(1)", ">/dev/full", 1, "", "No space left", marks=FULL),
+        ("print(1)", "| (exec <&-; sleep 0.5)", 0, "", ""),
+        ("print(repr(sys.stdin.read()))", "< <(printf 'a\\xff')", 0, r"'a\udcff'", ""),
+    ],
+)
+def test_streams_that_are_closed_full_or_not_text(program, shell, status, out, err):
+    done = in_a_process(program, shell, {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stdout.strip()) == (status, out.strip())
+    assert err in done.stderr and "Traceback" not in done.stderr
+    assert bool(done.stderr) == bool(err)
+
+
+def test_an_encoding_that_lacks_characters_gets_escapes():
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = in_a_process("print_text('a\\u65e5')", env=env)
+    assert (done.returncode, done.stdout) == (0, "a\\u65e5\n")

@@ -182,6 +182,25 @@ def test_a_damaged_cache_is_made_again(load, cache, rows, what, encoded):
     assert sum(encoded) == 1400
 
 
+@pytest.mark.parametrize("what", ["lengths.npy", "supervised.npy", "meta.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"\x93NUMPY", b'{"sizes": 3}', b'{"sizes": {}}', b"[" * 99_999, None],
+    ids=["empty", "a list", "cut off", "no sizes", "other sizes", "deep", "a pipe"],
+)
+def test_a_cache_with_other_content_is_made_again(load, cache, rows, what, content):
+    expected = load(rows, cache)
+    (entry,) = (cache / name for name in caches(cache))
+    (entry / what).unlink()
+    if content is None:
+        os.mkfifo(entry / what)
+    else:
+        (entry / what).write_bytes(content)
+    again = load(rows, cache)
+    assert again.report == expected.report
+    np.testing.assert_array_equal(again.tokens, expected.tokens)
+
+
 def test_rows_that_cannot_be_used_leave_nothing_behind(load, cache, rows):
     rows.write_text(rows.read_text() + '\n{"prompt": 3, "completion": ""}')
     with pytest.raises(UserError, match=r":701: field `prompt` must be a string"):

@@ -211,6 +211,16 @@ def test_a_conversation_is_a_list_of_turns(messages):
         check_turns(messages)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff"])
+def test_text_that_is_no_unicode_is_refused_as_rows_are(shared_data, text):
+    model = load(shared_data / "stories260K", quantization=None)
+    with pytest.raises(UserError, match=r"the prompt: .* half of a surrogate pair"):
+        model.generate([text], max_new_tokens=1)
+    with pytest.raises(UserError, match=r"chat: .* half of a surrogate pair"):
+        model.chat([{"role": "user", "content": text}], chat_template="chatml")
+
+
 def test_a_prompt_is_a_string():
     message = r"got \[1, 2\]. Token ids are continued by `ql"
     with pytest.raises(UserError, match=message):
