@@ -20,10 +20,17 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import DTYPES, FLOAT_DTYPES, Mismatches, TensorFiles, is_shape
+from convert.files import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Mismatches,
+    TensorFiles,
+    check_finite,
+    is_shape,
+)
 from convert.output import Entry
 from qlora_jax import nf4
-from qlora_jax.errors import say
+from qlora_jax.errors import CheckpointError, say
 from qlora_jax.nf4 import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
@@ -210,7 +217,11 @@ def _read_state(files: TensorFiles, name: str, double: bool) -> QuantState:
 
 
 def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -> None:
-    """Reads the quantized weight `key` into the arrays of `out` (one layer's views)."""
+    """Reads the quantized weight `key` into the arrays of `out` (one layer's views).
+
+    Raises:
+      CheckpointError: it would dequantize to NaN or infinity.
+    """
     # File and array hold the codes in the same order ([out, in] row-major, the first
     # weight of a pair in the high nibble), so the bytes are copied, never transposed.
     files.read_into(key, out.codes)
@@ -220,6 +231,30 @@ def read_into(files: TensorFiles, key: str, state: QuantState, out: NF4Tensor) -
         files.read_into(f"{key}.nested_quant_map", out.nested_quant_map)
         # JSON holds a float32 value in the digits of a float64: narrowing it is exact.
         out.nested_offset[...] = np.float32(state.nested_offset)
+    _check_scales(key, out, state)
+
+
+def _check_scales(key: str, tensor: NF4Tensor, state: QuantState) -> None:
+    """Raises where weights would be NaN or infinity.
+
+    A code stands for a finite value of at most 1, so weights are finite if the scales
+    of their blocks are, in the dtype that weights are rounded to.
+    """
+    scales = np.asarray(tensor.absmax).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if state.double_quant:
+            groups = np.repeat(tensor.nested_absmax.reshape(-1), NESTED_BLOCK_SIZE)
+            scales = tensor.nested_quant_map.reshape(-1)[scales]
+            scales = scales * groups[: scales.size] + tensor.nested_offset
+        rounded = scales.astype(DTYPES[FLOAT_DTYPES[state.dtype]])
+    check_finite(scales, key)
+    try:
+        check_finite(rounded, key)
+    except CheckpointError:
+        raise CheckpointError(
+            f"Tensor `{key}` has scales beyond the range of {state.dtype}, the dtype "
+            "of its quantization state; the file is damaged."
+        ) from None
 
 
 def read(files: TensorFiles, key: str, state: QuantState) -> NF4Tensor:

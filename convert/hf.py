@@ -201,10 +201,6 @@ def _fill(checkpoint: Checkpoint, key: str, destination: Any) -> None:
             _fill_quantized(files, key, destination)
             return
         bnb.read_into(files, key, state, destination)
-        # Every code has a finite value, so the weights are finite if their scales are.
-        for scale in (destination.absmax, destination.nested_absmax):
-            if scale is not None and scale.dtype == np.float32:
-                check_finite(scale, key)
     elif state is None and destination.dtype == DTYPES[files[key].dtype]:
         files.read_into(key, destination)
         check_finite(destination, key)

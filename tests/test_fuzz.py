@@ -6,6 +6,7 @@ a `UserError` whose text a terminal can show, and writes nowhere. (Adapter direc
 are in convert/test_fuzz.py.) `make fuzz` tries 20,000 cases.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,17 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
 
-from convert import bnb, read_json
+from convert import bnb, checkpoint_keys, load_llama, read_json
 from qlora_jax.data import bounded_templates
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError, visible
+from qlora_jax.models import shapes
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.runs.report import read_run, render_run
 from qlora_jax.runs.toml import read_config
 from tests.byte_tokenizers import byte_tokenizer
@@ -42,6 +46,8 @@ from tests.convert.test_fuzz import (
     pick,
     watched,
 )
+from tests.packed_checkpoints import CONFIG as PACKED_MODEL
+from tests.packed_checkpoints import damaged_file, expected_weight
 
 CASES = 1_000
 MANY = 20_000
@@ -217,6 +223,28 @@ def quantization_state(directory: Path, rng: Rng) -> None:
     assert all(type(size) is int for size in state.shape)
 
 
+def packed_checkpoint(directory: Path, rng: Rng) -> None:
+    """Weights are those of the file, dequantized to the end, and none is NaN."""
+    data = damaged_file(rng)
+    (directory / "config.json").write_text(json.dumps(PACKED_MODEL))
+    (directory / "model.safetensors").write_bytes(data)
+    config, base = load_llama(directory)
+    for key, (path, layer) in checkpoint_keys(config).items():
+        leaf = base
+        for name in path:
+            leaf = leaf[name]
+        if isinstance(leaf, NF4Tensor):
+            weight = bnb.dequantize(leaf[layer])
+            assert np.isfinite(weight.astype(np.float32)).all(), f"{key} is not finite"
+            expected = expected_weight(data, key).astype(np.float32)
+            # XLA may fuse the nested scale's product and sum (one rounding less), and
+            # what is rounded to 16 bits may then be the next number.
+            tolerance = {"float32": 1e-6, "float16": 1e-3}.get(leaf.dtype, 8e-3)
+            got = weight.astype(np.float32)
+            atol = tolerance * max(float(np.abs(expected).max()), 1e-38)
+            np.testing.assert_allclose(got, expected, rtol=0, atol=atol, err_msg=key)
+
+
 def model_configuration(directory: Path, rng: Rng) -> None:
     model = {**MODEL, "quantization_config": QUANTIZATION}
     (directory / "config.json").write_bytes(mutated(rng, model))
@@ -245,6 +273,7 @@ KINDS: dict[str, Callable[[Path, Rng], None]] = {
     "rows": rows,
     "a run directory": run_directory,
     "a quantization state": quantization_state,
+    "a packed checkpoint": packed_checkpoint,
     "a model configuration": model_configuration,
     "a template": template,
 }
@@ -295,6 +324,19 @@ def try_cases(kind: str, seeds: range, directory: Path) -> Counter[str]:
     )
     assert not broken, f"{ended} of {kind} broke the law:\n{report}"
     return ended
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(_as_users_run_it: None) -> None:
+    """XLA compiles before memory is bounded, in which it would end the process."""
+    all_shapes = shapes(LlamaConfig.from_hf(PACKED_MODEL)).values()
+    matrices = {shape for shape in all_shapes if len(shape) == 2}
+    forms = itertools.product(
+        sorted(matrices), ("float32", "float16", "bfloat16"), (False, True)
+    )
+    for shape, dtype, double_quant in forms:
+        tensor = bnb.empty(shape, double_quant=double_quant, dtype=dtype)
+        bnb.dequantize(jax.tree.map(np.zeros_like, tensor))
 
 
 @pytest.mark.parametrize("kind", KINDS)

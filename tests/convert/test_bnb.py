@@ -226,6 +226,10 @@ DAMAGES = [
         part(".nested_absmax", lambda a: np.full_like(a, np.nan)),
         f"Tensor `{Q}` contains NaN",
     ),
+    (
+        part(".nested_quant_map", lambda a: np.full_like(a, np.nan)),
+        f"Tensor `{Q}` contains NaN",
+    ),
     (call_fp4, f"FP4, which is not supported.*: {Q}"),
     (quantize_embedding, "must stay 16-bit .*: model.embed_tokens.weight"),
 ]
@@ -243,6 +247,16 @@ def test_scales_that_are_not_finite(tiny_model, tmp_path, edit_tensors):
     edit_tensors(out / MODEL, part(".absmax", lambda a: np.full_like(a, np.nan)))
     with pytest.raises(CheckpointError, match=f"Tensor `{Q}` contains NaN"):
         convert.load_llama(out)
+
+
+def test_scales_beyond_the_dtype_of_the_weights(tiny_model, tmp_path, edit_tensors):
+    """1e5 is a float32, and infinite in float16, to which weights are rounded."""
+    out = pack(tiny_model, tmp_path / "packed", "nf4")
+    edit_tensors(out / MODEL, part(".absmax", lambda a: np.full_like(a, 1e5)))
+    convert.load_llama(out)
+    edit_tensors(out / MODEL, state(dtype="float16"))
+    with pytest.raises(CheckpointError, match=f"`{Q}` has scales beyond .* float16"):
+        convert.load_llama(out, dtype="float32")
 
 
 # --- Modules left dense ---
