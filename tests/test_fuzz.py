@@ -238,10 +238,12 @@ def packed_checkpoint(directory: Path, rng: Rng) -> None:
             assert np.isfinite(weight.astype(np.float32)).all(), f"{key} is not finite"
             expected = expected_weight(data, key).astype(np.float32)
             # XLA may fuse the nested scale's product and sum (one rounding less), and
-            # what is rounded to 16 bits may then be the next number.
+            # what is rounded to 16 bits may then be the next number. It flushes
+            # subnormal numbers to zero.
             tolerance = {"float32": 1e-6, "float16": 1e-3}.get(leaf.dtype, 8e-3)
             got = weight.astype(np.float32)
-            atol = tolerance * max(float(np.abs(expected).max()), 1e-38)
+            tiny = float(np.finfo(np.float32).tiny)
+            atol = tolerance * float(np.abs(expected).max()) + tiny
             np.testing.assert_allclose(got, expected, rtol=0, atol=atol, err_msg=key)
 
 

@@ -173,6 +173,15 @@ def _run(command: Command, title: str, args: Sequence[str]) -> int:
         where = "its output" if error.filename is None else f"`{error.filename}`"
         say(f"{title}: {where}: {error.strerror}.")
         return command.failure
+    except UnicodeEncodeError as error:
+        # A name that is not UTF-8, or a locale that is not; else it is a defect.
+        bad = error.object[error.start : error.end]
+        say(
+            f"{title}: {ascii(bad)[:40]} in {ascii(error.object)[:80]} cannot be "
+            f"written as {error.encoding}. Names of files and other text must be "
+            "UTF-8: rename what is not, or set a UTF-8 locale (LC_ALL=C.UTF-8)."
+        )
+        return command.failure
     except SystemExit as error:  # how tyro ends, for --help and for wrong usage
         return error.code if isinstance(error.code, int) else 2
 

@@ -30,6 +30,7 @@ from qlora_jax.runs import (
     read_config,
     unchecked_config,
     values_of,
+    where_it_is,
 )
 
 _CONTINUES = " The same command continues from the newest checkpoint, if there is one."
@@ -86,7 +87,10 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
         "same --output-dir goes on from the newest checkpoint. CONFIG.toml holds these "
         "options by section; options given here win.",
     )
-    return read_config(file, values_of(options, keys)), given_lora(file, keys)
+    config = read_config(file, values_of(options, keys))
+    if file is not None and "output_dir" not in keys:
+        config = where_it_is(config, file)
+    return config, given_lora(file, keys)
 
 
 def _print_run(config: RunConfig, report: dict[str, Any]) -> None:

@@ -32,11 +32,11 @@ from convert import (
     remove_leftovers,
 )
 from qlora_jax.data import DataConfig, Source, template_file
-from qlora_jax.errors import CheckpointError, UserError
+from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.reading import read_text
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.rows import read_facts, read_metrics
-from qlora_jax.runs.toml import SETTINGS, read_config
+from qlora_jax.runs.toml import SETTINGS, read_config, settings_file
 
 ADAPTER, ADAPTER_EMA = "adapter", "adapter_ema"
 BEST, START = "best_adapter", "initial_adapter"
@@ -84,6 +84,28 @@ def read_settings(run: Path) -> RunConfig:
     sources = tuple(map(with_copy, config.data.sources))
     data = dataclasses.replace(with_copy(config.data), sources=sources)
     return dataclasses.replace(config, data=data, eval=with_copy(config.eval))
+
+
+def where_it_is(config: RunConfig, file: Path) -> RunConfig:
+    """Returns the settings of a run, with the directory that they are read from.
+
+    A run directory that was moved or copied, or whose `output_dir` is relative to
+    another working directory, names a place where another run may be, or none.
+
+    Args:
+      config: what `file` holds.
+      file: a run file, or a run directory.
+    """
+    directory = settings_file(file).parent
+    is_run = settings_file(file).name == SETTINGS and (directory / STARTED).is_file()
+    there = Path(config.output_dir)
+    if not is_run or os.path.realpath(directory) == os.path.realpath(there):
+        return config
+    say(
+        f"Note: this run was started as `{there}` and is continued where it is now, in "
+        f"`{directory}`. (--output-dir gives another directory.)"
+    )
+    return dataclasses.replace(config, output_dir=str(directory))
 
 
 def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:

@@ -481,3 +481,11 @@ def test_a_path_that_the_system_refuses_is_one_clear_error(args, capsys):
     status = main(args.format("x" * 5000, "x" * 5000).split())
     err = capsys.readouterr().err
     assert status in (1, 2) and "Traceback" not in err and err
+
+
+def test_a_name_that_is_not_utf8_is_one_clear_error(refused, settings, tmp_path):
+    name = "\udce9t\udce9"  # what Python makes of Latin-1 bytes
+    out = tmp_path / name
+    message = "rename what is not, or set a UTF-8 locale"
+    refused(message, "train", settings(), "--output-dir", out)
+    assert not out.exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax.cli.train import from_arguments
 from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
@@ -106,3 +107,28 @@ def test_adapters_on_the_unchanged_base_are_parts_of_the_run(tmp_path, monkeypat
     assert find_run(run / "initial_adapter") is find_run(run / "adapter") is None
     monkeypatch.chdir(run / "best_adapter")
     assert find_run(Path()) == run
+
+
+@pytest.mark.parametrize("given", ["config.toml", ""])
+@pytest.mark.parametrize("is_run", [True, False])
+def test_a_copied_run_is_continued_where_it_is(tmp_path, capsys, given, is_run):
+    """Not where it was: another run may be there, or one would begin."""
+    was, now = tmp_path / "was", tmp_path / "now"
+    now.mkdir()
+    config = RunConfig(
+        output_dir=str(was),
+        model=ModelConfig(path="base"),
+        data=DataConfig(path="rows.jsonl", format="text", max_length=8),
+        train=TrainConfig(steps=1),
+    )
+    (now / "config.toml").write_text(to_toml(config))
+    if is_run:
+        (now / "started.json").write_text("{}")
+    moved, _ = from_arguments([str(now / given)])
+    assert moved.output_dir == str(now if is_run else was)
+    assert ("continued where it is now" in capsys.readouterr().err) == is_run
+    # An option says where, and a link to the directory is the directory.
+    elsewhere = ["--output-dir", str(tmp_path / "new")]
+    assert from_arguments([str(now / given), *elsewhere])[0].output_dir == elsewhere[1]
+    was.symlink_to(now)
+    assert from_arguments([str(now / given)])[0].output_dir == str(was)
