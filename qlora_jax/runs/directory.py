@@ -54,11 +54,12 @@ _Templated = TypeVar("_Templated", Source, DataConfig, EvalConfig)
 
 def find_run(path: Path) -> Path | None:
     """Returns the run directory that `path` is, or is an adapter of; else None."""
-    if (path / SETTINGS).is_file():
+    # Whatever it is: what is no file is refused when it is read, not passed over.
+    if os.path.lexists(path / SETTINGS):
         return path
     absolute = Path(os.path.abspath(path))  # "." has no name
     is_adapter = absolute.name in _ADAPTERS and (absolute / ADAPTER_CONFIG).is_file()
-    if not is_adapter or not (absolute.parent / SETTINGS).is_file():
+    if not is_adapter or not os.path.lexists(absolute.parent / SETTINGS):
         return None
     return path.parent if path.name == absolute.name else absolute.parent
 

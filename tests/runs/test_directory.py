@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import os
 import types
 from pathlib import Path
 
@@ -132,3 +133,11 @@ def test_a_copied_run_is_continued_where_it_is(tmp_path, capsys, given, is_run):
     assert from_arguments([str(now / given), *elsewhere])[0].output_dir == elsewhere[1]
     was.symlink_to(now)
     assert from_arguments([str(now / given)])[0].output_dir == str(was)
+
+
+def test_settings_that_are_no_file_are_not_passed_over(tmp_path):
+    os.mkfifo(tmp_path / "config.toml")
+    run = find_run(tmp_path)
+    assert run == tmp_path
+    with pytest.raises(UserError, match="it is a pipe or a device"):
+        read_settings(run)
