@@ -30,7 +30,6 @@ from qlora_jax.runs import (
     read_config,
     unchecked_config,
     values_of,
-    where_it_is,
 )
 
 _CONTINUES = " The same command continues from the newest checkpoint, if there is one."
@@ -89,6 +88,8 @@ def from_arguments(args: Sequence[str]) -> tuple[RunConfig, set[str]]:
     )
     config = read_config(file, values_of(options, keys))
     if file is not None and "output_dir" not in keys:
+        from qlora_jax.runs import where_it_is  # takes jax, which `--help` does without
+
         config = where_it_is(config, file)
     return config, given_lora(file, keys)
 

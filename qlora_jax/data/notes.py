@@ -163,6 +163,8 @@ def _bos_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> lis
             begins = part[0][0][: len(prefix)].tolist()
             if begins != prefix:
                 paths[settings.chat_template] = None
+    if not paths:
+        return []
     name = "".join(map(str, tokenizer.convert_ids_to_tokens(prefix)))
     return [
         f"conversations begin without {name!r}, which this tokenizer puts before other "
