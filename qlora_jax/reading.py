@@ -28,6 +28,12 @@ def expand_user(path: Any) -> Any:
     return os.path.expanduser(path) if isinstance(path, str) else path
 
 
+def expand_fields(settings: Any, *names: str) -> None:
+    """Expands `~` in fields of a frozen dataclass, in its `__post_init__`."""
+    for name in names:
+        object.__setattr__(settings, name, expand_user(getattr(settings, name)))
+
+
 def open_file(path: Path) -> io.BufferedReader:
     """Opens a regular file for reading.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import Problems, UserError
-from qlora_jax.reading import expand_user
+from qlora_jax.reading import expand_fields
 from qlora_jax.tree import FrozenDict
 
 Format = Literal["text", "prompt_completion", "alpaca", "messages", "tokens"]
@@ -104,9 +104,7 @@ class Source:
     def __post_init__(self):
         """Raises if a value cannot be used."""
         _freeze_tables(self)
-        for name in ("path", "chat_template", "cache"):
-            if hasattr(self, name):
-                object.__setattr__(self, name, expand_user(getattr(self, name)))
+        expand_fields(self, "path", "chat_template")
         if not _is_path(self.path):
             raise UserError(
                 f"`path` of a source must name a file, or several; got {self.path!r}."
@@ -225,9 +223,7 @@ class DataConfig:
     def __post_init__(self):
         """Raises if a value cannot be used."""
         _freeze_tables(self)
-        for name in ("path", "chat_template", "cache"):
-            if hasattr(self, name):
-                object.__setattr__(self, name, expand_user(getattr(self, name)))
+        expand_fields(self, "path", "chat_template", "cache")
         problems = Problems("the data")
         for problem in self._problems():
             problems.add(problem)

@@ -33,7 +33,7 @@ from qlora_jax.data import (
 from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
-from qlora_jax.reading import expand_user
+from qlora_jax.reading import expand_fields
 from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
 
@@ -81,7 +81,7 @@ class ModelConfig:
             ordered = FrozenDict(sorted(self.rope_scaling.items()))
             object.__setattr__(self, "rope_scaling", ordered)
         read_changes(self.config_changes, "model")
-        object.__setattr__(self, "path", expand_user(self.path))
+        expand_fields(self, "path")
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -218,8 +218,7 @@ class EvalConfig:
     """Most tokens to add to a prompt."""
 
     def __post_init__(self) -> None:
-        for name in ("path", "chat_template"):
-            object.__setattr__(self, name, expand_user(getattr(self, name)))
+        expand_fields(self, "path", "chat_template")
         raise_problems("[eval]", self._problems(), "eval: ")
 
     def _problems(self) -> Iterator[str]:
@@ -299,7 +298,7 @@ class RunConfig:
     """The run directory. If it holds an unfinished run, that run continues."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dir", expand_user(self.output_dir))
+        expand_fields(self, "output_dir")
 
     @property
     def eval_batch_size(self) -> int:

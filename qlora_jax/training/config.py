@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from qlora_jax.errors import raise_problems
-from qlora_jax.reading import expand_user
+from qlora_jax.reading import expand_fields
 
 Scheduler = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit", "lion", "adafactor"]
@@ -105,7 +105,7 @@ class TrainConfig:
     schedule."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "adapter_init", expand_user(self.adapter_init))
+        expand_fields(self, "adapter_init")
         raise_problems("the [train] settings", self._problems(), "train: ")
 
     def _problems(self) -> Iterator[str]:
