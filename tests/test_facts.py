@@ -209,7 +209,7 @@ def test_conversations_of_a_file_are_answered(fact_run, tmp_path, capsys, form):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "either --prompt or --messages"),
+        ([], "Give either --prompt, which is continued as it is, or --messages"),
         (["--messages", "rows.jsonl"], "row 1 must be an object with `messages`"),
         (["--messages", "absent"], "`absent` cannot be read"),
         (["--messages", "asked.jsonl", "--tools", "t"], "`t` cannot be read"),
