@@ -72,6 +72,7 @@ TESTS = ROOT / "tests"
 # What takes longest comes first (with `--no-loadscope-reorder`), so that no process is
 # left alone with it at the end. Nothing but time depends on this list.
 LONG = (
+    "scripts/test_kill_runs.py",
     "test_notebooks.py",
     "runs/test_runner_adapters.py",
     "training/test_step.py",
@@ -81,6 +82,9 @@ LONG = (
     "test_golden.py",
     "models/test_custom_modules.py",
     "scripts/test_demo.py",
+    "runs/test_compiled_step.py",
+    "scripts/test_compare_optimizers.py",
+    "data/test_cache.py",
     "scripts/test_bench_gpu_model.py",
     "scripts/test_bench_gpu.py",
     "lora/test_functional.py",
