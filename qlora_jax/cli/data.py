@@ -179,7 +179,9 @@ def _row_counts(
     longest = Batches(examples, single, batch_size=1, pad_token_id=0).sequence_length
 
     def layout(packing: bool, length: int) -> dict[str, Any]:
-        count = sum(lay_out(examples, packing=packing, length=length).counts)
+        in_order = not config.shuffle
+        layout = lay_out(examples, packing=packing, length=length, in_order=in_order)
+        count = sum(layout.counts)
         efficiency = examples.report.tokens / (count * length)
         return {"rows": count, "length": length, "efficiency": efficiency}
 

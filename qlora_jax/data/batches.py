@@ -74,7 +74,12 @@ class _Rows:
                 f"{sequence_length} or use longer rows."
             )
         self.length = sequence_length
-        layout = lay_out(examples, packing=packing, length=self.length)
+        layout = lay_out(
+            examples,
+            packing=packing,
+            length=self.length,
+            in_order=not config.shuffle,
+        )
         self.counts, self.shares = layout.counts, layout.shares
         self._packing = layout.packing
         self._tokens = examples.lengths

@@ -145,7 +145,8 @@ class DataConfig:
     auto = if one example a row left more than a fifth to padding, and there are at
     least 64 packed rows."""
     shuffle: bool = True
-    """Visit the rows in a new order every epoch."""
+    """Visit the rows in a new order every epoch; false = in the order of the data, also
+    with packing, whose rows then have more padding."""
     seed: int = 0
     """Seed of the order (an integer from 0 to 2**64 - 1)."""
     train_on: TrainOn | None = None
@@ -453,12 +454,18 @@ class DataConfig:
         them changes no fingerprint.
         """
         settings = dataclasses.asdict(self) | {"train_on": self.supervised}
+        settings |= self.packing_order
         return {
             name: value
             for name, value in settings.items()
             # The EOS is among the tokens.
             if name not in (*LOCATION_FIELDS, "eos_token") and value is not None
         }
+
+    @property
+    def packing_order(self) -> dict[str, str]:
+        """What fingerprints have of rows that are packed in the order of the data."""
+        return {"packed": "in order"} if self.packing and not self.shuffle else {}
 
     @property
     def writes_conversations(self) -> bool:

@@ -102,6 +102,7 @@ def mix(config: DataConfig, parts: Sequence[Examples]) -> Mixture:
         name: getattr(config, name)
         for name in ("max_length", "packing", "shuffle", "seed")
     }
+    settings |= config.packing_order
     settings["shares"] = None if shares is None else [str(share) for share in shares]
     settings["sources"] = [part.report.fingerprint for part in parts]
     names = [name_of(source.path) for source in config.sources]
@@ -129,7 +130,8 @@ def _join(
     if packs(config.packing, lengths, config.max_length):
         # A source alone may have been too small to be packed.
         rows = [
-            part.report.packed_rows or len(pack(part.lengths, config.max_length))
+            part.report.packed_rows
+            or len(pack(part.lengths, config.max_length, in_order=not config.shuffle))
             for part in parts
         ]
     total = len(lengths)
@@ -174,7 +176,8 @@ def count_examples(
     if not packs(config.packing, lengths, config.max_length):
         packed_rows = None
     elif packed_rows is None:
-        packed_rows = len(pack(lengths, config.max_length))
+        in_order = not config.shuffle
+        packed_rows = len(pack(lengths, config.max_length, in_order=in_order))
     # Counts that occur, so that no quartile is a fraction.
     quartiles = np.percentile(supervised, (0, 25, 50, 75, 100), method="lower")
     return dict(
@@ -206,19 +209,30 @@ class Layout:
     shares: tuple[Fraction, ...] | None
 
 
-def lay_out(examples: AnyExamples, *, packing: bool, length: int) -> Layout:
-    """Assigns examples to rows of `length` tokens; sources with shares separately."""
+def lay_out(
+    examples: AnyExamples, *, packing: bool, length: int, in_order: bool
+) -> Layout:
+    """Assigns examples to rows of `length` tokens; sources with shares separately.
+
+    Args:
+      examples: of one source or of several.
+      packing: several examples share a row.
+      length: of a row, in tokens.
+      in_order: packed rows keep the order of the examples.
+    """
     shares = examples.shares if isinstance(examples, Mixture) else None
     if shares is None:
         # Sources without shares may meet in one row, which wastes less.
-        packed = pack(examples.lengths, length) if packing else None
+        packed = None
+        if packing:
+            packed = pack(examples.lengths, length, in_order=in_order)
         count = len(examples) if packed is None else len(packed)
         return Layout(packed, (count,), None)
     assert isinstance(examples, Mixture)
     if not packing:
         return Layout(None, tuple(len(part) for part in examples.parts), shares)
     # Shares are of rows, so a row must belong to one source.
-    each = [pack(part.lengths, length) for part in examples.parts]
+    each = [pack(part.lengths, length, in_order=in_order) for part in examples.parts]
     firsts = itertools.accumulate((len(part) for part in examples.parts), initial=0)
     order = [packed.order + first for packed, first in zip(each, firsts, strict=False)]
     sizes = [np.diff(packed.starts) for packed in each]

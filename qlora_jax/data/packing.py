@@ -4,6 +4,9 @@ Best fit decreasing: from the longest example to the shortest, each goes into th
 row that it fills best. No example is cut. The number of rows is at most about 11/9 of
 the smallest possible one (D. S. Johnson, "Near-optimal bin packing algorithms", 1973);
 on real chat and instruction data, rows are full to within a fraction of a percent.
+
+That order is by length. Where the order of the data counts (`shuffle` is false), a row
+takes the examples as they come until one does not fit, and that one begins the next.
 """
 
 import dataclasses
@@ -72,7 +75,9 @@ def row_length(lengths: Int64[np.ndarray, " examples"], capacity: int) -> int:
     return min(capacity, -(-int(lengths.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
 
 
-def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
+def pack(
+    lengths: Int64[np.ndarray, " examples"], capacity: int, *, in_order: bool = False
+) -> Packing:
     """Packs examples into rows of `capacity` tokens, best fit decreasing.
 
     The result depends on the arguments alone; equal lengths keep their order. Costs
@@ -82,6 +87,8 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
       lengths: int64 [examples], the examples' lengths in tokens, each in
         `1..capacity`.
       capacity: tokens in a row.
+      in_order: fill one row after the other with the examples in their order instead,
+        which leaves more padding.
 
     Returns:
       The rows; every example is in exactly one of them.
@@ -97,6 +104,8 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
             f"`pack`: every length must be in 1..{capacity} (the row's tokens), got "
             f"{lengths[first]} for example {first}. Cut or drop such examples first."
         )
+    if in_order:
+        return _pack_in_order(lengths, capacity)
     # The free space of a row is an integer of at most `capacity`, so open rows are kept
     # in one bucket per amount of free space. Bit `f` of `occupied` is set while bucket
     # `f` holds a row: the tightest row that fits is the lowest set bit at or above the
@@ -127,3 +136,15 @@ def pack(lengths: Int64[np.ndarray, " examples"], capacity: int) -> Packing:
     np.cumsum([len(row) for row in rows], out=starts[1:])
     order = np.fromiter((e for row in rows for e in row), np.int64, len(lengths))
     return Packing(order=order, starts=starts, capacity=capacity)
+
+
+def _pack_in_order(lengths: np.ndarray, capacity: int) -> Packing:
+    """Fills one row after the other."""
+    ends = np.cumsum(lengths)
+    starts, filled = [0], 0
+    while starts[-1] < len(lengths):
+        # The examples that end within `capacity` tokens after the row's first one.
+        starts.append(int(np.searchsorted(ends, filled + capacity, side="right")))
+        filled = int(ends[starts[-1] - 1])
+    order = np.arange(len(lengths), dtype=np.int64)
+    return Packing(order, np.array(starts, np.int64), capacity)

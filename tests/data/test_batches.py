@@ -1,5 +1,6 @@
 """Batches by index: order, epochs, packing, prefetching, evaluation."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -100,6 +101,31 @@ def test_without_shuffling_the_files_order_is_kept(batches_of):
     assert firsts == [[1000, 1002], [1005, 1000], [1002, 1005]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([2, 9, 5, 3, 10, 4, 4, 4], [[0], [1], [2, 3], [4], [5, 6], [7]]),
+        ([10, 2, 2, 2], [[0], [1, 2, 3]]),
+        ([3, 3, 4, 10, 2], [[0, 1, 2], [3], [4]]),
+    ],
+)
+def test_without_shuffling_packed_rows_keep_the_order_too(make, lengths, rows):
+    # Best fit decreasing begins with the longest examples, whatever their place.
+    examples, config = make(lengths, packing=True, max_length=10, shuffle=False)
+    batches = Batches(examples, config, batch_size=1, pad_token_id=PAD)
+    numbers = np.repeat(np.arange(len(lengths)), lengths)
+    seen = []
+    for index in range(batches.rows_per_epoch):
+        batch = batches[index]
+        tokens = batch["tokens"][batch["segment_ids"] > 0]
+        seen.append(list(dict.fromkeys(numbers[tokens - 1000].tolist())))
+    assert seen == rows and examples.report.packed_rows == len(rows)
+    shuffled = dataclasses.replace(config, shuffle=True)
+    assert load_examples(shuffled, None, vocab_size=2000).report.packed_rows <= len(
+        rows
+    )
+
+
 def test_the_seed_chooses_the_order_and_its_order_never_changes(batches_of):
     batches = [batches_of(LENGTHS, 37, seed=seed)[0] for seed in (0, 1, 2**64 - 1)]
     assert len({tuple(first_tokens(batch)) for batch in batches}) == 3
@@ -177,10 +203,10 @@ def test_a_packed_row_restarts_positions_and_labels_in_every_example(batches_of)
     batches = batches_of([2, 5], 1, max_length=8, packing=True, shuffle=False)
     batch = {key: array[0, 0].tolist() for key, array in batches[0].items()}
     assert batch == {
-        "tokens": [1002, 1003, 1004, 1005, 1006, 1000, 1001, 7],
-        "labels": [-100, 1003, 1004, 1005, 1006, -100, 1001, -100],
-        "positions": [0, 1, 2, 3, 4, 0, 1, 0],
-        "segment_ids": [1, 1, 1, 1, 1, 2, 2, 0],
+        "tokens": [1000, 1001, 1002, 1003, 1004, 1005, 1006, 7],
+        "labels": [-100, 1001, -100, 1003, 1004, 1005, 1006, -100],
+        "positions": [0, 1, 0, 1, 2, 3, 4, 0],
+        "segment_ids": [1, 1, 2, 2, 2, 2, 2, 0],
     }
     assert batches.sequence_length == 8 and batches.rows_per_epoch == 1
 
