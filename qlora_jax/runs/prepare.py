@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ from qlora_jax.training import Group, note_idle, optimizer_groups
 # Data up to this size are read even after the settings were refused, so that their
 # problems are reported too: some seconds of tokenizing.
 _QUICK_BYTES = 16 << 20
+# Share of the data that a last step may repeat without a note.
+_REPEATED = 0.05
 
 
 @dataclass(frozen=True)
@@ -404,6 +407,7 @@ def _load_data(
     )
     for note in data_notes(examples, config.data, batches, tokenizer):
         say(f"Note: {note}")
+    _note_last_step(batches, config.train.epochs)
     if config.train.longest_warmup > len(batches):
         raise UserError(
             f"train: `warmup_steps`={config.train.longest_warmup} exceeds the "
@@ -418,6 +422,21 @@ def _load_data(
         eos_token_ids=tuple(sorted({*text.eos_token_ids, *trained_ends})),
     )
     return config, data
+
+
+def _note_last_step(batches: Batches, epochs: float | None) -> None:
+    """Notes a last step that repeats a noticeable part of the data."""
+    if epochs is None:
+        return
+    rows, taken = batches.rows_per_epoch, len(batches) * batches.rows_per_step
+    # Data of fewer rows than a step takes have a note of their own.
+    if rows >= batches.rows_per_step and taken - epochs * rows > _REPEATED * rows:
+        say(
+            f"Note: the last step takes {taken - math.floor(epochs * rows):,} rows of "
+            f"another pass, because a step takes {batches.rows_per_step:,} and there "
+            f"are {rows:,}: {taken / rows:.2f} passes for `train.epochs` = {epochs:g}. "
+            "A batch that divides the rows, or `train.steps`, avoids it."
+        )
 
 
 def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokenization:

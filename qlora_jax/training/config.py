@@ -54,7 +54,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: float | None = None
-    """Passes over the data; give this or `steps`."""
+    """Passes over the data; give this or `steps`. Every step is full: the last one
+    takes the rows that it lacks from the next pass."""
     batch_size: int = 8
     """Rows of a micro-batch. 8 is the default of TRL; QLoRA's paper took 16."""
     gradient_accumulation_steps: int = 1

@@ -156,6 +156,32 @@ def test_fewer_rows_than_a_step_takes_are_noted(
     assert note in notes_of(few)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rows", "noted"),
+    [
+        (1.0, 9, "last step takes 3 rows of another pass, because a step takes 4 and"),
+        (
+            2.0,
+            9,
+            "takes 2 rows of another pass, because a step takes 4 and there are 9",
+        ),
+        (3.0, 8, ""),
+        (1.0, 99, ""),
+    ],
+)
+def test_a_last_step_that_repeats_rows_is_noted(
+    make, rows_file, architecture, tmp_path, capsys, epochs, rows, noted
+):
+    path = tmp_path / "rows.jsonl"
+    lines = [line for line in rows_file.read_text().splitlines() if line.strip()]
+    path.write_text("\n".join((lines * 20)[:rows]))
+    config = make(tmp_path / "run", path=str(path), packing=False)
+    train = dataclasses.replace(config.train, steps=None, epochs=epochs)
+    prepared._load_data(dataclasses.replace(config, train=train), architecture)
+    error = " ".join(capsys.readouterr().err.split())
+    assert noted in error and ("another pass" in error) == bool(noted)
+
+
 def test_eval_settings_without_data_to_measure_are_reported(
     make, rows_file, tmp_path, capsys
 ):
