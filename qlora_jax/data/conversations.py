@@ -51,6 +51,7 @@ _TRAIN_FLAGS = {
 }
 # Keys of a turn that are read here, or compared with what a template writes.
 _TURN_KEYS = {"role", "content", "tool_calls", *REASONING_FIELDS, *_TRAIN_FLAGS}
+_EMPTY = (None, "", [], {})
 
 
 def to_messages(
@@ -181,11 +182,20 @@ def read_turns(
         at = f"{where}: turn {number} of `{field}`"
         if not isinstance(turn, dict):
             raise UserError(f"{at} must be an object, got {type(turn).__name__}.")
-        turn = _read_turn(turn, at, reading, roles)
+        content = turn.get("content", turn.get("value"))
+        parts = content if isinstance(content, list) else []
         reading.nested |= {
-            f"{field}[].{key}"
+            f"{field}[].content[].{key}"
+            for part in parts
+            if isinstance(part, dict)
+            for key, value in part.items()
+            if key not in ("type", "text") and value not in _EMPTY
+        }
+        turn = _read_turn(turn, at, reading, roles)
+        reading.turn_keys |= {
+            (field, key)
             for key, value in turn.items()
-            if key not in _TURN_KEYS and value not in (None, "", [], {})
+            if key not in _TURN_KEYS and value not in _EMPTY
         }
         if is_trained(turn, at) and turn["role"] != "assistant" and "train" in turn:
             raise UserError(

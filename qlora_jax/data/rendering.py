@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qlora_jax.data.chat import ChatRenderer, Rendering
@@ -137,6 +137,74 @@ def _reads(config: DataConfig, tokenizer: Any, what: str) -> bool:
         chat = ChatRenderer(tokenizer, config.chat_template)
         return chat.reads_clock if what == "clock" else chat.reads_date
     return False
+
+
+class TurnKeys:
+    """Finds the keys of turns that a chat template does not read.
+
+    A key that the template names may be that of something else: `name` of a function,
+    `tools` of the conversation, `name` of the results of tools. So a conversation is
+    rendered without it. What was once seen to change a text is read.
+    """
+
+    def __init__(self) -> None:
+        self._read: set[tuple[str, str, bool]] = set()
+
+    def unread(
+        self,
+        chat: ChatRenderer,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        keys: Collection[tuple[str, str]],
+    ) -> set[str]:
+        """Returns those of the keys that change nothing, as "field[].key".
+
+        Args:
+          chat: the renderer.
+          messages: the turns.
+          tools: the functions of the conversation.
+          keys: fields of the row, and keys of their turns.
+        """
+        unread: set[str] = set()
+        for field, key in sorted(keys):
+            name = f"{field}[].{key}"
+            if not chat.mentions(key, tools=bool(tools)):
+                unread.add(name)
+                continue
+            roles = {m["role"] for m in messages if m.get(key)}
+            ignored = {
+                role
+                for role in roles
+                if not self._reads(chat, messages, tools, role, key)
+            }
+            some = ignored < roles
+            unread |= {f"{name} ({role})" if some else name for role in ignored}
+        return unread
+
+    def _reads(
+        self,
+        chat: ChatRenderer,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        role: str,
+        key: str,
+    ) -> bool:
+        """Whether the template reads a key of the turns of a role."""
+        if (role, key, bool(tools)) in self._read:
+            return True
+        without = [
+            {k: v for k, v in message.items() if k != key}
+            if message["role"] == role
+            else message
+            for message in messages
+        ]
+        try:
+            reads = chat.text(messages, tools=tools) != chat.text(without, tools=tools)
+        except UserError:  # it needs the key, or the row is refused anyway
+            reads = True
+        if reads:
+            self._read.add((role, key, bool(tools)))
+        return reads
 
 
 def select_answers(messages: list[dict[str, Any]], config: DataConfig) -> list[int]:

@@ -57,12 +57,14 @@ class Reading:
     Attributes:
       fields: names of the fields that were read.
       recognised: phrases.
-      nested: keys of turns that a chat template may read, as "field[].key".
+      nested: keys inside of fields that nothing reads, as "field[].key".
+      turn_keys: fields and keys of their turns that a chat template may read.
     """
 
     fields: set[str] = dataclasses.field(default_factory=set)
     recognised: set[str] = dataclasses.field(default_factory=set)
     nested: set[str] = dataclasses.field(default_factory=set)
+    turn_keys: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
     def recognise(self, phrase: str, *fields: str) -> None:
         """Notes a phrase and the fields that were read for it."""

@@ -14,7 +14,7 @@ from qlora_jax.data.conversations import (
     tools_of,
     without_flags,
 )
-from qlora_jax.data.rendering import plain_row, render_conversation
+from qlora_jax.data.rendering import TurnKeys, plain_row, render_conversation
 from qlora_jax.data.rows import Reading, text_of, to_json
 from qlora_jax.data.text_formats import alpaca_texts, field_text, response_spans
 from qlora_jax.errors import UserError
@@ -52,6 +52,7 @@ class Segmenter:
         self._config, self._tokenizer = config, tokenizer
         self._chat: ChatRenderer | None = None
         self._with_variables: dict[str, ChatRenderer] = {}
+        self._turn_keys = TurnKeys()
         if config.writes_conversations:
             self._chat = self._make_renderer()
         builders: dict[str, _Builder] = {
@@ -178,11 +179,7 @@ class Segmenter:
             changes[_UNREAD_VARIABLES] += len(unread)
         turns = self._turns(where, row, reading)
         tools = tools_of(row, where, reading)
-        reading.nested = {
-            name
-            for name in reading.nested
-            if not chat.mentions(name.rpartition(".")[2], tools=bool(tools))
-        }
+        reading.nested |= self._turn_keys.unread(chat, turns, tools, reading.turn_keys)
         rendered = render_conversation(chat, config, turns, tools, where)
         if isinstance(rendered, str):
             return rendered

@@ -69,6 +69,34 @@ def test_a_function_call_of_openais_first_api_is_a_call(content):
         to_messages({"messages": [turn | {"function_call": "f"}]}, "r")
 
 
+def test_keys_that_a_template_reads_elsewhere_are_reported(load, chatml):
+    # `name` is that of functions and of the results of tools, `tools` the row's.
+    chatml.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHATML
+    ).replace("{{ m.content }}", "{{ m.content }}{{ m.name if m.role == 'tool' }}")
+    function = {"type": "function", "function": {"name": "f"}}
+    system = {"role": "system", "content": "s", "tools": [function]}
+    asked = {"role": "user", "name": "Bo", "content": [{"type": "text", "text": "q"}]}
+    asked["content"][0]["cache_control"] = {"type": "ephemeral"}
+    answer = {"role": "assistant", "content": "a"}
+    result = {"role": "tool", "name": "f", "content": "1"}
+    report = load(
+        [
+            {"messages": [system, asked, answer], "tools": [function]},
+            {"messages": [asked, answer, result, answer]},
+            {"messages": [{**asked, "content": "q"}, answer]},
+        ],
+        chatml,
+        format="messages",
+    ).report
+    assert report.unread == {
+        "messages[].content[].cache_control": 2,
+        "messages[].name": 2,
+        "messages[].name (user)": 1,
+        "messages[].tools": 1,
+    }
+
+
 def test_keys_of_turns_that_nothing_reads_are_reported(load, chatml):
     unread = {"images": ["a.png"], "thought": "hm", "name": "Bo", "empty": []}
     asked = {"role": "user", "content": "hi", "weight": 1} | unread
