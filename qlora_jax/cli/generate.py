@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ import tyro
 
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import print_note, print_text, run_and_print
-from qlora_jax.data import encode_prompt
+from qlora_jax.data import encode_prompt, unknown_text
 from qlora_jax.errors import UsageError, UserError, say
 from qlora_jax.inference import Sampling
 from qlora_jax.reading import read_text, reason
@@ -132,6 +132,7 @@ class Generate(TemplateOptions):
         model = self.load(resolved)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
+        _warn_of_unknown(model, [*self.prompt, *_contents(rows)])
         if rows:
             return {"texts": [model.chat(**templates | r, **settings) for r in rows]}
         _warn_of_length(model, self.prompt, self.max_new_tokens)
@@ -214,6 +215,7 @@ class Chat(TemplateOptions):
     ) -> None:
         """Prints the answer to a line; adds both to the conversation."""
         messages.append({"role": "user", "content": line})
+        _warn_of_unknown(model, [line])
         try:
             answer = self._answer(model, messages, templates)
             interrupted = _print_stream(answer)
@@ -240,6 +242,30 @@ def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -
             f"the longest prompt has {longest:,} tokens, which with --max-new-tokens "
             f"{max_new_tokens:,} is more than the {limit:,} positions of this model "
             "(`max_position_embeddings`). Text beyond them seldom makes sense"
+        )
+
+
+def _contents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """Yields the contents of turns, which have not been checked yet."""
+    for row in rows:
+        turns = row["messages"] if isinstance(row["messages"], list) else []
+        yield from (turn.get("content") for turn in turns if isinstance(turn, dict))
+
+
+def _warn_of_unknown(model: Model, texts: Sequence[Any]) -> None:
+    """Prints a note about characters of prompts that the tokenizer does not know."""
+    if model.tokenizer is None:
+        return
+    texts = [text for text in texts if isinstance(text, str)]
+    unknown = dict.fromkeys(
+        characters
+        for text in texts
+        for characters in unknown_text(model.tokenizer, text)
+    )
+    if unknown:
+        print_note(
+            f"the tokenizer has no token for {', '.join(map(repr, unknown))}, so that "
+            "the model does not see it in what it is asked"
         )
 
 

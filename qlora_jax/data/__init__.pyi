@@ -34,3 +34,4 @@ from .notes import data_notes as data_notes
 from .packing import packs as packs
 from .rendering import with_date as with_date
 from .segments import Segmented as Segmented
+from .unknown import unknown_text as unknown_text

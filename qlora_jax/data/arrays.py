@@ -49,9 +49,9 @@ CHUNK = 1 << 20
 _READS_PER_RELEASE = 256
 _ARRAY_FILES = ("tokens.i4", "labels.i4")
 # To be raised when the same rows give other tokens or labels, or the files change.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 # Settings that change the order of the examples and not their content.
-_ORDER_FIELDS = ("seed", "shuffle")
+_ORDER_FIELDS = ("seed", "shuffle", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +277,7 @@ def cache_key(
     settings = config.content_settings
     # One cache serves every seed.
     for name in _ORDER_FIELDS:
-        del settings[name]
+        settings.pop(name, None)
     template = None
     if config.chat_template is not None:
         with contextlib.suppress(OSError):  # the renderer reports a missing template

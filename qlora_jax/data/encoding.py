@@ -25,10 +25,12 @@ from jaxtyping import Int32
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.rows import Fields, Reading, Row, fields_of
 from qlora_jax.data.segments import Segmented, Segmenter
+from qlora_jax.data.unknown import UNKNOWN, UnknownText
 from qlora_jax.errors import UserError, did_you_mean
 
 _T = TypeVar("_T")
-_MAX_UNREAD = 100
+# Names and characters that are counted.
+_MAX_COUNTED = 100
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
 # Of rows that are packed already: what tells their documents apart.
 _PACKED = ("seq_lengths", "segment_ids", "sequence_ids", "document_ids")
@@ -53,8 +55,13 @@ class Encoded:
 
 def text_prefix(tokenizer: Any) -> list[int]:
     """Returns the ids that a tokenizer puts before a string (BOS, or none)."""
-    ids = list(tokenizer("a", add_special_tokens=True)["input_ids"])
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    text = "a"
+    try:
+        _call(tokenizer, text)
+    except UserError:  # it knows words alone
+        text = ""
+    ids = list(_call(tokenizer, text, add_special_tokens=True)["input_ids"])
+    bare = list(_call(tokenizer, text, add_special_tokens=False)["input_ids"])
     # What precedes the letter's own ids where special tokens are added is the prefix.
     for start in range(len(ids) - len(bare) + 1):
         if bare and ids[start : start + len(bare)] == bare:
@@ -127,9 +134,8 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         for piece in pieces:
             yield _tokenize_segments(tokenizer, piece, options)
         return
-    encoding = tokenizer(
-        [piece.text for piece in pieces], return_offsets_mapping=marked, **options
-    )
+    texts = [piece.text for piece in pieces]
+    encoding = _call(tokenizer, texts, return_offsets_mapping=marked, **options)
     absorbing = [
         int(i)
         for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -163,6 +169,22 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
         yield Encoded(ids, labels, straddles)
 
 
+def _call(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """Calls a tokenizer.
+
+    Raises:
+      UserError: it has no token for a part of the text, and none for what it does not
+        know.
+    """
+    try:
+        return tokenizer(text, **options)
+    except Exception as error:  # of a class of its own only in some versions
+        raise UserError(
+            f"the tokenizer cannot encode the text: {error}. It may have no token for "
+            "what it does not know (`unk_token`)."
+        ) from error
+
+
 def _tokenize_segments(
     tokenizer: Any, piece: Segmented, options: dict[str, Any]
 ) -> Encoded:
@@ -172,7 +194,7 @@ def _tokenize_segments(
     for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
         if start == end:
             continue
-        part = list(tokenizer(piece.text[start:end], **options)["input_ids"])
+        part = list(_call(tokenizer, piece.text[start:end], **options)["input_ids"])
         ids += part
         # The cuts alternate: segments of even number are outside every span.
         labels += part if number % 2 else [IGNORE] * len(part)
@@ -293,6 +315,7 @@ class Encoder:
     Attributes:
       recognised: phrases on what was recognised, and in how many rows.
       unread: fields that nothing reads, and how many rows have them.
+      unknown: characters that the tokenizer does not know, likewise.
 
     Raises:
       UserError: the format needs a tokenizer, chat template or EOS and there is none.
@@ -301,6 +324,7 @@ class Encoder:
     def __init__(self, config: DataConfig, tokenizer: Any, *, vocab_size: int):
         self.recognised: Counter[str] = Counter()
         self.unread: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
         self._config, self._tokenizer = config, tokenizer
         self._vocab_size = vocab_size
         self._segmenter: Segmenter | None = None
@@ -313,6 +337,7 @@ class Encoder:
                 "use format='tokens'."
             )
         self._segmenter = Segmenter(config, tokenizer)
+        self._unknown_text = UnknownText(tokenizer)
         # Chat templates write BOS and ends of turns themselves.
         encloses = config.format != "messages"
         self._prefix = text_prefix(tokenizer) if encloses else []
@@ -328,19 +353,67 @@ class Encoder:
         if self._segmenter is None:
             return [self._read(self._encode_tokens, where, row) for where, row in rows]
         segmented = [self._read(self._segment, where, row) for where, row in rows]
+        try:
+            return self._encode_texts(segmented)
+        except UserError:  # of one of the rows
+            return [
+                self._encode_row(where, examples)
+                for (where, _), examples in zip(rows, segmented, strict=True)
+            ]
+
+    def _encode_texts(
+        self, segmented: list[list[Segmented] | str | UserError]
+    ) -> list[list[Encoded] | str | UserError]:
         pieces = [
             piece
             for examples in segmented
             if isinstance(examples, list)
             for piece in examples
         ]
-        encoded = tokenize(self._tokenizer, pieces)
+        encoded = self._tokenize(pieces)
         return [
-            [self._enclosed(piece, next(encoded)) for piece in examples]
+            self._finished(examples, [next(encoded) for _ in examples])
             if isinstance(examples, list)
             else examples
             for examples in segmented
         ]
+
+    def _encode_row(
+        self, where: str, examples: list[Segmented] | str | UserError
+    ) -> list[Encoded] | str | UserError:
+        try:
+            return self._encode_texts([examples])[0]
+        except UserError as error:
+            return UserError(f"{where}: {error}")
+
+    def _tokenize(self, pieces: list[Segmented]) -> Iterator[Encoded]:
+        for piece, encoded in zip(
+            pieces, tokenize(self._tokenizer, pieces), strict=True
+        ):
+            dropped = self._unknown_text.dropped(piece.text)
+            if dropped and piece.spans is not None:
+                # The character offsets of BPE do not count what it drops, so that the
+                # labels would be those of the characters after.
+                rest = self._unknown_text.without(piece, dropped)
+                (again,) = tokenize(self._tokenizer, [rest])
+                if np.array_equal(again.tokens, encoded.tokens):
+                    encoded = again
+            yield encoded
+
+    def _finished(
+        self, pieces: list[Segmented], encoded: list[Encoded]
+    ) -> list[Encoded]:
+        """Returns the examples of a row; counts what the tokenizer does not know."""
+        unknown: set[str] = set()
+        for piece, tokens in zip(pieces, encoded, strict=True):
+            unknown |= self._unknown_text.dropped(piece.text)
+            unknown |= self._unknown_text.replaced(piece.text, tokens.tokens)
+        examples = list(map(self._enclosed, pieces, encoded))
+        if unknown:
+            examples[0].remarks[UNKNOWN] = 1
+        for characters in sorted(unknown):
+            _count(self.unknown, characters)
+        return examples
 
     def _read(
         self,
@@ -359,9 +432,7 @@ class Encoder:
         self.recognised.update(sorted(reading.recognised))
         unread = [name for name in row if name not in reading.fields]
         for name in (*unread, *sorted(reading.nested)):
-            # Rows whose names are data (ids) would fill the memory with them.
-            if len(self.unread) < _MAX_UNREAD or name in self.unread:
-                self.unread[name] += 1
+            _count(self.unread, name)
         return value
 
     def _segment(
@@ -391,6 +462,15 @@ class Encoder:
         # What a text ends with is supervised or not; so is the EOS after it.
         open_end = piece.spans is None or piece.spans[-1][1] == len(piece.text)
         return _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
+
+
+def _count(counter: Counter[str], name: str) -> None:
+    """Counts a name, of the first ones alone.
+
+    Rows whose names are data (ids) would fill the memory with them.
+    """
+    if len(counter) < _MAX_COUNTED or name in counter:
+        counter[name] += 1
 
 
 def check_encodable(text: str, where: str) -> None:

@@ -33,6 +33,11 @@ def end_tokens_of(examples: AnyExamples, tokenizer: Any) -> list[tuple[int, ...]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {int(i) for i, token in added.items() if str(token).strip()}
     special.update(getattr(tokenizer, "all_special_ids", ()))
+    unknown, eos = (
+        getattr(tokenizer, f"{name}_token_id", None) for name in ("unk", "eos")
+    )
+    if unknown != eos:  # what stands for a character ends nothing
+        special.discard(unknown)
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
     return [_frequent(part, special) for part in parts]
 

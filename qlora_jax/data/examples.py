@@ -299,6 +299,7 @@ class _Collector:
             remarks=dict(self._remarks),
             recognised=dict(encoder.recognised),
             unread=dict(encoder.unread),
+            unknown=dict(encoder.unknown),
             bad_rows=tuple(self._bad_rows),
             places={k: tuple(v) for k, v in self._locations.items()},
         )

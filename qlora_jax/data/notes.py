@@ -17,6 +17,7 @@ from qlora_jax.data.rendering import (
     without_unused_date,
 )
 from qlora_jax.data.report import BAD_ROW, DataReport
+from qlora_jax.data.unknown import UNKNOWN
 from qlora_jax.data.written import (
     EMPTY_ANSWER,
     EMPTY_REASONING,
@@ -27,6 +28,7 @@ from qlora_jax.errors import counted
 
 # Locations that a note names.
 _SHOWN_PLACES = 3
+_SHOWN_CHARACTERS = 12
 
 
 def data_notes(
@@ -55,7 +57,7 @@ def data_notes(
     if dropped:
         reasons = ", ".join(report.dropped)
         notes.append(f"{counted(dropped, 'row')} left out ({reasons}).")
-    notes += _remark_notes(report)
+    notes += _remark_notes(report, tokenizer)
     bad = report.dropped.get(BAD_ROW, 0)
     if bad:
         notes.append(
@@ -88,7 +90,7 @@ def data_notes(
     return notes
 
 
-def _remark_notes(report: DataReport) -> list[str]:
+def _remark_notes(report: DataReport, tokenizer: Any) -> list[str]:
     notes = []
     for remark, count in report.remarks.items():
         if remark == SPLIT:
@@ -110,6 +112,8 @@ def _remark_notes(report: DataReport) -> list[str]:
                 " A label is that of the token at its own place, and the loss shifts "
                 "them; labels that are shifted already train the token after the next."
             )
+        elif remark == UNKNOWN:
+            advice = _unknown_advice(report, getattr(tokenizer, "unk_token", None))
         elif remark == NO_END:
             advice = (
                 " The model does not learn to stop there. Another chat template, or "
@@ -122,6 +126,18 @@ def _remark_notes(report: DataReport) -> list[str]:
         first = ", ".join(report.places.get(remark, ())[:_SHOWN_PLACES])
         notes.append(f"{remark}: {count:,}; the first in {first}.{advice}")
     return notes
+
+
+def _unknown_advice(report: DataReport, unk_token: str | None) -> str:
+    ranked = sorted(report.unknown, key=lambda name: (-report.unknown[name], name))
+    names = ", ".join(map(repr, ranked[:_SHOWN_CHARACTERS]))
+    more = len(ranked) - _SHOWN_CHARACTERS
+    becomes = "no token" if unk_token is None else f"{unk_token!r}, or no token"
+    return (
+        f" These are {names}{f' and {more:,} more' * (more > 0)}, and become {becomes}:"
+        " the model is trained on a text without them. Replace them in the rows, or "
+        "take a base whose tokenizer knows them."
+    )
 
 
 def _end_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> list[str]:
@@ -190,7 +206,13 @@ def _layout_notes(
     tokens = report.tokens
     filled = tokens / (rows * batches.sequence_length)
     if not report.packed_rows and filled < WELL_FILLED:
-        packed = sum(lay_out(examples, packing=True, length=config.max_length).counts)
+        layout = lay_out(
+            examples,
+            packing=True,
+            length=config.max_length,
+            in_order=not config.shuffle,
+        )
+        packed = sum(layout.counts)
         packed_filled = tokens / (packed * config.max_length)
         if packed_filled > filled:
             notes.append(

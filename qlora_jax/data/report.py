@@ -76,6 +76,9 @@ class DataReport:
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
     """Fields of the rows, and keys of their turns, that nothing reads, the first
     hundred of them, and how many rows have them."""
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Characters (words, with some tokenizers) that the tokenizer has no token for, the
+    first hundred of them, and how many rows have them."""
     bad_rows: tuple[str, ...] = ()
     """What is wrong with the first rows that cannot be used and were left out."""
     places: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -197,6 +200,7 @@ def combined(
     dropped: Counter[str] = Counter()
     recognised: Counter[str] = Counter()
     unread: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     locations: dict[str, tuple[str, ...]] = {}
     for report in reports:
@@ -204,6 +208,7 @@ def combined(
         recognised.update(report.recognised)
         remarks.update(report.remarks)
         unread.update(report.unread)
+        unknown.update(report.unknown)
         for reason, rows in report.places.items():
             locations[reason] = (*locations.get(reason, ()), *rows)
     return DataReport(
@@ -212,6 +217,7 @@ def combined(
         dropped=dict(dropped),
         recognised=dict(recognised),
         unread=dict(unread),
+        unknown=dict(unknown),
         longest_row=max(report.longest_row for report in reports),
         fingerprint=fingerprint,
         assistant_mask=None,  # sources may differ

@@ -17,8 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_jax.data import DataConfig, Examples, encode_prompt, eval_batches
-from qlora_jax.errors import UserError
+from qlora_jax.data import (
+    DataConfig,
+    Examples,
+    encode_prompt,
+    eval_batches,
+    unknown_text,
+)
+from qlora_jax.errors import UserError, say
 from qlora_jax.inference import Model, generate_tokens
 from qlora_jax.lora import bind
 from qlora_jax.models import Llama, LlamaConfig
@@ -322,6 +328,13 @@ def check_prompts(config: EvalConfig, tokenizer: Any, model: LlamaConfig) -> Non
                 f"{prompt!r:.60} has {len(tokens)} tokens, and with "
                 f"`sample_max_new_tokens`={config.sample_max_new_tokens} the model's "
                 f"{model.max_position_embeddings} positions leave room for {room}"
+            )
+        unknown = unknown_text(tokenizer, prompt)
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            say(
+                f"Note: eval: the tokenizer has no token for {names} in the sample "
+                f"prompt {prompt!r:.60}."
             )
     repeats = len(config.sample_prompts) - len(set(config.sample_prompts))
     if repeats:
