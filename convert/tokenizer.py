@@ -22,7 +22,7 @@ from convert.companions import (
     with_end_tokens,
 )
 from qlora_jax.data import text_prefix
-from qlora_jax.errors import CheckpointError
+from qlora_jax.errors import CheckpointError, say
 from qlora_jax.models import LlamaConfig
 
 
@@ -52,6 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         longest = tokenizer.model_max_length
         if not isinstance(longest, int | float) or isinstance(longest, bool):
             raise ValueError(f"`model_max_length` must be a number, got {longest!r}")
+        _split_the_same_always(tokenizer, path)
         return tokenizer
     # transformers raises whatever its parsers raise; a panic of the tokenizers library
     # is not even an `Exception`.
@@ -72,6 +73,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
             "files of the original model there again."
         ) from error
+
+
+def _split_the_same_always(tokenizer: Any, path: Path) -> None:
+    """Switches off the random splits of a tokenizer (BPE dropout), with a note.
+
+    They are a method of pre-training. With them a run could not be continued, and a
+    prompt would have other tokens each time.
+    """
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    dropout = getattr(model, "dropout", None)
+    if dropout:
+        model.dropout = None
+        say(
+            f"Note: the tokenizer in `{path}` splits text at random (BPE dropout of "
+            f"{dropout:g}). That is switched off: a text always has the same tokens."
+        )
 
 
 @contextlib.contextmanager

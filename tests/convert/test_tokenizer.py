@@ -82,3 +82,18 @@ def test_a_damaged_configuration_is_read_or_named(directory, changes):
         assert "The tokenizer in" in str(error)
     else:
         assert tokenizer("Once")["input_ids"]
+
+
+def test_random_splits_of_a_tokenizer_are_switched_off_with_a_note(directory, capsys):
+    path = directory()
+    file = path / "tokenizer.json"
+    contents = json.loads(file.read_text())
+    contents["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(contents))
+    text = "Once upon a time there was a little girl"
+    tokens = [load_tokenizer(path)(text)["input_ids"] for _ in range(4)]
+    assert "(BPE dropout of 0.5). That is switched off" in capsys.readouterr().err
+    contents["model"]["dropout"] = None
+    file.write_text(json.dumps(contents))
+    assert tokens == [load_tokenizer(path)(text)["input_ids"]] * 4
+    assert not capsys.readouterr().err
