@@ -248,7 +248,7 @@ def _read_turn(
             f"{at} ({turn['role']}) needs a string `content` (ShareGPT: `value`), "
             f"got {type(content).__name__}."
         )
-    return _decode_calls(turn, at)
+    return _decode_calls(turn, at, reading)
 
 
 def _is_call(role: str, roles: Mapping[str, str] | None) -> bool:
@@ -384,8 +384,11 @@ def to_pair(
     return prompt, [{"role": "assistant", "content": answer}]
 
 
-def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
+def _decode_calls(turn: dict[str, Any], at: str, reading: Reading) -> dict[str, Any]:
     """Decodes the arguments of a turn's tool calls; drops an empty list of them.
+
+    Calls that have `parameters`, as the models of the Llama 3 family write them, get
+    `arguments`, which chat templates read.
 
     Raises:
       UserError: `tool_calls` is not a list, or holds what JSON does not have.
@@ -402,6 +405,10 @@ def _decode_calls(turn: dict[str, Any], at: str) -> dict[str, Any]:
             return call
         if isinstance(call.get("function"), dict):
             return {**call, "function": decoded(call["function"])}
+        if "arguments" not in call and isinstance(call.get("parameters"), dict | str):
+            call = {**call, "arguments": call["parameters"]}
+            del call["parameters"]
+            reading.recognise("`parameters` of calls as `arguments`")
         arguments = call.get("arguments")
         if not isinstance(arguments, str):
             return call
@@ -448,10 +455,40 @@ def without_flags(turn: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in turn.items() if name not in _TRAIN_FLAGS}
 
 
+def _decode_tool(tool: Any, where: str, reading: Reading | None) -> Any:
+    """Returns a function of `tools`, decoded where it is JSON, or its parameters are.
+
+    Raises:
+      UserError: it is text that is not JSON.
+    """
+    try:
+        if isinstance(tool, str):
+            tool = parse_json(tool)
+            phrase = "functions in `tools` decoded from JSON"
+        elif isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            return {**tool, "function": _decode_tool(tool["function"], where, reading)}
+        elif isinstance(tool, dict) and isinstance(tool.get("parameters"), str):
+            tool = {**tool, "parameters": parse_json(tool["parameters"])}
+            phrase = "`parameters` of `tools` decoded from JSON"
+        else:
+            return tool
+    except ValueError as error:
+        raise UserError(
+            f"{where}: a function in `tools`, or its `parameters`, is text and not "
+            f"valid JSON: {error}. Write it as an object."
+        ) from error
+    if reading is not None:
+        reading.recognise(phrase)
+    return _decode_tool(tool, where, reading) if isinstance(tool, dict) else tool
+
+
 def tools_of(
     row: dict[str, Any], where: str, reading: Reading | None = None
 ) -> list[Any] | None:
     """Returns the `tools` of a row, a list or its JSON; None without any.
+
+    A function in JSON, or with `parameters` in JSON, is decoded: an Arrow column cannot
+    hold those of several functions.
 
     Raises:
       UserError: they are neither, or hold what JSON does not have.
@@ -467,6 +504,7 @@ def tools_of(
             f"{where}: `tools` must be a list of functions, or one in JSON, got "
             f"{type(tools).__name__}."
         )
+    tools = [_decode_tool(tool, where, reading) for tool in tools or ()]
     to_json(tools, f"{where}: `tools`")  # templates do so
     if reading is not None:
         reading.fields.add("tools")

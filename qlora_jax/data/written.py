@@ -20,6 +20,8 @@ EMPTY_REASONING = "answers trained with empty reasoning"
 EMPTY_ANSWER = "answers trained that have no text and no calls"
 SPECIAL_TOKENS = "turns whose text has special tokens of the tokenizer"
 NOT_WRITTEN = "that the chat template does not write"
+# Of calls: what is looked for by itself, or is no text of the model.
+_CALL_KEYS = ("name", "arguments", "id", "type", "index")
 # A tag alone on its line may be one that the template writes itself.
 _TAG = re.compile(r"[<\[]/?[\w:|]+[>\]]")
 
@@ -95,10 +97,9 @@ def find_unwritten(
                 )
             parts = {"answers (all of their text and calls)"}
         unwritten.update(parts)
+    described = _Text(renderings[-1].text)
     for tool in tools or ():
-        name = _function(tool).get("name")
-        if isinstance(name, str) and not whole.has(name):
-            unwritten["functions in `tools`"] += 1
+        unwritten.update(_missing_of_tool(_function(tool), described))
     remarks = Counter(
         {f"{part} {NOT_WRITTEN}": count for part, count in unwritten.items()}
     )
@@ -144,11 +145,32 @@ def _missing_parts(
         parts.add("calls of functions")
     elif not all(_writes_value(_function(c).get("arguments"), text) for c in calls):
         parts.add("arguments of calls")
+    others = [
+        {k: v for k, v in _function(call).items() if k not in _CALL_KEYS}
+        for call in calls
+    ]
+    if not all(_writes_value(list(other.values()), text) for other in others):
+        parts.add("other fields of calls")
     if reasoning.strip() and not _writes_text(reasoning, text):
         which = "earlier turns" if earlier else "answers"
         parts.add(f"reasonings of {which}")
     has = [name for name, value in (("text", lines), ("calls", calls)) if value]
     return ([] if any(written) or any(called) else has), parts
+
+
+def _missing_of_tool(function: dict[str, Any], text: _Text) -> set[str]:
+    """Returns what is not written of a function that a model may call."""
+    name, description = function.get("name"), function.get("description")
+    if isinstance(name, str) and not text.has(name):
+        return {"functions in `tools`"}
+    parts: set[str] = set()
+    if isinstance(description, str) and not _writes_text(description, text):
+        parts.add("descriptions of functions in `tools`")
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    if isinstance(properties, dict) and not all(map(text.has, map(str, properties))):
+        parts.add("parameters of functions in `tools`")
+    return parts
 
 
 def _function(value: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Conversations to examples: which answers are trained, what is lost or changed."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -85,6 +86,51 @@ def test_arguments_that_are_not_written_are_counted(load_chat):
     row = {"messages": [ASKED, answer(tool_calls=[CALL])]}
     (remark,) = load_chat(template, row).report.remarks
     assert remark.startswith("arguments of calls")
+
+
+TOOL = {
+    "name": "look",
+    "description": 'Looks "up"\na place',
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [
+        ("{{ t | tojson }}", ""),
+        ("{{ t.name }} {{ t.description }}", "parameters"),
+        ("{{ t.name }} {{ t.parameters.properties | list }}", "descriptions"),
+        ("{{ t.name }}", "descriptions parameters"),
+        ("{{ t.description }}", "functions"),
+    ],
+)
+def test_parts_of_tools_that_are_not_written_are_counted(load_chat, written, lost):
+    template = "{% for t in tools %}" + written + "{% endfor %}" + TEXT
+    row = {"messages": [ASKED, answer("a")], "tools": [TOOL]}
+    phrases = {
+        f"{what} of functions".replace("functions of ", "")
+        + " in `tools` that the chat template does not write"
+        for what in lost.split()
+    }
+    assert load_chat(template, row).report.remarks == dict.fromkeys(phrases, 1)
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters"])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_the_parameters_of_a_call_are_its_arguments(load_chat, decoded, name, encoded):
+    arguments = {"city": "Oslo"}
+    call = {"name": "look", name: json.dumps(arguments) if encoded else arguments}
+    calls = "{% for c in m.tool_calls %}{{ c.arguments }}{{ c.name }}{% endfor %}"
+    template = TEXT.replace("</s>", calls + "</s>")
+    turns = [ASKED, answer(tool_calls=[call | {"id": "1", "thought": "why"}])]
+    examples = load_chat(template, {"messages": turns})
+    assert "{'city': 'Oslo'}look" in decoded(examples)[1]
+    assert examples.report.remarks == {
+        "other fields of calls that the chat template does not write": 1
+    }
+    phrase = "`parameters` of calls as `arguments`"
+    assert (phrase in examples.report.recognised) == (name == "parameters")
 
 
 def test_an_answer_that_is_lost_altogether_is_refused_unless_allowed(load_chat):
