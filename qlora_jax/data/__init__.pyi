@@ -32,6 +32,7 @@ from .mixture import Mixture as Mixture
 from .mixture import lay_out as lay_out
 from .notes import data_notes as data_notes
 from .packing import packs as packs
+from .rendering import SPLIT as SPLIT
 from .rendering import with_date as with_date
 from .segments import Segmented as Segmented
 from .unknown import unknown_text as unknown_text

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_jax.data import (
+    SPLIT,
     DataConfig,
     Examples,
     Mixture,
@@ -171,4 +172,18 @@ def exclude_held_out(
         word = "copy" if copies == 1 else "copies"
         note += f"; {copies:,} {word} of them not trained on either"
     note += f". Left to train on: {counted(len(examples), 'example')}."
+    report = chosen.report
+    pieces = [
+        name
+        for name, count in (
+            ("windows of documents", report.documents_cut),
+            ("answers of conversations", report.remarks.get(SPLIT, 0)),
+        )
+        if count
+    ]
+    if pieces:
+        note += (
+            f"\nNote: some of them are {' and '.join(pieces)} of which other parts are "
+            "trained on. `eval.path` measures on data of its own."
+        )
     return examples, HeldOut(chosen, data, note)

@@ -184,6 +184,12 @@ def test_what_the_run_holds_out_is_not_shown(call, model, tmp_path):
     report = json.loads(call(file, "--json", "--show", 99)[1])
     assert (report["data"]["examples"], report["held_out"]["examples"]) == (9, 3)
     assert len(report["examples"]) == 9
+    assert "of which other parts" not in out
+    text = tmp_path / "book.txt"
+    text.write_text("Once there was a girl. " * 40)
+    options = ("--data.path", text, "--data.format", "text", "--data.max-length", "32")
+    out = " ".join(call(file, *options)[1].split())
+    assert "are windows of documents of which other parts are trained on." in out
     status, out, _ = call(file, "--eval-fraction", "None", "--json")
     assert json.loads(out)["data"]["examples"] == 12
     status, _, error = call(file, "--eval-fraction", "1.5")
