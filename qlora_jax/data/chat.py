@@ -22,7 +22,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from qlora_jax.data.bounded_templates import is_linear, render
@@ -290,11 +290,12 @@ class ChatRenderer:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         except (jinja2.TemplateError, *_DATA_ERRORS) as error:
-            encoded = _with_json_arguments(messages)
-            if encoded is not None:
-                # Some templates join the arguments of calls to the text as strings.
+            # Some templates join the arguments of calls to the text as strings, or read
+            # the content of turns that have none.
+            calls = "tool_calls" in (template or self._source(tools))
+            for other in _other_forms(messages, calls):
                 with contextlib.suppress(jinja2.TemplateError, *_DATA_ERRORS):
-                    return self._apply(encoded, template, add_generation_prompt, tools)
+                    return self._apply(other, template, add_generation_prompt, tools)
             roles = ", ".join(message["role"] for message in messages) or "none"
             hint = ""
             if any(message.get("tool_calls") for message in messages):
@@ -546,6 +547,20 @@ def _read_template(path: str) -> str:
             "own, and give that."
         )
     return template
+
+
+def _other_forms(
+    messages: list[dict[str, Any]], writes_calls: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields turns of the same meaning, as some templates expect them."""
+    encoded = _with_json_arguments(messages)
+    if encoded is not None:
+        yield encoded
+    if not writes_calls or all("content" in message for message in messages):
+        return
+    for form in (messages, encoded):
+        if form is not None:
+            yield [{"content": ""} | message for message in form]
 
 
 def _with_json_arguments(

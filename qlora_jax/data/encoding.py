@@ -147,11 +147,8 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
             yield Encoded(ids, ids)
             continue
         spans = np.array(encoding["offset_mapping"][number], np.int64).reshape(-1, 2)
-        # Offsets may leave out the spaces of a token (`trim_offsets`); characters that
-        # no token has belong to the next one.
         starts, ends = spans[:, 0], spans[:, 1].copy()
-        reached = np.maximum.accumulate(np.append(0, ends))[:-1]
-        starts = np.minimum(starts, reached)
+        starts = _with_spaces(piece.text, starts, ends)
         for at in np.flatnonzero(np.isin(ids, absorbing)) if absorbing else ():
             # The white space that it takes with it is not part of what it says.
             taken = piece.text[starts[at] : ends[at]]
@@ -167,6 +164,22 @@ def tokenize(tokenizer: Any, pieces: list[Segmented]) -> Iterator[Encoded]:
             straddles |= bool((inside & ((starts < start) | (ends > end))).any())
         labels = np.where(supervised, ids, np.int32(IGNORE))
         yield Encoded(ids, labels, straddles)
+
+
+def _with_spaces(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns where tokens begin, with the white space before them.
+
+    Offsets may leave it out (`trim_offsets`). Other characters that no token has were
+    joined to the one before by a normalizer, or dropped.
+    """
+    reached = np.maximum.accumulate(np.append(0, ends))[:-1]
+    gaps = reached < starts
+    if gaps.any():
+        solid = np.array([not c.isspace() for c in text], np.int64)
+        # The place after the last character before each that is no white space.
+        after = np.maximum.accumulate(np.append(0, solid * np.arange(1, len(text) + 1)))
+        reached = np.where(gaps, np.maximum(reached, after[starts]), reached)
+    return np.minimum(starts, reached)
 
 
 def _call(tokenizer: Any, text: str | list[str], **options: Any) -> Any:

@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, processors
 
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.conversations import to_messages, tools_of
 from qlora_jax.data.encoding import IGNORE, tokenize
+from qlora_jax.data.rows import Reading
 from qlora_jax.data.segments import Segmented
 from qlora_jax.data.turn_ends import TurnEnds
 from qlora_jax.errors import UserError
@@ -151,6 +152,24 @@ def test_spaces_that_offsets_leave_out_are_supervised(byte_tokenizer):
     assert encoded.straddles and (encoded.labels != IGNORE).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("form", [normalizers.NFC, normalizers.NFKC, normalizers.NFD])
+def test_characters_that_a_normalizer_joins_are_on_their_side_of_an_edge(
+    byte_tokenizer, form
+):
+    tokenizer = byte_tokenizer(merges=[("\u00c3", "\u00a9")])  # "é" in UTF-8
+    tokenizer.backend_tokenizer.normalizer = form()
+    text = "e\u0301e\u0301 e\u0301"  # decomposed; offsets have the first half alone
+    piece = Segmented(text, [(2, len(text))])
+    (encoded,) = tokenize(tokenizer, [piece])
+    before = tokenizer("e\u0301", add_special_tokens=False)["input_ids"]
+    assert encoded.tokens.tolist()[: len(before)] == before
+    supervised = encoded.labels != IGNORE
+    assert supervised.tolist() == [False] * len(before) + [True] * (
+        len(encoded.tokens) - len(before)
+    )
+    assert not encoded.straddles
+
+
 def test_no_answer_has_no_span_and_an_empty_one_its_end_of_turn(supervised):
     text, pieces = supervised(CHATML, CONVERSATION[:1])
     assert text == "<|im_start|>user\nHi there<|im_end|>\n" and pieces == []
@@ -247,6 +266,21 @@ def test_what_ends_a_conversation_is_no_part_of_earlier_answers(supervised):
     assert supervised(template)[1] == [first, second + "</s>"]
 
 
+def test_a_turn_without_content_is_written_by_templates_that_read_it(supervised):
+    # DeepSeek's template tells calls without content by `content is none`.
+    template = (
+        "{% for m in messages %}{% if m.tool_calls and m.content is none %}(none)"
+        "{% else %}<{{ m.role }}>{{ m.content + '' }}{% for c in m.tool_calls or [] %}"
+        "{{ c.arguments.a }}{% endfor %}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"name": "f", "arguments": {"a": "1"}}
+    turns = [{"role": "user", "content": "q"}]
+    for content in ({}, {"content": ""}):
+        calls = [{"role": "assistant", "tool_calls": [call]} | content]
+        assert supervised(template, turns + calls)[1] == ["1</s>"]
+
+
 def test_arguments_are_written_for_templates_that_join_strings(chat_tokenizer):
     template = (
         "{% for m in messages %}{{ m.tool_calls[0].arguments + '!' }}{% endfor %}"
@@ -329,6 +363,21 @@ def test_tools_are_a_list_or_its_json(chat_tokenizer):
     for wrong in ("{", '{"name": "t"}', 3):
         with pytest.raises(UserError, match="r: `tools`"):
             tools_of({"tools": wrong}, "r")
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    for tool in ({"name": "t"}, {"type": "function", "function": {"name": "t"}}):
+        inner = tool.get("function", tool)
+        tool = copy.deepcopy(tool)
+        tool.get("function", tool)["parameters"] = json.dumps(schema)
+        whole = copy.deepcopy(tool)
+        whole.get("function", whole)["parameters"] = schema
+        for written in (tool, json.dumps(tool), json.dumps(whole)):
+            reading = Reading()
+            assert tools_of({"tools": [written]}, "r", reading) == [whole]
+            assert any("decoded from JSON" in r for r in reading.recognised)
+        assert "parameters" not in inner
+    for wrong in ("look", {"name": "t", "parameters": "{"}):
+        with pytest.raises(UserError, match="r: a function in `tools`, or its"):
+            tools_of({"tools": [wrong]}, "r")
     turn = {"role": "assistant", "content": "a", "tool_calls": []}
     (message,) = to_messages({"messages": [turn]}, "r")
     assert message == {"role": "assistant", "content": "a"}
