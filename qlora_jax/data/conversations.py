@@ -417,8 +417,12 @@ def _decode_calls(turn: dict[str, Any], at: str, reading: Reading) -> dict[str, 
         except UnusableJsonError as error:
             raise UserError(f"{at}: `arguments` of a call: {error}.") from error
         except ValueError:
-            return call  # not JSON: the template writes the string
-        return {**call, "arguments": value} if isinstance(value, dict) else call
+            value = None
+        if isinstance(value, dict):
+            return {**call, "arguments": value}
+        # The template writes the string, most of them in quotes.
+        reading.recognise("`arguments` of calls that are no JSON object, as a string")
+        return call
 
     turn["tool_calls"] = [decoded(call) for call in calls]
     to_json(turn["tool_calls"], f"{at}: `tool_calls`")  # templates do so

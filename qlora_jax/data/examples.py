@@ -6,6 +6,7 @@ used is collected as a problem and reading continues, so that one error lists th
 
 import contextlib
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
 from qlora_jax.errors import Problems, UserError
 
+REPEATED_FILES = "files that `path` names more than once, whose rows are read as often"
+"""A remark on a source."""
 # Locations recorded for each reason to drop a row.
 _MAX_LOCATIONS = 5
 
@@ -152,6 +155,10 @@ class _Loader:
                         with problems.collecting():
                             collector.add(where, encoded, file.plain)
             problems.raise_if_any()
+            files = Counter(os.path.realpath(source.name) for source in self._sources)
+            for file, count in files.items():
+                if count > 1:
+                    collector.remark(REPEATED_FILES, file)
             return collector.finish(self._encoder)
         finally:
             sink.close()
@@ -207,6 +214,11 @@ class _Collector:
             self._remarks.update(example.remarks)
             for remark in example.remarks:
                 self._locate(where, remark)
+
+    def remark(self, remark: str, where: str) -> None:
+        """Counts a remark on the source, with a location."""
+        self._remarks[remark] += 1
+        self._locate(where, remark)
 
     def _add_example(self, where: str, encoded: Encoded, plain: bool) -> None:
         tokens, labels = encoded.tokens, encoded.labels

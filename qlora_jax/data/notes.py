@@ -8,6 +8,7 @@ from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import OTHER_LABELS, text_prefix
 from qlora_jax.data.ends import end_tokens_of
+from qlora_jax.data.examples import REPEATED_FILES
 from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import (
@@ -119,7 +120,7 @@ def _remark_notes(report: DataReport, tokenizer: Any) -> list[str]:
                 " The model does not learn to stop there. Another chat template, or "
                 '`data.train_on` = "last", avoids it.'
             )
-        elif remark == PROMPTED or remark.endswith(NOT_WRITTEN):
+        elif remark in (PROMPTED, REPEATED_FILES) or remark.endswith(NOT_WRITTEN):
             advice = ""
         else:
             continue
@@ -147,6 +148,13 @@ def _end_notes(examples: AnyExamples, config: DataConfig, tokenizer: Any) -> lis
     eos, eos_id = (
         getattr(tokenizer, name, None) for name in ("eos_token", "eos_token_id")
     )
+    if eos_id is not None and eos_id == getattr(tokenizer, "unk_token_id", None):
+        notes.append(
+            f"the tokenizer's EOS is {eos!r}, the token for what it does not know "
+            "(`unk_token`), and so is the end that the model learns. Name the EOS of "
+            'the model as `data.eos_token`, such as "</s>", or in its '
+            "tokenizer_config.json."
+        )
     for settings, part, ends in zip(
         config.each, parts, end_tokens_of(examples, tokenizer), strict=True
     ):

@@ -353,6 +353,17 @@ def test_arguments_in_json_are_written_once(chat_tokenizer, nested, arguments, w
     assert call["arguments"] is arguments  # the row is not changed
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1', "{'a': 1}", "", "[1]", "null", '"x"'])
+def test_arguments_that_are_no_object_are_written_as_they_are_and_said(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    reading = Reading()
+    (message,) = to_messages({"messages": [turn]}, "r", reading)
+    assert message["tool_calls"] == [call]
+    phrase = "`arguments` of calls that are no JSON object, as a string"
+    assert phrase in reading.recognised
+
+
 def test_tools_are_a_list_or_its_json(chat_tokenizer):
     renderer = ChatRenderer(chat_tokenizer(CALLING))
     for tools in ([{"name": "t"}], '[{"name": "t"}]'):

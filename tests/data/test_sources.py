@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_jax.data.examples import REPEATED_FILES
 from qlora_jax.data.sources import list_sources
 from qlora_jax.errors import UserError
 
@@ -68,6 +69,18 @@ def test_the_error_locates_a_bad_byte_far_into_a_file(write, load):
 
 
 # --- several files ---
+
+
+def test_a_file_that_is_named_twice_is_read_twice_and_noted(write, tmp_path, load):
+    first = write(ROWS[:2], "a1.jsonl")
+    write(ROWS[2:4], "b1.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(first)
+    patterns = (f"{tmp_path}/a*.jsonl", f"{tmp_path}/*1.jsonl")
+    report = load(patterns).report
+    assert report.rows_read == 6 and report.remarks == {REPEATED_FILES: 1}
+    assert report.places[REPEATED_FILES] == (os.path.realpath(first),)
+    assert load((first, f"{tmp_path}/link.jsonl")).report.remarks
+    assert not load(f"{tmp_path}/*1.jsonl").report.remarks
 
 
 def test_several_files_or_a_pattern_are_a_single_source(write, tmp_path, jsonl, load):

@@ -133,3 +133,16 @@ def test_words_are_named_and_a_tokenizer_that_refuses_them_names_the_row(load):
 def test_the_unknown_of_a_prompt_comes_in_its_order(tokenizer, unknown):
     assert unknown_text(tokenizer, "a☃b\nc☃") == unknown
     assert unknown_text(tokenizer, "\ud800") == []
+
+
+@pytest.mark.parametrize("eos", ["", "<unk>", "</s>"])
+def test_an_eos_that_is_the_unknown_token_is_noted(write, shared_data, eos):
+    # As in the first conversions of LLaMA, whose `eos_token` is empty.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        shared_data / "stories260K", eos_token=eos
+    )
+    config = DataConfig(path=write([{"text": "Once upon a time"}]))
+    examples = load_examples(config, tokenizer, vocab_size=512)
+    batches = Batches(examples, config, batch_size=1, pad_token_id=0)
+    notes = " ".join(data_notes(examples, config, batches, tokenizer))
+    assert ("the token for what it does not know" in notes) == (eos != "</s>")
