@@ -46,6 +46,7 @@ def untrained_rows(
     eps: float = 1e-16,
     tiny: float = 0.01,
     alike: int = 4,
+    near: float = 0.01,
 ) -> Bool[np.ndarray, " V"]:
     """Finds the rows of an embedding or output head that were never trained.
 
@@ -58,8 +59,10 @@ def untrained_rows(
       finite;
     - its largest magnitude is at most `tiny` times the median over the rows that are
       not zero. In the models we measured no trained row is below 0.4 of it;
-    - it equals at least `alike` - 1 other rows bit by bit. Trained rows never become
-      equal; two or three may have been copied on purpose.
+    - it equals at least `alike` - 1 other rows, bit by bit or to within `near` times
+      that median: rows that only ever got the common gradient stay together, but for
+      the rounding of each. Trained rows never become equal; two or three may have been
+      copied on purpose.
 
     Rows that were drawn at random and never trained look like trained ones and are not
     detected (Land and Bartolo 2024, https://arxiv.org/abs/2405.05417, detect some of
@@ -70,6 +73,7 @@ def untrained_rows(
       eps: largest magnitude of a row that is zero.
       tiny: largest magnitude, relative to the median, of a row that is too small.
       alike: smallest number of equal rows that count as untrained.
+      near: largest difference of rows that count as equal, relative to the median.
     """
     rows = table.shape[0]
     size = np.zeros(rows, np.float32)
@@ -86,8 +90,43 @@ def untrained_rows(
     median = float(np.median(nonzero)) if nonzero.size else 0.0
     count = Counter(digests)
     equal = np.array([count[digest] >= alike for digest in digests])
+    equal |= _nearly_equal(table, near * median, alike)
     # Not `size <= ...`, which is false of NaN.
     return ~(size > max(eps, tiny * median)) | ~np.isfinite(size) | equal
+
+
+def _nearly_equal(table: Any, limit: float, alike: int) -> Bool[np.ndarray, " V"]:
+    """Finds rows from which at least `alike` - 1 others differ by `limit` at most.
+
+    Rows are put into cells of a grid by six random projections: near rows fall into one
+    cell, others hardly ever. What is in a cell is then compared itself.
+    """
+    rows, width = table.shape
+    if not limit > 0:
+        return np.zeros(rows, bool)
+    directions = np.random.default_rng(0).standard_normal((width, 6), np.float32)
+    points = np.empty((rows, 6))
+    for start, chunk in _chunks(table):
+        values = np.nan_to_num(chunk.astype(np.float32), posinf=0.0, neginf=0.0)
+        points[start : start + len(chunk)] = values @ directions
+    # A difference of `limit` everywhere moves a point by about limit * sqrt(width).
+    cell = 8 * limit * width**0.5
+    near = np.zeros(rows, bool)
+    # Two grids, so that near rows on two sides of a border meet in the other.
+    for shift in (0.0, 0.5):
+        cells = np.floor(points / cell + shift).astype(np.int64)
+        # One number for each cell (other cells share it hardly ever), which sorts fast.
+        keys = cells @ np.array([3**40, 5**27, 7**22, 11**18, 13**17, 17**15])
+        _, number, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        order = np.argsort(number, kind="stable")
+        ends = np.cumsum(counts)
+        for group in np.flatnonzero(counts >= alike):
+            members = order[ends[group] - counts[group] : ends[group]]
+            values = np.asarray(table[members], np.float32)
+            distance = np.abs(values - np.median(values, axis=0)).max(axis=1)
+            if (distance <= limit).sum() >= alike:
+                near[members[distance <= limit]] = True
+    return near
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import convert
 from convert.added_tokens import copy_with_added_tokens
 from convert.tokenizer import load_tokenizer
+from qlora_jax.models.vocabulary import untrained_rows
 from qlora_jax.runs.loading import load
 
 TEXT = "Once upon a time there was a little dog."
@@ -21,6 +22,10 @@ def damaged(shared_data, tmp_path):
     used = load_tokenizer(source)(TEXT)["input_ids"]
     unused = next(i for i in range(300, 512) if i not in used)
     table = base["model"]["embed_tokens"]["weight"]
+    # The bytes and </s>, which it never saw, become rows like others.
+    noise = np.random.default_rng(0).standard_normal(table.shape)
+    while (never := untrained_rows(table)).any():
+        table[never] = 0.3 * noise[never]
     table[[used[2], unused]] = 0
     convert.save_llama(tmp_path / "damaged", config, base, tokenizer_from=source)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -60,8 +65,13 @@ def test_rows_that_the_data_use_are_reported_and_repaired(damaged, tmp_path, rep
     np.testing.assert_allclose(after[bad], trained, atol=1e-6)
 
 
+def test_the_end_of_text_of_a_model_that_never_saw_one_is_reported(shared_data, report):
+    used = report(shared_data / "stories260K")["untrained_and_used"]["embed_tokens"]
+    assert [int(entry.split()[0]) for entry in used] == [0, 2]  # <unk> and </s>
+
+
 def test_with_nothing_to_repair_the_model_stays(shared_data, tmp_path, cli):
-    source, out = shared_data / "stories260K", tmp_path / "out"
+    source, out = shared_data / "babyllama-char105", tmp_path / "out"
     status, _, err = cli("tokens", source, "--repair", "mean", "--output-dir", out)
     assert status == 0
     assert "Note: no token that is used has an untrained row" in err
