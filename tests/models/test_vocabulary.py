@@ -92,7 +92,7 @@ def test_rows_that_are_nearly_equal_are_untrained(dtype):
 
 
 def test_what_a_small_trained_model_never_saw_is_found(shared_data):
-    """Its end of text and nearly all bytes; 168 rows are within 5e-4 of that of </s>."""
+    """Its end of text and nearly all bytes: 168 rows within 5e-4 of that of </s>."""
     _, base = convert.load_llama(shared_data / "stories260K", quantization=None)
     rows = base["model"]["embed_tokens"]["weight"]
     mask = untrained_rows(rows)
