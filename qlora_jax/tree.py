@@ -26,7 +26,11 @@ PROJECTIONS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 )
-"""The linear layers of a decoder layer; those that are quantized."""
+"""The linear layers of a Llama's decoder layer."""
+FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj")
+"""Projections that stand for three or two of them, as rows of one weight."""
+QUANTIZED = (*PROJECTIONS, *FUSED_PROJECTIONS)
+"""The linear layers that are quantized."""
 
 # A layer has one spelling, so that no two keys mean the same tensor: `03` is not 3.
 _LAYER_KEY = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device
+from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.attention.xla import blockwise_attention, reference_attention
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "interpret")
@@ -37,6 +38,8 @@ def flash_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
     *,
+    variant: Variant = PLAIN,
+    choice: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes `softmax(q k^T / sqrt(H) + mask) v`, causal and within segments.
@@ -53,6 +56,8 @@ def flash_attention(
       k: keys.
       v: values.
       segment_ids: equal ids see each other, 0 = padding; None = one segment.
+      variant: scale, soft cap and windows.
+      choice: index of the window, where the variant has several.
       implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it was measured to
         be better, else "xla".
 
@@ -66,17 +71,17 @@ def flash_attention(
     _check(q, k, v, segment_ids)
     chosen = implementation
     if chosen is None:
-        chosen = "pallas" if measured(q, segment_ids) else "xla"
+        chosen = "pallas" if measured(q, segment_ids, variant) else "xla"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} does not exist. Choose "
             "'reference', 'xla', 'pallas', or None for what is known to be best here."
         )
     if chosen == "reference":
-        return reference_attention(q, k, v, segment_ids)[0]
+        return reference_attention(q, k, v, segment_ids, variant, choice)[0]
     if chosen == "xla":
-        return blockwise_attention(q, k, v, segment_ids)
-    reason = refusal(q, interpret=chosen == "interpret")
+        return blockwise_attention(q, k, v, segment_ids, variant, choice)
+    reason = refusal(q, variant, interpret=chosen == "interpret")
     if reason is not None:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} cannot be used here: "
@@ -95,13 +100,15 @@ def flash_attention(
 
 
 def measured(
-    q: Float[Array, "B T N H"], segment_ids: Int[Array, "B T"] | None = None
+    q: Float[Array, "B T N H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    variant: Variant = PLAIN,
 ) -> bool:
     """Returns whether the kernels were measured on this device to be the better choice.
 
     Better than the alternatives: cuDNN for rows of one segment, "xla" for packed ones.
     """
-    if jax.default_backend() != "gpu" or refusal(q) is not None:
+    if jax.default_backend() != "gpu" or refusal(q, variant) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
     table = device.tuned(device.device_kind(), "attention").get("from_length", {})
@@ -109,11 +116,14 @@ def measured(
     return min_length is not None and q.shape[1] >= min_length
 
 
-def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
+def refusal(
+    q: Float[Array, "B T N H"], variant: Variant = PLAIN, *, interpret: bool = False
+) -> str | None:
     """Returns all reasons why the kernels cannot compute this here, or None.
 
     Args:
       q: queries.
+      variant: scale, soft cap and windows.
       interpret: whether Pallas's interpreter would run them.
     """
     reasons, capability = [], None
@@ -127,19 +137,28 @@ def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | Non
             reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
         else:
             capability = device.capability()
-    reasons += refusals(q.dtype, q.shape[-1], capability)
+    variant = variant.for_length(q.shape[1])
+    reasons += refusals(q.dtype, q.shape[-1], capability, variant)
     return "; ".join(reasons) + "." if reasons else None
 
 
-def refusals(dtype: Any, head_dim: int, capability: str | None = None) -> list[str]:
+def refusals(
+    dtype: Any,
+    head_dim: int,
+    capability: str | None = None,
+    variant: Variant = PLAIN,
+) -> list[str]:
     """Returns why the kernels cannot compute a case, as clauses of a sentence.
 
     Args:
       dtype: of queries, keys and values.
       head_dim: width of a head.
       capability: compute capability of the GPU, such as "9.0"; None = unknown.
+      variant: scale, soft cap and windows.
     """
     reasons = []
+    if variant.softcap is not None or variant.windows != (None,):
+        reasons.append("they have neither windows nor soft caps")
     if dtype != jnp.bfloat16:
         reasons.append(f"they compute in bfloat16, not {jnp.dtype(dtype).name}")
     if head_dim not in HEAD_DIMS:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.product import precision
 
 # Large and negative but finite: with -inf a row that sees nothing would be
@@ -28,8 +29,10 @@ def reference_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
+    variant: Variant = PLAIN,
+    choice: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B N T"]]:
-    """Computes the formula, with all scores in memory.
+    """Computes the formula, with all scores in memory; arguments as below.
 
     Returns:
       The output, and the log-sum-exp of every query's scores.
@@ -40,9 +43,17 @@ def reference_attention(
     grouped = q.reshape(batch, length, groups, heads // groups, width)
     index = jnp.arange(length)
     visible = (index[:, None] >= index[None, :])[None]
+    variant = variant.for_length(length)
+    if variant.windows != (None,):
+        # Infinite windows are those of the whole row.
+        windows = jnp.asarray([w or length for w in variant.windows])
+        window = windows[0 if choice is None else choice]
+        visible = visible & (index[:, None] - index[None, :] < window)[None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    scores = _product("btkgh,bskh->bkgts", grouped, k) * (1.0 / math.sqrt(width))
+    scores = _product("btkgh,bskh->bkgts", grouped, k) * variant.scale_of(width)
+    if variant.softcap is not None:
+        scores = variant.softcap * jnp.tanh(scores / variant.softcap)
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
     # [B, K, G, T, 1]
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
@@ -58,19 +69,36 @@ def blockwise_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None = None,
+    variant: Variant = PLAIN,
+    choice: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes `flash_attention` block by block, in blocks that suit the platform.
 
     The running softmax of Dao 2023 (https://arxiv.org/abs/2307.08691). Differentiable,
-    with memory linear in the length; blocks above the diagonal are skipped, forward and
-    backward.
+    with memory linear in the length; blocks above the diagonal, and those outside of
+    the window, are skipped, forward and backward.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      segment_ids: equal ids see each other; None = one segment.
+      variant: scale, soft cap and windows.
+      choice: which of several windows; None where there is one.
     """
-    segments = () if segment_ids is None else (segment_ids,)
+    variant = variant.for_length(q.shape[1])
+    traced = [] if segment_ids is None else [segment_ids]
+    if len(variant.windows) > 1:
+        assert choice is not None
+        traced.append(choice)
 
     def in_blocks_of(block: int) -> Callable[..., Array]:
-        return lambda q, k, v, *segments: _in_blocks(
-            block, q, k, v, segments[0] if segments else None
-        )
+        def attend(q: Array, k: Array, v: Array, *traced: Array) -> Array:
+            some = iter(traced)
+            segments = None if segment_ids is None else next(some)
+            return _in_blocks(block, variant, q, k, v, segments, next(some, None))
+
+        return attend
 
     # Scores of one block pair: 2^25 of them in float32 are 134 MB. A GPU wants few and
     # large steps, a CPU blocks that stay in its cache.
@@ -80,14 +108,20 @@ def blockwise_attention(
         q,
         k,
         v,
-        *segments,
+        *traced,
         cpu=in_blocks_of(256),
         default=in_blocks_of(min(max(power_of_two, 128), 1024)),
     )
 
 
 def _in_blocks(
-    block: int, q: Array, k: Array, v: Array, segments: Array | None
+    block: int,
+    variant: Variant,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    choice: Array | None,
 ) -> Array:
     """Pads to a multiple of the block; queries never see the padding, which is last."""
     length = q.shape[1]
@@ -99,7 +133,7 @@ def _in_blocks(
             segments = jnp.ones((q.shape[0], length), jnp.int32)
         segments = jnp.pad(segments, ((0, 0), (0, pad)))
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
-    out: Any = _flash(block, q, k, v, segments)
+    out: Any = _flash(block, variant, q, k, v, segments, choice)
     return out[:, :length]
 
 
@@ -138,7 +172,7 @@ def _product(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
 
 
 def _visible(
-    segments: Array | None, i: Array, j: Array, block: int
+    segments: Array | None, i: Array, j: Array, block: int, window: int | None
 ) -> Bool[Array, "B t s"]:
     """Returns the keys of block j that each query of block i sees.
 
@@ -147,6 +181,8 @@ def _visible(
     rows = i * block + jnp.arange(block)
     columns = j * block + jnp.arange(block)
     causal = (rows[:, None] >= columns[None, :])[None]
+    if window is not None:
+        causal = causal & (rows[:, None] - columns[None, :] < window)[None]
     if segments is None:
         return causal
     q_segments = _slice(segments, i, block)
@@ -154,11 +190,19 @@ def _visible(
     return causal & (q_segments[:, :, None] == k_segments[:, None, :])
 
 
-def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
-    """Returns query and key block of every pair on or below the diagonal, by rows."""
+def _pairs(
+    blocks: int, block: int, window: int | None, q: Array
+) -> tuple[Array, Array]:
+    """Returns query and key block of every pair that is visited, by rows.
+
+    That is on or below the diagonal, and within the window of a query of the block.
+    """
     # One loop over a known number of pairs: with a trip count that depends on the row,
     # a GPU would have to ask the host after every one.
     i, j = np.tril_indices(blocks)
+    if window is not None:
+        inside = j >= _first_block(i, block, window)
+        i, j = i[inside], j[inside]
     pairs = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
     # The barrier ties the indices to `q`. Without it they are constants to the
     # derivative of a scan over layers, which then computes the masks of all pairs ahead
@@ -166,28 +210,82 @@ def _pairs(blocks: int, q: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((pairs, q))[0]
 
 
+def _first_block(i: Any, block: int, window: int | None) -> Any:
+    """Returns the first key block that the queries of block i see."""
+    if window is None:
+        return 0
+    # The first query, at i * block, sees window - 1 keys before itself.
+    first = (i * block - window + 1) // block
+    return jnp.maximum(first, 0) if isinstance(i, jax.Array) else np.maximum(first, 0)
+
+
+def _by_window(
+    variant: Variant, choice: Array | None, function: Callable, *arrays: Array
+) -> Any:
+    """Calls function(window, *arrays) with the window of the layer.
+
+    The derivative never sees the branches: they are inside of `_flash`.
+    """
+    if choice is None:
+        return function(variant.windows[0], *arrays)
+    branches = [functools.partial(function, window) for window in variant.windows]
+    return jax.lax.switch(choice, branches, *arrays)
+
+
 # --- The running softmax, and its derivative ---
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _flash(
-    block: int, q: Array, k: Array, v: Array, segments: Array | None
+    block: int,
+    variant: Variant,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    choice: Array | None,
 ) -> Float[Array, "B T N H"]:
-    return _flash_fwd(block, q, k, v, segments)[0]
+    return _flash_fwd(block, variant, q, k, v, segments, choice)[0]
 
 
 def _flash_fwd(
-    block: int, q: Array, k: Array, v: Array, segments: Array | None
+    block: int,
+    variant: Variant,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    choice: Array | None,
 ) -> tuple[Array, tuple]:
-    """Goes over key blocks j <= i for each query block i.
+    def forward(window: int | None, *arrays: Array) -> tuple[Array, Array]:
+        return _forward(block, variant, window, *arrays)
+
+    arrays = (q, k, v) if segments is None else (q, k, v, segments)
+    out, lse = _by_window(variant, choice, forward, *arrays)
+    # Both have names: a policy that kept the output alone would have to run the whole
+    # forward pass again for the log-sum-exp.
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, segments, choice, out, lse)
+
+
+def _forward(
+    block: int,
+    variant: Variant,
+    window: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None = None,
+) -> tuple[Array, Array]:
+    """Goes over the visible key blocks j <= i for each query block i.
 
     Arrays keep the layout of the layers around, [B, T, heads * H], and only blocks are
     rearranged: then what the backward pass needs is held once for them and for us.
     """
-    residuals = (q, k, v, segments)
-    batch, length, heads, width = q.shape
+    batch, length, heads, width = shape = q.shape
     groups = k.shape[2]
-    scale = 1.0 / math.sqrt(width)
+    scale, cap = variant.scale_of(width), variant.softcap
     grouped = (groups, heads // groups)
     rows_shape = (batch, *grouped, block)
     q, k, v = (a.reshape(batch, length, -1) for a in (q, k, v))
@@ -197,7 +295,7 @@ def _flash_fwd(
         i, j = ij
         # A row begins. Its running maximum starts below a masked score, so that the
         # first visible score wipes out what came of masked ones.
-        begins = j == 0
+        begins = j == _first_block(i, block, window)
         top = jnp.where(begins, 2 * _MASKED, top)
         total = jnp.where(begins, 0.0, total)
         acc = jnp.where(begins, 0.0, acc)
@@ -205,7 +303,9 @@ def _flash_fwd(
         k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         # [B, K, G, t, s]: the scores of one pair of blocks are all that is in memory.
         scores = _product("bkgth,bksh->bkgts", q_i, k_j) * scale
-        visible = _visible(segments, i, j, block)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        visible = _visible(segments, i, j, block, window)
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
         # With m the running maximum, l the sum of exponentials, o the output times l:
         #   m' = max(m, max s),  l' = l e^(m - m') + sum e^(s - m'),
@@ -232,25 +332,44 @@ def _flash_fwd(
         jnp.zeros_like(q),
         jnp.zeros((*rows_shape[:3], length), jnp.float32),
     )
-    pairs = _pairs(length // block, q)
+    pairs = _pairs(length // block, block, window, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
-    # Both have names: a policy that kept the output alone would have to run the whole
-    # forward pass again for the log-sum-exp.
-    out = checkpoint_name(out.reshape(residuals[0].shape), "attention_out")
-    lse = checkpoint_name(lse, "attention_lse")
-    return out, (*residuals, out, lse)
+    return out.reshape(shape), lse
 
 
-def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
+def _flash_bwd(block: int, variant: Variant, residuals: tuple, dout: Array) -> tuple:
+    q, k, v, segments, choice, out, lse = residuals
+
+    def backward(window: int | None, *arrays: Array) -> tuple[Array, Array, Array]:
+        return _backward(block, variant, window, *arrays)
+
+    arrays = (q, k, v, out, lse, dout)
+    arrays = arrays if segments is None else (*arrays, segments)
+    # Segment ids and the choice are integers and have no derivative.
+    return *_by_window(variant, choice, backward, *arrays), None, None
+
+
+def _backward(
+    block: int,
+    variant: Variant,
+    window: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    segments: Array | None = None,
+) -> tuple[Array, Array, Array]:
     """Recomputes each block's weights p = e^(s - lse).
 
     ds = p * (dout v^T - inner) with inner = sum(dout * out), which equals the sum over
-    the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout.
+    the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout. Under a soft cap
+    s = c tanh(z / c), so dz = ds (1 - (s / c)^2) takes its place in dq and dk.
     """
-    q, k, v, segments, out, lse = residuals
     batch, length, heads, width = q.shape
     groups = k.shape[2]
-    scale = 1.0 / math.sqrt(width)
+    scale, cap = variant.scale_of(width), variant.softcap
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     # [B, T, N] -> [B, K, G, T], the layout of lse.
     inner = inner.reshape(batch, length, groups, -1).transpose(0, 2, 3, 1)
@@ -262,25 +381,31 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         q_or_dq, dk, dv, q_i, dq_i = carry
         i, j = ij
         # Read once a row, before `_put_rows` writes the gradient over it.
-        q_i = jnp.where(j == 0, _rows(q_or_dq, i, block, grouped), q_i)
+        begins = j == _first_block(i, block, window)
+        q_i = jnp.where(begins, _rows(q_or_dq, i, block, grouped), q_i)
         dout_i = _rows(dout, i, block, grouped)
         lse_i, inner_i = _slice(lse, i, block, 3), _slice(inner, i, block, 3)
         k_j, v_j = (_rows(a, j, block, (groups,)) for a in (k, v))
         # Scores as [key, query]: two of the three products that follow then read
         # their operands in storage order, and only the third transposes.
         scores = _product("bksh,bkgth->bksgt", k_j, q_i) * scale
-        visible = _visible(segments, i, j, block).swapaxes(1, 2)[:, None, :, None]
+        slope = scale
+        if cap is not None:
+            share = jnp.tanh(scores / cap)
+            scores, slope = cap * share, scale * (1.0 - share * share)
+        visible = _visible(segments, i, j, block, window)
+        visible = visible.swapaxes(1, 2)[:, None, :, None]
         weights = jnp.exp(jnp.where(visible, scores, _MASKED) - lse_i[:, :, None])
         dweights = _product("bksh,bkgth->bksgt", v_j, dout_i)
         # The scale belongs to s = scale q k^T: here, dq and dk both get it.
-        dscores = weights * (dweights - inner_i[:, :, None]) * scale
+        dscores = weights * (dweights - inner_i[:, :, None]) * slope
         # 16-bit operands for the products below, whose sums are float32.
         dscores = dscores.astype(q.dtype)
         dv_j = _product("bksgt,bkgth->bksh", weights.astype(q.dtype), dout_i)
         # The sums run over the G query heads that share the keys, too.
         dk_j = _product("bksgt,bkgth->bksh", dscores, q_i)
         dq_ij = _product("bksgt,bksh->bkgth", dscores, k_j)
-        dq_i = jnp.where(j == 0, dq_ij, dq_i + dq_ij)
+        dq_i = jnp.where(begins, dq_ij, dq_i + dq_ij)
         return (
             _put_rows(q_or_dq, dq_i, i),
             _put_rows(dk, _rows(dk, j, block, (groups,)) + dk_j, j),
@@ -299,10 +424,11 @@ def _flash_bwd(block: int, residuals: tuple, dout: Array) -> tuple:
         jnp.zeros(rows_shape, q.dtype),
         jnp.zeros(rows_shape, jnp.float32),
     )
-    pairs = _pairs(length // block, q)
+    pairs = _pairs(length // block, block, window, q)
     (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)
     dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
-    return *(a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True)), None
+    dq, dk, dv = (a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True))
+    return dq, dk, dv
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -4,12 +4,11 @@ from .attention import attention_refusals as attention_refusals
 from .config import CHANGEABLE_FIELDS as CHANGEABLE_FIELDS
 from .config import CHANGES_FILE as CHANGES_FILE
 from .config import LlamaConfig as LlamaConfig
-from .config import RopeScaling as RopeScaling
 from .config import apply_changes as apply_changes
 from .config import changes_to_json as changes_to_json
 from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
-from .config_fields import unread_fields as unread_fields
+from .config_notes import unread_fields as unread_fields
 from .layers import Compute as Compute
 from .layers import mlp_tokens as mlp_tokens
 from .llama import Cache as Cache
@@ -22,6 +21,7 @@ from .params import is_projection as is_projection
 from .params import shapes as shapes
 from .params import tree_bytes as tree_bytes
 from .params import tree_size as tree_size
+from .rope_scaling import RopeScaling as RopeScaling
 from .sharding import check_mesh as check_mesh
 from .sharding import gather_shared as gather_shared
 from .sharding import is_on_host as is_on_host

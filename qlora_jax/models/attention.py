@@ -1,5 +1,8 @@
 """Causal self-attention: four implementations of one formula, and decoding.
 
+Families change the formula in few ways (`Variant`): the factor of the scores, a soft
+cap on them, and windows, which may differ from layer to layer.
+
   eager   the textbook formula, with scores [T, S] in memory.
   xla     block by block in plain XLA (`pallas_kernels.attention.xla`): memory linear in
           the length.
@@ -16,6 +19,7 @@ of them.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import api as flash
+from pallas_kernels.attention.variant import PLAIN, Variant
 from pallas_kernels.attention.xla import blockwise_attention
 from pallas_kernels.product import precision
 from qlora_jax.errors import UserError
@@ -39,6 +44,8 @@ def attention(
     v: Float[Array, "B S K H"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    variant: Variant = PLAIN,
+    choice: Int[Array, ""] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Computes `softmax(q k^T / sqrt(H) + mask) v`, causal, for grouped heads.
@@ -50,6 +57,8 @@ def attention(
       k: keys; S == T.
       v: values.
       segment_ids: 0 = padding, equal ids see each other; None = one document.
+      variant: scale, soft cap and windows.
+      choice: index of this layer's window, where the variant has several.
       implementation: "eager", "xla", "cudnn", "pallas" ("interpret" for its tests), or
         "auto": pallas where it was measured to be the best for this case, else cudnn
         where it supports the case, else xla.
@@ -60,29 +69,37 @@ def attention(
     Raises:
       UserError: the implementation cannot compute this here; with the reason.
     """
+    variant = variant.for_length(q.shape[1])
+    if len(variant.windows) == 1:
+        choice = None
     if implementation == "auto":
-        return _best_attention(q, k, v, segment_ids)
+        return _best_attention(q, k, v, segment_ids, variant, choice)
     if implementation == "eager":
         visible = causal_mask(segment_ids, segment_ids, q.shape[1], k.shape[1], 0)
-        return checkpoint_name(masked_attention(q, k, v, visible), "attention_out")
+        visible = within_window(visible, variant, choice)
+        out = masked_attention(q, k, v, visible, variant)
+        return checkpoint_name(out, "attention_out")
     if implementation == "xla":
-        return blockwise_attention(q, k, v, segment_ids)
+        return blockwise_attention(q, k, v, segment_ids, variant, choice)
     if implementation == "cudnn":
-        refusal = _cudnn_refusal(q, k, v, segment_ids)
+        refusal = _cudnn_refusal(q, k, v, segment_ids, variant)
         if refusal is not None:
             raise UserError(
                 f"attention='cudnn' cannot be used here: {refusal} Use 'auto' or 'xla'."
             )
-        return _cudnn(q, k, v)
+        return _cudnn(q, k, v, variant)
     if implementation in ("pallas", "interpret"):
-        refusal = flash.refusal(q, interpret=implementation == "interpret")
+        refusal = flash.refusal(q, variant, interpret=implementation == "interpret")
         if refusal is not None:
             raise UserError(
                 f"attention='{implementation}' cannot be used here: {refusal} Use "
                 "'auto' or 'xla'."
             )
         return flash.flash_attention(
-            q, k, v, segment_ids, implementation=implementation
+            *(q, k, v, segment_ids),
+            variant=variant,
+            choice=choice,
+            implementation=implementation,
         )
     raise UserError(
         f"attention={implementation!r} does not exist. Choose from 'auto', 'eager', "
@@ -90,14 +107,30 @@ def attention(
     )
 
 
-def _best_attention(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    if flash.measured(q, segment_ids):
-        return attention(q, k, v, segment_ids=segment_ids, implementation="pallas")
-    if _cudnn_refusal(q, k, v, segment_ids) is not None:
-        return blockwise_attention(q, k, v, segment_ids)
+def _best_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    variant: Variant,
+    choice: Array | None,
+) -> Array:
+    if flash.measured(q, segment_ids, variant):
+        return flash.flash_attention(
+            *(q, k, v, segment_ids),
+            variant=variant,
+            choice=choice,
+            implementation="pallas",
+        )
+    if _cudnn_refusal(q, k, v, segment_ids, variant) is not None:
+        return blockwise_attention(q, k, v, segment_ids, variant, choice)
     # Chosen when the program is compiled, for the device it is compiled for.
     return jax.lax.platform_dependent(
-        q, k, v, cuda=_cudnn, default=lambda q, k, v: blockwise_attention(q, k, v)
+        q,
+        k,
+        v,
+        cuda=lambda q, k, v: _cudnn(q, k, v, variant),
+        default=lambda q, k, v: blockwise_attention(q, k, v, None, variant),
     )
 
 
@@ -119,11 +152,29 @@ def causal_mask(
     return visible
 
 
+def within_window(
+    visible: Array,
+    variant: Variant,
+    choice: Int[Array, ""] | None,
+    start: Int[Array, ""] | int = 0,
+) -> Array:
+    """Returns `causal_mask` without the keys outside of the layer's window."""
+    if variant.windows == (None,):
+        return visible
+    queries, keys = visible.shape[1:]
+    index = start + jnp.arange(queries)
+    distance = index[:, None] - jnp.arange(keys)[None, :]
+    # Where a layer has no window, one that nothing is outside of.
+    windows = jnp.asarray([w or 2 * keys for w in variant.windows])
+    return visible & (distance < windows[0 if choice is None else choice])[None]
+
+
 def masked_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     seen: Array,
+    variant: Variant = PLAIN,
 ) -> Float[Array, "B T N H"]:
     """Computes the formula under a mask [B or 1, T, S], with all scores in memory."""
     batch, queries, heads, width = q.shape
@@ -136,7 +187,9 @@ def masked_attention(
         k,
         precision=precision(q.dtype),
         preferred_element_type=jnp.float32,
-    ) * (1.0 / math.sqrt(width))
+    ) * variant.scale_of(width)
+    if variant.softcap is not None:
+        scores = variant.softcap * jnp.tanh(scores / variant.softcap)
     # [B, K, G, T, S], float32 until the softmax is over.
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -156,6 +209,7 @@ def decode_attention(
     values: Float[Array, "L B K S H"],
     layer: Int[Array, ""],
     seen: Bool[Array, "B S"],
+    variant: Variant = PLAIN,
 ) -> Float[Array, "B 1 N H"]:
     """Computes `masked_attention` of one token of each row against a layer's cache.
 
@@ -164,19 +218,26 @@ def decode_attention(
       keys: of all layers.
       values: of all layers.
       layer: which of them to read.
-      seen: the slots that each row sees, at least one.
+      seen: the slots that each row sees, at least one; with `within_window`.
+      variant: scale and soft cap.
 
     Returns:
       The attention output in the dtype of `q`.
     """
     # On a CPU products are faster than sums.
     return jax.lax.platform_dependent(
-        q, keys, values, layer, seen, cpu=_decode_by_products, default=_decode_by_sums
+        q,
+        keys,
+        values,
+        layer,
+        seen,
+        cpu=functools.partial(_decode_by_products, variant),
+        default=functools.partial(_decode_by_sums, variant),
     )
 
 
 def _decode_by_products(
-    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+    variant: Variant, q: Array, keys: Array, values: Array, layer: Array, seen: Array
 ) -> Array:
     # In float32: XLA's CPU backend has no product of bf16 in every arrangement.
     # A layer of [L, B, K, S, H] as [B, S, K, H].
@@ -186,12 +247,12 @@ def _decode_by_products(
         .astype(jnp.float32)
         for stack in (keys, values)
     )
-    out = masked_attention(q.astype(jnp.float32), k, v, seen[:, None])
+    out = masked_attention(q.astype(jnp.float32), k, v, seen[:, None], variant)
     return out.astype(q.dtype)
 
 
 def _decode_by_sums(
-    q: Array, keys: Array, values: Array, layer: Array, seen: Array
+    variant: Variant, q: Array, keys: Array, values: Array, layer: Array, seen: Array
 ) -> Array:
     """Goes block by block of slots: a softmax within each, weighted at the end.
 
@@ -218,7 +279,10 @@ def _decode_by_sums(
         axis=3,
     )
     seen = seen.reshape(batch, 1, slots // block, 1, block)
-    scores = jnp.where(seen, scores * (1.0 / math.sqrt(width)), _MASKED)
+    scores = scores * variant.scale_of(width)
+    if variant.softcap is not None:
+        scores = variant.softcap * jnp.tanh(scores / variant.softcap)
+    scores = jnp.where(seen, scores, _MASKED)
     top = scores.max(axis=-1, keepdims=True)  # [B, K, blocks, heads of a group, 1]
     # In a block without visible slots the maximum is -1e30 and each weight 1; its share
     # below is exp(-1e30 - max) = 0.
@@ -234,8 +298,18 @@ def _decode_by_sums(
     return (out / total).reshape(q.shape).astype(q.dtype)
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def _cudnn(q: Array, k: Array, v: Array, variant: Variant = PLAIN) -> Array:
+    (window,) = variant.windows
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        scale=variant.scale,
+        # Keys on the left and right of a query, itself not counted.
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
 
 
 def attention_refusals(
@@ -245,6 +319,7 @@ def attention_refusals(
     head_dim: int,
     packed: bool,
     capability: str | None = None,
+    variant: Variant = PLAIN,
 ) -> list[str]:
     """Returns why an implementation cannot compute a case, as clauses of a sentence.
 
@@ -256,17 +331,22 @@ def attention_refusals(
       head_dim: width of a head.
       packed: whether there are segment ids.
       capability: compute capability of the GPU, such as "8.9"; None = unknown.
+      variant: scale, soft cap and windows.
 
     Returns:
       The reasons; empty if it can.
     """
     if implementation in ("pallas", "interpret"):
-        return flash.refusals(dtype, head_dim, capability)
+        return flash.refusals(dtype, head_dim, capability, variant)
     if implementation != "cudnn":
         return []
     reasons = []
     if packed:
         reasons.append("it takes neither segment ids nor padding masks")
+    if variant.softcap is not None:
+        reasons.append("it has no soft cap on the scores")
+    if len(variant.windows) > 1:
+        reasons.append("it takes one window for all layers")
     if dtype not in (jnp.bfloat16, jnp.float16):
         name = jnp.dtype(dtype).name
         reasons.append(f"it computes in bfloat16 or float16, not {name}")
@@ -283,7 +363,7 @@ def attention_refusals(
 
 
 def _cudnn_refusal(
-    q: Array, k: Array, v: Array, segment_ids: Array | None
+    q: Array, k: Array, v: Array, segment_ids: Array | None, variant: Variant = PLAIN
 ) -> str | None:
     """Returns why cuDNN cannot compute this, or None."""
     capability = None
@@ -295,12 +375,13 @@ def _cudnn_refusal(
         head_dim=q.shape[-1],
         packed=segment_ids is not None,
         capability=capability,
+        variant=variant,
     )
     if reasons:
         return "; ".join(reasons) + "."
     try:
         # jax looks for cuDNN while it traces, and raises without one that can do this.
-        jax.eval_shape(_cudnn, q, k, v)
+        jax.eval_shape(functools.partial(_cudnn, variant=variant), q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return f"it needs an NVIDIA GPU and cuDNN ({error})."
     return None

@@ -1,10 +1,8 @@
 """Model configuration: the fields of a Hugging Face `config.json`.
 
-`LlamaConfig` holds the fields that the computation needs, with their names in the file.
-It raises at construction if the model does not compute what they ask for, so that
-nothing else has to check again. The file exists in two generations: transformers 4
-writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`. Both are
-read, with the precedence of transformers 5 in a file that has both.
+`LlamaConfig` holds the fields that the computation needs, with their names in the file,
+of every family in `qlora_jax.models.families`. It raises at construction if the model
+does not compute what they ask for, so that nothing else has to check again.
 
 A run may change its base's config.json, for a longer context:
 
@@ -22,55 +20,38 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config_fields import (
+    ACTIVATIONS,
     check_architecture,
     check_types,
     is_integer,
-    is_number,
+    read_activation,
+)
+from qlora_jax.models.families import Family, family_of
+from qlora_jax.models.layer_kinds import (
+    FULL,
+    SLIDING,
+    LayerKind,
+    read_layer_types,
+    read_no_rope_layers,
+)
+from qlora_jax.models.rope_scaling import (
+    RopeScaling,
+    read_rope,
+    read_rope_scaling,
+    rope_fields,
 )
 from qlora_jax.tree import FrozenDict
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are scaled; the fields of `rope_scaling`."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    """Ratio of the extended to the native context length."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-    """Native context length (tokens); llama3 only."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor > 0):
-            raise UserError(f"`rope_scaling.factor` must be > 0, got {self.factor}.")
-        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise UserError(
-                "`rope_scaling.low_freq_factor` must be smaller than "
-                f"`high_freq_factor`, got {self.low_freq_factor} and "
-                f"{self.high_freq_factor}."
-            )
-
-    def to_hf(self) -> dict[str, Any]:
-        """Returns the `rope_scaling` object of a transformers-4 config."""
-        out: dict[str, Any] = {"rope_type": self.rope_type, "factor": self.factor}
-        if self.rope_type == "llama3":
-            out["low_freq_factor"] = self.low_freq_factor
-            out["high_freq_factor"] = self.high_freq_factor
-            out["original_max_position_embeddings"] = (
-                self.original_max_position_embeddings
-            )
-        return out
-
-
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Architecture of a Llama checkpoint; hashable, hence a static jit argument.
+    """Architecture of a checkpoint; hashable, hence a static jit argument.
+
+    The class is named for the block that all families share. `family` has the switches
+    that no field of config.json expresses.
 
     `raw` keeps the `config.json` that was read, so that a checkpoint is written back
     with all of its fields. It does not take part in comparisons.
@@ -90,13 +71,41 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    """Biases on q_proj, k_proj, v_proj and o_proj."""
+    """Biases on q_proj, k_proj, v_proj and, in most families, o_proj (`has_bias`)."""
+    attention_out_bias: bool = False
+    """Bias on o_proj, in families where it has a field of its own."""
     mlp_bias: bool = False
     """Biases on gate_proj, up_proj and down_proj."""
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    hidden_act: str = "silu"
+    """Activation of the MLP; `hidden_activation` in some families' files."""
+    sliding_window: int | None = None
+    """Keys that a query of a windowed layer sees, itself included."""
+    layer_types: tuple[str, ...] = ()
+    """"full_attention" or "sliding_attention" of each layer; () = all full."""
+    no_rope_layers: tuple[int, ...] = ()
+    """1 for each layer that rotates queries and keys, 0 for others; () = all do."""
+    rope_local_base_freq: float | None = None
+    """Theta of the windowed layers, where it is another."""
+    partial_rotary_factor: float = 1.0
+    """Share of a head's dimensions that is rotated."""
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    """Factor of the scores; None = `query_pre_attn_scalar`, or else `head_dim`, to the
+    power of -1/2."""
+    query_pre_attn_scalar: float | None = None
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the residual stream."""
+    logits_scaling: float = 1.0
+    """Divisor of the logits."""
+    attn_logit_softcapping: float | None = None
+    """c in c tanh(score / c); None = no cap."""
+    final_logit_softcapping: float | None = None
+    """c in c tanh(logit / c); None = no cap."""
     extra_tensors: Mapping[str, tuple[int, ...]] = FrozenDict()
     """Tensors of custom modules: dotted path, without the number of a layer
     (`model.layers.self_attn.gate.weight`) -> shape."""
@@ -129,19 +138,88 @@ class LlamaConfig:
             self, "extra_tensors", _read_extra_tensors(self.extra_tensors)
         )
         for name, valid, limit in (
+            # Under a root or a power, which is NaN elsewhere.
             ("rms_norm_eps", self.rms_norm_eps >= 0, ">= 0"),
             ("rope_theta", self.rope_theta > 0, "> 0"),
+            ("query_pre_attn_scalar", (self.query_pre_attn_scalar or 1) > 0, "> 0"),
+            # Divisors.
+            ("logits_scaling", self.logits_scaling != 0, "another number than 0"),
+            ("attn_logit_softcapping", self.attn_logit_softcapping != 0, "> 0"),
+            ("final_logit_softcapping", self.final_logit_softcapping != 0, "> 0"),
         ):
-            # Both are under a root or a power, which is NaN elsewhere.
             if not valid:
                 raise UserError(
                     f"config: `{name}` must be {limit}, got {getattr(self, name)}."
                 )
-        if self.head_dim % 2:
+        if self.hidden_act not in ACTIVATIONS:
             raise UserError(
-                f"config: `head_dim` must be even for rotary embeddings, "
-                f"got {self.head_dim}."
+                f"config: `hidden_act`={self.hidden_act!r:.80} is not supported; "
+                f"{', '.join(map(repr, ACTIVATIONS))} are."
             )
+        for name in ("layer_types", "no_rope_layers"):
+            values = getattr(self, name)
+            if values and len(values) != self.num_hidden_layers:
+                raise UserError(
+                    f"config: `{name}` has {len(values)} entries for "
+                    f"{self.num_hidden_layers} layers."
+                )
+        if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim < 2:
+            raise UserError(
+                "config: `head_dim`, and the part of it that `partial_rotary_factor` "
+                f"leaves, must be even for rotary embeddings, got {self.head_dim} and "
+                f"{self.rotary_dim}."
+            )
+        factors = self.rope_scaling.short_factor if self.rope_scaling else ()
+        if factors and len(factors) != self.rotary_dim // 2:
+            raise UserError(
+                "config: `rope_scaling.short_factor` and `long_factor` must have "
+                f"{self.rotary_dim // 2} numbers, one for each pair of rotated "
+                f"dimensions, got {len(factors)}."
+            )
+
+    @property
+    def family(self) -> Family:
+        """What the model type switches in the block."""
+        return family_of(self.model_type)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention scores."""
+        if self.attention_multiplier is not None:
+            return float(self.attention_multiplier)
+        width = self.query_pre_attn_scalar
+        return float(self.head_dim if width is None else width) ** -0.5
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor of the embeddings."""
+        if self.family.scaled_embeddings:
+            return math.sqrt(self.hidden_size)
+        return self.embedding_multiplier
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Window and rotary table of every layer."""
+        kinds = []
+        for i in range(self.num_hidden_layers):
+            slides = bool(self.layer_types) and self.layer_types[i] == SLIDING
+            rope = "global"
+            if self.no_rope_layers and not self.no_rope_layers[i]:
+                rope = "none"
+            elif slides and self.rope_local_base_freq is not None:
+                rope = "local"
+            kinds.append(LayerKind(self.sliding_window if slides else None, rope))
+        return tuple(kinds)
+
+    def has_bias(self, projection: str) -> bool:
+        """Returns whether a projection of a layer has a bias ("q_proj")."""
+        rule = self.family.biases.get(projection, False)
+        return getattr(self, rule) if isinstance(rule, str) else rule
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -178,7 +256,7 @@ class LlamaConfig:
             activation, quantization method) that this model does not compute.
         """
         check_types(raw)
-        check_architecture(raw)
+        family = check_architecture(raw)
         needed = (
             "vocab_size",
             "hidden_size",
@@ -190,86 +268,168 @@ class LlamaConfig:
         if missing:
             raise UserError(
                 f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. The "
-                "config.json of a Llama has all of them; is the file complete?"
+                f"config.json of a {raw['model_type']!r} model has all of them; is the "
+                "file complete?"
             )
-        heads = raw["num_attention_heads"]
         for name in needed:
             if not is_integer(raw[name]):
                 raise UserError(
                     f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
                 )
-        if raw.get("head_dim") is None and raw["hidden_size"] % max(heads, 1):
+        heads, width = raw["num_attention_heads"], raw["hidden_size"]
+
+        def given(name: str) -> Any:
+            # An absent key has the default of transformers' configuration class.
+            return raw.get(name, family.default(name))
+
+        head_dim = given("head_dim")
+        if head_dim is None and width % max(heads, 1):
             raise UserError(
-                f"config.json has no `head_dim` and `hidden_size`={raw['hidden_size']} "
-                f"is not a multiple of `num_attention_heads`={heads}."
+                f"config.json has no `head_dim` and `hidden_size`={width} is not a "
+                f"multiple of `num_attention_heads`={heads}."
             )
-        theta, scaling = _read_rope(raw)
+        theta, scaling, local_theta, partial = read_rope(raw, family)
         eos = raw.get("eos_token_id")
+        no_rope_layers = read_no_rope_layers(raw, family)
+        window, layer_types = read_layer_types(raw, family, no_rope_layers)
+        key_value_heads = given("num_key_value_heads")
         return cls(
             vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
+            hidden_size=width,
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=heads,
             # Files of models without grouped heads leave it out, or have null.
-            num_key_value_heads=_given(raw, "num_key_value_heads", heads),
-            head_dim=_given(raw, "head_dim", raw["hidden_size"] // max(heads, 1)),
-            max_position_embeddings=_given(raw, "max_position_embeddings", 2048),
-            # An absent key has the default of transformers' LlamaConfig.
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            num_key_value_heads=heads if key_value_heads is None else key_value_heads,
+            head_dim=width // max(heads, 1) if head_dim is None else head_dim,
+            # 0 is a value, and is refused like every other that no model can have.
+            max_position_embeddings=(
+                given("max_position_embeddings")
+                if raw.get("max_position_embeddings") is not None
+                else family.default("max_position_embeddings")
+            ),
+            rms_norm_eps=float(given("rms_norm_eps")),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            tie_word_embeddings=bool(given("tie_word_embeddings")),
+            attention_bias=bool(given("attention_bias")),
+            attention_out_bias=bool(given("attention_out_bias")),
+            mlp_bias=bool(given("mlp_bias")),
+            initializer_range=float(given("initializer_range")),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
+            model_type=raw["model_type"],
+            hidden_act=read_activation(raw, family),
+            sliding_window=window,
+            layer_types=layer_types,
+            no_rope_layers=no_rope_layers,
+            rope_local_base_freq=local_theta,
+            partial_rotary_factor=partial,
             extra_tensors=_read_extra_tensors(raw.get("extra_tensors") or {}),
             raw=dict(raw),
+            **{
+                name: float(value)
+                for name in _FACTORS
+                if name in family.fields and (value := given(name)) is not None
+            },
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns a `config.json`: `raw` updated with this configuration's values.
+        """Returns a `config.json`: `raw`, with what this configuration has otherwise.
 
-        The rope fields are written once, in the form that `raw` has: `rope_parameters`
-        (transformers 5), or else `rope_theta` and `rope_scaling` (transformers 4),
-        which every reader knows.
+        Fields stay as `raw` has them where they say the same. The rope fields are
+        written in one form, that of `raw`: `rope_parameters` (transformers 5), or else
+        `rope_theta` and `rope_scaling` (transformers 4), which every reader knows.
         """
         out = dict(self.raw)
-        out["architectures"] = ["LlamaForCausalLM"]
-        out["model_type"] = "llama"
-        out["hidden_act"] = "silu"
+        out["architectures"] = [self.family.architectures[0]]
+        original = LlamaConfig.from_hf(self.raw) if self.raw else None
         for f in dataclasses.fields(self):
-            if f.name in ("raw", "rope_theta", "rope_scaling"):
-                continue
             value = getattr(self, f.name)
-            if f.name == "extra_tensors":
-                value = {name: list(shape) for name, shape in value.items()} or None
-            if value is None and f.name not in out:
+            if f.name == "raw" or f.name in _ROPE or not self._has_field(f.name):
                 continue
-            out[f.name] = list(value) if isinstance(value, tuple) else value
+            if original is not None and getattr(original, f.name) == value:
+                continue
+            self._write_field(out, f.name, value)
+        if SLIDING in self.layer_types and self.family.window_is_optional:
+            out["use_sliding_window"] = True
+        self._write_rope(out, original)
+        return out
+
+    def _has_field(self, name: str) -> bool:
+        """Whether config.json files of this family have a field."""
+        if name in ("attention_bias", "attention_out_bias", "mlp_bias"):
+            return name in self.family.biases.values()
+        return name not in _OPTIONAL or name in self.family.fields
+
+    def _write_field(self, out: dict[str, Any], name: str, value: Any) -> None:
+        """Writes one field into a config.json."""
+        if name == "layer_types":
+            value = value or (FULL,) * self.num_hidden_layers
+        elif name == "no_rope_layers":
+            value = value or (1,) * self.num_hidden_layers
+        elif name == "extra_tensors":
+            value = {key: list(shape) for key, shape in value.items()} or None
+        key = self.family.activation_key if name == "hidden_act" else name
+        # Null is written where an absent key would mean something else.
+        if value is None and key not in out and self.family.default(name) is None:
+            return
+        out[key] = list(value) if isinstance(value, tuple) else value
+
+    def _write_rope(self, out: dict[str, Any], original: LlamaConfig | None) -> None:
+        """Writes the rope fields into a config.json, in the form that it has."""
+        is_new = bool(out.get("rope_parameters"))
+        stray = is_new and (out.keys() & {"rope_theta", "rope_scaling"})
+        unchanged = original is not None and all(
+            getattr(original, name) == getattr(self, name) for name in _ROPE
+        )
+        if unchanged and is_new and not stray:
+            return
+        family, partial = self.family, self.partial_rotary_factor
         scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
         # Readers take these before, or for want of, what is written below.
-        out.pop("original_max_position_embeddings", None)
+        native = out.pop("original_max_position_embeddings", None)
+        if family.default("original_max_position_embeddings") is not None:
+            if self.rope_scaling is not None:
+                native = self.rope_scaling.original_max_position_embeddings
+            if native is not None:
+                out["original_max_position_embeddings"] = native
         out.pop("partial_rotary_factor", None)
-        if out.get("rope_parameters"):
-            out.pop("rope_theta", None)
-            out.pop("rope_scaling", None)
+        if "partial_rotary_factor" in family.fields and partial != 1:
+            out["partial_rotary_factor"] = partial
+        local = self.rope_local_base_freq
+        if is_new:
+            for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+                out.pop(name, None)
             parameters = {"rope_type": "default"} if scaling is None else scaling
-            out["rope_parameters"] = {**parameters, "rope_theta": self.rope_theta}
+            parameters = {**parameters, "rope_theta": self.rope_theta}
+            if "partial_rotary_factor" in family.fields:
+                parameters["partial_rotary_factor"] = partial
+            if family.ropes_by_layer_type:
+                sliding = {"rope_type": "default", "rope_theta": local}
+                parameters = {
+                    "full_attention": parameters,
+                    "sliding_attention": sliding,
+                }
+            out["rope_parameters"] = parameters
         else:
             out.pop("rope_parameters", None)
             out["rope_theta"] = self.rope_theta
             out["rope_scaling"] = scaling
-        return out
+            if family.ropes_by_layer_type:
+                out["rope_local_base_freq"] = local
 
 
-def _given(raw: Mapping[str, Any], name: str, default: int) -> int:
-    # 0 is a value, and is refused like every other that no model can have.
-    value = raw.get(name)
-    return default if value is None else value
+# Fields that one function writes, for what one says depends on the others.
+_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+# Fields that only some families have.
+_FACTORS = (
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    *("logits_scaling", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+)
+_OPTIONAL = (*_FACTORS, "sliding_window", "layer_types", "no_rope_layers")
 
 
 def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
@@ -287,104 +447,7 @@ def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
     return FrozenDict({name: tuple(shape) for name, shape in table.items()})
 
 
-def _read_rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Reads theta and scaling by the precedence of transformers 5.
-
-    `rope_scaling` counts before `rope_parameters`, and a theta in either before the one
-    next to them. What transformers fails on, or passes over, is refused by name.
-    """
-    source = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    fields = dict(raw.get(source) or {})
-    nested = [name for name, value in fields.items() if isinstance(value, Mapping)]
-    if nested:
-        raise UserError(
-            f"config.json: `{source}` has fields for single kinds of layers "
-            f"({', '.join(map(repr, nested))!s:.80}), and the layers of a Llama are of "
-            f"one kind. Write `rope_type` and `rope_theta` directly into `{source}`."
-        )
-    theta_name = f"{source}.rope_theta" if "rope_theta" in fields else "rope_theta"
-    theta = fields.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if theta is None:
-        raise UserError(
-            f"config.json: `{theta_name}` is null, so the base of the rotary "
-            "frequencies is unknown. Write the value of the original checkpoint there "
-            "(Llama 2: 10000, Llama 3: 500000)."
-        )
-    kind = _rope_type(fields, "config.json")
-    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    # transformers' Llama passes over it under "default".
-    if kind != "default" and partial is not None and partial != 1:
-        raise UserError(
-            f"config.json: `partial_rotary_factor`={partial!r:.80} is not supported; a "
-            "Llama rotates whole heads."
-        )
-    if kind == "llama3":
-        native = "original_max_position_embeddings"
-        length = raw.get("max_position_embeddings", 2048)
-        # An own field of the file counts before that of the object.
-        fields[native] = raw.get(native, fields.get(native, length))
-    return float(theta), read_rope_scaling(fields)
-
-
-def _rope_type(scaling: Mapping[str, Any], where: str) -> Any:
-    # `type` is the older name of the key.
-    name = "rope_type" if "rope_type" in scaling else "type"
-    kind = scaling.get(name, "default")
-    if kind is None:
-        raise UserError(
-            f"{where}: `rope_scaling.{name}` is null. Write 'default', 'linear' or "
-            "'llama3', or leave the whole object out."
-        )
-    return kind
-
-
-def read_rope_scaling(
-    scaling: Mapping[str, Any], where: str = "config.json"
-) -> RopeScaling | None:
-    """Reads a `rope_scaling` object; None for the type "default".
-
-    Args:
-      scaling: its fields.
-      where: the file or section it is from; starts a message.
-
-    Raises:
-      UserError: another type than "linear" and "llama3", or fields that are missing or
-        not numbers.
-    """
-    kind = _rope_type(scaling, where)
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UserError(
-            f"{where}: rope type {kind!r:.80} is not supported. Supported: 'default', "
-            "'linear', 'llama3'."
-        )
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += [
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ]
-    missing = [n for n in needed if scaling.get(n) is None]
-    if missing:
-        raise UserError(
-            f"{where}: rope type {kind!r} needs {', '.join(f'`{m}`' for m in missing)}."
-        )
-    for name in needed:
-        if not is_number(scaling[name]):
-            raise UserError(
-                f"{where}: `rope_scaling.{name}` must be a number, got "
-                f"{scaling[name]!r:.80}."
-            )
-    return RopeScaling(rope_type=kind, **{n: scaling[n] for n in needed})
-
-
 CHANGEABLE_FIELDS = ("max_position_embeddings", "rope_scaling")
-_SCALING = (
-    *("rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_position_embeddings",
-)
 CHANGES_FILE = "base_config.json"
 """In an adapter's directory. (Some tools take a directory with a config.json for a
 model.)"""
@@ -436,7 +499,12 @@ def read_changes(changes: Any, where: str) -> dict[str, Any]:
             raise UserError(
                 f"{where}: `rope_scaling` must be a table, got {scaling!r:.80}."
             )
-        _check_names(scaling, _SCALING, f"{where}: rope_scaling")
+        kind = scaling.get("rope_type", scaling.get("type"))
+        known = rope_fields(kind)
+        # The fields of an unknown type are not what is wrong with it.
+        if known or kind in (None, "default"):
+            known = ("rope_type", "type", *known)
+            _check_names(scaling, known, f"{where}: rope_scaling")
         values["rope_scaling"] = read_rope_scaling(scaling, where)
     return values
 

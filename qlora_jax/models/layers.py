@@ -420,6 +420,8 @@ class RMSNorm(_Adaptable):
     """`rms_norm` with its weight as a parameter."""
 
     eps: float
+    offset: bool = False
+    """Whether the factor is 1 + weight."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalizes the last axis."""
@@ -428,20 +430,34 @@ class RMSNorm(_Adaptable):
     @nn.compact
     def function(self, features: int) -> partial[Array]:
         """Returns the norm as a function of its inputs; `features` is D."""
-        weight = self.parameter("weight", nn.initializers.ones, (features,))
-        return partial(rms_norm, weight=weight, eps=self.eps)
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        weight = self.parameter("weight", start, (features,))
+        return partial(rms_norm, weight=weight, eps=self.eps, offset=self.offset)
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+    x: Float[Array, "*B D"],
+    weight: Float[Array, " D"],
+    eps: float,
+    *,
+    offset: bool = False,
 ) -> Float[Array, "*B D"]:
     """Computes x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467).
 
     Mean and quotient are float32, since a sum of squares over D terms in bf16 loses
     most of its digits; the result has the dtype of `x`.
+
+    Args:
+      x: features last.
+      weight: factor of each feature.
+      eps: added to the mean of the squares.
+      offset: the factor is 1 + weight, in float32, as in Gemma.
     """
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if offset:
+        factor = 1.0 + weight.astype(jnp.float32)
+        return (wide * scale * _broadcast(factor, wide)).astype(x.dtype)
     # Rounded before it is multiplied with the weight, as in transformers.
     return (wide * scale).astype(x.dtype) * _broadcast(weight, x)
 

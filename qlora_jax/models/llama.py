@@ -33,9 +33,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.models.attention import (
+    Variant,
     attention,
     causal_mask,
     decode_attention,
+    within_window,
 )
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import (
@@ -48,7 +50,7 @@ from qlora_jax.models.layers import (
     mlp_chunks,
     mlp_tokens,
 )
-from qlora_jax.models.rope import rope_table, rotate
+from qlora_jax.models.rope import long_texts, rope_table, rotate
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
 _POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -159,7 +161,11 @@ class Llama(nn.Module):
             # A tied head reads the frozen table; its adapter is the head's (`bind`).
             tied = self.config.tie_word_embeddings
             table = self.model.embed_tokens.table() if tied else None
-            return self.lm_head(hidden, dtype=jnp.float32, weight=table)
+            logits = self.lm_head(hidden, dtype=jnp.float32, weight=table)
+            if self.config.logits_scaling != 1:
+                logits = logits / self.config.logits_scaling
+            cap = self.config.final_logit_softcapping
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def decode(
         self,
@@ -221,10 +227,10 @@ class LlamaModel(nn.Module):
             variable_broadcast="stacks",  # a leaf of "params" has its layer's index
             # Each layer draws its own values and its own dropout masks.
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, nn.broadcast, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
         )(self.config, self.compute, self.attention_cls, self.mlp_cls)
-        self.norm = RMSNorm(self.config.rms_norm_eps)
+        self.norm = RMSNorm(self.config.rms_norm_eps, self.config.family.norm_offset)
 
     def __call__(
         self,
@@ -237,12 +243,13 @@ class LlamaModel(nn.Module):
         """Returns normed hidden states, and the longer cache if there is one."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        rope = rope_table(positions, self.config)
-        x = self.embed_tokens(tokens)
-        if noise is not None:
-            x = x + noise.astype(x.dtype)
+        kinds = LayerKinds.of(self.config)
+        capacity = None if cache is None else cache.k.shape[3]
+        long = long_texts(self.config, positions, segments, capacity)
+        rope = kinds.rope_tables(positions, long)
+        x = self._embed(tokens, noise)
         if cache is None:
-            (x, _), _ = self.layers((x, None), rope, segments, None, None)
+            (x, _), _ = self.layers((x, None), rope, segments, None, kinds.index, None)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
@@ -257,15 +264,93 @@ class LlamaModel(nn.Module):
             rope,
             segments,
             layers,
+            kinds.index,
             (all_segments, cache.length),
         )
         assert kv is not None
         length = cache.length + tokens.shape[1]
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
+    def _embed(self, tokens: Array, noise: Array | None) -> Float[Array, "B T D"]:
+        """Looks tokens up and scales them; noise is added to what the table gives."""
+        x = self.embed_tokens(tokens)
+        scale = jnp.asarray(self.config.embedding_scale, jnp.float32)
+        if self.config.family.scaled_embeddings:
+            # Part of the table's module in Gemma, in the dtype of the table.
+            x = x * scale.astype(x.dtype)
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
+        if self.config.embedding_multiplier != 1:
+            x = (x.astype(jnp.float32) * scale).astype(x.dtype)
+        return x
+
+
+class LayerKinds(NamedTuple):
+    """What differs between layers, as data of the scan over them.
+
+    The scan has one program for all layers, so a layer's window and rotary table are
+    chosen by an index that it carries.
+    """
+
+    config: LlamaConfig
+    windows: tuple[int | None, ...]
+    ropes: tuple[str, ...]
+    index: tuple[Int[Array, " L"] | None, Int[Array, " L"] | None]
+    """Which window and which table a layer has; None where all have the same."""
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> LayerKinds:
+        """Lists the kinds of a configuration."""
+        kinds = config.layer_kinds
+        windows = tuple(dict.fromkeys(kind.window for kind in kinds))
+        ropes = tuple(dict.fromkeys(kind.rope for kind in kinds))
+
+        def index(values: tuple, of_layers: list) -> Array | None:
+            if len(values) == 1:
+                return None
+            return jnp.asarray([values.index(v) for v in of_layers], jnp.int32)
+
+        return cls(
+            config,
+            windows,
+            ropes,
+            (
+                index(windows, [kind.window for kind in kinds]),
+                index(ropes, [kind.rope for kind in kinds]),
+            ),
+        )
+
+    def rope_tables(
+        self, positions: Array, long: Array | None
+    ) -> tuple[Array, Array] | tuple[Array, ...]:
+        """Returns cos and sin, stacked by kind where there are several."""
+        tables = [
+            rope_table(positions, self.config, rope, long) for rope in self.ropes
+        ]
+        if len(tables) == 1:
+            return tables[0]
+        cos, sin = zip(*tables, strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
+
+    @property
+    def variant(self) -> Variant:
+        """How attention differs from the plain formula."""
+        config = self.config
+        is_plain = config.attention_multiplier is None
+        is_plain = is_plain and config.query_pre_attn_scalar is None
+        return Variant(
+            scale=None if is_plain else config.attention_scale,
+            softcap=config.attn_logit_softcapping,
+            windows=self.windows,
+        )
+
 
 class Block(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Families with `post_norms` normalize both terms before they are added, and
+    `residual_multiplier` is a factor of both.
+    """
 
     config: LlamaConfig
     compute: Compute
@@ -279,10 +364,18 @@ class Block(nn.Module):
         rope: tuple[Array, Array],
         segments: Array | None,
         layer: Int[Array, ""] | None,
+        kind: tuple[Array | None, Array | None],
         cached: tuple[Array, ...] | None,
     ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
         """Returns the new residual stream, and the cache with this layer's tokens."""
         x, kv = carry
+        window, table = kind
+        if table is not None:
+            cos, sin = (
+                jax.lax.dynamic_index_in_dim(tables, table, keepdims=False)
+                for tables in rope
+            )
+            rope = (cos, sin)
         # What the scan keeps of each layer; "offload" finds it by this name.
         x = checkpoint_name(x, "layer_input")
         if cached is not None and layer is not None:
@@ -291,21 +384,42 @@ class Block(nn.Module):
         self_attn = attention_cls(
             config=self.config, compute=self.compute, name="self_attn"
         )
-        norm = RMSNorm(self.config.rms_norm_eps, name="input_layernorm")
+        # A custom class only has to take a window where there are several.
+        options = {} if window is None else {"window": window}
+        norm = self._norm("input_layernorm")
         if self.compute.remat == "offload" and type(self_attn) is Attention:
             # Rows are longest here, so the normed input is recomputed, not kept.
             norm = norm.function(x.shape[-1])
-            h, kv = self_attn(x, rope, segments, kv, cached, norm)
+            h, kv = self_attn(x, rope, segments, kv, cached, norm, **options)
         else:
-            h, kv = self_attn(norm(x), rope, segments, kv, cached)
+            h, kv = self_attn(norm(x), rope, segments, kv, cached, **options)
             check_output(self_attn, h, x)
-        return (self._add_mlp(x + h, training=kv is None), kv), None
+        if self.config.family.post_norms:
+            h = self._norm("post_attention_layernorm")(h)
+        return (self._add_mlp(x + self._scaled(h), training=kv is None), kv), None
+
+    def _norm(self, name: str) -> RMSNorm:
+        config = self.config
+        return RMSNorm(config.rms_norm_eps, config.family.norm_offset, name=name)
+
+    def _scaled(self, update: Array) -> Array:
+        """Returns what is added to the residual stream."""
+        factor = self.config.residual_multiplier
+        return update if factor == 1 else update * jnp.asarray(factor, update.dtype)
 
     def _add_mlp(self, x: Float[Array, "B T D"], training: bool) -> Array:
         """Returns x + mlp(norm(x)), in chunks of tokens where that saves memory."""
         mlp_cls = self.mlp_cls or MLP
         mlp = mlp_cls(config=self.config, compute=self.compute, name="mlp")
-        norm = RMSNorm(self.config.rms_norm_eps, name="post_attention_layernorm")
+        post_norms = self.config.family.post_norms
+        norm = self._norm(
+            "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"
+        )
+        features = x.shape[-1]
+        after: Callable[[Array], Array] = self._scaled
+        if post_norms:
+            post_norm = self._norm("post_feedforward_layernorm").function(features)
+            after = lambda update: self._scaled(post_norm(update))  # noqa: E731
         chunks = 1
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
@@ -313,15 +427,19 @@ class Block(nn.Module):
         if chunks == 1:
             update = mlp(norm(x))
             check_output(mlp, update, x)
-            return x + update
-        norm = norm.function(x.shape[-1])
+            return x + after(update)
+        norm = norm.function(features)
         # Unpacked before the loop, in which every chunk would dequantize it again.
-        update = mlp.function(x.shape[-1], unpack=True)
-        return map_chunks(lambda x, chunk: x + update(norm(x), chunk), x, chunks)
+        update = mlp.function(features, unpack=True)
+        return map_chunks(lambda x, chunk: x + after(update(norm(x), chunk)), x, chunks)
 
 
 class Attention(nn.Module):
-    """Grouped-query causal self-attention with rotary positions."""
+    """Grouped-query causal self-attention with rotary positions.
+
+    Families may have queries, keys and values as rows of one `qkv_proj`, and norms over
+    each head of queries and keys.
+    """
 
     config: LlamaConfig
     compute: Compute
@@ -335,6 +453,7 @@ class Attention(nn.Module):
         kv: tuple[Array, Array] | None = None,
         cached: tuple[Array, ...] | None = None,
         norm: Callable[[Array], Array] | None = None,
+        window: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Attends within `x` and to the cache, if there is one.
 
@@ -347,19 +466,22 @@ class Attention(nn.Module):
             `x`, and the index of this layer.
           norm: applied to `x` first, if present; the backward pass then recomputes the
             normed stream instead of keeping it.
+          window: index of this layer's window, of a model whose layers have different
+            ones.
 
         Returns:
           The output, and `kv` with this layer's keys and values of `x` written in.
-          A custom class that calls this one passes `kv` and `cached` on unchanged.
+          A custom class that calls this one passes `kv`, `cached` and `window` on
+          unchanged.
         """
         c = self.config
-        q_proj = self.projection("q_proj", x, c.num_attention_heads)
-        k_proj = self.projection("k_proj", x, c.num_key_value_heads)
-        v_proj = self.projection("v_proj", x, c.num_key_value_heads)
+        variant = LayerKinds.of(c).variant
+        projections = self._projections(x)
+        q_norm, k_norm = self._head_norms()
 
         def project(x: Array) -> tuple[Array, Array, Array]:
-            x = x if norm is None else norm(x)
-            return rotate(q_proj(x), rope), rotate(k_proj(x), rope), v_proj(x)
+            q, k, v = projections(x if norm is None else norm(x))
+            return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
 
         if norm is not None:
             project = jax.checkpoint(project, policy=_POLICIES["full"])
@@ -371,17 +493,55 @@ class Attention(nn.Module):
                 kv = _write_tokens(kv, (k, v), layer, start)
             if kv is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache, so it attends within itself only.
-                implementation = self.compute.attention
                 out = attention(
-                    q, k, v, segment_ids=segments, implementation=implementation
+                    q,
+                    k,
+                    v,
+                    segment_ids=segments,
+                    variant=variant,
+                    choice=window,
+                    implementation=self.compute.attention,
                 )
             else:
                 slots = kv[0].shape[3]
                 # Empty slots are of segment 0 and at later indices: never seen.
                 mask = causal_mask(segments, all_segments, 1, slots, start)
-                out = decode_attention(q, *kv, layer, mask[:, 0])
+                mask = within_window(mask, variant, window, start)
+                out = decode_attention(q, *kv, layer, mask[:, 0], variant)
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         return self._linear("o_proj", c.hidden_size)(out), kv
+
+    def _projections(
+        self, x: Float[Array, "B T D"]
+    ) -> Callable[[Array], tuple[Array, Array, Array]]:
+        """Returns the function of inputs like `x` to queries, keys and values."""
+        c = self.config
+        heads, groups = c.num_attention_heads, c.num_key_value_heads
+        if c.family.fused:
+            qkv_proj = self.projection("qkv_proj", x, heads + 2 * groups)
+
+            def split(x: Array) -> tuple[Array, Array, Array]:
+                q, k, v = jnp.split(qkv_proj(x), (heads, heads + groups), axis=2)
+                return q, k, v
+
+            return split
+        q_proj = self.projection("q_proj", x, heads)
+        k_proj = self.projection("k_proj", x, groups)
+        v_proj = self.projection("v_proj", x, groups)
+        return lambda x: (q_proj(x), k_proj(x), v_proj(x))
+
+    def _head_norms(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """Returns the norms of queries and keys over the width of a head."""
+        c = self.config
+        if not c.family.qk_norm:
+            return lambda q: q, lambda k: k
+        q_norm, k_norm = (
+            RMSNorm(c.rms_norm_eps, c.family.norm_offset, name=name).function(
+                c.head_dim
+            )
+            for name in ("q_norm", "k_norm")
+        )
+        return q_norm, k_norm
 
     def projection(
         self, name: str, x: Float[Array, "B T D"], heads: int
@@ -400,7 +560,7 @@ class Attention(nn.Module):
         return Linear(
             features,
             self.compute,
-            use_bias=self.config.attention_bias,
+            use_bias=self.config.has_bias(name),
             initializer_range=self.config.initializer_range,
             name=name,
         )
@@ -423,8 +583,18 @@ def _write_tokens(
     return k, v
 
 
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
 class MLP(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+    """down_proj(act(gate_proj(x)) * up_proj(x)), with act = silu in most families.
+
+    Families may have gate and up as rows of one `gate_up_proj`.
+    """
 
     config: LlamaConfig
     compute: Compute
@@ -450,13 +620,17 @@ class MLP(nn.Module):
             return Linear(
                 outputs,
                 self.compute,
-                use_bias=c.mlp_bias,
+                use_bias=c.has_bias(name),
                 initializer_range=c.initializer_range,
                 name=name,
             ).function(inputs, unpack=self.compute.dtype if unpack else None)
 
-        gate_proj = projection("gate_proj", in_features, c.intermediate_size)
-        up_proj = projection("up_proj", in_features, c.intermediate_size)
+        width = c.intermediate_size
+        names = {"gate_proj": width, "up_proj": width}
+        if c.family.fused:
+            names = {"gate_up_proj": 2 * width}
+        inner = {name: projection(name, in_features, n) for name, n in names.items()}
+        activation = _ACTIVATIONS[c.hidden_act]
         down_proj = projection("down_proj", c.intermediate_size, in_features)
 
         def call(layer: partial[Array], x: Array, chunk: Array | None) -> Array:
@@ -468,12 +642,15 @@ class MLP(nn.Module):
             return layer(x, adapter=adapter._replace(key=key))
 
         def mlp(x: Array, chunk: Array | None = None) -> Array:
-            with jax.named_scope("gate_proj"):
-                gate = call(gate_proj, x, chunk)
-            with jax.named_scope("up_proj"):
-                up = call(up_proj, x, chunk)
+            outputs = []
+            for name, layer in inner.items():
+                with jax.named_scope(name):
+                    outputs.append(call(layer, x, chunk))
+            if c.family.fused:
+                outputs = jnp.split(outputs[0], 2, axis=-1)
+            gate, up = outputs
             # The exponential in float32: bf16 exp is less accurate and no faster.
-            h = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            h = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
             with jax.named_scope("down_proj"):
                 return call(down_proj, h.astype(x.dtype), chunk)
 

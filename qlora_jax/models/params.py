@@ -18,7 +18,15 @@ from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.tree import HEAD, LAYERS, PROJECTIONS, Path, Shape, at, is_stacked, put
+from qlora_jax.tree import HEAD, LAYERS, QUANTIZED, Path, Shape, at, is_stacked, put
+
+
+# After the attention's weights, in the order of the layer. Files with norms on both
+# sides of a part name the one after attention as others name the one before the MLP.
+NORMS_BEFORE_MLP = {
+    False: ["post_attention_layernorm"],
+    True: ["post_attention_layernorm", "pre_feedforward_layernorm"],
+}
 
 
 def shapes(config: LlamaConfig) -> dict[Path, Shape]:
@@ -34,25 +42,27 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
     tensors: dict[Path, Shape] = {
         ("model", "embed_tokens", "weight"): (config.vocab_size, d)
     }
-    tensors[*LAYERS, "input_layernorm", "weight"] = (d,)
-    for block, biased, linears in (
-        (
-            "self_attn",
-            config.attention_bias,
-            {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)},
-        ),
-        (
-            "mlp",
-            config.mlp_bias,
-            {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)},
-        ),
+    family = config.family
+    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d)}
+    mlp = {"gate_proj": (f, d), "up_proj": (f, d)}
+    if family.fused:
+        attention = {"qkv_proj": (q + 2 * kv, d)}
+        mlp = {"gate_up_proj": (2 * f, d)}
+    for norms, block, linears in (
+        (["input_layernorm"], "self_attn", {**attention, "o_proj": (d, q)}),
+        (NORMS_BEFORE_MLP[family.post_norms], "mlp", {**mlp, "down_proj": (d, f)}),
     ):
+        for name in norms:
+            tensors[*LAYERS, name, "weight"] = (d,)
         for name, shape in linears.items():
             tensors[*LAYERS, block, name, "weight"] = shape
-            if biased:
+            if config.has_bias(name):
                 tensors[*LAYERS, block, name, "bias"] = shape[:1]
-        if block == "self_attn":
-            tensors[*LAYERS, "post_attention_layernorm", "weight"] = (d,)
+        if family.qk_norm and block == "self_attn":
+            for name in ("q_norm", "k_norm"):
+                tensors[*LAYERS, block, name, "weight"] = (config.head_dim,)
+    if family.post_norms:
+        tensors[*LAYERS, "post_feedforward_layernorm", "weight"] = (d,)
     tensors["model", "norm", "weight"] = (d,)
     # A tied head has no tensor: files of such models lack it.
     if not config.tie_word_embeddings:
@@ -64,7 +74,7 @@ def shapes(config: LlamaConfig) -> dict[Path, Shape]:
 
 def is_projection(path: Path) -> bool:
     """Returns whether `path` is the weight of a linear layer that is quantized."""
-    return path[-1] == "weight" and path[-2] in PROJECTIONS
+    return path[-1] == "weight" and path[-2] in QUANTIZED
 
 
 def can_be_packed(path: Path) -> bool:
@@ -102,7 +112,7 @@ def abstract_base(
     if quantization is None:
         return tree
     for path, (out_features, in_features, layers) in linear_modules(tree).items():
-        is_packed = layers is not None and path[-1] in PROJECTIONS
+        is_packed = layers is not None and path[-1] in QUANTIZED
         if not is_packed and not (quantize_lm_head and path == HEAD):
             continue  # custom modules stay dense
         at(tree, path)["weight"] = nf4.abstract(
