@@ -11,8 +11,8 @@ from .models.layers import Compute as Compute
 from .models.layers import Linear as Linear
 from .models.layers import Embed as Embed
 from .models.layers import RMSNorm as RMSNorm
-from .models.llama import Attention as Attention
-from .models.llama import MLP as MLP
+from .models.block import Attention as Attention
+from .models.block import MLP as MLP
 
 # --- Configuration, in the terms of Hugging Face and PEFT ---
 from .models.config import LlamaConfig as LlamaConfig

@@ -29,8 +29,8 @@ import convert
 import qlora_jax as qj
 from convert.atomic import check_new_directory
 from qlora_jax.lora.targets import select
+from qlora_jax.models.block import Attention
 from qlora_jax.models.layers import Linear
-from qlora_jax.models.llama import Attention
 
 
 # --- 1. The layer: a subclass, with an extra projection built of our Linear ----------

@@ -10,7 +10,7 @@ another two, where cuDNN's takes a float32 of the size of dq.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def flash_attention(
     _check(q, k, v, segment_ids)
     chosen = implementation
     if chosen is None:
-        chosen = "pallas" if measured(q, segment_ids, variant) else "xla"
+        chosen = "pallas" if measured(q, segment_ids) else "xla"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} does not exist. Choose "
@@ -81,7 +81,7 @@ def flash_attention(
         return reference_attention(q, k, v, segment_ids, variant, choice)[0]
     if chosen == "xla":
         return blockwise_attention(q, k, v, segment_ids, variant, choice)
-    reason = refusal(q, variant, interpret=chosen == "interpret")
+    reason = refusal(q, interpret=chosen == "interpret")
     if reason is not None:
         raise ValueError(
             f"`flash_attention`: implementation={chosen!r} cannot be used here: "
@@ -95,20 +95,26 @@ def flash_attention(
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (0, pad)))
-    out: Array = _attention(chosen == "interpret", q, k, v, segments)  # pyright: ignore[reportAssignmentType]
+    variant = variant.for_length(length)
+    window = None
+    if variant.windows != (None,):
+        # Data of the kernel, so that layers with other windows share it.
+        windows = jnp.asarray([w or length for w in variant.windows], jnp.int32)
+        window = windows[0 if choice is None else choice]
+    static = _Static(chosen == "interpret", variant.scale, variant.softcap)
+    out: Array = _attention(static, q, k, v, segments, window)  # pyright: ignore[reportAssignmentType]
     return out[:, :length]
 
 
 def measured(
     q: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"] | None = None,
-    variant: Variant = PLAIN,
 ) -> bool:
     """Returns whether the kernels were measured on this device to be the better choice.
 
     Better than the alternatives: cuDNN for rows of one segment, "xla" for packed ones.
     """
-    if jax.default_backend() != "gpu" or refusal(q, variant) is not None:
+    if jax.default_backend() != "gpu" or refusal(q) is not None:
         return False
     case = f"{q.shape[-1]} {'whole' if segment_ids is None else 'packed'}"
     table = device.tuned(device.device_kind(), "attention").get("from_length", {})
@@ -116,14 +122,11 @@ def measured(
     return min_length is not None and q.shape[1] >= min_length
 
 
-def refusal(
-    q: Float[Array, "B T N H"], variant: Variant = PLAIN, *, interpret: bool = False
-) -> str | None:
+def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | None:
     """Returns all reasons why the kernels cannot compute this here, or None.
 
     Args:
       q: queries.
-      variant: scale, soft cap and windows.
       interpret: whether Pallas's interpreter would run them.
     """
     reasons, capability = [], None
@@ -137,8 +140,7 @@ def refusal(
             reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
         else:
             capability = device.capability()
-    variant = variant.for_length(q.shape[1])
-    reasons += refusals(q.dtype, q.shape[-1], capability, variant)
+    reasons += refusals(q.dtype, q.shape[-1], capability)
     return "; ".join(reasons) + "." if reasons else None
 
 
@@ -146,7 +148,6 @@ def refusals(
     dtype: Any,
     head_dim: int,
     capability: str | None = None,
-    variant: Variant = PLAIN,
 ) -> list[str]:
     """Returns why the kernels cannot compute a case, as clauses of a sentence.
 
@@ -154,11 +155,8 @@ def refusals(
       dtype: of queries, keys and values.
       head_dim: width of a head.
       capability: compute capability of the GPU, such as "9.0"; None = unknown.
-      variant: scale, soft cap and windows.
     """
     reasons = []
-    if variant.softcap is not None or variant.windows != (None,):
-        reasons.append("they have neither windows nor soft caps")
     if dtype != jnp.bfloat16:
         reasons.append(f"they compute in bfloat16, not {jnp.dtype(dtype).name}")
     if head_dim not in HEAD_DIMS:
@@ -198,42 +196,63 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
         )
 
 
+class _Static(NamedTuple):
+    interpret: bool
+    scale: float | None
+    softcap: float | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        interpreter = device.interpreter() if self.interpret else False
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "interpret": interpreter,
+        }
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    interpret: bool, q: Array, k: Array, v: Array, segments: Array | None
+    static: _Static,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    window: Array | None,
 ) -> Array:
-    return _forward(interpret, q, k, v, segments)[0]
+    return _forward(static, q, k, v, segments, window)[0]
 
 
 def _forward(
-    interpret: bool, q: Array, k: Array, v: Array, segments: Array | None
+    static: _Static,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    window: Array | None,
 ) -> tuple[Array, tuple]:
     from pallas_kernels.attention import gpu
 
-    out, lse = gpu.forward(q, k, v, segments, interpret=_interpreter(interpret))
+    out, lse = gpu.forward(q, k, v, segments, window, **static.options)
     # Without the barrier, the XLA of jax 0.11 runs the kernel twice where both results
     # are kept for all layers: once to use them, once to write them into the stack.
     out, lse = jax.lax.optimization_barrier((out, lse))
     out = checkpoint_name(out, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segments, out, lse)
+    return out, (q, k, v, segments, window, out, lse)
 
 
 def _backward(
-    interpret: bool, residuals: tuple, dout: Array
-) -> tuple[Array, Array, Array, None]:
+    static: _Static, residuals: tuple, dout: Array
+) -> tuple[Array, Array, Array, None, None]:
     from pallas_kernels.attention import gpu
 
-    q, k, v, segments, out, lse = residuals
+    q, k, v, segments, window, out, lse = residuals
     dq, dk, dv = gpu.backward(
-        *(q, k, v, segments, out, lse, dout), interpret=_interpreter(interpret)
+        *(q, k, v, segments, out, lse, dout, window), **static.options
     )
-    # Segment ids are integers and have no derivative.
-    return dq, dk, dv, None
-
-
-def _interpreter(interpret: bool) -> Any:
-    return device.interpreter() if interpret else False
+    # Segment ids and windows are integers and have no derivative.
+    return dq, dk, dv, None, None
 
 
 _attention.defvjp(_forward, _backward)

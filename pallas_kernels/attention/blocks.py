@@ -46,7 +46,14 @@ class Reach(NamedTuple):
     """Those in [clear_from, clear_to) are visible throughout: no mask is needed."""
 
 
-def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> Reach:
+def reach(
+    segments: jax.Array,
+    rows: int,
+    other_rows: int,
+    *,
+    queries: bool,
+    window: jax.Array | int | None = None,
+) -> Reach:
     """Computes which blocks meet.
 
     Segment ids need not ascend. Two blocks do not meet if the ranges of their ids other
@@ -59,6 +66,7 @@ def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> 
       other_rows: of a block of the other side.
       queries: whether the blocks are of queries, and the others of keys; or the
         reverse.
+      window: keys that a query sees, itself included; None = all before it.
 
     Returns:
       The ranges, exact where segments are contiguous.
@@ -81,10 +89,18 @@ def reach(segments: jax.Array, rows: int, other_rows: int, *, queries: bool) -> 
     if queries:
         causal = other * other_rows < start + rows
         fully_causal = (other + 1) * other_rows <= start
+        # Smallest and largest distance of a key from a query.
+        nearest = start - (other + 1) * other_rows + 1
+        farthest = start + rows - 1 - other * other_rows
     else:
         causal = (other + 1) * other_rows > start
         fully_causal = other * other_rows >= start + rows
+        nearest = other * other_rows - (start + rows - 1)
+        farthest = (other + 1) * other_rows - 1 - start
     meets &= causal
+    if window is not None:
+        meets &= nearest < window
+        clear &= farthest < window
     # Never empty: a block meets the one on its diagonal, as every token sees itself.
     first = jnp.where(meets, other, count).min(axis=2)
     last = jnp.where(meets, other, -1).max(axis=2)
@@ -219,10 +235,24 @@ def stream(
     return carry
 
 
+class Mark(NamedTuple):
+    """One comparison that hides keys from queries."""
+
+    queries: Any
+    keys: Any
+    """int32 vectors in any memory."""
+    visible: Callable[[jax.Array, jax.Array], jax.Array]
+    """Of their numbers, [queries, keys]."""
+
+    def of(self, queries: tuple, keys: tuple) -> Mark:
+        """Returns the mark of some queries and keys."""
+        return Mark(self.queries.at[queries], self.keys.at[keys], self.visible)
+
+
 def masked(
-    scores: jax.Array, clear: Any, marks: list[tuple[Any, Any]], *, transposed: bool
+    scores: jax.Array, clear: Any, marks: list[Mark], *, transposed: bool
 ) -> jax.Array:
-    """Hides what a query may not see: later keys, and those of other segments.
+    """Hides what a query may not see: later keys, distant ones, other segments.
 
     Indices are read from memory like the ids. Counted by the threads they would not
     change from step to step, and the compiler would keep them in registers, of which
@@ -231,8 +261,7 @@ def masked(
     Args:
       scores: float32 [queries, keys], or with `transposed` [keys, queries].
       clear: whether there is nothing to hide.
-      marks: of the queries and of the keys, int32 vectors in any memory: their indices,
-        and their segment ids unless there is one segment.
+      marks: what is compared, of the queries and of the keys.
       transposed: whether the keys come first.
 
     Returns:
@@ -241,12 +270,12 @@ def masked(
     axes = (1, 0) if transposed else (0, 1)
 
     def hide(scores: jax.Array) -> jax.Array:
-        for pair, visible in zip(marks, (jnp.greater_equal, jnp.equal), strict=False):
+        for mark in marks:
             queries, keys = (
-                across(vector(mark, axis), scores.shape, axis)
-                for mark, axis in zip(pair, axes, strict=True)
+                across(vector(ref, axis), scores.shape, axis)
+                for ref, axis in zip((mark.queries, mark.keys), axes, strict=True)
             )
-            scores = jnp.where(visible(queries, keys), scores, MASKED)
+            scores = jnp.where(mark.visible(queries, keys), scores, MASKED)
             # Or all comparisons would come first, and their operands wait in registers.
             scores = jax.lax.optimization_barrier(scores)
         return scores

@@ -20,6 +20,7 @@ differentiates. docs/attention.md has the counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from pallas_kernels.attention.blocks import (
     GROUPS,
     MASKED,
     ROWS,
+    Mark,
     Reach,
     Ring,
     across,
@@ -76,7 +78,10 @@ def forward(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    window: jax.Array | int | None = None,
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -87,6 +92,10 @@ def forward(
       k: bfloat16 [B, T, K, H].
       v: bfloat16 [B, T, K, H].
       segments: int32 [B, T], or None for one segment.
+      window: keys that a query sees, itself included; None = all before it. It may be
+        an array: blocks outside of it are left out by the ranges given to the kernel.
+      scale: factor of the scores; None = H^-1/2.
+      softcap: c in c tanh(score / c); None = no cap.
       tiles: how to go over the keys.
       interpret: False, or what `plgpu.kernel` takes.
 
@@ -97,11 +106,12 @@ def forward(
     # Consecutive query heads share a key/value head.
     sharing = heads // k.shape[2]
     keys, stages = tiles or FORWARD[width]
-    scale = LOG2E / math.sqrt(width)
-    packed = segments is not None
+    form = _Form.of(width, scale, softcap)
+    scale = form.scale * LOG2E
+    split_refs = _refs_splitter(segments, window)
 
     def attention_forward(q: Any, k: Any, v: Any, *refs: Any) -> None:
-        limits, marks, refs = _split_refs(refs, packed)
+        limits, marks, refs = split_refs(refs)
         out, lse, q_s, k_s, v_s, rows_ready, ready, free = refs
         row, head, block, group = _program_ids(length // BLOCK)
         queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
@@ -127,9 +137,9 @@ def forward(
             # transposition of k is a flag, not a copy.
             (scores,) = products((q_s.at[group], k_s.at[slot].transpose((1, 0))))
             scores = masked(
-                scores,
+                form.cap(scores),
                 (key_block >= clear[0]) & (key_block < clear[1]),
-                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
+                [mark.of((row, queries), (row, step_keys)) for mark in marks],
                 transposed=False,
             )
             # As in `xla._flash_fwd`, with exponentials of base 2.
@@ -190,7 +200,7 @@ def forward(
         grid={"block": length // BLOCK, "row": batch, "head": heads},
         interpret=interpret,
     )
-    operands = _operands(segments, batch, length, keys, queries=True)
+    operands = _operands(segments, window, batch, length, keys, queries=True)
     out, lse = run(q, k, v, *operands)
     return out, lse
 
@@ -203,7 +213,10 @@ def backward(
     out: jax.Array,
     lse: jax.Array,
     dout: jax.Array,
+    window: jax.Array | int | None = None,
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
     query_tiles: Tiles | None = None,
     key_tiles: Tiles | None = None,
     interpret: Any = False,
@@ -218,6 +231,9 @@ def backward(
       out: its output.
       lse: its log-sum-exp.
       dout: bfloat16, the derivative with respect to `out`.
+      window: as for `forward`.
+      scale: as for `forward`.
+      softcap: as for `forward`.
       query_tiles: how the kernel that writes dq goes over the keys.
       key_tiles: how the kernel that writes dk and dv goes over the queries.
       interpret: False, or what `plgpu.kernel` takes.
@@ -230,7 +246,8 @@ def backward(
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     # [B, N, 2, T]: both numbers of a block of queries come with one copy.
     numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
-    arrays = (q, k, v, dout, numbers, segments)
+    form = _Form.of(q.shape[-1], scale, softcap)
+    arrays = (q, k, v, dout, numbers, segments, window, form)
     dq = _backward_queries(*arrays, tiles=query_tiles, interpret=interpret)
     dk, dv = _backward_keys(*arrays, tiles=key_tiles, interpret=interpret)
     return dq, dk, dv
@@ -243,6 +260,8 @@ def _backward_queries(
     dout: jax.Array,
     numbers: jax.Array,
     segments: jax.Array | None,
+    window: jax.Array | int | None,
+    form: _Form,
     *,
     tiles: Tiles | None,
     interpret: Any,
@@ -251,13 +270,12 @@ def _backward_queries(
     batch, length, heads, width = q.shape
     sharing = heads // k.shape[2]
     keys, stages = tiles or QUERIES[width]
-    scale = 1.0 / math.sqrt(width)
-    packed = segments is not None
+    split_refs = _refs_splitter(segments, window)
 
     def attention_backward_queries(
         q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
     ) -> None:
-        limits, marks, refs = _split_refs(refs, packed)
+        limits, marks, refs = split_refs(refs)
         dq, q_s, dout_s, k_s, v_s, rows_ready, ready, free = refs
         row, head, block, group = _program_ids(length // BLOCK)
         queries = pl.ds(block * BLOCK + group * ROWS, ROWS)
@@ -285,15 +303,17 @@ def _backward_queries(
                 (dout_s.at[group], v_s.at[slot].transpose((1, 0))),
             )
             scores = masked(
-                scores,
+                form.cap(scores),
                 (key_block >= clear[0]) & (key_block < clear[1]),
-                [(mark.at[row, queries], mark.at[row, step_keys]) for mark in marks],
+                [mark.of((row, queries), (row, step_keys)) for mark in marks],
                 transposed=False,
             )
             # p = e^(s - lse) is at most 1, so no maximum is needed here.
-            weights = jnp.exp2(scores * (scale * LOG2E) - across(lse, scores.shape))
+            factor = form.scale * LOG2E
+            weights = jnp.exp2(scores * factor - across(lse, scores.shape))
             # ds = p (dp - inner); the scale multiplies the sum once, at the end.
             dscores = weights * (dweights - across(inner, scores.shape))
+            dscores = form.through_cap(dscores, scores)
             (sums,) = add_products(
                 (sums, dscores.astype(k.dtype), k_s.at[slot]), interpret=bool(interpret)
             )
@@ -309,7 +329,7 @@ def _backward_queries(
             carry=zeros(ROWS, width),
             interpret=bool(interpret),
         )
-        q_s[group] = (sums * scale).astype(dq.dtype)
+        q_s[group] = (sums * form.slope).astype(dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s.at[group], dq.at[target])
         plgpu.wait_smem_to_gmem(0)
@@ -329,7 +349,7 @@ def _backward_queries(
         grid={"block": length // BLOCK, "row": batch, "head": heads},
         interpret=interpret,
     )
-    operands = _operands(segments, batch, length, keys, queries=True)
+    operands = _operands(segments, window, batch, length, keys, queries=True)
     return run(q, k, v, dout, numbers, *operands)
 
 
@@ -340,6 +360,8 @@ def _backward_keys(
     dout: jax.Array,
     numbers: jax.Array,
     segments: jax.Array | None,
+    window: jax.Array | int | None,
+    form: _Form,
     *,
     tiles: Tiles | None,
     interpret: Any,
@@ -352,13 +374,12 @@ def _backward_keys(
     groups = k.shape[2]
     sharing = heads // groups
     queries, stages = tiles or KEYS[width]
-    scale = 1.0 / math.sqrt(width)
-    packed = segments is not None
+    split_refs = _refs_splitter(segments, window)
 
     def attention_backward_keys(
         q: Any, k: Any, v: Any, dout: Any, numbers: Any, *refs: Any
     ) -> None:
-        limits, marks, refs = _split_refs(refs, packed)
+        limits, marks, refs = split_refs(refs)
         dk, dv, k_s, v_s, q_s, dout_s, numbers_s, rows_ready, ready, free = refs
         row, head, block, group = _program_ids(length // BLOCK)
         # Of keys the first blocks have the most queries to go over.
@@ -391,13 +412,13 @@ def _backward_keys(
             # scores, but not while one of them is masked.
             (scores,) = products((k_s.at[group], q_s.at[slot].transpose((1, 0))))
             scores = masked(
-                scores,
+                form.cap(scores),
                 (query_block >= clear[0]) & (query_block < clear[1]),
-                [(mark.at[row, step_queries], mark.at[row, keys]) for mark in marks],
+                [mark.of((row, step_queries), (row, keys)) for mark in marks],
                 transposed=True,
             )
             lse = across(vector(numbers_s.at[slot, 0], 1), scores.shape, 1)
-            weights = jnp.exp2(scores * (scale * LOG2E) - lse)
+            weights = jnp.exp2(scores * (form.scale * LOG2E) - lse)
             # With keys as rows, `weights` is p^T: dv += p^T dout, and dp^T = v dout^T.
             dv, dweights = add_products(
                 (dv, weights.astype(q.dtype), dout_s.at[slot]),
@@ -409,7 +430,7 @@ def _backward_keys(
                 interpret=bool(interpret),
             )
             inner = across(vector(numbers_s.at[slot, 1], 1), scores.shape, 1)
-            dscores = weights * (dweights - inner)
+            dscores = form.through_cap(weights * (dweights - inner), scores)
             # dk += ds^T q
             (dk,) = add_products(
                 (dk, dscores.astype(q.dtype), q_s.at[slot]), interpret=bool(interpret)
@@ -427,7 +448,7 @@ def _backward_keys(
             interpret=bool(interpret),
         )
         # Only dk has the scale: dv is a product with p itself.
-        k_s[group] = (dk_sums * scale).astype(dk.dtype)
+        k_s[group] = (dk_sums * form.slope).astype(dk.dtype)
         v_s[group] = dv_sums.astype(dv.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_s.at[group], dk.at[target])
@@ -454,9 +475,40 @@ def _backward_keys(
         grid={"block": length // BLOCK, "row": batch, "head": groups},
         interpret=interpret,
     )
-    operands = _operands(segments, batch, length, queries, queries=False)
+    operands = _operands(segments, window, batch, length, queries, queries=False)
     dk, dv = run(q, k, v, dout, numbers, *operands)
     return dk, dv
+
+
+class _Form(NamedTuple):
+    """How scores follow from products q k^T."""
+
+    scale: float
+    """Factor of the scores, after the cap if there is one."""
+    slope: float
+    """Factor of the derivative with respect to q and k."""
+    inner: float | None
+    """Factor of the products within tanh; None = no cap."""
+
+    @classmethod
+    def of(cls, width: int, scale: float | None, softcap: float | None) -> _Form:
+        scale = 1.0 / math.sqrt(width) if scale is None else scale
+        if softcap is None:
+            return cls(scale, scale, None)
+        # c tanh(scale q k / c): the cap itself becomes the factor.
+        return cls(softcap, scale, scale / softcap)
+
+    def cap(self, products: jax.Array) -> jax.Array:
+        """Returns what `scale` multiplies to scores."""
+        return products if self.inner is None else jnp.tanh(products * self.inner)
+
+    def through_cap(self, dscores: jax.Array, capped: jax.Array) -> jax.Array:
+        """Returns the derivative before the cap; `capped` may be masked."""
+        if self.inner is None:
+            return dscores
+        # A masked score is far outside of the range of tanh, and its square infinite.
+        slope = jnp.where(capped < -1.5, 0.0, 1.0 - capped * capped)
+        return dscores * slope
 
 
 def _program_ids(blocks: int) -> tuple[Any, Any, Any, Any]:
@@ -471,6 +523,7 @@ def _program_ids(blocks: int) -> tuple[Any, Any, Any, Any]:
 
 def _operands(
     segments: jax.Array | None,
+    window: jax.Array | int | None,
     batch: int,
     length: int,
     other_rows: int,
@@ -478,16 +531,34 @@ def _operands(
     queries: bool,
 ) -> list[jax.Array]:
     """Returns the ranges of blocks, and what is compared where blocks are masked."""
-    # In the order in which `masked` compares them: indices, then ids.
+    # In the order in which `masked` compares them: indices, ids, ends of windows.
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    if segments is None:
+    marks = [index] if segments is None else [index, segments]
+    if window is not None:
+        # A key is seen by the queries before index + window.
+        marks.append(index + jnp.asarray(window, jnp.int32))
+    if segments is None and window is None:
         limits = causal_reach(batch, length, BLOCK, other_rows, queries=queries)
-        return [*limits, index]
-    return [*reach(segments, BLOCK, other_rows, queries=queries), index, segments]
+    else:
+        ids = jnp.ones_like(index) if segments is None else segments
+        limits = reach(ids, BLOCK, other_rows, queries=queries, window=window)
+    return [*limits, *marks]
 
 
-def _split_refs(refs: Any, packed: bool) -> tuple[Reach, Any, Any]:
-    """Splits the refs of `_operands` (ranges, marks) from those that follow."""
-    limits = len(Reach._fields)
-    end = limits + (2 if packed else 1)
-    return Reach(*refs[:limits]), refs[limits:end], refs[end:]
+def _refs_splitter(
+    segments: jax.Array | None, window: jax.Array | int | None
+) -> Callable[[Any], tuple[Reach, list[Mark], Any]]:
+    """Returns a function that splits the refs of `_operands` from those that follow."""
+    limits, count = len(Reach._fields), 1 + (segments is not None)
+    end = limits + count + (window is not None)
+
+    def split(refs: Any) -> tuple[Reach, list[Mark], Any]:
+        index, *others = refs[limits:end]
+        marks = [Mark(index, index, jnp.greater_equal)]
+        if segments is not None:
+            marks.append(Mark(others[0], others[0], jnp.equal))
+        if window is not None:
+            marks.append(Mark(index, others[-1], jnp.less))
+        return Reach(*refs[:limits]), marks, refs[end:]
+
+    return split

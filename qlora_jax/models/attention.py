@@ -89,7 +89,7 @@ def attention(
             )
         return _cudnn(q, k, v, variant)
     if implementation in ("pallas", "interpret"):
-        refusal = flash.refusal(q, variant, interpret=implementation == "interpret")
+        refusal = flash.refusal(q, interpret=implementation == "interpret")
         if refusal is not None:
             raise UserError(
                 f"attention='{implementation}' cannot be used here: {refusal} Use "
@@ -115,7 +115,7 @@ def _best_attention(
     variant: Variant,
     choice: Array | None,
 ) -> Array:
-    if flash.measured(q, segment_ids, variant):
+    if flash.measured(q, segment_ids):
         return flash.flash_attention(
             *(q, k, v, segment_ids),
             variant=variant,
@@ -337,7 +337,7 @@ def attention_refusals(
       The reasons; empty if it can.
     """
     if implementation in ("pallas", "interpret"):
-        return flash.refusals(dtype, head_dim, capability, variant)
+        return flash.refusals(dtype, head_dim, capability)
     if implementation != "cudnn":
         return []
     reasons = []

@@ -46,6 +46,7 @@ from qlora_jax.models.rope_scaling import (
 )
 from qlora_jax.tree import FrozenDict
 
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Architecture of a checkpoint; hashable, hence a static jit argument.

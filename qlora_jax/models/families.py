@@ -138,7 +138,7 @@ FAMILIES: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
-                },
+        },
         fields=frozenset({"sliding_window", "partial_rotary_factor"}),
         fused=True,
         layer_kinds="window",
@@ -163,7 +163,7 @@ FAMILIES: Mapping[str, Family] = {
         architectures=("GraniteForCausalLM",),
         models="Granite 3.0 to 3.3",
         defaults={
-                            "embedding_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
             "attention_multiplier": 1.0,
             "residual_multiplier": 1.0,
             "logits_scaling": 1.0,
@@ -184,7 +184,7 @@ FAMILIES: Mapping[str, Family] = {
             "head_dim": 128,
             "max_position_embeddings": 524288,
             "attention_bias": True,
-                },
+        },
         biases={
             **dict.fromkeys(_QKV, "attention_bias"),
             "o_proj": "attention_out_bias",

@@ -57,7 +57,8 @@ def read_layer_types(
     types = raw.get("layer_types") if "layer_types" in family.fields else None
     if types is None:
         types = _types_by_rule(raw, family, window, rotated)
-    valid = isinstance(types, (list, tuple)) and all(t in (FULL, SLIDING) for t in types)
+    known = (FULL, SLIDING)
+    valid = isinstance(types, (list, tuple)) and all(kind in known for kind in types)
     if not valid or len(types) != layers:
         raise UserError(
             f"config.json: `layer_types` must list {FULL!r} or {SLIDING!r} for each of "

@@ -20,7 +20,6 @@ from qlora_jax.lora import LoraConfig, linear_modules, select
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.tree import HEAD, LAYERS, QUANTIZED, Path, Shape, at, is_stacked, put
 
-
 # After the attention's weights, in the order of the layer. Files with norms on both
 # sides of a part name the one after attention as others name the one before the MLP.
 NORMS_BEFORE_MLP = {

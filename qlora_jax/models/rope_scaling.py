@@ -40,7 +40,9 @@ _LISTS = ("short_factor", "long_factor")
 
 def rope_fields(kind: Any) -> tuple[str, ...]:
     """Returns the fields of `rope_scaling` that a rope type reads; () if it is none."""
-    needed, optional = _FIELDS.get(kind, ((), ())) if isinstance(kind, str) else ((), ())
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        return ()
+    needed, optional = _FIELDS[kind]
     return (*needed, *optional)
 
 

@@ -16,9 +16,10 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.targets import select
 from qlora_jax.models import params as model_params
+from qlora_jax.models.block import Attention
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute, Linear
-from qlora_jax.models.llama import Attention, Llama
+from qlora_jax.models.llama import Llama
 from qlora_jax.tree import PROJECTIONS, at, put, walk
 from tests.convert.reference import adapter_of, read
 

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig, RopeScaling
-from qlora_jax.models.config_fields import unread_fields
+from qlora_jax.models.config_notes import unread_fields
 
 TINY = {
     "model_type": "llama",

@@ -15,9 +15,10 @@ from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
+from qlora_jax.models.block import MLP, Attention
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute, Linear, RMSNorm
-from qlora_jax.models.llama import MLP, Attention, Llama, add_parameters
+from qlora_jax.models.llama import Llama, add_parameters
 from qlora_jax.planning.estimate import parameter_report
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
 from qlora_jax.runs.loading import load

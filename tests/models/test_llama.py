@@ -11,8 +11,8 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import bind
 from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig, RopeScaling
-from qlora_jax.models.layers import Compute, Linear
-from qlora_jax.models.llama import Llama, RMSNorm, empty_cache
+from qlora_jax.models.layers import Compute, Linear, RMSNorm
+from qlora_jax.models.llama import Llama, empty_cache
 from qlora_jax.models.params import shapes
 from qlora_jax.models.rope import inverse_frequencies, rope_table, rotate
 from qlora_jax.tree import is_stacked, walk

@@ -1,0 +1,431 @@
+"""One decoder layer of the Llama block: attention and MLP around a residual stream.
+
+`LlamaModel` scans it over the layers. It reads the switches of its configuration and of
+`qlora_jax.models.families`, never the name of a family.
+
+Read in order: Block -> Attention, MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.variant import Variant
+from qlora_jax.models.attention import (
+    attention,
+    causal_mask,
+    decode_attention,
+    within_window,
+)
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import (
+    Compute,
+    Linear,
+    RMSNorm,
+    check_output,
+    map_chunks,
+    mlp_chunks,
+    mlp_tokens,
+)
+from qlora_jax.models.rope import rope_table, rotate
+
+# What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    # DoRA's norms cost a product with the full weight and are O numbers to keep.
+    "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
+    # The inputs of all layers, 2 L T D bytes in bf16 for each row (2.1 GB at 8,192
+    # tokens of 8B), wait in host memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["dora_norm"],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(
+            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
+        ),
+        # cuDNN's output and log-sum-exp, which cannot be named from outside.
+        lambda primitive, *_, **__: primitive.name.startswith(
+            "dot_product_attention_fwd"
+        ),
+    ),
+}
+
+
+class LayerKinds(NamedTuple):
+    """What differs between layers, as data of the scan over them.
+
+    The scan has one program for all layers, so a layer's window and rotary table are
+    chosen by an index that it carries.
+    """
+
+    config: LlamaConfig
+    windows: tuple[int | None, ...]
+    ropes: tuple[str, ...]
+    index: tuple[Int[Array, " L"] | None, Int[Array, " L"] | None]
+    """Which window and which table a layer has; None where all have the same."""
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> LayerKinds:
+        """Lists the kinds of a configuration."""
+        kinds = config.layer_kinds
+        windows = tuple(dict.fromkeys(kind.window for kind in kinds))
+        ropes = tuple(dict.fromkeys(kind.rope for kind in kinds))
+
+        def index(values: tuple, of_layers: list) -> Array | None:
+            if len(values) == 1:
+                return None
+            return jnp.asarray([values.index(v) for v in of_layers], jnp.int32)
+
+        return cls(
+            config,
+            windows,
+            ropes,
+            (
+                index(windows, [kind.window for kind in kinds]),
+                index(ropes, [kind.rope for kind in kinds]),
+            ),
+        )
+
+    def rope_tables(
+        self, positions: Array, long: Array | None
+    ) -> tuple[Array, Array] | tuple[Array, ...]:
+        """Returns cos and sin, stacked by kind where there are several."""
+        tables = [rope_table(positions, self.config, rope, long) for rope in self.ropes]
+        if len(tables) == 1:
+            return tables[0]
+        cos, sin = zip(*tables, strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
+
+    @property
+    def variant(self) -> Variant:
+        """How attention differs from the plain formula."""
+        config = self.config
+        is_plain = config.attention_multiplier is None
+        is_plain = is_plain and config.query_pre_attn_scalar is None
+        return Variant(
+            scale=None if is_plain else config.attention_scale,
+            softcap=config.attn_logit_softcapping,
+            windows=self.windows,
+        )
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Families with `post_norms` normalize both terms before they are added, and
+    `residual_multiplier` is a factor of both.
+    """
+
+    config: LlamaConfig
+    compute: Compute
+    attention_cls: Callable[..., nn.Module] | None = None
+    mlp_cls: Callable[..., nn.Module] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, tuple[Array, Array] | None],
+        rope: tuple[Array, Array],
+        segments: Array | None,
+        layer: Int[Array, ""] | None,
+        kind: tuple[Array | None, Array | None],
+        cached: tuple[Array, ...] | None,
+    ) -> tuple[tuple[Array, tuple[Array, Array] | None], None]:
+        """Returns the new residual stream, and the cache with this layer's tokens."""
+        x, kv = carry
+        window, table = kind
+        if table is not None:
+            cos, sin = (
+                jax.lax.dynamic_index_in_dim(tables, table, keepdims=False)
+                for tables in rope
+            )
+            rope = (cos, sin)
+        # What the scan keeps of each layer; "offload" finds it by this name.
+        x = checkpoint_name(x, "layer_input")
+        if cached is not None and layer is not None:
+            cached = (*cached, layer)
+        attention_cls = self.attention_cls or Attention
+        self_attn = attention_cls(
+            config=self.config, compute=self.compute, name="self_attn"
+        )
+        # A custom class only has to take a window where there are several.
+        options = {} if window is None else {"window": window}
+        norm = self._norm("input_layernorm")
+        if self.compute.remat == "offload" and type(self_attn) is Attention:
+            # Rows are longest here, so the normed input is recomputed, not kept.
+            norm = norm.function(x.shape[-1])
+            h, kv = self_attn(x, rope, segments, kv, cached, norm, **options)
+        else:
+            h, kv = self_attn(norm(x), rope, segments, kv, cached, **options)
+            check_output(self_attn, h, x)
+        if self.config.family.post_norms:
+            h = self._norm("post_attention_layernorm")(h)
+        return (self._add_mlp(x + self._scaled(h), training=kv is None), kv), None
+
+    def _norm(self, name: str) -> RMSNorm:
+        config = self.config
+        return RMSNorm(config.rms_norm_eps, config.family.norm_offset, name=name)
+
+    def _scaled(self, update: Array) -> Array:
+        """Returns what is added to the residual stream."""
+        factor = self.config.residual_multiplier
+        return update if factor == 1 else update * jnp.asarray(factor, update.dtype)
+
+    def _add_mlp(self, x: Float[Array, "B T D"], training: bool) -> Array:
+        """Returns x + mlp(norm(x)), in chunks of tokens where that saves memory."""
+        mlp_cls = self.mlp_cls or MLP
+        mlp = mlp_cls(config=self.config, compute=self.compute, name="mlp")
+        post_norms = self.config.family.post_norms
+        norm = self._norm(
+            "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"
+        )
+        features = x.shape[-1]
+        after: Callable[[Array], Array] = self._scaled
+        if post_norms:
+            post_norm = self._norm("post_feedforward_layernorm").function(features)
+            after = lambda update: self._scaled(post_norm(update))  # noqa: E731
+        chunks = 1
+        if training and type(mlp) is MLP:
+            limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
+            chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
+        if chunks == 1:
+            update = mlp(norm(x))
+            check_output(mlp, update, x)
+            return x + after(update)
+        norm = norm.function(features)
+        # Unpacked before the loop, in which every chunk would dequantize it again.
+        update = mlp.function(features, unpack=True)
+        return map_chunks(lambda x, chunk: x + after(update(norm(x), chunk)), x, chunks)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with rotary positions.
+
+    Families may have queries, keys and values as rows of one `qkv_proj`, and norms over
+    each head of queries and keys.
+    """
+
+    config: LlamaConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments: Int[Array, "B T"] | None,
+        kv: tuple[Array, Array] | None = None,
+        cached: tuple[Array, ...] | None = None,
+        norm: Callable[[Array], Array] | None = None,
+        window: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        """Attends within `x` and to the cache, if there is one.
+
+        Args:
+          x: normed residual stream.
+          rope: cos and sin of `rope_table`.
+          segments: segment ids of `x`.
+          kv: keys and values of all layers, [L, B, K, S, H]; None in training.
+          cached: segment ids [B, S] of the cache including `x`, slots in use before
+            `x`, and the index of this layer.
+          norm: applied to `x` first, if present; the backward pass then recomputes the
+            normed stream instead of keeping it.
+          window: index of this layer's window, of a model whose layers have different
+            ones.
+
+        Returns:
+          The output, and `kv` with this layer's keys and values of `x` written in.
+          A custom class that calls this one passes `kv`, `cached` and `window` on
+          unchanged.
+        """
+        c = self.config
+        variant = LayerKinds.of(c).variant
+        projections = self._projections(x)
+        q_norm, k_norm = self._head_norms()
+
+        def project(x: Array) -> tuple[Array, Array, Array]:
+            q, k, v = projections(x if norm is None else norm(x))
+            return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
+
+        if norm is not None:
+            project = jax.checkpoint(project, policy=REMAT_POLICIES["full"])
+        q, k, v = project(x)
+        with jax.named_scope("attention"):
+            if kv is not None and cached is not None:
+                all_segments, start, layer = cached
+                # Written first: decoding reads the cache, and a token sees itself.
+                kv = _write_tokens(kv, (k, v), layer, start)
+            if kv is None or x.shape[1] > 1:
+                # A prefill starts on an empty cache, so it attends within itself only.
+                out = attention(
+                    q,
+                    k,
+                    v,
+                    segment_ids=segments,
+                    variant=variant,
+                    choice=window,
+                    implementation=self.compute.attention,
+                )
+            else:
+                slots = kv[0].shape[3]
+                # Empty slots are of segment 0 and at later indices: never seen.
+                mask = causal_mask(segments, all_segments, 1, slots, start)
+                mask = within_window(mask, variant, window, start)
+                out = decode_attention(q, *kv, layer, mask[:, 0], variant)
+        out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
+        return self._linear("o_proj", c.hidden_size)(out), kv
+
+    def _projections(
+        self, x: Float[Array, "B T D"]
+    ) -> Callable[[Array], tuple[Array, Array, Array]]:
+        """Returns the function of inputs like `x` to queries, keys and values."""
+        c = self.config
+        heads, groups = c.num_attention_heads, c.num_key_value_heads
+        if c.family.fused:
+            qkv_proj = self.projection("qkv_proj", x, heads + 2 * groups)
+
+            def split(x: Array) -> tuple[Array, Array, Array]:
+                q, k, v = jnp.split(qkv_proj(x), (heads, heads + groups), axis=2)
+                return q, k, v
+
+            return split
+        q_proj = self.projection("q_proj", x, heads)
+        k_proj = self.projection("k_proj", x, groups)
+        v_proj = self.projection("v_proj", x, groups)
+        return lambda x: (q_proj(x), k_proj(x), v_proj(x))
+
+    def _head_norms(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """Returns the norms of queries and keys over the width of a head."""
+        c = self.config
+        if not c.family.qk_norm:
+            return lambda q: q, lambda k: k
+        q_norm, k_norm = (
+            RMSNorm(c.rms_norm_eps, c.family.norm_offset, name=name).function(
+                c.head_dim
+            )
+            for name in ("q_norm", "k_norm")
+        )
+        return q_norm, k_norm
+
+    def projection(
+        self, name: str, x: Float[Array, "B T D"], heads: int
+    ) -> Callable[[Array], Float[Array, "B T N H"]]:
+        """Returns the projection `name` of inputs like `x`, split into heads."""
+        features = heads * self.config.head_dim
+        layer = self._linear(name, features).function(x.shape[-1])
+
+        def project(x: Array) -> Array:
+            with jax.named_scope(name):
+                return layer(x).reshape(*x.shape[:2], heads, self.config.head_dim)
+
+        return project
+
+    def _linear(self, name: str, features: int) -> Linear:
+        return Linear(
+            features,
+            self.compute,
+            use_bias=self.config.has_bias(name),
+            initializer_range=self.config.initializer_range,
+            name=name,
+        )
+
+
+def _write_tokens(
+    kv: tuple[Array, Array],
+    new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    layer: Array,
+    start: Array,
+) -> tuple[Array, Array]:
+    """Returns the caches with one layer's new keys and values from slot `start` on."""
+    # [B, T, K, H] -> [1, B, K, T, H], the place of these tokens in the stack.
+    k, v = (
+        jax.lax.dynamic_update_slice(
+            stack, tokens.swapaxes(1, 2)[None], (layer, 0, 0, start, 0)
+        )
+        for stack, tokens in zip(kv, new, strict=True)
+    )
+    return k, v
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+}
+
+
+class MLP(nn.Module):
+    """down_proj(act(gate_proj(x)) * up_proj(x)), with act = silu in most families.
+
+    Families may have gate and up as rows of one `gate_up_proj`.
+    """
+
+    config: LlamaConfig
+    compute: Compute
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Maps the normed residual stream to this layer's update."""
+        return self.function(x.shape[-1])(x)
+
+    @nn.compact
+    def function(self, in_features: int, *, unpack: bool = False) -> Callable:
+        """Returns the module as a function of its inputs, to be applied in chunks.
+
+        Args:
+          in_features: D.
+          unpack: dequantize packed weights now instead of with every call.
+
+        Returns:
+          (x [..., D], index of the chunk or None) -> update [..., D].
+        """
+        c = self.config
+
+        def projection(name: str, inputs: int, outputs: int) -> partial[Array]:
+            return Linear(
+                outputs,
+                self.compute,
+                use_bias=c.has_bias(name),
+                initializer_range=c.initializer_range,
+                name=name,
+            ).function(inputs, unpack=self.compute.dtype if unpack else None)
+
+        width = c.intermediate_size
+        names = {"gate_proj": width, "up_proj": width}
+        if c.family.fused:
+            names = {"gate_up_proj": 2 * width}
+        inner = {name: projection(name, in_features, n) for name, n in names.items()}
+        activation = _ACTIVATIONS[c.hidden_act]
+        down_proj = projection("down_proj", c.intermediate_size, in_features)
+
+        def call(layer: partial[Array], x: Array, chunk: Array | None) -> Array:
+            adapter = layer.keywords["adapter"]
+            if chunk is None or adapter.key is None:
+                return layer(x)
+            # Otherwise all chunks would have the same dropout mask.
+            key = jax.random.fold_in(adapter.key, chunk)
+            return layer(x, adapter=adapter._replace(key=key))
+
+        def mlp(x: Array, chunk: Array | None = None) -> Array:
+            outputs = []
+            for name, layer in inner.items():
+                with jax.named_scope(name):
+                    outputs.append(call(layer, x, chunk))
+            if c.family.fused:
+                outputs = jnp.split(outputs[0], 2, axis=-1)
+            gate, up = outputs
+            # The exponential in float32: bf16 exp is less accurate and no faster.
+            h = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            with jax.named_scope("down_proj"):
+                return call(down_proj, h.astype(x.dtype), chunk)
+
+        return mlp
