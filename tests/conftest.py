@@ -209,11 +209,22 @@ def float64_attention() -> Callable[..., tuple[np.ndarray, ...]]:
     """
 
     def attention(
-        q: Any, k: Any, v: Any, dout: Any, segments: Any = None
+        q: Any,
+        k: Any,
+        v: Any,
+        dout: Any,
+        segments: Any = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
     ) -> tuple[np.ndarray, ...]:
         q, k, v, dout = (np.asarray(a, np.float64) for a in (q, k, v, dout))
         batch, length, heads, width = q.shape
+        scale = width**-0.5 if scale is None else scale
         visible = np.tril(np.ones((batch, length, length), bool))
+        if window is not None:
+            visible &= np.triu(visible, 1 - window)
         if segments is not None:
             ids = np.asarray(segments)
             visible &= ids[:, :, None] == ids[:, None, :]
@@ -221,14 +232,17 @@ def float64_attention() -> Callable[..., tuple[np.ndarray, ...]]:
         lse = np.zeros((batch, heads, length))
         for b, n in np.ndindex(batch, heads):
             g = n // (heads // k.shape[2])
-            scores = q[b, :, n] @ k[b, :, g].T / np.sqrt(width)
+            scores, slope = q[b, :, n] @ k[b, :, g].T * scale, scale
+            if softcap is not None:
+                share = np.tanh(scores / softcap)
+                scores, slope = softcap * share, scale * (1 - share**2)
             scores = np.where(visible[b], scores, -np.inf)
             lse[b, n] = np.logaddexp.reduce(scores, axis=1)
             weights = np.exp(scores - lse[b, n][:, None])
             out[b, :, n] = weights @ v[b, :, g]
             dweights = dout[b, :, n] @ v[b, :, g].T
             inner = (weights * dweights).sum(1, keepdims=True)
-            dscores = weights * (dweights - inner) / np.sqrt(width)
+            dscores = weights * (dweights - inner) * slope
             dq[b, :, n] = dscores @ k[b, :, g]
             dk[b, :, g] += dscores.T @ q[b, :, n]
             dv[b, :, g] += weights.T @ dout[b, :, n]

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import device, flash_attention
 from pallas_kernels.attention import api
+from pallas_kernels.attention.variant import PLAIN, Variant
 
 FLOAT32 = ("reference", "xla")
 """The implementations that compute in any dtype."""
@@ -24,17 +25,24 @@ FLOAT32_TOLERANCE = 5e-6
 TOLERANCE = 3 * 2.0**-8
 
 
-def output_and_gradients(q, k, v, dout, segments, *, implementation):
+def output_and_gradients(
+    q, k, v, dout, segments, choice=None, *, implementation, variant=PLAIN
+):
     # Not as one program: the interpreter takes a CPU for each of two warpgroups, and
     # the program that starts it a third, or all wait for ever.
     def call(q, k, v):
-        return flash_attention(q, k, v, segments, implementation=implementation)
+        return flash_attention(
+            *(q, k, v, segments),
+            variant=variant,
+            choice=choice,
+            implementation=implementation,
+        )
 
     out, pullback = jax.vjp(call, q, k, v)
     return out, *pullback(dout)
 
 
-jitted = jax.jit(output_and_gradients, static_argnames="implementation")
+jitted = jax.jit(output_and_gradients, static_argnames=("implementation", "variant"))
 both_plain = pytest.mark.parametrize("implementation", FLOAT32)
 
 
@@ -49,10 +57,30 @@ def small(inputs):
 def check(float64_attention):
     """Compares output and gradients with those in float64."""
 
-    def compare(implementation, q, k, v, dout, segments=None, *, tolerance=TOLERANCE):
+    def compare(
+        implementation,
+        *arrays,
+        variant=PLAIN,
+        choice=None,
+        tolerance=TOLERANCE,
+    ):
+        q, _, _, _, *segments = arrays
+        segments = segments[0] if segments else None
         compute = jitted if implementation in FLOAT32 else output_and_gradients
-        got = compute(q, k, v, dout, segments, implementation=implementation)
-        want = float64_attention(q, k, v, dout, segments)
+        got = compute(
+            *arrays[:4],
+            segments,
+            None if choice is None else jnp.asarray(choice),
+            implementation=implementation,
+            variant=variant,
+        )
+        want = float64_attention(
+            *arrays[:4],
+            segments,
+            scale=variant.scale,
+            softcap=variant.softcap,
+            window=variant.windows[choice or 0],
+        )
         for name, a, b in zip(("out", "dq", "dk", "dv"), got, want[:4], strict=True):
             assert a.dtype == q.dtype and a.shape == b.shape
             worst = np.abs(np.asarray(a, np.float64) - b).max()
@@ -91,6 +119,26 @@ def test_rows_of_a_batch_have_their_own_segments(
     check(implementation, *inputs(150, batch=2, heads=4, groups=2), segments)
 
 
+@pytest.mark.parametrize(
+    "variant, choice",
+    [
+        (Variant(windows=(1,)), None),  # itself alone
+        (Variant(windows=(128,)), None),  # a block
+        (Variant(windows=(200,), scale=0.3), None),
+        (Variant(windows=(None, 70), softcap=2.0), 0),
+        (Variant(windows=(None, 70), softcap=2.0), 1),
+        (Variant(windows=(1000,)), None),  # no row reaches it
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_caps_and_scales(
+    implementation, variant, choice, packed, packed_row, inputs, check
+):
+    segments = [jnp.asarray(packed_row[None], jnp.int32)] if packed else []
+    arrays = (*inputs(384, width=128 if variant.softcap else 64), *segments)
+    check(implementation, *arrays, variant=variant, choice=choice)
+
+
 def test_large_scores_do_not_overflow(implementation, packed_row, inputs, check):
     q, k, v, dout = inputs(256, heads=1)
     segments = jnp.asarray(packed_row[None, :256], jnp.int32)
@@ -110,6 +158,15 @@ def test_float32_output_and_gradients_at_any_length(
 ):
     case = small(length, batch=1 if length > 256 else 2)
     check(implementation, *case, tolerance=FLOAT32_TOLERANCE)
+
+
+@both_plain
+@pytest.mark.parametrize("window", [1, 255, 256, 257, 511])
+def test_windows_in_float32(window, implementation, small, check):
+    # Windows that begin within, at and between blocks of 256 tokens.
+    variant = Variant(windows=(window,), softcap=1.5)
+    options = {"variant": variant, "tolerance": FLOAT32_TOLERANCE}
+    check(implementation, *small(600, batch=1), **options)
 
 
 @both_plain
