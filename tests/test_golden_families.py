@@ -7,7 +7,6 @@ losses 2e-5, adapters after ten steps 5e-5.
 
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
