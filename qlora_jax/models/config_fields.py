@@ -107,6 +107,22 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) < 1e30
 
 
+# Fields of models whose block is another -> values under which they mean nothing, and
+# what they mean otherwise.
+_EXPERTS = ((0, 1), "a mixture of experts")
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), _EXPERTS),
+    "attention_chunk_size": ((), "attention within chunks"),
+    "attention_sinks": ((False,), "attention sinks"),
+    "use_attention_sinks": ((False,), "attention sinks"),
+    "alibi": ((False,), "positions by ALiBi"),
+    "use_alibi": ((False,), "positions by ALiBi"),
+    "position_embedding_type": (("rope", "rotary"), "other positions than rotary ones"),
+    "full_attention_interval": ((1,), "linear attention in some layers"),
+    "kv_lora_rank": ((), "latent attention"),
+}
+
+
 def check_architecture(raw: Mapping[str, Any]) -> Family:
     """Returns the family of a config.json.
 
@@ -133,6 +149,12 @@ def check_architecture(raw: Mapping[str, Any]) -> Family:
             f"model_type={kind!r:.100}, architectures={list(architectures)!r:.200}. "
             f"Supported with this model_type: {causal} ({family.models})."
         )
+    for name, (off, meaning) in _REFUSED.items():
+        if raw.get(name) is not None and raw[name] not in off:
+            raise UserError(
+                f"config.json: `{name}`={raw[name]!r:.80} stands for {meaning}, which "
+                "is not computed here. If the model has none of it, remove the field."
+            )
     if raw.get("is_causal") is False:
         raise UserError(
             "config.json: `is_causal` is false: every token attends to later ones too, "

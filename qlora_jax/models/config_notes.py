@@ -32,8 +32,6 @@ _OTHER_MODELS: Mapping[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "no_rope_layers": ([],),
     "use_parallel_residual": (False,),
-    "num_local_experts": (0, 1),
-    "num_experts": (0, 1),
 }
 # Probabilities of dropout in training, which nothing here applies to the base.
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

@@ -153,6 +153,7 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
             "max_position_embeddings": 32768,
             "no_rope_layer_interval": 4,
+            "rope_theta": 2_000_000.0,
         },
         biases=_LLAMA_BIASES,
         fields=frozenset({"sliding_window", "layer_types", "no_rope_layers"}),

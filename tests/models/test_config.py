@@ -7,6 +7,8 @@ import pytest
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig, RopeScaling
 from qlora_jax.models.config_notes import unread_fields
+from qlora_jax.models.params import shapes
+from qlora_jax.tree import is_stacked
 
 TINY = {
     "model_type": "llama",
@@ -25,6 +27,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+NATIVE = {"original_max_position_embeddings": 1024}
+YARN = {"rope_type": "yarn", "factor": 2.0, **NATIVE}
+FACTORS = [1.0 + i / 8 for i in range(8)]
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": FACTORS,
+    "long_factor": FACTORS,
+    **NATIVE,
+}
 
 
 def read(**fields):
@@ -253,24 +264,30 @@ def test_rows_are_filled_with_a_token_of_the_vocabulary(tiny, pad, padding):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("model_type", "mistral", "model_type='mistral'"),
-        ("model_type", None, "Not a Llama causal language model"),
-        (
-            "architectures",
-            ["LlamaForSequenceClassification"],
-            "Not a Llama causal lang",
-        ),
-        ("hidden_act", "gelu", "`hidden_act`='gelu' is not supported"),
-        ("attention_dropout", 0.1, "`attention_dropout`=0.1 is not"),
+        ("model_type", "mixtral", "model_type='mixtral' is not supported.*qwen3"),
+        ("model_type", None, "model_type=None is not supported"),
+        ("architectures", ["LlamaForSequenceClassification"], "Not a causal language"),
+        ("hidden_act", "relu", "`hidden_act`='relu' is not supported"),
+        ("use_bidirectional_attention", True, "every token attends to later ones too"),
         ("hidden_size", 65, "no `head_dim` and `hidden_size`=65"),
         ("vocab_size", "100", "`vocab_size` must be an integer, got '100'"),
         ("num_hidden_layers", True, "must be an integer, got True"),
         ("num_hidden_layers", 0, "`num_hidden_layers` must be a positive integer"),
         ("num_attention_heads", 0, "`num_attention_heads` must be a positive"),
         ("num_key_value_heads", 3, "=4 must be a multiple of `num_key_value_heads`"),
-        ("head_dim", 15, "`head_dim` must be even"),
+        ("head_dim", 15, "must be even for rotary embeddings, got 15"),
         ("max_position_embeddings", -1, "`max_position_embeddings` must be a pos"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope type 'yarn'"),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 2.0}, "in another batch"),
+        ("rope_scaling", {"rope_type": "yarn"}, "'yarn' needs `factor`"),
+        ("rope_scaling", {**YARN, "beta_slow": 32}, "larger than `beta_slow`"),
+        ("rope_scaling", {**YARN, "truncate": 1}, "truncate` must be true or false"),
+        ("rope_scaling", {**LONG, "long_factor": 2}, "long_factor` must be a list"),
+        ("rope_scaling", {**LONG, "long_factor": [1.0]}, "lists of one length"),
+        (
+            "rope_scaling",
+            {**LONG, "long_factor": [2.0], "short_factor": [1.0]},
+            "must have 8 numbers, one for each pair",
+        ),
         ("rope_scaling", {"rope_type": "linear"}, "'linear' needs `factor`"),
         (
             "rope_scaling",
@@ -350,36 +367,60 @@ def test_a_bitsandbytes_config_is_kept(spelled):
     assert read(quantization_config=quant).quantization_config == quant
 
 
+# Numbers of parameters that the hub shows for each model.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "tinyllama-1.1b": 1_100_048_384,
+}
+
+
 @pytest.mark.real
-def test_every_published_llama_config_loads_and_every_other_is_refused(shared_data):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_their_facts_and_counts(shared_data, name):
     facts = json.loads((shared_data / "configs" / "facts_from_litgpt.json").read_text())
-    folders = sorted(p.parent for p in (shared_data / "configs").glob("*/config.json"))
-    assert len(folders) == 15
-    llamas = 0
-    for folder in folders:
-        raw = json.loads((folder / "config.json").read_text())
-        if raw["model_type"] != "llama":
-            with pytest.raises(UserError, match=f"model_type='{raw['model_type']}'"):
-                LlamaConfig.from_hf(raw)
-            continue
-        llamas += 1
-        config = LlamaConfig.from_hf(raw)
-        told = facts[folder.name]
-        for name in (
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-            *("num_attention_heads", "num_key_value_heads", "rope_theta"),
-            *("max_position_embeddings", "rms_norm_eps", "attention_bias"),
-        ):
-            assert getattr(config, name) == told[name], (folder.name, name)
-        assert config.vocab_size == told["padded_vocab_size"]
-        assert (config.rope_scaling is None) == (told["rope_scaling"] is None)
-        if config.rope_scaling is not None:
-            stretched = dict(told["rope_scaling"])
-            length = stretched.pop("original_max_seq_len")
-            stretched["original_max_position_embeddings"] = length
-            assert config.rope_scaling.to_hf() == stretched
-        assert LlamaConfig.from_hf(config.to_hf()) == config
-    assert llamas == 6
+    raw = json.loads((shared_data / "configs" / name / "config.json").read_text())
+    config = LlamaConfig.from_hf(raw)
+    told = facts[name]
+    for field in (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"),
+    ):
+        assert getattr(config, field) == told[field], field
+    assert config.has_bias("q_proj") == told["attention_bias"]
+    assert config.sliding_window == told["sliding_window"]
+    assert config.family.qk_norm == told["norm_qk"]
+    assert (config.rope_scaling is None) == (told["rope_scaling"] is None)
+    if config.rope_scaling is not None:
+        stretched = dict(told["rope_scaling"])
+        length = stretched.pop("original_max_seq_len")
+        stretched["original_max_position_embeddings"] = length
+        assert config.rope_scaling.to_hf() == stretched
+    written = config.to_hf()
+    assert LlamaConfig.from_hf(written) == config
+    assert {name: written[name] for name in raw} == raw
+    count = sum(
+        math.prod(shape) * (config.num_hidden_layers if is_stacked(path) else 1)
+        for path, shape in shapes(config).items()
+    )
+    assert count == PUBLISHED[name]
+
+
+def test_every_published_config_is_counted(shared_data):
+    folders = {file.parent.name for file in shared_data.glob("configs/*/config.json")}
+    assert folders == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan, -1.0])

@@ -35,10 +35,9 @@ def test_no_block_that_is_seen_is_left_out(any_row, other_rows, queries, window)
         assert first <= last
         assert not in_part[i, :first].any() and not in_part[i, last + 1 :].any()
         assert throughout[i, max(first, clear_from) : min(last + 1, clear_to)].all()
-        # With a window, ranges of scattered ids hold blocks that are not seen.
-        if kind != "random" and not (
-            window and kind == "any order"
-        ):  # contiguous or nearly: not a block too many
+        # Contiguous or nearly: not a block too many. With a window, ranges of scattered
+        # ids hold blocks that are not seen.
+        if kind != "random" and not (window and kind == "any order"):
             assert in_part[i, first] and in_part[i, last]
         if window is not None:
             continue
