@@ -84,7 +84,7 @@ class Checkpoint:
         notes = []
         if unread:
             notes.append(
-                f"`{self.path / 'config.json'}` has fields that a Llama does not read, "
+                f"`{self.path / 'config.json'}` has fields that are not read, "
                 f"here as in transformers: {', '.join(unread)}"
             )
         if self.config.quantization_config is not None and not self.packed:
@@ -115,7 +115,7 @@ class Checkpoint:
 
 
 def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
-    """Reads the config.json of a Llama directory.
+    """Reads the config.json of a model directory.
 
     Raises:
       CheckpointError: the path is not a model directory.
@@ -270,7 +270,7 @@ def _no_weights(path: Path) -> str:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Llama directory and checks all names, shapes and dtypes.
+    """Opens a model directory and checks all names, shapes and dtypes.
 
     Raises:
       CheckpointError: tensors that are missing, unknown, duplicate or of another

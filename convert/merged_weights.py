@@ -37,13 +37,10 @@ from qlora_jax.lora import (
 )
 from qlora_jax.models import LlamaConfig, apply_changes
 from qlora_jax.models import params as model_params
-from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, PROJECTIONS, Path, hf_key, walk
+from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, Path, hf_key, walk
 
 # Elements per block: small against a tensor, large enough for fast products.
 _BLOCK = 1 << 21
-
-# Block of a layer -> the configuration field that gives its projections a bias.
-_BIAS_FIELDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def compute_merged_weights(
       adapters: its tree (numpy arrays).
 
     Raises:
-      UserError: a trained bias of a module that has none in a Llama checkpoint.
+      UserError: a trained bias of a module that has none in such a checkpoint.
     """
     selection = select(model_params.abstract_base(config), lora)
     arrays = dict(walk(adapters))
@@ -248,15 +245,16 @@ def _needed_biases(
         # Zeros change nothing, and need no tensor in the result.
         if not arrays[*path, "lora_bias"].any():
             continue
-        block = path[-2] if path[:-2] == LAYERS else ""
-        if block not in _BIAS_FIELDS or path[-1] not in PROJECTIONS:
+        rule = config.family.biases.get(path[-1]) if path[:-2] == LAYERS else None
+        if not isinstance(rule, str):
             raise UserError(
                 f"The adapter has a bias for `{'.'.join(path)}` (`lora_bias`), and a "
-                "Llama checkpoint has no bias there, so it cannot be merged. Use it as "
-                "an adapter, or train without `lora_bias` on that module."
+                f"checkpoint of model_type {config.model_type!r} has no bias there, so "
+                "it cannot be merged. Use it as an adapter, or train without "
+                "`lora_bias` on that module."
             )
-        # A field stands for all projections of a block; the others get zeros.
-        needed.add(_BIAS_FIELDS[block])
+        # A field stands for several projections; the others get zeros.
+        needed.add(rule)
     return needed
 
 

@@ -138,8 +138,9 @@ def adapter_bytes(
 
 def _adapter_config(lora: LoraConfig, selection: Selection) -> dict[str, Any]:
     raw = lora.to_peft()
-    if raw["target_modules"] == "all-linear":
-        # Spelled out, as PEFT does: not every reader knows the word.
+    if raw["target_modules"] in ("all-linear", sorted(trees.QUANTIZED)):
+        # Spelled out, as PEFT does: not every reader knows the word, and no model has
+        # all names of the default.
         raw["target_modules"] = sorted({a.path[-1] for a in selection.adapted})
     return raw
 

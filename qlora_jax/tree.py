@@ -27,8 +27,11 @@ PROJECTIONS = (
     *("gate_proj", "up_proj", "down_proj"),
 )
 """The linear layers of a Llama's decoder layer."""
-FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj")
-"""Projections that stand for three or two of them, as rows of one weight."""
+FUSED_PROJECTIONS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections of some families -> those that they stand for, as rows of one weight."""
 QUANTIZED = (*PROJECTIONS, *FUSED_PROJECTIONS)
 """The linear layers that are quantized."""
 

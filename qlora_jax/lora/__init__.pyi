@@ -17,9 +17,9 @@ from .targets import AdaptedModule as AdaptedModule
 from .targets import FullTensor as FullTensor
 from .targets import Selection as Selection
 from .targets import TokenRows as TokenRows
-from .targets import absent_layers as absent_layers
 from .targets import linear_modules as linear_modules
 from .targets import select as select
+from .unmatched import absent_layers as absent_layers
 from .unused import unused_exclusions as unused_exclusions
 from .unused import unused_patterns as unused_patterns
 from .unused import unused_settings as unused_settings

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import first_matches, match_patterns
 from qlora_jax.lora.peft_fields import passed_over, start_reason
-from qlora_jax.tree import PROJECTIONS, FrozenDict
+from qlora_jax.tree import QUANTIZED, FrozenDict
 
 # Fields of adapter_config.json for features that are not computed here -> the value
 # that switches each off.
@@ -95,9 +95,10 @@ class LoraConfig:
     """Rank of the updates."""
     lora_alpha: int | float = 16
     """Numerator of the scaling."""
-    target_modules: tuple[str, ...] | str = PROJECTIONS
+    target_modules: tuple[str, ...] | str = QUANTIZED
     """Module names (matched as path suffixes), "all-linear", or a regular expression
-    that has to match the full module path."""
+    that has to match the full module path. By default every linear layer of a decoder
+    layer, by the names that all families have for them."""
     exclude_modules: tuple[str, ...] | str | None = None
     """Modules never adapted: names (path suffixes), or a regular expression."""
     layers_to_transform: int | tuple[int, ...] | None = None

@@ -29,8 +29,22 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import BEFORE_NUMBER, WITHIN, LoraConfig
 from qlora_jax.lora.patterns import match_patterns
+from qlora_jax.lora.unmatched import (
+    ends_in,
+    nothing_matches,
+    quoted,
+    unmatched_targets,
+)
 from qlora_jax.nf4 import NF4Tensor
-from qlora_jax.tree import EMBEDDING, HEAD, Path, Shape, dotted, hf_key, is_stacked
+from qlora_jax.tree import (
+    EMBEDDING,
+    HEAD,
+    Path,
+    Shape,
+    dotted,
+    hf_key,
+    is_stacked,
+)
 
 _TABLES = (EMBEDDING[-1], HEAD[-1])
 
@@ -185,7 +199,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
     if shared:
         updates |= _shared_updates(lora)
     if not updates:
-        raise _nothing_matches(inventory, lora)
+        raise nothing_matches(inventory.modules, lora)
     adapted = tuple(
         AdaptedModule(
             path=path,
@@ -208,7 +222,7 @@ def select(base: Mapping[str, Any], lora: LoraConfig) -> Selection:
         adapted,
         tuple(_with_biases(full_tensors, inventory, updates, lora)),
         tuple(rows),
-        _unmatched(inventory, lora),
+        unmatched_targets(inventory.modules, lora),
     )
 
 
@@ -259,11 +273,7 @@ def _named(
     value = getattr(lora, field) or ()
     if isinstance(value, str):
         return set(match_patterns((value,), paths, field=f"lora: `{field}`")[value])
-    return {path for path in paths if any(_ends_in(path, name) for name in value)}
-
-
-def _ends_in(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+    return {path for path in paths if any(ends_in(path, name) for name in value)}
 
 
 def _in_layers(paths: tuple[str, ...], lora: LoraConfig) -> set[str]:
@@ -421,7 +431,7 @@ def _full_tensors(inventory: _Inventory, lora: LoraConfig) -> list[FullTensor]:
     if missing:
         modules = {path[-2] for path in tensors}
         raise UserError(
-            f"`modules_to_save` names {_quoted(missing)}, which this model does not "
+            f"`modules_to_save` names {quoted(missing)}, which this model does not "
             f"have.{did_you_mean(missing, modules)} Modules here: "
             f"{', '.join(sorted(modules))}."
         )
@@ -542,54 +552,3 @@ def _check_rows(
                 f"{name}, which is tied to the embedding and adapted with `use_dora`; "
                 "rows and norms of rows cannot be trained together."
             )
-
-
-# --- Names that match nothing ---
-
-
-def _unmatched(inventory: _Inventory, lora: LoraConfig) -> tuple[str, ...]:
-    if isinstance(lora.target_modules, str):
-        return ()
-    paths = [p for path, (_, n) in inventory.modules.items() for p in dotted(path, n)]
-    return tuple(
-        name
-        for name in lora.target_modules
-        # Against all modules: a name whose modules are all excluded is not a typo.
-        if not any(_ends_in(path, name) for path in paths)
-    )
-
-
-def _nothing_matches(inventory: _Inventory, lora: LoraConfig) -> UserError:
-    targets = lora.target_modules
-    names = {path[-1] for path in inventory.modules}
-    limits = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    values = {name: getattr(lora, name) for name in (*limits, "modules_to_save")}
-    set_limits = [f"`{k}`={v!r:.200}" for k, v in values.items() if v is not None]
-    count = max((n for _, n in inventory.modules.values() if n is not None), default=0)
-    # A string is a pattern, so that the name of a module alone matches none.
-    is_name = isinstance(targets, str) and targets in names
-    suggestion = (
-        " A string is a regular expression for the full path of a module; modules are "
-        f'named in a list: ["{targets}"].'
-        if is_name
-        else did_you_mean(targets, names)
-    )
-    return UserError(
-        f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
-        f"of this model{' under ' if set_limits else ''}{', '.join(set_limits)}."
-        + (f" Layers here: 0 to {count - 1}." if absent_layers(lora, count) else "")
-        + suggestion
-        + f" Modules here: {', '.join(sorted(names))}."
-    )
-
-
-def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:
-    """Returns the `layers_to_transform` that a model of `count` layers lacks."""
-    numbers = lora.layers_to_transform or ()
-    numbers = (numbers,) if isinstance(numbers, int) else numbers
-    return tuple(n for n in numbers if n >= count)
-
-
-def _quoted(names: list[str]) -> str:
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return ", ".join(f"{n!r:.80}" for n in names[:10]) + more

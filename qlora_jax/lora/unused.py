@@ -7,12 +7,8 @@ from typing import Any
 
 from qlora_jax.lora.config import AT_END, LoraConfig
 from qlora_jax.lora.patterns import first_matches
-from qlora_jax.lora.targets import (
-    Selection,
-    absent_layers,
-    linear_modules,
-    matching,
-)
+from qlora_jax.lora.targets import Selection, linear_modules, matching
+from qlora_jax.lora.unmatched import absent_layers
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, dotted, hf_key
 
 

@@ -8,9 +8,9 @@ Read in order: Block -> Attention, MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -98,7 +98,7 @@ class LayerKinds(NamedTuple):
 
     def rope_tables(
         self, positions: Array, long: Array | None
-    ) -> tuple[Array, Array] | tuple[Array, ...]:
+    ) -> tuple[Array, Array]:
         """Returns cos and sin, stacked by kind where there are several."""
         tables = [rope_table(positions, self.config, rope, long) for rope in self.ropes]
         if len(tables) == 1:
@@ -159,7 +159,7 @@ class Block(nn.Module):
             config=self.config, compute=self.compute, name="self_attn"
         )
         # A custom class only has to take a window where there are several.
-        options = {} if window is None else {"window": window}
+        options: Any = {} if window is None else {"window": window}
         norm = self._norm("input_layernorm")
         if self.compute.remat == "offload" and type(self_attn) is Attention:
             # Rows are longest here, so the normed input is recomputed, not kept.
@@ -254,8 +254,9 @@ class Attention(nn.Module):
         q_norm, k_norm = self._head_norms()
 
         def project(x: Array) -> tuple[Array, Array, Array]:
-            q, k, v = projections(x if norm is None else norm(x))
-            return rotate(q_norm(q), rope), rotate(k_norm(k), rope), v
+            parts = projections(x if norm is None else norm(x))
+            q, k = rotate(q_norm(next(parts)), rope), rotate(k_norm(next(parts)), rope)
+            return q, k, next(parts)
 
         if norm is not None:
             project = jax.checkpoint(project, policy=REMAT_POLICIES["full"])
@@ -287,22 +288,22 @@ class Attention(nn.Module):
 
     def _projections(
         self, x: Float[Array, "B T D"]
-    ) -> Callable[[Array], tuple[Array, Array, Array]]:
-        """Returns the function of inputs like `x` to queries, keys and values."""
+    ) -> Callable[[Array], Iterator[Array]]:
+        """Returns the function of inputs like `x` to queries, keys and values.
+
+        They come one after another, each computed when it is asked for.
+        """
         c = self.config
         heads, groups = c.num_attention_heads, c.num_key_value_heads
         if c.family.fused:
             qkv_proj = self.projection("qkv_proj", x, heads + 2 * groups)
 
-            def split(x: Array) -> tuple[Array, Array, Array]:
-                q, k, v = jnp.split(qkv_proj(x), (heads, heads + groups), axis=2)
-                return q, k, v
-
-            return split
+            split = partial(jnp.split, indices_or_sections=[heads, heads + groups])
+            return lambda x: iter(split(qkv_proj(x), axis=2))
         q_proj = self.projection("q_proj", x, heads)
         k_proj = self.projection("k_proj", x, groups)
         v_proj = self.projection("v_proj", x, groups)
-        return lambda x: (q_proj(x), k_proj(x), v_proj(x))
+        return lambda x: (projection(x) for projection in (q_proj, k_proj, v_proj))
 
     def _head_norms(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         """Returns the norms of queries and keys over the width of a head."""

@@ -173,7 +173,7 @@ def test_biases_that_the_base_lacks_are_added(merged_full):
 
 
 def test_a_bias_that_no_llama_has_is_refused(merged_full):
-    match = "a bias for `lm_head` .`lora_bias`., and a Llama checkpoint has no bias"
+    match = "a bias for .lm_head. .`lora_bias`., and a checkpoint of model_type 'llama'"
     with pytest.raises(UserError, match=match):
         merged_full("lm_head", lora_bias=True)
     extra = {"model.layers.self_attn.gate.weight": [8, 64]}

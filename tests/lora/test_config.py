@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.tree import PROJECTIONS
+from qlora_jax.tree import QUANTIZED
 
 NAN, INF, BIG = math.nan, math.inf, 10**400
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
@@ -236,8 +236,8 @@ def test_it_is_frozen_and_adapts_all_projections_by_default():
     config = LoraConfig(rank_pattern=table)
     table["q_proj"] = 4
     assert config.rank_pattern == {"q_proj": 2}
-    assert config.target_modules == PROJECTIONS
-    assert LoraConfig() == make(target_modules=list(PROJECTIONS))
+    assert config.target_modules == QUANTIZED
+    assert LoraConfig() == make(target_modules=list(QUANTIZED))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.r = 3
     with pytest.raises(TypeError, match="a FrozenDict cannot be changed"):

@@ -169,7 +169,7 @@ def test_fields_of_a_base_that_are_not_read_are_said_when_it_is_loaded(
 ):
     base = save_model({**tiny, "sliding_window": 4}, make_tensors(tiny), "base")
     load(base)
-    note = "has fields that a Llama does not read, here as in transformers: `sliding_w"
+    note = "has fields that are not read, here as in transformers: `sliding_w"
     assert note in capsys.readouterr().err
     report = convert.merge(base, make_adapter(tiny), tmp_path / "merged")
     assert note in report["notes"][0]
