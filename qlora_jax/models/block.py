@@ -96,9 +96,7 @@ class LayerKinds(NamedTuple):
             ),
         )
 
-    def rope_tables(
-        self, positions: Array, long: Array | None
-    ) -> tuple[Array, Array]:
+    def rope_tables(self, positions: Array, long: Array | None) -> tuple[Array, Array]:
         """Returns cos and sin, stacked by kind where there are several."""
         tables = [rope_table(positions, self.config, rope, long) for rope in self.ropes]
         if len(tables) == 1:

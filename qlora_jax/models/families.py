@@ -18,8 +18,12 @@ from typing import Any, Literal
 from qlora_jax.errors import UserError
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_ATTENTION_BIAS: dict[str, str | bool] = dict.fromkeys((*_QKV, "o_proj"), "attention_bias")
-_MLP_BIAS: dict[str, str | bool] = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp_bias")
+_ATTENTION_BIAS: dict[str, str | bool] = dict.fromkeys(
+    (*_QKV, "o_proj"), "attention_bias"
+)
+_MLP_BIAS: dict[str, str | bool] = dict.fromkeys(
+    ("gate_proj", "up_proj", "down_proj"), "mlp_bias"
+)
 
 _COMMON: Mapping[str, Any] = {
     "num_key_value_heads": None,

@@ -174,6 +174,9 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
     config = step.config
     cudnn = step.compute.attention in ("auto", "cudnn") and not step.packed
     cudnn = cudnn and step.compute.dtype != "float32" and config.head_dim <= 128
+    # It has no soft cap, and one window for all layers.
+    windows = {kind.window for kind in config.layer_kinds}
+    cudnn = cudnn and config.attn_logit_softcapping is None and len(windows) == 1
     wide = config.num_attention_heads * config.head_dim
     return StepMemory(
         base=model.base,
@@ -213,6 +216,8 @@ def _kept(step: Step, model: _Model) -> int:
     # and up. The log-sum-exp is a float32 for each head.
     layer = size * (2 * narrow + 2 * heads + 2 * pairs + 2 * wide)
     layer += 4 * c.num_attention_heads
+    # Where a norm follows the MLP, its derivative needs the result of down as well.
+    layer += size * narrow * c.family.post_norms
     total = c.num_hidden_layers * layer + size * model.ranks
     if step.compute.remat == "none":
         total += c.num_hidden_layers * (_NONE_NARROW * narrow + _NONE_WIDE * wide)
@@ -268,12 +273,21 @@ def flops_per_token(step: Step) -> float:
     if c.tie_word_embeddings:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
-    # Forward: Q K^T and P V take 2 T wide each per token, and causality halves both.
-    attention = 2 * step.length * wide * (1 + 2.5 + recompute)
+    # Forward: Q K^T and P V take 2 wide for every key that a token sees.
+    keys = sum(_mean_keys(step.length, kind.window) for kind in c.layer_kinds)
+    attention = 4 * keys * wide * (1 + 2.5 + recompute)
     # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
     adapters = model.factors * (2 + 4 + 2 * recompute)
     # 4: the loss computes its gradient along with its value, so nothing is repeated.
-    return c.num_hidden_layers * (linear + attention) + 4 * head + adapters
+    return c.num_hidden_layers * linear + attention + 4 * head + adapters
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Returns how many keys a token of a row sees on average."""
+    if window is None or window >= length:
+        return length / 2
+    # The first tokens see fewer than the window: w - w^2 / 2 T.
+    return window - window * window / (2 * length)
 
 
 def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:

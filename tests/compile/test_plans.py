@@ -77,6 +77,62 @@ def test_the_formula_is_within_10_percent_of_the_compiled_plan(
     assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
 
 
+# One of each kind of block: plain with q/k norms, biases, windows, fused projections,
+# post-norms with soft caps and alternating windows, two rotary tables.
+OTHER_FAMILIES = {
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        **{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936},
+    },
+    "mistral-7b-v0.1": {
+        "model_type": "mistral",
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000},
+        "sliding_window": 1024,
+    },
+    "phi-3-mini": {
+        "model_type": "phi3",
+        **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32},
+        **{"num_attention_heads": 32, "vocab_size": 32064, "sliding_window": 2047},
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2",
+        **{"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 256000},
+    },
+    "gemma-3-4b": {
+        "model_type": "gemma3_text",
+        **{"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208},
+        "sliding_window": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "policy"),
+    [
+        ("qwen3-8b", LADDER[2]),
+        ("mistral-7b-v0.1", LADDER[1]),
+        ("phi-3-mini", LADDER[2]),
+        ("gemma-2-9b", LADDER[1]),
+        ("gemma-3-4b", LADDER[2]),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_the_formula_holds_for_the_other_families(gpu_compiler, model, policy):
+    config = LlamaConfig.from_hf(OTHER_FAMILIES[model])
+    train = TrainConfig(steps=1, batch_size=1)
+    step = policy.apply(Step(config, Compute(lora=LORA), length=4096, train=train))
+    made = compile_for(step, CARDS["h200"], python=gpu_compiler).memory
+    formula = estimate.step_memory(step)
+    for kind in ("base", "adapters", "optimizer", "workspace"):
+        assert getattr(formula, kind) == getattr(made, kind)
+    assert formula.activations == pytest.approx(made.activations, rel=1e-3)
+    assert formula.device_bytes == pytest.approx(made.device_bytes, rel=0.1)
+
+
 def test_a_card_s_longest_row_is_found_and_checked_on_both_sides(gpu_compiler):
     card = dataclasses.replace(CARDS["h200"], name="small", memory_bytes=4 * 10**9)
     messages = []
