@@ -30,6 +30,7 @@ from convert.files import (
     read_json,
 )
 from convert.names import checkpoint_keys
+from convert.text_model import text_tensors
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import LlamaConfig, unread_fields
 from qlora_jax.models import params as model_params
@@ -86,6 +87,14 @@ class Checkpoint:
             notes.append(
                 f"`{self.path / 'config.json'}` has fields that are not read, "
                 f"here as in transformers: {', '.join(unread)}"
+            )
+        if self.files.left_out:
+            size = sum(info.nbytes for info in self.files.left_out.values())
+            parts = sorted({key.split(".")[0] for key in self.files.left_out})
+            notes.append(
+                f"of `{self.path}` the text model is read; left out: "
+                f"{len(self.files.left_out):,} tensors ({size / 1e9:.2f} GB) of "
+                f"{', '.join(parts)}. What is written from it is the text model alone"
             )
         if self.config.quantization_config is not None and not self.packed:
             notes.append(
@@ -188,7 +197,7 @@ def open_model(path: Path) -> TensorFiles:
             "be current. Remove the stale one."
         )
     if single.is_file():
-        return TensorFiles(path, _with_prefix(read_header(single)[0]))
+        return TensorFiles(path, *text_tensors(read_header(single)[0]))
     if not index.is_file():
         raise CheckpointError(_no_weights(path))
     weight_map = read_json(index).get("weight_map")
@@ -227,20 +236,7 @@ def open_model(path: Path) -> TensorFiles:
         if missing and (path / name).is_file():
             problems.add("tensors that their shard lacks", f"{key} ({name})")
     problems.check(hint="Download or copy the checkpoint again.")
-    return TensorFiles(path, _with_prefix(infos))
-
-
-def _with_prefix(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Returns the tensors under the names of a causal language model.
-
-    A `LlamaModel` without an output head has them without `model.`.
-    """
-    if hf_key((*EMBEDDING[1:], "weight")) not in infos:
-        return dict(infos)
-    return {
-        key if key.startswith((*HEAD, EMBEDDING[0])) else f"{EMBEDDING[0]}.{key}": info
-        for key, info in infos.items()
-    }
+    return TensorFiles(path, *text_tensors(infos))
 
 
 def _no_weights(path: Path) -> str:

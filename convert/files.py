@@ -67,9 +67,16 @@ class TensorInfo:
 class TensorFiles:
     """The tensors of one or several safetensors files, by name; reads on demand."""
 
-    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]):
+    def __init__(
+        self,
+        directory: Path,
+        infos: Mapping[str, TensorInfo],
+        left_out: Mapping[str, TensorInfo] | None = None,
+    ):
         self.directory = directory
         self.infos = dict(infos)
+        self.left_out = dict(left_out or {})
+        """Tensors of the files that are of another model, such as a vision tower."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos

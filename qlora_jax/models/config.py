@@ -30,7 +30,7 @@ from qlora_jax.models.config_fields import (
     is_integer,
     read_activation,
 )
-from qlora_jax.models.families import Family, family_of
+from qlora_jax.models.families import Family, family_of, text_config
 from qlora_jax.models.layer_kinds import (
     FULL,
     SLIDING,
@@ -257,22 +257,20 @@ class LlamaConfig:
             activation, quantization method) that this model does not compute.
         """
         check_types(raw)
+        raw = text_config(raw)
+        check_types(raw)
         family = check_architecture(raw)
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        missing = [name for name in needed if raw.get(name) is None]
+        # A text model may leave its sizes to the class.
+        sizes = {name: family.default(name) for name in _SIZES}
+        raw = {**{k: v for k, v in sizes.items() if v is not None}, **raw}
+        missing = [name for name in _SIZES if raw.get(name) is None]
         if missing:
             raise UserError(
                 f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. The "
                 f"config.json of a {raw['model_type']!r} model has all of them; is the "
                 "file complete?"
             )
-        for name in needed:
+        for name in _SIZES:
             if not is_integer(raw[name]):
                 raise UserError(
                     f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
@@ -422,6 +420,10 @@ class LlamaConfig:
                 out["rope_local_base_freq"] = local
 
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
 # Fields that one function writes, for what one says depends on the others.
 _ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 # Fields that only some families have.

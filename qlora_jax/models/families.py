@@ -240,6 +240,12 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window": 4096,
             "sliding_window_pattern": 6,
             "query_pre_attn_scalar": 256,
+            # A `text_config` leaves out what is as in the class.
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
         },
@@ -263,6 +269,29 @@ FAMILIES: Mapping[str, Family] = {
 """`model_type` -> its entry."""
 
 
+WITH_TEXT_MODEL = ("gemma3", "mistral3")
+"""`model_type` of models of images and text whose text model is a family above."""
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the config.json of the text model within a model of images and text.
+
+    Others are returned as they are. How the weights are quantized and which tokens end
+    a text is said once, for both.
+    """
+    text = raw.get("text_config")
+    if raw.get("model_type") not in WITH_TEXT_MODEL or not isinstance(text, Mapping):
+        return raw
+    outer = ("quantization_config", "torch_dtype", "dtype", "transformers_version")
+    outer += ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
+    family = family_of(text.get("model_type"))
+    return {
+        **{name: raw[name] for name in outer if name in raw},
+        **text,
+        "architectures": [family.architectures[0]],
+    }
+
+
 def family_of(model_type: Any) -> Family:
     """Returns the entry of a `model_type`.
 
@@ -271,9 +300,9 @@ def family_of(model_type: Any) -> Family:
     """
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        names = ", ".join(f"{name} ({f.models})" for name, f in FAMILIES.items())
+        names = "; ".join(f"{name} ({f.models})" for name, f in FAMILIES.items())
         raise UserError(
             f"config.json: model_type={model_type!r:.100} is not supported. Supported: "
-            f"{names}."
+            f"{names}; and the text models of {' and '.join(WITH_TEXT_MODEL)}."
         )
     return family

@@ -356,7 +356,7 @@ def rename_model(path):
     [
         ("config.json", Path.unlink, "has no config.json"),
         ("config.json", lambda f: f.write_text("{"), "config.json` is not valid JSON"),
-        ("config.json", rename_model, "Not a Llama causal language model"),
+        ("config.json", rename_model, "Not a causal language model"),
         (MODEL, lambda f: os.truncate(f, f.stat().st_size - 1), "truncated or damaged"),
         (MODEL, lambda f: f.rename(f.with_name("pytorch_model.bin")), "pickle files"),
     ],
