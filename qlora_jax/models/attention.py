@@ -231,13 +231,18 @@ def decode_attention(
         values,
         layer,
         seen,
-        cpu=functools.partial(_decode_by_products, variant),
-        default=functools.partial(_decode_by_sums, variant),
+        cpu=functools.partial(_decode_by_products, variant=variant),
+        default=functools.partial(_decode_by_sums, variant=variant),
     )
 
 
 def _decode_by_products(
-    variant: Variant, q: Array, keys: Array, values: Array, layer: Array, seen: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    layer: Array,
+    seen: Array,
+    variant: Variant = PLAIN,
 ) -> Array:
     # In float32: XLA's CPU backend has no product of bf16 in every arrangement.
     # A layer of [L, B, K, S, H] as [B, S, K, H].
@@ -252,7 +257,12 @@ def _decode_by_products(
 
 
 def _decode_by_sums(
-    variant: Variant, q: Array, keys: Array, values: Array, layer: Array, seen: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    layer: Array,
+    seen: Array,
+    variant: Variant = PLAIN,
 ) -> Array:
     """Goes block by block of slots: a softmax within each, weighted at the end.
 

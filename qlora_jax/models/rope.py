@@ -125,7 +125,7 @@ def attention_factor(config: LlamaConfig) -> float:
 
 def long_texts(
     config: LlamaConfig,
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
     segments: Int[Array, "B T"] | None,
     capacity: int | None,
 ) -> Bool[Array, "B T"] | None:

@@ -157,7 +157,7 @@ def test_auto_is_what_was_measured_to_be_best(monkeypatch):
 
     used = []
 
-    def recorded(q, k, v, segment_ids, *, implementation):
+    def recorded(q, k, v, segment_ids, *, implementation, **_):
         used.append(implementation)
         return q
 

@@ -348,7 +348,9 @@ def test_dropout_differs_between_layers_projections_and_keys(remat):
         (stream, _), _ = model.apply(
             {"params": tree, "lora": ones},
             rngs={"dropout": key},
-            method=lambda m: m.model.layers((x, None), rope, None, None, None),
+            method=lambda m: m.model.layers(
+                (x, None), rope, None, None, (None, None), None
+            ),
         )
         return stream
 

@@ -11,7 +11,7 @@ import pytest
 from qlora_jax import nf4
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
-from qlora_jax.models import layers, llama
+from qlora_jax.models import block, layers
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.sharding import put_base
@@ -114,7 +114,7 @@ def test_a_chunked_mlp_computes_the_same(remat, tokens, chunk, more, monkeypatch
     expected = plain(lora, config)
     monkeypatch.setattr(layers, "_MLP_TOKENS", {remat: tokens})
     if tokens == 7:
-        monkeypatch.setattr(llama, "mlp_chunks", lambda *_: 7)
+        monkeypatch.setattr(block, "mlp_chunks", lambda *_: 7)
     same(derive(lora=lora, config=config, remat=remat), expected)
     assert widest(remat, config, lora) == chunk
 
