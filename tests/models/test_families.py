@@ -179,6 +179,13 @@ def test_what_is_not_computed_is_refused_by_name(model_type, fields, message):
         LlamaConfig.from_hf(raw | fields)
 
 
+def test_the_documentation_lists_every_family(repository):
+    page = (repository / "docs" / "models.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    listed = {row[0].strip("| `"): row[1] for row in rows[1:]}
+    assert listed == {name: family.models for name, family in FAMILIES.items()}
+
+
 def test_a_config_of_mixture_of_experts_or_sinks_is_refused():
     for fields in ({"num_local_experts": 8}, {"num_experts": 4}):
         with pytest.raises(UserError, match="mixture of experts"):
