@@ -301,10 +301,14 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
 def _config_changes(
     checkpoint: Checkpoint, merged: MergedWeights
 ) -> dict[str, list[Any]]:
-    before, after = checkpoint.config.to_hf(), merged.config.to_hf()
+    configs = checkpoint.config, merged.config
     fields = ("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")
-    fields += ("max_position_embeddings", "rope_scaling", "rope_parameters")
-    pairs = {name: [c.get(name) for c in (before, after)] for name in fields}
+    fields += ("attention_out_bias", "max_position_embeddings")
+    pairs = {name: [getattr(c, name) for c in configs] for name in fields}
+    # In the form of the file, which has one of them.
+    raw = [config.to_hf() for config in configs]
+    for name in ("rope_scaling", "rope_parameters"):
+        pairs[name] = [fields.get(name) for fields in raw]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -243,7 +243,7 @@ def remove_weights(path: Path) -> None:
 
 def rename_architecture(path: Path) -> None:
     raw = json.loads((path / "config.json").read_text())
-    raw |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    raw |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     (path / "config.json").write_text(json.dumps(raw))
 
 
@@ -258,7 +258,7 @@ def put_nan(path: Path) -> None:
     [
         (remove_weights, "has no weights"),
         (put_nan, "`model.norm.weight` contains NaN or infinity"),
-        (rename_architecture, "Not a Llama causal language model"),
+        (rename_architecture, "model_type='mamba' is not supported"),
     ],
 )
 def test_a_damaged_model_is_named(refused, settings, model_dir, out, damage, message):
