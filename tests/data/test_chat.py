@@ -386,6 +386,8 @@ def test_tools_are_a_list_or_its_json(chat_tokenizer):
             assert tools_of({"tools": [written]}, "r", reading) == [whole]
             assert any("decoded from JSON" in r for r in reading.recognised)
         assert "parameters" not in inner
+    (none,) = tools_of({"tools": [{"name": "t", "parameters": " "}]}, "r") or ()
+    assert none == {"name": "t", "parameters": " "}
     for wrong in ("look", {"name": "t", "parameters": "{"}):
         with pytest.raises(UserError, match="r: a function in `tools`, or its"):
             tools_of({"tools": [wrong]}, "r")
