@@ -6,7 +6,7 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import OTHER_LABELS, text_prefix
+from qlora_jax.data.encoding import ENCLOSED_TWICE, OTHER_LABELS, text_prefix
 from qlora_jax.data.ends import end_tokens_of
 from qlora_jax.data.examples import REPEATED_FILES
 from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
@@ -112,6 +112,11 @@ def _remark_notes(report: DataReport, tokenizer: Any) -> list[str]:
             advice = (
                 " A label is that of the token at its own place, and the loss shifts "
                 "them; labels that are shifted already train the token after the next."
+            )
+        elif remark == ENCLOSED_TWICE:
+            advice = (
+                " The second EOS is trained too. Strip the texts, or set "
+                "`data.append_eos` = false."
             )
         elif remark == UNKNOWN:
             advice = _unknown_advice(report, getattr(tokenizer, "unk_token", None))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, encode_prompt
+from qlora_jax.data.encoding import ENCLOSED_TWICE, IGNORE, encode_prompt
 from qlora_jax.data.examples import load_examples
 from qlora_jax.errors import UserError
 
@@ -91,6 +91,22 @@ def test_bos_and_eos_stand_once_and_eos_is_supervised(
     examples = load([{"text": text}], tokenizer, **config)
     assert decoded(examples, 0, tokenizer) == expected
     assert examples.report.supervised_eos == expected[1].count("</s>")
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "count"),
+    [
+        ("<s>a</s>", "<s>a</s>", 0),
+        ("a </s>b\n", "<s>a </s>b\n</s>", 0),
+        ("<s>a</s>\n", "<s>a</s>\n</s>", 1),
+        (" <s>a</s>", "<s> <s>a</s>", 1),
+        ("\n<s>a</s>\n", "<s>\n<s>a</s>\n</s>", 1),
+    ],
+)
+def test_a_second_bos_or_eos_is_counted(load, decoded, text, written, count):
+    examples = load([{"text": text}])
+    assert decoded(examples)[0] == written
+    assert examples.report.remarks == ({ENCLOSED_TWICE: count} if count else {})
 
 
 @pytest.mark.parametrize("adds_eos", [False, True])
