@@ -52,6 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         longest = tokenizer.model_max_length
         if not isinstance(longest, int | float) or isinstance(longest, bool):
             raise ValueError(f"`model_max_length` must be a number, got {longest!r}")
+        _special_tokens_have_ids(tokenizer)
         _split_the_same_always(tokenizer, path)
         return tokenizer
     # transformers raises whatever its parsers raise; a panic of the tokenizers library
@@ -73,6 +74,26 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
             "files of the original model there again."
         ) from error
+
+
+def _special_tokens_have_ids(tokenizer: Any) -> None:
+    """Looks the special tokens up, which transformers does at their first use only.
+
+    A token that the vocabulary lacks, such as the empty text that early LLaMA
+    conversions name, has the id of the unknown token, which is looked up the same way.
+
+    Raises:
+      ValueError: the unknown token itself is not in the vocabulary.
+    """
+    try:
+        for name in ("unk_token_id", "bos_token_id", "eos_token_id"):
+            getattr(tokenizer, name, None)
+    except RecursionError:
+        raise ValueError(
+            f"`unk_token` is {str(tokenizer.unk_token)!r}, which is not in its "
+            "vocabulary (correct `unk_token`, `bos_token` and `eos_token` in "
+            "tokenizer_config.json and special_tokens_map.json)"
+        ) from None
 
 
 def _split_the_same_always(tokenizer: Any, path: Path) -> None:

@@ -465,12 +465,12 @@ def _decode_tool(tool: Any, where: str, reading: Reading | None) -> Any:
     Raises:
       UserError: it is text that is not JSON.
     """
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        return {**tool, "function": _decode_tool(tool["function"], where, reading)}
     try:
         if isinstance(tool, str):
             tool = parse_json(tool)
             phrase = "functions in `tools` decoded from JSON"
-        elif isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-            return {**tool, "function": _decode_tool(tool["function"], where, reading)}
         elif isinstance(tool, dict) and _is_text(tool.get("parameters")):
             tool = {**tool, "parameters": parse_json(tool["parameters"])}
             phrase = "`parameters` of `tools` decoded from JSON"
