@@ -78,9 +78,10 @@ def data_notes(
         }
         remedy = "; or ".join(remedies[f] for f in sorted(formats & remedies.keys()))
         notes.append(
-            f"in {counted(report.straddling_rows, 'row')} a token holds the end of the "
-            "prompt and the start of the answer. It is supervised, but a prompt at "
-            f"inference ends with another token. To avoid it, {remedy}."
+            f"in {counted(report.straddling_rows, 'row')} a token holds the start or "
+            "the end of an answer and text beside it. It is supervised, but at the "
+            "start a prompt at inference ends with another token. To avoid that, "
+            f"{remedy}."
         )
     if config.date is not None and not any(
         without_unused_date(settings, tokenizer).date for settings in config.each
