@@ -72,7 +72,8 @@ def data_notes(
             "alpaca": "write the prompt with a line break at its end as `data.prompt` "
             "of format='prompt_completion'",
             "text": "let `data.response_part` end with a line break",
-            "messages": "let the template's generation prompt end with a line break",
+            "messages": "let the template's generation prompt end with a line break, "
+            "and answers begin without one",
             "prompt_completion": "end the prompt with a line break, or move its last "
             "space to the start of the completion",
         }
