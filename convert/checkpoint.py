@@ -80,13 +80,7 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """What the directory says and the loaded model is not; sentences."""
-        unread = unread_fields(self.config.raw, self.config.vocab_size)
-        notes = []
-        if unread:
-            notes.append(
-                f"`{self.path / 'config.json'}` has fields that a Llama does not read, "
-                f"here as in transformers: {', '.join(unread)}"
-            )
+        notes = config_notes(self.config, self.path / "config.json")
         if self.config.quantization_config is not None and not self.packed:
             notes.append(
                 f"the config.json of `{self.path}` says that the weights are in 4 bits "
@@ -112,6 +106,22 @@ class Checkpoint:
         if key in self.packed:
             return self.packed[key].dtype
         return FLOAT_NAMES[self.files[key].dtype]
+
+
+def config_notes(config: LlamaConfig, file: Path) -> list[str]:
+    """Returns a note on what a config.json says and a Llama does not compute, or none.
+
+    Args:
+      config: what was read.
+      file: the config.json.
+    """
+    unread = unread_fields(config.raw, config.vocab_size)
+    if not unread:
+        return []
+    return [
+        f"`{file}` has fields that a Llama does not read, here as in transformers: "
+        f"{', '.join(unread)}"
+    ]
 
 
 def open_config(path: str | os.PathLike[str]) -> LlamaConfig:

@@ -12,6 +12,7 @@ import tyro
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
+from qlora_jax.lora import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Combine:
         from convert import (
             common_record,
             lazy_base,
-            load_adapter,
             open_config,
             peft_directory,
             save_adapter,
@@ -67,7 +67,12 @@ class Combine:
                     f"`{path}` holds tables of its base, of which there is no sum. "
                     "Merge it into its base, and train or combine on the result."
                 )
-        loaded = [load_adapter(path, base) for path in sources]
+        loaded = [self._load(path, base) for path in sources]
+        if len({lora.base_fingerprint for lora, _ in loaded}) > 1:
+            print_note(
+                "the adapters do not record the same base (its weights, quantization "
+                "and dtype), and the sum records none"
+            )
         errors: dict[str, float] = {}
         lora, adapters = combine_adapters(
             [(*pair, weight) for pair, weight in zip(loaded, weights, strict=True)],
@@ -106,6 +111,16 @@ class Combine:
             "r": lora.r,
             "relative_error": errors,
         }
+
+    def _load(self, path: Path, base: Any) -> tuple[LoraConfig, Any]:
+        """Loads an adapter; notes say what of it is not used."""
+        from convert import load_adapter, shorten
+
+        skipped: list[str] = []
+        lora, adapters = load_adapter(path, base, skipped=skipped)
+        for skip in shorten(skipped):
+            print_note(f"not taken from `{path}`: {skip}")
+        return lora, adapters
 
     def _text_files(self, sources: Sequence[Path]) -> dict[str, bytes]:
         """Returns the tokenizer files that the adapters have alike."""

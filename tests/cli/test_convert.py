@@ -10,9 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import convert
 from convert.companions import CHAT_TEMPLATE_FILE
+from convert.peft import FINGERPRINT
 from convert.verify import compare_adapters as compare
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree
@@ -348,6 +350,27 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     assert not (svd / "training.json").exists()
     refused("1 numbers for 2 adapters", "combine", tmp_path / "x", *both[:-1])
     assert not (tmp_path / "x").exists()
+
+
+def test_combine_says_what_the_sum_does_not_have(
+    run, tiny, tiny_model, make_adapter, tmp_path
+):
+    one = make_adapter(tiny, name="one", seed=1)
+    two = make_adapter(tiny, name="two", seed=2)
+    (one / "new_embeddings.safetensors").write_bytes((one / WEIGHTS).read_bytes())
+
+    tensors = safetensors.numpy.load_file(two / WEIGHTS)
+    zeros = {k: 0 * v if "lora_B" in k else v for k, v in tensors.items()}
+    metadata = {"format": "pt", FINGERPRINT: "0" * 64}
+    safetensors.numpy.save_file(zeros, two / WEIGHTS, metadata)
+    args = ("--base", tiny_model, "--adapters", one, two)
+    status, _, err = run("combine", tmp_path / "sum", *args)
+    assert status == 0
+    notes = " ".join(err.split())
+    unread = f"not taken from `{one}`: new_embeddings.safetensors, beside {WEIGHTS}"
+    assert unread in notes
+    assert f"not taken from `{two}`: the updates of the adapter, all zero" in notes
+    assert "the adapters do not record the same base" in notes
 
 
 # --- merge ---

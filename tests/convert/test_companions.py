@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from convert.companions import (
     companion_files,
+    sampling_settings,
     with_chat_template,
     with_end_tokens,
     with_eos_token,
@@ -162,3 +163,24 @@ def test_end_tokens_of_configurations_are_kept_together(base):
     files = with_end_tokens({}, [8], config)
     assert json.loads(files["generation_config.json"])["eos_token_id"] == [7, 8]
     assert with_end_tokens({}, [7], config) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"eos_token_id": 2, "max_length": 40, "do_sample": False}, {}),
+        ({"temperature": 0.6, "top_p": 0.9}, {}),  # not without `do_sample`
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "top_k": None},
+            {"temperature": 0.6},
+        ),
+        (
+            {"repetition_penalty": 1.3, "suppress_tokens": [5], "num_beams": 1},
+            {"repetition_penalty": 1.3, "suppress_tokens": [5]},
+        ),
+    ],
+)
+def test_sampling_settings_are_those_that_transformers_computes_with(content, expected):
+    files = {"generation_config.json": json.dumps(content).encode()}
+    assert sampling_settings(files) == expected
+    assert sampling_settings({}) == {}

@@ -405,6 +405,11 @@ def test_a_run_from_a_grown_vocabulary_keeps_its_tables(
     assert main(["inspect", str(tmp_path / "run" / "config.toml"), "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out)
     assert predicted["adapter_bytes"] == report["adapter_bytes"]
+    # And what plan does, whose [lora] is the adapter's.
+    options = ("--gpu", "l4", "--method", "estimate", "--json")
+    assert main(["plan", str(tmp_path / "run" / "config.toml"), *options]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["adapter_bytes"] == report["adapter_bytes"]
     # The tables are in the adapter again, as they were, and nothing trained them.
     loaded = load(tmp_path / "run")
     assert loaded.config.vocab_size == size
