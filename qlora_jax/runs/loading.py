@@ -227,7 +227,7 @@ def say_unused(base: Path, adapter: Path | None) -> None:
             f"adapter is used, on `{base}`; the model is what the directory stands for "
             f"without {ADAPTER_CONFIG}."
         )
-    if (base / ADAPTER_CONFIG).is_file():
+    if (base / ADAPTER_CONFIG).is_file() and _has_weights(base):
         say(
             f"Note: `{base}` holds a model and an adapter. The model is used, without "
             "this adapter."
@@ -321,6 +321,13 @@ def _base_of(
         )
     candidates = [path for name in known for path in base_candidates(adapter, name)]
     directory = _first_model(candidates)
+    below = next((p for p in candidates if (p / ADAPTER_CONFIG).is_file()), None)
+    if directory is None and below is not None:
+        raise CheckpointError(
+            f"The base of `{adapter}` is `{below}`, an adapter itself. Merge that one "
+            "into its base (`qlora-jax merge`), and give the result with `base=` "
+            "(--base)."
+        )
     if directory is None:
         raise CheckpointError(
             f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "

@@ -146,6 +146,17 @@ def test_a_run_is_loaded_from_its_own_path_whatever_its_adapter_names(
         resolve(adapter)
 
 
+def test_the_base_of_an_adapter_may_not_be_an_adapter(make_adapter, tiny, capsys):
+    below = make_adapter(tiny, name="below")
+    adapter = make_adapter(tiny, name="above", base_model_name_or_path=str(below))
+    with pytest.raises(CheckpointError, match=f"is `{below}`, an adapter itself. Merg"):
+        resolve(adapter)
+    resolve(adapter, base=below)  # refused when it is opened
+    with pytest.raises(CheckpointError, match="is a PEFT adapter, not a model"):
+        convert.open_config(below)
+    assert "holds a model" not in capsys.readouterr().err
+
+
 def test_a_directory_with_a_model_and_an_adapter_stands_for_the_adapter(
     tiny, make_tensors, save_model, make_adapter, capsys
 ):
