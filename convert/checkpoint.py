@@ -165,8 +165,10 @@ def check_model_directory(path: Path) -> None:
             f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
             "model here."
         )
-    # Of a download cache, with the model one level further down.
+    # Of a download cache, with the model one level further down; and of adapters with
+    # names of their own, or checkpoints, each in a folder.
     inside = sorted(path.glob("snapshots/*/config.json"))
+    inside += sorted(path.glob("*/adapter_config.json"))
     hint = f" Did you mean `{inside[0].parent}`?" if inside else _gguf_hint(path)
     raise CheckpointError(
         f"`{path}` has no config.json, so it is not a Hugging Face model directory."

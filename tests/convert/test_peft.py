@@ -814,6 +814,8 @@ def test_directories_that_are_something_else(adapter, tiny_model, refused):
     refused(adapter / WEIGHTS, "is a file; give the PEFT directory")
     refused(tiny_model, "is a model: it has no adapter_config")
     refused(adapter.parent, "is not a PEFT adapter", f"Did you mean `{adapter}`")
+    with pytest.raises(CheckpointError, match=f"Did you mean `{adapter}`"):
+        convert.open_config(adapter.parent)
     os.truncate(adapter / WEIGHTS, (adapter / WEIGHTS).stat().st_size - 4)
     refused(adapter, "truncated or damaged")
     os.rename(adapter / WEIGHTS, adapter / "adapter_model.bin")

@@ -353,6 +353,19 @@ def test_a_run_may_start_from_what_fits_of_an_adapter(make, straight, tmp_path, 
     assert note in capsys.readouterr().err
 
 
+def test_another_form_of_the_base_than_the_initial_adapters_is_said(
+    make, straight, tmp_path, capsys
+):
+    start = straight("plain").directory / "adapter"
+    train = {"steps": 1, "adapter_init": str(start)}
+    run(make(tmp_path / "same", {}, **train))
+    assert "was trained" not in capsys.readouterr().err
+    run(make(tmp_path / "other", {}, **train, model={"quantization": "nf4"}))
+    note = " ".join(capsys.readouterr().err.split())
+    assert f"Note: `{start}` was trained with quantization nf4_dq in float32" in note
+    assert "--model.quantization nf4_dq --model.dtype float32 load it as it was" in note
+
+
 def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
     for dtype, said in (("float16", True), ("bfloat16", False)):
         run(make(tmp_path / dtype, {}, steps=1, model={"dtype": dtype}))
