@@ -31,7 +31,7 @@ from convert.output import Entry, progress_bar, write_files, write_model_files
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, other_base_name
 from convert.peft_reading import load_adapter
 from convert.peft_tables import with_saved_tables
-from convert.tokenizer import merged_text_files
+from convert.tokenizer import merged_text_files, merged_text_notes
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
@@ -150,6 +150,7 @@ def merge(
         quantize_lm_head=quantize_lm_head,
     )
     files = merged_text_files(base.config, checkpoint.path, Path(adapter_path))
+    skipped += merged_text_notes(merged.config, Path(adapter_path))
     with new_directory(output) as new:
         stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
         write_files(new, files)

@@ -15,7 +15,11 @@ from convert.companions import (
     with_tokenizer_class,
 )
 from convert.output import write_files
-from convert.tokenizer import load_tokenization, merged_text_files
+from convert.tokenizer import (
+    load_tokenization,
+    merged_text_files,
+    merged_text_notes,
+)
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models.config import LlamaConfig
 from tests.byte_tokenizers import byte_tokenizer
@@ -184,3 +188,15 @@ def test_sampling_settings_are_those_that_transformers_computes_with(content, ex
     files = {"generation_config.json": json.dumps(content).encode()}
     assert sampling_settings(files) == expected
     assert sampling_settings({}) == {}
+
+
+def test_tokens_that_a_merged_model_lacks_are_noted(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save_pretrained(tmp_path)
+    size = len(tokenizer)
+    config = dataclasses.replace(CONFIG, vocab_size=size - 1)
+    (note,) = merged_text_notes(config, tmp_path)
+    assert f"it has token {size - 1}, and the model has {size - 1} tokens" in note
+    assert not merged_text_notes(dataclasses.replace(CONFIG, vocab_size=size), tmp_path)
+    assert not merged_text_notes(config, tmp_path / "none")
