@@ -48,6 +48,7 @@ from .peft import shorten as shorten
 from .peft import training_record as training_record
 from .peft_reading import check_adapter as check_adapter
 from .peft_reading import load_adapter as load_adapter
+from .peft_tables import check_vocabulary as check_vocabulary
 from .peft_tables import with_saved_tables as with_saved_tables
 from .peft_writing import adapter_bytes as adapter_bytes
 from .peft_writing import save_adapter as save_adapter

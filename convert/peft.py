@@ -115,10 +115,14 @@ def open_adapter(
     return lora, files
 
 
+_PICKLES = ("adapter_model.bin", "trainable_params.bin", "non_lora_trainables.bin")
+
+
 def _other_weights(path: Path) -> list[str]:
     """Notes files of weights beside those that are read, which PEFT passes over too.
 
-    One is the new_embeddings.safetensors of vLLM, with the rows of added tokens.
+    One is the new_embeddings.safetensors of vLLM, with the rows of added tokens;
+    LongLoRA and LLaVA have what they train beside the adapter in pickle files.
     """
     # A model's own are used, or named, elsewhere.
     names = sorted(
@@ -126,7 +130,7 @@ def _other_weights(path: Path) -> list[str]:
         for file in path.glob("*.safetensors")
         if file.name != ADAPTER_WEIGHTS and not file.name.startswith("model")
     )
-    names += [name for name in ("adapter_model.bin",) if (path / name).is_file()]
+    names += [name for name in _PICKLES if (path / name).is_file()]
     if not names:
         return []
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

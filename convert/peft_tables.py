@@ -296,6 +296,19 @@ def _replace(
     return out, packed
 
 
+def check_vocabulary(adapter: str | os.PathLike[str], base: Mapping[str, Any]) -> None:
+    """Raises if an adapter was trained with more tokens than the base has.
+
+    Args:
+      adapter: PEFT directory.
+      base: parameter tree of the base, of arrays or of shapes.
+
+    Raises:
+      CheckpointError: it was; says how the base can grow.
+    """
+    check_vocab_size(*open_adapter(adapter, strict=False), base, adapter)
+
+
 def check_vocab_size(
     lora: LoraConfig, files: TensorFiles, base: Mapping[str, Any], path: Any
 ) -> None:

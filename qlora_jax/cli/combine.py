@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,12 @@ class Combine:
             errors=errors,
             names=[str(path) for path in self.adapters],
         )
+        total = math.fsum(weights)
+        if replaced := _replaced(lora) if abs(total - 1) > 1e-6 else []:
+            print_note(
+                f"the weights, {total:g} in all, do not apply to what the adapters "
+                f"replace in the base ({', '.join(replaced)}); the sum has it as it is"
+            )
         base_names = {
             base_name_for_copy(
                 source_lora.base_model_name_or_path, source, self.output, directory
@@ -134,6 +141,13 @@ class Combine:
                 "Copy the files of one of them there for another choice"
             )
         return files
+
+
+def _replaced(lora: LoraConfig) -> list[str]:
+    """Returns what an adapter has in the place of values of the base, in words."""
+    rows = ["rows of tokens"] if lora.trainable_token_indices else []
+    biases = ["biases"] if lora.bias != "none" else []
+    return [*(lora.modules_to_save or ()), *rows, *biases]
 
 
 def main(args: Sequence[str]) -> int:

@@ -277,13 +277,20 @@ def continued_settings(
       saved with it.
 
     Raises:
+      CheckpointError: an adapter of a larger vocabulary, to which the run does not let
+        the base grow.
       UserError: given settings that contradict the adapter.
     """
     if resolved.adapter is None or resolved.lora is None:
         return config, lora, {}
     base = convert.with_saved_tables(
-        config, abstract_base(config), resolved.adapter, resize=resolved.resizes()
+        config,
+        abstract_base(config),
+        resolved.adapter,
+        # Without a run nobody has said whether, and the file is as it is.
+        resize=resolved.settings is None or resolved.resizes(),
     )
+    convert.check_vocabulary(resolved.adapter, base.base)
     lora, _ = continued_config(
         resolved.lora,
         lora,

@@ -423,6 +423,17 @@ def test_a_run_from_a_grown_vocabulary_keeps_its_tables(
     assert main(["plan", str(tmp_path / "run" / "config.toml"), *options]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["adapter_bytes"] == report["adapter_bytes"]
+    # Both refuse what the run refuses; the adapter itself is counted as it is.
+    text = (tmp_path / "run" / "config.toml").read_text()
+    refused = text.replace("resize_to_adapter = true", "resize_to_adapter = false")
+    (tmp_path / "refused.toml").write_text(refused)
+    for command in (("inspect",), ("plan", *options)):
+        assert main([command[0], str(tmp_path / "refused.toml"), *command[1:]]) == 1
+        assert f"of {size} tokens, and this base has" in capsys.readouterr().err
+    args = [str(start), "--base", str(llama_dir), "--json"]
+    assert main(["inspect", *args]) == 0
+    counted = json.loads(capsys.readouterr().out)["base_parameters"]
+    assert counted == predicted["base_parameters"]
     # The tables are in the adapter again, as they were, and nothing trained them.
     loaded = load(tmp_path / "run")
     assert loaded.config.vocab_size == size
