@@ -221,14 +221,17 @@ def end_tokens(
     return tuple(sorted(ids))
 
 
+def _beyond(tokenizer: Any, config: LlamaConfig) -> list[str]:
+    """Says that a tokenizer has tokens which the model has not, if it does."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest < config.vocab_size:
+        return []
+    return [f"it has token {largest:,}, and the model has {config.vocab_size:,} tokens"]
+
+
 def _differences(tokenizer: Any, base: Any, config: LlamaConfig) -> list[str]:
     """Describes how the text of an adapter becomes other tokens than the base's."""
-    vocabulary, differences = tokenizer.get_vocab(), []
-    if max(vocabulary.values(), default=0) >= config.vocab_size:
-        differences.append(
-            f"it has token {max(vocabulary.values()):,}, and the model has "
-            f"{config.vocab_size:,} tokens"
-        )
+    vocabulary, differences = tokenizer.get_vocab(), _beyond(tokenizer, config)
     if base is None:
         return differences
     for name in ("BOS", "EOS"):
@@ -268,3 +271,21 @@ def merged_text_files(
         return files
     eos = getattr(load_tokenizer(adapter), "eos_token_id", None)
     return files if eos is None else with_end_tokens(files, [eos], config)
+
+
+def merged_text_notes(config: LlamaConfig, adapter: Path) -> list[str]:
+    """Notes a tokenizer of an adapter whose tokens the merged model does not all have.
+
+    Args:
+      config: of the merged model.
+      adapter: PEFT directory.
+
+    Raises:
+      CheckpointError: files that cannot be read.
+    """
+    if not has_tokenizer(adapter):
+        return []
+    return [
+        f"the tokenizer of `{adapter}` is that of the result, and {text}"
+        for text in _beyond(load_tokenizer(adapter), config)
+    ]

@@ -130,6 +130,7 @@ class Generate(TemplateOptions):
         resolved = self.resolve()
         templates = self.template_settings(resolved.settings) if rows else {}
         model = self.load(resolved)
+        _note_unused_sampling(model, self.sampling)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         _warn_of_unknown(model, [*self.prompt, *_contents(rows)])
@@ -172,6 +173,7 @@ class Chat(TemplateOptions):
         resolved = self.resolve()
         templates = self.template_settings(resolved.settings)
         model = self.load(resolved)
+        _note_unused_sampling(model, self.sampling)
         opening: list[Mapping[str, Any]] = []
         if self.system is not None:
             opening = [{"role": "system", "content": self.system}]
@@ -229,6 +231,28 @@ class Chat(TemplateOptions):
             say("(stopped)")
         elif answer.finish_reason == "length":
             say(f"(cut off after {len(answer.tokens):,} tokens)")
+
+
+def _note_unused_sampling(model: Model, sampling: Sampling) -> None:
+    """Prints which settings of generation_config.json the options do not have."""
+    from convert import sampling_settings, text_files
+
+    files = text_files(model.path, model.adapter_path)
+    ours, default = dataclasses.asdict(sampling), dataclasses.asdict(Sampling())
+    unused, options = [], []
+    for name, value in sampling_settings(files, f"`{model.path}`: ").items():
+        # What an option sets is the user's choice.
+        if name not in ours:
+            unused.append(f"{name}={value!r:.80}")
+        elif value != ours[name] == default[name]:
+            unused.append(f"{name}={value!r:.80}")
+            options.append(f"--{name.replace('_', '-')} {value!s:.80}")
+    if unused:
+        print_note(
+            "generation_config.json is read for the ends of generation only, and not "
+            f"for {', '.join(unused)}, with which transformers generates"
+            + (f"; {' '.join(options)} set these" if options else "")
+        )
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:

@@ -92,7 +92,13 @@ def describe_context(config: LlamaConfig) -> str:
 
 
 def base_mismatch(
-    adapter: Path, path: Path, base: Mapping[str, Any], trained_on: str | None
+    adapter: Path,
+    path: Path,
+    base: Mapping[str, Any],
+    trained_on: str | None,
+    *,
+    fingerprint: str | None = None,
+    options: str = "--",
 ) -> str | None:
     """Returns a note if an adapter was not trained on this base.
 
@@ -101,19 +107,22 @@ def base_mismatch(
       path: directory of the base.
       base: its parameter tree, as it was loaded.
       trained_on: `LoraConfig.base_fingerprint` of the adapter.
+      fingerprint: of the base, where it is known.
+      options: how the options begin that choose the form of the base.
 
     Returns:
       The note, with the options that load the base as in training if those are
       recorded; None if the base is the same, or the adapter has no fingerprint.
     """
-    if trained_on is None or trained_on == fingerprint_tree(base):
+    if trained_on is None or trained_on == (fingerprint or fingerprint_tree(base)):
         return None
     form, record = base_form(base), training_record(adapter)
     quantization, dtype = record.get("quantization"), record.get("dtype")
     if quantization == form["quantization"] and dtype not in (None, form["dtype"]):
         return (
             f"Note: `{adapter}` was trained in {dtype}, and is computed here in "
-            f"{form['dtype']}: --dtype {dtype} (`dtype`) computes it as it was trained."
+            f"{form['dtype']}: {options}dtype {dtype} (`dtype`) computes it as it was "
+            "trained."
         )
     if quantization not in (None, form["quantization"]) and not (
         open_checkpoint(path).quantized
@@ -121,8 +130,8 @@ def base_mismatch(
         return (
             f"Note: `{adapter}` was trained with quantization {quantization} in "
             f"{dtype}, and the base here has quantization {form['quantization']} in "
-            f"{form['dtype']}: --quantization {quantization} --dtype {dtype} load it "
-            "as it was trained."
+            f"{form['dtype']}: {options}quantization {quantization} {options}dtype "
+            f"{dtype} load it as it was trained."
         )
     return (
         f"Note: `{adapter}` was trained on a base with other weights (or another "

@@ -174,6 +174,9 @@ _OTHER_MODELS: Mapping[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
+    # How other programs quantized the weights; such weights have other tensors.
+    "compression_config": (),
+    "quantization": (),
 }
 # Rope type -> the fields of `rope_scaling` or `rope_parameters` that it reads.
 _ROPE_FIELDS = {

@@ -20,9 +20,12 @@ from .interruption import RunInterrupted as RunInterrupted
 from .loading import Resolved as Resolved
 from .loading import base_name_for_copy as base_name_for_copy
 from .loading import base_options as base_options
+from .loading import continued_settings as continued_settings
 from .loading import is_broken_path as is_broken_path
 from .loading import load as load
+from .loading import read_architecture as read_architecture
 from .loading import resolve as resolve
+from .loading import say_notes as say_notes
 from .metrics import process_seconds as process_seconds
 from .overrides import check_options as check_options
 from .overrides import given_lora as given_lora

@@ -1,5 +1,6 @@
 """Files that are named to `generate` and `plan`: one reader, one clear refusal."""
 
+import json
 import os
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from qlora_jax.cli.generate import TemplateOptions, _read_conversations
 from qlora_jax.errors import UserError
 from qlora_jax.planning.gpus import find_gpu
+from tests.byte_tokenizers import byte_tokenizer
 
 NOT_TEXT = {
     "missing": (lambda file: None, "No such file or directory"),
@@ -44,3 +46,24 @@ def test_lines_end_at_line_breaks_only(tmp_path):
     file.write_bytes(f"\ufeff{row}\r\n\r\n{row}".encode())
     rows = _read_conversations(file)
     assert rows == [{"messages": [{"role": "user", "content": text}]}] * 2
+
+
+def test_sampling_settings_of_a_file_are_named_where_no_option_sets_them(
+    tiny, make_tensors, save_model, tmp_path, cli
+):
+    raw = {**tiny, "vocab_size": 300}
+    base = save_model(raw, make_tensors(raw), "base")
+    byte_tokenizer().save_pretrained(base)
+    settings = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "stop_strings": "x",
+    }
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    args = ("generate", base, "--prompt", "a", "--max-new-tokens", "1")
+    status, _, err = cli(*args, "--temperature", "0.8")
+    note = " ".join(err.split())
+    assert status == 0
+    assert "and not for stop_strings='x', top_p=0.9, with which transformers" in note
+    assert note.endswith("; --top-p 0.9 set these.")

@@ -353,6 +353,19 @@ def test_a_run_may_start_from_what_fits_of_an_adapter(make, straight, tmp_path, 
     assert note in capsys.readouterr().err
 
 
+def test_another_form_of_the_base_than_the_initial_adapters_is_said(
+    make, straight, tmp_path, capsys
+):
+    start = straight("plain").directory / "adapter"
+    train = {"steps": 1, "adapter_init": str(start)}
+    run(make(tmp_path / "same", {}, **train))
+    assert "was trained" not in capsys.readouterr().err
+    run(make(tmp_path / "other", {}, **train, model={"quantization": "nf4"}))
+    note = " ".join(capsys.readouterr().err.split())
+    assert f"Note: `{start}` was trained with quantization nf4_dq in float32" in note
+    assert "--model.quantization nf4_dq --model.dtype float32 load it as it was" in note
+
+
 def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
     for dtype, said in (("float16", True), ("bfloat16", False)):
         run(make(tmp_path / dtype, {}, steps=1, model={"dtype": dtype}))
@@ -405,6 +418,22 @@ def test_a_run_from_a_grown_vocabulary_keeps_its_tables(
     assert main(["inspect", str(tmp_path / "run" / "config.toml"), "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out)
     assert predicted["adapter_bytes"] == report["adapter_bytes"]
+    # And what plan does, whose [lora] is the adapter's.
+    options = ("--gpu", "l4", "--method", "estimate", "--json")
+    assert main(["plan", str(tmp_path / "run" / "config.toml"), *options]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["adapter_bytes"] == report["adapter_bytes"]
+    # Both refuse what the run refuses; the adapter itself is counted as it is.
+    text = (tmp_path / "run" / "config.toml").read_text()
+    refused = text.replace("resize_to_adapter = true", "resize_to_adapter = false")
+    (tmp_path / "refused.toml").write_text(refused)
+    for command in (("inspect",), ("plan", *options)):
+        assert main([command[0], str(tmp_path / "refused.toml"), *command[1:]]) == 1
+        assert f"of {size} tokens, and this base has" in capsys.readouterr().err
+    args = [str(start), "--base", str(llama_dir), "--json"]
+    assert main(["inspect", *args]) == 0
+    counted = json.loads(capsys.readouterr().out)["base_parameters"]
+    assert counted == predicted["base_parameters"]
     # The tables are in the adapter again, as they were, and nothing trained them.
     loaded = load(tmp_path / "run")
     assert loaded.config.vocab_size == size
