@@ -92,7 +92,11 @@ def describe_context(config: LlamaConfig) -> str:
 
 
 def base_mismatch(
-    adapter: Path, path: Path, base: Mapping[str, Any], trained_on: str | None
+    adapter: Path,
+    path: Path,
+    base: Mapping[str, Any],
+    trained_on: str | None,
+    section: str = "",
 ) -> str | None:
     """Returns a note if an adapter was not trained on this base.
 
@@ -101,6 +105,7 @@ def base_mismatch(
       path: directory of the base.
       base: its parameter tree, as it was loaded.
       trained_on: `LoraConfig.base_fingerprint` of the adapter.
+      section: of the options in the note, with a dot ("model.").
 
     Returns:
       The note, with the options that load the base as in training if those are
@@ -113,7 +118,8 @@ def base_mismatch(
     if quantization == form["quantization"] and dtype not in (None, form["dtype"]):
         return (
             f"Note: `{adapter}` was trained in {dtype}, and is computed here in "
-            f"{form['dtype']}: --dtype {dtype} (`dtype`) computes it as it was trained."
+            f"{form['dtype']}: --{section}dtype {dtype} (`{section}dtype`) computes it "
+            "as it was trained."
         )
     if quantization not in (None, form["quantization"]) and not (
         open_checkpoint(path).quantized
@@ -121,8 +127,8 @@ def base_mismatch(
         return (
             f"Note: `{adapter}` was trained with quantization {quantization} in "
             f"{dtype}, and the base here has quantization {form['quantization']} in "
-            f"{form['dtype']}: --quantization {quantization} --dtype {dtype} load it "
-            "as it was trained."
+            f"{form['dtype']}: --{section}quantization {quantization} "
+            f"--{section}dtype {dtype} load it as it was trained."
         )
     return (
         f"Note: `{adapter}` was trained on a base with other weights (or another "

@@ -8,6 +8,7 @@ from .directory import BEST as BEST
 from .directory import STARTED as STARTED
 from .directory import find_run as find_run
 from .directory import read_settings as read_settings
+from .directory import relative_paths as relative_paths
 from .directory import where_it_is as where_it_is
 from .eval_data import HeldOut as HeldOut
 from .eval_data import exclude_held_out as exclude_held_out

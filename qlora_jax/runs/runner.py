@@ -33,6 +33,7 @@ from convert import (
 )
 from qlora_jax.data import prefetch
 from qlora_jax.errors import Problems, UserError, say
+from qlora_jax.inference import base_mismatch
 from qlora_jax.lora import Selection, factor_out, init_adapters
 from qlora_jax.models import (
     add_parameters,
@@ -130,7 +131,7 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     architecture, base = convert.load_llama(
         config.model.path, **prepared.base_options, progress=sys.stderr.isatty()
     )
-    fingerprint = fingerprint_tree(base)
+    fingerprint, original = fingerprint_tree(base), base
     tables: Mapping[tuple[str, ...], Any] = {}
     if config.train.adapter_init is not None:
         with_tables = convert.with_saved_tables(
@@ -147,14 +148,23 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     initial = None
     if config.train.adapter_init is not None:
         skipped: list[str] = []
-        initial = convert.load_adapter(
+        lora, initial = convert.load_adapter(
             config.train.adapter_init,
             base,
             strict=config.train.adapter_init_strict,
             skipped=skipped,
-        )[1]
+        )
         for note in convert.shorten(skipped):
             say(f"Not used of `{config.train.adapter_init}`: {note}.")
+        other = base_mismatch(
+            convert.peft_directory(Path(config.train.adapter_init)),
+            Path(config.model.path),
+            original,
+            lora.base_fingerprint,
+            section="model.",
+        )
+        if other is not None:
+            say(other)
     groups = prepared.selection.groups()
     say(
         f"Training {sum(groups.values()):,} of {_count_parameters(base):,} parameters: "
