@@ -25,8 +25,10 @@ from .loading import is_broken_path as is_broken_path
 from .loading import load as load
 from .loading import resolve as resolve
 from .metrics import process_seconds as process_seconds
+from .other_names import option_hint as option_hint
 from .overrides import check_options as check_options
 from .overrides import given_lora as given_lora
+from .overrides import list_options as list_options
 from .overrides import option_defaults as option_defaults
 from .overrides import option_keys as option_keys
 from .overrides import unchecked_config as unchecked_config
