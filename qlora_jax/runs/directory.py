@@ -142,8 +142,9 @@ def relative_paths(
         options = " ".join(f"--{key}" for key in lost if ".sources" not in key)
         are = "are relative paths" if len(lost) > 1 else "is a relative path"
         start = f"`{found[0]}`" if found else "the directory where the run was started"
+        gap = "\n" if "\n" in str(error) else " "
         raise type(error)(
-            f"{error}\n{names} {are} of `{settings_file(file)}`, and there is nothing "
+            f"{error}{gap}{names} {are} of `{settings_file(file)}`, and there is nothing "
             f"there from the current directory, `{here}`. Start the command in {start}"
             + (f", or give {options}." if options else "."),
             error.problems,

@@ -157,7 +157,7 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
         for note in convert.shorten(skipped):
             say(f"Not used of `{config.train.adapter_init}`: {note}.")
         other = base_mismatch(
-            convert.peft_directory(Path(config.train.adapter_init)),
+            Path(config.train.adapter_init),
             Path(config.model.path),
             original,
             lora.base_fingerprint,
