@@ -139,6 +139,8 @@ class Tokenization:
     notes: tuple[str, ...] = ()
     """How the adapter's tokenizer differs from the base's, and what is not used of it.
     """
+    adapter_template: str | None = None
+    """The main chat template among the adapter's own files."""
 
 
 def load_tokenization(
@@ -162,6 +164,7 @@ def load_tokenization(
         return Tokenization(tokenizer, end_tokens(config, tokenizer, files))
     base, adapter = Path(base), Path(adapter)
     own, notes = companion_files(adapter), []
+    templates = chat_templates(own, f"`{adapter}`: ")
     if has_tokenizer(adapter):
         try:
             tokenizer = load_tokenizer(adapter)
@@ -172,7 +175,6 @@ def load_tokenization(
             ) from error
     else:
         tokenizer = load_tokenizer(base)
-        templates = chat_templates(own, f"`{adapter}`: ")
         unused = [name for name in own if name in CONFIGURATION_FILES]
         if unused:
             used = " (except the chat template)" if templates else ""
@@ -196,7 +198,12 @@ def load_tokenization(
                 f"Note: the tokenizer of `{adapter}` is used, which differs from that "
                 f"of the base: {'; '.join(differences)}."
             )
-    return Tokenization(tokenizer, end_tokens(config, tokenizer, files), tuple(notes))
+    return Tokenization(
+        tokenizer,
+        end_tokens(config, tokenizer, files),
+        tuple(notes),
+        templates.get("default"),
+    )
 
 
 def end_tokens(

@@ -88,7 +88,8 @@ class Generate(TemplateOptions):
     """Continue prompts; prompt and continuation go to stdout."""
 
     prompt: tuple[str, ...] = ()
-    """Prompts to continue, as one batch."""
+    """Prompts to continue, as one batch, as they are: without the chat template, which
+    --messages are answered through."""
     messages: Path | None = None
     """File of conversations to answer instead, one after the other: JSONL or a JSON
     list of rows with `messages` and, for one row, `tools` and `chat_template_kwargs`.
@@ -136,6 +137,7 @@ class Generate(TemplateOptions):
         _warn_of_unknown(model, [*self.prompt, *_contents(rows)])
         if rows:
             return {"texts": [model.chat(**templates | r, **settings) for r in rows]}
+        _note_no_template(model, resolved.settings, self.prompt)
         _warn_of_length(model, self.prompt, self.max_new_tokens)
         if not self.stream:
             return {"texts": model.generate(self.prompt, **settings)}
@@ -252,6 +254,32 @@ def _note_unused_sampling(model: Model, sampling: Sampling) -> None:
             "generation_config.json is read for the ends of generation only, and not "
             f"for {', '.join(unused)}, with which transformers generates"
             + (f"; {' '.join(options)} set these" if options else "")
+        )
+
+
+def _note_no_template(
+    model: Model, run: RunConfig | None, prompts: Sequence[str]
+) -> None:
+    """Prints a note if prompts lack the form of what the model was trained on.
+
+    Args:
+      model: the model.
+      run: settings of the run, if it is one; of other models only the tokenizer tells.
+      prompts: texts to continue.
+    """
+    template = getattr(model.tokenizer, "chat_template", None)
+    if run is None:
+        chats, why = bool(template), "its tokenizer has a chat template"
+    else:
+        chats = any(source.writes_conversations for source in run.data.each)
+        why = "it was trained on conversations"
+    # Prompts that someone has rendered hold the tokens that begin and end turns.
+    added = getattr(model.tokenizer, "added_tokens_decoder", {}).values()
+    marks = [str(token) for token in added if token.special]
+    if chats and not all(any(mark in text for mark in marks) for text in prompts):
+        print_note(
+            f"a --prompt is continued as it is, and this model expects turns ({why}): "
+            "--messages FILE, or `qlora-jax chat`, answers through the chat template"
         )
 
 

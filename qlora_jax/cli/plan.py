@@ -196,6 +196,15 @@ class PlanCommand:
             notes.append(self._why_estimated(card))
         if not plan.fits:
             notes.append(planner.too_large(plan))
+        if plan.uncertain:
+            notes.append(
+                f"the estimate leaves {1 - plan.total / card.memory_bytes:.1%} of the "
+                "memory, and it may be wrong by 10 %: compile to be sure (the same "
+                "command with --method compiled)."
+                if card.compiles
+                else "the estimate leaves less of the memory than the 10 % that it may "
+                "be wrong by: shorter or fewer rows are safer."
+            )
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
             notes.append(

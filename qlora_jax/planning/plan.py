@@ -151,6 +151,12 @@ class Plan:
         """Whether `total` is at most the GPU's memory."""
         return self.total <= self.gpu.memory_bytes
 
+    @property
+    def uncertain(self) -> bool:
+        """Whether it fits by less than what an estimate may be wrong by."""
+        sure = (1 - estimate.ERROR) * self.gpu.memory_bytes
+        return self.method == "estimate" and self.fits and self.total > sure
+
     def report(self, base_tables: Mapping[Path, Any] | None = None) -> dict[str, Any]:
         """Returns the plan as plain data, as `qlora-jax plan --json` prints it.
 
@@ -170,6 +176,7 @@ class Plan:
             "batch_size": step.train.batch_size,
             "gradient_accumulation_steps": step.train.gradient_accumulation_steps,
             "fits": self.fits,
+            "uncertain": self.uncertain,
             "method": self.method,
             "policy": self.policy.name,
             "remat": step.compute.remat,

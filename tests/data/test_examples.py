@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 
+from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.encoding import ENCLOSED_TWICE, IGNORE, encode_prompt
-from qlora_jax.data.examples import load_examples
+from qlora_jax.data.examples import CUT_ANSWER, load_examples
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import UserError
 
 PAIRS = {"format": "prompt_completion"}
@@ -304,10 +306,25 @@ def test_truncated_and_dropped_rows_are_counted_and_named(write, load, decoded):
     assert (report.longest_row, report.longest_example) == (11, 6)
     lost = "every supervised token truncated"
     assert report.dropped == {lost: 1, "empty completion": 1}
-    names = {"truncated": 1, lost: 2, "empty completion": 3}
+    names = {"truncated": 1, lost: 2, "empty completion": 3, CUT_ANSWER: 1}
     assert report.places == {key: (f"{path}:{line}",) for key, line in names.items()}
     assert "1 row truncated (4 tokens lost)" in summary
     assert f"dropped 1: {lost} ({path}:2)" in summary
+
+
+@pytest.mark.parametrize(
+    ("completions", "said"),
+    [
+        (["abcdef", "abcdef", "a"], "2 of 3 rows lose the end token of what is"),
+        (["abcdef", "a"], ""),
+    ],
+)
+def test_ends_that_most_rows_lose_are_a_note(load, tokenizer, completions, said):
+    examples = load([pair("ab", text) for text in completions], **PAIRS, max_length=6)
+    config = DataConfig(path="x", **PAIRS, max_length=6)
+    batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
+    notes = " ".join(data_notes(examples, config, batches, tokenizer))
+    assert said in notes and ("not learn to stop from them" in notes) == bool(said)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -422,6 +439,17 @@ def test_brackets_and_line_separators_may_be_text(write, load, decoded, start):
             '{"input_ids": [], "labels": []}',
             {"format": "tokens"},
             r"2 read, dropped: 1 nothing to supervise, 1 no tokens",
+        ),
+        (
+            '{"text": 3}\n' * 60,
+            {"on_bad_row": "skip"},
+            r"60 read, and none can be used .*\n.*:1, 2, 3, 4, 5: field `text` must be "
+            r"a string, got int[^\n]*$",
+        ),
+        (
+            '{"text": 3}\n{"text": ""}\n{"text": 4}',
+            {"on_bad_row": "skip"},
+            r"dropped: 2 rows that cannot be used, 1 empty text .*Check `data.max_len",
         ),
     ],
 )

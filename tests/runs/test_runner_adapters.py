@@ -353,17 +353,26 @@ def test_a_run_may_start_from_what_fits_of_an_adapter(make, straight, tmp_path, 
     assert note in capsys.readouterr().err
 
 
-def test_another_form_of_the_base_than_the_initial_adapters_is_said(
-    make, straight, tmp_path, capsys
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({}, ""),
+        ({"dtype": "bfloat16"}, "was trained in float32, and is computed here in "),
+        (
+            {"quantization": "none"},
+            "--model.quantization nf4_dq --model.dtype float32 load it as it was",
+        ),
+    ],
+    ids=str,
+)
+def test_another_form_of_the_base_than_that_of_the_first_adapter_is_said(
+    make, straight, tmp_path, capsys, model, said
 ):
-    start = straight("plain").directory / "adapter"
-    train = {"steps": 1, "adapter_init": str(start)}
-    run(make(tmp_path / "same", {}, **train))
-    assert "was trained" not in capsys.readouterr().err
-    run(make(tmp_path / "other", {}, **train, model={"quantization": "nf4"}))
-    note = " ".join(capsys.readouterr().err.split())
-    assert f"Note: `{start}` was trained with quantization nf4_dq in float32" in note
-    assert "--model.quantization nf4_dq --model.dtype float32 load it as it was" in note
+    start = straight("plain").directory
+    config = make(tmp_path, {}, model, steps=1, adapter_init=str(start / "adapter"))
+    run(config)
+    err = " ".join(capsys.readouterr().err.split())
+    assert said in err and ("as it was trained" in err) == bool(said)
 
 
 def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
