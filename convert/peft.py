@@ -69,11 +69,12 @@ def common_record(*paths: Path) -> dict[str, Any]:
     """
     record, *others = map(training_record, paths)
     if others:
-        form = {name: record.get(name) for name in ("quantization", "lm_head", "dtype")}
+        names = ("quantization", "lm_head", "dtype", "config")
+        form = {name: record[name] for name in names if name in record}
         differs = any(
             other.get(name) != value for other in others for name, value in form.items()
         )
-        record = {} if differs or form["quantization"] is None else form
+        record = {} if differs or "quantization" not in form else form
     return {TRAINING_RECORD: record} if record else {}
 
 

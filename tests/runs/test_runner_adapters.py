@@ -19,6 +19,7 @@ import convert
 from convert.peft import open_adapter
 from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
+from qlora_jax.cli.merge import main as merge
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference import model as inference
 from qlora_jax.lora.config import LoraConfig
@@ -373,6 +374,25 @@ def test_another_form_of_the_base_than_that_of_the_first_adapter_is_said(
     run(config)
     err = " ".join(capsys.readouterr().err.split())
     assert said in err and ("as it was trained" in err) == bool(said)
+
+
+def test_another_config_of_the_same_weights_is_said(
+    make, straight, llama_dir, tmp_path, capsys
+):
+    start = straight("plain").directory / "adapter"
+    shutil.copytree(llama_dir, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    raw = json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}
+    file.write_text(json.dumps(raw))
+    model = {"path": str(tmp_path / "base")}
+    run(make(tmp_path / "run", {}, model, steps=1, adapter_init=str(start)))
+    said = "`rms_norm_eps` was 1e-06 and is 0.001"
+    assert said in " ".join(capsys.readouterr().err.split())
+    base = ["--base", str(tmp_path / "base"), "--json"]
+    assert merge([str(start), str(tmp_path / "merged"), *base]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trained_on_this_base"] is False
+    assert said in " ".join(err.split())
 
 
 def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
