@@ -8,6 +8,7 @@ from .atomic import new_file as new_file
 from .atomic import remove_leftovers as remove_leftovers
 from .atomic import scratch_directory as scratch_directory
 from .atomic import write_text as write_text
+from .checkpoint import config_notes as config_notes
 from .checkpoint import lazy_base as lazy_base
 from .checkpoint import open_checkpoint as open_checkpoint
 from .checkpoint import open_config as open_config
@@ -15,6 +16,7 @@ from .checkpoint import open_model as open_model
 from .companions import CHAT_TEMPLATE_FILE as CHAT_TEMPLATE_FILE
 from .companions import common_text_files as common_text_files
 from .companions import has_tokenizer as has_tokenizer
+from .companions import sampling_settings as sampling_settings
 from .companions import text_files as text_files
 from .companions import with_chat_template as with_chat_template
 from .companions import with_end_tokens as with_end_tokens
@@ -46,6 +48,7 @@ from .peft import shorten as shorten
 from .peft import training_record as training_record
 from .peft_reading import check_adapter as check_adapter
 from .peft_reading import load_adapter as load_adapter
+from .peft_tables import check_vocabulary as check_vocabulary
 from .peft_tables import with_saved_tables as with_saved_tables
 from .peft_writing import adapter_bytes as adapter_bytes
 from .peft_writing import save_adapter as save_adapter

@@ -13,11 +13,12 @@ from typing import Any
 
 from convert.atomic import write_text
 from convert.companions import companion_files
+from convert.files import read_json
 from convert.output import write_files
 from convert.tokenizer import load_tokenizer
-from qlora_jax.errors import CheckpointError, UserError
-from qlora_jax.reading import read_text
+from qlora_jax.errors import UserError
 
+# A tokenizer.json has megabytes.
 _MAX_BYTES = 1 << 30
 
 
@@ -38,7 +39,7 @@ def copy_with_added_tokens(source: Path, directory: Path, tokens: list[str]) -> 
     write_files(directory, companion_files(source))
     tokenizer_json = directory / "tokenizer.json"
     if tokenizer_json.is_file():
-        content = _read(tokenizer_json)
+        content = read_json(tokenizer_json, _MAX_BYTES)
         content["added_tokens"] = [
             *(content.get("added_tokens") or ()),
             *({"id": i, **_description(token)} for token, i in ids.items()),
@@ -60,7 +61,7 @@ def _add_to_python_files(
     config_file, older = (
         directory / name for name in ("tokenizer_config.json", "added_tokens.json")
     )
-    config = _read(config_file) if config_file.is_file() else {}
+    config = read_json(config_file, _MAX_BYTES) if config_file.is_file() else {}
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
         config["added_tokens_decoder"] = {
@@ -70,24 +71,13 @@ def _add_to_python_files(
         _write(config_file, config)
     # Read for want of the above.
     if older.is_file() or (alone and decoder is None):
-        known = _read(older) if older.is_file() else {}
+        known = read_json(older, _MAX_BYTES) if older.is_file() else {}
         _write(older, {**known, **ids})
 
 
 def _description(token: str) -> dict[str, Any]:
     flags = ("lstrip", "normalized", "rstrip", "single_word")
     return {"content": token, **dict.fromkeys(flags, False), "special": True}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    # A tokenizer.json has megabytes, which is more than `read_json` takes.
-    try:
-        return json.loads(read_text(file, _MAX_BYTES))
-    except OSError as error:
-        message = f"`{file}` cannot be read: {error.strerror}."
-        raise CheckpointError(message) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"`{file}` is not valid JSON: {error}.") from error
 
 
 def _write(file: Path, content: Any) -> None:

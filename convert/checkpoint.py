@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from convert import bnb
 from convert.files import (
     DTYPES,
+    FLOAT_DTYPES,
     FLOAT_NAMES,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
@@ -81,13 +82,7 @@ class Checkpoint:
     @property
     def notes(self) -> list[str]:
         """What the directory says and the loaded model is not; sentences."""
-        unread = unread_fields(self.config.raw, self.config.vocab_size)
-        notes = []
-        if unread:
-            notes.append(
-                f"`{self.path / 'config.json'}` has fields that are not read, "
-                f"here as in transformers: {', '.join(unread)}"
-            )
+        notes = config_notes(self.config, self.path / "config.json")
         if self.files.left_out:
             size = sum(info.nbytes for info in self.files.left_out.values())
             parts = sorted({key.split(".")[0] for key in self.files.left_out})
@@ -121,6 +116,22 @@ class Checkpoint:
         if key in self.packed:
             return self.packed[key].dtype
         return FLOAT_NAMES[self.files[key].dtype]
+
+
+def config_notes(config: LlamaConfig, file: Path) -> list[str]:
+    """Returns a note on what a config.json says and is not computed, or none.
+
+    Args:
+      config: what was read.
+      file: the config.json.
+    """
+    unread = unread_fields(config.raw, config.vocab_size)
+    if not unread:
+        return []
+    return [
+        f"`{file}` has fields that are not read, here as in transformers: "
+        f"{', '.join(unread)}"
+    ]
 
 
 def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
@@ -163,8 +174,10 @@ def check_model_directory(path: Path) -> None:
             f"`{path}` is a PEFT adapter, not a model. Give the directory of its base "
             "model here."
         )
-    # Of a download cache, with the model one level further down.
+    # Of a download cache, with the model one level further down; and of adapters with
+    # names of their own, or checkpoints, each in a folder.
     inside = sorted(path.glob("snapshots/*/config.json"))
+    inside += sorted(path.glob("*/adapter_config.json"))
     hint = f" Did you mean `{inside[0].parent}`?" if inside else _gguf_hint(path)
     raise CheckpointError(
         f"`{path}` has no config.json, so it is not a Hugging Face model directory."
@@ -350,7 +363,20 @@ def _probable_cause(config: LlamaConfig, files: TensorFiles) -> str:
             f"Its layers are 0 to {layers - 1}, and `num_hidden_layers` is "
             f"{config.num_hidden_layers}."
         )
+    forms = sorted({i.dtype for k, i in files.infos.items() if "_proj." in k})
+    others = [f for f in forms if f not in FLOAT_NAMES and f not in ("F64", "U8")]
+    if others:
+        return (
+            f"Its weights are quantized ({', '.join(others)}) in another form than "
+            "bitsandbytes' 4 bits. Start from the model that it was quantized from."
+        )
     head, embedding = "lm_head.weight", hf_key((*EMBEDDING, "weight"))
+    if head in files and embedding not in files and config.tie_word_embeddings:
+        return (
+            "It has the table of its tied head and embedding under the name of the "
+            "head only, as safetensors' `save_model` writes it. Save it with "
+            "transformers' `save_pretrained`."
+        )
     if embedding in files and head not in files and not config.tie_word_embeddings:
         return (
             "It has no output head, and `tie_word_embeddings` is not set: set it to "
@@ -375,6 +401,21 @@ class StoredTensor:
         return array if dtype is None else array.astype(dtype)
 
 
+class PackedTensor(StoredTensor):
+    """A weight in 4 bits, dequantized when it is converted to an array."""
+
+    def __init__(self, files: TensorFiles, key: str, state: bnb.QuantState):
+        super().__init__(files, key)
+        self._state = state
+        self.shape = state.shape
+        self.dtype = DTYPES[FLOAT_DTYPES[state.dtype]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        # A copy, because what jax returns cannot be written to.
+        array = np.array(bnb.dequantize(bnb.read(self._files, self._key, self._state)))
+        return array if dtype is None else array.astype(dtype)
+
+
 def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
     """Returns the parameter tree as shapes, with readable embedding and head.
 
@@ -388,9 +429,16 @@ def lazy_base(config: LlamaConfig, files: TensorFiles | None) -> dict[str, Any]:
     tree = model_params.abstract_base(config)
     for path in (EMBEDDING, HEAD):
         key = ".".join((*path, "weight"))
-        if files is not None and key in files and files[key].dtype in FLOAT_NAMES:
-            if path != HEAD or not config.tie_word_embeddings:
-                put(tree, (*path, "weight"), StoredTensor(files, key))
+        tied = path == HEAD and config.tie_word_embeddings
+        if files is None or key not in files or tied:
+            continue
+        if bnb.packed_type(files, key) == "nf4":
+            shape = (config.vocab_size, config.hidden_size)
+            state, _ = bnb.check(files, key, shape, Mismatches(""))
+            if state is not None:
+                put(tree, (*path, "weight"), PackedTensor(files, key, state))
+        elif files[key].dtype in FLOAT_NAMES:
+            put(tree, (*path, "weight"), StoredTensor(files, key))
     return tree
 
 

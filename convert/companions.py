@@ -35,6 +35,36 @@ _TOKENIZER_FILES = (*_VOCABULARIES, *CONFIGURATION_FILES, *_TEMPLATE_FILES)
 # Vocabularies have some 20 MB.
 _MOST_BYTES = 1 << 30
 
+# Settings of transformers' `generate` -> the value that turns each off: of what becomes
+# of the logits, and of draws from them (with `do_sample`).
+_OF_LOGITS: Mapping[str, Any] = {
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": 1,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "stop_strings": None,
+}
+_OF_DRAWS: Mapping[str, Any] = {
+    "temperature": None,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "top_h": None,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+}
+
 Companions = Mapping[str, bytes]
 """Files by their names in a directory."""
 
@@ -227,6 +257,24 @@ def generation_end_tokens(files: Companions, where: str = "") -> tuple[int, ...]
             f"of them, got {eos}."
         )
     return tuple(ids)
+
+
+def sampling_settings(files: Companions, where: str = "") -> dict[str, Any]:
+    """Returns the settings of generation_config.json that choose other tokens.
+
+    Those that transformers' `generate` computes with; its ends and lengths are not
+    among them.
+
+    Raises:
+      CheckpointError: a generation_config.json that cannot be read.
+    """
+    content = _json(files, GENERATION_CONFIG, where)
+    off = {**_OF_LOGITS, **(_OF_DRAWS if content.get("do_sample") is True else {})}
+    return {
+        name: content[name]
+        for name in off
+        if content.get(name) not in (None, [], {}, off[name])
+    }
 
 
 def _with_entries(files: Companions, name: str, **entries: Any) -> dict[str, bytes]:

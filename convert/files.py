@@ -292,14 +292,14 @@ def is_shape(value: Any) -> TypeGuard[list[int]]:
     )
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON object.
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON object of at most `limit` bytes.
 
     Raises:
       CheckpointError: a missing, oversized or malformed file.
     """
     try:
-        text = read_bytes(path, MAX_JSON_BYTES)
+        text = read_bytes(path, limit)
         if text.startswith(_OTHER_STARTS):
             raise CheckpointError(_not_itself(path))
         value = json.loads(text.decode())

@@ -31,17 +31,17 @@ from convert.output import Entry, progress_bar, write_files, write_model_files
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, other_base_name
 from convert.peft_reading import load_adapter
 from convert.peft_tables import with_saved_tables
-from convert.tokenizer import merged_text_files
+from convert.tokenizer import merged_text_files, merged_text_notes
 from qlora_jax.choices import Quantized
 from qlora_jax.errors import UserError
 from qlora_jax.models import params as model_params
+from qlora_jax.nf4 import BLOCK_SIZE, NF4Tensor
 from qlora_jax.reading import open_file
 from qlora_jax.tree import HEAD, hf_key
 from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
 
 REPORT = "merge_report.json"
-_NO_CHANGE = "no tensor changed: the weights of the result are the base's"
 
 # What `checkpoint_keys` returns.
 _Table = Mapping[str, tuple[TreePath, int | None]]
@@ -102,7 +102,8 @@ def merge(
       A report, which is also written into the directory as merge_report.json: "base",
       "base_sha256" (over the base's files), "adapter", "adapter_sha256",
       "adapter_base_fingerprint" (of the base as it was loaded for training; null if
-      the adapter has none), "output", "onto", "quantization", "quantize_lm_head",
+      the adapter has none), "merged_before" ("adapter_sha256" of the adapters that the
+      base is a merge of), "output", "onto", "quantization", "quantize_lm_head",
       "requantize", "dtype", "tensors", "tensors_changed", "tensors_added" (which the
       base lacks), "config_changes" (field -> [before, after]), "files_of_adapter"
       (tokenizer files that are not the base's), "notes" (on what was left out, or is in
@@ -149,6 +150,7 @@ def merge(
         quantize_lm_head=quantize_lm_head,
     )
     files = merged_text_files(base.config, checkpoint.path, Path(adapter_path))
+    skipped += merged_text_notes(merged.config, Path(adapter_path))
     with new_directory(output) as new:
         stream.write(new, max_shard_bytes=max_shard_bytes, progress=progress)
         write_files(new, files)
@@ -164,6 +166,7 @@ def merge(
             "adapter": str(adapter_path),
             "adapter_sha256": _adapter_sha256(adapter_path),
             "adapter_base_fingerprint": lora.base_fingerprint,
+            "merged_before": _merged_into(base_path),
             "output": str(output_dir),
             "onto": onto,
             "quantization": quantization,
@@ -188,16 +191,27 @@ def check_not_merged(
     base: str | os.PathLike[str], adapter: str | os.PathLike[str]
 ) -> None:
     """Raises `UserError` if a base is the result of merging this adapter."""
-    file = Path(base) / REPORT
-    if not file.is_file():
-        return
-    report = read_json(file)
-    if report.get("adapter_sha256") == _adapter_sha256(adapter):
+    merged = _merged_into(base)
+    if merged and _adapter_sha256(adapter) in merged:
         raise UserError(
             f"`{base}` holds the adapter `{adapter}` already ({REPORT}), which would "
             "be added twice. Use it without the adapter, or give the base that it was "
-            f"merged into: `{report.get('base')}`."
+            f"merged into: `{read_json(Path(base) / REPORT).get('base')}`."
         )
+
+
+def _merged_into(base: str | os.PathLike[str]) -> list[str]:
+    """Returns `adapter_sha256` of the adapters that were merged into a base."""
+    file = Path(base) / REPORT
+    if not file.is_file():
+        return []
+    report = read_json(file)
+    before = report.get("merged_before")
+    merged = [
+        report.get("adapter_sha256"),
+        *(before if isinstance(before, list) else []),
+    ]
+    return [digest for digest in merged if isinstance(digest, str)]
 
 
 def _check_choice(
@@ -480,16 +494,35 @@ class _Stream:
         with progress_bar("Quantizing", sum(sizes.values()), progress) as advance:
             for key in keys:
                 path = table[key][0]
-                weight = self._tensor(key, path)
-                packed = quantize_tensor(weight, key, double_quant=double_quant)
                 error = self._errors.setdefault(path[-2], _QuantizationError())
-                error.add(weight, bnb.dequantize(packed))
+                packed = self._unchanged(key, double_quant=double_quant)
+                if packed is None:
+                    weight = self._tensor(key, path)
+                    packed = quantize_tensor(weight, key, double_quant=double_quant)
+                    error.add(weight, bnb.dequantize(packed))
+                else:
+                    self.written += 1
+                    weight = bnb.dequantize(packed)
+                    error.add(weight, weight)
                 entries[key] = [
                     spool.keep(entry)
                     for entry in bnb.entries(key, packed, None, quant_storage="uint8")
                 ]
                 advance(sizes[key])
         return entries
+
+    def _unchanged(self, key: str, *, double_quant: bool) -> NF4Tensor | None:
+        """Returns the packed weight of the base that the result keeps, byte for byte.
+
+        Quantizing what it dequantizes to would give other scales.
+        """
+        state = self.checkpoint.packed.get(key)
+        wanted = (double_quant, BLOCK_SIZE, self._dtype(key).name)
+        if key in self.merged.updates or key in self.tables or state is None:
+            return None
+        if (state.double_quant, state.block_size, state.dtype) != wanted:
+            return None
+        return bnb.read(self.checkpoint.files, key, state)
 
     def _entry(self, key: str, path: TreePath) -> Entry:
         shape = model_params.shapes(self.merged.config)[path]
@@ -528,7 +561,7 @@ class _Stream:
             and source in self.checkpoint.files
         ):
             # Against the base's own table, not that of the adapter's file.
-            base = self.checkpoint.files.read(source)
+            base = self._stored(source)
             grown = base.shape != tensor.shape
             largest = _largest_difference(base, tensor)
         self.changed += grown or largest > 0
@@ -537,21 +570,30 @@ class _Stream:
 
     def _base_tensor(self, key: str, path: TreePath) -> NDArray:
         """Reads a tensor of the base, in the form that is merged onto."""
-        files = self.checkpoint.files
-        if key in self.tables:
-            return self.tables[key].copy()  # `Update.apply` may overwrite it
-        if key in self.checkpoint.packed:
-            # What bitsandbytes computes with: scale times code, rounded to the dtype.
-            return bnb.dequantize(bnb.read(files, key, self.checkpoint.packed[key]))
-        weight = files.read(key)
+        state = self.checkpoint.packed.get(key)
+        if key not in self.tables and state is not None:
+            return self._stored(key)
+        # Copied, because `Update.apply` may overwrite it.
+        weight = self.tables[key].copy() if key in self.tables else self._stored(key)
         is_packed = model_params.is_projection(path) or (
             self.quantize_lm_head and key == hf_key((*HEAD, "weight"))
         )
+        # Rounds the weight as loading for training did, and merges onto the result.
+        if state is not None:
+            tensor = quantize_tensor(weight, key, double_quant=state.double_quant)
+            return bnb.dequantize(replace(tensor, dtype=state.dtype))
         if self.quantization is not None and is_packed:
-            # Rounds the weight as loading for training did, and merges onto the result.
             double_quant = self.quantization == "nf4_dq"
             tensor = quantize_tensor(weight, key, double_quant=double_quant)
             if self.dtype == "float32":
                 tensor = replace(tensor, dtype=self.dtype)
             return bnb.dequantize(tensor)
         return weight
+
+    def _stored(self, key: str) -> NDArray:
+        """Reads a tensor of the base; a packed one as bitsandbytes computes with it."""
+        files, state = self.checkpoint.files, self.checkpoint.packed.get(key)
+        if state is None:
+            return files.read(key)
+        # Scale times code, rounded to the dtype.
+        return bnb.dequantize(bnb.read(files, key, state))

@@ -69,11 +69,12 @@ def common_record(*paths: Path) -> dict[str, Any]:
     """
     record, *others = map(training_record, paths)
     if others:
-        form = {name: record.get(name) for name in ("quantization", "lm_head", "dtype")}
+        names = ("quantization", "lm_head", "dtype", "config")
+        form = {name: record[name] for name in names if name in record}
         differs = any(
             other.get(name) != value for other in others for name, value in form.items()
         )
-        record = {} if differs or form["quantization"] is None else form
+        record = {} if differs or "quantization" not in form else form
     return {TRAINING_RECORD: record} if record else {}
 
 
@@ -104,13 +105,37 @@ def open_adapter(
     if not (path / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(_no_weights(path))
     infos, metadata = read_header(path / ADAPTER_WEIGHTS)
-    files = plain_names(infos, path, [] if skipped is None else skipped)
+    notes = [] if skipped is None else skipped
+    notes += _other_weights(path)
+    files = plain_names(infos, path, notes)
     lora = replace(
         lora,
         base_fingerprint=metadata.get(FINGERPRINT),
         base_config_changes=_base_config_changes(path),
     )
     return lora, files
+
+
+_PICKLES = ("adapter_model.bin", "trainable_params.bin", "non_lora_trainables.bin")
+
+
+def _other_weights(path: Path) -> list[str]:
+    """Notes files of weights beside those that are read, which PEFT passes over too.
+
+    One is the new_embeddings.safetensors of vLLM, with the rows of added tokens;
+    LongLoRA and LLaVA have what they train beside the adapter in pickle files.
+    """
+    # A model's own are used, or named, elsewhere.
+    names = sorted(
+        file.name
+        for file in path.glob("*.safetensors")
+        if file.name != ADAPTER_WEIGHTS and not file.name.startswith("model")
+    )
+    names += [name for name in _PICKLES if (path / name).is_file()]
+    if not names:
+        return []
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return [f"{', '.join(names[:3])}{more}, beside {ADAPTER_WEIGHTS}"]
 
 
 def _no_weights(path: Path) -> str:

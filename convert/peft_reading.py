@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.checkpoint import PackedTensor
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
 from convert.names import PEFT_PREFIX, AdapterTensor, adapter_keys
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
@@ -31,6 +32,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, counted
 from qlora_jax.lora import LoraConfig, Selection, select, unused_settings
 from qlora_jax.models import LlamaConfig, abstract_base
+from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
 # With bias="all" PEFT saves the biases of fully trained modules twice more, under names
@@ -341,13 +343,17 @@ def _compare_base_copies(
         if path == HEAD and "weight" not in base.get(HEAD[-1], {}):
             path = EMBEDDING  # tied
         table = trees.at(base, path)["weight"]
+        if isinstance(table, (NF4Tensor, PackedTensor)):
+            if key not in replacing:
+                notes.append(f"{key}: not compared, the base's is in 4 bits")
+            continue
         if not hasattr(table, "__array__"):
             notes.append(f"{key}: not compared, no weights of the base were given")
             continue
         difference = _table_difference(match.files, key, np.asarray(table))
         if difference is None:
             continue
-        if key in replacing:
+        if key in replacing and match.files[key].shape == table.shape:
             raise CheckpointError(
                 f"`{key}` replaces a table of the base ({difference}), so this adapter "
                 "cannot share a base with others. Load it with a base of its own: "
@@ -364,17 +370,21 @@ def _compare_base_copies(
 
 def _table_difference(files: TensorFiles, key: str, table: NDArray) -> str | None:
     """Describes how a copy in the file differs from a table by more than rounding."""
-    # Shapes first: a resized vocabulary is another table, whatever its rows.
-    if files[key].shape != table.shape:
-        return f"{list(files[key].shape)} instead of {list(table.shape)}"
     if files[key].dtype not in FLOAT_NAMES:
         return f"dtype {files[key].dtype}"
-    rows, largest = rows_beyond_rounding(files.read(key), table)
+    # A resized vocabulary is another table, whatever its rows.
+    shape, resized = files[key].shape, ""
+    if shape != table.shape:
+        resized = f"{list(shape)} instead of {list(table.shape)}"
+        if shape[1:] != table.shape[1:] or shape[0] > len(table):
+            return resized
+        resized += ", "
+    rows, largest = rows_beyond_rounding(files.read(key), table[: shape[0]])
     if not rows:
-        return None
+        return f"{resized}with the rows that this has there" if resized else None
     return (
-        f"{rows:,} of {len(table):,} rows differ by more than rounding, by up to "
-        f"{largest:.2g}"
+        f"{resized}{rows:,} of {shape[0]:,} rows differ by more than rounding, by up "
+        f"to {largest:.2g}"
     )
 
 
@@ -392,7 +402,27 @@ def _probable_cause(
             "`stage3_gather_16bit_weights_on_model_save`, or convert the checkpoint "
             "with DeepSpeed's zero_to_fp32.py."
         )
+    biases = [key for key in tensors if key.endswith(".base_layer.bias")]
+    if lora.bias == "lora_only" and biases and not any(k in files for k in biases):
+        return (
+            "`bias` is 'lora_only', and PEFT before 0.21 does not save the biases that "
+            "it trains then. They are lost; with `bias` 'none' in adapter_config.json "
+            "the adapter is used without them."
+        )
     found = {key: files[key] for key in tensors if key in files}
+    tables = {hf_key(EMBEDDING), hf_key(HEAD)}
+    fewer = {
+        info.shape[0]
+        for key, info in found.items()
+        if hf_key(tensors[key].path[:-1]) in tables
+        and info.shape[1:] == tensors[key].shape[1:]
+        and info.shape[0] < tensors[key].shape[0]
+    }
+    if fewer:
+        return (
+            f"It was trained with a vocabulary of {max(fewer):,} tokens, fewer than "
+            "this base has. Give the base with this vocabulary."
+        )
     dtypes = sorted({i.dtype for i in found.values()} - set(_ADAPTER_DTYPES))
     if dtypes:
         return (

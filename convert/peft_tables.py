@@ -25,7 +25,14 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files import FLOAT_NAMES, TensorFiles, check_finite
+from convert.checkpoint import PackedTensor
+from convert.files import (
+    DTYPES,
+    FLOAT_DTYPES,
+    FLOAT_NAMES,
+    TensorFiles,
+    check_finite,
+)
 from convert.hf import cast, quantize_tensor
 from convert.names import adapter_key
 from convert.peft import open_adapter
@@ -118,11 +125,14 @@ class BaseWithTables:
     """Modules whose tables are not those of the base's directory: an adapter that is
     trained on them has to hold them too (`save_adapter`)."""
     notes: tuple[str, ...] = ()
+    dense: Mapping[trees.Path, NDArray] = dataclasses.field(default_factory=dict)
+    """The tables among them that `base` has in 4 bits, as they are in the file."""
 
     @property
     def tables(self) -> dict[trees.Path, Any]:
-        """Returns the weights of the modules in `taken`."""
-        return {path: trees.at(self.base, path)["weight"] for path in self.taken}
+        """Returns the weights of the modules in `taken`, dense."""
+        held = {path: trees.at(self.base, path)["weight"] for path in self.taken}
+        return {**held, **self.dense}
 
 
 def with_saved_tables(
@@ -158,7 +168,7 @@ def with_saved_tables(
     if size > before:
         config, base = _grow(config, base, size)
     config, base, tied = _untie(config, base, saved, files)
-    taken, notes = [], []
+    taken, notes, dense = [], [], {}
     for path in _TABLES if not tied else _TABLES[:1]:
         replaces = [path] if not tied else list(_TABLES)
         shape = (config.vocab_size, config.hidden_size)
@@ -171,7 +181,13 @@ def with_saved_tables(
         whole = any(source in saved.replacing for source in replaces)
         if keys and (whole or size > before):
             rows = slice(None) if whole else slice(before, None)
-            base = _replace(base, path, files, keys[0], rows)
+            if _is_packed(trees.at(base, path)["weight"]):
+                notes.append(
+                    f"the {path[-1]} that `{adapter}` has for its base is quantized "
+                    "here, as this base's is"
+                )
+            base, table = _replace(base, path, files, keys[0], rows)
+            dense.update({} if table is None else {path: table})
         elif size > before and not _is_trained(path, lora):
             notes.append(
                 f"`{adapter}` has no rows of {path[-1]} for its tokens {before:,} to "
@@ -179,7 +195,11 @@ def with_saved_tables(
             )
         if size > before or (keys and whole):
             taken.append(path)
-    return BaseWithTables(config, dict(base), tuple(taken), tuple(notes))
+    return BaseWithTables(config, dict(base), tuple(taken), tuple(notes), dense)
+
+
+def _is_packed(table: Any) -> bool:
+    return isinstance(table, (NF4Tensor, PackedTensor))
 
 
 def _is_trained(path: trees.Path, lora: LoraConfig) -> bool:
@@ -193,7 +213,7 @@ def _grow(
     """Appends rows to the tables, means of those there are."""
     tables = [EMBEDDING, *([HEAD] if "weight" in base.get(HEAD[-1], {}) else [])]
     leaves = {path: trees.at(base, path)["weight"] for path in tables}
-    if any(isinstance(leaf, NF4Tensor) for leaf in leaves.values()):
+    if any(map(_is_packed, leaves.values())):
         raise UserError(
             "The base's output head is quantized, and its vocabulary would have to "
             "grow to the adapter's. Keep the head dense (model.lm_head = 'auto')."
@@ -249,16 +269,23 @@ def _replace(
     files: TensorFiles,
     key: str,
     rows: slice,
-) -> dict[str, Any]:
-    """Sets rows of a table to those of the file, in the form that the base has."""
+) -> tuple[dict[str, Any], NDArray | None]:
+    """Sets rows of a table to those of the file, in the form that the base has.
+
+    Returns:
+      The base, and the file's table if the base has it in 4 bits.
+    """
     leaf = trees.at(base, path)["weight"]
     out = trees.copy(base)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return out
+    if isinstance(jax.tree.leaves(leaf)[0], jax.ShapeDtypeStruct):
+        return out, None
     table: NDArray = files.read(key)
     check_finite(table, key)
+    packed = None
     if isinstance(leaf, NF4Tensor):
+        packed = cast(table, DTYPES[FLOAT_DTYPES[leaf.dtype]], key)
         weight: Any = quantize_tensor(table, key, double_quant=leaf.double_quant)
+        weight = dataclasses.replace(weight, dtype=leaf.dtype)
         if isinstance(leaf.codes, jax.Array):
             weight = jax.tree.map(jax.numpy.asarray, weight)
     else:
@@ -266,7 +293,20 @@ def _replace(
         weight[rows] = cast(table[rows], weight.dtype, key)
         weight = jax.numpy.asarray(weight) if isinstance(leaf, jax.Array) else weight
     trees.at(out, path)["weight"] = weight
-    return out
+    return out, packed
+
+
+def check_vocabulary(adapter: str | os.PathLike[str], base: Mapping[str, Any]) -> None:
+    """Raises if an adapter was trained with more tokens than the base has.
+
+    Args:
+      adapter: PEFT directory.
+      base: parameter tree of the base, of arrays or of shapes.
+
+    Raises:
+      CheckpointError: it was; says how the base can grow.
+    """
+    check_vocab_size(*open_adapter(adapter, strict=False), base, adapter)
 
 
 def check_vocab_size(

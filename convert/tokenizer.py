@@ -52,6 +52,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         longest = tokenizer.model_max_length
         if not isinstance(longest, int | float) or isinstance(longest, bool):
             raise ValueError(f"`model_max_length` must be a number, got {longest!r}")
+        _special_tokens_have_ids(tokenizer)
         _split_the_same_always(tokenizer, path)
         return tokenizer
     # transformers raises whatever its parsers raise; a panic of the tokenizers library
@@ -73,6 +74,26 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
             f"The tokenizer in `{path}` cannot be read: {error}. Copy the tokenizer "
             "files of the original model there again."
         ) from error
+
+
+def _special_tokens_have_ids(tokenizer: Any) -> None:
+    """Looks the special tokens up, which transformers does at their first use only.
+
+    A token that the vocabulary lacks, such as the empty text that early LLaMA
+    conversions name, has the id of the unknown token, which is looked up the same way.
+
+    Raises:
+      ValueError: the unknown token itself is not in the vocabulary.
+    """
+    try:
+        for name in ("unk_token_id", "bos_token_id", "eos_token_id"):
+            getattr(tokenizer, name, None)
+    except RecursionError:
+        raise ValueError(
+            f"`unk_token` is {str(tokenizer.unk_token)!r}, which is not in its "
+            "vocabulary (correct `unk_token`, `bos_token` and `eos_token` in "
+            "tokenizer_config.json and special_tokens_map.json)"
+        ) from None
 
 
 def _split_the_same_always(tokenizer: Any, path: Path) -> None:
@@ -118,6 +139,8 @@ class Tokenization:
     notes: tuple[str, ...] = ()
     """How the adapter's tokenizer differs from the base's, and what is not used of it.
     """
+    adapter_template: str | None = None
+    """The main chat template among the adapter's own files."""
 
 
 def load_tokenization(
@@ -141,6 +164,7 @@ def load_tokenization(
         return Tokenization(tokenizer, end_tokens(config, tokenizer, files))
     base, adapter = Path(base), Path(adapter)
     own, notes = companion_files(adapter), []
+    templates = chat_templates(own, f"`{adapter}`: ")
     if has_tokenizer(adapter):
         try:
             tokenizer = load_tokenizer(adapter)
@@ -151,7 +175,6 @@ def load_tokenization(
             ) from error
     else:
         tokenizer = load_tokenizer(base)
-        templates = chat_templates(own, f"`{adapter}`: ")
         unused = [name for name in own if name in CONFIGURATION_FILES]
         if unused:
             used = " (except the chat template)" if templates else ""
@@ -175,7 +198,12 @@ def load_tokenization(
                 f"Note: the tokenizer of `{adapter}` is used, which differs from that "
                 f"of the base: {'; '.join(differences)}."
             )
-    return Tokenization(tokenizer, end_tokens(config, tokenizer, files), tuple(notes))
+    return Tokenization(
+        tokenizer,
+        end_tokens(config, tokenizer, files),
+        tuple(notes),
+        templates.get("default"),
+    )
 
 
 def end_tokens(
@@ -200,14 +228,17 @@ def end_tokens(
     return tuple(sorted(ids))
 
 
+def _beyond(tokenizer: Any, config: LlamaConfig) -> list[str]:
+    """Says that a tokenizer has tokens which the model has not, if it does."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest < config.vocab_size:
+        return []
+    return [f"it has token {largest:,}, and the model has {config.vocab_size:,} tokens"]
+
+
 def _differences(tokenizer: Any, base: Any, config: LlamaConfig) -> list[str]:
     """Describes how the text of an adapter becomes other tokens than the base's."""
-    vocabulary, differences = tokenizer.get_vocab(), []
-    if max(vocabulary.values(), default=0) >= config.vocab_size:
-        differences.append(
-            f"it has token {max(vocabulary.values()):,}, and the model has "
-            f"{config.vocab_size:,} tokens"
-        )
+    vocabulary, differences = tokenizer.get_vocab(), _beyond(tokenizer, config)
     if base is None:
         return differences
     for name in ("BOS", "EOS"):
@@ -247,3 +278,21 @@ def merged_text_files(
         return files
     eos = getattr(load_tokenizer(adapter), "eos_token_id", None)
     return files if eos is None else with_end_tokens(files, [eos], config)
+
+
+def merged_text_notes(config: LlamaConfig, adapter: Path) -> list[str]:
+    """Notes a tokenizer of an adapter whose tokens the merged model does not all have.
+
+    Args:
+      config: of the merged model.
+      adapter: PEFT directory.
+
+    Raises:
+      CheckpointError: files that cannot be read.
+    """
+    if not has_tokenizer(adapter):
+        return []
+    return [
+        f"the tokenizer of `{adapter}` is that of the result, and {text}"
+        for text in _beyond(load_tokenizer(adapter), config)
+    ]

@@ -120,7 +120,7 @@ class Problems:
         if count == 1:
             raise UserError(self._messages[0])
         if count:
-            groups = _group_rows(self._messages)
+            groups = group_rows(self._messages)
             lines = [f"- {message}" for message, _ in groups[:_SHOWN]]
             rest = sum(number for _, number in groups[_SHOWN:])
             if rest:
@@ -147,7 +147,7 @@ def raise_problems(subject: str, problems: Iterable[str], prefix: str = "") -> N
     collected.raise_if_any()
 
 
-def _group_rows(messages: Iterable[str]) -> list[tuple[str, int]]:
+def group_rows(messages: Iterable[str]) -> list[tuple[str, int]]:
     """Joins messages about several rows with the same problem; counts each group."""
     groups: dict[Any, list[str]] = {}
     for message in messages:

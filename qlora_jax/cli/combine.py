@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 from qlora_jax.cli.options import FLAGS, parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
+from qlora_jax.lora import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Combine:
         from convert import (
             common_record,
             lazy_base,
-            load_adapter,
             open_config,
             peft_directory,
             save_adapter,
@@ -67,7 +68,12 @@ class Combine:
                     f"`{path}` holds tables of its base, of which there is no sum. "
                     "Merge it into its base, and train or combine on the result."
                 )
-        loaded = [load_adapter(path, base) for path in sources]
+        loaded = [self._load(path, base) for path in sources]
+        if len({lora.base_fingerprint for lora, _ in loaded}) > 1:
+            print_note(
+                "the adapters do not record the same base (its weights, quantization "
+                "and dtype), and the sum records none"
+            )
         errors: dict[str, float] = {}
         lora, adapters = combine_adapters(
             [(*pair, weight) for pair, weight in zip(loaded, weights, strict=True)],
@@ -77,6 +83,12 @@ class Combine:
             errors=errors,
             names=[str(path) for path in self.adapters],
         )
+        total = math.fsum(weights)
+        if replaced := _replaced(lora) if abs(total - 1) > 1e-6 else []:
+            print_note(
+                f"the weights, {total:g} in all, do not apply to what the adapters "
+                f"replace in the base ({', '.join(replaced)}); the sum has it as it is"
+            )
         base_names = {
             base_name_for_copy(
                 source_lora.base_model_name_or_path, source, self.output, directory
@@ -107,6 +119,16 @@ class Combine:
             "relative_error": errors,
         }
 
+    def _load(self, path: Path, base: Any) -> tuple[LoraConfig, Any]:
+        """Loads an adapter; notes say what of it is not used."""
+        from convert import load_adapter, shorten
+
+        skipped: list[str] = []
+        lora, adapters = load_adapter(path, base, skipped=skipped)
+        for skip in shorten(skipped):
+            print_note(f"not taken from `{path}`: {skip}")
+        return lora, adapters
+
     def _text_files(self, sources: Sequence[Path]) -> dict[str, bytes]:
         """Returns the tokenizer files that the adapters have alike."""
         from convert import common_text_files
@@ -119,6 +141,13 @@ class Combine:
                 "Copy the files of one of them there for another choice"
             )
         return files
+
+
+def _replaced(lora: LoraConfig) -> list[str]:
+    """Returns what an adapter has in the place of values of the base, in words."""
+    rows = ["rows of tokens"] if lora.trainable_token_indices else []
+    biases = ["biases"] if lora.bias != "none" else []
+    return [*(lora.modules_to_save or ()), *rows, *biases]
 
 
 def main(args: Sequence[str]) -> int:

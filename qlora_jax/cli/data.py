@@ -34,9 +34,15 @@ from qlora_jax.data import (
     packs,
     with_eos,
 )
-from qlora_jax.errors import UserError, say, visible
+from qlora_jax.errors import UserError, counted, say, visible
 from qlora_jax.models import LlamaConfig
-from qlora_jax.runs import EvalConfig, HeldOut, exclude_held_out, read_config
+from qlora_jax.runs import (
+    EvalConfig,
+    HeldOut,
+    exclude_held_out,
+    option_keys,
+    read_config,
+)
 
 _BINS = 16
 _BAR_WIDTH = 40
@@ -189,6 +195,7 @@ def _row_counts(
         "length": batches.sequence_length,
         "packing": packs(config.packing, examples.lengths, config.max_length),
         "steps_per_epoch": batches.steps_per_epoch,
+        "rows_per_step": batches.rows_per_step,
         "packed": layout(True, config.max_length),
         "one_each": layout(False, longest),
     }
@@ -301,7 +308,11 @@ def _print_rows(rows: Mapping[str, Any]) -> None:
             f"{label}: {layout['rows']:,} rows of {layout['length']:,} tokens, "
             f"{layout['efficiency']:.1%} full{chosen}"
         )
-    print(f"steps in an epoch: {rows['steps_per_epoch']:,.1f}")
+    print(
+        f"steps in an epoch: {rows['steps_per_epoch']:,.1f}, of "
+        f"{counted(rows['rows_per_step'], 'row')} each (--rows-per-step: batch_size "
+        "times gradient_accumulation_steps)"
+    )
 
 
 def _print_histogram(bins: Sequence[Mapping[str, int]]) -> None:
@@ -334,4 +345,16 @@ def mark_supervised(example: Mapping[str, Any], *, colour: bool) -> str:
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax data`; returns the exit status."""
     view = from_arguments(args)
-    return run_and_print(view.run, as_json=view.json, show=print_view)
+
+    def run() -> dict[str, Any]:
+        if not args or args[0].startswith("-"):
+            return view.run()
+        from qlora_jax.runs import (
+            relative_paths,
+        )  # takes jax, which --help does without
+
+        file = Path(args[0])
+        with relative_paths(read_config(file), file, option_keys(args)):
+            return view.run()
+
+    return run_and_print(run, as_json=view.json, show=print_view)

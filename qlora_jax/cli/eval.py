@@ -44,12 +44,14 @@ class Eval(ModelOptions):
         Raises:
           UserError: data that cannot be read, or that changed since a run held it out.
         """
-        from qlora_jax.runs import Loss, measure_loss
+        from qlora_jax.runs import Loss, measure_loss, relative_paths
 
         resolved = self.resolve()
         model, run = self.load(resolved), resolved.settings
         if self.held_out and run is not None:
-            held, measured = _held_out(run, model)
+            assert resolved.run is not None
+            with relative_paths(run, resolved.run):
+                held, measured = _held_out(run, model)
             examples, config = held.examples, held.config
         else:
             config, measured = self.data, _origin(self.data, run)

@@ -88,7 +88,8 @@ class Generate(TemplateOptions):
     """Continue prompts; prompt and continuation go to stdout."""
 
     prompt: tuple[str, ...] = ()
-    """Prompts to continue, as one batch."""
+    """Prompts to continue, as one batch, as they are: without the chat template, which
+    --messages are answered through."""
     messages: Path | None = None
     """File of conversations to answer instead, one after the other: JSONL or a JSON
     list of rows with `messages` and, for one row, `tools` and `chat_template_kwargs`.
@@ -130,11 +131,13 @@ class Generate(TemplateOptions):
         resolved = self.resolve()
         templates = self.template_settings(resolved.settings) if rows else {}
         model = self.load(resolved)
+        _note_unused_sampling(model, self.sampling)
         settings = dataclasses.asdict(self.sampling)
         settings |= {"max_new_tokens": self.max_new_tokens, "stop": self.stop}
         _warn_of_unknown(model, [*self.prompt, *_contents(rows)])
         if rows:
             return {"texts": [model.chat(**templates | r, **settings) for r in rows]}
+        _note_no_template(model, resolved.settings, self.prompt)
         _warn_of_length(model, self.prompt, self.max_new_tokens)
         if not self.stream:
             return {"texts": model.generate(self.prompt, **settings)}
@@ -172,6 +175,7 @@ class Chat(TemplateOptions):
         resolved = self.resolve()
         templates = self.template_settings(resolved.settings)
         model = self.load(resolved)
+        _note_unused_sampling(model, self.sampling)
         opening: list[Mapping[str, Any]] = []
         if self.system is not None:
             opening = [{"role": "system", "content": self.system}]
@@ -229,6 +233,54 @@ class Chat(TemplateOptions):
             say("(stopped)")
         elif answer.finish_reason == "length":
             say(f"(cut off after {len(answer.tokens):,} tokens)")
+
+
+def _note_unused_sampling(model: Model, sampling: Sampling) -> None:
+    """Prints which settings of generation_config.json the options do not have."""
+    from convert import sampling_settings, text_files
+
+    files = text_files(model.path, model.adapter_path)
+    ours, default = dataclasses.asdict(sampling), dataclasses.asdict(Sampling())
+    unused, options = [], []
+    for name, value in sampling_settings(files, f"`{model.path}`: ").items():
+        # What an option sets is the user's choice.
+        if name not in ours:
+            unused.append(f"{name}={value!r:.80}")
+        elif value != ours[name] == default[name]:
+            unused.append(f"{name}={value!r:.80}")
+            options.append(f"--{name.replace('_', '-')} {value!s:.80}")
+    if unused:
+        print_note(
+            "generation_config.json is read for the ends of generation only, and not "
+            f"for {', '.join(unused)}, with which transformers generates"
+            + (f"; {' '.join(options)} set these" if options else "")
+        )
+
+
+def _note_no_template(
+    model: Model, run: RunConfig | None, prompts: Sequence[str]
+) -> None:
+    """Prints a note if prompts lack the form of what the model was trained on.
+
+    Args:
+      model: the model.
+      run: settings of the run, if it is one; of other models only the tokenizer tells.
+      prompts: texts to continue.
+    """
+    template = getattr(model.tokenizer, "chat_template", None)
+    if run is None:
+        chats, why = bool(template), "its tokenizer has a chat template"
+    else:
+        chats = any(source.writes_conversations for source in run.data.each)
+        why = "it was trained on conversations"
+    # Prompts that someone has rendered hold the tokens that begin and end turns.
+    added = getattr(model.tokenizer, "added_tokens_decoder", {}).values()
+    marks = [str(token) for token in added if token.special]
+    if chats and not all(any(mark in text for mark in marks) for text in prompts):
+        print_note(
+            f"a --prompt is continued as it is, and this model expects turns ({why}): "
+            "--messages FILE, or `qlora-jax chat`, answers through the chat template"
+        )
 
 
 def _warn_of_length(model: Model, prompts: Sequence[str], max_new_tokens: int) -> None:

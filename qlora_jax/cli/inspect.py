@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,6 @@ from qlora_jax.choices import Auto, Dtype, Quantization
 from qlora_jax.cli.options import parse, path_argument
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora import LoraConfig
-from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import given_lora, option_keys, read_config, values_of
 from qlora_jax.training import Optimizer, TrainConfig
 
@@ -50,26 +49,17 @@ class Inspect:
           explicit: names of the fields of `lora` that were given as options; they
             override a run file's, and those of an adapter cannot be changed.
         """
-        from convert import adapter_bytes, read_json, with_saved_tables
-        from qlora_jax.models import abstract_base
+        from convert import adapter_bytes
         from qlora_jax.planning import estimate_warnings, parameter_report
-        from qlora_jax.runs import base_options
+        from qlora_jax.runs import base_options, continued_settings, read_architecture
 
         resolved = self._resolve(explicit)
-        base, run = resolved.base, resolved.settings
-        if base.is_dir():
-            base = base / "config.json"
-        config = LlamaConfig.from_hf(read_json(base))
-        tables: Mapping[Any, Any] = {}
-        if resolved.adapter is not None:
-            grown = with_saved_tables(
-                config,
-                abstract_base(config),
-                resolved.adapter,
-                resize=resolved.resizes(),
-            )
-            config, tables = grown.config, grown.tables
-        lora = self._lora(resolved, explicit, config)
+        run = resolved.settings
+        config, lora, tables = continued_settings(
+            resolved,
+            read_architecture(resolved.base),
+            *self._lora(resolved, explicit),
+        )
         model = None if run is None else run.model
         held = base_options(model, self.quantization, self.dtype)
         train = TrainConfig(steps=1) if run is None else run.train
@@ -122,26 +112,18 @@ class Inspect:
         return dataclasses.replace(resolved, settings=run)
 
     def _lora(
-        self, resolved: Resolved, explicit: Collection[str], config: LlamaConfig
-    ) -> LoraConfig:
-        """Returns the adapter's settings, or those of run file and options."""
-        lora = self.lora
-        if resolved.settings is not None and self._is_run_file:
-            lora = resolved.settings.lora
-            explicit = {*explicit, *given_lora(Path(self.path), ())}
-        if resolved.lora is None:
-            return lora
-        from qlora_jax.lora import CHANGEABLE_SETTINGS, continued_config
-        from qlora_jax.models import abstract_base
+        self, resolved: Resolved, explicit: Collection[str]
+    ) -> tuple[LoraConfig, Collection[str], Collection[str]]:
+        """Returns the settings of run file and options, and which of them are given.
 
-        return continued_config(
-            resolved.lora,
-            lora,
-            explicit,
-            abstract_base(config),
-            name=str(resolved.adapter),
-            changeable=CHANGEABLE_SETTINGS if self._is_run_file else (),
-        )[0]
+        And last, which of them an adapter's may differ from: none but a run's.
+        """
+        from qlora_jax.lora import CHANGEABLE_SETTINGS
+
+        if resolved.settings is None or not self._is_run_file:
+            return self.lora, explicit, ()
+        given = {*explicit, *given_lora(Path(self.path), ())}
+        return resolved.settings.lora, given, CHANGEABLE_SETTINGS
 
 
 def main(args: Sequence[str]) -> int:

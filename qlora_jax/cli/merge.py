@@ -190,13 +190,17 @@ class Merge:
         self, form: str | Literal[False] | None, merged: Mapping[str, Any]
     ) -> bool | None:
         """Whether the adapter was trained on what it was merged onto; None: unknown."""
-        from qlora_jax.inference import dense_dtypes, form_name
+        from qlora_jax.inference import config_mismatch, dense_dtypes, form_name
 
         base, source = Path(merged["base"]), Path(merged["adapter"])
         if form is None:
             return None
         if form is False:
             print_note(other_base_note(source, base))
+            return False
+        mismatch = config_mismatch(source, base)
+        if mismatch is not None:
+            print_note(mismatch.removeprefix("Note: ").removesuffix("."))
             return False
         onto = form
         # With --onto original the user chose these weights, whatever was trained on.

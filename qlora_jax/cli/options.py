@@ -24,7 +24,7 @@ from tyro.constructors import (
 )
 
 from qlora_jax.choices import Attention, Auto, Dtype, Quantization
-from qlora_jax.errors import say
+from qlora_jax.errors import UsageError, say
 from qlora_jax.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     Raises:
       SystemExit: 0 after `--help`; 2 for wrong usage, with a message on stderr.
     """
+    _check_names(kind, args, prog)
     is_single = settings.get("config") == FLAGS
     args = _spell_switches(args, dict(_switches(kind)), is_single)
     with _help_rules(is_single):
@@ -64,6 +65,37 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
         if isinstance(value := getattr(command, field.name), Path)
     }
     return dataclasses.replace(command, **paths) if paths else command
+
+
+def _check_names(kind: Any, args: Sequence[str], prog: str) -> None:
+    """Refuses options by their names in other libraries, with those here.
+
+    Raises:
+      UsageError: names all of them. Other unknown options are left to the parser.
+    """
+    names = [arg.partition("=")[0][2:] for arg in args if arg.startswith("--")]
+    options = {name.replace("-", "_") for name in _option_names(kind)}
+    unknown = [name for name in names if name.replace("-", "_") not in options]
+    if not unknown:
+        return
+    from qlora_jax.runs import list_options, option_hint
+
+    wrong = [
+        f"There is no option `--{name}`.{ours}"
+        for name in unknown
+        if (ours := option_hint(name, options))
+    ]
+    if wrong:
+        raise UsageError(list_options(wrong, prog.partition(" [")[0]))
+
+
+def _option_names(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the names of the options of a dataclass, in a section also with it."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _option_names(hints[field.name], f"{prefix}{field.name}.")
 
 
 def _switches(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

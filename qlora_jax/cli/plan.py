@@ -7,7 +7,7 @@ and no data are read. `qlora_jax.planning.plan` does the planning.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,6 +40,7 @@ from qlora_jax.runs import (
     values_of,
 )
 from qlora_jax.training import TrainConfig
+from qlora_jax.tree import Path as TreePath
 
 if TYPE_CHECKING:
     from qlora_jax.planning import GpuSpec, Plan, Planner, Policy, Quantity, Step
@@ -150,7 +151,7 @@ class PlanCommand:
             plan = planner.fastest(step, candidates)
         else:
             plan = planner.longest(step, candidates, settings.fit)
-        report = plan.report()
+        report = plan.report(settings.tables)
         report["notes"] = self._notes(settings, planner, plan)
         if self.compare:
             every = policies(attention=settings.model.attention, gpu=card)
@@ -195,6 +196,15 @@ class PlanCommand:
             notes.append(self._why_estimated(card))
         if not plan.fits:
             notes.append(planner.too_large(plan))
+        if plan.uncertain:
+            notes.append(
+                f"the estimate leaves {1 - plan.total / card.memory_bytes:.1%} of the "
+                "memory, and it may be wrong by 10 %: compile to be sure (the same "
+                "command with --method compiled)."
+                if card.compiles
+                else "the estimate leaves less of the memory than the 10 % that it may "
+                "be wrong by: shorter or fewer rows are safer."
+            )
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
             notes.append(
@@ -257,6 +267,8 @@ class _Settings:
     """None: bfloat16 where the GPU has it, else float16."""
     fit: Quantity | None
     """The size to search for."""
+    tables: Mapping[TreePath, Any]
+    """Shapes of the base's tables that are saved with the adapter."""
 
     @classmethod
     def merge(cls, command: PlanCommand, explicit: Collection[str]) -> _Settings:
@@ -293,12 +305,12 @@ class _Settings:
             run = read_config(Path(command.config), options)
         length, batch_size, fit = _sizes(command, run)
         unnamed = command.config is None and command.dtype is None
+        config, lora, tables = _from_adapter(command, run, explicit)
         return cls(
-            config=apply_changes(
-                _read_config_json(Path(run.model.path)), run.model.config_changes
-            ),
+            config=apply_changes(config, run.model.config_changes),
             model=run.model,
-            lora=run.lora,
+            lora=lora,
+            tables=tables,
             train=_single_step(run.train, batch_size),
             length=length,
             packed=bool(run.data.packing),  # "auto" may pack
@@ -369,11 +381,26 @@ def _single_step(train: TrainConfig, batch_size: int) -> TrainConfig:
     )
 
 
-def _read_config_json(path: Path) -> LlamaConfig:
-    from convert import read_json
+def _from_adapter(
+    command: PlanCommand, run: RunConfig, explicit: Collection[str]
+) -> tuple[LlamaConfig, LoraConfig, Mapping[TreePath, Any]]:
+    """Returns the model, the settings and the saved tables of a run.
 
-    return LlamaConfig.from_hf(
-        read_json(path / "config.json" if path.is_dir() else path)
+    Those of `adapter_init` count where the run has it, as for the run.
+    """
+    from qlora_jax.runs import continued_settings, read_architecture, resolve
+
+    train, given = run.train, explicit
+    if command.config is not None:
+        given = {*explicit, *given_lora(Path(command.config), ())}
+    resolved = resolve(
+        run.model.path, adapter=train.adapter_init, strict=train.adapter_init_strict
+    )
+    return continued_settings(
+        dataclasses.replace(resolved, settings=run),
+        read_architecture(resolved.base),
+        run.lora,
+        given,
     )
 
 

@@ -35,6 +35,8 @@ def print_plan(report: Mapping[str, Any]) -> None:
     card = visible(report["card"])  # a name from a file of the user
     gpus = card if devices == 1 else f"{devices} x {card}"
     verdict = "fits" if report["fits"] else "does not fit"
+    if report["uncertain"]:
+        verdict = "estimated to fit, within the estimate's 10 %"
     how = "compiled" if report["method"] == "compiled" else "estimated"
     print(
         f"{report['batch_size']:,} x {report['max_length']:,} tokens on {gpus}: "

@@ -33,8 +33,10 @@ class Quantize:
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import check_new_directory, load_llama, open_checkpoint, save_llama
+        from qlora_jax.runs import say_notes
 
         source = open_checkpoint(self.input)
+        say_notes(Path(self.input))
         if source.quantized:
             raise UserError(
                 f"`{self.input}` is quantized already; its packed weights would be "

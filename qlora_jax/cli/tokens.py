@@ -46,6 +46,7 @@ class Tokens:
         """Reports untrained rows, and writes the changed model if there are changes."""
         from convert import check_new_directory, load_llama, load_tokenizer
         from qlora_jax.models import report_untrained
+        from qlora_jax.runs import say_notes
 
         if (self.repair != "none" or bool(self.add)) != (self.output_dir is not None):
             raise UserError(
@@ -54,6 +55,7 @@ class Tokens:
             )
         if self.output_dir is not None:
             check_new_directory(Path(self.output_dir))
+        say_notes(Path(self.path))
         tokenizer: Any = load_tokenizer(self.path)
         config, base = load_llama(self.path, quantization=None)
         used = self._used(tokenizer, config.vocab_size)

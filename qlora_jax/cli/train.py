@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import time
@@ -38,8 +39,9 @@ _CONTINUES = " The same command continues from the newest checkpoint, if there i
 def main(args: Sequence[str]) -> int:
     """Runs `qlora-jax train`; returns the exit status."""
     config, explicit = from_arguments(args)
+    file = Path(args[0]) if args and not args[0].startswith("-") else None
     # What a run needs takes seconds to import, and `--help` does without it.
-    from qlora_jax.runs import RunInterrupted, process_seconds, run
+    from qlora_jax.runs import RunInterrupted, process_seconds, relative_paths, run
 
     # Orbax logs, thread by thread, the errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -47,7 +49,10 @@ def main(args: Sequence[str]) -> int:
         # From the start of the process, so that imports count in the time to the first
         # step.
         began = time.perf_counter() - process_seconds()
-        report = run(config, explicit_lora=explicit, began=began)
+        with contextlib.ExitStack() as stack:
+            if file is not None:
+                stack.enter_context(relative_paths(config, file, option_keys(args)))
+            report = run(config, explicit_lora=explicit, began=began)
     except RunInterrupted as error:
         # Not 0, which schedulers and `train a && train b` take for a finished run.
         say(f"qlora-jax train: {error}")

@@ -465,13 +465,13 @@ def _decode_tool(tool: Any, where: str, reading: Reading | None) -> Any:
     Raises:
       UserError: it is text that is not JSON.
     """
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        return {**tool, "function": _decode_tool(tool["function"], where, reading)}
     try:
         if isinstance(tool, str):
             tool = parse_json(tool)
             phrase = "functions in `tools` decoded from JSON"
-        elif isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-            return {**tool, "function": _decode_tool(tool["function"], where, reading)}
-        elif isinstance(tool, dict) and isinstance(tool.get("parameters"), str):
+        elif isinstance(tool, dict) and _is_text(tool.get("parameters")):
             tool = {**tool, "parameters": parse_json(tool["parameters"])}
             phrase = "`parameters` of `tools` decoded from JSON"
         else:
@@ -484,6 +484,10 @@ def _decode_tool(tool: Any, where: str, reading: Reading | None) -> Any:
     if reading is not None:
         reading.recognise(phrase)
     return _decode_tool(tool, where, reading) if isinstance(tool, dict) else tool
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def tools_of(

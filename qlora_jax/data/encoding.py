@@ -34,6 +34,8 @@ _MAX_COUNTED = 100
 _LABEL_MASKS = ("completion_mask", "assistant_masks")
 # Of rows that are packed already: what tells their documents apart.
 _PACKED = ("seq_lengths", "segment_ids", "sequence_ids", "document_ids")
+ENCLOSED_TWICE = "texts with white space outside of their BOS or EOS, which get another"
+"""A remark on texts."""
 OTHER_LABELS = "rows whose labels are not their tokens"
 """A remark on rows of tokens."""
 
@@ -474,7 +476,27 @@ class Encoder:
             return dataclasses.replace(encoded, remarks=piece.remarks)
         # What a text ends with is supervised or not; so is the EOS after it.
         open_end = piece.spans is None or piece.spans[-1][1] == len(piece.text)
-        return _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
+        example = _enclose(encoded, self._prefix, self._suffix, supervised=open_end)
+        if self._adds_another(piece.text, encoded.tokens):
+            example.remarks[ENCLOSED_TWICE] = 1
+        return example
+
+    def _adds_another(self, text: str, tokens: Int32[np.ndarray, " T"]) -> bool:
+        """Whether a text has BOS or EOS already, with white space outside of it."""
+        bos, eos = (
+            getattr(self._tokenizer, f"{name}_token", None) or ""
+            for name in ("bos", "eos")
+        )
+        before, after = self._prefix, self._suffix
+        return (
+            bool(before and bos)
+            and text.lstrip().startswith(bos)
+            and tokens[: len(before)].tolist() != before
+        ) or (
+            bool(after and eos)
+            and text.rstrip().endswith(eos)
+            and tokens[-1:].tolist() != after
+        )
 
 
 def _count(counter: Counter[str], name: str) -> None:

@@ -26,10 +26,12 @@ from qlora_jax.data.mixture import AnyExamples, count_examples, mix
 from qlora_jax.data.rendering import with_date, without_unused_date
 from qlora_jax.data.report import BAD_ROW, DataReport
 from qlora_jax.data.sources import RowSource, list_sources, progress_bar, read_chunks
-from qlora_jax.errors import Problems, UserError
+from qlora_jax.errors import Problems, UserError, counted, group_rows
 
 REPEATED_FILES = "files that `path` names more than once, whose rows are read as often"
 """A remark on a source."""
+CUT_ANSWER = "rows that are cut off inside what is trained, which loses its end"
+"""A remark on a row."""
 # Locations recorded for each reason to drop a row.
 _MAX_LOCATIONS = 5
 
@@ -179,6 +181,7 @@ class _Collector:
         self._rows_kept = self._truncated = self._tokens_lost = 0
         self._documents_cut = self._straddling = self._longest = 0
         self._remarks: Counter[str] = Counter()
+        self._loses_end = False  # the row that is being added
 
     def add(
         self, where: str, encoded: list[Encoded] | str | UserError, plain: bool
@@ -200,7 +203,7 @@ class _Collector:
         if isinstance(encoded, str):
             self._drop(where, encoded)
             return
-        examples = len(self._sink)
+        examples, self._loses_end = len(self._sink), False
         truncated, straddling = self._truncated, self._straddling
         for example in encoded:
             self._add_example(where, example, plain)
@@ -210,6 +213,8 @@ class _Collector:
         self._rows_kept += 1
         self._truncated = truncated + (self._truncated > truncated)
         self._straddling = straddling + (self._straddling > straddling)
+        if self._loses_end:
+            self.remark(CUT_ANSWER, where)
         for example in encoded:
             self._remarks.update(example.remarks)
             for remark in example.remarks:
@@ -238,6 +243,9 @@ class _Collector:
             label[0] = IGNORE  # no token of the example comes before it
             if (label != IGNORE).any():
                 self._sink.add(tokens[window], label)
+                cut = len(label)
+                if lost and label[-1] != IGNORE and labels[cut] != IGNORE:
+                    self._loses_end = True
                 if self._eos is not None:
                     self._supervised_eos += int((label == self._eos).sum())
                 kept += 1
@@ -287,14 +295,7 @@ class _Collector:
         """Returns the examples with their report."""
         config, sink = self._config, self._sink
         if not len(sink):
-            reasons = ", ".join(f"{n} {why}" for why, n in self._dropped.items())
-            raise UserError(
-                f"{config.name}: no row is left to train on: {self._rows_read} read, "
-                f"dropped: {reasons} (`data.max_length` = {config.max_length}, "
-                f"longest row {self._longest} tokens). Check `data.max_length`, "
-                "`data.train_on` and the labels."
-                + "".join(f"\n{reason}" for reason in self._bad_rows)
-            )
+            raise self._nothing_left()
         report = DataReport(
             **count_examples(config, sink.lengths, sink.supervised),
             rows_read=self._rows_read,
@@ -318,6 +319,27 @@ class _Collector:
         examples = sink.examples(report)
         report = dataclasses.replace(report, fingerprint=fingerprint(config, examples))
         return dataclasses.replace(examples, report=report)
+
+    def _nothing_left(self) -> UserError:
+        config, bad = self._config, self._dropped.get(BAD_ROW, 0)
+        message = f"{config.name}: no row is left to train on: {self._rows_read} read, "
+        first = "".join(f"\n{line}" for line, _ in group_rows(self._bad_rows))
+        if bad == self._rows_read:
+            return UserError(
+                f"{message}and none can be used (`data.on_bad_row` = 'skip' leaves "
+                f"such rows out). The first:{first}"
+            )
+        reasons = ", ".join(
+            counted(n, "row") + why.removeprefix("row")
+            if why == BAD_ROW
+            else f"{n} {why}"
+            for why, n in self._dropped.items()
+        )
+        return UserError(
+            f"{message}dropped: {reasons} (`data.max_length` = {config.max_length}, "
+            f"longest row {self._longest} tokens). Check `data.max_length`, "
+            f"`data.train_on` and the labels.{first}"
+        )
 
 
 def _windows(length: int, limit: int) -> Iterator[slice]:

@@ -6,15 +6,16 @@ from qlora_jax.data.batches import Batches
 from qlora_jax.data.builtin_templates import template_note
 from qlora_jax.data.chat import ChatRenderer
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import OTHER_LABELS, text_prefix
+from qlora_jax.data.encoding import ENCLOSED_TWICE, OTHER_LABELS, text_prefix
 from qlora_jax.data.ends import end_tokens_of
-from qlora_jax.data.examples import REPEATED_FILES
+from qlora_jax.data.examples import CUT_ANSWER, REPEATED_FILES
 from qlora_jax.data.mixture import AnyExamples, Mixture, lay_out
 from qlora_jax.data.packing import WELL_FILLED
 from qlora_jax.data.rendering import (
     NO_END,
     PROMPTED,
     SPLIT,
+    UNANSWERED,
     without_unused_date,
 )
 from qlora_jax.data.report import BAD_ROW, DataReport
@@ -25,7 +26,7 @@ from qlora_jax.data.written import (
     NOT_WRITTEN,
     SPECIAL_TOKENS,
 )
-from qlora_jax.errors import counted
+from qlora_jax.errors import counted, group_rows
 
 # Locations that a note names.
 _SHOWN_PLACES = 3
@@ -54,6 +55,14 @@ def data_notes(
             f"the longest has {report.longest_row:,} tokens, and `data.max_length` is "
             f"{config.max_length:,}."
         )
+    cut = report.remarks.get(CUT_ANSWER, 0)
+    if cut > report.rows_kept / 2:
+        notes.append(
+            f"{cut:,} of {counted(report.rows_kept, 'row')} lose the end token of what "
+            "is trained, which `data.max_length` cuts off: the model does not learn to "
+            "stop from them. A larger `data.max_length`, or `data.too_long` = 'drop', "
+            "avoids it."
+        )
     dropped = sum(report.dropped.values())
     if dropped:
         reasons = ", ".join(report.dropped)
@@ -64,7 +73,7 @@ def data_notes(
         notes.append(
             f"{counted(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} "
             "left out (`data.on_bad_row` = 'skip'). The first: "
-            + " ".join(report.bad_rows)
+            + " ".join(line for line, _ in group_rows(report.bad_rows))
         )
     formats = {settings.format for settings in config.each}
     if report.straddling_rows:
@@ -72,15 +81,17 @@ def data_notes(
             "alpaca": "write the prompt with a line break at its end as `data.prompt` "
             "of format='prompt_completion'",
             "text": "let `data.response_part` end with a line break",
-            "messages": "let the template's generation prompt end with a line break",
+            "messages": "let the template's generation prompt end with a line break, "
+            "and answers begin without one",
             "prompt_completion": "end the prompt with a line break, or move its last "
             "space to the start of the completion",
         }
         remedy = "; or ".join(remedies[f] for f in sorted(formats & remedies.keys()))
         notes.append(
-            f"in {counted(report.straddling_rows, 'row')} a token holds the end of the "
-            "prompt and the start of the answer. It is supervised, but a prompt at "
-            f"inference ends with another token. To avoid it, {remedy}."
+            f"in {counted(report.straddling_rows, 'row')} a token holds the start or "
+            "the end of an answer and text beside it. It is supervised, but at the "
+            "start a prompt at inference ends with another token. To avoid that, "
+            f"{remedy}."
         )
     if config.date is not None and not any(
         without_unused_date(settings, tokenizer).date for settings in config.each
@@ -113,12 +124,22 @@ def _remark_notes(report: DataReport, tokenizer: Any) -> list[str]:
                 " A label is that of the token at its own place, and the loss shifts "
                 "them; labels that are shifted already train the token after the next."
             )
+        elif remark == ENCLOSED_TWICE:
+            advice = (
+                " The second EOS is trained too. Strip the texts, or set "
+                "`data.append_eos` = false."
+            )
         elif remark == UNKNOWN:
             advice = _unknown_advice(report, getattr(tokenizer, "unk_token", None))
         elif remark == NO_END:
             advice = (
                 " The model does not learn to stop there. Another chat template, or "
                 '`data.train_on` = "last", avoids it.'
+            )
+        elif remark == UNANSWERED:
+            advice = (
+                " What follows the last answer has no effect; if the rows should end "
+                "with an answer, it is missing (or of another role)."
             )
         elif remark in (PROMPTED, REPEATED_FILES) or remark.endswith(NOT_WRITTEN):
             advice = ""

@@ -21,6 +21,7 @@ SPLIT = (
     "earlier answers differently than it prompts for them"
 )
 NO_END = "answers that end without a special token, unlike others of their conversation"
+UNANSWERED = "conversations whose last turn is not the assistant's and is not trained"
 PROMPTED = (
     "answers written after the generation prompt, where the chat template writes "
     "something else before them (white space, or no reasoning that is closed at once)"
@@ -282,6 +283,7 @@ def render_conversation(
         remarks[
             "answers that are not trained (`train_on`, `answers` or flags of turns)"
         ] = roles.count("assistant") - len(answers)
+        remarks[UNANSWERED] = roles[-1] != "assistant"
         if len(renderings) > 1:
             remarks[SPLIT] = 1
     return renderings, +remarks

@@ -51,9 +51,9 @@ class DataReport:
     longest_example: int
     """Longest example (tokens)."""
     straddling_rows: int
-    """Rows in which a token holds both prompt and answer characters. Such a token is
-    supervised; ending the prompt with a newline, or moving its last space to the start
-    of the completion, avoids it."""
+    """Rows in which a token holds characters of an answer and of the text before or
+    after it. Such a token is supervised; ending the prompt with a newline, or moving
+    its last space to the start of the completion, avoids it at the start."""
     packed_rows: int | None
     """Rows after packing; None without packing."""
     packing_efficiency: float | None
@@ -118,7 +118,7 @@ class DataReport:
         if self.straddling_rows:
             parts.append(
                 f"{counted(self.straddling_rows, 'row')} with a token across the start "
-                "of the answer"
+                "or the end of an answer"
             )
         if self.assistant_mask is not None:
             parts.append(_ASSISTANT_MASKS[self.assistant_mask])

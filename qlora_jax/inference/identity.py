@@ -23,12 +23,19 @@ from convert import (
     checkpoint_keys,
     dtype_name,
     open_checkpoint,
+    open_config,
     training_record,
 )
 from qlora_jax import tree as trees
 from qlora_jax.choices import Dtype
 from qlora_jax.errors import CheckpointError
-from qlora_jax.models import CHANGEABLE_FIELDS, LlamaConfig, is_projection, undo_changes
+from qlora_jax.models import (
+    CHANGEABLE_FIELDS,
+    LlamaConfig,
+    computed_fields,
+    is_projection,
+    undo_changes,
+)
 from qlora_jax.models import params as model_params
 from qlora_jax.nf4 import NF4Tensor, fingerprint_tree
 from qlora_jax.tree import HEAD
@@ -92,7 +99,13 @@ def describe_context(config: LlamaConfig) -> str:
 
 
 def base_mismatch(
-    adapter: Path, path: Path, base: Mapping[str, Any], trained_on: str | None
+    adapter: Path,
+    path: Path,
+    base: Mapping[str, Any],
+    trained_on: str | None,
+    *,
+    fingerprint: str | None = None,
+    options: str = "--",
 ) -> str | None:
     """Returns a note if an adapter was not trained on this base.
 
@@ -101,19 +114,24 @@ def base_mismatch(
       path: directory of the base.
       base: its parameter tree, as it was loaded.
       trained_on: `LoraConfig.base_fingerprint` of the adapter.
+      fingerprint: of the base, where it is known.
+      options: how the options begin that choose the form of the base.
 
     Returns:
       The note, with the options that load the base as in training if those are
       recorded; None if the base is the same, or the adapter has no fingerprint.
     """
-    if trained_on is None or trained_on == fingerprint_tree(base):
+    if trained_on is None:
         return None
+    if trained_on == (fingerprint or fingerprint_tree(base)):
+        return config_mismatch(adapter, path)
     form, record = base_form(base), training_record(adapter)
     quantization, dtype = record.get("quantization"), record.get("dtype")
     if quantization == form["quantization"] and dtype not in (None, form["dtype"]):
         return (
             f"Note: `{adapter}` was trained in {dtype}, and is computed here in "
-            f"{form['dtype']}: --dtype {dtype} (`dtype`) computes it as it was trained."
+            f"{form['dtype']}: {options}dtype {dtype} (`dtype`) computes it as it was "
+            "trained."
         )
     if quantization not in (None, form["quantization"]) and not (
         open_checkpoint(path).quantized
@@ -121,13 +139,43 @@ def base_mismatch(
         return (
             f"Note: `{adapter}` was trained with quantization {quantization} in "
             f"{dtype}, and the base here has quantization {form['quantization']} in "
-            f"{form['dtype']}: --quantization {quantization} --dtype {dtype} load it "
-            "as it was trained."
+            f"{form['dtype']}: {options}quantization {quantization} {options}dtype "
+            f"{dtype} load it as it was trained."
         )
     return (
         f"Note: `{adapter}` was trained on a base with other weights (or another "
         f"quantization) than this one, whose quantization is {form['quantization']}, "
         f"in {form['dtype']}."
+    )
+
+
+def config_mismatch(adapter: Path, path: Path) -> str | None:
+    """Returns a note if an adapter was trained with another config.json of its base.
+
+    The fingerprint is of the weights alone: with another `rope_theta` or `rms_norm_eps`
+    the same weights compute something else.
+
+    Args:
+      adapter: PEFT directory.
+      path: directory of the base.
+
+    Returns:
+      The note; None if they agree, or the adapter has no record of it.
+    """
+    recorded = training_record(adapter).get("config")
+    if not isinstance(recorded, Mapping):
+        return None
+    present = computed_fields(open_config(path))
+    differing = [
+        f"`{name}` was {recorded[name]!r:.80} and is {present[name]!r:.80}"
+        for name in sorted(recorded.keys() & present.keys())
+        if recorded[name] != present[name]
+    ]
+    if not differing:
+        return None
+    return (
+        f"Note: `{adapter}` was trained with another config.json than that of "
+        f"`{path}`, whose weights are the same: {'; '.join(differing)}."
     )
 
 

@@ -281,9 +281,12 @@ def _replaced_by_all(adapters: Sequence[Adapter]) -> dict[Path, Any]:
             ours, theirs = (np.asarray(a.replaced.get(path)) for a in (first, other))
             if alike and np.array_equal(ours, theirs):
                 continue
+            both = path in first.replaced and path in other.replaced
+            differ = f"differs between {first.name} and {other.name}"
+            only = f"that only by one of {first.name} and {other.name}"
             raise UserError(
                 f"`{'.'.join(path)}` is trained in full, not as a low-rank update, and "
-                f"differs between {first.name} and {other.name}. What replaces a "
+                f"{differ if both else only}. What replaces a "
                 "tensor has no sum; all adapters must have the same."
             )
     return first.replaced

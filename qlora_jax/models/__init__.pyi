@@ -6,6 +6,7 @@ from .config import CHANGES_FILE as CHANGES_FILE
 from .config import LlamaConfig as LlamaConfig
 from .config import apply_changes as apply_changes
 from .config import changes_to_json as changes_to_json
+from .config import computed_fields as computed_fields
 from .config import read_changes as read_changes
 from .config import undo_changes as undo_changes
 from .config_notes import unread_fields as unread_fields

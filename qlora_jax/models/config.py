@@ -451,6 +451,37 @@ def _read_extra_tensors(table: Any) -> FrozenDict[tuple[int, ...]]:
 
 
 CHANGEABLE_FIELDS = ("max_position_embeddings", "rope_scaling")
+# Fields that the shapes of the weights tell, or that change no result.
+_NOT_COMPUTED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "extra_tensors", "raw"),
+    *("max_position_embeddings", "tie_word_embeddings", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("attention_bias", "attention_out_bias", "mlp_bias"),
+)
+
+
+def computed_fields(config: LlamaConfig) -> dict[str, Any]:
+    """Returns what a configuration says of the computation beyond the weights.
+
+    Two bases with the same weights are the same model only if they agree in it.
+
+    Args:
+      config: architecture.
+
+    Returns:
+      Fields and their values as JSON has them.
+    """
+    values = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in _NOT_COMPUTED
+    }
+    scaling = config.rope_scaling
+    values["rope_scaling"] = None if scaling is None else scaling.to_hf()
+    return json.loads(json.dumps(values))
+
+
 CHANGES_FILE = "base_config.json"
 """In an adapter's directory. (Some tools take a directory with a config.json for a
 model.)"""

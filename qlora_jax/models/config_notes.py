@@ -32,6 +32,9 @@ _OTHER_MODELS: Mapping[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "no_rope_layers": ([],),
     "use_parallel_residual": (False,),
+    # How other programs quantized the weights; such weights have other tensors.
+    "compression_config": (),
+    "quantization": (),
 }
 # Probabilities of dropout in training, which nothing here applies to the base.
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

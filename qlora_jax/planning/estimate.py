@@ -52,6 +52,9 @@ from qlora_jax.planning.step import (
 from qlora_jax.training import TrainConfig, make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
 
+ERROR = 0.1
+"""Share by which an estimate may differ from the compiled plan."""
+
 
 @dataclass(frozen=True)
 class _Arrays:

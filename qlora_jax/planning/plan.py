@@ -29,6 +29,7 @@ from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
 from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
 from qlora_jax.planning.step import Step, StepMemory
+from qlora_jax.tree import Path
 
 PROCESS_BYTES = 4_000_000_000
 """Host memory of a run in addition to its arrays: Python, JAX, the CUDA libraries,
@@ -150,8 +151,18 @@ class Plan:
         """Whether `total` is at most the GPU's memory."""
         return self.total <= self.gpu.memory_bytes
 
-    def report(self) -> dict[str, Any]:
-        """Returns the plan as plain data, as `qlora-jax plan --json` prints it."""
+    @property
+    def uncertain(self) -> bool:
+        """Whether it fits by less than what an estimate may be wrong by."""
+        sure = (1 - estimate.ERROR) * self.gpu.memory_bytes
+        return self.method == "estimate" and self.fits and self.total > sure
+
+    def report(self, base_tables: Mapping[Path, Any] | None = None) -> dict[str, Any]:
+        """Returns the plan as plain data, as `qlora-jax plan --json` prints it.
+
+        Args:
+          base_tables: tables of the base that are saved with the adapter, of shapes.
+        """
         step, memory = self.step, self.memory
         lora = step.compute.lora
         assert lora is not None
@@ -165,6 +176,7 @@ class Plan:
             "batch_size": step.train.batch_size,
             "gradient_accumulation_steps": step.train.gradient_accumulation_steps,
             "fits": self.fits,
+            "uncertain": self.uncertain,
             "method": self.method,
             "policy": self.policy.name,
             "remat": step.compute.remat,
@@ -180,7 +192,12 @@ class Plan:
             },
             "host_bytes": memory.host_bytes,
             "host_bytes_needed": self.host_bytes_needed,
-            "adapter_bytes": adapter_bytes(step.config, saved),
+            "adapter_bytes": adapter_bytes(
+                step.config,
+                saved,
+                base_tables=base_tables,
+                table_dtype=step.compute.dtype,
+            ),
             "flops_per_token": estimate.flops_per_token(step),
             "step_seconds_floor": estimate.step_seconds_floor(
                 step, self.gpu, devices=devices

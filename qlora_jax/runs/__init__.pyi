@@ -8,6 +8,7 @@ from .directory import BEST as BEST
 from .directory import STARTED as STARTED
 from .directory import find_run as find_run
 from .directory import read_settings as read_settings
+from .directory import relative_paths as relative_paths
 from .directory import where_it_is as where_it_is
 from .eval_data import HeldOut as HeldOut
 from .eval_data import exclude_held_out as exclude_held_out
@@ -20,12 +21,17 @@ from .interruption import RunInterrupted as RunInterrupted
 from .loading import Resolved as Resolved
 from .loading import base_name_for_copy as base_name_for_copy
 from .loading import base_options as base_options
+from .loading import continued_settings as continued_settings
 from .loading import is_broken_path as is_broken_path
 from .loading import load as load
+from .loading import read_architecture as read_architecture
 from .loading import resolve as resolve
+from .loading import say_notes as say_notes
 from .metrics import process_seconds as process_seconds
+from .other_names import option_hint as option_hint
 from .overrides import check_options as check_options
 from .overrides import given_lora as given_lora
+from .overrides import list_options as list_options
 from .overrides import option_defaults as option_defaults
 from .overrides import option_keys as option_keys
 from .overrides import unchecked_config as unchecked_config

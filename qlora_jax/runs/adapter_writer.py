@@ -22,7 +22,12 @@ from convert import (
 from qlora_jax.errors import say
 from qlora_jax.inference import base_form
 from qlora_jax.lora import absorb
-from qlora_jax.models import LlamaConfig, changes_to_json
+from qlora_jax.models import (
+    LlamaConfig,
+    changes_to_json,
+    computed_fields,
+    undo_changes,
+)
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, ADAPTER_EMA, template_text
 from qlora_jax.training import TrainState, averaged
@@ -104,6 +109,7 @@ class AdapterWriter:
         record = {
             "step": int(state.step),
             **base_form(self.base),
+            "config": computed_fields(undo_changes(self.architecture)),
             **(losses or {}),
         }
         convert.save_adapter(

@@ -19,9 +19,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,65 @@ def where_it_is(config: RunConfig, file: Path) -> RunConfig:
         f"`{directory}`. (--output-dir gives another directory.)"
     )
     return dataclasses.replace(config, output_dir=str(directory))
+
+
+@contextlib.contextmanager
+def relative_paths(
+    config: RunConfig, file: Path, given: Collection[str] = ()
+) -> Iterator[None]:
+    """Says, of an error inside, which paths of a run file lead nowhere from here.
+
+    Args:
+      config: what `file` holds, with the options that were given.
+      file: a run file, or a run directory.
+      given: keys of these options, whose paths are relative to where they are given.
+    """
+    try:
+        yield
+    except UserError as error:
+        lost = {
+            key: path
+            for key, path in _relative_paths(config).items()
+            if key not in given and not glob.glob(path)
+        }
+        parents = Path(os.path.realpath(settings_file(file))).parents
+        found = [
+            parent
+            for parent in parents
+            if all(glob.glob(str(parent / path)) for path in lost.values())
+        ]
+        here = Path.cwd()
+        if not lost or (here in parents and not found):
+            raise
+        names = " and ".join(f"`{key}` = {path!r}" for key, path in lost.items())
+        options = " ".join(f"--{key}" for key in lost if ".sources" not in key)
+        are = "are relative paths" if len(lost) > 1 else "is a relative path"
+        start = f"`{found[0]}`" if found else "the directory where the run was started"
+        gap = "\n" if "\n" in str(error) else " "
+        raise type(error)(
+            f"{error}{gap}{names} {are} of `{settings_file(file)}`, and nothing is "
+            f"there from the current directory, `{here}`. Start the command in {start}"
+            + (f", or give {options}." if options else "."),
+            error.problems,
+        ) from error
+
+
+def _relative_paths(config: RunConfig) -> dict[str, str]:
+    """Returns the paths that a run reads and that depend on the working directory."""
+    named: dict[str, Any] = {
+        "model.path": config.model.path,
+        "data.path": config.data.path,
+        "eval.path": config.eval.path,
+        "train.adapter_init": config.train.adapter_init,
+    }
+    for number, source in enumerate(config.data.sources):
+        named[f"data.sources[{number}].path"] = source.path
+    return {
+        key: path
+        for key, paths in named.items()
+        for path in ((paths,) if isinstance(paths, str) else paths or ())
+        if path and not path.startswith("hf:") and not Path(path).is_absolute()
+    }
 
 
 def template_text(data: DataConfig, say: Callable[[str], None]) -> str | None:

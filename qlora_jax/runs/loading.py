@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -38,16 +38,19 @@ from convert import (
 from qlora_jax.choices import Attention, Auto, Dtype, Kernels, Quantization, Quantized
 from qlora_jax.errors import CheckpointError, UserError, say
 from qlora_jax.inference import Model, common_dtype, load_attached, main_dtype
-from qlora_jax.lora import LoraConfig
+from qlora_jax.lora import CHANGEABLE_SETTINGS, LoraConfig, continued_config
 from qlora_jax.models import (
     Compute,
     Llama,
+    LlamaConfig,
+    abstract_base,
     add_parameters,
     apply_changes,
     check_weights,
 )
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.directory import find_run, read_settings
+from qlora_jax.tree import Path as TreePath
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ def say_unused(base: Path, adapter: Path | None) -> None:
             f"adapter is used, on `{base}`; the model is what the directory stands for "
             f"without {ADAPTER_CONFIG}."
         )
-    if (base / ADAPTER_CONFIG).is_file():
+    if (base / ADAPTER_CONFIG).is_file() and _has_weights(base):
         say(
             f"Note: `{base}` holds a model and an adapter. The model is used, without "
             "this adapter."
@@ -233,6 +236,71 @@ def say_unused(base: Path, adapter: Path | None) -> None:
 
 def _has_weights(path: Path) -> bool:
     return any((path / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX))
+
+
+def read_architecture(path: Path) -> LlamaConfig:
+    """Reads the config.json of a model; a note names what of it is not computed.
+
+    Args:
+      path: model directory, or its config.json.
+
+    Raises:
+      CheckpointError: the file cannot be read.
+      UserError: another architecture.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    config = LlamaConfig.from_hf(convert.read_json(file))
+    for note in convert.config_notes(config, file):
+        say(f"Note: {note}.")
+    return config
+
+
+def continued_settings(
+    resolved: Resolved,
+    config: LlamaConfig,
+    lora: LoraConfig,
+    explicit: Collection[str],
+    changeable: Collection[str] = CHANGEABLE_SETTINGS,
+) -> tuple[LlamaConfig, LoraConfig, Mapping[TreePath, Any]]:
+    """Returns what training from an adapter has in the place of a run's own settings.
+
+    Args:
+      resolved: the adapter, if there is one.
+      config: of the base.
+      lora: settings of the run.
+      explicit: names of those that were given.
+      changeable: names of those that may differ from the adapter's.
+
+    Returns:
+      Configuration of the base, with the vocabulary and context of the adapter;
+      settings of the adapter, with the changes; shapes of the base's tables that are
+      saved with it.
+
+    Raises:
+      CheckpointError: an adapter of a larger vocabulary, to which the run does not let
+        the base grow.
+      UserError: given settings that contradict the adapter.
+    """
+    if resolved.adapter is None or resolved.lora is None:
+        return config, lora, {}
+    base = convert.with_saved_tables(
+        config,
+        abstract_base(config),
+        resolved.adapter,
+        # Without a run nobody has said whether, and the file is as it is.
+        resize=resolved.settings is None or resolved.resizes(),
+    )
+    convert.check_vocabulary(resolved.adapter, base.base)
+    lora, _ = continued_config(
+        resolved.lora,
+        lora,
+        explicit,
+        base.base,
+        name=str(resolved.adapter),
+        changeable=changeable,
+    )
+    changes = resolved.lora.base_config_changes
+    return apply_changes(base.config, changes), lora, base.tables
 
 
 def say_notes(base: Path) -> None:
@@ -260,6 +328,13 @@ def _base_of(
         )
     candidates = [path for name in known for path in base_candidates(adapter, name)]
     directory = _first_model(candidates)
+    below = next((p for p in candidates if (p / ADAPTER_CONFIG).is_file()), None)
+    if directory is None and below is not None:
+        raise CheckpointError(
+            f"The base of `{adapter}` is `{below}`, an adapter itself. Merge that one "
+            "into its base (`qlora-jax merge`), and give the result with `base=` "
+            "(--base)."
+        )
     if directory is None:
         raise CheckpointError(
             f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "

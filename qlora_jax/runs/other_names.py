@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from typing import Any
+
 from qlora_jax.runs.config import setting_keys
 
 # Their name -> the key of ours, or a sentence where there is no such setting.
@@ -63,11 +67,79 @@ _NAMES = {
     "fp16": 'Here it is `model.dtype` = "float16".',
     "gradient_checkpointing": "Here it is `model.remat`.",
     "use_gradient_checkpointing": "Here it is `model.remat`.",
+    "random_state": "train.seed",
+    "dataset_num_proc": "Not needed: `data.cache` keeps the tokens on disk.",
+    "eval_strategy": "Here it is `eval.every`, in steps.",
+    "evaluation_strategy": "Here it is `eval.every`, in steps.",
+    "save_strategy": "Here it is `checkpoint.every`, in steps.",
+    "logging_strategy": "Here it is `log.every`, in steps.",
+    "peft": "Here it is the table [lora].",
+    "peft_config": "Here it is the table [lora].",
+    "loftq_config": 'Here it is `lora.init_lora_weights` = "loftq", which has no '
+    "further settings.",
+    "save_method": "`qlora-jax merge` writes a merged model, in 4 bits with "
+    "`--requantize`; adapter/ of a run is the adapter alone.",
+    "do_sample": "`qlora-jax generate` samples with a `--temperature` above 0; 0 takes "
+    "the most likely token.",
     "warmup_ratio": "Here it is `train.warmup_steps`: a value below 1 is a share.",
     "resume": "The same command continues a run that was stopped.",
     "resume_from_checkpoint": "The same command continues a run that was stopped.",
     "config": "A run file is given without an option: `qlora-jax train run.toml`.",
 }
+# (key, value of another library) -> what to do.
+_VALUES = {
+    ("data.format", "sharegpt"): '"messages" reads ShareGPT\'s turns too.',
+    ("data.format", "chat"): 'Here it is "messages".',
+    ("data.format", "chatml"): 'Here it is "messages".',
+    ("data.format", "completion"): 'Here it is "text", or "prompt_completion".',
+    **{
+        ("train.optimizer", name): 'Here it is "adamw".'
+        for name in (
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_hf",
+            "paged_adamw_32bit",
+        )
+    },
+    **{
+        ("train.optimizer", name): 'Here it is "adamw_8bit".'
+        for name in ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw")
+    },
+    ("log.report_to", "none"): "An empty list, [], means no tracker.",
+    ("log.report_to", "tensorboard"): 'A list of them: ["tensorboard"].',
+    ("log.report_to", "wandb"): 'A list of them: ["wandb"].',
+}
+_KEY = re.compile(r"`(\w+)\.(\w+)`")
+
+
+def value_hint(key: str, value: Any) -> str:
+    """Returns what another library's value is here, with a space before it, or ""."""
+    known = _VALUES.get((key, value)) if isinstance(value, str) else None
+    return f" {known}" if known else ""
+
+
+def option_hint(name: str, options: Collection[str]) -> str:
+    """Returns what another library's name is among the options of a command.
+
+    Args:
+      name: of an option, without dashes.
+      options: those of the command, with dots and "_" ("data.max_length").
+
+    Returns:
+      A sentence with a space before it; "" for the command's own and unknown names.
+    """
+    name = name.replace("-", "_")
+    if name in options or name not in _NAMES:
+        return ""
+
+    def option(match: re.Match[str]) -> str:
+        found = next((n for n in (match[0][1:-1], match[2]) if n in options), None)
+        return match[0] if found is None else f"`--{found.replace('_', '-')}`"
+
+    text = _KEY.sub(option, hint(name))
+    return (
+        text if "`--" in text else text.replace(" Here it is", " In a run file it is")
+    )
 
 
 def hint(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from qlora_jax.errors import UsageError, did_you_mean
 from qlora_jax.runs.config import RunConfig, config_sections, setting_keys
-from qlora_jax.runs.other_names import hint
+from qlora_jax.runs.other_names import hint, value_hint
 from qlora_jax.runs.toml import read_table
 from qlora_jax.tree import FrozenDict
 
@@ -48,17 +48,36 @@ def check_options(args: Sequence[str]) -> None:
     """Refuses options that are no setting of a run.
 
     Raises:
-      UsageError: with the key here, for a name of another library, one of ours in
-        another section, or a typing error.
+      UsageError: all of them, with the key here for a name or a value of another
+        library, one of ours in another section, or a typing error.
     """
-    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        if option == "--help" or option_keys([option]):
+    wrong = []
+    for number, arg in enumerate(args):
+        option, is_assigned, value = arg.partition("=")
+        if not option.startswith("--") or option == "--help":
             continue
-        key = option.removeprefix("--").replace("-", "_")
-        ours = hint(key) or did_you_mean(key, setting_keys())
-        raise UsageError(
-            f"There is no option `{option}`.{ours} `qlora-jax train --help` lists all."
-        )
+        keys = option_keys([option])
+        if not keys:
+            key = option.removeprefix("--").replace("-", "_")
+            ours = hint(key) or did_you_mean(key, setting_keys())
+            wrong.append(f"There is no option `{option}`.{ours}")
+        if not is_assigned:
+            value = args[number + 1] if number + 1 < len(args) else ""
+        for key in keys - {"log.report_to"}:  # which takes its values as they are
+            ours = value_hint(key, value)
+            if ours:
+                wrong.append(f"`{option}` {value} is not known.{ours}")
+    if wrong:
+        raise UsageError(list_options(wrong, "qlora-jax train"))
+
+
+def list_options(wrong: Sequence[str], program: str) -> str:
+    """Returns one message about options that a program does not have."""
+    rest = f"`{program} --help` lists all."
+    if len(wrong) == 1:
+        return f"{wrong[0]} {rest}"
+    lines = "".join(f"\n- {text}" for text in wrong)
+    return f"{len(wrong)} options that are not known:{lines}\n{rest}"
 
 
 def values_of(options: Any, keys: Iterable[str]) -> dict[str, Any]:

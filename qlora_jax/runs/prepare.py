@@ -48,7 +48,12 @@ from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_
 from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.directory import CHECKPOINTS, STARTED, saved_steps
+from qlora_jax.runs.directory import (
+    CHECKPOINTS,
+    STARTED,
+    saved_steps,
+    template_text,
+)
 from qlora_jax.runs.eval_data import (
     HeldOut,
     eval_errors,
@@ -369,6 +374,7 @@ def _load_data(
     text = _load_tokenization(config, architecture)
     tokenizer = with_eos(text.tokenizer, config.data.eos_token)
     config = with_run_date(config, tokenizer)
+    _note_other_template(config, text.adapter_template)
     vocab_size = architecture.vocab_size
     examples, held_out, problems = None, None, Problems()
     with problems.collecting():
@@ -461,6 +467,26 @@ def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokeniza
             "(data.format = 'tokens')."
         )
     return text
+
+
+def _note_other_template(config: RunConfig, trained: str | None) -> None:
+    """Notes conversations in another form than the adapter that the run starts from.
+
+    Args:
+      config: of the run.
+      trained: the adapter's chat template, if it has one of its own.
+    """
+    used = None
+    with contextlib.suppress(UserError):  # raised when the data are read
+        # Several templates of one run have a note of their own.
+        used = template_text(config.data, lambda _: None)
+    if None in (trained, used) or used == trained:
+        return
+    say(
+        f"Note: `{config.train.adapter_init}` comes with another chat template than "
+        "`data.chat_template` of this run, so that it continues on turns of another "
+        "form. Without `data.chat_template` the adapter's own is used."
+    )
 
 
 def _compile(

@@ -33,6 +33,7 @@ from convert import (
 )
 from qlora_jax.data import prefetch
 from qlora_jax.errors import Problems, UserError, say
+from qlora_jax.inference import base_mismatch
 from qlora_jax.lora import Selection, factor_out, init_adapters
 from qlora_jax.models import (
     add_parameters,
@@ -147,14 +148,22 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
     initial = None
     if config.train.adapter_init is not None:
         skipped: list[str] = []
-        initial = convert.load_adapter(
-            config.train.adapter_init,
-            base,
-            strict=config.train.adapter_init_strict,
-            skipped=skipped,
-        )[1]
+        start = Path(config.train.adapter_init)
+        lora, initial = convert.load_adapter(
+            start, base, strict=config.train.adapter_init_strict, skipped=skipped
+        )
         for note in convert.shorten(skipped):
-            say(f"Not used of `{config.train.adapter_init}`: {note}.")
+            say(f"Not used of `{start}`: {note}.")
+        mismatch = base_mismatch(
+            start,
+            Path(config.model.path),
+            base,
+            lora.base_fingerprint,
+            fingerprint=fingerprint,
+            options="--model.",
+        )
+        if mismatch is not None:
+            say(mismatch)
     groups = prepared.selection.groups()
     say(
         f"Training {sum(groups.values()):,} of {_count_parameters(base):,} parameters: "

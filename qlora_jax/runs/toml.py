@@ -22,7 +22,7 @@ from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora import LoraConfig, off_features, refused_features
 from qlora_jax.reading import read_text
 from qlora_jax.runs.config import RunConfig
-from qlora_jax.runs.other_names import hint
+from qlora_jax.runs.other_names import hint, value_hint
 
 SETTINGS = "config.toml"
 """The settings of a run, in its directory."""
@@ -108,14 +108,17 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "")
         table = _without_unused_features(table, where, problems)
     for key, value in table.items():
         if key not in fields:
+            ours = hint(prefix + key) or did_you_mean(key, fields)
             problems.add(
                 f"{where}`{key:.200}` is not an option here."
-                f"{hint(prefix + key) or did_you_mean(key, fields)} Options: "
-                f"{', '.join(fields)}."
+                + (ours or f" Options: {', '.join(fields)}.")
             )
         elif not dataclasses.is_dataclass(hints[key]):
-            with problems.collecting():
+            try:
                 values[key] = _convert(hints[key], value, f"{where}`{key}`")
+            except UserError as error:
+                ours = value_hint(prefix + key, value)
+                problems.add(f"{error}{ours}" if ours else error)
         elif isinstance(value, Mapping):
             with problems.collecting():
                 values[key] = _structure(
@@ -134,10 +137,21 @@ def _structure(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "")
         tables = [name for name in missing if dataclasses.is_dataclass(hints[name])]
         problems.add(
             f"{where}missing {', '.join(f'`{name}`' for name in missing)}."
-            + (f" Write a table [{tables[0]}]." if tables else "")
+            + (f" Write a table [{tables[0]}]." if tables and where else "")
+            + (f" Give {_options_of(tables)}." if tables and not where else "")
         )
     problems.raise_if_any()
     return cls(**values)
+
+
+def _options_of(tables: list[str]) -> str:
+    """Returns the options that a run without a run file cannot do without."""
+    needed = {
+        "model": "--model.path",
+        "data": "--data.path",
+        "train": "--train.epochs or --train.steps",
+    }
+    return " and ".join(needed[name] for name in tables)
 
 
 def _without_unused_features(

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import convert
 from convert.companions import CHAT_TEMPLATE_FILE
+from convert.peft import FINGERPRINT
 from convert.verify import compare_adapters as compare
+from qlora_jax.lora import LoraConfig, init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.nf4 import fingerprint_tree
 
@@ -348,6 +352,42 @@ def test_combine(run, report, refused, tiny, tiny_model, make_adapter, tmp_path)
     assert not (svd / "training.json").exists()
     refused("1 numbers for 2 adapters", "combine", tmp_path / "x", *both[:-1])
     assert not (tmp_path / "x").exists()
+
+
+def test_combine_says_what_the_sum_does_not_have(
+    run, tiny, tiny_model, make_adapter, tmp_path
+):
+    one = make_adapter(tiny, name="one", seed=1)
+    two = make_adapter(tiny, name="two", seed=2)
+    (one / "new_embeddings.safetensors").write_bytes((one / WEIGHTS).read_bytes())
+    (one / "trainable_params.bin").write_bytes(b"of LongLoRA")
+
+    tensors = safetensors.numpy.load_file(two / WEIGHTS)
+    zeros = {k: 0 * v if "lora_B" in k else v for k, v in tensors.items()}
+    metadata = {"format": "pt", FINGERPRINT: "0" * 64}
+    safetensors.numpy.save_file(zeros, two / WEIGHTS, metadata)
+    args = ("--base", tiny_model, "--adapters", one, two)
+    status, _, err = run("combine", tmp_path / "sum", *args)
+    assert status == 0
+    notes = " ".join(err.split())
+    unread = "new_embeddings.safetensors, trainable_params.bin, beside"
+    assert f"not taken from `{one}`: {unread} {WEIGHTS}" in notes
+    assert f"not taken from `{two}`: the updates of the adapter, all zero" in notes
+    assert "the adapters do not record the same base" in notes
+
+
+def test_combine_says_what_its_weights_do_not_apply_to(run, tiny, tiny_model, tmp_path):
+    config, base = convert.load_llama(tiny_model)
+    lora = LoraConfig(r=2, modules_to_save=("lm_head",))
+    adapters = init_adapters(jax.random.key(0), base, lora)
+    convert.save_adapter(tmp_path / "a", lora, adapters, config)
+    both = ("--base", tiny_model, "--adapters", tmp_path / "a", tmp_path / "a")
+    for weights, said in (((1, 1), True), ((0.25, 0.75), False)):
+        out = tmp_path / str(said)
+        status, _, err = run("combine", out, *both, "--weights", *weights)
+        assert status == 0
+        note = "2 in all, do not apply to what the adapters replace in the base (lm_h"
+        assert (note in " ".join(err.split())) == said
 
 
 # --- merge ---

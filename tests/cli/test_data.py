@@ -107,6 +107,7 @@ def test_brackets_stand_around_what_is_supervised(call, model, rows):
     assert f"truncated: 1 ({rows}:3)" in out
     one_each = r"one example a row: 2 rows of (48|64) tokens, .* <- this run"
     assert re.search(one_each, out)
+    assert "steps in an epoch: 2.0, of 1 row each (--rows-per-step: " in out
     assert "50.0% of the rows lose their end" in out
     assert "2 rows left out (" in out
 

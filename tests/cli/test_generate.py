@@ -1,12 +1,22 @@
 """Files that are named to `generate` and `plan`: one reader, one clear refusal."""
 
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from qlora_jax.cli.generate import TemplateOptions, _read_conversations
+from qlora_jax.cli.generate import (
+    TemplateOptions,
+    _note_no_template,
+    _read_conversations,
+)
+from qlora_jax.data.config import DataConfig
 from qlora_jax.errors import UserError
 from qlora_jax.planning.gpus import find_gpu
+from qlora_jax.runs.config import ModelConfig, RunConfig
+from qlora_jax.training.config import TrainConfig
+from tests.byte_tokenizers import byte_tokenizer
 
 NOT_TEXT = {
     "missing": (lambda file: None, "No such file or directory"),
@@ -44,3 +54,46 @@ def test_lines_end_at_line_breaks_only(tmp_path):
     file.write_bytes(f"\ufeff{row}\r\n\r\n{row}".encode())
     rows = _read_conversations(file)
     assert rows == [{"messages": [{"role": "user", "content": text}]}] * 2
+
+
+def test_sampling_settings_of_a_file_are_named_where_no_option_sets_them(
+    tiny, make_tensors, save_model, tmp_path, cli
+):
+    raw = {**tiny, "vocab_size": 300}
+    base = save_model(raw, make_tensors(raw), "base")
+    byte_tokenizer().save_pretrained(base)
+    settings = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "stop_strings": "x",
+    }
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    args = ("generate", base, "--prompt", "a", "--max-new-tokens", "1")
+    status, _, err = cli(*args, "--temperature", "0.8")
+    note = " ".join(err.split())
+    assert status == 0
+    assert "and not for stop_strings='x', top_p=0.9, with which transformers" in note
+    assert note.endswith("; --top-p 0.9 set these.")
+
+
+@pytest.mark.parametrize(
+    ("template", "format", "prompt", "said"),
+    [
+        ("x", None, "Hi", "its tokenizer has a chat template"),
+        ("x", "messages", "Hi", "it was trained on conversations"),
+        ("x", "text", "Hi", ""),
+        (None, None, "Hi", ""),
+        ("x", None, "<s>Hi", ""),  # rendered already
+    ],
+)
+def test_a_prompt_without_its_template_is_noted(capsys, template, format, prompt, said):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    run = None
+    if format is not None:
+        data = DataConfig(path="rows", format=format)
+        run = RunConfig(ModelConfig("base"), data, TrainConfig(steps=1))
+    _note_no_template(SimpleNamespace(tokenizer=tokenizer), run, [prompt])
+    out, err = capsys.readouterr()
+    assert said in err and ("--messages FILE" in err) == bool(said) and not out

@@ -288,6 +288,39 @@ def test_bad_rows_are_named(refused, settings, tmp_path, out, content, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "data"])
+@pytest.mark.parametrize("found", [True, False])
+def test_paths_of_a_run_are_relative_to_where_it_was_started(
+    cli, settings, out, tmp_path, monkeypatch, rows_file, command, found
+):
+    shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    file = settings("[eval]\nfraction = 0.2", rows="rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    if command == "eval":
+        assert cli("train", file, "--train.steps", "1")[0] == 0
+    else:
+        out.mkdir()
+        file.rename(out / "config.toml")
+    file = out / "config.toml"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if not found:
+        (tmp_path / "rows.jsonl").unlink()
+    status, _, err = cli(command, out if command == "eval" else file)
+    assert status == 1 and "there is no file rows.jsonl" in err
+    assert f"`data.path` = 'rows.jsonl' is a relative path of `{file}`" in err
+    assert (
+        f"current directory, `{tmp_path / 'elsewhere'}`" in err
+        and "--data.path" in (err)
+    )
+    start = f"`{tmp_path}`" if found else "the directory where the run was started"
+    assert f"Start the command in {start}, or give" in err
+    # Where nothing is elsewhere, it is a file that is missing.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").unlink(missing_ok=True)
+    assert "relative" not in cli(command, out if command == "eval" else file)[2]
+
+
 def test_rows_that_are_too_long_are_counted(cli, settings, tmp_path, out):
     rows = tmp_path / "mine.jsonl"
     numbers = ([1] * length for length in (5, 70, 90, 8))

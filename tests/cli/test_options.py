@@ -1,4 +1,4 @@
-"""How options are parsed: switches in every spelling."""
+"""How options are parsed: switches in every spelling, and names of other libraries."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,3 +45,30 @@ def test_a_switch_takes_nothing_else(capsys):
     with pytest.raises(SystemExit) as refused:
         parse(Options, ["--check", "maybe"], prog="test")
     assert refused.value.code == 2 and "maybe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            "plan --gpu l4 --max_seq_length 5 --per_device_train_batch_size 3",
+            ("Here it is `--max-length`.", "Here it is `--batch-size`."),
+        ),
+        (
+            "eval x --load_in_4bit --max_seq_length 5",
+            ("Here it is `--quantization`:", "Here it is `--data.max-length`."),
+        ),
+        (
+            "data --max_seq_length=5",
+            ("Here it is `--data.max-length`. `qlora-jax data ",),
+        ),
+        ("generate x --do_sample", ("with a `--temperature` above 0",)),
+        ("merge a b --save_method lora", ("`--requantize`",)),
+        ("quantize a b --load_in_4bit", ("Here it is `--quantization`",)),
+        ("merge a b --lora_r 3", ("In a run file it is `lora.r`.",)),
+    ],
+)
+def test_other_commands_have_the_hints_too(cli, line, parts):
+    status, out, err = cli(*line.split())
+    assert status == 2 and not out and all(part in err for part in parts)
+    assert err.startswith(f"qlora-jax {line.split()[0]}: ")

@@ -151,6 +151,17 @@ def test_what_does_not_fit_is_reported_with_what_would_help(plan_8b):
     assert any("'offload' saves" in note for note in report["notes"])
 
 
+@pytest.mark.parametrize("options", ["--max-length fit", "--max-length 2048"])
+def test_an_estimate_within_its_error_says_so(cli, plan_8b, config_json, options):
+    report = plan_8b(f"l4 {options}")
+    share = report["device_bytes"]["total"] / report["card_bytes"]
+    assert report["uncertain"] == (0.9 < share <= 1) == ("fit" in options)
+    assert any("compile to be" in n for n in report["notes"]) == report["uncertain"]
+    args = ("--model", config_json, "--gpu", "l4", *options.split())
+    _, text, _ = cli("plan", *args, "--method", "estimate")
+    assert ("estimated to fit, within the estimate's 10 %" in text) == (share > 0.9)
+
+
 def test_policies_are_compared_in_a_table(cli, plan_8b, config_json):
     args = ["plan", "--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"]
     _, text, _ = cli(*args, "--method", "estimate", "--compare")

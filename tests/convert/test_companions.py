@@ -8,13 +8,18 @@ from transformers import AutoTokenizer
 
 from convert.companions import (
     companion_files,
+    sampling_settings,
     with_chat_template,
     with_end_tokens,
     with_eos_token,
     with_tokenizer_class,
 )
 from convert.output import write_files
-from convert.tokenizer import load_tokenization, merged_text_files
+from convert.tokenizer import (
+    load_tokenization,
+    merged_text_files,
+    merged_text_notes,
+)
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models.config import LlamaConfig
 from tests.byte_tokenizers import byte_tokenizer
@@ -162,3 +167,36 @@ def test_end_tokens_of_configurations_are_kept_together(base):
     files = with_end_tokens({}, [8], config)
     assert json.loads(files["generation_config.json"])["eos_token_id"] == [7, 8]
     assert with_end_tokens({}, [7], config) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"eos_token_id": 2, "max_length": 40, "do_sample": False}, {}),
+        ({"temperature": 0.6, "top_p": 0.9}, {}),  # not without `do_sample`
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "top_k": None},
+            {"temperature": 0.6},
+        ),
+        (
+            {"repetition_penalty": 1.3, "suppress_tokens": [5], "num_beams": 1},
+            {"repetition_penalty": 1.3, "suppress_tokens": [5]},
+        ),
+    ],
+)
+def test_sampling_settings_are_those_that_transformers_computes_with(content, expected):
+    files = {"generation_config.json": json.dumps(content).encode()}
+    assert sampling_settings(files) == expected
+    assert sampling_settings({}) == {}
+
+
+def test_tokens_that_a_merged_model_lacks_are_noted(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<x>"])
+    tokenizer.save_pretrained(tmp_path)
+    size = len(tokenizer)
+    config = dataclasses.replace(CONFIG, vocab_size=size - 1)
+    (note,) = merged_text_notes(config, tmp_path)
+    assert f"it has token {size - 1}, and the model has {size - 1} tokens" in note
+    assert not merged_text_notes(dataclasses.replace(CONFIG, vocab_size=size), tmp_path)
+    assert not merged_text_notes(config, tmp_path / "none")

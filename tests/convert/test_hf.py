@@ -257,6 +257,11 @@ def test_a_message_lists_everything_wrong(make_model):
             {},
             "`tie_word_embeddings` is not set",
         ),
+        (
+            lambda k: k.replace("embed_tokens.weight", "rotary_emb.inv_freq"),
+            {"tie_word_embeddings": True},
+            "under the name of the head only",
+        ),
     ],
 )
 def test_the_cause_of_names_that_do_not_fit_is_told(

@@ -160,6 +160,8 @@ def test_an_adapter_is_not_merged_twice(tiny, tiny_model, adapter, make_adapter,
         qlora_jax.load(out, adapter=adapter)
     other = make_adapter(tiny, name="other", seed=2)
     assert convert.merge(out, other, out.with_name("both"))["tensors_changed"] > 0
+    with pytest.raises(UserError, match="would be added twice"):
+        convert.merge(out.with_name("both"), adapter, out.with_name("again"))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,31 @@ def test_merged_then_requantized(make_model, adapter, tmp_path, stored, first, a
         # What the adapter leaves alone is on NF4's values already.
         kept = first == again and name not in ("q_proj", "down_proj")
         assert (relative == 0) == kept
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_requantized_keeps_what_was_packed_and_does_not_change(
+    make_model, adapter, tmp_path, double_quant
+):
+    """Quantizing its values again would give double-quantized ones other scales."""
+    base, merged = tmp_path / "packed", tmp_path / "merged"
+    name = "nf4_dq" if double_quant else "nf4"
+    pack(make_model(), base, name)
+    options = {"onto": "dequantized", "requantize": name}
+    report = convert.merge(base, adapter, merged, **options)
+    before, after = all_tensors(base), all_tensors(merged)
+    changed = {k for k in after if after[k].tobytes() != before[k].tobytes()}
+    assert {key.split(".")[-2] for key in changed if key.endswith("_proj.weight")} == {
+        "q_proj",
+        "down_proj",
+    }
+    assert all("q_proj" in key or "down_proj" in key for key in changed)
+    assert report["requantization_error"]["k_proj"] == {"max_abs": 0, "relative": 0}
+    assert report["requantization_error"]["q_proj"]["relative"] > 0
+    # Of another form they are quantized again.
+    other = {**options, "requantize": "nf4" if double_quant else "nf4_dq"}
+    report = convert.merge(base, adapter, tmp_path / "other", **other)
+    assert report["requantization_error"]["k_proj"]["relative"] < 0.02
 
 
 def test_requantized_keeps_the_compute_dtype_of_its_base(packed, adapter, out):

@@ -595,6 +595,27 @@ def test_the_adapter_of_a_deeper_or_wider_model(tiny, make_adapter, refused):
     refused(wide, "None of its tensors could be used", strict=False)
 
 
+def test_biases_that_older_peft_did_not_save_are_named(saved, edit_tensors, refused):
+    lora = LoraConfig(r=2, target_modules=("q_proj",), bias="lora_only")
+    config, out = saved(lora, attention_bias=True)
+    convert.load_adapter(out, config)
+
+    def drop(tensors):
+        for key in [key for key in tensors if key.endswith(".bias")]:
+            del tensors[key]
+
+    edit_tensors(out / WEIGHTS, drop)
+    refused(out, "PEFT before 0.21 does not save the biases", model=config)
+    edit_json(out / CONFIG, bias="none")
+    convert.load_adapter(out, config)
+
+
+def test_trained_tables_of_fewer_rows_are_of_another_vocabulary(saved, refused, tiny):
+    lora = LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=(HEAD, EMBED))
+    _, out = saved(lora, vocab_size=tiny["vocab_size"] - 4)
+    refused(out, "a vocabulary of", "tokens, fewer than this base has")
+
+
 def test_a_check_reads_no_tensor(tiny, config, adapter, monkeypatch):
     monkeypatch.setattr("convert.files.TensorFiles.read_into", None)
     assert convert.check_adapter(adapter, config) == open_adapter(adapter)[0]
@@ -793,6 +814,8 @@ def test_directories_that_are_something_else(adapter, tiny_model, refused):
     refused(adapter / WEIGHTS, "is a file; give the PEFT directory")
     refused(tiny_model, "is a model: it has no adapter_config")
     refused(adapter.parent, "is not a PEFT adapter", f"Did you mean `{adapter}`")
+    with pytest.raises(CheckpointError, match=f"Did you mean `{adapter}`"):
+        convert.open_config(adapter.parent)
     os.truncate(adapter / WEIGHTS, (adapter / WEIGHTS).stat().st_size - 4)
     refused(adapter, "truncated or damaged")
     os.rename(adapter / WEIGHTS, adapter / "adapter_model.bin")

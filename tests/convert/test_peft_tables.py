@@ -21,6 +21,7 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.functional import abstract_adapters
 from qlora_jax.models import params as model_params
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.nf4 import dequantize, quantize
 from tests.convert.reference import PREFIX, WEIGHTS
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
@@ -179,3 +180,62 @@ def test_old_rows_of_another_base_are_refused(grown):
     got = convert.with_saved_tables(config, other, path, resize=True)
     with pytest.raises(CheckpointError, match="100 of 128 rows differ by more than"):
         convert.load_adapter(path, got.base)
+
+
+def test_a_head_in_4_bits_gets_the_table_of_the_file_in_4_bits(grown, tmp_path):
+    _, (config, tree), (_, _, path) = grown("nothing")
+    table = tree["lm_head"]["weight"]
+    expected = np.asarray(dequantize(quantize(table, double_quant=False)))
+    convert.save_llama(tmp_path / "dense", config, draw(tree, 5))
+    packed = {"quantization": "nf4", "quantize_lm_head": True}
+    base = convert.load_llama(tmp_path / "dense", **packed)[1]
+    convert.save_llama(tmp_path / "packed", config, base)
+
+    got = convert.with_saved_tables(config, base, path)
+    head = got.base["lm_head"]["weight"]
+    np.testing.assert_array_equal(np.asarray(dequantize(head)), expected)
+    (note,) = got.notes
+    assert f"the lm_head that `{path}` has for its base is quantized here" in note
+    # What is trained further is saved with the table as it was.
+    lora, adapters = convert.load_adapter(path, got.base)
+    again = tmp_path / "again"
+    convert.save_adapter(again, lora, adapters, config, base_tables=got.tables)
+    saved = safetensors.numpy.load_file(again / WEIGHTS)[f"{PREFIX}{HEAD}.weight"]
+    np.testing.assert_array_equal(saved, table)
+
+    onto = {"onto": "dequantized"}
+    report = merge(tmp_path / "packed", path, tmp_path / "a", **onto)
+    assert note in report["notes"] and report["max_abs_change"] > 1
+    merge(tmp_path / "dense", path, tmp_path / "b", **onto, **packed)
+    for name in "ab":
+        merged = convert.load_llama(tmp_path / name, quantization=None)[1]
+        np.testing.assert_array_equal(merged["lm_head"]["weight"], expected)
+
+
+def test_a_head_in_4_bits_is_not_merged_with_more_tokens(grown, tmp_path):
+    (config, base), _, (_, _, path) = grown("nothing")
+    convert.save_llama(tmp_path / "dense", config, base)
+    packed = convert.load_llama(tmp_path / "dense", quantize_lm_head=True)
+    convert.save_llama(tmp_path / "packed", *packed)
+    options = {"onto": "dequantized", "resize_to_adapter": True}
+    with pytest.raises(UserError, match="head is quantized, and its vocabulary"):
+        merge(tmp_path / "packed", path, tmp_path / "merged", **options)
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_tables_of_fewer_rows_than_the_base_has_are_compared(grown, change):
+    """The base's own are used with `strict` false: they are padded further."""
+    (_, base), (config, tree), (_, _, path) = grown("nothing")
+    file = safetensors.numpy.load_file(path / WEIGHTS)
+    for module in (EMBED, HEAD):
+        file[f"{PREFIX}{module}.weight"] = file[f"{PREFIX}{module}.weight"][:OLD]
+    file[f"{PREFIX}{HEAD}.weight"][3] += change
+    safetensors.numpy.save_file(file, path / WEIGHTS)
+    got = convert.with_saved_tables(config, tree, path)
+    assert not got.taken
+    with pytest.raises(CheckpointError, match=r"\[100, \d+\] instead of \[128, \d+\]"):
+        convert.load_adapter(path, got.base)
+    notes = []
+    convert.load_adapter(path, got.base, strict=False, skipped=notes)
+    rows = "1 of 100 rows differ by more" if change else "with the rows that this has"
+    assert "the base's own table is used" in notes[1] and rows in notes[1]

@@ -97,3 +97,9 @@ def test_random_splits_of_a_tokenizer_are_switched_off_with_a_note(directory, ca
     file.write_text(json.dumps(contents))
     assert tokens == [load_tokenizer(path)(text)["input_ids"]] * 4
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["unk_token"], ["unk_token", "eos_token"]])
+def test_an_unknown_token_that_is_unknown_is_named(directory, names):
+    with pytest.raises(CheckpointError, match="`unk_token` is '', which is not in its"):
+        load_tokenizer(directory(**dict.fromkeys(names, "")))

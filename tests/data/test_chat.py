@@ -386,9 +386,13 @@ def test_tools_are_a_list_or_its_json(chat_tokenizer):
             assert tools_of({"tools": [written]}, "r", reading) == [whole]
             assert any("decoded from JSON" in r for r in reading.recognised)
         assert "parameters" not in inner
-    for wrong in ("look", {"name": "t", "parameters": "{"}):
-        with pytest.raises(UserError, match="r: a function in `tools`, or its"):
+    (none,) = tools_of({"tools": [{"name": "t", "parameters": " "}]}, "r") or ()
+    assert none == {"name": "t", "parameters": " "}
+    broken = {"name": "t", "parameters": "{"}
+    for wrong in ("look", broken, {"type": "function", "function": broken}):
+        with pytest.raises(UserError, match="r: a function in `tools`, or its") as said:
             tools_of({"tools": [wrong]}, "r")
+        assert str(said.value).count("is text and not") == 1
     turn = {"role": "assistant", "content": "a", "tool_calls": []}
     (message,) = to_messages({"messages": [turn]}, "r")
     assert message == {"role": "assistant", "content": "a"}

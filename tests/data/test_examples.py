@@ -6,9 +6,11 @@ import time
 import numpy as np
 import pytest
 
+from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
-from qlora_jax.data.encoding import IGNORE, encode_prompt
-from qlora_jax.data.examples import load_examples
+from qlora_jax.data.encoding import ENCLOSED_TWICE, IGNORE, encode_prompt
+from qlora_jax.data.examples import CUT_ANSWER, load_examples
+from qlora_jax.data.notes import data_notes
 from qlora_jax.errors import UserError
 
 PAIRS = {"format": "prompt_completion"}
@@ -45,7 +47,8 @@ def test_a_token_across_the_boundary_is_supervised_and_counted(
     examples = load([pair("Q: ", "2!")] * 2, tokenizer, **PAIRS)
     assert decoded(examples, 1, tokenizer) == ("<s>Q: 2!</s>", " 2!</s>")
     assert examples.report.straddling_rows == 2
-    assert "2 rows with a token across" in examples.report.summary()
+    told = "2 rows with a token across the start or the end of an answer"
+    assert told in examples.report.summary()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,22 @@ def test_bos_and_eos_stand_once_and_eos_is_supervised(
     examples = load([{"text": text}], tokenizer, **config)
     assert decoded(examples, 0, tokenizer) == expected
     assert examples.report.supervised_eos == expected[1].count("</s>")
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "count"),
+    [
+        ("<s>a</s>", "<s>a</s>", 0),
+        ("a </s>b\n", "<s>a </s>b\n</s>", 0),
+        ("<s>a</s>\n", "<s>a</s>\n</s>", 1),
+        (" <s>a</s>", "<s> <s>a</s>", 1),
+        ("\n<s>a</s>\n", "<s>\n<s>a</s>\n</s>", 1),
+    ],
+)
+def test_a_second_bos_or_eos_is_counted(load, decoded, text, written, count):
+    examples = load([{"text": text}])
+    assert decoded(examples)[0] == written
+    assert examples.report.remarks == ({ENCLOSED_TWICE: count} if count else {})
 
 
 @pytest.mark.parametrize("adds_eos", [False, True])
@@ -287,10 +306,25 @@ def test_truncated_and_dropped_rows_are_counted_and_named(write, load, decoded):
     assert (report.longest_row, report.longest_example) == (11, 6)
     lost = "every supervised token truncated"
     assert report.dropped == {lost: 1, "empty completion": 1}
-    names = {"truncated": 1, lost: 2, "empty completion": 3}
+    names = {"truncated": 1, lost: 2, "empty completion": 3, CUT_ANSWER: 1}
     assert report.places == {key: (f"{path}:{line}",) for key, line in names.items()}
     assert "1 row truncated (4 tokens lost)" in summary
     assert f"dropped 1: {lost} ({path}:2)" in summary
+
+
+@pytest.mark.parametrize(
+    ("completions", "said"),
+    [
+        (["abcdef", "abcdef", "a"], "2 of 3 rows lose the end token of what is"),
+        (["abcdef", "a"], ""),
+    ],
+)
+def test_ends_that_most_rows_lose_are_a_note(load, tokenizer, completions, said):
+    examples = load([pair("ab", text) for text in completions], **PAIRS, max_length=6)
+    config = DataConfig(path="x", **PAIRS, max_length=6)
+    batches = Batches(examples, config, batch_size=1, epochs=1, pad_token_id=0)
+    notes = " ".join(data_notes(examples, config, batches, tokenizer))
+    assert said in notes and ("not learn to stop from them" in notes) == bool(said)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -405,6 +439,17 @@ def test_brackets_and_line_separators_may_be_text(write, load, decoded, start):
             '{"input_ids": [], "labels": []}',
             {"format": "tokens"},
             r"2 read, dropped: 1 nothing to supervise, 1 no tokens",
+        ),
+        (
+            '{"text": 3}\n' * 60,
+            {"on_bad_row": "skip"},
+            r"60 read, and none can be used .*\n.*:1, 2, 3, 4, 5: field `text` must be "
+            r"a string, got int[^\n]*$",
+        ),
+        (
+            '{"text": 3}\n{"text": ""}\n{"text": 4}',
+            {"on_bad_row": "skip"},
+            r"dropped: 2 rows that cannot be used, 1 empty text .*Check `data.max_len",
         ),
     ],
 )

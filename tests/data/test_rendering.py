@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.data.batches import Batches
 from qlora_jax.data.config import DataConfig
 from qlora_jax.data.notes import data_notes
-from qlora_jax.data.rendering import plain_row, with_date
+from qlora_jax.data.rendering import UNANSWERED, plain_row, with_date
 from qlora_jax.errors import UserError
 
 # Writes text alone; with "calls", tool calls and tools too, and with "system" nothing.
@@ -49,6 +49,8 @@ def test_what_a_template_writes_in_another_form_is_not_reported(load_chat, templ
         "messages": [ASKED, answer('  "Yes"\n\n é ', tool_calls=[CALL]), ASKED],
         "tools": [{"type": "function", "function": {"name": "look"}}],
     }
+    assert load_chat(template, row).report.remarks == {UNANSWERED: 1}
+    del row["messages"][-1]
     assert load_chat(template, row).report.remarks == {}
 
 
@@ -331,6 +333,7 @@ def test_empty_answers_and_special_tokens_in_texts_are_counted(load_chat):
 
 def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     rows = [{"messages": [ASKED, answer("a")], "tools": [CALL]}] * 5
+    rows += [{"messages": [ASKED, answer("a"), ASKED]}]
     examples = load_chat(TEXT, *rows)
     assert "functions in `tools` that the chat template does not write: 5;" in (
         examples.report.summary()
@@ -343,6 +346,8 @@ def test_remarks_are_notes_with_their_first_rows(load_chat, byte_tokenizer):
     (note,) = (note for note in notes if "functions in" in note)
     assert "does not write: 5; the first in " in note
     assert note.count("data.jsonl:") == 3
+    (note,) = (note for note in notes if note.startswith(UNANSWERED))
+    assert "is not trained: 1; the first in " in note and "data.jsonl:6. What" in note
 
 
 # The shape of Gemma 4: reasoning is left out of answers, and the prompt closes it.

@@ -83,6 +83,8 @@ def test_end_tokens_outside_the_vocabulary_end_nothing_and_are_named(eos):
     [
         ({"sliding_window": 4}, ["`sliding_window`=4"]),
         ({"sliding_window": 4096}, []),
+        ({"compression_config": {"format": "dense"}}, ["`compression_config`="]),
+        ({"quantization": {"bits": 4}}, ["`quantization`="]),
         ({"sliding_window": None, "layer_types": ["full_attention"] * 3}, []),
         ({"layer_types": ["sliding_attention"] * 3}, ["`layer_types`"]),
         ({"embedding_multiplier": 12.0}, ["`embedding_multiplier`=12.0"]),

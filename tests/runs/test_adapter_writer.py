@@ -118,7 +118,17 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_first_adapter(trained, tmp_path
     )
     assert data.trained_ends == (259,) and "EOS is '<|im_end|>' instead of" in err
     assert json.loads(files.pop("generation_config.json"))["eos_token_id"] == [1, 259]
-    assert files == first
+    assert files == first and "another chat template than" not in err
+
+    for text, other in ((tokenizer.chat_template, False), (TEMPLATE, True)):
+        file = tmp_path / "t.jinja"
+        file.write_text(text)
+        _, _, err = trained(
+            "messages",
+            train={"adapter_init": str(tmp_path / "first")},
+            chat_template=str(file),
+        )
+        assert ("another chat template than `data.chat_template`" in err) == other
 
 
 @pytest.mark.parametrize("name", [None, "org/name"])

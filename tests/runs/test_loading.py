@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import convert
+from qlora_jax.cli.convert import main as convert_main
+from qlora_jax.cli.main import main as qlora_jax_main
 from qlora_jax.cli.merge import Merge
 from qlora_jax.cli.options import parse
 from qlora_jax.data.config import DataConfig
@@ -144,6 +146,17 @@ def test_a_run_is_loaded_from_its_own_path_whatever_its_adapter_names(
         resolve(adapter)
 
 
+def test_the_base_of_an_adapter_may_not_be_an_adapter(make_adapter, tiny, capsys):
+    below = make_adapter(tiny, name="below")
+    adapter = make_adapter(tiny, name="above", base_model_name_or_path=str(below))
+    with pytest.raises(CheckpointError, match=f"is `{below}`, an adapter itself. Merg"):
+        resolve(adapter)
+    resolve(adapter, base=below)  # refused when it is opened
+    with pytest.raises(CheckpointError, match="is a PEFT adapter, not a model"):
+        convert.open_config(below)
+    assert "holds a model" not in capsys.readouterr().err
+
+
 def test_a_directory_with_a_model_and_an_adapter_stands_for_the_adapter(
     tiny, make_tensors, save_model, make_adapter, capsys
 ):
@@ -173,6 +186,26 @@ def test_fields_of_a_base_that_are_not_read_are_said_when_it_is_loaded(
     assert note in capsys.readouterr().err
     report = convert.merge(base, make_adapter(tiny), tmp_path / "merged")
     assert note in report["notes"][0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "BASE"),
+        ("plan", "--model", "BASE", "--gpu", "l4", "--max-length", "8"),
+        ("quantize", "BASE", "OUT"),
+        ("tokens", "BASE"),
+        ("model", "BASE", "OUT"),
+    ],
+)
+def test_every_command_that_reads_a_base_says_them(
+    command, tiny, make_tensors, save_model, tmp_path, capsys
+):
+    base = save_model({**tiny, "sliding_window": 4}, make_tensors(tiny), "base")
+    places = {"BASE": str(base), "OUT": str(tmp_path / "out")}
+    main = convert_main if command[0] == "model" else qlora_jax_main
+    assert main([places.get(word, word) for word in command]) == 0
+    assert "`sliding_window`=4" in capsys.readouterr().err
 
 
 def test_the_model_beside_an_adapter_is_the_base_of_another_that_is_given(

@@ -1,9 +1,11 @@
+from typing import get_args, get_type_hints
+
 import pytest
 
 from qlora_jax.cli.train import from_arguments
 from qlora_jax.errors import UsageError, UserError
-from qlora_jax.runs.config import setting_keys
-from qlora_jax.runs.other_names import _NAMES, hint
+from qlora_jax.runs.config import config_sections, setting_keys
+from qlora_jax.runs.other_names import _NAMES, _VALUES, hint, value_hint
 from qlora_jax.runs.toml import read_config
 
 
@@ -33,6 +35,24 @@ def test_hints_name_settings_that_exist_for_names_that_do_not():
         (("--train.stepz", "3"), "`--train.stepz`. Did you mean `train.steps`"),
         (("--eval.steps", "3"), "Here it is `eval.every`"),
         (("--nothing.like-it",), "no option `--nothing.like-it`. `qlora-jax train"),
+        (("--random_state", "3"), "Here it is `train.seed`"),
+        (("--dataset_num_proc", "3"), "Not needed"),
+        (("--eval_strategy", "steps"), "`eval.every`, in steps"),
+        (("--data.format", "sharegpt"), '`--data.format` sharegpt .* "messages" reads'),
+        (("--train.optimizer=paged_adamw_8bit",), 'Here it is "adamw_8bit"'),
+        (("--log.report-to", "none", "--model.path=m"), "(?s)An empty list|missing"),
+        (
+            ("--lr", "1", "--rank=8", "--train.steps", "3", "--x-y"),
+            r"(?s)3 options .*- .*`--lr`.*- .*`--rank`.*- .* `--x-y`\.\n",
+        ),
+        (
+            ("--model.path", "a"),
+            "missing `data`, `train`. Give --data.path and --train.",
+        ),
+        (
+            ("--model.path", "a", "--data.path", "b"),
+            "missing `train`. Give --train.epochs or --train.steps",
+        ),
         (("owner/name",), "cannot be read: .*If this names a model of the hub"),
     ],
 )
@@ -54,7 +74,9 @@ def test_in_a_run_file_too(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         "packing = true\n[train]\nnum_train_epochs = 1\nlora_dropout = 0.1\n"
-        "[model]\nload_in_4bit = true\n[eval]\nsteps = 5\n"
+        "optimizer = 'adamw_torch'\n[data]\nformat = 'sharegpt'\n"
+        "[lora]\nloftq_config = {loftq_bits = 4}\n[log]\nreport_to = 'none'\n"
+        "[model]\nload_in_4bit = true\n[eval]\nsteps = 5\n[peft]\nr = 8\n"
     )
     with pytest.raises(UserError) as refused:
         read_config(file)
@@ -71,3 +93,19 @@ def test_in_a_run_file_too(tmp_path):
     assert "[train] `lora_dropout` is not an option here. Here it is `lora.lora_d" in (
         str(refused.value)
     )
+    for part in (
+        "got 'adamw_torch'. Here it is \"adamw\".",
+        "got 'sharegpt'. \"messages\" reads ShareGPT's turns too.",
+        '`loftq_config` is not an option here. Here it is `lora.init_lora_weights` = "',
+        "got 'none'. An empty list, [], means no tracker.",
+        "`peft` is not an option here. Here it is the table [lora].",
+    ):
+        assert part in str(refused.value)
+    assert "Options:" not in str(refused.value)  # every name has its own here
+
+
+def test_every_value_of_another_library_is_refused_here():
+    for key, value in _VALUES:
+        section, name = key.split(".")
+        kind = get_type_hints(config_sections()[section])[name]
+        assert value not in get_args(kind) and value_hint(key, value)

@@ -19,6 +19,7 @@ import convert
 from convert.peft import open_adapter
 from convert.peft_writing import adapter_bytes
 from qlora_jax.cli.main import main
+from qlora_jax.cli.merge import main as merge
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.inference import model as inference
 from qlora_jax.lora.config import LoraConfig
@@ -353,6 +354,47 @@ def test_a_run_may_start_from_what_fits_of_an_adapter(make, straight, tmp_path, 
     assert note in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({}, ""),
+        ({"dtype": "bfloat16"}, "was trained in float32, and is computed here in "),
+        (
+            {"quantization": "none"},
+            "--model.quantization nf4_dq --model.dtype float32 load it as it was",
+        ),
+    ],
+    ids=str,
+)
+def test_another_form_of_the_base_than_that_of_the_first_adapter_is_said(
+    make, straight, tmp_path, capsys, model, said
+):
+    start = straight("plain").directory
+    config = make(tmp_path, {}, model, steps=1, adapter_init=str(start / "adapter"))
+    run(config)
+    err = " ".join(capsys.readouterr().err.split())
+    assert said in err and ("as it was trained" in err) == bool(said)
+
+
+def test_another_config_of_the_same_weights_is_said(
+    make, straight, llama_dir, tmp_path, capsys
+):
+    start = straight("plain").directory / "adapter"
+    shutil.copytree(llama_dir, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    raw = json.loads(file.read_text()) | {"rms_norm_eps": 1e-3}
+    file.write_text(json.dumps(raw))
+    model = {"path": str(tmp_path / "base")}
+    run(make(tmp_path / "run", {}, model, steps=1, adapter_init=str(start)))
+    said = "`rms_norm_eps` was 1e-06 and is 0.001"
+    assert said in " ".join(capsys.readouterr().err.split())
+    base = ["--base", str(tmp_path / "base"), "--json"]
+    assert merge([str(start), str(tmp_path / "merged"), *base]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trained_on_this_base"] is False
+    assert said in " ".join(err.split())
+
+
 def test_float16_without_loss_scaling_is_said(make, tmp_path, capsys):
     for dtype, said in (("float16", True), ("bfloat16", False)):
         run(make(tmp_path / dtype, {}, steps=1, model={"dtype": dtype}))
@@ -405,6 +447,22 @@ def test_a_run_from_a_grown_vocabulary_keeps_its_tables(
     assert main(["inspect", str(tmp_path / "run" / "config.toml"), "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out)
     assert predicted["adapter_bytes"] == report["adapter_bytes"]
+    # And what plan does, whose [lora] is the adapter's.
+    options = ("--gpu", "l4", "--method", "estimate", "--json")
+    assert main(["plan", str(tmp_path / "run" / "config.toml"), *options]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["adapter_bytes"] == report["adapter_bytes"]
+    # Both refuse what the run refuses; the adapter itself is counted as it is.
+    text = (tmp_path / "run" / "config.toml").read_text()
+    refused = text.replace("resize_to_adapter = true", "resize_to_adapter = false")
+    (tmp_path / "refused.toml").write_text(refused)
+    for command in (("inspect",), ("plan", *options)):
+        assert main([command[0], str(tmp_path / "refused.toml"), *command[1:]]) == 1
+        assert f"of {size} tokens, and this base has" in capsys.readouterr().err
+    args = [str(start), "--base", str(llama_dir), "--json"]
+    assert main(["inspect", *args]) == 0
+    counted = json.loads(capsys.readouterr().out)["base_parameters"]
+    assert counted == predicted["base_parameters"]
     # The tables are in the adapter again, as they were, and nothing trained them.
     loaded = load(tmp_path / "run")
     assert loaded.config.vocab_size == size
