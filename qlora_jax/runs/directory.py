@@ -144,9 +144,9 @@ def relative_paths(
         start = f"`{found[0]}`" if found else "the directory where the run was started"
         gap = "\n" if "\n" in str(error) else " "
         raise type(error)(
-            f"{error}{gap}{names} {are} of `{settings_file(file)}`, and nothing is "
-            f"there from the current directory, `{here}`. Start the command in {start}"
-            + (f", or give {options}." if options else "."),
+            f"{error}{gap}{names} {are} of `{settings_file(file)}`, and there is "
+            f"nothing there from the current directory, `{here}`. Start the command "
+            f"in {start}" + (f", or give {options}." if options else "."),
             error.problems,
         ) from error
 
