@@ -34,6 +34,7 @@ from qlora_jax.models.layers import (
     map_chunks,
     mlp_chunks,
     mlp_tokens,
+    multiply,
 )
 from qlora_jax.models.rope import rope_table, rotate
 
@@ -176,8 +177,7 @@ class Block(nn.Module):
 
     def _scaled(self, update: Array) -> Array:
         """Returns what is added to the residual stream."""
-        factor = self.config.residual_multiplier
-        return update if factor == 1 else update * jnp.asarray(factor, update.dtype)
+        return multiply(update, self.config.residual_multiplier)
 
     def _add_mlp(self, x: Float[Array, "B T D"], training: bool) -> Array:
         """Returns x + mlp(norm(x)), in chunks of tokens where that saves memory."""

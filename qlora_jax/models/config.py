@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,13 +194,6 @@ class LlamaConfig:
             return float(self.attention_multiplier)
         width = self.query_pre_attn_scalar
         return float(self.head_dim if width is None else width) ** -0.5
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor of the embeddings."""
-        if self.family.scaled_embeddings:
-            return math.sqrt(self.hidden_size)
-        return self.embedding_multiplier
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

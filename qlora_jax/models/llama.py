@@ -40,6 +40,7 @@ from qlora_jax.models.layers import (
     Embed,
     Linear,
     RMSNorm,
+    multiply,
 )
 from qlora_jax.models.rope import long_texts
 
@@ -242,15 +243,12 @@ class LlamaModel(nn.Module):
     def _embed(self, tokens: Array, noise: Array | None) -> Float[Array, "B T D"]:
         """Looks tokens up and scales them; noise is added to what the table gives."""
         x = self.embed_tokens(tokens)
-        scale = jnp.asarray(self.config.embedding_scale, jnp.float32)
         if self.config.family.scaled_embeddings:
-            # Part of the table's module in Gemma, in the dtype of the table.
-            x = x * scale.astype(x.dtype)
+            # Part of the table's module in Gemma, and rounded to the table's dtype.
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         if noise is not None:
             x = x + noise.astype(x.dtype)
-        if self.config.embedding_multiplier != 1:
-            x = (x.astype(jnp.float32) * scale).astype(x.dtype)
-        return x
+        return multiply(x, self.config.embedding_multiplier)
 
 
 def add_parameters(

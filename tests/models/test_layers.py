@@ -17,6 +17,7 @@ from qlora_jax.models.layers import (
     RMSNorm,
     embed,
     linear,
+    multiply,
 )
 
 OUT, IN = 24, 64
@@ -366,6 +367,16 @@ def test_unavailable_kernels_are_refused_with_the_reason():
     message = str(refused.value)
     assert message.startswith("kernels='pallas' cannot be used here: ")
     assert message.endswith("Use 'auto' or 'xla'.") and message.count("Use ") == 1
+
+
+@pytest.mark.parametrize("factor", [0.22, 12.0, 1.0])
+def test_a_factor_of_the_configuration_is_not_rounded_to_bfloat16(factor):
+    x = jnp.linspace(-5, 5, 1001).astype(jnp.bfloat16)
+    got = np.asarray(multiply(x, factor), np.float64)
+    want = np.asarray(x, np.float64) * factor
+    assert multiply(x, factor).dtype == x.dtype
+    # Half an ulp of the result; a rounded factor of 0.22 is off by a third of one more.
+    np.testing.assert_allclose(got, want, rtol=2.0**-8 / 2 * 1.001)
 
 
 def test_compute_is_a_static_argument():
