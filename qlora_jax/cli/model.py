@@ -43,11 +43,12 @@ class Model:
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import load_llama, open_checkpoint, save_llama, write_dense
-        from qlora_jax.runs import say_notes
+        from qlora_jax.runs import say_notes, say_unused
         from qlora_jax.tree import parse_key
 
         checkpoint = open_checkpoint(self.input)
         say_notes(self.input)
+        say_unused(self.input, None)
         quantization = None if self.quantization == "none" else self.quantization
         self._check_dequantize(checkpoint.quantized, quantization)
         if checkpoint.quantized and quantization is not None:

@@ -33,10 +33,11 @@ class Quantize:
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
         from convert import check_new_directory, load_llama, open_checkpoint, save_llama
-        from qlora_jax.runs import say_notes
+        from qlora_jax.runs import say_notes, say_unused
 
         source = open_checkpoint(self.input)
         say_notes(Path(self.input))
+        say_unused(Path(self.input), None)
         if source.quantized:
             raise UserError(
                 f"`{self.input}` is quantized already; its packed weights would be "

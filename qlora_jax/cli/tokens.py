@@ -46,7 +46,7 @@ class Tokens:
         """Reports untrained rows, and writes the changed model if there are changes."""
         from convert import check_new_directory, load_llama, load_tokenizer
         from qlora_jax.models import report_untrained
-        from qlora_jax.runs import say_notes
+        from qlora_jax.runs import say_notes, say_unused
 
         if (self.repair != "none" or bool(self.add)) != (self.output_dir is not None):
             raise UserError(
@@ -56,6 +56,7 @@ class Tokens:
         if self.output_dir is not None:
             check_new_directory(Path(self.output_dir))
         say_notes(Path(self.path))
+        say_unused(Path(self.path), None)
         tokenizer: Any = load_tokenizer(self.path)
         config, base = load_llama(self.path, quantization=None)
         used = self._used(tokenizer, config.vocab_size)

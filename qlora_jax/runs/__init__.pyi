@@ -27,6 +27,7 @@ from .loading import load as load
 from .loading import read_architecture as read_architecture
 from .loading import resolve as resolve
 from .loading import say_notes as say_notes
+from .loading import say_unused as say_unused
 from .metrics import process_seconds as process_seconds
 from .other_names import option_hint as option_hint
 from .overrides import check_options as check_options

@@ -216,8 +216,13 @@ def resolve(
 def say_unused(base: Path, adapter: Path | None) -> None:
     """Notes a model beside the adapter that is used, and an adapter beside the base.
 
-    A merge that was saved into its adapter's directory leaves such a directory. As in
-    transformers, it stands for the adapter on the base that this names.
+    A merge that was saved into its adapter's directory leaves such a directory. Here it
+    stands for the adapter on the base that this names; in transformers for the weights
+    beside the adapter, with the adapter.
+
+    Args:
+      base: directory of the model that is used.
+      adapter: PEFT directory of the adapter that is used; None = no adapter.
     """
     if adapter is not None and adapter.resolve() == base.resolve():
         return  # both are used

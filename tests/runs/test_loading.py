@@ -199,13 +199,20 @@ def test_fields_of_a_base_that_are_not_read_are_said_when_it_is_loaded(
     ],
 )
 def test_every_command_that_reads_a_base_says_them(
-    command, tiny, make_tensors, save_model, tmp_path, capsys
+    command, tiny, make_tensors, save_model, make_adapter, tmp_path, capsys
 ):
     base = save_model({**tiny, "sliding_window": 4}, make_tensors(tiny), "base")
+    takes_model_alone = command[0] in ("quantize", "model", "tokens")
+    if takes_model_alone:
+        shutil.copytree(make_adapter(tiny), base, dirs_exist_ok=True)
     places = {"BASE": str(base), "OUT": str(tmp_path / "out")}
     main = convert_main if command[0] == "model" else qlora_jax_main
     assert main([places.get(word, word) for word in command]) == 0
-    assert "`sliding_window`=4" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "`sliding_window`=4" in said
+    # And which of two models in one directory they take.
+    both = "holds a model and an adapter. The model is used"
+    assert (both in said) == takes_model_alone
 
 
 def test_the_model_beside_an_adapter_is_the_base_of_another_that_is_given(
