@@ -196,7 +196,8 @@ def test_adapted_logits(golden, read, adapter):
     skipped = []
     folder = golden / "adapters" / adapter
     lora, adapters = convert.load_adapter(folder, base, skipped=skipped)
-    assert skipped == []
+    # PEFT's merged weights are stored beside most of them, and are not read.
+    assert all("merged_changed" in note for note in skipped)
     stored = np.load(folder / "logits.npz")
     model = Llama(config, float32())
     tokens = jnp.asarray(stored["ids"], jnp.int32)

@@ -195,8 +195,7 @@ def read_activation(raw: Mapping[str, Any], family: Family) -> str:
     name = raw.get(family.activation_key, family.default("hidden_act") or "silu")
     if name == "swish":
         return "silu"
-    # Gemma's first files have "gelu" and mean the approximation, as transformers knows.
-    if name == "gelu" and family.default("hidden_act") == "gelu_pytorch_tanh":
+    if name == "gelu" and family.gelu_is_approximate:
         return "gelu_pytorch_tanh"
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.config_fields import is_number
-from qlora_jax.models.families import family_of
+from qlora_jax.models.families import Family, family_of
 from qlora_jax.models.rope_scaling import rope_fields
 
 # Fields that change what models of other families compute, and the values under which
@@ -83,7 +83,7 @@ def unread_fields(raw: Mapping[str, Any], vocab_size: int) -> list[str]:
     if isinstance(raw.get("auto_map"), Mapping):
         out.append(f"`auto_map`={dict(raw['auto_map'])!r:.80} (custom code is not run)")
     if not family.ropes_by_layer_type:
-        out += _unread_rope(raw, "partial_rotary_factor" in family.fields)
+        out += _unread_rope(raw, family)
     eos = raw.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [eos]
     absent = [i for i in ids if i is not None and not 0 <= i < vocab_size]
@@ -95,8 +95,9 @@ def unread_fields(raw: Mapping[str, Any], vocab_size: int) -> list[str]:
     return out
 
 
-def _unread_rope(raw: Mapping[str, Any], reads_partial: bool) -> list[str]:
+def _unread_rope(raw: Mapping[str, Any], family: Family) -> list[str]:
     """Lists the fields of rotary embeddings that their type does not read."""
+    reads_partial = "partial_rotary_factor" in family.fields
     unread_partial = None
     if not reads_partial and raw.get("partial_rotary_factor") != 1:
         unread_partial = raw.get("partial_rotary_factor")
@@ -109,7 +110,8 @@ def _unread_rope(raw: Mapping[str, Any], reads_partial: bool) -> list[str]:
     source, fields = names[0], raw[names[0]]
     name = "rope_type" if "rope_type" in fields else "type"
     kind = fields.get(name, "default")
-    known = {"rope_theta", "rope_type", *rope_fields(kind)}
+    read = rope_fields(family.rope_aliases.get(kind, kind))
+    known = {"rope_theta", "rope_type", *read}
     if reads_partial:
         known.add("partial_rotary_factor")
     unread = {

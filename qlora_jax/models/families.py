@@ -50,6 +50,8 @@ class Family:
     fields: frozenset[str] = frozenset()
     """Optional fields of config.json that this family computes."""
     activation_key: str = "hidden_act"
+    gelu_is_approximate: bool = False
+    """The first files say "gelu" and mean the tanh form."""
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys, before the rotation."""
     fused: bool = False
@@ -106,7 +108,8 @@ FAMILIES: Mapping[str, Family] = {
         architectures=("MistralForCausalLM",),
         models="Mistral 7B, Nemo, Small, Codestral, Devstral",
         defaults=_MISTRAL_DEFAULTS,
-        fields=frozenset({"sliding_window"}),
+        # With `layer_types` it is a Ministral, to transformers' Auto classes too.
+        fields=frozenset({"sliding_window", "layer_types"}),
         layer_kinds="window",
     ),
     "ministral": Family(
@@ -202,6 +205,7 @@ FAMILIES: Mapping[str, Family] = {
         models="Gemma 2B and 7B, CodeGemma",
         defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
         biases=_ATTENTION_BIAS,
+        gelu_is_approximate=True,
         norm_offset=True,
         scaled_embeddings=True,
     ),
@@ -252,9 +256,9 @@ FAMILIES: Mapping[str, Family] = {
         biases=_ATTENTION_BIAS,
         fields=frozenset(
             {
+                # transformers has `attn_logit_softcapping` too, and never caps.
                 *("sliding_window", "layer_types", "query_pre_attn_scalar"),
-                *("attn_logit_softcapping", "final_logit_softcapping"),
-                "rope_local_base_freq",
+                *("final_logit_softcapping", "rope_local_base_freq"),
             }
         ),
         activation_key="hidden_activation",

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config_notes import unread_fields
 from qlora_jax.models.families import FAMILIES, family_of
 
 SIZES = {
@@ -85,6 +86,13 @@ def test_absent_keys_have_the_class_defaults_of_transformers(theirs, model_type)
         ("mistral", {"sliding_window": 3}),
         ("mistral", {"sliding_window": None}),
         ("ministral", {"sliding_window": 3}),
+        (
+            "ministral",
+            {
+                "sliding_window": 3,
+                "layer_types": ["full_attention", "sliding_attention"] * 3,
+            },
+        ),
         ("ministral", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 3}),
@@ -177,6 +185,43 @@ def test_what_is_not_computed_is_refused_by_name(model_type, fields, message):
     with pytest.raises(UserError, match=message):
         raw = {"model_type": model_type, **SIZES}
         LlamaConfig.from_hf(raw | fields)
+
+
+def test_a_mistral_with_layer_types_is_a_ministral():
+    kinds = ["full_attention", "sliding_attention"] * 3
+    config = read("mistral", sliding_window=3, layer_types=kinds)
+    assert layer_types(config) == kinds
+
+
+@pytest.mark.parametrize(
+    ("model_type", "activation"),
+    [("gemma", "gelu_pytorch_tanh"), ("gemma2", "gelu"), ("gemma3_text", "gelu")],
+)
+def test_gelu_means_the_tanh_form_in_the_first_gemma_only(model_type, activation):
+    key = family_of(model_type).activation_key
+    assert read(model_type, **{key: "gelu"}).hidden_act == activation
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "notes"),
+    [
+        # transformers reads it and never caps.
+        ("gemma3_text", {"attn_logit_softcapping": 5.0}, ["`attn_logit_softcapping`"]),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1], "long_factor": [2]}},
+            [],
+        ),
+        ("mistral", {"attention_bias": True}, ["`attention_bias`=True"]),
+        ("granite", {"attention_dropout": 0.1}, ["`attention_dropout`=0.1"]),
+    ],
+)
+def test_fields_that_are_not_computed_are_named(model_type, fields, notes):
+    config = read(model_type, **fields, head_dim=2)
+    assert config.attn_logit_softcapping is None
+    named = unread_fields(config.raw, config.vocab_size)
+    assert len(named) == len(notes)
+    assert all(a.startswith(b) for a, b in zip(named, notes, strict=True))
 
 
 def test_the_documentation_lists_every_family(repository):
