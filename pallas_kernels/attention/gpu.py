@@ -106,7 +106,7 @@ def forward(
     # Consecutive query heads share a key/value head.
     sharing = heads // k.shape[2]
     keys, stages = tiles or FORWARD[width]
-    form = _Form.of(width, scale, softcap)
+    form = Form.of(width, scale, softcap)
     scale = form.scale * LOG2E
     split_refs = _refs_splitter(segments, window)
 
@@ -246,7 +246,7 @@ def backward(
     inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     # [B, N, 2, T]: both numbers of a block of queries come with one copy.
     numbers = jnp.stack([lse * LOG2E, inner.swapaxes(1, 2)], axis=2)
-    form = _Form.of(q.shape[-1], scale, softcap)
+    form = Form.of(q.shape[-1], scale, softcap)
     arrays = (q, k, v, dout, numbers, segments, window, form)
     dq = _backward_queries(*arrays, tiles=query_tiles, interpret=interpret)
     dk, dv = _backward_keys(*arrays, tiles=key_tiles, interpret=interpret)
@@ -261,7 +261,7 @@ def _backward_queries(
     numbers: jax.Array,
     segments: jax.Array | None,
     window: jax.Array | int | None,
-    form: _Form,
+    form: Form,
     *,
     tiles: Tiles | None,
     interpret: Any,
@@ -361,7 +361,7 @@ def _backward_keys(
     numbers: jax.Array,
     segments: jax.Array | None,
     window: jax.Array | int | None,
-    form: _Form,
+    form: Form,
     *,
     tiles: Tiles | None,
     interpret: Any,
@@ -480,7 +480,7 @@ def _backward_keys(
     return dk, dv
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """How scores follow from products q k^T."""
 
     scale: float
@@ -491,7 +491,8 @@ class _Form(NamedTuple):
     """Factor of the products within tanh; None = no cap."""
 
     @classmethod
-    def of(cls, width: int, scale: float | None, softcap: float | None) -> _Form:
+    def of(cls, width: int, scale: float | None, softcap: float | None) -> Form:
+        """Returns the form for heads of a width; as `forward` takes the others."""
         scale = 1.0 / math.sqrt(width) if scale is None else scale
         if softcap is None:
             return cls(scale, scale, None)

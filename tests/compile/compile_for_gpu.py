@@ -139,7 +139,9 @@ def lower_attention(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
 
         return jax.jit(gradient).lower(q, k, v, dout, segments)
     kernel = getattr(attention_gpu, f"_backward_{request['kernel']}")
-    backward = functools.partial(kernel, tiles=None, interpret=False)
+    form = attention_gpu.Form.of(request["width"], scale=None, softcap=None)
+    options = {"window": None, "form": form, "tiles": None, "interpret": False}
+    backward = functools.partial(kernel, **options)
     numbers = array((batch, heads, 2, length), jnp.float32)
     return jax.jit(backward).lower(q, k, v, dout, numbers, segments)
 
