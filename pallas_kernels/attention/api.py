@@ -95,12 +95,8 @@ def flash_attention(
         q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))) for a in (q, k, v))
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (0, pad)))
-    variant = variant.for_length(length)
-    window = None
-    if variant.windows != (None,):
-        # Data of the kernel, so that layers with other windows share it.
-        windows = jnp.asarray([w or length for w in variant.windows], jnp.int32)
-        window = windows[0 if choice is None else choice]
+    # Data of the kernel, so that layers with other windows share it.
+    window = variant.for_length(length).window(choice, length)
     static = _Static(chosen == "interpret", variant.scale, variant.softcap)
     out: Array = _attention(static, q, k, v, segments, window)  # pyright: ignore[reportAssignmentType]
     return out[:, :length]

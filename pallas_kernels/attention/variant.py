@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jaxtyping import Array
+
 
 class Variant(NamedTuple):
     """Changes of `softmax(q k^T / sqrt(H) + mask) v`; hashable, hence static.
@@ -28,6 +31,18 @@ class Variant(NamedTuple):
         )
         # Alike for every layer: nothing is left to choose.
         return self._replace(windows=windows[:1] if len(set(windows)) == 1 else windows)
+
+    def window(self, choice: Array | None, unlimited: int) -> Array | None:
+        """Returns the window of a layer; None if no layer has one.
+
+        Args:
+          choice: index of the window, where there are several.
+          unlimited: a window that nothing is outside of, for layers without one.
+        """
+        if self.windows == (None,):
+            return None
+        windows = jnp.asarray([w or unlimited for w in self.windows], jnp.int32)
+        return windows[0 if choice is None else choice]
 
     def scale_of(self, width: int) -> float:
         """Returns the factor of the scores for heads of this width."""

@@ -44,10 +44,8 @@ def reference_attention(
     index = jnp.arange(length)
     visible = (index[:, None] >= index[None, :])[None]
     variant = variant.for_length(length)
-    if variant.windows != (None,):
-        # Infinite windows are those of the whole row.
-        windows = jnp.asarray([w or length for w in variant.windows])
-        window = windows[0 if choice is None else choice]
+    window = variant.window(choice, length)
+    if window is not None:
         visible = visible & (index[:, None] - index[None, :] < window)[None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])

@@ -159,14 +159,13 @@ def within_window(
     start: Int[Array, ""] | int = 0,
 ) -> Array:
     """Returns `causal_mask` without the keys outside of the layer's window."""
-    if variant.windows == (None,):
-        return visible
     queries, keys = visible.shape[1:]
+    window = variant.window(choice, keys)
+    if window is None:
+        return visible
     index = start + jnp.arange(queries)
     distance = index[:, None] - jnp.arange(keys)[None, :]
-    # Where a layer has no window, one that nothing is outside of.
-    windows = jnp.asarray([w or 2 * keys for w in variant.windows])
-    return visible & (distance < windows[0 if choice is None else choice])[None]
+    return visible & (distance < window)[None]
 
 
 def masked_attention(

@@ -248,7 +248,6 @@ class LlamaConfig:
           UserError: another architecture, a missing field, or a feature (rope type,
             activation, quantization method) that this model does not compute.
         """
-        check_types(raw)
         raw = text_config(raw)
         check_types(raw)
         family = check_architecture(raw)
