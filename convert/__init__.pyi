@@ -32,6 +32,13 @@ from .hf import cast as cast
 from .hf import dtype_name as dtype_name
 from .hf import load_llama as load_llama
 from .hf import save_llama as save_llama
+from .hub import HubName as HubName
+from .hub import Needed as Needed
+from .hub import check_push as check_push
+from .hub import hub_name as hub_name
+from .hub import local_path as local_path
+from .hub import parse_hub_name as parse_hub_name
+from .hub import push as push
 from .merging import add_to_report as add_to_report
 from .merging import check_not_merged as check_not_merged
 from .merging import merge as merge

@@ -29,6 +29,8 @@ import safetensors.numpy
 from jax._src import compiler
 from jaxtyping import install_import_hook
 
+from tests.hub import hub as hub
+
 
 def _whole_functions(jaxtyped: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves functions within functions unchecked.

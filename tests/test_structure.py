@@ -54,7 +54,7 @@ OUTSIDE = {
 # Slow to import or an extra: inside functions only.
 OUTSIDE_LAZY = {
     "pallas_kernels": set(),
-    "convert": {"transformers"},
+    "convert": {"huggingface_hub", "transformers"},
     "qlora_jax": {
         *("datasets", "matplotlib", "pyarrow", "tensorboardX", "tomlkit"),
         *("transformers", "wandb"),

@@ -9,17 +9,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.options import FLAGS, PublishOptions, parse, path_argument
 from qlora_jax.cli.output import print_note, print_report, run_and_print
 from qlora_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(PublishOptions):
     """Check an adapter against its base and write a clean PEFT directory."""
 
     input: Annotated[tyro.conf.Positional[Path], path_argument("IN")]
-    """PEFT directory, or a run directory of qlora-jax (its adapter/ is taken)."""
+    """PEFT directory, run directory of qlora-jax (its adapter/ is taken), or name of
+    the hub."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
     base: Path | None = None
@@ -53,6 +54,7 @@ class Adapter:
         )
         from qlora_jax.runs import base_name_for_copy, is_broken_path, resolve
 
+        self.check_push()
         resolved = resolve(self.input, self.base, strict=self.strict)
         base, source = resolved.base, resolved.adapter
         if source is None:
@@ -108,6 +110,7 @@ class Adapter:
             "base_fingerprint": lora.base_fingerprint,
             "skipped": skipped,
             "bytes": (self.output / "adapter_model.safetensors").stat().st_size,
+            **self.publish(self.output, run=resolved.run, base=base),
         }
 
 

@@ -10,20 +10,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.options import FLAGS, PublishOptions, parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 
 
 @dataclass(frozen=True)
-class Combine:
+class Combine(PublishOptions):
     """Make one adapter of the weighted sum of several."""
 
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
     adapters: tuple[Path, ...]
-    """PEFT directories, or run directories of qlora-jax."""
+    """PEFT directories, run directories of qlora-jax, or names of the hub."""
     base: Path | None = None
     """The base model's directory, where the first adapter's configuration does not lead
     to it; only its config.json is read."""
@@ -44,6 +44,7 @@ class Combine:
         from convert import (
             common_record,
             lazy_base,
+            local_path,
             open_config,
             peft_directory,
             save_adapter,
@@ -52,16 +53,20 @@ class Combine:
         from qlora_jax.lora import combine_adapters
         from qlora_jax.runs import base_name_for_copy, resolve
 
-        directory = self.base or resolve(self.adapters[0]).base
-        config = open_config(directory)
         weights = self.weights or (1.0,) * len(self.adapters)
         if len(weights) != len(self.adapters):
             raise UserError(
                 f"--weights has {len(weights)} numbers for {len(self.adapters)} "
                 "adapters."
             )
+        self.check_push()
+        adapters = [local_path(path) for path in self.adapters]
+        directory = None if self.base is None else local_path(self.base)
+        if directory is None:
+            directory = resolve(adapters[0], needed="configuration").base
+        config = open_config(directory)
         base = lazy_base(config, None)
-        sources = [peft_directory(path) for path in self.adapters]
+        sources = [peft_directory(path) for path in adapters]
         for path in sources:
             if with_saved_tables(config, base, path).taken:
                 raise UserError(
@@ -117,6 +122,7 @@ class Combine:
             "method": self.method,
             "r": lora.r,
             "relative_error": errors,
+            **self.publish(self.output, base=directory),
         }
 
     def _load(self, path: Path, base: Any) -> tuple[LoraConfig, Any]:

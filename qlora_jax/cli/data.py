@@ -88,12 +88,20 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import check_new_file, load_tokenization, read_json, write_text
+        from convert import (
+            check_new_file,
+            load_tokenization,
+            local_path,
+            read_json,
+            write_text,
+        )
 
         if self.html is not None:
             check_new_file(Path(self.html))
-        config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
-        text = load_tokenization(config, self.model, self.adapter)
+        model = local_path(self.model, needed="tokenizer")
+        adapter = self.adapter and local_path(self.adapter, needed="tokenizer")
+        config = LlamaConfig.from_hf(read_json(model / "config.json"))
+        text = load_tokenization(config, model, adapter)
         for note in text.notes:
             say(note)
         tokenizer = with_eos(text.tokenizer, self.data.eos_token)

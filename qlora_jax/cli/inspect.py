@@ -26,8 +26,9 @@ class Inspect:
     """Count what a run trains and stores; reads configurations only."""
 
     path: Annotated[tyro.conf.Positional[str], path_argument("PATH")]
-    """Model directory or its config.json; a run file (.toml), where options win; or an
-    adapter or run directory, whose own LoRA configuration is then the one counted."""
+    """Model directory, its config.json, or a name of the hub; a run file (.toml), where
+    options win; or an adapter or run directory, whose own LoRA configuration is then
+    the one counted."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
@@ -100,7 +101,7 @@ class Inspect:
         from qlora_jax.runs import resolve
 
         if not self._is_run_file:
-            return resolve(self.path, self.base)
+            return resolve(self.path, self.base, needed="configuration")
         options = values_of(self, (f"lora.{name}" for name in explicit))
         run = read_config(Path(self.path), options)
         base = self.base or run.model.path
@@ -108,6 +109,7 @@ class Inspect:
             base,
             adapter=run.train.adapter_init,
             strict=run.train.adapter_init_strict,
+            needed="configuration",
         )
         return dataclasses.replace(resolved, settings=run)
 

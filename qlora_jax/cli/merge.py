@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from qlora_jax.choices import Dtype, Quantized
-from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.options import FLAGS, PublishOptions, parse, path_argument
 from qlora_jax.cli.output import format_value, print_note, print_report, run_and_print
 from qlora_jax.cli.verify import custom_modules_note, other_base_note, trained_form_of
 from qlora_jax.errors import UserError
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(PublishOptions):
     """Merge an adapter into its base: a checkpoint that needs no PEFT.
 
     The report is also written into OUT, as merge_report.json.
     """
 
     adapter: Annotated[tyro.conf.Positional[Path], path_argument("ADAPTER")]
-    """Run directory (its adapter/ is taken), an adapter in one, or PEFT directory."""
+    """Run directory (its adapter/ is taken), an adapter in one, PEFT directory, or name
+    of the hub."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
     base: Path | None = None
@@ -75,6 +76,7 @@ class Merge:
         from qlora_jax.inference import probe
         from qlora_jax.runs import resolve
 
+        self.check_push()
         resolved = resolve(self.adapter, self.base, strict=self.strict)
         source, lora = resolved.adapter, resolved.lora
         if source is None or lora is None:
@@ -107,8 +109,15 @@ class Merge:
         )
         for note in report["notes"]:
             print_note(note)
+        published = partial(
+            self.publish,
+            self.output,
+            run=resolved.run,
+            base=resolved.base,
+            relation="finetune",
+        )
         if not self.check:
-            return report
+            return report | published()
         try:
             report.update(self._check_result(report, config, lora, tokens))
         except (MemoryError, UserError, jax.errors.JaxRuntimeError) as error:
@@ -117,7 +126,7 @@ class Merge:
                 "With --no-check nothing is loaded after merging."
             ) from error
         add_to_report(self.output, report)
-        return report
+        return report | published()
 
     def _choose_weights(
         self, resolved: Resolved

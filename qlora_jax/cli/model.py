@@ -11,17 +11,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qlora_jax.choices import Dtype, Quantization
-from qlora_jax.cli.options import FLAGS, parse, path_argument
+from qlora_jax.cli.options import FLAGS, PublishOptions, parse, path_argument
 from qlora_jax.cli.output import print_report, run_and_print
 from qlora_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(PublishOptions):
     """Write a checkpoint in another dtype, in NF4, or dequantized."""
 
     input: Annotated[tyro.conf.Positional[Path], path_argument("IN")]
-    """Hugging Face directory, dense or bitsandbytes-4bit."""
+    """Model, dense or bitsandbytes-4bit: a directory or a name of the hub."""
     output: Annotated[tyro.conf.Positional[Path], path_argument("OUT")]
     """Directory to create."""
     quantization: Quantization = "none"
@@ -42,13 +42,21 @@ class Model:
 
     def run(self) -> dict[str, Any]:
         """Writes the directory; returns the report."""
-        from convert import load_llama, open_checkpoint, save_llama, write_dense
+        from convert import (
+            load_llama,
+            local_path,
+            open_checkpoint,
+            save_llama,
+            write_dense,
+        )
         from qlora_jax.runs import say_notes, say_unused
         from qlora_jax.tree import parse_key
 
-        checkpoint = open_checkpoint(self.input)
-        say_notes(self.input)
-        say_unused(self.input, None)
+        self.check_push()
+        source = local_path(self.input)
+        checkpoint = open_checkpoint(source)
+        say_notes(source)
+        say_unused(source, None)
         quantization = None if self.quantization == "none" else self.quantization
         self._check_dequantize(checkpoint.quantized, quantization)
         if checkpoint.quantized and quantization is not None:
@@ -65,7 +73,7 @@ class Model:
         show = sys.stderr.isatty()
         if quantization is not None or (checkpoint.quantized and not self.dequantize):
             config, base = load_llama(
-                self.input, quantization=quantization, dtype=self.dtype, progress=show
+                source, quantization=quantization, dtype=self.dtype, progress=show
             )
             save_llama(
                 self.output,
@@ -73,12 +81,12 @@ class Model:
                 base,
                 max_shard_bytes=self.max_shard_bytes,
                 quant_storage=self.quant_storage,
-                tokenizer_from=self.input,
+                tokenizer_from=source,
                 progress=show,
             )
         else:
             write_dense(
-                self.input,
+                source,
                 self.output,
                 dtype=self.dtype,
                 max_shard_bytes=self.max_shard_bytes,
@@ -93,6 +101,9 @@ class Model:
             "made_dense": [".".join(path[:-1]) for path in made_dense],
             "files": len(written),
             "bytes": sum(f.stat().st_size for f in written),
+            **self.publish(
+                self.output, base=source, relation=quantization and "quantized"
+            ),
         }
 
     def _check_dequantize(self, quantized: bool, quantization: str | None) -> None:

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import tyro
 from tyro.constructors import (
@@ -24,7 +32,7 @@ from tyro.constructors import (
 )
 
 from qlora_jax.choices import Attention, Auto, Dtype, Quantization
-from qlora_jax.errors import UsageError, say
+from qlora_jax.errors import CheckpointError, UsageError, say
 from qlora_jax.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -158,7 +166,7 @@ class ModelOptions:
     """The options of every command that computes with a model."""
 
     path: Annotated[tyro.conf.Positional[str], path_argument("PATH")]
-    """Model directory, adapter directory or run directory."""
+    """Model directory, adapter directory, run directory, or a name of the hub."""
     base: str | None = None
     """Base of an adapter directory, where its configuration does not lead to it."""
     quantization: Auto | Quantization = "auto"
@@ -198,6 +206,60 @@ class ModelOptions:
         # Quantization and dtype matter to whoever compares two losses.
         say(model.description)
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishOptions:
+    """The options of every command that writes a model or an adapter."""
+
+    push_to_hub: str | None = None
+    """Publish the result on the Hugging Face hub as well, as `owner/name`, with a model
+    card."""
+    private: bool = True
+    """Make a new repository of --push-to-hub public (default: private; one that exists
+    stays as it is)."""
+
+    def check_push(self) -> None:
+        """Creates the repository unless it exists, before any other work."""
+        if self.push_to_hub is not None:
+            from convert import check_push
+
+            check_push(self.push_to_hub, private=self.private)
+
+    def publish(
+        self,
+        directory: Path,
+        *,
+        run: Path | None = None,
+        base: Path | None = None,
+        relation: Literal["finetune", "quantized"] | None = None,
+    ) -> dict[str, str]:
+        """Publishes what was written, if asked to; returns what the report gets.
+
+        Args:
+          directory: of the model or adapter.
+          run: directory of the run that trained it.
+          base: directory that it was made from.
+          relation: of a model to that.
+
+        Raises:
+          CheckpointError: it was written, and could not be published.
+        """
+        if self.push_to_hub is None:
+            return {}
+        from qlora_jax.runs import publish
+
+        try:
+            url = publish(
+                directory, self.push_to_hub, run=run, base=base, relation=relation
+            )
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"`{directory}` was written, and could not be published: {error} `hf "
+                f"upload {self.push_to_hub} {directory}` tries it again, without a "
+                "model card."
+            ) from error
+        return {"published": url}
 
 
 def _help_rules(is_single: bool) -> ConstructorRegistry:

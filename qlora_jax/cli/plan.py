@@ -394,7 +394,10 @@ def _from_adapter(
     if command.config is not None:
         given = {*explicit, *given_lora(Path(command.config), ())}
     resolved = resolve(
-        run.model.path, adapter=train.adapter_init, strict=train.adapter_init_strict
+        run.model.path,
+        adapter=train.adapter_init,
+        strict=train.adapter_init_strict,
+        needed="configuration",
     )
     return continued_settings(
         dataclasses.replace(resolved, settings=run),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from qlora_jax.cli.options import parse, path_argument
+from qlora_jax.cli.options import PublishOptions, parse, path_argument
 from qlora_jax.cli.output import print_note, run_and_print
 from qlora_jax.data import DataConfig, load_examples
 from qlora_jax.errors import UserError, say
@@ -26,11 +26,11 @@ _NO_DATA = "none"  # special tokens and those of the chat template only
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(PublishOptions):
     """Find untrained rows of the vocabulary; repair them; add tokens."""
 
     path: Annotated[tyro.conf.Positional[str], path_argument("PATH")]
-    """Model directory."""
+    """Model directory, or a name of the hub."""
     data: DataConfig = field(default_factory=lambda: DataConfig(path=_NO_DATA))
     repair: Literal["none", "mean"] = "none"
     """Set the untrained rows that are used to the mean of the trained ones; where there
@@ -44,7 +44,7 @@ class Tokens:
 
     def run(self) -> dict[str, Any]:
         """Reports untrained rows, and writes the changed model if there are changes."""
-        from convert import check_new_directory, load_llama, load_tokenizer
+        from convert import check_new_directory, load_llama, load_tokenizer, local_path
         from qlora_jax.models import report_untrained
         from qlora_jax.runs import say_notes, say_unused
 
@@ -53,12 +53,16 @@ class Tokens:
                 "--output-dir goes with --repair or --add, and they with it: the "
                 "changed model is written there."
             )
+        if self.push_to_hub is not None and self.output_dir is None:
+            raise UserError("--push-to-hub goes with --output-dir.")
         if self.output_dir is not None:
             check_new_directory(Path(self.output_dir))
-        say_notes(Path(self.path))
-        say_unused(Path(self.path), None)
-        tokenizer: Any = load_tokenizer(self.path)
-        config, base = load_llama(self.path, quantization=None)
+        self.check_push()
+        source = local_path(self.path)
+        say_notes(source)
+        say_unused(source, None)
+        tokenizer: Any = load_tokenizer(source)
+        config, base = load_llama(source, quantization=None)
         used = self._used(tokenizer, config.vocab_size)
         untrained = report_untrained(base, used)
         report: dict[str, Any] = {
@@ -73,18 +77,18 @@ class Tokens:
         }
         if self.output_dir is None:
             return report
-        output = Path(self.output_dir)
-        config = self._write(output, config, base, untrained.rows, tokenizer)
+        config = self._write(source, config, base, untrained.rows, tokenizer)
         first = 0 if tokenizer is None else len(tokenizer)
         return {
             **report,
             "new_tokens": list(range(first, first + len(self.add))),
             "new_vocab_size": config.vocab_size,
             "output": self.output_dir,
+            **self.publish(Path(self.output_dir), base=source, relation="finetune"),
         }
 
     def _write(
-        self, output: Path, config: Any, base: Any, rows: Any, tokenizer: Any
+        self, source: Path, config: Any, base: Any, rows: Any, tokenizer: Any
     ) -> Any:
         """Writes the changed model; returns its configuration."""
         import jax
@@ -92,6 +96,8 @@ class Tokens:
         from convert import copy_with_added_tokens, save_llama, scratch_directory
         from qlora_jax.models import add_tokens, repair_rows
 
+        assert self.output_dir is not None
+        output = Path(self.output_dir)
         if self.repair != "none":
             if not any(rows.values()):
                 print_note(
@@ -106,7 +112,7 @@ class Tokens:
                 config, base, tokenizer_size=len(tokenizer), count=len(self.add)
             )
         with scratch_directory() as temporary:
-            tokenizer_files = Path(self.path)
+            tokenizer_files = source
             if self.add:
                 copy_with_added_tokens(tokenizer_files, temporary, list(self.add))
                 tokenizer_files = temporary

@@ -59,7 +59,7 @@ class Verify:
     """
 
     a: Annotated[tyro.conf.Positional[Path], path_argument("A")]
-    """PEFT, Hugging Face or run directory."""
+    """PEFT, Hugging Face or run directory, or a name of the hub."""
     b: Annotated[tyro.conf.Positional[Path], path_argument("B")]
     """Another of the same kind."""
     base: Path | None = None
@@ -74,29 +74,37 @@ class Verify:
 
     def run(self) -> Comparison:
         """Compares; returns the differences."""
-        from convert import compare_adapters, open_adapter, open_config, peft_directory
+        from convert import (
+            compare_adapters,
+            local_path,
+            open_adapter,
+            open_config,
+            peft_directory,
+        )
         from qlora_jax.inference import compare_logits, load_exact, probe
 
-        config = None if self.base is None else open_config(self.base)
-        comparison = compare_adapters(self.a, self.b, base=config)
+        a, b = local_path(self.a), local_path(self.b)
+        base = None if self.base is None else local_path(self.base)
+        config = None if base is None else open_config(base)
+        comparison = compare_adapters(a, b, base=config)
         if config is not None and config.extra_tensors:
-            comparison.notes.append(custom_modules_note(self.base))
+            comparison.notes.append(custom_modules_note(base))
             return comparison
-        if self.base is not None and config is not None:
-            a, b = peft_directory(self.a), peft_directory(self.b)
+        if base is not None and config is not None:
+            a, b = peft_directory(a), peft_directory(b)
             loras = {path: open_adapter(path)[0] for path in (a, b)}
-            tokens = probe(self.base, config, self.probe, list(loras.values()))
+            tokens = probe(base, config, self.probe, list(loras.values()))
             comparison.notes.extend(
-                other_base_note(path, self.base)
+                other_base_note(path, base)
                 for path, lora in loras.items()
-                if trained_form_of(self.base, lora) is False
+                if trained_form_of(base, lora) is False
             )
-            load_a, load_b = _adapter_loaders(self.base, a, b)
+            load_a, load_b = _adapter_loaders(base, a, b)
         elif not self.logits and self.probe is None:
             return comparison
         elif comparison.kind == "model":
-            tokens = probe(self.a, open_config(self.a), self.probe)
-            load_a, load_b = partial(load_exact, self.a), partial(load_exact, self.b)
+            tokens = probe(a, open_config(a), self.probe)
+            load_a, load_b = partial(load_exact, a), partial(load_exact, b)
         else:
             raise UserError(
                 "The logits of two adapters are compared on their base; give it with "

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert import load_tokenization, peft_directory, shorten
+from convert import load_tokenization, local_path, peft_directory, shorten
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference.config import Sampling
@@ -123,7 +123,7 @@ class Model:
             config = undo_changes(self.config)
             bare = {"adapters": None, "lora_config": None, "adapter_path": None}
             return dataclasses.replace(self, config=config, **bare)
-        directory = peft_directory(Path(adapter))
+        directory = peft_directory(local_path(adapter))
         lora_config, adapters = load_attached(
             directory, self.path, self.base, strict=strict
         )

@@ -37,6 +37,7 @@ from .overrides import option_defaults as option_defaults
 from .overrides import option_keys as option_keys
 from .overrides import unchecked_config as unchecked_config
 from .overrides import values_of as values_of
+from .publishing import publish as publish
 from .report import REPORT_PAGE as REPORT_PAGE
 from .report import best_evaluation as best_evaluation
 from .report import read_run as read_run

@@ -13,6 +13,7 @@ import jax
 import convert
 from convert import (
     TRAINING_RECORD,
+    parse_hub_name,
     text_files,
     with_chat_template,
     with_end_tokens,
@@ -30,11 +31,13 @@ from qlora_jax.models import (
 )
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, ADAPTER_EMA, template_text
+from qlora_jax.runs.sources import Sources
 from qlora_jax.training import TrainState, averaged
 
 
 def adapter_files(
     config: RunConfig,
+    sources: Sources,
     architecture: LlamaConfig,
     tokenizer: Any,
     trained_ends: Sequence[int],
@@ -46,6 +49,7 @@ def adapter_files(
 
     Args:
       config: of the run.
+      sources: its directories.
       architecture: of its model.
       tokenizer: of the run; None if it has none.
       trained_ends: tokens that the data teach as the end of an answer.
@@ -54,10 +58,7 @@ def adapter_files(
       CheckpointError: a file that cannot be read.
       UserError: the chat template cannot be read.
     """
-    adapter = config.train.adapter_init
-    files = text_files(
-        Path(config.model.path), None if adapter is None else Path(adapter)
-    )
+    files = text_files(sources.base, sources.adapter)
     if tokenizer is not None:
         files = with_tokenizer_class(files, tokenizer)
     template = template_text(config.data, say)
@@ -101,6 +102,14 @@ class AdapterWriter:
         lora, adapters = absorb(
             self.config.lora, jax.device_get(state.adapters), self.base
         )
+        base_name = lora.base_model_name_or_path
+        if base_name is None:
+            base_name = self.config.model.path
+            on_hub = parse_hub_name(base_name)
+            if on_hub is not None:  # in two fields, as PEFT reads them
+                base_name = on_hub.repo_id
+                revision = lora.revision or on_hub.revision
+                lora = dataclasses.replace(lora, revision=revision)
         lora = dataclasses.replace(
             lora,
             base_fingerprint=self.fingerprint,
@@ -117,8 +126,7 @@ class AdapterWriter:
             lora,
             adapters,
             self.architecture,
-            base_model_name_or_path=lora.base_model_name_or_path
-            or self.config.model.path,
+            base_model_name_or_path=base_name,
             overwrite=True,
             extra_files={**self.files, TRAINING_RECORD: record},
             base_tables=self.base_tables,

@@ -43,7 +43,8 @@ class ModelConfig:
     """The `[model]` section: the base and how it is computed."""
 
     path: str
-    """Hugging Face directory; a bitsandbytes-4bit one keeps its packed weights."""
+    """Hugging Face directory, or name of the hub (`owner/name`, `owner/name@revision`);
+    a bitsandbytes-4bit model keeps its packed weights."""
     quantization: Quantization = "nf4_dq"
     """Format of the linear layers: NF4, NF4 with double quantization, or none."""
     dtype: Dtype = "bfloat16"
@@ -284,6 +285,19 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """The `[hub]` section: where the adapter of a complete run is published."""
+
+    model_id: str | None = None
+    """Repository on the Hugging Face hub, `owner/name`, that gets the adapter with a
+    model card when the run is complete."""
+    private: bool = True
+    """Make a new repository private; one that exists stays as it is."""
+    adapter: Literal["last", "best"] = "last"
+    """Which adapter: that of the last step, or that with the best held-out loss."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """All settings of a run; the content of a TOML run file."""
 
@@ -294,11 +308,17 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str = "run"
     """The run directory. If it holds an unfinished run, that run continues."""
 
     def __post_init__(self) -> None:
         expand_fields(self, "output_dir")
+        if self.hub.model_id and self.hub.adapter == "best" and not self.eval.measures:
+            raise UserError(
+                "hub: `adapter` = 'best' needs held-out data: give `eval.path`, "
+                "`eval.fraction` or `eval.examples`."
+            )
 
     @property
     def eval_batch_size(self) -> int:

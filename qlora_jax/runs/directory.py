@@ -12,6 +12,7 @@ RUN/loss.png          drawn from metrics.jsonl
 RUN/started.json      data, sizes and versions, written before the first step
 RUN/report.json       the same with the results, written when the run is complete
 RUN/report.html       all of it as a page for a browser
+RUN/published.json    with `hub.model_id`, where the adapter was published
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from convert import (
     ADAPTER_CONFIG,
     CHAT_TEMPLATE_FILE,
     is_leftover,
+    parse_hub_name,
     remove_leftovers,
 )
 from qlora_jax.data import DataConfig, Source, template_file
@@ -130,6 +132,16 @@ def relative_paths(
             if key not in given and not glob.glob(path)
         }
         parents = Path(os.path.realpath(settings_file(file))).parents
+
+        def leads_to(path: str) -> bool:
+            return any(glob.glob(str(parent / path)) for parent in parents)
+
+        # What the hub has is not lost; whether it has it, is said by the error.
+        lost = {
+            key: path
+            for key, path in lost.items()
+            if parse_hub_name(path) is None or leads_to(path)
+        }
         found = [
             parent
             for parent in parents

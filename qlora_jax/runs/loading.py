@@ -4,8 +4,9 @@
     model = load(resolved)                    # or load("run/best_adapter")
 
 A path is a model directory, a PEFT adapter directory, a run directory or an adapter in
-one. What a run was trained with is read from its settings, so that it is loaded again
-as it was, and so is each of its adapters.
+one; or the name of a model or an adapter on the Hugging Face hub, `owner/name` or
+`owner/name@revision`, which is then fetched. What a run was trained with is read from
+its settings, so that it is loaded again as it was, and so is each of its adapters.
 
 adapter_config.json names the base of an adapter by a path or by a name on a hub. A path
 may be relative to the working directory (as PEFT reads it) or to the adapter, so that
@@ -30,8 +31,11 @@ from convert import (
     ADAPTER_CONFIG,
     WEIGHTS_FILE,
     WEIGHTS_INDEX,
+    Needed,
     load_tokenization,
+    local_path,
     open_adapter,
+    parse_hub_name,
     peft_directory,
     training_record,
 )
@@ -163,24 +167,28 @@ def resolve(
     adapter: str | os.PathLike[str] | None = None,
     *,
     strict: bool = True,
+    needed: Needed = "weights",
 ) -> Resolved:
-    """Finds the base, adapter and run that a path stands for; reads no weights.
+    """Finds the base, adapter and run that a path stands for; loads no weights.
+
+    What is named on the hub is fetched into the cache of `huggingface_hub`.
 
     A note on stderr names what a directory with a model and an adapter is not used for.
 
     Args:
-      path: model directory, PEFT adapter directory, run directory, or adapter in one.
-      base: directory of the base, if `path` is an adapter whose adapter_config.json
-        does not lead to it.
+      path: model directory, PEFT adapter directory, run directory, or adapter in one;
+        like the next two, a path or a name of the hub.
+      base: the base, if `path` is an adapter whose adapter_config.json does not lead to
+        it.
       adapter: PEFT or run directory of an adapter to attach, if `path` is a model.
       strict: raise for an adapter configuration that uses what is not supported.
+      needed: what is fetched of a base on the hub.
 
     Raises:
-      CheckpointError: no base here, or damaged adapter files.
+      CheckpointError: no base here or on the hub, or damaged adapter files.
       UserError: arguments that contradict each other, or an unsupported adapter.
     """
-    path = Path(path).expanduser()
-    base = None if base is None else Path(base).expanduser()
+    path = local_path(path, needed=needed)
     run = find_run(path)
     settings = None if run is None else read_settings(run)
     inside = peft_directory(path)
@@ -194,11 +202,11 @@ def resolve(
                 "cannot be attached to it. Give the base as `path`."
             )
         lora = open_adapter(inside, strict=strict)[0]
-        names = [lora.base_model_name_or_path]
+        names = [_with_revision(lora)]
         if settings is not None:
             # The name in the adapter may be the one it is published with.
             names.insert(0, settings.model.path)
-        directory = _base_of(inside, names, base)
+        directory = _base_of(inside, names, base, needed)
         say_unused(directory, inside)
         return Resolved(directory, inside, run, settings, lora)
     if base is not None:
@@ -207,7 +215,7 @@ def resolve(
         )
     if adapter is None:
         return Resolved(path, run=run, settings=settings)
-    inside = peft_directory(Path(adapter).expanduser())
+    inside = peft_directory(local_path(adapter))
     lora = open_adapter(inside, strict=strict)[0]
     say_unused(path, inside)
     return Resolved(path, inside, run, settings, lora)
@@ -314,17 +322,32 @@ def say_notes(base: Path) -> None:
         say(f"Note: {note}.")
 
 
+def _with_revision(lora: LoraConfig) -> str | None:
+    """Returns the base that an adapter names, with its revision if that is on the hub.
+
+    Of a directory of this machine there is no revision.
+    """
+    name = lora.base_model_name_or_path
+    if not name or not lora.revision or parse_hub_name(name) is None:
+        return name
+    return f"{name}@{lora.revision}"
+
+
 def _base_of(
-    adapter: Path, names: Sequence[str | None], base: str | os.PathLike[str] | None
+    adapter: Path,
+    names: Sequence[str | None],
+    base: str | os.PathLike[str] | None,
+    needed: Needed,
 ) -> Path:
     """Returns the base of an adapter: `base`, else where one of its names leads.
 
-    Only directories of this machine are considered, never a hub.
+    A directory of this machine goes before a repository of the hub.
     """
     if base is not None:
-        if not Path(base).is_dir():
+        directory = local_path(base, needed=needed)
+        if not directory.is_dir():
             raise CheckpointError(f"The base `{base}` is not a directory.")
-        return Path(base)
+        return directory
     known = list(dict.fromkeys(name for name in names if name))
     if not known:
         raise CheckpointError(
@@ -340,15 +363,20 @@ def _base_of(
             "into its base (`qlora-jax merge`), and give the result with `base=` "
             "(--base)."
         )
-    if directory is None:
-        raise CheckpointError(
-            f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not "
-            "a directory here "
-            f"(looked at {', '.join(f'`{p}`' for p in dict.fromkeys(candidates))}). "
-            "Give it with "
-            "`base=` (--base)."
-        )
-    return directory
+    if directory is not None:
+        return directory
+    hub, cause = "", None
+    on_hub = next((name for name in known if parse_hub_name(name)), None)
+    if on_hub is not None:
+        try:
+            return local_path(on_hub, needed=needed)
+        except CheckpointError as error:
+            hub, cause = f" {error}", error
+    places = ", ".join(f"`{path}`" for path in dict.fromkeys(candidates))
+    raise CheckpointError(
+        f"The base of `{adapter}` is {' or '.join(map(repr, known))}, which is not a "
+        f"directory here (looked at {places}).{hub} Give it with `base=` (--base)."
+    ) from cause
 
 
 def base_candidates(adapter: Path, name: str) -> list[Path]:
@@ -420,8 +448,9 @@ def load(
     Args:
       path: Hugging Face directory, bitsandbytes-4bit directory (its packed weights are
         kept as they are, whatever `quantization` says), PEFT adapter directory, or a
-        run directory of `qlora-jax train`; or the result of `resolve`.
-      adapter: PEFT directory to attach.
+        run directory of `qlora-jax train`; a name of the hub; or the result of
+        `resolve`.
+      adapter: PEFT directory or name of the hub, to attach.
       base: the base of an adapter directory, where adapter_config.json does not lead
         to it.
       quantization: of the linear layers: NF4, NF4 with double quantization, or none

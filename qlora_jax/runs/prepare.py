@@ -64,6 +64,7 @@ from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.resume import check_continues, newest_record
+from qlora_jax.runs.sources import Sources, find_sources, hub_names
 from qlora_jax.runs.toml import SETTINGS, read_table
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
@@ -95,6 +96,7 @@ class PreparedRun:
 
     config: RunConfig
     """With the settings of the adapter that the run starts from."""
+    sources: Sources
     model: Llama
     base_options: Mapping[str, Any]
     """Arguments of `convert.load_llama`."""
@@ -140,17 +142,19 @@ def prepare(
         with problems.collecting():
             config = with_saved_date(config)
     options = base_options(config.model)
-    loaded = None
+    if any(hub_names(config)):
+        problems.raise_if_any()  # before a download
+    loaded = sources = None
     with problems.collecting():
-        loaded = _abstract_model(config, options, attention_cls, mlp_cls)
+        config, sources = find_sources(config)
+        loaded = _abstract_model(sources.base, options, attention_cls, mlp_cls)
     if loaded is None:  # nothing else can be checked without the model
         problems.raise_if_any()
-    assert loaded is not None
+    assert loaded is not None and sources is not None
     model, base, drawn = loaded
-    initial = config.train.adapter_init
-    starts_fresh = initial is None
-    say_unused(Path(config.model.path), None if initial is None else Path(initial))
-    say_notes(Path(config.model.path))
+    starts_fresh = sources.adapter is None
+    say_unused(sources.base, sources.adapter)
+    say_notes(sources.base)
     if config.model.dtype == "float16":
         say(
             "Note: with model.dtype = 'float16' the loss is not scaled: gradients "
@@ -160,7 +164,7 @@ def prepare(
         )
     if not starts_fresh:
         with problems.collecting():
-            model, base = _with_adapter_tables(config, model, base)
+            model, base = _with_adapter_tables(config, sources, model, base)
     elif config.model.resize_to_adapter:
         problems.add(
             "model: `resize_to_adapter` goes with `train.adapter_init`, the adapter "
@@ -169,7 +173,9 @@ def prepare(
     origin = trained = saved = data = None
     with problems.collecting():
         if not starts_fresh:
-            config, origin = _with_initial_adapter(config, explicit_lora, base, resumed)
+            config, origin = _with_initial_adapter(
+                config, sources, explicit_lora, base, resumed
+            )
     with problems.collecting():
         changes = config.model.config_changes
         model = model.clone(config=apply_changes(model.config, changes, "model"))
@@ -185,16 +191,19 @@ def prepare(
         blocked = blocked or len(problems) > before
     if not blocked and (quick or not len(problems)):
         with problems.collecting():
-            config, data = _load_data(config, model.config)
+            config, data = _load_data(config, sources, model.config)
     if saved is not None and data is not None:
         with problems.collecting():
             data_fingerprint = data.examples.report.fingerprint
             check_continues(config, saved, data_fingerprint, len(data.batches))
     problems.raise_if_any()
     assert trained is not None and data is not None
+    if config.hub.model_id is not None:  # not after hours of training
+        convert.check_push(config.hub.model_id, private=config.hub.private)
     selection, optimizer_groups = trained
     return PreparedRun(
         config=config,
+        sources=sources,
         model=model,
         base_options=options,
         drawn=drawn,
@@ -226,7 +235,7 @@ def _check_paths(config: RunConfig, problems: Problems) -> bool:
 
 
 def _abstract_model(
-    config: RunConfig,
+    directory: Path,
     options: Mapping[str, Any],
     attention_cls: Callable[..., nn.Module] | None,
     mlp_cls: Callable[..., nn.Module] | None,
@@ -236,7 +245,7 @@ def _abstract_model(
     Raises:
       UserError: the checkpoint has custom modules, and no classes were given.
     """
-    architecture, shapes = convert.abstract_llama(config.model.path, **options)
+    architecture, shapes = convert.abstract_llama(directory, **options)
     complete = Llama(architecture, Compute(), attention_cls, mlp_cls)
 
     def add(base: Any) -> Any:
@@ -251,13 +260,12 @@ def _abstract_model(
 
 
 def _with_adapter_tables(
-    config: RunConfig, model: Llama, base: Any
+    config: RunConfig, sources: Sources, model: Llama, base: Any
 ) -> tuple[Llama, Any]:
     """Gives the model the vocabulary and tables of `train.adapter_init`."""
-    path = config.train.adapter_init
-    assert path is not None
+    assert sources.adapter is not None
     out = convert.with_saved_tables(
-        model.config, base, path, resize=config.model.resize_to_adapter
+        model.config, base, sources.adapter, resize=config.model.resize_to_adapter
     )
     for note in out.notes:
         say(f"Note: {note}.")
@@ -266,6 +274,7 @@ def _with_adapter_tables(
 
 def _with_initial_adapter(
     config: RunConfig,
+    sources: Sources,
     explicit_lora: Collection[str] | None,
     base: Any,
     resumed: bool = False,
@@ -277,13 +286,15 @@ def _with_initial_adapter(
     Returns:
       The configuration, and the origin of the run for report.json.
     """
-    path = config.train.adapter_init
-    assert path is not None
+    path, directory = config.train.adapter_init, sources.adapter
+    assert path is not None and directory is not None
     if explicit_lora is None:
         explicit_lora = given_fields(config.lora)
-    adapter = convert.check_adapter(path, base, strict=config.train.adapter_init_strict)
-    convert.check_not_merged(config.model.path, path)
-    for note in convert.other_base_name(adapter, Path(path), Path(config.model.path)):
+    adapter = convert.check_adapter(
+        directory, base, strict=config.train.adapter_init_strict
+    )
+    convert.check_not_merged(sources.base, directory)
+    for note in convert.other_base_name(adapter, directory, sources.base):
         say(f"Note: {note}.")
     # The context length that the adapter was trained for is kept.
     changes = json.loads(adapter.base_config_changes or "{}")
@@ -364,14 +375,14 @@ def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
 
 
 def _load_data(
-    config: RunConfig, architecture: LlamaConfig
+    config: RunConfig, sources: Sources, architecture: LlamaConfig
 ) -> tuple[RunConfig, RunData]:
     """Loads the examples, holds some out, and arranges the others in batches.
 
     Returns:
       The settings with the date of the run, and its data.
     """
-    text = _load_tokenization(config, architecture)
+    text = _load_tokenization(config, sources, architecture)
     tokenizer = with_eos(text.tokenizer, config.data.eos_token)
     config = with_run_date(config, tokenizer)
     _note_other_template(config, text.adapter_template)
@@ -445,14 +456,15 @@ def _note_last_step(batches: Batches, epochs: float | None) -> None:
         )
 
 
-def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokenization:
+def _load_tokenization(
+    config: RunConfig, sources: Sources, architecture: LlamaConfig
+) -> Tokenization:
     """Loads the tokenizer of the base, or of the adapter that the run starts from."""
     needed = config.data.needs_tokenizer or bool(config.eval.sample_prompts)
     if config.eval.path:
         needed = needed or config.eval.data_config(config.data).needs_tokenizer
-    base, adapter = config.model.path, config.train.adapter_init
     try:
-        text = load_tokenization(architecture, base, adapter)
+        text = load_tokenization(architecture, sources.base, sources.adapter)
     except CheckpointError as error:
         if needed:
             raise
@@ -462,9 +474,9 @@ def _load_tokenization(config: RunConfig, architecture: LlamaConfig) -> Tokeniza
         say(note)
     if text.tokenizer is None and config.data.needs_tokenizer:
         raise UserError(
-            f"`{base}` has no tokenizer, and data.format={config.data.format!r} needs "
-            "one. Put the model's tokenizer files there, or give token ids "
-            "(data.format = 'tokens')."
+            f"`{config.model.path}` has no tokenizer, and data.format="
+            f"{config.data.format!r} needs one. Put the model's tokenizer files there, "
+            "or give token ids (data.format = 'tokens')."
         )
     return text
 

@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import convert
 from convert import (
@@ -62,6 +61,7 @@ from qlora_jax.runs.interruption import Interruption, RunInterrupted
 from qlora_jax.runs.metrics import Watch, open_trackers, work_of
 from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
+from qlora_jax.runs.publishing import publish_run
 from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
 from qlora_jax.runs.resume import continue_run, run_record, versions
 from qlora_jax.runs.rows import read_evaluations
@@ -98,6 +98,9 @@ def run(
       CheckpointError: model, tokenizer or checkpoint files that are missing or
         damaged, or a run directory that cannot be written.
       RunInterrupted: SIGTERM or SIGINT; a `KeyboardInterrupt`.
+
+    With `hub.model_id` the adapter of a complete run is published last; a failure of
+    that is a `CheckpointError`, and the same call tries it again.
     """
     began = time.perf_counter() if began is None else began
     directory, problems = Path(config.output_dir), Problems()
@@ -109,7 +112,10 @@ def run(
         prepared = prepare(
             config, attention_cls, mlp_cls, explicit_lora, problems=problems
         )
-        return _train(prepared, _load_base(prepared), began)
+        report = _train(prepared, _load_base(prepared), began)
+        if prepared.config.hub.model_id is not None:
+            report["published"] = publish_run(prepared.config, report["steps"])
+        return report
 
 
 @dataclass(frozen=True)
@@ -127,28 +133,29 @@ class LoadedBase:
 def _load_base(prepared: PreparedRun) -> LoadedBase:
     """Loads the base into the memories of the plan; describes what is trained."""
     config, policy = prepared.config, prepared.compiled.plan.policy
+    sources = prepared.sources
     say(f"Loading `{config.model.path}`.")
     architecture, base = convert.load_llama(
-        config.model.path, **prepared.base_options, progress=sys.stderr.isatty()
+        sources.base, **prepared.base_options, progress=sys.stderr.isatty()
     )
     fingerprint = fingerprint_tree(base)
     tables: Mapping[tuple[str, ...], Any] = {}
-    if config.train.adapter_init is not None:
+    if sources.adapter is not None:
         with_tables = convert.with_saved_tables(
             architecture,
             base,
-            config.train.adapter_init,
+            sources.adapter,
             resize=config.model.resize_to_adapter,
         )
         base, tables = with_tables.base, with_tables.tables
     key = jax.random.key(config.train.seed)
     _, base = add_parameters(prepared.model, base, key)
     base = put_base(base, embed_tokens=policy.embed_tokens, lm_head=policy.lm_head)
-    check_weights(prepared.drawn, base, config.lora, Path(config.model.path))
+    check_weights(prepared.drawn, base, config.lora, sources.base)
     initial = None
-    if config.train.adapter_init is not None:
+    if sources.adapter is not None:
         skipped: list[str] = []
-        start = Path(config.train.adapter_init)
+        start = sources.adapter
         lora, initial = convert.load_adapter(
             start, base, strict=config.train.adapter_init_strict, skipped=skipped
         )
@@ -156,7 +163,7 @@ def _load_base(prepared: PreparedRun) -> LoadedBase:
             say(f"Not used of `{start}`: {note}.")
         mismatch = base_mismatch(
             start,
-            Path(config.model.path),
+            sources.base,
             base,
             lora.base_fingerprint,
             fingerprint=fingerprint,
@@ -183,7 +190,11 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
     data_fingerprint = data.examples.report.fingerprint
     record = run_record(config, loaded.fingerprint, data_fingerprint)
     files = adapter_files(
-        config, prepared.model.config, data.tokenizer, data.trained_ends
+        config,
+        prepared.sources,
+        prepared.model.config,
+        data.tokenizer,
+        data.trained_ends,
     )
     evaluation = Evaluation(
         config=config.eval,
@@ -195,7 +206,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
         step=compiled.eval_step,
     )
     with disk_errors(directory):
-        state, base = _initial_state(config, loaded, compiled.optimizer)
+        state, base = _initial_state(prepared, loaded)
         with Checkpoints(directory / CHECKPOINTS, config.checkpoint) as checkpoints:
             state, start = continue_run(checkpoints, state, record, steps)
             # Not earlier: a refused run keeps the settings it was started with.
@@ -487,9 +498,7 @@ class Loop:
         )
 
 
-def _initial_state(
-    config: RunConfig, loaded: LoadedBase, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Any]:
+def _initial_state(prepared: PreparedRun, loaded: LoadedBase) -> tuple[TrainState, Any]:
     """Returns the state before the first step, and the base it trains on.
 
     From here on the directory is a run: it has settings. The part that pissa and olora
@@ -497,6 +506,7 @@ def _initial_state(
     give other bits on the machine where the run is continued.
     """
     # Two keys of one seed: the initial adapters, and all randomness of the steps.
+    config = prepared.config
     init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
     lora, base = config.lora, loaded.tree
     start, fresh = Path(config.output_dir) / START, False
@@ -507,7 +517,7 @@ def _initial_state(
     else:
         original = None
         if lora.init_lora_weights == "loftq":
-            checkpoint = open_checkpoint(config.model.path)
+            checkpoint = open_checkpoint(prepared.sources.base)
             original = None if checkpoint.quantized else checkpoint.files.read
         adapters, fresh = init_adapters(init_key, base, lora, original=original), True
     # Settings before START: without them a directory with content would be refused as
@@ -523,7 +533,7 @@ def _initial_state(
     adapters = jax.tree.map(jnp.asarray, adapters)
     if lora.changes_base:
         base = factor_out(base, adapters, lora)
-    return init_state(adapters, optimizer, run_key), base
+    return init_state(adapters, prepared.compiled.optimizer, run_key), base
 
 
 def _note_untrained(base: Any, selection: Selection, used: np.ndarray) -> None:

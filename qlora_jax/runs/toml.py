@@ -48,7 +48,7 @@ def read_table(path: Path) -> dict[str, Any]:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix != ".toml":
             on_hub = (
                 " A run file (TOML) is expected. If this names a model of the hub, "
-                "download it, and give its directory as `model.path` (--model.path)."
+                f"give it as `model.path`: --model.path {path}."
             )
         raise UserError(
             f"`{path}` cannot be read: {error.strerror}.{on_hub}"

@@ -384,7 +384,7 @@ def test_the_help_explains_joins_lines_and_hides_what_only_runs_set(cli, monkeyp
     # Each is in two lines of the source.
     sentences = {
         "train": " auto = the fastest policy that fits the device, which a continued ",
-        "inspect": " win; or an adapter or run directory, whose own LoRA ",
+        "inspect": " where options win; or an adapter or run directory, ",
     }
     for command, sentence in sentences.items():
         _, text, _ = cli(command, "--help")

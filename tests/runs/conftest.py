@@ -10,6 +10,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.config import (
     CheckpointConfig,
     EvalConfig,
+    HubConfig,
     LogConfig,
     ModelConfig,
     RunConfig,
@@ -54,6 +55,7 @@ def make(llama_dir, rows_file):
             checkpoint=section(CheckpointConfig, "checkpoint", every=4),
             eval=section(EvalConfig, "eval"),
             log=section(LogConfig, "log", plot=False),
+            hub=section(HubConfig, "hub"),
             output_dir=str(directory),
         )
 

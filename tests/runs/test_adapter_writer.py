@@ -12,6 +12,7 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.runs.adapter_writer import AdapterWriter, adapter_files
 from qlora_jax.runs.prepare import _load_data
+from qlora_jax.runs.sources import find_sources
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import init_state
 from tests.byte_tokenizers import byte_tokenizer
@@ -58,9 +59,10 @@ def trained(make, base, tmp_path, capsys):
             train=train or {},
         )
         architecture = LlamaConfig(260, 8, 8, 1, 1, 1, 8, eos_token_id=1)
-        _, loaded = _load_data(config, architecture)
+        _, sources = find_sources(config)
+        _, loaded = _load_data(config, sources, architecture)
         ends = loaded.trained_ends
-        files = adapter_files(config, architecture, loaded.tokenizer, ends)
+        files = adapter_files(config, sources, architecture, loaded.tokenizer, ends)
         return loaded, files, " ".join(capsys.readouterr().err.split())
 
     return trained

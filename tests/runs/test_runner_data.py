@@ -15,6 +15,7 @@ from qlora_jax.runs import runner
 from qlora_jax.runs.config import EvalConfig, RunConfig
 from qlora_jax.runs.directory import run_lock
 from qlora_jax.runs.resume import compare_records, run_record
+from qlora_jax.runs.sources import find_sources
 from tests.runs.directories import after_step, losses, weights
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
@@ -148,7 +149,7 @@ def test_fewer_rows_than_a_step_takes_are_noted(
 
     def notes_of(path):
         config = make(tmp_path / "run", path=str(path))
-        prepared._load_data(config, architecture)
+        prepared._load_data(config, find_sources(config)[1], architecture)
         return capsys.readouterr().err
 
     assert "repeated" not in notes_of(rows_file)
@@ -177,7 +178,8 @@ def test_a_last_step_that_repeats_rows_is_noted(
     path.write_text("\n".join((lines * 20)[:rows]))
     config = make(tmp_path / "run", path=str(path), packing=False)
     train = dataclasses.replace(config.train, steps=None, epochs=epochs)
-    prepared._load_data(dataclasses.replace(config, train=train), architecture)
+    config = dataclasses.replace(config, train=train)
+    prepared._load_data(config, find_sources(config)[1], architecture)
     error = " ".join(capsys.readouterr().err.split())
     assert noted in error and ("another pass" in error) == bool(noted)
 
