@@ -16,6 +16,7 @@ from qlora_jax.cli.output import run_and_print
 from qlora_jax.lora import LoraConfig
 from qlora_jax.runs import given_lora, option_keys, read_config, values_of
 from qlora_jax.training import Optimizer, TrainConfig
+from qlora_jax.tree import QUANTIZED
 
 if TYPE_CHECKING:
     from qlora_jax.runs import Resolved
@@ -88,7 +89,7 @@ class Inspect:
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
             "scaling": lora.scaling,
-            "target_modules": lora.target_modules,
+            "target_modules": _targets(lora, report.groups),
             "warnings": estimate_warnings(config, lora),
         }
 
@@ -126,6 +127,13 @@ class Inspect:
             return self.lora, explicit, ()
         given = {*explicit, *given_lora(Path(self.path), ())}
         return resolved.settings.lora, given, CHANGEABLE_SETTINGS
+
+
+def _targets(lora: LoraConfig, groups: Collection[str]) -> str | tuple[str, ...]:
+    """Returns the targets, of the default (all families' names) those of the model."""
+    if set(lora.target_modules) != set(QUANTIZED):
+        return lora.target_modules
+    return tuple(name for name in lora.target_modules if name in groups)
 
 
 def main(args: Sequence[str]) -> int:

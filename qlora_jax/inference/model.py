@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 import convert
-from convert import load_tokenization, local_path, peft_directory, shorten
+from convert import hub_name, load_tokenization, local_path, peft_directory, shorten
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference.config import Sampling
@@ -85,7 +85,8 @@ class Model:
     def description(self) -> str:
         """Path, quantization and dtype of the base, and the adapter, in one line."""
         parts = [
-            f"`{self.path}`: linear layers {describe_quantization(self.base)}",
+            f"`{hub_name(self.path) or self.path}`: linear layers "
+            f"{describe_quantization(self.base)}",
             f"computed in {self.compute.dtype}",
         ]
         if self.adapter_path is not None:

@@ -136,7 +136,11 @@ def model_card(
             **(read_facts(run / STARTED, []) or {}),
             **(read_facts(run / REPORT, []) or {}),
         }
-        parts += _run_sections(run, settings, facts)
+        trained = lora
+        if trained is None and (run / ADAPTER / ADAPTER_CONFIG).is_file():
+            trained = open_adapter(run / ADAPTER, strict=False)[0]
+        # The file names the targets of the model; settings may have every family's.
+        parts += _run_sections(run, settings, trained or settings.lora, facts)
     elif lora is not None:
         parts += ["## Adapter", _table(_lora_rows(lora))]
     parts.append(f"Made with qlora-jax {__version__}.")
@@ -229,9 +233,9 @@ model = qj.load("{name}")
 
 
 def _run_sections(
-    run: Path, settings: RunConfig, facts: Mapping[str, Any]
+    run: Path, settings: RunConfig, lora: LoraConfig, facts: Mapping[str, Any]
 ) -> Iterator[str]:
-    data, train, lora = settings.data, settings.train, settings.lora
+    data, train = settings.data, settings.train
     report = facts.get("data") or {}
     paths = [p for source in data.each for p in _paths(source.path)]
     yield "## Data"

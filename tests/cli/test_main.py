@@ -28,6 +28,7 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.toml import read_config
+from qlora_jax.tree import PROJECTIONS
 from qlora_jax.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -522,3 +523,8 @@ def test_a_name_that_is_not_utf8_is_one_clear_error(refused, settings, tmp_path)
     message = "rename what is not, or set a UTF-8 locale"
     refused(message, "train", settings(), "--output-dir", out)
     assert not out.exists()
+
+
+def test_inspect_lists_the_targets_that_the_model_has(cli, llama_dir):
+    _, text, _ = cli("inspect", llama_dir, "--json")
+    assert json.loads(text)["target_modules"] == list(PROJECTIONS)
