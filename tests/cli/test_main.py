@@ -28,8 +28,8 @@ from qlora_jax.lora.init import init_adapters
 from qlora_jax.runs.config import ModelConfig, RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.toml import read_config
-from qlora_jax.tree import PROJECTIONS
 from qlora_jax.training.config import TrainConfig
+from qlora_jax.tree import PROJECTIONS
 
 ROOT = Path(__file__).parents[2]
 
