@@ -166,14 +166,7 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
     partial_name = "partial_rotary_factor"
     inside = partial_name in fields
     partial = fields[partial_name] if inside else raw.get(partial_name, 1.0)
-    if partial is None and partial_name in family.fields:
-        name = f"{source}.{partial_name}" if inside else partial_name
-        raise UserError(
-            f"config.json: `{name}` is null, so it is unknown which part of a head is "
-            "rotated. Write the value of the original checkpoint there, or remove the "
-            "field if whole heads are."
-        )
-    if "partial_rotary_factor" not in family.fields:
+    if partial_name not in family.fields:
         # transformers' Llama passes over it under "default".
         if kind != "default" and partial is not None and partial != 1:
             raise UserError(
@@ -182,6 +175,13 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
                 "whole heads."
             )
         partial = 1.0
+    elif partial is None:
+        name = f"{source}.{partial_name}" if inside else partial_name
+        raise UserError(
+            f"config.json: `{name}` is null, so it is unknown which part of a head is "
+            "rotated. Write the value of the original checkpoint there, or remove the "
+            "field if whole heads are."
+        )
     if kind in ("llama3", "yarn", "longrope"):
         length = raw.get("max_position_embeddings") or family.default(
             "max_position_embeddings"
