@@ -6,6 +6,7 @@ wrong download fails in milliseconds with one message that lists every problem.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from convert.files import (
     read_header,
     read_json,
 )
-from convert.names import checkpoint_keys
+from convert.name_prefixes import META_FORMAT, is_meta_format, prefix_cause
+from convert.names import PEFT_PREFIX, checkpoint_keys
 from convert.text_model import text_tensors
 from qlora_jax.errors import CheckpointError
 from qlora_jax.models import LlamaConfig, unread_fields
@@ -179,10 +181,20 @@ def check_model_directory(path: Path) -> None:
     inside = sorted(path.glob("snapshots/*/config.json"))
     inside += sorted(path.glob("*/adapter_config.json"))
     hint = f" Did you mean `{inside[0].parent}`?" if inside else _gguf_hint(path)
+    if not inside and _meta_files(path):
+        hint = f" It holds {', '.join(_meta_files(path)[:3])}: {META_FORMAT}."
+        if (path.parent / "config.json").is_file():
+            hint = f"{hint} Did you mean `{path.parent}`?"
     raise CheckpointError(
         f"`{path}` has no config.json, so it is not a Hugging Face model directory."
         + hint
     )
+
+
+def _meta_files(path: Path) -> list[str]:
+    """Lists the files of a model in the original format of Meta's releases."""
+    names = sorted(p.name for p in path.glob("consolidated*"))
+    return [*names, *(["params.json"] if (path / "params.json").is_file() else [])]
 
 
 def _gguf_hint(path: Path) -> str:
@@ -257,6 +269,11 @@ def _no_weights(path: Path) -> str:
     names = sorted(p.name for p in path.iterdir())
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     shards = [n for n in names if n.endswith(".safetensors")]
+    if all(n.startswith("consolidated") for n in (*pickles, *shards)):
+        if files := _meta_files(path):
+            return (
+                f"`{path}` holds its weights in {', '.join(files[:3])}: {META_FORMAT}."
+            )
     if pickles and not shards:
         return (
             f"`{path}` holds its weights in pickle files ({', '.join(pickles[:3])}), "
@@ -324,33 +341,32 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, config, files, packed)
 
 
-# Beginnings of names that wrappers add when their state dict is saved.
-_WRAPPERS = {
-    "module.": "DistributedDataParallel or DeepSpeed",
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FSDP",
-    "base_model.model.": "PEFT",
-}
-
-
 def _probable_cause(config: LlamaConfig, files: TensorFiles) -> str:
     """Returns the usual cause of tensors that do not fit, where their names show it."""
-    wrapper = next((p for p in _WRAPPERS if any(k.startswith(p) for k in files)), None)
     adapted = [k for k in files if ".lora_" in k or ".base_layer." in k]
-    if adapted or wrapper == "base_model.model.":
+    if adapted or any(key.startswith(PEFT_PREFIX) for key in files):
         return (
             "They were saved with an adapter around the model. Save it with PEFT's "
             "`merge_and_unload()`, or use the base and the adapter for themselves."
         )
-    if wrapper is not None:
-        return (
-            f"Their names begin with `{wrapper}`, which {_WRAPPERS[wrapper]} puts "
-            "around a model. Save the model inside it with `save_pretrained`."
-        )
+    if is_meta_format(files.infos):
+        return f"Its tensors have the names of {META_FORMAT}."
+    prefix = prefix_cause(files.infos, checkpoint_keys(config))
+    if prefix:
+        return f"{prefix} Save the model itself with `save_pretrained`."
     if any(key.startswith(("v_head.", "score.", "classifier.")) for key in files):
         return (
             "It has the head of a reward, value or classification model, which no "
             "language model has."
+        )
+    lost = _without_state(config, files)
+    if lost:
+        return (
+            f"{len(lost):,} of its weights are in 4 bits (such as `{lost[0]}`) without "
+            "the `.quant_state.bitsandbytes__nf4` that says how to read them. A "
+            "program that saves the parameters alone loses these tensors. Take the "
+            "files that transformers' `save_pretrained` wrote, or the model that this "
+            "one was quantized from."
         )
     numbers = [
         int(part)
@@ -386,6 +402,21 @@ def _probable_cause(config: LlamaConfig, files: TensorFiles) -> str:
     if len(rows) == 1 and rows != {config.vocab_size}:
         return f"Its tables have {rows.pop()} rows (`vocab_size`)."
     return ""
+
+
+def _without_state(config: LlamaConfig, files: TensorFiles) -> list[str]:
+    """Lists the weights that are packed bytes, two to a byte, without their state."""
+    shapes = model_params.shapes(config)
+    return [
+        key
+        for key, (path, _) in checkpoint_keys(config).items()
+        if key in files
+        and model_params.can_be_packed(path)
+        and bnb.packed_type(files, key) is None
+        # Another dtype than uint8 is a view of the same bytes.
+        and files[key].shape[1:] == (1,)
+        and files[key].nbytes == -(-math.prod(shapes[path]) // 2)
+    ]
 
 
 class StoredTensor:

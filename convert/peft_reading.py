@@ -24,13 +24,20 @@ from numpy.typing import NDArray
 
 from convert.checkpoint import PackedTensor
 from convert.files import FLOAT_NAMES, Mismatches, TensorFiles, check_finite
+from convert.name_prefixes import prefix_cause
 from convert.names import PEFT_PREFIX, AdapterTensor, adapter_keys
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
 from convert.peft_tables import check_vocab_size, saved_tables
 from convert.rounding import rows_beyond_rounding
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, counted
-from qlora_jax.lora import LoraConfig, Selection, select, unused_settings
+from qlora_jax.lora import (
+    LoraConfig,
+    Selection,
+    linear_modules,
+    select,
+    unused_settings,
+)
 from qlora_jax.models import LlamaConfig, abstract_base
 from qlora_jax.nf4 import NF4Tensor
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
@@ -39,6 +46,7 @@ from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 # that it does not look up when it loads.
 # float64 is what a program without torch may save.
 _ADAPTER_DTYPES = (*FLOAT_NAMES, "F64")
+_PEFT_MODEL = PEFT_PREFIX.partition(".")[0]
 _STRAY_BIAS = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
 
@@ -181,13 +189,14 @@ def _match(
         elif key not in tensors and key not in copies and key not in same:
             bad.add(key)
             problems.add("unexpected tensors", key)
+    cause = _probable_cause(files, tensors, lora, base) if problems.by_kind else ""
     if strict:
         problems.check(
-            cause=_probable_cause(files, tensors, lora),
+            cause=cause,
             hint="`strict`=False (--no-strict) uses what fits and names the rest.",
         )
     else:
-        _check_can_skip(bad, tensors, problems)
+        _check_can_skip(bad, tensors, problems, cause)
         notes += [f"{i}: {k}" for k, items in problems.by_kind.items() for i in items]
     return _Match(lora, files, selection, tensors, copies, same, bad)
 
@@ -223,7 +232,10 @@ def _problem(
 
 
 def _check_can_skip(
-    bad: set[str], tensors: Mapping[str, AdapterTensor], problems: Mismatches
+    bad: set[str],
+    tensors: Mapping[str, AdapterTensor],
+    problems: Mismatches,
+    cause: str,
 ) -> None:
     """Raises if a bad tensor has no neutral value, or nothing would remain.
 
@@ -240,7 +252,9 @@ def _check_can_skip(
         if tensor.copy:
             continue  # the file holds the original
         if not tensor.is_update or tensor.module in dora:
-            problems.check(hint=f"`{key}` cannot be skipped: it has no neutral value.")
+            problems.check(
+                f"`{key}` cannot be skipped: it has no neutral value.", cause=cause
+            )
     # An update is skipped with all its parts; every other tensor by itself.
     units = {
         key: tensor.module if tensor.is_update else key
@@ -249,7 +263,7 @@ def _check_can_skip(
     }
     if set(units.values()) <= {units[key] for key in bad if key in units}:
         # What is left would be the base, under the name of an adapter.
-        problems.check(hint="None of its tensors could be used.")
+        problems.check("None of its tensors could be used.", cause=cause)
 
 
 def _read_tree(match: _Match) -> dict[str, Any]:
@@ -389,10 +403,13 @@ def _table_difference(files: TensorFiles, key: str, table: NDArray) -> str | Non
 
 
 def _probable_cause(
-    files: TensorFiles, tensors: Mapping[str, AdapterTensor], lora: LoraConfig
+    files: TensorFiles,
+    tensors: Mapping[str, AdapterTensor],
+    lora: LoraConfig,
+    base: Mapping[str, Any],
 ) -> str:
     """Returns the usual cause of such mismatches, where names and shapes show it."""
-    if not any(key.startswith(PEFT_PREFIX) for key in files):
+    if not any(f"{_PEFT_MODEL}." in key for key in files):
         example = next(iter(tensors))
         return f"PEFT's keys look like {example}; save the adapter with PEFT."
     if any(0 in files[key].shape for key in files):
@@ -445,11 +462,31 @@ def _probable_cause(
             f"(its names begin with `{PEFT_PREFIX}layers.`), as those of embedding "
             f"models are. As an adapter of a LlamaForCausalLM it has `{inner}layers.`."
         )
+    prefix = prefix_cause(files.infos, tensors)
+    if prefix:
+        return (
+            f"{prefix} Rename the tensors, or save the adapter with the "
+            "`save_pretrained` of the model that PEFT's `get_peft_model` made, without "
+            "a wrapper around or within it."
+        )
     others = {
         key.split(".lora_")[0].rpartition(".")[2]
         for key in files
         if key not in tensors and ".lora_" in key
     }
+    # Of a tied head the tree has no weight.
+    linear = {HEAD[-1], *(path[-1] for path in linear_modules(base))}
+    named = () if isinstance(lora.target_modules, str) else lora.target_modules
+    absent = others - linear - {EMBEDDING[-1]}
+    if absent:
+        which = "which `target_modules` names and this model does not have"
+        if not absent <= {name.rpartition(".")[2] for name in named}:
+            which = "which this model does not have"
+        return (
+            f"The file adapts {', '.join(sorted(absent))}, {which}: it is the adapter "
+            "of another model, or of another form of this one. Linear modules here: "
+            f"{', '.join(sorted(linear))}."
+        )
     selected = {tensor.path[-2] for tensor in tensors.values()}
     if others - selected and all(key in files for key in tensors):
         return (

@@ -13,6 +13,8 @@ import typing
 import pytest
 
 import qlora_jax
+from qlora_jax.models.families import FAMILIES
+from tests import test_golden_families as families
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,41 @@ def test_settings_that_the_pages_name_exist(repository):
             assert section in known, (path.name, section)
             for word in filter(None, (inner, key)):
                 assert word in known[section], (path.name, section, word)
+
+
+# The directories of `tests.test_golden_families`, as the page names the models.
+SHOWN = {"phi4_mini": "Phi-4-mini"}
+# What is compared of Llama, whose files are older -> the test that does.
+OF_LLAMA = {
+    "logits": ("test_golden.py", "test_logits"),
+    "adapters": ("test_golden.py", "test_adapted_logits"),
+    "training": ("test_golden.py", "test_thirty_training_steps"),
+    "generation": (
+        "inference/test_decode.py",
+        "test_greedy_tokens_are_those_of_hugging_face",
+    ),
+}
+
+
+def test_the_families_are_compared_as_their_table_says(repository):
+    """The last column of the table in docs/models.md is the list of the tests."""
+    text = (repository / "docs" / "models.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [line.strip("|").split("|") for line in lines[1:]]  # below the heading
+    said = {row[0].strip(" `"): row[-1].strip() for row in rows}
+    assert list(said) == list(FAMILIES)
+    for model_type, claim in said.items():
+        if model_type == "llama":
+            for file, name in OF_LLAMA.values():
+                assert f"def {name}(" in (repository / "tests" / file).read_text()
+            assert claim == ", ".join(OF_LLAMA)
+        elif model_type in families.COVERED:
+            source = families.COVERED[model_type]
+            assert claim == f"configuration; its switches with `{source}`"
+        else:
+            complete, parts = families.compared(model_type)
+            exceptions = [
+                f"{kind} but for {', '.join(SHOWN[name] for name in sorted(names))}"
+                for kind, names in parts.items()
+            ]
+            assert claim == "; ".join([", ".join(complete), *exceptions]), model_type

@@ -46,6 +46,9 @@ NAMES = {
 # Families without a directory: each switch that they set has one.
 COVERED = {"llama": "test_golden", "ministral": "gemma2", "seed_oss": "qwen2"}
 
+# Directories that are of another `model_type` than they are named.
+MODEL_TYPES = {"mistral_nemo": "mistral", "phi4_mini": "phi3", "qwen2_yarn": "qwen2"}
+
 of_each_family = pytest.mark.parametrize("name", NAMES)
 
 
@@ -87,11 +90,10 @@ def assert_close(got, want, where=None):
 
 def test_every_directory_is_compared(families):
     assert {path.parent.name for path in families.glob("*/logits.npz")} == set(NAMES)
-    configs = [
-        json.loads((families / name / "fp32" / "config.json").read_text())
-        for name in NAMES
-    ]
-    covered = {config["model_type"] for config in configs} | set(COVERED)
+    for name in NAMES:
+        config = json.loads((families / name / "fp32" / "config.json").read_text())
+        assert config["model_type"] == MODEL_TYPES.get(name, name)
+    covered = {MODEL_TYPES.get(name, name) for name in NAMES} | set(COVERED)
     assert covered == set(FAMILIES)
 
 
@@ -230,3 +232,41 @@ def test_an_adapter_is_written_with_its_own_names(families, read, tmp_path, name
         tmp_path / "adapter" / "adapter_model.safetensors",
         families / name / "adapter" / "adapter_model.safetensors",
     )
+
+
+COMPARED = {
+    "logits": (test_logits, test_logits_of_nf4),
+    "adapters": (test_adapted_logits, test_an_adapter_is_written_with_its_own_names),
+    "training": (test_ten_training_steps,),
+    "generation": (test_greedy_tokens,),
+}
+"""What docs/models.md says is compared -> the tests that compare it."""
+
+
+def directories(test):
+    """The directories that a test is parametrized with."""
+    (names,) = (
+        mark.args[1]
+        for mark in test.pytestmark
+        if mark.name == "parametrize" and mark.args[0] == "name"
+    )
+    return set(names)
+
+
+def compared(model_type):
+    """What is compared of a family, and of it what is not of all its directories.
+
+    Returns:
+      What is compared of every directory of the family, and kind -> directories of
+      which it is not.
+    """
+    names = {name for name in NAMES if MODEL_TYPES.get(name, name) == model_type}
+    missing = {
+        kind: names - set.intersection(*map(directories, tests))
+        for kind, tests in COMPARED.items()
+    }
+    complete = [kind for kind, without in missing.items() if not without]
+    parts = {
+        k: without for k, without in missing.items() if without and without != names
+    }
+    return complete, parts

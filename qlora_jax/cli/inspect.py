@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from qlora_jax.runs import Resolved
 
 
+# Paths of a run file that are read here -> the option that gives another.
+_PATHS = {"model.path": "--base", "train.adapter_init": ""}
+
+
 @dataclass(frozen=True)
 class Inspect:
     """Count what a run trains and stores; reads configurations only."""
@@ -99,19 +103,25 @@ class Inspect:
 
     def _resolve(self, explicit: Collection[str]) -> Resolved:
         """Returns the run, the adapter and the base that `path` refers to."""
-        from qlora_jax.runs import resolve
+        from convert import read_json
+        from qlora_jax.runs import beside_run, relative_paths, resolve
 
         if not self._is_run_file:
             return resolve(self.path, self.base, needed="configuration")
+        file = Path(self.path)
         options = values_of(self, (f"lora.{name}" for name in explicit))
-        run = read_config(Path(self.path), options)
-        base = self.base or run.model.path
-        resolved = resolve(
-            base,
-            adapter=run.train.adapter_init,
-            strict=run.train.adapter_init_strict,
-            needed="configuration",
-        )
+        given = {*options, *(["model.path"] if self.base else [])}
+        run = beside_run(read_config(file, options), file, given)
+        with relative_paths(run, file, given, _PATHS):
+            resolved = resolve(
+                self.base or run.model.path,
+                adapter=run.train.adapter_init,
+                strict=run.train.adapter_init_strict,
+                needed="configuration",
+            )
+            # Whether there is a model; `resolve` asks it of an adapter's base alone.
+            base = resolved.base
+            read_json(base / "config.json" if base.is_dir() else base)
         return dataclasses.replace(resolved, settings=run)
 
     def _lora(

@@ -6,6 +6,7 @@ and no data are read. `qlora_jax.planning.plan` does the planning.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,6 +247,8 @@ _KEYS = {
         )
     },
 }
+# Paths of a run file that are read here -> the option that gives another.
+_PATHS = {"model.path": "--model", "train.adapter_init": ""}
 # What a run must have and a plan of one step does not use.
 _UNUSED = {"output_dir": "none", "data.path": "none", "train.steps": 1}
 # The smallest step, where they are not given.
@@ -281,6 +284,8 @@ class _Settings:
         Raises:
           UserError: settings that are missing, or that no run can have.
         """
+        from qlora_jax.runs import beside_run, relative_paths
+
         options = {
             key: value
             for name, key in _KEYS.items()
@@ -303,9 +308,14 @@ class _Settings:
         else:
             options |= values_of(command, (f"lora.{name}" for name in explicit))
             run = read_config(Path(command.config), options)
+            run = beside_run(run, Path(command.config), options)
         length, batch_size, fit = _sizes(command, run)
         unnamed = command.config is None and command.dtype is None
-        config, lora, tables = _from_adapter(command, run, explicit)
+        with contextlib.ExitStack() as stack:
+            if command.config is not None:
+                file = Path(command.config)
+                stack.enter_context(relative_paths(run, file, options, _PATHS))
+            config, lora, tables = _from_adapter(command, run, explicit)
         return cls(
             config=apply_changes(config, run.model.config_changes),
             model=run.model,

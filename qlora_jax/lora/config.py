@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from qlora_jax.errors import Problems, UserError, did_you_mean
 from qlora_jax.lora.patterns import first_matches, match_patterns
-from qlora_jax.lora.peft_fields import passed_over, start_reason
+from qlora_jax.lora.peft_fields import other_method, passed_over, start_reason
 from qlora_jax.tree import QUANTIZED, FrozenDict
 
 # Fields of adapter_config.json for features that are not computed here -> the value
@@ -288,7 +288,7 @@ class LoraConfig:
         if raw.get("peft_type") != "LORA":
             raise UserError(
                 f"adapter_config.json: `peft_type` is {raw.get('peft_type')!r:.80}; "
-                "only 'LORA' adapters are supported."
+                f"only 'LORA' adapters are supported.{other_method(raw)}"
             )
         raw, notes = passed_over(raw)
         init = raw.get("init_lora_weights", True)

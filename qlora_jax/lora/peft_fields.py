@@ -48,6 +48,28 @@ def passed_over(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return out, notes
 
 
+def other_method(raw: Mapping[str, Any]) -> str:
+    """Returns what to do with an adapter of another method than LoRA; may be "".
+
+    Args:
+      raw: content of adapter_config.json.
+    """
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str):
+        return ""
+    rows = ""
+    if kind == "TRAINABLE_TOKENS":
+        rows = (
+            " This one is rows of an embedding without low-rank updates "
+            f"(`token_indices`={raw.get('token_indices')!r:.80}). Such rows are read, "
+            "and trained, as a part of a LoRA adapter (`trainable_token_indices`)."
+        )
+    return (
+        f"{rows} Where PEFT can merge it into its base (`merge_and_unload()`), the "
+        "merged model is read."
+    )
+
+
 def start_reason(init: Any) -> str:
     """Returns why an adapter with this `init_lora_weights` cannot be read."""
     if str(init).startswith(_CONVERTIBLE):

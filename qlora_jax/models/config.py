@@ -24,7 +24,9 @@ from typing import Any
 from qlora_jax.errors import UserError
 from qlora_jax.models.config_fields import (
     ACTIVATIONS,
+    SIZES,
     check_architecture,
+    check_nulls,
     check_types,
     is_integer,
     read_activation,
@@ -251,17 +253,18 @@ class LlamaConfig:
         raw = text_config(raw)
         check_types(raw)
         family = check_architecture(raw)
+        check_nulls(raw, family)
         # A text model may leave its sizes to the class.
-        sizes = {name: family.default(name) for name in _SIZES}
+        sizes = {name: family.default(name) for name in SIZES}
         raw = {**{k: v for k, v in sizes.items() if v is not None}, **raw}
-        missing = [name for name in _SIZES if raw.get(name) is None]
+        missing = [name for name in SIZES if raw.get(name) is None]
         if missing:
             raise UserError(
                 f"config.json lacks {', '.join(f'`{m}`' for m in missing)}. The "
                 f"config.json of a {raw['model_type']!r} model has all of them; is the "
                 "file complete?"
             )
-        for name in _SIZES:
+        for name in SIZES:
             if not is_integer(raw[name]):
                 raise UserError(
                     f"config.json: `{name}` must be an integer, got {raw[name]!r:.80}."
@@ -293,11 +296,7 @@ class LlamaConfig:
             num_key_value_heads=heads if key_value_heads is None else key_value_heads,
             head_dim=width // max(heads, 1) if head_dim is None else head_dim,
             # 0 is a value, and is refused like every other that no model can have.
-            max_position_embeddings=(
-                given("max_position_embeddings")
-                if raw.get("max_position_embeddings") is not None
-                else family.default("max_position_embeddings")
-            ),
+            max_position_embeddings=given("max_position_embeddings"),
             rms_norm_eps=float(given("rms_norm_eps")),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -411,10 +410,6 @@ class LlamaConfig:
                 out["rope_local_base_freq"] = local
 
 
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads"),
-)
 # Fields that one function writes, for what one says depends on the others.
 _ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 # Fields that only some families have.

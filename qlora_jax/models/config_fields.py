@@ -26,11 +26,13 @@ _NUMBERS = (
     *("logits_scaling", "query_pre_attn_scalar", "rope_local_base_freq"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
 )
-# Those that transformers 5 has in `rope_parameters`, and those for which null means
-# that there is none.
+# Those that transformers 5 has in `rope_parameters`, those for which null means that
+# there is none, and those that `check_nulls` refuses where a family reads them.
 _MAY_BE_NULL = (
     *("rope_theta", "partial_rotary_factor"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    *("logits_scaling", "query_pre_attn_scalar", "rope_local_base_freq"),
 )
 _ROPE_NUMBERS = (
     "partial_rotary_factor",
@@ -93,6 +95,52 @@ def check_types(raw: Mapping[str, Any]) -> None:
     ids = eos if isinstance(eos, list) else [eos]
     if eos is not None and not all(map(is_integer, ids)):
         raise type_error("eos_token_id", "an integer, or a list of them", eos)
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads"),
+)
+"""Fields that every model has."""
+# Fields that a family has if its configuration class has a value for them.
+_OF_SOME_FAMILIES = (
+    *("max_window_layers", "no_rope_layer_interval"),
+    *("original_max_position_embeddings", "query_pre_attn_scalar"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    *("logits_scaling", "rope_local_base_freq"),
+)
+
+
+def _fields_with_a_value(family: Family) -> list[str]:
+    """Lists the fields of config.json that cannot be null in a family.
+
+    They are those for which transformers 5 takes no null. An absent key has the default
+    of the class, and null has no meaning.
+    """
+    names = [*SIZES, "max_position_embeddings", "tie_word_embeddings"]
+    names += [name for name in family.biases.values() if isinstance(name, str)]
+    names += [n for n in _OF_SOME_FAMILIES if family.default(n) is not None]
+    names += ["use_sliding_window"] * family.window_is_optional
+    return list(dict.fromkeys([*names, *sorted(family.not_null)]))
+
+
+def check_nulls(raw: Mapping[str, Any], family: Family) -> None:
+    """Raises if a field is null that must have a value."""
+    nulls = [n for n in _fields_with_a_value(family) if n in raw and raw[n] is None]
+    if nulls:
+        names = ", ".join(f"`{name}`" for name in nulls)
+        optional = [name for name in nulls if name not in SIZES]
+        advice = "Write the value that the model was trained with"
+        if len(optional) == len(nulls):
+            advice += (
+                ", or remove the field if it is the one of transformers' "
+                "configuration class"
+            )
+        raise UserError(
+            f"config.json: {names} {'is' if len(nulls) == 1 else 'are'} null, and a "
+            f"{raw['model_type']!r} model must have a value there: transformers 5 "
+            f"refuses null too. {advice}."
+        )
 
 
 def is_integer(value: Any) -> bool:

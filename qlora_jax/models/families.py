@@ -49,6 +49,8 @@ class Family:
     """Projection -> whether it has a bias: a constant, or the field that says so."""
     fields: frozenset[str] = frozenset()
     """Optional fields of config.json that this family computes."""
+    not_null: frozenset[str] = frozenset()
+    """Fields of which null means something in other families, and nothing here."""
     activation_key: str = "hidden_act"
     gelu_is_approximate: bool = False
     """The first files say "gelu" and mean the tanh form."""
@@ -85,6 +87,7 @@ _GEMMA_DEFAULTS = {
     "max_position_embeddings": 8192,
     "hidden_act": "gelu_pytorch_tanh",
 }
+_GEMMA_NOT_NULL = frozenset({"num_key_value_heads", "head_dim"})
 _MISTRAL_DEFAULTS = {
     "num_key_value_heads": 8,
     "sliding_window": 4096,
@@ -108,6 +111,7 @@ FAMILIES: Mapping[str, Family] = {
         architectures=("MistralForCausalLM",),
         models="Mistral 7B, Nemo, Small, Codestral, Devstral",
         defaults=_MISTRAL_DEFAULTS,
+        not_null=frozenset({"num_key_value_heads"}),
         # With `layer_types` it is a Ministral, to transformers' Auto classes too.
         fields=frozenset({"sliding_window", "layer_types"}),
         layer_kinds="window",
@@ -116,6 +120,7 @@ FAMILIES: Mapping[str, Family] = {
         architectures=("MinistralForCausalLM",),
         models="Ministral 8B",
         defaults=_MISTRAL_DEFAULTS,
+        not_null=frozenset({"num_key_value_heads"}),
         fields=frozenset({"sliding_window", "layer_types"}),
         layer_kinds="window",
     ),
@@ -132,6 +137,7 @@ FAMILIES: Mapping[str, Family] = {
         architectures=("Qwen3ForCausalLM",),
         models="Qwen3 0.6B to 32B",
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        not_null=frozenset({"head_dim"}),
         biases=_ATTENTION_BIAS,
         fields=_QWEN_WINDOWS,
         qk_norm=True,
@@ -205,6 +211,7 @@ FAMILIES: Mapping[str, Family] = {
         models="Gemma 2B and 7B, CodeGemma",
         defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 16},
         biases=_ATTENTION_BIAS,
+        not_null=_GEMMA_NOT_NULL,
         gelu_is_approximate=True,
         norm_offset=True,
         scaled_embeddings=True,
@@ -222,6 +229,7 @@ FAMILIES: Mapping[str, Family] = {
             "final_logit_softcapping": 30.0,
         },
         biases=_ATTENTION_BIAS,
+        not_null=_GEMMA_NOT_NULL,
         fields=frozenset(
             {
                 *("sliding_window", "layer_types", "query_pre_attn_scalar"),
@@ -254,6 +262,7 @@ FAMILIES: Mapping[str, Family] = {
             "rope_local_base_freq": 10_000.0,
         },
         biases=_ATTENTION_BIAS,
+        not_null=_GEMMA_NOT_NULL,
         fields=frozenset(
             {
                 # transformers has `attn_logit_softcapping` too, and never caps.

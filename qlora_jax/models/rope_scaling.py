@@ -163,8 +163,10 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
     kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind != "default" and kind not in family.rope_types:
         raise _unsupported_type(kind, "config.json", family.rope_types)
-    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if "partial_rotary_factor" not in family.fields:
+    partial_name = "partial_rotary_factor"
+    inside = partial_name in fields
+    partial = fields[partial_name] if inside else raw.get(partial_name, 1.0)
+    if partial_name not in family.fields:
         # transformers' Llama passes over it under "default".
         if kind != "default" and partial is not None and partial != 1:
             raise UserError(
@@ -172,7 +174,14 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
                 f"supported; models of model_type {raw.get('model_type')!r:.40} rotate "
                 "whole heads."
             )
-        partial = None
+        partial = 1.0
+    elif partial is None:
+        name = f"{source}.{partial_name}" if inside else partial_name
+        raise UserError(
+            f"config.json: `{name}` is null, so it is unknown which part of a head is "
+            "rotated. Write the value of the original checkpoint there, or remove the "
+            "field if whole heads are."
+        )
     if kind in ("llama3", "yarn", "longrope"):
         length = raw.get("max_position_embeddings") or family.default(
             "max_position_embeddings"
@@ -183,9 +192,7 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
         fields[_ORIGINAL] = outer or inner or length
     fields["rope_type"] = kind
     scaling = read_rope_scaling(fields)
-    return Rope(
-        float(theta), scaling, local_theta, 1.0 if partial is None else float(partial)
-    )
+    return Rope(float(theta), scaling, local_theta, float(partial))
 
 
 def _read_ropes_by_layer_type(

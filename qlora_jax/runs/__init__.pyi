@@ -21,6 +21,7 @@ from .interruption import RunInterrupted as RunInterrupted
 from .loading import Resolved as Resolved
 from .loading import base_name_for_copy as base_name_for_copy
 from .loading import base_options as base_options
+from .loading import beside_run as beside_run
 from .loading import continued_settings as continued_settings
 from .loading import is_broken_path as is_broken_path
 from .loading import load as load

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import convert
 from convert import (
     TRAINING_RECORD,
     parse_hub_name,
     text_files,
+    training_record,
     with_chat_template,
     with_end_tokens,
     with_eos_token,
     with_tokenizer_class,
 )
-from qlora_jax.errors import say
+from qlora_jax.errors import UserError, say
 from qlora_jax.inference import base_form
-from qlora_jax.lora import absorb
+from qlora_jax.lora import LoraConfig, absorb, select
 from qlora_jax.models import (
     LlamaConfig,
     changes_to_json,
@@ -97,11 +99,7 @@ class AdapterWriter:
           name: of the directory within the run directory.
           losses: of a measurement at this step, for the training record.
         """
-        # With pissa and olora the trained adapter belongs to the changed base; what is
-        # written is for the base as it was loaded.
-        lora, adapters = absorb(
-            self.config.lora, jax.device_get(state.adapters), self.base
-        )
+        lora, adapters = self._absorbed(state)
         base_name = lora.base_model_name_or_path
         if base_name is None:
             base_name = self.config.model.path
@@ -132,9 +130,67 @@ class AdapterWriter:
             base_tables=self.base_tables,
         )
 
+    def _absorbed(self, state: TrainState) -> tuple[LoraConfig, dict[str, Any]]:
+        # With pissa and olora the trained adapter belongs to the changed base; what is
+        # written is for the base as it was loaded.
+        return absorb(self.config.lora, jax.device_get(state.adapters), self.base)
+
+    def say_replaced(self, state: TrainState) -> None:
+        """Notes a directory that holds another adapter than the state that is written.
+
+        Args:
+          state: of the checkpoint that the run continues from.
+        """
+        for name, own in self._directories(state).items():
+            path = Path(self.config.output_dir) / name
+            if not path.is_dir() or self._holds(path, own):
+                continue
+            step = _recorded_step(path)
+            by_record = "without the record of a run"
+            if step is not None:
+                by_record = f"by its {TRAINING_RECORD} that of step {step}"
+            say(
+                f"Note: `{path}` holds another adapter than the checkpoint of step "
+                f"{int(state.step)} that this run continues from ({by_record}): it was "
+                "replaced, or the run was killed while it was written. The checkpoint "
+                "counts, and the directory will be written over. To train on from the "
+                "adapter that is there, stop, copy it, and start another run with it "
+                "as `train.adapter_init`."
+            )
+
+    def _holds(self, path: Path, state: TrainState) -> bool:
+        """Whether a directory holds the adapter of a state."""
+        lora, adapters = self._absorbed(state)
+        # Shapes alone: copies of the base's tables are not compared.
+        shapes = jax.eval_shape(lambda base: base, self.base)
+        try:
+            saved_lora, saved = convert.load_adapter(path, shapes)
+        except UserError:
+            return False
+        # What is trained, with every rank and factor, however it is spelled.
+        there, here = select(shapes, saved_lora), select(shapes, lora)
+        same = dataclasses.replace(there, unmatched=here.unmatched) == here
+        return same and all(
+            jax.tree.leaves(jax.tree.map(np.array_equal, saved, adapters))
+        )
+
+    def _directories(self, state: TrainState) -> dict[str, TrainState]:
+        """Returns the directories of every checkpoint, with what each one holds."""
+        average = averaged(state.opt_state)
+        if average is None:
+            return {ADAPTER: state}
+        of_average = dataclasses.replace(state, adapters=average)
+        return {ADAPTER: state, ADAPTER_EMA: of_average}
+
     def write_all(self, state: TrainState) -> None:
         """Writes adapter/ and, if the run keeps a moving average, adapter_ema/."""
-        self.write(state)
-        average = averaged(state.opt_state)
-        if average is not None:
-            self.write(dataclasses.replace(state, adapters=average), ADAPTER_EMA)
+        for name, own in self._directories(state).items():
+            self.write(own, name)
+
+
+def _recorded_step(path: Path) -> int | None:
+    try:
+        step = training_record(path).get("step")
+    except UserError:
+        return None
+    return step if isinstance(step, int) else None

@@ -23,7 +23,7 @@ import fcntl
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,7 +114,10 @@ def where_it_is(config: RunConfig, file: Path) -> RunConfig:
 
 @contextlib.contextmanager
 def relative_paths(
-    config: RunConfig, file: Path, given: Collection[str] = ()
+    config: RunConfig,
+    file: Path,
+    given: Collection[str] = (),
+    read: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Says, of an error inside, which paths of a run file lead nowhere from here.
 
@@ -122,6 +125,8 @@ def relative_paths(
       config: what `file` holds, with the options that were given.
       file: a run file, or a run directory.
       given: keys of these options, whose paths are relative to where they are given.
+      read: keys of the paths that are read -> the option that gives another, or "".
+        Default all, with the option of their name.
     """
     try:
         yield
@@ -129,7 +134,9 @@ def relative_paths(
         lost = {
             key: path
             for key, path in _relative_paths(config).items()
-            if key not in given and not glob.glob(path)
+            if key not in given
+            and (read is None or key in read)
+            and not glob.glob(path)
         }
         parents = Path(os.path.realpath(settings_file(file))).parents
 
@@ -151,7 +158,9 @@ def relative_paths(
         if not lost or (here in parents and not found):
             raise
         names = " and ".join(f"`{key}` = {path!r}" for key, path in lost.items())
-        options = " ".join(f"--{key}" for key in lost if ".sources" not in key)
+        named = {key: f"--{key}" for key in lost if ".sources" not in key}
+        named = named if read is None else read
+        options = " ".join(named[key] for key in lost if named.get(key))
         are = "are relative paths" if len(lost) > 1 else "is a relative path"
         start = f"`{found[0]}`" if found else "the directory where the run was started"
         gap = "\n" if "\n" in str(error) else " "

@@ -53,7 +53,8 @@ from qlora_jax.models import (
     check_weights,
 )
 from qlora_jax.runs.config import ModelConfig, RunConfig
-from qlora_jax.runs.directory import find_run, read_settings
+from qlora_jax.runs.directory import ADAPTER, find_run, read_settings
+from qlora_jax.runs.toml import SETTINGS, settings_file
 from qlora_jax.tree import Path as TreePath
 
 
@@ -386,6 +387,45 @@ def base_candidates(adapter: Path, name: str) -> list[Path]:
     """
     here = adapter.resolve()
     return [Path(name), here / name, here.parent / name, here.parent.parent / name]
+
+
+def beside_run(config: RunConfig, file: Path, given: Collection[str] = ()) -> RunConfig:
+    """Returns a run's settings with the model and adapter that its directory leads to.
+
+    Relative paths of a run depend on the working directory. Where they lead nowhere
+    from here, they are looked for from the run directory, as those of its adapter are;
+    a note says which were found.
+
+    Args:
+      config: what `file` holds, with the options that were given.
+      file: a run file, or a run directory. Another run file than that of a run
+        directory leads nowhere.
+      given: keys of these options, whose paths are relative to where they are given.
+    """
+    settings = settings_file(file)
+    if settings.name != SETTINGS:
+        return config
+
+    def found(key: str, path: str | None) -> str | None:
+        if path is None or key in given or Path(path).exists():
+            return path
+        candidates = base_candidates(settings.parent / ADAPTER, path)
+        place = next((p for p in candidates if p.exists()), None)
+        if place is None:
+            return path
+        say(
+            f"Note: `{key}` = {path!r} of `{settings}` leads nowhere from the current "
+            f"directory, and is read as `{place}`."
+        )
+        return str(place)
+
+    path = found("model.path", config.model.path) or config.model.path
+    start = found("train.adapter_init", config.train.adapter_init)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=path),
+        train=dataclasses.replace(config.train, adapter_init=start),
+    )
 
 
 def _first_model(candidates: list[Path]) -> Path | None:

@@ -243,6 +243,8 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
                     files=files,
                 ),
             )
+            if start:
+                loop.writer.say_replaced(state)
             state = loop.run(state, start, began)
         taken = int(state.step)
         signal, reason = loop.interruption.signal, None

@@ -1,13 +1,14 @@
 """Runs QLoRA from a base model to a verified adapter: a demo that is also a test.
 
     make demo                                  # on a base that it makes itself
+    make demo ARGS="--family qwen3"            # the same with a small Qwen3
     make demo MODEL=path/to/hf-llama DATA=file # on your model and data
 
-It takes minutes on a CPU. Without a model it makes one: a small Llama, trained on
-generated stories until it can tell them, saved as a Hugging Face directory. From there
-everything goes through the command lines that a user has: quantize to NF4, fine-tune
-with QLoRA (killed halfway with SIGKILL and continued by the same command), generate,
-export, verify.
+It takes minutes on a CPU. Without a model it makes one: a small Llama or Qwen3, trained
+on generated stories until it can tell them, saved as a Hugging Face directory. From
+there everything goes through the command lines that a user has: quantize to NF4,
+fine-tune with QLoRA (killed halfway with SIGKILL and continued by the same command),
+generate, export, verify.
 
 It ends with exit status 1 if the loss did not fall, the run did not continue, the
 answers to held-out questions are wrong, or the exported adapter is not the one that was
@@ -45,6 +46,8 @@ from qlora_jax.runs.loading import load
 from scripts.demo.user_data import split
 
 STORY_MODEL = "scripts/demo/story_model.py"
+# `model_type` of the base that it makes -> its name.
+NAMES = {"llama": "Llama", "qwen3": "Qwen3"}
 MARK = ".made-by-qlora-jax-demo"
 # Share of the held-out questions that must be answered right, word for word.
 LEAST_RIGHT = 0.8
@@ -129,12 +132,13 @@ def compute_dtype() -> Literal["float32", "bfloat16"]:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def make_base(directory: Path) -> str:
-    """Trains a small Llama on stories and writes questions; returns a summary."""
-    say_command("python", STORY_MODEL, "--output", directory.name)
+def make_base(directory: Path, family: str) -> str:
+    """Trains a small model on stories and writes questions; returns a summary."""
+    option = [] if family == "llama" else ["--family", family]
+    say_command("python", STORY_MODEL, "--output", directory.name, *option)
     script = Path(__file__).with_name("story_model.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--output", str(directory)],
+        [sys.executable, str(script), "--output", str(directory), *option],
         capture_output=True,
         text=True,
     )
@@ -326,8 +330,9 @@ def choose_subject(args: argparse.Namespace, directory: Path, log: Log) -> Subje
         data["max_length"] = args.max_length
         prompts = args.prompt or parts.prompts
         return Subject(str(args.model.resolve()), data, prompts, [], 32)
-    with log.stage("Make a base: a small Llama that tells stories"):
-        log.results["base"] = make_base(directory)
+    name = NAMES[args.family]
+    with log.stage(f"Make a base: a small {name} that tells stories"):
+        log.results["base"] = make_base(directory, args.family)
         generate(directory, "base", ["Sam walks to the mill."], 60)
     lines = (directory / "held_out.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -401,6 +406,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, help="Hugging Face directory (default: made here)")
     add("--data", type=Path, help="data file: text, JSON or JSONL")
+    add("--family", choices=NAMES, help="of the base that is made (default: llama)")
     add("--output", type=Path, default=Path("demo_run"), help="directory to (re)make")
     add("--steps", type=int, help="fine-tuning (steps)")
     add("--batch-size", type=int, help="sequences in a step")
@@ -410,6 +416,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model is None) != (args.data is None):
         parser.error("--model (MODEL=) and --data (DATA=) go together: give both")
+    if args.model is not None and args.family is not None:
+        parser.error("--family is of the base that is made; leave it out with --model")
+    args.family = args.family or "llama"
     for name, small, users in (
         ("steps", 500, 60),
         ("batch_size", 16, 4),

@@ -1,11 +1,13 @@
-"""Makes a small Llama that tells stories, and questions about held-out stories.
+"""Makes a small model that tells stories, and questions about held-out stories.
 
     python scripts/demo/story_model.py --output path/to/new
+    python scripts/demo/story_model.py --output path/to/new --family qwen3
 
-writes `base/`, a Hugging Face directory (390,656 parameters, trained here on generated
-stories), and `train.jsonl` and `held_out.jsonl`, prompts and completions in one fixed
-style that the base has never seen. The demo fine-tunes the base on the questions. Equal
-arguments give equal files.
+writes `base/`, a Hugging Face directory (a Llama of 390,656 parameters, or a Qwen3 of
+358,016 with norms of queries and keys and shared key-value heads, trained here on
+generated stories), and `train.jsonl` and `held_out.jsonl`, prompts and completions in
+one fixed style that the base has never seen. The demo fine-tunes the base on the
+questions. Equal arguments give equal files.
 """
 
 import argparse
@@ -27,6 +29,11 @@ from qlora_jax import Llama, LlamaConfig
 from qlora_jax.models.layers import Compute
 
 STORIES = 12_800
+# `model_type` -> its name, and the fields of config.json that differ from a Llama's.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
+}
 
 # --- The words of task 1 (stories) and task 2 (questions about them) ---
 
@@ -102,7 +109,7 @@ def distinct_questions(draw: random.Random, count: int) -> list[dict[str, str]]:
     return list(by_scene.values())
 
 
-# --- The base: a Llama trained on stories, in Hugging Face form ---
+# --- The base: a model trained on stories, in Hugging Face form ---
 
 
 def make_tokenizer(texts: list[str], path: Path) -> Tokenizer:
@@ -140,11 +147,11 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.nda
     return tokens, counts
 
 
-def make_config(tokenizer: Tokenizer) -> LlamaConfig:
-    """Returns the configuration of the small Llama."""
+def make_config(tokenizer: Tokenizer, family: str) -> LlamaConfig:
+    """Returns the configuration of the small model."""
     return LlamaConfig.from_hf(
         {
-            "model_type": "llama",
+            "model_type": family,
             "vocab_size": tokenizer.get_vocab_size(),
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -155,17 +162,20 @@ def make_config(tokenizer: Tokenizer) -> LlamaConfig:
             "initializer_range": 0.05,  # 0.02 suits wider models; this learns faster
             "bos_token_id": tokenizer.token_to_id("<s>"),
             "eos_token_id": tokenizer.token_to_id("</s>"),
+            **FAMILIES[family][1],
         }
     )
 
 
-def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
-    """Trains all parameters of a small Llama on stories; returns a summary."""
+def make_base(
+    directory: Path, *, steps: int, family: str = "llama", batch_size: int = 16
+) -> str:
+    """Trains all parameters of a small model on stories; returns a summary."""
     draw = random.Random(1)
     texts = [story(draw) for _ in range(STORIES)]
     tokenizer = make_tokenizer(texts[:2000], directory / "tokenizer")
     tokens, counts = tokenize(tokenizer, texts)
-    config = make_config(tokenizer)
+    config = make_config(tokenizer, family)
     model = Llama(config, Compute(dtype="float32", remat="none"))
     params: Any = model.init(jax.random.key(0), tokens[:1, :4])["params"]
     rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
@@ -200,8 +210,8 @@ def make_base(directory: Path, *, steps: int, batch_size: int = 16) -> str:
     shutil.rmtree(directory / "tokenizer")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
-        f"Llama of {size:,} parameters, {steps} steps on generated stories, loss "
-        f"{losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}"
+        f"{FAMILIES[family][0]} of {size:,} parameters, {steps} steps on generated "
+        f"stories, loss {losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}"
     )
 
 
@@ -210,12 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a story model and questions.")
     add = parser.add_argument
     add("--output", type=Path, required=True, help="directory to write them to")
+    add("--family", choices=FAMILIES, default="llama", help="`model_type` of the base")
     add("--steps", type=int, default=800, help="training of the base (steps)")
     add("--questions", type=int, default=3000, help="in train.jsonl (rows)")
     add("--held-out", type=int, default=100, help="in held_out.jsonl (rows)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    print(make_base(args.output, steps=args.steps))
+    print(make_base(args.output, steps=args.steps, family=args.family))
     rows = distinct_questions(random.Random(2), args.questions + args.held_out)
     for name, part in (
         ("train", rows[: args.questions]),

@@ -322,6 +322,40 @@ def test_paths_of_a_run_are_relative_to_where_it_was_started(
     assert "relative" not in cli(command, out if command == "eval" else file)[2]
 
 
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_the_model_of_a_run_is_found_from_elsewhere(
+    cli, settings, tmp_path, model_dir, monkeypatch, command
+):
+    there = tmp_path / "there"
+    shutil.copytree(model_dir, there / "base")
+    file = settings()
+    file.write_text(file.read_text().replace(str(model_dir), "base"))
+    run = there / "run"
+    run.mkdir()
+    shutil.copy(file, run / "config.toml")
+    options = ["--gpu", "l4", "--method", "estimate"] * (command == "plan")
+    monkeypatch.chdir(there)
+    status, want, err = cli(command, "run/config.toml", *options, "--json")
+    assert status == 0 and "leads nowhere" not in err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    status, got, err = cli(command, run / "config.toml", *options, "--json")
+    assert status == 0 and got == want
+    assert f"is read as `{there / 'base'}`" in err
+    # The run file of a run that has not started leads nowhere; the message says where.
+    shutil.move(run / "config.toml", there / "mine.toml")
+    status, _, err = cli(command, there / "mine.toml", *options)
+    assert status == 1 and "`model.path` = 'base' is a relative path" in err
+    option = {"plan": "--model", "inspect": "--base"}[command]
+    assert f"Start the command in `{there}`, or give {option}." in err
+    assert "data.path" not in err
+    # Nothing beside the run either.
+    (there / "mine.toml").rename(run / "config.toml")
+    shutil.rmtree(there / "base")
+    status, _, err = cli(command, run / "config.toml", *options)
+    assert status == 1 and "the directory where the run was started" in err
+
+
 def test_rows_that_are_too_long_are_counted(cli, settings, tmp_path, out):
     rows = tmp_path / "mine.jsonl"
     numbers = ([1] * length for length in (5, 70, 90, 8))

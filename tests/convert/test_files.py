@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from convert.checkpoint import open_model
+from convert.checkpoint import open_config, open_model
 from convert.files import Mismatches, TensorFiles, check_finite, read_header, read_json
 from convert.output import Entry, write_model_files, write_safetensors
 from qlora_jax.errors import CheckpointError, UserError
@@ -370,7 +370,34 @@ def test_an_incomplete_or_ambiguous_directory_is_refused(sharded, change, match)
         open_model(sharded)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "a.pt"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["consolidated.00.pth", "consolidated.01.pth", "params.json"],
+        ["consolidated.safetensors", "params.json"],
+        ["consolidated.safetensors"],
+        ["params.json"],
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_the_original_format_of_meta_is_named(tmp_path, names, has_config):
+    directory = tmp_path / "original"
+    directory.mkdir()
+    for name in names:
+        (directory / name).write_bytes(b"{}")
+    message = f"{names[0]}.*the original format of Meta's.*convert_llama_weights_to_hf"
+    if has_config:
+        with refused(message):
+            open_model(directory)
+        return
+    with refused(f"has no config.json.*{message}"):
+        open_config(directory)
+    (tmp_path / "config.json").write_text("{}")
+    with refused(f"{message}.*Did you mean `{tmp_path}`"):
+        open_config(directory)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt"])
 def test_pickle_weights_are_refused_with_the_way_out(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with refused("can run any code.*save_pretrained"):

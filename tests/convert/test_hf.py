@@ -238,11 +238,42 @@ def test_a_message_lists_everything_wrong(make_model):
         assert part in str(caught.value)
 
 
+# What Meta's original release calls the tensors.
+META_NAMES = {
+    "q_proj": "attention.wq",
+    "k_proj": "attention.wk",
+    "v_proj": "attention.wv",
+    "o_proj": "attention.wo",
+    "gate_proj": "feed_forward.w1",
+    "down_proj": "feed_forward.w2",
+    "up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def meta_name(key):
+    *_, module, weight = key.split(".")
+    if ".layers." in key:
+        return f"layers.{key.split('.')[2]}.{META_NAMES[module]}.{weight}"
+    tables = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
+    return f"{tables.get(module, module)}.{weight}"
+
+
 @pytest.mark.parametrize(
     ("rename", "fields", "cause"),
     [
-        (lambda k: f"module.{k}", {}, "begin with `module.`"),
-        (lambda k: f"_orig_mod.{k}", {}, "torch.compile"),
+        (lambda k: f"module.{k}", {}, "a `module.` that is extra.*all 21 names fit"),
+        (lambda k: f"_orig_mod.{k}", {}, "torch.compile.*all 21 names fit"),
+        (lambda k: k.replace("mlp", "module.mlp"), {}, "6 names.*a `module.`.*all 21"),
+        (lambda k: f"model.{k}", {}, "one `model.` is extra.*all 21 names fit"),
+        (lambda k: f"transformer.{k}", {}, "`transformer.` is extra.*all 21 names fit"),
+        (
+            lambda k: k.replace("model.layers", "layers"),
+            {},
+            "`model.` is missing, and with it all 21 names fit",
+        ),
+        (meta_name, {}, "the original format of Meta's.*convert_llama_weights_to_hf"),
         (lambda k: f"base_model.model.{k}", {}, "with an adapter around the model"),
         (
             lambda k: k.replace("q_proj.", "q_proj.base_layer."),
@@ -277,6 +308,27 @@ def test_the_cause_of_names_that_do_not_fit_is_told(
     (path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=cause):
         convert.load_llama(path)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+@pytest.mark.parametrize("lost", [("quant_state",), ("quant_state", "absmax", "map")])
+def test_packed_weights_without_their_states_are_named(
+    tiny_model, tmp_path, edit_tensors, storage, lost
+):
+    config, base = convert.load_llama(tiny_model, quantization="nf4_dq")
+    convert.save_llama(tmp_path / "packed", config, base, quant_storage=storage)
+
+    def change(tensors):
+        for key in [k for k in tensors if any(part in k for part in lost)]:
+            del tensors[key]
+
+    edit_tensors(tmp_path / "packed" / "model.safetensors", change)
+    message = (
+        r"14 of its weights are in 4 bits \(such as `model.layers.0.self_attn.q_proj"
+        r".weight`\) without the `.quant_state.bitsandbytes__nf4`"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        convert.load_llama(tmp_path / "packed")
 
 
 def test_what_a_directory_holds_and_is_not_used_is_noted(make_model):

@@ -566,6 +566,68 @@ def test_keys_without_the_prefix_of_peft(adapter, edit_tensors, refused):
     refused(adapter, hint, "missing tensors", "unexpected")
 
 
+EXTRA_MODEL = "one `model.` is extra, and without it all 8 names fit"
+EXTRA_MODULE = "have a `module.` that is extra, which DistributedDataParallel"
+
+
+@pytest.mark.parametrize(
+    ("rename", "cause"),
+    [
+        (lambda k: k.replace("model.model.", "model.model.model."), EXTRA_MODEL),
+        (lambda k: f"module.{k}", EXTRA_MODULE),
+        (lambda k: k.replace("model.model.", "model.module.model."), EXTRA_MODULE),
+        (lambda k: k.replace("layers.", "layers.module."), EXTRA_MODULE),
+        (
+            lambda k: k.replace("base_model.model.", "base_model.model.inner."),
+            "one `inner.` is extra, and without it all 8 names fit",
+        ),
+        (
+            lambda k: k.replace("model.model.", "model.language."),
+            "with `model.` in place of `language.` all 8 names fit",
+        ),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_prefix_too_many_is_named(
+    adapter, edit_tensors, refused, rename, cause, strict
+):
+    def change(tensors):
+        for key in list(tensors):
+            tensors[rename(key)] = tensors.pop(key)
+
+    edit_tensors(adapter / WEIGHTS, change)
+    text = refused(adapter, cause, "Rename the tensors", strict=strict)
+    assert text.count("names fit") == 1
+
+
+def test_a_prefix_and_another_model_are_both_said(tiny, make_adapter, edit_tensors):
+    source = make_adapter({**tiny, "num_hidden_layers": 1}, name="one")
+
+    def change(tensors):
+        for key in list(tensors):
+            tensors[f"module.{key}"] = tensors.pop(key)
+
+    edit_tensors(source / WEIGHTS, change)
+    with pytest.raises(CheckpointError, match="without it 4 of 8 names fit"):
+        convert.load_adapter(source, LlamaConfig.from_hf(tiny))
+
+
+def test_adapted_modules_that_the_model_does_not_have_are_named(
+    config, adapter, edit_tensors, refused
+):
+    def change(tensors):
+        for key in [k for k in tensors if "q_proj" in k]:
+            tensors[key.replace("q_proj", "qkv_proj")] = tensors[key]
+
+    edit_tensors(adapter / WEIGHTS, change)
+    edit_json(adapter / CONFIG, target_modules=["q_proj", "down_proj", "qkv_proj"])
+    named = "adapts qkv_proj, which `target_modules` names and this model does not have"
+    text = refused(adapter, named, "Linear modules here: down_proj, gate_proj, k_proj,")
+    assert "does not select" not in text
+    edit_json(adapter / CONFIG, target_modules=["q_proj", "down_proj"])
+    refused(adapter, "adapts qkv_proj, which this model does not have")
+
+
 def test_targets_that_are_not_in_the_model(config, adapter, refused):
     edit_json(adapter / CONFIG, target_modules=["q_proj", "down_proj", "c_attn"])
     lora, adapters = convert.load_adapter(adapter, config)

@@ -501,7 +501,14 @@ TOKENS = "alora_invocation_tokens"
             {"use_qalora": True, TOKENS: [1], "init_lora_weights": "olora"},
             f"`{TOKENS}`=.*, `use_qalora`=True, `init_lora_weights`='olora",
         ),
-        ({"peft_type": "IA3"}, "`peft_type` is 'IA3'; only 'LORA' adapters"),
+        (
+            {"peft_type": "IA3"},
+            "`peft_type` is 'IA3'; only 'LORA' adapters.*`merge_and_unload",
+        ),
+        (
+            {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 2]},
+            r"TRAINABLE_TOKENS'.*rows of an embedding.*\[5, 2\].*as a part of a LoRA",
+        ),
         ({"peft_type": None}, "`peft_type` is None"),
         ({"peft_type": ["LORA"]}, r"`peft_type` is \['LORA'\]"),
         *(({"r": r}, "`r` must be a positive integer") for r in (0, "8", None)),

@@ -6,6 +6,7 @@ import pytest
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.config_fields import SIZES as SIZE_FIELDS
 from qlora_jax.models.config_notes import unread_fields
 from qlora_jax.models.families import FAMILIES, family_of
 
@@ -38,7 +39,7 @@ def theirs():
     from transformers import AutoConfig
 
     return lambda model_type, **fields: AutoConfig.for_model(
-        model_type, **SIZES, **fields
+        model_type, **(SIZES | fields)
     )
 
 
@@ -222,6 +223,49 @@ def test_fields_that_are_not_computed_are_named(model_type, fields, notes):
     named = unread_fields(config.raw, config.vocab_size)
     assert len(named) == len(notes)
     assert all(a.startswith(b) for a, b in zip(named, notes, strict=True))
+
+
+# Fields that may be null in one family or another.
+NULLABLE = (
+    *SIZE_FIELDS,
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("original_max_position_embeddings", "rms_norm_eps", "initializer_range"),
+    *("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"),
+    *("use_sliding_window", "max_window_layers", "no_rope_layer_interval"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    *("logits_scaling", "query_pre_attn_scalar", "final_logit_softcapping"),
+    *("attn_logit_softcapping", "partial_rotary_factor", "hidden_act"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling"),
+)
+
+
+@of_each_family
+@pytest.mark.parametrize("field", NULLABLE)
+def test_null_is_refused_by_name_where_transformers_refuses_it(
+    theirs, model_type, field
+):
+    activation = family_of(model_type).activation_key
+    field = activation if field == "hidden_act" else field
+    fields = {"hidden_size": 128, field: None}
+    try:
+        theirs(model_type, **fields)
+    except Exception:  # several classes, of huggingface_hub
+        with pytest.raises(UserError, match=f"`{field}`"):
+            read(model_type, **fields)
+    else:
+        read(model_type, **fields)
+
+
+def test_what_to_do_about_null_is_said():
+    several = {"hidden_size": None, "head_dim": None}
+    message = (
+        "`hidden_size`, `head_dim` are null, and a 'qwen3' model must have a value"
+    )
+    with pytest.raises(UserError, match=message) as caught:
+        read("qwen3", **several)
+    assert "remove the field" not in str(caught.value)
+    with pytest.raises(UserError, match="`head_dim` is null.*or remove the field if"):
+        read("qwen3", head_dim=None)
 
 
 def test_the_documentation_lists_every_family(repository):

@@ -148,20 +148,74 @@ def test_a_run_directory_holds_it(
 
 
 @pytest.mark.parametrize("kind", ["dora", "tables"])
-def test_stopped_and_continued_it_is_the_same(kind, make, straight, stopped, tmp_path):
+def test_stopped_and_continued_it_is_the_same(
+    kind, make, straight, stopped, tmp_path, capsys
+):
     stopped(kind, tmp_path / "parts")
     run(make(tmp_path / "parts", KINDS[kind], steps=4))
     assert weights(tmp_path / "parts") == weights(straight(kind).directory)
+    assert "another adapter" not in capsys.readouterr().err
 
 
-def test_what_pissa_factors_out_is_kept(make, straight, stopped, tmp_path, monkeypatch):
+def scale_weights(path):
+    file = path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({k: 2 * v for k, v in tensors.items()}, file)
+
+
+def change_alpha(path):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 99}))
+
+
+def lose_record(path):
+    scale_weights(path)
+    (path / "training.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "step"),
+    [
+        ("dora", scale_weights, "by its training.json that of step 2"),
+        ("tables", lose_record, "without the record of a run"),
+        ("pissa", change_alpha, "by its training.json that of step 2"),
+        ("dora", lambda path: scale_weights(path.with_name("adapter_ema")), ""),
+        ("dora", lambda path: (path / "adapter_config.json").unlink(), "step 2"),
+    ],
+)
+def test_an_adapter_that_was_replaced_is_said_before_it_is_written_over(
+    kind, change, step, make, stopped, straight, tmp_path, capsys
+):
+    directory = stopped(kind, tmp_path / "run")
+    average = {"ema_decay": 0.5} if step == "" else {}
+    if average:  # a run of its own, whose average is another adapter
+        shutil.rmtree(directory)
+        run(make(directory, KINDS[kind], steps=2, **average))
+    change(directory / "adapter")
+    capsys.readouterr()
+    run(make(directory, KINDS[kind], steps=4, **average))
+    err = " ".join(capsys.readouterr().err.split())
+    name = "adapter_ema" if average else "adapter"
+    assert f"`{directory / name}` holds another adapter than the checkpoint" in err
+    assert step in err and "The checkpoint counts" in err
+    # Not of the other directory, which is as the run left it.
+    assert err.count("holds another adapter") == 1
+    if not average:
+        assert weights(directory) == weights(straight(kind).directory)
+
+
+def test_what_pissa_factors_out_is_kept(
+    make, straight, stopped, tmp_path, monkeypatch, capsys
+):
     """A decomposition of another machine may differ; the run goes on with the first."""
     stopped("pissa", tmp_path / "run")
     lora, _ = open_adapter(tmp_path / "run" / "initial_adapter")
     assert lora.r == 4 and open_adapter(tmp_path / "run" / "adapter")[0].r == 8
 
     monkeypatch.setattr(runner, "init_adapters", pytest.fail)  # decomposed again
+    capsys.readouterr()
     run(make(tmp_path / "run", KINDS["pissa"], steps=4))
+    assert "another adapter" not in capsys.readouterr().err
     assert weights(tmp_path / "run") == weights(straight("pissa").directory)
 
 

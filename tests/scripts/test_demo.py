@@ -1,10 +1,12 @@
 import json
 import random
+import re
 
 import pytest
 
 import convert
 from convert.tokenizer import load_tokenizer
+from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from scripts.demo import __main__ as demo
 from scripts.demo import story_model, user_data
@@ -36,13 +38,23 @@ def test_questions_are_about_distinct_scenes_that_answer_them():
     assert kinds == {"Where", "What", "How", "Who"}
 
 
-def test_the_story_model_is_a_checkpoint_with_a_tokenizer(run_script, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("llama", "Llama of 390,656"), ("qwen3", "Qwen3 of 358,016")],
+)
+def test_the_story_model_is_a_checkpoint_with_a_tokenizer(
+    run_script, tmp_path, family, size
+):
     options = "--steps 2 --questions 10 --held-out 5 --output".split()
-    done = run_script("demo/story_model.py", *options, tmp_path)
+    options = [*options, tmp_path, *(["--family", family] * (family != "llama"))]
+    done = run_script("demo/story_model.py", *options)
     assert done.returncode == 0, done.stderr
-    assert "390,656 parameters, 2 steps" in done.stdout
+    assert f"{size} parameters, 2 steps" in done.stdout
     config, base = convert.load_llama(tmp_path / "base", quantization=None)
-    assert config.num_hidden_layers == 2
+    assert (config.model_type, config.num_hidden_layers) == (family, 2)
+    assert config.tie_word_embeddings
+    norms = {"q_norm", "k_norm"} & set(base["model"]["layers"]["self_attn"])
+    assert len(norms) == (2 if family == "qwen3" else 0)
     assert base["model"]["embed_tokens"]["weight"].shape == (config.vocab_size, 128)
     tokenizer = load_tokenizer(tmp_path / "base")
     rows = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
@@ -132,13 +144,40 @@ def test_only_a_directory_of_the_demo_is_replaced(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--model", "somewhere"], "give both"), (["--steps", "19"], "at least 20")],
+    [
+        (["--model", "somewhere"], "give both"),
+        (["--steps", "19"], "at least 20"),
+        (["--family", "gpt"], "invalid choice"),
+        (["--model", "a", "--data", "b", "--family", "qwen3"], "leave it out with"),
+    ],
 )
 def test_options_that_cannot_be_used_are_refused(options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.parse_arguments(options)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_families_of_the_demo_are_those_of_the_story_model():
+    names = {family: name for family, (name, _) in story_model.FAMILIES.items()}
+    assert demo.NAMES == names
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_a_small_qwen3(run_script, tmp_path):
+    # A fifth of the demo's steps: the loss has fallen by then.
+    options = "--family qwen3 --steps 100 --output".split()
+    done = run_script("demo", *options, tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a small Qwen3 that tells stories" in done.stdout
+    assert "killed (SIGKILL) after step" in done.stdout
+    right = re.search(r"held-out questions right: (\d+) -> (\d+) of 100", done.stdout)
+    assert right is not None and int(right[1]) == 0 and int(right[2]) >= 80
+    assert "byte for byte. Logits with either adapter: equal" in done.stdout
+    assert (tmp_path / "out/run/loss.png").stat().st_size > 10_000
+    assert main(["merge", str(tmp_path / "out/run"), str(tmp_path / "merged")]) == 0
+    config, base = convert.load_llama(tmp_path / "merged", quantization=None)
+    assert config.model_type == "qwen3" and "lm_head" not in base
 
 
 @pytest.mark.real
