@@ -217,6 +217,24 @@ def _first_block(i: Any, block: int, window: int | None) -> Any:
     return jnp.maximum(first, 0) if isinstance(i, jax.Array) else np.maximum(first, 0)
 
 
+def _block_under(window: int | None, block: int, q: Float[Array, "B T N H"]) -> int:
+    """Returns the side of the blocks that a window is covered with.
+
+    A block of queries visits the keys of a window and of about another block, so blocks
+    of half a window visit half as much again as is seen. They are halved only as long
+    as a step has 2^23 scores, 34 MB: reading and writing those takes a GPU longer than
+    starting the kernels of a step (by bandwidth and usual times to start, not
+    measured).
+    """
+    scores = q.shape[0] * q.shape[2] * block * block
+    while window is not None and 2 * block > window and block % 16 == 0:
+        scores //= 4
+        if scores < 2**23:
+            break
+        block //= 2
+    return block
+
+
 def _by_window(
     variant: Variant, choice: Array | None, function: Callable, *arrays: Array
 ) -> Any:
@@ -256,7 +274,7 @@ def _flash_fwd(
     choice: Array | None,
 ) -> tuple[Array, tuple]:
     def forward(window: int | None, *arrays: Array) -> tuple[Array, Array]:
-        return _forward(block, variant, window, *arrays)
+        return _forward(_block_under(window, block, q), variant, window, *arrays)
 
     arrays = (q, k, v) if segments is None else (q, k, v, segments)
     out, lse = _by_window(variant, choice, forward, *arrays)
@@ -339,7 +357,7 @@ def _flash_bwd(block: int, variant: Variant, residuals: tuple, dout: Array) -> t
     q, k, v, segments, choice, out, lse = residuals
 
     def backward(window: int | None, *arrays: Array) -> tuple[Array, Array, Array]:
-        return _backward(block, variant, window, *arrays)
+        return _backward(_block_under(window, block, q), variant, window, *arrays)
 
     arrays = (q, k, v, out, lse, dout)
     arrays = arrays if segments is None else (*arrays, segments)

@@ -91,9 +91,7 @@ def describe_context(config: LlamaConfig) -> str:
         )
     if scaling != original.rope_scaling:
         changes.append(
-            "positions not scaled"
-            if scaling is None
-            else f"positions scaled by {scaling.factor:g} ({scaling.rope_type})"
+            "positions not scaled" if scaling is None else f"positions scaled {scaling}"
         )
     return "; ".join(changes)
 

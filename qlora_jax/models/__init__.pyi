@@ -23,6 +23,7 @@ from .params import shapes as shapes
 from .params import tree_bytes as tree_bytes
 from .params import tree_size as tree_size
 from .rope_scaling import RopeScaling as RopeScaling
+from .rope_scaling import rope_value as rope_value
 from .sharding import check_mesh as check_mesh
 from .sharding import gather_shared as gather_shared
 from .sharding import is_on_host as is_on_host

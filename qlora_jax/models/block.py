@@ -72,8 +72,6 @@ class LayerKinds(NamedTuple):
     config: LlamaConfig
     windows: tuple[int | None, ...]
     ropes: tuple[str, ...]
-    index: tuple[Int[Array, " L"] | None, Int[Array, " L"] | None]
-    """Which window and which table a layer has; None where all have the same."""
 
     @classmethod
     def of(cls, config: LlamaConfig) -> LayerKinds:
@@ -81,20 +79,23 @@ class LayerKinds(NamedTuple):
         kinds = config.layer_kinds
         windows = tuple(dict.fromkeys(kind.window for kind in kinds))
         ropes = tuple(dict.fromkeys(kind.rope for kind in kinds))
+        return cls(config, windows, ropes)
 
-        def index(values: tuple, of_layers: list) -> Array | None:
+    def index(self) -> tuple[Int[Array, " L"] | None, Int[Array, " L"] | None]:
+        """Returns which window and which table a layer has; None where all are alike.
+
+        Arrays for the scan; what a layer itself needs is static.
+        """
+        kinds = self.config.layer_kinds
+
+        def numbers(values: tuple, of_layers: list) -> Array | None:
             if len(values) == 1:
                 return None
             return jnp.asarray([values.index(v) for v in of_layers], jnp.int32)
 
-        return cls(
-            config,
-            windows,
-            ropes,
-            (
-                index(windows, [kind.window for kind in kinds]),
-                index(ropes, [kind.rope for kind in kinds]),
-            ),
+        return (
+            numbers(self.windows, [kind.window for kind in kinds]),
+            numbers(self.ropes, [kind.rope for kind in kinds]),
         )
 
     def rope_tables(self, positions: Array, long: Array | None) -> tuple[Array, Array]:

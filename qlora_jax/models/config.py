@@ -44,6 +44,7 @@ from qlora_jax.models.rope_scaling import (
     read_rope,
     read_rope_scaling,
     rope_fields,
+    unsupported_type,
 )
 from qlora_jax.tree import FrozenDict
 
@@ -491,9 +492,12 @@ def apply_changes(
             changes = json.loads(changes)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: this is not JSON: {error}.") from error
-    return dataclasses.replace(
-        config, **read_changes({} if changes is None else changes, where)
-    )
+    values = read_changes({} if changes is None else changes, where)
+    scaling = values.get("rope_scaling")
+    if scaling is not None and scaling.rope_type not in config.family.rope_types:
+        # What is written would not be read again, here or by transformers.
+        raise unsupported_type(scaling.rope_type, where, config.family.rope_types)
+    return dataclasses.replace(config, **values)
 
 
 def read_changes(changes: Any, where: str) -> dict[str, Any]:

@@ -215,10 +215,10 @@ class LlamaModel(nn.Module):
         kinds = LayerKinds.of(self.config)
         capacity = None if cache is None else cache.k.shape[3]
         long = long_texts(self.config, positions, segments, capacity)
-        rope = kinds.rope_tables(positions, long)
+        rope, kind = kinds.rope_tables(positions, long), kinds.index()
         x = self._embed(tokens, noise)
         if cache is None:
-            (x, _), _ = self.layers((x, None), rope, segments, None, kinds.index, None)
+            (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
@@ -233,7 +233,7 @@ class LlamaModel(nn.Module):
             rope,
             segments,
             layers,
-            kinds.index,
+            kind,
             (all_segments, cache.length),
         )
         assert kv is not None

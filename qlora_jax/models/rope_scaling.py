@@ -7,7 +7,9 @@ transformers 5 in a file that has both.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +46,21 @@ def rope_fields(kind: Any) -> tuple[str, ...]:
         return ()
     needed, optional = _FIELDS[kind]
     return (*needed, *optional)
+
+
+def rope_value(name: str, value: Any) -> Any:
+    """Returns a field of `rope_scaling` as a run's settings keep it: hashable.
+
+    An option of a command line has a list or a switch as text: "[1.0, 1.5]", "1.0,1.5",
+    "false". What is none stays as it is, to be refused by `read_rope_scaling`.
+    """
+    if isinstance(value, str) and name in (*_LISTS, "truncate"):
+        text = value.lower()
+        if name in _LISTS and not text.startswith("["):
+            text = f"[{text}]"
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(text)
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,12 @@ class RopeScaling:
                     f"the smallest {min((*short, *long), default=None)}."
                 )
 
+    def __str__(self) -> str:
+        """Says how positions are scaled, after "scaled": "by 2 (linear)"."""
+        if self.factor is None:
+            return f"by a factor for each frequency ({self.rope_type})"
+        return f"by {self.factor:g} ({self.rope_type})"
+
     def to_hf(self) -> dict[str, Any]:
         """Returns the `rope_scaling` object of a transformers-4 config."""
         out: dict[str, Any] = {"rope_type": self.rope_type}
@@ -162,7 +185,7 @@ def read_rope(raw: Mapping[str, Any], family: Family) -> Rope:
     kind = _rope_type(fields, "config.json")
     kind = family.rope_aliases.get(kind, kind) if isinstance(kind, str) else kind
     if kind != "default" and kind not in family.rope_types:
-        raise _unsupported_type(kind, "config.json", family.rope_types)
+        raise unsupported_type(kind, "config.json", family.rope_types)
     partial_name = "partial_rotary_factor"
     inside = partial_name in fields
     partial = fields[partial_name] if inside else raw.get(partial_name, 1.0)
@@ -244,7 +267,8 @@ def _rope_type(scaling: Mapping[str, Any], where: str) -> Any:
     return kind
 
 
-def _unsupported_type(kind: Any, where: str, supported: tuple[str, ...]) -> UserError:
+def unsupported_type(kind: Any, where: str, supported: tuple[str, ...]) -> UserError:
+    """Makes the error for a rope type that is not among those supported."""
     names = ", ".join(map(repr, supported))
     reason = ""
     if kind == "dynamic":
@@ -274,7 +298,7 @@ def read_rope_scaling(
     if kind == "default":
         return None
     if not isinstance(kind, str) or kind not in _FIELDS:
-        raise _unsupported_type(kind, where, ("default", *_FIELDS))
+        raise unsupported_type(kind, where, ("default", *_FIELDS))
     needed, optional = _FIELDS[kind]
     missing = [name for name in needed if scaling.get(name) is None]
     if missing:

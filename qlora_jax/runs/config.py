@@ -32,7 +32,7 @@ from qlora_jax.data import (
 )
 from qlora_jax.errors import UserError, raise_problems
 from qlora_jax.lora import LoraConfig
-from qlora_jax.models import CHANGEABLE_FIELDS, read_changes
+from qlora_jax.models import CHANGEABLE_FIELDS, read_changes, rope_value
 from qlora_jax.reading import expand_fields
 from qlora_jax.training import TrainConfig
 from qlora_jax.tree import FrozenDict
@@ -66,11 +66,16 @@ class ModelConfig:
     faster ones, as measured."""
     max_position_embeddings: int | None = None
     """Context length of the tuned model, instead of that in the base's config.json."""
-    rope_scaling: Mapping[str, int | float | str] | None = None
+    rope_scaling: Mapping[str, int | float | str | bool | tuple[float, ...]] | None = (
+        None
+    )
     """How rotary positions are scaled, instead of as in the base's config.json: a table
-    of its fields, `rope_type` ("linear", "llama3", or "default" for no scaling),
-    `factor` and, for llama3, `low_freq_factor`, `high_freq_factor` and
-    `original_max_position_embeddings`."""
+    of its fields, `rope_type` ("linear", "llama3", "yarn", "longrope", or "default" for
+    no scaling) and those of the type: `factor`; `original_max_position_embeddings` but
+    for linear; `low_freq_factor` and `high_freq_factor` of llama3; if wanted,
+    `attention_factor`, `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim` and
+    `truncate` of yarn; the lists `short_factor` and `long_factor` of longrope. On a
+    command line: `rope_type longrope short_factor 1.0,1.1 ...`."""
     resize_to_adapter: bool = False
     """Let the vocabulary of the base grow to that of `train.adapter_init`, which was
     trained with added tokens; its tables stay frozen and are saved with the adapter."""
@@ -79,7 +84,8 @@ class ModelConfig:
         if self.rope_scaling is not None:
             # The order of a table in TOML means nothing, and that of a `FrozenDict`
             # counts.
-            ordered = FrozenDict(sorted(self.rope_scaling.items()))
+            fields = sorted(self.rope_scaling.items())
+            ordered = FrozenDict((name, rope_value(name, v)) for name, v in fields)
             object.__setattr__(self, "rope_scaling", ordered)
         read_changes(self.config_changes, "model")
         expand_fields(self, "path")

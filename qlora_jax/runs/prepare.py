@@ -549,7 +549,7 @@ def _note_length(architecture: LlamaConfig, longest: int) -> None:
         + (
             " without scaled positions"
             if scaling is None
-            else f" with positions scaled by {scaling.factor:g} ({scaling.rope_type})"
+            else f" with positions scaled {scaling}"
         )
         + ". Training goes on, on positions that it has never seen. A longer context "
         "is a setting: `model.max_position_embeddings` and [model.rope_scaling]; "

@@ -217,6 +217,8 @@ def _convert_items(kind: Any, items: Any, where: str) -> tuple[Any, ...] | None:
     """Converts the items of a list; None if one has another type."""
     if all(type(item) is kind for item in items):
         return tuple(items)
+    if kind is float and all(type(item) in (int, float) for item in items):
+        return tuple(float(item) for item in items)
     if dataclasses.is_dataclass(kind) and all(isinstance(i, Mapping) for i in items):
         numbered = enumerate(items, 1)
         return tuple(_structure(kind, item, f"{where} {n}: ") for n, item in numbered)
@@ -229,7 +231,8 @@ def _expected(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
     if origin is tuple:
-        items = {str: "strings", int: "integers"}.get(arguments[0], "tables")
+        names = {str: "strings", int: "integers", float: "numbers"}
+        items = names.get(arguments[0], "tables")
         return f"a list of {items}"
     if origin is Mapping:
         return "a table"

@@ -5,6 +5,7 @@
     python scripts/bench adapter llama-3.1-8b/config.json
     python scripts/bench checkpoint llama-3.1-8b/config.json
     python scripts/bench logging --output benchmarks/logging.json
+    python scripts/bench windows --output benchmarks/windows.json
 
 `python scripts/bench COMMAND --help` describes a command and its options.
 """
@@ -21,6 +22,7 @@ MODULES = {
     "adapter": "adapter",
     "checkpoint": "checkpoint",
     "logging": "logging_cost",
+    "windows": "windows",
 }
 
 

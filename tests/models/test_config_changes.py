@@ -8,6 +8,7 @@ import pytest
 import convert
 from convert.peft import open_adapter
 from qlora_jax.errors import UserError
+from qlora_jax.inference.identity import describe_context
 from qlora_jax.models.config import (
     CHANGES_FILE,
     LlamaConfig,
@@ -28,6 +29,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "truncate": False,
+}
+
+
+def longrope(pairs: int) -> dict:
+    """Divisors for so many pairs of dimensions."""
+    factors = {"short_factor": [1.0] * pairs, "long_factor": [1.5] * pairs}
+    native = {"original_max_position_embeddings": 32}
+    return {"rope_type": "longrope", **factors, **native}
 
 
 def test_fields_are_changed_and_restored(tiny):
@@ -50,9 +64,42 @@ def test_fields_are_changed_and_restored(tiny):
     assert changes_to_json({"rope_scaling": None}) is None
 
 
+def test_every_rope_type_is_set_saved_and_read_again(tiny):
+    config = LlamaConfig.from_hf(tiny)
+    for scaling in (LINEAR, LLAMA3, YARN, longrope(config.head_dim // 2)):
+        lists = (n for n, value in scaling.items() if isinstance(value, list))
+        plain = scaling | {name: tuple(scaling[name]) for name in lists}
+        changes = ModelConfig("base", rope_scaling=plain).config_changes
+        text = changes_to_json(changes)
+        assert json.loads(text) == {"rope_scaling": scaling}
+        changed = apply_changes(config, text)
+        assert changed == apply_changes(config, changes)
+        assert changed.rope_scaling.to_hf() == scaling
+        assert LlamaConfig.from_hf(changed.to_hf()) == changed
+
+
+def test_a_family_takes_the_rope_types_that_its_files_may_have(tiny):
+    phi = LlamaConfig.from_hf({**tiny, "model_type": "phi3", "architectures": []})
+    with pytest.raises(
+        UserError, match="'yarn' is not supported. Supported: 'default'"
+    ):
+        apply_changes(phi, {"rope_scaling": YARN})
+    # The file's own field counts before that of `rope_scaling`.
+    scaling = longrope(phi.rotary_dim // 2) | {"original_max_position_embeddings": 16}
+    changed = apply_changes(phi, {"rope_scaling": scaling})
+    again = LlamaConfig.from_hf(changed.to_hf())
+    assert again.rope_scaling == changed.rope_scaling
+    assert again.rope_scaling.original_max_position_embeddings == 16
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": longrope(3)}, "numbers, one for each pair of rotated"),
+        (
+            {"rope_scaling": {**longrope(4), "long_factor": "1.0;2.0"}},
+            "`rope_scaling.long_factor` must be a list of numbers, got '1.0;2.0'",
+        ),
         ({"rope_theta": 1e6}, "model: `rope_theta` cannot be changed; `max"),
         ({"max_position_embeddings": 0}, "must be a positive integer, got 0"),
         (
@@ -148,3 +195,10 @@ def test_rows_longer_than_the_context_are_reported(tiny, capsys):
     assert "without scaled positions" in said
     _note_length(apply_changes(config, {"rope_scaling": LINEAR}), 33)
     assert "with positions scaled by 2 (linear)" in capsys.readouterr().err
+    # LongRoPE needs no factor.
+    scaling = longrope(config.head_dim // 2)
+    longer = apply_changes(config, {"rope_scaling": scaling})
+    _note_length(longer, 33)
+    said = capsys.readouterr().err
+    assert "positions scaled by a factor for each frequency (longrope)" in said
+    assert describe_context(longer) in said

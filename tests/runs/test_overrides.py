@@ -102,6 +102,34 @@ def test_steps_and_epochs_replace_each_other(file):
             "model.rope_scaling",
             {"factor": 4, "rope_type": "linear"},
         ),
+        (
+            # Lists and switches are text to a parser, in any of these spellings.
+            (
+                *("--model.rope-scaling", "rope_type", "longrope", "short_factor"),
+                *("[1.0, 1.5]", "long_factor", "1,2.5"),
+                *("original_max_position_embeddings", "64"),
+            ),
+            "model.rope_scaling",
+            {
+                "long_factor": (1, 2.5),
+                "original_max_position_embeddings": 64,
+                "rope_type": "longrope",
+                "short_factor": (1.0, 1.5),
+            },
+        ),
+        (
+            (
+                *("--model.rope-scaling", "rope_type", "yarn", "truncate", "False"),
+                *("factor", "2.0", "original_max_position_embeddings", "64"),
+            ),
+            "model.rope_scaling",
+            {
+                "factor": 2.0,
+                "original_max_position_embeddings": 64,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+        ),
     ],
 )
 def test_values_of_every_kind_override_the_file(file, args, key, value):
@@ -110,6 +138,16 @@ def test_values_of_every_kind_override_the_file(file, args, key, value):
     untouched = {"lora.rank_pattern", "lora.alpha_pattern"} - {key}
     plain = read_config(file)
     assert values_of(config, untouched) == values_of(plain, untouched)
+
+
+def test_options_change_a_run_whose_file_scales_by_lists(file):
+    lists = "{ rope_type = 'longrope', short_factor = [1, 1.5], long_factor = [2, 3], "
+    scaling = f"{lists}original_max_position_embeddings = 64 }}"
+    file.write_text(FILE.replace('{ rope_type = "linear", factor = 2 }', scaling))
+    config = merge(file, "--lora.r", "2")
+    assert config.lora.r == 2
+    assert config.model == read_config(file).model
+    assert config.model.rope_scaling["short_factor"] == (1.0, 1.5)
 
 
 def test_options_alone_make_a_run():

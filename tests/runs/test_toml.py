@@ -64,7 +64,18 @@ ODD = 'a "quoted" \\ path\twith\r\nodd\x7f näme """ \U0001f600\n'
 
 SMALLEST = RunConfig(ModelConfig("base"), DataConfig("rows"), TrainConfig(steps=1))
 EVERYTHING = RunConfig(
-    model=ModelConfig(ODD, quantization="none", dtype="float16", remat="none"),
+    model=ModelConfig(
+        ODD,
+        quantization="none",
+        dtype="float16",
+        remat="none",
+        rope_scaling={
+            "rope_type": "longrope",
+            "short_factor": (1.0, 1.25),
+            "long_factor": (1.5, 2.0),
+            "original_max_position_embeddings": 4096,
+        },
+    ),
     data=DataConfig(
         ODD, format="prompt_completion", seed=2**64 - 1, packing=True, shuffle=False
     ),
