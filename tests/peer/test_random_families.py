@@ -4,12 +4,13 @@
 # with no tensor missing or left over, and computes the same.
 #
 # A configuration is a config.json, in either generation's spelling of the rotary
-# fields, with fields left out at random. transformers says what it means. The seed is in
-# the name of a test and the configuration in its captured output.
+# fields, with fields left out at random. transformers says what it means. The seed is
+# in the name of a test and the configuration in its captured output.
 
 import copy
 import json
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +167,11 @@ def draw_windows(rng, raw, model_type, family):
         maybe(rng, raw, "sliding_window_pattern", [2, 3], 0.7)
 
 
-def draw_config(rng, model_type):
+def draw_config(rng, model_type) -> dict[str, Any]:
     """A random config.json."""
     family = FAMILIES[model_type]
     heads = 4
-    raw = {
+    raw: dict[str, Any] = {
         "model_type": model_type,
         "architectures": [family.architectures[0]],
         **dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48),
@@ -268,7 +269,7 @@ def one_thread(torch):
 
 @pytest.fixture
 def build(torch, transformers, tmp_path):
-    """A function: (seed, rng) -> (config.json, directory, transformers' model of it)."""
+    """A function: (seed, rng) -> (config.json, its directory, transformers' model)."""
 
     def run(seed, rng):
         model_type = TYPES[seed % len(TYPES)]
@@ -414,7 +415,9 @@ def reload(peft):
 # --- Ours ---
 
 
-def our_logits(config, base, inputs, lora=None, adapters=None, attention="eager"):
+def our_logits(
+    config, base, inputs, lora=None, adapters=None, attention: Any = "eager"
+):
     model = Llama(config, Compute(dtype="float32", attention=attention, remat="none"))
     base = jax.tree.map(jnp.asarray, base)
     variables = {"params": base}
