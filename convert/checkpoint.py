@@ -145,7 +145,25 @@ def open_config(path: str | os.PathLike[str]) -> LlamaConfig:
     """
     path = Path(path)
     check_model_directory(path)
-    return LlamaConfig.from_hf(read_json(path / "config.json"))
+    raw = read_json(path / "config.json")
+    return LlamaConfig.from_hf(_with_tying_of_files(raw, path))
+
+
+def _with_tying_of_files(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Decides whether tables are tied where a config.json says both.
+
+    transformers 5 writes the field for a model of images and text and again for its
+    text model, with each class's default. When it reads the file, a head that is there
+    counts, and one that is not is the embedding.
+    """
+    text, name = raw.get("text_config"), "tie_word_embeddings"
+    if not isinstance(text, dict) or not (name in raw and name in text):
+        return raw
+    has_weights = any((path / n).is_file() for n in (WEIGHTS_FILE, WEIGHTS_INDEX))
+    if raw[name] == text[name] or not has_weights:
+        return raw
+    tied = hf_key((*HEAD, "weight")) not in open_model(path)
+    return {**raw, "text_config": {**text, name: tied}}
 
 
 def check_model_directory(path: Path) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from convert.files import TensorFiles, broken_link, read_header, read_json
 from convert.peft_names import plain_names
+from convert.peft_text import text_part, text_settings
 from qlora_jax.errors import CheckpointError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.models import CHANGES_FILE, changes_to_json, read_changes
@@ -83,13 +84,19 @@ def open_adapter(
     *,
     strict: bool = True,
     skipped: list[str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, TensorFiles]:
     """Opens a PEFT directory: reads its configuration and the names of its tensors.
 
+    Of an adapter of a model of images and text it is the text model's part, under the
+    names that this has alone (`convert.peft_text`).
+
     Args:
       path: the directory.
-      strict: raise if the configuration has unknown fields.
-      skipped: collects such fields otherwise.
+      strict: raise if the configuration has unknown fields, or other parts of a model
+        of images and text are trained.
+      skipped: collects such fields and tensors otherwise.
+      base: parameter tree of the model that the adapter is used on, if there is one.
 
     Raises:
       CheckpointError: the path is not a PEFT directory, or a file is damaged.
@@ -108,6 +115,9 @@ def open_adapter(
     notes = [] if skipped is None else skipped
     notes += _other_weights(path)
     files = plain_names(infos, path, notes)
+    files, prefix = text_part(files, path, strict=strict, notes=notes)
+    if prefix is not None:
+        lora = text_settings(lora, prefix, files, base, notes)
     lora = replace(
         lora,
         base_fingerprint=metadata.get(FINGERPRINT),

@@ -148,7 +148,7 @@ def _match(
     strict: bool,
     notes: list[str],
 ) -> _Match:
-    lora, files = open_adapter(path, strict=strict, skipped=notes)
+    lora, files = open_adapter(path, strict=strict, skipped=notes, base=base)
     check_vocab_size(lora, files, base, path)
     selection = select(base, lora)
     tensors: dict[str, AdapterTensor] = {}

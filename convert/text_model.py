@@ -6,13 +6,14 @@ between versions of transformers:
     language_model.model.layers.0...    language_model.lm_head.weight    (4)
     model.language_model.layers.0...    lm_head.weight                   (5)
 
-A headless model (`LlamaModel`) has its tensors without `model.`.
+A headless model (`LlamaModel`) has its tensors without `model.`. PEFT's names of an
+adapter are those of the modules in memory, with the prefix of the version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 from qlora_jax.tree import EMBEDDING, HEAD, hf_key
 
@@ -48,3 +49,33 @@ def text_tensors(infos: Mapping[str, _T]) -> tuple[dict[str, _T], dict[str, _T]]
         for key, info in infos.items()
     }
     return text, {}
+
+
+class TextPrefix(NamedTuple):
+    """How the modules of a text model are named within a model of images and text."""
+
+    outer: str
+    """Beginning of their names there."""
+    own: str
+    """What the text model alone has in its place."""
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> TextPrefix | None:
+        """Finds the prefix in names of modules or tensors; None if none has one."""
+        names = tuple(names)
+        for outer, own in _PREFIXES.items():
+            if any(name.startswith(outer) for name in names):
+                return cls(outer, own)
+        return None
+
+    def inner(self, name: str) -> str | None:
+        """Returns the text model's own name; None of what is no part of it."""
+        if name.startswith(self.outer):
+            return self.own + name.removeprefix(self.outer)
+        return name if name.split(".")[0] == HEAD[0] else None
+
+    def outside(self, name: str) -> str:
+        """Returns the name within the larger model of a module of the text model."""
+        if not f"{name}.".startswith(self.own):
+            return name  # the head, which newer versions have beside it
+        return (self.outer + f"{name}.".removeprefix(self.own)).rstrip(".")

@@ -13,6 +13,7 @@ from .init import continued_config as continued_config
 from .init import factor_out as factor_out
 from .init import given_fields as given_fields
 from .init import init_adapters as init_adapters
+from .renaming import rename as rename
 from .targets import AdaptedModule as AdaptedModule
 from .targets import FullTensor as FullTensor
 from .targets import Selection as Selection
@@ -20,6 +21,7 @@ from .targets import TokenRows as TokenRows
 from .targets import linear_modules as linear_modules
 from .targets import select as select
 from .unmatched import absent_layers as absent_layers
+from .unmatched import rows_of as rows_of
 from .unused import unused_exclusions as unused_exclusions
 from .unused import unused_patterns as unused_patterns
 from .unused import unused_settings as unused_settings

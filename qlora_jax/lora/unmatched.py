@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from qlora_jax.errors import UserError, did_you_mean
 from qlora_jax.lora.config import LoraConfig
@@ -36,6 +36,22 @@ def unmatched_targets(modules: Modules, lora: LoraConfig) -> tuple[str, ...]:
     return tuple(unmatched)
 
 
+def rows_of(name: str, modules: Iterable[str]) -> str:
+    """Names the weight of this model whose rows a missing projection is, or "".
+
+    Args:
+      name: a target that matches nothing.
+      modules: last parts of the names of the model's modules.
+    """
+    last = name.rpartition(".")[2]
+    for fused, parts in FUSED_PROJECTIONS.items():
+        if last in parts and fused in modules:
+            return f" Here {', '.join(parts)} are rows of `{fused}`: name that."
+        if last == fused and set(parts) <= set(modules):
+            return f" Here it is {', '.join(f'`{part}`' for part in parts)}."
+    return ""
+
+
 def nothing_matches(modules: Modules, lora: LoraConfig) -> UserError:
     """Returns the error for settings that select no module, with the likely cause."""
     targets = lora.target_modules
@@ -50,7 +66,7 @@ def nothing_matches(modules: Modules, lora: LoraConfig) -> UserError:
         " A string is a regular expression for the full path of a module; modules are "
         f'named in a list: ["{targets}"].'
         if is_name
-        else did_you_mean(targets, names)
+        else _rows_of_first(targets, names) or did_you_mean(targets, names)
     )
     return UserError(
         f"`target_modules`={targets!r:.200} matches no linear module and no embedding "
@@ -59,6 +75,11 @@ def nothing_matches(modules: Modules, lora: LoraConfig) -> UserError:
         + suggestion
         + f" Modules here: {', '.join(sorted(names))}."
     )
+
+
+def _rows_of_first(targets: tuple[str, ...] | str, names: set[str]) -> str:
+    targets = () if isinstance(targets, str) else targets
+    return next(filter(None, (rows_of(name, names) for name in targets)), "")
 
 
 def absent_layers(lora: LoraConfig, count: int) -> tuple[int, ...]:

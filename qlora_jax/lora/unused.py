@@ -8,7 +8,7 @@ from typing import Any
 from qlora_jax.lora.config import AT_END, LoraConfig
 from qlora_jax.lora.patterns import first_matches
 from qlora_jax.lora.targets import Selection, linear_modules, matching
-from qlora_jax.lora.unmatched import absent_layers
+from qlora_jax.lora.unmatched import absent_layers, rows_of
 from qlora_jax.tree import EMBEDDING, HEAD, LAYERS, dotted, hf_key
 
 
@@ -67,8 +67,13 @@ def unused_settings(
     """Lists names, layers and patterns that select nothing; arguments as above."""
     counts = [a.layers for a in selection.adapted if a.path[: len(LAYERS)] == LAYERS]
     absent = absent_layers(lora, max(filter(None, counts), default=0)) if counts else ()
+    names = {path[-1] for path in linear_modules(base)}
+    parts = {n: rows_of(n, names).strip().rstrip(".") for n in selection.unmatched}
     return [
-        *(f"`target_modules` of {name!r:.100}" for name in selection.unmatched),
+        *(
+            f"`target_modules` of {name!r:.100}" + (f" ({part})" if part else "")
+            for name, part in parts.items()
+        ),
         *(f"`layers_to_transform` of {layer}" for layer in absent),
         *unused_exclusions(lora, base),
         *unused_patterns(lora, selection),

@@ -378,6 +378,13 @@ class LlamaConfig:
             return
         family, partial = self.family, self.partial_rotary_factor
         scaling = None if self.rope_scaling is None else self.rope_scaling.to_hf()
+        if unchanged and scaling is not None:
+            # What a file says of a default stays said.
+            given = self.raw.get("rope_scaling") or {}
+            known = rope_fields(scaling["rope_type"])
+            scaling |= {
+                k: v for k, v in given.items() if k in known and k not in scaling
+            }
         # Readers take these before, or for want of, what is written below.
         native = out.pop("original_max_position_embeddings", None)
         if family.default("original_max_position_embeddings") is not None:

@@ -172,16 +172,15 @@ def rope_table(
       kind: `LayerKind.rope` of the layers that use the table.
       long: `long_texts`.
     """
-    frequency = inverse_frequencies(config, local=kind == "local")
-    if long is not None:
+    frequency = inverse_frequencies(config, local=kind == "local")[None, None, :]
+    if long is not None and kind == "global":
         longer = inverse_frequencies(config, long=True)
         frequency = jnp.where(long[:, :, None], longer, frequency)
     if kind == "none":
         # An angle of 0 rotates nothing, exactly: cos 1, sin 0.
         frequency = jnp.zeros_like(frequency)
     # bfloat16 has 8 bits: positions above 256 would coincide.
-    angle = positions.astype(jnp.float32)[:, :, None]
-    angle = angle * (frequency[None, None, :] if long is None else frequency)
+    angle = positions.astype(jnp.float32)[:, :, None] * frequency
     # [B, T, 1, H / 2]: the same for every head.
     angle = angle[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -30,6 +30,7 @@ from qlora_jax.lora import (
     absent_layers,
     abstract_adapters,
     linear_modules,
+    rows_of,
     select,
     unused_exclusions,
     unused_patterns,
@@ -452,7 +453,7 @@ def _selection_warnings(
     for name in selection.unmatched:
         yield (
             f"target module {name!r} selects nothing in this model."
-            f"{did_you_mean(name, modules)}"
+            f"{rows_of(name, modules) or did_you_mean(name, modules)}"
         )
     absent = absent_layers(lora, config.num_hidden_layers)
     if absent:

@@ -84,3 +84,21 @@ def test_a_text_config_may_leave_out_what_is_as_in_the_class():
 def test_other_text_models_are_refused(raw):
     with pytest.raises(UserError, match="is not supported"):
         LlamaConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_of_two_words_on_tying_the_head_decides(directory, has_head):
+    (_, folder) = directory[1]
+    raw = json.loads((folder / "config.json").read_text())
+    raw["tie_word_embeddings"] = True  # the larger class's default
+    raw["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(folder / "model.safetensors")
+    head = next(key for key in tensors if key.endswith("lm_head.weight"))
+    if not has_head:
+        del tensors[head]
+        save_file(tensors, folder / "model.safetensors")
+    config, base = convert.load_llama(folder, quantization=None)
+    assert config.tie_word_embeddings is not has_head
+    assert ("lm_head" in base) is has_head
+    assert LlamaConfig.from_hf(config.to_hf()) == config

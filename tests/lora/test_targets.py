@@ -11,6 +11,7 @@ import pytest
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.lora.targets import linear_modules, matching, select
+from qlora_jax.lora.unused import unused_settings
 from qlora_jax.tree import PROJECTIONS, dotted
 from tests.lora.reference import D, F, K, L, V, by_layer, config
 from tests.lora.reference import abstract as base
@@ -362,6 +363,38 @@ def test_targets_that_select_nothing_beside_others_are_listed(tied):
     lora = config("q_proj", "k_proj", exclude_modules=("k_proj",))
     assert select(base(tied=tied), lora).unmatched == ()
     assert select(base(tied=tied), config(r"nothing|.*q_proj")).unmatched == ()
+
+
+def fused():
+    """A base whose q, k and v are rows of one weight, and gate and up of another."""
+    tree = base()
+    layer = tree["model"]["layers"]
+    for part, name, others in (
+        ("self_attn", "qkv_proj", "qkv"),
+        ("mlp", "gate_up_proj", ("gate", "up")),
+    ):
+        layer[part] = dict(layer[part])
+        weights = [layer[part].pop(f"{other}_proj") for other in others]
+        layer[part][name] = weights[0]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("tree", "names", "hint"),
+    [
+        (fused, ("q_proj", "v_proj"), "Here q_proj, k_proj, v_proj are rows of `qkv_p"),
+        (fused, ("layers.0.mlp.up_proj",), "Here gate_proj, up_proj are rows of `gate"),
+        (base, ("qkv_proj",), "Here it is `q_proj`, `k_proj`, `v_proj`"),
+    ],
+)
+def test_targets_that_are_parts_of_another_weight_are_told_it(tree, names, hint):
+    with pytest.raises(UserError, match=f"matches no linear module.*{hint}"):
+        select(tree(), config(*names))
+    lora = config(*names, "down_proj")  # PEFT passes over them here
+    selection = select(tree(), lora)
+    notes = unused_settings(lora, selection, tree())
+    assert len(notes) == len(names)
+    assert all(hint in note for note in notes)
 
 
 # --- Modules trained in full ---

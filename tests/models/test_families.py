@@ -147,6 +147,17 @@ def test_a_config_is_read_back_as_it_was_written(model_type, has_file):
         )
 
 
+def test_defaults_that_a_file_spells_out_stay_in_it():
+    scaling = {
+        **dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=4),
+        **dict(beta_fast=32.0, truncate=True),
+    }
+    config = read("qwen2", rope_theta=500.0, rope_scaling=scaling)
+    assert config.to_hf()["rope_scaling"] == scaling
+    changed = dataclasses.replace(config, rope_theta=501.0).to_hf()
+    assert LlamaConfig.from_hf(changed).rope_scaling == config.rope_scaling
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [

@@ -169,6 +169,29 @@ def test_rotary_frequencies_follow_their_formulas():
     assert ((smooth > 0.02) & (smooth < 0.98)).any()
 
 
+def test_windowed_layers_keep_their_theta_beside_longrope():
+    scaling = RopeScaling(
+        *("longrope", 2.0),
+        original_max_position_embeddings=4,
+        short_factor=(2.0,) * 8,
+        long_factor=(3.0,) * 8,
+    )
+    changed = dataclasses.replace(
+        CONFIG, rope_scaling=scaling, rope_local_base_freq=500.0
+    )
+    positions, long = jnp.asarray([[1]]), jnp.asarray([[True]])
+    exponents = -np.arange(0, 16, 2) / 16
+    for kind, angle, factor in (
+        # sqrt(1 + log 2 / log 4)
+        ("global", 1e4**exponents / 3, np.sqrt(1.5)),
+        ("local", 500.0**exponents, 1.0),
+    ):
+        cos, sin = rope_table(positions, changed, kind, long)
+        # float32 powers and sines: a few ulps.
+        np.testing.assert_allclose(cos.ravel(), factor * np.cos(angle), rtol=2e-6)
+        np.testing.assert_allclose(sin.ravel(), factor * np.sin(angle), rtol=2e-6)
+
+
 def test_rotation_turns_pairs_by_the_position():
     x = np.random.default_rng(0).standard_normal(16)
     frequency = 1e4 ** (-np.arange(0, 16, 2) / 16)
