@@ -157,7 +157,7 @@ OF_LLAMA = {
 
 def test_the_families_are_compared_as_their_table_says(repository):
     """The last column of the table in docs/models.md is the list of the tests."""
-    text = (repository / "docs" / "models.md").read_text("utf-8")
+    text = (repository / "docs" / "models.md").read_text("utf-8").partition("\n## ")[0]
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     rows = [line.strip("|").split("|") for line in lines[1:]]  # below the heading
     said = {row[0].strip(" `"): row[-1].strip() for row in rows}

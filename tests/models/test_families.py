@@ -280,7 +280,7 @@ def test_what_to_do_about_null_is_said():
 
 
 def test_the_documentation_lists_every_family(repository):
-    page = (repository / "docs" / "models.md").read_text()
+    page = (repository / "docs" / "models.md").read_text().partition("\n## ")[0]
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
     listed = {row[0].strip("| `"): row[1] for row in rows[1:]}
     assert listed == {name: family.models for name, family in FAMILIES.items()}
