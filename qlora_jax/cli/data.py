@@ -35,7 +35,6 @@ from qlora_jax.data import (
     with_eos,
 )
 from qlora_jax.errors import UserError, counted, say, visible
-from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import (
     EvalConfig,
     HeldOut,
@@ -88,11 +87,11 @@ class DataView:
         Raises:
           UserError: the data cannot be used; the message lists all problems.
         """
-        from convert import check_new_file, load_tokenization, read_json, write_text
+        from convert import check_new_file, load_tokenization, open_config, write_text
 
         if self.html is not None:
             check_new_file(Path(self.html))
-        config = LlamaConfig.from_hf(read_json(Path(self.model) / "config.json"))
+        config = open_config(self.model)
         text = load_tokenization(config, self.model, self.adapter)
         for note in text.notes:
             say(note)
