@@ -28,6 +28,7 @@ import qlora_jax as qj
 from qlora_jax.cli.convert import main as convert_main
 from qlora_jax.cli.main import main as jax_main
 from qlora_jax.runs.toml import read_config
+from tests.byte_tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MAINS = {"qlora-jax": jax_main, "qlora-convert": convert_main}
@@ -255,6 +256,75 @@ def test_the_recipe_of_the_readme(hub, chat_model, shared_data, tmp_path, monkey
     assert (Path("chat-run") / "report.html").is_file()
     merged = qj.load("chat-model", quantization="none", dtype="float32")
     assert merged.chat([{"role": "user", "content": "Hi"}], max_new_tokens=2)
+
+
+# --- Unsloth's notebooks, as run files ---
+
+ROWS = {
+    "messages": {"conversations": [{"from": "human", "value": "Who?"}]},
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    "text": {"title": "A dog", "text": "Once upon a time there was a dog."},
+}
+ROWS["messages"]["conversations"].append({"from": "gpt", "value": "A dog."})
+NOTEBOOKS = [
+    *(
+        ("chat.toml", name)
+        for name in ("llama", "qwen3", "phi3", "gemma3_text", "smollm3", "granite")
+    ),
+    *(("alpaca.toml", name) for name in ("qwen2", "mistral_nemo", "gemma2")),
+    ("cpt.toml", "mistral"),
+    ("completion.toml", "mistral"),
+]
+
+
+@pytest.fixture
+def small_model(tmp_path, golden):
+    """A function: family -> a model of it with random weights and a chat template."""
+
+    def make(name: str) -> Path:
+        folder = "llama32" if name == "llama" else f"families/{name}"
+        raw = json.loads((golden / folder / "fp32/config.json").read_text())
+        raw |= {"vocab_size": 320, "max_position_embeddings": 256}
+        config = qj.LlamaConfig.from_hf(raw)
+        shapes = qj.Llama(config, qj.Compute(dtype="float32"))
+        params = shapes.init(jax.random.key(0), jax.numpy.zeros((1, 2), int))["params"]
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        convert.save_llama(
+            tmp_path / name, config, params, tokenizer_from=tmp_path / "tokenizer"
+        )
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "family"), NOTEBOOKS)
+def test_the_run_files_for_notebooks_train_every_family(
+    file, family, small_model, tmp_path, monkeypatch
+):
+    """With local rows for the downloads, and two short steps."""
+    page = PAGES["docs/from_unsloth.md"]
+    (text,) = re.findall(rf'^```toml title="{file}"\n(.*?)^```', page, re.S | re.M)
+    settings = tomllib.loads(text)
+    monkeypatch.chdir(tmp_path)
+    settings["model"]["path"] = str(small_model(family))
+    settings["model"]["dtype"] = "float32"
+    settings["data"] |= {"path": "rows.jsonl", "max_length": 96}
+    settings["train"].pop("epochs", None)
+    settings["train"] |= {"steps": 2, "warmup_steps": 0}
+    row = ROWS[settings["data"]["format"]]
+    Path("rows.jsonl").write_text(40 * (json.dumps(row) + "\n"))
+    Path(file).write_text(tomlkit.dumps(settings))
+    assert jax_main(["train", file]) == 0
+    run = Path(settings["output_dir"])
+    report = json.loads((run / "report.json").read_text())
+    trained = set(report["groups"])
+    assert {"embed_tokens", "lm_head"} <= trained or "lm_head" not in text
+    assert ("qkv_proj" if family == "phi3" else "q_proj") in trained
+    assert qj.load(run).generate(["Once"], max_new_tokens=2)
 
 
 # --- Commands and run files ---

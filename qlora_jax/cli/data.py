@@ -35,7 +35,6 @@ from qlora_jax.data import (
     with_eos,
 )
 from qlora_jax.errors import UserError, counted, say, visible
-from qlora_jax.models import LlamaConfig
 from qlora_jax.runs import (
     EvalConfig,
     HeldOut,
@@ -92,7 +91,7 @@ class DataView:
             check_new_file,
             load_tokenization,
             local_path,
-            read_json,
+            open_config,
             write_text,
         )
 
@@ -100,7 +99,7 @@ class DataView:
             check_new_file(Path(self.html))
         model = local_path(self.model, needed="tokenizer")
         adapter = self.adapter and local_path(self.adapter, needed="tokenizer")
-        config = LlamaConfig.from_hf(read_json(model / "config.json"))
+        config = open_config(model)
         text = load_tokenization(config, model, adapter)
         for note in text.notes:
             say(note)

@@ -103,7 +103,7 @@ class Inspect:
 
     def _resolve(self, explicit: Collection[str]) -> Resolved:
         """Returns the run, the adapter and the base that `path` refers to."""
-        from convert import read_json
+        from convert import open_config
         from qlora_jax.runs import beside_run, relative_paths, resolve
 
         if not self._is_run_file:
@@ -120,8 +120,8 @@ class Inspect:
                 needed="configuration",
             )
             # Whether there is a model; `resolve` asks it of an adapter's base alone.
-            base = resolved.base
-            read_json(base / "config.json" if base.is_dir() else base)
+            if not resolved.base.is_file():
+                open_config(resolved.base)
         return dataclasses.replace(resolved, settings=run)
 
     def _lora(

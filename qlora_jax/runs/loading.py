@@ -259,11 +259,14 @@ def read_architecture(path: Path) -> LlamaConfig:
       path: model directory, or its config.json.
 
     Raises:
-      CheckpointError: the file cannot be read.
+      CheckpointError: the file cannot be read, or the directory is not a model's.
       UserError: another architecture.
     """
-    file = path / "config.json" if path.is_dir() else path
-    config = LlamaConfig.from_hf(convert.read_json(file))
+    file = path if path.is_file() else path / "config.json"
+    if file == path:
+        config = LlamaConfig.from_hf(convert.read_json(file))
+    else:
+        config = convert.open_config(path)
     for note in convert.config_notes(config, file):
         say(f"Note: {note}.")
     return config

@@ -322,6 +322,35 @@ def test_paths_of_a_run_are_relative_to_where_it_was_started(
     assert "relative" not in cli(command, out if command == "eval" else file)[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("consolidated.00.pth", "the original format of Meta's"),
+        ("q4.gguf", "It has GGUF files (q4.gguf)"),
+        ("adapter_config.json", "a PEFT adapter, not a model"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "plan", "generate", "quantize", "data"])
+def test_what_a_directory_is_instead_of_a_model_is_said(
+    refused, tmp_path, rows_file, command, name, message
+):
+    directory = tmp_path / "other"
+    directory.mkdir()
+    (directory / name).write_text("{}")
+    if name == "adapter_config.json" and command in ("inspect", "generate"):
+        return  # it is an adapter to them
+    words = {
+        "inspect": [directory],
+        "plan": ["--model", directory, "--gpu", "l4", "--max-length", "64"],
+        "generate": [directory, "--prompt", "a"],
+        "quantize": [directory, tmp_path / "out"],
+        "data": ["--model", directory, "--data.path", rows_file],
+    }[command]
+    if name == "adapter_config.json" and command == "plan":
+        message = "adapter_config.json: `peft_type` is None"
+    refused(message, command, *words)
+
+
 @pytest.mark.parametrize("command", ["plan", "inspect"])
 def test_the_model_of_a_run_is_found_from_elsewhere(
     cli, settings, tmp_path, model_dir, monkeypatch, command
