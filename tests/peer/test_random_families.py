@@ -132,6 +132,8 @@ def draw_rope(rng, raw, family, head_dim):
             fields["type"] = fields.pop("rope_type")
             if family.rope_aliases:
                 fields["type"] = pick(rng, ["longrope", *family.rope_aliases])
+                # Under the older names transformers 5 misses it beside the object.
+                fields["original_max_position_embeddings"] = native or 8
         raw["rope_scaling"] = fields
     elif rng.random() < 0.5:
         raw["rope_scaling"] = None
