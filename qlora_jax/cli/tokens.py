@@ -33,8 +33,9 @@ class Tokens(PublishOptions):
     """Model directory, or a name of the hub."""
     data: DataConfig = field(default_factory=lambda: DataConfig(path=_NO_DATA))
     repair: Literal["none", "mean"] = "none"
-    """Set the untrained rows that are used to the mean of the trained ones; where there
-    are none, the model is written as it is, with a note."""
+    """Set the untrained rows that are used to the mean of the trained ones, and append
+    such a row for each token of the tokenizer that has none; where there is nothing to
+    repair, the model is written as it is, with a note."""
     add: tuple[str, ...] = ()
     """New tokens, added to the tokenizer and, as rows of that mean, to the tables."""
     output_dir: str | None = None
@@ -64,11 +65,14 @@ class Tokens(PublishOptions):
         tokenizer: Any = load_tokenizer(source)
         config, base = load_llama(source, quantization=None)
         used = self._used(tokenizer, config.vocab_size)
-        untrained = report_untrained(base, used)
+        # A tokenizer may have tokens, such as one for padding, that never got a row.
+        absent = [i for i in used if i >= config.vocab_size]
+        untrained = report_untrained(base, used[: len(used) - len(absent)])
         report: dict[str, Any] = {
             "vocab_size": config.vocab_size,
             "tokenizer_size": None if tokenizer is None else len(tokenizer),
             "tokens_used": len(used),
+            "used_without_a_row": [_token_label(i, tokenizer) for i in absent],
             "untrained_rows": dict(untrained.untrained),
             "untrained_and_used": {
                 name: [_token_label(i, tokenizer) for i in ids]
@@ -77,7 +81,7 @@ class Tokens(PublishOptions):
         }
         if self.output_dir is None:
             return report
-        config = self._write(source, config, base, untrained.rows, tokenizer)
+        config = self._write(source, config, base, untrained.rows, tokenizer, absent)
         first = 0 if tokenizer is None else len(tokenizer)
         return {
             **report,
@@ -88,7 +92,13 @@ class Tokens(PublishOptions):
         }
 
     def _write(
-        self, source: Path, config: Any, base: Any, rows: Any, tokenizer: Any
+        self,
+        source: Path,
+        config: Any,
+        base: Any,
+        rows: Any,
+        tokenizer: Any,
+        absent: list[int],
     ) -> Any:
         """Writes the changed model; returns its configuration."""
         import jax
@@ -99,7 +109,7 @@ class Tokens(PublishOptions):
         assert self.output_dir is not None
         output = Path(self.output_dir)
         if self.repair != "none":
-            if not any(rows.values()):
+            if not any(rows.values()) and not absent:
                 print_note(
                     "no token that is used has an untrained row, so --repair has "
                     f"nothing to do; `{output}` gets "
@@ -108,6 +118,7 @@ class Tokens(PublishOptions):
             base = repair_rows(base, rows, self.repair)
         if self.add:
             self._check_new(tokenizer)
+        if self.add or absent:
             config, base = add_tokens(
                 config, base, tokenizer_size=len(tokenizer), count=len(self.add)
             )

@@ -107,6 +107,33 @@ def test_new_tokens_get_rows_and_names(shared_data, tmp_path, report):
     )
 
 
+def test_tokens_that_never_had_a_row_get_one(shared_data, tmp_path, report):
+    source, out = shared_data / "stories260K", tmp_path / "out"
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    copy_with_added_tokens(source, larger, ["<pad>"])
+    for name in ("config.json", "model.safetensors"):
+        (larger / name).write_bytes((source / name).read_bytes())
+    settings = json.loads((larger / "tokenizer_config.json").read_text())
+    settings["pad_token"] = "<pad>"
+    (larger / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = report(larger)
+    assert found["used_without_a_row"] == ["512 '<pad>'"]
+    assert (found["vocab_size"], found["tokenizer_size"]) == (512, 513)
+    repaired = report(larger, "--repair", "mean", "--output-dir", out)
+    assert repaired["new_vocab_size"] == 513
+    assert report(out)["used_without_a_row"] == []
+    before, after = (
+        convert.load_llama(p, quantization=None)[1]["model"]["embed_tokens"]["weight"]
+        for p in (larger, out)
+    )
+    assert len(after) == 513
+    kept = ~untrained_rows(before)
+    np.testing.assert_array_equal(after[:512][kept], before[kept])
+    # A mean of those that were trained, in float64 and rounded once.
+    np.testing.assert_allclose(after[512], before[kept].mean(axis=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("older", ["added_tokens.json", "added_tokens_decoder"])
 def test_tokens_are_added_wherever_the_tokenizer_lists_them(
     shared_data, tmp_path, older

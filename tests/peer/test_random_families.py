@@ -24,6 +24,7 @@ from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
+from qlora_jax.models.vocabulary import add_tokens
 from tests.lora.reference import draw as draw_adapters
 from tests.peer.test_random_configs import REFUSED, SAID, broken, pick, some
 
@@ -132,6 +133,8 @@ def draw_rope(rng, raw, family, head_dim):
             fields["type"] = fields.pop("rope_type")
             if family.rope_aliases:
                 fields["type"] = pick(rng, ["longrope", *family.rope_aliases])
+                # Under the older names transformers 5 misses it beside the object.
+                fields["original_max_position_embeddings"] = native or 8
         raw["rope_scaling"] = fields
     elif rng.random() < 0.5:
         raw["rope_scaling"] = None
@@ -304,17 +307,17 @@ def build(torch, transformers, tmp_path):
 def adapt(torch, peft):
     """A function: (rng, family, model) -> (arguments that PEFT takes, its model)."""
 
-    def run(rng, family, base):
+    def run(rng, family, base, given=None):
         while True:
-            a = draw_lora(rng, family)
+            a = given or draw_lora(rng, family)
             try:
                 model = peft.get_peft_model(
                     copy.deepcopy(base), peft.LoraConfig(**copy.deepcopy(a))
                 )
             except (ValueError, TypeError, AttributeError) as error:
-                assert REFUSED.search(str(error)), (a, error)
+                assert REFUSED.search(str(error)) and not given, (a, error)
                 continue
-            if not broken(base, model, a):
+            if given or not broken(base, model, a):
                 break
         print(a)
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 30)))
@@ -385,7 +388,8 @@ def their_logits(torch):
         return model(input_ids=ids, use_cache=False, **more).logits.numpy()
 
     def run(model):
-        out = np.zeros((*ROWS.tokens.shape, VOCAB), np.float32)
+        size = model.get_input_embeddings().weight.shape[0]
+        out = np.zeros((*ROWS.tokens.shape, size), np.float32)
         model.eval()
         with torch.no_grad():
             out[:2] = call(model, np.s_[:2])
@@ -506,3 +510,68 @@ def test_they_load_what_we_save(
     close(our_logits(config, base, ROWS.packed(), lora, adapters), want)
     convert.merge(again, adapter, tmp_path / "merged")
     close(their_logits(theirs(tmp_path / "merged")), want)
+
+
+# --- Norms and tables ---
+
+# Families with norms or embeddings of their own, and one without.
+OWN_WAYS = ("llama", "qwen3", "granite", "gemma", "gemma2", "gemma3_text")
+PARTS = {
+    # PEFT goes by ends of names: all norms, of heads and after MLPs too.
+    "norms": dict(target_modules=["o_proj"], modules_to_save=["norm"]),
+    "table": dict(target_modules=["o_proj"], modules_to_save=["embed_tokens"]),
+    "update of the table": dict(target_modules=["embed_tokens", "v_proj"]),
+    "DoRA of the table": dict(target_modules=["embed_tokens", "v_proj"], use_dora=True),
+    "both tables as one": dict(
+        target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    ),
+    "DoRA of the head": dict(target_modules=["lm_head"], use_dora=True),
+    "rows": dict(target_modules=["o_proj"], trainable_token_indices=[5, 17, 3]),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("model_type", OWN_WAYS)
+def test_norms_and_tables_are_adapted_as_peft_does(
+    build, adapt, theirs, their_logits, tmp_path, model_type, part
+):
+    index = TYPES.index(model_type)
+    rng = np.random.default_rng([index, 3])
+    _, path, model = build(index, rng)
+    config, base = convert.load_llama(path, quantization=None)
+    given = {"r": 2, "lora_alpha": 3, **PARTS[part]}
+    _, adapted = adapt(rng, config.family, model, given)
+    adapted.save_pretrained(tmp_path / "adapter")
+    want = their_logits(adapted)
+    assert np.abs(want - their_logits(model)).max() > 100 * TOLERANCE
+    lora, adapters = convert.load_adapter(tmp_path / "adapter", base)
+    close(our_logits(config, base, ROWS.packed(), lora, adapters), want)
+    convert.merge(path, tmp_path / "adapter", tmp_path / "merged")
+    close(their_logits(theirs(tmp_path / "merged")), want)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_added_tokens_are_rows_like_others(
+    build, adapt, reload, theirs, their_logits, tmp_path, model_type
+):
+    index = TYPES.index(model_type)
+    rng = np.random.default_rng([index, 4])
+    _, path, model = build(index, rng)
+    before = their_logits(model)
+    config, base = convert.load_llama(path, quantization=None)
+    config, base = add_tokens(config, base, tokenizer_size=VOCAB, count=2)
+    grown = tmp_path / "grown"
+    convert.save_llama(grown, config, jax.tree.map(np.asarray, base))
+    model = theirs(grown)
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB + 2
+    close(their_logits(model)[..., :VOCAB], before)
+    rows = [VOCAB + 1, 5, VOCAB]
+    given = dict(r=2, target_modules=["o_proj"], trainable_token_indices=rows)
+    _, adapted = adapt(rng, config.family, model, given)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    want = their_logits(adapted)
+    lora, adapters = convert.load_adapter(tmp_path / "adapter", base)
+    close(our_logits(config, base, ROWS.packed(), lora, adapters), want)
+    convert.save_adapter(tmp_path / "again", lora, adapters, config)
+    again = their_logits(reload(tmp_path / "again", model))
+    np.testing.assert_array_equal(again, want)
