@@ -27,10 +27,10 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 # Root mean squares of 9,216 differences, which are sums of as many roundings, some at
 # other places: measured 0.85 to 1.04.
 LOGITS = 1.2
-# Of loss and norm of the gradient, relative. Logits are off by 0.006 to 0.02, so that the
-# loss of one of 92 tokens is by up to 0.02 sqrt(2), and their mean by a tenth of it,
-# which is 6e-4 of a loss of 4.9; 2.5 times that is allowed. The norm's parts are rounded
-# to 2^-9 several times over: measured up to 4e-3 here and up to 6e-3 in PEFT.
+# Of loss and norm of the gradient, relative. Logits are off by 0.006 to 0.02, so that
+# the loss of one of 92 tokens is by up to 0.02 sqrt(2), and their mean by a tenth of
+# it, 6e-4 of a loss of 4.9; 2.5 times that is allowed. The norm's parts are rounded to
+# 2^-9 several times over: measured up to 4e-3 here and up to 6e-3 in PEFT.
 STEPS = np.array([1.5e-3, 1e-2])
 TOKENS = np.random.default_rng(0).integers(3, 96, (4, 24)).astype(np.int32)
 
