@@ -3,11 +3,12 @@
     python scripts/memory_table.py --output benchmarks/memory_8b.json
 
 Llama-3.1-8B, r=32 on the seven linear layers, one row a step, every position real; then
-Llama-3.1-70B, and 8B without offloading. Each row is a search over steps compiled for
-an H200 with that much memory (`qlora_jax.planning.plan`): planned by the compiler, not
-measured. It needs the GPU compiler (`make compile` installs it), no GPU, and some
-minutes a row; started again it continues after the last finished row. `--markdown`
-writes the table, also that of an existing file.
+Llama-3.1-70B, 8B without offloading, and models of other families of about that size.
+Each row is a search over steps compiled for an H200 with that much memory
+(`qlora_jax.planning.plan`): planned by the compiler, not measured; the closed form's
+bytes of the same step are stored beside. It needs the GPU compiler (`make compile`
+installs it), no GPU, and some minutes a row; started again it continues after the last
+finished row. `--markdown` writes the tables, also those of an existing file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import CARDS
-from qlora_jax.planning.plan import Planner, Policy, policies
+from qlora_jax.planning.plan import DoesNotFit, Planner, Policy, policies
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
 
@@ -42,10 +43,65 @@ PUBLISHED = {
     | {40: 153977, 48: 191728, 80: 342733},
     "70b": {48: 12106, 80: 89389},
 }
+# Published config.json of models of other families, by their names on the Hub: what
+# decides shapes and programs.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen3-8B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+    },
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+    },
+    "Mistral-7B-v0.3": {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2",
+        "vocab_size": 256000,
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 8192,
+    },
+}
 LENGTHS = [
     *(("8b", gigabytes, "any") for gigabytes in PUBLISHED["8b"]),
     *(("70b", gigabytes, "any") for gigabytes in PUBLISHED["70b"]),
     ("8b", 141, "no offload"),
+    *((model, gigabytes, "any") for model in FAMILIES for gigabytes in PUBLISHED["8b"]),
 ]
 """Model, memory of the card in GB, and which policies."""
 SPEED = ("none", "save_matmuls", "full")
@@ -55,7 +111,7 @@ SPEED = ("none", "save_matmuls", "full")
 def step_of(model: str, length: int = 2048, batch_size: int = 1) -> Step:
     """Returns the step of the table."""
     return Step(
-        LlamaConfig.from_hf(MODELS[model].hf_config),
+        LlamaConfig.from_hf(FAMILIES.get(model) or MODELS[model].hf_config),
         Compute(lora=LoraConfig(r=32)),
         length=length,
         train=TrainConfig(steps=1, batch_size=batch_size),
@@ -70,19 +126,27 @@ def allowed(which: str) -> list[Policy]:
 
 
 def longest(model: str, gigabytes: int, which: str, python: str | None) -> dict:
-    """Finds the longest row that fits a card of so much memory."""
+    """Finds the longest row that fits a card of so much memory.
+
+    Where none does, that is the shortest one, with `fits` false.
+    """
     card = dataclasses.replace(
         CARDS["h200"], name=f"{gigabytes} GB", memory_bytes=gigabytes * 10**9
     )
     planner = Planner(card, python=python, say=lambda line: print(f"  {line}"))
-    plan = planner.longest(step_of(model), allowed(which))
-    report = plan.report()
+    try:
+        plan = planner.longest(step_of(model), allowed(which))
+    except DoesNotFit:
+        plans = [planner.plan(step_of(model, 128), p) for p in allowed(which)[-3:]]
+        plan = min(plans, key=lambda plan: plan.total)
+    published = PUBLISHED.get(model, {}) if which == "any" else {}
     return {
         "model": model,
         "card_gb": gigabytes,
         "policies": which,
-        "published": PUBLISHED[model].get(gigabytes) if which == "any" else None,
-        **report,
+        "published": published.get(gigabytes),
+        "estimated_bytes": planner.estimate(plan.step, plan.policy).total,
+        **plan.report(),
     }
 
 
@@ -108,7 +172,7 @@ def markdown(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if "card_gb" not in row:
+        if "card_gb" not in row or row["model"] in FAMILIES:
             continue
         theirs = row["published"]
         name = MODELS[row["model"]].name
@@ -122,6 +186,7 @@ def markdown(content: dict[str, Any]) -> str:
             + f"{row['device_bytes']['total'] / 1e9:.2f} GB | "
             f"{row['host_bytes'] / 1e9:.1f} GB |"
         )
+    lines += families(content["rows"])
     speed = [row for row in rows if "card_gb" not in row]
     if speed:
         lines += [
@@ -135,6 +200,32 @@ def markdown(content: dict[str, Any]) -> str:
             for row in speed
         ]
     return "\n".join(lines) + "\n"
+
+
+def families(rows: dict[str, dict]) -> list[str]:
+    """Renders the longest rows of models of other families, with Llama beside.
+
+    Of the cards for which all of them are made.
+    """
+    models = ("8b", *FAMILIES)
+    cards = [
+        card
+        for card in PUBLISHED["8b"]
+        if all(f"{model} {card} GB any" in rows for model in models)
+    ]
+    if not cards:
+        return []
+    lines = [
+        "",
+        "| model | " + " | ".join(f"{card} GB" for card in cards) + " |",
+        "|---" * (1 + len(cards)) + "|",
+    ]
+    for model in models:
+        made = [rows[f"{model} {card} GB any"] for card in cards]
+        name = MODELS[model].name if model in MODELS else model
+        lengths = [f"{row['max_length']:,}" if row["fits"] else "none" for row in made]
+        lines.append(f"| {name} | {' | '.join(lengths)} |")
+    return lines
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -409,11 +409,28 @@ def test_planned_lengths_are_those_of_the_stored_plans(repository):
     stored = json.loads((repository / "benchmarks/memory_8b.json").read_text())
     table = PAGES["docs/memory.md"]
     rows = [row for row in stored["rows"].values() if "card_gb" in row]
+    # Other families have a table of lengths alone.
+    families = {row["model"] for row in rows} - {"8b", "70b"}
     for row in rows:
+        if row["model"] in families:
+            continue
         published = f"{row['published']:,}" if row["published"] else ""
         memory = f"{row['device_bytes']['total'] / 1e9:.2f} GB"
         numbers = rf"{row['card_gb']} GB \| {published} ?\| {row['max_length']:,} \|"
         assert re.search(rf"\| {numbers}.*\| {memory} \|", table), row["card_gb"]
     in_readme = re.findall(r"^\| Llama .* \|$", PAGES[README], re.M)
     assert len(in_readme) > 5
+    in_readme += re.findall(r"^\| (?:Qwen|Mistral|gemma).* \|$", PAGES[README], re.M)
+    assert len(families) == 4
+    lengths = {
+        model: [
+            f"{row['max_length']:,}" if row["fits"] else "none"
+            for row in rows
+            if row["model"] == model
+        ]
+        for model in families
+    }
+    for model in families:
+        (line,) = [x for x in in_readme if x.startswith(f"| {model} |")]
+        assert set(line.strip("| ").split(" | ")[1:]) <= set(lengths[model])
     assert all(line in table.splitlines() for line in in_readme)

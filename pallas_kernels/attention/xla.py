@@ -273,11 +273,16 @@ def _flash_fwd(
     segments: Array | None,
     choice: Array | None,
 ) -> tuple[Array, tuple]:
-    def forward(window: int | None, *arrays: Array) -> tuple[Array, Array]:
-        return _forward(_block_under(window, block, q), variant, window, *arrays)
+    groups, width = k.shape[2:]
 
-    arrays = (q, k, v) if segments is None else (q, k, v, segments)
+    def forward(window: int | None, *arrays: Array) -> tuple[Array, Array]:
+        side = _block_under(window, block, q)
+        return _forward(side, variant, window, groups, width, *arrays)
+
+    arrays = _flat(q, k, v)
+    arrays = arrays if segments is None else (*arrays, segments)
     out, lse = _by_window(variant, choice, forward, *arrays)
+    out = out.reshape(q.shape)
     # Both have names: a policy that kept the output alone would have to run the whole
     # forward pass again for the log-sum-exp.
     out = checkpoint_name(out, "attention_out")
@@ -285,26 +290,35 @@ def _flash_fwd(
     return out, (q, k, v, segments, choice, out, lse)
 
 
+def _flat(*arrays: Float[Array, "B T _ H"]) -> tuple[Float[Array, "B T _"], ...]:
+    """Joins heads and their widths: the layout of the layers around.
+
+    Of arrays with an axis of heads XLA may choose another one where they enter a branch
+    (`_by_window`), and copy them on the way in and out.
+    """
+    return tuple(a.reshape(*a.shape[:2], -1) for a in arrays)
+
+
 def _forward(
     block: int,
     variant: Variant,
     window: int | None,
-    q: Array,
-    k: Array,
-    v: Array,
+    groups: int,
+    width: int,
+    q: Float[Array, "B T NH"],
+    k: Float[Array, "B T KH"],
+    v: Float[Array, "B T KH"],
     segments: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Float[Array, "B T NH"], Float32[Array, "B K G T"]]:
     """Goes over the visible key blocks j <= i for each query block i.
 
     Arrays keep the layout of the layers around, [B, T, heads * H], and only blocks are
     rearranged: then what the backward pass needs is held once for them and for us.
     """
-    batch, length, heads, width = shape = q.shape
-    groups = k.shape[2]
+    batch, length = q.shape[:2]
     scale, cap = variant.scale_of(width), variant.softcap
-    grouped = (groups, heads // groups)
+    grouped = (groups, q.shape[2] // width // groups)
     rows_shape = (batch, *grouped, block)
-    q, k, v = (a.reshape(batch, length, -1) for a in (q, k, v))
 
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
         top, total, acc, out, lse = carry
@@ -350,31 +364,40 @@ def _forward(
     )
     pairs = _pairs(length // block, block, window, q)
     (_, _, _, out, lse), _ = jax.lax.scan(pair, start, pairs)
-    return out.reshape(shape), lse
+    return out, lse
 
 
 def _flash_bwd(block: int, variant: Variant, residuals: tuple, dout: Array) -> tuple:
     q, k, v, segments, choice, out, lse = residuals
 
-    def backward(window: int | None, *arrays: Array) -> tuple[Array, Array, Array]:
-        return _backward(_block_under(window, block, q), variant, window, *arrays)
+    groups, width = k.shape[2:]
 
-    arrays = (q, k, v, out, lse, dout)
+    def backward(window: int | None, *arrays: Array) -> tuple[Array, Array, Array]:
+        side = _block_under(window, block, q)
+        return _backward(side, variant, window, groups, width, *arrays)
+
+    arrays = (*_flat(q, k, v, out, dout), lse)
     arrays = arrays if segments is None else (*arrays, segments)
+    gradients = _by_window(variant, choice, backward, *arrays)
+    dq, dk, dv = (
+        a.reshape(like.shape) for a, like in zip(gradients, (q, k, v), strict=True)
+    )
     # Segment ids and the choice are integers and have no derivative.
-    return *_by_window(variant, choice, backward, *arrays), None, None
+    return dq, dk, dv, None, None
 
 
 def _backward(
     block: int,
     variant: Variant,
     window: int | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    lse: Array,
-    dout: Array,
+    groups: int,
+    width: int,
+    q: Float[Array, "B T NH"],
+    k: Float[Array, "B T KH"],
+    v: Float[Array, "B T KH"],
+    out: Float[Array, "B T NH"],
+    dout: Float[Array, "B T NH"],
+    lse: Float32[Array, "B K G T"],
     segments: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Recomputes each block's weights p = e^(s - lse).
@@ -383,15 +406,13 @@ def _backward(
     the keys of p * dp; then dq = ds k, dk = ds^T q and dv = p^T dout. Under a soft cap
     s = c tanh(z / c), so dz = ds (1 - (s / c)^2) takes its place in dq and dk.
     """
-    batch, length, heads, width = q.shape
-    groups = k.shape[2]
+    batch, length = q.shape[:2]
     scale, cap = variant.scale_of(width), variant.softcap
-    inner = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    # [B, T, N] -> [B, K, G, T], the layout of lse.
-    inner = inner.reshape(batch, length, groups, -1).transpose(0, 2, 3, 1)
-    grouped = (groups, heads // groups)
-    shapes = [a.shape for a in (q, k, v)]
-    q, k, v, dout = (a.reshape(batch, length, -1) for a in (q, k, v, dout))
+    grouped = (groups, q.shape[2] // width // groups)
+    inner = dout.astype(jnp.float32) * out.astype(jnp.float32)
+    inner = inner.reshape(batch, length, *grouped, width).sum(axis=-1)
+    # [B, T, K, G] -> [B, K, G, T], the layout of lse.
+    inner = inner.transpose(0, 2, 3, 1)
 
     def pair(carry: tuple, ij: tuple[Array, Array]) -> tuple[tuple, None]:
         q_or_dq, dk, dv, q_i, dq_i = carry
@@ -442,9 +463,7 @@ def _backward(
     )
     pairs = _pairs(length // block, block, window, q)
     (dq, dk, dv, _, _), _ = jax.lax.scan(pair, start, pairs)
-    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
-    dq, dk, dv = (a.reshape(s) for a, s in zip((dq, dk, dv), shapes, strict=True))
-    return dq, dk, dv
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

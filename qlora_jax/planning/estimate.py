@@ -229,10 +229,7 @@ def _kept(step: Step, model: _Model) -> int:
 
 
 def _temporaries(step: Step, model: _Model, tokens: int) -> int:
-    """Returns the larger of the temporaries of a layer's MLP and of the loss.
-
-    Attention needs less than the MLP.
-    """
+    """Returns the largest of the temporaries of MLP, attention and loss."""
     c, size, remat = step.config, _width(step), step.compute.remat
     narrow, wide = size * c.hidden_size, size * c.intermediate_size
     most = mlp_tokens(c.intermediate_size, remat)
@@ -246,6 +243,16 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     layer += arrays.narrow * narrow * tokens + arrays.wide * wide * chunk
     if tokens * c.hidden_size >= 2**31:
         layer += _LARGE * narrow * tokens
+    attention = 0
+    if remat in ("full", "offload") and _windows_differ(step):
+        # Its backward pass is a branch, with arrays of its own on the way out: q, out
+        # and their gradients; k and v, with gradients in float32 and rounded; and what
+        # is added up around. Elsewhere attention needs less than the MLP.
+        heads = size * c.num_attention_heads * c.head_dim
+        pairs = size * c.num_key_value_heads * c.head_dim
+        attention = (3 * narrow + 3 * heads + 8 * pairs) * tokens
+        # Two blocks of 2^25 scores in float32.
+        attention += 2 * 4 * 2**25
     # A chunk of logits in float32, and their gradient.
     # 512 tokens: the loss's chunk for a large vocabulary. A head that is on the host or
     # packed is on the device as a whole while the loss uses it.
@@ -254,7 +261,13 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     loss = logits + narrow * tokens + table * (step.lm_head != "device")
     # The loss comes after the last layer's forward and before its backward pass, so
     # both use the same memory.
-    return int(max(layer, loss))
+    return int(max(layer, attention, loss))
+
+
+def _windows_differ(step: Step) -> bool:
+    """Whether layers have different windows in rows of this length."""
+    windows = {kind.window for kind in step.config.layer_kinds}
+    return len({None if (w or step.length) >= step.length else w for w in windows}) > 1
 
 
 # --- The work of a step ---

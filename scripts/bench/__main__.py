@@ -6,6 +6,7 @@
     python scripts/bench checkpoint llama-3.1-8b/config.json
     python scripts/bench logging --output benchmarks/logging.json
     python scripts/bench windows --output benchmarks/windows.json
+    python scripts/bench commands --output benchmarks/commands.json
 
 `python scripts/bench COMMAND --help` describes a command and its options.
 """
@@ -23,6 +24,7 @@ MODULES = {
     "checkpoint": "checkpoint",
     "logging": "logging_cost",
     "windows": "windows",
+    "commands": "commands",
 }
 
 
