@@ -30,9 +30,13 @@ Needed = Literal["configuration", "tokenizer", "weights"]
 """How much of a model is read; each includes those before it."""
 
 _NAME = re.compile(
-    r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\S+))?", re.A
+    r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>(?!\S*\.\.)\S+))?",
+    re.A,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What is given in the place of a name.
+_ADDRESS = re.compile(r"(https?:/+[^/]+/|hf:/*)(?P<name>[\w.-]+/[\w.-]+).*")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CONFIG = "config.json"
 # Files of a tokenizer that are neither JSON nor templates.
 _TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt")
@@ -100,6 +104,13 @@ def local_path(path: str | os.PathLike[str], *, needed: Needed = "weights") -> P
     """
     name = parse_hub_name(path)
     if name is None:
+        address = _ADDRESS.fullmatch(os.fspath(path))
+        if address is not None and not os.path.lexists(path):
+            raise CheckpointError(
+                f"`{os.fspath(path)}` is an address. A model or an adapter of the hub "
+                "is given by its name, `owner/name` or `owner/name@revision`, here "
+                f"`{address['name']}`."
+            )
         return Path(path).expanduser()
     from huggingface_hub.errors import HFValidationError
 
@@ -115,7 +126,6 @@ def local_path(path: str | os.PathLike[str], *, needed: Needed = "weights") -> P
 
 def _fetch(name: HubName, needed: Needed) -> Path:
     """Downloads what the cache lacks; returns the directory in the cache."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -123,10 +133,7 @@ def _fetch(name: HubName, needed: Needed) -> Path:
     )
 
     try:
-        info = HfApi().model_info(
-            name.repo_id, revision=name.revision, files_metadata=True, timeout=10
-        )
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        found, sizes = _describe(name)
         small = _small_files(sizes, needed)
         if not {_CONFIG, ADAPTER_CONFIG} & small:
             raise CheckpointError(
@@ -135,32 +142,79 @@ def _fetch(name: HubName, needed: Needed) -> Path:
                 f"{_listed(sizes)}."
             )
         # By its name and not by the commit, so that the cache notes which commit it is.
-        directory = _download(name, small, sizes, info.sha)
+        directory = _download(name, small, sizes, found)
         if _reads_weights(small, needed):
             weights = _weight_files(directory, sizes, str(name))
+            if missing := weights - sizes.keys():
+                raise CheckpointError(
+                    f"`{name}` on the hub does not have {_listed(missing)}, which its "
+                    "weights are read from. Its files: "
+                    f"{_listed(sizes)}."
+                )
             commit = directory.name
             _download(HubName(name.repo_id, commit), weights, sizes, commit)
         return directory
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, *_transport()) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise  # an answer
-        directory = _cached(name)
+        answer = _answer(error)
+        # A commit never changes, so its copy in the cache is what the hub had.
+        refused = isinstance(answer, HfHubHTTPError) and (
+            answer.response.status_code < 500
+        )
+        directory = _cached(name) if name.is_pinned or not refused else None
         if directory is None:
-            raise
+            raise answer from answer.__cause__
         files = {p.name for p in directory.iterdir() if p.exists()}
+        why = "the hub no longer gives it" if refused else "the hub cannot be reached"
+        why = f"{why} ({_reason(answer)})"
         if _reads_weights(files, needed):
             missing = _weight_files(directory, files, str(name)) - files
             if missing:
                 raise CheckpointError(
-                    f"The cache has `{name}` without {_listed(missing)}, and the hub "
-                    f"cannot be reached ({_reason(error)})."
+                    f"The cache has `{name}` without {_listed(missing)}, and {why}."
                 ) from error
         if not isinstance(error, OfflineModeIsEnabled):
-            say(
-                f"Note: the hub cannot be reached ({_reason(error)}); `{name}` is "
-                "taken from the cache."
-            )
+            say(f"Note: {why}; `{name}` is taken from the cache.")
         return directory
+
+
+def _describe(name: HubName) -> tuple[str, dict[str, int]]:
+    """Asks the hub for the commit of a name and its files, with their bytes.
+
+    Raises:
+      ConnectionError: the answer is no description of a repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
+
+    known = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, *_transport())
+    try:
+        info = HfApi().model_info(
+            name.repo_id, revision=name.revision, files_metadata=True, timeout=10
+        )
+    except known:
+        raise
+    except Exception as error:
+        # The page of a proxy, or an address that is none: the client reads the answer
+        # without checks, and fails as it happens.
+        raise ConnectionError(f"no answer of a hub: {_reason(error)}") from None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    valid = isinstance(info.sha, str) and _COMMIT.fullmatch(info.sha) is not None
+    if not valid or not all(type(size) is int for size in sizes.values()):
+        raise ConnectionError("no answer of a hub: it names no commit, or no sizes")
+    return str(info.sha), sizes
+
+
+def _answer(error: BaseException) -> BaseException:
+    """Returns the answer that a file was refused with, else the error itself."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cause = error.__cause__
+    is_refusal = isinstance(cause, HfHubHTTPError)
+    return cause if isinstance(error, LocalEntryNotFoundError) and is_refusal else error
 
 
 def _transport() -> tuple[type[Exception], ...]:
@@ -274,6 +328,7 @@ def _hub_errors(name: HubName, *, writes: bool = False) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -281,12 +336,18 @@ def _hub_errors(name: HubName, *, writes: bool = False) -> Iterator[None]:
     )
 
     log_in = "Log in (`hf auth login`), or set HF_TOKEN."
-    if get_token() is not None:
+    if token := get_token():
         log_in = "The token in use (HF_TOKEN, or of `hf auth login`) has no access."
+    if token and not (re.fullmatch("[!-~]+", token) or constants.HF_HUB_OFFLINE):
+        # It is a header of the request; the error of that would show it.
+        raise CheckpointError(
+            "The token in use (HF_TOKEN, or of `hf auth login`) has characters that no "
+            "token has, such as spaces. Copy it again from the settings of the account."
+        )
     here = "" if writes else f"`{name}` is no file or directory here, and "
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, HFValidationError):
         raise
     except GatedRepoError as error:
         raise CheckpointError(
@@ -320,17 +381,27 @@ def _hub_errors(name: HubName, *, writes: bool = False) -> Iterator[None]:
             f"({_reason(error)})"
             + ("." if writes else f"; the cache does not have `{name}`.")
         ) from error
-    except RuntimeError as error:  # what a failed upload of a file is raised as
-        if not writes or error.__cause__ is None:
-            raise
-        raise CheckpointError(f"`{name}`: {error} ({_reason(error)})") from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        if writes and error.errno is not None:
+            raise  # of a file that is published
+        if error.errno is None:
+            # How the client says that a file came with another size.
+            raise CheckpointError(
+                f"`{name}`: a file did not come whole ({_reason(error)}). The same "
+                "command fetches it again."
+            ) from error
+        what = "no space is left" if error.errno in _FULL else f"{error.strerror}"
         raise CheckpointError(
-            f"`{name}`: no space is left in `{constants.HF_HUB_CACHE}`. HF_HOME names "
-            "another place; `hf cache` lists what is in this one."
+            f"`{name}` cannot be kept in the cache `{constants.HF_HUB_CACHE}`: {what}. "
+            "HF_HOME names another place; `hf cache` lists what is in this one."
         ) from error
+    except Exception as error:
+        if not writes:
+            raise
+        # A failed upload of a file is a RuntimeError; an answer that is not a hub's
+        # fails in the client as it happens.
+        what = str(error) if isinstance(error, RuntimeError) else "no answer of a hub"
+        raise CheckpointError(f"`{name}`: {what} ({_reason(error)}).") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -381,8 +452,9 @@ def check_push(name: str, *, private: bool = True) -> None:
 def push(directory: Path, name: str, card: str) -> str:
     """Publishes a directory as one commit; returns the address.
 
-    Weights of an earlier upload that the directory does not have are deleted, since
-    they would be read with the new ones. A model card that was not written here stays.
+    Weights, adapter_config.json and chat templates of an earlier upload that the
+    directory does not have are deleted, since they would be read with the new ones. A
+    model card that was not written here stays.
 
     Args:
       directory: of a model or an adapter. Its files are uploaded but for reports that
@@ -391,7 +463,8 @@ def push(directory: Path, name: str, card: str) -> str:
       card: the model card (README.md).
 
     Raises:
-      CheckpointError: the hub refuses, or cannot be reached.
+      CheckpointError: the hub refuses, or cannot be reached; or it has such files, and
+        they were not published from here.
     """
     from huggingface_hub import (
         CommitOperationAdd,
@@ -411,14 +484,19 @@ def push(directory: Path, name: str, card: str) -> str:
             CommitOperationAdd(str(path.relative_to(directory)), path) for path in files
         ]
         added = {operation.path_in_repo for operation in operations}
-        stale = sorted(
-            file for file in present - added if _WEIGHTS.fullmatch(file) is not None
-        )
+        stale = sorted(filter(_would_be_read, present - added))
         operations += [CommitOperationDelete(file) for file in stale]
-        keeps_card = False
+        card_is_ours = False
         if _CARD in present:
             text = Path(hf_hub_download(name, _CARD)).read_text(errors="replace")
-            keeps_card = _CARD_MARK not in text
+            card_is_ours = _CARD_MARK in text
+        if stale and not card_is_ours:
+            raise CheckpointError(
+                f"`{name}` has {_listed(stale)}, which would be read with what is "
+                "published now, and no model card of qlora-jax says that they are of "
+                "an earlier upload. Give another name, or delete them there."
+            )
+        keeps_card = _CARD in present and not card_is_ours
         if not keeps_card:
             content = f"{card.rstrip()}\n\n{_CARD_MARK}\n".encode()
             operations.append(CommitOperationAdd(_CARD, content))
@@ -430,3 +508,12 @@ def push(directory: Path, name: str, card: str) -> str:
     if stale:
         say(f"Note: deleted from `{name}`, as of an earlier upload: {_listed(stale)}.")
     return url
+
+
+def _would_be_read(file: str) -> bool:
+    """Whether a file of a repository would be read with those of another upload."""
+    return (
+        _WEIGHTS.fullmatch(file) is not None
+        or file in (ADAPTER_CONFIG, "chat_template.jinja")
+        or (file.startswith(_TEMPLATES) and file.endswith(".jinja"))
+    )

@@ -72,7 +72,7 @@ class Hub:
 @contextlib.contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """Runs a hub on a free port of the loopback."""
-    handler = type("Handler", (_Handler,), {"hub": hub})
+    handler = type("Handler", (Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -84,7 +84,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
             thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 

@@ -225,6 +225,8 @@ class PublishOptions:
             from convert import check_push
 
             check_push(self.push_to_hub, private=self.private)
+        elif not self.private:
+            raise UsageError("--no-private goes with --push-to-hub.")
 
     def publish(
         self,

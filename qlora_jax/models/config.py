@@ -140,11 +140,12 @@ class LlamaConfig:
         object.__setattr__(
             self, "extra_tensors", _read_extra_tensors(self.extra_tensors)
         )
+        width = self.query_pre_attn_scalar
         for name, valid, limit in (
             # Under a root or a power, which is NaN elsewhere.
             ("rms_norm_eps", self.rms_norm_eps >= 0, ">= 0"),
             ("rope_theta", self.rope_theta > 0, "> 0"),
-            ("query_pre_attn_scalar", (self.query_pre_attn_scalar or 1) > 0, "> 0"),
+            ("query_pre_attn_scalar", width is None or width > 0, "> 0"),
             # Divisors.
             ("logits_scaling", self.logits_scaling != 0, "another number than 0"),
             ("attn_logit_softcapping", self.attn_logit_softcapping != 0, "> 0"),
@@ -166,6 +167,11 @@ class LlamaConfig:
                     f"config: `{name}` has {len(values)} entries for "
                     f"{self.num_hidden_layers} layers."
                 )
+        if self.partial_rotary_factor > 1:
+            raise UserError(
+                "config: `partial_rotary_factor` is a share of `head_dim`, at most 1, "
+                f"got {self.partial_rotary_factor}."
+            )
         if self.head_dim % 2 or self.rotary_dim % 2 or self.rotary_dim < 2:
             raise UserError(
                 "config: `head_dim`, and the part of it that `partial_rotary_factor` "

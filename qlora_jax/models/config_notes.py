@@ -31,6 +31,7 @@ _OTHER_MODELS: Mapping[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_norm": (False,),
     "no_rope_layers": ([],),
+    "sliding_window_pattern": (1, 2),
     "use_parallel_residual": (False,),
     # How other programs quantized the weights; such weights have other tensors.
     "compression_config": (),

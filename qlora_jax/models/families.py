@@ -268,6 +268,7 @@ FAMILIES: Mapping[str, Family] = {
                 # transformers has `attn_logit_softcapping` too, and never caps.
                 *("sliding_window", "layer_types", "query_pre_attn_scalar"),
                 *("final_logit_softcapping", "rope_local_base_freq"),
+                "sliding_window_pattern",
             }
         ),
         activation_key="hidden_activation",
@@ -282,8 +283,12 @@ FAMILIES: Mapping[str, Family] = {
 """`model_type` -> its entry."""
 
 
-WITH_TEXT_MODEL = ("gemma3", "mistral3")
-"""`model_type` of models of images and text whose text model is a family above."""
+WITH_TEXT_MODEL: Mapping[str, tuple[str, str]] = {
+    "gemma3": ("Gemma3", "gemma3_text"),
+    "mistral3": ("Mistral3", "mistral"),
+}
+"""`model_type` of models of images and text -> the first part of their architectures'
+names, and the family of their text model, where that does not say it itself."""
 
 
 def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -291,13 +296,39 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Others are returned as they are. How the weights are quantized and which tokens end
     a text is said once, for both.
+
+    Raises:
+      UserError: a text model that is not supported, or another head than that of a
+        language model.
     """
-    text = raw.get("text_config")
-    if raw.get("model_type") not in WITH_TEXT_MODEL or not isinstance(text, Mapping):
+    kind, text = raw.get("model_type"), raw.get("text_config")
+    if not isinstance(kind, str) or kind not in WITH_TEXT_MODEL:
         return raw
+    if not isinstance(text, Mapping):
+        raise UserError(
+            f"config.json: model_type={kind!r} needs a `text_config`, an object with the "
+            f"configuration of its text model; got {text!r:.80}. Is the file complete?"
+        )
+    first, default = WITH_TEXT_MODEL[kind]
+    names = raw.get("architectures")
+    known = (f"{first}ForConditionalGeneration", f"{first}Model")
+    if names is not None and (
+        not isinstance(names, list) or set(map(str, names)) - {*known}
+    ):
+        raise UserError(
+            f"Not a causal language model: config.json has model_type={kind!r}, "
+            f"architectures={names!r:.200}. Supported with this model_type: {known[0]}."
+        )
+    text = {**text, "model_type": text.get("model_type", default)}
+    if kind == "gemma3" and text["model_type"] != default:
+        # transformers reads every text model of it as this one.
+        raise UserError(
+            f"config.json: `text_config.model_type`={text['model_type']!r:.80} within "
+            f"a {kind!r} is not supported; {default!r} is."
+        )
     outer = ("quantization_config", "torch_dtype", "dtype", "transformers_version")
     outer += ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings")
-    family = family_of(text.get("model_type"))
+    family = family_of(text["model_type"], "text_config.model_type")
     return {
         **{name: raw[name] for name in outer if name in raw},
         **text,
@@ -305,8 +336,8 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def family_of(model_type: Any) -> Family:
-    """Returns the entry of a `model_type`.
+def family_of(model_type: Any, where: str = "model_type") -> Family:
+    """Returns the entry of a `model_type`; `where` is its field in the file.
 
     Raises:
       UserError: another family, with the list of those that are supported.
@@ -315,7 +346,7 @@ def family_of(model_type: Any) -> Family:
     if family is None:
         names = "; ".join(f"{name} ({f.models})" for name, f in FAMILIES.items())
         raise UserError(
-            f"config.json: model_type={model_type!r:.100} is not supported. Supported: "
+            f"config.json: {where}={model_type!r:.100} is not supported. Supported: "
             f"{names}; and the text models of {' and '.join(WITH_TEXT_MODEL)}."
         )
     return family

@@ -90,8 +90,9 @@ def _types_by_rule(
     if family.layer_kinds == "smollm3":
         return [SLIDING if rotated and not rotated[i] else FULL for i in layers]
     if family.layer_kinds == "alternating":
-        # Every n-th layer sees everything.
-        pattern = _integer(raw, "sliding_window_pattern", family)
+        # Every n-th layer sees everything; not every family reads the n.
+        has_pattern = "sliding_window_pattern" in family.fields
+        pattern = _integer(raw if has_pattern else {}, "sliding_window_pattern", family)
         return [SLIDING if (i + 1) % pattern else FULL for i in layers]
     return [SLIDING for _ in layers]
 

@@ -29,6 +29,7 @@ from qlora_jax.errors import CheckpointError, say, visible
 from qlora_jax.lora import LoraConfig
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.directory import ADAPTER, BEST, REPORT, STARTED, read_settings
+from qlora_jax.runs.loading import base_candidates
 from qlora_jax.runs.report import best_evaluation
 from qlora_jax.runs.rows import read_evaluations, read_facts
 from qlora_jax.version import __version__
@@ -36,7 +37,8 @@ from qlora_jax.version import __version__
 PUBLISHED = "published.json"
 Relation = Literal["finetune", "quantized"]
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.A)
+_REVISION = re.compile(r"[\w./-]+", re.A)
 
 
 def publish(
@@ -62,7 +64,7 @@ def publish(
     is_adapter = (directory / ADAPTER_CONFIG).is_file()
     if is_adapter:
         lora = open_adapter(directory, strict=False)[0]
-        if not _HUB_NAME.fullmatch(lora.base_model_name_or_path or ""):
+        if _parse(lora.base_model_name_or_path, directory) is None:
             say(
                 f"Note: the adapter's base is {lora.base_model_name_or_path!r}, which "
                 "nobody else finds. `--base-name owner/name`, or "
@@ -86,9 +88,14 @@ def publish_run(config: RunConfig, steps: int) -> str:
     assert name is not None
     file = directory / PUBLISHED
     this = {"model_id": name, "adapter": config.hub.adapter, "steps": steps}
-    before = read_json(file) if file.is_file() else {}
-    if this.items() <= before.items():
-        return str(before.get("url"))
+    try:
+        before = read_json(file) if file.is_file() else {}
+    except CheckpointError as error:
+        say(f"Note: {error} The adapter is published again.")
+        before = {}
+    url = before.get("url")
+    if this.items() <= before.items() and isinstance(url, str):
+        return url
     adapter = directory / (BEST if config.hub.adapter == "best" else ADAPTER)
     try:
         url = publish(adapter, name, run=directory)
@@ -123,7 +130,7 @@ def model_card(
     if (directory / ADAPTER_CONFIG).is_file():
         lora = open_adapter(directory, strict=False)[0]
     settings = None if run is None else read_settings(run)
-    origin = _base_name(lora, settings, base)
+    origin = _base_name(directory, lora, settings, base)
     parts = [
         _front_matter(lora, origin, relation),
         f"# {name.rpartition('/')[2]}",
@@ -148,25 +155,32 @@ def model_card(
 
 
 def _base_name(
-    lora: LoraConfig | None, settings: RunConfig | None, base: Path | None
+    directory: Path,
+    lora: LoraConfig | None,
+    settings: RunConfig | None,
+    base: Path | None,
 ) -> HubName | None:
     """Returns the name of the base on the hub, if one is known."""
     names = [None if base is None else hub_name(base)]
     if settings is not None:
-        names.append(_parse(settings.model.path))
+        names.append(_parse(settings.model.path, directory))
     if lora is not None:
-        named = _parse(lora.base_model_name_or_path)
-        if named is not None:
+        named = _parse(lora.base_model_name_or_path, directory)
+        if named is not None and _REVISION.fullmatch(lora.revision or ""):
             named = HubName(named.repo_id, lora.revision)
         names.insert(0, named)
     return next((name for name in names if name is not None), None)
 
 
-def _parse(path: str | None) -> HubName | None:
+def _parse(path: str | None, adapter: Path) -> HubName | None:
+    """Returns the name on the hub that a base has; None for a path of this machine."""
     repo_id, _, revision = (path or "").partition("@")
-    if not _HUB_NAME.fullmatch(repo_id) or os.path.exists(repo_id):
+    if not _HUB_NAME.fullmatch(repo_id):
         return None
-    return HubName(repo_id, revision or None)
+    if any(place.exists() for place in base_candidates(adapter, repo_id)):
+        return None
+    # Text of a file ends in a card, where it must not start markup.
+    return HubName(repo_id, revision if _REVISION.fullmatch(revision) else None)
 
 
 def _front_matter(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import HubName, hub_name, local_path, parse_hub_name
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, say
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.toml import SETTINGS, read_table
 
@@ -80,9 +80,16 @@ def _with_saved_commits(config: RunConfig) -> RunConfig:
         saved = table.get(section)
         path = saved.get(field) if isinstance(saved, dict) else None
         name = parse_hub_name(path) if isinstance(path, str) else None
-        # A revision that is given is meant, also where it differs from the saved one.
-        if given and name and given == HubName(name.repo_id):
+        if not given or not name or given.repo_id != name.repo_id:
+            continue
+        if given.revision is None:
             config = _replace(config, section, field, str(name))
+        elif given != name:
+            # It is meant, and it may be the same commit.
+            say(
+                f"Note: the run in `{directory}` began with `{name}`, and `{given}` "
+                f"is asked for. Without @{given.revision} it continues with the first."
+            )
     return config
 
 

@@ -10,7 +10,7 @@ import pytest
 from convert.hub import HubName, check_push, hub_name, local_path, parse_hub_name, push
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_jax.errors import CheckpointError, UserError
-from tests.hub import TOKEN, point_to
+from tests.hub import TOKEN, Handler, point_to
 
 # `huggingface_hub` uploads in a way that its HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -258,3 +258,150 @@ def test_what_cannot_be_published_is_refused_before_work_begins(
     hub.status = 500
     with pytest.raises(CheckpointError, match="answers 500"):
         check_push("me/tuned")
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        # Of an earlier upload, as the card says: gone.
+        ({"README.md": b"x", ADAPTER_CONFIG: b"{}", "chat_template.jinja": b""}, None),
+        # Of a model that was not made here: kept, and nothing is published.
+        (MODEL, "`me/made` has model-00001.* and no model card of"),
+        ({**MODEL, "README.md": b"mine"}, "Give another name, or delete them there"),
+    ],
+)
+def test_what_would_be_read_with_an_upload_is_deleted_only_if_it_was_made_here(
+    hub, tmp_path, monkeypatch, present, message
+):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes(b"{}")
+    (tmp_path / "model/model.safetensors").write_bytes(b"w")
+    hub.add("me/made", {})
+    if message is None:
+        push(tmp_path / "model", "me/made", "# Card")
+        repo = hub.repos["me/made"]
+        repo.commit({**present, "README.md": repo.files["README.md"], "a.md": b""})
+        push(tmp_path / "model", "me/made", "# Card")
+        assert set(repo.files) == {
+            *("README.md", "a.md", "config.json", "model.safetensors")
+        }
+        return
+    hub.add("me/made", present)
+    with pytest.raises(CheckpointError, match=message):
+        push(tmp_path / "model", "me/made", "# Card")
+    assert hub.repos["me/made"].files == present
+
+
+# --- A hub that does not answer as one ---
+
+
+def answer(monkeypatch, route, function):
+    """Has one kind of request answered by a function of the handler and the match."""
+    changed = {key: function for key in Handler.ROUTES if route in key}
+    monkeypatch.setattr(Handler, "ROUTES", {**Handler.ROUTES, **changed})
+
+
+SHA = "a" * 40
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>Log in to the network</html>",
+        b'{"id": "me/mo',
+        b"[]",
+        b"{}",
+        {"id": "me/model", "siblings": [{"rfilename": "config.json", "size": 2}]},
+        {"id": "me/model", "sha": "../../x", "siblings": []},
+        {"id": "me/model", "sha": SHA, "siblings": [{"rfilename": "a", "size": "x"}]},
+    ],
+)
+def test_an_answer_that_is_no_hubs_is_as_no_answer(hub, monkeypatch, content):
+    hub.add("me/model", MODEL)
+    hub.add("me/other", MODEL)
+    directory = local_path("me/model")
+    answer(monkeypatch, "/api/models", lambda self, **_: self.send(200, content))
+    assert local_path("me/model") == directory
+    with pytest.raises(CheckpointError, match="cannot be reached .no answer of a hub"):
+        local_path("me/other")
+
+
+def test_a_file_that_is_refused_or_comes_broken_is_said(hub, monkeypatch):
+    hub.add("me/model", MODEL)
+
+    def longer(self, repo, rev, file):
+        # Announces more bytes than the file has.
+        data = MODEL[file] + (b"more" if self.command == "HEAD" else b"")
+        self.send(200, data, ETag=f'"{file}"', X_Repo_Commit=rev)
+
+    answer(monkeypatch, "/resolve/", longer)
+    with pytest.raises(CheckpointError, match="did not come whole.*fetches it again"):
+        local_path("me/model")
+    answer(monkeypatch, "/resolve/", lambda self, **_: self.send(403, b"no"))
+    with pytest.raises(CheckpointError, match="the hub answers 403"):
+        local_path("me/model")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/etc/hostname", "model-9.safetensors", "*", "", "."]
+)
+def test_an_index_of_files_that_the_repository_lacks_is_refused_before_weights(
+    hub, shard
+):
+    index = json.dumps({"weight_map": {"a": SHARDS[0], "b": shard}}).encode()
+    hub.add("me/model", {**MODEL, INDEX_NAME: index})
+    with pytest.raises(CheckpointError, match="on the hub does not have"):
+        local_path("me/model")
+    assert not hub.downloaded & set(SHARDS)
+
+
+@pytest.mark.parametrize("how", ["deleted", "private", "rewritten"])
+def test_a_commit_in_the_cache_outlives_its_repository(hub, capsys, how):
+    commit = hub.add("me/model", MODEL)
+    directory = local_path(f"me/model@{commit}")
+    repo = hub.repos["me/model"]
+    if how == "deleted":
+        del hub.repos["me/model"]
+    elif how == "private":
+        repo.private = True
+    else:
+        del repo.commits[commit]
+    assert local_path(f"me/model@{commit}") == directory
+    assert "no longer gives it" in capsys.readouterr().err
+    shutil.rmtree(directory)
+    with pytest.raises(CheckpointError, match="no repository|no revision"):
+        local_path(f"me/model@{commit}")
+
+
+def test_a_cache_that_cannot_be_written_is_said(hub, monkeypatch, tmp_path):
+    hub.add("me/model", MODEL)
+    (tmp_path / "file").touch()
+    point_to(monkeypatch, hub.url, tmp_path / "file/hub")
+    with pytest.raises(CheckpointError, match="cannot be kept in the cache.*HF_HOME"):
+        local_path("me/model")
+
+
+@pytest.mark.parametrize("token", ["hf_\xe9", "hf_a b"])
+def test_a_token_that_is_none_is_said_and_not_shown(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(CheckpointError, match="characters that no token has") as error:
+        local_path("me/model")
+    assert "hf_" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["https://huggingface.co/me/model/tree/x", "hf:me/m"])
+def test_an_address_is_refused_with_the_name_to_give(hub, text):
+    with pytest.raises(CheckpointError, match="given by its name.*here `me/m"):
+        local_path(text)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"{}"])
+def test_a_commit_that_is_answered_by_no_hub_is_said(
+    hub, adapter, monkeypatch, content
+):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.add("me/public", {})
+    answer(monkeypatch, "/commit/", lambda self, **_: self.send(200, content))
+    with pytest.raises(CheckpointError, match="me/public.*no answer of a hub"):
+        push(adapter, "me/public", "# Card")

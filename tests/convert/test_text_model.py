@@ -74,15 +74,34 @@ def test_a_text_config_may_leave_out_what_is_as_in_the_class():
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "message"),
     [
-        {"model_type": "mistral3", "text_config": {"model_type": "ministral3"}},
-        {"model_type": "llava", "text_config": {"model_type": "llama"}},
-        {"model_type": "gemma3", "text_config": 3},
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "ministral3"}},
+            "text_config.model_type='ministral3' is not supported",
+        ),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "llama"}},
+            "model_type='llava' is not supported",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "mistral"}},
+            "'mistral' within a 'gemma3' is not supported; 'gemma3_text' is",
+        ),
+        ({"model_type": "gemma3", "text_config": 3}, "needs a `text_config`.*got 3"),
+        ({"model_type": "mistral3"}, "needs a `text_config`.*got None"),
+        (
+            {
+                "model_type": "gemma3",
+                "architectures": ["Gemma3ForSequenceClassification"],
+                "text_config": {"model_type": "gemma3_text"},
+            },
+            "Not a causal language model.*Gemma3ForConditionalGeneration",
+        ),
     ],
 )
-def test_other_text_models_are_refused(raw):
-    with pytest.raises(UserError, match="is not supported"):
+def test_other_text_models_are_refused(raw, message):
+    with pytest.raises(UserError, match=message):
         LlamaConfig.from_hf(raw)
 
 
@@ -102,3 +121,12 @@ def test_of_two_words_on_tying_the_head_decides(directory, has_head):
     assert config.tie_word_embeddings is not has_head
     assert ("lm_head" in base) is has_head
     assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "family"), [("gemma3", "gemma3_text"), ("mistral3", "mistral")]
+)
+def test_a_text_config_may_leave_out_its_family(model_type, family, tiny):
+    text = {k: v for k, v in tiny.items() if k not in ("model_type", "architectures")}
+    raw = {"model_type": model_type, "text_config": text}
+    assert LlamaConfig.from_hf(raw).model_type == family

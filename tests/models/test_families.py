@@ -102,6 +102,8 @@ def test_absent_keys_have_the_class_defaults_of_transformers(theirs, model_type)
         ("smollm3", {"no_rope_layer_interval": 3}),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1, 0]}),
         ("gemma2", {"sliding_window": 3}),
+        # Which of the two reads this field differs.
+        ("gemma2", {"sliding_window_pattern": 3, "sliding_window": 3}),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 3}),
         ("gemma3_text", {"rope_theta": 5e5, "rope_local_base_freq": 2e4}),
         ("phi3", {"sliding_window": 3}),
@@ -176,6 +178,8 @@ def test_defaults_that_a_file_spells_out_stay_in_it():
         ("smollm3", {"no_rope_layers": [2] * 6}, "`no_rope_layers` must list"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is not"),
         ("phi3", {"partial_rotary_factor": 0.3}, "must be even for rotary"),
+        ("phi3", {"partial_rotary_factor": 0}, "must be even for rotary"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "share of `head_dim`, at most 1"),
         (
             "gemma3_text",
             {"rope_parameters": {"rope_type": "default"}},
@@ -188,6 +192,7 @@ def test_defaults_that_a_file_spells_out_stay_in_it():
         ),
         ("gemma3_text", {"rope_local_base_freq": 0}, "must be > 0, got 0"),
         ("gemma2", {"final_logit_softcapping": 0}, "must be > 0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "must be > 0, got 0"),
         ("granite", {"logits_scaling": 0}, "another number than 0"),
         ("granite", {"logits_scaling": "8"}, "`logits_scaling` must be a number"),
         ("gemma", {"hidden_act": "relu"}, "`hidden_act`='relu' is not supported"),
@@ -225,6 +230,11 @@ def test_gelu_means_the_tanh_form_in_the_first_gemma_only(model_type, activation
             [],
         ),
         ("mistral", {"attention_bias": True}, ["`attention_bias`=True"]),
+        (
+            "gemma2",
+            {"sliding_window_pattern": 3, "attn_logit_softcapping": None},
+            ["`sliding_window_pattern`=3"],
+        ),
         ("granite", {"attention_dropout": 0.1}, ["`attention_dropout`=0.1"]),
     ],
 )

@@ -10,6 +10,7 @@ from qlora_jax.cli import convert as qlora_convert
 from qlora_jax.cli.main import main
 from qlora_jax.errors import CheckpointError, UserError
 from qlora_jax.runs.loading import resolve
+from qlora_jax.runs.publishing import model_card
 from qlora_jax.runs.runner import run
 from qlora_jax.runs.toml import read_config
 from tests.hub import TOKEN
@@ -160,6 +161,60 @@ def test_a_run_that_cannot_publish_loses_nothing(
     assert "commit" in run(config)["published"]
     with pytest.raises(UserError, match="needs held-out data"):
         make(tmp_path / "x", hub={"model_id": "me/tuned", "adapter": "best"})
+
+
+def test_a_damaged_note_of_what_was_published_publishes_again(
+    hub, base, make, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    config = make(
+        tmp_path / "run",
+        model={"path": "me/base"},
+        train={"steps": 1},
+        hub={"model_id": "me/tuned"},
+    )
+    run(config)
+    file = tmp_path / "run/published.json"
+    without_url = {**json.loads(file.read_text()), "url": None}
+    for text in ("{", "[]", "", json.dumps(without_url)):
+        file.write_text(text)
+        capsys.readouterr()
+        assert hub.url in run(config)["published"]
+        said = "published again" in capsys.readouterr().err
+        assert said == (not text.startswith('{"'))
+
+
+def test_a_run_says_that_another_revision_is_asked_for(
+    hub, base, make, tmp_path, capsys
+):
+    run(make(tmp_path / "run", model={"path": "me/base"}, train={"steps": 1}))
+    for revision, said in ((base, False), ("main", True)):
+        capsys.readouterr()
+        path = f"me/base@{revision}"
+        run(make(tmp_path / "run", model={"path": path}, train={"steps": 1}))
+        assert ("began with `me/base@" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize("revision", ["x`\n# Heading\n<b>", "main`", "a b", "\x1b[31m"])
+def test_a_card_has_no_markup_of_an_adapter(
+    hub, llama_dir, make_adapter, tmp_path, revision
+):
+    raw = json.loads((llama_dir / "config.json").read_text())
+    changes = {"base_model_name_or_path": "me/base", "revision": revision}
+    card = model_card(make_adapter(raw, **changes), "me/x")
+    assert "A LoRA adapter for [me/base](https://huggingface.co/me/base).\n" in card
+
+
+def test_a_card_names_no_path_of_this_machine(
+    llama_dir, make_adapter, tmp_path, monkeypatch
+):
+    # It looks like a name of the hub, and leads to a directory next to the adapter.
+    raw = json.loads((llama_dir / "config.json").read_text())
+    adapter = make_adapter(raw, base_model_name_or_path="models/base")
+    (adapter.parent / "models").mkdir()
+    (adapter.parent / "models/base").symlink_to(llama_dir)
+    monkeypatch.chdir("/")
+    assert "models/base" not in model_card(adapter, "me/x")
 
 
 @pytest.mark.parametrize(
