@@ -307,7 +307,8 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping):
         raise UserError(
             f"config.json: model_type={kind!r} needs a `text_config`, an object with "
-            f"the configuration of its text model; got {text!r:.80}. Is the file complete?"
+            f"the configuration of its text model; got {text!r:.80}. Is the file "
+            "complete?"
         )
     first, default = WITH_TEXT_MODEL[kind]
     names = raw.get("architectures")
