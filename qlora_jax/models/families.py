@@ -297,8 +297,8 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         return raw
     if not isinstance(text, Mapping):
         raise UserError(
-            f"config.json: model_type={kind!r} needs a `text_config`, an object with the "
-            f"configuration of its text model; got {text!r:.80}. Is the file complete?"
+            f"config.json: model_type={kind!r} needs a `text_config`, an object with "
+            f"the configuration of its text model; got {text!r:.80}. Is the file whole?"
         )
     first, default = WITH_TEXT_MODEL[kind]
     names = raw.get("architectures")
