@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
 import re
 import shutil
@@ -280,7 +279,7 @@ def _download(
     name: HubName, files: Collection[str], sizes: Mapping[str, int], commit: str | None
 ) -> Path:
     """Downloads files of a commit into the cache; returns its directory."""
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     cached = {}
     for file in files:
@@ -301,13 +300,15 @@ def _download(
             f"{free / 1e9:,.1f} GB are free. HF_HOME names another place; `hf cache` "
             "lists what is in this one."
         )
-    return Path(
-        snapshot_download(
-            name.repo_id,
-            revision=name.revision,
-            allow_patterns=[glob.escape(file) for file in files],
-        )
-    )
+    # One after another: the threads of `snapshot_download` finish every file before
+    # Ctrl-C ends the program. The first by its name, which the cache notes.
+    revision, directory = name.revision, None
+    for file in sorted(files):
+        path = Path(hf_hub_download(name.repo_id, file, revision=revision))
+        directory = path.parents[file.count("/")]
+        revision = directory.name
+    assert directory is not None
+    return directory
 
 
 def _cached(name: HubName) -> Path | None:

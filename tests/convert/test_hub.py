@@ -3,7 +3,10 @@
 
 import json
 import shutil
+import signal
 import socket
+import threading
+import time
 
 import pytest
 
@@ -405,3 +408,23 @@ def test_a_commit_that_is_answered_by_no_hub_is_said(
     answer(monkeypatch, "/commit/", lambda self, **_: self.send(200, content))
     with pytest.raises(CheckpointError, match="me/public.*no answer of a hub"):
         push(adapter, "me/public", "# Card")
+
+
+def test_ctrl_c_ends_a_transfer_at_once(hub, monkeypatch):
+    hub.add("me/model", MODEL)
+    over = threading.Event()
+
+    def stalls(self, repo, rev, file):
+        if self.command == "GET" and file == SHARDS[0]:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            over.wait(20)
+        etag = f'"{file}"'
+        self.send(200, MODEL[file], ETag=etag, X_Repo_Commit=rev)
+
+    commit = hub.repos["me/model"].refs["main"]
+    answer(monkeypatch, "/resolve/", stalls)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        local_path(f"me/model@{commit}")
+    over.set()
+    assert time.monotonic() - started < 15  # less than the hub stalls

@@ -245,3 +245,9 @@ def test_every_export_publishes_what_it_wrote(
     front, body = card_of(repo)
     assert front["base_model"] == "me/base" and str(tmp_path) not in body
     assert front.get("base_model_relation") == relation
+
+
+def test_no_private_without_a_repository_is_refused(hub, tmp_path, capsys):
+    words = ["adapter", "me/first", str(tmp_path / "out"), "--no-private"]
+    assert qlora_convert.main(words) == 2
+    assert "--no-private goes with --push-to-hub" in capsys.readouterr().err
