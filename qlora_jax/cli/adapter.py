@@ -54,7 +54,6 @@ class Adapter(PublishOptions):
         )
         from qlora_jax.runs import base_name_for_copy, is_broken_path, resolve
 
-        self.check_push()
         resolved = resolve(self.input, self.base, strict=self.strict)
         base, source = resolved.base, resolved.adapter
         if source is None:
@@ -62,6 +61,7 @@ class Adapter(PublishOptions):
                 f"`{self.input}` is not an adapter or a run directory: it has no "
                 "adapter_config.json."
             )
+        self.check_push(self.output)
         config = open_config(base)
         has_weights = any(
             (base / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)

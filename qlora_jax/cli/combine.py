@@ -59,12 +59,12 @@ class Combine(PublishOptions):
                 f"--weights has {len(weights)} numbers for {len(self.adapters)} "
                 "adapters."
             )
-        self.check_push()
         adapters = [local_path(path) for path in self.adapters]
         directory = None if self.base is None else local_path(self.base)
         if directory is None:
             directory = resolve(adapters[0], needed="configuration").base
         config = open_config(directory)
+        self.check_push(self.output)
         base = lazy_base(config, None)
         sources = [peft_directory(path) for path in adapters]
         for path in sources:

@@ -76,7 +76,6 @@ class Merge(PublishOptions):
         from qlora_jax.inference import probe
         from qlora_jax.runs import resolve
 
-        self.check_push()
         resolved = resolve(self.adapter, self.base, strict=self.strict)
         source, lora = resolved.adapter, resolved.lora
         if source is None or lora is None:
@@ -88,6 +87,7 @@ class Merge(PublishOptions):
             )
         config = open_config(resolved.base)
         onto, quantization = self._choose_weights(resolved)
+        self.check_push(self.output)
         text = source if has_tokenizer(source) else resolved.base
         tokens = probe(text, config, self.probe, [lora])
         report = merge(

@@ -52,7 +52,6 @@ class Model(PublishOptions):
         from qlora_jax.runs import say_notes, say_unused
         from qlora_jax.tree import parse_key
 
-        self.check_push()
         source = local_path(self.input)
         checkpoint = open_checkpoint(source)
         say_notes(source)
@@ -70,6 +69,7 @@ class Model(PublishOptions):
         stays_packed = not self.dequantize and bool(packed - set(made_dense))
         if self.quant_storage is not None and not (quantization or stays_packed):
             raise UserError("--quant-storage goes with 4-bit output only.")
+        self.check_push(self.output)
         show = sys.stderr.isatty()
         if quantization is not None or (checkpoint.quantized and not self.dequantize):
             config, base = load_llama(

@@ -219,11 +219,16 @@ class PublishOptions:
     """Make a new repository of --push-to-hub public (default: private; one that exists
     stays as it is)."""
 
-    def check_push(self) -> None:
-        """Creates the repository unless it exists, before any other work."""
-        if self.push_to_hub is not None:
-            from convert import check_push
+    def check_push(self, output: Path) -> None:
+        """Creates the repository unless it exists, before anything large is read.
 
+        Args:
+          output: directory to create, which is checked first.
+        """
+        if self.push_to_hub is not None:
+            from convert import check_new_directory, check_push
+
+            check_new_directory(output)
             check_push(self.push_to_hub, private=self.private)
         elif not self.private:
             raise UsageError("--no-private goes with --push-to-hub.")

@@ -42,7 +42,6 @@ class Quantize(PublishOptions):
         from qlora_jax.runs import say_notes, say_unused
 
         check_new_directory(Path(self.output))
-        self.check_push()
         directory = local_path(self.input)
         source = open_checkpoint(directory)
         say_notes(directory)
@@ -52,6 +51,7 @@ class Quantize(PublishOptions):
                 f"`{self.input}` is quantized already; its packed weights would be "
                 "written as they are. Give the original 16-bit checkpoint."
             )
+        self.check_push(Path(self.output))
         before = sum(source.files[name].nbytes for name in source.files)
         config, base = load_llama(
             directory, quantization=self.quantization, dtype=self.dtype, progress=True

@@ -58,12 +58,13 @@ class Tokens(PublishOptions):
             raise UserError("--push-to-hub goes with --output-dir.")
         if self.output_dir is not None:
             check_new_directory(Path(self.output_dir))
-        self.check_push()
         source = local_path(self.path)
         say_notes(source)
         say_unused(source, None)
         tokenizer: Any = load_tokenizer(source)
         config, base = load_llama(source, quantization=None)
+        if self.output_dir is not None:
+            self.check_push(Path(self.output_dir))
         used = self._used(tokenizer, config.vocab_size)
         # A tokenizer may have tokens, such as one for padding, that never got a row.
         absent = [i for i in used if i >= config.vocab_size]

@@ -63,6 +63,7 @@ from qlora_jax.runs.eval_data import (
 from qlora_jax.runs.evaluation import check_prompts
 from qlora_jax.runs.loading import base_options, say_notes, say_unused
 from qlora_jax.runs.metrics import check_trackers
+from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.sources import Sources, find_sources, hub_names
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -198,7 +199,8 @@ def prepare(
             check_continues(config, saved, data_fingerprint, len(data.batches))
     problems.raise_if_any()
     assert trained is not None and data is not None
-    if config.hub.model_id is not None:  # not after hours of training
+    if config.hub.model_id is not None and not published(config):
+        # Not after hours of training.
         convert.check_push(config.hub.model_id, private=config.hub.private)
     selection, optimizer_groups = trained
     return PreparedRun(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from convert import (
     ADAPTER_CONFIG,
     HubName,
+    check_push,
     hub_name,
     open_adapter,
     push,
@@ -74,6 +75,18 @@ def publish(
     return push(directory, name, card)
 
 
+def published(config: RunConfig) -> dict[str, Any]:
+    """Returns what a run has published as its `hub.model_id`; {} for nothing."""
+    file = Path(config.output_dir) / PUBLISHED
+    try:
+        record = read_json(file) if file.is_file() else {}
+    except CheckpointError as error:
+        say(f"Note: {error} The adapter is published again.")
+        return {}
+    is_this = record.get("model_id") == config.hub.model_id
+    return record if is_this and isinstance(record.get("url"), str) else {}
+
+
 def publish_run(config: RunConfig, steps: int) -> str:
     """Publishes the adapter of a complete run, once; returns the address.
 
@@ -86,25 +99,20 @@ def publish_run(config: RunConfig, steps: int) -> str:
     """
     directory, name = Path(config.output_dir), config.hub.model_id
     assert name is not None
-    file = directory / PUBLISHED
     this = {"model_id": name, "adapter": config.hub.adapter, "steps": steps}
-    try:
-        before = read_json(file) if file.is_file() else {}
-    except CheckpointError as error:
-        say(f"Note: {error} The adapter is published again.")
-        before = {}
-    url = before.get("url")
-    if this.items() <= before.items() and isinstance(url, str):
-        return url
+    before = published(config)
+    if this.items() <= before.items():
+        return before["url"]
     adapter = directory / (BEST if config.hub.adapter == "best" else ADAPTER)
     try:
+        check_push(name, private=config.hub.private)
         url = publish(adapter, name, run=directory)
     except CheckpointError as error:
         raise CheckpointError(
             f"The run is complete and its adapter is `{adapter}`, but it was not "
             f"published: {error} The same command tries again."
         ) from error
-    write_text(file, json.dumps({**this, "url": url}, indent=2) + "\n")
+    write_text(directory / PUBLISHED, json.dumps({**this, "url": url}, indent=2) + "\n")
     say(f"Published `{adapter}`: {url}")
     return url
 

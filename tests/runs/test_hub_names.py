@@ -136,9 +136,8 @@ def test_a_run_publishes_its_adapter_with_a_card_once(
     assert str(tmp_path) not in body
     # What is published is loaded under its name, on its base.
     assert resolve("me/tuned").base.name == base
-    commits = len(repo.commits)
+    hub.status = 503
     assert run(config)["published"] == url  # complete and published: nothing to do
-    assert len(repo.commits) == commits
 
 
 def test_a_run_that_cannot_publish_loses_nothing(
@@ -247,7 +246,32 @@ def test_every_export_publishes_what_it_wrote(
     assert front.get("base_model_relation") == relation
 
 
-def test_no_private_without_a_repository_is_refused(hub, tmp_path, capsys):
-    words = ["adapter", "me/first", str(tmp_path / "out"), "--no-private"]
-    assert qlora_convert.main(words) == 2
+def test_no_private_without_a_repository_is_refused(llama_dir, tmp_path, capsys):
+    assert (
+        main(["quantize", str(llama_dir), str(tmp_path / "out"), "--no-private"]) == 2
+    )
     assert "--no-private goes with --push-to-hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize me/none OUT",
+        "quantize me/base FULL",
+        "merge me/base OUT",
+        "convert model me/base FULL",
+        "convert model me/base OUT --dequantize",
+    ],
+)
+def test_an_export_that_fails_leaves_no_repository(
+    hub, base, tmp_path, monkeypatch, command
+):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full")}
+    words = [places.get(word, word) for word in command.split()]
+    words += ["--push-to-hub", "me/made"]
+    program = qlora_convert.main if words[0] == "convert" else main
+    assert program(words[words[0] == "convert" :]) == 1
+    assert "me/made" not in hub.repos
