@@ -258,8 +258,9 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     lines += [
-        f"| `{row['implementation']}`, {row['pass']} | {row['full'] / 1e9:.0f} GFLOP | "
-        f"{row['window'] / 1e9:.0f} GFLOP | {row['ratio']:.2f} |"
+        f"| attention `{row['implementation']}`, {row['pass']} | "
+        f"{row['full'] / 1e9:.0f} GFLOP | {row['window'] / 1e9:.0f} GFLOP | "
+        f"{row['ratio']:.2f} |"
         for row in result["operations"]["rows"]
     ]
     return "\n".join(lines) + "\n"

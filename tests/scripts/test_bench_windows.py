@@ -103,7 +103,7 @@ def test_times_and_operations_become_a_table(monkeypatch, tmp_path, capsys):
         ratios = [w / f for w, f in zip(row["window_s"], row["full_s"], strict=True)]
         assert row["ratio"] == pytest.approx(sum(ratios) / 2)  # the median of two
     printed = capsys.readouterr().out
-    assert "| `xla`, forward | 4 GFLOP | 1 GFLOP | 0.25 |" in printed
+    assert "| attention `xla`, forward | 4 GFLOP | 1 GFLOP | 0.25 |" in printed
     windows.main(["--markdown", str(output)])
     assert capsys.readouterr().out in printed
 
