@@ -35,6 +35,7 @@ from .hf import save_llama as save_llama
 from .hub import HubName as HubName
 from .hub import Needed as Needed
 from .hub import check_push as check_push
+from .hub import check_repository_name as check_repository_name
 from .hub import hub_name as hub_name
 from .hub import local_path as local_path
 from .hub import parse_hub_name as parse_hub_name

@@ -175,9 +175,8 @@ def check_model_directory(path: Path) -> None:
     if not path.exists():
         where = "" if path.is_absolute() else f" in `{Path.cwd()}`, where this runs"
         raise CheckpointError(
-            f"`{path}` does not exist{where}. A model is a local Hugging "
-            "Face directory; a name on the Hub has to be downloaded first (`hf "
-            "download NAME --local-dir DIR`)."
+            f"`{path}` does not exist{where}. A model is a Hugging Face directory, or "
+            "a name on the Hub, `owner/name` or `owner/name@revision`."
         )
     if not path.is_dir():
         raise CheckpointError(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from convert.checkpoint import open_config
 from convert.files import WEIGHTS_FILE, WEIGHTS_INDEX, read_json
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_jax.errors import CheckpointError, UserError, say
@@ -97,6 +98,7 @@ def local_path(path: str | os.PathLike[str], *, needed: Needed = "weights") -> P
         "tokenizer".
 
     Raises:
+      UserError: a model of another architecture.
       CheckpointError: there is no such repository or revision, it may not be read, the
         hub cannot be reached and the cache does not have it, it holds no weights in
         safetensors, or the disk is full.
@@ -150,6 +152,8 @@ def _fetch(name: HubName, needed: Needed) -> Path:
                     "weights are read from. Its files: "
                     f"{_listed(sizes)}."
                 )
+            if ADAPTER_CONFIG not in small:
+                open_config(directory)  # a model that is refused costs no download
             commit = directory.name
             _download(HubName(name.repo_id, commit), weights, sizes, commit)
         return directory
@@ -421,6 +425,13 @@ def _listed(files: Collection[str]) -> str:
 # --- Publishing ---
 
 
+def check_repository_name(name: str) -> None:
+    """Raises a `UserError` unless a name can be that of a repository of the hub."""
+    match = _NAME.fullmatch(name)
+    if match is None or match["revision"] is not None:
+        raise UserError(f"A repository of the hub is `owner/name`, got {name!r}.")
+
+
 def check_push(name: str, *, private: bool = True) -> None:
     """Creates a repository on the hub unless it exists, before work begins.
 
@@ -433,9 +444,7 @@ def check_push(name: str, *, private: bool = True) -> None:
       UserError: no name of a repository.
       CheckpointError: no token, no permission, or no connection.
     """
-    match = _NAME.fullmatch(name)
-    if match is None or match["revision"] is not None:
-        raise UserError(f"A repository of the hub is `owner/name`, got {name!r}.")
+    check_repository_name(name)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 

@@ -190,6 +190,8 @@ def _check_directory(path: Path) -> None:
         kind = "a model" if (path / "config.json").is_file() else "not a PEFT adapter"
         inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
         hint = f" Did you mean `{path / inside[0]}`?" if inside else ""
+        if kind == "a model" and not inside:
+            hint = " It is given as the base, `model.path` of a run."
         raise CheckpointError(f"`{path}` is {kind}: it has no {ADAPTER_CONFIG}.{hint}")
 
 

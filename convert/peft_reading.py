@@ -193,7 +193,8 @@ def _match(
     if strict:
         problems.check(
             cause=cause,
-            hint="`strict`=False (--no-strict) uses what fits and names the rest.",
+            hint="`strict`=False (--no-strict; of a run, `train.adapter_init_strict` = "
+            "false) uses what fits and names the rest.",
         )
     else:
         _check_can_skip(bad, tensors, problems, cause)
@@ -502,13 +503,15 @@ def _probable_cause(
     }
     if len(ranks) == 1 and ranks != {lora.r}:
         return f"The tensors are of rank {ranks.pop()}."
+    name = lora.base_model_name_or_path
+    named = f" It names {name!r:.200} as its base." if name else ""
     layers, model_layers = _layer_count(files), _layer_count(tensors)
     if layers > model_layers > 0:
         return (
-            f"Is it the adapter of another model? The file has layers 0 to {layers - 1}"
-            f", this model 0 to {model_layers - 1}."
+            f"Is it the adapter of another model?{named} The file has layers 0 to "
+            f"{layers - 1}, this model 0 to {model_layers - 1}."
         )
-    return "Is it the adapter of another model?"
+    return f"Is it the adapter of another model?{named}"
 
 
 def _layer_count(keys: Iterable[str]) -> int:

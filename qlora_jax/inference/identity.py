@@ -140,10 +140,12 @@ def base_mismatch(
             f"{form['dtype']}: {options}quantization {quantization} {options}dtype "
             f"{dtype} load it as it was trained."
         )
+    name = convert.open_adapter(adapter, strict=False)[0].base_model_name_or_path
     return (
         f"Note: `{adapter}` was trained on a base with other weights (or another "
-        f"quantization) than this one, whose quantization is {form['quantization']}, "
-        f"in {form['dtype']}."
+        f"quantization) than this one, `{path}`, whose quantization is "
+        f"{form['quantization']}, in {form['dtype']}."
+        + (f" It names {name!r:.200} as its base." if name else "")
     )
 
 

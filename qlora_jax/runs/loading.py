@@ -235,6 +235,8 @@ def say_unused(base: Path, adapter: Path | None) -> None:
     """
     if adapter is not None and adapter.resolve() == base.resolve():
         return  # both are used
+    if adapter is not None and not (adapter / ADAPTER_CONFIG).is_file():
+        return  # which is refused
     if adapter is not None and _has_weights(adapter):
         say(
             f"Note: `{adapter}` holds an adapter and the weights of a model. The "

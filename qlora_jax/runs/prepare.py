@@ -33,7 +33,6 @@ from qlora_jax.data import (
     end_tokens_of,
     eval_batches,
     load_examples,
-    with_date,
     with_eos,
 )
 from qlora_jax.errors import CheckpointError, Problems, UserError, say
@@ -44,10 +43,18 @@ from qlora_jax.lora import (
     given_fields,
     select,
 )
-from qlora_jax.models import Compute, Llama, LlamaConfig, add_parameters, apply_changes
+from qlora_jax.models import (
+    Compute,
+    Llama,
+    LlamaConfig,
+    abstract_base,
+    add_parameters,
+    apply_changes,
+)
 from qlora_jax.planning import estimate_warnings
 from qlora_jax.runs.compiled_step import CompiledStep, StepInputs, compile_step
 from qlora_jax.runs.config import RunConfig
+from qlora_jax.runs.dates import with_run_date, with_saved_date
 from qlora_jax.runs.directory import (
     CHECKPOINTS,
     STARTED,
@@ -66,7 +73,6 @@ from qlora_jax.runs.metrics import check_trackers
 from qlora_jax.runs.publishing import published
 from qlora_jax.runs.resume import check_continues, newest_record
 from qlora_jax.runs.sources import Sources, find_sources, hub_names
-from qlora_jax.runs.toml import SETTINGS, read_table
 from qlora_jax.training import Group, note_idle, optimizer_groups
 
 # Data up to this size are read even after the settings were refused, so that their
@@ -143,9 +149,9 @@ def prepare(
         with problems.collecting():
             config = with_saved_date(config)
     options = base_options(config.model)
+    loaded = sources = data = None
     if any(hub_names(config)):
-        problems.raise_if_any()  # before a download
-    loaded = sources = None
+        config, data = _check_before_download(config, resumed, problems)
     with problems.collecting():
         config, sources = find_sources(config)
         loaded = _abstract_model(sources.base, options, attention_cls, mlp_cls)
@@ -171,7 +177,7 @@ def prepare(
             "model: `resize_to_adapter` goes with `train.adapter_init`, the adapter "
             "whose vocabulary the base gets."
         )
-    origin = trained = saved = data = None
+    origin = trained = saved = None
     with problems.collecting():
         if not starts_fresh:
             config, origin = _with_initial_adapter(
@@ -190,7 +196,7 @@ def prepare(
             if saved is not None:
                 check_continues(config, saved, steps=config.train.steps)
         blocked = blocked or len(problems) > before
-    if not blocked and (quick or not len(problems)):
+    if data is None and not blocked and (quick or not len(problems)):
         with problems.collecting():
             config, data = _load_data(config, sources, model.config)
     if saved is not None and data is not None:
@@ -215,6 +221,43 @@ def prepare(
         data=data,
         compiled=_compile(config, model, base, data, resumed),
     )
+
+
+def _check_before_download(
+    config: RunConfig, resumed: bool, problems: Problems
+) -> tuple[RunConfig, RunData | None]:
+    """Checks what needs no weights of the base, so that a mistake costs no download.
+
+    Returns:
+      The settings, with the commits that were found and the date of the run; and the
+      data, unless an adapter that the run starts from may change the vocabulary.
+
+    Raises:
+      UserError: every problem.
+    """
+    problems.raise_if_any()
+    config, sources = find_sources(config, "tokenizer")
+    architecture = convert.open_config(sources.base)
+    data = None
+    if config.hub.model_id is not None:
+        with problems.collecting():
+            convert.check_repository_name(config.hub.model_id)
+    if resumed:
+        with problems.collecting():
+            saved = newest_record(config)
+            if saved is not None:
+                check_continues(config, saved, steps=config.train.steps)
+    if sources.adapter is None:
+        with problems.collecting():
+            changes = config.model.config_changes
+            architecture = apply_changes(architecture, changes, "model")
+            if not architecture.extra_tensors:
+                select(abstract_base(architecture), config.lora)
+        if not len(problems):
+            with problems.collecting():
+                config, data = _load_data(config, sources, architecture)
+    problems.raise_if_any()
+    return config, data
 
 
 def _check_paths(config: RunConfig, problems: Problems) -> bool:
@@ -350,30 +393,6 @@ def _select_trained(
     if idle is not None:
         say(f"Note: {idle}")
     return selection, groups
-
-
-def with_saved_date(config: RunConfig) -> RunConfig:
-    """Returns the settings of a run that continues, with the date of its first start.
-
-    The tokens of a run must not change from one day to the next.
-    """
-    path = Path(config.output_dir)
-    if config.data.date is not None or not (path / SETTINGS).is_file():
-        return config
-    date = read_table(path).get("data", {}).get("date")
-    data = dataclasses.replace(config.data, date=date)
-    return dataclasses.replace(config, data=data)
-
-
-def with_run_date(config: RunConfig, tokenizer: Any) -> RunConfig:
-    """Returns the settings of a run with the date that its chat templates write."""
-    date = with_date(config.data, tokenizer).date
-    if date is None and config.eval.path:
-        with contextlib.suppress(UserError):  # raised when they are read
-            held_out = config.eval.data_config(config.data)
-            date = with_date(held_out, tokenizer).date
-    data = dataclasses.replace(config.data, date=date)
-    return dataclasses.replace(config, data=data)
 
 
 def _load_data(

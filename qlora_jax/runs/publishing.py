@@ -24,6 +24,7 @@ from convert import (
     open_adapter,
     push,
     read_json,
+    training_record,
     write_text,
 )
 from qlora_jax.errors import CheckpointError, say, visible
@@ -156,6 +157,9 @@ def model_card(
             trained = open_adapter(run / ADAPTER, strict=False)[0]
         # The file names the targets of the model; settings may have every family's.
         parts += _run_sections(run, settings, trained or settings.lora, facts)
+        source = directory if lora is not None else run / ADAPTER
+        if isinstance(step := training_record(source).get("step"), int):
+            parts.append(f"The weights are those of step {step:,}.")
     elif lora is not None:
         parts += ["## Adapter", _table(_lora_rows(lora))]
     parts.append(f"Made with qlora-jax {__version__}.")
@@ -226,6 +230,9 @@ def _summary(
         packed = bool(config.get("quantization_config"))
         form = " in 4 bits (bitsandbytes NF4)" if packed else ""
         what = "fine-tuned" if relation == "finetune" else "written anew"
+        report = directory / "merge_report.json"
+        if report.is_file() and read_json(report).get("onto") == "dequantized":
+            what += ", the adapter merged onto the 4-bit weights it was trained on"
         return f"{on[0].upper()}{on[1:]}, {what}{form}."
     kind = "LoRA"
     if settings is not None and settings.model.quantization != "none":

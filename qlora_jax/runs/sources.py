@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert import HubName, hub_name, local_path, parse_hub_name
+from convert import HubName, Needed, hub_name, local_path, parse_hub_name
 from qlora_jax.errors import UserError, say
 from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.toml import SETTINGS, read_table
@@ -26,8 +26,14 @@ class Sources:
     """Of `train.adapter_init`."""
 
 
-def find_sources(config: RunConfig) -> tuple[RunConfig, Sources]:
+def find_sources(
+    config: RunConfig, needed: Needed = "weights"
+) -> tuple[RunConfig, Sources]:
     """Finds the base and the initial adapter; downloads those that are on the hub.
+
+    Args:
+      config: of the run.
+      needed: what is downloaded of the base. An adapter comes whole.
 
     Returns:
       The settings, in which a name of the hub has the commit that was found; and the
@@ -37,9 +43,9 @@ def find_sources(config: RunConfig) -> tuple[RunConfig, Sources]:
       CheckpointError: a name that leads to nothing.
     """
     config = _with_saved_commits(config)
-    base = local_path(config.model.path)
     initial = config.train.adapter_init
     adapter = None if initial is None else local_path(initial)
+    base = local_path(config.model.path, needed=needed)
     return _with_commits(config, base, adapter), Sources(base, adapter)
 
 

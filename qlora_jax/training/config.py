@@ -75,10 +75,10 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     adapter_init: str | None = None
-    """PEFT directory with the adapter that the run starts from, instead of a new one.
-    Its configuration replaces `[lora]`; of the settings there, `lora_alpha`,
-    `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it, and any other
-    difference is an error."""
+    """Adapter that the run starts from, instead of a new one: a PEFT directory, or a
+    name of the hub. Its configuration replaces `[lora]`; of the settings there,
+    `lora_alpha`, `alpha_pattern`, `use_rslora` and `lora_dropout` may differ from it,
+    and any other difference is an error."""
     adapter_init_strict: bool = True
     """Refuse an `adapter_init` that does not fit the model exactly; false uses what
     fits and says what is left out."""

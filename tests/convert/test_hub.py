@@ -19,7 +19,16 @@ from tests.hub import TOKEN, Handler, point_to
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 # Every file has bytes of its own: equal ones are one file of the cache.
-CONFIG = {"config.json": b"{}", "tokenizer.json": b"{ }", "tokenizer.model": b"t"}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+LLAMA = json.dumps(LLAMA).encode()
+CONFIG = {"config.json": LLAMA, "tokenizer.json": b"{ }", "tokenizer.model": b"t"}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX_NAME = "model.safetensors.index.json"
 INDEX = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
@@ -76,7 +85,7 @@ def test_a_directory_wins_over_a_name(hub, tmp_path, monkeypatch):
     ("files", "needed", "read"),
     [
         (MODEL | TEMPLATES, "weights", MODEL | TEMPLATES),
-        (MODEL, "configuration", {"config.json": b"{}"}),
+        (MODEL, "configuration", {"config.json": LLAMA}),
         (MODEL | TEMPLATES, "tokenizer", CONFIG | TEMPLATES | {INDEX_NAME: INDEX}),
         (
             CONFIG | {"model.safetensors": b"w"},
@@ -103,12 +112,12 @@ def test_only_what_is_read_is_fetched_and_only_once(hub, files, needed, read):
 def test_a_revision_is_a_tag_a_branch_or_a_commit(hub, capsys):
     hub.add("me/model", MODEL)
     repo = hub.repos["me/model"]
-    first = repo.commit({**MODEL, "config.json": b"[1]"}, "v1")
-    second = repo.commit({**MODEL, "config.json": b"[2]"})
+    first = repo.commit({**MODEL, "tokenizer.model": b"1"}, "v1")
+    second = repo.commit({**MODEL, "tokenizer.model": b"2"})
     for revision, commit in {"v1": first, "main": second, first: first}.items():
         directory = local_path(f"me/model@{revision}")
         assert directory.name == commit
-    assert (local_path("me/model") / "config.json").read_bytes() == b"[2]"
+    assert (local_path("me/model") / "tokenizer.model").read_bytes() == b"2"
     assert (
         f"`me/model@v1` is commit {first[:12]} of the hub." in capsys.readouterr().err
     )

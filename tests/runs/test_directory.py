@@ -12,8 +12,8 @@ from qlora_jax.cli.train import from_arguments
 from qlora_jax.data.config import DataConfig, Source
 from qlora_jax.errors import UserError
 from qlora_jax.runs.config import EvalConfig, ModelConfig, RunConfig
+from qlora_jax.runs.dates import with_run_date, with_saved_date
 from qlora_jax.runs.directory import find_run, read_settings, template_text
-from qlora_jax.runs.prepare import with_run_date, with_saved_date
 from qlora_jax.runs.toml import to_toml
 from qlora_jax.training.config import TrainConfig
 

@@ -131,6 +131,7 @@ def test_a_run_publishes_its_adapter_with_a_card_once(
         f"| last training loss | {report['final_loss']:.4f} |",
         f"| best held-out loss | {report['eval']['best_loss']:.4f} (step 2) |",
         "| learning rate | 0.01 |",
+        "The weights are those of step 2.",
     ):
         assert said in body, said
     assert str(tmp_path) not in body
@@ -275,3 +276,40 @@ def test_an_export_that_fails_leaves_no_repository(
     program = qlora_convert.main if words[0] == "convert" else main
     assert program(words[words[0] == "convert" :]) == 1
     assert "me/made" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": {"target_modules": ("no_such",)}},
+        {"data": {"path": "missing.jsonl"}},
+        {"data": {"max_length": 1}},
+        {"data": {"format": "messages"}},
+        {"hub": {"model_id": "not a name"}},
+        {"train": {"steps": 1, "adapter_init": "me/none"}},
+        {"model": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}},
+    ],
+)
+def test_a_mistake_in_a_run_costs_no_download(hub, base, make, tmp_path, changes):
+    sections = {"model": {}, "train": {"steps": 1}, **changes}
+    with pytest.raises(UserError):
+        sections["model"] = {"path": "me/base", **sections["model"]}
+        run(make(tmp_path / "run", **sections))
+    assert "model.safetensors" not in hub.downloaded
+
+
+def test_a_changed_setting_or_another_family_costs_no_download(
+    hub, base, make, llama_dir, tmp_path, monkeypatch
+):
+    first = make(tmp_path / "run", model={"path": "me/base"}, train={"steps": 1})
+    run(first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "new"))
+    hub.requests.clear()
+    lora = {"r": 8}
+    with pytest.raises(UserError, match="cannot be continued"):
+        run(make(tmp_path / "run", model={"path": "me/base"}, lora=lora))
+    raw = json.loads((llama_dir / "config.json").read_text())
+    moe = json.dumps(raw | {"model_type": "qwen3_moe"}).encode()
+    hub.add("me/moe", {**hub.repos["me/base"].files, "config.json": moe})
+    assert main(["quantize", "me/moe", str(tmp_path / "out")]) == 1
+    assert "model.safetensors" not in hub.downloaded
