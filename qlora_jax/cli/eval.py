@@ -18,7 +18,7 @@ import tyro
 from qlora_jax.cli.options import ModelOptions, parse
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import DataConfig, Mixture, load_examples, name_of
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UsageError, UserError
 from qlora_jax.runs import option_keys
 
 if TYPE_CHECKING:
@@ -91,6 +91,14 @@ def from_arguments(args: Sequence[str]) -> Eval:
         run = find_run(Path(args[0]))
         if run is not None:
             options["default"] = _run_defaults(run, args)
+        elif not any(
+            arg.startswith(("--data.path", "--data.sources", "-h", "--help"))
+            for arg in args
+        ):
+            raise UsageError(
+                "Give the data to measure on: --data.path FILE. Only a run directory "
+                "with held-out data needs none."
+            )
     return parse(Eval, args, prog="qlora-jax eval", **options)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,10 +91,17 @@ def _check_names(kind: Any, args: Sequence[str], prog: str) -> None:
     wrong = [
         f"There is no option `--{name}`.{ours}"
         for name in unknown
-        if (ours := option_hint(name, options))
+        if (ours := _short_form(name, options) or option_hint(name, options))
     ]
     if wrong:
         raise UsageError(list_options(wrong, prog.partition(" [")[0]))
+
+
+def _short_form(name: str, options: Collection[str]) -> str:
+    """Returns where a run's `--model.path` is `--model`, with a space before it."""
+    section, _, last = name.replace("-", "_").partition(".")
+    is_short = last == "path" and section in options
+    return f" Here it is `--{section}`." if is_short else ""
 
 
 def _option_names(kind: Any, prefix: str = "") -> Iterator[str]:

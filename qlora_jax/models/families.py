@@ -337,6 +337,13 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
+# Those whose name does not say so.
+_MIXTURES_OF_EXPERTS = (
+    *("mixtral", "gpt_oss", "dbrx", "llama4", "llama4_text", "deepseek_v2"),
+    *("deepseek_v3", "jamba"),
+)
+
+
 def family_of(model_type: Any, where: str = "model_type") -> Family:
     """Returns the entry of a `model_type`; `where` is its field in the file.
 
@@ -346,8 +353,12 @@ def family_of(model_type: Any, where: str = "model_type") -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         names = "; ".join(f"{name} ({f.models})" for name, f in FAMILIES.items())
+        kind = str(model_type).lower()
+        is_mixture = "moe" in kind or kind in _MIXTURES_OF_EXPERTS
         raise UserError(
-            f"config.json: {where}={model_type!r:.100} is not supported. Supported: "
+            f"config.json: {where}={model_type!r:.100}"
+            f"{', a mixture of experts,' if is_mixture else ''} is not supported. "
+            "Supported: "
             f"{names}; and the text models of {' and '.join(WITH_TEXT_MODEL)}."
         )
     return family

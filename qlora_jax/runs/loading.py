@@ -271,6 +271,11 @@ def read_architecture(path: Path) -> LlamaConfig:
         config = convert.open_config(path)
     for note in convert.config_notes(config, file):
         say(f"Note: {note}.")
+    if "text_config" in convert.read_json(file):
+        say(
+            f"Note: `{file}` is of a model of images and text, of which the text model "
+            "is used."
+        )
     return config
 
 

@@ -591,3 +591,17 @@ def test_a_name_that_is_not_utf8_is_one_clear_error(refused, settings, tmp_path)
 def test_inspect_lists_the_targets_that_the_model_has(cli, llama_dir):
     _, text, _ = cli("inspect", llama_dir, "--json")
     assert json.loads(text)["target_modules"] == list(PROJECTIONS)
+
+
+def test_what_is_spelled_or_left_out_as_elsewhere_is_named(cli, llama_dir, tmp_path):
+    _, _, error = cli("plan", "--model.path", llama_dir, "--gpu", "l4")
+    assert "no option `--model.path`. Here it is `--model`." in error
+    status, _, error = cli("eval", llama_dir)
+    assert status == 2 and "--data.path FILE" in " ".join(error.split())
+    raw = json.loads((llama_dir / "config.json").read_text())
+    text = {**raw, "model_type": "gemma3_text"}
+    outer = {"model_type": "gemma3", "text_config": text}
+    for kind, said in ((outer, "model of images and text"), (raw, "")):
+        (tmp_path / "config.json").write_text(json.dumps(kind))
+        _, _, error = cli("inspect", tmp_path)
+        assert (said in " ".join(error.split())) and bool(said) == ("images" in error)

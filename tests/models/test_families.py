@@ -163,7 +163,11 @@ def test_defaults_that_a_file_spells_out_stay_in_it():
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("qwen3_moe", {}, "model_type='qwen3_moe' is not supported. Supported: llama"),
+        (
+            "qwen3_moe",
+            {},
+            "model_type='qwen3_moe', a mixture of experts, is not supported. Supported: llama",
+        ),
         ("qwen3_5", {}, "is not supported"),
         ("mistral", {"sliding_window": 0}, "must be a positive integer, or null"),
         ("mistral", {"sliding_window": -4}, "must be a positive integer, or null"),
