@@ -166,7 +166,7 @@ def test_defaults_that_a_file_spells_out_stay_in_it():
         (
             "qwen3_moe",
             {},
-            "model_type='qwen3_moe', a mixture of experts, is not supported. Supported: ll",
+            "model_type='qwen3_moe', a mixture of experts, is not supported. Suppo",
         ),
         ("qwen3_5", {}, "is not supported"),
         ("mistral", {"sliding_window": 0}, "must be a positive integer, or null"),
