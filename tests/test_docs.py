@@ -169,7 +169,10 @@ def test_the_families_are_compared_as_their_table_says(repository):
             assert claim == ", ".join(OF_LLAMA)
         elif model_type in families.COVERED:
             source = families.COVERED[model_type]
-            assert claim == f"configuration; its switches with `{source}`"
+            assert claim == (
+                f"configuration; its switches with `{source}`, logits and adapters "
+                "with `make peer`"
+            )
         else:
             complete, parts = families.compared(model_type)
             exceptions = [

@@ -642,11 +642,12 @@ def test_the_adapter_of_a_deeper_or_wider_model(tiny, make_adapter, refused):
     """The message does not blame `target_modules` for what it selects."""
     source = make_adapter({**tiny, "num_hidden_layers": 3}, name="three")
     refused(source, "4 unexpected tensors: ", "layers.2.mlp")
-    question = "Is it the adapter of another model?"
-    source = make_adapter({**tiny, "num_hidden_layers": 5}, name="deep")
+    question = "Is it the adapter of another model? It names 'other/base' as its base."
+    name = {"base_model_name_or_path": "other/base"}
+    source = make_adapter({**tiny, "num_hidden_layers": 5}, name="deep", **name)
     text = refused(source, f"{question} The file has layers 0 to 4, this model 0 to 1.")
     assert "does not select" not in text
-    wide = make_adapter({**tiny, "intermediate_size": 48}, name="wide")
+    wide = make_adapter({**tiny, "intermediate_size": 48}, name="wide", **name)
     # The question first, then a few names.
     start = f"this base model. {question} 2 tensors of another shape: "
     text = refused(

@@ -200,11 +200,11 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_jax.runs.runner import AdapterWriter
 write = AdapterWriter.write
-def during_the_save(self, state):
+def during_the_save(self, state, *args):
     if int(state.step) == 8:
         for name in ("SIGTERM", "SIGTERM", "SIGTERM"):
             signal.raise_signal(signal.Signals[name])
-    write(self, state)
+    write(self, state, *args)
 AdapterWriter.write = during_the_save
 """
 

@@ -32,6 +32,7 @@ from qlora_jax.runs.config import RunConfig
 from qlora_jax.runs.loading import load
 from qlora_jax.runs.prepare import _with_initial_adapter
 from qlora_jax.runs.runner import run
+from qlora_jax.runs.sources import find_sources
 from qlora_jax.runs.toml import read_config
 from qlora_jax.training.config import ParameterGroup
 from tests.runs.directories import weights
@@ -348,7 +349,8 @@ def test_an_adapter_is_continued_at_a_longer_context(
     assert average.config.max_position_embeddings == 128
     config = make(tmp_path / "next", {}, adapter_init=str(straight_run / "adapter"))
     abstract = convert.abstract_llama(llama_dir, quantization="nf4_dq")[1]
-    kept, origin = _with_initial_adapter(config, (), abstract)
+    sources = find_sources(config)[1]
+    kept, origin = _with_initial_adapter(config, sources, (), abstract)
     assert kept.model.config_changes == changes
     assert origin["trainable_parameters_before"] == trained
 
