@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from qlora_jax.cli.options import ModelOptions, parse
+from qlora_jax.cli.options import ModelOptions, check_names, parse
 from qlora_jax.cli.output import run_and_print
 from qlora_jax.data import DataConfig, Mixture, load_examples, name_of
 from qlora_jax.errors import UsageError, UserError
@@ -95,6 +95,7 @@ def from_arguments(args: Sequence[str]) -> Eval:
             arg.startswith(("--data.path", "--data.sources", "-h", "--help"))
             for arg in args
         ):
+            check_names(Eval, args, "qlora-jax eval")
             raise UsageError(
                 "Give the data to measure on: --data.path FILE. Only a run directory "
                 "with held-out data needs none."

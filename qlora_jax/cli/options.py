@@ -61,7 +61,7 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     Raises:
       SystemExit: 0 after `--help`; 2 for wrong usage, with a message on stderr.
     """
-    _check_names(kind, args, prog)
+    check_names(kind, args, prog)
     is_single = settings.get("config") == FLAGS
     args = _spell_switches(args, dict(_switches(kind)), is_single)
     with _help_rules(is_single):
@@ -75,7 +75,7 @@ def parse(kind: type[T], args: Sequence[str], *, prog: str, **settings: Any) -> 
     return dataclasses.replace(command, **paths) if paths else command
 
 
-def _check_names(kind: Any, args: Sequence[str], prog: str) -> None:
+def check_names(kind: Any, args: Sequence[str], prog: str) -> None:
     """Refuses options by their names in other libraries, with those here.
 
     Raises:

@@ -266,7 +266,11 @@ def test_rows_are_filled_with_a_token_of_the_vocabulary(tiny, pad, padding):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("model_type", "mixtral", "model_type='mixtral' is not supported.*qwen3"),
+        (
+            "model_type",
+            "mixtral",
+            "model_type='mixtral', a mix.* is not supported.*qwen3",
+        ),
         ("model_type", None, "model_type=None is not supported"),
         ("architectures", ["LlamaForSequenceClassification"], "Not a causal language"),
         ("hidden_act", "relu", "`hidden_act`='relu' is not supported"),
