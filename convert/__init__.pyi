@@ -40,6 +40,7 @@ from .hub import hub_name as hub_name
 from .hub import local_path as local_path
 from .hub import parse_hub_name as parse_hub_name
 from .hub import push as push
+from .merging import MERGE_REPORT as MERGE_REPORT
 from .merging import add_to_report as add_to_report
 from .merging import check_not_merged as check_not_merged
 from .merging import merge as merge

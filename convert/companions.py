@@ -23,7 +23,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 _TEMPLATE_FILES = (CHAT_TEMPLATE_FILE, "chat_template.json")
 # Any of these makes a tokenizer; the other files only configure one.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -31,7 +31,7 @@ CONFIGURATION_FILES = (
     *("merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
 """Files that configure the tokenizer of a vocabulary."""
-_TOKENIZER_FILES = (*_VOCABULARIES, *CONFIGURATION_FILES, *_TEMPLATE_FILES)
+TOKENIZER_FILES = (*_VOCABULARIES, *CONFIGURATION_FILES, *_TEMPLATE_FILES)
 # Vocabularies have some 20 MB.
 _MOST_BYTES = 1 << 30
 
@@ -77,11 +77,11 @@ def companion_files(directory: Path) -> dict[str, bytes]:
     """
     names = [
         name
-        for name in (GENERATION_CONFIG, *_TOKENIZER_FILES)
+        for name in (GENERATION_CONFIG, *TOKENIZER_FILES)
         if (directory / name).is_file()
     ]
-    folder = directory / _TEMPLATES
-    names += sorted(f"{_TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
+    folder = directory / TEMPLATES
+    names += sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
     return {name: _read(directory / name) for name in names}
 
 
@@ -123,7 +123,7 @@ def text_files(
     if "default" in templates:
         files = with_chat_template(files, templates.pop("default"))
     for name, text in templates.items():
-        files[f"{_TEMPLATES}/{name}.jinja"] = text.encode()
+        files[f"{TEMPLATES}/{name}.jinja"] = text.encode()
     if GENERATION_CONFIG in own:
         files[GENERATION_CONFIG] = own[GENERATION_CONFIG]
     return files
@@ -166,7 +166,7 @@ def chat_templates(files: Companions, where: str = "") -> dict[str, str]:
         folder, _, file = name.rpartition("/")
         if name == CHAT_TEMPLATE_FILE:
             templates["default"] = _text(files, name, where)
-        elif folder == _TEMPLATES:
+        elif folder == TEMPLATES:
             templates[file.removesuffix(".jinja")] = _text(files, name, where)
     return templates
 
@@ -190,7 +190,7 @@ def with_chat_template(files: Companions, template: str) -> dict[str, bytes]:
     kept = {
         name: content
         for name, content in files.items()
-        if name not in _TEMPLATE_FILES and not name.startswith(f"{_TEMPLATES}/")
+        if name not in _TEMPLATE_FILES and not name.startswith(f"{TEMPLATES}/")
     }
     if TOKENIZER_CONFIG in kept:
         # For readers that know no template files: older versions of transformers.

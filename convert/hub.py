@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convert.checkpoint import open_config
+from convert.companions import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG,
+    TEMPLATES,
+    TOKENIZER_FILES,
+)
 from convert.files import WEIGHTS_FILE, WEIGHTS_INDEX, read_json
+from convert.merging import MERGE_REPORT
 from convert.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_jax.errors import CheckpointError, UserError, say
 
@@ -38,14 +45,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADDRESS = re.compile(r"(https?:/+[^/]+/|hf:/*)(?P<name>[\w.-]+/[\w.-]+).*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CONFIG = "config.json"
-# Files of a tokenizer that are neither JSON nor templates.
-_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "vocab.txt")
-_TEMPLATES = "additional_chat_templates/"
 # What is enough to count parameters and memory.
-_CONFIGURATION = (_CONFIG, "generation_config.json")
+_CONFIGURATION = (_CONFIG, GENERATION_CONFIG)
 _CARD = "README.md"
-_LOCAL_FILES = ("merge_report.json",)
-"""Files that name paths of this machine and are not published."""
 _CARD_MARK = "<!-- Written by qlora-jax; without this line it is never replaced. -->"
 # Files of an earlier upload that would be read in the place of the new ones.
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.(safetensors|bin)(\.index\.json)?")
@@ -234,6 +236,11 @@ def _reads_weights(files: Collection[str], needed: Needed) -> bool:
     return needed == "weights" or is_adapter
 
 
+def _is_template(file: str) -> bool:
+    """Whether a file of a repository is one of several chat templates."""
+    return file.startswith(f"{TEMPLATES}/") and file.endswith(".jinja")
+
+
 def _small_files(files: Collection[str], needed: Needed) -> set[str]:
     """Returns the files of a repository that are read, weights aside."""
     if needed == "configuration" and ADAPTER_CONFIG not in files:
@@ -241,10 +248,13 @@ def _small_files(files: Collection[str], needed: Needed) -> set[str]:
     return {
         name
         for name in files
-        if (name.startswith(_TEMPLATES) and name.endswith(".jinja"))
+        if _is_template(name)
         or (
             "/" not in name
-            and (name.endswith((".json", ".jinja")) or name in _TOKENIZER_FILES)
+            and (
+                name.endswith((".json", ".jinja"))
+                or name in (*TOKENIZER_FILES, "vocab.txt")
+            )
             and (name == WEIGHTS_INDEX or not name.endswith(".index.json"))
         )
     }
@@ -483,10 +493,10 @@ def push(directory: Path, name: str, card: str) -> str:
         hf_hub_download,
     )
 
-    left_out = (_CARD, *_LOCAL_FILES)
+    left_out = (_CARD, MERGE_REPORT)  # which names paths of this machine
     files = [p for p in sorted(directory.iterdir()) if p.name not in left_out]
     files = [p for p in files if p.is_file()]
-    files += sorted(directory.glob(f"{_TEMPLATES}*.jinja"))
+    files += sorted(directory.glob(f"{TEMPLATES}/*.jinja"))
     with _hub_errors(HubName(name), writes=True):
         api = HfApi()
         present = set(api.list_repo_files(name))
@@ -524,6 +534,6 @@ def _would_be_read(file: str) -> bool:
     """Whether a file of a repository would be read with those of another upload."""
     return (
         _WEIGHTS.fullmatch(file) is not None
-        or file in (ADAPTER_CONFIG, "chat_template.jinja")
-        or (file.startswith(_TEMPLATES) and file.endswith(".jinja"))
+        or file in (ADAPTER_CONFIG, CHAT_TEMPLATE_FILE)
+        or _is_template(file)
     )

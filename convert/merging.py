@@ -41,7 +41,7 @@ from qlora_jax.tree import HEAD, hf_key
 from qlora_jax.tree import Path as TreePath
 from qlora_jax.version import __version__
 
-REPORT = "merge_report.json"
+MERGE_REPORT = "merge_report.json"
 
 # What `checkpoint_keys` returns.
 _Table = Mapping[str, tuple[TreePath, int | None]]
@@ -183,7 +183,7 @@ def merge(
             "requantization_error": stream.errors(),
             "qlora_jax_version": __version__,
         }
-        write_json(new / REPORT, report, sort_keys=False)
+        write_json(new / MERGE_REPORT, report, sort_keys=False)
     return report
 
 
@@ -194,15 +194,15 @@ def check_not_merged(
     merged = _merged_into(base)
     if merged and _adapter_sha256(adapter) in merged:
         raise UserError(
-            f"`{base}` holds the adapter `{adapter}` already ({REPORT}), which would "
-            "be added twice. Use it without the adapter, or give the base that it was "
-            f"merged into: `{read_json(Path(base) / REPORT).get('base')}`."
+            f"`{base}` holds the adapter `{adapter}` already ({MERGE_REPORT}), which "
+            "would be added twice. Use it without the adapter, or give the base that it was "
+            f"merged into: `{read_json(Path(base) / MERGE_REPORT).get('base')}`."
         )
 
 
 def _merged_into(base: str | os.PathLike[str]) -> list[str]:
     """Returns `adapter_sha256` of the adapters that were merged into a base."""
-    file = Path(base) / REPORT
+    file = Path(base) / MERGE_REPORT
     if not file.is_file():
         return []
     report = read_json(file)
@@ -309,7 +309,7 @@ def add_to_report(directory: str | os.PathLike[str], report: dict[str, Any]) -> 
     Raises:
       UserError: it cannot be written.
     """
-    write_json(Path(directory) / REPORT, report, sort_keys=False)
+    write_json(Path(directory) / MERGE_REPORT, report, sort_keys=False)
 
 
 def _config_changes(

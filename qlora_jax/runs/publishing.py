@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from convert import (
     ADAPTER_CONFIG,
+    MERGE_REPORT,
     HubName,
     check_push,
     hub_name,
@@ -63,15 +64,13 @@ def publish(
     Raises:
       CheckpointError: the hub refuses, or cannot be reached.
     """
-    is_adapter = (directory / ADAPTER_CONFIG).is_file()
-    if is_adapter:
-        lora = open_adapter(directory, strict=False)[0]
-        if _parse(lora.base_model_name_or_path, directory) is None:
-            say(
-                f"Note: the adapter's base is {lora.base_model_name_or_path!r}, which "
-                "nobody else finds. `--base-name owner/name`, or "
-                "`lora.base_model_name_or_path` of a run, names it as it is on the hub."
-            )
+    lora = _adapter_in(directory)
+    if lora is not None and _parse(lora.base_model_name_or_path, directory) is None:
+        say(
+            f"Note: the adapter's base is {lora.base_model_name_or_path!r}, which "
+            "nobody else finds. `--base-name owner/name`, or "
+            "`lora.base_model_name_or_path` of a run, names it as it is on the hub."
+        )
     card = model_card(directory, name, run=run, base=base, relation=relation)
     return push(directory, name, card)
 
@@ -135,9 +134,7 @@ def model_card(
       base: what it was made from.
       relation: of a model to it.
     """
-    lora = None
-    if (directory / ADAPTER_CONFIG).is_file():
-        lora = open_adapter(directory, strict=False)[0]
+    lora = _adapter_in(directory)
     settings = None if run is None else read_settings(run)
     origin = _base_name(directory, lora, settings, base)
     parts = [
@@ -152,9 +149,7 @@ def model_card(
             **(read_facts(run / STARTED, []) or {}),
             **(read_facts(run / REPORT, []) or {}),
         }
-        trained = lora
-        if trained is None and (run / ADAPTER / ADAPTER_CONFIG).is_file():
-            trained = open_adapter(run / ADAPTER, strict=False)[0]
+        trained = lora or _adapter_in(run / ADAPTER)
         # The file names the targets of the model; settings may have every family's.
         parts += _run_sections(run, settings, trained or settings.lora, facts)
         source = directory if lora is not None else run / ADAPTER
@@ -164,6 +159,13 @@ def model_card(
         parts += ["## Adapter", _table(_lora_rows(lora))]
     parts.append(f"Made with qlora-jax {__version__}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _adapter_in(directory: Path) -> LoraConfig | None:
+    """Returns the configuration of a PEFT directory; None if it is none."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    return open_adapter(directory, strict=False)[0]
 
 
 def _base_name(
@@ -230,7 +232,7 @@ def _summary(
         packed = bool(config.get("quantization_config"))
         form = " in 4 bits (bitsandbytes NF4)" if packed else ""
         what = "fine-tuned" if relation == "finetune" else "written anew"
-        report = directory / "merge_report.json"
+        report = directory / MERGE_REPORT
         if report.is_file() and read_json(report).get("onto") == "dequantized":
             what += ", the adapter merged onto the 4-bit weights it was trained on"
         return f"{on[0].upper()}{on[1:]}, {what}{form}."

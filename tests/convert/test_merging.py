@@ -15,7 +15,7 @@ import safetensors.numpy
 import convert
 import qlora_jax
 from convert import bnb
-from convert.merging import REPORT, add_to_report, fingerprint, write_dense
+from convert.merging import MERGE_REPORT, add_to_report, fingerprint, write_dense
 from convert.names import checkpoint_keys
 from qlora_jax import tree as trees
 from qlora_jax.errors import CheckpointError, UserError
@@ -95,7 +95,7 @@ def test_merged_tensors_are_those_of_peft(golden, out, name):
     )
     assert report["base_sha256"] == fingerprint(base)
     assert report["onto"] == "original"
-    assert read(out, REPORT) == report
+    assert read(out, MERGE_REPORT) == report
     assert read(out) == read(base)
 
 
@@ -358,7 +358,7 @@ def test_a_report_is_replaced_and_never_absent(config, tiny_model, adapter, tmp_
     before = sorted(path.name for path in out.iterdir())
     add_to_report(out, {**report, "more": 1})
     assert sorted(path.name for path in out.iterdir()) == before
-    assert read(out, REPORT) == {**report, "more": 1}
+    assert read(out, MERGE_REPORT) == {**report, "more": 1}
     with pytest.raises(UserError, match="Cannot write .*merge_report.json`: there is"):
         add_to_report(tmp_path / "none", report)
 
