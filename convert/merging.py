@@ -195,8 +195,8 @@ def check_not_merged(
     if merged and _adapter_sha256(adapter) in merged:
         raise UserError(
             f"`{base}` holds the adapter `{adapter}` already ({MERGE_REPORT}), which "
-            "would be added twice. Use it without the adapter, or give the base that it "
-            f"was merged into: `{read_json(Path(base) / MERGE_REPORT).get('base')}`."
+            "would be added twice. Use it without the adapter, or give the base that "
+            f"it was merged into: `{read_json(Path(base) / MERGE_REPORT).get('base')}`."
         )
 
 
