@@ -409,7 +409,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--family", choices=NAMES, help="of the base that is made (default: llama)")
     add("--output", type=Path, default=Path("demo_run"), help="directory to (re)make")
     add("--steps", type=int, help="fine-tuning (steps)")
-    add("--batch-size", type=int, help="sequences in a step")
+    add("--batch-size", type=int, default=4, help="sequences in a step")
     add("--learning-rate", type=float, help="peak rate of AdamW")
     add("--max-length", type=int, default=256, help="longest example (tokens)")
     add("--prompt", nargs="+", help="prompts to continue (default: from the data)")
@@ -419,11 +419,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.model is not None and args.family is not None:
         parser.error("--family is of the base that is made; leave it out with --model")
     args.family = args.family or "llama"
-    for name, small, users in (
-        ("steps", 500, 60),
-        ("batch_size", 16, 4),
-        ("learning_rate", 5e-3, 2e-4),
-    ):
+    for name, small, users in (("steps", 300, 60), ("learning_rate", 5e-3, 2e-4)):
         if getattr(args, name) is None:
             setattr(args, name, small if args.model is None else users)
     if args.steps < 20:
