@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
@@ -132,6 +131,7 @@ def linear(
     *,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    saved: bool = False,
 ) -> Float[Array, "*B O"]:
     """Computes `W x + bias + scaling * B (A x)`, or its DoRA.
 
@@ -148,6 +148,8 @@ def linear(
       dtype: of the result; default that of `x`. Products are computed from operands in
         the dtype of `x` either way, so float32 logits are not rounded to bf16 first.
       implementation: of the product with an `NF4Tensor`; see `pallas_kernels.nf4`.
+      saved: whether a policy of `jax.checkpoint` keeps the products for the backward
+        pass.
 
     Returns:
       [..., O] in `dtype`.
@@ -173,10 +175,12 @@ def linear(
     if bias is not None and magnitude is None:
         y = y + _broadcast(bias, y)
     if "lora_A" in arrays:
-        update = lora_lib.delta(x, arrays, scaling, dropout=dropout, key=key)
+        update = lora_lib.delta(
+            x, arrays, scaling, dropout=dropout, key=key, saved=saved
+        )
         y = y + update.astype(dtype)
     # Named before DoRA's rescaling, whose derivative needs its input, not its output.
-    y = checkpoint_name(y, "linear_out")
+    y = lora_lib.name_product(y, "linear_out", saved=saved)
     if magnitude is not None:
         norms = lora_lib.row_norms(
             weight, arrays["lora_A"], arrays["lora_B"], scaling, dtype=x.dtype
@@ -383,6 +387,7 @@ class Linear(_Adaptable):
             bias=bias,
             adapter=self._adapter(),
             implementation=implementation,
+            saved=self.compute.remat == "save_matmuls",
         )
 
     def _adapter(self) -> ModuleAdapter:

@@ -77,7 +77,8 @@ class Llama(nn.Module):
         )
         self.lm_head = Linear(
             self.config.vocab_size,
-            self.compute,
+            # The head is no part of the rematerialized layers.
+            dataclasses.replace(self.compute, remat="none"),
             initializer_range=self.config.initializer_range,
         )
 
