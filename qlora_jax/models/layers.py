@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels import device
 from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
-from qlora_jax.choices import Attention, Dtype, Kernels, Remat
+from qlora_jax.choices import Attention, Dtype, Kernels, LoraProducts, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
@@ -67,6 +68,9 @@ class Compute:
     kernels: Kernels = "auto"
     """Implementation of products with packed weights: XLA, the Pallas kernels for GPUs,
     or the best known for the device; see `pallas_kernels.nf4`."""
+    lora_products: LoraProducts = "auto"
+    """Products of plain adapters: part of the products with the weights, or products of
+    their own; "auto" joins them on a GPU. See `qlora_jax.models.joined`."""
     lora: LoraConfig | None = None
     """Adapters of the "lora" collection: their dropout, what training binds them with,
     and the scaling of an unbound tree."""
@@ -77,6 +81,7 @@ class Compute:
             ("attention", get_args(Attention)),
             ("remat", get_args(Remat)),
             ("kernels", get_args(Kernels)),
+            ("lora_products", get_args(LoraProducts)),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -88,6 +93,13 @@ class Compute:
     def implementation(self) -> str | None:
         """`kernels` as `pallas_kernels` takes it."""
         return None if self.kernels == "auto" else self.kernels
+
+    @property
+    def joins_products(self) -> bool:
+        """Whether updates of adapters are part of the products with the weights."""
+        if self.lora_products != "auto":
+            return self.lora_products == "joined"
+        return device.this_device().platform in ("gpu", "cuda")
 
     def arrange(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables in the layout that the chosen kernels read fastest.
