@@ -65,6 +65,10 @@ class Compute:
     """What the backward pass recomputes: nothing; each layer from its input; each layer
     except the results of its matrix products and its attention; or each layer from its
     input, which is kept in host memory until then."""
+    scan_layers: bool = True
+    """One program for all layers, in a loop; False = a program for each, where the
+    results that the backward pass keeps stay where they are, at the price of a longer
+    compilation. Training only; with "offload" always a loop."""
     kernels: Kernels = "auto"
     """Implementation of products with packed weights: XLA, the Pallas kernels for GPUs,
     or the best known for the device; see `pallas_kernels.nf4`."""
