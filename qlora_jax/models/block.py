@@ -40,6 +40,13 @@ from qlora_jax.models.layers import (
 from qlora_jax.models.rope import rope_table, rotate
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
+_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_lse", "dora_norm"
+    ),
+    # cuDNN's output and log-sum-exp, which cannot be named from outside.
+    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
+)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     # DoRA's norms cost a product with the full weight and are O numbers to keep.
     "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
@@ -51,14 +58,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    # Attention costs most to recompute where rows are long: 4 D T numbers less at the
+    # price of another 2 L T D bytes.
+    "save_attention": _ATTENTION,
     "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(
-            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
-        ),
-        # cuDNN's output and log-sum-exp, which cannot be named from outside.
-        lambda primitive, *_, **__: primitive.name.startswith(
-            "dot_product_attention_fwd"
-        ),
+        jax.checkpoint_policies.save_only_these_names("linear_out", "lora_inner"),
+        _ATTENTION,
     ),
 }
 

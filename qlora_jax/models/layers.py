@@ -62,13 +62,15 @@ class Compute:
     attention: Attention = "auto"
     """Attention implementation; see `qlora_jax.models.attention`."""
     remat: Remat = "full"
-    """What the backward pass recomputes: nothing; each layer from its input; each layer
-    except the results of its matrix products and its attention; or each layer from its
-    input, which is kept in host memory until then."""
+    """What the backward pass recomputes: nothing; each layer from its input ("full");
+    each layer except its attention, or except the results of its matrix products and
+    its attention; or each layer from its input, which is kept in host memory until
+    then."""
     scan_layers: bool = True
-    """One program for all layers, in a loop; False = a program for each, where the
-    results that the backward pass keeps stay where they are, at the price of a longer
-    compilation. Training only; with "offload" always a loop."""
+    """Whether the layers are a loop over one program. Otherwise each has its own, so
+    that what the backward pass keeps stays where it was computed instead of being
+    copied into arrays of all layers; compiling takes longer with every layer. Of
+    training; generation has a loop."""
     kernels: Kernels = "auto"
     """Implementation of products with packed weights: XLA, the Pallas kernels for GPUs,
     or the best known for the device; see `pallas_kernels.nf4`."""
@@ -491,7 +493,7 @@ def rms_norm(
 
 # Tokens per chunk of the MLP, by `Compute.remat`: enough for products at full speed,
 # few enough that [tokens, intermediate_size] does not limit the length of a row.
-_MLP_TOKENS = {"full": 16384, "offload": 4096}
+_MLP_TOKENS = {"full": 16384, "save_attention": 16384, "offload": 4096}
 # These hold up to this width; a wider MLP takes fewer tokens, a power of two.
 _MLP_WIDTH = 16384
 
