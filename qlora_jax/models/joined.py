@@ -58,7 +58,7 @@ def _is_plain(weight: Any, adapter: Any, implementation: str | None, **_: Any) -
     # Only XLA's dequantization writes several weights and factors as one array.
     if implementation not in (None, "xla") or not isinstance(weight, nf4.NF4Tensor):
         return False
-    if not nf4.is_aligned(weight.shape, weight.block_size) or weight.layer is not None:
+    if weight.layer is not None:  # one of a stack, which the kernels read
         return False
     drops = adapter.dropout > 0.0 and adapter.key is not None
     only_pair = set(adapter.arrays) == {"lora_A", "lora_B"}
