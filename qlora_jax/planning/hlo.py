@@ -34,6 +34,7 @@ _FREE = {
 }
 _GRAPH_COMMENT = "// command buffer:"
 
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 # A type is an array or a tuple, which may hold comments and parentheses.
 _INSTRUCTION = re.compile(
@@ -194,6 +195,8 @@ class Program:
     computations: Mapping[str, Computation]
     graphs: tuple[tuple[str, ...], ...] = ()
     """Names of the instructions of each command buffer."""
+    module: str = ""
+    """Its name."""
 
     @functools.cached_property
     def in_graph(self) -> Mapping[str, int]:
@@ -209,7 +212,7 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, Computation] = {}
     graphs: list[tuple[str, ...]] = []
-    entry = name = ""
+    entry = name = module = ""
     instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
         if not name and (match := _COMPUTATION.match(line)):
@@ -223,7 +226,9 @@ def parse(text: str) -> Program:
             instructions[match[2]] = _instruction(match)
         elif line.startswith(_GRAPH_COMMENT):
             graphs.append(tuple(line.removeprefix(_GRAPH_COMMENT).split()))
-    return Program(entry, computations, tuple(graphs))
+        elif match := _MODULE.match(line):
+            module = match[1]
+    return Program(entry, computations, tuple(graphs), module)
 
 
 def _instruction(match: re.Match[str]) -> Instruction:

@@ -144,7 +144,7 @@ def attribute(
     of_program = [
         event
         for event in events
-        if not (module and event.module and event.module != module)
+        if not (module and event.module and event.module.partition("(")[0] != module)
         and not (_CONTROL.match(event.hlo_op) and event.name == event.hlo_op)
     ]
     names = _Names.of(kernels, sizes)

@@ -25,6 +25,7 @@ def title(chosen: Mapping[str, Any]) -> str:
     words += [f"{name} {size}" for name, size in chosen["mesh"].items()]
     if chosen["accumulate"] > 1:
         words.append(f"{chosen['accumulate']} micro-batches")
+    words += [f"jax {chosen['jax']}"] if "jax" in chosen else []
     return ", ".join(words)
 
 
@@ -152,10 +153,8 @@ def compare_rows(
     return rows
 
 
-def print_kernels(
-    kernels: Sequence[Kernel], sizes: Sizes, rates: Rates, *, per_launch: bool
-) -> None:
-    """Prints a line for each kernel: in order, or (not `per_launch`) by their total."""
+def print_kernels(kernels: Sequence[Kernel], sizes: Sizes, rates: Rates) -> None:
+    """Prints a line for each kernel, in the order given."""
     rows = []
     for kernel in kernels:
         category = categories.category(kernel, sizes)
@@ -172,8 +171,6 @@ def print_kernels(
                 kernel.op_name[-70:] or kernel.instruction.name,
             )
         )
-    if not per_launch:
-        rows.sort(key=lambda row: -float(row[2].replace(",", "")))
     header = ("us each", "times", "ms", "MB", "GFLOP", "category", "shape", "scope")
     print_columns([header, *rows])
 

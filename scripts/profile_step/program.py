@@ -54,6 +54,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "length": args.length,
         "accumulate": args.accumulate,
         "rank": args.rank,
+        # With a scaling of 1 the compiler leaves its products out.
+        "alpha": 2 * args.rank if args.alpha is None else args.alpha,
         "packed": args.packed,
         "remat": "none" if args.decode else args.remat,
         "attention": args.attention,
@@ -72,7 +74,7 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     compute = {name: chosen[name] for name in ("attention", "remat", "kernels")}
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
-        Compute(lora=LoraConfig(r=chosen["rank"]), **compute),
+        Compute(lora=_lora(chosen), **compute),
         length=chosen["length"],
         train=TrainConfig(
             steps=1000,
@@ -83,10 +85,21 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     )
 
 
-def compile_program(chosen: Mapping[str, Any], python: str) -> str:
-    """Compiles the step, or generation; returns its text."""
+def _lora(chosen: Mapping[str, Any]) -> LoraConfig:
+    return LoraConfig(r=chosen["rank"], lora_alpha=chosen["alpha"])
+
+
+def compile_program(
+    chosen: Mapping[str, Any], python: str
+) -> tuple[dict[str, Any], str]:
+    """Compiles the step, or generation.
+
+    Returns:
+      The settings with the version of jax that compiled, and the text of the program.
+    """
     if chosen["decode"]:
-        return _compile_decoding(chosen, python)
+        version, text = _compile_decoding(chosen, python)
+        return {**chosen, "jax": version}, text
     compiled = compile_for(
         make_step(chosen),
         find_gpu(chosen["gpu"]),
@@ -94,11 +107,15 @@ def compile_program(chosen: Mapping[str, Any], python: str) -> str:
         mesh=chosen["mesh"] or None,
         program=True,
     )
-    return compiled.program or ""
+    return {**chosen, "jax": compiled.jax}, compiled.program or ""
 
 
-def _compile_decoding(chosen: Mapping[str, Any], python: str) -> str:
-    """Compiles generation in a process of its own, as XLA's settings need."""
+def _compile_decoding(chosen: Mapping[str, Any], python: str) -> tuple[str, str]:
+    """Compiles generation in a process of its own, as XLA's settings need.
+
+    Returns:
+      The version of jax, and the text of the program.
+    """
     root = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -119,7 +136,7 @@ def _compile_decoding(chosen: Mapping[str, Any], python: str) -> str:
         graphs = ""
         if len(launches) == len(names) == 1:
             graphs = hlo.graph_comment(launches[0].read_text(), names[0].read_text())
-        return out.read_text() + graphs
+        return child.stdout.strip(), out.read_text() + graphs
 
 
 def _lower_decoding(chosen: Mapping[str, Any], out: Path) -> None:
@@ -139,7 +156,7 @@ def _lower_decoding(chosen: Mapping[str, Any], out: Path) -> None:
 
     mesh = gpu_mesh(find_gpu(chosen["gpu"]))
     device = NamedSharding(mesh, PartitionSpec())
-    config, lora = LlamaConfig.from_hf(chosen["config"]), LoraConfig(r=chosen["rank"])
+    config, lora = LlamaConfig.from_hf(chosen["config"]), _lora(chosen)
     base = abstract_base(config, quantization="nf4_dq")
     variables = {"params": base, "lora": abstract_adapters(base, lora)}
     rows = jax.ShapeDtypeStruct((chosen["batch"], chosen["length"]), jnp.int32)
@@ -185,11 +202,16 @@ def count(
 ) -> tuple[dict[str, Any], list[Kernel], Sizes]:
     """Counts a program.
 
+    Args:
+      chosen: its settings.
+      program: scheduled HLO as text.
+      gpu: the data sheet of each device.
+
     Returns:
       The report (that of `roofline.summary`, with the settings), the kernels of a step
       or of a token, and the sizes.
     """
-    config, lora = LlamaConfig.from_hf(chosen["config"]), LoraConfig(r=chosen["rank"])
+    config, lora = LlamaConfig.from_hf(chosen["config"]), _lora(chosen)
     devices = math.prod(chosen["mesh"].values())
     sizes = Sizes.of_model(
         config, lora, rows=chosen["batch"] // devices, length=chosen["length"]
@@ -230,3 +252,6 @@ def token_floor(
 
 if __name__ == "__main__":
     _lower_decoding(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    import jax
+
+    print(jax.__version__)
