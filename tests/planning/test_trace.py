@@ -1,7 +1,6 @@
 """Profiler traces: events of a device become rows by category."""
 
 import gzip
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from qlora_jax.errors import UserError
 from qlora_jax.planning import categories, hlo, trace
 from qlora_jax.planning.work import count_kernels
-from tests.planning.test_roofline import FORWARD, SIZES
+from tests.planning.programs import FORWARD, SIZES, event, write_trace
 
 PROGRAM = f"""
 %add_1 (p: f32[256]) -> f32[256] {{
@@ -33,29 +32,6 @@ ENTRY %m (a: f32[]) -> f32[] {{
 NORM, SUMS, BASE = (
     f"{name}, forward" for name in (categories.NORM, categories.SUMS, categories.BASE)
 )
-
-
-def write_trace(folder, events: list[dict], device="/device:GPU:0") -> None:
-    """Writes events as jax.profiler.trace does; an event is on a stream by default."""
-    names = {
-        "process_name": [(1, 0, device)],
-        "thread_name": [(1, 7, "Stream #7(Compute)"), (1, 8, "XLA Ops")],
-    }
-    metadata = [
-        {"ph": "M", "pid": p, "tid": t, "name": kind, "args": {"name": name}}
-        for kind, rows in names.items()
-        for p, t, name in rows
-    ]
-    rows = [{"ph": "X", "pid": 1, "tid": 7, "ts": 0, **event} for event in events]
-    path = folder / "plugins" / "profile" / "2026_01_01"
-    path.mkdir(parents=True)
-    with gzip.open(path / "host.trace.json.gz", "wt") as file:
-        json.dump({"traceEvents": metadata + rows}, file)
-
-
-def event(name: str, microseconds: float, hlo_op: str | None = None, **more) -> dict:
-    arguments = {} if hlo_op is None else {"hlo_op": hlo_op, "hlo_module": "jit_f"}
-    return {"name": name, "dur": microseconds, "args": arguments, **more}
 
 
 @pytest.fixture(scope="module")
