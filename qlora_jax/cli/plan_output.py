@@ -55,7 +55,7 @@ def print_plan(report: Mapping[str, Any]) -> None:
     if report.get("policies"):
         _print_policies(report["policies"])
     print("\nin [model] of the run file")
-    for name in ("remat", "attention", "embed_tokens", "lm_head"):
+    for name in ("remat", "scan_layers", "attention", "embed_tokens", "lm_head"):
         print(f"  {name} = {json.dumps(report[name])}")
     if report["settings"] and report["fits"]:
         print("\nset for the run")

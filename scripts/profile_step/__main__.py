@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--alpha", type=float, help="LoRA's; default twice the rank")
     p.add_argument("--packed", action="store_true", help="rows of several documents")
     p.add_argument("--remat", default="full", help="policy of the backward pass")
+    p.add_argument("--unrolled", action="store_true", help="layers without a loop")
     p.add_argument("--attention", default="auto", help="implementation")
     p.add_argument("--kernels", default="auto", help="of packed weights")
     p.add_argument("--data", type=int, default=1, help="devices that divide the rows")

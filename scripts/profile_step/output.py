@@ -20,7 +20,9 @@ def title(chosen: Mapping[str, Any]) -> str:
         rows = f"{chosen['batch']} rows after {chosen['length']:,}"
         what = f"a token of generation, {rows}"
     words = [f"{chosen['model']} on {chosen['gpu']}", what, f"r={chosen['rank']}"]
-    words += [chosen["remat"]] * (not chosen["decode"]) + ["packed"] * chosen["packed"]
+    if not chosen["decode"]:
+        words.append(chosen["remat"] + ", unrolled" * (not chosen["scan_layers"]))
+    words += ["packed"] * chosen["packed"]
     words += [f"attention {chosen['attention']}", f"kernels {chosen['kernels']}"]
     words += [f"{name} {size}" for name, size in chosen["mesh"].items()]
     if chosen["accumulate"] > 1:

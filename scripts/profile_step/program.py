@@ -58,6 +58,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "alpha": 2 * args.rank if args.alpha is None else args.alpha,
         "packed": args.packed,
         "remat": "none" if args.decode else args.remat,
+        "scan_layers": not args.unrolled,
         "attention": args.attention,
         "kernels": args.kernels,
         "mesh": {k: n for k in ("data", "fsdp") if (n := getattr(args, k)) > 1},
@@ -71,7 +72,8 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     from qlora_jax.planning.step import Step
     from qlora_jax.training.config import TrainConfig
 
-    compute = {name: chosen[name] for name in ("attention", "remat", "kernels")}
+    names = ("attention", "remat", "scan_layers", "kernels")
+    compute = {name: chosen[name] for name in names}
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
         Compute(lora=_lora(chosen), **compute),

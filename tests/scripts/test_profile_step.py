@@ -15,7 +15,13 @@ main = importlib.import_module("scripts.profile_step.__main__").main
 CHOSEN = {
     **{"model": "small", "config": CONFIG.to_hf(), "gpu": "rtx-4090", "batch": 2},
     **{"length": 128, "accumulate": 3, "rank": 16, "alpha": 32, "packed": False},
-    **{"remat": "full", "attention": "auto", "kernels": "auto", "mesh": {}},
+    **{
+        "remat": "full",
+        "scan_layers": True,
+        "attention": "auto",
+        "kernels": "auto",
+        "mesh": {},
+    },
     **{"decode": 0, "jax": "0.0"},
 }
 
