@@ -446,6 +446,9 @@ def _compare(
                 "host_bytes": plan.memory.host_bytes,
                 "flops_per_token": report["flops_per_token"],
                 "step_seconds_floor": report["step_seconds_floor"],
+                # At reachable rates, of a compiled plan.
+                "counted_tokens_per_second": plan.counted
+                and plan.counted["reachable"]["tokens_per_second"],
             }
         rows.append(row)
     return rows

@@ -214,7 +214,10 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
     ):
         last = first + a_part.shape[0]
         gradients.append(
-            (da[first:last].astype(a_part.dtype), rows[first:last].T.astype(b_part.dtype))
+            (
+                da[first:last].astype(a_part.dtype),
+                rows[first:last].T.astype(b_part.dtype),
+            )
         )
         first = last
     return dx, None, tuple(gradients), None

@@ -50,6 +50,7 @@ from qlora_jax.planning.step import (
     abstract_arguments,
     device_tree_bytes,
 )
+from qlora_jax.planning.work import mean_keys
 from qlora_jax.training import TrainConfig, make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
 
@@ -326,7 +327,7 @@ def flops_per_token(step: Step) -> float:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
     # Forward: Q K^T and P V take 2 wide for every key that a token sees.
-    keys = sum(_mean_keys(step.length, kind.window) for kind in c.layer_kinds)
+    keys = sum(mean_keys(step.length, kind.window) for kind in c.layer_kinds)
     again = recompute and step.compute.remat != "save_attention"
     attention = 4 * keys * wide * (1 + 2.5 + again)
     # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
@@ -335,12 +336,11 @@ def flops_per_token(step: Step) -> float:
     return c.num_hidden_layers * linear + attention + 4 * head + adapters
 
 
-def _mean_keys(length: int, window: int | None) -> float:
-    """Returns how many keys a token of a row sees on average."""
-    if window is None or window >= length:
-        return length / 2
-    # The first tokens see fewer than the window: w - w^2 / 2 T.
-    return window - window * window / (2 * length)
+def necessary_flops(step: Step, *, devices: int = 1) -> float:
+    """Returns the operations of a step on each device, without recomputation."""
+    compute = dataclasses.replace(step.compute, remat="none")
+    tokens = step.tokens * step.train.gradient_accumulation_steps / devices
+    return flops_per_token(dataclasses.replace(step, compute=compute)) * tokens
 
 
 def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:

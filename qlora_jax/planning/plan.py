@@ -151,6 +151,8 @@ class Plan:
     method: Literal["compiled", "estimate"]
     versions: Mapping[str, str]
     collectives: Mapping[str, Mapping[str, int]]
+    counted: Mapping[str, Any] | None = None
+    """Of a compiled step, as `planning.roofline.count_step` returns it."""
 
     @property
     def total(self) -> int:
@@ -211,9 +213,12 @@ class Plan:
                 table_dtype=step.compute.dtype,
             ),
             "flops_per_token": estimate.flops_per_token(step),
+            "necessary_flops_per_token": estimate.necessary_flops(step)
+            / (step.tokens * step.train.gradient_accumulation_steps),
             "step_seconds_floor": estimate.step_seconds_floor(
                 step, self.gpu, devices=devices
             ),
+            "counted": None if self.counted is None else dict(self.counted),
             "settings": self.settings,
             "card": self.gpu.name,
             "card_bytes": self.gpu.memory_bytes,
@@ -345,6 +350,7 @@ class Planner:
             method="compiled",
             versions={"jax": compiled.jax},
             collectives=compiled.collectives,
+            counted=compiled.counted,
         )
 
     def fastest(self, step: Step, among: Sequence[Policy]) -> Plan:

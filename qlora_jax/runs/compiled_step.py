@@ -184,7 +184,9 @@ def compile_step(
 def _scan_layers(settings: ModelConfig) -> bool | Literal["auto"]:
     # On a CPU unrolled layers take as long as a loop, and longer to compile.
     is_gpu = jax.default_backend() == "gpu"
-    return True if settings.scan_layers == "auto" and not is_gpu else settings.scan_layers
+    return (
+        True if settings.scan_layers == "auto" and not is_gpu else settings.scan_layers
+    )
 
 
 def _plain_step(
