@@ -86,6 +86,16 @@ def test_packed_weights_are_read_in_place(case):
     assert not [k.text for k, dtype, size in written(kernels) if dtype == "u8"]
 
 
+def test_the_head_is_read_in_its_own_dtype(case):
+    # Float32 logits of bfloat16 operands: no copy of the head, in any dtype.
+    config, rows, program = case
+    head = config["vocab_size"] * config["hidden_size"]
+    kernels = program.loop(TOKEN)
+    assert not [k.text for k, _, size in written(kernels) if size == head]
+    logits = (f"f32[{n},{config['vocab_size']}]" for n in (rows, 8))
+    assert any(text in k.text for text in logits for k in kernels if k.calls("__cubl"))
+
+
 def test_no_weights_of_all_layers_are_ever_dequantized(case):
     config, _, program = case
     d, f = config["hidden_size"], config["intermediate_size"]
