@@ -79,7 +79,9 @@ def test_outputs_and_gradients_are_those_of_the_layers(case, interleaved):
     expected = outputs_and_gradients(one_by_one, layers, x, cotangents)
     # Float32 sums over at most 128 + 33 terms in another order: 161 roundings of 6e-8.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * abs(b).max()),
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-5 * abs(b).max()
+        ),
         found,
         expected,
     )
@@ -91,7 +93,10 @@ def test_in_bfloat16_an_update_is_rounded_once_less():
     exact = one(x)
     errors = [
         jnp.abs(y.astype(jnp.float32) - exact).mean()
-        for y in (one(x.astype(jnp.bfloat16)), joined_linear(x.astype(jnp.bfloat16), [one])[0])
+        for y in (
+            one(x.astype(jnp.bfloat16)),
+            joined_linear(x.astype(jnp.bfloat16), [one])[0],
+        )
     ]
     assert errors[1] <= errors[0]
 
@@ -108,7 +113,11 @@ OTHERS = {
     ),
     "an adapter for each row": with_adapter(
         CASES["as wide as the input"][0],
-        arrays={"lora_A": draw(2, 4, IN), "lora_B": draw(2, 64, 4), "rows": jnp.ones(2)},
+        arrays={
+            "lora_A": draw(2, 4, IN),
+            "lora_B": draw(2, 64, 4),
+            "rows": jnp.ones(2),
+        },
     ),
 }
 
