@@ -60,7 +60,7 @@ def test_a_model_on_a_card(plan_8b):
     report = plan_8b("rtx-4090 --max-length 8192 --lora.r 32")
     assert report["fits"]
     assert (report["max_length"], report["batch_size"]) == (8192, 1)
-    assert (report["policy"], report["method"]) == ("full", "estimate")
+    assert (report["policy"], report["method"]) == ("save_attention", "estimate")
     assert report["compiled_for"] is None
     assert report["dtype"] == "bfloat16"
     assert 4 * 83_886_080 == report["device_bytes"]["adapters"]
@@ -68,7 +68,8 @@ def test_a_model_on_a_card(plan_8b):
 
 def test_a_directory_is_a_model_too(planned, config_json, tmp_path):
     report = planned("--gpu h200 --max-length 1024", "--model", tmp_path)
-    assert report["policy"] == "none"
+    assert report["policy"] == "none, unrolled"
+    assert (report["remat"], report["scan_layers"]) == ("none", False)
 
 
 def test_as_long_as_fits(plan_8b):
@@ -166,13 +167,13 @@ def test_policies_are_compared_in_a_table(cli, plan_8b, config_json):
     args = ["plan", "--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"]
     _, text, _ = cli(*args, "--method", "estimate", "--compare")
     rows = [line for line in text.splitlines() if "1 x 8,192" in line]
-    assert len(rows) == 7  # the head line, and six policies
-    assert sum("does not fit" in row for row in rows) == 2
+    assert len(rows) == 9  # the head line, and eight policies
+    assert sum("does not fit" in row for row in rows) == 3
     assert "cuDNN's backward pass" in text
     assert "Note: an estimate by formula, as asked for" in text
     # Whatever is planned; or the longest of each.
     report = plan_8b("l4 --max-length 2048 --remat full --compare")
-    assert len(report["policies"]) == 6
+    assert len(report["policies"]) == 8
     report = plan_8b("rtx-4090 --max-length fit --compare")
     lengths = [row.get("max_length", 0) for row in report["policies"]]
     assert lengths == sorted(lengths)
