@@ -159,6 +159,9 @@ def test_the_rates_of_every_gpu_follow_from_its_data_sheet(card):
     for field in dataclasses.fields(Rates):
         if field.name not in ("name", "host_link", "launch_s", "graph_launch_s"):
             assert getattr(slow, field.name) < getattr(fast, field.name)
+    # A bound: no step is faster at reachable rates than at ideal ones.
+    assert fast.graph_launch_s < fast.launch_s <= slow.launch_s
+    assert fast.graph_launch_s <= slow.graph_launch_s
 
 
 def test_a_kernel_takes_the_longer_of_bytes_and_operations():
