@@ -268,10 +268,10 @@ class Attention(nn.Module):
         q, k, v = project(x)
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
-                all_segments, start, layer = cached
+                _, start, layer = cached
                 # Written first: decoding reads the cache, and a token sees itself.
-                kv = _write_tokens(kv, (k, v), layer, start)
-            if kv is None or x.shape[1] > 1:
+                kv = write_tokens(kv, (k, v), layer, start)
+            if kv is None or cached is None or x.shape[1] > 1:
                 # A prefill starts on an empty cache, so it attends within itself only.
                 out = attention(
                     q,
@@ -283,11 +283,7 @@ class Attention(nn.Module):
                     implementation=self.compute.attention,
                 )
             else:
-                slots = kv[0].shape[3]
-                # Empty slots are of segment 0 and at later indices: never seen.
-                mask = causal_mask(segments, all_segments, 1, slots, start)
-                mask = within_window(mask, variant, window, start)
-                out = decode_attention(q, *kv, layer, mask[:, 0], variant)
+                out = attend_to_cache(q, kv, segments, cached, variant, window)
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         o_proj = self._linear("o_proj", c.hidden_size).function(out.shape[-1])
         (out,) = apply_linears(out, {"o_proj": o_proj}, self.compute)
@@ -371,7 +367,26 @@ def apply_linears(
             yield layer(x)
 
 
-def _write_tokens(
+def attend_to_cache(
+    q: Float[Array, "B 1 N H"],
+    kv: tuple[Array, Array],
+    segments: Int[Array, "B 1"] | None,
+    cached: tuple[Array, ...],
+    variant: Variant,
+    window: Int[Array, ""] | None,
+) -> Float[Array, "B 1 N H"]:
+    """Attends to a layer of the cache, which holds the token's own key and value.
+
+    Arguments as for `Attention`.
+    """
+    all_segments, start, layer = cached
+    # Empty slots are of segment 0 and at later indices: never seen.
+    mask = causal_mask(segments, all_segments, 1, kv[0].shape[3], start)
+    mask = within_window(mask, variant, window, start)
+    return decode_attention(q, *kv, layer, mask[:, 0], variant)
+
+
+def write_tokens(
     kv: tuple[Array, Array],
     new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
     layer: Array,

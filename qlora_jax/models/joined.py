@@ -8,7 +8,7 @@ weight a product that runs anyway does all of this. For the layers i that share 
 
     A = [A_1; A_2; ...]                              [R, I], the ranks one after another
     W = [[W_1, B_1, 0, ...], [W_2, 0, B_2, ...], ...]            [O, I + R]
-    z = s A x                                        [T, R], s = the scaling of each rank
+    z = s A x                                        [T, R], s = scaling of each rank
     y = W [x; z]                                     all outputs, updates included
     [g; h] = W^T dy                                  g = sum_i W_i^T dy_i, h = B^T dy
     dx = g + A^T (s h),   dA = (s h)^T x,   dB_i = dy_i^T z_i
@@ -58,7 +58,7 @@ def _is_plain(weight: Any, adapter: Any, implementation: str | None, **_: Any) -
     # Only XLA's dequantization writes several weights and factors as one array.
     if implementation not in (None, "xla") or not isinstance(weight, nf4.NF4Tensor):
         return False
-    if not nf4.is_aligned(weight.shape, weight.block_size) or weight.layer is not None:
+    if weight.layer is not None:  # one of a stack, which the kernels read
         return False
     drops = adapter.dropout > 0.0 and adapter.key is not None
     only_pair = set(adapter.arrays) == {"lora_A", "lora_B"}
@@ -209,9 +209,8 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
     da = outer(dscaled, x)
     db = outer(dy, _times_scaling(inner, scaling))
     first, gradients = 0, []
-    for (a_part, b_part), rows in zip(
-        factors, _split(db.T, [w.shape[0] for w in weights], static.interleaved)
-    ):
+    columns = _split(db.T, [w.shape[0] for w in weights], static.interleaved)
+    for (a_part, b_part), rows in zip(factors, columns, strict=True):
         last = first + a_part.shape[0]
         gradients.append(
             (

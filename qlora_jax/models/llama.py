@@ -35,6 +35,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.models.block import REMAT_POLICIES, Block, LayerKinds
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.decode_layers import decode_layers, prepare
 from qlora_jax.models.layers import (
     Compute,
     Embed,
@@ -166,6 +167,22 @@ class Llama(nn.Module):
         # Prompts are padded on the left, so the last column has every row's last token.
         return self.head(hidden[:, -1]), longer
 
+    def arrange(self, variables: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+        """Returns the variables in the layout that decoding reads fastest.
+
+        Call it inside the jitted function that calls `decode`, before its loop over the
+        tokens. As `Compute.arrange`, and with the arrays of `decode_layers` if it can
+        decode the model.
+
+        Args:
+          variables: {"params": base, "lora": adapters}.
+          rows: of the batch.
+        """
+        arranged = self.compute.arrange(variables)
+        if self.attention_cls is not None or self.mlp_cls is not None:
+            return arranged
+        return prepare(self.config, self.compute, arranged, rows)
+
 
 class LlamaModel(nn.Module):
     """Embedding, scanned layers, final norm."""
@@ -219,7 +236,7 @@ class LlamaModel(nn.Module):
         rope, kind = kinds.rope_tables(positions, long), kinds.index()
         x = self._embed(tokens, noise)
         if cache is None:
-            # Parameters are drawn by the scan, so that they do not depend on the choice.
+            # The scan draws the parameters, which then do not depend on the choice.
             if self.compute.scan_layers or self.is_initializing():
                 (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
             else:
@@ -229,6 +246,19 @@ class LlamaModel(nn.Module):
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
+        length = cache.length + tokens.shape[1]
+        if tokens.shape[1] == 1 and self.has_variable("decode", "qkv"):
+            x, kv = decode_layers(
+                self.config,
+                self.variables,
+                x[:, 0],
+                (cache.k, cache.v),
+                rope,
+                (segments, all_segments),
+                cache.length,
+            )
+            x = self.norm(x[:, None])
+            return x, Cache(kv[0], kv[1], all_segments, length)
         # The stacks of all layers are in the carry, and each layer writes only its new
         # tokens. As scanned inputs and outputs the stacks would be copied completely,
         # layer by layer, for every token.
@@ -242,7 +272,6 @@ class LlamaModel(nn.Module):
             (all_segments, cache.length),
         )
         assert kv is not None
-        length = cache.length + tokens.shape[1]
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
     def _unrolled(
