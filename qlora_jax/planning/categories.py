@@ -32,7 +32,13 @@ EMBEDDING = "embedding, positions, mask"
 HOST, OTHER = "transfers to and from the host", "other"
 
 # Names of our Mosaic kernels that are not attention.
-_MOSAIC = {"nf4_dequantize": DEQUANTIZE, "nf4_matmul": NF4}
+_MOSAIC = {
+    "nf4_dequantize": DEQUANTIZE,
+    "nf4_matmul": NF4,
+    # Of a decoded token: with updates and sums; and the norm before with lora_A.
+    "nf4_products": NF4,
+    "nf4_inner": LORA,
+}
 # Halves of heads are put together again.
 _ROPE = re.compile(r"self_attn/(\w+_proj\w*/)?(concatenate|jit)|rotate")
 _SIDES = {"forward": ", forward", "backward": ", backward"}
