@@ -19,12 +19,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.attention.check import AttentionCheck, check_attention
+from pallas_kernels.device import jax_has_kernels
+from qlora_jax.choices import Attention
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
-from qlora_jax.models import Llama
+from qlora_jax.models import LayerKinds, Llama, attention_refusals
 from qlora_jax.planning import (
     ALLOWANCE,
     UNLIMITED,
@@ -76,6 +80,8 @@ class CompiledStep:
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
     eval_bytes: int | None = None
     """Device memory while it runs, with all that the training keeps there."""
+    notes: tuple[str, ...] = ()
+    """What was chosen for the device, and why."""
 
     def summary(self) -> str:
         """Returns one line for the user."""
@@ -150,10 +156,17 @@ def compile_step(
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
     planner = Planner(gpu)
+    attention: Attention = settings.attention
+    notes: tuple[str, ...] = ()
+    if attention == "auto" and plain.packed:
+        is_gpu = jax.default_backend() == "gpu"
+        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
+        attention, note = packed_attention(model, capability=capability)
+        notes = () if note is None else (note,)
     allowed = policies(
         remat=settings.remat,
         scan_layers=_scan_layers(settings),
-        attention=settings.attention,
+        attention=attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
@@ -170,6 +183,7 @@ def compile_step(
             continue
         arguments = (state, _in_memory_of(policy, base), batch)
         compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
+        compiled = dataclasses.replace(compiled, notes=notes)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
         elif inputs.held_out is None:
@@ -179,6 +193,58 @@ def compile_step(
             return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
+
+
+def packed_attention(
+    model: Llama,
+    *,
+    capability: str | None,
+    check: Callable[..., AttentionCheck] = check_attention,
+) -> tuple[Attention, str | None]:
+    """Chooses the attention of packed rows on the device at hand.
+
+    cuDNN, as JAX calls it, takes no packed rows, and plain XLA goes block by block in
+    thousands of launches. The kernels for Hopper are taken once they have computed a
+    sample right on this device.
+
+    Args:
+      model: the architecture.
+      capability: compute capability of the GPU, such as "9.0"; None = no GPU.
+      check: what computes the sample.
+
+    Returns:
+      "pallas", or "auto" for what is known to be the best elsewhere; and a note.
+    """
+    config = model.config
+    reasons = attention_refusals(
+        "pallas",
+        dtype=jnp.dtype(model.compute.dtype),
+        head_dim=config.head_dim,
+        packed=True,
+        capability=capability,
+    )
+    if capability is None or reasons or not jax_has_kernels():
+        return "auto", None
+    result = check(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        variant=LayerKinds.of(config).variant,
+    )
+    errors = ", ".join(
+        f"{name} {error:.1e} of {result.limits[name]:.1e}"
+        for name, error in result.errors.items()
+    )
+    if result.passed:
+        return "pallas", (
+            "Packed rows: attention by this project's kernels, which passed their "
+            f"check on this device (errors and their limits: {errors})."
+        )
+    return "auto", (
+        "Note: packed rows, and this project's attention kernels failed their check on "
+        f"this device (errors and their limits: {errors}); please report it. Attention "
+        "is computed in plain XLA, which is slow on a GPU."
+    )
 
 
 def _scan_layers(settings: ModelConfig) -> bool | Literal["auto"]:
