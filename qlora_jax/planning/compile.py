@@ -41,11 +41,11 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Autotuning needs a device, and without it the compiler picks poor Triton tiles, so
-# matrix products use cuBLAS.
-XLA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+# Autotuning needs a device. All other options are those of a run (`compiler_options`).
+XLA_FLAGS = ("--xla_gpu_autotune_level=0",)
 
-REQUEST, ANSWER, PROGRAM = "request.json", "answer.json", "program.txt"
+REQUEST, ANSWER = "request.json", "answer.json"
+PROGRAM, THUNKS = "program.txt", "thunks.txt"
 
 _PLUGIN = "jax_cuda13_plugin"
 # The CUDA libraries that the compiler needs; `jax[cuda13]` installs 4 GB of others.
@@ -69,6 +69,9 @@ class Compiled:
     """Compilation time."""
     program: str | None = None
     """The scheduled program, if requested."""
+    thunks: str | None = None
+    """What the host does at run time for it, likewise: launches of kernels, of command
+    buffers (CUDA graphs) with their kernels, and loops."""
 
 
 def how_to_get_the_compiler() -> str:
@@ -125,7 +128,7 @@ def compile_for(
       gpu: its data sheet; the device is not needed.
       python: from `find_compiler`.
       mesh: sizes of the axes "data" and "fsdp"; default one device.
-      program: return the scheduled program as well (some MB).
+      program: return the scheduled program and its thunks as well (some MB).
       timeout: seconds after which the compiler is stopped.
 
     Raises:
@@ -148,6 +151,7 @@ def compile_for(
             raise UserError(_failure(step, gpu, child))
         answer = json.loads((folder / ANSWER).read_text())
         text = (folder / PROGRAM).read_text() if program else None
+        thunks = (folder / THUNKS).read_text() if program else None
     return Compiled(
         memory=StepMemory(**answer["memory"]),
         sizes=answer["sizes"],
@@ -155,6 +159,7 @@ def compile_for(
         jax=answer["jax"],
         seconds=answer["seconds"],
         program=text,
+        thunks=thunks,
     )
 
 
@@ -310,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [
                 *XLA_FLAGS,
                 # The dump has the buffer assignment, by which the temporaries are split
-                # into kinds.
+                # into kinds, and the thunks.
                 f"--xla_dump_to={dumps}",
                 "--xla_dump_hlo_as_text",
                 "--xla_dump_hlo_module_re=.*train_step.*",
@@ -344,6 +349,8 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     text = compiled.as_text()
     if request.get("program"):
         (folder / PROGRAM).write_text(text)
+        (thunks,) = Path(dumps).glob("*train_step*.thunk_sequence_after_thunk_passes*")
+        thunks.replace(folder / THUNKS)
     stats = compiled.memory_analysis()
     return {
         "memory": dataclasses.asdict(memory),

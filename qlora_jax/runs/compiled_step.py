@@ -14,6 +14,7 @@ compiled is the one that runs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
 from qlora_jax.models import Llama
 from qlora_jax.planning import (
     ALLOWANCE,
+    PINNED_VARIABLE,
     UNLIMITED,
     GpuSpec,
     Plan,
@@ -37,6 +39,7 @@ from qlora_jax.planning import (
     device_bytes,
     give_back_freed_memory,
     more_memory_advice,
+    pinned_limit,
     policies,
     this_device,
 )
@@ -137,7 +140,8 @@ def compile_step(
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
-        would. Or measuring the held-out loss does not fit.
+        would. Or measuring the held-out loss does not fit, or JAX pins less host memory
+        than the step needs.
     """
     gpu = this_device() if gpu is None else gpu
     lora = model.compute.lora
@@ -172,13 +176,27 @@ def compile_step(
         compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
-        elif inputs.held_out is None:
+            continue
+        check_pinned(compiled.plan, pinned_limit())
+        if inputs.held_out is None:
             return compiled
-        else:
-            arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
-            return _with_eval(compiled, arguments)
+        arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
+        return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
+
+
+def check_pinned(plan: Plan, limit: int) -> None:
+    """Raises if a step pins more host memory than JAX's limit, in bytes, allows."""
+    if plan.pinned_bytes_needed <= limit:
+        return
+    needed = math.ceil(plan.pinned_bytes_needed / 2**30)
+    raise UserError(
+        f"Under the policy '{plan.policy.name}' the step pins "
+        f"{readable_bytes(plan.memory.host_bytes)} of host memory, and JAX's limit is "
+        f"{readable_bytes(limit)}. Set {PINNED_VARIABLE}={needed} (GiB) in the "
+        "environment before the run starts, on a machine with that much memory."
+    )
 
 
 def _plain_step(

@@ -58,6 +58,7 @@ def xla_flops(length: int, window: int | None) -> dict[str, int]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from qlora_jax.compiler import DeviceJit
     from qlora_jax.planning.gpus import CARDS
     from qlora_jax.planning.step import gpu_mesh
     from scripts.bench.program import count_work
@@ -73,7 +74,7 @@ def xla_flops(length: int, window: int | None) -> dict[str, int]:
     counts = []
     for function, arguments in ((forward, (q, k, v)), (gradient, (q, k, v, q))):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = jax.jit(function).lower(*arguments).compile()
+            compiled = DeviceJit(function).lower(*arguments).compile()
         counts.append(count_work(compiled.as_text() or "").product_flops)
     return {"forward": counts[0], "backward": counts[1] - counts[0]}
 

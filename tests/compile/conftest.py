@@ -155,6 +155,18 @@ class Program:
     memory: dict[str, int]
     text: str
     computations: dict[str, list[str]]
+    thunks: str = ""
+    """What the host does for it, of training steps."""
+
+    def loop_thunks(self) -> list[list[str]]:
+        """What the host launches in an iteration of each loop, outermost first."""
+        loops = []
+        for body in re.finditer(
+            r"^( *)body:\n((?:(?:\1 .*|condition:)\n)*)", self.thunks, re.M
+        ):
+            direct = rf"^{body[1]}  \d+: (k\w+)"
+            loops.append(re.findall(direct, body[2], re.M))
+        return loops
 
     def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""
@@ -189,7 +201,7 @@ class Program:
         return Instruction(match[3], results, line, fused)
 
 
-def _read(text: str, memory: dict[str, int]) -> Program:
+def _read(text: str, memory: dict[str, int], thunks: str = "") -> Program:
     computations: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():
@@ -200,7 +212,7 @@ def _read(text: str, memory: dict[str, int]) -> Program:
             name = None
         elif name is not None:
             computations[name].append(line.strip())
-    return Program(memory, text, computations)
+    return Program(memory, text, computations, thunks)
 
 
 @pytest.fixture(scope="session")
@@ -236,6 +248,6 @@ def compile_step(
             **request["places"],
         )
         compiled = compile_for(step, CARDS["h200"], python=gpu_compiler, program=True)
-        return _read(compiled.program, dict(compiled.sizes))
+        return _read(compiled.program, dict(compiled.sizes), compiled.thunks)
 
     return compiled

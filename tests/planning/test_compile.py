@@ -70,13 +70,14 @@ def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
         "request = json.load(open(folder + '/request.json'))\n"
         f"json.dump(request, open({str(tmp_path / 'seen.json')!r}, 'w'))\n"
         f"json.dump({answer!r}, open(folder + '/answer.json', 'w'))\n"
-        "open(folder + '/program.txt', 'w').write('ENTRY')\n",
+        "open(folder + '/program.txt', 'w').write('ENTRY')\n"
+        "open(folder + '/thunks.txt', 'w').write('kWhile')\n",
     )
     mesh = {"data": 2}
     made = compile_for(STEP, CARDS["l4"], python=python, mesh=mesh, program=True)
     assert made.memory.device_bytes == sum(range(1, 10))
     assert made.memory.host_bytes == 21
-    assert (made.jax, made.program) == ("1.2.3", "ENTRY")
+    assert (made.jax, made.program, made.thunks) == ("1.2.3", "ENTRY", "kWhile")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert Step.from_json(seen["step"]) == STEP
     assert seen["gpu"]["name"] == "l4"
