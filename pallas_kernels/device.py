@@ -41,6 +41,17 @@ def capability() -> str:
     return str(getattr(this_device(), "compute_capability", "9.0"))
 
 
+def multiprocessors() -> int:
+    """Returns the number of multiprocessors of an NVIDIA GPU."""
+    device = this_device()
+    # An abstract device has the first name, a real one the second.
+    for name in ("num_cores", "core_count"):
+        if isinstance(count := getattr(device, name, None), int):
+            return count
+    # Of an H100 or H200: as without a compute capability.
+    return 132
+
+
 def jax_has_kernels() -> bool:
     """Returns whether this jax has the Pallas that the kernels are written in."""
     # 0.11 is the first whose Mosaic covers GPUs before Hopper and is interpreted.

@@ -119,17 +119,22 @@ def lane() -> Any:
     return arith.remui(mgpu.utils.thread_idx(), const(LANES))
 
 
+def warp() -> Any:
+    """Returns the thread's warp within its warpgroup."""
+    thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
+    return arith.divui(thread, const(LANES))
+
+
 def fragment() -> tuple[list[Any], Any]:
     """Returns the two rows of a tile of 64 that a thread shares, and its number of 4.
 
     The fragments of `mma.m16n8k16` and `wgmma`: warp w holds rows 16 w to 16 w + 15,
     and four threads share rows r and r + 8 of them.
     """
-    thread = arith.remui(mgpu.utils.thread_idx(), const(WARPGROUP))
-    warp, in_warp = arith.divui(thread, const(LANES)), lane()
+    in_warp = lane()
     # PTX ISA, fragments of mma.m16n8k16: lane / 4 is the row (groupID), and lane % 4
     # selects a pair of columns.
-    row = arith.addi(arith.muli(warp, const(16)), arith.divui(in_warp, const(4)))
+    row = arith.addi(arith.muli(warp(), const(16)), arith.divui(in_warp, const(4)))
     return [row, arith.addi(row, const(8))], arith.remui(in_warp, const(4))
 
 
@@ -144,44 +149,68 @@ def fragment_registers(array: Any) -> list[tuple[Any, Any]]:
 # --- Memory ---
 
 
-def pointer(ref: Any, row: Any, column: Any) -> Any:
-    """Returns a global pointer to an element of a matrix, computed in 64 bits."""
+def pointer(ref: Any, *indices: Any) -> Any:
+    """Returns a global pointer to an element, computed in 64 bits.
+
+    Args:
+      ref: an array whose last axis is contiguous.
+      indices: int32, one for each axis.
+    """
     strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
     element = ir.MemRefType(ref.type).element_type
     i64 = ir.IntegerType.get_signless(64)
-    offset = arith.addi(
-        arith.muli(arith.extui(i64, row), arith.constant(i64, strides[0])),
-        arith.extui(i64, column),
-    )
+    offset = arith.extui(i64, indices[-1])
+    for index, stride in zip(indices[:-1], strides[:-1], strict=True):
+        step = arith.muli(arith.extui(i64, index), arith.constant(i64, stride))
+        offset = arith.addi(offset, step)
     # In the global address space: for a generic pointer the hardware looks up the
     # space at each access.
     base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), mgpu.utils.memref_ptr(ref))
     return mgpu.utils.getelementptr(base, [offset], element)
 
 
-def load_words(
-    ref: Any, row: Any, column: Any, count: int, *, shared: bool = False
-) -> list[Any]:
+def load_words(ref: Any, *indices: Any, count: int, shared: bool = False) -> list[Any]:
     """Loads `count` neighbouring 32-bit words as one access.
 
     Args:
-      ref: a matrix; of bytes, if it is in shared memory.
-      row: of the first word.
-      column: element at which the first word begins.
+      ref: an array; a matrix of bytes, if it is in shared memory.
+      indices: of the element at which the first word begins.
       count: 1, 2 or 4.
       shared: whether `ref` is in shared memory; else in global memory.
     """
     if shared:
+        row, column = indices
         strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
         # Shared memory is small, so 32 bits hold its offsets.
         offset = arith.addi(arith.muli(row, const(strides[0])), column)
         byte = ir.IntegerType.get_signless(8)
         start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], byte)
     else:
-        start = pointer(ref, row, column)
+        start = pointer(ref, *indices)
     # Declared aligned to its whole size, or the compiler would split the access.
     words = llvm.load(ir.VectorType.get((count,), i32()), start, alignment=4 * count)
     return elements(words, count)
+
+
+def store_if(condition: Any, target: Any, value: Any, dtype: DTypeLike) -> None:
+    """Stores float32 as `dtype` where a condition holds, without a branch.
+
+    After a branch the lanes of a warp need not meet again before the next barrier.
+    """
+    kind, size = (
+        mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)),
+        jnp.dtype(dtype).itemsize,
+    )
+    if size == 2:
+        value = arith.truncf(kind, value)
+    value = llvm.bitcast(ir.IntegerType.get_signless(8 * size), value)
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [arith.extui(i32(), condition), target, value],
+        f"{{ .reg .pred p; setp.ne.u32 p, $0, 0; @p st.global.b{8 * size} [$1], $2; }}",
+        f"r,l,{'h' if size == 2 else 'r'}",
+        has_side_effects=True,
+    )
 
 
 def lane_lookup(table: Any, kind: Any = None) -> Callable[[Any], Any]:

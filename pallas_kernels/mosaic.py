@@ -17,10 +17,12 @@ jax 0.11.2 and 0.12.0; 0.10 cannot interpret them. Imported only when a kernel i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
@@ -34,6 +36,9 @@ ROWS = 64
 """Rows of a coded tile: four warps of 16."""
 BLOCK = 64
 """Weights of a row that share a scale."""
+COLUMN = ROWS + 4
+"""Distance of the columns of sums in shared memory: 4 more than rows, so that the lanes
+of a warp, which hold 8 rows of 4 pairs of columns, write to 32 different banks."""
 PAIR_COPIES = 16
 """Copies of each pair of 8 bytes, which half a warp reads at once."""
 
@@ -209,17 +214,18 @@ def interleave(parts: list[jax.Array], *, interpret: bool) -> jax.Array:
 
 
 def prefetch(ref: Any, *, interpret: bool) -> None:
-    """Starts to bring the rows of a matrix of bytes from global memory to L2.
+    """Starts to bring the rows of an array from global memory to L2.
 
     Args:
-      ref: uint8 [rows, bytes].
+      ref: [rows, ...], all but the first axis contiguous; or one row.
       interpret: whether the interpreter runs the kernel.
     """
     if interpret:
         return
-    rows, width = ref.shape
-    line = 128
-    lines = -(-width // line)
+    axes = len(ref.shape)
+    rows, *rest = ref.shape if axes > 1 else (1, *ref.shape)
+    line = 128 // jnp.dtype(ref.dtype).itemsize
+    lines = -(-math.prod(rest) // line)
 
     @inline.function(arg_types=(plgpu.RefType(),))
     def start(ctx: Any, ref: Any) -> None:
@@ -232,9 +238,10 @@ def prefetch(ref: Any, *, interpret: bool) -> None:
             row = arith.divui(number, inline.const(lines))
             column = arith.remui(number, inline.const(lines))
             column = arith.muli(column, inline.const(line))
+            place = [row, *[inline.const(0)] * (len(rest) - 1), column]
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [inline.pointer(ref, row, column)],
+                [inline.pointer(ref, *place[-axes:])],
                 "prefetch.global.L2 [$0];",
                 "l",
                 has_side_effects=True,
@@ -264,6 +271,66 @@ def store(ref: Any, x: jax.Array, layout: Any, *, interpret: bool) -> None:
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
         x.store_untiled(ref, optimized=False)
+
+    write(ref, x)
+
+
+def store_columns(ref: Any, x: jax.Array, *, interpret: bool) -> None:
+    """Stores sums in shared memory column by column, without a barrier.
+
+    Args:
+      ref: float32 [>= M `COLUMN`] in shared memory: row r of column m comes at
+        m `COLUMN` + r.
+      x: float32 [64, M] in the layout `accumulator(M)`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    if interpret:
+        columns = jnp.pad(x.T, ((0, 0), (0, COLUMN - ROWS)))
+        ref[pl.ds(0, columns.size)] = columns.reshape(-1)
+        return
+
+    @inline.function(arg_types=(plgpu.RefType(), accumulator(x.shape[1])))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        rows, quad = inline.fragment()
+        column = arith.muli(quad, inline.const(2 * COLUMN))
+        for tile, registers in enumerate(inline.fragment_registers(x)):
+            for row, register in zip(rows, registers, strict=True):
+                start = arith.addi(row, column)
+                for i, value in enumerate(inline.elements(register)):
+                    offset = inline.const((8 * tile + i) * COLUMN)
+                    index = inline.as_index(arith.addi(start, offset))
+                    memref.store(value, ref, [index])
+
+    write(ref, x)
+
+
+def store_rows(ref: Any, x: jax.Array, *, interpret: bool) -> None:
+    """Stores a matrix by rows, without a barrier; surplus rows of `x` are left out.
+
+    Args:
+      ref: [M, n] in global memory.
+      x: float32 [M' n] with M' >= M, in the layout `strided((M' n,))`; rounded to the
+        dtype of `ref`.
+      interpret: whether the interpreter runs the kernel.
+    """
+    count, width = ref.shape
+    if interpret:
+        ref[...] = x.reshape(-1, width)[:count].astype(ref.dtype)
+        return
+    dtype = jnp.dtype(ref.dtype)
+
+    @inline.function(arg_types=(plgpu.RefType(), strided(x.shape)))
+    def write(ctx: Any, ref: Any, x: Any) -> None:
+        del ctx
+        thread = arith.remui(mgpu.utils.thread_idx(), inline.const(WARPGROUP))
+        for i, register in enumerate(x.registers.reshape(-1)):
+            number = arith.addi(thread, inline.const(WARPGROUP * i))
+            row = arith.divui(number, inline.const(width))
+            column = arith.remui(number, inline.const(width))
+            value = inline.first_element(register)
+            is_row = arith.cmpi(arith.CmpIPredicate.ult, row, inline.const(count))
+            inline.store_if(is_row, inline.pointer(ref, row, column), value, dtype)
 
     write(ref, x)
 
@@ -329,10 +396,16 @@ def coded_product(
     16 q to 16 q + 15; step s of four takes 16 q + 4 s + (0, 1) as the operand's columns
     2 q and 2 q + 1, and 16 q + 4 s + (2, 3) as its columns 2 q + 8 and 2 q + 9.
 
+    With three axes, the four warps share 16 rows of the weight: each takes its own
+    blocks of them, and "row" 16 w + r of the tile is warp w's part of row r.
+
     Args:
-      sums: float32 [64, M] in the layout `accumulator(M)`.
-      codes: uint8 [64, 32 n] in global memory: n blocks of 64 rows.
-      x: bfloat16 or float16 [M, 64 n] in global memory, M a multiple of 8.
+      sums: float32 [64, M'] in the layout `accumulator(M')`.
+      codes: uint8 [64, 32 n] in global memory: n blocks of 64 rows; or [16, 4, 32 n],
+        n blocks of 16 rows for each warp.
+      x: bfloat16 or float16 [M, 64 n] in global memory, or [M, 4, 64 n]. M' is M
+        rounded up to a multiple of 8; the sums of the surplus columns are those of the
+        last row.
       scales: float32 [64, n] in shared memory, one a row and block.
       table: int32 [256 * 32] in shared memory: the pair for each byte, the first
         value in the low half; 32 copies of each.
@@ -341,16 +414,20 @@ def coded_product(
     Returns:
       The sums, in the same layout.
     """
-    rows, width = x.shape
-    blocks = width // BLOCK
+    rows, blocks = sums.shape[1], x.shape[-1] // BLOCK
+    by_warp = len(x.shape) == 3
+    count = x.shape[0]
     if interpret:
         # All copies of an entry are equal.
         pairs = table[...].reshape(-1, LANES)[:, 0][codes[...].astype(jnp.int32)]
-        weight = jax.lax.bitcast_convert_type(pairs, x.dtype)  # [64, 32 n, 2]
-        weight = weight.reshape(ROWS, blocks, BLOCK).astype(jnp.float32)
-        inputs = x[...].reshape(rows, blocks, BLOCK).astype(jnp.float32)
+        weight = jax.lax.bitcast_convert_type(pairs, x.dtype).astype(jnp.float32)
+        # [rows, warps, blocks, 64], with one "warp" where they do not share rows.
+        weight = weight.reshape(codes.shape[0], -1, blocks, BLOCK)
+        inputs = x[...][jnp.minimum(jnp.arange(rows), count - 1)]
+        inputs = inputs.reshape(rows, -1, blocks, BLOCK).astype(jnp.float32)
         # [blocks, 64, M]: a sum for each block, scaled afterwards, as on the device.
-        parts = jnp.einsum("rbk,mbk->brm", weight, inputs)
+        parts = jnp.einsum("rwbk,mwbk->bwrm", weight, inputs)
+        parts = parts.reshape(blocks, ROWS, rows)
         return sums + (parts * scales[...].T[:, :, None]).sum(axis=0)
     layout = accumulator(rows)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(x.dtype).name]
@@ -366,24 +443,38 @@ def coded_product(
         tile_rows, quad = inline.fragment()
         # Row of x: the column of the right operand that a thread holds.
         x_row = arith.divui(inline.lane(), inline.const(4))
+        warp = [inline.warp()] if by_warp else []
+        code_rows = [x_row, arith.addi(x_row, inline.const(8))]
 
         def load_codes(row: Any, block: int) -> list[Any]:
             column = arith.muli(quad, inline.const(8))
             column = arith.addi(column, inline.const(32 * block))
-            return inline.load_words(codes, row, column, 2)
+            return inline.load_words(codes, row, *warp, column, count=2)
 
         # 16 values are 32 bytes, two accesses of the largest size.
         def load_inputs(tile: int, block: int) -> list[Any]:
             column = arith.muli(quad, inline.const(16))
             column = arith.addi(column, inline.const(64 * block))
             row = arith.addi(x_row, inline.const(8 * tile))
+            if rows != count and tile == rows // 8 - 1:
+                row = arith.minui(row, inline.const(count - 1))
             return [
-                *inline.load_words(x, row, column, 4),
-                *inline.load_words(x, row, arith.addi(column, inline.const(8)), 4),
+                word
+                for half in range(2)
+                for word in inline.load_words(
+                    x,
+                    row,
+                    *warp,
+                    arith.addi(column, inline.const(8 * half)),
+                    count=4,
+                )
             ]
 
         # All loads from global memory start before anything waits for one.
-        words = [[load_codes(row, b) for row in tile_rows] for b in range(blocks)]
+        words = [
+            [load_codes(row, b) for row in (code_rows if by_warp else tile_rows)]
+            for b in range(blocks)
+        ]
         lookup = inline.lane_lookup(table)
         # [tile of 8 rows of x][upper or lower row of the weight][2 columns]
         out = [
@@ -480,7 +571,9 @@ def decoded(
         del ctx
         rows, quad = inline.fragment()
         column = arith.muli(quad, inline.const(8))
-        words = [inline.load_words(codes, r, column, 2, shared=True) for r in rows]
+        words = [
+            inline.load_words(codes, r, column, count=2, shared=True) for r in rows
+        ]
         scale = [memref.load(scales, [inline.as_index(r)]) for r in rows]
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         lookup = inline.lane_lookup(table, pair)

@@ -8,11 +8,15 @@ multiplied in float32 (no tf32).
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
+
+# Of the narrower operand: what XLA pads bf16 to for the tensor cores.
+_TENSOR_CORE_ROWS = 8
 
 
 def contract(
@@ -47,10 +51,33 @@ def contract(
     def rounded_within(a: Array, b: Array) -> Array:
         return product(a, b, preferred_element_type=dtype)
 
-    # Nothing is left to round, so both forms are the same.
     if dtype == jnp.float32:
-        return rounded_within(a, b)
+        # Nothing is left to round, so the platforms differ in the padding alone.
+        if a.dtype == jnp.float32 or math.prod(a.shape[:-1]) != 1:
+            return rounded_within(a, b)
+        return jax.lax.platform_dependent(
+            a,
+            b,
+            cuda=functools.partial(padded_row_product, axis=axis),
+            default=rounded_within,
+        )
     return jax.lax.platform_dependent(a, b, cpu=rounded_after, default=rounded_within)
+
+
+def padded_row_product(a: Array, b: Array, axis: int) -> Array:
+    """Computes the float32 product of one row of 16 bits, as one of several rows.
+
+    Of one row XLA:GPU makes a float32 product of matrix and vector, before which it
+    writes all of `b` in float32: five times its bytes.
+
+    Args:
+      a: the row, with any leading axes of length 1.
+      b: as for `contract`.
+      axis: as for `contract`.
+    """
+    rows = jnp.zeros((_TENSOR_CORE_ROWS, a.shape[-1]), a.dtype)
+    y = contract(rows.at[0].set(a.reshape(-1)), b, axis, jnp.float32)
+    return y[0].reshape(*a.shape[:-1], y.shape[1])
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
@@ -93,10 +120,10 @@ def _dense_bwd(
     # dy is float32 where y was asked for in float32 (logits); rounded, both products
     # run on 16-bit operands like the forward one.
     dx = contract(dy, weight.astype(x.dtype), 0)
-    return dx, _outer(dy, x).astype(weight.dtype)
+    return dx, outer(dy, x).astype(weight.dtype)
 
 
-def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "M N"]:
+def outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "M N"]:
     """Sums `a^T b` over the rows, in float32.
 
     The compiler transposes the left operand, so the narrower one goes there (for an

@@ -157,6 +157,20 @@ def measured() -> bool:
     return jax.default_backend() == "gpu" and bool(_tuned())
 
 
+def kernels_refusal(
+    shape: tuple[int, int], block_size: int, nested_block_size: int
+) -> str | None:
+    """Returns why "pallas" cannot compute with a packed weight here, or None.
+
+    Args:
+      shape: (O, I).
+      block_size: weights that share one scale.
+      nested_block_size: block scales that share one second-level scale.
+    """
+    sizes = (block_size, nested_block_size)
+    return _kernel_refusal(_Spec(shape, None, None, *sizes, "pallas"))
+
+
 class _Spec(NamedTuple):
     """Everything static about a packed weight and its use; hashable."""
 

@@ -386,7 +386,7 @@ def matmul(
         groups=groups,
         interpret=interpret,
     )
-    table = np.repeat(_pair_table(jnp.dtype(x.dtype).name), LANES)
+    table = np.repeat(pair_table(jnp.dtype(x.dtype).name), LANES)
     sums = run(x, *operands(packed, out_features, in_features // 2), table)
     # [parts, O, rows] -> [M, O]
     return sums.sum(axis=0)[:, :count].T
@@ -485,7 +485,7 @@ def _dequantize_absmax(value: jax.Array, scale: Any, offset: Any) -> jax.Array:
 
 
 @functools.cache
-def _pair_table(dtype: str) -> np.ndarray:
+def pair_table(dtype: str) -> np.ndarray:
     """Returns the two values of each byte as int32, the first in the low 16 bits."""
     # The 16 values are rounded here, once; scales multiply float32 sums and never are.
     values = NF4_CODE.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)

@@ -103,6 +103,8 @@ class PlanCommand:
     """Attention implementation."""
     remat: Annotated[RematOrAuto | None, _default("auto")] = None
     """What is recomputed or kept on the host; auto = the fastest policy that fits."""
+    scan_layers: Annotated[Literal["auto"] | bool | None, _default("auto")] = None
+    """Whether the layers are a loop, or each has a program of its own."""
     kernels: Annotated[Kernels | None, _default("auto")] = None
     """Of products with packed weights."""
     embed_tokens: Annotated[Literal[Auto, EmbeddingMemory] | None, _default("auto")] = (
@@ -142,6 +144,7 @@ class PlanCommand:
         step = settings.step(card)
         candidates = policies(
             remat=settings.model.remat,
+            scan_layers=settings.model.scan_layers,
             attention=settings.model.attention,
             embed_tokens=settings.model.embed_tokens,
             lm_head=settings.model.lm_head,
@@ -242,7 +245,7 @@ _KEYS = {
     **{
         name: f"model.{name}"
         for name in (
-            *("quantization", "dtype", "attention", "remat", "kernels"),
+            *("quantization", "dtype", "attention", "remat", "scan_layers", "kernels"),
             *("embed_tokens", "lm_head"),
         )
     },
@@ -443,6 +446,9 @@ def _compare(
                 "host_bytes": plan.memory.host_bytes,
                 "flops_per_token": report["flops_per_token"],
                 "step_seconds_floor": report["step_seconds_floor"],
+                # At reachable rates, of a compiled plan.
+                "counted_tokens_per_second": plan.counted
+                and plan.counted["reachable"]["tokens_per_second"],
             }
         rows.append(row)
     return rows

@@ -401,7 +401,7 @@ def _generate(
     max_new_tokens: int,
 ) -> Int32[Array, "B new"]:
     """Runs prefill and loop as one program; `out` has 0 after every row has ended."""
-    variables = program.model.compute.arrange(variables)
+    variables = program.model.arrange(variables, tokens.shape[0])
     state = _prefill(program, variables, tokens, mask, values)
     out = jnp.zeros((tokens.shape[0], max_new_tokens), jnp.int32)
     out = out.at[:, 0].set(state.token)
@@ -432,7 +432,7 @@ def _continue(
     remaining: Int32[Array, ""],
 ) -> tuple[_State, Int32[Array, "B chunk"]]:
     """Generates the next chunk of a `Decoding`, at most `remaining` tokens of it."""
-    variables = program.model.compute.arrange(variables)
+    variables = program.model.arrange(variables, state.token.shape[0])
     out = jnp.zeros((state.token.shape[0], _CHUNK), jnp.int32)
     columns = (jnp.int32(0), jnp.minimum(remaining, _CHUNK))
     return _fill(program, variables, state, values, out, columns)

@@ -35,6 +35,7 @@ from qlora_jax import tree as trees
 from qlora_jax.errors import UserError
 from qlora_jax.models.block import REMAT_POLICIES, Block, LayerKinds
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.decode_layers import decode_layers, prepare
 from qlora_jax.models.layers import (
     Compute,
     Embed,
@@ -77,7 +78,8 @@ class Llama(nn.Module):
         )
         self.lm_head = Linear(
             self.config.vocab_size,
-            self.compute,
+            # The head is no part of the rematerialized layers.
+            dataclasses.replace(self.compute, remat="none"),
             initializer_range=self.config.initializer_range,
         )
 
@@ -165,6 +167,22 @@ class Llama(nn.Module):
         # Prompts are padded on the left, so the last column has every row's last token.
         return self.head(hidden[:, -1]), longer
 
+    def arrange(self, variables: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+        """Returns the variables in the layout that decoding reads fastest.
+
+        Call it inside the jitted function that calls `decode`, before its loop over the
+        tokens. As `Compute.arrange`, and with the arrays of `decode_layers` if it can
+        decode the model.
+
+        Args:
+          variables: {"params": base, "lora": adapters}.
+          rows: of the batch.
+        """
+        arranged = self.compute.arrange(variables)
+        if self.attention_cls is not None or self.mlp_cls is not None:
+            return arranged
+        return prepare(self.config, self.compute, arranged, rows)
+
 
 class LlamaModel(nn.Module):
     """Embedding, scanned layers, final norm."""
@@ -218,12 +236,29 @@ class LlamaModel(nn.Module):
         rope, kind = kinds.rope_tables(positions, long), kinds.index()
         x = self._embed(tokens, noise)
         if cache is None:
-            (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
+            # The scan draws the parameters, which then do not depend on the choice.
+            if self.compute.scan_layers or self.is_initializing():
+                (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
+            else:
+                x = self._unrolled(x, rope, segments, kind)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
             cache.segment_ids, segments, (0, cache.length)
         )
+        length = cache.length + tokens.shape[1]
+        if tokens.shape[1] == 1 and self.has_variable("decode", "qkv"):
+            x, kv = decode_layers(
+                self.config,
+                self.variables,
+                x[:, 0],
+                (cache.k, cache.v),
+                rope,
+                (segments, all_segments),
+                cache.length,
+            )
+            x = self.norm(x[:, None])
+            return x, Cache(kv[0], kv[1], all_segments, length)
         # The stacks of all layers are in the carry, and each layer writes only its new
         # tokens. As scanned inputs and outputs the stacks would be copied completely,
         # layer by layer, for every token.
@@ -237,8 +272,43 @@ class LlamaModel(nn.Module):
             (all_segments, cache.length),
         )
         assert kv is not None
-        length = cache.length + tokens.shape[1]
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
+
+    def _unrolled(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments: Array | None,
+        kind: tuple[Array | None, Array | None],
+    ) -> Float[Array, "B T D"]:
+        """Applies the layers one after another, as a program of all of them."""
+        length, remat = self.config.num_hidden_layers, self.compute.remat
+        block = Block(
+            self.config, self.compute, self.attention_cls, self.mlp_cls, parent=None
+        )
+
+        def layer(variables: Any, x: Array, kind: Any, key: Array | None) -> Array:
+            rngs = None if key is None else {"dropout": key}
+            carry = (x, None)
+            (x, _), _ = block.apply(
+                variables, carry, rope, segments, None, kind, None, rngs=rngs
+            )
+            return x
+
+        if remat != "none":
+            # Here both passes are one program, in which merging equal expressions would
+            # undo the recomputation.
+            layer = jax.checkpoint(
+                layer, policy=REMAT_POLICIES[remat], prevent_cse=True
+            )
+        scanned = {**self.layers.variables}
+        shared = {k: scanned.pop(k) for k in ("stacks",) if k in scanned}
+        keys = None
+        if self.has_rng("dropout"):
+            keys = jax.random.split(self.layers.make_rng("dropout"), length)
+        for variables, layer_kind, key in _unstack((scanned, kind, keys), length):
+            x = layer({**variables, **shared}, x, layer_kind, key)
+        return x
 
     def _embed(self, tokens: Array, noise: Array | None) -> Float[Array, "B T D"]:
         """Looks tokens up and scales them; noise is added to what the table gives."""
@@ -249,6 +319,18 @@ class LlamaModel(nn.Module):
         if noise is not None:
             x = x + noise.astype(x.dtype)
         return multiply(x, self.config.embedding_multiplier)
+
+
+def _unstack(tree: Any, length: int) -> list[Any]:
+    """Returns the entries of the leading axis of all leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    # The derivative of a split is a concatenation; that of `length` slices would add up
+    # as many arrays of the full size.
+    parts = [jax.lax.split(leaf, (1,) * length) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [part[n][0] for part in parts])
+        for n in range(length)
+    ]
 
 
 def add_parameters(

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -106,6 +106,7 @@ class CompiledStep:
         return {
             "policy": plan.policy.name,
             "remat": plan.policy.remat,
+            "scan_layers": plan.policy.scan_layers,
             "attention": plan.policy.attention,
             "embed_tokens": plan.policy.embed_tokens,
             "lm_head": plan.policy.lm_head,
@@ -155,6 +156,7 @@ def compile_step(
     planner = Planner(gpu)
     allowed = policies(
         remat=settings.remat,
+        scan_layers=_scan_layers(settings),
         attention=settings.attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
@@ -168,9 +170,7 @@ def compile_step(
     )
     too_large: list[Plan] = []
     for policy in allowed:
-        # The estimate errs by less than half: beyond that a compilation is wasted.
-        estimate = planner.estimate(plain, policy).total
-        if estimate > 1.5 * gpu.memory_bytes and policy is not allowed[-1]:
+        if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
         arguments = (state, _in_memory_of(policy, base), batch)
         compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
@@ -196,6 +196,14 @@ def check_pinned(plan: Plan, limit: int) -> None:
         f"{readable_bytes(plan.memory.host_bytes)} of host memory, and JAX's limit is "
         f"{readable_bytes(limit)}. Set {PINNED_VARIABLE}={needed} (GiB) in the "
         "environment before the run starts, on a machine with that much memory."
+    )
+
+
+def _scan_layers(settings: ModelConfig) -> bool | Literal["auto"]:
+    # On a CPU unrolled layers take as long as a loop, and longer to compile.
+    is_gpu = jax.default_backend() == "gpu"
+    return (
+        True if settings.scan_layers == "auto" and not is_gpu else settings.scan_layers
     )
 
 

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import gpu as attention_gpu
-from pallas_kernels.nf4 import gpu, wgmma
+from pallas_kernels.nf4 import decode, gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
 from qlora_jax.compiler import compiler_options
 from qlora_jax.inference.config import Sampling
@@ -92,6 +92,36 @@ def lower_nf4(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     split = gpu.Split(*split) if split else gpu.split_for(shape, rows)
     product = jax.jit(lambda *a: gpu.matmul(*a, shape=shape, split=split))
     return product.lower(x, packed)
+
+
+def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
+    """Traces a kernel of `pallas_kernels.nf4.decode`, of one layer of a stack."""
+    kind, rows, rank = request["kernel"], request["rows"], request["rank"]
+    shapes = [tuple(shape) for shape in request["shapes"]]
+    width, layers, dtype = shapes[0][1], request["layers"], jnp.dtype(request["dtype"])
+    x, layer = array((rows, width), dtype), array((1,), jnp.int32)
+    if kind == "inner":
+        weight = array((layers, width), dtype) if request["norm"] else None
+        a = array((layers, rank, width), dtype) if rank else None
+
+        def inner(x: Any, layer: Any, weight: Any, a: Any) -> Any:
+            norm = None if weight is None else decode.Norm(weight, 1e-5)
+            return decode.inner(x, layer, norm=norm, a=a)
+
+        return jax.jit(inner).lower(x, layer, weight, a)
+    weights = [packed_arrays({**request, "shape": shape}, array) for shape in shapes]
+    bs = [array((layers, shape[0], rank), dtype) for shape in shapes if rank]
+    inner_of_x = array((rows, rank * len(bs)), jnp.float32) if rank else None
+    residual = array((rows, shapes[0][0]), dtype) if request["residual"] else None
+    plan = request["plan"] and decode.Plan(*request["plan"])
+
+    def products(x: Any, weights: Any, bs: Any, inner: Any, residual: Any) -> Any:
+        updates = [decode.Update(b, rank * i) for i, b in enumerate(bs)] or None
+        named = {"gated": request["gated"], "residual": residual, "plan": plan}
+        named |= {"shapes": shapes, "updates": updates, "inner": inner}
+        return decode.products(x, weights, **named)
+
+    return jax.jit(products).lower(x, weights, bs, inner_of_x, residual)
 
 
 def decoded(dtype: Any, transposed: bool) -> Any:
@@ -181,6 +211,7 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
         folder.mkdir()
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
         lower = lower_nf4 if "shape" in request else lower_attention
+        lower = lower_decode if "shapes" in request else lower
         lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
             lowered = lower(request, array)

@@ -15,6 +15,7 @@ import pytest
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
+from qlora_jax.planning import hlo
 from qlora_jax.planning.compile import compile_for, find_compiler
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import Step
@@ -155,18 +156,13 @@ class Program:
     memory: dict[str, int]
     text: str
     computations: dict[str, list[str]]
-    thunks: str = ""
-    """What the host does for it, of training steps."""
 
-    def loop_thunks(self) -> list[list[str]]:
-        """What the host launches in an iteration of each loop, outermost first."""
-        loops = []
-        for body in re.finditer(
-            r"^( *)body:\n((?:(?:\1 .*|condition:)\n)*)", self.thunks, re.M
-        ):
-            direct = rf"^{body[1]}  \d+: (k\w+)"
-            loops.append(re.findall(direct, body[2], re.M))
-        return loops
+    def graphs(self, inside: str) -> set[int]:
+        """Numbers of the command buffers with the library calls of a loop."""
+        in_graph = hlo.parse(self.text).in_graph
+        calls = [k.text for k in self.loop(inside) if "custom_call_target" in k.text]
+        names = [re.match(r"(?:ROOT )?%?([\w.\-]+) =", text)[1] for text in calls]
+        return {in_graph.get(name, -1) for name in names}
 
     def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""
@@ -201,7 +197,7 @@ class Program:
         return Instruction(match[3], results, line, fused)
 
 
-def _read(text: str, memory: dict[str, int], thunks: str = "") -> Program:
+def _read(text: str, memory: dict[str, int]) -> Program:
     computations: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():
@@ -212,7 +208,7 @@ def _read(text: str, memory: dict[str, int], thunks: str = "") -> Program:
             name = None
         elif name is not None:
             computations[name].append(line.strip())
-    return Program(memory, text, computations, thunks)
+    return Program(memory, text, computations)
 
 
 @pytest.fixture(scope="session")
@@ -248,6 +244,6 @@ def compile_step(
             **request["places"],
         )
         compiled = compile_for(step, CARDS["h200"], python=gpu_compiler, program=True)
-        return _read(compiled.program, dict(compiled.sizes), compiled.thunks)
+        return _read(compiled.program, dict(compiled.sizes))
 
     return compiled

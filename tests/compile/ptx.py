@@ -489,9 +489,29 @@ class _Block:
         return product.view(np.uint64), 2 * bits if part == "wide" else bits
 
     def _fma(self, i: Instruction) -> None:
-        _support(i.op == ("fma", "rn", "f32"), i.text)
+        _support(i.op in (("fma", "rn", "f32"), ("fma", "rm", "f32")), i.text)
         a, b, c = (self.f(o).astype(np.float64) for o in i.operands[1:])
-        self.put(i.operands[0], _rounded_once(a * b, c), 32)
+        value = _rounded_once(a * b, c)
+        if i.op[1] == "rm":  # towards minus infinity
+            below = np.nextafter(value, np.float32(-np.inf))
+            value = np.where(value > a * b + c, below, value)
+        self.put(i.operands[0], value, 32)
+
+    # Within two units of the last place on the hardware; here rounded once.
+
+    def _approximate(self, i: Instruction, compute: Callable[..., Any]) -> None:
+        values = (self.f(o).astype(np.float64) for o in i.operands[1:])
+        with np.errstate(all="ignore"):
+            value = np.asarray(compute(*values)).astype(np.float32)
+        self.put(i.operands[0], value, 32)
+
+    def _div(self, i: Instruction) -> None:
+        _support(i.op in (("div", "full", "f32"), ("div", "rn", "f32")), i.text)
+        self._approximate(i, np.divide)
+
+    def _ex2(self, i: Instruction) -> None:
+        _support(i.op == ("ex2", "approx", "ftz", "f32"), i.text)
+        self._approximate(i, np.exp2)
 
     def _extreme(self, i: Instruction, exact: Any, number: Any) -> None:
         kind, how = i.op[-1], i.op[1:-1]
@@ -555,6 +575,9 @@ class _Block:
             if len(parts) == 2:
                 value = value << np.uint64(16) | parts[1]
             self.put(i.operands[0], value, 16 * len(parts))
+        elif (how, to, of) == (["sat"], "f32", "f32"):
+            value = np.nan_to_num(self.f(i.operands[1]), nan=0.0)
+            self.put(i.operands[0], np.clip(value, 0, 1).astype(np.float32), 32)
         elif not how and to == "f32" and of in _WIDE:
             value = self.u(i.operands[1], 16).astype(np.uint16).view(_WIDE[of])
             self.put(i.operands[0], value.astype(np.float32), 32)

@@ -86,6 +86,16 @@ def test_packed_weights_are_read_in_place(case):
     assert not [k.text for k, dtype, size in written(kernels) if dtype == "u8"]
 
 
+def test_the_head_is_read_in_its_own_dtype(case):
+    # Float32 logits of bfloat16 operands: no copy of the head, in any dtype.
+    config, rows, program = case
+    head = config["vocab_size"] * config["hidden_size"]
+    kernels = program.loop(TOKEN)
+    assert not [k.text for k, _, size in written(kernels) if size == head]
+    logits = (f"f32[{n},{config['vocab_size']}]" for n in (rows, 8))
+    assert any(text in k.text for text in logits for k in kernels if k.calls("__cubl"))
+
+
 def test_no_weights_of_all_layers_are_ever_dequantized(case):
     config, _, program = case
     d, f = config["hidden_size"], config["intermediate_size"]
@@ -95,3 +105,20 @@ def test_no_weights_of_all_layers_are_ever_dequantized(case):
     stacks = [s for s in program.shapes() if s[1][:1] == (layers,)]
     assert stacks  # the packed stacks
     assert not [s for s in stacks if s[0] != "u8" and math.prod(s[1]) in stacked]
+
+
+# With "pallas", a layer is: the norm and A of q, k, v, and their products; attention;
+# A of o and its product; the same two of gate and up, and of down; the loop's counter.
+@pytest.mark.parametrize(("name", "rows", "most"), [("8b", 1, 22), ("8b", 16, 22)])
+def test_a_layer_on_the_kernels_of_decoding_is_few_kernels(
+    name, rows, most, compile_step
+):
+    settings = {"batch": rows, "length": 1024, "generate": 128, "remat": "none"}
+    program = compile_step(CONFIGS[name], kernels="pallas", **settings)
+    layer = [k for k in program.loop(LAYER) if k.operation not in FREE]
+    assert len(layer) <= most
+    ours = [k for k in layer if k.calls("mosaic")]
+    assert len(ours) == 8
+    # No weight, adapter or norm is copied out of its stack.
+    assert not [k.text for k, dtype, _ in written(layer) if dtype == "u8"]
+    assert not [k.text for k in layer if "nf4_" in k.text and k not in ours]

@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.product import contract, dense_matmul, precision
+from pallas_kernels.product import (
+    contract,
+    dense_matmul,
+    padded_row_product,
+    precision,
+)
 from tests.pallas_kernels.rounding import assert_within_roundings
 
 
@@ -25,6 +30,17 @@ def test_contract_sums_in_float32_over_either_axis(dtype, axis):
         got = contract(x, b, axis, *(() if asked == dtype else (jnp.float32,)))
         assert got.dtype == asked
         assert_within_roundings(got, x, w.T)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_padded_row_has_the_product_of_the_row(lead, axis):
+    x, w, _ = operands("bfloat16", lead)
+    b = w.T if axis == 0 else w
+    got = padded_row_product(x, b, axis)
+    assert (got.shape, got.dtype) == ((*lead, w.shape[0]), jnp.float32)
+    assert_within_roundings(got, x, w.T)
+    assert_within_roundings(contract(x, b, axis, jnp.float32), x, w.T)
 
 
 def test_float32_asks_for_all_bits_and_bf16_for_nothing():

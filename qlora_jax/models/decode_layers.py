@@ -1,0 +1,239 @@
+"""The layers of a decoded token, on the kernels of `pallas_kernels.nf4.decode`.
+
+    variables = prepare(config, compute, variables, rows)  # before the loop over tokens
+    x, kv = decode_layers(config, variables, x, kv, ...)  # for every token
+
+A token needs few computations and many weights, so the time of a layer is that of
+reading them and of starting its kernels: dozens when Flax modules are compiled one by
+one, and few here. `refusal` says which models have this form; all others decode through
+their modules. `decode_layers` computes what `block.Block` does, rounding less often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.nf4.api import kernels_refusal
+from qlora_jax import nf4
+from qlora_jax.models.block import LayerKinds, attend_to_cache, write_tokens
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.rope import rotate
+
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Linear layers that share an input."""
+_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
+"""The norm before a group."""
+_PLAIN_ADAPTER = {"lora_A", "lora_B", "scaling"}
+
+
+def refusal(
+    config: LlamaConfig, compute: Compute, variables: Mapping[str, Any], rows: int
+) -> str | None:
+    """Returns why a model cannot be decoded by these kernels, or None.
+
+    Args:
+      config: the architecture, without custom layers.
+      compute: how it is computed.
+      variables: as `Compute.arrange` returns them.
+      rows: of the batch.
+    """
+    if compute.kernels != "pallas":
+        # Nothing has measured them, so "auto" does not choose them.
+        return "they are not selected."
+    family = config.family
+    names = [name.rpartition(".")[2] for group in _GROUPS.values() for name in group]
+    if (
+        *(family.fused, family.post_norms, family.qk_norm, family.norm_offset),
+        config.residual_multiplier != 1,
+        any(config.has_bias(name) for name in names),
+        config.hidden_act != "silu",
+    ) != (False,) * 7:
+        return "the layers are not those of Llama."
+    if compute.dtype == "float32":
+        return "they compute in 16 bits."
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "the model is on several devices."
+    return _weights_refusal(config, compute, variables, rows)
+
+
+def _weights_refusal(
+    config: LlamaConfig, compute: Compute, variables: Mapping[str, Any], rows: int
+) -> str | None:
+    trees = {name: _layers(variables, name) for name in ("params", "lora", "stacks")}
+    adapted = _flat(trees["lora"])
+    if any(norm in adapted for norm in _NORMS.values()):
+        return "norms are trained."
+    for key, names in _GROUPS.items():
+        shapes = []
+        for name in names:
+            weight = _flat(trees["stacks"]).get(name, {}).get("weight")
+            if not isinstance(weight, nf4.NF4Tensor):
+                return f"`{name}` is not packed."
+            if set(_flat(trees["params"])[name]) != {"weight"}:
+                return f"`{name}` has more than a weight."
+            if not set(adapted.get(name, {})) <= _PLAIN_ADAPTER:
+                return f"`{name}` has an adapter that is not plain LoRA."
+            # The table's values are rounded to the dtype of x: not if the weights
+            # were rounded more coarsely before.
+            stored, dtype = jnp.finfo(weight.dtype), jnp.finfo(compute.dtype)
+            if stored.nmant < dtype.nmant:
+                return f"`{name}` was stored in {weight.dtype}."
+            reason = kernels_refusal(
+                weight.shape, weight.block_size, weight.nested_block_size
+            )
+            if reason is not None:
+                return reason
+            shapes.append(weight.shape)
+        # Mosaic is imported only where there are kernels.
+        from pallas_kernels.nf4 import decode
+
+        if decode.plan_for(shapes, rows, gated=key == "gate_up") is None:
+            return f"{rows} rows with weights {shapes} are not supported."
+    if adapted and compute.lora is None:
+        scaled = [name for name, arrays in adapted.items() if "scaling" not in arrays]
+        return f"the scaling of {scaled[0]} is not known." if scaled else None
+    return None
+
+
+def prepare(
+    config: LlamaConfig, compute: Compute, variables: Mapping[str, Any], rows: int
+) -> Mapping[str, Any]:
+    """Returns the variables with a collection "decode", if the model has this form.
+
+    It holds what the kernels read besides the packed stacks: the norms, and the
+    adapters of each group of layers with one input below one another, in the dtype of
+    the computation.
+
+    Args:
+      config: the architecture, without custom layers.
+      compute: how it is computed.
+      variables: as `Compute.arrange` returns them.
+      rows: of the batch.
+    """
+    if refusal(config, compute, variables, rows) is not None:
+        return variables
+    dtype = jnp.dtype(compute.dtype)
+    params, lora = (_flat(_layers(variables, name)) for name in ("params", "lora"))
+    groups = {}
+    for key, names in _GROUPS.items():
+        group: dict[str, Any] = {"b": {}}
+        if key in _NORMS:
+            group["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
+        a = []
+        for name in names:
+            adapter = lora.get(name, {})
+            if not adapter:
+                continue
+            a.append(adapter["lora_A"].astype(dtype))
+            scaling = adapter.get("scaling", getattr(compute.lora, "scaling", 1))
+            scaling = jnp.asarray(scaling, jnp.float32).reshape(-1, 1, 1)
+            # Here it costs nothing, and B is still rounded once.
+            group["b"][name] = (scaling * adapter["lora_B"]).astype(dtype)
+        if a:
+            group["a"] = jnp.concatenate(a, axis=1)
+        groups[key] = group
+    return {**variables, "decode": {"model": groups}}
+
+
+def decode_layers(
+    config: LlamaConfig,
+    variables: Mapping[str, Any],
+    x: Float[Array, "B D"],
+    kv: tuple[Float[Array, "L B K S H"], Float[Array, "L B K S H"]],
+    rope: tuple[Array, Array],
+    segments: tuple[Int[Array, "B 1"], Int[Array, "B S"]],
+    start: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], tuple[Array, Array]]:
+    """Computes all layers of one token of each row.
+
+    Args:
+      config: the architecture.
+      variables: of `LlamaModel`, from `prepare`.
+      x: the embedded tokens.
+      kv: the cache.
+      rope: cos and sin of `LayerKinds.rope_tables`.
+      segments: ids of the tokens, and of the cache including them.
+      start: slots of the cache in use before the tokens.
+
+    Returns:
+      The residual stream, and the cache with the tokens' keys and values.
+    """
+    from pallas_kernels.nf4 import decode
+
+    groups, stacks = variables["decode"], _flat(variables["stacks"]["layers"])
+    kinds = LayerKinds.of(config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+
+    def linear(key: str, x: Array, layer: Array, **named: Any) -> Array:
+        group, updates, offset = groups[key], [], 0
+        norm = None
+        if "norm" in group:
+            norm = decode.Norm(group["norm"], config.rms_norm_eps)
+        x, inner = decode.inner(x, layer, norm=norm, a=group.get("a"))
+        weights = [stacks[name]["weight"] for name in _GROUPS[key]]
+        for name in _GROUPS[key]:
+            b = group["b"].get(name)
+            updates.append(None if b is None else decode.Update(b, offset))
+            offset += 0 if b is None else b.shape[2]
+        return decode.products(
+            x,
+            [decode.Packed(w.codes, w.absmax, w.nested(), layer) for w in weights],
+            shapes=[w.shape for w in weights],
+            updates=updates,
+            inner=inner,
+            **named,
+        )
+
+    windows, tables = kinds.index()
+
+    def kind(index: Array, numbers: Array | None) -> Array | None:
+        return None if numbers is None else numbers[index]
+
+    # Not a scan over the numbers of the layers: each would be a kernel that copies one.
+    def step(index: Array, carry: tuple) -> tuple:
+        x, kv = carry
+        layer, window, table = (
+            index.reshape(1),
+            kind(index, windows),
+            kind(index, tables),
+        )
+        cos, sin = (a if table is None else a[table] for a in rope)
+        qkv = linear("qkv", x, layer).reshape(x.shape[0], 1, -1, config.head_dim)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        with jax.named_scope("attention"):
+            q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
+            kv = write_tokens(kv, (k, v), index, start)
+            cached = (segments[1], start, index)
+            out = attend_to_cache(q, kv, segments[0], cached, kinds.variant, window)
+        x = linear("o", out.reshape(x.shape[0], -1), layer, residual=x)
+        h = linear("gate_up", x, layer, gated=True)
+        return linear("down", h, layer, residual=x), kv
+
+    return jax.lax.fori_loop(0, config.num_hidden_layers, step, (x, kv))
+
+
+def _layers(variables: Mapping[str, Any], collection: str) -> Mapping[str, Any]:
+    """Returns the stacked layers of a collection; empty if it has none."""
+    return variables.get(collection, {}).get("model", {}).get("layers", {})
+
+
+def _flat(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns modules by their path: "self_attn.q_proj", or "input_layernorm"."""
+    flat = {}
+    for name, node in layers.items():
+        if name in ("self_attn", "mlp"):
+            flat |= {f"{name}.{inner}": value for inner, value in node.items()}
+        else:
+            flat[name] = node
+    return flat

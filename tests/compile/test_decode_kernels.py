@@ -1,0 +1,154 @@
+"""The kernels of a decoded token's linear layers, as an H200 would run them.
+
+Compiled without a GPU (`make compile`); the PTX is then interpreted (ptx.py), and ptxas
+tells the registers. Times are absent.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.nf4.reference import Nested, Packed
+from tests.compile import ptx
+from tests.compile.requests import each
+
+pytestmark = pytest.mark.compile
+
+LAYER = 1
+
+
+def products(shapes, rows, *, layers=3, rank=16, plan=None, **named) -> dict:
+    case = {"kernel": "products", "shapes": shapes, "rows": rows, "layers": layers}
+    case |= {"dtype": "bfloat16", "nested": True, "rank": rank, "plan": plan}
+    return case | {"gated": False, "residual": False} | named
+
+
+def inner(width, rows, rank, *, norm, layers=3) -> dict:
+    case = {"kernel": "inner", "shapes": [(0, width)], "rows": rows, "rank": rank}
+    return case | {"layers": layers, "dtype": "bfloat16", "norm": norm}
+
+
+SMALL = [
+    products([(48, 512), (16, 512)], 3, rank=8, plan=(2, 1, 2)),
+    products([(16, 512)] * 2, 9, rank=4, plan=(1, 2, 2), gated=True),
+    products([(32, 768)], 8, rank=0, plan=(1, 3, 1), residual=True, nested=False),
+    products([(16, 512)], 1, rank=4, plan=(2, 1, 1), dtype="float16", residual=True),
+]
+D, F, KV = 4096, 14336, 1024
+REAL = [
+    case
+    for rows in (8, 16)
+    for case in (
+        products([(D, D), (KV, D), (KV, D)], rows, layers=32),
+        products([(D, D)], rows, layers=32, residual=True),
+        products([(F, D)] * 2, rows, layers=32, gated=True),
+        products([(D, F)], rows, layers=32, residual=True),
+    )
+]
+REAL_INNER = [
+    inner(D, 16, 48, norm=True, layers=32),
+    inner(F, 16, 16, norm=False, layers=32),
+]
+ALL = SMALL + REAL + REAL_INNER
+
+
+def arrays_of(case: dict) -> tuple:
+    """Random x, and a function to draw more: bfloat16 or float16, of deviation 1."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int, dtype: Any = case["dtype"]) -> Any:
+        return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+
+    return draw(case["rows"], case["shapes"][0][1]), draw, rng
+
+
+def weight_of(shape, case: dict, rng: np.random.Generator) -> Packed:
+    """A random stack of packed weights."""
+    layers, size = case["layers"], shape[0] * shape[1]
+    codes = rng.integers(0, 256, (layers, shape[0], shape[1] // 2), np.uint8)
+    scales = (layers, shape[0], shape[1] // 64)
+    absmax, nested = rng.uniform(0.01, 0.1, scales).astype(np.float32), None
+    if case["nested"]:
+        absmax = rng.integers(0, 256, scales, np.uint8)
+        second = (
+            rng.uniform(0.001, 0.02, (layers, -(-size // 16384))),
+            rng.uniform(0.04, 0.06, layers),
+            np.sort(rng.uniform(-1, 1, (layers, 256))),
+        )
+        nested = Nested(*(jnp.asarray(a, jnp.float32) for a in second))
+    layer = jnp.array([LAYER], jnp.int32)
+    return Packed(jnp.asarray(codes), jnp.asarray(absmax), nested, layer)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, kernel: Any, function: Any) -> Any:
+    """Calls a function with its kernel replaced by a compiled one, interpreted."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def stand_in(body, out_type, *, grid, num_threads=1, **settings) -> Any:
+        del body, settings
+        launched = [g for g in kernel.launch.grid if g > 1]
+        assert launched == [g for g in reversed(grid) if g > 1]
+        assert kernel.launch.threads == 128 * (num_threads or 1)
+
+        def call(*operands: Any) -> Any:
+            out = np.zeros(out_type.shape, out_type.dtype)
+            ptx.run(kernel.program, kernel.launch, [*map(np.asarray, operands), out])
+            return jnp.asarray(out)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plgpu, "kernel", stand_in)
+        return function()
+
+
+@each(SMALL)
+def test_the_compiled_products_are_those_of_the_formula(case, kernel, monkeypatch):
+    from pallas_kernels.nf4 import decode
+
+    x, draw, rng = arrays_of(case)
+    shapes, rank = case["shapes"], case["rank"]
+    weights = [weight_of(shape, case, rng) for shape in shapes]
+    bs = [draw(case["layers"], shape[0], rank) for shape in shapes if rank]
+    named = {"shapes": shapes, "gated": case["gated"]}
+    if bs:
+        named["updates"] = [decode.Update(b, rank * i) for i, b in enumerate(bs)]
+        named["inner"] = draw(case["rows"], rank * len(bs), dtype="float32")
+    if case["residual"]:
+        named["residual"] = draw(case["rows"], shapes[0][0])
+    plan = decode.Plan(*case["plan"])
+    got = run(
+        *(monkeypatch, kernel),
+        lambda: decode.products(x, weights, plan=plan, **named),
+    )
+    want = decode.products_reference(x, weights, **named).astype(jnp.float32)
+    # As in tests/pallas_kernels/nf4/test_decode.py.
+    unit = 2.0 ** -(8 if case["dtype"] == "bfloat16" else 11)
+    error = 4 * unit * 0.05 * shapes[0][1] ** 0.5 * (16 if case["gated"] else 1)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want, atol=error, rtol=1.01 * unit
+    )
+
+
+@each(REAL)
+def test_products_at_real_sizes(case, kernel):
+    is_small = case["rows"] <= 8 and not case["gated"]
+    kernel.assert_fits(threads=1024 if is_small else 512)
+    # One block of threads for each multiprocessor, and no copy of a stack.
+    assert max(kernel.launch.grid) == 132
+    assert kernel.temporaries <= 4096
+
+
+@each(REAL_INNER)
+def test_inner_at_real_sizes(case, kernel):
+    kernel.assert_fits(threads=128)
+    assert kernel.temporaries <= 4096
+
+
+@each(REAL + REAL_INNER)
+def test_every_access_says_which_memory_it_means(case, kernel):
+    for i in kernel.program.instructions:
+        if i.op[0] in ("ld", "st"):
+            assert i.op[1] in ("global", "shared", "param"), i.text
