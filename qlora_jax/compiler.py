@@ -26,9 +26,8 @@ from qlora_jax.errors import say
 
 GPU_OPTIONS: Mapping[str, bool] = MappingProxyType(
     {
-        # Triton fusions of a product and its neighbours give up cuBLAS's in-place sum
-        # (beta = 1), with which the update of an adapter is added to the product of the
-        # base. They are also tuned by compiling each of them many times.
+        # Triton's fusions of products are chosen by timing dozens of tilings of each, so
+        # neither time nor memory of a step could be planned, and processes differ.
         "xla_gpu_enable_triton_gemm": False,
         # The XLA of jax 0.11 writes a saved product directly into the stack of all
         # layers, and multiplies a second time for those that read it. (0.10 does not do
