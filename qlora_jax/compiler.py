@@ -26,7 +26,7 @@ from qlora_jax.errors import say
 
 GPU_OPTIONS: Mapping[str, bool] = MappingProxyType(
     {
-        # Triton's fusions of products are chosen by timing dozens of tilings of each, so
+        # Triton's fusions of products are chosen by timing dozens of tilings of each:
         # neither time nor memory of a step could be planned, and processes differ.
         "xla_gpu_enable_triton_gemm": False,
         # The XLA of jax 0.11 writes a saved product directly into the stack of all

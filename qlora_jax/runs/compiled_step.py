@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -44,6 +44,7 @@ from qlora_jax.planning import (
     this_device,
 )
 from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.environment import Tuning
 from qlora_jax.training import (
     TrainConfig,
     init_state,
@@ -77,6 +78,8 @@ class CompiledStep:
     """(state, base, batch) -> (state, metrics); the state is donated."""
     eval_step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
+    tuning: Tuning = field(default_factory=lambda: Tuning({}))
+    """What XLA chose while it compiled."""
     eval_bytes: int | None = None
     """Device memory while it runs, with all that the training keeps there."""
 
@@ -125,6 +128,7 @@ def compile_step(
     *,
     gpu: GpuSpec | None = None,
     recorded: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -138,6 +142,7 @@ def compile_step(
       gpu: what it has to fit on; default the device at hand.
       recorded: `report()` of the run that is continued. Its policy comes first, since
         another may round differently.
+      tuning: what XLA chose when that run was compiled, to use again.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
@@ -145,6 +150,7 @@ def compile_step(
         than the step needs.
     """
     gpu = this_device() if gpu is None else gpu
+    tuning = Tuning({}) if tuning is None else tuning
     lora = model.compute.lora
     assert lora is not None
     optimizer = make_optimizer(train, steps, select(inputs.base, lora))
@@ -173,7 +179,9 @@ def compile_step(
         if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
         arguments = (state, _in_memory_of(policy, base), batch)
-        compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
+        compiled = _compile_policy(
+            model, optimizer, plain, policy, arguments, gpu, tuning
+        )
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
             continue
@@ -244,18 +252,19 @@ def _compile_policy(
     policy: Policy,
     arguments: tuple,
     gpu: GpuSpec,
+    tuning: Tuning,
 ) -> CompiledStep:
     """Compiles the step under one policy; its plan tells whether it fits."""
     step = policy.apply(plain)
     model = model.clone(compute=step.compute)
     jitted = jit_step(model, optimizer, plain.train)
-    compiled = jitted.lower(*arguments).compile()
+    compiled: Any = tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
     memory = StepMemory.of(compiled, step, arguments=arguments)
     versions = {"jax": jax.__version__}
     plan = Plan(step, policy, gpu, {"data": 1}, memory, "compiled", versions, {})
     run = _first_choice(compiled, jitted, arguments)
-    return CompiledStep(plan, model, optimizer, run)
+    return CompiledStep(plan, model, optimizer, run, tuning=tuning)
 
 
 def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
@@ -265,7 +274,7 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
       UserError: with what the training keeps on the device it does not fit.
     """
     jitted = jit_eval(compiled.model)
-    eval_step = jitted.lower(*arguments).compile()
+    eval_step: Any = compiled.tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
     batch = arguments[-1]
     stats = eval_step.memory_analysis()

@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     python = find_compiler(args.compiler_python)
     if python is None:
         sys.exit(f"no GPU compiler here: {how_to_get_the_compiler()}")
-    from qlora_jax.runs.resume import versions
+    from qlora_jax.runs.environment import versions
 
     sizes = [f"--length={args.length}", f"--window={args.window}"]
     operations = run_json([python, str(FOLDER), "windows", "--operations", *sizes])
