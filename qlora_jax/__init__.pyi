@@ -58,6 +58,7 @@ from .training.step import init_state as init_state
 from .training.optimizer import make_optimizer as make_optimizer
 from .training.step import train_step as train_step
 from .training.step import eval_step as eval_step
+from .compiler import compiler_options as compiler_options
 from .training.loss import cross_entropy_sum as cross_entropy_sum
 from .runs.runner import run as run
 

@@ -28,7 +28,7 @@ from convert.atomic import write_text
 from qlora_jax.data.config import DataConfig
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.runs.config import CheckpointConfig, LogConfig, ModelConfig, RunConfig
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
 from qlora_jax.training.config import Optimizer, TrainConfig

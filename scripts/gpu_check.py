@@ -47,7 +47,7 @@ SCRIPTS = ROOT / "scripts"
 LEAST = 20.0
 PROBE = """
 import json, jax
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 d = jax.devices()[0]
 print(json.dumps({"platform": d.platform, "device": d.device_kind} | versions()))
 """

@@ -102,7 +102,9 @@ model = qj.Llama(config, qj.Compute(dtype=args.dtype, remat="full", lora=lora))
 optimizer = qj.make_optimizer(settings, args.steps)
 state = qj.init_state(adapters, optimizer, run_key)
 step = jax.jit(
-    partial(qj.train_step, model=model, optimizer=optimizer), donate_argnums=0
+    partial(qj.train_step, model=model, optimizer=optimizer),
+    donate_argnums=0,
+    compiler_options=qj.compiler_options(),  # as `qlora-jax train` compiles it
 )
 
 # --- The loop: a thread makes the next batch while this one is computed ---

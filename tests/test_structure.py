@@ -29,6 +29,7 @@ ORDER = (
         *("pallas_kernels", "qlora_jax.choices", "qlora_jax.errors", "qlora_jax.tree"),
         *("qlora_jax.reading", "qlora_jax.version"),
     ),
+    ("qlora_jax.compiler",),
     ("qlora_jax.nf4", "qlora_jax.data"),
     ("qlora_jax.lora",),
     ("qlora_jax.models",),
@@ -64,6 +65,8 @@ NEVER = {"torch", "peft", "bitsandbytes"}
 
 # Modules that may read the environment: name -> reason.
 ENVIRONMENT_READERS: dict[str, str] = {
+    "qlora_jax.compiler": "XLA_FLAGS has the user's settings of the same compiler",
+    "qlora_jax.planning.gpus": "JAX's limit of pinned memory has no other place",
     "qlora_jax.planning.compile": "sets up a process of its own before jax starts, for "
     "a GPU that is absent",
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
+from qlora_jax.compiler import device_jit
 from qlora_jax.errors import UserError
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.sampling import Rules, Values
@@ -390,7 +390,7 @@ def _fill(
     )[1:]
 
 
-@partial(jax.jit, static_argnames=("program", "max_new_tokens"))
+@device_jit(static_argnames=("program", "max_new_tokens"))
 def _generate(
     program: _Program,
     variables: Mapping[str, Any],
@@ -409,7 +409,7 @@ def _generate(
     return _fill(program, variables, state, values, out, columns)[1]
 
 
-@partial(jax.jit, static_argnames="program")
+@device_jit(static_argnames="program")
 def _start(
     program: _Program,
     variables: Mapping[str, Any],
@@ -423,7 +423,7 @@ def _start(
 
 
 # Donated, so that the cache is updated in place and not copied for every chunk.
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
+@device_jit(static_argnames="program", donate_argnames="state")
 def _continue(
     program: _Program,
     variables: Mapping[str, Any],

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float32
 
 import convert
 from convert import hub_name, load_tokenization, local_path, peft_directory, shorten
+from qlora_jax.compiler import device_jit
 from qlora_jax.data import encode_prompt
 from qlora_jax.errors import UserError, say
 from qlora_jax.inference.config import Sampling
@@ -390,7 +391,7 @@ class Model:
             )
 
 
-@partial(jax.jit, static_argnums=0)
+@device_jit(static_argnums=0)
 def _logits(
     module: Llama, variables: Any, tokens: Array, arrays: dict[str, Array]
 ) -> Array:

@@ -6,12 +6,14 @@ from .estimate import estimate_warnings as estimate_warnings
 from .estimate import model_flops_per_token as model_flops_per_token
 from .estimate import parameter_report as parameter_report
 from .gpus import ALLOWANCE as ALLOWANCE
+from .gpus import PINNED_VARIABLE as PINNED_VARIABLE
 from .gpus import UNLIMITED as UNLIMITED
 from .gpus import GpuSpec as GpuSpec
 from .gpus import find_gpu as find_gpu
 from .gpus import give_back_freed_memory as give_back_freed_memory
 from .gpus import gpu_named as gpu_named
 from .gpus import more_memory_advice as more_memory_advice
+from .gpus import pinned_limit as pinned_limit
 from .gpus import this_device as this_device
 from .plan import Plan as Plan
 from .plan import Planner as Planner

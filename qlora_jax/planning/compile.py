@@ -41,9 +41,8 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Autotuning needs a device, and without it the compiler picks poor Triton tiles, so
-# matrix products use cuBLAS.
-XLA_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+# Autotuning needs a device. All other options are those of a run (`compiler_options`).
+XLA_FLAGS = ("--xla_gpu_autotune_level=0",)
 
 REQUEST, ANSWER, PROGRAM = "request.json", "answer.json", "program.txt"
 
@@ -227,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [
                 *XLA_FLAGS,
                 # The dump has the buffer assignment, by which the temporaries are split
-                # into kinds.
+                # into kinds, and the thunks.
                 f"--xla_dump_to={dumps}",
                 "--xla_dump_hlo_as_text",
                 "--xla_dump_hlo_module_re=.*train_step.*",

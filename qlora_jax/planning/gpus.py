@@ -44,6 +44,11 @@ ALLOWANCE = 700_000_000
 kernels (0.4 to 0.5 GB on current GPUs), cuBLAS's workspace, and what the allocator
 loses to rounding and fragmentation."""
 
+PINNED_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+PINNED_BYTES = 64 << 30
+"""Host memory that JAX pins for a GPU at most, unless the environment has
+`PINNED_VARIABLE`, in GiB."""
+
 
 @dataclass(frozen=True)
 class _Limits:
@@ -58,6 +63,11 @@ class _Limits:
     shared_memory_of_block: int
     """At most, on request."""
 
+
+# What `jax[cuda13]` needs at least. From driver, runtime and toolkit XLA decides which
+# kernels become command buffers (CUDA graphs): without them, nearly none.
+_CUDA = "13.0.0"
+_CUDNN = (9, 10, 0)
 
 # Steps are compiled ahead of time for these capabilities; others are planned by the
 # closed form.
@@ -152,10 +162,13 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
+  driver_version: "{_CUDA}"
+  runtime_version: "{_CUDA}"
+  compile_time_toolkit_version: "{_CUDA}"
+  dnn_version: "{".".join(map(str, _CUDNN))}"
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-runtime_version {{ major: 13 minor: 0 patch: 0 }}
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} patch: {_CUDNN[2]} }}
 device_description_str: "{self.description or self.name}"
 """
 
@@ -360,6 +373,15 @@ def available_memory() -> int:
     except (OSError, ValueError):  # none, or "max"
         pass
     return min(limits, default=UNLIMITED)
+
+
+def pinned_limit() -> int:
+    """Returns the bytes of host memory that JAX pins for the device at hand at most."""
+    if jax.local_devices()[0].platform != "gpu":
+        return UNLIMITED
+    value = os.environ.get(PINNED_VARIABLE, "")
+    # What is not a number JAX ignores as well.
+    return int(value) << 30 if value.isdecimal() else PINNED_BYTES
 
 
 def give_back_freed_memory() -> bool:

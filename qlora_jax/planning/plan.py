@@ -27,7 +27,7 @@ from qlora_jax.errors import readable_bytes as _gb
 from qlora_jax.models import attention_refusals, check_mesh
 from qlora_jax.planning import estimate
 from qlora_jax.planning.compile import compile_for
-from qlora_jax.planning.gpus import ALLOWANCE, GpuSpec
+from qlora_jax.planning.gpus import ALLOWANCE, PINNED_BYTES, PINNED_VARIABLE, GpuSpec
 from qlora_jax.planning.step import Step, StepMemory
 from qlora_jax.tree import Path
 
@@ -35,9 +35,8 @@ PROCESS_BYTES = 4_000_000_000
 """Host memory of a run in addition to its arrays: Python, JAX, the CUDA libraries,
 pages of the checkpoint and the data."""
 
-# JAX's default limits.
+# JAX's default limit.
 _DEVICE_FRACTION = 0.75
-_PINNED_BYTES = 64 << 30
 
 Quantity = Literal["length", "batch_size"]
 
@@ -248,11 +247,18 @@ class Plan:
             # In percent, rounded up, with one to spare.
             fraction = min(math.ceil(100 * needed) / 100 + 0.01, 0.99)
             out["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.2f}"
-        if self.memory.host_bytes > _PINNED_BYTES:
-            # 10 % more than the arrays, for gaps between them.
-            limit = math.ceil(1.1 * self.memory.host_bytes / 2**30)
-            out["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(limit)
+        if (needed := self.pinned_bytes_needed) > PINNED_BYTES:
+            out[PINNED_VARIABLE] = str(math.ceil(needed / 2**30))
         return out
+
+    @property
+    def pinned_bytes_needed(self) -> int:
+        """What JAX's pool of pinned host memory must be allowed to take.
+
+        10 % more than the arrays, for the gaps between them and for transfers: a pool
+        of exactly their size does not hold them.
+        """
+        return math.ceil(1.1 * self.memory.host_bytes)
 
 
 def device_bytes(memory: StepMemory) -> dict[str, int]:

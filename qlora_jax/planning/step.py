@@ -213,7 +213,10 @@ def lower(step: Step, mesh: Any = None) -> jax.stages.Lowered:
     arguments = abstract_arguments(step)
     if mesh is not None:
         check_mesh(mesh.shape, step.train.batch_size)
-    jitted = jit_step(model, _optimizer(step, arguments[1]), step.train)
+    # Of the mesh, whose devices this process does not have.
+    platform = None if mesh is None else mesh.devices.flat[0].platform
+    optimizer = _optimizer(step, arguments[1])
+    jitted = jit_step(model, optimizer, step.train, platform=platform)
     if mesh is None:
         return jitted.lower(*arguments)
     # Kernels are chosen by the device kind of the mesh in context.

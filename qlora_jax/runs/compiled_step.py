@@ -14,8 +14,9 @@ compiled is the one that runs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -31,6 +32,7 @@ from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
 from qlora_jax.models import LayerKinds, Llama, attention_refusals
 from qlora_jax.planning import (
     ALLOWANCE,
+    PINNED_VARIABLE,
     UNLIMITED,
     GpuSpec,
     Plan,
@@ -41,10 +43,12 @@ from qlora_jax.planning import (
     device_bytes,
     give_back_freed_memory,
     more_memory_advice,
+    pinned_limit,
     policies,
     this_device,
 )
 from qlora_jax.runs.config import ModelConfig
+from qlora_jax.runs.environment import Tuning
 from qlora_jax.training import (
     TrainConfig,
     init_state,
@@ -78,6 +82,8 @@ class CompiledStep:
     """(state, base, batch) -> (state, metrics); the state is donated."""
     eval_step: Callable[..., Any] | None = None
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
+    tuning: Tuning = field(default_factory=lambda: Tuning({}))
+    """What XLA chose while it compiled."""
     eval_bytes: int | None = None
     """Device memory while it runs, with all that the training keeps there."""
     notes: tuple[str, ...] = ()
@@ -128,6 +134,7 @@ def compile_step(
     *,
     gpu: GpuSpec | None = None,
     recorded: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
 ) -> CompiledStep:
     """Compiles the step of a run under the fastest policy that fits.
 
@@ -141,12 +148,15 @@ def compile_step(
       gpu: what it has to fit on; default the device at hand.
       recorded: `report()` of the run that is continued. Its policy comes first, since
         another may round differently.
+      tuning: what XLA chose when that run was compiled, to use again.
 
     Raises:
       UserError: no policy that the settings allow fits; by how much, and which settings
-        would. Or measuring the held-out loss does not fit.
+        would. Or measuring the held-out loss does not fit, or JAX pins less host memory
+        than the step needs.
     """
     gpu = this_device() if gpu is None else gpu
+    tuning = Tuning({}) if tuning is None else tuning
     lora = model.compute.lora
     assert lora is not None
     optimizer = make_optimizer(train, steps, select(inputs.base, lora))
@@ -182,15 +192,18 @@ def compile_step(
         if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
         arguments = (state, _in_memory_of(policy, base), batch)
-        compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
+        compiled = _compile_policy(
+            model, optimizer, plain, policy, arguments, gpu, tuning
+        )
         compiled = dataclasses.replace(compiled, notes=notes)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
-        elif inputs.held_out is None:
+            continue
+        check_pinned(compiled.plan, pinned_limit())
+        if inputs.held_out is None:
             return compiled
-        else:
-            arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
-            return _with_eval(compiled, arguments)
+        arguments = (state.adapters, arguments[1], _shapes(inputs.held_out))
+        return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
 
@@ -247,6 +260,19 @@ def packed_attention(
     )
 
 
+def check_pinned(plan: Plan, limit: int) -> None:
+    """Raises if a step pins more host memory than JAX's limit, in bytes, allows."""
+    if plan.pinned_bytes_needed <= limit:
+        return
+    needed = math.ceil(plan.pinned_bytes_needed / 2**30)
+    raise UserError(
+        f"Under the policy '{plan.policy.name}' the step pins "
+        f"{readable_bytes(plan.memory.host_bytes)} of host memory, and JAX's limit is "
+        f"{readable_bytes(limit)}. Set {PINNED_VARIABLE}={needed} (GiB) in the "
+        "environment before the run starts, on a machine with that much memory."
+    )
+
+
 def _scan_layers(settings: ModelConfig) -> bool | Literal["auto"]:
     # On a CPU unrolled layers take as long as a loop, and longer to compile.
     is_gpu = jax.default_backend() == "gpu"
@@ -292,18 +318,19 @@ def _compile_policy(
     policy: Policy,
     arguments: tuple,
     gpu: GpuSpec,
+    tuning: Tuning,
 ) -> CompiledStep:
     """Compiles the step under one policy; its plan tells whether it fits."""
     step = policy.apply(plain)
     model = model.clone(compute=step.compute)
     jitted = jit_step(model, optimizer, plain.train)
-    compiled = jitted.lower(*arguments).compile()
+    compiled: Any = tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
     memory = StepMemory.of(compiled, step, arguments=arguments)
     versions = {"jax": jax.__version__}
     plan = Plan(step, policy, gpu, {"data": 1}, memory, "compiled", versions, {})
     run = _first_choice(compiled, jitted, arguments)
-    return CompiledStep(plan, model, optimizer, run)
+    return CompiledStep(plan, model, optimizer, run, tuning=tuning)
 
 
 def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
@@ -313,7 +340,7 @@ def _with_eval(compiled: CompiledStep, arguments: tuple) -> CompiledStep:
       UserError: with what the training keeps on the device it does not fit.
     """
     jitted = jit_eval(compiled.model)
-    eval_step = jitted.lower(*arguments).compile()
+    eval_step: Any = compiled.tuning.compile(jitted.lower(*arguments))
     give_back_freed_memory()
     batch = arguments[-1]
     stats = eval_step.memory_analysis()

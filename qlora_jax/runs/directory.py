@@ -9,7 +9,8 @@ RUN/adapter_ema/      with `train.ema_decay`, its moving average
 RUN/best_adapter/     the adapter with the best held-out loss
 RUN/initial_adapter/  with pissa or olora, the part factored out of the base
 RUN/loss.png          drawn from metrics.jsonl
-RUN/started.json      data, sizes and versions, written before the first step
+RUN/started.json      data, sizes, device and versions, written before the first step
+RUN/autotune.json     on a GPU, the kernels that XLA chose, for when it is continued
 RUN/report.json       the same with the results, written when the run is complete
 RUN/report.html       all of it as a page for a browser
 RUN/published.json    with `hub.model_id`, where the adapter was published

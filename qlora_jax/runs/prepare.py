@@ -61,6 +61,7 @@ from qlora_jax.runs.directory import (
     saved_steps,
     template_text,
 )
+from qlora_jax.runs.environment import TUNING, Tuning, environment, note_changes
 from qlora_jax.runs.eval_data import (
     HeldOut,
     eval_errors,
@@ -526,9 +527,15 @@ def _compile(
     config: RunConfig, model: Llama, base: Any, data: RunData, resumed: bool
 ) -> CompiledStep:
     """Compiles the run's step and describes its plan on stderr."""
-    started, recorded = Path(config.output_dir) / STARTED, None
-    if resumed and started.is_file():
-        recorded = convert.read_json(started).get("plan")
+    directory, recorded = Path(config.output_dir), None
+    now = environment()
+    tuning = Tuning(now)
+    if resumed and (directory / STARTED).is_file():
+        started = convert.read_json(directory / STARTED)
+        recorded = started.get("plan")
+        note_changes(started, now)
+        if jax.default_backend() == "gpu":
+            tuning = Tuning.read(directory / TUNING, now)
     _note_length(model.config, data.examples.report.longest_example)
     held_out, eval_batch = data.held_out, None
     if held_out is not None:
@@ -553,6 +560,7 @@ def _compile(
         config.train,
         len(data.batches),
         recorded=recorded,
+        tuning=tuning,
     )
     for note in compiled.notes:
         say(note)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -224,15 +222,3 @@ def continue_run(
             "the newest one, with a fresh optimizer state."
         )
     return state, 0
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries that a result depends on."""
-    names = ("qlora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    installed = {"python": platform.python_version()}
-    for name in names:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return installed

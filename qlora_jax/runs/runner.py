@@ -56,6 +56,7 @@ from qlora_jax.runs.directory import (
     finished_report,
     run_lock,
 )
+from qlora_jax.runs.environment import TUNING, environment
 from qlora_jax.runs.evaluation import Evaluation
 from qlora_jax.runs.interruption import Interruption, RunInterrupted
 from qlora_jax.runs.metrics import Watch, open_trackers, work_of
@@ -63,7 +64,7 @@ from qlora_jax.runs.plots import BackgroundPlot, draw_loss
 from qlora_jax.runs.prepare import PreparedRun, prepare
 from qlora_jax.runs.publishing import publish_run
 from qlora_jax.runs.report import REPORT_PAGE, read_run, render_run
-from qlora_jax.runs.resume import continue_run, run_record, versions
+from qlora_jax.runs.resume import continue_run, run_record
 from qlora_jax.runs.rows import read_evaluations
 from qlora_jax.runs.toml import SETTINGS, to_toml
 from qlora_jax.training import TrainState, init_state, schedule
@@ -226,6 +227,7 @@ def _train(prepared: PreparedRun, loaded: LoadedBase, began: float) -> dict[str,
             facts = _facts(prepared, loaded.fingerprint, base, state)
             facts["resumed_from_step"] = start or None
             write_text(directory / STARTED, json.dumps(facts, indent=2) + "\n")
+            compiled.tuning.write(directory / TUNING)
             # The base is an argument of every step and is in no checkpoint; its
             # fingerprint is.
             loop = Loop(
@@ -298,8 +300,7 @@ def _facts(
         "data": data.examples.report.as_dict(),
         "held_out": held_out,
         "plan": prepared.compiled.report(),
-        "versions": versions(),
-        "device": jax.devices()[0].device_kind,
+        **environment(),
     }
 
 

@@ -6,7 +6,11 @@
 nothing else. The frozen base is an argument: it is never copied into the state and
 never saved again. Jit the step with the state donated:
 
-    step = jax.jit(partial(train_step, model=..., optimizer=...), donate_argnums=0)
+    step = jax.jit(
+        partial(train_step, model=..., optimizer=...),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
 
 The gradient is that of the mean loss over the whole accumulation window: summed over
 micro-batches and divided once (`qlora_jax.training.objectives`).
@@ -25,6 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from qlora_jax.compiler import compiler_options
 from qlora_jax.models import Llama
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.objectives import (
@@ -180,9 +185,19 @@ def _accumulate(
 
 
 def jit_step(
-    model: Llama, optimizer: optax.GradientTransformation, config: TrainConfig
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    *,
+    platform: str | None = None,
 ) -> Any:
     """Jits `train_step` as a run takes it and `plan` plans it.
+
+    Args:
+      model: the architecture.
+      optimizer: from `make_optimizer`.
+      config: the noise.
+      platform: as `compiler_options` takes it.
 
     Returns:
       (state, base, batch) -> (state, metrics), with the state donated.
@@ -194,7 +209,9 @@ def jit_step(
         neftune_noise_alpha=config.neftune_noise_alpha,
         objective=NEXT_TOKEN,
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step, donate_argnums=0, compiler_options=compiler_options(platform) or None
+    )
 
 
 def eval_step(
@@ -215,4 +232,6 @@ def eval_step(
 
 def jit_eval(model: Llama) -> Any:
     """Returns `eval_step` jitted: (adapters, base, batch) -> (summed loss, tokens)."""
-    return jax.jit(partial(eval_step, model=model))
+    return jax.jit(
+        partial(eval_step, model=model), compiler_options=compiler_options() or None
+    )

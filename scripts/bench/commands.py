@@ -32,7 +32,7 @@ import convert
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.params import abstract_base
 from qlora_jax.nf4 import dequantize
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 from scripts.bench.measuring import run_bench
 
 # Published config.json of Qwen3-0.6B.

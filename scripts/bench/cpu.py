@@ -47,7 +47,7 @@ from qlora_jax.models.llama import Llama
 from qlora_jax.nf4 import NF4Tensor, quantize
 from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.planning.gpus import give_back_freed_memory
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.optimizer import make_optimizer
 from qlora_jax.training.step import init_state, train_step

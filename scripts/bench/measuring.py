@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 
 FOLDER = Path(__file__).resolve().parent
 

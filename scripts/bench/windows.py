@@ -58,6 +58,7 @@ def xla_flops(length: int, window: int | None) -> dict[str, int]:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from qlora_jax.compiler import DeviceJit
     from qlora_jax.planning.gpus import CARDS
     from qlora_jax.planning.step import gpu_mesh
     from scripts.bench.program import count_work
@@ -73,7 +74,7 @@ def xla_flops(length: int, window: int | None) -> dict[str, int]:
     counts = []
     for function, arguments in ((forward, (q, k, v)), (gradient, (q, k, v, q))):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            compiled = jax.jit(function).lower(*arguments).compile()
+            compiled = DeviceJit(function).lower(*arguments).compile()
         counts.append(count_work(compiled.as_text() or "").product_flops)
     return {"forward": counts[0], "backward": counts[1] - counts[0]}
 
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     python = find_compiler(args.compiler_python)
     if python is None:
         sys.exit(f"no GPU compiler here: {how_to_get_the_compiler()}")
-    from qlora_jax.runs.resume import versions
+    from qlora_jax.runs.environment import versions
 
     sizes = [f"--length={args.length}", f"--window={args.window}"]
     operations = run_json([python, str(FOLDER), "windows", "--operations", *sizes])

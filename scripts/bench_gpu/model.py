@@ -60,7 +60,7 @@ from qlora_jax.models.sharding import put_base
 from qlora_jax.planning.estimate import abstract_base
 from qlora_jax.runs.compiled_step import StepInputs, compile_step
 from qlora_jax.runs.config import ModelConfig
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 from qlora_jax.training.config import TrainConfig
 from qlora_jax.training.step import init_state
 from scripts.bench_gpu.worker import ROOT

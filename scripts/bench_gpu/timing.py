@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.runs.resume import versions
+from qlora_jax.runs.environment import versions
 
 # --- One time ---
 

@@ -36,6 +36,7 @@ from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.nf4 import decode, gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
+from qlora_jax.compiler import compiler_options
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import _generate, _Program
 from qlora_jax.inference.sampling import Values
@@ -214,7 +215,7 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
         lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
             lowered = lower(request, array)
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=compiler_options("gpu"))
         if "config" in request:
             (folder / "program.txt").write_text(compiled.as_text())
         for kind in KEPT if request.get("kernel", "gradient") != "gradient" else ():

@@ -15,6 +15,7 @@ import pytest
 from qlora_jax.lora.config import LoraConfig
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
+from qlora_jax.planning import hlo
 from qlora_jax.planning.compile import compile_for, find_compiler
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import Step
@@ -155,6 +156,13 @@ class Program:
     memory: dict[str, int]
     text: str
     computations: dict[str, list[str]]
+
+    def graphs(self, inside: str) -> set[int]:
+        """Numbers of the command buffers with the library calls of a loop."""
+        in_graph = hlo.parse(self.text).in_graph
+        calls = [k.text for k in self.loop(inside) if "custom_call_target" in k.text]
+        names = [re.match(r"(?:ROOT )?%?([\w.\-]+) =", text)[1] for text in calls]
+        return {in_graph.get(name, -1) for name in names}
 
     def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""

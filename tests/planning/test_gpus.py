@@ -31,6 +31,9 @@ def test_the_target_says_what_the_gpu_is():
     assert "core_count: 132" in text
     assert "device_memory_size: 141000000000" in text
     assert 'device_description_str: "NVIDIA H200"' in text
+    # Without them XLA makes no command buffers of products and slices.
+    for name in ("driver", "runtime", "compile_time_toolkit"):
+        assert f'{name}_version: "13.0.0"' in text
     assert "feature_extension" not in find_gpu("rtx-3090").target
 
 

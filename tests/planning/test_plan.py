@@ -174,6 +174,10 @@ def test_limits_of_jax_itself_are_named_where_they_are_too_low():
     limit = int(lean.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
     assert limit * 2**30 > lean.memory.host_bytes
     assert Planner(CARDS["h200"]).plan(STEP, RUNGS["full"]).settings == {}
+    # Exactly 64 GiB, for which a pool of 64 GiB is too small.
+    plan = Planner(CARDS["h200"]).plan(step_of(262144), RUNGS["offload"])
+    assert plan.memory.host_bytes == 64 << 30
+    assert plan.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "71"
 
 
 def test_a_mesh_that_does_not_divide_is_refused():

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,17 @@ import qlora_jax as qj
 from pallas_kernels.attention.check import AttentionCheck
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.models.layers import Compute
 from qlora_jax.planning import gpus
-from qlora_jax.planning.gpus import ALLOWANCE, this_device
+from qlora_jax.planning.gpus import ALLOWANCE, CARDS, this_device
+from qlora_jax.planning.plan import Planner, policies
+from qlora_jax.planning.step import Step
 from qlora_jax.runs import compiled_step
 from qlora_jax.runs.compiled_step import packed_attention
 from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
-from tests.models import reference
+from tests.models.reference import CONFIG
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 
@@ -64,7 +69,7 @@ def test_packed_rows_on_a_hopper_take_the_kernels_that_pass_their_check(
     passes, monkeypatch
 ):
     monkeypatch.setattr(compiled_step, "jax_has_kernels", lambda: True)
-    config = dataclasses.replace(reference.CONFIG, head_dim=64)
+    config = dataclasses.replace(CONFIG, head_dim=64)
 
     def check(heads, groups, head_dim, *, variant):
         assert (heads, head_dim) == (config.num_attention_heads, 64)
@@ -92,6 +97,25 @@ def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
     assert "2 x 64 tokens take" in message and "more than the" in message
     assert any(advice in message for advice in ("remat", "policy", "r=2"))
     assert not (tmp_path / "run").exists()
+
+
+def test_more_pinned_memory_than_jax_allows_is_refused_with_the_variable():
+    step = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=64)
+    plan = Planner(CARDS["h200"]).plan(step, policies(remat="offload")[0])
+    pinned = dataclasses.replace(plan.memory, host_activations=64 << 30)
+    plan = dataclasses.replace(plan, memory=pinned)
+    with pytest.raises(UserError, match="Set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=71"):
+        compiled_step.check_pinned(plan, gpus.PINNED_BYTES)
+    compiled_step.check_pinned(plan, 71 << 30)
+
+
+@pytest.mark.parametrize(("value", "limit"), [("", 64), ("71", 71), ("much", 64)])
+def test_the_limit_of_pinned_memory_is_jax_s(monkeypatch, value, limit):
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", value)
+    assert gpus.pinned_limit() == gpus.UNLIMITED  # a CPU has none
+    gpu = types.SimpleNamespace(platform="gpu")
+    monkeypatch.setattr(gpus.jax, "local_devices", lambda: [gpu])
+    assert gpus.pinned_limit() == limit << 30
 
 
 def test_auto_takes_the_fastest_policy_that_fits(
