@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import device, mosaic
 from pallas_kernels.mosaic import BLOCK, COLUMN, LANES, ROWS, WARPGROUP
 from pallas_kernels.nf4.gpu import (
     block_scales,
@@ -169,8 +169,9 @@ def products(
     count, in_features = x.shape
     if plan is None:
         # The interpreter needs a CPU thread for each warpgroup, or waits for ever.
-        few = {"max_groups": 2, "multiprocessors": 2} if interpret else {}
-        plan = plan_for(shapes, count, gated=gated, **few)
+        limits = {"multiprocessors": device.multiprocessors()}
+        limits = {"multiprocessors": 2, "max_groups": 2} if interpret else limits
+        plan = plan_for(shapes, count, gated=gated, **limits)
     blocks = in_features // BLOCK
     if plan is None or blocks % (_WARPS * plan.groups * plan.chunk):
         raise ValueError(
