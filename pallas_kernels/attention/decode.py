@@ -38,10 +38,9 @@ class Token(NamedTuple):
     """The layer of the cache."""
     slot: Int32[Array, "1"]
     """The slot of the cache that the token is written to."""
-    segment: Int32[Array, " B"]
-    """Its segment id: it sees the slots of the same id, up to its own."""
     segments: Int32[Array, "B S"]
-    """The ids of all slots, the token's own among them."""
+    """The ids of all slots, the token's own among them: it sees the slots of its id, up
+    to its own."""
     window: Int32[Array, "1"] | None = None
     """How many slots it sees, its own among them; None = all."""
 
@@ -112,7 +111,7 @@ def attend(
     gather = functools.partial(mosaic.gather, interpret=interpreted)
 
     def cached_attention(*operands: Any) -> None:
-        qkv, cos, sin, layer, at, own, segments, *rest = operands
+        qkv, cos, sin, layer, at, segments, *rest = operands
         window = None if token.window is None else rest.pop(0)
         k, v, *outs, q_s, maxima_s, sums_s, done = rest
         row, head, split = (jax.lax.axis_index(n) for n in ("row", "head", "split"))
@@ -157,7 +156,7 @@ def attend(
             start = (first + split + i * splits) * SLOTS
             place = start + slots.slot_of(mosaic.iota((4 * WARPGROUP,), 0))
             ids = gather(segments.at[row], place, jnp.int32)
-            visible = (ids == own[row]) & (place <= slot)
+            visible = (ids == segments[row, slot]) & (place <= slot)
             if window is not None:
                 visible = visible & (slot - place < window[0])
             bias = jnp.where(visible, jnp.float32(0), jnp.float32(MASKED))
@@ -215,7 +214,7 @@ def attend(
     if splits > 1:
         parts = (rows, kv_heads, splits, group)
         outs = [jax.ShapeDtypeStruct((*parts, n), jnp.float32) for n in (width, 2)]
-    arrays = [qkv, *rope, token.layer, token.slot, token.segment, token.segments]
+    arrays = [qkv, *rope, token.layer, token.slot, token.segments]
     if token.window is not None:
         arrays.append(token.window)
     refs = [jax.new_ref(a) for a in cache]
@@ -309,7 +308,8 @@ def attend_reference(
         for stack, new in zip(cache, (rotated(k), v), strict=True)
     )
     place = jnp.arange(slot_count)[None]
-    visible = (token.segments == token.segment[:, None]) & (place <= slot)
+    own = token.segments[:, slot][:, None]
+    visible = (token.segments == own) & (place <= slot)
     if token.window is not None:
         visible = visible & (slot - place < token.window[0])
     grouped = rotated(q).reshape(rows, kv_heads, -1, width)

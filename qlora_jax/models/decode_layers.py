@@ -206,7 +206,6 @@ def decode_layers(
             token = cached.Token(
                 layer.reshape(1),
                 start.reshape(1),
-                segments[0][:, 0],
                 segments[1],
                 None if limit is None else limit.reshape(1),
             )

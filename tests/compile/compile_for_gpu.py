@@ -102,8 +102,8 @@ def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     rope = (array((rows, request["rotated"] // 2), jnp.float32),) * 2
     cache = (array((layers, rows, kv_heads, slots, width), dtype),) * 2
     one = array((1,), jnp.int32)
-    ids = (array((rows,), jnp.int32), array((rows, slots), jnp.int32))
-    token = cached.Token(one, one, *ids, one if request["window"] else None)
+    ids = array((rows, slots), jnp.int32)
+    token = cached.Token(one, one, ids, one if request["window"] else None)
 
     def attend(qkv: Any, rope: Any, cache: Any, token: Any) -> Any:
         named = {"scale": width**-0.5, "splits": request["splits"]}

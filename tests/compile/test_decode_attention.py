@@ -54,9 +54,8 @@ def arguments(case: dict) -> tuple:
     ids = (places <= slot) & (places >= 3 * jnp.arange(rows)[:, None])
     one = lambda number: jnp.array([number], jnp.int32)  # noqa: E731
     window = case["window"] and one(case["window"])
-    ones = jnp.ones(rows, jnp.int32)
     ids = ids.astype(jnp.int32).at[:, slot].set(1)
-    token = decode.Token(one(1), one(slot), ones, ids, window)
+    token = decode.Token(one(1), one(slot), ids, window)
     qkv = draw(rows, (heads + 2 * kv_heads) * width)
     return qkv, (jnp.cos(angle), jnp.sin(angle)), (draw(*shape), draw(*shape)), token
 

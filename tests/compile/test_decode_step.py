@@ -107,9 +107,9 @@ def test_no_weights_of_all_layers_are_ever_dequantized(case):
     assert not [s for s in stacks if s[0] != "u8" and math.prod(s[1]) in stacked]
 
 
-# With "pallas", a layer is: the norm and A of q, k, v, and their products; attention, and
-# the sum of its parts; A of o, and its product; the same two of gate and up, and of down.
-# Besides them there is the loop's counter.
+# With "pallas", a layer is: the norm and A of q, k, v, and their products; attention,
+# and the sum of its parts; A of o, and its product; the same two of gate and up, and of
+# down. Besides them there is the loop's counter.
 @pytest.mark.parametrize(("name", "rows"), [("8b", 1), ("8b", 16), ("1b", 4)])
 def test_a_layer_on_the_kernels_of_decoding_is_few_kernels(name, rows, compile_step):
     config, settings = CONFIGS[name], {"length": 2048, "generate": 512, "remat": "none"}
@@ -117,7 +117,7 @@ def test_a_layer_on_the_kernels_of_decoding_is_few_kernels(name, rows, compile_s
     layer, token = program.loop(LAYER), program.loop(TOKEN)
     started = [k for k in layer if k.operation not in (*FREE, "constant")]
     ours = [k for k in started if k.calls("mosaic")]
-    assert len(ours) == 10 and len(started) <= 12
+    assert len(ours) == 10 and len(started) <= 11
     # No weight, adapter or norm is copied out of its stack, and the cache is written in
     # place.
     others = [k for k in started + token if not k.calls("mosaic")]

@@ -31,8 +31,8 @@ def arguments(sizes, slot, rotated=None, window=None):
     used = (place <= slot) & (place >= 3 * jnp.arange(rows)[:, None])
     cache = tuple(draw(i, 2, rows, kv_heads, slots, width) for i in range(2))
     numbers = [jnp.array([n], jnp.int32) for n in (1, slot, window or 0)]
-    ids = (jnp.ones(rows, jnp.int32), used.astype(jnp.int32).at[:, slot].set(1))
-    token = decode.Token(*numbers[:2], *ids, numbers[2] if window else None)
+    ids = used.astype(jnp.int32).at[:, slot].set(1)
+    token = decode.Token(*numbers[:2], ids, numbers[2] if window else None)
     qkv = draw(2, rows, (heads + 2 * kv_heads) * width)
     return qkv, (jnp.cos(angle), jnp.sin(angle)), cache, token
 
