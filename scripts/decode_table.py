@@ -20,11 +20,6 @@ import os
 import re
 from typing import Any
 
-from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
-
-# Before jax is imported.
-os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -39,6 +34,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.llama import Llama
 from qlora_jax.models.params import abstract_base
+from qlora_jax.planning.compile import ENVIRONMENT, XLA_FLAGS
 from qlora_jax.planning.gpus import CARDS
 from qlora_jax.planning.step import gpu_mesh
 
@@ -109,37 +105,66 @@ def traffic(lines: list[str], computations: dict[str, list[str]], layers: int) -
         shapes[name] = result
         if operation in FREE:
             continue
-        reads = [shapes.get(o, "") for o in re.findall(r"%([\w.\-]+)", operands)]
+        operands = [shapes.get(o, "") for o in re.findall(r"%([\w.\-]+)", operands)]
         called = re.search(r"\bcalls=%?([\w.\-]+)", line)
-        fused = "\n".join(computations.get(called[1], ())) if called else ""
-        written = [] if "output_to_operand_aliasing" in line else _sizes(result, layers)
-        sizes = [size for shape in reads for size in _sizes(shape, layers)]
-        if " gather(" in fused or " dynamic-slice(" in fused:
-            # Of a table, the rows that are looked up.
-            limit = sum(written)
-            sizes = [
-                min(size, limit) if whole == size else size
-                for shape in reads
-                for size, whole in zip(
-                    _sizes(shape, layers), _sizes(shape, 0), strict=True
-                )
-            ]
-        if "dynamic-update-slice(" in fused or operation == "dynamic-update-slice":
-            # In place: what is read besides the array, twice.
-            kernels.append(2 * sum(s for s in sizes if s < max(written)))
+        if called is None:
+            # Our kernels read a layer of a stack; what they update in place is small.
+            reads = sum(_bytes(shape, layers) for shape in operands)
+            aliases = line.partition("output_to_operand_aliasing=")[2]
+            in_place = {int(n) for n in re.findall(r"\{(\d+)\}: \(", aliases)}
+            for number, (kind, dims) in enumerate(_ARRAY.findall(result)):
+                reads += 0 if number in in_place else _bytes(f"{kind}[{dims}]")
+            kernels.append(reads)
             continue
-        kernels.append(sum(sizes) + sum(written))
+        parts, saved = _parts(computations[called[1]], result)
+        reads = [parts.get(n, _bytes(shape)) for n, shape in enumerate(operands)]
+        kernels.append(sum(reads) + _bytes(result) - saved)
     return kernels
 
 
-def _sizes(shape: str, layers: int) -> list[float]:
-    """Returns the bytes of the arrays of a type, one layer of stacks."""
-    sizes = []
+def _parts(fused: list[str], result: str) -> tuple[dict[int, float], float]:
+    """Returns the bytes that a fusion reads of sliced operands.
+
+    And how much less than its results it writes, because it writes them in place.
+    """
+    shapes: dict[str, str] = {}
+    sources: dict[str, int] = {}
+    parts: dict[int, float] = {}
+    results = [_bytes(f"{kind}[{dims}]") for kind, dims in _ARRAY.findall(result)]
+    saved = 0.0
+    for line in fused:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, shape, operation, operands = match.groups()
+        shapes[name] = shape
+        names = re.findall(r"%([\w.\-]+)", operands)
+        if operation == "parameter":
+            sources[name] = int(operands)
+        elif operation in ("bitcast", "copy", "reshape") and names[0] in sources:
+            sources[name] = sources[names[0]]
+        elif operation == "dynamic-update-slice" and names[0] in sources:
+            # What is changed in a copy, and read again from there, is read once.
+            sources[name] = sources[names[0]]
+            parts.setdefault(sources[name], 0)
+            if _bytes(shape) in results:
+                saved += _bytes(shape) - _bytes(shapes[names[1]])
+        elif operation in ("gather", "dynamic-slice") and names[0] in sources:
+            source = sources[names[0]]
+            parts[source] = parts.get(source, 0) + _bytes(shape)
+    # Looked up more often than it is large, a table is read once.
+    whole = {sources[n]: _bytes(shapes[n]) for n in shapes if n in sources}
+    return {n: min(size, whole[n]) for n, size in parts.items()}, saved
+
+
+def _bytes(shape: str, layers: int = 0) -> float:
+    """Returns the bytes of the arrays of a type; of stacks of `layers`, one layer."""
+    size = 0.0
     for kind, dims in _ARRAY.findall(shape):
         numbers = [int(n) for n in dims.split(",") if n]
-        stacked = len(numbers) > 1 and layers in numbers[:2]
-        sizes.append(BYTES[kind] * math.prod(numbers) / (layers if stacked else 1))
-    return sizes
+        stacked = len(numbers) > 1 and numbers[0] == layers
+        size += BYTES[kind] * math.prod(numbers) / (layers if stacked else 1)
+    return size
 
 
 def main() -> None:
@@ -152,6 +177,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     args = parser.parse_args()
+    # Read when the compiler starts, with the first program.
+    os.environ |= {**ENVIRONMENT, "XLA_FLAGS": " ".join(XLA_FLAGS)}
+    jax.config.update("jax_platforms", "cpu")
     config = LlamaConfig.from_hf(MODELS[args.size].hf_config)
     layers = config.num_hidden_layers
     bandwidth = 0.9 * CARDS[args.gpu].bandwidth
