@@ -49,8 +49,10 @@ UNIT = 16
 Small units divide evenly among the multiprocessors."""
 _WARPS = 4
 """Of a warpgroup; they share the in_features of a unit."""
-# Of a Hopper multiprocessor, less the barriers and what aligning each array takes.
-_SHARED_LIMIT = 224 * 1024
+# What a block of threads has on every device since Ampere, and a multiprocessor of
+# Hopper for all of its blocks, less what each takes for itself (CUDA C++ Programming
+# Guide).
+_SHARED_LIMIT, _SHARED_OF_ALL = 99 * 1024, 224 * 1024
 
 
 class Update(NamedTuple):
@@ -106,8 +108,8 @@ def plan_for(
             continue
         shared = _shared_bytes(shapes, rows, groups, gated)
         # Enough threads for a multiprocessor's registers, 128 each where there are few.
-        at_once = min(max(4 // groups, 1), _SHARED_LIMIT // shared)
-        if at_once:
+        at_once = min(max(4 // groups, 1), _SHARED_OF_ALL // shared)
+        if shared <= _SHARED_LIMIT:
             chunk = 1 if blocks // (_WARPS * groups) % 2 else 2
             return Plan(groups, chunk, min(at_once * multiprocessors, units))
     return None

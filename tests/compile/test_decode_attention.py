@@ -139,3 +139,8 @@ def test_attention_at_real_sizes(case, kernel):
     rows, heads, _, width, _ = case["sizes"]
     results = 4 * rows * heads * (width + 2) * case["splits"]
     assert kernel.temporaries <= results + 4096
+
+
+def test_an_older_device_compiles_it_without_spills(compile_kernels):
+    (kernel,) = compile_kernels([REAL[0]], "a100-80")
+    kernel.assert_fits(threads=128, shared=101376)

@@ -125,9 +125,10 @@ def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
     for names in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
         of_group = [shapes[name] for name in names.split()]
         plan = decode.plan_for(of_group, rows, gated="gate" in names)
-        assert plan is not None and plan.groups >= 4
+        assert plan is not None
+        # At least four warpgroups for each of 132 multiprocessors, or for each unit.
         units = sum(shape[0] // 16 for shape in of_group) // (1 + ("gate" in names))
-        assert plan.blocks == min(132, units)
+        assert plan.groups * plan.blocks >= 4 * min(132, units)
 
 
 @pytest.mark.skipif(not device.jax_has_kernels(), reason="needs jax 0.11")
