@@ -37,14 +37,13 @@ def arguments(sizes, slot, rotated=None, window=None):
     return qkv, (jnp.cos(angle), jnp.sin(angle)), cache, token
 
 
-@pytest.mark.interpret
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_token_is_written_and_attends_to_what_it_sees(case):
+def test_a_token_is_written_and_attends_to_what_it_sees(case, interpret):
     from pallas_kernels.attention import decode
 
     sizes, slot, splits, options = case
     args = arguments(sizes, slot, **options)
-    named = {"splits": splits, "interpret": device.interpreter()}
+    named = {"splits": splits, "interpret": interpret}
     scale = sizes[3] ** -0.5
     got, cache = jax.jit(lambda *a: decode.attend(*a, scale=scale, **named))(*args)
     want, want_cache = decode.attend_reference(*args, scale=scale)
@@ -52,10 +51,13 @@ def test_a_token_is_written_and_attends_to_what_it_sees(case):
     near = {"atol": 4 * 2.0**-8, "rtol": 2.0**-8}
     np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, want)), **near)
     for ours, theirs in zip(cache, want_cache, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        # On a GPU a product and a sum of the rotation may be one rounding.
+        exact = 0 if interpret else 2.0**-7
+        ours, theirs = (a.astype(jnp.float32) for a in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=exact)
 
 
-@pytest.mark.interpret
+@pytest.mark.skipif(not device.jax_has_kernels(), reason="needs jax 0.11")
 def test_the_reference_is_the_textbook_formula():
     from pallas_kernels.attention import decode
 
