@@ -120,10 +120,10 @@ def _dense_bwd(
     # dy is float32 where y was asked for in float32 (logits); rounded, both products
     # run on 16-bit operands like the forward one.
     dx = contract(dy, weight.astype(x.dtype), 0)
-    return dx, _outer(dy, x).astype(weight.dtype)
+    return dx, outer(dy, x).astype(weight.dtype)
 
 
-def _outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "M N"]:
+def outer(a: Float[Array, "*B M"], b: Float[Array, "*B N"]) -> Float32[Array, "M N"]:
     """Sums `a^T b` over the rows, in float32.
 
     The compiler transposes the left operand, so the narrower one goes there (for an

@@ -103,6 +103,8 @@ class PlanCommand:
     """Attention implementation."""
     remat: Annotated[RematOrAuto | None, _default("auto")] = None
     """What is recomputed or kept on the host; auto = the fastest policy that fits."""
+    scan_layers: Annotated[Literal["auto"] | bool | None, _default("auto")] = None
+    """Whether the layers are a loop, or each has a program of its own."""
     kernels: Annotated[Kernels | None, _default("auto")] = None
     """Of products with packed weights."""
     embed_tokens: Annotated[Literal[Auto, EmbeddingMemory] | None, _default("auto")] = (
@@ -140,9 +142,11 @@ class PlanCommand:
         card = find_gpu(self.gpu)
         planner = Planner(card, python=self._compiler(card), mesh=self._mesh(), say=say)
         step = settings.step(card)
+        attention = _attention(settings.model.attention, step, card)
         candidates = policies(
             remat=settings.model.remat,
-            attention=settings.model.attention,
+            scan_layers=settings.model.scan_layers,
+            attention=attention,
             embed_tokens=settings.model.embed_tokens,
             lm_head=settings.model.lm_head,
             tied=settings.config.tie_word_embeddings,
@@ -155,7 +159,7 @@ class PlanCommand:
         report = plan.report(settings.tables)
         report["notes"] = self._notes(settings, planner, plan)
         if self.compare:
-            every = policies(attention=settings.model.attention, gpu=card)
+            every = policies(attention=attention, gpu=card)
             report["policies"] = _compare(planner, step, every, settings.fit)
         if self.plot is not None:
             drawn = draw_memory(planner, plan, candidates, Path(self.plot))
@@ -206,6 +210,15 @@ class PlanCommand:
                 else "the estimate leaves less of the memory than the 10 % that it may "
                 "be wrong by: shorter or fewer rows are safer."
             )
+        attention = plan.step.compute.attention
+        if plan.step.packed and settings.model.attention == "auto":
+            notes.append(
+                "packed rows: planned with attention='pallas', which a run takes if "
+                "those kernels pass its check on the device, and else 'xla'."
+                if attention == "pallas"
+                else "packed rows: attention in plain XLA, block by block; no faster "
+                "kernel takes them here."
+            )
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
             notes.append(
@@ -242,7 +255,7 @@ _KEYS = {
     **{
         name: f"model.{name}"
         for name in (
-            *("quantization", "dtype", "attention", "remat", "kernels"),
+            *("quantization", "dtype", "attention", "remat", "scan_layers", "kernels"),
             *("embed_tokens", "lm_head"),
         )
     },
@@ -422,6 +435,23 @@ def _lacks_bfloat16(card: GpuSpec) -> str:
     return f"{card.name} (compute capability {major}.{minor}) has no bfloat16"
 
 
+def _attention(attention: Attention, step: Step, card: GpuSpec) -> Attention:
+    """Returns the attention that a run takes, if its check on the device passes."""
+    from pallas_kernels.device import jax_has_kernels
+    from qlora_jax.models import attention_refusals
+
+    if attention != "auto" or not step.packed or not jax_has_kernels():
+        return attention
+    reasons = attention_refusals(
+        "pallas",
+        dtype=step.compute.dtype,
+        head_dim=step.config.head_dim,
+        packed=True,
+        capability=".".join(map(str, card.compute_capability)),
+    )
+    return attention if reasons else "pallas"
+
+
 def _compare(
     planner: Planner, step: Step, candidates: Sequence[Policy], fit: Quantity | None
 ) -> list[dict[str, Any]]:
@@ -443,6 +473,9 @@ def _compare(
                 "host_bytes": plan.memory.host_bytes,
                 "flops_per_token": report["flops_per_token"],
                 "step_seconds_floor": report["step_seconds_floor"],
+                # At reachable rates, of a compiled plan.
+                "counted_tokens_per_second": plan.counted
+                and plan.counted["reachable"]["tokens_per_second"],
             }
         rows.append(row)
     return rows

@@ -45,6 +45,8 @@ def print_plan(report: Mapping[str, Any]) -> None:
     )
     _print_device_bytes(report, devices)
     _print_host_and_time(report)
+    if report["counted"]:
+        _print_counted(report["counted"])
     if report["collectives"]:
         print("\ncollectives of a step, of each device")
         for kind, row in sorted(report["collectives"].items()):
@@ -53,7 +55,7 @@ def print_plan(report: Mapping[str, Any]) -> None:
     if report.get("policies"):
         _print_policies(report["policies"])
     print("\nin [model] of the run file")
-    for name in ("remat", "attention", "embed_tokens", "lm_head"):
+    for name in ("remat", "scan_layers", "attention", "embed_tokens", "lm_head"):
         print(f"  {name} = {json.dumps(report[name])}")
     if report["settings"] and report["fits"]:
         print("\nset for the run")
@@ -83,8 +85,9 @@ def _print_host_and_time(report: Mapping[str, Any]) -> None:
         "pinned host memory": readable_bytes(report["host_bytes"]),
         "host memory the machine needs": readable_bytes(report["host_bytes_needed"]),
         "adapter file": readable_bytes(report["adapter_bytes"]),
-        "FLOPs a token": f"{report['flops_per_token'] / 1e9:,.1f} G",
-        "a step takes at least": f"{max(floor.values()):.3g} s (compute "
+        "FLOPs a token": f"{report['flops_per_token'] / 1e9:,.1f} G "
+        f"({report['necessary_flops_per_token'] / 1e9:,.1f} G without recomputation)",
+        "a step takes at least": f"{max(floor.values()):.3g} s (by formula: compute "
         f"{floor['compute']:.3g}, device memory {floor['bandwidth']:.3g}, host link "
         f"{floor['host_link']:.3g})",
     }
@@ -93,9 +96,24 @@ def _print_host_and_time(report: Mapping[str, Any]) -> None:
         print(f"  {label:<32}{value}")
 
 
+def _print_counted(counted: Mapping[str, Any]) -> None:
+    print("\ntime of a step, counted from its compiled kernels, not measured")
+    tokens, floor = counted["tokens"], counted["floor_seconds"]
+    rows = {"floor: FLOPs without recomputation": (floor, tokens / floor)}
+    for name in ("ideal", "reachable"):
+        each = counted[name]
+        label = f"all kernels, {name} rates"
+        rows[label] = (each["seconds"], each["tokens_per_second"])
+    for label, (seconds, rate) in rows.items():
+        print(f"  {label:<40}{seconds:>10.3g} s{rate:>14,.0f} tokens/s")
+    print(f"  {'kernels launched':<40}{counted['launches']:>10,}")
+
+
 def _print_policies(policies: Sequence[Mapping[str, Any]]) -> None:
     print("\npolicies")
-    print(f"  {'':<24}{'tokens':>16}{'device':>12}{'host':>12}{'at least':>12}")
+    counted = any(row.get("counted_tokens_per_second") for row in policies)
+    header = f"  {'':<24}{'tokens':>16}{'device':>12}{'host':>12}{'at least':>12}"
+    print(header + (f"{'counted':>18}" if counted else ""))
     for row in policies:
         if "device_bytes" not in row:
             print(f"  {row['policy']:<24}{'does not fit':>16}")
@@ -104,9 +122,11 @@ def _print_policies(policies: Sequence[Mapping[str, Any]]) -> None:
         device, host = map(readable_bytes, (row["device_bytes"], row["host_bytes"]))
         seconds = max(row["step_seconds_floor"].values())
         verdict = "" if row["fits"] else "  does not fit"
+        rate = row["counted_tokens_per_second"]
+        rate = f"{rate:>9,.0f} tokens/s" if rate else " " * 18 * counted
         print(
             f"  {row['policy']:<24}{size:>16}{device:>12}{host:>12}{seconds:>10.3g} s"
-            f"{verdict}"
+            f"{rate}{verdict}".rstrip()
         )
 
 

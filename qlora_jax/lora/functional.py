@@ -106,6 +106,7 @@ def delta(
     *,
     dropout: float = 0.0,
     key: Array | None = None,
+    saved: bool = False,
 ) -> Float[Array, "*B O"]:
     """Computes `scaling * (B (A dropout(x)) + lora_bias)` in the dtype of `x`.
 
@@ -119,6 +120,7 @@ def delta(
       scaling: factor of the update; with "rows" [N].
       dropout: probability of dropping an input element; 0 or no key = none.
       key: PRNG key for the dropout mask.
+      saved: as `name_product` takes it.
 
     Returns:
       The update [..., O].
@@ -135,13 +137,29 @@ def delta(
         return _delta_by_row(x, adapter, jnp.asarray(scaling))
     refuse_stack(adapter["lora_A"])
     # [..., R]: cheap to keep, while computing it again reads all of x.
-    inner = checkpoint_name(dense_matmul(x, adapter["lora_A"]), "lora_inner")
+    inner: Any = dense_matmul(x, adapter["lora_A"])
+    inner = name_product(inner, "lora_inner", saved=saved)
     # On the rank side: on [..., O] the scaling would be a pass of its own over memory.
     y: Any = dense_matmul(_scaled(inner, scaling), adapter["lora_B"])
     if "lora_bias" in adapter:
         bias = _scaled(adapter["lora_bias"], scaling).astype(y.dtype)
         y = y + jnp.expand_dims(bias, range(y.ndim - 1))
     return y
+
+
+def name_product(
+    y: Float[Array, "*B O"], name: str, *, saved: bool
+) -> Float[Array, "*B O"]:
+    """Names a matrix product for the policies of `jax.checkpoint`.
+
+    Args:
+      y: the product.
+      name: for the policies.
+      saved: whether one of them keeps it. The product then stands alone in the program:
+        without the barrier, the XLA of jax 0.11 multiplies twice on a GPU, once to use
+        the product, once to write it into the stack of all layers.
+    """
+    return checkpoint_name(jax.lax.optimization_barrier(y) if saved else y, name)
 
 
 def _scaled(x: Array, scaling: float | Array) -> Array:

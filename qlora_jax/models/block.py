@@ -8,7 +8,7 @@ Read in order: Block -> Attention, MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from qlora_jax.models.attention import (
     within_window,
 )
 from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.joined import can_join, joined_linear
 from qlora_jax.models.layers import (
     Compute,
     Linear,
@@ -39,6 +40,13 @@ from qlora_jax.models.layers import (
 from qlora_jax.models.rope import rope_table, rotate
 
 # What the backward pass keeps of a layer, by `Compute.remat`; it recomputes the rest.
+_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_lse", "dora_norm"
+    ),
+    # cuDNN's output and log-sum-exp, which cannot be named from outside.
+    lambda primitive, *_, **__: primitive.name.startswith("dot_product_attention_fwd"),
+)
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     # DoRA's norms cost a product with the full weight and are O numbers to keep.
     "full": jax.checkpoint_policies.save_only_these_names("dora_norm"),
@@ -50,14 +58,12 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    # Attention costs most to recompute where rows are long: 4 D T numbers less at the
+    # price of another 2 L T D bytes.
+    "save_attention": _ATTENTION,
     "save_matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names(
-            "attention_out", "attention_lse", "linear_out", "lora_inner", "dora_norm"
-        ),
-        # cuDNN's output and log-sum-exp, which cannot be named from outside.
-        lambda primitive, *_, **__: primitive.name.startswith(
-            "dot_product_attention_fwd"
-        ),
+        jax.checkpoint_policies.save_only_these_names("linear_out", "lora_inner"),
+        _ATTENTION,
     ),
 }
 
@@ -279,7 +285,9 @@ class Attention(nn.Module):
             else:
                 out = attend_to_cache(q, kv, segments, cached, variant, window)
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
-        return self._linear("o_proj", c.hidden_size)(out), kv
+        o_proj = self._linear("o_proj", c.hidden_size).function(out.shape[-1])
+        (out,) = apply_linears(out, {"o_proj": o_proj}, self.compute)
+        return out, kv
 
     def _projections(
         self, x: Float[Array, "B T D"]
@@ -290,15 +298,22 @@ class Attention(nn.Module):
         """
         c = self.config
         heads, groups = c.num_attention_heads, c.num_key_value_heads
+        names = {"q_proj": heads, "k_proj": groups, "v_proj": groups}
         if c.family.fused:
-            qkv_proj = self.projection("qkv_proj", x, heads + 2 * groups)
+            names = {"qkv_proj": heads + 2 * groups}
+        layers = {
+            name: self._linear(name, n * c.head_dim).function(x.shape[-1])
+            for name, n in names.items()
+        }
 
-            split = partial(jnp.split, indices_or_sections=[heads, heads + groups])
-            return lambda x: iter(split(qkv_proj(x), axis=2))
-        q_proj = self.projection("q_proj", x, heads)
-        k_proj = self.projection("k_proj", x, groups)
-        v_proj = self.projection("v_proj", x, groups)
-        return lambda x: (projection(x) for projection in (q_proj, k_proj, v_proj))
+        def project(x: Array) -> Iterator[Array]:
+            for y in apply_linears(x, layers, self.compute):
+                parts = [y.reshape(*y.shape[:2], -1, c.head_dim)]
+                if c.family.fused:
+                    parts = jnp.split(parts[0], [heads, heads + groups], axis=2)
+                yield from parts
+
+        return project
 
     def _head_norms(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         """Returns the norms of queries and keys over the width of a head."""
@@ -313,19 +328,6 @@ class Attention(nn.Module):
         )
         return q_norm, k_norm
 
-    def projection(
-        self, name: str, x: Float[Array, "B T D"], heads: int
-    ) -> Callable[[Array], Float[Array, "B T N H"]]:
-        """Returns the projection `name` of inputs like `x`, split into heads."""
-        features = heads * self.config.head_dim
-        layer = self._linear(name, features).function(x.shape[-1])
-
-        def project(x: Array) -> Array:
-            with jax.named_scope(name):
-                return layer(x).reshape(*x.shape[:2], heads, self.config.head_dim)
-
-        return project
-
     def _linear(self, name: str, features: int) -> Linear:
         return Linear(
             features,
@@ -334,6 +336,35 @@ class Attention(nn.Module):
             initializer_range=self.config.initializer_range,
             name=name,
         )
+
+
+def apply_linears(
+    x: Float[Array, "B T I"],
+    layers: Mapping[str, partial[Array]],
+    compute: Compute,
+    *,
+    interleaved: bool = False,
+) -> Iterator[Float[Array, "B T O"]]:
+    """Applies linear layers to one input, as one product where that is faster.
+
+    Args:
+      x: inputs.
+      layers: from `Linear.function`, by name.
+      compute: whether they are joined.
+      interleaved: as `joined_linear` takes it.
+
+    Yields:
+      The outputs one after another, each computed when it is asked for.
+    """
+    functions = list(layers.values())
+    # A single token is a product with the packed weight, which is never written out.
+    if compute.joins_products and x.shape[1] > 1 and can_join(functions):
+        with jax.named_scope("_".join(layers)):
+            yield from joined_linear(x, functions, interleaved=interleaved)
+        return
+    for name, layer in layers.items():
+        with jax.named_scope(name):
+            yield layer(x)
 
 
 def attend_to_cache(
@@ -422,25 +453,32 @@ class MLP(nn.Module):
         activation = _ACTIVATIONS[c.hidden_act]
         down_proj = projection("down_proj", c.intermediate_size, in_features)
 
-        def call(layer: partial[Array], x: Array, chunk: Array | None) -> Array:
-            adapter = layer.keywords["adapter"]
-            if chunk is None or adapter.key is None:
-                return layer(x)
-            # Otherwise all chunks would have the same dropout mask.
-            key = jax.random.fold_in(adapter.key, chunk)
-            return layer(x, adapter=adapter._replace(key=key))
+        def of_chunk(
+            layers: Mapping[str, partial[Array]], chunk: Array | None
+        ) -> Mapping[str, partial[Array]]:
+            if chunk is None:
+                return layers
+            chosen = {}
+            for name, layer in layers.items():
+                adapter = layer.keywords["adapter"]
+                if adapter.key is not None:
+                    # Otherwise all chunks would have the same dropout mask.
+                    key = jax.random.fold_in(adapter.key, chunk)
+                    adapter = adapter._replace(key=key)
+                chosen[name] = partial(layer, adapter=adapter)
+            return chosen
 
         def mlp(x: Array, chunk: Array | None = None) -> Array:
-            outputs = []
-            for name, layer in inner.items():
-                with jax.named_scope(name):
-                    outputs.append(call(layer, x, chunk))
+            layers = of_chunk(inner, chunk)
+            outputs = list(apply_linears(x, layers, self.compute, interleaved=True))
             if c.family.fused:
                 outputs = jnp.split(outputs[0], 2, axis=-1)
             gate, up = outputs
             # The exponential in float32: bf16 exp is less accurate and no faster.
             h = activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-            with jax.named_scope("down_proj"):
-                return call(down_proj, h.astype(x.dtype), chunk)
+            h = h.astype(x.dtype)
+            layers = of_chunk({"down_proj": down_proj}, chunk)
+            (update,) = apply_linears(h, layers, self.compute)
+            return update
 
         return mlp

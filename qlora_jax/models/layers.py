@@ -21,14 +21,14 @@ from typing import Any, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from pallas_kernels import device
 from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
-from qlora_jax.choices import Attention, Dtype, Kernels, Remat
+from qlora_jax.choices import Attention, Dtype, Kernels, LoraProducts, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
@@ -62,12 +62,21 @@ class Compute:
     attention: Attention = "auto"
     """Attention implementation; see `qlora_jax.models.attention`."""
     remat: Remat = "full"
-    """What the backward pass recomputes: nothing; each layer from its input; each layer
-    except the results of its matrix products and its attention; or each layer from its
-    input, which is kept in host memory until then."""
+    """What the backward pass recomputes: nothing; each layer from its input ("full");
+    each layer except its attention, or except the results of its matrix products and
+    its attention; or each layer from its input, which is kept in host memory until
+    then."""
+    scan_layers: bool = True
+    """Whether the layers are a loop over one program. Otherwise each has its own, so
+    that what the backward pass keeps stays where it was computed instead of being
+    copied into arrays of all layers; compiling takes longer with every layer. Of
+    training; generation has a loop."""
     kernels: Kernels = "auto"
     """Implementation of products with packed weights: XLA, the Pallas kernels for GPUs,
     or the best known for the device; see `pallas_kernels.nf4`."""
+    lora_products: LoraProducts = "auto"
+    """Products of plain adapters: part of the products with the weights, or products of
+    their own; "auto" joins them on a GPU. See `qlora_jax.models.joined`."""
     lora: LoraConfig | None = None
     """Adapters of the "lora" collection: their dropout, what training binds them with,
     and the scaling of an unbound tree."""
@@ -78,6 +87,7 @@ class Compute:
             ("attention", get_args(Attention)),
             ("remat", get_args(Remat)),
             ("kernels", get_args(Kernels)),
+            ("lora_products", get_args(LoraProducts)),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -89,6 +99,13 @@ class Compute:
     def implementation(self) -> str | None:
         """`kernels` as `pallas_kernels` takes it."""
         return None if self.kernels == "auto" else self.kernels
+
+    @property
+    def joins_products(self) -> bool:
+        """Whether updates of adapters are part of the products with the weights."""
+        if self.lora_products != "auto":
+            return self.lora_products == "joined"
+        return device.this_device().platform in ("gpu", "cuda")
 
     def arrange(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables in the layout that the chosen kernels read fastest.
@@ -132,6 +149,7 @@ def linear(
     *,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    saved: bool = False,
 ) -> Float[Array, "*B O"]:
     """Computes `W x + bias + scaling * B (A x)`, or its DoRA.
 
@@ -148,6 +166,8 @@ def linear(
       dtype: of the result; default that of `x`. Products are computed from operands in
         the dtype of `x` either way, so float32 logits are not rounded to bf16 first.
       implementation: of the product with an `NF4Tensor`; see `pallas_kernels.nf4`.
+      saved: whether a policy of `jax.checkpoint` keeps the products for the backward
+        pass.
 
     Returns:
       [..., O] in `dtype`.
@@ -173,10 +193,12 @@ def linear(
     if bias is not None and magnitude is None:
         y = y + _broadcast(bias, y)
     if "lora_A" in arrays:
-        update = lora_lib.delta(x, arrays, scaling, dropout=dropout, key=key)
+        update = lora_lib.delta(
+            x, arrays, scaling, dropout=dropout, key=key, saved=saved
+        )
         y = y + update.astype(dtype)
     # Named before DoRA's rescaling, whose derivative needs its input, not its output.
-    y = checkpoint_name(y, "linear_out")
+    y = lora_lib.name_product(y, "linear_out", saved=saved)
     if magnitude is not None:
         norms = lora_lib.row_norms(
             weight, arrays["lora_A"], arrays["lora_B"], scaling, dtype=x.dtype
@@ -383,6 +405,7 @@ class Linear(_Adaptable):
             bias=bias,
             adapter=self._adapter(),
             implementation=implementation,
+            saved=self.compute.remat == "save_matmuls",
         )
 
     def _adapter(self) -> ModuleAdapter:
@@ -470,7 +493,7 @@ def rms_norm(
 
 # Tokens per chunk of the MLP, by `Compute.remat`: enough for products at full speed,
 # few enough that [tokens, intermediate_size] does not limit the length of a row.
-_MLP_TOKENS = {"full": 16384, "offload": 4096}
+_MLP_TOKENS = {"full": 16384, "save_attention": 16384, "offload": 4096}
 # These hold up to this width; a wider MLP takes fewer tokens, a power of two.
 _MLP_WIDTH = 16384
 

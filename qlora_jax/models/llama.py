@@ -78,7 +78,8 @@ class Llama(nn.Module):
         )
         self.lm_head = Linear(
             self.config.vocab_size,
-            self.compute,
+            # The head is no part of the rematerialized layers.
+            dataclasses.replace(self.compute, remat="none"),
             initializer_range=self.config.initializer_range,
         )
 
@@ -235,7 +236,11 @@ class LlamaModel(nn.Module):
         rope, kind = kinds.rope_tables(positions, long), kinds.index()
         x = self._embed(tokens, noise)
         if cache is None:
-            (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
+            # The scan draws the parameters, which then do not depend on the choice.
+            if self.compute.scan_layers or self.is_initializing():
+                (x, _), _ = self.layers((x, None), rope, segments, None, kind, None)
+            else:
+                x = self._unrolled(x, rope, segments, kind)
             return self.norm(x), None
         assert segments is not None
         all_segments = jax.lax.dynamic_update_slice(
@@ -269,6 +274,42 @@ class LlamaModel(nn.Module):
         assert kv is not None
         return self.norm(x), Cache(kv[0], kv[1], all_segments, length)
 
+    def _unrolled(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        segments: Array | None,
+        kind: tuple[Array | None, Array | None],
+    ) -> Float[Array, "B T D"]:
+        """Applies the layers one after another, as a program of all of them."""
+        length, remat = self.config.num_hidden_layers, self.compute.remat
+        block = Block(
+            self.config, self.compute, self.attention_cls, self.mlp_cls, parent=None
+        )
+
+        def layer(variables: Any, x: Array, kind: Any, key: Array | None) -> Array:
+            rngs = None if key is None else {"dropout": key}
+            carry = (x, None)
+            (x, _), _ = block.apply(
+                variables, carry, rope, segments, None, kind, None, rngs=rngs
+            )
+            return x
+
+        if remat != "none":
+            # Here both passes are one program, in which merging equal expressions would
+            # undo the recomputation.
+            layer = jax.checkpoint(
+                layer, policy=REMAT_POLICIES[remat], prevent_cse=True
+            )
+        scanned = {**self.layers.variables}
+        shared = {k: scanned.pop(k) for k in ("stacks",) if k in scanned}
+        keys = None
+        if self.has_rng("dropout"):
+            keys = jax.random.split(self.layers.make_rng("dropout"), length)
+        for variables, layer_kind, key in _unstack((scanned, kind, keys), length):
+            x = layer({**variables, **shared}, x, layer_kind, key)
+        return x
+
     def _embed(self, tokens: Array, noise: Array | None) -> Float[Array, "B T D"]:
         """Looks tokens up and scales them; noise is added to what the table gives."""
         x = self.embed_tokens(tokens)
@@ -278,6 +319,18 @@ class LlamaModel(nn.Module):
         if noise is not None:
             x = x + noise.astype(x.dtype)
         return multiply(x, self.config.embedding_multiplier)
+
+
+def _unstack(tree: Any, length: int) -> list[Any]:
+    """Returns the entries of the leading axis of all leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    # The derivative of a split is a concatenation; that of `length` slices would add up
+    # as many arrays of the full size.
+    parts = [jax.lax.split(leaf, (1,) * length) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [part[n][0] for part in parts])
+        for n in range(length)
+    ]
 
 
 def add_parameters(

@@ -2,7 +2,9 @@
 
 Reading order: plan (which settings fit a GPU), step (the program and its memory),
 compile (for a GPU that is not installed), estimate (the closed form), gpus (data
-sheets).
+sheets). The time of a compiled program: hlo (its text), work (bytes and operations of
+each kernel), categories (what each serves), roofline (rates and times), trace (measured
+times in the same categories).
 """
 
 import lazy_loader

@@ -7,8 +7,7 @@ atomically. Each compilation has its process, because XLA reads its settings whe
 starts and a failed compilation may abort. It may run another Python, whose environment
 has the GPU compiler.
 
-`collectives` counts the communication in the text of a program compiled for several
-devices.
+The answer counts what the compiled program does (`planning.roofline`).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.planning import hlo, roofline
 
 if TYPE_CHECKING:  # these modules import jax
     from qlora_jax.planning.gpus import GpuSpec
@@ -67,8 +67,10 @@ class Compiled:
     """Version of jax that compiled."""
     seconds: float
     """Compilation time."""
+    counted: Mapping[str, Any]
+    """What the step does and would take, as `planning.roofline.count_step` returns."""
     program: str | None = None
-    """The scheduled program, if requested."""
+    """The scheduled program, if requested, with its command buffers as comments."""
 
 
 def how_to_get_the_compiler() -> str:
@@ -154,6 +156,7 @@ def compile_for(
         collectives=answer["collectives"],
         jax=answer["jax"],
         seconds=answer["seconds"],
+        counted=answer["counted"],
         program=text,
     )
 
@@ -208,92 +211,6 @@ def _last_line(text: str) -> str:
     return line[-2000:] if line.endswith((".", "!")) else line[-2000:] + "."
 
 
-# --- Collectives ---
-
-_KINDS = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
-)
-_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-# An asynchronous collective is a pair of instructions. The first counts; its result is
-# a tuple of operands and results.
-_COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(-start)?\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-
-
-def collectives(program: str) -> dict[str, dict[str, int]]:
-    """Counts collectives by kind.
-
-    Args:
-      program: scheduled HLO as text.
-
-    Returns:
-      Kind -> {"count", "bytes"} of one step of one device; bytes are those of the
-      results on a device. A collective in a loop counts once per iteration if the
-      compiler knows their number, else once.
-    """
-    entry, computations = _computations(program)
-    totals: dict[str, dict[str, int]] = {}
-
-    def visit(computation: str, times: int) -> None:
-        for line in computations.get(computation, ()):
-            if match := _COLLECTIVE.search(line):
-                kind = totals.setdefault(match[2], {"count": 0, "bytes": 0})
-                kind["count"] += times
-                kind["bytes"] += times * _result_bytes(match[1], bool(match[3]))
-            if loop := _WHILE.search(line):
-                trips = _TRIPS.search(line)
-                visit(loop[1], times * (int(trips[1]) if trips else 1))
-                continue
-            called = _CALLED.findall(line)
-            for branches in _BRANCHES.findall(line):
-                called += [b.strip().lstrip("%") for b in branches.split(",")]
-            for callee in called:
-                visit(callee, times)
-
-    visit(entry, 1)
-    return totals
-
-
-def _computations(program: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns the name of the entry computation, and the lines of each computation."""
-    lines: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match[1]
-            lines[name] = []
-            if line.startswith("ENTRY"):
-                entry = name
-        elif line.startswith("}"):
-            name = ""
-        elif name:
-            lines[name].append(line)
-    return entry, lines
-
-
-def _result_bytes(shape: str, asynchronous: bool) -> int:
-    sizes = [_array_bytes(*array) for array in _ARRAY.findall(shape)]
-    if asynchronous and len(sizes) > 1:
-        # Operands first, results after them.
-        sizes = sizes[len(sizes) // 2 :]
-    return sum(sizes)
-
-
-def _array_bytes(dtype: str, sizes: str) -> int:
-    bits = _BITS.get(dtype)
-    if bits is None:
-        digits = re.search(r"\d+", dtype)
-        bits = int(digits[0]) if digits else 0
-    count = math.prod(int(n) for n in sizes.split(",") if n)
-    return count * bits // 8
-
-
 # --- The process that compiles ---
 
 
@@ -328,6 +245,7 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     # jax reads the environment when it is imported.
     import jax
 
+    from qlora_jax.planning.estimate import necessary_flops
     from qlora_jax.planning.gpus import GpuSpec
     from qlora_jax.planning.step import Step, StepMemory, gpu_mesh, lower
 
@@ -338,10 +256,21 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
     start = time.perf_counter()
     compiled: Any = lower(step, mesh).compile()
     seconds = time.perf_counter() - start
-    dumped = list(Path(dumps).glob("*train_step*-buffer-assignment.txt"))
-    buffers = dumped[0].read_text() if len(dumped) == 1 else None
+    buffers = _dumped(dumps, "-buffer-assignment.txt")
     memory = StepMemory.of(compiled, step, mesh, buffers)
     text = compiled.as_text()
+    launches = _dumped(dumps, ".thunk_sequence_after_thunk_passes.txt")
+    names = _dumped(dumps, ".thunk_metadata.txt")
+    if launches and names:
+        text += hlo.graph_comment(launches, names)
+    devices = math.prod(mesh.shape.values())
+    counted = roofline.count_step(
+        text,
+        step,
+        gpu,
+        mesh=request["mesh"],
+        necessary_flops=necessary_flops(step, devices=devices),
+    )
     if request.get("program"):
         (folder / PROGRAM).write_text(text)
     stats = compiled.memory_analysis()
@@ -355,10 +284,17 @@ def _compile(request: Any, folder: Path, dumps: str) -> dict[str, Any]:
             "host_arguments": stats.host_argument_size_in_bytes,
             "host_temporaries": stats.host_temp_size_in_bytes,
         },
-        "collectives": collectives(text),
+        "collectives": hlo.collectives(hlo.parse(text)),
+        "counted": counted,
         "seconds": seconds,
         "jax": jax.__version__,
     }
+
+
+def _dumped(folder: str, ending: str) -> str | None:
+    """Returns what the compiler dumped of the step; None if it is not one file."""
+    files = list(Path(folder).glob(f"*train_step*{ending}"))
+    return files[0].read_text() if len(files) == 1 else None
 
 
 if __name__ == "__main__":

@@ -50,11 +50,16 @@ from qlora_jax.planning.step import (
     abstract_arguments,
     device_tree_bytes,
 )
+from qlora_jax.planning.work import mean_keys
 from qlora_jax.training import TrainConfig, make_optimizer
 from qlora_jax.tree import EMBEDDING, HEAD
 
 ERROR = 0.1
 """Share by which an estimate may differ from the compiled plan."""
+
+
+# Policies under which the backward pass repeats the matrix products of a layer.
+_REPEATS_PRODUCTS = ("full", "save_attention", "offload")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class _Arrays:
 _UNCHUNKED = _Arrays(weights=0.74, narrow=3.1, wide=7.0)
 _IN_CHUNKS = {
     "full": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
+    "save_attention": _Arrays(weights=0.9, narrow=6.2, wide=7.0),
     # Includes layer inputs that are being copied to and from the host.
     "offload": _Arrays(weights=0.9, narrow=7.2, wide=6.0),
 }
@@ -80,9 +86,13 @@ _KEPT = _Arrays(weights=0.3, narrow=4.3, wide=3.0)
 # Where [tokens, hidden_size] has 2^31 elements or more, the compiler fuses less and
 # holds half of one more.
 _LARGE = 0.5
-# Bytes per token and layer that "none" keeps in addition to "save_matmuls", for each
-# hidden and each intermediate feature (some of them in float32).
+# Bytes per token and layer that "none" in a loop keeps in addition to "save_matmuls",
+# for each hidden and each intermediate feature (some of them in float32).
 _NONE_NARROW, _NONE_WIDE = 10, 18
+# Share of the dequantized weights of all layers that the compiler holds at a time where
+# the layers are unrolled and their products are kept; without recomputation it keeps
+# those of the forward pass.
+_UNROLLED_WEIGHTS = 0.27
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,9 @@ def _model(step: Step, mesh: Mapping[str, int] | None = None) -> _Model:
     train = dataclasses.replace(
         step.train, batch_size=devices, gradient_accumulation_steps=1
     )
-    compute = dataclasses.replace(step.compute, remat="full", attention="auto")
+    compute = dataclasses.replace(
+        step.compute, remat="full", attention="auto", scan_layers=True
+    )
     # Settings that change no count are set to one value, for the cache.
     # One token on each device, so the batch's bytes are those of a token.
     unit_step = dataclasses.replace(step, length=1, train=train, compute=compute)
@@ -175,6 +187,12 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
     tokens = step.tokens // math.prod((mesh or {}).values())
     kept = _kept(step, model) * tokens
     offloaded = step.compute.remat == "offload"
+    unrolled = not step.compute.scan_layers
+    temporaries = _temporaries(step, model, tokens)
+    if unrolled:
+        # There are no arrays of all layers, of which activations and gradients are told
+        # by their shape.
+        temporaries += kept * (not offloaded)
     config = step.config
     cudnn = step.compute.attention in ("auto", "cudnn") and not step.packed
     cudnn = cudnn and step.compute.dtype != "float32" and config.head_dim <= 128
@@ -187,10 +205,10 @@ def step_memory(step: Step, mesh: Mapping[str, int] | None = None) -> StepMemory
         adapters=model.adapters,
         optimizer=model.optimizer,
         batch=model.batch_token * tokens * step.train.gradient_accumulation_steps,
-        activations=0 if offloaded else kept,
-        gradients=model.adapters,
+        activations=0 if offloaded or unrolled else kept,
+        gradients=0 if unrolled else model.adapters,
         loss=0,
-        temporaries=_temporaries(step, model, tokens),
+        temporaries=temporaries,
         # cuDNN's backward pass sums dQ [tokens, heads, head_dim] in float32.
         workspace=4 * tokens * wide if cudnn else 0,
         host_base=model.host_base,
@@ -207,13 +225,27 @@ def _kept(step: Step, model: _Model) -> int:
     """Bytes per token that the forward pass keeps for the backward pass."""
     c, size = step.config, _width(step)
     narrow = c.hidden_size
-    if step.compute.remat in ("full", "offload"):
-        # The input of each layer: 32 x 2 x 4,096 bytes, 256 KiB a token, for an 8B
-        # model.
-        return c.num_hidden_layers * size * narrow
     heads = c.num_attention_heads * c.head_dim
+    # The input of each layer: 32 x 2 x 4,096 bytes, 256 KiB a token, for an 8B model.
+    if step.compute.remat in ("full", "offload"):
+        return c.num_hidden_layers * size * narrow
+    # And attention with its log-sum-exp, a float32 for each head.
+    if step.compute.remat == "save_attention":
+        layer = size * (narrow + heads) + 4 * c.num_attention_heads
+        return c.num_hidden_layers * layer
     pairs = c.num_key_value_heads * c.head_dim
     wide = c.intermediate_size
+    if step.compute.remat == "none" and not step.compute.scan_layers:
+        # The residual stream before attention and MLP, and its norms; q and attention;
+        # k and v; gate, up and what they make; and what each lora_A makes, with and
+        # without its scaling.
+        layer = size * (4 * narrow + 2 * heads + 2 * pairs + 3 * wide)
+        layer += 4 * c.num_attention_heads
+        # Sums that are normed before they are added; and tanh or erf in float32, which
+        # the compiler does not repeat, where a sigmoid costs it nothing.
+        layer += 2 * size * narrow * c.family.post_norms
+        layer += 4 * wide * (c.hidden_act != "silu")
+        return c.num_hidden_layers * layer + 2 * size * model.ranks
     # Input; q, k, v; attention and its log-sum-exp; o; gate and up; and the product
     # with each lora_A. The backward pass does not need the result of down.
     # 2 narrow: input and o; 2 heads: q and attention; 2 pairs: k and v; 2 wide: gate
@@ -233,6 +265,7 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     c, size, remat = step.config, _width(step), step.compute.remat
     narrow, wide = size * c.hidden_size, size * c.intermediate_size
     most = mlp_tokens(c.intermediate_size, remat)
+    unrolled = not step.compute.scan_layers
     chunk = tokens if most is None else min(tokens, most)
     arrays = _KEPT if most is None else _UNCHUNKED
     if chunk < tokens:
@@ -240,11 +273,14 @@ def _temporaries(step: Step, model: _Model, tokens: int) -> int:
     # Weights that are dequantized at a time, then the arrays of all tokens, then those
     # of a chunk.
     layer = arrays.weights * size * model.layer_weights
+    if unrolled:
+        share = 1.0 if remat == "none" else _UNROLLED_WEIGHTS
+        layer += share * size * c.num_hidden_layers * model.layer_weights
     layer += arrays.narrow * narrow * tokens + arrays.wide * wide * chunk
     if tokens * c.hidden_size >= 2**31:
         layer += _LARGE * narrow * tokens
     attention = 0
-    if remat in ("full", "offload") and _windows_differ(step):
+    if remat in _REPEATS_PRODUCTS and _windows_differ(step):
         # Its backward pass is a branch, with arrays of its own on the way out: q, out
         # and their gradients; k and v, with gradients in float32 and rounded; and what
         # is added up around. Elsewhere attention needs less than the MLP.
@@ -283,7 +319,7 @@ def flops_per_token(step: Step) -> float:
     Recomputation by the policy is included.
     """
     c, model = step.config, _model(step)
-    recompute = step.compute.remat in ("full", "offload")
+    recompute = step.compute.remat in _REPEATS_PRODUCTS
     # 2 W forward, 2 W for the gradient of the input, 2 W where the forward is repeated.
     linear = 4 * model.layer_weights + 2 * recompute * model.recomputed_weights
     head = model.head_weights
@@ -291,20 +327,20 @@ def flops_per_token(step: Step) -> float:
         head = c.vocab_size * c.hidden_size
     wide = c.num_attention_heads * c.head_dim
     # Forward: Q K^T and P V take 2 wide for every key that a token sees.
-    keys = sum(_mean_keys(step.length, kind.window) for kind in c.layer_kinds)
-    attention = 4 * keys * wide * (1 + 2.5 + recompute)
+    keys = sum(mean_keys(step.length, kind.window) for kind in c.layer_kinds)
+    again = recompute and step.compute.remat != "save_attention"
+    attention = 4 * keys * wide * (1 + 2.5 + again)
     # Forward 2; the gradients of weights and inputs 4; recomputed forward 2.
     adapters = model.factors * (2 + 4 + 2 * recompute)
     # 4: the loss computes its gradient along with its value, so nothing is repeated.
     return c.num_hidden_layers * linear + attention + 4 * head + adapters
 
 
-def _mean_keys(length: int, window: int | None) -> float:
-    """Returns how many keys a token of a row sees on average."""
-    if window is None or window >= length:
-        return length / 2
-    # The first tokens see fewer than the window: w - w^2 / 2 T.
-    return window - window * window / (2 * length)
+def necessary_flops(step: Step, *, devices: int = 1) -> float:
+    """Returns the operations of a step on each device, without recomputation."""
+    compute = dataclasses.replace(step.compute, remat="none")
+    tokens = step.tokens * step.train.gradient_accumulation_steps / devices
+    return flops_per_token(dataclasses.replace(step, compute=compute)) * tokens
 
 
 def model_flops_per_token(step: Step, lengths: np.ndarray) -> float:
@@ -342,7 +378,7 @@ def step_seconds_floor(
     if step.compute.dtype == "float32":
         rate = gpu.flops / 16  # without tensor cores, on the best of these GPUs
     size, layers = _width(step), step.config.num_hidden_layers
-    recompute = step.compute.remat in ("full", "offload")
+    recompute = step.compute.remat in _REPEATS_PRODUCTS
     memory, model = step_memory(step), _model(step)
     # Written when dequantized, and read by the product.
     unpacked = 2 * size * layers * model.layer_weights if step.quantization else 0

@@ -105,6 +105,14 @@ class GpuSpec:
         return self.compute_capability in _LIMITS
 
     @property
+    def float32_flops(self) -> float:
+        """Of float32 without tensor cores, FLOP/s: two per lane and cycle."""
+        # Where the limits are not known: 128 lanes, as on most.
+        known = _LIMITS.get(self.compute_capability)
+        lanes = known.lanes if known else 128
+        return 2.0 * lanes * self.multiprocessors * self.clock_ghz * 1e9
+
+    @property
     def target(self) -> str:
         """The `GpuTargetConfigProto` that XLA's compiler takes, as text.
 

@@ -48,6 +48,7 @@ class Policy:
 
     name: str
     remat: str
+    scan_layers: bool = True
     attention: str = "auto"
     embed_tokens: str = "device"
     lm_head: str = "device"
@@ -57,6 +58,7 @@ class Policy:
         compute = dataclasses.replace(
             step.compute,
             remat=self.remat,  # pyright: ignore[reportArgumentType]
+            scan_layers=self.scan_layers,
             attention=self.attention,  # pyright: ignore[reportArgumentType]
         )
         return dataclasses.replace(
@@ -67,22 +69,28 @@ class Policy:
         )
 
 
+_UNROLLED = ", unrolled"
 LADDER = (
-    Policy("none", "none"),
+    Policy(f"none{_UNROLLED}", "none", scan_layers=False),
+    Policy(f"save_matmuls{_UNROLLED}", "save_matmuls", scan_layers=False),
     Policy("save_matmuls", "save_matmuls"),
+    Policy("save_attention", "save_attention"),
     Policy("full", "full"),
     Policy("offload", "offload"),
-    Policy("offload, tables", "offload", "auto", "host", "host"),
-    Policy("offload, tables, xla", "offload", "xla", "host", "host"),
+    Policy("offload, tables", "offload", True, "auto", "host", "host"),
+    Policy("offload, tables, xla", "offload", True, "xla", "host", "host"),
 )
-"""Fastest first; each needs less device memory than the previous one. "tables": the
-embedding and the head are in host memory. "xla": attention whose backward pass needs no
-workspace."""
+"""Fastest first, by the count of `planning.roofline`; each needs less device memory
+than the previous one. "unrolled": each layer has its own program (`scan_layers` is
+False). In a loop "none" is the slowest of all: it writes everything into arrays of all
+layers and reads it back. "tables": the embedding and the head are in host memory.
+"xla": attention whose backward pass needs no workspace."""
 
 
 def policies(
     *,
     remat: str = "auto",
+    scan_layers: bool | Literal["auto"] = "auto",
     attention: str = "auto",
     embed_tokens: str = "auto",
     lm_head: str = "auto",
@@ -93,6 +101,7 @@ def policies(
 
     Args:
       remat: a policy of `Compute.remat`, or "auto" for all of them.
+      scan_layers: whether the layers are a loop, or "auto" for what each policy has.
       attention: "auto", or an implementation.
       embed_tokens: "auto", "device" or "host".
       lm_head: the same, or "nf4".
@@ -111,18 +120,20 @@ def policies(
         embed_tokens = lm_head
     if attention == "auto" and gpu is not None and not gpu.bfloat16:
         attention = "xla"
-    out: dict[tuple[str, ...], Policy] = {}
+    out: dict[tuple, Policy] = {}
     for rung in LADDER:
         if remat not in ("auto", rung.remat):
             continue
+        scan = rung.scan_layers if scan_layers == "auto" else scan_layers
         policy = Policy(
-            rung.name,
+            rung.name.removesuffix(_UNROLLED) + _UNROLLED * (not scan),
             rung.remat,
+            scan,
             rung.attention if attention == "auto" else attention,
             rung.embed_tokens if embed_tokens == "auto" else embed_tokens,
             rung.lm_head if lm_head == "auto" else lm_head,
         )
-        key = (policy.remat, policy.attention, policy.embed_tokens, policy.lm_head)
+        key = dataclasses.astuple(policy)[1:]
         # Of rungs that became equal the first has the simplest name.
         out.setdefault(key, policy)
     return list(out.values())
@@ -140,6 +151,8 @@ class Plan:
     method: Literal["compiled", "estimate"]
     versions: Mapping[str, str]
     collectives: Mapping[str, Mapping[str, int]]
+    counted: Mapping[str, Any] | None = None
+    """Of a compiled step, as `planning.roofline.count_step` returns it."""
 
     @property
     def total(self) -> int:
@@ -180,6 +193,7 @@ class Plan:
             "method": self.method,
             "policy": self.policy.name,
             "remat": step.compute.remat,
+            "scan_layers": step.compute.scan_layers,
             "attention": step.compute.attention,
             "embed_tokens": step.embed_tokens,
             "lm_head": step.lm_head,
@@ -199,9 +213,12 @@ class Plan:
                 table_dtype=step.compute.dtype,
             ),
             "flops_per_token": estimate.flops_per_token(step),
+            "necessary_flops_per_token": estimate.necessary_flops(step)
+            / (step.tokens * step.train.gradient_accumulation_steps),
             "step_seconds_floor": estimate.step_seconds_floor(
                 step, self.gpu, devices=devices
             ),
+            "counted": None if self.counted is None else dict(self.counted),
             "settings": self.settings,
             "card": self.gpu.name,
             "card_bytes": self.gpu.memory_bytes,
@@ -333,15 +350,14 @@ class Planner:
             method="compiled",
             versions={"jax": compiled.jax},
             collectives=compiled.collectives,
+            counted=compiled.counted,
         )
 
     def fastest(self, step: Step, among: Sequence[Policy]) -> Plan:
         """Plans under the first policy that fits, else the one that needs least."""
         best: Plan | None = None
         for policy in among:
-            # A step that is far too large by the estimate is not compiled.
-            too_large = self.estimate(step, policy).total > 1.5 * self.gpu.memory_bytes
-            if too_large and policy is not among[-1]:
+            if policy is not among[-1] and self.is_hopeless(step, policy):
                 continue
             plan = self.plan(step, policy)
             if plan.fits:
@@ -350,6 +366,15 @@ class Planner:
                 best = plan
         assert best is not None
         return best
+
+    def is_hopeless(self, step: Step, policy: Policy) -> bool:
+        """Returns whether a step is so large by the estimate that it is not compiled.
+
+        A loop is compiled in seconds, so what may be off is tried; unrolled layers take
+        a minute.
+        """
+        margin = 1.5 if policy.scan_layers else 1 + estimate.ERROR
+        return self.estimate(step, policy).total > margin * self.gpu.memory_bytes
 
     def longest(
         self, step: Step, among: Sequence[Policy], quantity: Quantity = "length"

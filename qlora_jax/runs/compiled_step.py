@@ -16,15 +16,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.attention.check import AttentionCheck, check_attention
+from pallas_kernels.device import jax_has_kernels
+from qlora_jax.choices import Attention
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
-from qlora_jax.models import Llama
+from qlora_jax.models import LayerKinds, Llama, attention_refusals
 from qlora_jax.planning import (
     ALLOWANCE,
     UNLIMITED,
@@ -76,6 +80,8 @@ class CompiledStep:
     """(adapters, base, batch) -> (summed loss, tokens), of held-out batches."""
     eval_bytes: int | None = None
     """Device memory while it runs, with all that the training keeps there."""
+    notes: tuple[str, ...] = ()
+    """What was chosen for the device, and why."""
 
     def summary(self) -> str:
         """Returns one line for the user."""
@@ -103,6 +109,7 @@ class CompiledStep:
         return {
             "policy": plan.policy.name,
             "remat": plan.policy.remat,
+            "scan_layers": plan.policy.scan_layers,
             "attention": plan.policy.attention,
             "embed_tokens": plan.policy.embed_tokens,
             "lm_head": plan.policy.lm_head,
@@ -149,9 +156,17 @@ def compile_step(
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
     planner = Planner(gpu)
+    attention: Attention = settings.attention
+    notes: tuple[str, ...] = ()
+    if attention == "auto" and plain.packed:
+        is_gpu = jax.default_backend() == "gpu"
+        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
+        attention, note = packed_attention(model, capability=capability)
+        notes = () if note is None else (note,)
     allowed = policies(
         remat=settings.remat,
-        attention=settings.attention,
+        scan_layers=_scan_layers(settings),
+        attention=attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
@@ -164,12 +179,11 @@ def compile_step(
     )
     too_large: list[Plan] = []
     for policy in allowed:
-        # The estimate errs by less than half: beyond that a compilation is wasted.
-        estimate = planner.estimate(plain, policy).total
-        if estimate > 1.5 * gpu.memory_bytes and policy is not allowed[-1]:
+        if policy is not allowed[-1] and planner.is_hopeless(plain, policy):
             continue
         arguments = (state, _in_memory_of(policy, base), batch)
         compiled = _compile_policy(model, optimizer, plain, policy, arguments, gpu)
+        compiled = dataclasses.replace(compiled, notes=notes)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
         elif inputs.held_out is None:
@@ -179,6 +193,66 @@ def compile_step(
             return _with_eval(compiled, arguments)
     nearest = min(too_large, key=lambda plan: plan.total)
     raise UserError(planner.too_large(nearest) + more_memory_advice())
+
+
+def packed_attention(
+    model: Llama,
+    *,
+    capability: str | None,
+    check: Callable[..., AttentionCheck] = check_attention,
+) -> tuple[Attention, str | None]:
+    """Chooses the attention of packed rows on the device at hand.
+
+    cuDNN, as JAX calls it, takes no packed rows, and plain XLA goes block by block in
+    thousands of launches. The kernels for Hopper are taken once they have computed a
+    sample right on this device.
+
+    Args:
+      model: the architecture.
+      capability: compute capability of the GPU, such as "9.0"; None = no GPU.
+      check: what computes the sample.
+
+    Returns:
+      "pallas", or "auto" for what is known to be the best elsewhere; and a note.
+    """
+    config = model.config
+    reasons = attention_refusals(
+        "pallas",
+        dtype=jnp.dtype(model.compute.dtype),
+        head_dim=config.head_dim,
+        packed=True,
+        capability=capability,
+    )
+    if capability is None or reasons or not jax_has_kernels():
+        return "auto", None
+    result = check(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        variant=LayerKinds.of(config).variant,
+    )
+    errors = ", ".join(
+        f"{name} {error:.1e} of {result.limits[name]:.1e}"
+        for name, error in result.errors.items()
+    )
+    if result.passed:
+        return "pallas", (
+            "Packed rows: attention by this project's kernels, which passed their "
+            f"check on this device (errors and their limits: {errors})."
+        )
+    return "auto", (
+        "Note: packed rows, and this project's attention kernels failed their check on "
+        f"this device (errors and their limits: {errors}); please report it. Attention "
+        "is computed in plain XLA, which is slow on a GPU."
+    )
+
+
+def _scan_layers(settings: ModelConfig) -> bool | Literal["auto"]:
+    # On a CPU unrolled layers take as long as a loop, and longer to compile.
+    is_gpu = jax.default_backend() == "gpu"
+    return (
+        True if settings.scan_layers == "auto" and not is_gpu else settings.scan_layers
+    )
 
 
 def _plain_step(

@@ -54,6 +54,10 @@ class ModelConfig:
     remat: RematOrAuto = "auto"
     """What the backward pass recomputes, or fetches from the host's memory; auto = the
     fastest policy that fits the device, which a continued run keeps."""
+    scan_layers: Literal["auto"] | bool = "auto"
+    """Whether the layers are a loop over one program (compiled in seconds), or each has
+    its own (compiled in a minute, faster steps on a GPU); auto = a loop on a CPU, and
+    on a GPU what goes with the policy of `remat`."""
     embed_tokens: Literal["auto", EmbeddingMemory] = "auto"
     """Memory of the frozen embedding table: the device's, or the host's, from which
     each step copies it to the device. auto = the device's, unless remat = "auto" finds

@@ -554,6 +554,8 @@ def _compile(
         len(data.batches),
         recorded=recorded,
     )
+    for note in compiled.notes:
+        say(note)
     say(compiled.summary())
     return compiled
 

@@ -1,4 +1,4 @@
-from qlora_jax.planning.compile import collectives
+from qlora_jax.planning.hlo import collectives, parse
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -26,7 +26,7 @@ ENTRY %main (p0: bf16[2,4]) -> f32[] {
 
 
 def test_collectives_in_a_loop_count_once_per_iteration():
-    assert collectives(PROGRAM) == {
+    assert collectives(parse(PROGRAM)) == {
         "all-gather": {"count": 32, "bytes": 32 * 2 * 8 * 4},
         "reduce-scatter": {"count": 1, "bytes": 16},
         "all-reduce": {"count": 1, "bytes": 4},
@@ -34,4 +34,5 @@ def test_collectives_in_a_loop_count_once_per_iteration():
 
 
 def test_a_program_of_one_device_has_none():
-    assert collectives("ENTRY %main (p: f32[2]) -> f32[2] {\n  %p\n}\n") == {}
+    text = "ENTRY %main (p: f32[2]) -> f32[2] {\n  %p\n}\n"
+    assert collectives(parse(text)) == {}

@@ -64,7 +64,7 @@ def test_another_python_is_checked_for_the_plugin(tmp_path):
 
 def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
     answer = {"memory": MEMORY, "sizes": {"arguments": 1}, "collectives": {}}
-    answer |= {"seconds": 0.5, "jax": "1.2.3"}
+    answer |= {"seconds": 0.5, "jax": "1.2.3", "counted": {"launches": 7}}
     python = fake_python(
         tmp_path,
         "request = json.load(open(folder + '/request.json'))\n"
@@ -77,6 +77,7 @@ def test_step_and_gpu_reach_the_child_and_its_answer_is_returned(tmp_path):
     assert made.memory.device_bytes == sum(range(1, 10))
     assert made.memory.host_bytes == 21
     assert (made.jax, made.program) == ("1.2.3", "ENTRY")
+    assert made.counted == {"launches": 7}
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert Step.from_json(seen["step"]) == STEP
     assert seen["gpu"]["name"] == "l4"

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.device import jax_has_kernels
 from scripts.bench import windows
-from scripts.bench.program import Work, count_work
+from scripts.bench.program import count_work
 
 PROGRAM = """\
 HloModule jit_f, is_scheduled=true
@@ -63,12 +63,6 @@ def test_what_a_loop_runs_counts_as_often_as_it_runs():
 def test_work_that_depends_on_data_is_not_guessed(old, new, message):
     with pytest.raises(ValueError, match=message):
         count_work(PROGRAM.replace(old, new))
-
-
-def test_work_adds_up():
-    total = Work(kernels=1)
-    total.add(Work(kernels=2, product_flops=3, bytes=4), 5)
-    assert total == Work(kernels=11, product_flops=15, bytes=20)
 
 
 def test_pairs_that_are_seen():

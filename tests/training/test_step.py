@@ -197,6 +197,24 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     assert temporaries[1] <= temporaries[0] + 4096
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention", "save_matmuls"])
+@pytest.mark.parametrize(
+    "choice", [{"scan_layers": False}, {"lora_products": "joined"}], ids=str
+)
+def test_every_choice_gives_every_adapter_the_same_gradient(choice, remat):
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    base()  # made before anything is traced
+    choices = {"attention": "xla", "remat": remat}
+    loss, gradients = loss_and_gradients(
+        adapters(lora), rows(3), model=llama(lora, **choices, **choice)
+    )
+    want, want_gradients = loss_and_gradients(
+        adapters(lora), rows(3), model=llama(lora, attention="xla", remat="none")
+    )
+    np.testing.assert_allclose(loss, want, rtol=1e-6)  # float32 sums
+    all_close(gradients, want_gradients, GRADIENT)
+
+
 def test_packed_documents_train_like_separate_rows():
     parts = [rows(1, n, seed=n) for n in (7, 5, 4)]
     # Nothing predicts the first token of a document.
