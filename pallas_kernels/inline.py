@@ -173,7 +173,7 @@ def load_words(ref: Any, *indices: Any, count: int, shared: bool = False) -> lis
     """Loads `count` neighbouring 32-bit words as one access.
 
     Args:
-      ref: an array; a matrix of bytes, if it is in shared memory.
+      ref: an array; a matrix, if it is in shared memory.
       indices: of the element at which the first word begins.
       count: 1, 2 or 4.
       shared: whether `ref` is in shared memory; else in global memory.
@@ -183,8 +183,8 @@ def load_words(ref: Any, *indices: Any, count: int, shared: bool = False) -> lis
         strides, _ = ir.MemRefType(ref.type).get_strides_and_offset()
         # Shared memory is small, so 32 bits hold its offsets.
         offset = arith.addi(arith.muli(row, const(strides[0])), column)
-        byte = ir.IntegerType.get_signless(8)
-        start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], byte)
+        element = ir.MemRefType(ref.type).element_type
+        start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], element)
     else:
         start = pointer(ref, *indices)
     # Declared aligned to its whole size, or the compiler would split the access.
@@ -246,6 +246,32 @@ def lane_lookup(table: Any, kind: Any = None) -> Callable[[Any], Any]:
     return look_up
 
 
+def pair_halves(first: Any, second: Any, high: bool) -> Any:
+    """Returns the low, or the high, 16 bits of two words as one word."""
+    if high:
+        first = arith.shrui(first, const(16))
+        return arith.ori(first, arith.andi(second, const(-(1 << 16))))
+    second = arith.shli(second, const(16))
+    return arith.ori(arith.andi(first, const(0xFFFF)), second)
+
+
+def as_float(word: Any) -> Any:
+    """Reads a word as float32."""
+    return llvm.bitcast(ir.F32Type.get(), word)
+
+
+def pack_narrow(elements: list[Any], dtype: DTypeLike) -> Any:
+    """Returns two float32 elements as one word of two 16-bit ones."""
+    kind = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+    narrow = arith.truncf(kind, pack(elements))
+    return llvm.bitcast(i32(), narrow)
+
+
+def shuffle(value: Any, source: Any) -> Any:
+    """Returns the float32 that lane `source` of the warp has."""
+    return nvvm.shfl_sync(const(-1), value, source, const(31), nvvm.ShflKind.idx)
+
+
 def byte_of(word: Any, number: int) -> Any:
     """Returns byte `number` of a little-endian word."""
     return arith.andi(arith.shrui(word, const(8 * number)), const(0xFF))
@@ -257,6 +283,11 @@ def byte_of(word: Any, number: int) -> Any:
 def fma(a: Any, b: Any, c: Any) -> Any:
     """Computes `a * b + c`, rounded once."""
     return llvm.intr_fma(a, b, c)
+
+
+def exp2(a: Any) -> Any:
+    """Computes 2 to the power of `a`, to within 2 units of the last place."""
+    return llvm.inline_asm(a.type, [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
 
 def mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ stack first, it would be copied.
   api        nf4_dequantize and nf4_matmul: checks, the choice of a kernel, derivatives
   reference  the table and plain dequantization
   gpu        dequantization, and the product of a few rows
+  decode     the linear layers of a decoded token, several in a kernel
   wgmma      the product of tens to hundreds of rows
   shapes     problem sizes, for tests and benchmarks
 """

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import mosaic
+from pallas_kernels import device, mosaic
 from pallas_kernels.mosaic import BLOCK, COLUMN, LANES, ROWS, WARPGROUP
 from pallas_kernels.nf4.gpu import (
     block_scales,
@@ -49,8 +49,10 @@ UNIT = 16
 Small units divide evenly among the multiprocessors."""
 _WARPS = 4
 """Of a warpgroup; they share the in_features of a unit."""
-# Of a Hopper multiprocessor, less the barriers and what aligning each array takes.
-_SHARED_LIMIT = 224 * 1024
+# What a block of threads has on every device since Ampere, and a multiprocessor of
+# Hopper for all of its blocks, less what each takes for itself (CUDA C++ Programming
+# Guide).
+_SHARED_LIMIT, _SHARED_OF_ALL = 99 * 1024, 224 * 1024
 
 
 class Update(NamedTuple):
@@ -106,8 +108,8 @@ def plan_for(
             continue
         shared = _shared_bytes(shapes, rows, groups, gated)
         # Enough threads for a multiprocessor's registers, 128 each where there are few.
-        at_once = min(max(4 // groups, 1), _SHARED_LIMIT // shared)
-        if at_once:
+        at_once = min(max(4 // groups, 1), _SHARED_OF_ALL // shared)
+        if shared <= _SHARED_LIMIT:
             chunk = 1 if blocks // (_WARPS * groups) % 2 else 2
             return Plan(groups, chunk, min(at_once * multiprocessors, units))
     return None
@@ -169,8 +171,9 @@ def products(
     count, in_features = x.shape
     if plan is None:
         # The interpreter needs a CPU thread for each warpgroup, or waits for ever.
-        few = {"max_groups": 2, "multiprocessors": 2} if interpret else {}
-        plan = plan_for(shapes, count, gated=gated, **few)
+        limits = {"multiprocessors": device.multiprocessors()}
+        limits = {"multiprocessors": 2, "max_groups": 2} if interpret else limits
+        plan = plan_for(shapes, count, gated=gated, **limits)
     blocks = in_features // BLOCK
     if plan is None or blocks % (_WARPS * plan.groups * plan.chunk):
         raise ValueError(

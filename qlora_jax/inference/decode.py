@@ -30,6 +30,8 @@ from qlora_jax.models import Cache, Llama, empty_cache
 # Prompt lengths and cache sizes are rounded up to this many tokens, so that prompts of
 # similar length share one compiled program.
 _ROUND = 32
+# Cache sizes to twice as many: what the kernel of decoding attends to at a time.
+_ROUND_CACHE = 64
 # Tokens between two returns to the host: few enough to read along, many enough that the
 # transfers cost little.
 _CHUNK = 16
@@ -81,7 +83,7 @@ def generate_tokens(
         model,
         sampling,
         eos_token_ids,
-        cache_size=_round(tokens.shape[1] + max_new_tokens),
+        cache_size=_round(tokens.shape[1] + max_new_tokens, _ROUND_CACHE),
     )
     new_tokens = _generate(
         program,
@@ -153,7 +155,7 @@ class Decoding:
             model,
             config.sampling,
             config.eos_token_ids,
-            cache_size=rounded(width + config.max_new_tokens),
+            cache_size=_round(rounded(width + config.max_new_tokens), _ROUND_CACHE),
         )
 
     @property
@@ -228,8 +230,8 @@ def check_prompts(
         raise UserError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
 
 
-def _round(length: int) -> int:
-    return -(-length // _ROUND) * _ROUND
+def _round(length: int, unit: int = _ROUND) -> int:
+    return -(-length // unit) * unit
 
 
 def _power_of_two(length: int) -> int:

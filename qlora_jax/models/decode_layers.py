@@ -169,6 +169,7 @@ def decode_layers(
     Returns:
       The residual stream, and the cache with the tokens' keys and values.
     """
+    from pallas_kernels.attention import decode as cached
     from pallas_kernels.nf4 import decode
 
     groups, stacks = variables["decode"], _flat(variables["stacks"]["layers"])
@@ -195,6 +196,30 @@ def decode_layers(
             **named,
         )
 
+    def attention(
+        qkv: Array, rope: tuple[Array, Array], kv: Any, layer: Array, window: Any
+    ) -> tuple[Array, tuple[Array, Array]]:
+        variant, slots = kinds.variant, kv[0].shape[3]
+        sizes = (heads, kv_heads, config.head_dim, slots)
+        if cached.refusal(*sizes, variant.softcap) is None:
+            limit = variant.window(window, slots)
+            token = cached.Token(
+                layer.reshape(1),
+                start.reshape(1),
+                segments[1],
+                None if limit is None else limit.reshape(1),
+            )
+            angles = (rope[0][:, 0, 0], rope[1][:, 0, 0])
+            scale = variant.scale_of(config.head_dim)
+            return cached.attend(qkv, angles, kv, token, scale=scale)
+        parts = qkv.reshape(qkv.shape[0], 1, -1, config.head_dim)
+        q, k, v = jnp.split(parts, [heads, heads + kv_heads], axis=2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        kv = write_tokens(kv, (k, v), layer, start)
+        places = (segments[1], start, layer)
+        out = attend_to_cache(q, kv, segments[0], places, variant, window)
+        return out.reshape(qkv.shape[0], -1), kv
+
     windows, tables = kinds.index()
 
     def kind(index: Array, numbers: Array | None) -> Array | None:
@@ -209,14 +234,10 @@ def decode_layers(
             kind(index, tables),
         )
         cos, sin = (a if table is None else a[table] for a in rope)
-        qkv = linear("qkv", x, layer).reshape(x.shape[0], 1, -1, config.head_dim)
-        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        qkv = linear("qkv", x, layer)
         with jax.named_scope("attention"):
-            q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
-            kv = write_tokens(kv, (k, v), index, start)
-            cached = (segments[1], start, index)
-            out = attend_to_cache(q, kv, segments[0], cached, kinds.variant, window)
-        x = linear("o", out.reshape(x.shape[0], -1), layer, residual=x)
+            out, kv = attention(qkv, (cos, sin), kv, index, window)
+        x = linear("o", out, layer, residual=x)
         h = linear("gate_up", x, layer, gated=True)
         return linear("down", h, layer, residual=x), kv
 

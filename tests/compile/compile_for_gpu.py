@@ -33,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import flash_attention, mosaic
+from pallas_kernels.attention import decode as cached
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.nf4 import decode, gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
@@ -92,6 +93,25 @@ def lower_nf4(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     split = gpu.Split(*split) if split else gpu.split_for(shape, rows)
     product = jax.jit(lambda *a: gpu.matmul(*a, shape=shape, split=split))
     return product.lower(x, packed)
+
+
+def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
+    """Traces `attention.decode.attend`, without the kernel that weighs its splits."""
+    rows, heads, kv_heads, width, slots = request["sizes"]
+    dtype, layers = jnp.dtype(request["dtype"]), request["layers"]
+    qkv = array((rows, (heads + 2 * kv_heads) * width), dtype)
+    rope = (array((rows, request["rotated"] // 2), jnp.float32),) * 2
+    cache = (array((layers, rows, kv_heads, slots, width), dtype),) * 2
+    one = array((1,), jnp.int32)
+    ids = array((rows, slots), jnp.int32)
+    token = cached.Token(one, one, ids, one if request["window"] else None)
+
+    def attend(qkv: Any, rope: Any, cache: Any, token: Any) -> Any:
+        named = {"scale": width**-0.5, "splits": request["splits"]}
+        out, cache = cached.attend(qkv, rope, cache, token, **named)
+        return (out, cache) if request["splits"] == 1 else cache
+
+    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token)
 
 
 def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
@@ -212,6 +232,7 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
         lower = lower_nf4 if "shape" in request else lower_attention
         lower = lower_decode if "shapes" in request else lower
+        lower = lower_attend if "sizes" in request else lower
         lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace
             lowered = lower(request, array)

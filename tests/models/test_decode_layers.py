@@ -31,9 +31,11 @@ PLAIN = dataclasses.replace(
     head_dim=32,
     initializer_range=0.05,
 )
-# Layers with windows and layers without a rotation.
+# Layers with windows and layers without a rotation; heads as the kernels take them.
 KINDS = dataclasses.replace(
     PLAIN,
+    num_attention_heads=4,
+    head_dim=64,
     model_type="smollm3",
     sliding_window=4,
     layer_types=("sliding_attention", "full_attention"),
@@ -54,11 +56,13 @@ def kernels(monkeypatch):
     """The device has the kernels, and they are their references."""
     if not device.jax_has_kernels():
         pytest.skip("the kernels need jax 0.11, which Python 3.11 cannot have")
+    from pallas_kernels.attention import decode as cached
     from pallas_kernels.nf4 import decode
 
     monkeypatch.setattr(decode_layers, "kernels_refusal", lambda *_: None)
     monkeypatch.setattr(decode, "products", decode.products_reference)
     monkeypatch.setattr(decode, "inner", decode.inner_reference)
+    monkeypatch.setattr(cached, "attend", cached.attend_reference)
 
 
 @functools.cache
@@ -88,7 +92,7 @@ def test_a_token_is_that_of_the_modules_and_closer_to_float32(config, kernels):
     named = {"attention_mask": mask, "positions": positions, "method": "decode"}
     exact = model_of(config, dtype="float32", kernels="xla")
     wide = {**variables, "params": dequantized(variables["params"])}
-    cache = empty_cache(config, 3, 12, jnp.float32)
+    cache = empty_cache(config, 3, 64, jnp.float32)
     _, cache = jax.jit(lambda v, c: exact.apply(v, tokens, c, **named))(wide, cache)
     narrow = cache._replace(k=cache.k.astype("bfloat16"), v=cache.v.astype("bfloat16"))
     token = prompt(3, 1, seed=1)
@@ -107,7 +111,7 @@ def test_a_token_is_that_of_the_modules_and_closer_to_float32(config, kernels):
         # Keys of up to 4 from activations of 8 bits.
         np.testing.assert_allclose(ours.astype("float32"), theirs, atol=0.05)
         # Only the token's own slot is written.
-        kept = jnp.arange(12) != 9
+        kept = jnp.arange(64) != 9
         before = getattr(narrow, name)
         np.testing.assert_array_equal(ours[:, :, :, kept], before[:, :, :, kept])
 

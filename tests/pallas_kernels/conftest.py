@@ -24,6 +24,17 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(
+    params=[
+        pytest.param("interpret", marks=pytest.mark.interpret),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def interpret(request: pytest.FixtureRequest) -> Any:
+    """How a kernel runs that is called by itself."""
+    return device.interpreter() if request.param == "interpret" else False
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("interpret") and not device.jax_has_kernels():
         pytest.skip("the kernels need jax 0.11, which Python 3.11 cannot have")

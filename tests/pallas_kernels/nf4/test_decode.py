@@ -16,7 +16,9 @@ def normal(seed, shape, dtype="bfloat16", scale=1.0):
     return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
 
-def assert_products(stack, shapes, rows, *, ranks=(), plan=None, nested=True, **named):
+def assert_products(
+    stack, interpret, shapes, rows, *, ranks=(), plan=None, nested=True, **named
+):
     """Compares `products` with the formula on weights that are not rounded."""
     from pallas_kernels.nf4 import decode
 
@@ -36,7 +38,6 @@ def assert_products(stack, shapes, rows, *, ranks=(), plan=None, nested=True, **
     named["inner"] = normal(2, (rows, offset), "float32") if offset else None
     if named.pop("residual", False):
         named["residual"] = normal(3, (rows, shapes[0][0]), dtype)
-    interpret = device.interpreter()
     plan = None if plan is None else decode.Plan(*plan)
     got = decode.products(x, weights, plan=plan, interpret=interpret, **named)
     want = decode.products_reference(x, weights, **named).astype(jnp.float32)
@@ -69,10 +70,9 @@ CASES = {
 }
 
 
-@pytest.mark.interpret
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_products_are_those_of_the_formula(case, stack):
-    assert_products(stack, *case[:2], **case[2])
+def test_products_are_those_of_the_formula(case, stack, interpret):
+    assert_products(stack, interpret, *case[:2], **case[2])
 
 
 @pytest.mark.interpret
@@ -89,11 +89,10 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch, stack, detects_race):
     assert detects_race(decode.products, x, [weight], plan=plan, **named)
 
 
-@pytest.mark.interpret
 @pytest.mark.parametrize(
     ("width", "rank", "norm"), [(384, 3, True), (12288, 2, False), (4096, 0, True)]
 )
-def test_inner_is_the_norm_and_the_adapters(width, rank, norm):
+def test_inner_is_the_norm_and_the_adapters(width, rank, norm, interpret):
     from pallas_kernels.nf4 import decode
 
     x = normal(1, (2, width), scale=3.0)
@@ -103,7 +102,7 @@ def test_inner_is_the_norm_and_the_adapters(width, rank, norm):
         named["norm"] = decode.Norm(weight, 1e-5)
     if rank:
         named["a"] = normal(3, (3, rank, width), scale=width**-0.5)
-    got = decode.inner(x, LAYER, **named, interpret=device.interpreter())
+    got = decode.inner(x, LAYER, **named, interpret=interpret)
     want = decode.inner_reference(x, LAYER, **named)
     # A sum of squares in another order may round a normed value the other way.
     near = {"rtol": 2.0**-7, "atol": 1e-6}
@@ -125,9 +124,10 @@ def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
     for names in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
         of_group = [shapes[name] for name in names.split()]
         plan = decode.plan_for(of_group, rows, gated="gate" in names)
-        assert plan is not None and plan.groups >= 4
+        assert plan is not None
+        # At least four warpgroups for each of 132 multiprocessors, or for each unit.
         units = sum(shape[0] // 16 for shape in of_group) // (1 + ("gate" in names))
-        assert plan.blocks == min(132, units)
+        assert plan.groups * plan.blocks >= 4 * min(132, units)
 
 
 @pytest.mark.skipif(not device.jax_has_kernels(), reason="needs jax 0.11")

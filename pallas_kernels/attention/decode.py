@@ -1,0 +1,323 @@
+"""Attention of a decoded token to the cache, for NVIDIA GPUs.
+
+`attend` rotates the token's queries and key, writes key and value into the cache in
+place and attends to the cache, reading only the slots in use: as much as the cache of
+the tokens so far, once. The slots of a row and key/value head are divided among several
+blocks of threads where rows and heads are few; a second kernel weighs their results.
+
+These are the kernels; not measured on a GPU. `attend_reference` computes the same in
+plain jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels import device, mosaic
+from pallas_kernels.attention import slots
+from pallas_kernels.attention.slots import HEADS, MASKED, SLOTS
+from pallas_kernels.mosaic import WARPGROUP
+from pallas_kernels.nf4.gpu import clip_layer, kernel
+
+_WARPS = 4
+_LOG2_E = 1 / math.log(2)
+
+
+class Token(NamedTuple):
+    """Where a token is, in each row."""
+
+    layer: Int32[Array, "1"]
+    """The layer of the cache."""
+    slot: Int32[Array, "1"]
+    """The slot of the cache that the token is written to."""
+    segments: Int32[Array, "B S"]
+    """The ids of all slots, the token's own among them: it sees the slots of its id, up
+    to its own."""
+    window: Int32[Array, "1"] | None = None
+    """How many slots it sees, its own among them; None = all."""
+
+
+def refusal(
+    heads: int, kv_heads: int, width: int, slot_count: int, softcap: float | None
+) -> str | None:
+    """Returns why `attend` cannot compute a case, or None."""
+    if width % 64 or width > 256:
+        return f"heads of {width} features; it takes 64, 128, 192 or 256."
+    if heads % kv_heads or heads // kv_heads > HEADS:
+        return f"{heads} heads for {kv_heads}; it takes up to {HEADS} for each."
+    if slot_count % SLOTS:
+        return f"{slot_count} slots; it takes multiples of {SLOTS}."
+    return None if softcap is None else "it has no soft cap on the scores."
+
+
+def splits_for(
+    rows: int, kv_heads: int, slot_count: int, multiprocessors: int = 132
+) -> int:
+    """Returns how many blocks of threads share the slots of a row and head."""
+    # Two for each multiprocessor, so that the loads of one overlap with the products of
+    # the other; none has less than the 64 slots that it takes at a time.
+    wanted = 2 * multiprocessors // (rows * kv_heads)
+    return max(1, min(wanted, slot_count // SLOTS))
+
+
+def attend(
+    qkv: Float[Array, "B NH"],
+    rope: tuple[Float32[Array, "B R2"], Float32[Array, "B R2"]],
+    cache: tuple[Float[Array, "L B K S H"], Float[Array, "L B K S H"]],
+    token: Token,
+    *,
+    scale: float,
+    splits: int | None = None,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B O"], tuple[Array, Array]]:
+    """Writes a token of each row into the cache, and attends to it.
+
+    Args:
+      qkv: queries, keys and values of the token, heads side by side, in bfloat16 or
+        float16.
+      rope: cos and sin, for pairs (i, i + R/2) of the first R features of a head.
+      cache: keys and values, updated in place where the caller gives them up.
+      token: where it is.
+      scale: factor of the scores.
+      splits: blocks of threads for a row and key/value head; default `splits_for`.
+      interpret: False, or what `plgpu.kernel` takes.
+
+    Returns:
+      The attention output, N heads side by side, and the cache with the token.
+
+    Raises:
+      ValueError: `refusal` has a reason.
+    """
+    rows, kv_heads, slot_count, width = cache[0].shape[1:]
+    heads = qkv.shape[1] // width - 2 * kv_heads
+    reason = refusal(heads, kv_heads, width, slot_count, None)
+    if reason is not None:
+        raise ValueError(f"`attend` cannot compute {reason}")
+    if splits is None:
+        count = device.multiprocessors()
+        splits = splits_for(rows, kv_heads, slot_count, count)
+    group = heads // kv_heads
+    half = rope[0].shape[1]
+    dtype = jnp.dtype(qkv.dtype)
+    interpreted = bool(interpret)
+    gather = functools.partial(mosaic.gather, interpret=interpreted)
+
+    def cached_attention(*operands: Any) -> None:
+        qkv, cos, sin, layer, at, segments, *rest = operands
+        window = None if token.window is None else rest.pop(0)
+        k, v, *outs, q_s, maxima_s, sums_s, done = rest
+        row, head, split = (jax.lax.axis_index(n) for n in ("row", "head", "split"))
+        index = (clip_layer(layer[0], k.shape[0]), row, head)
+        slot = at[0]
+        last, first = slot // SLOTS, 0
+        if window is not None:
+            first = jnp.maximum(slot - window[0] + 1, 0) // SLOTS
+
+        def rotated(start: Any, feature: jax.Array) -> jax.Array:
+            """Returns features of the head that begins at `start`, in float32."""
+            value = gather(qkv.at[row], start + feature, dtype).astype(jnp.float32)
+            is_first = (feature % (2 * half)) < half
+            other = feature + jnp.where(is_first, half, -half)
+            is_rotated = feature < 2 * half
+            other = jnp.where(is_rotated, other, feature)
+            pair = gather(qkv.at[row], start + other, dtype).astype(jnp.float32)
+            angle = feature % half
+            c = gather(cos.at[row], angle, jnp.float32)
+            s = gather(sin.at[row], angle, jnp.float32)
+            turned = value * c + pair * jnp.where(is_first, -s, s)
+            return jnp.where(is_rotated, turned, value)
+
+        # The block of threads that attends to the token's slot writes it.
+        @pl.when((last - first) % splits == split)
+        def write() -> None:
+            feature = mosaic.iota((max(width, WARPGROUP),), 0) % width
+            key = rotated((heads + head) * width, feature)
+            place = (heads + kv_heads + head) * width + feature
+            value = gather(qkv.at[row], place, dtype).astype(jnp.float32)
+            for stack, new in ((k, key), (v, value)):
+                place = stack.at[*index, pl.ds(slot, 1)]
+                mosaic.store_rows(place, new, interpret=interpreted)
+
+        shape = (HEADS, width)
+        number = jnp.minimum(mosaic.iota(shape, 0), group - 1)
+        queries = rotated((head * group + number) * width, mosaic.iota(shape, 1))
+        # Also a barrier: the key and the value have been written.
+        q_s[...] = queries * (scale * _LOG2_E)
+
+        def step(i: Any, state: jax.Array) -> jax.Array:
+            start = (first + split + i * splits) * SLOTS
+            place = start + slots.slot_of(mosaic.iota((4 * WARPGROUP,), 0))
+            ids = gather(segments.at[row], place, jnp.int32)
+            visible = (ids == segments[row, slot]) & (place <= slot)
+            if window is not None:
+                visible = visible & (slot - place < window[0])
+            bias = jnp.where(visible, jnp.float32(0), jnp.float32(MASKED))
+            keys, values = (a.at[*index, pl.ds(start, SLOTS)] for a in (k, v))
+            return slots.attend(state, q_s, keys, values, bias, interpret=interpreted)
+
+        steps = (last - first - split + splits) // splits
+        state = slots.initial_state(width, interpret=interpreted)
+        state = jax.lax.fori_loop(0, steps, step, state)
+        slots.store_state(maxima_s, sums_s, state, interpret=interpreted)
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+        def of_warps(number: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+            """Returns the maximum of a head over the warps, and their shares."""
+            tops = [
+                gather(maxima_s, (w * HEADS + number) * 4, jnp.float32)
+                for w in range(_WARPS)
+            ]
+            top = functools.reduce(jnp.maximum, tops)
+            return top, [jnp.exp2(t - top) for t in tops]
+
+        def totals(number: jax.Array, shares: list[jax.Array]) -> jax.Array:
+            total: Any = sum(
+                share * gather(maxima_s, (w * HEADS + number) * 4 + 1, jnp.float32)
+                for w, share in enumerate(shares)
+            )
+            return total
+
+        element = mosaic.iota((HEADS * width,), 0)
+        number = element // width
+        _, shares = of_warps(number)
+        value: Any = sum(
+            share * gather(sums_s, w * HEADS * width + element, jnp.float32)
+            for w, share in enumerate(shares)
+        )
+        if splits == 1:
+            value = value / totals(number, shares)
+            mosaic.store_rows(outs[0].at[row, head], value, interpret=interpreted)
+            return
+        mosaic.store_rows(outs[0].at[row, head, split], value, interpret=interpreted)
+        element = mosaic.iota((WARPGROUP,), 0)
+        number = jnp.minimum(element // 2, HEADS - 1)
+        top, shares = of_warps(number)
+        value = jnp.where(element % 2 == 0, top, totals(number, shares))
+        mosaic.store_rows(outs[1].at[row, head, split], value, interpret=interpreted)
+
+    scratch = [
+        plgpu.SMEM((HEADS, width), jnp.float32),
+        plgpu.SMEM((_WARPS * HEADS * 4,), jnp.float32),
+        plgpu.SMEM((_WARPS * HEADS * width,), jnp.float32),
+        plgpu.Barrier(num_arrivals=1),
+    ]
+    outs = [jax.ShapeDtypeStruct((rows, kv_heads, group, width), dtype)]
+    if splits > 1:
+        parts = (rows, kv_heads, splits, group)
+        outs = [jax.ShapeDtypeStruct((*parts, n), jnp.float32) for n in (width, 2)]
+    arrays = [qkv, *rope, token.layer, token.slot, token.segments]
+    if token.window is not None:
+        arrays.append(token.window)
+    refs = [jax.new_ref(a) for a in cache]
+    run = kernel(
+        cached_attention,
+        outs,
+        scratch,
+        grid={"split": splits, "head": kv_heads, "row": rows},
+        interpret=interpret,
+    )
+    results = run(*arrays, *refs)
+    k, v = (jax.freeze(ref) for ref in refs)
+    if splits == 1:
+        return results[0].reshape(rows, heads * width), (k, v)
+    return _weigh(*results, dtype=dtype, interpret=interpret), (k, v)
+
+
+def _weigh(sums: Array, maxima: Array, *, dtype: Any, interpret: Any) -> Array:
+    """Adds up what the blocks of threads of a row and head have computed."""
+    rows, kv_heads, splits, group, width = sums.shape
+    features = kv_heads * group * width
+    gather = functools.partial(mosaic.gather, interpret=bool(interpret))
+
+    def weigh_splits(sums: Any, maxima: Any, out: Any) -> None:
+        row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
+        feature = part * WARPGROUP + mosaic.iota((WARPGROUP,), 0)
+        # Surplus threads repeat the last feature; their results are cut off.
+        feature = jnp.minimum(feature, features - 1)
+        head = feature // width
+        # Element [row, key/value head, split, head of the group].
+        first = (row * kv_heads + head // group) * (splits * group) + head % group
+
+        def step(split: Any, carry: tuple) -> tuple:
+            top, total, value = carry
+            place = first + split * group
+            new = gather(maxima, 2 * place, jnp.float32)
+            higher = jnp.maximum(top, new)
+            before, now = jnp.exp2(top - higher), jnp.exp2(new - higher)
+            part = gather(sums, place * width + feature % width, jnp.float32)
+            weights = gather(maxima, 2 * place + 1, jnp.float32)
+            return higher, total * before + weights * now, value * before + part * now
+
+        place = first
+        carry = (
+            gather(maxima, 2 * place, jnp.float32),
+            gather(maxima, 2 * place + 1, jnp.float32),
+            gather(sums, place * width + feature % width, jnp.float32),
+        )
+        _, total, value = jax.lax.fori_loop(1, splits, step, carry)
+        mosaic.store(
+            out.at[row, pl.ds(part * WARPGROUP, WARPGROUP)],
+            (value / total).astype(dtype),
+            mosaic.strided((WARPGROUP,)),
+            interpret=bool(interpret),
+        )
+
+    parts = -(-features // WARPGROUP)
+    run = kernel(
+        weigh_splits,
+        jax.ShapeDtypeStruct((rows, parts * WARPGROUP), dtype),
+        [],
+        grid={"part": parts, "row": rows},
+        interpret=interpret,
+    )
+    return run(sums.reshape(-1), maxima.reshape(-1))[:, :features]
+
+
+def attend_reference(
+    qkv: Float[Array, "B NH"],
+    rope: tuple[Float32[Array, "B R2"], Float32[Array, "B R2"]],
+    cache: tuple[Float[Array, "L B K S H"], Float[Array, "L B K S H"]],
+    token: Token,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B O"], tuple[Array, Array]]:
+    """Computes `attend` in float32, with the cache in its own dtype."""
+    rows, kv_heads, slot_count, width = cache[0].shape[1:]
+    heads = qkv.shape[1] // width - 2 * kv_heads
+    half = rope[0].shape[1]
+    wide = qkv.astype(jnp.float32).reshape(rows, -1, width)
+    q, k, v = jnp.split(wide, [heads, heads + kv_heads], axis=1)
+
+    def rotated(x: Array) -> Array:
+        a, b, rest = jnp.split(x, [half, 2 * half], axis=2)
+        cos, sin = (a[:, None] for a in rope)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=2)
+
+    layer, slot = token.layer[0], token.slot[0]
+    k, v = (
+        stack.at[layer, :, :, slot].set(new.astype(stack.dtype))
+        for stack, new in zip(cache, (rotated(k), v), strict=True)
+    )
+    place = jnp.arange(slot_count)[None]
+    own = token.segments[:, slot][:, None]
+    visible = (token.segments == own) & (place <= slot)
+    if token.window is not None:
+        visible = visible & (slot - place < token.window[0])
+    grouped = rotated(q).reshape(rows, kv_heads, -1, width)
+    keys, values = (a[layer].astype(jnp.float32) for a in (k, v))
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = product("bkgh,bksh->bkgs", grouped, keys) * scale
+    weights = jax.nn.softmax(
+        jnp.where(visible[:, None, None], scores, jnp.float32(MASKED)), axis=3
+    )
+    out = product("bkgs,bksh->bkgh", weights, values)
+    return out.reshape(rows, heads * width).astype(qkv.dtype), (k, v)
