@@ -2,27 +2,32 @@
 
     python scripts/gpu_check.py                      # all parts, 10 minutes at most
     python scripts/gpu_check.py --list
-    python scripts/gpu_check.py --only tests --only kernels --budget 300
+    python scripts/gpu_check.py --part tests --part kernels --budget 300
+    python scripts/gpu_check.py --dry-run            # on any machine, narrow models
     python scripts/gpu_check.py --model path/to/hf-llama --peer-python python3
 
-The tests marked `gpu`; the kernels (`bench_gpu kernels`); decoding and training of a
-model with random weights of a real model's sizes, with the kernels "xla" and "pallas"
-(`bench_gpu model`); attention (`bench_gpu attention`); with `--model` a short training
-of that checkpoint; with `--peer-python` transformers and bitsandbytes too (peer.py).
-The most important part comes first.
+Training and decoding of models with random weights of real models' sizes, with the
+kernels "xla" and "pallas" (`bench_gpu model`); attention (`bench_gpu attention`); the
+kernels (`bench_gpu kernels`); with `--model` a short training of that checkpoint; with
+`--peer-python` transformers and bitsandbytes too (peer.py); the tests marked `gpu`. The
+most important part comes first.
 
 Each part is a separate process with a time limit: one that fails, hangs or takes the
 device down is reported, and the others still run. What no longer fits into `--budget`
 is left out and listed. Progress goes to standard output; gpu_check_DEVICE.json and .md
 in `--output` are rewritten after every part. Exit status 1 if a part failed.
 
-Without a GPU it prints why, writes nothing and ends with 1. The tests need the `dev`
-extra.
+Parts share one compilation cache (build/xla_cache). With `--part`, results of earlier
+parts on this device are kept.
+
+Without a GPU it prints why, writes nothing and ends with 1. The tests need pytest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import signal
@@ -73,26 +78,27 @@ def gpu_tests() -> list[str]:
 
 def list_parts(args: argparse.Namespace) -> list[Part]:
     """Lists the parts, the most important first."""
-    parts = [
-        Part(
-            "tests",
-            (sys.executable, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
-            + ("-p", "no:cacheprovider"),
-            240,
-            "the tests marked gpu",
-        ),
-        kernels_part(args),
-    ]
+    parts = [train_part(args, "xla", remat) for remat in ("save_matmuls", "full")]
+    packed = ("--packed", "--attention", "pallas")
+    parts.append(
+        train_part(args, "xla", "save_matmuls", *packed, name="packed pallas attention")
+    )
+    recipe = ("--size", "qwen3-8b", "--accumulation", "4", "--packed")
+    recipe += ("--optimizer", "adamw_8bit", "--steps", "8")
+    parts.append(
+        train_part(args, "xla", "auto", *recipe, batch=2, name="qwen3-8b recipe")
+    )
+    for size in ("qwen3-0.6b", "qwen3-1.7b"):
+        parts.append(train_part(args, "xla", "auto", "--size", size, name=size))
+    parts += [attention_part(args), kernels_part(args)]
     parts += [decode_part(args, "xla", 1), decode_part(args, "pallas", 1)]
-    parts += [train_part(args, "xla", "full"), train_part(args, "pallas", "full")]
-    parts.append(attention_part(args))
+    parts.append(train_part(args, "pallas", "full"))
     parts += [decode_part(args, "xla", 16), decode_part(args, "pallas", 16)]
     if args.model:
         options = ("--checkpoint", str(args.model), "--batch", "4", "--length", "512")
         command = bench_gpu("model", "train", *options)
         summary = f"24 training steps of {args.model}"
         parts.append(Part("train checkpoint", command, 150, summary))
-    parts.append(train_part(args, "xla", "save_matmuls"))
     # Few steps: what matters is the memory that they take, and that was planned.
     parts.append(long_row_part(args, 131072, "full", steps=2, limit=300))
     parts.append(long_row_part(args, 262144, "offload", steps=1, limit=500))
@@ -107,7 +113,9 @@ def list_parts(args: argparse.Namespace) -> list[Part]:
             )
             for batch in (1, 16)
         ]
-    return parts
+    tests = (sys.executable, "-m", "pytest", *gpu_tests(), "-m", "gpu", "-q", "-rf")
+    tests += ("-p", "no:cacheprovider")
+    return [*parts, Part("tests", tests, 240, "the tests marked gpu")]
 
 
 def bench_gpu(*arguments: str) -> tuple[str, ...]:
@@ -149,14 +157,22 @@ def decode_part(args: argparse.Namespace, kernels: str, batch: int) -> Part:
     )
 
 
-def train_part(args: argparse.Namespace, kernels: str, remat: str) -> Part:
+def train_part(
+    args: argparse.Namespace,
+    kernels: str,
+    remat: str,
+    *options: str,
+    batch: int = 4,
+    name: str | None = None,
+) -> Part:
     """Returns a part that trains on short rows."""
-    options = ("--size", args.size, "--kernels", kernels, "--remat", remat)
+    chosen = ("--size", args.size, "--kernels", kernels, "--remat", remat)
+    chosen += ("--batch", str(batch), *options)  # the last of an option counts
     return Part(
-        f"train {remat} {kernels}",
-        bench_gpu("model", "train", *options, "--batch", "4"),
+        f"train {name or f'{remat} {kernels}'}",
+        bench_gpu("model", "train", *chosen),
         150,
-        "24 training steps, batch 4 x 2,048 tokens",
+        f"training steps, batch {batch} x 2,048 tokens {' '.join(options)}".rstrip(),
     )
 
 
@@ -186,7 +202,22 @@ def child_environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cuda,cpu",  # an error without a GPU, not a run on the CPU
         # A part may start processes that use the device too: memory as it is needed.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # What one part has compiled, another, or the next call, need not compile again.
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build" / "xla_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        # What needs a limit of pinned memory above JAX's 64 GiB.
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "80",
     }
+
+
+def dry_run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """Runs `bench_gpu model` in this process on a narrow model; see `run_child`."""
+    from scripts.bench_gpu import model
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = model.main([*command[command.index("model") + 1 :], "--dry-run"])
+    return status, output.getvalue()
 
 
 def run_child(
@@ -425,7 +456,15 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--list", action="store_true", help="show the parts")
-    p.add_argument("--only", action="append", metavar="PART", help="may be repeated")
+    p.add_argument(
+        *("--only", "--part"),
+        action="append",
+        metavar="PART",
+        help="may be repeated; the results of other parts are kept",
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="narrow models on any device, no files"
+    )
     p.add_argument("--budget", type=float, default=570, help="seconds for everything")
     p.add_argument("--size", default="8b", help="model sizes: 1b, 3b, 8b or 70b")
     p.add_argument("--model", type=Path, help="HF directory to train as well")
@@ -462,6 +501,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.only:
         todo = [part for part in todo if part.name in args.only]
+    if args.dry_run:
+        records: dict[str, Any] = {}
+        # Kernels, attention, the tests and the peers need the device.
+        for part in todo:
+            if "model" not in part.command:
+                print(f"{part.name}: needs a GPU")
+        todo = [part for part in todo if "model" in part.command]
+        Runner(dry_run, say=partial(print, flush=True)).run(todo, records, 1e9)
+        result = {"device": "dry run", "machine": {}, "parts": records}
+        print(table(result))
+        return int(any(record["status"] == "failed" for record in records.values()))
     started = time.monotonic()
     environment = child_environment()
     _, output = run_child([sys.executable, "-c", PROBE], 120, environment)
@@ -473,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    result: dict[str, Any] = {
+    result = {
         "device": probed.pop("device"),
         "machine": probed,
         "budget_s": args.budget,
@@ -481,6 +531,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "complete": False,
     }
     name = f"gpu_check_{device_slug(result['device'])}"
+    if args.only and (args.output / f"{name}.json").is_file():
+        earlier = json.loads((args.output / f"{name}.json").read_text())
+        result["parts"] = earlier["parts"]
 
     def save() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -494,7 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save()
     print(f"{args.output / name}.json, .md")
     bad = ("failed", "out of time")
-    return int(any(record["status"] in bad for record in result["parts"].values()))
+    return int(any(result["parts"][part.name]["status"] in bad for part in todo))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ JAX_PLATFORMS asks for one, no compilation cache from an earlier run.
 import copy
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -55,10 +56,12 @@ jaxtyping.jaxtyped = _whole_functions(jaxtyping.jaxtyped)
 # Shapes and types of the three packages are checked while the tests run. An int may
 # stand where a float is asked for (PEP 484). Here and not as an option of the command
 # line, because jaxtyping's option cannot take both an argument and several packages.
-install_import_hook(
-    ("qlora_jax", "pallas_kernels", "convert"),
-    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
-)
+# A bare machine with a GPU has no beartype: there the tests run without these checks.
+if importlib.util.find_spec("beartype"):
+    install_import_hook(
+        ("qlora_jax", "pallas_kernels", "convert"),
+        "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+    )
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

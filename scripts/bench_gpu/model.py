@@ -1,8 +1,10 @@
-"""Measures decoding and training speed of a QLoRA model on this machine's GPU.
+r"""Measures decoding and training speed of a QLoRA model on this machine's GPU.
 
     python scripts/bench_gpu model decode --size 8b --batch 1 --context 1024
     python scripts/bench_gpu model train --size 8b --batch 4 --length 2048 --remat full
     python scripts/bench_gpu model train --length 262144 --remat offload --steps 1
+    python scripts/bench_gpu model train --size qwen3-8b --batch 2 --accumulation 4 \
+        --optimizer adamw_8bit --packed --attention pallas
     python scripts/bench_gpu model train --checkpoint path/to/hf-llama --length 512
 
 Random weights of a real model's sizes are made on the device (`--size`; NF4 with double
@@ -21,6 +23,7 @@ one, attention forward 1 and backward 2.5 times; recomputation counts as time, n
 work.
 
 Without a GPU it prints why and ends with 1: these figures mean nothing elsewhere.
+`--dry-run` runs the same code there on a model of two narrow layers.
 """
 
 from __future__ import annotations
@@ -66,14 +69,46 @@ from qlora_jax.training.step import init_state
 from scripts.bench_gpu.worker import ROOT
 
 # Device -> bytes/s that a large copy reaches, read and written.
-COPY = {"NVIDIA H200": 4.3e12}
+# (H100: the share of its data sheet that an H200 reaches.)
+COPY = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}
 # Device -> bf16 operations/s of the data sheet, dense.
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
+_QWEN3 = {
+    "model_type": "qwen3",
+    **{"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8},
+    **{"rope_theta": 1e6, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6},
+}
+# Sizes -> config.json, of the published models.
+CONFIGS: dict[str, dict[str, Any]] = {
+    **{name: model.hf_config for name, model in shapes.MODELS.items()},
+    "qwen3-0.6b": {
+        **_QWEN3,
+        **{"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+        **{"num_attention_heads": 16, "tie_word_embeddings": True},
+    },
+    "qwen3-1.7b": {
+        **_QWEN3,
+        **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+        **{"num_attention_heads": 16, "tie_word_embeddings": True},
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        **{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36},
+        **{"num_attention_heads": 32, "tie_word_embeddings": False},
+    },
+}
+# Of the same architecture, in a second on a CPU.
+_NARROW = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+    "vocab_size": 128,
+}
 
-def config_of(size: str) -> LlamaConfig:
-    """Returns the configuration of a model in `shapes.MODELS`."""
-    return LlamaConfig.from_hf(shapes.MODELS[size].hf_config)
+
+def config_of(size: str, *, narrow: bool = False) -> LlamaConfig:
+    """Returns the configuration of a model in `CONFIGS`, or of a narrow one like it."""
+    return LlamaConfig.from_hf(CONFIGS[size] | (_NARROW if narrow else {}))
 
 
 def random_base(
@@ -223,12 +258,17 @@ class Training:
     steps: int
     rank: int = 16
     learning_rate: float = 1e-4
+    accumulation: int = 1
+    """Micro-batches; a step takes the rows of all of them."""
+    optimizer: Any = "adamw"
+    packed: bool = False
+    """Four documents in a row."""
 
 
 def train(
     config: LlamaConfig, base: Any, tokens: np.ndarray, how: Training
 ) -> dict[str, Any]:
-    """Times `train_step`; `tokens` int32 [N, B, T] are the batches, taken in turn.
+    """Times `train_step`; `tokens` int32 [N, rows, T] are the batches, taken in turn.
 
     The step is planned, compiled and placed as in a run
     (`qlora_jax.runs.compiled_step`).
@@ -236,13 +276,20 @@ def train(
     lora, adapters = adapters_for(base, how.rank)
     settings, steps = how.settings, how.steps
     compute = Compute(dtype=settings.dtype, kernels=settings.kernels, lora=lora)
-    batches = [
-        {"tokens": rows[None], "labels": rows[None]} for rows in jnp.asarray(tokens)
-    ]
-    flops = step_flops(config, base, adapters, tokens.shape[-1])
+    number, rows, length = tokens.shape
+    shape = (number, how.accumulation, rows // how.accumulation, length)
+    batches = [{"tokens": t, "labels": t} for t in jnp.asarray(tokens).reshape(shape)]
+    document = length // 4 if how.packed else length
+    if how.packed:
+        place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape[1:])
+        ids = {"positions": place % document, "segment_ids": 1 + place // document}
+        batches = [batch | ids for batch in batches]
+    flops = step_flops(config, base, adapters, document)
     train_config = TrainConfig(
         steps=steps,
-        batch_size=tokens.shape[1],
+        batch_size=shape[2],
+        gradient_accumulation_steps=how.accumulation,
+        optimizer=how.optimizer,
         learning_rate=how.learning_rate,
         lr_scheduler="constant",
         warmup_steps=0,
@@ -309,7 +356,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("command", choices=("decode", "train"))
-    p.add_argument("--size", choices=tuple(shapes.MODELS), default="8b")
+    p.add_argument("--size", choices=tuple(CONFIGS), default="8b")
     p.add_argument("--checkpoint", type=Path, help="HF directory, in place of --size")
     p.add_argument("--batch", type=int, default=1, help="rows")
     p.add_argument("--context", type=int, default=1024, help="decode: prompt (tokens)")
@@ -329,7 +376,30 @@ def parser() -> argparse.ArgumentParser:
             + ("" if name == "kernels" else "; train"),
         )
     p.add_argument("--rank", type=int, default=16, help="of the adapters")
+    p.add_argument("--accumulation", type=int, default=1, help="train: micro-batches")
+    p.add_argument(
+        "--optimizer",
+        choices=typing.get_args(typing.get_type_hints(TrainConfig)["optimizer"]),
+        default=TrainConfig.optimizer,
+        help="train",
+    )
+    p.add_argument(
+        "--packed", action="store_true", help="train: four documents in a row"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="a narrow model, on any device"
+    )
     return p
+
+
+def _narrow(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns the options of a dry run: the same paths, on few tokens."""
+    small = {"context": 16, "tokens": 4, "repeats": 1, "length": 64, "steps": 2}
+    args = argparse.Namespace(**vars(args) | small)
+    if jax.default_backend() != "gpu":
+        # Offloading, and kernels of a GPU, exist there alone.
+        args.attention = "auto" if args.attention != "xla" else "xla"
+    return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -341,7 +411,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         base = jax.tree.map(jnp.asarray, base)
     else:
-        config = config_of(args.size)
+        config = config_of(args.size, narrow=args.dry_run)
         base = random_base(config, quantize_lm_head=head)
     if args.command == "decode":
         names = ("kernels", "batch", "context", "tokens", "repeats", "rank")
@@ -352,7 +422,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tokens = text_batches(args.checkpoint, text, 4, args.batch, args.length)
     else:
         rng = np.random.default_rng(0)
-        size = (2, args.batch, args.length)
+        size = (2, args.batch * args.accumulation, args.length)
         tokens = rng.integers(0, config.vocab_size, size).astype(np.int32)
     settings = ModelConfig(
         path=str(args.checkpoint or args.size),
@@ -362,7 +432,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lm_head=args.lm_head,
         kernels=args.kernels,
     )
-    how = Training(settings=settings, steps=args.steps, rank=args.rank)
+    names = ("steps", "rank", "accumulation", "optimizer", "packed")
+    how = Training(settings=settings, **{name: getattr(args, name) for name in names})
     return train(config, base, tokens, how)
 
 
@@ -371,12 +442,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         device = jax.devices()[0]
-        missing = "" if device.platform == "gpu" else f"only {device.platform}"
+        usable = device.platform == "gpu" or args.dry_run
+        missing = "" if usable else f"only {device.platform}"
     except Exception as error:  # jax raises as many kinds as there are drivers
         device, missing = None, repr(error)
     if missing or device is None:
         print(f"bench_gpu model: jax finds no GPU ({missing}).", file=sys.stderr)
         return 1
+    args = _narrow(args) if args.dry_run else args
     try:
         result = run(args)
     except (ValueError, UserError) as error:

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from scripts import gpu_check as check
+from scripts.bench_gpu import model
 
 DECODE = {"tokens_per_s": 400.0, "ms_per_step": 2.5, "prefill_ms": 60.0}
 DECODE["floor_tokens_per_s"] = 925.0
@@ -51,7 +52,12 @@ def parts(*arguments):
 
 def test_parts_come_in_order_of_importance():
     names = [part.name for part in parts()]
-    assert names[:4] == ["tests", "kernels", "decode 1 xla", "decode 1 pallas"]
+    assert names[:3] == [
+        "train save_matmuls xla",
+        "train full xla",
+        "train packed pallas attention",
+    ]
+    assert names[-1] == "tests"
     assert len(names) == len(set(names))
     assert not any("transformers" in name or "checkpoint" in name for name in names)
     more = parts("--model", "m", "--peer-python", "p", "--budget", "3000")
@@ -76,14 +82,16 @@ def test_each_part_is_reported_and_the_next_still_runs():
     runner.run(parts("--peer-python", "p"), result["parts"], 1e4)
     outcome = "; ".join(f"{n}: {r['status']}" for n, r in result["parts"].items())
     assert outcome == (
-        "tests: failed; kernels: ok; decode 1 xla: ok; decode 1 pallas: not available; "
-        "train full xla: ok; train full pallas: ok; attention: ok; decode 16 xla: ok; "
-        "decode 16 pallas: not available; train save_matmuls xla: out of time; "
-        "train 131072 full: ok; train 262144 offload: ok; decode 1 transformers: ok; "
-        "decode 16 transformers: ok"
+        "train save_matmuls xla: out of time; train full xla: ok; "
+        "train packed pallas attention: out of time; train qwen3-8b recipe: ok; "
+        "train qwen3-0.6b: ok; train qwen3-1.7b: ok; attention: ok; kernels: ok; "
+        "decode 1 xla: ok; decode 1 pallas: not available; train full pallas: ok; "
+        "decode 16 xla: ok; decode 16 pallas: not available; train 131072 full: ok; "
+        "train 262144 offload: ok; decode 1 transformers: ok; "
+        "decode 16 transformers: ok; tests: failed"
     )
     assert result["parts"]["kernels"]["result"] == KERNELS
-    assert "1 failed, 3 passed" in printed[1]
+    assert "1 failed, 3 passed" in printed[-1]
     text = check.table(json.loads(json.dumps(result)))  # as it is written and read
     for line in (
         "| tests | failed: 1 failed, 3 passed in 2.0s |",
@@ -108,14 +116,14 @@ def test_what_does_not_fit_is_left_out():
     records = {}
     check.Runner(execute, clock=lambda: now[0]).run(parts(), records, 250.0)
     ran = [name for name, r in records.items() if r["status"] != "left out"]
-    assert ran == ["tests", "kernels", "decode 1 xla"]
+    assert ran == [part.name for part in parts()[:3]]
     assert len(records) == len(parts())
     text = check.table({"device": "Fake GPU 1", "machine": {}, "parts": records})
-    assert "| train full xla | left out | 0 |" in text
+    assert "| kernels | left out | 0 |" in text
 
 
 def test_no_tests_is_not_a_failure():
-    record = check.run_part(parts()[0], 60, execute=lambda *a: (5, "no tests ran"))
+    record = check.run_part(parts()[-1], 60, execute=lambda *a: (5, "no tests ran"))
     assert record["status"] == "no tests"
 
 
@@ -127,7 +135,8 @@ def test_a_benchmark_gets_less_time_than_its_part(limit, budget):
         seconds.append(float(command[command.index("--budget") + 1]))
         return 1, "boom"
 
-    record = check.run_part(parts()[1], limit, execute=execute)
+    part = next(part for part in parts() if part.name == "kernels")
+    record = check.run_part(part, limit, execute=execute)
     assert seconds == [budget]
     assert record["status"] == "failed" and record["result"] is None
 
@@ -174,12 +183,18 @@ def test_a_run_writes_one_result_and_a_table(tmp_path, monkeypatch, capsys):
     result = json.loads(stored.read_text())
     assert result["complete"] and result["device"] == "Fake GPU 1"
     assert result["machine"] == {"jax": "0.0"}
-    assert list(result["parts"]) == ["tests", "decode 1 xla"]
+    assert list(result["parts"]) == ["decode 1 xla", "tests"]
     assert table.read_text() == check.table(result)
     assert "decode 1 xla: ok" in capsys.readouterr().out
-    assert check.main([*arguments[:2], "--only", "decode 1 xla"]) == 0
+    # A later call keeps what it does not run again.
+    assert check.main([*arguments[:2], "--part", "decode 1 xla"]) == 0
+    result = json.loads(stored.read_text())
+    assert result["parts"]["tests"]["status"] == "failed"
     assert check.main(["--only", "decode"]) == 2
-    assert "no part decode; the parts are tests, kernels" in capsys.readouterr().err
+    assert (
+        "no part decode; the parts are train save_matmuls xla,"
+        in capsys.readouterr().err
+    )
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
@@ -197,5 +212,20 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(run_script, tmp_path):
 def test_the_list_needs_no_gpu(run_script):
     done = run_script("gpu_check.py", "--list", alone=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("tests ")
+    assert done.stdout.startswith("train save_matmuls xla ")
     assert "train full pallas" in done.stdout
+
+
+def test_a_dry_run_trains_and_decodes_narrow_models_as_the_parts_do(capsys):
+    models = [part for part in parts("--dry-run") if "model" in part.command]
+    for part in models:  # the benchmark takes the options of every part
+        model.parser().parse_args([*part.command[part.command.index("model") + 1 :]])
+    chosen = ("train qwen3-8b recipe", "decode 1 xla", "decode 1 pallas", "kernels")
+    assert {"train qwen3-8b recipe", "decode 1 xla"} < {part.name for part in models}
+    options = [word for name in chosen for word in ("--part", name)]
+    assert check.main(["--dry-run", *options]) == 0
+    out = capsys.readouterr().out
+    outcomes = ("ok", "ok", "not available", "needs a GPU")
+    for name, outcome in zip(chosen, outcomes, strict=True):
+        assert f"{name}: {outcome}" in out
+    assert "| qwen3-8b recipe |" in out and "| 1 | xla |" in out
