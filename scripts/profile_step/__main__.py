@@ -27,12 +27,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if not installed
 
 from convert.atomic import write_text
 from pallas_kernels.nf4.shapes import MODELS
+from qlora_jax.choices import LoraProducts
 from qlora_jax.errors import UserError
 from qlora_jax.planning import categories, hlo
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
@@ -80,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--packed", action="store_true", help="rows of several documents")
     p.add_argument("--remat", default="full", help="policy of the backward pass")
     p.add_argument("--unrolled", action="store_true", help="layers without a loop")
+    p.add_argument(
+        "--lora-products",
+        default="auto",
+        choices=get_args(LoraProducts),
+        help="part of the products with the weights, or products of their own",
+    )
     p.add_argument("--attention", default="auto", help="implementation")
     p.add_argument("--kernels", default="auto", help="of packed weights")
     p.add_argument("--data", type=int, default=1, help="devices that divide the rows")

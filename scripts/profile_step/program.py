@@ -59,6 +59,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "packed": args.packed,
         "remat": "none" if args.decode else args.remat,
         "scan_layers": not args.unrolled,
+        "lora_products": args.lora_products,
         "attention": args.attention,
         "kernels": args.kernels,
         "mesh": {k: n for k in ("data", "fsdp") if (n := getattr(args, k)) > 1},
@@ -72,7 +73,7 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     from qlora_jax.planning.step import Step
     from qlora_jax.training.config import TrainConfig
 
-    names = ("attention", "remat", "scan_layers", "kernels")
+    names = ("attention", "remat", "scan_layers", "kernels", "lora_products")
     compute = {name: chosen[name] for name in names}
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
