@@ -30,7 +30,7 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.planning.compile import find_compiler, how_to_get_the_compiler
 from qlora_jax.planning.gpus import CARDS
-from qlora_jax.planning.plan import DoesNotFit, Planner, Policy, policies
+from qlora_jax.planning.plan import LADDER, DoesNotFit, Planner, Policy, policies
 from qlora_jax.planning.step import Step
 from qlora_jax.training.config import TrainConfig
 
@@ -104,7 +104,7 @@ LENGTHS = [
     *((model, gigabytes, "any") for model in FAMILIES for gigabytes in PUBLISHED["8b"]),
 ]
 """Model, memory of the card in GB, and which policies."""
-SPEED = ("none", "save_matmuls", "full")
+SPEED = tuple(policy for policy in LADDER if policy.remat != "offload")
 """Policies without offloading: what they cost at 16 rows of 2,048 tokens."""
 
 
@@ -150,11 +150,11 @@ def longest(model: str, gigabytes: int, which: str, python: str | None) -> dict:
     }
 
 
-def at_speed(policy: str, python: str | None) -> dict:
+def at_speed(policy: Policy, python: str | None) -> dict:
     """Plans 16 rows of 2,048 tokens on an H200 under a policy."""
     planner = Planner(CARDS["h200"], python=python, say=lambda x: print(f"  {x}"))
-    plan = planner.plan(step_of("8b", 2048, 16), policies(remat=policy)[0])
-    return {"model": "8b", "policies": policy, **plan.report()}
+    plan = planner.plan(step_of("8b", 2048, 16), policy)
+    return {"model": "8b", "policies": policy.name, **plan.report()}
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -257,7 +257,7 @@ def main() -> None:
         f"{model} {gigabytes} GB {which}": (longest, model, gigabytes, which)
         for model, gigabytes, which in LENGTHS
     }
-    makers |= {f"8b 16 x 2048 {policy}": (at_speed, policy) for policy in SPEED}
+    makers |= {f"8b 16 x 2048 {policy.name}": (at_speed, policy) for policy in SPEED}
     for number, (name, (make, *arguments)) in enumerate(makers.items(), 1):
         if name in content["rows"] or (args.only and args.only not in name):
             continue

@@ -7,5 +7,6 @@ other, so that their results, which mean nothing, are finite.
   api     flash_attention: checks, the choice of an implementation, the derivative
   xla     plain XLA: the formula, and block by block with a running softmax
   gpu     the kernels for Hopper GPUs, forward and backward
+  check   the kernels against the formula, on the device at hand
   blocks  which blocks the kernels look at, how those come and are masked
 """

@@ -142,10 +142,11 @@ class PlanCommand:
         card = find_gpu(self.gpu)
         planner = Planner(card, python=self._compiler(card), mesh=self._mesh(), say=say)
         step = settings.step(card)
+        attention = _attention(settings.model.attention, step, card)
         candidates = policies(
             remat=settings.model.remat,
             scan_layers=settings.model.scan_layers,
-            attention=settings.model.attention,
+            attention=attention,
             embed_tokens=settings.model.embed_tokens,
             lm_head=settings.model.lm_head,
             tied=settings.config.tie_word_embeddings,
@@ -158,7 +159,7 @@ class PlanCommand:
         report = plan.report(settings.tables)
         report["notes"] = self._notes(settings, planner, plan)
         if self.compare:
-            every = policies(attention=settings.model.attention, gpu=card)
+            every = policies(attention=attention, gpu=card)
             report["policies"] = _compare(planner, step, every, settings.fit)
         if self.plot is not None:
             drawn = draw_memory(planner, plan, candidates, Path(self.plot))
@@ -208,6 +209,15 @@ class PlanCommand:
                 if card.compiles
                 else "the estimate leaves less of the memory than the 10 % that it may "
                 "be wrong by: shorter or fewer rows are safer."
+            )
+        attention = plan.step.compute.attention
+        if plan.step.packed and settings.model.attention == "auto":
+            notes.append(
+                "packed rows: planned with attention='pallas', which a run takes if "
+                "those kernels pass its check on the device, and else 'xla'."
+                if attention == "pallas"
+                else "packed rows: attention in plain XLA, block by block; no faster "
+                "kernel takes them here."
             )
         positions = settings.config.max_position_embeddings
         if plan.step.length > positions:
@@ -423,6 +433,23 @@ def _from_adapter(
 def _lacks_bfloat16(card: GpuSpec) -> str:
     major, minor = card.compute_capability
     return f"{card.name} (compute capability {major}.{minor}) has no bfloat16"
+
+
+def _attention(attention: Attention, step: Step, card: GpuSpec) -> Attention:
+    """Returns the attention that a run takes, if its check on the device passes."""
+    from pallas_kernels.device import jax_has_kernels
+    from qlora_jax.models import attention_refusals
+
+    if attention != "auto" or not step.packed or not jax_has_kernels():
+        return attention
+    reasons = attention_refusals(
+        "pallas",
+        dtype=step.compute.dtype,
+        head_dim=step.config.head_dim,
+        packed=True,
+        capability=".".join(map(str, card.compute_capability)),
+    )
+    return attention if reasons else "pallas"
 
 
 def _compare(

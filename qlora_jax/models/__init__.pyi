@@ -1,6 +1,7 @@
 # What the other packages use of `qlora_jax.models`.
 
 from .attention import attention_refusals as attention_refusals
+from .block import LayerKinds as LayerKinds
 from .config import CHANGEABLE_FIELDS as CHANGEABLE_FIELDS
 from .config import CHANGES_FILE as CHANGES_FILE
 from .config import LlamaConfig as LlamaConfig

@@ -15,6 +15,9 @@ from typing import Literal
 from qlora_jax.planning.hlo import Array, Instruction
 from qlora_jax.planning.work import Kernel, Sizes
 
+# The scope of a layer, in a loop over them or unrolled.
+_LAYERS = re.compile(r"/(layers|Block)/")
+
 Phase = Literal["forward", "backward", "loss", "prefill", "token", "step"]
 
 BASE, LORA, HEAD = "base products", "LoRA products", "head products"
@@ -23,25 +26,40 @@ NORM, ROPE, MLP = "RMSNorm", "RoPE", "MLP activation"
 SUMS, LOSS, SAMPLING = "residual and gradient sums", "loss without products", "sampling"
 STACKS, ZEROS = "reads and writes of layer stacks", "zeroing of layer stacks"
 COPIES, SMALL = "copies, slices, transposes", "small: casts, scales, slices"
+JOINED = "joining of layer and LoRA inputs"
 OPTIMIZER, COLLECTIVES = "optimizer, embedding, step", "collectives"
 EMBEDDING = "embedding, positions, mask"
 HOST, OTHER = "transfers to and from the host", "other"
 
 # Names of our Mosaic kernels that are not attention.
-_MOSAIC = {"nf4_dequantize": DEQUANTIZE, "nf4_matmul": NF4}
+_MOSAIC = {
+    "nf4_dequantize": DEQUANTIZE,
+    "nf4_matmul": NF4,
+    # Of a decoded token: with updates and sums; and the norm before with lora_A.
+    "nf4_products": NF4,
+    "nf4_inner": LORA,
+}
+# Halves of heads are put together again.
+_ROPE = re.compile(r"self_attn/(\w+_proj\w*/)?(concatenate|jit)|rotate")
 _SIDES = {"forward": ", forward", "backward": ", backward"}
 
 
 def phase(kernel: Kernel) -> Phase:
     """Returns the part of the step that a kernel belongs to.
 
-    The innermost loop that says so decides; a kernel outside all loops belongs to the
-    step as a whole (or to the prefill, of a program that generates).
+    The innermost loop that says so decides. Of unrolled layers the scopes of the kernel
+    itself do; what has none belongs to the step as a whole (or to the prefill, of a
+    program that generates).
     """
     for loop in reversed(kernel.loops):
         if part := _phase_of_loop(loop):
             return part
-    return "prefill" if "_generate" in kernel.op_name else "step"
+    name = kernel.op_name
+    if "_generate" in name:
+        return "prefill"
+    if "hidden_states" in name and _LAYERS.search(name):
+        return "backward" if "transpose(jvp(" in name else "forward"
+    return "step"
 
 
 def _phase_of_loop(loop: Instruction) -> Phase | None:
@@ -131,7 +149,7 @@ def _product(kernel: Kernel, part: Phase, sizes: Sizes) -> str:
 
 def _is_rank(size: int, sizes: Sizes) -> bool:
     """Whether a size is a rank, or that of up to four adapters side by side."""
-    if size in sizes.widths:
+    if size in sizes.widths or size <= 0:
         return False
     return any(not size % rank and size <= 4 * rank for rank in sizes.ranks)
 
@@ -199,13 +217,15 @@ def _of_layers(kernel: Kernel, part: Phase, sizes: Sizes) -> str:
 def _by_scope(name: str, kernel: Kernel, sizes: Sizes) -> str:
     if re.search(r"norm\w*/", name):
         return NORM
-    if re.search(r"self_attn/(concatenate|jit)|rotate", name):
+    last = [array.sizes[-1] for array in kernel.outputs if array.sizes]
+    # A layer's input next to its product with lora_A: x and z of W [x; z].
+    if any(_is_rank(n - width, sizes) for n in last for width in sizes.widths):
+        return JOINED
+    if _ROPE.search(name):
         return ROPE
-    wide = any(
-        array.sizes and array.sizes[-1] == sizes.intermediate
-        for array in kernel.outputs
-    )
-    if wide:
+    # Gate and up may be side by side, or a column of one next to that of the other.
+    inner = [n for array in kernel.outputs for n in array.sizes[-2:]]
+    if any(n % sizes.intermediate == 0 for n in inner):
         return MLP
     return SUMS if re.search(r"(add|add_any|mul|sub)$", name) else OTHER
 
@@ -214,7 +234,7 @@ def _of_token(kernel: Kernel, sizes: Sizes) -> str:
     name = kernel.op_name
     if re.search(r"norm\w*/", name):
         return NORM
-    if re.search(r"self_attn/(concatenate|jit)|rotate", name):
+    if _ROPE.search(name):
         return ROPE
     if "/layers/" in name:
         # One row times a matrix is no product to XLA: the adapters' are fusions.

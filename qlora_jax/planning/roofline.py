@@ -56,12 +56,14 @@ class Efficiency:
     """Seconds between kernels of one command buffer (CUDA graph)."""
 
 
-# Of launches in a command buffer, by the figures of NVIDIA's "Getting Started with CUDA
-# Graphs": 0.9 us between short kernels of a stream, 0.5 us between those of a graph.
-_GRAPH = 0.5 / 0.9
+# Launches that run ahead of the device leave 1.3 us between kernels; where the host is
+# late, a launch takes 3 us and more. In a command buffer they take less by the figures
+# of NVIDIA's "Getting Started with CUDA Graphs": 0.9 us between short kernels of a
+# stream, 0.5 us between those of a graph.
+_LAUNCH = 1.3e-6
+_GRAPH = _LAUNCH * 0.5 / 0.9
 # Best published kernels on large shapes: copies reach 0.9 of the bandwidth of an H200,
-# cuBLAS and FlashAttention 3 about 0.8 of its dense 16-bit rate. A launch of 3 us is
-# one that the host prepares while the device waits.
+# cuBLAS and FlashAttention 3 about 0.8 of its dense 16-bit rate.
 IDEAL = Efficiency(
     name="ideal",
     memory=0.9,
@@ -72,13 +74,12 @@ IDEAL = Efficiency(
     float32=0.8,
     dequantization=1.0,
     rank_wide=1.0,
-    launch_s=3.0e-6,
-    graph_launch_s=_GRAPH * 3.0e-6,
+    launch_s=_LAUNCH,
+    graph_launch_s=_GRAPH,
 )
 # Sustained under a power limit and with tails of waves: 690 TFLOP/s of products on an
 # H200, 600 and 480 of attention, and of 4.8 TB/s 3.9 elementwise, 2.9 dequantizing and
-# 2.4 in products as narrow as a rank. Launches that run ahead of the device leave 1.3
-# us between kernels.
+# 2.4 in products as narrow as a rank.
 REACHABLE = Efficiency(
     name="reachable",
     memory=0.9 * 3.9 / 4.32,
@@ -89,8 +90,8 @@ REACHABLE = Efficiency(
     float32=0.8 * 45 / 55,
     dequantization=2.9 / 3.9,
     rank_wide=2.4 / 3.9,
-    launch_s=1.3e-6,
-    graph_launch_s=_GRAPH * 1.3e-6,
+    launch_s=_LAUNCH,
+    graph_launch_s=_GRAPH,
 )
 EFFICIENCIES = (IDEAL, REACHABLE)
 

@@ -352,6 +352,7 @@ _ATTENTION = {
     "attention_backward_queries": (6, "attention backward"),
     "attention_backward_keys": (8, "attention backward"),
 }
+_NF4_PRODUCTS = ("nf4_matmul", "nf4_products")
 _MOSAIC_NAME = re.compile(r"(\w+)/(?:mpmd_map|pallas_call|core_map)$")
 
 
@@ -366,10 +367,12 @@ def _mosaic(
     if name in _ATTENTION:
         each, kind = _ATTENTION[name]
         flops = each * inputs[0].count * sizes.keys
-    elif name == "nf4_matmul":
-        rows = inputs[0].count // inputs[0].sizes[-1]
-        codes = max((a for a in moved if a.dtype == "u8"), key=lambda a: a.count)
-        flops = 2.0 * rows * 2 * codes.count  # two weights a byte
+    elif name in _NF4_PRODUCTS:
+        # Operands: x [rows, ...], and codes of one weight or of several.
+        packed = [array.count for array in moved if array.dtype == "u8"]
+        # Scales of 8 bits have a number for 32 bytes of codes.
+        codes = sum(n for n in packed if 32 * n not in packed)
+        flops = 2.0 * inputs[0].sizes[0] * 2 * codes  # two weights a byte
     return {"kind": kind, "flops": flops, "mosaic": name, **_moved(moved)}
 
 

@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.attention.check import AttentionCheck, check_attention
+from pallas_kernels.device import jax_has_kernels
+from qlora_jax.choices import Attention
 from qlora_jax.errors import UserError, readable_bytes
 from qlora_jax.lora import LoraConfig, abstract_adapters, factor_out, select
-from qlora_jax.models import Llama
+from qlora_jax.models import LayerKinds, Llama, attention_refusals
 from qlora_jax.planning import (
     ALLOWANCE,
     PINNED_VARIABLE,
@@ -82,6 +86,8 @@ class CompiledStep:
     """What XLA chose while it compiled."""
     eval_bytes: int | None = None
     """Device memory while it runs, with all that the training keeps there."""
+    notes: tuple[str, ...] = ()
+    """What was chosen for the device, and why."""
 
     def summary(self) -> str:
         """Returns one line for the user."""
@@ -160,10 +166,17 @@ def compile_step(
     batch = _shapes(inputs.batch)
     plain = _plain_step(model, batch, settings, train)
     planner = Planner(gpu)
+    attention: Attention = settings.attention
+    notes: tuple[str, ...] = ()
+    if attention == "auto" and plain.packed:
+        is_gpu = jax.default_backend() == "gpu"
+        capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
+        attention, note = packed_attention(model, capability=capability)
+        notes = () if note is None else (note,)
     allowed = policies(
         remat=settings.remat,
         scan_layers=_scan_layers(settings),
-        attention=settings.attention,
+        attention=attention,
         embed_tokens=settings.embed_tokens,
         lm_head=settings.lm_head,
         tied=model.config.tie_word_embeddings,
@@ -182,6 +195,7 @@ def compile_step(
         compiled = _compile_policy(
             model, optimizer, plain, policy, arguments, gpu, tuning
         )
+        compiled = dataclasses.replace(compiled, notes=notes)
         if not compiled.plan.fits:
             too_large.append(compiled.plan)
             continue
@@ -204,6 +218,58 @@ def check_pinned(plan: Plan, limit: int) -> None:
         f"{readable_bytes(plan.memory.host_bytes)} of host memory, and JAX's limit is "
         f"{readable_bytes(limit)}. Set {PINNED_VARIABLE}={needed} (GiB) in the "
         "environment before the run starts, on a machine with that much memory."
+    )
+
+
+def packed_attention(
+    model: Llama,
+    *,
+    capability: str | None,
+    check: Callable[..., AttentionCheck] = check_attention,
+) -> tuple[Attention, str | None]:
+    """Chooses the attention of packed rows on the device at hand.
+
+    cuDNN, as JAX calls it, takes no packed rows, and plain XLA goes block by block in
+    thousands of launches. The kernels for Hopper are taken once they have computed a
+    sample right on this device.
+
+    Args:
+      model: the architecture.
+      capability: compute capability of the GPU, such as "9.0"; None = no GPU.
+      check: what computes the sample.
+
+    Returns:
+      "pallas", or "auto" for what is known to be the best elsewhere; and a note.
+    """
+    config = model.config
+    reasons = attention_refusals(
+        "pallas",
+        dtype=jnp.dtype(model.compute.dtype),
+        head_dim=config.head_dim,
+        packed=True,
+        capability=capability,
+    )
+    if capability is None or reasons or not jax_has_kernels():
+        return "auto", None
+    result = check(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        variant=LayerKinds.of(config).variant,
+    )
+    errors = ", ".join(
+        f"{name} {error:.1e} of {result.limits[name]:.1e}"
+        for name, error in result.errors.items()
+    )
+    if result.passed:
+        return "pallas", (
+            "Packed rows: attention by this project's kernels, which passed their "
+            f"check on this device (errors and their limits: {errors})."
+        )
+    return "auto", (
+        "Note: packed rows, and this project's attention kernels failed their check on "
+        f"this device (errors and their limits: {errors}); please report it. Attention "
+        "is computed in plain XLA, which is slow on a GPU."
     )
 
 

@@ -562,6 +562,8 @@ def _compile(
         recorded=recorded,
         tuning=tuning,
     )
+    for note in compiled.notes:
+        say(note)
     say(compiled.summary())
     return compiled
 

@@ -49,6 +49,7 @@ from scripts.profile_step.output import (
     print_measured,
     print_report,
     title,
+    update_page,
 )
 from scripts.profile_step.program import (
     compile_program,
@@ -98,6 +99,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, help="JSON file to write")
     p.add_argument("--plot", type=Path, help="PNG to draw")
     p.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    p.add_argument(
+        "--page",
+        type=Path,
+        help="page whose table of the file of --json or --report is to be replaced",
+    )
     p.add_argument("--report", type=Path, help="a JSON that --json wrote, to print")
     p.add_argument("--compare", type=Path, help="JSON of another count, the one before")
     p.add_argument("--trace", type=Path, help="directory of jax.profiler.trace")
@@ -150,6 +156,13 @@ def run(args: argparse.Namespace) -> None:
         print_columns([header, *compare_rows(before, report)])
     if args.json:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
+    if args.page:
+        record = args.json or args.report
+        if record is None:
+            raise UserError(
+                "--page needs --json or --report, whose name marks the table."
+            )
+        update_page(args.page, record.stem, report)
     if args.plot:
         draw(report, args.plot)
 

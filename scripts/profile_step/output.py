@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.atomic import write_text
+from qlora_jax.errors import UserError
 from qlora_jax.planning import categories
 from qlora_jax.planning.gpus import GpuSpec
 from qlora_jax.planning.roofline import EFFICIENCIES, Rates
@@ -131,6 +133,26 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(report)]
     return "\n".join(lines)
+
+
+def update_page(path: Path, name: str, report: Mapping[str, Any]) -> None:
+    """Puts the table of a report in a page, between its markers.
+
+    Args:
+      path: the page.
+      name: in the markers, <!-- NAME --> and <!-- /NAME -->.
+      report: the report.
+
+    Raises:
+      UserError: a page that has no such markers.
+    """
+    page = path.read_text()
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"`{path}` has no lines `{start.strip()}` and `{end}`.")
+    write_text(path, f"{before}{start}\n{markdown(report)}\n\n{end}{after}")
 
 
 def compare_rows(

@@ -1,10 +1,13 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from pallas_kernels.nf4.shapes import MODELS
 from qlora_jax.cli import plan
+from qlora_jax.planning.compile import Compiled
+from qlora_jax.planning.step import StepMemory
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def test_a_model_on_a_card(plan_8b):
     report = plan_8b("rtx-4090 --max-length 8192 --lora.r 32")
     assert report["fits"]
     assert (report["max_length"], report["batch_size"]) == (8192, 1)
-    assert (report["policy"], report["method"]) == ("full", "estimate")
+    assert (report["policy"], report["method"]) == ("save_attention", "estimate")
     assert report["compiled_for"] is None
     assert report["dtype"] == "bfloat16"
     assert 4 * 83_886_080 == report["device_bytes"]["adapters"]
@@ -68,7 +71,8 @@ def test_a_model_on_a_card(plan_8b):
 
 def test_a_directory_is_a_model_too(planned, config_json, tmp_path):
     report = planned("--gpu h200 --max-length 1024", "--model", tmp_path)
-    assert report["policy"] == "none"
+    assert report["policy"] == "none, unrolled"
+    assert (report["remat"], report["scan_layers"]) == ("none", False)
 
 
 def test_as_long_as_fits(plan_8b):
@@ -166,17 +170,66 @@ def test_policies_are_compared_in_a_table(cli, plan_8b, config_json):
     args = ["plan", "--model", config_json, "--gpu", "rtx-4090", "--max-length", "8192"]
     _, text, _ = cli(*args, "--method", "estimate", "--compare")
     rows = [line for line in text.splitlines() if "1 x 8,192" in line]
-    assert len(rows) == 7  # the head line, and six policies
-    assert sum("does not fit" in row for row in rows) == 2
+    assert len(rows) == 9  # the head line, and eight policies
+    assert sum("does not fit" in row for row in rows) == 3
     assert "cuDNN's backward pass" in text
     assert "Note: an estimate by formula, as asked for" in text
     # Whatever is planned; or the longest of each.
     report = plan_8b("l4 --max-length 2048 --remat full --compare")
-    assert len(report["policies"]) == 6
+    assert len(report["policies"]) == 8
     report = plan_8b("rtx-4090 --max-length fit --compare")
     lengths = [row.get("max_length", 0) for row in report["policies"]]
     assert lengths == sorted(lengths)
     assert lengths[-1] == report["max_length"]
+
+
+def test_a_compiled_plan_shows_the_counted_time(cli, config_json, monkeypatch):
+    sizes = ("base", "adapters", "optimizer", "batch", "activations", "gradients")
+    sizes += ("loss", "temporaries", "workspace")
+    counted = {"tokens": 8192, "floor_seconds": 0.32, "launches": 5432}
+    counted["ideal"] = {"seconds": 0.4, "tokens_per_second": 20480.0}
+    counted["reachable"] = {"seconds": 0.5, "tokens_per_second": 16384.0}
+
+    def compile_for(*args, **options):
+        memory = StepMemory(**dict.fromkeys(sizes, 10**9))
+        return Compiled(memory, {}, {}, "0.0", 1.0, counted)
+
+    monkeypatch.setattr(plan, "find_compiler", lambda python: "python")
+    monkeypatch.setattr("qlora_jax.planning.plan.compile_for", compile_for)
+    args = [
+        "--model",
+        config_json,
+        "--gpu",
+        "h200",
+        "--max-length",
+        "2048",
+        "--compare",
+    ]
+    status, text, _ = cli("plan", *args)
+    assert status == 0
+    assert "counted from its compiled kernels, not measured" in text
+    for row in (
+        r"floor: FLOPs without recomputation +0.32 s +25,600 tokens/s",
+        r"all kernels, ideal rates +0.4 s +20,480 tokens/s",
+        r"all kernels, reachable rates +0.5 s +16,384 tokens/s",
+        r"kernels launched +5,432",
+        r"  full .*16,384 tokens/s",
+    ):
+        assert re.search(row, text), row
+    report = json.loads(cli("plan", *args, "--json")[1])
+    assert report["counted"] == counted
+    assert {row["counted_tokens_per_second"] for row in report["policies"]} == {16384}
+    # By formula: what a policy repeats is not necessary.
+    assert report["necessary_flops_per_token"] <= report["flops_per_token"]
+
+
+def test_an_estimate_counts_no_kernels(cli, plan_8b, config_json):
+    report = plan_8b("h200 --max-length 2048 --remat full")
+    assert report["counted"] is None
+    assert report["necessary_flops_per_token"] < report["flops_per_token"]
+    args = ("--model", config_json, "--gpu", "h200", "--max-length", "2048")
+    _, text, _ = cli("plan", *args, "--method", "estimate")
+    assert "counted" not in text
 
 
 def test_the_way_to_the_compiler_is_told(cli, refused, config_json, monkeypatch):

@@ -19,6 +19,10 @@ SIZES = Sizes(
 TOKENS, HIDDEN, WIDE = 256, 512, 1536
 FORWARD = "jit(train_step)/jvp(Llama.hidden_states)/model/while"
 BACKWARD = "jit(train_step)/transpose(jvp(Llama.hidden_states))/model/while"
+UNROLLED = "jit(train_step)/jvp(Llama.hidden_states)/model/model._unrolled/Block"
+UNROLLED_BACKWARD = UNROLLED.replace(
+    "jvp(Llama.hidden_states)", "transpose(jvp(Llama.hidden_states))"
+)
 LOSS = "jit(train_step)/jvp()/while"
 TOKEN = "jit(_generate)/while"
 TOKEN_LAYER = f"{TOKEN}/body/Llama.decode/model/while"

@@ -18,6 +18,7 @@ LORA = LoraConfig(r=32)
 CONFIG = LlamaConfig.from_hf(MODELS["8b"].hf_config)
 STEP = Step(CONFIG, Compute(lora=LORA), length=8192)
 GPU = CARDS["rtx-4090"]
+RUNGS = {policy.name: policy for policy in LADDER}
 
 
 def step_of(length, **train):
@@ -34,6 +35,11 @@ def test_every_policy_of_the_ladder_needs_less_than_the_previous():
 def test_policies_keep_fixed_settings():
     assert [p.name for p in policies()] == [p.name for p in LADDER]
     assert [p.name for p in policies(remat="full")] == ["full"]
+    # A loop over the layers, as on a CPU: rungs that differ in nothing else are one.
+    loops = [p.name for p in policies(scan_layers=True)]
+    assert loops[:3] == ["none", "save_matmuls", "save_attention"]
+    (unrolled,) = policies(remat="full", scan_layers=False)
+    assert (unrolled.name, unrolled.scan_layers) == ("full, unrolled", False)
     rungs = policies(remat="offload", embed_tokens="device", lm_head="nf4")
     assert {(p.embed_tokens, p.lm_head) for p in rungs} == {("device", "nf4")}
     assert [p.attention for p in rungs] == ["auto", "xla"]
@@ -57,8 +63,11 @@ def test_tied_tables_have_the_same_memory():
 @pytest.mark.parametrize(
     ("length", "name"),
     [
-        (2048, "save_matmuls"),
-        (8192, "full"),
+        (512, "none, unrolled"),
+        (2048, "save_matmuls, unrolled"),
+        (4096, "save_matmuls"),
+        (8192, "save_attention"),
+        (32768, "full"),
         (131072, "offload"),
         (229376, "offload, tables, xla"),
         (1 << 20, "offload, tables, xla"),
@@ -113,13 +122,13 @@ class Curved(Planner):
 
 def test_a_search_plans_few_steps_where_memory_is_not_linear():
     planner = Curved(GPU)
-    plan = planner.longest(STEP, [LADDER[3]])
+    plan = planner.longest(STEP, [RUNGS["offload"]])
     assert len(planner.lengths) <= 14
     assert len(set(planner.lengths)) == len(planner.lengths)
     assert plan.step.length in planner.lengths
     assert plan.step.length + granule(plan.step.length) in planner.lengths
     assert plan.fits
-    assert not planner.plan(step_of(plan.step.length + 1024), LADDER[3]).fits
+    assert not planner.plan(step_of(plan.step.length + 1024), RUNGS["offload"]).fits
 
 
 def test_the_error_of_a_model_that_does_not_fit_has_excess_and_advice():
@@ -136,7 +145,7 @@ def test_the_error_of_a_model_that_does_not_fit_has_excess_and_advice():
 
 def test_settings_that_would_be_enough_are_named_with_what_they_save():
     planner = Planner(GPU)
-    plan = planner.plan(step_of(40960), LADDER[2])
+    plan = planner.plan(step_of(40960), RUNGS["full"])
     assert not plan.fits
     enough, _ = planner.knobs(plan)
     assert any("'offload' saves" in text for text in enough)
@@ -145,7 +154,7 @@ def test_settings_that_would_be_enough_are_named_with_what_they_save():
 
 
 def test_the_report_is_json_and_adds_up():
-    plan = Planner(GPU).plan(STEP, LADDER[3])
+    plan = Planner(GPU).plan(STEP, RUNGS["offload"])
     report = json.loads(json.dumps(plan.report()))
     kinds = dict(report["device_bytes"])
     assert sum(v for k, v in kinds.items() if k != "total") == kinds["total"]
@@ -159,14 +168,14 @@ def test_the_report_is_json_and_adds_up():
 
 
 def test_limits_of_jax_itself_are_named_where_they_are_too_low():
-    lean = Planner(CARDS["l40s"]).plan(step_of(524288), LADDER[-1])
+    lean = Planner(CARDS["l40s"]).plan(step_of(524288), RUNGS["offload, tables, xla"])
     assert float(lean.settings["XLA_PYTHON_CLIENT_MEM_FRACTION"]) > 0.75
     # 140 GB pinned, and JAX pins 64 GiB at most.
     limit = int(lean.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"])
     assert limit * 2**30 > lean.memory.host_bytes
-    assert Planner(CARDS["h200"]).plan(STEP, LADDER[2]).settings == {}
+    assert Planner(CARDS["h200"]).plan(STEP, RUNGS["full"]).settings == {}
     # Exactly 64 GiB, for which a pool of 64 GiB is too small.
-    plan = Planner(CARDS["h200"]).plan(step_of(262144), LADDER[3])
+    plan = Planner(CARDS["h200"]).plan(step_of(262144), RUNGS["offload"])
     assert plan.memory.host_bytes == 64 << 30
     assert plan.settings["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "71"
 
@@ -174,7 +183,7 @@ def test_limits_of_jax_itself_are_named_where_they_are_too_low():
 def test_a_mesh_that_does_not_divide_is_refused():
     planner = Planner(GPU, mesh={"fsdp": 8})
     with pytest.raises(UserError, match="`batch_size`=1 must be a multiple of the 8"):
-        planner.plan(STEP, LADDER[2])
+        planner.plan(STEP, RUNGS["full"])
 
 
 # --- The closed form ---
@@ -206,7 +215,7 @@ def test_lower_bounds_of_time_scale_with_their_limits():
     other = estimate.step_seconds_floor(twice, GPU)
     assert other["compute"] == pytest.approx(2 * floor["compute"])
     assert floor["bandwidth"] < other["bandwidth"] < 2 * floor["bandwidth"]
-    offload = LADDER[3].apply(STEP)
+    offload = RUNGS["offload"].apply(STEP)
     link = estimate.step_seconds_floor(offload, GPU)["host_link"]
     assert link == pytest.approx(2 * 2 * 32 * 8192 * 4096 / GPU.host_link)
     slower = find_gpu("l4")

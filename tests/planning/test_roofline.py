@@ -33,6 +33,8 @@ from tests.planning.programs import (
     TOKEN_LAYER,
     TOKENS,
     TWO,
+    UNROLLED,
+    UNROLLED_BACKWARD,
     WIDE,
     custom,
     elementwise,
@@ -102,6 +104,17 @@ def kernel_of(body: str, op_name: str, *loops: str, sizes: Sizes = SIZES):
             c.BASE,
         ),
         (elementwise(2, 5000), f"{TOKEN}/body/argmax", [TOKEN], c.SAMPLING),
+        # Unrolled layers have their scope, and no loop.
+        (product(HIDDEN, WIDE), f"{UNROLLED}/mlp/dot", [], f"{c.BASE}, forward"),
+        (
+            elementwise(2, 128, WIDE, 2),
+            *(f"{UNROLLED_BACKWARD}/mlp/mul", [], f"{c.MLP}, backward"),
+        ),
+        # x and z = A x of three adapters, side by side.
+        (
+            elementwise(2, 128, HIDDEN + 48),
+            *("q_proj_k_proj_v_proj/concatenate", [FORWARD], f"{c.JOINED}, forward"),
+        ),
         # A micro-batch is a loop around all others.
         (
             product(HIDDEN, WIDE),
@@ -159,6 +172,9 @@ def test_the_rates_of_every_gpu_follow_from_its_data_sheet(card):
     for field in dataclasses.fields(Rates):
         if field.name not in ("name", "host_link", "launch_s", "graph_launch_s"):
             assert getattr(slow, field.name) < getattr(fast, field.name)
+    # A bound: no step is faster at reachable rates than at ideal ones.
+    assert fast.graph_launch_s < fast.launch_s <= slow.launch_s
+    assert fast.graph_launch_s <= slow.graph_launch_s
 
 
 def test_a_kernel_takes_the_longer_of_bytes_and_operations():

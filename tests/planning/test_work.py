@@ -231,16 +231,21 @@ def test_a_mosaic_kernel_is_known_by_its_name(name, kind, each, call):
     assert kernel.bytes == 4 * 2 * QUERY
 
 
-def test_a_mosaic_kernel_reads_one_layer_of_a_stack():
+@pytest.mark.parametrize("name", ["nf4_matmul", "nf4_products"])
+def test_a_mosaic_kernel_reads_one_layer_of_a_stack(name):
+    # Two weights that share x, each with the 8-bit scales of its blocks.
     (kernel,) = kernels(
         "  %x = bf16[8,64]{1,0} parameter(0)\n"
-        "  %codes = u8[4,96,32]{2,1,0} parameter(1)\n"
-        "  ROOT %y = f32[8,96]{1,0} custom-call(%x, %codes), "
-        'custom_call_target="mosaic_gpu_v2", '
-        'metadata={op_name="jit(f)/q_proj/nf4_matmul/mpmd_map"}'
+        "  %gate = u8[4,96,32]{2,1,0} parameter(1)\n"
+        "  %gate_scales = u8[4,96]{1,0} parameter(2)\n"
+        "  %up = u8[4,32,32]{2,1,0} parameter(3)\n"
+        "  %up_scales = u8[4,32]{1,0} parameter(4)\n"
+        "  ROOT %y = f32[8,96]{1,0} custom-call(%x, %gate, %gate_scales, %up, "
+        '%up_scales), custom_call_target="mosaic_gpu_v2", '
+        f'metadata={{op_name="jit(f)/mlp/{name}/mpmd_map"}}'
     )
-    assert kernel.bytes == 2 * 8 * 64 + 96 * 32 + 4 * 8 * 96
-    assert kernel.flops == 2 * 8 * 64 * 96
+    assert kernel.bytes == 2 * 8 * 64 + 33 * (96 + 32) + 4 * 8 * 96
+    assert kernel.flops == 2 * 8 * 64 * (96 + 32)
 
 
 @pytest.mark.parametrize(("window", "keys"), [(None, 50), (100, 50), (10, 9.5)])

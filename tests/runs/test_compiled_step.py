@@ -12,6 +12,7 @@ import pytest
 
 import convert
 import qlora_jax as qj
+from pallas_kernels.attention.check import AttentionCheck
 from qlora_jax.cli.main import main
 from qlora_jax.errors import UserError
 from qlora_jax.lora.config import LoraConfig
@@ -21,9 +22,10 @@ from qlora_jax.planning.gpus import ALLOWANCE, CARDS, this_device
 from qlora_jax.planning.plan import LADDER, Planner
 from qlora_jax.planning.step import Step
 from qlora_jax.runs import compiled_step
+from qlora_jax.runs.compiled_step import packed_attention
 from qlora_jax.runs.rows import read_metrics
 from qlora_jax.runs.runner import run
-from tests.models.reference import CONFIG
+from tests.models import reference
 
 pytestmark = pytest.mark.usefixtures("compile_each_program_once")
 
@@ -62,6 +64,28 @@ def losses(directory):
     return [row["loss"] for row in read_metrics(directory)]
 
 
+@pytest.mark.parametrize("passes", [True, False])
+def test_packed_rows_on_a_hopper_take_the_kernels_that_pass_their_check(
+    passes, monkeypatch
+):
+    monkeypatch.setattr(compiled_step, "jax_has_kernels", lambda: True)
+    config = dataclasses.replace(reference.CONFIG, head_dim=64)
+
+    def check(heads, groups, head_dim, *, variant):
+        assert (heads, head_dim) == (config.num_attention_heads, 64)
+        return AttentionCheck({"dq": 3e-3 if passes else 0.5}, {"dq": 4e-3})
+
+    def choose(capability, dtype="bfloat16"):
+        model = qj.Llama(config, qj.Compute(dtype=dtype))
+        return packed_attention(model, capability=capability, check=check)
+
+    chosen, note = choose("9.0")
+    assert chosen == ("pallas" if passes else "auto")
+    assert ("passed" if passes else "5.0e-01 of 4.0e-03); please report it") in note
+    for other in (choose(None), choose("8.0"), choose("9.0", dtype="float16")):
+        assert other == ("auto", None)
+
+
 def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
     make, tmp_path, set_memory, monkeypatch
 ):
@@ -76,8 +100,8 @@ def test_a_run_that_cannot_fit_ends_before_its_base_is_loaded(
 
 
 def test_more_pinned_memory_than_jax_allows_is_refused_with_the_variable():
-    step = Step(CONFIG, Compute(lora=LoraConfig(r=4)), length=64)
-    plan = Planner(CARDS["h200"]).plan(step, LADDER[3])
+    step = Step(reference.CONFIG, Compute(lora=LoraConfig(r=4)), length=64)
+    plan = Planner(CARDS["h200"]).plan(step, LADDER[-1])
     pinned = dataclasses.replace(plan.memory, host_activations=64 << 30)
     plan = dataclasses.replace(plan, memory=pinned)
     with pytest.raises(UserError, match="Set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=71"):

@@ -24,7 +24,7 @@ def test_the_table_is_made_and_continued(run_script, repository, tmp_path):
     assert "8b 8 GB any" not in printed  # made before
     rows = json.loads(output.read_text())["rows"]
     assert rows["8b 8 GB any"] == first
-    assert len(rows) == 13 + 4 * 7
+    assert len(rows) == 15 + 4 * 7
     text = table.read_text()
     assert "estimated by formula" in text
     assert "| Llama 3.1 70B | 80 GB | 89,389 |" in text

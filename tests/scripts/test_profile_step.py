@@ -15,14 +15,8 @@ main = importlib.import_module("scripts.profile_step.__main__").main
 CHOSEN = {
     **{"model": "small", "config": CONFIG.to_hf(), "gpu": "rtx-4090", "batch": 2},
     **{"length": 128, "accumulate": 3, "rank": 16, "alpha": 32, "packed": False},
-    **{
-        "remat": "full",
-        "scan_layers": True,
-        "attention": "auto",
-        "kernels": "auto",
-        "mesh": {},
-    },
-    **{"decode": 0, "jax": "0.0"},
+    **{"remat": "full", "scan_layers": True, "attention": "auto", "kernels": "auto"},
+    **{"mesh": {}, "decode": 0, "jax": "0.0"},
 }
 
 
@@ -125,6 +119,8 @@ def test_a_token_of_generation_has_the_floor_of_its_weights(tmp_path, capsys):
         (["--model", "FOLDER/nowhere"], "expected one of 1b, 3b, 8b"),
         (["--report", "FOLDER/plain.txt"], "was not written by --json"),
         (["--report", "FOLDER/report.json", "--top", "3"], "--report has no kernels"),
+        (["--report", "FOLDER/report.json", "--page", "FOLDER/plain.txt"], "no lines"),
+        (["--program", "FOLDER/program.txt", "--page", "x.md"], "--page needs --json"),
     ],
 )
 def test_what_cannot_be_used_is_refused(
@@ -138,6 +134,17 @@ def test_what_cannot_be_used_is_refused(
     arguments = [a.replace("FOLDER", str(tmp_path)) for a in arguments]
     with pytest.raises(SystemExit, match=message):
         main(arguments)
+
+
+def test_a_table_is_replaced_in_a_page(saved, tmp_path):
+    page, report = tmp_path / "page.md", tmp_path / "mine.json"
+    page.write_text("a\n<!-- mine -->\nold\n<!-- /mine -->\nb\n")
+    main(["--program", str(saved), "--json", str(report), "--page", str(page)])
+    table = output.markdown(json.loads(report.read_text()))
+    expected = f"a\n<!-- mine -->\n\n{table}\n\n<!-- /mine -->\nb\n"
+    assert page.read_text() == expected
+    main(["--report", str(report), "--page", str(page)])
+    assert page.read_text() == expected
 
 
 def test_the_page_has_the_tables_on_record(repository):

@@ -13,7 +13,9 @@ import pytest
 
 from pallas_kernels import device, flash_attention
 from pallas_kernels.attention import api
+from pallas_kernels.attention.check import AttentionCheck, check_attention
 from pallas_kernels.attention.variant import PLAIN, Variant
+from pallas_kernels.attention.xla import blockwise_attention
 
 FLOAT32 = ("reference", "xla")
 """The implementations that compute in any dtype."""
@@ -416,3 +418,34 @@ def test_the_kernels_are_chosen_from_the_measured_length_on(inputs, simulate_gpu
     assert not api.measured(long) and api.measured(wide)
     assert not api.measured(wide, ids[128])
     assert not api.measured(wide.astype(jnp.float32))
+
+
+# --- The check on the device at hand ---
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("interpret", marks=pytest.mark.interpret),
+        pytest.param("pallas", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_right_implementation_passes_the_check(implementation):
+    result = check_attention(4, 2, 64, implementation=implementation)
+    assert result.passed, result
+    assert set(result.errors) == {"output", "dq", "dk", "dv"}
+
+
+@pytest.mark.parametrize("wrong", ["segments", "nan"])
+def test_a_wrong_implementation_fails_the_check(wrong, monkeypatch):
+    def broken(q, k, v, segments, variant, choice):
+        if wrong == "segments":  # sees the documents before its own
+            segments = jnp.minimum(segments, 1)
+        out = blockwise_attention(q, k, v, segments, variant, choice)
+        return out if wrong == "segments" else out.at[0, 300].mul(jnp.nan)
+
+    right = check_attention(4, 2, 64, implementation="xla")
+    monkeypatch.setattr(api, "blockwise_attention", broken)
+    errors = check_attention(4, 2, 64, implementation="xla").errors
+    assert not AttentionCheck(errors, right.limits).passed
