@@ -26,8 +26,6 @@ Without a GPU it prints why, writes nothing and ends with 1. The tests need pyte
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import signal
@@ -211,13 +209,11 @@ def child_environment() -> dict[str, str]:
 
 
 def dry_run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Runs `bench_gpu model` in this process on a narrow model; see `run_child`."""
-    from scripts.bench_gpu import model
-
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        status = model.main([*command[command.index("model") + 1 :], "--dry-run"])
-    return status, output.getvalue()
+    """Runs `bench_gpu model` on a narrow model and any device; see `run_child`."""
+    environment = {**child_environment(), "JAX_PLATFORMS": ""}
+    environment |= {k: v for k, v in os.environ.items() if k == "JAX_PLATFORMS"}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    return run_child([*command, "--dry-run"], seconds, environment)
 
 
 def run_child(

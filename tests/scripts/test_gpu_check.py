@@ -216,16 +216,14 @@ def test_the_list_needs_no_gpu(run_script):
     assert "train full pallas" in done.stdout
 
 
-def test_a_dry_run_trains_and_decodes_narrow_models_as_the_parts_do(capsys):
+def test_a_dry_run_executes_a_part_with_a_narrow_model(capsys):
     models = [part for part in parts("--dry-run") if "model" in part.command]
     for part in models:  # the benchmark takes the options of every part
         model.parser().parse_args([*part.command[part.command.index("model") + 1 :]])
-    chosen = ("train qwen3-8b recipe", "decode 1 xla", "decode 1 pallas", "kernels")
-    assert {"train qwen3-8b recipe", "decode 1 xla"} < {part.name for part in models}
+    chosen = ("train qwen3-8b recipe", "kernels")
     options = [word for name in chosen for word in ("--part", name)]
     assert check.main(["--dry-run", *options]) == 0
     out = capsys.readouterr().out
-    outcomes = ("ok", "ok", "not available", "needs a GPU")
-    for name, outcome in zip(chosen, outcomes, strict=True):
+    for name, outcome in zip(chosen, ("ok", "needs a GPU"), strict=True):
         assert f"{name}: {outcome}" in out
-    assert "| qwen3-8b recipe |" in out and "| 1 | xla |" in out
+    assert "| qwen3-8b recipe |" in out
