@@ -84,8 +84,8 @@ _IN_CHUNKS = {
 }
 _KEPT = _Arrays(weights=0.3, narrow=4.3, wide=3.0)
 # Where [tokens, hidden_size] has 2^31 elements or more, the compiler fuses less and
-# holds half of one more.
-_LARGE = 0.5
+# holds one more.
+_LARGE = 1.0
 # Bytes per token and layer that "none" in a loop keeps in addition to "save_matmuls",
 # for each hidden and each intermediate feature (some of them in float32).
 _NONE_NARROW, _NONE_WIDE = 10, 18
