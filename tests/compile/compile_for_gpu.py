@@ -37,6 +37,7 @@ from pallas_kernels.attention import decode as cached
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.nf4 import decode, gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
+from pallas_kernels.norm import gpu as norm_gpu
 from qlora_jax.compiler import compiler_options
 from qlora_jax.inference.config import Sampling
 from qlora_jax.inference.decode import _generate, _Program
@@ -197,6 +198,23 @@ def lower_attention(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     return jax.jit(backward).lower(q, k, v, dout, numbers, segments)
 
 
+def lower_norm(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
+    """Traces a kernel of `pallas_kernels.norm`."""
+    count, features, rank = (request[name] for name in ("rows", "features", "rank"))
+    dtype = jnp.dtype(request["dtype"])
+    x = array((count, features), dtype)
+    factor, a = array((features,), jnp.float32), array((rank, features), dtype)
+    if request["kernel"] == "norm_forward":
+        forward = functools.partial(
+            norm_gpu.forward, eps=1e-5, rounds_first=request["rounds_first"]
+        )
+        return jax.jit(forward).lower(x, factor, a, array((rank,), jnp.float32))
+    backward = functools.partial(norm_gpu.backward, eps=1e-5)
+    dx_ext, z = array((count, features + rank), dtype), array((count, rank), dtype)
+    inner = array((count,), jnp.float32)
+    return jax.jit(backward).lower(dx_ext, z, a, inner, x, factor, x)
+
+
 def lower_generation(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     """Traces generation with the requested model."""
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
@@ -232,6 +250,7 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
         lower = lower_nf4 if "shape" in request else lower_attention
         lower = lower_decode if "shapes" in request else lower
+        lower = lower_norm if "features" in request else lower
         lower = lower_attend if "sizes" in request else lower
         lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace

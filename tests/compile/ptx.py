@@ -480,6 +480,12 @@ class _Block:
     def _mul(self, i: Instruction) -> None:
         if i.op[-1] == "f32":
             return self._arithmetic(i, np.multiply)
+        if i.op == ("mul", "bf16x2"):
+            a, b = (
+                self.u(o, 32).astype(np.uint32).view(_WIDE["bf16"])
+                for o in i.operands[1:]
+            )
+            return self.put(i.operands[0], (a * b).view(np.uint32), 32)
         self.put(i.operands[0], *self._product(i))
 
     def _mad(self, i: Instruction) -> None:
@@ -521,6 +527,10 @@ class _Block:
         _support(i.op[:2] == ("ex2", "approx") and i.op[-1] == "f32", i.text)
         self._approximate(i, np.exp2)
 
+    def _rsqrt(self, i: Instruction) -> None:
+        _support(i.op == ("rsqrt", "approx", "f32"), i.text)
+        self._approximate(i, lambda x: 1 / np.sqrt(x))
+
     def _extreme(self, i: Instruction, exact: Any, number: Any) -> None:
         kind, how = i.op[-1], i.op[1:-1]
         if kind == "f32" and how in ((), ("NaN",)):
@@ -553,6 +563,13 @@ class _Block:
         else:
             value = np.where(by < bits, self.u(i.operands[1], bits) >> by, np.uint64(0))
         self.put(i.operands[0], value, bits)
+
+    def _bfe(self, i: Instruction) -> None:
+        _support(i.op == ("bfe", "u32"), i.text)
+        value, start, count = (self.u(o, 32) for o in i.operands[1:])
+        _support((start + count <= 32).all(), i.text)
+        mask = (np.uint64(1) << count) - np.uint64(1)
+        self.put(i.operands[0], value >> start & mask, 32)
 
     def _bitwise(self, i: Instruction, compute: Callable[..., Any]) -> None:
         bits = _bits(i.op[-1])
@@ -718,11 +735,14 @@ class _Block:
 
     def _shfl(self, i: Instruction) -> None:
         out, value, lane, clamp, members = i.operands
-        _support(i.op == ("shfl", "sync", "idx", "b32") and out[0] != "vec", i.text)
+        kinds = [("shfl", "sync", kind, "b32") for kind in ("idx", "bfly")]
+        _support(i.op in kinds and out[0] != "vec", i.text)
         _support((clamp, members) == (("imm", 31), ("imm", -1)), i.text)
         self._whole_warps(i)
-        source = self.warp * WARP + (self.u(lane, 32) & np.uint64(31)).astype(np.int64)
-        self.put(out, self.u(value, 32)[source], 32)
+        other = (self.u(lane, 32) & np.uint64(31)).astype(np.int64)
+        if i.op[2] == "bfly":
+            other = self.thread % WARP ^ other
+        self.put(out, self.u(value, 32)[self.warp * WARP + other], 32)
 
     def _mma(self, i: Instruction) -> None:
         *how, kind, other, _ = i.op
