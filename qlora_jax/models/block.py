@@ -26,7 +26,12 @@ from qlora_jax.models.attention import (
     within_window,
 )
 from qlora_jax.models.config import LlamaConfig
-from qlora_jax.models.joined import can_join, joined_linear
+from qlora_jax.models.joined import (
+    can_fuse_norm,
+    can_join,
+    joined_linear,
+    normed_linear,
+)
 from qlora_jax.models.layers import (
     Compute,
     Linear,
@@ -171,6 +176,10 @@ class Block(nn.Module):
             # Rows are longest here, so the normed input is recomputed, not kept.
             norm = norm.function(x.shape[-1])
             h, kv = self_attn(x, rope, segments, kv, cached, norm, **options)
+        elif self.compute.fuses_norms and type(self_attn) is Attention:
+            norm = norm.function(x.shape[-1])
+            options["with_stream"] = True
+            h, kv, x = self_attn(x, rope, segments, kv, cached, norm, **options)
         else:
             h, kv = self_attn(norm(x), rope, segments, kv, cached, **options)
             check_output(self_attn, h, x)
@@ -203,6 +212,9 @@ class Block(nn.Module):
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
             chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
+        if chunks == 1 and self.compute.fuses_norms and type(mlp) is MLP:
+            update, x = mlp.function(features)(x, norm=norm.function(features))
+            return x + after(update)
         if chunks == 1:
             update = mlp(norm(x))
             check_output(mlp, update, x)
@@ -233,7 +245,9 @@ class Attention(nn.Module):
         cached: tuple[Array, ...] | None = None,
         norm: Callable[[Array], Array] | None = None,
         window: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
+        *,
+        with_stream: bool = False,
+    ) -> tuple[Any, ...]:
         """Attends within `x` and to the cache, if there is one.
 
         Args:
@@ -243,10 +257,11 @@ class Attention(nn.Module):
           kv: keys and values of all layers, [L, B, K, S, H]; None in training.
           cached: segment ids [B, S] of the cache including `x`, slots in use before
             `x`, and the index of this layer.
-          norm: applied to `x` first, if present; the backward pass then recomputes the
-            normed stream instead of keeping it.
+          norm: applied to `x` first, if present; with `remat="offload"` the backward
+            pass recomputes the normed stream instead of keeping it.
           window: index of this layer's window, of a model whose layers have different
             ones.
+          with_stream: return `x` as well, for the residual connection.
 
         Returns:
           The output, and `kv` with this layer's keys and values of `x` written in.
@@ -258,14 +273,14 @@ class Attention(nn.Module):
         projections = self._projections(x)
         q_norm, k_norm = self._head_norms()
 
-        def project(x: Array) -> tuple[Array, Array, Array]:
-            parts = projections(x if norm is None else norm(x))
+        def project(x: Array) -> tuple[Array, Array, Array, Array]:
+            parts, x = projections(x, norm)
             q, k = rotate(q_norm(next(parts)), rope), rotate(k_norm(next(parts)), rope)
-            return q, k, next(parts)
+            return q, k, next(parts), x
 
-        if norm is not None:
+        if norm is not None and self.compute.remat == "offload":
             project = jax.checkpoint(project, policy=REMAT_POLICIES["full"])
-        q, k, v = project(x)
+        q, k, v, x = project(x)
         with jax.named_scope("attention"):
             if kv is not None and cached is not None:
                 _, start, layer = cached
@@ -287,14 +302,15 @@ class Attention(nn.Module):
         out = out.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)
         o_proj = self._linear("o_proj", c.hidden_size).function(out.shape[-1])
         (out,) = apply_linears(out, {"o_proj": o_proj}, self.compute)
-        return out, kv
+        return (out, kv, x) if with_stream else (out, kv)
 
     def _projections(
         self, x: Float[Array, "B T D"]
-    ) -> Callable[[Array], Iterator[Array]]:
+    ) -> Callable[..., tuple[Iterator[Array], Array]]:
         """Returns the function of inputs like `x` to queries, keys and values.
 
-        They come one after another, each computed when it is asked for.
+        It takes a norm to apply first, or None. Its results come one after another,
+        each computed when it is asked for; and the input, for the residual connection.
         """
         c = self.config
         heads, groups = c.num_attention_heads, c.num_key_value_heads
@@ -306,12 +322,16 @@ class Attention(nn.Module):
             for name, n in names.items()
         }
 
-        def project(x: Array) -> Iterator[Array]:
-            for y in apply_linears(x, layers, self.compute):
+        def heads_of(outputs: Iterator[Array]) -> Iterator[Array]:
+            for y in outputs:
                 parts = [y.reshape(*y.shape[:2], -1, c.head_dim)]
                 if c.family.fused:
                     parts = jnp.split(parts[0], [heads, heads + groups], axis=2)
                 yield from parts
+
+        def project(x: Array, norm: Any) -> tuple[Iterator[Array], Array]:
+            outputs, x = apply_normed_linears(x, norm, layers, self.compute)
+            return heads_of(outputs), x
 
         return project
 
@@ -365,6 +385,36 @@ def apply_linears(
     for name, layer in layers.items():
         with jax.named_scope(name):
             yield layer(x)
+
+
+def apply_normed_linears(
+    x: Float[Array, "B T I"],
+    norm: Any,
+    layers: Mapping[str, partial[Array]],
+    compute: Compute,
+    *,
+    interleaved: bool = False,
+) -> tuple[Iterator[Float[Array, "B T O"]], Float[Array, "B T I"]]:
+    """Applies a norm, and linear layers to its output.
+
+    Args:
+      x: residual stream.
+      norm: from `RMSNorm.function`; None = none.
+      layers: as for `apply_linears`.
+      compute: whether they are joined, and the norm with them.
+      interleaved: as for `apply_linears`.
+
+    Returns:
+      The outputs as `apply_linears` yields them; and x, for the residual connection.
+    """
+    functions = list(layers.values())
+    if norm is not None and compute.fuses_norms and x.shape[1] > 1:
+        if can_join(functions) and can_fuse_norm(functions):
+            with jax.named_scope("_".join(layers)):
+                outputs, x = normed_linear(x, norm, functions, interleaved=interleaved)
+            return iter(outputs), x
+    h = x if norm is None else norm(x)
+    return apply_linears(h, layers, compute, interleaved=interleaved), x
 
 
 def attend_to_cache(
@@ -432,7 +482,9 @@ class MLP(nn.Module):
           unpack: dequantize packed weights now instead of with every call.
 
         Returns:
-          (x [..., D], index of the chunk or None) -> update [..., D].
+          (x [..., D], index of the chunk or None) -> update [..., D]. With `norm`, from
+          `RMSNorm.function`, it is applied to x first, and x is returned as well, for
+          the residual connection.
         """
         c = self.config
 
@@ -468,9 +520,12 @@ class MLP(nn.Module):
                 chosen[name] = partial(layer, adapter=adapter)
             return chosen
 
-        def mlp(x: Array, chunk: Array | None = None) -> Array:
+        def mlp(x: Array, chunk: Array | None = None, norm: Any = None) -> Any:
             layers = of_chunk(inner, chunk)
-            outputs = list(apply_linears(x, layers, self.compute, interleaved=True))
+            outputs, x = apply_normed_linears(
+                x, norm, layers, self.compute, interleaved=True
+            )
+            outputs = list(outputs)
             if c.family.fused:
                 outputs = jnp.split(outputs[0], 2, axis=-1)
             gate, up = outputs
@@ -479,6 +534,6 @@ class MLP(nn.Module):
             h = h.astype(x.dtype)
             layers = of_chunk({"down_proj": down_proj}, chunk)
             (update,) = apply_linears(h, layers, self.compute)
-            return update
+            return update if norm is None else (update, x)
 
         return mlp

@@ -20,6 +20,10 @@ backward pass, beside the narrow `dy`:
 
     dx = [W; A]^T [dy; s B^T dy]
 
+Behind an RMSNorm, `[x; z]` and the gradient of the residual stream may each be one
+kernel (`normed_linear`, `pallas_kernels.norm`): the former with the norm, the latter
+with its derivative.
+
 The weights are written when they are dequantized, so joining them costs nothing. The
 sums are those of `linear` in another order, and an update is not rounded before it is
 added.
@@ -28,7 +32,7 @@ added.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +40,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.norm.api import normed_input
 from pallas_kernels.product import contract, dense_matmul, outer
 from qlora_jax import nf4
 from qlora_jax.lora import functional as lora_lib
@@ -84,26 +89,91 @@ def joined_linear(
     Returns:
       The output of each layer.
     """
-    settings = [layer.keywords for layer in layers]
-    adapters = [s["adapter"] for s in settings]
-    factors = tuple(
-        (adapter.arrays["lora_A"], adapter.arrays["lora_B"]) for adapter in adapters
+    joined = _Joined.of(layers, interleaved)
+    y: Any = _joined(joined.static, x, joined.weights, joined.factors, joined.scaling)
+    return joined.outputs(y)
+
+
+def can_fuse_norm(layers: Sequence[partial[Array]]) -> bool:
+    """Returns whether `normed_linear` takes the layers, of which `can_join` holds."""
+    return _is_wide([layer.keywords["weight"] for layer in layers])
+
+
+def normed_linear(
+    x: Float[Array, "*B I"],
+    norm: partial[Array],
+    layers: Sequence[partial[Array]],
+    *,
+    interleaved: bool = False,
+    implementation: str | None = None,
+) -> tuple[list[Float[Array, "*B O"]], Float[Array, "*B I"]]:
+    """Applies an RMSNorm, and linear layers to its output as one product.
+
+    Args:
+      x: residual stream.
+      norm: from `RMSNorm.function`.
+      layers: from `Linear.function`, of which `can_join` and `can_fuse_norm` hold.
+      interleaved: as for `joined_linear`.
+      implementation: as `normed_input` takes it.
+
+    Returns:
+      The output of each layer; and x, for the residual connection: the derivative
+      through it is added by the kernel that computes the norm's.
+    """
+    joined = _Joined.of(layers, interleaved)
+    a = jnp.concatenate([a for a, _ in joined.factors])
+    a = jnp.pad(a, ((0, -a.shape[0] % _RANK_MULTIPLE), (0, 0)))
+    scaling = jnp.pad(joined.scaling, (0, a.shape[0] - joined.scaling.shape[0]))
+    extended, x = normed_input(
+        *(x, norm.keywords["weight"], a, scaling),
+        eps=norm.keywords["eps"],
+        offset=norm.keywords["offset"],
+        implementation=implementation,
     )
-    static = _Static(interleaved, settings[0]["saved"])
-    scaling = jnp.concatenate(
-        [
-            jnp.broadcast_to(jnp.asarray(adapter.scaling, jnp.float32), a.shape[:1])
-            for adapter, (a, _) in zip(adapters, factors, strict=True)
+    bs = tuple(b for _, b in joined.factors)
+    y: Any = _extended(joined.static, extended, joined.weights, bs)
+    return joined.outputs(y), x
+
+
+class _Joined(NamedTuple):
+    """The arrays of layers that are joined."""
+
+    static: _Static
+    weights: tuple[nf4.NF4Tensor, ...]
+    factors: tuple[tuple[Array, Array], ...]
+    scaling: Float32[Array, " r"]
+    biases: tuple[Array | None, ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[partial[Array]], interleaved: bool) -> _Joined:
+        settings = [layer.keywords for layer in layers]
+        adapters = [s["adapter"] for s in settings]
+        factors = tuple(
+            (adapter.arrays["lora_A"], adapter.arrays["lora_B"]) for adapter in adapters
+        )
+        scaling = jnp.concatenate(
+            [
+                jnp.broadcast_to(jnp.asarray(adapter.scaling, jnp.float32), a.shape[:1])
+                for adapter, (a, _) in zip(adapters, factors, strict=True)
+            ]
+        )
+        return cls(
+            _Static(interleaved, settings[0]["saved"]),
+            tuple(s["weight"] for s in settings),
+            factors,
+            scaling,
+            tuple(s["bias"] for s in settings),
+        )
+
+    def outputs(self, y: Array) -> list[Array]:
+        """Returns the output of each layer, of the product of all."""
+        widths = [weight.shape[0] for weight in self.weights]
+        return [
+            out if bias is None else out + _as_row(bias, out)
+            for out, bias in zip(
+                _split(y, widths, self.static.interleaved), self.biases, strict=True
+            )
         ]
-    )
-    weights = tuple(s["weight"] for s in settings)
-    y: Any = _joined(static, x, weights, factors, scaling)
-    outputs = _split(y, [weight.shape[0] for weight in weights], interleaved)
-    biases = [s["bias"] for s in settings]
-    return [
-        out if bias is None else out + _as_row(bias, out)
-        for out, bias in zip(outputs, biases, strict=True)
-    ]
 
 
 class _Static(NamedTuple):
@@ -144,15 +214,15 @@ def _times_scaling(z: Float[Array, "*B R"], scaling: Float32[Array, " r"]) -> Ar
 
 def _join_weights(
     weights: Sequence[nf4.NF4Tensor],
-    factors: Sequence[tuple[Array, Array]],
+    bs: Sequence[Array],
     dtype: Any,
     interleaved: bool,
 ) -> Float[Array, "O K"]:
     """Returns `[[W_1, B_1, 0], [W_2, 0, B_2]]`, K = I + R."""
-    ranks = [a.shape[0] for a, _ in factors]
+    ranks = [b.shape[1] for b in bs]
     total = sum(ranks) + -sum(ranks) % _RANK_MULTIPLE
     rows, first = [], 0
-    for weight, (_, b), rank in zip(weights, factors, ranks, strict=True):
+    for weight, b, rank in zip(weights, bs, ranks, strict=True):
         dense = nf4.dequantize(weight, dtype, implementation="xla")
         beside = jnp.pad(b.astype(dtype), ((0, 0), (first, total - first - rank)))
         rows.append(jnp.concatenate([dense, beside], axis=1))
@@ -176,7 +246,8 @@ def _joined_fwd(
     inner = lora_lib.name_product(inner, "lora_inner", saved=static.saved)
     scaled = _times_scaling(inner, scaling)
     if _is_wide(weights):
-        joined = _join_weights(weights, factors, x.dtype, static.interleaved)
+        bs = [b for _, b in factors]
+        joined = _join_weights(weights, bs, x.dtype, static.interleaved)
         y = contract(jnp.concatenate([x, scaled], axis=-1), joined, 1)
     else:
         ((weight,), ((_, b),)) = (weights, factors)
@@ -192,7 +263,8 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
     a = _stack_a(factors, x.dtype)
     features = x.shape[-1]
     if _is_wide(weights):
-        joined = _join_weights(weights, factors, x.dtype, static.interleaved)
+        bs = [b for _, b in factors]
+        joined = _join_weights(weights, bs, x.dtype, static.interleaved)
         both = contract(dy, joined, 0)
         dscaled = _times_scaling(both[..., features:], scaling)
         # Added by whoever reads dx: added into `both`, whose rows are longer, the
@@ -208,16 +280,11 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
         dx = contract(beside, jnp.concatenate([dense, a]), 0)
     da = outer(dscaled, x)
     db = outer(dy, _times_scaling(inner, scaling))
+    dbs = _gradients_of_b(db, weights, tuple(b for _, b in factors), static)
     first, gradients = 0, []
-    columns = _split(db.T, [w.shape[0] for w in weights], static.interleaved)
-    for (a_part, b_part), rows in zip(factors, columns, strict=True):
+    for (a_part, _), db_part in zip(factors, dbs, strict=True):
         last = first + a_part.shape[0]
-        gradients.append(
-            (
-                da[first:last].astype(a_part.dtype),
-                rows[first:last].T.astype(b_part.dtype),
-            )
-        )
+        gradients.append((da[first:last].astype(a_part.dtype), db_part))
         first = last
     return dx, None, tuple(gradients), None
 
@@ -227,3 +294,40 @@ def _pad_to(b: Array, a: Array) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 _joined.defvjp(_joined_fwd, _joined_bwd)
+
+
+# --- Behind a norm, whose kernel has written [x; z] already ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _extended(static: _Static, x: Array, weights: tuple, bs: tuple) -> Array:
+    return _extended_fwd(static, x, weights, bs)[0]
+
+
+def _extended_fwd(
+    static: _Static, x: Array, weights: tuple, bs: tuple
+) -> tuple[Array, tuple]:
+    y = contract(x, _join_weights(weights, bs, x.dtype, static.interleaved), 1)
+    y = lora_lib.name_product(y, "linear_out", saved=static.saved)
+    return y, (x, weights, bs)
+
+
+def _extended_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
+    x, weights, bs = residuals
+    dx = contract(dy, _join_weights(weights, bs, x.dtype, static.interleaved), 0)
+    db = outer(dy, x[..., weights[0].shape[1] :])
+    return dx, None, tuple(_gradients_of_b(db, weights, bs, static))
+
+
+def _gradients_of_b(
+    db: Float32[Array, "O R"], weights: tuple, bs: tuple, static: _Static
+) -> Iterator[Array]:
+    """Yields the gradient of each B, cut out of that of all outputs and ranks."""
+    first = 0
+    columns = _split(db.T, [w.shape[0] for w in weights], static.interleaved)
+    for b, rows in zip(bs, columns, strict=True):
+        yield rows[first : first + b.shape[1]].T.astype(b.dtype)
+        first += b.shape[1]
+
+
+_extended.defvjp(_extended_fwd, _extended_bwd)

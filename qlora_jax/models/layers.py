@@ -28,7 +28,7 @@ from pallas_kernels import device
 from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
-from qlora_jax.choices import Attention, Dtype, Kernels, LoraProducts, Remat
+from qlora_jax.choices import Attention, Dtype, Kernels, LoraProducts, Norms, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
@@ -77,6 +77,10 @@ class Compute:
     lora_products: LoraProducts = "auto"
     """Products of plain adapters: part of the products with the weights, or products of
     their own; "auto" joins them on a GPU. See `qlora_jax.models.joined`."""
+    norms: Norms = "auto"
+    """The norm before joined products: one with their `A x`, which is a single kernel
+    on a Hopper GPU (`pallas_kernels.norm`), or on its own. "auto" keeps it on its own
+    as long as the kernel's time is not measured."""
     lora: LoraConfig | None = None
     """Adapters of the "lora" collection: their dropout, what training binds them with,
     and the scaling of an unbound tree."""
@@ -88,6 +92,7 @@ class Compute:
             ("remat", get_args(Remat)),
             ("kernels", get_args(Kernels)),
             ("lora_products", get_args(LoraProducts)),
+            ("norms", get_args(Norms)),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -106,6 +111,11 @@ class Compute:
         if self.lora_products != "auto":
             return self.lora_products == "joined"
         return device.this_device().platform in ("gpu", "cuda")
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether a norm is computed with the joined products that follow it."""
+        return self.norms == "fused" and self.joins_products
 
     def arrange(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables in the layout that the chosen kernels read fastest.

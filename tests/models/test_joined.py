@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.norm import reference
 from qlora_jax import nf4
-from qlora_jax.models.joined import can_join, joined_linear
-from qlora_jax.models.layers import ModuleAdapter, linear
+from qlora_jax.models.joined import (
+    can_fuse_norm,
+    can_join,
+    joined_linear,
+    normed_linear,
+)
+from qlora_jax.models.layers import ModuleAdapter, linear, rms_norm
 from tests.models.test_layers import DORA, RESIDUAL, draw
 
 IN = 64
@@ -85,6 +91,48 @@ def test_outputs_and_gradients_are_those_of_the_layers(case, interleaved):
         found,
         expected,
     )
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_with_the_norm_they_are_the_norm_and_the_layers(interleaved, offset):
+    layers = CASES["alike, for interleaving" if interleaved else "with biases"]
+    x, weight = draw(2, 7, IN, seed=5), draw(IN, seed=9)
+    widths = [one.keywords["weight"].shape[0] for one in layers]
+    cotangents = [draw(2, 7, width, seed=width) for width in (*widths, IN)]
+
+    def of_norm(function):
+        def call(both, layers):
+            x, weight = both
+            norm = partial(rms_norm, weight=weight, eps=1e-5, offset=offset)
+            outputs, x = function(x, norm, layers)
+            return [*outputs, 3 * x]
+
+        return outputs_and_gradients(call, layers, (x, weight), cotangents)
+
+    found = of_norm(partial(normed_linear, interleaved=interleaved))
+    expected = of_norm(lambda x, norm, layers: ([one(norm(x)) for one in layers], x))
+    # As above.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=1e-5 * abs(b).max()
+        ),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_the_norm_has_the_bits_of_the_one_that_is_not_fused(offset):
+    x, weight = draw(8, IN, seed=1).astype(jnp.bfloat16), draw(IN, seed=2)
+    named = {"eps": 1e-5, "offset": offset}
+    expected = rms_norm(x, weight, **named)
+    np.testing.assert_array_equal(reference.rms_norm(x, weight, **named), expected)
+
+
+def test_a_norm_is_fused_only_where_a_is_part_of_the_input():
+    wide, narrow = "wider than the input", "narrower than the input"
+    assert can_fuse_norm(CASES[wide]) and not can_fuse_norm(CASES[narrow])
 
 
 def test_in_bfloat16_an_update_is_rounded_once_less():

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -197,9 +198,20 @@ def test_lifted_stacks_train_the_same_and_are_never_copied(more, remat, monkeypa
     assert temporaries[1] <= temporaries[0] + 4096
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "save_attention", "save_matmuls"])
+JOINED = {"lora_products": "joined"}
+
+
 @pytest.mark.parametrize(
-    "choice", [{"scan_layers": False}, {"lora_products": "joined"}], ids=str
+    ("choice", "remat"),
+    [
+        *itertools.product(
+            [{"scan_layers": False}, JOINED],
+            ["none", "full", "save_attention", "save_matmuls"],
+        ),
+        (JOINED | {"norms": "fused"}, "none"),
+        (JOINED | {"norms": "fused"}, "save_matmuls"),
+    ],
+    ids=str,
 )
 def test_every_choice_gives_every_adapter_the_same_gradient(choice, remat):
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
