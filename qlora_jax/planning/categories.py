@@ -38,6 +38,9 @@ _MOSAIC = {
     # Of a decoded token: with updates and sums; and the norm before with lora_A.
     "nf4_products": NF4,
     "nf4_inner": LORA,
+    # With the products of A.
+    "norm_forward": f"{NORM}, forward",
+    "norm_backward": f"{NORM}, backward",
 }
 # Halves of heads are put together again.
 _ROPE = re.compile(r"self_attn/(\w+_proj\w*/)?(concatenate|jit)|rotate")

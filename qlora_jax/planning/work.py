@@ -373,6 +373,9 @@ def _mosaic(
         # Scales of 8 bits have a number for 32 bytes of codes.
         codes = sum(n for n in packed if 32 * n not in packed)
         flops = 2.0 * inputs[0].sizes[0] * 2 * codes  # two weights a byte
+    elif name in ("norm_forward", "norm_backward"):
+        # Of rows with A, which is the third operand: [ranks, features] or transposed.
+        flops = 2.0 * inputs[0].sizes[0] * inputs[2].count
     return {"kind": kind, "flops": flops, "mosaic": name, **_moved(moved)}
 
 

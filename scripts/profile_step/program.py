@@ -62,6 +62,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "lora_products": args.lora_products,
         "attention": args.attention,
         "kernels": args.kernels,
+        "norms": args.norms,
         "mesh": {k: n for k in ("data", "fsdp") if (n := getattr(args, k)) > 1},
         "decode": args.decode,
     }
@@ -75,6 +76,8 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
 
     names = ("attention", "remat", "scan_layers", "kernels", "lora_products")
     compute = {name: chosen[name] for name in names}
+    # Absent from programs saved before there was a choice.
+    compute["norms"] = chosen.get("norms", "auto")
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
         Compute(lora=_lora(chosen), **compute),

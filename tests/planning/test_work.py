@@ -248,6 +248,20 @@ def test_a_mosaic_kernel_reads_one_layer_of_a_stack(name):
     assert kernel.flops == 2 * 8 * 64 * (96 + 32)
 
 
+@pytest.mark.parametrize("name", ["norm_forward", "norm_backward"])
+def test_a_norm_with_low_rank_products_is_a_pass_over_memory(name):
+    (kernel,) = kernels(
+        "  %x = bf16[32,64]{1,0} parameter(0)\n"
+        "  %z = bf16[32,16]{1,0} parameter(1)\n"
+        "  %a = bf16[64,16]{1,0} parameter(2)\n"
+        "  ROOT %y = bf16[32,64]{1,0} custom-call(%x, %z, %a), "
+        'custom_call_target="mosaic_gpu_v2", '
+        f'metadata={{op_name="jit(f)/mlp/{name}/mpmd_map"}}'
+    )
+    assert kernel.bytes == 2 * (2 * 32 * 64 + 32 * 16 + 64 * 16)
+    assert kernel.flops == 2 * 32 * 64 * 16
+
+
 @pytest.mark.parametrize(("window", "keys"), [(None, 50), (100, 50), (10, 9.5)])
 def test_a_token_sees_the_keys_of_its_window(window, keys):
     # 10 of 100: the first ten tokens see half of them on average.
