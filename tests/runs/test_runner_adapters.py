@@ -463,15 +463,15 @@ def test_hot_swap(make, straight, tmp_path):
     first, second = load(straight("plain").directory), load(tmp_path / "two")
     expected = second.logits(TOKENS)
     first.logits(TOKENS)
-    before = inference._logits._cache_size()
+    before = inference._logits._jitted(())._cache_size()
     swapped = dataclasses.replace(
         first, adapters=second.adapters, lora_config=second.lora_config
     )
     np.testing.assert_array_equal(swapped.logits(TOKENS), expected)
-    assert inference._logits._cache_size() == before
+    assert inference._logits._jitted(())._cache_size() == before
     attached = first.attach(tmp_path / "two")
     np.testing.assert_array_equal(attached.logits(TOKENS), expected)
-    assert inference._logits._cache_size() == before
+    assert inference._logits._jitted(())._cache_size() == before
     bare = first.attach(None)
     assert bare.adapters is None and bare.base is first.base
     assert jax.tree.structure(first.adapters) == jax.tree.structure(second.adapters)
