@@ -74,10 +74,8 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     from qlora_jax.planning.step import Step
     from qlora_jax.training.config import TrainConfig
 
-    names = ("attention", "remat", "scan_layers", "kernels", "lora_products")
+    names = ("attention", "remat", "scan_layers", "kernels", "lora_products", "norms")
     compute = {name: chosen[name] for name in names}
-    # Absent from programs saved before there was a choice.
-    compute["norms"] = chosen.get("norms", "auto")
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
         Compute(lora=_lora(chosen), **compute),

@@ -16,6 +16,7 @@ CHOSEN = {
     **{"model": "small", "config": CONFIG.to_hf(), "gpu": "rtx-4090", "batch": 2},
     **{"length": 128, "accumulate": 3, "rank": 16, "alpha": 32, "packed": False},
     **{"remat": "full", "scan_layers": True, "attention": "auto", "kernels": "auto"},
+    **{"lora_products": "auto", "norms": "auto"},
     **{"mesh": {}, "decode": 0, "jax": "0.0"},
 }
 
