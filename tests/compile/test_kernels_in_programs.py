@@ -25,9 +25,10 @@ def test_training_dequantizes_each_weight_once_a_pass(compile_step: Callable):
     ours = compile_step(LLAMA_8B, kernels="pallas")
     assert ours.text.count('custom_call_target="mosaic_gpu') == 14
     assert ours.memory["arguments"] == compile_step(LLAMA_8B).memory["arguments"]
-    # A number of a layer for each kernel; a copied stack of codes would be 0.9 GB.
+    # A number of a layer for each kernel; a copied stack of codes would be 0.9 GB. And
+    # the update of a wide layer in bf16: only XLA's dequantization joins adapters.
     more = ours.memory["temporaries"] - compile_step(LLAMA_8B).memory["temporaries"]
-    assert more < 2**16
+    assert more < 2**16 + 2 * 4 * 2048 * LLAMA_8B["intermediate_size"]
 
 
 def test_a_token_multiplies_with_packed_weights(compile_step: Callable):
@@ -36,8 +37,11 @@ def test_a_token_multiplies_with_packed_weights(compile_step: Callable):
     )
     layer = program.loop(LAYER)
     ours = [k for k in layer if k.calls("mosaic_gpu")]
-    assert len(ours) == 7
-    largest = max(math.prod(shape) for k in ours for _, shape in k.results)
+    # Four groups of layers with what goes before each, and attention in two.
+    assert len(ours) == 10
+    # The caches of all layers, [L, B, K, S, H], are updated in place.
+    shapes = [shape for k in ours for _, shape in k.results if len(shape) < 5]
+    largest = max(map(math.prod, shapes))
     # Sums of a few parts and 8 rows; a weight written out would be millions.
     assert largest <= 8 * 16 * LLAMA_8B["intermediate_size"]
     assert not [
