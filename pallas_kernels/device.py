@@ -58,6 +58,23 @@ def jax_has_kernels() -> bool:
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
+def kernel_refusals(*, interpret: bool) -> list[str]:
+    """Returns why no kernel can run here, as clauses of a sentence.
+
+    Args:
+      interpret: whether Pallas's interpreter would run it, on any device.
+    """
+    reasons = []
+    if not jax_has_kernels():
+        reasons.append(
+            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
+        )
+    platform = this_device().platform
+    if not interpret and platform not in ("gpu", "cuda"):
+        reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
+    return reasons
+
+
 def interpreter() -> Any:
     """Returns the parameters with which Pallas interprets a kernel and detects races.
 

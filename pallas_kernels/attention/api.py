@@ -125,17 +125,8 @@ def refusal(q: Float[Array, "B T N H"], *, interpret: bool = False) -> str | Non
       q: queries.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons, capability = [], None
-    if not device.jax_has_kernels():
-        reasons.append(
-            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
-        )
-    if not interpret:
-        platform = device.this_device().platform
-        if platform not in ("gpu", "cuda"):
-            reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
-        else:
-            capability = device.capability()
+    reasons = device.kernel_refusals(interpret=interpret)
+    capability = None if interpret else device.capability()
     reasons += refusals(q.dtype, q.shape[-1], capability)
     return "; ".join(reasons) + "." if reasons else None
 

@@ -106,20 +106,13 @@ def refusal(
       rank: rows of A.
       interpret: whether Pallas's interpreter would run them.
     """
-    reasons = []
-    if not device.jax_has_kernels():
+    reasons = device.kernel_refusals(interpret=interpret)
+    capability = device.capability()
+    if not interpret and capability != "9.0":
         reasons.append(
-            f"the kernels need jax 0.11 (Python 3.12), and this is {jax.__version__}"
+            "they are laid out for the shared memory of NVIDIA's Hopper (compute "
+            f"capability 9.0: H100, H200), and this one has {capability}"
         )
-    if not interpret:
-        platform = device.this_device().platform
-        if platform not in ("gpu", "cuda"):
-            reasons.append(f"they need an NVIDIA GPU, and this is a {platform}")
-        elif (capability := device.capability()) != "9.0":
-            reasons.append(
-                "they are laid out for the shared memory of NVIDIA's Hopper (compute "
-                f"capability 9.0: H100, H200), and this one has {capability}"
-            )
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         reasons.append(f"they compute in 16 bits, not {jnp.dtype(x.dtype).name}")
     count, features = x.size // x.shape[-1], x.shape[-1]
