@@ -101,8 +101,8 @@ def elements(register: Any, count: int = 2) -> list[Any]:
 
 
 def pack(elements: list[Any]) -> Any:
-    """Returns a register of float32 elements."""
-    kind = ir.VectorType.get((len(elements),), ir.F32Type.get())
+    """Returns a register of 32-bit elements."""
+    kind = ir.VectorType.get((len(elements),), elements[0].type)
     register = llvm.mlir_undef(kind)
     for i, element in enumerate(elements):
         register = vector.insert(
@@ -288,6 +288,11 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 def exp2(a: Any) -> Any:
     """Computes 2 to the power of `a`, to within 2 units of the last place."""
     return llvm.inline_asm(a.type, [a], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+def reciprocal(a: Any) -> Any:
+    """Computes 1 / a, to within a unit of the last place."""
+    return llvm.inline_asm(a.type, [a], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
 
 
 def mma(kind: str, sums: list[Any], left: list[Any], right: list[Any]) -> list[Any]:

@@ -60,7 +60,7 @@ def load(ref: Any, *, interpret: bool) -> jax.Array:
     )
     def read(ctx: Any, ref: Any) -> Any:
         del ctx
-        rows, column = _place()
+        rows, column = thread_place()
         return _array_of(
             [_read(ref, r, c) for c in _columns(column, ref) for r in rows], ref
         )
@@ -80,7 +80,7 @@ def load_row(ref: Any, *, interpret: bool) -> jax.Array:
     )
     def read(ctx: Any, ref: Any) -> Any:
         del ctx
-        values = [_read(ref, c) for c in _columns(_place()[1], ref)]
+        values = [_read(ref, c) for c in _columns(thread_place()[1], ref)]
         # The same for both rows of a thread.
         return _array_of([value for value in values for _ in range(2)], ref)
 
@@ -106,7 +106,7 @@ def load_column(ref: Any, *, interpret: bool) -> jax.Array:
         del ctx
         values = [
             llvm.load(ir.F32Type.get(), inline.pointer(ref, row), alignment=4)
-            for row in _place()[0]
+            for row in thread_place()[0]
         ]
         shape = rows_layout.to_mgpu().registers_shape((ROWS,))
         return inline.array_of([inline.pack([v]) for v in values], shape, rows_layout)
@@ -128,7 +128,7 @@ def store(ref: Any, x: jax.Array, *, interpret: bool) -> None:
     @inline.function(arg_types=(plgpu.RefType(), layout()))
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
-        rows, column = _place()
+        rows, column = thread_place()
         places = [(r, c) for c in _columns(column, ref) for r in rows]
         for register, place in zip(x.registers.reshape(-1), places, strict=True):
             llvm.store(register, inline.pointer(ref, *place), alignment=16)
@@ -142,7 +142,7 @@ def across(x: jax.Array, width: int) -> jax.Array:
     return plgpu.layout_cast(wide, layout())
 
 
-def _place() -> tuple[list[Any], Any]:
+def thread_place() -> tuple[list[Any], Any]:
     """Returns the two rows of a thread, and its first feature of a chunk."""
     row = arith.divui(inline.lane(), inline.const(4))
     quad = arith.remui(inline.lane(), inline.const(4))
@@ -151,10 +151,13 @@ def _place() -> tuple[list[Any], Any]:
     return [row, arith.addi(row, inline.const(8))], column
 
 
-def _columns(column: Any, ref: Any) -> list[Any]:
-    """Returns a thread's first features of all chunks."""
-    width = ir.MemRefType(ref.type).shape[-1]
+def chunk_columns(column: Any, width: int) -> list[Any]:
+    """Returns a thread's first features of all chunks of `width` features."""
     return [arith.addi(column, inline.const(c)) for c in range(0, width, CHUNK)]
+
+
+def _columns(column: Any, ref: Any) -> list[Any]:
+    return chunk_columns(column, ir.MemRefType(ref.type).shape[-1])
 
 
 def _read(ref: Any, *indices: Any) -> Any:
@@ -184,7 +187,7 @@ def store_row_sums(ref: Any, x: jax.Array, *, interpret: bool) -> None:
     @inline.function(arg_types=(plgpu.RefType(), layout()))
     def write(ctx: Any, ref: Any, x: Any) -> None:
         del ctx
-        rows, _ = _place()
+        rows, _ = thread_place()
         warp = inline.as_index(inline.warp())
         quad = arith.remui(inline.lane(), inline.const(4))
         is_first = arith.cmpi(arith.CmpIPredicate.eq, quad, inline.const(0))
@@ -233,7 +236,7 @@ def add_outer(sums: jax.Array, z: Any, a: Any, *, interpret: bool) -> jax.Array:
     )
     def product(ctx: Any, sums: Any, z: Any, a: Any) -> Any:
         del ctx
-        rows, _ = _place()
+        rows, _ = thread_place()
         row, quad = rows[0], arith.remui(inline.lane(), inline.const(4))
 
         def rank(step: int) -> Any:
@@ -267,6 +270,30 @@ def add_outer(sums: jax.Array, z: Any, a: Any, *, interpret: bool) -> jax.Array:
     return product(sums, z, a)
 
 
+def total_inner(ref: Any, rank: int, *, interpret: bool) -> jax.Array:
+    """Adds up what all warps have of the sums of `add_inner`.
+
+    Args:
+      ref: float32 [groups, rank * `mosaic.COLUMN`] in shared memory, where each
+        warpgroup has put its own with `mosaic.store_columns`.
+      rank: R.
+      interpret: whether the interpreter runs the kernel.
+
+    Returns:
+      float32 [16 R], row by row, in the layout `mosaic.strided`.
+    """
+    lane = mosaic.iota((ROWS * rank,), 0)
+    place = lane % rank * mosaic.COLUMN + lane // rank
+    # In a fixed order, unlike atomic additions: every run has the same bits.
+    total: Any = None
+    for group in range(ref.shape[0]):
+        for warp in range(WARPS):
+            index = place + ROWS * warp
+            part = mosaic.gather(ref.at[group], index, jnp.float32, interpret=interpret)
+            total = part if total is None else total + part
+    return total
+
+
 def add_inner(sums: jax.Array, x: jax.Array, a: Any, *, interpret: bool) -> jax.Array:
     """Adds `x @ a.T` with a sum over the features, on the tensor cores.
 
@@ -298,7 +325,7 @@ def add_inner(sums: jax.Array, x: jax.Array, a: Any, *, interpret: bool) -> jax.
     )
     def product(ctx: Any, sums: Any, x: Any, a: Any) -> Any:
         del ctx
-        rows, column = _place()
+        rows, column = thread_place()
         word = ir.VectorType.get((4,), inline.i32())
         # [upper or lower row][4 words, of two features each]
         words = [

@@ -40,6 +40,7 @@ from pallas_kernels.norm.fragments import (
     load_shared_column,
     store,
     store_row_sums,
+    total_inner,
 )
 
 _SHARED_LIMIT = 227 * 1024
@@ -217,17 +218,10 @@ def forward(
 
         @pl.when(group == 0)
         def _() -> None:
-            lane = mosaic.iota((ROWS * rank,), 0)
-            place = lane % rank * mosaic.COLUMN + lane // rank
-            # In a fixed order, as above.
-            total: Any = None
-            for other in range(split.groups):
-                for warp in range(WARPS):
-                    index = place + ROWS * warp
-                    part = gather(inner_s.at[other], index, jnp.float32)
-                    total = part if total is None else total + part
+            total = total_inner(inner_s, rank, interpret=interpreted)
             total = total.astype(x.dtype).astype(jnp.float32)
-            total = total * gather(scaling, lane % rank, jnp.float32)
+            number = mosaic.iota(total.shape, 0) % rank
+            total = total * gather(scaling, number, jnp.float32)
             target = out.at[rows, pl.ds(features, rank)]
             mosaic.store_rows(target, total, interpret=interpreted)
 

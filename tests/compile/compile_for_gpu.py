@@ -35,6 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import decode as cached
 from pallas_kernels.attention import gpu as attention_gpu
+from pallas_kernels.gated import gpu as gated_gpu
 from pallas_kernels.nf4 import decode, gpu, wgmma
 from pallas_kernels.nf4.reference import Packed
 from pallas_kernels.norm import gpu as norm_gpu
@@ -215,6 +216,21 @@ def lower_norm(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     return jax.jit(backward).lower(dx_ext, z, a, inner, x, factor, x)
 
 
+def lower_gated(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
+    """Traces a kernel of `pallas_kernels.gated`."""
+    count, features, ranks = (request[name] for name in ("rows", "features", "ranks"))
+    dtype = jnp.dtype(request["dtype"])
+    gate_up = array((count, 2 * features), dtype)
+    if request["kernel"] == "gated_forward":
+        a = array((ranks[-1], features), dtype)
+        return jax.jit(gated_gpu.forward).lower(gate_up, a)
+    dh, z = (
+        array((count, features), dtype),
+        tuple(array((count, r), dtype) for r in ranks),
+    )
+    return jax.jit(gated_gpu.backward).lower(gate_up, dh, z)
+
+
 def lower_generation(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     """Traces generation with the requested model."""
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
@@ -251,6 +267,7 @@ def main(requests: list[dict[str, Any]], out: Path, card_name: str) -> None:
         lower = lower_nf4 if "shape" in request else lower_attention
         lower = lower_decode if "shapes" in request else lower
         lower = lower_norm if "features" in request else lower
+        lower = lower_gated if "ranks" in request else lower
         lower = lower_attend if "sizes" in request else lower
         lower = lower_generation if "config" in request else lower
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for whom to trace

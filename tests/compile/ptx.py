@@ -527,6 +527,10 @@ class _Block:
         _support(i.op[:2] == ("ex2", "approx") and i.op[-1] == "f32", i.text)
         self._approximate(i, np.exp2)
 
+    def _rcp(self, i: Instruction) -> None:
+        _support(i.op == ("rcp", "approx", "ftz", "f32"), i.text)
+        self._approximate(i, lambda x: 1 / x)
+
     def _rsqrt(self, i: Instruction) -> None:
         _support(i.op == ("rsqrt", "approx", "f32"), i.text)
         self._approximate(i, lambda x: 1 / np.sqrt(x))

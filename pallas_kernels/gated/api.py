@@ -1,0 +1,160 @@
+"""`gated_activation` and its derivative: checks, the choice of an implementation.
+
+The gated activation of an MLP, `silu(gate) up`, and the narrow products with it and
+with its derivative that the adapters around it need. On a GPU all of them wait for
+memory alone.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import device
+from pallas_kernels.gated import reference
+
+IMPLEMENTATIONS = ("xla", "pallas", "interpret")
+"""What computes: plain XLA; the kernels; or those kernels in Pallas's interpreter,
+which is slow and runs on any device, for tests."""
+
+TOKENS = 64
+"""The kernels take a multiple of so many tokens,"""
+FEATURES = 128
+"""of so many features,"""
+RANKS = 16
+"""and of so many ranks, of each product:"""
+MAX_RANKS = 32
+"""as many as the registers hold without spilling."""
+
+
+def gated_activation(
+    gate_up: Float[Array, "T F2"],
+    a: Float[Array, "R F"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T F"], Float[Array, "T R"]]:
+    """Computes `h = silu(gate) up` and `h a^T`.
+
+    It has no derivative of its own: `gated_gradients` computes more than that.
+
+    Args:
+      gate_up: 16-bit, gate and up in turn.
+      a: of the same dtype.
+      implementation: one of `IMPLEMENTATIONS`; None = "pallas" where it can be used,
+        else "xla".
+
+    Returns:
+      Both in the dtype of `gate_up`.
+
+    Raises:
+      ValueError: shapes that do not fit, or an implementation that cannot do this here,
+        with the reason.
+    """
+    if gate_up.shape[1] != 2 * a.shape[1]:
+        raise ValueError(
+            f"`gated_activation`: expected gate and up of the {a.shape[1]} features of "
+            f"A, so [T, {2 * a.shape[1]}]; got {gate_up.shape}."
+        )
+    chosen = _choose(gate_up, (a.shape[0],), implementation)
+    if chosen == "xla":
+        return reference.forward(gate_up, a)
+    from pallas_kernels.gated import gpu
+
+    return gpu.forward(gate_up, a, interpret=_interpreter(chosen))
+
+
+def gated_gradients(
+    gate_up: Float[Array, "T F2"],
+    dh: Float[Array, "T F"],
+    z: tuple[Float[Array, "T R1"], Float[Array, "T R2"], Float[Array, "T R3"]],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T F2"], tuple[Float32[Array, "R F"], ...]]:
+    """Computes the derivative, and `z_1^T dgate`, `z_2^T dup` and `z_3^T h`.
+
+    Args:
+      gate_up: as for `gated_activation`.
+      dh: gradient of h, of the same dtype.
+      z: of the same dtype.
+      implementation: as for `gated_activation`.
+
+    Returns:
+      The gradients of gate and up in turn, in the dtype of `gate_up`; and the three
+      products with the rounded numbers, in float32.
+
+    Raises:
+      ValueError: as `gated_activation`.
+    """
+    count, width = gate_up.shape
+    if dh.shape != (count, width // 2) or any(each.shape[0] != count for each in z):
+        raise ValueError(
+            f"`gated_gradients`: expected dh [{count}, {width // 2}] and three z of "
+            f"{count} rows; got {dh.shape} and {[each.shape for each in z]}."
+        )
+    ranks = tuple(each.shape[1] for each in z)
+    chosen = _choose(gate_up, ranks, implementation)
+    if chosen == "xla":
+        return reference.backward(gate_up, dh, z)
+    from pallas_kernels.gated import gpu
+
+    return gpu.backward(gate_up, dh, z, interpret=_interpreter(chosen))
+
+
+def refusal(
+    gate_up: Float[Array, "T F2"], ranks: tuple[int, ...], *, interpret: bool = False
+) -> str | None:
+    """Returns all reasons why the kernels cannot compute this here, or None.
+
+    Args:
+      gate_up: as for `gated_activation`.
+      ranks: of each product.
+      interpret: whether Pallas's interpreter would run them.
+    """
+    reasons = device.kernel_refusals(interpret=interpret)
+    capability = device.capability()
+    if not interpret and capability != "9.0":
+        reasons.append(
+            "they are laid out for NVIDIA's Hopper (compute capability 9.0: H100, "
+            f"H200), and this one has {capability}"
+        )
+    if gate_up.dtype not in (jnp.bfloat16, jnp.float16):
+        reasons.append(f"they compute in 16 bits, not {jnp.dtype(gate_up.dtype).name}")
+    count, features = gate_up.shape[0], gate_up.shape[1] // 2
+    if count % TOKENS or not count:
+        reasons.append(f"they take a multiple of {TOKENS} tokens, not {count}")
+    if features % FEATURES or not features:
+        reasons.append(f"they take a multiple of {FEATURES} features, not {features}")
+    for rank in ranks:
+        if rank % RANKS or not 0 < rank <= MAX_RANKS:
+            reasons.append(
+                f"they take a multiple of {RANKS} ranks up to {MAX_RANKS}, not {rank}"
+            )
+            break
+    return "; ".join(reasons) + "." if reasons else None
+
+
+def _choose(
+    gate_up: Float[Array, "T F2"], ranks: tuple[int, ...], implementation: str | None
+) -> str:
+    if implementation is None:
+        return "xla" if refusal(gate_up, ranks) else "pallas"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} of the gated activation does not "
+            f"exist. Choose {', '.join(map(repr, IMPLEMENTATIONS[:2]))}, or None for "
+            "the kernels where they can be used."
+        )
+    if implementation != "xla":
+        interpret = implementation == "interpret"
+        reason = refusal(gate_up, ranks, interpret=interpret)
+        if reason is not None:
+            raise ValueError(
+                f"implementation={implementation!r} of the gated activation cannot be "
+                f"used here: {reason} Use 'xla', or None for the kernels where they "
+                "can be used."
+            )
+    return implementation
+
+
+def _interpreter(implementation: str) -> object:
+    return implementation == "interpret" and device.interpreter()
