@@ -76,9 +76,7 @@ def forward(
         def step(i: Any, sums: jax.Array) -> jax.Array:
             fetch(i + _AHEAD)
             start = (group * (chunks // groups) + i) * CHUNK
-            gate, up = fragments.load_pairs(
-                pairs_of(i), layout, interpret=interpreted
-            )
+            gate, up = fragments.load_pairs(pairs_of(i), layout, interpret=interpreted)
             sigmoid = fragments.logistic(gate, layout, interpret=interpreted)
             h = (gate * sigmoid * up).astype(out.dtype)
             columns = pl.ds(start, CHUNK)

@@ -28,7 +28,9 @@ from qlora_jax.models.attention import (
 from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.joined import (
     can_fuse_norm,
+    can_gate,
     can_join,
+    gated_linears,
     joined_linear,
     normed_linear,
 )
@@ -212,7 +214,8 @@ class Block(nn.Module):
         if training and type(mlp) is MLP:
             limit = mlp_tokens(self.config.intermediate_size, self.compute.remat)
             chunks = mlp_chunks(x.shape[0], x.shape[1], limit)
-        if chunks == 1 and self.compute.fuses_norms and type(mlp) is MLP:
+        fuses = self.compute.fuses_norms or self.compute.fuses_activation
+        if chunks == 1 and fuses and type(mlp) is MLP:
             update, x = mlp.function(features)(x, norm=norm.function(features))
             return x + after(update)
         if chunks == 1:
@@ -522,6 +525,15 @@ class MLP(nn.Module):
 
         def mlp(x: Array, chunk: Array | None = None, norm: Any = None) -> Any:
             layers = of_chunk(inner, chunk)
+            if norm is not None and self._gates(x, layers, down_proj):
+                with jax.named_scope("_".join([*layers, "down_proj"])):
+                    return gated_linears(
+                        x,
+                        norm,
+                        list(layers.values()),
+                        down_proj,
+                        norm_implementation=None if self.compute.fuses_norms else "xla",
+                    )
             outputs, x = apply_normed_linears(
                 x, norm, layers, self.compute, interleaved=True
             )
@@ -537,3 +549,17 @@ class MLP(nn.Module):
             return update if norm is None else (update, x)
 
         return mlp
+
+    def _gates(
+        self, x: Array, layers: Mapping[str, partial[Array]], down: partial[Array]
+    ) -> bool:
+        """Returns whether the activation is computed with products of adapters."""
+        functions = list(layers.values())
+        return (
+            self.compute.fuses_activation
+            and self.config.hidden_act == "silu"
+            and x.shape[1] > 1
+            and can_join(functions)
+            and can_join([down])
+            and can_gate(functions, down)
+        )

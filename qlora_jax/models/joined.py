@@ -22,7 +22,10 @@ backward pass, beside the narrow `dy`:
 
 Behind an RMSNorm, `[x; z]` and the gradient of the residual stream may each be one
 kernel (`normed_linear`, `pallas_kernels.norm`): the former with the norm, the latter
-with its derivative.
+with its derivative. In an MLP (`gated_linears`, `pallas_kernels.gated`) the activation
+and its derivative may each be one kernel, with every narrow product that would read
+arrays as wide as the MLP once more: `A h` of down, and the gradients of its A and of
+the B of gate and up. The activation h itself is then not kept.
 
 The weights are written when they are dequantized, so joining them costs nothing. The
 sums are those of `linear` in another order, and an update is not rounded before it is
@@ -40,6 +43,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.gated.api import RANKS, gated_activation, gated_gradients
 from pallas_kernels.norm.api import normed_input
 from pallas_kernels.product import contract, dense_matmul, outer
 from qlora_jax import nf4
@@ -121,18 +125,52 @@ def normed_linear(
       through it is added by the kernel that computes the norm's.
     """
     joined = _Joined.of(layers, interleaved)
-    a = jnp.concatenate([a for a, _ in joined.factors])
-    a = jnp.pad(a, ((0, -a.shape[0] % _RANK_MULTIPLE), (0, 0)))
-    scaling = jnp.pad(joined.scaling, (0, a.shape[0] - joined.scaling.shape[0]))
-    extended, x = normed_input(
-        *(x, norm.keywords["weight"], a, scaling),
-        eps=norm.keywords["eps"],
-        offset=norm.keywords["offset"],
-        implementation=implementation,
-    )
-    bs = tuple(b for _, b in joined.factors)
-    y: Any = _extended(joined.static, extended, joined.weights, bs)
+    extended, x = joined.normed_input(x, norm, implementation)
+    y: Any = _extended(joined.static, extended, joined.weights, joined.bs)
     return joined.outputs(y), x
+
+
+def can_gate(gate_up: Sequence[partial[Array]], down: partial[Array]) -> bool:
+    """Returns whether `gated_linears` takes the layers, of which `can_join` holds."""
+    layers = [*gate_up, down]
+    return (
+        len(gate_up) == 2
+        and can_fuse_norm(gate_up)
+        and not can_fuse_norm([down])
+        and all(layer.keywords["bias"] is None for layer in layers)
+    )
+
+
+def gated_linears(
+    x: Float[Array, "*B D"],
+    norm: partial[Array],
+    gate_up: Sequence[partial[Array]],
+    down: partial[Array],
+    *,
+    norm_implementation: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+    """Applies an RMSNorm, and to its output y `down(silu(gate(y)) * up(y))`.
+
+    Args:
+      x: residual stream.
+      norm: from `RMSNorm.function`.
+      gate_up: the two, from `Linear.function`; `can_gate` holds.
+      down: from `Linear.function`.
+      norm_implementation: as `normed_input` takes it.
+      implementation: as `gated_activation` takes it.
+
+    Returns:
+      The output, and x as `normed_linear` returns it.
+    """
+    first, last = _Joined.of(gate_up, interleaved=True), _Joined.of([down], False)
+    extended, x = first.normed_input(x, norm, norm_implementation)
+    static = _Gated(first.static.saved, implementation)
+    factors = (last.factors[0], last.scaling)
+    y: Any = _gated(
+        static, extended, (*first.weights, *last.weights), first.bs, factors
+    )
+    return y, x
 
 
 class _Joined(NamedTuple):
@@ -163,6 +201,25 @@ class _Joined(NamedTuple):
             factors,
             scaling,
             tuple(s["bias"] for s in settings),
+        )
+
+    @property
+    def bs(self) -> tuple[Array, ...]:
+        """B of each layer."""
+        return tuple(b for _, b in self.factors)
+
+    def normed_input(
+        self, x: Array, norm: partial[Array], implementation: str | None
+    ) -> tuple[Array, Array]:
+        """Returns `[y; z]` of the norm y of x, and x."""
+        a = jnp.concatenate([a for a, _ in self.factors])
+        a = jnp.pad(a, ((0, -a.shape[0] % _RANK_MULTIPLE), (0, 0)))
+        scaling = jnp.pad(self.scaling, (0, a.shape[0] - self.scaling.shape[0]))
+        return normed_input(
+            *(x, norm.keywords["weight"], a, scaling),
+            eps=norm.keywords["eps"],
+            offset=norm.keywords["offset"],
+            implementation=implementation,
         )
 
     def outputs(self, y: Array) -> list[Array]:
@@ -251,9 +308,7 @@ def _joined_fwd(
         y = contract(jnp.concatenate([x, scaled], axis=-1), joined, 1)
     else:
         ((weight,), ((_, b),)) = (weights, factors)
-        dense = nf4.dequantize(weight, x.dtype, implementation="xla")
-        update: Any = dense_matmul(scaled[..., : b.shape[1]], b)
-        y = contract(x, dense, 1) + update
+        y = _narrow(x, scaled, weight, b)
     y = lora_lib.name_product(y, "linear_out", saved=static.saved)
     return y, (x, inner, weights, factors, scaling)
 
@@ -273,11 +328,7 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
         dx = both[..., :features] + rest
     else:
         ((weight,), ((_, b),)) = (weights, factors)
-        dinner: Any = contract(dy, jnp.pad(b.astype(dy.dtype), _pad_to(b, a)), 0)
-        dscaled = _times_scaling(dinner, scaling)
-        dense = nf4.dequantize(weight, x.dtype, implementation="xla")
-        beside = jnp.concatenate([dy, dscaled], axis=-1)
-        dx = contract(beside, jnp.concatenate([dense, a]), 0)
+        dx, dscaled = _narrow_gradient(dy, weight, a, b, scaling)
     da = outer(dscaled, x)
     db = outer(dy, _times_scaling(inner, scaling))
     dbs = _gradients_of_b(db, weights, tuple(b for _, b in factors), static)
@@ -287,6 +338,24 @@ def _joined_bwd(static: _Static, residuals: tuple, dy: Array) -> tuple:
         gradients.append((da[first:last].astype(a_part.dtype), db_part))
         first = last
     return dx, None, tuple(gradients), None
+
+
+def _narrow(x: Array, scaled: Array, weight: nf4.NF4Tensor, b: Array) -> Array:
+    """Returns `W x + B z` of a layer whose output is narrower than x."""
+    dense = nf4.dequantize(weight, x.dtype, implementation="xla")
+    update: Any = dense_matmul(scaled[..., : b.shape[1]], b)
+    return contract(x, dense, 1) + update
+
+
+def _narrow_gradient(
+    dy: Array, weight: nf4.NF4Tensor, a: Array, b: Array, scaling: Array
+) -> tuple[Array, Array]:
+    """Returns the gradient of x, and `s B^T dy`."""
+    dinner: Any = contract(dy, jnp.pad(b.astype(dy.dtype), _pad_to(b, a)), 0)
+    dscaled = _times_scaling(dinner, scaling)
+    dense = nf4.dequantize(weight, dy.dtype, implementation="xla")
+    beside = jnp.concatenate([dy, dscaled], axis=-1)
+    return contract(beside, jnp.concatenate([dense, a]), 0), dscaled
 
 
 def _pad_to(b: Array, a: Array) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -331,3 +400,73 @@ def _gradients_of_b(
 
 
 _extended.defvjp(_extended_fwd, _extended_bwd)
+
+
+# --- An MLP ---
+
+
+class _Gated(NamedTuple):
+    saved: bool
+    implementation: str | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(
+    static: _Gated, x: Array, weights: tuple, bs: tuple, factors: tuple
+) -> Array:
+    return _gated_fwd(static, x, weights, bs, factors)[0]
+
+
+def _gated_fwd(
+    static: _Gated, x: Array, weights: tuple, bs: tuple, factors: tuple
+) -> tuple[Array, tuple]:
+    *gate_up, down = weights
+    (a, b), scaling = factors
+    joined = _join_weights(gate_up, bs, x.dtype, interleaved=True)
+    y = lora_lib.name_product(contract(x, joined, 1), "linear_out", saved=static.saved)
+    h, inner = gated_activation(
+        _rows(y), _stack_a([(a, b)], x.dtype), implementation=static.implementation
+    )
+    h, inner = (v.reshape(*x.shape[:-1], -1) for v in (h, inner))
+    inner = lora_lib.name_product(inner, "lora_inner", saved=static.saved)
+    out = _narrow(h, _times_scaling(inner, scaling), down, b)
+    out = lora_lib.name_product(out, "linear_out", saved=static.saved)
+    return out, (x, y, inner, weights, bs, factors)
+
+
+def _gated_bwd(static: _Gated, residuals: tuple, dout: Array) -> tuple:
+    x, y, inner, weights, bs, factors = residuals
+    *gate_up, down = weights
+    (a, b), scaling = factors
+    stacked = _stack_a([(a, b)], x.dtype)
+    dh, dscaled = _narrow_gradient(dout, down, stacked, b, scaling)
+    features = gate_up[0].shape[1]
+    middle, last = (features + sum(b.shape[1] for b in bs[: n + 1]) for n in range(2))
+    z = (x[..., features:middle], x[..., middle:last], dscaled)
+    dy, (dgate, dup, da) = gated_gradients(
+        _rows(y),
+        _rows(dh),
+        tuple(_padded(_rows(each)) for each in z),
+        implementation=static.implementation,
+    )
+    joined = _join_weights(gate_up, bs, x.dtype, interleaved=True)
+    dx = contract(dy.reshape(y.shape), joined, 0)
+    dbs = tuple(
+        db[: b.shape[1]].T.astype(b.dtype)
+        for b, db in zip(bs, (dgate, dup), strict=True)
+    )
+    db = outer(dout, _times_scaling(inner, scaling))[:, : b.shape[1]]
+    dfactors = (da[: a.shape[0]].astype(a.dtype), db.astype(b.dtype))
+    return dx, None, dbs, (dfactors, None)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _padded(z: Float[Array, "T R"]) -> Array:
+    """Returns z with zeros up to a multiple of the ranks that the kernels take."""
+    return jnp.pad(z, ((0, 0), (0, -z.shape[1] % RANKS)))
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)

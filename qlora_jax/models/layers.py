@@ -28,7 +28,7 @@ from pallas_kernels import device
 from pallas_kernels.nf4.api import measured
 from pallas_kernels.product import dense_matmul
 from qlora_jax import nf4
-from qlora_jax.choices import Attention, Dtype, Kernels, LoraProducts, Norms, Remat
+from qlora_jax.choices import Attention, Dtype, Fusion, Kernels, LoraProducts, Remat
 from qlora_jax.errors import UserError
 from qlora_jax.lora import LoraConfig
 from qlora_jax.lora import functional as lora_lib
@@ -77,10 +77,14 @@ class Compute:
     lora_products: LoraProducts = "auto"
     """Products of plain adapters: part of the products with the weights, or products of
     their own; "auto" joins them on a GPU. See `qlora_jax.models.joined`."""
-    norms: Norms = "auto"
+    norms: Fusion = "auto"
     """The norm before joined products: one with their `A x`, which is a single kernel
     on a Hopper GPU (`pallas_kernels.norm`), or on its own. "auto" keeps it on its own
     as long as the kernel's time is not measured."""
+    activation: Fusion = "auto"
+    """The gated activation between joined products: one with the narrow products of the
+    adapters around it, which is a single kernel in each direction on a Hopper GPU
+    (`pallas_kernels.gated`), or on its own. "auto" as for `norms`."""
     lora: LoraConfig | None = None
     """Adapters of the "lora" collection: their dropout, what training binds them with,
     and the scaling of an unbound tree."""
@@ -92,7 +96,8 @@ class Compute:
             ("remat", get_args(Remat)),
             ("kernels", get_args(Kernels)),
             ("lora_products", get_args(LoraProducts)),
-            ("norms", get_args(Norms)),
+            ("norms", get_args(Fusion)),
+            ("activation", get_args(Fusion)),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(
@@ -116,6 +121,11 @@ class Compute:
     def fuses_norms(self) -> bool:
         """Whether a norm is computed with the joined products that follow it."""
         return self.norms == "fused" and self.joins_products
+
+    @property
+    def fuses_activation(self) -> bool:
+        """Whether an MLP's activation is computed with the products of its adapters."""
+        return self.activation == "fused" and self.joins_products
 
     def arrange(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the variables in the layout that the chosen kernels read fastest.

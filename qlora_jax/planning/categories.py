@@ -41,6 +41,9 @@ _MOSAIC = {
     # With the products of A.
     "norm_forward": f"{NORM}, forward",
     "norm_backward": f"{NORM}, backward",
+    # With the products of adapters around it.
+    "gated_forward": f"{MLP}, forward",
+    "gated_backward": f"{MLP}, backward",
 }
 # Halves of heads are put together again.
 _ROPE = re.compile(r"self_attn/(\w+_proj\w*/)?(concatenate|jit)|rotate")

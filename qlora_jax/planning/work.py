@@ -376,6 +376,12 @@ def _mosaic(
     elif name in ("norm_forward", "norm_backward"):
         # Of rows with A, which is the third operand: [ranks, features] or transposed.
         flops = 2.0 * inputs[0].sizes[0] * inputs[2].count
+    elif name == "gated_forward":
+        # Of the activation with A, which is the second operand.
+        flops = 2.0 * inputs[0].sizes[0] * inputs[1].count
+    elif name == "gated_backward":
+        # Of the third operand, [ranks, tokens], with gradients or the activation.
+        flops = 2.0 * inputs[2].count * inputs[1].sizes[1]
     return {"kind": kind, "flops": flops, "mosaic": name, **_moved(moved)}
 
 

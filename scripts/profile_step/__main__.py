@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--attention", default="auto", help="implementation")
     p.add_argument("--kernels", default="auto", help="of packed weights")
     p.add_argument("--norms", default="auto", help="on their own or fused")
+    p.add_argument("--activation", default="auto", help="of the MLP, as --norms")
     p.add_argument("--data", type=int, default=1, help="devices that divide the rows")
     p.add_argument("--fsdp", type=int, default=1, help="that divide weights as well")
     p.add_argument("--decode", type=int, default=0, help="new tokens of generation")

@@ -63,6 +63,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "attention": args.attention,
         "kernels": args.kernels,
         "norms": args.norms,
+        "activation": args.activation,
         "mesh": {k: n for k in ("data", "fsdp") if (n := getattr(args, k)) > 1},
         "decode": args.decode,
     }
@@ -75,7 +76,7 @@ def make_step(chosen: Mapping[str, Any]) -> Any:
     from qlora_jax.training.config import TrainConfig
 
     names = ("attention", "remat", "scan_layers", "kernels", "lora_products", "norms")
-    compute = {name: chosen[name] for name in names}
+    compute = {name: chosen[name] for name in (*names, "activation")}
     return Step(
         LlamaConfig.from_hf(chosen["config"]),
         Compute(lora=_lora(chosen), **compute),

@@ -262,6 +262,26 @@ def test_a_norm_with_low_rank_products_is_a_pass_over_memory(name):
     assert kernel.flops == 2 * 32 * 64 * 16
 
 
+@pytest.mark.parametrize(
+    ("name", "operands"),
+    [("gated_forward", "%y, %a"), ("gated_backward", "%y, %dh, %z")],
+)
+def test_an_activation_with_low_rank_products_is_a_pass_over_memory(name, operands):
+    arrays = {"y": (32, 128), "dh": (32, 64), "a": (16, 64), "z": (16, 32)}
+    entry = "".join(
+        f"  %{key} = bf16[{n},{m}]{{1,0}} parameter({i})\n"
+        for i, (key, (n, m)) in enumerate(arrays.items())
+    )
+    (kernel,) = kernels(
+        f"{entry}  ROOT %h = bf16[32,64]{{1,0}} custom-call({operands}), "
+        'custom_call_target="mosaic_gpu_v2", '
+        f'metadata={{op_name="jit(f)/mlp/{name}/mpmd_map"}}'
+    )
+    assert kernel.flops == 2 * 32 * 64 * 16
+    read = (arrays[key.strip("% ")] for key in operands.split(","))
+    assert kernel.bytes == 2 * (32 * 64 + sum(n * m for n, m in read))
+
+
 @pytest.mark.parametrize(("window", "keys"), [(None, 50), (100, 50), (10, 9.5)])
 def test_a_token_sees_the_keys_of_its_window(window, keys):
     # 10 of 100: the first ten tokens see half of them on average.

@@ -210,6 +210,8 @@ JOINED = {"lora_products": "joined"}
         ),
         (JOINED | {"norms": "fused"}, "none"),
         (JOINED | {"norms": "fused"}, "save_matmuls"),
+        (JOINED | {"activation": "fused"}, "none"),
+        (JOINED | {"norms": "fused", "activation": "fused"}, "save_matmuls"),
     ],
     ids=str,
 )
