@@ -20,6 +20,7 @@ from qlora_jax.choices import (
     Auto,
     Dtype,
     EmbeddingMemory,
+    Fusion,
     HeadMemory,
     Kernels,
     Quantization,
@@ -107,6 +108,8 @@ class PlanCommand:
     """Whether the layers are a loop, or each has a program of its own."""
     kernels: Annotated[Kernels | None, _default("auto")] = None
     """Of products with packed weights."""
+    fusion: Annotated[Fusion | None, _default("auto")] = None
+    """Norms and the MLP's activation in one pass with products of adapters."""
     embed_tokens: Annotated[Literal[Auto, EmbeddingMemory] | None, _default("auto")] = (
         None
     )
@@ -256,7 +259,7 @@ _KEYS = {
         name: f"model.{name}"
         for name in (
             *("quantization", "dtype", "attention", "remat", "scan_layers", "kernels"),
-            *("embed_tokens", "lm_head"),
+            *("fusion", "embed_tokens", "lm_head"),
         )
     },
 }
@@ -355,6 +358,8 @@ class _Settings:
         compute = Compute(
             dtype=self.dtype or ("bfloat16" if card.bfloat16 else "float16"),
             kernels=self.model.kernels,
+            norms=self.model.fusion,
+            activation=self.model.fusion,
             lora=self.lora,
         )
         quantization = self.model.quantization

@@ -237,9 +237,10 @@ def _kept(step: Step, model: _Model) -> int:
     wide = c.intermediate_size
     if step.compute.remat == "none" and not step.compute.scan_layers:
         # The residual stream before attention and MLP, and its norms; q and attention;
-        # k and v; gate, up and what they make; and what each lora_A makes, with and
-        # without its scaling.
-        layer = size * (4 * narrow + 2 * heads + 2 * pairs + 3 * wide)
+        # k and v; gate, up and what they make, which the kernel of the activation makes
+        # again; and what each lora_A makes, with and without its scaling.
+        inner = 2 if step.compute.activation == "fused" else 3
+        layer = size * (4 * narrow + 2 * heads + 2 * pairs + inner * wide)
         layer += 4 * c.num_attention_heads
         # Sums that are normed before they are added; and tanh or erf in float32, which
         # the compiler does not repeat, where a sigmoid costs it nothing.

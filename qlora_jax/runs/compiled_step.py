@@ -49,6 +49,7 @@ from qlora_jax.planning import (
 )
 from qlora_jax.runs.config import ModelConfig
 from qlora_jax.runs.environment import Tuning
+from qlora_jax.runs.fusion import fusion_note
 from qlora_jax.training import (
     TrainConfig,
     init_state,
@@ -173,6 +174,10 @@ def compile_step(
         capability = str(jax.local_devices()[0].compute_capability) if is_gpu else None
         attention, note = packed_attention(model, capability=capability)
         notes = () if note is None else (note,)
+    quantized = settings.quantization != "none"
+    tokens = plain.tokens
+    if note := fusion_note(model, state.adapters, tokens, quantized=quantized):
+        notes = (*notes, note)
     allowed = policies(
         remat=settings.remat,
         scan_layers=_scan_layers(settings),

@@ -16,6 +16,7 @@ from qlora_jax.choices import (
     Attention,
     Dtype,
     EmbeddingMemory,
+    Fusion,
     HeadMemory,
     Kernels,
     Quantization,
@@ -68,6 +69,10 @@ class ModelConfig:
     kernels: Kernels = "auto"
     """Kernels of products with packed weights: XLA's, Pallas kernels for GPUs, or the
     faster ones, as measured."""
+    fusion: Fusion = "auto"
+    """Whether norms and the MLP's activation are computed in one pass with the narrow
+    products of the adapters around them, by kernels for NVIDIA's Hopper GPUs, or on
+    their own; auto = on their own, as long as those kernels are not measured."""
     max_position_embeddings: int | None = None
     """Context length of the tuned model, instead of that in the base's config.json."""
     rope_scaling: Mapping[str, int | float | str | bool | tuple[float, ...]] | None = (

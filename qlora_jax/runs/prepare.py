@@ -548,7 +548,11 @@ def _compile(
             )
         )
     compute = Compute(
-        dtype=config.model.dtype, kernels=config.model.kernels, lora=config.lora
+        dtype=config.model.dtype,
+        kernels=config.model.kernels,
+        norms=config.model.fusion,
+        activation=config.model.fusion,
+        lora=config.lora,
     )
     rows, length = data.batches[0]["tokens"].shape[1:]
     say(f"Compiling the step, of {rows:,} x {length:,} tokens.")

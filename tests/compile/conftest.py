@@ -164,6 +164,11 @@ class Program:
         names = [re.match(r"(?:ROOT )?%?([\w.\-]+) =", text)[1] for text in calls]
         return {in_graph.get(name, -1) for name in names}
 
+    def entry(self) -> list[Instruction]:
+        """Kernels outside of all loops."""
+        name = re.search(r"^ENTRY %?([\w.\-]+)", self.text, re.MULTILINE)[1]
+        return [self._instruction(line) for line in self.computations[name]]
+
     def loop(self, inside: str) -> list[Instruction]:
         """Kernels of the one loop whose `op_name` is `inside`."""
         (body,) = {
@@ -221,7 +226,7 @@ def compile_step(
     def compiled(config: dict[str, Any], **settings: Any) -> Program:
         request = {"config": config, "batch": 4, "length": 2048, "packed": False}
         request |= {"attention": "auto", "remat": "full", "kernels": "xla"}
-        request |= {"lora": {}, "generate": 0, "places": {}} | settings
+        request |= {"lora": {}, "generate": 0, "places": {}, "compute": {}} | settings
         key = json.dumps(request, sort_keys=True)
         if key not in programs:
             programs[key] = (generation if request["generate"] else step)(request)
@@ -235,6 +240,7 @@ def compile_step(
     def step(request: dict[str, Any]) -> Program:
         lora = {"target_modules": "all-linear", **request["lora"]}
         compute = {name: request[name] for name in ("attention", "remat", "kernels")}
+        compute |= request["compute"]
         step = Step(
             LlamaConfig.from_hf(request["config"]),
             Compute(lora=LoraConfig(r=16, lora_alpha=32, **lora), **compute),

@@ -31,6 +31,31 @@ def test_training_dequantizes_each_weight_once_a_pass(compile_step: Callable):
     assert more < 2**16 + 2 * 4 * 2048 * LLAMA_8B["intermediate_size"]
 
 
+def test_fused_passes_touch_each_wide_array_once(compile_step: Callable):
+    """Beside its products, an array as wide as the MLP has one kernel each way."""
+    passes = {"scan_layers": False, "norms": "fused", "activation": "fused"}
+    config = LLAMA_8B | {"num_hidden_layers": 2}
+    program = compile_step(config, remat="none", compute=passes)
+    # The gradient of the first layer's input is nobody's.
+    numbers = {"norm_forward": 4, "norm_backward": 3}
+    numbers |= {"gated_forward": 2, "gated_backward": 2}
+    ours = [line for line in program.text.splitlines() if '="mosaic_gpu' in line]
+    for name, number in numbers.items():
+        assert sum(f"/{name}/" in text for text in ours) == number, name
+    tokens, width = 4 * 2048, LLAMA_8B["intermediate_size"]
+    made = [
+        kernel.text
+        for kernel in program.entry()
+        if any(
+            shape[:1] in ((tokens,), (4,)) and math.prod(shape) >= tokens * width
+            for _, shape in kernel.results
+        )
+        and kernel.operation not in ("parameter", "get-tuple-element", "bitcast")
+    ]
+    # Of a layer: gate and up; h; its gradient; the gradients of gate and up.
+    assert len(made) == 2 * 4, made
+
+
 def test_a_token_multiplies_with_packed_weights(compile_step: Callable):
     program = compile_step(
         LLAMA_8B, batch=1, length=2048, generate=512, remat="none", kernels="pallas"

@@ -1,0 +1,70 @@
+"""A run says where the one-pass kernels it asks for have no effect."""
+
+import re
+
+import pytest
+
+from qlora_jax.lora.config import LoraConfig
+from qlora_jax.lora.functional import abstract_adapters
+from qlora_jax.models.config import LlamaConfig
+from qlora_jax.models.layers import Compute
+from qlora_jax.models.llama import Llama
+from qlora_jax.models.params import abstract_base
+from qlora_jax.runs.fusion import fusion_note
+
+CONFIG = {
+    **{"model_type": "llama", "vocab_size": 256, "num_hidden_layers": 2},
+    **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+}
+FUSED = {"norms": "fused", "activation": "fused", "lora_products": "joined"}
+
+
+def note(*, rows=256, config=None, quantized=True, compute=None, **lora):
+    lora = LoraConfig(**({"r": 8, "target_modules": "all-linear"} | lora))
+    config = LlamaConfig.from_hf(CONFIG | (config or {}))
+    base = abstract_base(config, quantization="nf4_dq" if quantized else None)
+    model = Llama(config, Compute(lora=lora, **(FUSED | (compute or {}))))
+    adapters = abstract_adapters(base, lora)
+    return fusion_note(model, adapters, rows, quantized=quantized)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    from pallas_kernels import device
+
+    monkeypatch.setattr(device, "kernel_refusals", lambda interpret: [])
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, None),
+        ({"compute": {"norms": "separate"}}, None),  # nobody asked
+        ({"compute": {"lora_products": "separate"}}, "effect on a CPU"),
+        ({"quantized": False}, "this model: it is for packed"),
+        ({"compute": {"kernels": "pallas"}}, "that XLA dequantizes"),
+        ({"rows": 40}, "a multiple of 16 rows, not 40"),
+        ({"rows": 96}, "activation: they take a multiple of 64 tokens, not 96"),
+        ({"r": 64}, "not 192; nor on the MLP's activation: .* up to 32, not 64"),
+        ({"r": 33}, "input_layernorm: .* up to 128, not 112|up to 32, not 48"),
+        ({"target_modules": ("q_proj", "v_proj")}, "not all of q_proj, k_proj, v_proj"),
+        ({"use_dora": True}, "an adapter of plain LoRA"),
+        ({"lora_dropout": 0.1}, "`lora_dropout` acts"),
+        ({"compute": {"dtype": "float32"}}, "16 bits, not float32"),
+        ({"config": {"model_type": "gemma", "hidden_act": "gelu"}}, "not silu"),
+    ],
+    ids=str,
+)
+def test_what_is_not_computed_in_one_pass_is_said(change, expected):
+    said = note(**change)
+    if expected is None:
+        assert said is None
+    else:
+        assert re.search(expected, said) and said.startswith("Note: model.fusion")
+
+
+def test_without_a_hopper_gpu_the_reason_is_the_device():
+    expected = "they need an NVIDIA GPU|the kernels need jax 0.11"
+    assert re.search(expected, note())
