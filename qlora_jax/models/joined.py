@@ -442,12 +442,10 @@ def _gated_bwd(static: _Gated, residuals: tuple, dout: Array) -> tuple:
     dh, dscaled = _narrow_gradient(dout, down, stacked, b, scaling)
     features = gate_up[0].shape[1]
     middle, last = (features + sum(b.shape[1] for b in bs[: n + 1]) for n in range(2))
-    z = (x[..., features:middle], x[..., middle:last], dscaled)
+    zs = (x[..., features:middle], x[..., middle:last], dscaled)
+    gate, up, h = (_padded(_rows(z)) for z in zs)
     dy, (dgate, dup, da) = gated_gradients(
-        _rows(y),
-        _rows(dh),
-        tuple(_padded(_rows(each)) for each in z),
-        implementation=static.implementation,
+        _rows(y), _rows(dh), (gate, up, h), implementation=static.implementation
     )
     joined = _join_weights(gate_up, bs, x.dtype, interleaved=True)
     dx = contract(dy.reshape(y.shape), joined, 0)

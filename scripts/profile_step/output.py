@@ -14,6 +14,12 @@ from qlora_jax.planning.roofline import EFFICIENCIES, Rates
 from qlora_jax.planning.trace import Measured
 from qlora_jax.planning.work import Kernel, Sizes
 
+_CHOICES = {
+    **{"lora_products": "products of adapters", "norms": "norms"},
+    "activation": "activation",
+}
+"""Settings that a title has where somebody has decided."""
+
 
 def title(chosen: Mapping[str, Any]) -> str:
     """Returns a line that says what was counted."""
@@ -26,6 +32,8 @@ def title(chosen: Mapping[str, Any]) -> str:
         words.append(chosen["remat"] + ", unrolled" * (not chosen["scan_layers"]))
     words += ["packed"] * chosen["packed"]
     words += [f"attention {chosen['attention']}", f"kernels {chosen['kernels']}"]
+    for name, label in _CHOICES.items():
+        words += [f"{label} {chosen[name]}"] * (chosen[name] != "auto")
     words += [f"{name} {size}" for name, size in chosen["mesh"].items()]
     if chosen["accumulate"] > 1:
         words.append(f"{chosen['accumulate']} micro-batches")

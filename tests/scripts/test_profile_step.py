@@ -16,7 +16,7 @@ CHOSEN = {
     **{"model": "small", "config": CONFIG.to_hf(), "gpu": "rtx-4090", "batch": 2},
     **{"length": 128, "accumulate": 3, "rank": 16, "alpha": 32, "packed": False},
     **{"remat": "full", "scan_layers": True, "attention": "auto", "kernels": "auto"},
-    **{"lora_products": "auto", "norms": "auto"},
+    **{"lora_products": "auto", "norms": "fused", "activation": "auto"},
     **{"mesh": {}, "decode": 0, "jax": "0.0"},
 }
 
@@ -36,6 +36,7 @@ def test_a_saved_program_is_counted_and_its_report_is_printed_again(
     main(["--program", str(saved), "--json", str(report)])
     printed = capsys.readouterr().out
     assert "small on rtx-4090, 2 x 128 tokens, r=16, full" in printed
+    assert "kernels auto, norms fused, 3 micro-batches" in printed
     assert "counted from the compiled program, not measured" in printed
     counted = json.loads(report.read_text())
     assert counted["settings"] == CHOSEN
