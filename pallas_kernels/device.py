@@ -58,6 +58,12 @@ def jax_has_kernels() -> bool:
     return tuple(int(n) for n in jax.__version__.split(".")[:2]) >= (0, 11)
 
 
+def several_devices() -> str | None:
+    """Returns why a kernel that no mesh divides cannot run here, or None."""
+    count = jax.sharding.get_abstract_mesh().size
+    return f"they run on one device, and the mesh has {count}" if count > 1 else None
+
+
 def kernel_refusals(*, interpret: bool) -> list[str]:
     """Returns why no kernel can run here, as clauses of a sentence.
 

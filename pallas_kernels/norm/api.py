@@ -107,6 +107,7 @@ def refusal(
       interpret: whether Pallas's interpreter would run them.
     """
     reasons = device.kernel_refusals(interpret=interpret)
+    reasons += filter(None, [device.several_devices()])
     capability = device.capability()
     if not interpret and capability != "9.0":
         reasons.append(

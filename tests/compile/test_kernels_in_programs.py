@@ -24,8 +24,8 @@ LAYER = "jit(_generate)/while/body/Llama.decode/model/while"
 def test_training_dequantizes_each_weight_once_a_pass(compile_step: Callable):
     """Forward and backward; the same memory as XLA's own dequantization."""
     ours = compile_step(LLAMA_8B, kernels="pallas")
-    # The XLA of jax 0.11 does not merge equal kernels: those that are recomputed (all but
-    # down's, whose product is not) run twice in the backward pass.
+    # The XLA of jax 0.11 does not merge equal kernels: those that are recomputed (all
+    # but down's, whose product is not) run twice in the backward pass.
     again = 6 * jax.__version__.startswith("0.11")
     assert ours.text.count('custom_call_target="mosaic_gpu') == 14 + again
     assert ours.memory["arguments"] == compile_step(LLAMA_8B).memory["arguments"]

@@ -162,6 +162,8 @@ def test_the_kernels_are_for_hopper(simulate_gpu):
     assert "this one has 8.0" in refusal(x, 16)
     simulate_gpu("9.0")
     assert device.jax_has_kernels() == (refusal(x, 16) is None)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+        assert "one device, and the mesh has 2" in refusal(x, 16)
 
 
 @pytest.mark.parametrize(
