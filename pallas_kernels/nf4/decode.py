@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import device, mosaic
@@ -66,6 +67,10 @@ _WARPS = 4
 # Hopper for all of its blocks, less what each takes for itself (CUDA C++ Programming
 # Guide).
 _SHARED_LIMIT, _SHARED_OF_ALL = 99 * 1024, 224 * 1024
+_MAX_PART_ROWS = 8
+"""Rows of which parts are left: more take too many registers."""
+_MAX_PARTS = 160 * 1024 // 4
+"""Numbers of all parts that a block of threads reads."""
 
 
 class Update(NamedTuple):
@@ -116,8 +121,9 @@ def plan_for(
         return None
     units = sum(shape[0] // UNIT for shape in shapes) // (2 if gated else 1)
     # Eight warpgroups are 1,024 threads of 64 registers: too few for the sums of more
-    # rows, or to compute two weights in turn.
-    max_groups = min(max_groups, 8 if rows <= 8 and not gated else 4)
+    # rows, to compute two weights in turn, or to leave more than a number each.
+    is_small = rows <= 8 and not gated and rows * columns[1] <= WARPGROUP
+    max_groups = min(max_groups, 8 if is_small else 4)
     for groups in (8, 4, 2, 1):
         if groups > max_groups or blocks % (_WARPS * groups):
             continue
@@ -128,6 +134,40 @@ def plan_for(
             chunk = 1 if blocks // (_WARPS * groups) % 2 else 2
             return Plan(groups, chunk, min(at_once * multiprocessors, units))
     return None
+
+
+def leaves_parts(
+    shapes: Sequence[tuple[int, int]],
+    rows: int,
+    following: Following,
+    dtype: DTypeLike,
+    *,
+    gated: bool = False,
+    multiprocessors: int = 132,
+) -> bool:
+    """Returns whether `products` leaves the parts that what follows needs.
+
+    Where it does not, `pallas_kernels.nf4.inner` computes the sums.
+
+    Args:
+      shapes: (O, I) of each weight.
+      rows: of x.
+      following: what reads the result.
+      dtype: of x.
+      gated: whether the two weights are those of a gate and its values.
+      multiprocessors: of the device.
+    """
+    if following.squares and jnp.dtype(dtype).name == "float16":
+        # x times the norm's weight, not yet divided, could be more than 65504.
+        return False
+    columns = (0, following.columns)
+    named = {"gated": gated, "multiprocessors": multiprocessors}
+    plan = plan_for(shapes, rows, columns=columns, **named)
+    if plan is None or rows > _MAX_PART_ROWS:
+        return False
+    # Each multiprocessor reads all of them: at the limit, 22 MB from L2, which takes
+    # about as long as to start a kernel.
+    return 0 < plan.blocks * rows * following.columns <= _MAX_PARTS
 
 
 def _shared_bytes(
@@ -145,9 +185,9 @@ def _shared_bytes(
     padded = -(-rows // 8) * 8
     sums = 2 * (2 if gated else 1) * groups * padded * COLUMN
     read, written = (lanes_of(rows * number) for number in columns)
-    # Of each warpgroup the shares and the totals of what is read, and two values of
-    # each result of a unit.
-    parts = 2 * groups * read + (written and written + 2 * groups * padded * UNIT)
+    # The shares of each warpgroup of what is read, and the totals; the sums of what is
+    # written, and two values of each result of a unit.
+    parts = (groups + 1) * read + (written and written + 2 * padded * UNIT)
     return 4 * (table + quant_maps + scales + sums + parts)
 
 
@@ -314,7 +354,11 @@ def products(
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
         if totals_s is not None:
-            totals_s[group] = total(shares_s, **sums_of)
+
+            @pl.when(group == 0)
+            def _() -> None:
+                # Read after the barrier that follows a unit's products.
+                totals_s[...] = total(shares_s, **sums_of)
 
         def multiply(w: int, unit: Any) -> jax.Array:
             """Returns a warpgroup's share of the sums: of a quarter for each warp."""
@@ -352,7 +396,7 @@ def products(
 
         def from_totals(row: Any, column: Any) -> jax.Array:
             index = jnp.minimum(row, count - 1) * sums_read + column
-            return gather(totals_s.at[group], index, jnp.float32)
+            return gather(totals_s, index, jnp.float32)
 
         def result(slot: Any, n: int, w: int, unit: Any) -> jax.Array:
             """Adds up the sums of all warps, and the low-rank update: [rows * UNIT]."""
@@ -388,7 +432,6 @@ def products(
 
         def prepare(unit: Any, value: jax.Array, is_last: Any) -> None:
             """Adds a unit's results to the parts for what follows."""
-            places = values_s.at[group]
             value = value.astype(out.dtype).astype(jnp.float32)
             if next_norm is not None:
                 lane = mosaic.iota((rows * UNIT,), 0)
@@ -397,12 +440,13 @@ def products(
                 y = value * weight.astype(jnp.float32)
                 place = next_x.at[:, pl.ds(unit * UNIT, UNIT)]
                 mosaic.store_rows(place, y, interpret=interpreted)
-                places[1] = y.astype(out.dtype).astype(jnp.float32)
-            places[0] = value
+                values_s[1] = y.astype(out.dtype).astype(jnp.float32)
+            # Also a barrier of the warpgroup; the next unit's come after another one.
+            values_s[0] = value
             new = terms(
                 following,
-                places.at[0],
-                places.at[following.squares],
+                values_s.at[0],
+                values_s.at[following.squares],
                 None if next_a is None else next_a.at[next_layer],
                 unit * UNIT,
                 rows=count,
@@ -482,13 +526,13 @@ def products(
     if parts is not None:
         lanes = lanes_of(numbers)
         scratch.append(plgpu.SMEM((groups * lanes,), jnp.float32))
-        scratch.append(plgpu.SMEM((groups, lanes), jnp.float32))
+        scratch.append(plgpu.SMEM((lanes,), jnp.float32))
     outs = [jax.ShapeDtypeStruct((count, out_features), x.dtype)]
     if following is not None:
         lanes = lanes_of(count * sums_left)
-        scratch.append(plgpu.SMEM((groups, 2, rows * UNIT), jnp.float32))
+        scratch.append(plgpu.SMEM((2, rows * UNIT), jnp.float32))
         scratch.append(plgpu.SMEM((lanes,), jnp.float32))
-        outs += outs[:following.squares]
+        outs += outs[: following.squares]
         outs.append(jax.ShapeDtypeStruct((grid, count * sums_left), jnp.float32))
     run = kernel(
         nf4_products,

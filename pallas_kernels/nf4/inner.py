@@ -19,6 +19,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import WARPGROUP
 from pallas_kernels.nf4.gpu import clip_layer, kernel
 
+
 class Norm(NamedTuple):
     """An RMSNorm, of which every layer has a weight."""
 

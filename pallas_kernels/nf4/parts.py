@@ -15,11 +15,13 @@ order, so every run has the same bits.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import mosaic
@@ -189,7 +191,8 @@ def terms(
     *,
     rows: int,
     features: int,
-    shares: int,
+    shares: int = 1,
+    clip: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """Returns a block of features' part of the sums.
@@ -205,6 +208,7 @@ def terms(
       features: in `x_s` and `y_s`.
       shares: threads that share a number, a divisor of `features`; number n of
         M * C is in elements n, M * C + n, ... of the result.
+      clip: whether some of the features are surplus ones, of value 0.
       interpret: whether the interpreter runs the kernel.
     """
     gather = functools.partial(mosaic.gather, interpret=interpret)
@@ -217,17 +221,89 @@ def terms(
     start = row * features + own
     if rank:
         a_start = (first + own) * rank + jnp.maximum(column - squares, 0)
-    value: Any = None
-    for i in range(each):
+
+    def term(i: Any) -> jax.Array:
         new: Any = None
-        if rank:
-            factor = gather(a, a_start + i * rank, following.a.dtype)
+        if following.a is not None:
+            index = a_start + i * rank
+            index = jnp.minimum(index, a.shape[0] - 1) if clip else index
+            factor = gather(a, index, following.a.dtype)
             new = factor.astype(jnp.float32) * gather(y_s, start + i, jnp.float32)
         if squares:
             x = gather(x_s, start + i, jnp.float32)
             new = x * x if new is None else jnp.where(column < squares, x * x, new)
-        value = new if value is None else value + new
-    return value
+        return new
+
+    # Up to eight registers of loads are under way.
+    unroll = math.gcd(each, max(1, 8 * WARPGROUP // element.shape[0]))
+
+    def more(n: Any, value: jax.Array) -> jax.Array:
+        for k in range(unroll):
+            value = value + term(n * unroll + k)
+        return value
+
+    value = term(0)
+    for k in range(1, unroll):
+        value = value + term(k)
+    return jax.lax.fori_loop(1, each // unroll, more, value)
+
+
+def leave_row(
+    following: Following,
+    value: jax.Array,
+    place: Any,
+    a: Any,
+    first: Any,
+    scratch: tuple[Any, Any],
+    *,
+    features: int,
+    interpret: bool,
+) -> None:
+    """Stores a warpgroup's parts of one row, of adapters without a norm.
+
+    Args:
+      following: what is needed.
+      value: float32 [>= features], in the layout `mosaic.strided`.
+      place: where the parts go, float32 [1, R] in global memory.
+      a: [I * R], A of the layer, in global memory.
+      first: the first of the features. Those past the last have the value 0.
+      scratch: of `leave_row_scratch`, in shared memory.
+      features: a multiple of 64.
+      interpret: whether the interpreter runs the kernel.
+    """
+    values_s, shares_s = scratch
+    rank, shares = following.rank, _row_shares(following)
+    # Assignments are barriers of the warpgroup as well.
+    values_s[...] = value
+    shares_s[...] = terms(
+        following,
+        None,
+        values_s,
+        a,
+        first,
+        rows=1,
+        features=features,
+        shares=shares,
+        clip=True,
+        interpret=interpret,
+    )
+    number = jnp.minimum(mosaic.iota((lanes_of(rank),), 0), rank - 1)
+    total: Any = 0.0
+    for share in range(shares):
+        index = number + share * rank
+        total = total + mosaic.gather(shares_s, index, jnp.float32, interpret=interpret)
+    mosaic.store_rows(place, total, interpret=interpret)
+
+
+def leave_row_scratch(following: Following, values: int) -> list[Any]:
+    """Returns the shared memory of `leave_row` for so many values."""
+    lanes = lanes_of(_row_shares(following) * following.rank)
+    return [plgpu.SMEM((size,), jnp.float32) for size in (values, lanes)]
+
+
+def _row_shares(following: Following) -> int:
+    # A power of two, which divides the features.
+    return 1 << min(share_count(following.rank), 64).bit_length() - 1
 
 
 def layer_of(layer: Any, following: Following) -> Any:

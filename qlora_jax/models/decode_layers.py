@@ -5,14 +5,17 @@
 
 A token needs few computations and many weights, so the time of a layer is that of
 reading them and of starting its kernels: dozens when Flax modules are compiled one by
-one, and few here. `refusal` says which models have this form; all others decode through
+one, and six here. `refusal` says which models have this form; all others decode through
 their modules. `decode_layers` computes what `block.Block` does, rounding less often.
+
+What a norm and adapters need of all features of their input is left by the kernel that
+writes the input, as parts of sums (`pallas_kernels.nf4.parts`), where rows are few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,10 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.rope import rotate
 
+if TYPE_CHECKING:
+    # Mosaic is imported only where there are kernels.
+    from pallas_kernels.nf4.parts import Following, Prepared
+
 _GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -32,6 +39,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Linear layers that share an input."""
+_READERS = {"o": "gate_up", "gate_up": "down", "down": "qkv"}
+"""Which group reads what a group writes."""
 _NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """The norm before a group."""
 _PLAIN_ADAPTER = {"lora_A", "lora_B", "scaling"}
@@ -112,8 +121,8 @@ def prepare(
     """Returns the variables with a collection "decode", if the model has this form.
 
     It holds what the kernels read besides the packed stacks: the norms, and the
-    adapters of each group of layers with one input below one another, in the dtype of
-    the computation.
+    adapters of each group of layers with one input, side by side, in the dtype of the
+    computation.
 
     Args:
       config: the architecture, without custom layers.
@@ -124,6 +133,7 @@ def prepare(
     if refusal(config, compute, variables, rows) is not None:
         return variables
     dtype = jnp.dtype(compute.dtype)
+    stacks = _flat(_layers(variables, "stacks"))
     params, lora = (_flat(_layers(variables, name)) for name in ("params", "lora"))
     groups = {}
     for key, names in _GROUPS.items():
@@ -141,9 +151,49 @@ def prepare(
             # Here it costs nothing, and B is still rounded once.
             group["b"][name] = (scaling * adapter["lora_B"]).astype(dtype)
         if a:
-            group["a"] = jnp.concatenate(a, axis=1)
+            # As `Following` takes it; `inner` takes rows.
+            group["a"] = jnp.concatenate(a, axis=1).swapaxes(1, 2)
         groups[key] = group
+    for key, group in groups.items():
+        if "a" in group and not _is_left(key, groups, stacks, rows, dtype):
+            group["a_rows"] = group.pop("a").swapaxes(1, 2)
+    if "a" in groups["qkv"]:
+        # No kernel comes before the first layer.
+        groups["qkv"]["a_rows"] = groups["qkv"]["a"][:1].swapaxes(1, 2)
     return {**variables, "decode": {"model": groups}}
+
+
+def _following(key: str, groups: Mapping[str, Any]) -> Following:
+    """Returns what a group of layers needs of all features of its input."""
+    from pallas_kernels.nf4.parts import Following
+
+    # The queries are those of the next layer.
+    group, ahead = groups[key], int(key == "qkv")
+    return Following(group.get("a"), group.get("norm"), ahead)
+
+
+def _is_left(
+    key: str,
+    groups: Mapping[str, Any],
+    stacks: Mapping[str, Any],
+    rows: int,
+    dtype: Any,
+) -> bool:
+    """Returns whether the kernel before a group leaves the parts of its sums."""
+    from pallas_kernels import device
+    from pallas_kernels.nf4 import decode
+
+    if key == "o":
+        return True  # by attention
+    (before,) = (name for name, reader in _READERS.items() if reader == key)
+    return decode.leaves_parts(
+        [stacks[name]["weight"].shape for name in _GROUPS[before]],
+        rows,
+        _following(key, groups),
+        dtype,
+        gated=before == "gate_up",
+        multiprocessors=device.multiprocessors(),
+    )
 
 
 def decode_layers(
@@ -170,78 +220,105 @@ def decode_layers(
       The residual stream, and the cache with the tokens' keys and values.
     """
     from pallas_kernels.attention import decode as cached
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, inner
+    from pallas_kernels.nf4.parts import Prepared, prepared_reference
 
     groups, stacks = variables["decode"], _flat(variables["stacks"]["layers"])
     kinds = LayerKinds.of(config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def linear(key: str, x: Array, layer: Array, **named: Any) -> Array:
+    def linear(
+        key: str, x: Array, prepared: Prepared | None, layer: Array, **named: Any
+    ) -> tuple[Array, Prepared | None]:
+        """Computes a group of layers: of x, or of what the kernel before has left."""
         group, updates, offset = groups[key], [], 0
-        norm = None
-        if "norm" in group:
-            norm = decode.Norm(group["norm"], config.rms_norm_eps)
-        x, inner = decode.inner(x, layer, norm=norm, a=group.get("a"))
+        eps = config.rms_norm_eps if "norm" in group and prepared is not None else None
+        if prepared is None:
+            norm = None
+            if "norm" in group:
+                norm = inner.Norm(group["norm"], config.rms_norm_eps)
+            x, sums = inner.inner(x, layer, norm=norm, a=group.get("a_rows"))
+            prepared = Prepared(x, None if sums is None else sums[None])
         weights = [stacks[name]["weight"] for name in _GROUPS[key]]
         for name in _GROUPS[key]:
             b = group["b"].get(name)
             updates.append(None if b is None else decode.Update(b, offset))
             offset += 0 if b is None else b.shape[2]
+        following = None
+        if key in _READERS and _is_left(
+            *(_READERS[key], groups, stacks, x.shape[0], x.dtype)
+        ):
+            following = _following(_READERS[key], groups)
         return decode.products(
-            x,
+            prepared.x,
             [decode.Packed(w.codes, w.absmax, w.nested(), layer) for w in weights],
             shapes=[w.shape for w in weights],
             updates=updates,
-            inner=inner,
+            parts=prepared.parts,
+            eps=eps,
+            following=following,
             **named,
         )
 
     def attention(
         qkv: Array, rope: tuple[Array, Array], kv: Any, layer: Array, window: Any
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Prepared, tuple[Array, Array]]:
         variant, slots = kinds.variant, kv[0].shape[3]
         sizes = (heads, kv_heads, config.head_dim, slots)
+        following = _following("o", groups) if "a" in groups["o"] else None
         if cached.refusal(*sizes, variant.softcap) is None:
             limit = variant.window(window, slots)
             token = cached.Token(
-                layer.reshape(1),
+                layer,
                 start.reshape(1),
                 segments[1],
                 None if limit is None else limit.reshape(1),
             )
             angles = (rope[0][:, 0, 0], rope[1][:, 0, 0])
             scale = variant.scale_of(config.head_dim)
-            return cached.attend(qkv, angles, kv, token, scale=scale)
+            named = {"scale": scale, "following": following}
+            return cached.attend(qkv, angles, kv, token, **named)
+        index = layer[0]
         parts = qkv.reshape(qkv.shape[0], 1, -1, config.head_dim)
         q, k, v = jnp.split(parts, [heads, heads + kv_heads], axis=2)
         q, k = rotate(q, rope), rotate(k, rope)
-        kv = write_tokens(kv, (k, v), layer, start)
-        places = (segments[1], start, layer)
+        kv = write_tokens(kv, (k, v), index, start)
+        places = (segments[1], start, index)
         out = attend_to_cache(q, kv, segments[0], places, variant, window)
-        return out.reshape(qkv.shape[0], -1), kv
+        out = out.reshape(qkv.shape[0], -1)
+        if following is None:
+            return Prepared(out, None), kv
+        return prepared_reference(out, layer, following), kv
+
+    # Traced once for all layers but the first.
+    @jax.jit
+    def one_layer(
+        x: Array,
+        prepared: Prepared | None,
+        kv: tuple[Array, Array],
+        layer: Array,
+        window: Array | None,
+        rope: tuple[Array, Array],
+    ) -> tuple[Array, Prepared | None, tuple[Array, Array]]:
+        qkv, _ = linear("qkv", x, prepared, layer)
+        with jax.named_scope("attention"):
+            out, kv = attention(qkv, rope, kv, layer, window)
+        x, to_mlp = linear("o", x, out, layer, residual=x)
+        h, to_down = linear("gate_up", x, to_mlp, layer, gated=True)
+        return *linear("down", h, to_down, layer, residual=x), kv
 
     windows, tables = kinds.index()
-
-    def kind(index: Array, numbers: Array | None) -> Array | None:
-        return None if numbers is None else numbers[index]
-
-    # Not a scan over the numbers of the layers: each would be a kernel that copies one.
-    def step(index: Array, carry: tuple) -> tuple:
-        x, kv = carry
-        layer, window, table = (
-            index.reshape(1),
-            kind(index, windows),
-            kind(index, tables),
-        )
-        cos, sin = (a if table is None else a[table] for a in rope)
-        qkv = linear("qkv", x, layer)
-        with jax.named_scope("attention"):
-            out, kv = attention(qkv, (cos, sin), kv, index, window)
-        x = linear("o", out, layer, residual=x)
-        h = linear("gate_up", x, layer, gated=True)
-        return linear("down", h, layer, residual=x), kv
-
-    return jax.lax.fori_loop(0, config.num_hidden_layers, step, (x, kv))
+    prepared = None
+    # Not a loop: its counter would be a kernel for every layer.
+    with jax.named_scope("layers"):
+        for n in range(config.num_hidden_layers):
+            window = None if windows is None else windows[n]
+            rope_of_layer = (
+                rope if tables is None else tuple(a[tables[n]] for a in rope)
+            )
+            layer = jnp.array([n], jnp.int32)
+            x, prepared, kv = one_layer(x, prepared, kv, layer, window, rope_of_layer)
+    return x, kv
 
 
 def _layers(variables: Mapping[str, Any], collection: str) -> Mapping[str, Any]:

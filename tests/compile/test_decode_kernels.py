@@ -23,6 +23,8 @@ LAYER = 1
 def products(shapes, rows, *, layers=3, rank=16, plan=None, **named) -> dict:
     case = {"kernel": "products", "shapes": shapes, "rows": rows, "layers": layers}
     case |= {"dtype": "bfloat16", "nested": True, "rank": rank, "plan": plan}
+    # Parts of the sums that are read; (rank, norm, layers ahead) of what follows.
+    case |= {"parts": 1 if rank else None, "norm": False, "follows": None}
     return case | {"gated": False, "residual": False} | named
 
 
@@ -38,15 +40,29 @@ SMALL = [
     products([(16, 512)], 1, rank=4, plan=(2, 1, 1), dtype="float16", residual=True),
 ]
 D, F, KV = 4096, 14336, 1024
+
+
+def layer(rows: int, *, parts: bool) -> list[dict]:
+    """The products of a layer of 8B, with parts of the sums or with those of `inner`."""
+    read = {"parts": 132, "norm": True} if parts else {}
+    of_o, after = ({"parts": 32}, {"parts": 132}) if parts else ({}, {})
+    named = {"layers": 32}
+    follows = [(32, True, 0), (16, False, 0), (48, True, 1)] if parts else [None] * 3
+    return [
+        products([(D, D), (KV, D), (KV, D)], rows, **named, **read),
+        products([(D, D)], rows, residual=True, follows=follows[0], **named, **of_o),
+        products([(F, D)] * 2, rows, gated=True, follows=follows[1], **named, **read),
+        products([(D, F)], rows, residual=True, follows=follows[2], **named, **after),
+    ]
+
+
 REAL = [
-    case
-    for rows in (8, 16)
-    for case in (
-        products([(D, D), (KV, D), (KV, D)], rows, layers=32),
-        products([(D, D)], rows, layers=32, residual=True),
-        products([(F, D)] * 2, rows, layers=32, gated=True),
-        products([(D, F)], rows, layers=32, residual=True),
-    )
+    *(case for rows in (1, 4) for case in layer(rows, parts=True)),
+    *(case for rows in (8, 16) for case in layer(rows, parts=False)),
+    # Without adapters; what 16 rows leave for adapters, and read.
+    products([(F, D)] * 2, 1, rank=0, layers=32, gated=True, parts=132, norm=True),
+    products([(F, D)] * 2, 16, layers=32, gated=True, follows=(16, False, 0)),
+    products([(D, F)], 16, layers=32, parts=132, residual=True),
 ]
 REAL_INNER = [
     inner(D, 16, 48, norm=True, layers=32),

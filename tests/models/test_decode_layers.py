@@ -57,11 +57,11 @@ def kernels(monkeypatch):
     if not device.jax_has_kernels():
         pytest.skip("the kernels need jax 0.11, which Python 3.11 cannot have")
     from pallas_kernels.attention import decode as cached
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, inner
 
     monkeypatch.setattr(decode_layers, "kernels_refusal", lambda *_: None)
     monkeypatch.setattr(decode, "products", decode.products_reference)
-    monkeypatch.setattr(decode, "inner", decode.inner_reference)
+    monkeypatch.setattr(inner, "inner", inner.inner_reference)
     monkeypatch.setattr(cached, "attend", cached.attend_reference)
 
 
