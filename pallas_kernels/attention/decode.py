@@ -129,7 +129,7 @@ def attend(
     def cached_attention(*operands: Any) -> None:
         qkv, cos, sin, layer, at, segments, *rest = operands
         window = None if token.window is None else rest.pop(0)
-        a = rest.pop(0) if leaves else None
+        a: Any = rest.pop(0) if leaves else None
         k, v, *rest = rest
         outs, (q_s, maxima_s, sums_s, done, *row_s) = rest[:out_count], rest[out_count:]
         row, head, split = (jax.lax.axis_index(n) for n in ("row", "head", "split"))
@@ -259,12 +259,13 @@ def attend(
         grid={"split": splits, "head": kv_heads, "row": rows},
         interpret=interpret,
     )
-    results = run(*arrays, *refs)
+    results = list(run(*arrays, *refs))
     k, v = (jax.freeze(ref) for ref in refs)
     if splits == 1:
         out = results[0].reshape(rows, heads * width)
         return Prepared(out, results[1] if leaves else None), (k, v)
-    prepared = _weigh(*results, token.layer, following, dtype, interpret)
+    sums, maxima = results
+    prepared = _weigh(sums, maxima, token.layer, following, dtype, interpret)
     return prepared, (k, v)
 
 

@@ -30,11 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import device, mosaic
-from pallas_kernels.mosaic import BLOCK, COLUMN, LANES, ROWS, WARPGROUP
+from pallas_kernels.mosaic import BLOCK, COLUMN, LANES, ROWS
+from pallas_kernels.nf4.decode_plan import (
+    MAX_ROWS,
+    UNIT,
+    WARPS,
+    Plan,
+    plan_for,
+    scale_columns,
+)
 from pallas_kernels.nf4.gpu import (
     block_scales,
     clip_layer,
@@ -56,22 +63,6 @@ from pallas_kernels.nf4.parts import (
 from pallas_kernels.nf4.reference import Packed as Packed
 from pallas_kernels.nf4.reference import dequantize
 
-MAX_ROWS = 16
-"""Rows that `products` takes at most."""
-UNIT = 16
-"""Out_features that are computed together: the rows of a product of the tensor cores.
-Small units divide evenly among the multiprocessors."""
-_WARPS = 4
-"""Of a warpgroup; they share the in_features of a unit."""
-# What a block of threads has on every device since Ampere, and a multiprocessor of
-# Hopper for all of its blocks, less what each takes for itself (CUDA C++ Programming
-# Guide).
-_SHARED_LIMIT, _SHARED_OF_ALL = 99 * 1024, 224 * 1024
-_MAX_PART_ROWS = 8
-"""Rows of which parts are left: more take too many registers."""
-_MAX_PARTS = 160 * 1024 // 4
-"""Numbers of all parts that a block of threads reads."""
-
 
 class Update(NamedTuple):
     """The low-rank update of a weight."""
@@ -80,121 +71,6 @@ class Update(NamedTuple):
     """`scaling * B` in the dtype of x."""
     offset: int
     """Of the R columns of `A x` that are this weight's."""
-
-
-class Plan(NamedTuple):
-    """How `products` is divided."""
-
-    groups: int
-    """Warpgroups of a block of threads; they share the in_features."""
-    chunk: int
-    """Blocks of 64 weights whose codes a thread loads at once."""
-    blocks: int
-    """Blocks of threads, each with every `blocks`-th unit."""
-
-
-def plan_for(
-    shapes: Sequence[tuple[int, int]],
-    rows: int,
-    *,
-    gated: bool = False,
-    columns: tuple[int, int] = (0, 0),
-    multiprocessors: int = 132,
-    max_groups: int = 8,
-) -> Plan | None:
-    """Divides the products with weights of one input; None if they cannot be computed.
-
-    Args:
-      shapes: (O, I) of each.
-      rows: of x.
-      gated: whether the two weights are those of a gate and its values.
-      columns: of the parts that are read, and of those that are written.
-      multiprocessors: of the device.
-      max_groups: warpgroups of a block of threads at most.
-    """
-    if not 0 < rows <= MAX_ROWS or len({shape[1] for shape in shapes}) != 1:
-        return None
-    if gated and (len(shapes) != 2 or shapes[0] != shapes[1]):
-        return None
-    blocks = shapes[0][1] // BLOCK
-    if shapes[0][1] % BLOCK or any(shape[0] % UNIT for shape in shapes):
-        return None
-    units = sum(shape[0] // UNIT for shape in shapes) // (2 if gated else 1)
-    # Eight warpgroups are 1,024 threads of 64 registers: too few for the sums of more
-    # rows, to compute two weights in turn, or to leave more than a number each.
-    is_small = rows <= 8 and not gated and rows * columns[1] <= WARPGROUP
-    max_groups = min(max_groups, 8 if is_small else 4)
-    for groups in (8, 4, 2, 1):
-        if groups > max_groups or blocks % (_WARPS * groups):
-            continue
-        shared = _shared_bytes(shapes, rows, groups, gated, columns)
-        # Enough threads for a multiprocessor's registers, 128 each where there are few.
-        at_once = min(max(4 // groups, 1), _SHARED_OF_ALL // shared)
-        if shared <= _SHARED_LIMIT:
-            chunk = 1 if blocks // (_WARPS * groups) % 2 else 2
-            return Plan(groups, chunk, min(at_once * multiprocessors, units))
-    return None
-
-
-def leaves_parts(
-    shapes: Sequence[tuple[int, int]],
-    rows: int,
-    following: Following,
-    dtype: DTypeLike,
-    *,
-    gated: bool = False,
-    multiprocessors: int = 132,
-) -> bool:
-    """Returns whether `products` leaves the parts that what follows needs.
-
-    Where it does not, `pallas_kernels.nf4.inner` computes the sums.
-
-    Args:
-      shapes: (O, I) of each weight.
-      rows: of x.
-      following: what reads the result.
-      dtype: of x.
-      gated: whether the two weights are those of a gate and its values.
-      multiprocessors: of the device.
-    """
-    if following.squares and jnp.dtype(dtype).name == "float16":
-        # x times the norm's weight, not yet divided, could be more than 65504.
-        return False
-    columns = (0, following.columns)
-    named = {"gated": gated, "multiprocessors": multiprocessors}
-    plan = plan_for(shapes, rows, columns=columns, **named)
-    if plan is None or rows > _MAX_PART_ROWS:
-        return False
-    # Each multiprocessor reads all of them: at the limit, 22 MB from L2, which takes
-    # about as long as to start a kernel.
-    return 0 < plan.blocks * rows * following.columns <= _MAX_PARTS
-
-
-def _shared_bytes(
-    shapes: Sequence[tuple[int, int]],
-    rows: int,
-    groups: int,
-    gated: bool,
-    columns: tuple[int, int],
-) -> int:
-    """Returns the shared memory of a block of threads of `products`."""
-    # In 4-byte words: the pairs, 32 copies; the tables of 8-bit scales; the scales of
-    # each warpgroup; the sums, of two units at a time, of each warpgroup.
-    table, quant_maps = 256 * LANES, 256 * len(shapes)
-    scales = groups * ROWS * _scale_columns(shapes[0][1] // BLOCK, groups)
-    padded = -(-rows // 8) * 8
-    sums = 2 * (2 if gated else 1) * groups * padded * COLUMN
-    read, written = (lanes_of(rows * number) for number in columns)
-    # The shares of each warpgroup of what is read, and the totals; the sums of what is
-    # written, and two values of each result of a unit.
-    parts = (groups + 1) * read + (written and written + 2 * padded * UNIT)
-    return 4 * (table + quant_maps + scales + sums + parts)
-
-
-def _scale_columns(blocks: int, groups: int) -> int:
-    """Returns a warp's scales of a row: even, to spread over 128 threads."""
-    share = blocks // (_WARPS * groups)
-    return share + share % 2
 
 
 def products(
@@ -238,27 +114,28 @@ def products(
       ValueError: shapes that the kernel cannot compute.
     """
     count, in_features = x.shape
+    following = following or Following()
     sums_read = 0 if parts is None else parts.shape[2]
-    sums_left = 0 if following is None else following.columns
+    sums_left = following.columns
     if plan is None:
         # The interpreter needs a CPU thread for each warpgroup, or waits for ever.
         limits = {"multiprocessors": device.multiprocessors()}
         limits = {"multiprocessors": 2, "max_groups": 2} if interpret else limits
-        limits["columns"] = (sums_read, sums_left)
-        plan = plan_for(shapes, count, gated=gated, **limits)
+        columns = (sums_read, sums_left)
+        plan = plan_for(shapes, count, gated=gated, columns=columns, **limits)
     blocks = in_features // BLOCK
-    if plan is None or blocks % (_WARPS * plan.groups * plan.chunk):
+    if plan is None or blocks % (WARPS * plan.groups * plan.chunk):
         raise ValueError(
             f"`products` cannot compute {count} rows with weights {list(shapes)}: it "
             f"takes up to {MAX_ROWS} rows, out_features in multiples of {UNIT} and one "
-            f"in_features for all, in multiples of {_WARPS * BLOCK}, of which {plan} "
+            f"in_features for all, in multiples of {WARPS * BLOCK}, of which {plan} "
             "must give each warp whole chunks."
         )
     updates = [None] * len(weights) if updates is None else list(updates)
     groups, chunk, grid = plan
     rows = -(-count // 8) * 8
-    share = blocks // (_WARPS * groups)
-    columns = _scale_columns(blocks, groups)
+    share = blocks // (WARPS * groups)
+    columns = scale_columns(blocks, groups)
     nested = [w.nested is not None for w in weights]
     interpreted = bool(interpret)
     gather = functools.partial(mosaic.gather, interpret=interpreted)
@@ -269,10 +146,16 @@ def products(
     out_features = sum(units) * UNIT
     # Of the parts: before A x comes the sum of squares.
     squares, numbers = int(eps is not None), count * sums_read
-    if following is not None and (len(together) > 1 or not following.columns):
+    ends = [0 if u is None else u.offset + u.b.shape[2] for u in updates]
+    if squares + max(ends) != sums_read:
         raise ValueError(
-            "`products`: what follows must need something, and of one result; got "
-            f"{following.columns} columns for {len(together)} results."
+            f"`products`: {sums_read} parts a row do not belong to {max(ends)} columns "
+            f"of adapters and {'a' if squares else 'no'} norm."
+        )
+    if sums_left and len(together) > 1:
+        raise ValueError(
+            f"`products`: one result can be prepared for what follows, not "
+            f"{len(together)}."
         )
 
     def nf4_products(*operands: Any) -> None:
@@ -290,19 +173,23 @@ def products(
 
         parts_ref = optional(parts is not None)
         residual_ref = optional(residual is not None)
-        next_a = optional(following and following.rank)
-        next_norm = optional(following and following.squares)
+        next_a = optional(following.rank)
+        next_norm = optional(following.squares)
         out = take(1)[0]
-        next_x, next_parts = optional(next_norm is not None), optional(following)
+        next_x, next_parts = optional(following.squares), optional(sums_left)
         table_s, scales_s, sums_s, ready, done = take(5)
         quant_maps_s = optional(any(nested))
         shares_s, totals_s = take(2) if parts is not None else (None, None)
-        values_s, next_s = take(2) if following is not None else (None, None)
+        left_s: list[Any] = take(2) if sums_left else [None, None]
+        values_s, sums_left_s = left_s
         layer_index = clip_layer(layer[0], stacks[0][0].shape[0])
         block = jax.lax.axis_index("block")
         group = jax.lax.axis_index("group")
-        next_layer = None if following is None else layer_of(layer[0], following)
-        warps = pl.ds(group * _WARPS, _WARPS)
+        warps = pl.ds(group * WARPS, WARPS)
+
+        def next_layer() -> Any:
+            # Computed where it is needed: threads have no register to spare.
+            return layer_of(layer[0], following)
 
         def first_unit(start: int) -> Any:
             """Returns the first unit of this block of threads from `start` on."""
@@ -322,7 +209,7 @@ def products(
                     mosaic.prefetch(ref, interpret=interpreted)
             if next_a is not None:
                 size = UNIT * following.rank
-                ref = next_a.at[next_layer, pl.ds(unit * size, size)]
+                ref = next_a.at[next_layer(), pl.ds(unit * size, size)]
                 mosaic.prefetch(ref, interpret=interpreted)
 
         for segment, start in enumerate(starts):
@@ -330,13 +217,13 @@ def products(
         sums_of = {"numbers": numbers, "groups": groups, "interpret": interpreted}
         if parts_ref is not None:
             add_up(parts_ref, shares_s, group=group, **sums_of)
-        if next_s is not None:
+        if sums_left:
 
             @pl.when(group == 0)
             def _() -> None:
-                next_s[...] = plgpu.layout_cast(
-                    jnp.zeros(next_s.shape, jnp.float32), mosaic.strided(next_s.shape)
-                )
+                zeros = jnp.zeros(sums_left_s.shape, jnp.float32)
+                layout = mosaic.strided(zeros.shape)
+                sums_left_s[...] = plgpu.layout_cast(zeros, layout)
 
         # Each warpgroup copies its share of the table.
         entries = pl.ds(
@@ -366,7 +253,7 @@ def products(
             # "Row" 16 q + r of a warpgroup is the share of its warp q in row r.
             row = mosaic.iota((ROWS, columns), 0)
             index = (unit * UNIT + row % UNIT) * blocks
-            index = index + (group * _WARPS + row // UNIT) * share
+            index = index + (group * WARPS + row // UNIT) * share
             # A surplus column repeats the last block's scale; nothing reads it.
             index = index + jnp.minimum(mosaic.iota((ROWS, columns), 1), share - 1)
             scales_s[group] = block_scales(
@@ -405,7 +292,7 @@ def products(
             value: Any = None
             # In a fixed order, unlike atomic additions: every run has the same bits.
             for g in range(groups):
-                for warp in range(_WARPS):
+                for warp in range(WARPS):
                     index = m * COLUMN + (UNIT * warp + row)
                     part = gather(sums_s.at[slot, n, g], index, jnp.float32)
                     value = part if value is None else value + part
@@ -436,27 +323,25 @@ def products(
             if next_norm is not None:
                 lane = mosaic.iota((rows * UNIT,), 0)
                 index = unit * UNIT + lane % UNIT
-                weight = gather(next_norm.at[next_layer], index, following.norm.dtype)
+                weight = gather(next_norm.at[next_layer()], index, next_norm.dtype)
                 y = value * weight.astype(jnp.float32)
                 place = next_x.at[:, pl.ds(unit * UNIT, UNIT)]
                 mosaic.store_rows(place, y, interpret=interpreted)
                 values_s[1] = y.astype(out.dtype).astype(jnp.float32)
             # Also a barrier of the warpgroup; the next unit's come after another one.
             values_s[0] = value
-            new = terms(
+            new = mosaic.load(sums_left_s, 1) + terms(
                 following,
                 values_s.at[0],
                 values_s.at[following.squares],
-                None if next_a is None else next_a.at[next_layer],
+                None if next_a is None else next_a.at[next_layer()],
                 unit * UNIT,
                 rows=count,
                 features=UNIT,
-                shares=1,
                 interpret=interpreted,
             )
-            new = mosaic.load(next_s, 1) + new
             layout = mosaic.strided(new.shape)
-            mosaic.store(next_s, new, layout, interpret=interpreted)
+            mosaic.store(sums_left_s, new, layout, interpret=interpreted)
 
             @pl.when(is_last)
             def _() -> None:
@@ -477,7 +362,7 @@ def products(
                 value = value + stream.astype(jnp.float32)
             place = pl.ds(starts[segment] * UNIT + unit * UNIT, UNIT)
             mosaic.store_rows(out.at[:, place], value, interpret=interpreted)
-            if following is not None:
+            if sums_left:
                 prepare(unit, value, is_last)
 
         # Units that this block of threads has computed; the sums of one are added up
@@ -485,14 +370,12 @@ def products(
         turn: Any = jnp.int32(0)
         for segment, start in enumerate(starts):
             first = first_unit(start)
-            number = (units[segment] - first + grid - 1) // grid
 
             def step(
                 i: Any,
                 turn: Any,
                 segment: int = segment,
                 first: Any = first,
-                number: Any = number,
             ) -> Any:
                 unit, slot = first + i * grid, turn % 2
                 fetch(segment, unit + grid)
@@ -507,10 +390,11 @@ def products(
 
                 @pl.when(group == turn % groups)
                 def _() -> None:
-                    finish(segment, slot, unit, i == number - 1)
+                    finish(segment, slot, unit, unit + grid >= units[segment])
 
                 return turn + 1
 
+            number = (units[segment] - first + grid - 1) // grid
             turn = jax.lax.fori_loop(0, number, step, turn)
 
     width = rows * COLUMN
@@ -528,7 +412,7 @@ def products(
         scratch.append(plgpu.SMEM((groups * lanes,), jnp.float32))
         scratch.append(plgpu.SMEM((lanes,), jnp.float32))
     outs = [jax.ShapeDtypeStruct((count, out_features), x.dtype)]
-    if following is not None:
+    if sums_left:
         lanes = lanes_of(count * sums_left)
         scratch.append(plgpu.SMEM((2, rows * UNIT), jnp.float32))
         scratch.append(plgpu.SMEM((lanes,), jnp.float32))
@@ -543,14 +427,14 @@ def products(
         interpret=interpret,
     )
     # Warp q of a warpgroup has the q-th share of its in_features.
-    warps, bytes_each = _WARPS * groups, share * (BLOCK // 2)
+    warps, bytes_each = WARPS * groups, share * (BLOCK // 2)
     arrays: list[Any] = [x.reshape(count, warps, share * BLOCK), weights[0].layer]
     arrays.append(np.repeat(pair_table(jnp.dtype(x.dtype).name), LANES))
     for weight, shape in zip(weights, shapes, strict=True):
         arrays += operands(weight, shape[0], warps, bytes_each)[1:]
     arrays += [u.b.reshape(u.b.shape[0], -1) for u in updates if u is not None]
     arrays += [a.reshape(-1) for a in (parts, residual) if a is not None]
-    if following is None:
+    if not sums_left:
         return run(*arrays)[0], None
     if following.a is not None:
         arrays.append(following.a.reshape(following.a.shape[0], -1))
@@ -590,7 +474,7 @@ def products_reference(
         results = [jax.nn.silu(gate) * up]
     y = jnp.concatenate(results, axis=1)
     y = y if residual is None else y + residual.astype(jnp.float32)
-    y = y.astype(x.dtype)
-    if following is None:
+    y, layer = y.astype(x.dtype), weights[0].layer
+    if following is None or not following.columns or layer is None:
         return y, None
-    return y, prepared_reference(y, weights[0].layer, following)
+    return y, prepared_reference(y, layer, following)

@@ -105,9 +105,9 @@ def _weights_refusal(
                 return reason
             shapes.append(weight.shape)
         # Mosaic is imported only where there are kernels.
-        from pallas_kernels.nf4 import decode
+        from pallas_kernels.nf4.decode_plan import plan_for
 
-        if decode.plan_for(shapes, rows, gated=key == "gate_up") is None:
+        if plan_for(shapes, rows, gated=key == "gate_up") is None:
             return f"{rows} rows with weights {shapes} are not supported."
     if adapted and compute.lora is None:
         scaled = [name for name, arrays in adapted.items() if "scaling" not in arrays]
@@ -120,9 +120,10 @@ def prepare(
 ) -> Mapping[str, Any]:
     """Returns the variables with a collection "decode", if the model has this form.
 
-    It holds what the kernels read besides the packed stacks: the norms, and the
-    adapters of each group of layers with one input, side by side, in the dtype of the
-    computation.
+    It holds what the kernels read besides the packed stacks, in the dtype of the
+    computation. Of each group of layers with one input: "b" of the adapters; and the
+    norm's weight and A of all adapters, as "follows" if the kernel before leaves parts
+    of their sums, and as "inner" if not, or for the first layer.
 
     Args:
       config: the architecture, without custom layers.
@@ -133,13 +134,13 @@ def prepare(
     if refusal(config, compute, variables, rows) is not None:
         return variables
     dtype = jnp.dtype(compute.dtype)
-    stacks = _flat(_layers(variables, "stacks"))
     params, lora = (_flat(_layers(variables, name)) for name in ("params", "lora"))
-    groups = {}
+    stacks, groups = _flat(_layers(variables, "stacks")), {}
     for key, names in _GROUPS.items():
         group: dict[str, Any] = {"b": {}}
+        follows = {}
         if key in _NORMS:
-            group["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
+            follows["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
         a = []
         for name in names:
             adapter = lora.get(name, {})
@@ -150,46 +151,39 @@ def prepare(
             scaling = jnp.asarray(scaling, jnp.float32).reshape(-1, 1, 1)
             # Here it costs nothing, and B is still rounded once.
             group["b"][name] = (scaling * adapter["lora_B"]).astype(dtype)
+        inner = dict(follows)
         if a:
-            # As `Following` takes it; `inner` takes rows.
-            group["a"] = jnp.concatenate(a, axis=1).swapaxes(1, 2)
+            inner["a"] = jnp.concatenate(a, axis=1)
+            follows["a"] = inner["a"].swapaxes(1, 2)
+        if _is_left(key, follows, stacks, rows, dtype):
+            group["follows"] = follows
+            # No kernel comes before the first layer.
+            inner = {name: array[:1] for name, array in inner.items()}
+        if key == "qkv" or "follows" not in group:
+            group["inner"] = inner
         groups[key] = group
-    for key, group in groups.items():
-        if "a" in group and not _is_left(key, groups, stacks, rows, dtype):
-            group["a_rows"] = group.pop("a").swapaxes(1, 2)
-    if "a" in groups["qkv"]:
-        # No kernel comes before the first layer.
-        groups["qkv"]["a_rows"] = groups["qkv"]["a"][:1].swapaxes(1, 2)
     return {**variables, "decode": {"model": groups}}
-
-
-def _following(key: str, groups: Mapping[str, Any]) -> Following:
-    """Returns what a group of layers needs of all features of its input."""
-    from pallas_kernels.nf4.parts import Following
-
-    # The queries are those of the next layer.
-    group, ahead = groups[key], int(key == "qkv")
-    return Following(group.get("a"), group.get("norm"), ahead)
 
 
 def _is_left(
     key: str,
-    groups: Mapping[str, Any],
+    follows: Mapping[str, Array],
     stacks: Mapping[str, Any],
     rows: int,
     dtype: Any,
 ) -> bool:
     """Returns whether the kernel before a group leaves the parts of its sums."""
     from pallas_kernels import device
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4.decode_plan import leaves_parts
+    from pallas_kernels.nf4.parts import Following
 
     if key == "o":
-        return True  # by attention
+        return "a" in follows  # by attention
     (before,) = (name for name, reader in _READERS.items() if reader == key)
-    return decode.leaves_parts(
+    return leaves_parts(
         [stacks[name]["weight"].shape for name in _GROUPS[before]],
         rows,
-        _following(key, groups),
+        Following(follows.get("a"), follows.get("norm")),
         dtype,
         gated=before == "gate_up",
         multiprocessors=device.multiprocessors(),
@@ -221,34 +215,36 @@ def decode_layers(
     """
     from pallas_kernels.attention import decode as cached
     from pallas_kernels.nf4 import decode, inner
-    from pallas_kernels.nf4.parts import Prepared, prepared_reference
+    from pallas_kernels.nf4.parts import Following, Prepared, prepared_reference
 
     groups, stacks = variables["decode"], _flat(variables["stacks"]["layers"])
     kinds = LayerKinds.of(config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
 
+    def following(key: str) -> Following | None:
+        # Queries, keys and values that follow are those of the next layer.
+        left, ahead = groups[key].get("follows"), int(key == "qkv")
+        if left is None:
+            return None
+        return Following(left.get("a"), left.get("norm"), ahead)
+
     def linear(
         key: str, x: Array, prepared: Prepared | None, layer: Array, **named: Any
     ) -> tuple[Array, Prepared | None]:
         """Computes a group of layers: of x, or of what the kernel before has left."""
-        group, updates, offset = groups[key], [], 0
-        eps = config.rms_norm_eps if "norm" in group and prepared is not None else None
+        group, updates, offset, eps = groups[key], [], 0, None
         if prepared is None:
-            norm = None
-            if "norm" in group:
-                norm = inner.Norm(group["norm"], config.rms_norm_eps)
-            x, sums = inner.inner(x, layer, norm=norm, a=group.get("a_rows"))
+            norm, a = (group["inner"].get(name) for name in ("norm", "a"))
+            norm = None if norm is None else inner.Norm(norm, config.rms_norm_eps)
+            x, sums = inner.inner(x, layer, norm=norm, a=a)
             prepared = Prepared(x, None if sums is None else sums[None])
+        elif "norm" in group.get("follows", {}):
+            eps = config.rms_norm_eps
         weights = [stacks[name]["weight"] for name in _GROUPS[key]]
         for name in _GROUPS[key]:
             b = group["b"].get(name)
             updates.append(None if b is None else decode.Update(b, offset))
             offset += 0 if b is None else b.shape[2]
-        following = None
-        if key in _READERS and _is_left(
-            *(_READERS[key], groups, stacks, x.shape[0], x.dtype)
-        ):
-            following = _following(_READERS[key], groups)
         return decode.products(
             prepared.x,
             [decode.Packed(w.codes, w.absmax, w.nested(), layer) for w in weights],
@@ -256,7 +252,7 @@ def decode_layers(
             updates=updates,
             parts=prepared.parts,
             eps=eps,
-            following=following,
+            following=following(_READERS[key]) if key in _READERS else None,
             **named,
         )
 
@@ -265,7 +261,7 @@ def decode_layers(
     ) -> tuple[Prepared, tuple[Array, Array]]:
         variant, slots = kinds.variant, kv[0].shape[3]
         sizes = (heads, kv_heads, config.head_dim, slots)
-        following = _following("o", groups) if "a" in groups["o"] else None
+        to_o = following("o")
         if cached.refusal(*sizes, variant.softcap) is None:
             limit = variant.window(window, slots)
             token = cached.Token(
@@ -276,7 +272,7 @@ def decode_layers(
             )
             angles = (rope[0][:, 0, 0], rope[1][:, 0, 0])
             scale = variant.scale_of(config.head_dim)
-            named = {"scale": scale, "following": following}
+            named = {"scale": scale, "following": to_o}
             return cached.attend(qkv, angles, kv, token, **named)
         index = layer[0]
         parts = qkv.reshape(qkv.shape[0], 1, -1, config.head_dim)
@@ -286,9 +282,9 @@ def decode_layers(
         places = (segments[1], start, index)
         out = attend_to_cache(q, kv, segments[0], places, variant, window)
         out = out.reshape(qkv.shape[0], -1)
-        if following is None:
+        if to_o is None:
             return Prepared(out, None), kv
-        return prepared_reference(out, layer, following), kv
+        return prepared_reference(out, layer, to_o), kv
 
     # Traced once for all layers but the first.
     @jax.jit

@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import decode as cached
 from pallas_kernels.attention import gpu as attention_gpu
-from pallas_kernels.nf4 import decode, gpu, wgmma
+from pallas_kernels.nf4 import decode, decode_plan, gpu, wgmma
 from pallas_kernels.nf4 import inner as nf4_inner
 from pallas_kernels.nf4.parts import Following
 from pallas_kernels.nf4.reference import Packed
@@ -146,7 +146,7 @@ def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
         a = array((layers, shapes[0][0], next_rank), dtype) if next_rank else None
         norm = array((layers, shapes[0][0]), dtype) if next_norm else None
         following = (a, norm)
-    plan = request["plan"] and decode.Plan(*request["plan"])
+    plan = request["plan"] and decode_plan.Plan(*request["plan"])
 
     def products(
         x: Any, weights: Any, bs: Any, parts: Any, residual: Any, following: Any

@@ -20,7 +20,7 @@ def assert_products(
     stack, interpret, shapes, rows, *, ranks=(), plan=None, nested=True, **named
 ):
     """Compares `products` with the formula on weights that are not rounded."""
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
     from pallas_kernels.nf4.parts import Following, prepared_reference
 
     weights = [
@@ -52,7 +52,7 @@ def assert_products(
         a = normal(4, (3, features, rank), dtype) if rank else None
         norm = 1 + normal(5, (3, features), dtype, 0.2) if norm else None
         named["following"] = Following(a, norm, ahead)
-    plan = None if plan is None else decode.Plan(*plan)
+    plan = None if plan is None else decode_plan.Plan(*plan)
     got, got_next = decode.products(x, weights, plan=plan, interpret=interpret, **named)
     # Not rounded, as x is float32.
     want, _ = decode.products_reference(x.astype("float32"), weights, **named)
@@ -116,13 +116,13 @@ def test_products_are_those_of_the_formula(case, stack, interpret):
 def test_the_detector_sees_a_missing_barrier(monkeypatch, stack, detects_race):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
 
     weight = Packed(*stack((16, 512), nested=False), LAYER)
     named = {"shapes": [(16, 512)], "interpret": device.interpreter()}
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     x = jnp.ones((2, 512), jnp.bfloat16)
-    plan = decode.Plan(2, 1, 1)
+    plan = decode_plan.Plan(2, 1, 1)
     assert detects_race(decode.products, x, [weight], plan=plan, **named)
 
 
@@ -155,12 +155,12 @@ def test_inner_is_the_norm_and_the_adapters(width, rank, norm, interpret):
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode_plan
 
     shapes = dict(model.projections[i][:2] for i in range(7))
     for names in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
         of_group = [shapes[name] for name in names.split()]
-        plan = decode.plan_for(of_group, rows, gated="gate" in names)
+        plan = decode_plan.plan_for(of_group, rows, gated="gate" in names)
         assert plan is not None
         # At least four warpgroups for each of 132 multiprocessors, or for each unit.
         units = sum(shape[0] // 16 for shape in of_group) // (1 + ("gate" in names))
@@ -182,9 +182,9 @@ def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
     ],
 )
 def test_what_cannot_be_computed_has_no_plan(shapes, rows, gated, stack):
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
 
-    assert decode.plan_for(shapes, rows, gated=gated) is None
+    assert decode_plan.plan_for(shapes, rows, gated=gated) is None
     x = jnp.zeros((rows, shapes[0][1]), jnp.bfloat16)
     with pytest.raises(ValueError, match="`products` cannot compute"):
         decode.products(x, [], shapes=shapes, gated=gated)
