@@ -99,9 +99,21 @@ def lower_nf4(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
 
 
 def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
-    """Traces `attention.decode.attend`, without the kernel that weighs its splits."""
+    """Traces a kernel of `attention.decode.attend`: the first, or "weigh"."""
     rows, heads, kv_heads, width, slots = request["sizes"]
     dtype, layers = jnp.dtype(request["dtype"]), request["layers"]
+    a = None
+    if request["rank"]:
+        a = array((layers, heads * width, request["rank"]), dtype)
+    if request["kernel"] == "weigh":
+
+        def weigh(sums: Any, maxima: Any, layer: Any, a: Any) -> Any:
+            following = None if a is None else Following(a)
+            return cached._weigh(sums, maxima, layer, following, dtype, False)
+
+        parts = (rows, kv_heads, request["splits"], heads // kv_heads)
+        results = (array((*parts, n), jnp.float32) for n in (width, 2))
+        return jax.jit(weigh).lower(*results, array((1,), jnp.int32), a)
     qkv = array((rows, (heads + 2 * kv_heads) * width), dtype)
     rope = (array((rows, request["rotated"] // 2), jnp.float32),) * 2
     cache = (array((layers, rows, kv_heads, slots, width), dtype),) * 2
@@ -109,12 +121,14 @@ def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     ids = array((rows, slots), jnp.int32)
     token = cached.Token(one, one, ids, one if request["window"] else None)
 
-    def attend(qkv: Any, rope: Any, cache: Any, token: Any) -> Any:
+    def attend(qkv: Any, rope: Any, cache: Any, token: Any, a: Any) -> Any:
         named = {"scale": width**-0.5, "splits": request["splits"]}
+        named["following"] = None if a is None else Following(a)
         out, cache = cached.attend(qkv, rope, cache, token, **named)
+        # Without its results, the kernel that weighs the splits is left out.
         return (out, cache) if request["splits"] == 1 else cache
 
-    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token)
+    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token, a)
 
 
 def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
