@@ -306,17 +306,18 @@ def store_columns(ref: Any, x: jax.Array, *, interpret: bool) -> None:
 
 
 def store_rows(ref: Any, x: jax.Array, *, interpret: bool) -> None:
-    """Stores a matrix by rows, without a barrier; surplus rows of `x` are left out.
+    """Stores a matrix by rows, without a barrier; a surplus of `x` is left out.
 
     Args:
       ref: [M, n] in global memory.
-      x: float32 [M' n] with M' >= M, in the layout `strided((M' n,))`; rounded to the
-        dtype of `ref`.
+      x: float32 [N] with N >= M n, in the layout `strided((N,))`; rounded to the dtype
+        of `ref`.
       interpret: whether the interpreter runs the kernel.
     """
     count, width = ref.shape
     if interpret:
-        ref[...] = x.reshape(-1, width)[:count].astype(ref.dtype)
+        rows = x.reshape(-1)[: count * width].reshape(count, width)
+        ref[...] = rows.astype(ref.dtype)
         return
     dtype = jnp.dtype(ref.dtype)
 

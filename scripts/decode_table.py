@@ -43,6 +43,7 @@ LAUNCH = 3e-6
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "u8": 1, "pred": 1}
 TOKEN = "jit(_generate)/while"
 LAYER = "jit(_generate)/while/body/Llama.decode/model/while"
+LAYERS = "Llama.decode/model/layers/"
 # What hands arrays on, or is part of another kernel.
 FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "constant")
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)")
@@ -71,7 +72,10 @@ def compiled(config: LlamaConfig, kernels: Any, rows: int, args: Any) -> str:
 
 
 def loops(text: str) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Returns the lines of the loops over layers and tokens, and all computations."""
+    """Returns the lines of the loops over layers and tokens, and all computations.
+
+    Where the layers of a token are not a loop, the former has no lines.
+    """
     computations: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -82,19 +86,28 @@ def loops(text: str) -> tuple[list[str], list[str], dict[str, list[str]]]:
             computations[name].append(line.strip())
 
     def body(inside: str) -> list[str]:
-        (found,) = {
+        found = {
             match[1]
             for line in text.splitlines()
             if " while(" in line and f'op_name="{inside}"' in line
             if (match := re.search(r"body=%?([\w.\-]+)", line))
         }
-        return computations[found]
+        return [line for name in found for line in computations[name]]
 
     return body(LAYER), body(TOKEN), computations
 
 
-def traffic(lines: list[str], computations: dict[str, list[str]], layers: int) -> list:
-    """Returns the bytes that each kernel of a computation reads and writes."""
+def traffic(
+    lines: list[str], computations: dict[str, list[str]], layers: int, within: str = ""
+) -> list:
+    """Returns the bytes that each kernel of a computation reads and writes.
+
+    Args:
+      lines: of the computation.
+      computations: those that it calls.
+      layers: length of the stacks, of which a kernel reads one layer.
+      within: part of the name of all kernels that count.
+    """
     shapes: dict[str, str] = {}
     kernels = []
     for line in lines:
@@ -103,7 +116,7 @@ def traffic(lines: list[str], computations: dict[str, list[str]], layers: int) -
             continue
         name, result, operation, operands = match.groups()
         shapes[name] = result
-        if operation in FREE:
+        if operation in FREE or within not in line:
             continue
         operands = [shapes.get(o, "") for o in re.findall(r"%([\w.\-]+)", operands)]
         called = re.search(r"\bcalls=%?([\w.\-]+)", line)
@@ -188,12 +201,16 @@ def main() -> None:
     for rows in args.rows:
         for kernels in args.kernels:
             layer, token, rest = loops(compiled(config, kernels, rows, args))
-            per_layer, others = (traffic(a, rest, layers) for a in (layer, token))
-            count = layers * len(per_layer) + len(others)
-            moved = layers * sum(per_layer) + sum(others)
+            sizes = traffic(token, rest, layers)
+            of_layers = traffic(layer, rest, layers) * layers
+            if layer:
+                sizes += of_layers
+            else:
+                of_layers = traffic(token, rest, layers, within=LAYERS)
+            count, moved, per_layer = len(sizes), sum(sizes), len(of_layers) / layers
             seconds = moved / bandwidth + count * LAUNCH
             print(
-                f"| {kernels} | {rows} | {len(per_layer)} | {count:,} | "
+                f"| {kernels} | {rows} | {per_layer:.3g} | {count:,} | "
                 f"{moved / 1e9:.2f} | {1e3 * seconds:.2f} | {rows / seconds:,.0f} |"
             )
 

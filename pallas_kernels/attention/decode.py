@@ -3,7 +3,9 @@
 `attend` rotates the token's queries and key, writes key and value into the cache in
 place and attends to the cache, reading only the slots in use: as much as the cache of
 the tokens so far, once. The slots of a row and key/value head are divided among several
-blocks of threads where rows and heads are few; a second kernel weighs their results.
+blocks of threads where rows and heads are few; a second kernel weighs their results,
+and the last one leaves parts of what the output projection's adapter needs of all of
+them (`pallas_kernels.nf4.parts`).
 
 These are the kernels; not measured on a GPU. `attend_reference` computes the same in
 plain jax.
@@ -26,6 +28,14 @@ from pallas_kernels.attention import slots
 from pallas_kernels.attention.slots import HEADS, MASKED, SLOTS
 from pallas_kernels.mosaic import WARPGROUP
 from pallas_kernels.nf4.gpu import clip_layer, kernel
+from pallas_kernels.nf4.parts import (
+    Following,
+    Prepared,
+    layer_of,
+    leave_row,
+    leave_row_scratch,
+    prepared_reference,
+)
 
 _WARPS = 4
 _LOG2_E = 1 / math.log(2)
@@ -75,9 +85,10 @@ def attend(
     token: Token,
     *,
     scale: float,
+    following: Following | None = None,
     splits: int | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "B O"], tuple[Array, Array]]:
+) -> tuple[Prepared, tuple[Array, Array]]:
     """Writes a token of each row into the cache, and attends to it.
 
     Args:
@@ -87,11 +98,13 @@ def attend(
       cache: keys and values, updated in place where the caller gives them up.
       token: where it is.
       scale: factor of the scores.
+      following: what reads the output: adapters, without a norm.
       splits: blocks of threads for a row and key/value head; default `splits_for`.
       interpret: False, or what `plgpu.kernel` takes.
 
     Returns:
-      The attention output, N heads side by side, and the cache with the token.
+      The attention output, N heads side by side, with the parts for what follows; and
+      the cache with the token.
 
     Raises:
       ValueError: `refusal` has a reason.
@@ -109,11 +122,16 @@ def attend(
     dtype = jnp.dtype(qkv.dtype)
     interpreted = bool(interpret)
     gather = functools.partial(mosaic.gather, interpret=interpreted)
+    # With several splits, the second kernel leaves the parts.
+    leaves = following is not None and splits == 1
+    out_count = 1 + (leaves or splits > 1)
 
     def cached_attention(*operands: Any) -> None:
         qkv, cos, sin, layer, at, segments, *rest = operands
         window = None if token.window is None else rest.pop(0)
-        k, v, *outs, q_s, maxima_s, sums_s, done = rest
+        a: Any = rest.pop(0) if leaves else None
+        k, v, *rest = rest
+        outs, (q_s, maxima_s, sums_s, done, *row_s) = rest[:out_count], rest[out_count:]
         row, head, split = (jax.lax.axis_index(n) for n in ("row", "head", "split"))
         index = (clip_layer(layer[0], k.shape[0]), row, head)
         slot = at[0]
@@ -196,6 +214,18 @@ def attend(
         if splits == 1:
             value = value / totals(number, shares)
             mosaic.store_rows(outs[0].at[row, head], value, interpret=interpreted)
+            if following is not None:
+                value = value.astype(dtype).astype(jnp.float32)
+                leave_row(
+                    following,
+                    value,
+                    outs[1].at[head, pl.ds(row, 1)],
+                    a.at[layer_of(layer[0], following)],
+                    head * (group * width),
+                    tuple(row_s),
+                    features=group * width,
+                    interpret=interpreted,
+                )
             return
         mosaic.store_rows(outs[0].at[row, head, split], value, interpret=interpreted)
         element = mosaic.iota((WARPGROUP,), 0)
@@ -211,12 +241,16 @@ def attend(
         plgpu.Barrier(num_arrivals=1),
     ]
     outs = [jax.ShapeDtypeStruct((rows, kv_heads, group, width), dtype)]
+    arrays = [qkv, *rope, token.layer, token.slot, token.segments]
+    arrays += [] if token.window is None else [token.window]
     if splits > 1:
         parts = (rows, kv_heads, splits, group)
         outs = [jax.ShapeDtypeStruct((*parts, n), jnp.float32) for n in (width, 2)]
-    arrays = [qkv, *rope, token.layer, token.slot, token.segments]
-    if token.window is not None:
-        arrays.append(token.window)
+    elif following is not None:
+        arrays.append(_flat(following))
+        parts = (kv_heads, rows, following.rank)
+        outs.append(jax.ShapeDtypeStruct(parts, jnp.float32))
+        scratch += leave_row_scratch(following, HEADS * width)
     refs = [jax.new_ref(a) for a in cache]
     run = kernel(
         cached_attention,
@@ -225,20 +259,32 @@ def attend(
         grid={"split": splits, "head": kv_heads, "row": rows},
         interpret=interpret,
     )
-    results = run(*arrays, *refs)
+    results = list(run(*arrays, *refs))
     k, v = (jax.freeze(ref) for ref in refs)
     if splits == 1:
-        return results[0].reshape(rows, heads * width), (k, v)
-    return _weigh(*results, dtype=dtype, interpret=interpret), (k, v)
+        out = results[0].reshape(rows, heads * width)
+        return Prepared(out, results[1] if leaves else None), (k, v)
+    sums, maxima = results
+    prepared = _weigh(sums, maxima, token.layer, following, dtype, interpret)
+    return prepared, (k, v)
 
 
-def _weigh(sums: Array, maxima: Array, *, dtype: Any, interpret: Any) -> Array:
+def _weigh(
+    sums: Array,
+    maxima: Array,
+    layer: Array,
+    following: Following | None,
+    dtype: Any,
+    interpret: Any,
+) -> Prepared:
     """Adds up what the blocks of threads of a row and head have computed."""
     rows, kv_heads, splits, group, width = sums.shape
     features = kv_heads * group * width
-    gather = functools.partial(mosaic.gather, interpret=bool(interpret))
+    interpreted = bool(interpret)
+    gather = functools.partial(mosaic.gather, interpret=interpreted)
 
-    def weigh_splits(sums: Any, maxima: Any, out: Any) -> None:
+    def weigh_splits(sums: Any, maxima: Any, *refs: Any) -> None:
+        out, *rest = refs if following is None else refs[2:]
         row, part = jax.lax.axis_index("row"), jax.lax.axis_index("part")
         feature = part * WARPGROUP + mosaic.iota((WARPGROUP,), 0)
         # Surplus threads repeat the last feature; their results are cut off.
@@ -264,22 +310,48 @@ def _weigh(sums: Array, maxima: Array, *, dtype: Any, interpret: Any) -> Array:
             gather(sums, place * width + feature % width, jnp.float32),
         )
         _, total, value = jax.lax.fori_loop(1, splits, step, carry)
-        mosaic.store(
-            out.at[row, pl.ds(part * WARPGROUP, WARPGROUP)],
-            (value / total).astype(dtype),
-            mosaic.strided((WARPGROUP,)),
-            interpret=bool(interpret),
-        )
+        value = (value / total).astype(dtype)
+        place = out.at[row, pl.ds(part * WARPGROUP, WARPGROUP)]
+        layout = mosaic.strided((WARPGROUP,))
+        mosaic.store(place, value, layout, interpret=interpreted)
+        if following is not None:
+            (layer, a), (parts, *scratch) = refs[:2], rest
+            wide = value.astype(jnp.float32)
+            is_feature = part * WARPGROUP + mosaic.iota((WARPGROUP,), 0) < features
+            leave_row(
+                following,
+                jnp.where(is_feature, wide, jnp.float32(0)),
+                parts.at[part, pl.ds(row, 1)],
+                a.at[layer_of(layer[0], following)],
+                part * WARPGROUP,
+                tuple(scratch),
+                features=WARPGROUP,
+                interpret=interpreted,
+            )
 
     parts = -(-features // WARPGROUP)
+    outs = [jax.ShapeDtypeStruct((rows, parts * WARPGROUP), dtype)]
+    arrays, scratch = [sums.reshape(-1), maxima.reshape(-1)], []
+    if following is not None:
+        arrays += [layer, _flat(following)]
+        shape = (parts, rows, following.rank)
+        outs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        scratch = leave_row_scratch(following, WARPGROUP)
     run = kernel(
         weigh_splits,
-        jax.ShapeDtypeStruct((rows, parts * WARPGROUP), dtype),
-        [],
+        outs,
+        scratch,
         grid={"part": parts, "row": rows},
         interpret=interpret,
     )
-    return run(sums.reshape(-1), maxima.reshape(-1))[:, :features]
+    out, *rest = run(*arrays)
+    return Prepared(out[:, :features], rest[0] if rest else None)
+
+
+def _flat(following: Following) -> Array:
+    """Returns A of all layers: [L, I * R]."""
+    assert following.a is not None
+    return following.a.reshape(following.a.shape[0], -1)
 
 
 def attend_reference(
@@ -289,7 +361,8 @@ def attend_reference(
     token: Token,
     *,
     scale: float,
-) -> tuple[Float[Array, "B O"], tuple[Array, Array]]:
+    following: Following | None = None,
+) -> tuple[Prepared, tuple[Array, Array]]:
     """Computes `attend` in float32, with the cache in its own dtype."""
     rows, kv_heads, slot_count, width = cache[0].shape[1:]
     heads = qkv.shape[1] // width - 2 * kv_heads
@@ -320,4 +393,7 @@ def attend_reference(
         jnp.where(visible[:, None, None], scores, jnp.float32(MASKED)), axis=3
     )
     out = product("bkgs,bksh->bkgh", weights, values)
-    return out.reshape(rows, heads * width).astype(qkv.dtype), (k, v)
+    out = out.reshape(rows, heads * width).astype(qkv.dtype)
+    if following is None:
+        return Prepared(out, None), (k, v)
+    return prepared_reference(out, token.layer, following), (k, v)

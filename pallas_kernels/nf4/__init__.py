@@ -20,6 +20,7 @@ stack first, it would be copied.
   reference  the table and plain dequantization
   gpu        dequantization, and the product of a few rows
   decode     the linear layers of a decoded token, several in a kernel
+  parts      what they leave for the layers after them; inner, where they do not
   wgmma      the product of tens to hundreds of rows
   shapes     problem sizes, for tests and benchmarks
 """

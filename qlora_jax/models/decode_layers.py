@@ -5,14 +5,17 @@
 
 A token needs few computations and many weights, so the time of a layer is that of
 reading them and of starting its kernels: dozens when Flax modules are compiled one by
-one, and few here. `refusal` says which models have this form; all others decode through
+one, and six here. `refusal` says which models have this form; all others decode through
 their modules. `decode_layers` computes what `block.Block` does, rounding less often.
+
+What a norm and adapters need of all features of their input is left by the kernel that
+writes the input, as parts of sums (`pallas_kernels.nf4.parts`), where rows are few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,10 @@ from qlora_jax.models.config import LlamaConfig
 from qlora_jax.models.layers import Compute
 from qlora_jax.models.rope import rotate
 
+if TYPE_CHECKING:
+    # Mosaic is imported only where there are kernels.
+    from pallas_kernels.nf4.parts import Following, Prepared
+
 _GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -32,6 +39,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """Linear layers that share an input."""
+_READERS = {"o": "gate_up", "gate_up": "down", "down": "qkv"}
+"""Which group reads what a group writes."""
 _NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}
 """The norm before a group."""
 _PLAIN_ADAPTER = {"lora_A", "lora_B", "scaling"}
@@ -96,9 +105,9 @@ def _weights_refusal(
                 return reason
             shapes.append(weight.shape)
         # Mosaic is imported only where there are kernels.
-        from pallas_kernels.nf4 import decode
+        from pallas_kernels.nf4.decode_plan import plan_for
 
-        if decode.plan_for(shapes, rows, gated=key == "gate_up") is None:
+        if plan_for(shapes, rows, gated=key == "gate_up") is None:
             return f"{rows} rows with weights {shapes} are not supported."
     if adapted and compute.lora is None:
         scaled = [name for name, arrays in adapted.items() if "scaling" not in arrays]
@@ -111,9 +120,10 @@ def prepare(
 ) -> Mapping[str, Any]:
     """Returns the variables with a collection "decode", if the model has this form.
 
-    It holds what the kernels read besides the packed stacks: the norms, and the
-    adapters of each group of layers with one input below one another, in the dtype of
-    the computation.
+    It holds what the kernels read besides the packed stacks, in the dtype of the
+    computation. Of each group of layers with one input: "b" of the adapters; and the
+    norm's weight and A of all adapters, as "follows" if the kernel before leaves parts
+    of their sums, and as "inner" if not, or for the first layer.
 
     Args:
       config: the architecture, without custom layers.
@@ -125,11 +135,12 @@ def prepare(
         return variables
     dtype = jnp.dtype(compute.dtype)
     params, lora = (_flat(_layers(variables, name)) for name in ("params", "lora"))
-    groups = {}
+    stacks, groups = _flat(_layers(variables, "stacks")), {}
     for key, names in _GROUPS.items():
         group: dict[str, Any] = {"b": {}}
+        follows = {}
         if key in _NORMS:
-            group["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
+            follows["norm"] = params[_NORMS[key]]["weight"].astype(dtype)
         a = []
         for name in names:
             adapter = lora.get(name, {})
@@ -140,10 +151,43 @@ def prepare(
             scaling = jnp.asarray(scaling, jnp.float32).reshape(-1, 1, 1)
             # Here it costs nothing, and B is still rounded once.
             group["b"][name] = (scaling * adapter["lora_B"]).astype(dtype)
+        inner = dict(follows)
         if a:
-            group["a"] = jnp.concatenate(a, axis=1)
+            inner["a"] = jnp.concatenate(a, axis=1)
+            follows["a"] = inner["a"].swapaxes(1, 2)
+        if _is_left(key, follows, stacks, rows, dtype):
+            group["follows"] = follows
+            # No kernel comes before the first layer.
+            inner = {name: array[:1] for name, array in inner.items()}
+        if key == "qkv" or "follows" not in group:
+            group["inner"] = inner
         groups[key] = group
     return {**variables, "decode": {"model": groups}}
+
+
+def _is_left(
+    key: str,
+    follows: Mapping[str, Array],
+    stacks: Mapping[str, Any],
+    rows: int,
+    dtype: Any,
+) -> bool:
+    """Returns whether the kernel before a group leaves the parts of its sums."""
+    from pallas_kernels import device
+    from pallas_kernels.nf4.decode_plan import leaves_parts
+    from pallas_kernels.nf4.parts import Following
+
+    if key == "o":
+        return "a" in follows  # by attention
+    (before,) = (name for name, reader in _READERS.items() if reader == key)
+    return leaves_parts(
+        [stacks[name]["weight"].shape for name in _GROUPS[before]],
+        rows,
+        Following(follows.get("a"), follows.get("norm")),
+        dtype,
+        gated=before == "gate_up",
+        multiprocessors=device.multiprocessors(),
+    )
 
 
 def decode_layers(
@@ -170,78 +214,107 @@ def decode_layers(
       The residual stream, and the cache with the tokens' keys and values.
     """
     from pallas_kernels.attention import decode as cached
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, inner
+    from pallas_kernels.nf4.parts import Following, Prepared, prepared_reference
 
     groups, stacks = variables["decode"], _flat(variables["stacks"]["layers"])
     kinds = LayerKinds.of(config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def linear(key: str, x: Array, layer: Array, **named: Any) -> Array:
-        group, updates, offset = groups[key], [], 0
-        norm = None
-        if "norm" in group:
-            norm = decode.Norm(group["norm"], config.rms_norm_eps)
-        x, inner = decode.inner(x, layer, norm=norm, a=group.get("a"))
+    def following(key: str) -> Following | None:
+        # Queries, keys and values that follow are those of the next layer.
+        left, ahead = groups[key].get("follows"), int(key == "qkv")
+        if left is None:
+            return None
+        return Following(left.get("a"), left.get("norm"), ahead)
+
+    def linear(
+        key: str, x: Array, prepared: Prepared | None, layer: Array, **named: Any
+    ) -> tuple[Array, Prepared | None]:
+        """Computes a group of layers: of x, or of what the kernel before has left."""
+        group, updates, offset, eps = groups[key], [], 0, None
+        if prepared is None:
+            norm, a = (group["inner"].get(name) for name in ("norm", "a"))
+            norm = None if norm is None else inner.Norm(norm, config.rms_norm_eps)
+            x, sums = inner.inner(x, layer, norm=norm, a=a)
+            prepared = Prepared(x, None if sums is None else sums[None])
+        elif "norm" in group.get("follows", {}):
+            eps = config.rms_norm_eps
         weights = [stacks[name]["weight"] for name in _GROUPS[key]]
         for name in _GROUPS[key]:
             b = group["b"].get(name)
             updates.append(None if b is None else decode.Update(b, offset))
             offset += 0 if b is None else b.shape[2]
         return decode.products(
-            x,
+            prepared.x,
             [decode.Packed(w.codes, w.absmax, w.nested(), layer) for w in weights],
             shapes=[w.shape for w in weights],
             updates=updates,
-            inner=inner,
+            parts=prepared.parts,
+            eps=eps,
+            following=following(_READERS[key]) if key in _READERS else None,
             **named,
         )
 
     def attention(
         qkv: Array, rope: tuple[Array, Array], kv: Any, layer: Array, window: Any
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Prepared, tuple[Array, Array]]:
         variant, slots = kinds.variant, kv[0].shape[3]
         sizes = (heads, kv_heads, config.head_dim, slots)
+        to_o = following("o")
         if cached.refusal(*sizes, variant.softcap) is None:
             limit = variant.window(window, slots)
             token = cached.Token(
-                layer.reshape(1),
+                layer,
                 start.reshape(1),
                 segments[1],
                 None if limit is None else limit.reshape(1),
             )
             angles = (rope[0][:, 0, 0], rope[1][:, 0, 0])
             scale = variant.scale_of(config.head_dim)
-            return cached.attend(qkv, angles, kv, token, scale=scale)
+            named = {"scale": scale, "following": to_o}
+            return cached.attend(qkv, angles, kv, token, **named)
+        index = layer[0]
         parts = qkv.reshape(qkv.shape[0], 1, -1, config.head_dim)
         q, k, v = jnp.split(parts, [heads, heads + kv_heads], axis=2)
         q, k = rotate(q, rope), rotate(k, rope)
-        kv = write_tokens(kv, (k, v), layer, start)
-        places = (segments[1], start, layer)
+        kv = write_tokens(kv, (k, v), index, start)
+        places = (segments[1], start, index)
         out = attend_to_cache(q, kv, segments[0], places, variant, window)
-        return out.reshape(qkv.shape[0], -1), kv
+        out = out.reshape(qkv.shape[0], -1)
+        if to_o is None:
+            return Prepared(out, None), kv
+        return prepared_reference(out, layer, to_o), kv
+
+    # Traced once for all layers but the first.
+    @jax.jit
+    def one_layer(
+        x: Array,
+        prepared: Prepared | None,
+        kv: tuple[Array, Array],
+        layer: Array,
+        window: Array | None,
+        rope: tuple[Array, Array],
+    ) -> tuple[Array, Prepared | None, tuple[Array, Array]]:
+        qkv, _ = linear("qkv", x, prepared, layer)
+        with jax.named_scope("attention"):
+            out, kv = attention(qkv, rope, kv, layer, window)
+        x, to_mlp = linear("o", x, out, layer, residual=x)
+        h, to_down = linear("gate_up", x, to_mlp, layer, gated=True)
+        return *linear("down", h, to_down, layer, residual=x), kv
 
     windows, tables = kinds.index()
-
-    def kind(index: Array, numbers: Array | None) -> Array | None:
-        return None if numbers is None else numbers[index]
-
-    # Not a scan over the numbers of the layers: each would be a kernel that copies one.
-    def step(index: Array, carry: tuple) -> tuple:
-        x, kv = carry
-        layer, window, table = (
-            index.reshape(1),
-            kind(index, windows),
-            kind(index, tables),
-        )
-        cos, sin = (a if table is None else a[table] for a in rope)
-        qkv = linear("qkv", x, layer)
-        with jax.named_scope("attention"):
-            out, kv = attention(qkv, (cos, sin), kv, index, window)
-        x = linear("o", out, layer, residual=x)
-        h = linear("gate_up", x, layer, gated=True)
-        return linear("down", h, layer, residual=x), kv
-
-    return jax.lax.fori_loop(0, config.num_hidden_layers, step, (x, kv))
+    prepared = None
+    # Not a loop: its counter would be a kernel for every layer.
+    with jax.named_scope("layers"):
+        for n in range(config.num_hidden_layers):
+            window = None if windows is None else windows[n]
+            rope_of_layer = (
+                rope if tables is None else tuple(a[tables[n]] for a in rope)
+            )
+            layer = jnp.array([n], jnp.int32)
+            x, prepared, kv = one_layer(x, prepared, kv, layer, window, rope_of_layer)
+    return x, kv
 
 
 def _layers(variables: Mapping[str, Any], collection: str) -> Mapping[str, Any]:

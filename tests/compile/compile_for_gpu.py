@@ -36,7 +36,9 @@ from pallas_kernels import flash_attention, mosaic
 from pallas_kernels.attention import decode as cached
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.gated import gpu as gated_gpu
-from pallas_kernels.nf4 import decode, gpu, wgmma
+from pallas_kernels.nf4 import decode, decode_plan, gpu, wgmma
+from pallas_kernels.nf4 import inner as nf4_inner
+from pallas_kernels.nf4.parts import Following
 from pallas_kernels.nf4.reference import Packed
 from pallas_kernels.norm import gpu as norm_gpu
 from qlora_jax.compiler import compiler_options
@@ -98,9 +100,21 @@ def lower_nf4(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
 
 
 def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
-    """Traces `attention.decode.attend`, without the kernel that weighs its splits."""
+    """Traces a kernel of `attention.decode.attend`: the first, or "weigh"."""
     rows, heads, kv_heads, width, slots = request["sizes"]
     dtype, layers = jnp.dtype(request["dtype"]), request["layers"]
+    a = None
+    if request["rank"]:
+        a = array((layers, heads * width, request["rank"]), dtype)
+    if request["kernel"] == "weigh":
+
+        def weigh(sums: Any, maxima: Any, layer: Any, a: Any) -> Any:
+            following = None if a is None else Following(a)
+            return cached._weigh(sums, maxima, layer, following, dtype, False)
+
+        parts = (rows, kv_heads, request["splits"], heads // kv_heads)
+        results = (array((*parts, n), jnp.float32) for n in (width, 2))
+        return jax.jit(weigh).lower(*results, array((1,), jnp.int32), a)
     qkv = array((rows, (heads + 2 * kv_heads) * width), dtype)
     rope = (array((rows, request["rotated"] // 2), jnp.float32),) * 2
     cache = (array((layers, rows, kv_heads, slots, width), dtype),) * 2
@@ -108,12 +122,14 @@ def lower_attend(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
     ids = array((rows, slots), jnp.int32)
     token = cached.Token(one, one, ids, one if request["window"] else None)
 
-    def attend(qkv: Any, rope: Any, cache: Any, token: Any) -> Any:
+    def attend(qkv: Any, rope: Any, cache: Any, token: Any, a: Any) -> Any:
         named = {"scale": width**-0.5, "splits": request["splits"]}
+        named["following"] = None if a is None else Following(a)
         out, cache = cached.attend(qkv, rope, cache, token, **named)
+        # Without its results, the kernel that weighs the splits is left out.
         return (out, cache) if request["splits"] == 1 else cache
 
-    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token)
+    return jax.jit(attend, donate_argnums=2).lower(qkv, rope, cache, token, a)
 
 
 def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
@@ -127,23 +143,38 @@ def lower_decode(request: dict[str, Any], array: Any) -> jax.stages.Lowered:
         a = array((layers, rank, width), dtype) if rank else None
 
         def inner(x: Any, layer: Any, weight: Any, a: Any) -> Any:
-            norm = None if weight is None else decode.Norm(weight, 1e-5)
-            return decode.inner(x, layer, norm=norm, a=a)
+            norm = None if weight is None else nf4_inner.Norm(weight, 1e-5)
+            return nf4_inner.inner(x, layer, norm=norm, a=a)
 
         return jax.jit(inner).lower(x, layer, weight, a)
     weights = [packed_arrays({**request, "shape": shape}, array) for shape in shapes]
     bs = [array((layers, shape[0], rank), dtype) for shape in shapes if rank]
-    inner_of_x = array((rows, rank * len(bs)), jnp.float32) if rank else None
-    residual = array((rows, shapes[0][0]), dtype) if request["residual"] else None
-    plan = request["plan"] and decode.Plan(*request["plan"])
+    normed = request["parts"] is not None and request["norm"]
+    parts = residual = following = None
+    if request["parts"] is not None:
+        numbers = (request["parts"], rows, rank * len(bs) + normed)
+        parts = array(numbers, jnp.float32)
+    if request["residual"]:
+        residual = array((rows, shapes[0][0]), dtype)
+    if request["follows"]:
+        next_rank, next_norm, ahead = request["follows"]
+        a = array((layers, shapes[0][0], next_rank), dtype) if next_rank else None
+        norm = array((layers, shapes[0][0]), dtype) if next_norm else None
+        following = (a, norm)
+    plan = request["plan"] and decode_plan.Plan(*request["plan"])
 
-    def products(x: Any, weights: Any, bs: Any, inner: Any, residual: Any) -> Any:
+    def products(
+        x: Any, weights: Any, bs: Any, parts: Any, residual: Any, following: Any
+    ) -> Any:
         updates = [decode.Update(b, rank * i) for i, b in enumerate(bs)] or None
         named = {"gated": request["gated"], "residual": residual, "plan": plan}
-        named |= {"shapes": shapes, "updates": updates, "inner": inner}
-        return decode.products(x, weights, **named)
+        named |= {"shapes": shapes, "updates": updates, "parts": parts}
+        if following is not None:
+            named["following"] = Following(*following, ahead)
+        return decode.products(x, weights, eps=1e-5 if normed else None, **named)
 
-    return jax.jit(products).lower(x, weights, bs, inner_of_x, residual)
+    arguments = (x, weights, bs, parts, residual, following)
+    return jax.jit(products).lower(*arguments)
 
 
 def decoded(dtype: Any, transposed: bool) -> Any:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.compile import ptx
 from tests.compile.requests import each
+from tests.compile.test_decode_kernels import run
 
 pytestmark = pytest.mark.compile
 
@@ -21,21 +22,29 @@ def attend(sizes, *, splits=1, window=None, rotated=None, layers=2, **named) -> 
     """`sizes`: rows, query heads, key/value heads, width of a head, slots."""
     case = {"kernel": "attend", "sizes": sizes, "splits": splits, "window": window}
     case |= {"rotated": rotated or sizes[3], "layers": layers, "dtype": "bfloat16"}
-    return case | named
+    return case | {"rank": 0} | named
 
 
 SMALL = [
     attend((2, 6, 2, 64, 128), slot=70, rotated=32),
     attend((1, 8, 1, 128, 192), slot=128, window=40, dtype="float16"),
-    attend((2, 2, 2, 256, 64), slot=0),
+    attend((2, 2, 2, 256, 64), slot=0, rank=12),
     attend((1, 4, 1, 128, 192), slot=150, splits=2),
+]
+WEIGH = [
+    attend((2, 3, 1, 64, 192), kernel="weigh", splits=3, rank=5),
+    attend((1, 4, 2, 128, 128), kernel="weigh", splits=2, rank=0),
+    attend((2, 8, 2, 64, 128), kernel="weigh", splits=2, rank=200),
 ]
 REAL = [
     attend((1, 32, 8, 128, 1152), splits=18, layers=32),
     attend((16, 32, 8, 128, 1152), splits=2, window=1, layers=32),
     attend((4, 16, 8, 256, 4096), splits=1, layers=26),
+    attend((8, 32, 32, 128, 1152), splits=1, layers=32, rank=16),
+    attend((1, 32, 8, 128, 1152), kernel="weigh", splits=18, layers=32, rank=16),
+    attend((16, 32, 8, 128, 1152), kernel="weigh", splits=2, layers=32, rank=64),
 ]
-ALL = SMALL + REAL
+ALL = SMALL + WEIGH + REAL
 
 
 def arguments(case: dict) -> tuple:
@@ -98,18 +107,75 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(plgpu, "kernel", stand_in)
             patch.setattr(decode, "_weigh", weigh)
-            named = {"scale": case["sizes"][3] ** -0.5, "splits": case["splits"]}
-            return decode.attend(*args, **named)
+            return decode.attend(*args, splits=case["splits"], **scale_and_a(case))
 
     return call
 
 
-def weigh(sums: Any, maxima: Any, *, dtype: Any, interpret: bool) -> Any:
+def scale_and_a(case: dict) -> dict:
+    """The scale, and A of what follows."""
+    from pallas_kernels.nf4.parts import Following
+
+    _, heads, _, width, _ = case["sizes"]
+    shape = (case["layers"], heads * width, case["rank"])
+    a = np.random.default_rng(1).standard_normal(shape, np.float32)
+    following = (
+        Following(jnp.asarray(a).astype(case["dtype"])) if case["rank"] else None
+    )
+    return {"scale": width**-0.5, "following": following}
+
+
+def weigh(
+    sums: Any, maxima: Any, layer: Any, following: Any, dtype: Any, _: Any
+) -> Any:
     """Adds up the splits: [B, K, splits, G, H] and [B, K, splits, G, 2]."""
-    del interpret
+    from pallas_kernels.nf4.parts import Prepared, prepared_reference
+
     share = jnp.exp2(maxima[..., :1] - maxima[..., :1].max(axis=2, keepdims=True))
     total = (share * maxima[..., 1:]).sum(axis=2)
-    return ((share * sums).sum(axis=2) / total).reshape(sums.shape[0], -1).astype(dtype)
+    out = ((share * sums).sum(axis=2) / total).reshape(sums.shape[0], -1).astype(dtype)
+    if following is None:
+        return Prepared(out, None)
+    return prepared_reference(out, layer, following)
+
+
+def assert_parts(got: Any, want: Any) -> None:
+    """Compares parts, which may be divided differently."""
+    assert (got is None) == (want is None)
+    if got is not None:
+        # Sums of float32 in another order.
+        sums = (np.asarray(parts).sum(axis=0) for parts in (got, want))
+        np.testing.assert_allclose(*sums, rtol=1e-4, atol=1e-3)
+
+
+@each(WEIGH)
+def test_the_compiled_kernel_weighs_the_splits(case, kernel, monkeypatch):
+    from pallas_kernels.attention import decode
+
+    rows, heads, kv_heads, width, _ = case["sizes"]
+    parts, rng = (
+        (rows, kv_heads, case["splits"], heads // kv_heads),
+        np.random.default_rng(0),
+    )
+    sums = jnp.asarray(rng.standard_normal((*parts, width), np.float32))
+    maxima = jnp.asarray(rng.uniform(1, 3, (*parts, 2)), jnp.float32)
+    following = scale_and_a(case)["following"]
+    args = (sums, maxima, jnp.array([1], jnp.int32), following, jnp.bfloat16, False)
+    got = run(monkeypatch, kernel, lambda: decode._weigh(*args))
+    want = weigh(*args)
+    # Rounded once, of values off by few units of float32.
+    near = {"atol": 1e-6, "rtol": 2.0**-7}
+    np.testing.assert_allclose(
+        got.x.astype(jnp.float32), want.x.astype(jnp.float32), **near
+    )
+    exact = None if following is None else prepared(got.x, following)
+    assert_parts(got.parts, exact)
+
+
+def prepared(out: Any, following: Any) -> Any:
+    from pallas_kernels.nf4.parts import prepared_reference
+
+    return prepared_reference(out, jnp.array([1], jnp.int32), following).parts
 
 
 @each(SMALL)
@@ -117,8 +183,11 @@ def test_the_compiled_kernel_attends_to_the_cache(case, kernel, interpreted):
     from pallas_kernels.attention import decode
 
     args = arguments(case)
-    got, cache = interpreted(kernel, case, *args)
-    want, want_cache = decode.attend_reference(*args, scale=case["sizes"][3] ** -0.5)
+    (got, parts), cache = interpreted(kernel, case, *args)
+    named = scale_and_a(case)
+    (want, _), want_cache = decode.attend_reference(*args, **named)
+    if case["rank"]:
+        assert_parts(parts, prepared(got, named["following"]))
     # Queries and weights are rounded to the dtype: values of up to 4, weighed.
     unit = 2.0 ** -(8 if case["dtype"] == "bfloat16" else 11)
     np.testing.assert_allclose(

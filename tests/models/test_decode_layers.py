@@ -57,11 +57,11 @@ def kernels(monkeypatch):
     if not device.jax_has_kernels():
         pytest.skip("the kernels need jax 0.11, which Python 3.11 cannot have")
     from pallas_kernels.attention import decode as cached
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, inner
 
     monkeypatch.setattr(decode_layers, "kernels_refusal", lambda *_: None)
     monkeypatch.setattr(decode, "products", decode.products_reference)
-    monkeypatch.setattr(decode, "inner", decode.inner_reference)
+    monkeypatch.setattr(inner, "inner", inner.inner_reference)
     monkeypatch.setattr(cached, "attend", cached.attend_reference)
 
 
@@ -83,8 +83,17 @@ def decoded(model, variables, cache, token):
     return jax.jit(lambda v, c: model.apply(v, token, c, **named))(variables, cache)
 
 
-@pytest.mark.parametrize("config", [PLAIN, KINDS], ids=["plain", "kinds"])
-def test_a_token_is_that_of_the_modules_and_closer_to_float32(config, kernels):
+# Of 240, 384 and 336 numbers that are left for gate and up, down, and q, k, v.
+@pytest.mark.parametrize(
+    ("config", "most_parts", "left"),
+    [(PLAIN, 400, 4), (KINDS, 400, 4), (PLAIN, 300, 2), (PLAIN, 0, 1)],
+)
+def test_a_token_is_that_of_the_modules_and_closer_to_float32(
+    config, most_parts, left, kernels, monkeypatch
+):
+    from pallas_kernels.nf4 import decode_plan
+
+    monkeypatch.setattr(decode_plan, "_MAX_PARTS", most_parts)
     variables = variables_of(config)
     # Three rows, the second of which begins with padding.
     tokens, mask = prompt(3, 9), jnp.ones((3, 9), jnp.int32).at[1, :3].set(0)
@@ -100,7 +109,8 @@ def test_a_token_is_that_of_the_modules_and_closer_to_float32(config, kernels):
     modules, _ = decoded(model_of(config, kernels="xla"), variables, narrow, token)
     model = model_of(config)
     prepared = model.arrange(variables, rows=3)
-    assert "decode" in prepared
+    groups = prepared["decode"]["model"].values()
+    assert sum("follows" in group for group in groups) == left
     got, got_cache = decoded(model, prepared, narrow, token)
     error, of_modules = (float(abs(y - want).max()) for y in (got, modules))
     assert got.dtype == jnp.float32 and error <= 1.5 * of_modules <= 0.1

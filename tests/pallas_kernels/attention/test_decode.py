@@ -13,12 +13,12 @@ def draw(seed, *shape):
 
 
 CASES = {
-    # (rows, heads, key/value heads, width, slots), the token's slot, splits, ...
+    # (rows, heads, key/value heads, width, slots), the token's slot, splits, rank, ...
     "padding, a window, few features rotated, an odd number of them": (
-        *((2, 3, 1, 64, 128), 70, 2),
+        *((2, 3, 1, 64, 128), 70, 2, 5),
         {"rotated": 32, "window": 40},
     ),
-    "one split": ((1, 2, 1, 128, 64), 0, 1, {}),
+    "one split": ((1, 2, 1, 128, 64), 0, 1, 12, {}),
 }
 
 
@@ -40,16 +40,24 @@ def arguments(sizes, slot, rotated=None, window=None):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_token_is_written_and_attends_to_what_it_sees(case, interpret):
     from pallas_kernels.attention import decode
+    from pallas_kernels.nf4.parts import Following, prepared_reference
 
-    sizes, slot, splits, options = case
+    sizes, slot, splits, rank, options = case
     args = arguments(sizes, slot, **options)
     named = {"splits": splits, "interpret": interpret}
     scale = sizes[3] ** -0.5
-    got, cache = jax.jit(lambda *a: decode.attend(*a, scale=scale, **named))(*args)
-    want, want_cache = decode.attend_reference(*args, scale=scale)
+    following = Following(draw(3, 2, sizes[1] * sizes[3], rank))
+    named |= {"scale": scale, "following": following}
+    prepared, cache = jax.jit(lambda *a: decode.attend(*a, **named))(*args)
+    got, parts = prepared
+    (want, _), want_cache = decode.attend_reference(*args, scale=scale)
     # Queries and weights are rounded to 8 bits: values of up to 4, weighed.
     near = {"atol": 4 * 2.0**-8, "rtol": 2.0**-8}
     np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, want)), **near)
+    _, want_parts = prepared_reference(got, args[3].layer, following)
+    # Sums of float32 in another order.
+    added = (p.sum(axis=0) for p in (parts, want_parts))
+    np.testing.assert_allclose(*added, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(cache, want_cache, strict=True):
         # On a GPU a product and a sum of the rotation may be one rounding.
         exact = 0 if interpret else 2.0**-7
@@ -63,7 +71,7 @@ def test_the_reference_is_the_textbook_formula():
 
     qkv, rope, cache, token = arguments((1, 2, 1, 64, 64), 5)
     still = (jnp.ones_like(rope[0]), jnp.zeros_like(rope[1]))
-    got, _ = decode.attend_reference(qkv, still, cache, token, scale=0.125)
+    (got, _), _ = decode.attend_reference(qkv, still, cache, token, scale=0.125)
     q, k, v = np.split(np.asarray(qkv, np.float64).reshape(4, 64), [2, 3])
     keys, values = (
         np.concatenate([np.asarray(a[1, 0, 0, :5], np.float64), new])

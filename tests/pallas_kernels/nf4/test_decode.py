@@ -20,7 +20,8 @@ def assert_products(
     stack, interpret, shapes, rows, *, ranks=(), plan=None, nested=True, **named
 ):
     """Compares `products` with the formula on weights that are not rounded."""
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
+    from pallas_kernels.nf4.parts import Following, prepared_reference
 
     weights = [
         Packed(*stack(shape, nested=nested, seed=i), LAYER)
@@ -35,12 +36,26 @@ def assert_products(
             updates[i] = decode.Update(b, offset)
         offset += rank
     named |= {"shapes": shapes, "updates": updates}
-    named["inner"] = normal(2, (rows, offset), "float32") if offset else None
+    normed = "eps" in named
+    if offset or normed:
+        blocks = named.pop("blocks", 1)
+        parts = normal(2, (blocks, rows, normed + offset), "float32")
+        # Squares add up to the width or more: factors of 1 or less.
+        squares = abs(parts[:, :, :1]) + shapes[0][1] / blocks
+        parts = jnp.concatenate([squares, parts[:, :, 1:]], 2) if normed else parts
+        named["parts"] = parts
     if named.pop("residual", False):
         named["residual"] = normal(3, (rows, shapes[0][0]), dtype)
-    plan = None if plan is None else decode.Plan(*plan)
-    got = decode.products(x, weights, plan=plan, interpret=interpret, **named)
-    want = decode.products_reference(x, weights, **named).astype(jnp.float32)
+    if follows := named.pop("follows", None):
+        rank, norm, ahead = follows
+        features = shapes[0][0]
+        a = normal(4, (3, features, rank), dtype) if rank else None
+        norm = 1 + normal(5, (3, features), dtype, 0.2) if norm else None
+        named["following"] = Following(a, norm, ahead)
+    plan = None if plan is None else decode_plan.Plan(*plan)
+    got, got_next = decode.products(x, weights, plan=plan, interpret=interpret, **named)
+    # Not rounded, as x is float32.
+    want, _ = decode.products_reference(x.astype("float32"), weights, **named)
     assert got.dtype == dtype and got.shape == want.shape
     # Rounded table values are off by up to a unit of the dtype, in each of 512 or more
     # terms of independent sign and size 0.05: 4 standard deviations of their sum. The
@@ -50,6 +65,12 @@ def assert_products(
     np.testing.assert_allclose(
         got.astype(jnp.float32), want, atol=error, rtol=1.01 * unit
     )
+    if (following := named.get("following")) is not None:
+        want_next = prepared_reference(got, LAYER, following)
+        np.testing.assert_array_equal(got_next.x, want_next.x)
+        # Sums of float32 in another order.
+        added = (p.parts.sum(axis=0) for p in (got_next, want_next))
+        np.testing.assert_allclose(*added, rtol=1e-4, atol=1e-3)
 
 
 CASES = {
@@ -66,7 +87,23 @@ CASES = {
         {"ranks": (8,), "residual": True, "plan": (1, 3, 1)},
     ),
     "gated": ([(16, 512)] * 2, 3, {"ranks": (4, 4), "gated": True}),
-    "one or two units a block of threads": ([(48, 256)], 2, {"plan": (1, 1, 2)}),
+    "one or two units a block of threads, and parts for a norm and adapters": (
+        *([(48, 256)], 3),
+        {"plan": (1, 1, 2), "residual": True, "follows": (5, True, 1)},
+    ),
+    "parts of two blocks or more for each thread, and for a norm alone": (
+        *([(16, 512)], 16),
+        {"ranks": (8,), "eps": 1e-5, "blocks": 19, "follows": (0, True, 2)},
+    ),
+    "few parts, of a norm and no adapters": (
+        *([(16, 256), (32, 256)], 1),
+        {"eps": 1e-5, "blocks": 3},
+    ),
+    "many parts, gated, and parts for adapters": (
+        *([(32, 512)] * 2, 1),
+        {"ranks": (4, 4), "eps": 1e-5, "blocks": 300, "gated": True}
+        | {"follows": (16, False, 0)},
+    ),
 }
 
 
@@ -79,13 +116,13 @@ def test_products_are_those_of_the_formula(case, stack, interpret):
 def test_the_detector_sees_a_missing_barrier(monkeypatch, stack, detects_race):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
 
     weight = Packed(*stack((16, 512), nested=False), LAYER)
     named = {"shapes": [(16, 512)], "interpret": device.interpreter()}
     monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
     x = jnp.ones((2, 512), jnp.bfloat16)
-    plan = decode.Plan(2, 1, 1)
+    plan = decode_plan.Plan(2, 1, 1)
     assert detects_race(decode.products, x, [weight], plan=plan, **named)
 
 
@@ -93,17 +130,17 @@ def test_the_detector_sees_a_missing_barrier(monkeypatch, stack, detects_race):
     ("width", "rank", "norm"), [(384, 3, True), (12288, 2, False), (4096, 0, True)]
 )
 def test_inner_is_the_norm_and_the_adapters(width, rank, norm, interpret):
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import inner
 
     x = normal(1, (2, width), scale=3.0)
     named = {}
     if norm:
         weight = 1 + normal(2, (3, width), scale=0.2)
-        named["norm"] = decode.Norm(weight, 1e-5)
+        named["norm"] = inner.Norm(weight, 1e-5)
     if rank:
         named["a"] = normal(3, (3, rank, width), scale=width**-0.5)
-    got = decode.inner(x, LAYER, **named, interpret=interpret)
-    want = decode.inner_reference(x, LAYER, **named)
+    got = inner.inner(x, LAYER, **named, interpret=interpret)
+    want = inner.inner_reference(x, LAYER, **named)
     # A sum of squares in another order may round a normed value the other way.
     near = {"rtol": 2.0**-7, "atol": 1e-6}
     np.testing.assert_allclose(*(y[0].astype(jnp.float32) for y in (got, want)), **near)
@@ -118,12 +155,12 @@ def test_inner_is_the_norm_and_the_adapters(width, rank, norm, interpret):
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode_plan
 
     shapes = dict(model.projections[i][:2] for i in range(7))
     for names in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
         of_group = [shapes[name] for name in names.split()]
-        plan = decode.plan_for(of_group, rows, gated="gate" in names)
+        plan = decode_plan.plan_for(of_group, rows, gated="gate" in names)
         assert plan is not None
         # At least four warpgroups for each of 132 multiprocessors, or for each unit.
         units = sum(shape[0] // 16 for shape in of_group) // (1 + ("gate" in names))
@@ -145,9 +182,9 @@ def test_every_model_has_a_plan_of_all_multiprocessors(model, rows):
     ],
 )
 def test_what_cannot_be_computed_has_no_plan(shapes, rows, gated, stack):
-    from pallas_kernels.nf4 import decode
+    from pallas_kernels.nf4 import decode, decode_plan
 
-    assert decode.plan_for(shapes, rows, gated=gated) is None
+    assert decode_plan.plan_for(shapes, rows, gated=gated) is None
     x = jnp.zeros((rows, shapes[0][1]), jnp.bfloat16)
     with pytest.raises(ValueError, match="`products` cannot compute"):
         decode.products(x, [], shapes=shapes, gated=gated)
