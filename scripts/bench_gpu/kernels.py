@@ -10,12 +10,12 @@ Measured: `nf4_dequantize` to bf16 (8-bit and float32 block scales, of one weigh
 a layer in a stack), `nf4_matmul` with few and with many rows, and its gradient dX; all
 projections of all layers in one program ("pass"); an RMSNorm with the low-rank products
 of its output ("norm", of the adapters of q, k and v, and its derivative); and two
-ceilings, a device copy and a large bf16 product. Each by "xla" and by the kernels, which
-multiply in two ways: here "pallas" writes the weight out and leaves the product to XLA,
-"fused" (few rows) never writes it. `--tune` adds the settings of the kernels, and a third way to multiply,
-"wgmma" (tens to hundreds of rows, Hopper only): it is used where it turns out the
-fastest, and nowhere else. `--peer-python` (torch and bitsandbytes on the same GPU) adds
-bitsandbytes.
+ceilings, a device copy and a large bf16 product. Each by "xla" and by the kernels,
+which multiply in two ways: here "pallas" writes the weight out and leaves the product
+to XLA, "fused" (few rows) never writes it. `--tune` adds the settings of the kernels,
+and a third way to multiply, "wgmma" (tens to hundreds of rows, Hopper only): it is used
+where it turns out the fastest, and nowhere else. `--peer-python` (torch and
+bitsandbytes on the same GPU) adds bitsandbytes.
 
 timing.py describes how a time is taken, in a separate process. GB/s counts the bytes
 that must move (packed weight, `x` and result, once each) whatever an implementation
@@ -145,7 +145,7 @@ class Task:
         return sum(2 * self.rows * o * i * count for (o, i), count in self.weights)
 
     def request(self, traces: int) -> dict[str, Any]:
-        """Returns what nf4_operations.py and peer.py are asked for."""
+        """Returns what nf4_operations.py and the peer are asked for."""
         copies = 2 if self.shape is None else max(2, -(-ROTATED_BYTES // self.bytes))
         return {
             **asdict(self),
@@ -426,7 +426,7 @@ def measure_peer(
     python: str, log: Path, recorder: Recorder, todo: Sequence[Task]
 ) -> None:
     """Times bitsandbytes on the shapes of the tasks, under another Python."""
-    script = str(ROOT / "scripts" / "peer.py")
+    script = str(ROOT / "scripts" / "peer")
     peer = Worker([python, script, "gpu", "kernels"], log)
     result = recorder.result
     if "error" in peer.description:

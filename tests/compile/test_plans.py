@@ -49,8 +49,8 @@ def test_a_step_compiles_for_the_oldest_and_the_newest_device(gpu_compiler, card
     assert made.memory.activations == 2 * 16 * 1024 * 2048
 
 
-# Every policy, model and way of taking an MLP (whole, in chunks) at least once. Without a
-# loop over the layers, four of them: each is compiled.
+# Every policy, model and way of taking an MLP (whole, in chunks) at least once. Without
+# a loop over the layers, four of them: each is compiled.
 GRID = [
     *(("1b", 4096, 1, policy) for policy in LADDER),
     ("3b", 8192, 1, RUNGS["full"]),
